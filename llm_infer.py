@@ -1,0 +1,125 @@
+#!/usr/bin/env python
+"""Use a model: answer the validation rows, chat, or merge an adapter. Every step is one call into utils/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from utils import dist
+from utils.argument import InferArguments, Parsed, parse
+from utils.dataset import get_dataset
+from utils.errors import ConfigError
+from utils.logger import logger
+from utils.machine_check import check_machine_common
+from utils.model import Weights, is_adapter, locate
+from utils.resolve import Resolution, resolve_infer
+from utils.run_dir import check_base, check_checkpoint, fill_from_run, read_run_record, result_path
+from utils.start import open_model, run_program, start_processes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run inference from its command line; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    parsed = parse(InferArguments, words, program='llm_infer.py', about='Answer rows, chat, or merge an adapter.')
+    return run_program(lambda: infer(parsed))
+
+
+def infer(parsed: Parsed[InferArguments]) -> None:
+    """Do what the arguments ask; the trained run supplies those that were not typed."""
+    checkpoint = Path(parsed.args.ckpt_dir) if parsed.args.ckpt_dir else None
+    record: dict[str, Any] | None = None
+    warnings: list[str] = []
+    if checkpoint is not None:
+        if problem := check_checkpoint(checkpoint):
+            raise ConfigError(*parsed.problems.found, problem)
+        record = read_run_record(checkpoint)
+        assert record is not None, 'checked'
+        parsed = fill_from_run(parsed, record, warnings)
+    elif not parsed.typed & {'model_type', 'model_id_or_path'}:
+        parsed.problems.add('give --ckpt_dir, or name an untuned model with --model_type or --model_id_or_path.')
+    done = resolve_infer(parsed)
+    check_machine_common(done)
+    done.problems.raise_if_any()
+    rows = None
+    if not (done.args.eval_human or done.args.merge_lora_and_save):
+        sample = int(record['train_dataset_sample']) if record else -1
+        rows = get_dataset(
+            done.args.dataset,
+            seed=done.args.dataset_seed,
+            test_ratio=done.args.dataset_test_ratio,
+            train_sample=sample,
+        ).val
+        if not rows:
+            raise ConfigError('no validation row to answer: --dataset_test_ratio is 0. Raise it, or --eval_human true.')
+
+    start_processes('gloo')
+    weights = _base_weights(done, checkpoint, record)
+    for line in [*done.decisions, f'base weights = {weights.path} because {weights.reason}']:
+        logger.info(line)
+    for line in [*done.warnings, *warnings]:
+        logger.warning(line)
+    _act(done, weights, checkpoint, record, rows)
+
+
+def _base_weights(done: Resolution[InferArguments], checkpoint: Path | None, record: dict[str, Any] | None) -> Weights:
+    """Return the weights that serve: a full checkpoint's own, else the base's, which must be those trained on."""
+    assert done.info is not None, 'resolved without problems'
+    if checkpoint is not None and not is_adapter(checkpoint):
+        done.info = replace(done.info, model_id_or_path=str(checkpoint), embedded=None)
+    weights = locate(done.info, revision=done.args.model_revision)
+    if checkpoint is not None and is_adapter(checkpoint) and record is not None:
+        check_base(record, sha256=weights.fingerprint.sha256, source=weights.path.name, problems=done.problems)
+        done.problems.raise_if_any()
+    return weights
+
+
+def _act(
+    done: Resolution[InferArguments],
+    weights: Weights,
+    checkpoint: Path | None,
+    record: dict[str, Any] | None,
+    rows: Any,
+) -> None:
+    from transformers import set_seed
+
+    from utils import answering
+    from utils.auto_encoder import make_encoder
+    from utils.generation import generation_config
+    from utils.tuner import load_adapter, merge_and_save
+
+    args, info = done.args, done.info
+    assert info is not None, 'resolved without problems'
+    set_seed(args.seed + dist.rank())
+    model, tokenizer, _ = open_model(args, info, weights, trains=False)
+    if checkpoint is not None and is_adapter(checkpoint):
+        model = load_adapter(model, checkpoint)
+    model.eval()
+    if args.merge_lora_and_save:
+        assert checkpoint is not None and record is not None, 'checked'
+        target = checkpoint.with_name(f'{checkpoint.name}-merged')
+        logger.info(merge_and_save(model, tokenizer, target, record=record))
+        logger.info(f'merged: {target}\nnext: python llm_infer.py --ckpt_dir {target}')
+        return
+    encoder = make_encoder(
+        tokenizer,
+        template_type=str(args.template_type),
+        system=args.system,
+        system_typed='system' in done.typed or bool(record and record['system_typed']),
+        max_length=args.max_length,
+    )
+    config = generation_config(args, tokenizer, encoder.stop_ids)
+    model.generation_config = config
+    if args.save_generation_config and checkpoint is not None:
+        config.save_pretrained(checkpoint)
+    if args.eval_human:
+        answering.chat(model, tokenizer, encoder, config, streams=args.use_streamer)
+    else:
+        answering.answer_rows(model, tokenizer, encoder, config, rows, args=args, target=result_path(args))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

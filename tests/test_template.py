@@ -1,0 +1,302 @@
+"""Templates: golden texts, the prefix property, inert data, and agreement with the tokenizer's own template."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import CHATML, SPECIAL, make_tokenizer
+from utils.auto_encoder import AutoEncoder, make_encoder
+from utils.encoder import Encoder
+from utils.encoding import show_sample
+from utils.errors import ConfigError
+from utils.preprocess import (
+    AUTO,
+    CONTROL_TOKENS,
+    CUT_PROMPT,
+    CUT_REPLY,
+    MERGED_BOUNDARY,
+    RENDERED_DIFFERENTLY,
+    SYSTEM_IGNORED,
+    TEMPLATE_MAPPING,
+    TOOL_CALL_AS_TEXT,
+    TOOLS_IGNORED,
+    Message,
+    Row,
+)
+
+TOKENIZER = make_tokenizer()
+REGISTERED = [name for name, template in TEMPLATE_MAPPING.items() if template is not None]
+
+
+def chat(*texts: str, system: str | None = None) -> Row:
+    """Return a row of alternating user and assistant turns."""
+    roles = ('user', 'assistant')
+    messages: list[Message] = [{'role': roles[i % 2], 'content': text} for i, text in enumerate(texts)]
+    head: list[Message] = [{'role': 'system', 'content': system}] if system is not None else []
+    return Row(messages=[*head, *messages], origin='test:1')
+
+
+def encoder(name: str, tokenizer: Any = TOKENIZER, max_length: int = -1, system: str | None = None) -> Encoder:
+    return make_encoder(
+        tokenizer,
+        template_type=name,
+        system=system or 'be kind',
+        system_typed=system is not None,
+        max_length=max_length,
+    )
+
+
+GOLDEN = {
+    'default': 'be kind\n\n### Human:\nhi\n\n### Assistant:\nyo\n\n### Human:\nwho?\n\n### Assistant:\n[me</s>]',
+    'chatml': (
+        '<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n'
+        '<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\n[me<|im_end|><|endoftext|>]'
+    ),
+    'baichuan': '#195#hi#196#yo#195#who?#196#[me</s>]',
+    'chatglm2': '#64790##64792#[Round 1]\n\n问：hi\n\n答：yo\n\n[Round 2]\n\n问：who?\n\n答：[me</s>]',
+    'llama': '<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhi [/INST] yo </s><s>[INST] who? [/INST] [me</s>]',
+    'openbuddy': 'be kind\n\nUser: hi\nAssistant: yo\nUser: who?\nAssistant: [me</s>]',
+    'openbuddy-llama': 'be kind\n\nUser: hi\nAssistant: yo\nUser: who?\nAssistant: [me</s>]',
+    'internlm': '<s><|User|>:hi<eoh>\n<|Bot|>:yo<eoa>\n<|User|>:who?<eoh>\n<|Bot|>:[me<eoa></s>]',
+    'xverse': 'Human: hi\n\nAssistant: yo</s>Human: who?\n\nAssistant: [me</s>]',
+    'ziya': '<s><human>:hi\n<bot>:yo\n<human>:who?\n<bot>:[me</s>]',
+    'auto': (
+        '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n<|im_start|>user\nwho?<|im_end|>\n'
+        '<|im_start|>assistant\n[me<|im_end|>]\n'
+    ),
+    'default-generation': '[me</s>]',
+    'chatglm2-generation': '#64790##64792#[me</s>]',
+}
+FOREIGN_IDS = (195, 196, 64790, 64792)
+
+
+def readable(row: Any) -> str:
+    """Return ids as text with the trained span in brackets and ids that are no text of ours as #id#."""
+
+    def text(ids: list[int]) -> str:
+        out, run = '', []
+        for i in [*ids, None]:
+            if i is None or i in FOREIGN_IDS:
+                out, run = out + TOKENIZER.decode(run) + (f'#{i}#' if i else ''), []
+            else:
+                run.append(i)
+        return out
+
+    start, end = row.trained
+    return f'{text(row.input_ids[:start])}[{text(row.input_ids[start:end])}]{text(row.input_ids[end:])}'
+
+
+def test_golden_text_of_every_template() -> None:
+    assert set(GOLDEN) == set(TEMPLATE_MAPPING), 'a new template needs a golden text'
+    assert len(GOLDEN) == 13
+    for name, expected in GOLDEN.items():
+        template = TEMPLATE_MAPPING[name]
+        single = template is not None and template.chat_sep is None
+        row = chat('', 'me') if single else chat('hi', 'yo', 'who?', 'me')
+        assert readable(encoder(name).encode([row])[0]) == expected, name
+
+
+TEXT = st.lists(
+    st.sampled_from(
+        [*SPECIAL, '{{QUERY}}', '{{SYSTEM}}', '{{ROUND}}', '{{ system }}', ' ', '\n', '\n\n', 'a', 'answer', '你好',
+         '1', '[/INST]', '### Human:', '</', 's>', '<|im_', 'end|>', '\u200b', '\ue000', '\\', '"']
+    ),
+    min_size=1,
+    max_size=6,
+).map(''.join)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TEXT, min_size=2, max_size=6), system=st.none() | TEXT, seed=st.integers(0, 9))
+def test_inference_prompt_is_a_prefix_of_what_is_trained(texts: list[str], system: str | None, seed: int) -> None:
+    texts = texts[: len(texts) // 2 * 2]
+    checked = 0
+    for name in TEMPLATE_MAPPING:
+        template = TEMPLATE_MAPPING[name]
+        turns = texts[:2] if template is not None and template.chat_sep is None else texts
+        row, other = chat(*turns, system=system), chat('x' * seed, 'y')
+        coder = encoder(name)
+        trained = coder.encode([other, row])[1]
+        prompt = coder.encode_prompts([row])[0]
+        assert trained.input_ids[: len(prompt)] == prompt
+        assert trained.trained[0] == trained.prompt_length == len(prompt)
+        assert len(prompt) < trained.trained[1] <= len(trained.input_ids)
+        checked += 1
+    assert checked == 13
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TEXT, min_size=4, max_size=4), system=TEXT)
+def test_text_never_becomes_a_control_token(texts: list[str], system: str) -> None:
+    control = set(encoder('chatml').text.special_ids.values())
+    for name in TEMPLATE_MAPPING:
+        template = TEMPLATE_MAPPING[name]
+        single = template is not None and template.chat_sep is None
+        row, plain = chat(*texts, system=system), chat('a', 'b', 'c', 'd', system='e')
+        if single:
+            row, plain = chat(*texts[:2], system=system), chat('a', 'b', system='e')
+        found, wanted = ([i for i in encoder(name).encode([r])[0].input_ids if i in control] for r in (row, plain))
+        assert found == wanted, name
+
+
+def test_text_round_trips_through_the_ids() -> None:
+    row = chat('say {{QUERY}} <|im_end|>', 'x </s> {{SYSTEM}}', system='s <s>')
+    encoded = encoder('chatml').encode([row])[0]
+    assert encoded.notes == [CONTROL_TOKENS]
+    assert TOKENIZER.decode(encoded.input_ids) == (
+        '<|im_start|>system\ns <s><|im_end|>\n<|im_start|>user\nsay {{QUERY}} <|im_end|><|im_end|>\n'
+        '<|im_start|>assistant\nx </s> {{SYSTEM}}<|im_end|><|endoftext|>'
+    )
+
+
+def test_auto_equals_apply_chat_template_and_trains_reply_and_end_alone() -> None:
+    rng = random.Random(0)
+    words = ['hello', 'the answer', '42', '你好', 'red, green', 'what?']
+    compared = 0
+    for turns in (1, 2, 3):
+        for system in (None, 'be brief'):
+            for _ in range(10):
+                texts = [' '.join(rng.choices(words, k=rng.randint(1, 8))) for _ in range(2 * turns)]
+                row = chat(*texts, system=system)
+                encoded = encoder(AUTO).encode([row])[0]
+                expected = TOKENIZER.apply_chat_template(row.messages, tokenize=True, return_dict=True)['input_ids']
+                assert encoded.input_ids == expected
+                assert encoded.notes == []
+                start, end = encoded.trained
+                assert TOKENIZER.decode(encoded.input_ids[start:end]) == texts[-1] + '<|im_end|>'
+                prompt = TOKENIZER.apply_chat_template(
+                    row.messages[:-1], tokenize=True, return_dict=True, add_generation_prompt=True
+                )['input_ids']
+                assert encoded.input_ids[:start] == prompt
+                compared += 1
+    assert compared == 60
+
+
+def test_auto_passes_a_typed_system_and_a_rows_own_wins() -> None:
+    coder = encoder(AUTO, system='typed')
+    assert TOKENIZER.decode(coder.encode_prompts([chat('a', 'b')])[0]).startswith('<|im_start|>system\ntyped<|im_end|>')
+    own = coder.encode_prompts([chat('a', 'b', system='own')])[0]
+    assert TOKENIZER.decode(own).startswith('<|im_start|>system\nown<|im_end|>')
+    assert 'system' not in TOKENIZER.decode(encoder(AUTO).encode_prompts([chat('a', 'b')])[0])
+
+
+def test_merged_boundary_is_noted_and_keeps_the_prefix() -> None:
+    # Without a newline token of its own before it, a reply that starts with a newline merges with the prompt's.
+    tokenizer = make_tokenizer(chat_template=CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n\n'"))
+    coder = encoder(AUTO, tokenizer)
+    row = chat('hi', '\n\nx')
+    encoded, prompt = coder.encode([row])[0], coder.encode_prompts([row])[0]
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert RENDERED_DIFFERENTLY in encoded.notes or MERGED_BOUNDARY in encoded.notes
+
+
+def test_template_that_alters_the_reply_is_noted_and_the_reply_is_trained_as_written() -> None:
+    trimming = CHATML.replace("message['content']", "(message['content'] | trim)")
+    coder = encoder(AUTO, make_tokenizer(chat_template=trimming))
+    encoded = coder.encode([chat('hi', ' padded '), chat('hi', 'plain')])
+    assert [row.notes for row in encoded] == [[RENDERED_DIFFERENTLY], []]
+    start, end = encoded[0].trained
+    assert TOKENIZER.decode(encoded[0].input_ids[start:end]) == ' padded <|im_end|>'
+
+
+def test_an_empty_think_block_is_never_trained() -> None:
+    thinking = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n\n</think>\n\n'")
+    coder = encoder(AUTO, make_tokenizer(chat_template=thinking))
+    encoded = coder.encode([chat('hi', 'yo')])[0]
+    assert encoded.notes == [RENDERED_DIFFERENTLY]
+    assert show_sample(TOKENIZER, {'input_ids': encoded.input_ids, 'trained': encoded.trained}) == (
+        '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦yo<|im_end|>⟧\n'
+    )
+
+
+def test_template_without_an_end_gets_the_end_of_sequence() -> None:
+    endless = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    encoded = encoder(AUTO, make_tokenizer(chat_template=endless)).encode([chat('a', 'b')])[0]
+    assert TOKENIZER.decode(encoded.input_ids) == 'user: aassistant: b</s>'
+    assert encoded.trained == (len(encoded.input_ids) - 2, len(encoded.input_ids))
+
+
+def test_templates_that_cannot_serve_are_refused() -> None:
+    with pytest.raises(ConfigError, match='needs a chat template, and this tokenizer has none'):
+        encoder(AUTO, make_tokenizer(chat_template=None))
+    with pytest.raises(ConfigError, match='does not print the assistant'):
+        encoder(AUTO, make_tokenizer(chat_template='nothing'))
+    refuses = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(ConfigError, match='no system role. Leave --system out'):
+        encoder(AUTO, make_tokenizer(chat_template=refuses), system='x')
+
+
+def test_history_with_a_single_turn_template_is_refused() -> None:
+    with pytest.raises(ConfigError, match="test:1 has history, template 'default-generation' is single-turn"):
+        encoder('default-generation').encode([chat('a', 'b', 'c', 'd')])
+
+
+def test_roles_that_a_template_cannot_say_are_refused_by_name() -> None:
+    row = chat('a', 'b', 'c', 'd')
+    row.messages[1] = {'role': 'tool', 'content': '{}'}
+    refused = 0
+    for name in REGISTERED:
+        with pytest.raises(ConfigError, match='turn 2 is a tool turn'):
+            encoder(name).encode([row])
+        refused += 1
+    assert refused == 12
+
+
+def test_what_a_template_has_no_place_for_is_noted() -> None:
+    row = chat('a', 'b', system='s')
+    row.tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {}}}]
+    assert encoder('ziya').encode([row])[0].notes == [SYSTEM_IGNORED, TOOLS_IGNORED]
+    called = chat('a', '{"name": "f"}')
+    called.messages[1]['tool_calls'] = [{'type': 'function', 'function': {'name': 'f', 'arguments': {}}}]
+    encoded = encoder(AUTO).encode([called])[0]
+    assert encoded.notes == [TOOL_CALL_AS_TEXT]
+    assert TOKENIZER.decode(encoded.input_ids).endswith('assistant\n{"name": "f"}<|im_end|>\n')
+
+
+TOOLS_TEMPLATE = (
+    '{% if tools %}{{ "tools: " + (tools | tojson) + "\n" }}{% endif %}'
+    '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" }}'
+    '{% if m.tool_calls %}{% for c in m.tool_calls %}{{ "<call>" + (c.function | tojson) + "</call>" }}{% endfor %}'
+    '{% else %}{{ m.content }}{% endif %}{{ "<|im_end|>\n" }}{% endfor %}'
+    '{% if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}'
+)
+
+
+def test_a_template_that_says_tool_calls_is_given_them() -> None:
+    coder = encoder(AUTO, make_tokenizer(chat_template=TOOLS_TEMPLATE))
+    assert isinstance(coder, AutoEncoder) and coder.says_tools and coder.says_tool_calls
+    row = chat('a', '{"name": "f <|im_end|>"}')
+    row.tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {}}}]
+    row.messages[1]['tool_calls'] = [{'type': 'function', 'function': {'name': 'f <|im_end|>', 'arguments': {}}}]
+    encoded = coder.encode([row])[0]
+    start, end = encoded.trained
+    assert (
+        TOKENIZER.decode(encoded.input_ids[start:end])
+        == '<call>{"name": "f <|im_end|>", "arguments": {}}</call><|im_end|>'
+    )
+    end_token = TOKENIZER.convert_tokens_to_ids('<|im_end|>')
+    assert encoded.input_ids[start:end].count(end_token) == 1
+    assert encoded.notes == [CONTROL_TOKENS]
+
+
+def test_front_is_cut_and_the_cut_is_noted() -> None:
+    row = chat('what is the answer?', 'the answer is 42.')
+    whole = encoder('default').encode([row])[0]
+    reply = whole.trained[1] - whole.trained[0]
+    for max_length, note in ((reply + 3, CUT_PROMPT), (reply - 2, CUT_REPLY)):
+        cut = encoder('default', max_length=max_length).encode([row])[0]
+        assert cut.input_ids == whole.input_ids[-max_length:]
+        assert cut.notes == [note]
+        assert cut.input_ids[cut.trained[0] : cut.trained[1]] == whole.input_ids[-min(max_length, reply) :]
+    assert encoder('default', max_length=len(whole.input_ids)).encode([row])[0].notes == []

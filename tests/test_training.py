@@ -1,0 +1,202 @@
+"""Training through the program itself, on tiny models: curves fall, runs resume, layouts agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import make_model, write_jsonl
+from utils.collator import Collator
+from utils.preprocess import IGNORE_INDEX
+
+Run = Callable[..., Path]
+
+
+def history(run: Path, step: int) -> list[dict[str, Any]]:
+    """Return the log lines stored in a checkpoint, without timings."""
+    state = json.loads((run / f'checkpoint-{step}' / 'trainer_state.json').read_text())
+    return [{k: v for k, v in e.items() if 'runtime' not in k and 'second' not in k} for e in state['log_history']]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / f'checkpoint-{step}'
+    file = folder / 'adapter_model.safetensors'
+    return load_file(file if file.is_file() else folder / 'model.safetensors')
+
+
+def test_run_folder_holds_what_is_promised(run_sft: Run) -> None:
+    run = run_sft('--system', 'be kind', '--eval_steps', '2')
+    losses = [e['loss'] for e in history(run, 6) if 'loss' in e]
+    assert losses[-1] < losses[0]
+    args = json.loads((run / 'sft_args.json').read_text())
+    assert args['learning_rate'] == 0.01 and args['template_type'] == 'auto' and args['system'] == 'be kind'
+    assert args['system_typed'] is True and len(args['base_model']['sha256']) == 64
+    record = json.loads((run / 'run.json').read_text())
+    assert record['steps'] == 6 and record['train_tokens_per_second'] > 0 and record['peak_memory_gib'] > 0.05
+    assert record['versions']['torch'] == torch.__version__
+    assert record['data']['train']['rows'] == 36 and record['data']['validation']['rows'] == 4
+    assert {p.name for p in (run / 'images').iterdir()} == {
+        'loss.png', 'grad_norm.png', 'learning_rate.png', 'eval_loss.png', 'eval_acc.png',
+    }  # fmt: skip
+    assert list((run / 'runs').glob('events.out.tfevents*'))
+    kept = sorted(p.name for p in run.glob('checkpoint-*'))
+    assert kept == ['checkpoint-4', 'checkpoint-6']
+    checkpoint = run / 'checkpoint-6'
+    assert {'adapter_model.safetensors', 'adapter_config.json', 'sft_args.json', 'tokenizer.json', 'optimizer.pt'} <= {
+        p.name for p in checkpoint.iterdir()
+    }
+    assert not list(run.rglob('training_args.bin'))
+    assert (run / 'training_args.json').is_file()
+
+
+def test_folders_count_up(run_sft: Run) -> None:
+    names = [run_sft('--max_steps', '1').name.split('-')[0] for _ in range(2)]
+    assert names == ['v0', 'v1']
+
+
+@pytest.mark.parametrize('sft_type', ['lora', 'full'])
+def test_resumed_run_equals_the_uninterrupted_one(run_sft: Run, sft_type: str) -> None:
+    flags = ('--sft_type', sft_type, '--only_save_model', 'false', '--lora_dropout_p', '0.1')
+    flags = flags if sft_type == 'lora' else flags[:4]
+    whole = run_sft(*flags)
+    resumed = run_sft(*flags, '--resume_from_checkpoint', str(whole / 'checkpoint-3'))
+    assert history(resumed, 6) == history(whole, 6)
+    expected = weights(whole, 6)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(resumed, 6).items())
+
+
+def first_step(run: Path) -> tuple[float, float]:
+    entry = next(e for e in history(run, 1) if 'loss' in e)
+    return entry['loss'], entry['grad_norm']
+
+
+def test_batch_layouts_give_the_same_loss_and_gradients(run_sft: Run, tmp_path: Path) -> None:
+    rows = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in (3, 40, 9, 60)]
+    data = write_jsonl(tmp_path / 'four.jsonl', rows)
+    common = (
+        '--dataset', str(data), '--dataset_test_ratio', '0', '--max_steps', '1', '--save_steps', '1',
+        '--max_grad_norm', '0',
+    )  # fmt: skip
+    layouts = [(4, 1), (1, 4), (2, 2)]
+    found = [
+        first_step(run_sft(*common, '--batch_size', str(b), '--gradient_accumulation_steps', str(a)))
+        for b, a in layouts
+    ]
+    for loss, norm in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-5)
+        assert norm == pytest.approx(found[0][1], abs=1e-5)
+
+
+def test_padded_and_unpadded_rows_give_the_same_gradients() -> None:
+    from utils.trainer import SftTrainer
+
+    rows = [{'input_ids': list(range(6, 6 + n)), 'trained': (n // 2, n), 'prompt_length': n // 2} for n in (5, 12, 20)]
+    collate = Collator(5)
+    model = make_model()
+
+    def gradients(batches: list[list[dict[str, Any]]]) -> tuple[float, dict[str, torch.Tensor]]:
+        scorer = object.__new__(SftTrainer)
+        scorer.selects_logits = True
+        model.zero_grad()
+        count = sum(n['trained'][1] - n['trained'][0] for b in batches for n in b)
+        total = 0.0
+        for batch in batches:
+            losses, _ = scorer.token_scores(model, collate(batch))
+            (losses.sum() / count).backward()
+            total += float(losses.sum() / count)
+        return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    padded_loss, padded = gradients([rows])
+    loss, unpadded = gradients([[row] for row in rows])
+    assert loss == pytest.approx(padded_loss, abs=1e-5)
+    assert max(float((padded[n] - unpadded[n]).abs().max()) for n in padded) < 1e-5
+
+
+def test_loss_is_the_plain_mean_over_trained_tokens() -> None:
+    from utils.trainer import SftTrainer
+
+    model = make_model()
+    batch = Collator(5)(
+        [
+            {'input_ids': [7, 8, 9, 10, 11], 'trained': (2, 4), 'prompt_length': 2},
+            {'input_ids': [7, 8, 9], 'trained': (0, 3), 'prompt_length': 0},
+        ]
+    )
+    assert batch['labels'].tolist() == [[-100, -100, 9, 10, -100], [-100, 8, 9, -100, -100]]
+    scorer = object.__new__(SftTrainer)
+    scorer.selects_logits = True
+    losses, hits = scorer.token_scores(model, batch)
+    logits = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits[:, :-1].flatten(0, 1)
+    targets = batch['labels'][:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
+    assert float(losses.sum() / 4) == pytest.approx(float(expected), abs=1e-6)
+    right = (logits.argmax(-1) == targets) & (targets != IGNORE_INDEX)
+    assert int(hits.sum()) == int(right.sum())
+
+
+def test_validation_loss_is_the_same_whatever_the_batch(run_sft: Run) -> None:
+    found = []
+    for size in ('1', '3'):
+        run = run_sft('--max_steps', '1', '--eval_batch_size', size, '--dataset_test_ratio', '0.2')
+        found.append(next(e for e in history(run, 1) if 'eval_loss' in e))
+    assert found[0]['eval_loss'] == pytest.approx(found[1]['eval_loss'], abs=1e-6)
+    assert found[0]['eval_acc'] == found[1]['eval_acc']
+
+
+def test_pretraining_rows_train(run_sft: Run, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / 'text.jsonl', [{'query': '', 'response': 'the answer is 42. ' * 3}] * 20)
+    run = run_sft('--dataset', str(data), '--template_type', 'default-generation')
+    losses = [e['loss'] for e in history(run, 6) if 'loss' in e]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_gradient_checkpointing_changes_nothing(run_sft: Run) -> None:
+    plain, checkpointed = (
+        run_sft('--max_steps', '3', '--gradient_checkpointing', value) for value in ('false', 'true')
+    )
+    a, b = weights(plain, 3), weights(checkpointed, 3)
+    assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-6
+
+
+def test_evaluation_by_generation(run_sft: Run) -> None:
+    run = run_sft('--predict_with_generate', 'true', '--max_new_tokens', '8', '--do_sample', 'false')
+    entry = next(e for e in history(run, 6) if 'eval_rouge-l' in e)
+    assert {'eval_rouge-1', 'eval_rouge-2', 'eval_rouge-l', 'eval_bleu-4'} <= set(entry)
+    assert (run / 'images' / 'eval_rouge-l.png').is_file()
+
+
+def test_longest_rows_come_first_when_memory_is_tested(run_sft: Run, tmp_path: Path) -> None:
+    from utils.encoding import EncodedRows
+    from utils.preprocess import Encoded
+
+    rows = EncodedRows()
+    for n in (3, 9, 5, 1):
+        rows.append(Encoded(input_ids=[7] * n, trained=(0, n), prompt_length=0))
+    assert rows.longest_first().lengths() == [9, 5, 3, 1]
+    assert rows[1] == {'input_ids': [7] * 9, 'trained': (0, 9), 'prompt_length': 0}
+    run = run_sft('--test_oom_error', 'true', '--max_steps', '1')
+    assert (run / 'checkpoint-1').is_dir()
+
+
+def test_only_save_model_leaves_nothing_to_resume(run_sft: Run, problems: Callable[[], list[str]]) -> None:
+    run = run_sft('--only_save_model', 'true', '--max_steps', '1')
+    assert not (run / 'checkpoint-1' / 'optimizer.pt').exists()
+    run_sft('--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
+    assert any('has no optimizer state' in line for line in problems())
+
+
+def test_lora_all_reaches_every_linear_layer_but_the_head(run_sft: Run) -> None:
+    run = run_sft('--lora_target_modules', 'ALL', '--max_steps', '1')
+    targets = json.loads((run / 'checkpoint-1' / 'adapter_config.json').read_text())['target_modules']
+    assert sorted(targets) == ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
+
+
+def test_unknown_lora_target_names_the_near_ones(run_sft: Run, problems: Callable[[], list[str]]) -> None:
+    run_sft('--lora_target_modules', 'q_prj', expect=2)
+    assert any("'q_prj' matches no linear layer" in line and "'q_proj'" in line for line in problems())

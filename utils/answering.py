@@ -1,0 +1,79 @@
+"""The two ways to use a model: its answers to validation rows, and a chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.argument import InferArguments
+from utils.chat import Chat, chat_in_terminal
+from utils.dataset import draw
+from utils.encoder import Encoder
+from utils.encoding import EncodingReport, encode_rows
+from utils.generation import generate_rows, generate_stream
+from utils.logger import logger
+from utils.metrics import score_texts
+from utils.preprocess import Row
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+
+def answer_rows(
+    model: Any,
+    tokenizer: Any,
+    encoder: Encoder,
+    config: GenerationConfig,
+    rows: Sequence[Row],
+    *,
+    args: InferArguments,
+    target: Path,
+) -> dict[str, float]:
+    """Answer rows, show them beside their labels, write them to `target`; returns the mean scores."""
+    chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
+    report = EncodingReport()
+    _, kept = encode_rows(encoder, chosen, report)
+    for line in report.lines():
+        logger.warning(line)
+    prompts = encoder.encode_prompts(kept)
+    answers = [
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in generate_rows(
+            model,
+            prompts,
+            config,
+            batch_size=args.infer_batch_size,
+            progress=lambda done: logger.info(f'answered {done} of {len(prompts)} rows'),
+        )
+    ]
+    labels = [row.messages[-1]['content'] for row in kept]
+    with target.open('w', encoding='utf-8') as stream:
+        for row, answer, label in zip(kept, answers, labels, strict=True):
+            scores = score_texts([answer.strip()], [label.strip()])
+            content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
+            stream.write(json.dumps(content, ensure_ascii=False) + '\n')
+            question = row.messages[-2]['content'] if len(row.messages) > 1 else ''
+            print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
+    means = score_texts([a.strip() for a in answers], [label.strip() for label in labels])
+    logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
+    logger.info(f'written to {target}')
+    return means
+
+
+def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
+    """Chat in the terminal until the user leaves."""
+
+    def say(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def answer(prompt: list[int]) -> str:
+        text = generate_stream(model, tokenizer, prompt, config, say if streams else lambda part: None)
+        if not streams:
+            say(text)
+        return text
+
+    chat_in_terminal(Chat(encoder, answer, say))

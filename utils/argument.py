@@ -1,0 +1,277 @@
+"""The flags of both programs, each written once, and their parser."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from utils.errors import Problems, did_you_mean
+from utils.logger import logger
+
+SftType = Literal['lora', 'full']
+DtypeName = Literal['bf16', 'fp16', 'fp32']
+PushStrategy = Literal['end', 'push_best', 'push_last', 'checkpoint', 'all_checkpoints']
+
+# Another spelling that users' scripts hold, and the flag it means.
+ALIASES = {'tuner_bankend': 'tuner_backend'}
+
+
+def flag(default: Any, help_text: str) -> Any:
+    """Return a dataclass field: the default and the only help text of one flag."""
+    return field(default=default, metadata={'help': help_text})
+
+
+def list_flag(default: Sequence[str], help_text: str) -> Any:
+    """Return a dataclass field for a list, written with blanks or commas."""
+    return field(default_factory=lambda: list(default), metadata={'help': help_text})
+
+
+@dataclass(kw_only=True)
+class CommonArguments:
+    """The flags that both programs take."""
+
+    model_type: str | None = flag(None, 'key of MODEL_MAPPING; without it and --model_id_or_path: qwen-7b-chat')
+    model_id_or_path: str | None = flag(
+        None, 'hub model id or local directory; the model type is inferred where an entry matches'
+    )
+    model_revision: str = flag('master', 'hub revision; no effect with --model_type or a local directory')
+    sft_type: SftType = flag('lora', 'lora, or full for all weights; QLoRA is lora with --quantization_bit 4 or 8')
+    template_type: str | None = flag(None, "key of TEMPLATE_MAPPING; None: the model entry's own")
+    seed: int = flag(42, 'global seed; rank r of a distributed run uses seed + r for dropout and the like')
+    dtype: DtypeName | None = flag(
+        None,
+        "compute and storage type; None: the model entry's own, else bf16 where the device has it, "
+        'else fp16 on a GPU and fp32 on a CPU',
+    )
+    dataset: list[str] = list_flag(
+        ['blossom-math-zh'], 'keys of DATASET_MAPPING or paths of data files; name#500 draws 500 rows'
+    )
+    dataset_seed: int = flag(42, 'seed of the data work alone: sampling and the train/validation split')
+    dataset_test_ratio: float = flag(0.01, 'validation share of a data set that brings no validation split')
+    system: str = flag(
+        'you are a helpful assistant!',
+        "system prompt; a row's own wins; with template auto only a typed one is used",
+    )
+    max_length: int = flag(2048, 'tokens per sample; a longer one loses its front; -1: no limit')
+    quantization_bit: Literal[0, 4, 8] = flag(0, 'quantise the base model with bitsandbytes on load; lora only')
+    bnb_4bit_comp_dtype: DtypeName | None = flag(None, 'compute type of 4-bit layers; None: the same as --dtype')
+    bnb_4bit_quant_type: Literal['nf4', 'fp4'] = flag('nf4', '4-bit number format')
+    bnb_4bit_use_double_quant: bool = flag(True, 'quantise the 4-bit scales as well')
+    use_flash_attn: bool | None = flag(
+        None, 'None: where it is installed and the device supports it; true: an error if it cannot be had'
+    )
+    ignore_args_error: bool = flag(False, 'warn about unknown command-line words instead of refusing them (notebooks)')
+    max_new_tokens: int = flag(2048, 'generation: tokens at the most')
+    do_sample: bool = flag(True, 'generation: sample; false is greedy')
+    temperature: float = flag(0.9, 'generation: divides the logits before sampling')
+    top_k: int = flag(20, 'generation: sample from the k likeliest tokens; 0: from all')
+    top_p: float = flag(0.9, 'generation: sample from the likeliest tokens that hold this share of probability')
+    repetition_penalty: float = flag(1.0, 'generation: above 1 makes tokens already written less likely')
+
+
+@dataclass(kw_only=True)
+class SftArguments(CommonArguments):
+    """The flags of llm_sft.py."""
+
+    tuner_backend: Literal['swift', 'peft'] = flag(
+        'swift', "peft, or swift, the toolkit's own LoRA path with the same adapter files"
+    )
+    output_dir: str = flag('output', 'a run writes to <output_dir>/<model_type>/vN-<time>, N counting up')
+    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl'] = flag(
+        'nccl', 'torch.distributed backend; left untyped on a machine without GPU it is gloo'
+    )
+    resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to go on from')
+    train_dataset_sample: int = flag(
+        20000,
+        'training rows drawn from the whole training set; -1: all. '
+        'The validation set is capped to this share of --dataset_test_ratio',
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': "module names; None: the model entry's own; ALL: every linear layer but the output head",
+        },
+    )
+    lora_rank: int = flag(8, 'rank of the adapter')
+    lora_alpha: int = flag(32, 'the adapter is scaled by alpha / rank')
+    lora_dropout_p: float = flag(0.0, "dropout on the adapter's input")
+    gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
+    deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
+    batch_size: int = flag(1, 'training rows per device and forward pass')
+    eval_batch_size: int | None = flag(None, 'None: 1 with --predict_with_generate, else --batch_size')
+    num_train_epochs: int = flag(1, 'passes over the training rows')
+    max_steps: int = flag(-1, 'optimizer steps; 0 or more wins over --num_train_epochs')
+    optim: str = flag('adamw_torch', 'optimizer, by its name in transformers')
+    learning_rate: float | None = flag(None, 'None: 1e-4 for lora, 2e-5 for full')
+    weight_decay: float = flag(0.01, 'AdamW weight decay')
+    gradient_accumulation_steps: int = flag(16, 'total batch = batch_size x this x world size')
+    max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
+    predict_with_generate: bool = flag(False, 'evaluate by generation (ROUGE, BLEU) instead of by loss')
+    lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
+    warmup_ratio: float = flag(0.05, 'share of the steps in which the learning rate rises')
+    eval_steps: int = flag(50, 'steps between evaluations')
+    save_steps: int | None = flag(None, 'steps between checkpoints; None: the same as --eval_steps')
+    only_save_model: bool | None = flag(
+        None,
+        'checkpoints hold weights only and cannot be resumed; None: false for lora without DeepSpeed, else true',
+    )
+    save_total_limit: int = flag(2, '2 keeps the best and the last checkpoint; -1 keeps all')
+    logging_steps: int = flag(5, 'steps between log lines')
+    dataloader_num_workers: int = flag(1, 'processes that prepare batches; 0: the training process itself')
+    push_to_hub: bool = flag(False, 'push to the model hub while training')
+    hub_model_id: str | None = flag(None, 'repo or user/repo; None: <model_type>-<sft_type>')
+    hub_private_repo: bool = flag(True, 'make the repository private when it is created')
+    push_hub_strategy: PushStrategy = flag('push_best', 'what is pushed, and when')
+    hub_token: str | None = flag(None, 'None: the environment variable MODELSCOPE_API_TOKEN')
+    test_oom_error: bool = flag(False, 'longest training rows first, so that an out-of-memory error shows at once')
+
+
+@dataclass(kw_only=True)
+class InferArguments(CommonArguments):
+    """The flags of llm_infer.py."""
+
+    ckpt_dir: str | None = flag(
+        None, 'checkpoint directory written by llm_sft.py; not needed when a model is named: then it serves untuned'
+    )
+    eval_human: bool = flag(False, 'true: chat in the terminal; false: answer the validation rows')
+    show_dataset_sample: int = flag(20, 'validation rows to answer; -1: all')
+    use_streamer: bool = flag(True, 'print tokens as they come')
+    merge_lora_and_save: bool = flag(False, 'merge the adapter into the base model and save it as <ckpt_dir>-merged')
+    save_generation_config: bool = flag(True, 'write the generation settings used to generation_config.json')
+    infer_batch_size: int = flag(16, 'validation rows answered at once')
+    result_path: str | None = flag(
+        None, 'file for the answers; None: <ckpt_dir>/infer_result.jsonl, untuned output/<model>/untuned/'
+    )
+
+
+ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed(typing.Generic[ArgumentsT]):
+    """A command line: the values, the names that were typed, and what was wrong with it."""
+
+    args: ArgumentsT
+    typed: frozenset[str]
+    problems: Problems
+
+
+def flag_types(cls: type) -> dict[str, Any]:
+    """Return the declared type of each flag of an arguments class, in order."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _unwrap_optional(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
+    """Return the value that `words` mean for a flag; raises ValueError with a whole sentence."""
+    hint = _unwrap_optional(hint)
+    if typing.get_origin(hint) is list:
+        values = [part for word in words for part in word.split(',') if part]
+        if not values:
+            raise ValueError(f'--{name} needs at least one value.')
+        return values
+    if hint is bool and not words:
+        return True
+    if len(words) != 1:
+        got = 'none' if not words else f'{len(words)}: {" ".join(words)}'
+        raise ValueError(f'--{name} takes one value, got {got}. Put a value with blanks in quotes.')
+    word = words[0]
+    if hint is bool:
+        if word.lower() not in ('true', 'false'):
+            raise ValueError(f"--{name} takes true or false, got '{word}'.")
+        return word.lower() == 'true'
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        for choice in choices:
+            if word == str(choice):
+                return choice
+        raise ValueError(f"--{name} takes {', '.join(map(str, choices))}, got '{word}'.")
+    kinds = {int: 'a whole number', float: 'a number'}
+    try:
+        return hint(word)
+    except ValueError:
+        raise ValueError(f"--{name} takes {kinds[hint]}, got '{word}'.") from None
+
+
+def describe_default(f: dataclasses.Field[Any]) -> str:
+    """Return a flag's default as it would be typed."""
+    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    if isinstance(value, list):
+        return ','.join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def describe_type(hint: Any) -> str:
+    """Return the words a flag takes, for --help and the README."""
+    hint = _unwrap_optional(hint)
+    if typing.get_origin(hint) is Literal:
+        return '|'.join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is list:
+        return 'name ...'
+    return {bool: 'true|false', int: 'int', float: 'float', str: 'text'}[hint]
+
+
+def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False)
+    hints = flag_types(cls)
+    spellings = {name: [other for other, target in ALIASES.items() if target == name] for name in hints}
+    for f in dataclasses.fields(cls):
+        parser.add_argument(
+            f'--{f.name}',
+            *(f'--{other}' for other in spellings[f.name]),
+            dest=f.name,
+            nargs='*',
+            default=argparse.SUPPRESS,
+            metavar=describe_type(hints[f.name]),
+            help=f'{f.metadata["help"]} (default: {describe_default(f)})'.replace('%', '%%'),
+        )
+    return parser
+
+
+def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool, problems: Problems) -> None:
+    follows_unknown_flag = False
+    for word in words:
+        name = word.split('=')[0].lstrip('-')
+        if word.startswith('--'):
+            text = f"flag '--{name}' is not known" + did_you_mean(name, known)
+            follows_unknown_flag = True
+        elif follows_unknown_flag:
+            continue  # a value of the unknown flag: naming the flag is enough
+        else:
+            text = f"the word '{word}' belongs to no flag. Flags are written --name value."
+        if ignore:
+            logger.warning(f'{text} It is ignored because ignore_args_error is true.')
+        else:
+            problems.add(text)
+
+
+def parse(cls: type[ArgumentsT], argv: Sequence[str], *, program: str, about: str) -> Parsed[ArgumentsT]:
+    """Return the parsed command line; problems are collected, not raised. Exits only for --help."""
+    namespace, unknown = _build_parser(cls, program=program, about=about).parse_known_args(list(argv))
+    hints = flag_types(cls)
+    problems = Problems()
+    values: dict[str, Any] = {}
+    for name, words in vars(namespace).items():
+        try:
+            values[name] = _convert(name, words, hints[name])
+        except ValueError as error:
+            problems.add(str(error))
+    args = cls(**values)
+    _report_unknown(unknown, list(hints), ignore=args.ignore_args_error, problems=problems)
+    return Parsed(args=args, typed=frozenset(vars(namespace)), problems=problems)
+
+
+def to_dict(args: CommonArguments) -> dict[str, Any]:
+    """Return every argument by name, secrets left out."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != 'hub_token'}

@@ -1,0 +1,227 @@
+"""Token ids of conversations under the tokenizer's own chat template (template `auto`).
+
+Everything is found by rendering: the prompt is the rendering up to the reply with the generation prompt, the end of
+a turn is what the template prints after a reply. Where no token merges across the reply's borders and the data
+spells no control token, the ids equal `tokenizer.apply_chat_template` exactly; every other row is noted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from utils.encoder import Encoder, TemplateEncoder
+from utils.errors import ConfigError
+from utils.preprocess import (
+    AUTO,
+    CONTROL_TOKENS,
+    MERGED_BOUNDARY,
+    RENDERED_DIFFERENTLY,
+    TEMPLATE_MAPPING,
+    TOOL_CALL_AS_TEXT,
+    TOOLS_IGNORED,
+    Encoded,
+    Message,
+    Row,
+)
+
+
+class RowRefused(ValueError):
+    """The chat template raised on a row; carries the template's own words."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _Parts:
+    """A row as text: `prompt` with its reply and end, and which of them hold guarded data."""
+
+    prompt: str
+    reply: str
+    end: str
+    prompt_guarded: bool
+    reply_guarded: bool
+    notes: list[str]
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Return nested JSON data with `change` applied to every string in it, keys left alone."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: map_strings(item, change) for key, item in value.items()}
+    return value
+
+
+class AutoEncoder(Encoder):
+    """Encodes with the tokenizer's chat template. Loss covers the last reply and its end-of-turn token."""
+
+    name = AUTO
+
+    def __init__(self, tokenizer: Any, *, system: str | None, max_length: int) -> None:
+        super().__init__(tokenizer, max_length=max_length)
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                'template auto needs a chat template, and this tokenizer has none. '
+                f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
+            )
+        self.system = system
+        self._end = self._find_end()
+        self._end_ids, self._end_trained = self._end_of_turn(self._end)
+        self.stop_ids = [i for i in self._end_ids[: self._end_trained] if i in self.text.special_ids.values()]
+        self.says_tools = self._prints(tools=True)
+        self.says_tool_calls = self._prints(tools=False)
+
+    def _render(self, messages: Sequence[Message], *, tools: Sequence[Any] | None, prompt: bool) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=tools or None, add_generation_prompt=prompt, tokenize=False
+            )
+        except TemplateError as error:
+            raise RowRefused(f'the chat template refuses it: {error}') from error
+        return str(text)
+
+    def _find_end(self) -> str:
+        """Return what the template prints after a reply; raises ConfigError where it cannot serve at all."""
+        reply = secrets.token_hex(8)
+        messages: list[Message] = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': reply}]
+        if self.system:
+            messages.insert(0, {'role': 'system', 'content': self.system})
+        try:
+            text = self._render(messages, tools=None, prompt=False)
+        except RowRefused as error:
+            hint = 'Leave --system out, or choose' if self.system else 'Choose'
+            raise ConfigError(
+                f'the chat template of this tokenizer fails on a one-turn chat: {error}. {hint} a --template_type.'
+            ) from error
+        if reply not in text:
+            raise ConfigError(
+                "the chat template of this tokenizer does not print the assistant's reply, so nothing could be "
+                'learnt. Choose a --template_type.'
+            )
+        return text[text.rindex(reply) + len(reply) :]
+
+    def _end_of_turn(self, end: str) -> tuple[list[int], int]:
+        """Return the ids after a reply and how many of them are trained: up to the first control token."""
+        ids = self.text.ids([end])[0] if end else []
+        control = set(self.text.special_ids.values())
+        for index, token in enumerate(ids):
+            if token in control:
+                return ids, index + 1
+        if end.strip():
+            return ids, len(ids)
+        # A template that prints no end at all (GLM-4): without one the model would never learn to stop.
+        return [self.tokenizer.eos_token_id], 1
+
+    def _prints(self, *, tools: bool) -> bool:
+        """Return whether the template prints tools, or tool calls: a made-up name must come out."""
+        name = f'probe_{secrets.token_hex(4)}'
+        call = {'type': 'function', 'function': {'name': name, 'arguments': {'a': '1'}}}
+        messages: list[Message] = [{'role': 'user', 'content': 'a'}]
+        if not tools:
+            messages.append({'role': 'assistant', 'content': '', 'tool_calls': [call]})
+        parameters = {'type': 'object', 'properties': {'a': {'type': 'string', 'description': 'a'}}}
+        tool = {'type': 'function', 'function': {'name': name, 'description': 'a', 'parameters': parameters}}
+        try:
+            return name in self._render(messages, tools=[tool] if tools else None, prompt=tools)
+        except (RowRefused, TypeError, ValueError):
+            return False
+
+    def _spoken(self, message: Message) -> Message:
+        """Return the message in the form that the template can say."""
+        if 'tool_calls' not in message:
+            return message
+        if self.says_tool_calls:
+            return {**message, 'content': ''}
+        return {'role': message['role'], 'content': message['content']}
+
+    def _prepare(self, row: Row, context: Sequence[Message]) -> tuple[list[Message], list[Any] | None, bool, list[str]]:
+        """Return what is rendered for the prompt, whether its data is guarded, and notes."""
+        messages = [self._spoken(message) for message in context]
+        if self.system is not None and (not messages or messages[0]['role'] != 'system'):
+            messages.insert(0, {'role': 'system', 'content': self.system})
+        tools, notes = row.tools, []
+        if tools and not self.says_tools:
+            tools, notes = None, [TOOLS_IGNORED]
+        if not self.says_tool_calls and any('tool_calls' in message for message in row.messages):
+            notes.append(TOOL_CALL_AS_TEXT)
+        guarded = self._spells_control(messages, tools)
+        if guarded:
+            messages, tools = map_strings(messages, self.text.guard), map_strings(tools, self.text.guard)
+        return messages, tools, guarded, notes
+
+    def _parts(self, row: Row) -> _Parts:
+        messages, tools, prompt_guarded, notes = self._prepare(row, row.messages[:-1])
+        last = self._spoken(row.messages[-1])
+        reply_guarded = self._spells_control([last])
+        if reply_guarded:
+            last = map_strings(last, self.text.guard)
+        prompt = self._render(messages, tools=tools, prompt=True)
+        full = self._render([*messages, last], tools=tools, prompt=False)
+        reply, end = last['content'], self._end
+        if 'tool_calls' in last:
+            if not (full.startswith(prompt) and full.endswith(end)):
+                raise RowRefused('the chat template prints the tool call apart from the generation prompt')
+            reply = full[len(prompt) : len(full) - len(end)]
+        if prompt_guarded or reply_guarded:
+            notes.append(CONTROL_TOKENS)
+        if full != prompt + reply + end:
+            notes.append(RENDERED_DIFFERENTLY)
+        return _Parts(
+            prompt=prompt,
+            reply=reply,
+            end=end,
+            prompt_guarded=prompt_guarded,
+            reply_guarded=reply_guarded,
+            notes=notes,
+        )
+
+    def _prompt_ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        plain = iter(self.text.ids([text for text, guarded in texts if not guarded]))
+        return [self.text.guarded_ids(text) if guarded else next(plain) for text, guarded in texts]
+
+    def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        texts = []
+        for row in rows:
+            messages, tools, guarded, _ = self._prepare(row, row.messages)
+            texts.append((self._render(messages, tools=tools, prompt=True), guarded))
+        return self._prompt_ids(texts)
+
+    def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        parts = [self._parts(row) for row in rows]
+        prompts = self._prompt_ids([(part.prompt, part.prompt_guarded) for part in parts])
+        whole = iter(
+            self.text.ids([p.prompt + p.reply + p.end for p in parts if not (p.prompt_guarded or p.reply_guarded)])
+        )
+        return [
+            self._assemble(part, prompt, None if part.prompt_guarded or part.reply_guarded else next(whole))
+            for part, prompt in zip(parts, prompts, strict=True)
+        ]
+
+    def _assemble(self, part: _Parts, prompt: list[int], whole: list[int] | None) -> Encoded:
+        """Return the row from its text tokenised whole where that keeps prompt and end apart, else piece by piece."""
+        end, notes = self._end_ids, part.notes
+        if whole is not None and part.end and whole[: len(prompt)] == prompt and whole[-len(end) :] == end:
+            ids = whole
+        else:
+            reply = self.text.guarded_ids(part.reply) if part.reply_guarded else self.text.ids([part.reply])[0]
+            ids = prompt + reply + end
+            notes = [*notes, MERGED_BOUNDARY] if whole is not None and ids != whole else notes
+        return Encoded(
+            input_ids=ids,
+            trained=(len(prompt), len(ids) - len(end) + self._end_trained),
+            prompt_length=len(prompt),
+            notes=notes,
+        )
+
+
+def make_encoder(tokenizer: Any, *, template_type: str, system: str, system_typed: bool, max_length: int) -> Encoder:
+    """Return the encoder of a template. With auto, `system` counts only if the user typed it."""
+    template = TEMPLATE_MAPPING[template_type]
+    if template is None:
+        return AutoEncoder(tokenizer, system=system if system_typed else None, max_length=max_length)
+    return TemplateEncoder(tokenizer, template, name=template_type, system=system, max_length=max_length)

@@ -1,0 +1,164 @@
+"""Rows of every known shape as conversations. Converters are pure and say what is wrong with a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from utils.preprocess import Message, Row
+
+_ROLES = {
+    'system': 'system',
+    'user': 'user',
+    'human': 'user',
+    'assistant': 'assistant',
+    'gpt': 'assistant',
+    'model': 'assistant',
+    'bot': 'assistant',
+    'function_call': 'call',
+    'tool_call': 'call',
+    'tool': 'tool',
+    'observation': 'tool',
+    'function': 'tool',
+    'function_response': 'tool',
+    'tool_response': 'tool',
+}
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; its text is the reason under which the row is counted."""
+
+
+def _text(value: Any, column: str) -> str:
+    if value is None:
+        raise BadRow(f'null {column}')
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRow(f'{column} is a {type(value).__name__}, not text')
+    return str(value)
+
+
+def _json(value: Any, column: str) -> Any:
+    """Return a list or object that may have been written as JSON text (as CSV must)."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        raise BadRow(f'{column} is text that is not JSON') from None
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    tools = _json(row.get('tools'), 'tools')
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow('tools is not a list of objects')
+    return [tool if 'function' in tool else {'type': 'function', 'function': tool} for tool in tools]
+
+
+def _call(content: str) -> Message:
+    """Return an assistant turn that calls functions, its text kept beside the parsed calls."""
+    message: Message = {'role': 'assistant', 'content': content}
+    try:
+        parsed = json.loads(content)
+    except json.JSONDecodeError:
+        raise BadRow('a function call is not JSON') from None
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if not all(isinstance(call, dict) and isinstance(call.get('name'), str) for call in calls):
+        raise BadRow('a function call has no name')
+    message['tool_calls'] = [
+        {'type': 'function', 'function': {'name': c['name'], 'arguments': c.get('arguments', {})}} for c in calls
+    ]
+    return message
+
+
+def _turns(turns: Any, *, column: str, role_key: str, content_key: str) -> list[Message]:
+    turns = _json(turns, column)
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f'{column} is not a list of turns')
+    messages: list[Message] = []
+    for turn in turns:
+        if not isinstance(turn, dict) or role_key not in turn:
+            raise BadRow(f'a turn of {column} has no {role_key}')
+        role = _ROLES.get(str(turn[role_key]))
+        if role is None:
+            raise BadRow(f"unknown role '{turn[role_key]}'")
+        calls = turn.get('tool_calls')
+        if role == 'assistant' and calls:
+            content = turn.get(content_key) or json.dumps([c.get('function', c) for c in calls], ensure_ascii=False)
+            messages.append({'role': 'assistant', 'content': content, 'tool_calls': calls})
+            continue
+        content = _text(turn.get(content_key), f'{role} turn')
+        messages.append(_call(content) if role == 'call' else {'role': role, 'content': content})
+    return messages
+
+
+def _from_messages(row: Mapping[str, Any]) -> Row:
+    messages = _turns(row['messages'], column='messages', role_key='role', content_key='content')
+    return Row(messages=messages, tools=_tools(row))
+
+
+def _from_conversations(row: Mapping[str, Any]) -> Row:
+    messages = _turns(row['conversations'], column='conversations', role_key='from', content_key='value')
+    if row.get('system'):
+        messages.insert(0, {'role': 'system', 'content': _text(row['system'], 'system')})
+    return Row(messages=messages, tools=_tools(row))
+
+
+def _from_query(row: Mapping[str, Any]) -> Row:
+    messages: list[Message] = []
+    if row.get('system'):
+        messages.append({'role': 'system', 'content': _text(row['system'], 'system')})
+    for pair in _json(row.get('history'), 'history') or ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow('history is not a list of [query, response] pairs')
+        messages.append({'role': 'user', 'content': _text(pair[0], 'query in history')})
+        messages.append({'role': 'assistant', 'content': _text(pair[1], 'response in history')})
+    messages.append({'role': 'user', 'content': _text(row['query'], 'query')})
+    messages.append({'role': 'assistant', 'content': _text(row['response'], 'response')})
+    return Row(messages=messages, tools=_tools(row))
+
+
+def _from_instruction(row: Mapping[str, Any]) -> Row:
+    query = _text(row['instruction'], 'instruction')
+    extra = row.get('input')
+    if extra not in (None, ''):
+        query = f'{query}\n{_text(extra, "input")}'
+    return _from_query({**row, 'query': query, 'response': row['output']})
+
+
+Converter = Callable[[Mapping[str, Any]], Row]
+
+# Columns that must be there, and what reads them; the first match counts.
+SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
+    (frozenset({'messages'}), _from_messages),
+    (frozenset({'conversations'}), _from_conversations),
+    (frozenset({'query', 'response'}), _from_query),
+    (frozenset({'instruction', 'output'}), _from_instruction),
+)
+KNOWN_SHAPES = (
+    'query/response[/history][/system], instruction/input/output, messages with role/content, '
+    'conversations with from/value'
+)
+
+
+def find_converter(columns: Collection[str]) -> Converter | None:
+    """Return what reads rows with these columns, or None."""
+    return next((converter for needed, converter in SHAPES if needed <= set(columns)), None)
+
+
+def check_row(row: Row) -> Row:
+    """Return the row as it is; raises BadRow where there is no reply to learn."""
+    last = row.messages[-1]
+    if last['role'] != 'assistant':
+        raise BadRow(f"the last turn is the {last['role']}'s, there is no reply to learn")
+    if not last['content'].strip():
+        raise BadRow('empty response')
+    if any(message['role'] == 'system' for message in row.messages[1:]):
+        raise BadRow('a system turn that is not the first')
+    if len(row.messages) < 2:
+        raise BadRow('a reply without a question')
+    return row

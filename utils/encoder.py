@@ -1,0 +1,228 @@
+"""Token ids of conversations under a registered template, and the tokenizer work that every template shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from utils.errors import ConfigError
+from utils.preprocess import (
+    CONTROL_TOKENS,
+    SYSTEM_IGNORED,
+    TOOLS_IGNORED,
+    Encoded,
+    Message,
+    Piece,
+    Row,
+    Template,
+    cut_front,
+)
+
+
+class TextTokenizer:
+    """Tokenises text in batches, with special tokens active in template text and inert in data."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.special_ids: dict[str, int] = {
+            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self._special = re.compile('|'.join(map(re.escape, longest_first)) or r'(?!)')
+        # Stands for the n-th special token inside guarded data: no one can have typed it.
+        self._nonce = secrets.token_hex(8)
+        self._guarded = re.compile(f'{self._nonce}:([0-9]+);')
+        self._by_number = list(self.special_ids)
+
+    def ids(self, texts: Sequence[str], *, inert: bool = False) -> list[list[int]]:
+        """Return the ids of each text, nothing added; `inert` reads special tokens as plain text."""
+        if not texts:
+            return []
+        options = {'split_special_tokens': True} if inert else {}
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+        )
+        return [list(ids) for ids in encoded['input_ids']]
+
+    def has_special(self, text: str) -> bool:
+        """Return whether the text spells a special token."""
+        return self._special.search(text) is not None
+
+    def guard(self, data: str) -> str:
+        """Return the data with each special token it spells replaced by a stand-in."""
+        return self._special.sub(lambda m: f'{self._nonce}:{self._by_number.index(m[0])};', data)
+
+    def unguard(self, text: str) -> str:
+        """Return the text with every stand-in replaced by the special token's spelling."""
+        return self._guarded.sub(lambda m: self._by_number[int(m[1])], text)
+
+    def guarded_ids(self, text: str) -> list[int]:
+        """Return the ids of template text that holds guarded data: its own special tokens act, the data's do not."""
+        ids: list[int] = []
+        position = 0
+        for match in [*self._special.finditer(text), None]:
+            run = self.unguard(text[position : match.start() if match else len(text)])
+            ids += self.ids([run], inert=True)[0] if run else []
+            if match:
+                ids.append(self.special_ids[match[0]])
+                position = match.end()
+        return ids
+
+
+class Encoder:
+    """What both kinds of template share: rows in, ids out, one tokenizer call per batch."""
+
+    name: str
+    # Ids at which generation stops, beside the tokenizer's own end of sequence.
+    stop_ids: list[int]
+
+    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                'the tokenizer has no eos_token, so a reply would have no end to learn. '
+                'Set eos_token in the tokenizer_config.json of the model directory.'
+            )
+        self.tokenizer = tokenizer
+        self.text = TextTokenizer(tokenizer)
+        self.max_length = max_length
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Return each row's ids and trained span, cut to max_length from the front."""
+        return [cut_front(row, self.max_length) for row in self._encode(rows)]
+
+    def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Return what inference feeds the model: each row's ids without its last reply, cut to max_length."""
+        prompts = self._encode_prompts([dataclasses.replace(row, messages=row.messages[:-1]) for row in rows])
+        return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
+
+    def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        raise NotImplementedError
+
+    def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:
+        """Return whether any text of these messages or tools spells a special token."""
+        texts = [str(message.get(key) or '') for message in messages for key in ('content', 'tool_calls')]
+        return any(map(self.text.has_special, [*texts, str(tools or '')]))
+
+
+class TemplateEncoder(Encoder):
+    """Encodes with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix."""
+
+    def __init__(self, tokenizer: Any, template: Template, *, name: str, system: str, max_length: int) -> None:
+        super().__init__(tokenizer, max_length=max_length)
+        self.template = template
+        self.name = name
+        self.system = system
+        self._suffix = self._ids(self._fill(template.suffix), guarded=False)
+        control = set(self.text.special_ids.values())
+        self.stop_ids = [i for i in self._suffix if i in control]
+
+    def _fill(self, pieces: Iterable[Piece], **data: str) -> list[str | list[int]]:
+        """Return the pieces with placeholders filled in one pass and attribute names read from the tokenizer."""
+
+        def fill(text: str) -> str:
+            return re.sub(r'\{\{(SYSTEM|QUERY|ROUND)\}\}', lambda m: data[m[1]], text)
+
+        return [fill(p) if isinstance(p, str) else [self._token_id(part) for part in p] for p in pieces]
+
+    def _token_id(self, part: int | str) -> int:
+        if isinstance(part, int):
+            return part
+        value = getattr(self.tokenizer, part)
+        if value is None:
+            raise ConfigError(
+                f"template '{self.name}' needs {part}, which the tokenizer does not have. "
+                "Choose another template, or set the token in the model's tokenizer_config.json."
+            )
+        return int(value)
+
+    def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
+        """Return the prompt's pieces, neighbouring texts joined, whether data is guarded in them, and notes."""
+        guarded = self._spells_control(row.messages)
+        say = self.text.guard if guarded else str
+        system, turns = self.system, row.messages
+        notes = [CONTROL_TOKENS] if guarded else []
+        if turns and turns[0]['role'] == 'system':
+            system, turns = turns[0]['content'], turns[1:]
+            notes += [] if self.template.has_system else [SYSTEM_IGNORED]
+        if row.tools:
+            notes.append(TOOLS_IGNORED)
+        self._check_roles(row, turns)
+        if len(turns) > 1 and self.template.chat_sep is None:
+            raise ConfigError(
+                f"{row.origin} has history, template '{self.name}' is single-turn (no chat_sep). "
+                'Choose a chat template, e.g. --template_type chatml or default.'
+            )
+        pieces = self._fill(self.template.prefix, SYSTEM=say(system))
+        for index, turn in enumerate(turns):
+            if turn['role'] == 'user':
+                pieces += self._fill(self.template.prompt, QUERY=say(turn['content']), ROUND=str(index // 2 + 1))
+            else:
+                pieces += [say(turn['content']), *self._fill(self.template.chat_sep or ())]
+        joined: list[str | list[int]] = []
+        for piece in pieces:
+            if joined and isinstance(piece, str) and isinstance(joined[-1], str):
+                joined[-1] += piece
+            else:
+                joined.append(piece)
+        return joined, guarded, notes
+
+    def _check_roles(self, row: Row, turns: Sequence[Message]) -> None:
+        for index, turn in enumerate(turns):
+            expected = 'user' if index % 2 == 0 else 'assistant'
+            role = 'tool call' if 'tool_calls' in turn else turn['role']
+            if role != expected:
+                raise ConfigError(
+                    f"{row.origin}: turn {index + 1} is a {role} turn where template '{self.name}' can only say "
+                    f"{expected}. Choose --template_type auto if the model's own template can say it."
+                )
+
+    def _ids(self, pieces: Sequence[str | list[int]], *, guarded: bool) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, list):
+                ids += piece
+            elif piece:
+                ids += self.text.guarded_ids(piece) if guarded else self.text.ids([piece])[0]
+        return ids
+
+    def _encode_contexts(self, contexts: Sequence[tuple[list[str | list[int]], bool, list[str]]]) -> list[list[int]]:
+        plain = [p for pieces, guarded, _ in contexts if not guarded for p in pieces if isinstance(p, str) and p]
+        plain_ids = iter(self.text.ids(plain))
+        encoded = []
+        for pieces, guarded, _ in contexts:
+            if guarded:
+                encoded.append(self._ids(pieces, guarded=True))
+            else:
+                parts = (p if isinstance(p, list) else next(plain_ids) for p in pieces if p)
+                encoded.append([i for part in parts for i in part])
+        return encoded
+
+    def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        return self._encode_contexts([self._context(row) for row in rows])
+
+    def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        for row in rows:
+            self._check_roles(row, [turn for turn in row.messages if turn['role'] != 'system'])
+        contexts = [self._context(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
+        prompts = self._encode_contexts(contexts)
+        replies = self.text.ids([row.messages[-1]['content'] for row in rows], inert=True)
+        return [
+            Encoded(
+                input_ids=prompt + reply + self._suffix,
+                trained=(len(prompt), len(prompt) + len(reply) + len(self._suffix)),
+                prompt_length=len(prompt),
+                notes=self._notes(context[2], row),
+            )
+            for row, context, prompt, reply in zip(rows, contexts, prompts, replies, strict=True)
+        ]
+
+    def _notes(self, notes: list[str], row: Row) -> list[str]:
+        if CONTROL_TOKENS not in notes and self.text.has_special(row.messages[-1]['content']):
+            return [*notes, CONTROL_TOKENS]
+        return notes

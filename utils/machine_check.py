@@ -1,0 +1,122 @@
+"""What the file system and the installed packages say against a command line. No network, no heavy import."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from utils import dist, hub
+from utils.argument import SftArguments
+from utils.dataset import check_source, parse_source
+from utils.errors import ConfigError, Problems
+from utils.model import check_model_dir, has_package, is_adapter
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
+from utils.resolve import Resolution
+
+TRAINER_STATE = 'trainer_state.json'
+OPTIMIZER_STATE = 'optimizer.pt'
+_NEEDS_BITSANDBYTES = ('8bit', '32bit', 'bnb', 'ademamix')
+
+
+def check_machine_common(done: Resolution[Any]) -> None:
+    """Add what the file system and the installed packages say against these arguments."""
+    args, problems = done.args, done.problems
+    if done.info is not None and args.model_id_or_path is not None and _is_path(args.model_id_or_path):
+        directory = Path(args.model_id_or_path)
+        if problem := check_model_dir(directory):
+            problems.add(problem)
+        elif args.template_type == AUTO and not has_chat_template(directory):
+            problems.add(
+                f'{directory} has no chat template of its own. Name one with --template_type: '
+                f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
+            )
+    if not getattr(args, 'eval_human', False):
+        for word in args.dataset:
+            try:
+                problem = check_source(parse_source(word))
+            except ConfigError:
+                continue  # said already
+            if problem:
+                problems.add(problem)
+    if args.quantization_bit and not has_package('bitsandbytes'):
+        problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
+    if args.use_flash_attn and not has_package('flash_attn'):
+        problems.add(
+            '--use_flash_attn true needs flash-attn and an NVIDIA GPU: pip install flash-attn --no-build-isolation'
+        )
+
+
+def _is_path(model_id_or_path: str) -> bool:
+    """Return whether this names a local directory: it is there, or it cannot be a hub id (owner/name)."""
+    return (
+        Path(model_id_or_path).exists()
+        or model_id_or_path.startswith(('/', '.', '~'))
+        or (model_id_or_path.count('/') != 1)
+    )
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Return whether a model directory brings a chat template, as a file or inside tokenizer_config.json."""
+    config = directory / 'tokenizer_config.json'
+    if (directory / 'chat_template.jinja').is_file() or (directory / 'chat_template.json').is_file():
+        return True
+    return config.is_file() and '"chat_template"' in config.read_text(encoding='utf-8', errors='replace')
+
+
+def check_machine_sft(done: Resolution[SftArguments]) -> None:
+    """Add what the machine says against a training run."""
+    check_machine_common(done)
+    args, problems = done.args, done.problems
+    _check_output_dir(Path(args.output_dir), problems)
+    if args.resume_from_checkpoint is not None:
+        _check_resume(Path(args.resume_from_checkpoint), args, problems)
+    if any(part in args.optim for part in _NEEDS_BITSANDBYTES) and not has_package('bitsandbytes'):
+        problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')
+    if args.deepspeed_config_path is not None:
+        _check_deepspeed(Path(args.deepspeed_config_path), problems)
+    if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl' and not dist.has_gpu_device():
+        problems.add(
+            '--ddp_backend nccl needs a GPU and this machine shows none. Use --ddp_backend gloo, or leave it out.'
+        )
+    elif 'ddp_backend' not in done.typed and dist.world_size() > 1 and not dist.has_gpu_device():
+        done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
+    if args.push_to_hub and hub.find_token(args.hub_token) is None:
+        problems.add(f'--push_to_hub true needs a token: set the environment variable {hub.TOKEN_VARIABLE}.')
+
+
+def _check_output_dir(output_dir: Path, problems: Problems) -> None:
+    existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        problems.add(f'--output_dir {output_dir} cannot be made: {existing} is a file. Give another folder.')
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problems.add(f'--output_dir {output_dir} cannot be written: {existing} is not writable for you.')
+
+
+def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
+    if not checkpoint.is_dir():
+        problems.add(f'--resume_from_checkpoint {checkpoint} is not a directory.')
+    elif not (checkpoint / TRAINER_STATE).is_file():
+        problems.add(f'--resume_from_checkpoint {checkpoint} is no checkpoint: it has no {TRAINER_STATE}.')
+    elif not (checkpoint / OPTIMIZER_STATE).is_file() and args.deepspeed_config_path is None:
+        problems.add(
+            f'--resume_from_checkpoint {checkpoint} has no optimizer state ({OPTIMIZER_STATE}): it was saved with '
+            '--only_save_model true and cannot be resumed. Train on from its weights as --model_id_or_path instead.'
+        )
+    elif is_adapter(checkpoint) != (args.sft_type == 'lora'):
+        kind = 'an adapter' if is_adapter(checkpoint) else 'whole weights'
+        problems.add(f'--resume_from_checkpoint {checkpoint} holds {kind}, --sft_type is {args.sft_type}.')
+
+
+def _check_deepspeed(path: Path, problems: Problems) -> None:
+    if not path.is_file():
+        problems.add(f'--deepspeed_config_path {path} is not a file (looked in {path.absolute().parent}).')
+    else:
+        try:
+            if not isinstance(json.loads(path.read_text(encoding='utf-8')), dict):
+                problems.add(f'--deepspeed_config_path {path} must hold a JSON object.')
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            problems.add(f'--deepspeed_config_path {path} is not JSON: {error}.')
+    if not has_package('deepspeed'):
+        problems.add('--deepspeed_config_path needs DeepSpeed: pip install deepspeed')

@@ -1,0 +1,136 @@
+"""Chat templates: from a conversation to token ids and the span of them that is trained.
+
+The ids of a row are always `prompt + reply + end`, and the prompt alone is what inference feeds the model: the
+prompt used at inference is a prefix of what was trained, whatever the template. Text that comes from data is
+tokenised with special tokens inert, so no row can write a control token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+IGNORE_INDEX = -100
+
+Piece = str | tuple[int | str, ...]
+
+
+class Message(TypedDict, total=False):
+    """One turn. `tool_calls` is the parsed form of an assistant turn whose content is a call."""
+
+    role: str
+    content: str
+    tool_calls: list[dict[str, Any]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """A conversation whose last message is the assistant's, the one that is trained."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    images: list[str] = field(default_factory=list)
+    origin: str = ''
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The text around a conversation.
+
+    A string is text with placeholders ({{SYSTEM}} in prefix; {{QUERY}} and {{ROUND}}, from 1, in prompt); a tuple
+    holds token ids or names of tokenizer attributes. `chat_sep` joins rounds; None is a single-turn template.
+    """
+
+    prefix: tuple[Piece, ...]
+    prompt: tuple[Piece, ...]
+    chat_sep: tuple[Piece, ...] | None
+    suffix: tuple[Piece, ...]
+
+    @property
+    def has_system(self) -> bool:
+        """Return whether the template has a place for a system text."""
+        return any(isinstance(piece, str) and '{{SYSTEM}}' in piece for piece in self.prefix)
+
+
+_EOS: tuple[Piece, ...] = (('eos_token_id',),)
+_OPENBUDDY = Template(
+    prefix=('{{SYSTEM}}\n\n',), prompt=('User: {{QUERY}}\nAssistant: ',), chat_sep=('\n',), suffix=_EOS
+)
+
+# The name of the template that is not text of ours: the tokenizer's own.
+AUTO = 'auto'
+
+TEMPLATE_MAPPING: dict[str, Template | None] = {
+    AUTO: None,
+    'default': Template(
+        prefix=('{{SYSTEM}}\n\n',),
+        prompt=('### Human:\n', '{{QUERY}}\n\n', '### Assistant:\n'),
+        chat_sep=('\n\n',),
+        suffix=_EOS,
+    ),
+    'default-generation': Template(prefix=(), prompt=('{{QUERY}}',), chat_sep=None, suffix=_EOS),
+    'chatml': Template(
+        prefix=('<|im_start|>system\n{{SYSTEM}}<|im_end|>\n',),
+        prompt=('<|im_start|>user\n{{QUERY}}<|im_end|>\n<|im_start|>assistant\n',),
+        chat_sep=('<|im_end|>\n',),
+        suffix=('<|im_end|><|endoftext|>',),
+    ),
+    'baichuan': Template(prefix=(), prompt=((195,), '{{QUERY}}', (196,)), chat_sep=(), suffix=_EOS),
+    'chatglm2': Template(
+        prefix=((64790, 64792),),
+        prompt=('[Round {{ROUND}}]\n\n问：{{QUERY}}\n\n答：',),
+        chat_sep=('\n\n',),
+        suffix=_EOS,
+    ),
+    'chatglm2-generation': Template(prefix=((64790, 64792),), prompt=('{{QUERY}}',), chat_sep=None, suffix=_EOS),
+    'llama': Template(
+        prefix=(('bos_token_id',), '[INST] <<SYS>>\n{{SYSTEM}}\n<</SYS>>\n\n'),
+        prompt=('{{QUERY}} [/INST] ',),
+        chat_sep=(' ', ('eos_token_id', 'bos_token_id'), '[INST] '),
+        suffix=_EOS,
+    ),
+    'openbuddy': _OPENBUDDY,
+    'openbuddy-llama': _OPENBUDDY,
+    'internlm': Template(
+        prefix=('<s>',),
+        prompt=('<|User|>:{{QUERY}}<eoh>\n<|Bot|>:',),
+        chat_sep=('<eoa>\n',),
+        suffix=('<eoa></s>',),
+    ),
+    'xverse': Template(prefix=(), prompt=('Human: {{QUERY}}\n\nAssistant: ',), chat_sep=_EOS, suffix=_EOS),
+    'ziya': Template(prefix=(('bos_token_id',),), prompt=('<human>:{{QUERY}}\n<bot>:',), chat_sep=('\n',), suffix=_EOS),
+}
+
+# What may happen to a row while it is encoded: counted, and named with the first rows it happened to.
+MERGED_BOUNDARY = 'a token would merge across the start or end of the reply: the reply is tokenised by itself'
+CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
+RENDERED_DIFFERENTLY = 'the chat template alters or adds to the reply (blanks, a think block): trained as written'
+TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
+TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
+SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
+CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
+CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
+
+
+@dataclass(kw_only=True, slots=True)
+class Encoded:
+    """A row as ids. `trained` is the half-open span that carries loss; `prompt_length` ids came before the reply."""
+
+    input_ids: list[int]
+    trained: tuple[int, int]
+    prompt_length: int
+    notes: list[str] = field(default_factory=list)
+
+
+def cut_front(row: Encoded, max_length: int) -> Encoded:
+    """Return the row with its last `max_length` ids (-1: all), its spans moved and the cut noted."""
+    surplus = len(row.input_ids) - max_length
+    if max_length < 0 or surplus <= 0:
+        return row
+    start, end = row.trained
+    return Encoded(
+        input_ids=row.input_ids[surplus:],
+        trained=(max(start - surplus, 0), end - surplus),
+        prompt_length=max(row.prompt_length - surplus, 0),
+        notes=[*row.notes, CUT_REPLY if surplus > row.prompt_length else CUT_PROMPT],
+    )

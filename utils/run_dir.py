@@ -1,0 +1,117 @@
+"""The folder of a run and what can be read back from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from utils.argument import InferArguments, Parsed, SftArguments, flag_types, to_dict
+from utils.errors import Problems
+from utils.resolve import SFT_ARGS, run_name
+
+RUN_JSON = 'run.json'
+
+
+def make_run_dir(output_dir: Path, name: str) -> Path:
+    """Return a new folder <output_dir>/<name>/vN-<time>, N one above the highest there; never an existing one."""
+    parent = output_dir / name
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        numbers = [int(m[1]) for f in parent.iterdir() if (m := re.match(r'v(\d+)-', f.name))]
+        run = parent / f'v{max(numbers, default=-1) + 1}-{time.strftime("%Y%m%d-%H%M%S")}'
+        try:
+            run.mkdir()
+        except FileExistsError:  # another run took this number at the same second
+            continue
+        return run
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, readable and in UTF-8, whole or not at all."""
+    aside = path.with_name(f'.{path.name}.aside')
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    aside.replace(path)
+
+
+def run_record(args: SftArguments, *, system_typed: bool, base_model: dict[str, Any]) -> dict[str, Any]:
+    """Return what sft_args.json holds: every argument as used, secrets left out, and what the base model was."""
+    return {**to_dict(args), 'system_typed': system_typed, 'base_model': base_model}
+
+
+def read_run_record(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the sft_args.json that a checkpoint belongs to: its own copy, else its run's; None where there is none."""
+    for folder in (checkpoint, checkpoint.absolute().parent):
+        file = folder / SFT_ARGS
+        if file.is_file():
+            record = json.loads(file.read_text(encoding='utf-8'))
+            return record if isinstance(record, dict) else None
+    return None
+
+
+def check_checkpoint(checkpoint: Path) -> str | None:
+    """Return what keeps a folder from being used as --ckpt_dir, or None."""
+    if not checkpoint.is_dir():
+        return f'--ckpt_dir {checkpoint} is not a directory (looked in {checkpoint.absolute().parent}).'
+    holds_model = (checkpoint / 'adapter_config.json').is_file() or (checkpoint / 'config.json').is_file()
+    if not holds_model:
+        inside = sorted(f.name for f in checkpoint.glob('checkpoint-*'))
+        hint = f' It is a run folder: give {checkpoint / inside[-1]}.' if inside else ''
+        return f'--ckpt_dir {checkpoint} is no checkpoint: it has neither adapter_config.json nor config.json.{hint}'
+    try:
+        if read_run_record(checkpoint) is None:
+            return (
+                f'--ckpt_dir {checkpoint} has no {SFT_ARGS} beside it, so how it was trained is unknown. '
+                'Was it copied without it?'
+            )
+    except json.JSONDecodeError as error:
+        return f'the {SFT_ARGS} of --ckpt_dir {checkpoint} is not JSON: {error}.'
+    return None
+
+
+def fill_from_run(
+    parsed: Parsed[InferArguments], record: dict[str, Any], warnings: list[str]
+) -> Parsed[InferArguments]:
+    """Return the arguments with each one not typed taken from the trained run; contradictions are warned about."""
+    args, problems = parsed.args, parsed.problems
+    base = ('model_type', 'model_id_or_path')
+    for name in base:
+        typed, trained = getattr(args, name), record.get(name)
+        if name in parsed.typed and typed != trained and typed not in record['base_model'].values():
+            problems.add(
+                f"--{name} '{typed}' is not the base model of this checkpoint, which is "
+                f"'{record.get('model_type') or record.get('model_id_or_path')}'. Leave the flag out."
+            )
+    for name in flag_types(InferArguments):
+        if name not in record or name in ('ckpt_dir', 'ignore_args_error'):
+            continue
+        if name not in parsed.typed:
+            setattr(args, name, record[name])
+        elif name not in base and getattr(args, name) != record[name]:
+            warnings.append(f'--{name} {getattr(args, name)} is not what the run was trained with ({record[name]}).')
+    return Parsed(args=args, typed=parsed.typed, problems=problems)
+
+
+def check_base(record: dict[str, Any], *, sha256: str, source: str, problems: Problems) -> None:
+    """Add a problem where the base weights that serve are not those the checkpoint was trained on."""
+    trained = record['base_model']
+    if trained['sha256'] != sha256:
+        problems.add(
+            f'the base weights differ: this checkpoint was trained on {trained["source"]} (sha256 '
+            f'{trained["sha256"][:12]}), what serves here is {source} (sha256 {sha256[:12]}). '
+            'An adapter is right only on the weights it was trained on.'
+        )
+
+
+def result_path(args: InferArguments) -> Path:
+    """Return where answers are written: --result_path, else infer_result.jsonl in the checkpoint or under output/."""
+    if args.result_path is not None:
+        path = Path(args.result_path)
+    elif args.ckpt_dir is not None:
+        path = Path(args.ckpt_dir) / 'infer_result.jsonl'
+    else:
+        path = Path('output') / run_name(args) / 'untuned' / 'infer_result.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

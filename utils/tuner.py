@@ -1,0 +1,149 @@
+"""What is trained: LoRA adapters or all weights; and merging an adapter back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.argument import SftArguments
+from utils.errors import ConfigError, did_you_mean
+from utils.logger import logger
+from utils.resolve import SFT_ARGS
+from utils.run_dir import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+ALL = 'ALL'
+# Query, key and value projections as the native classes name them, for a model that has no entry.
+_QKV_NAMES = (('q_proj', 'k_proj', 'v_proj'), ('qkv_proj',), ('query_key_value',), ('c_attn',), ('W_pack',))
+
+# How far merged logits may lie from base + adapter, as a share of the largest logit: one rounding of the weights.
+_MERGE_BOUND = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2}
+
+
+def linear_names(model: PreTrainedModel) -> Counter[str]:
+    """Return the last name of every linear layer but the output head, and how often it occurs."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return Counter(
+        name.rsplit('.', 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    )
+
+
+def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:
+    """Return the module names that LoRA is put on; raises ConfigError where one of them matches nothing."""
+    names = linear_names(model)
+    if wanted is None:
+        wanted = next((list(group) for group in _QKV_NAMES if set(group) <= set(names)), [ALL])
+        logger.info(f'lora_target_modules = {",".join(wanted)} because the model has no entry and these are its names')
+    if ALL in wanted:
+        return sorted(names)
+    if missing := [name for name in wanted if name not in names]:
+        raise ConfigError(
+            *(
+                f"--lora_target_modules '{name}' matches no linear layer of {type(model).__name__}"
+                f'{did_you_mean(name, names)} Its layers: {", ".join(sorted(names))}; or ALL.'
+                for name in missing
+            )
+        )
+    return wanted
+
+
+def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
+    """Return the model ready to train and log what is trainable: a PeftModel with fp32 adapters, or all weights."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+    if args.sft_type == 'full':
+        model.requires_grad_(True)
+        prepared: Any = model
+    else:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        targets = find_targets(model, args.lora_target_modules)
+        config = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout_p,
+            target_modules=targets,
+            task_type=TaskType.CAUSAL_LM,
+        )
+        matched = linear_names(model)
+        prepared = get_peft_model(model, config)
+        logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in targets))
+    trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in prepared.parameters())
+    logger.info(f'trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4g} %)')
+    return prepared
+
+
+def load_adapter(model: PreTrainedModel, checkpoint: Path) -> Any:
+    """Return the base model with a checkpoint's adapter on it; raises ConfigError where they do not fit."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(checkpoint))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(
+            f'the adapter in {checkpoint} does not fit {type(model).__name__} {model.name_or_path}: '
+            f'{str(error).splitlines()[0]} Was it trained on another base model?'
+        ) from error
+
+
+def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Return the model's logits on a fixed text, fp32 on the CPU, to compare two models by."""
+    import torch
+
+    text = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)['input_ids']], device=model.device)
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def merge_and_save(model: Any, tokenizer: Any, target: Path, *, record: dict[str, Any]) -> str:
+    """Merge the adapter, save the whole model as `target`, and return how near its reloaded logits are.
+
+    Written aside, reopened with plain AutoModelForCausalLM and compared with base + adapter; only then is the folder
+    given its name, replacing an earlier one. Raises ConfigError where the logits differ by more than rounding does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    expected = probe_logits(model, tokenizer)
+    dtype = next(model.parameters()).dtype
+    merged = model.merge_and_unload(safe_merge=True)
+    aside = target.with_name(f'.{target.name}.aside')
+    shutil.rmtree(aside, ignore_errors=True)
+    merged.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    _drop_local_name(aside / 'config.json')
+    write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
+    reloaded = AutoModelForCausalLM.from_pretrained(aside, dtype=dtype, device_map=merged.device).eval()
+    found = probe_logits(reloaded, tokenizer)
+    largest, difference = float(expected.abs().max()), float((expected - found).abs().max())
+    bound = _MERGE_BOUND[str(dtype).removeprefix('torch.')] * largest
+    if not difference <= bound:
+        raise ConfigError(
+            f'the merged model differs from base + adapter: its logits by up to {difference:.4g}, rounding explains '
+            f'{bound:.4g}. Nothing was put at {target}; the folder is {aside}.'
+        )
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return (
+        f'logits of the reloaded folder differ from base + adapter by at most {difference:.3g} (largest {largest:.3g})'
+    )
+
+
+def _drop_local_name(config: Path) -> None:
+    """Remove the name the base was opened under from a saved config.json."""
+    content = json.loads(config.read_text(encoding='utf-8'))
+    content.pop('_name_or_path', None)
+    config.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
