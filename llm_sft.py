@@ -16,7 +16,7 @@ from utils.logger import logger
 from utils.machine_check import check_machine_sft
 from utils.model import locate
 from utils.resolve import SFT_ARGS, Resolution, resolve_sft, run_name
-from utils.run_dir import make_run_dir, run_record, write_json
+from utils.run_dir import check_resumed, make_run_dir, run_record, write_json
 from utils.start import open_model, run_program, start_processes
 
 
@@ -43,16 +43,9 @@ def train(done: Resolution[SftArguments]) -> None:
 
     start_processes(args.ddp_backend)
     weights = locate(info, revision=args.model_revision)
-    record = run_record(
-        args,
-        system_typed='system' in done.typed,
-        base_model={
-            'id': info.public_id,
-            'source': weights.path.name,
-            'sha256': weights.fingerprint.sha256,
-            'covers': weights.fingerprint.covers,
-        },
-    )
+    record = run_record(args, system_typed='system' in done.typed, base_model=weights.record(info))
+    if args.resume_from_checkpoint:
+        done.warnings += check_resumed(Path(args.resume_from_checkpoint), record)
     run_dir = Path(
         dist.broadcast_text(str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else '')
     )

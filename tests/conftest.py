@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from utils.logger import set_up_logging  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
@@ -31,7 +34,7 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Give each test an empty home and cache, no hub and no token."""
+    """Give each test an empty home and cache, no hub and no token, and let caplog see the log."""
     home = tmp_path_factory.mktemp('home')
     for name, value in {
         'HOME': str(home),
@@ -42,6 +45,8 @@ def hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         'MODELSCOPE_ENDPOINT': 'http://127.0.0.1:9',
     }.items():
         monkeypatch.setenv(name, value)
+    set_up_logging()
+    monkeypatch.setattr(logging.getLogger('assay'), 'propagate', True)
     for name in ('MODELSCOPE_API_TOKEN', 'HF_TOKEN', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(name, raising=False)
 
@@ -165,12 +170,9 @@ def run_program(name: str, *flags: str, **env: str) -> subprocess.CompletedProce
 
 
 @pytest.fixture
-def problems(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+def problems() -> Iterator[Callable[[], list[str]]]:
     """Return a function that gives the error lines logged so far."""
-    import logging
-
     logger = logging.getLogger('assay')
-    logger.propagate = True
 
     lines: list[str] = []
 

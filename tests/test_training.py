@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import make_model, write_jsonl
+from tests.conftest import make_model, make_tokenizer, write_jsonl
 from utils.collator import Collator
 from utils.preprocess import IGNORE_INDEX
 
@@ -200,3 +200,22 @@ def test_lora_all_reaches_every_linear_layer_but_the_head(run_sft: Run) -> None:
 def test_unknown_lora_target_names_the_near_ones(run_sft: Run, problems: Callable[[], list[str]]) -> None:
     run_sft('--lora_target_modules', 'q_prj', expect=2)
     assert any("'q_prj' matches no linear layer" in line and "'q_proj'" in line for line in problems())
+
+
+def test_resuming_with_other_arguments_is_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_sft('--max_steps', '3')
+    caplog.clear()
+    run_sft('--max_steps', '3', '--resume_from_checkpoint', str(run / 'checkpoint-3'), '--seed', '1')
+    assert '--seed is 1, the run that is resumed had 42' in caplog.text
+    assert caplog.text.count('the run that is resumed had') == 1
+
+
+def test_resuming_on_other_base_weights_is_refused(
+    run_sft: Run, tmp_path: Path, problems: Callable[[], list[str]]
+) -> None:
+    run = run_sft('--max_steps', '1')
+    other = tmp_path / 'other'
+    make_model(seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    run_sft('--model_id_or_path', str(other), '--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
+    assert 'the base weights differ' in problems()[0]

@@ -243,8 +243,8 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
     follows_unknown_flag = False
     for word in words:
         name = word.split('=')[0].lstrip('-')
-        if word.startswith('--'):
-            text = f"flag '--{name}' is not known" + did_you_mean(name, known)
+        if word.startswith('-'):
+            text = f"flag '{word.split('=')[0]}' is not known" + did_you_mean(name, known)
             follows_unknown_flag = True
         elif follows_unknown_flag:
             continue  # a value of the unknown flag: naming the flag is enough

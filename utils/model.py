@@ -209,6 +209,11 @@ class Weights:
     reason: str
     fingerprint: Fingerprint
 
+    def record(self, info: ModelInfo) -> dict[str, str]:
+        """Return what a run stores of its base model; no path, which would be of this machine."""
+        found = self.fingerprint
+        return {'id': info.public_id, 'source': self.path.name, 'sha256': found.sha256, 'covers': found.covers}
+
 
 def locate(info: ModelInfo, *, revision: str) -> Weights:
     """Return the weights that serve, downloaded where needed; a GGUF file stays a file until it is opened."""
@@ -266,6 +271,7 @@ def cpu_has_bf16() -> bool:
 
 
 def _open_model(model_dir: Path, options: LoadOptions) -> PreTrainedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -288,7 +294,7 @@ def _open_model(model_dir: Path, options: LoadOptions) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f'the model in {model_dir} cannot be opened: {error}') from error
     if info['missing_keys']:
         names = sorted(info['missing_keys'])

@@ -34,10 +34,11 @@ SCHEDULERS = (
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 
 _SAMPLING = ('temperature', 'top_k', 'top_p')
-_GENERATION = ('max_new_tokens', 'do_sample', *_SAMPLING, 'repetition_penalty')
+# Settings of generation, not of training: a run that evaluates by loss never used them.
+GENERATION = ('max_new_tokens', 'do_sample', *_SAMPLING, 'repetition_penalty')
 _BNB_4BIT = ('bnb_4bit_comp_dtype', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant')
 _LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p', 'tuner_backend')
-_HUB = ('hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token')
+HUB_FLAGS = ('hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token')
 
 
 @dataclass(kw_only=True)
@@ -85,7 +86,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     if args.predict_with_generate:
         _check_generation(done)
     else:
-        done.without_effect(_GENERATION, 'evaluation is by loss (no --predict_with_generate true)')
+        done.without_effect(GENERATION, 'evaluation is by loss (no --predict_with_generate true)')
     return done
 
 
@@ -141,6 +142,7 @@ def _resolve_model(done: Resolution[Any]) -> None:
         done.info = get_model_info(args.model_type, args.model_id_or_path)
     except ConfigError as error:
         problems.add(error.problems[0])
+        _check_template_name(done)
         return
     if 'model_revision' not in done.typed and args.model_revision != done.info.revision:
         done.decide('model_revision', done.info.revision, 'the model entry names it')
@@ -149,19 +151,25 @@ def _resolve_model(done: Resolution[Any]) -> None:
     _resolve_template(done, done.info)
 
 
+def _check_template_name(done: Resolution[Any]) -> bool:
+    name = done.args.template_type
+    if name is None or name in TEMPLATE_MAPPING:
+        return True
+    done.problems.add(
+        f"template_type '{name}' is not registered{did_you_mean(name, TEMPLATE_MAPPING)} "
+        'To add one, edit TEMPLATE_MAPPING in utils/preprocess.py.'
+    )
+    return False
+
+
 def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
+    if not _check_template_name(done):
+        return
     args = done.args
     if args.template_type is None:
         done.decide(
             'template_type', info.template, 'the model entry names it' if args.model_type else 'no entry names one'
         )
-    elif args.template_type not in TEMPLATE_MAPPING:
-        done.problems.add(
-            f"template_type '{args.template_type}' is not registered"
-            f'{did_you_mean(args.template_type, TEMPLATE_MAPPING)} '
-            'To add one, edit TEMPLATE_MAPPING in utils/preprocess.py.'
-        )
-        return
     template = TEMPLATE_MAPPING[args.template_type]
     if template is not None and not template.has_system:
         done.without_effect(('system',), f"template '{args.template_type}' has no place for a system text")
@@ -283,7 +291,7 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
 def _resolve_hub(done: Resolution[SftArguments]) -> None:
     args = done.args
     if not args.push_to_hub:
-        done.without_effect(_HUB, 'nothing is pushed without --push_to_hub true')
+        done.without_effect(HUB_FLAGS, 'nothing is pushed without --push_to_hub true')
         return
     if args.hub_model_id is None:
         done.decide('hub_model_id', f'{run_name(args)}-{args.sft_type}', 'it is <model_type>-<sft_type>')

@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.argument import InferArguments, Parsed, SftArguments, flag_types, to_dict
 from utils.errors import Problems
-from utils.resolve import SFT_ARGS, run_name
+from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS, run_name
 
 RUN_JSON = 'run.json'
 
@@ -89,9 +89,26 @@ def fill_from_run(
             continue
         if name not in parsed.typed:
             setattr(args, name, record[name])
-        elif name not in base and getattr(args, name) != record[name]:
+        elif name not in (*base, *GENERATION, 'seed') and getattr(args, name) != record[name]:
             warnings.append(f'--{name} {getattr(args, name)} is not what the run was trained with ({record[name]}).')
     return Parsed(args=args, typed=parsed.typed, problems=problems)
+
+
+def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
+    """Return a warning for each argument that differs from the resumed run's; raises for other base weights."""
+    trained = read_run_record(checkpoint)
+    if trained is None:
+        return [f'{checkpoint} has no {SFT_ARGS}: whether the arguments are those it was trained with is not checked.']
+    problems = Problems()
+    base = record['base_model']
+    check_base(trained, sha256=base['sha256'], source=base['source'], problems=problems)
+    problems.raise_if_any()
+    free = {'resume_from_checkpoint', 'output_dir', 'base_model', *HUB_FLAGS}
+    return [
+        f'--{name} is {record[name]}, the run that is resumed had {trained[name]}: the result will differ from it.'
+        for name in record
+        if name in trained and name not in free and record[name] != trained[name]
+    ]
 
 
 def check_base(record: dict[str, Any], *, sha256: str, source: str, problems: Problems) -> None:

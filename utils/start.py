@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,9 @@ def run_program(story: Callable[[], None]) -> int:
         for problem in error.problems:
             logger.error(problem)
         return 2
+    except KeyboardInterrupt:
+        logger.error('stopped by Ctrl-C')
+        return 130
     return 0
 
 
@@ -38,6 +43,9 @@ def start_processes(backend: str) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    # peft reads a property that transformers 5 deprecates, and bitsandbytes names kernels it does not need.
+    warnings.filterwarnings('ignore', category=FutureWarning, module='transformers')
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     if not dist.is_main():
         transformers.logging.disable_progress_bar()
     if dist.world_size() > 1:

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# LoRA on one process. Runs on a CPU: 2 cores, about 2 GiB of memory.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+
+python llm_sft.py \
+    --model_type smollm2-135m-instruct \
+    --dataset sql-demo \
+    --train_dataset_sample -1 \
+    --batch_size 4 \
+    --gradient_accumulation_steps 4 \
+    "$@"

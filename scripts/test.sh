@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything that must hold: lint, types, shell scripts, generated docs, all tests. Makes .venv on first use.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+make_venv all requirements-all.txt
+
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+mypy utils llm_sft.py llm_infer.py
+find scripts .ci -name '*.sh' -print0 | xargs -0 shellcheck -x
+shellcheck .ci/run
+python -m utils.docs --check
+python -m pytest -q "$@"

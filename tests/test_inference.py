@@ -1,0 +1,239 @@
+"""llm_infer.py on what llm_sft.py left: answers, chat, merge, and the logits that strangers get."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llm_infer
+from tests.conftest import write_jsonl
+from utils.chat import Chat
+from utils.encoder import TemplateEncoder
+from utils.generation import generate_batch, generate_rows, generation_config
+from utils.preprocess import TEMPLATE_MAPPING
+
+Run = Callable[..., Path]
+GREEDY = ('--do_sample', 'false', '--max_new_tokens', '8')
+
+
+@pytest.fixture
+def checkpoint(run_sft: Run) -> Path:
+    return run_sft('--learning_rate', '0.05', '--max_steps', '9') / 'checkpoint-9'
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+def test_answers_the_validation_rows_of_the_run(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), *GREEDY]) == 0
+    rows = results(checkpoint / 'infer_result.jsonl')
+    assert len(rows) == 4
+    assert {'messages', 'label', 'answer', 'scores'} == set(rows[0])
+    assert set(rows[0]['scores']) == {'rouge-1', 'rouge-2', 'rouge-l', 'bleu-4'}
+    assert rows[0]['label'] in capsys.readouterr().out
+    settings = json.loads((checkpoint / 'generation_config.json').read_text())
+    assert settings['max_new_tokens'] == 8 and settings['do_sample'] is False
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(checkpoint: Path, tmp_path: Path) -> None:
+    found = []
+    for size in ('1', '4'):
+        target = tmp_path / f'{size}.jsonl'
+        words = ['--ckpt_dir', str(checkpoint), *GREEDY, '--infer_batch_size', size, '--result_path', str(target)]
+        assert llm_infer.main(words) == 0
+        found.append([row['answer'] for row in results(target)])
+    assert found[0] == found[1] and any(found[0])
+
+
+def test_batches_equal_one_by_one_generation(model_dir: Path, tokenizer: Any) -> None:
+    from utils.argument import InferArguments
+    from utils.model import load_model
+
+    model = load_model(model_dir, torch_dtype=torch.float32).eval()
+    config = generation_config(InferArguments(do_sample=False, max_new_tokens=6), tokenizer, [])
+    prompts = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [9, 9]]
+    single = [generate_batch(model, [prompt], config)[0] for prompt in prompts]
+    assert generate_rows(model, prompts, config, batch_size=3) == single
+    assert len({tuple(ids) for ids in single}) > 1
+
+
+def test_sampled_answers_are_reproducible(checkpoint: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ('a', 'b'):
+        target = tmp_path / name
+        words = ['--ckpt_dir', str(checkpoint), '--max_new_tokens', '8', '--result_path', str(target)]
+        assert llm_infer.main(words) == 0
+        found.append(target.read_text())
+    assert found[0] == found[1]
+
+
+def test_untuned_model_serves_without_a_checkpoint(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / 'base.jsonl'
+    words = ['--model_id_or_path', str(model_dir), '--dataset', str(data_file), '--result_path', str(target)]
+    assert llm_infer.main([*words, *GREEDY, '--dataset_test_ratio', '0.5', '--show_dataset_sample', '5']) == 0
+    assert len(results(target)) == 5
+
+
+def test_strangers_get_the_logits_that_inference_uses(checkpoint: Path, model_dir: Path, tokenizer: Any) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from utils.model import load_model
+    from utils.tuner import load_adapter, probe_logits
+
+    ours = probe_logits(load_adapter(load_model(model_dir, torch_dtype=torch.float32), checkpoint).eval(), tokenizer)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    untuned = probe_logits(base.eval(), tokenizer)
+    plain = PeftModel.from_pretrained(base, str(checkpoint)).eval()
+    assert torch.equal(probe_logits(plain, tokenizer), ours)
+    assert float((untuned - ours).abs().max()) > 0.1
+
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0
+    merged = checkpoint.with_name('checkpoint-9-merged')
+    opened = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    assert float((probe_logits(opened, AutoTokenizer.from_pretrained(merged)) - ours).abs().max()) < 1e-4
+    assert '_name_or_path' not in json.loads((merged / 'config.json').read_text())
+    assert AutoTokenizer.from_pretrained(merged).chat_template == tokenizer.chat_template
+
+
+def test_merged_folder_answers_as_the_adapter_does(checkpoint: Path) -> None:
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), *GREEDY]) == 0
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0
+    merged = checkpoint.with_name('checkpoint-9-merged')
+    assert llm_infer.main(['--ckpt_dir', str(merged), *GREEDY]) == 0
+    answers = [[r['answer'] for r in results(f / 'infer_result.jsonl')] for f in (checkpoint, merged)]
+    assert answers[0] == answers[1]
+
+
+def test_merge_that_differs_is_not_put_in_place(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import utils.tuner
+
+    real, calls = utils.tuner.probe_logits, []
+
+    def drifted(model: Any, tokenizer: Any) -> torch.Tensor:
+        calls.append(model)
+        return real(model, tokenizer) + (0.5 * len(calls))
+
+    monkeypatch.setattr(utils.tuner, 'probe_logits', drifted)
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 2
+    assert len(calls) == 2
+    assert not checkpoint.with_name('checkpoint-9-merged').exists()
+
+
+def test_full_checkpoint_serves_its_own_weights(run_sft: Run) -> None:
+    run = run_sft('--sft_type', 'full', '--max_steps', '3')
+    assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-3'), *GREEDY]) == 0
+    assert len(results(run / 'checkpoint-3' / 'infer_result.jsonl')) == 4
+
+
+def test_adapter_on_other_base_weights_is_refused(
+    checkpoint: Path, model_dir: Path, problems: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    args = checkpoint / 'sft_args.json'
+    other = tmp_path / 'other'
+    shutil.copytree(model_dir, other)
+    weights = other / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1] + b'\x00')
+    args.write_text(args.read_text().replace(str(model_dir), str(other)))
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), *GREEDY]) == 2
+    assert 'the base weights differ' in problems()[-1]
+
+
+def test_another_base_model_typed_is_refused(checkpoint: Path, problems: Callable[[], list[str]]) -> None:
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--model_type', 'llama2-7b']) == 2
+    assert any("--model_type 'llama2-7b' is not the base model of this checkpoint" in line for line in problems())
+
+
+def test_flags_not_typed_come_from_the_run_and_contradictions_are_warned_about(
+    run_sft: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_sft('--template_type', 'default', '--max_steps', '3', '--system', 'you are s')
+    assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-3'), *GREEDY, '--template_type', 'chatml']) == 0
+    warned = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+    assert [line for line in warned if 'trained with' in line] == [
+        '--template_type chatml is not what the run was trained with (default).'
+    ]
+
+
+def test_chat_keeps_history_and_obeys_commands(tokenizer: Any) -> None:
+    template = TEMPLATE_MAPPING['chatml']
+    assert template is not None
+    encoder = TemplateEncoder(tokenizer, template, name='chatml', system='S', max_length=-1)
+    prompts: list[str] = []
+    said: list[str] = []
+
+    def answer(prompt: list[int]) -> str:
+        prompts.append(tokenizer.decode(prompt))
+        return f'r{len(prompts)}'
+
+    chat = Chat(encoder, answer, said.append)
+    for line in ('hi', 'again', '/system kind', 'hi', '/clear', '/nope', '  ', 'x'):
+        assert chat.handle(line)
+    turn = '<|im_start|>{}\n{}<|im_end|>\n'
+    first = turn.format('system', 'S') + turn.format('user', 'hi')
+    end = '<|im_start|>assistant\n'
+    assert prompts == [
+        first + end,
+        first + turn.format('assistant', 'r1') + turn.format('user', 'again') + end,
+        turn.format('system', 'kind') + turn.format('user', 'hi') + end,
+        turn.format('system', 'kind') + turn.format('user', 'x') + end,
+    ]
+    assert any('/nope is not known' in text for text in said)
+    assert not chat.handle('/exit')
+
+
+def test_chat_in_the_terminal_streams_and_leaves_at_the_end_of_input(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(['what is 3 and 3?', KeyboardInterrupt, '/clear', 'what is 4 and 4?'])
+
+    def read(prompt: str) -> str:
+        line = next(lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr('builtins.input', read)
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--eval_human', 'true', *GREEDY]) == 0
+    out = capsys.readouterr().out
+    assert '(conversation cleared)' in out and '(Ctrl-D or /exit leaves)' in out
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any) -> None:
+    from utils.argument import InferArguments
+    from utils.generation import generate_stream
+    from utils.model import load_model
+
+    model = load_model(model_dir, torch_dtype=torch.float32).eval()
+    config = generation_config(InferArguments(do_sample=False, max_new_tokens=50), tokenizer, [])
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+
+    generate_stream(model, tokenizer, [7, 8, 9], config, say)
+    assert said[-1] == ' [stopped]'
+
+
+def test_a_run_trains_and_answers_rows_with_tools(run_sft: Run, tmp_path: Path) -> None:
+    turns = [
+        {'from': 'human', 'value': 'what is the weather?'},
+        {'from': 'function_call', 'value': '{"name": "weather", "arguments": {"city": "a"}}'},
+        {'from': 'observation', 'value': '{"sky": "blue"}'},
+        {'from': 'gpt', 'value': 'the sky is blue.'},
+    ]
+    tools = json.dumps([{'name': 'weather', 'description': 'd', 'parameters': {'type': 'object', 'properties': {}}}])
+    data = write_jsonl(tmp_path / 'tools.jsonl', [{'conversations': turns, 'tools': tools}] * 20)
+    run = run_sft('--dataset', str(data), '--max_steps', '2')
+    noted = json.loads((run / 'run.json').read_text())['data']['noted']
+    assert sorted(noted.values()) == [20, 20]
+    assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-2'), *GREEDY]) == 0

@@ -1,0 +1,178 @@
+"""Registries and what is inferred from names; resolve and its decisions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import make_model, make_tokenizer
+from utils.argument import SftArguments, parse
+from utils.model import MODEL_MAPPING, get_model_info, infer_model_type, load_model, load_tokenizer
+from utils.preprocess import TEMPLATE_MAPPING
+from utils.resolve import OPTIMIZERS, SCHEDULERS, Resolution, resolve_sft
+
+
+def resolved(*words: str) -> Resolution[SftArguments]:
+    return resolve_sft(parse(SftArguments, words, program='x', about='x'))
+
+
+def test_entries_are_complete() -> None:
+    assert len(MODEL_MAPPING) == 17
+    for key, info in MODEL_MAPPING.items():
+        assert key == key.lower() and info.model_id_or_path.count('/') == 1 and info.hf_model_id
+        assert info.template in TEMPLATE_MAPPING and info.lora_target_modules
+    assert len(TEMPLATE_MAPPING) == 13
+
+
+def test_model_type_is_inferred_from_ids_and_folder_names() -> None:
+    assert infer_model_type('modelscope/Llama-2-7b-ms') == 'llama2-7b'
+    assert infer_model_type('meta-llama/Llama-2-13b-chat-hf') == 'llama2-13b-chat'
+    assert infer_model_type('/models/Mistral-7B-v0.1') == 'mistral-7b'
+    assert infer_model_type('/models/my-own') is None
+    info = get_model_info('mistral-7b', '/models/Mistral-7B-v0.1')
+    assert (info.model_id_or_path, info.template) == ('/models/Mistral-7B-v0.1', 'default')
+
+
+def test_every_open_argument_is_filled_with_a_reason() -> None:
+    done = resolved('--model_type', 'llama2-7b-chat', '--dataset', 'sql-demo', '--eval_steps', '7')
+    args = done.args
+    assert not done.problems.found
+    assert (args.template_type, args.learning_rate, args.save_steps, args.only_save_model) == ('llama', 1e-4, 7, False)
+    assert args.lora_target_modules == ['q_proj', 'k_proj', 'v_proj']
+    assert 'learning_rate = 0.0001 because sft_type is lora' in done.decisions
+    assert any(line.startswith('tuner_backend = swift, which is PEFT') for line in done.decisions)
+    full = resolved('--model_type', 'llama2-7b', '--dataset', 'sql-demo', '--sft_type', 'full').args
+    assert (full.learning_rate, full.only_save_model, full.template_type) == (2e-5, True, 'default')
+    generating = resolved('--predict_with_generate', 'true', '--batch_size', '8').args
+    assert generating.eval_batch_size == 1
+
+
+def test_resolve_is_pure() -> None:
+    parsed = parse(SftArguments, ['--model_type', 'llama2-7b', '--dataset', 'sql-demo'], program='x', about='x')
+    before = json.dumps(parsed.args.__dict__)
+    first, second = resolve_sft(parsed), resolve_sft(parsed)
+    assert json.dumps(parsed.args.__dict__) == before
+    assert first.args == second.args and first.decisions == second.decisions
+
+
+def test_flags_are_parsed_as_documented() -> None:
+    words = [
+        '--tuner_bankend',
+        'peft',
+        '--dataset',
+        'a.json,b.json',
+        'c.json',
+        '--do_sample',
+        'False',
+        '--max_steps=-1',
+    ]
+    parsed = parse(SftArguments, words, program='x', about='x')
+    assert not parsed.problems.found
+    assert parsed.args.tuner_backend == 'peft' and parsed.args.do_sample is False and parsed.args.max_steps == -1
+    assert parsed.args.dataset == ['a.json', 'b.json', 'c.json']
+    assert parsed.typed == {'tuner_backend', 'dataset', 'do_sample', 'max_steps'}
+
+
+def test_names_of_optimizers_and_schedules_are_those_of_the_library() -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    assert set(OPTIMIZERS) <= {o.value for o in OptimizerNames} and len(OPTIMIZERS) == 21
+    assert set(SCHEDULERS) <= {s.value for s in SchedulerType} and len(SCHEDULERS) == 7
+
+
+def families() -> dict[str, Any]:
+    import torch
+    import transformers as t
+
+    torch.manual_seed(0)
+
+    small = {'vocab_size': 400, 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4}
+    return {
+        'mistral-7b': t.MistralForCausalLM(t.MistralConfig(**small, intermediate_size=64, num_key_value_heads=2)),
+        'polylm-13b': t.GPT2LMHeadModel(t.GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=256)),
+        'seqgpt-560m': t.BloomForCausalLM(t.BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4)),
+        'ziya2-13b': make_model(),
+    }
+
+
+@pytest.mark.slow
+def test_every_native_class_trains_with_its_entrys_targets(tmp_path: Path, data_file: Path) -> None:
+    import llm_infer
+    import llm_sft
+    from tests.conftest import small_flags
+
+    trained = 0
+    for key, model in families().items():
+        name = MODEL_MAPPING[key].model_id_or_path.split('/')[1]
+        folder = tmp_path / key / name
+        model.save_pretrained(folder)
+        make_tokenizer(chat_template=None).save_pretrained(folder)
+        out = tmp_path / key / 'out'
+        assert llm_sft.main(small_flags(folder, data_file, out)) == 0
+        run = next(out.glob(f'{key}/v0-*'))
+        state = json.loads((run / 'checkpoint-6' / 'trainer_state.json').read_text())
+        losses = [e['loss'] for e in state['log_history'] if 'loss' in e]
+        assert losses[-1] < losses[0], key
+        config = json.loads((run / 'checkpoint-6' / 'adapter_config.json').read_text())
+        assert sorted(config['target_modules']) == sorted(MODEL_MAPPING[key].lora_target_modules)
+        words = ['--ckpt_dir', str(run / 'checkpoint-6'), '--do_sample', 'false', '--max_new_tokens', '4']
+        assert llm_infer.main(words) == 0
+        assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-6'), '--merge_lora_and_save', 'true']) == 0
+        trained += 1
+    assert trained == 4
+
+
+def test_public_loaders_open_a_directory(model_dir: Path) -> None:
+    import torch
+
+    model, tokenizer = load_model(model_dir, torch_dtype=torch.float32), load_tokenizer(model_dir)
+    assert model.dtype == torch.float32 and tokenizer.pad_token_id is not None
+
+
+@pytest.mark.slow
+def test_embedded_model_opens_without_network_and_names_the_hub_id(tmp_path: Path) -> None:
+    from utils.model import LoadOptions, get_model_tokenizer, locate
+    from utils.native.gguf import dense_directory, find_packaged_file
+
+    info = MODEL_MAPPING['smollm2-135m-instruct']
+    if find_packaged_file(*info.embedded) is None:
+        pytest.skip('the package with the embedded model is not installed')
+    import torch
+
+    weights = locate(info, revision='master')
+    assert weights.path.suffix == '.gguf' and weights.fingerprint.covers == 'whole'
+    model, tokenizer = get_model_tokenizer(info, weights, LoadOptions(torch_dtype=torch.bfloat16))
+    assert model.name_or_path == 'HuggingFaceTB/SmolLM2-135M-Instruct'
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert len(tokenizer.added_tokens_decoder) == 17
+    assert tokenizer.tokenize('12 a3') == ['1', '2', 'Ġa', '3'], 'every digit is a token of its own'
+    made = dense_directory(weights.path)
+    assert dense_directory(weights.path) == made and not list(made.parent.glob('.aside-*'))
+
+    # Template auto on the real tokenizer: ids of apply_chat_template, loss on the reply and its end alone.
+    from utils.auto_encoder import make_encoder
+    from utils.preprocess import Row
+
+    encoder = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=-1)
+    compared = 0
+    for turns in (1, 2, 3):
+        for system in ([], [{'role': 'system', 'content': 'Be brief: 12 words.'}]):
+            chat = [
+                {'role': role, 'content': f'{role} says {n} things, e.g. {n * 7.5} 你好'}
+                for n in range(turns)
+                for role in ('user', 'assistant')
+            ]
+            messages = [*system, *chat]
+            row = encoder.encode([Row(messages=messages)])[0]
+            assert (
+                row.input_ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)['input_ids']
+            )
+            start, end = row.trained
+            assert tokenizer.decode(row.input_ids[start:end]) == messages[-1]['content'] + '<|im_end|>'
+            assert row.notes == []
+            compared += 1
+    assert compared == 6

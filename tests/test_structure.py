@@ -1,0 +1,100 @@
+"""The shape of the project itself: layers, names, what importing costs, what is never done."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+# A module imports only from lower layers, or from those before it in layers 4 to 6. Layers 0-3: standard library only.
+LAYERS: list[list[str]] = [
+    ['errors', 'dist', 'logger'],
+    ['hub', 'preprocess', 'encoder', 'auto_encoder', 'fingerprint', 'data_file', 'convert', 'demo_sql', 'native.gguf'],
+    ['model', 'dataset'],
+    ['argument', 'resolve', 'machine_check'],
+    ['run_dir', 'encoding', 'collator', 'metrics', 'generation', 'tuner', 'chat', 'plot', 'docs', 'start', 'answering'],
+    ['trainer', 'push'],
+    ['report', 'demo_report'],
+]
+LEVEL = {name: (level, position) for level, names in enumerate(LAYERS) for position, name in enumerate(names)}
+
+
+def modules() -> dict[str, Path]:
+    files = (ROOT / 'utils').rglob('*.py')
+    found = {'.'.join(f.relative_to(ROOT / 'utils').with_suffix('').parts): f for f in files}
+    return {name: f for name, f in found.items() if not name.endswith('__init__')}
+
+
+def imports(path: Path, *, module_level: bool) -> list[str]:
+    """Return the modules a file imports, those only for type checkers left out."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    nodes = tree.body if module_level else ast.walk(tree)
+    found: list[str] = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [f'utils.{a.name}' for a in node.names] if node.module == 'utils' else [node.module]
+    return found
+
+
+def test_every_module_has_a_layer_and_imports_downwards() -> None:
+    assert set(modules()) == set(LEVEL), 'each module stands in exactly one layer'
+    checked = 0
+    for name, path in modules().items():
+        for imported in imports(path, module_level=False):
+            if imported.startswith('utils.'):
+                target = imported.removeprefix('utils.')
+                assert LEVEL[target] < LEVEL[name], f'{name} imports {target}'
+                checked += 1
+    assert checked > 80
+
+
+def test_low_layers_import_the_standard_library_alone() -> None:
+    checked = 0
+    for name, path in modules().items():
+        if LEVEL[name][0] <= 3 or name in ('start', 'run_dir', 'docs'):
+            for imported in imports(path, module_level=True):
+                top = imported.split('.')[0]
+                assert top == 'utils' or top in sys.stdlib_module_names, f'{name} imports {imported}'
+                checked += 1
+    assert checked > 80
+
+
+def test_importing_does_nothing() -> None:
+    """Module bodies hold definitions, imports and constants; no statement that acts."""
+    allowed = (
+        ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If,
+    )  # fmt: skip
+    seen = 0
+    for path in modules().values():
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert docstring or isinstance(node, allowed), f'{path}:{node.lineno}'
+            if isinstance(node, ast.If):
+                assert ast.unparse(node.test) in ("__name__ == '__main__'", 'TYPE_CHECKING'), f'{path}:{node.lineno}'
+            seen += 1
+    assert seen > 200
+
+
+def test_no_code_of_a_checkpoint_is_ever_run_and_nothing_is_pickled() -> None:
+    checked = 0
+    for path in [*modules().values(), ROOT / 'llm_sft.py', ROOT / 'llm_infer.py']:
+        text = path.read_text(encoding='utf-8')
+        for forbidden in ('trust_remote_code=True', 'pickle', 'torch.save', 'weights_only=False', 'eval(', 'exec('):
+            lines = [line for line in text.splitlines() if forbidden in line and '.eval(' not in line]
+            assert not [x for x in lines if not x.strip().startswith(('#', '"""'))], f'{path}: {forbidden}'
+            checked += 1
+    assert checked == 6 * (len(modules()) + 2)
+
+
+def test_sizes() -> None:
+    lines = {name: len(path.read_text(encoding='utf-8').splitlines()) for name, path in modules().items()}
+    registries = ('model', 'dataset', 'preprocess')
+    too_long = {n: c for n, c in lines.items() if c > 320 and n not in registries}
+    assert not too_long
+    assert sum(c for n, c in lines.items() if n not in registries and not n.startswith('native')) <= 6000
+    for program in ('llm_sft.py', 'llm_infer.py'):
+        assert len((ROOT / program).read_text(encoding='utf-8').splitlines()) <= 125

@@ -1,0 +1,94 @@
+"""The generated parts of the READMEs: `python -m utils.docs --write` renews them, `--check` fails when stale."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.argument import (
+    CommonArguments,
+    InferArguments,
+    SftArguments,
+    describe_default,
+    describe_type,
+    flag_types,
+)
+from utils.dataset import DATASET_MAPPING
+from utils.model import MODEL_MAPPING
+from utils.preprocess import TEMPLATE_MAPPING
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = ('README.md', 'README_CN.md')
+_COMMON = {f.name for f in dataclasses.fields(CommonArguments)}
+
+
+def _cell(text: str) -> str:
+    return text.replace('|', '\\|').replace('<', '&lt;')
+
+
+def flag_table(cls: type, *, common: bool) -> str:
+    """Return a Markdown table of a program's flags: those both programs share, or its own."""
+    types = flag_types(cls)
+    lines = ['| flag | takes | default | meaning |', '|---|---|---|---|']
+    for f in dataclasses.fields(cls):
+        if (f.name in _COMMON) == common:
+            cells = (describe_type(types[f.name]), describe_default(f), f.metadata['help'])
+            lines.append(f'| `--{f.name}` | ' + ' | '.join(map(_cell, cells)) + ' |')
+    return '\n'.join(lines)
+
+
+def model_table() -> str:
+    """Return a Markdown table of MODEL_MAPPING."""
+    lines = ['| model_type | hub id | template | LoRA targets |', '|---|---|---|---|']
+    for key, info in MODEL_MAPPING.items():
+        lines.append(f'| {key} | {info.public_id} | {info.template} | {", ".join(info.lora_target_modules)} |')
+    return '\n'.join(lines)
+
+
+def names() -> str:
+    """Return the registered templates and data sets in two lines."""
+    return f'Templates: {", ".join(TEMPLATE_MAPPING)}.\n\nData sets: {", ".join(DATASET_MAPPING)}, and any data file.'
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    'flags-common': lambda: flag_table(SftArguments, common=True),
+    'flags-sft': lambda: flag_table(SftArguments, common=False),
+    'flags-infer': lambda: flag_table(InferArguments, common=False),
+    'models': model_table,
+    'names': names,
+}
+
+
+def render(text: str) -> str:
+    """Return a document with each `<!-- generated NAME -->` block renewed; raises KeyError for an unknown name."""
+
+    def block(match: re.Match[str]) -> str:
+        return f'<!-- generated {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->'
+
+    return re.sub(r'<!-- generated ([\w-]+) -->\n.*?<!-- end -->', block, text, flags=re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    """Renew or check the READMEs; returns the exit code."""
+    if argv not in (['--write'], ['--check']):
+        print('usage: python -m utils.docs --write | --check', file=sys.stderr)
+        return 2
+    stale = []
+    for name in READMES:
+        path = ROOT / name
+        text = path.read_text(encoding='utf-8')
+        if (new := render(text)) != text:
+            stale.append(name)
+            if argv == ['--write']:
+                path.write_text(new, encoding='utf-8')
+    if stale and argv == ['--check']:
+        print(f'stale: {", ".join(stale)}. Run python -m utils.docs --write', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
