@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from utils.logger import logger
 from utils.machine_check import check_machine_common
 from utils.model import Weights, is_adapter, locate
 from utils.resolve import Resolution, resolve_infer
-from utils.run_dir import check_base, check_checkpoint, fill_from_run, read_run_record, result_path
+from utils.run_dir import check_base, fill_from_run, open_checkpoint, result_path
 from utils.start import open_model, run_program, start_processes
 
 
@@ -34,10 +33,7 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     record: dict[str, Any] | None = None
     warnings: list[str] = []
     if checkpoint is not None:
-        if problem := check_checkpoint(checkpoint):
-            raise ConfigError(*parsed.problems.found, problem)
-        record = read_run_record(checkpoint)
-        assert record is not None, 'checked'
+        record = open_checkpoint(checkpoint, parsed.problems)
         parsed = fill_from_run(parsed, record, warnings)
     elif not parsed.typed & {'model_type', 'model_id_or_path'}:
         parsed.problems.add('give --ckpt_dir, or name an untuned model with --model_type or --model_id_or_path.')
@@ -57,24 +53,16 @@ def infer(parsed: Parsed[InferArguments]) -> None:
             raise ConfigError('no validation row to answer: --dataset_test_ratio is 0. Raise it, or --eval_human true.')
 
     start_processes('gloo')
-    weights = _base_weights(done, checkpoint, record)
+    assert done.info is not None, 'resolved without problems'
+    weights = locate(done.info, revision=done.args.model_revision)
+    if checkpoint is not None and record is not None and is_adapter(checkpoint):
+        check_base(record, weights.record(done.info), done.problems)
+        done.problems.raise_if_any()
     for line in [*done.decisions, f'base weights = {weights.path} because {weights.reason}']:
         logger.info(line)
     for line in [*done.warnings, *warnings]:
         logger.warning(line)
     _act(done, weights, checkpoint, record, rows)
-
-
-def _base_weights(done: Resolution[InferArguments], checkpoint: Path | None, record: dict[str, Any] | None) -> Weights:
-    """Return the weights that serve: a full checkpoint's own, else the base's, which must be those trained on."""
-    assert done.info is not None, 'resolved without problems'
-    if checkpoint is not None and not is_adapter(checkpoint):
-        done.info = replace(done.info, model_id_or_path=str(checkpoint), embedded=None)
-    weights = locate(done.info, revision=done.args.model_revision)
-    if checkpoint is not None and is_adapter(checkpoint) and record is not None:
-        check_base(record, sha256=weights.fingerprint.sha256, source=weights.path.name, problems=done.problems)
-        done.problems.raise_if_any()
-    return weights
 
 
 def _act(

@@ -80,7 +80,10 @@ def train(done: Resolution[SftArguments]) -> None:
     train_rows, val_rows, _, report = encode_split(encoder, rows.train, rows.val, rows.left_out)
     statistics = {'train': length_statistics(train_rows), 'validation': length_statistics(val_rows)}
     log_report(report, statistics)
-    logger.info(f'one row, the trained part between ⟦ and ⟧:\n{show_sample(tokenizer, train_rows[0])}')
+    sample = show_sample(tokenizer, train_rows[0])
+    logger.info(f'one row, the trained part between ⟦ and ⟧:\n{sample}')
+    if dist.is_main():
+        (run_dir / 'sample.txt').write_text(sample + '\n', encoding='utf-8')
     model = prepare_model(model, args)
 
     trainer = SftTrainer(

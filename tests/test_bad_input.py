@@ -190,7 +190,8 @@ def test_all_problems_come_together() -> None:
     for part in (
         "'llama2-7b-chat'", "template_type 'chatlm' is not registered", "did you mean 'sql-demo'",
         "did you mean 'lora_rank'", '4-bit weights cannot be trained', '--max_length 1 leaves no room',
-        '--batch_size takes 1 or more, got 0', "'adamw_torch'", "takes nf4, fp4, got 'nf5'", "flag '--use_streamer' is not known",
+        '--batch_size takes 1 or more, got 0', "'adamw_torch'", "takes nf4, fp4, got 'nf5'",
+        "flag '--use_streamer' is not known",
     ):  # fmt: skip
         assert part in done.stderr, part
 

@@ -27,6 +27,9 @@ from utils.preprocess import (
     Row,
 )
 
+# Ends of prompts whose ids are remembered; templates have few, but one may end in the question itself.
+_TAILS_KEPT = 4096
+
 
 class RowRefused(ValueError):
     """The chat template raised on a row; carries the template's own words."""
@@ -71,6 +74,8 @@ class AutoEncoder(Encoder):
         self._end = self._find_end()
         self._end_ids, self._end_trained = self._end_of_turn(self._end)
         self.stop_ids = [i for i in self._end_ids[: self._end_trained] if i in self.text.special_ids.values()]
+        self._control = frozenset(self.text.special_ids.values())
+        self._tails: dict[str, list[int]] = {}
         self.says_tools = self._prints(tools=True)
         self.says_tool_calls = self._prints(tools=False)
 
@@ -84,6 +89,22 @@ class AutoEncoder(Encoder):
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
         return str(text)
+
+    def _render_all(
+        self, chats: Sequence[tuple[Sequence[Message], Sequence[Any] | None]], *, prompt: bool
+    ) -> list[str]:
+        """Return the rendering of each (messages, tools); those without tools in one call, which is quicker."""
+        from jinja2.exceptions import TemplateError
+
+        plain = [list(messages) for messages, tools in chats if not tools]
+        try:
+            together = (
+                self.tokenizer.apply_chat_template(plain, add_generation_prompt=prompt, tokenize=False) if plain else []
+            )
+        except TemplateError as error:
+            raise RowRefused(f'the chat template refuses it: {error}') from error
+        texts = iter(together)
+        return [self._render(m, tools=tools, prompt=prompt) if tools else next(texts) for m, tools in chats]
 
     def _find_end(self) -> str:
         """Return what the template prints after a reply; raises ConfigError where it cannot serve at all."""
@@ -154,14 +175,23 @@ class AutoEncoder(Encoder):
             messages, tools = map_strings(messages, self.text.guard), map_strings(tools, self.text.guard)
         return messages, tools, guarded, notes
 
-    def _parts(self, row: Row) -> _Parts:
-        messages, tools, prompt_guarded, notes = self._prepare(row, row.messages[:-1])
-        last = self._spoken(row.messages[-1])
-        reply_guarded = self._spells_control([last])
-        if reply_guarded:
-            last = map_strings(last, self.text.guard)
-        prompt = self._render(messages, tools=tools, prompt=True)
-        full = self._render([*messages, last], tools=tools, prompt=False)
+    def _parts(self, rows: Sequence[Row]) -> list[_Parts]:
+        prepared = [self._prepare(row, row.messages[:-1]) for row in rows]
+        lasts = [self._spoken(row.messages[-1]) for row in rows]
+        guarded = [self._spells_control([last]) for last in lasts]
+        lasts = [map_strings(last, self.text.guard) if g else last for last, g in zip(lasts, guarded, strict=True)]
+        prompts = self._render_all([(messages, tools) for messages, tools, _, _ in prepared], prompt=True)
+        wholes = [([*messages, last], tools) for (messages, tools, _, _), last in zip(prepared, lasts, strict=True)]
+        return [
+            self._part(prompt, full, last, prompt_guarded=p[2], reply_guarded=g, notes=p[3])
+            for prompt, full, last, p, g in zip(
+                prompts, self._render_all(wholes, prompt=False), lasts, prepared, guarded, strict=True
+            )
+        ]
+
+    def _part(
+        self, prompt: str, full: str, last: Message, *, prompt_guarded: bool, reply_guarded: bool, notes: list[str]
+    ) -> _Parts:
         reply, end = last['content'], self._end
         if 'tool_calls' in last:
             if not (full.startswith(prompt) and full.endswith(end)):
@@ -185,22 +215,45 @@ class AutoEncoder(Encoder):
         return [self.text.guarded_ids(text) if guarded else next(plain) for text, guarded in texts]
 
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        texts = []
-        for row in rows:
-            messages, tools, guarded, _ = self._prepare(row, row.messages)
-            texts.append((self._render(messages, tools=tools, prompt=True), guarded))
-        return self._prompt_ids(texts)
+        prepared = [self._prepare(row, row.messages) for row in rows]
+        texts = self._render_all([(messages, tools) for messages, tools, _, _ in prepared], prompt=True)
+        return self._prompt_ids([(text, p[2]) for text, p in zip(texts, prepared, strict=True)])
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        parts = [self._parts(row) for row in rows]
-        prompts = self._prompt_ids([(part.prompt, part.prompt_guarded) for part in parts])
-        whole = iter(
-            self.text.ids([p.prompt + p.reply + p.end for p in parts if not (p.prompt_guarded or p.reply_guarded)])
-        )
-        return [
-            self._assemble(part, prompt, None if part.prompt_guarded or part.reply_guarded else next(whole))
-            for part, prompt in zip(parts, prompts, strict=True)
-        ]
+        parts = self._parts(rows)
+        plain = [part for part in parts if not (part.prompt_guarded or part.reply_guarded)]
+        whole = iter(self.text.ids([part.prompt + part.reply + part.end for part in plain]))
+        self._learn_tails([part.prompt for part in plain])
+        encoded = []
+        for part in parts:
+            ids = None if part.prompt_guarded or part.reply_guarded else next(whole)
+            length = self._prompt_length(part.prompt, ids) if ids is not None else 0
+            prompt = ids[:length] if ids and length else self._prompt_ids([(part.prompt, part.prompt_guarded)])[0]
+            encoded.append(self._assemble(part, prompt, ids))
+        return encoded
+
+    def _learn_tails(self, prompts: Sequence[str]) -> None:
+        """Tokenise the ends of prompts, from their last special token on, that were not met before."""
+        if len(self._tails) > _TAILS_KEPT:
+            self._tails.clear()
+        tails = {prompt[self.text.last_special(prompt)[1] :] for prompt in prompts} - self._tails.keys()
+        self._tails.update(zip(tails, self.text.ids(list(tails)), strict=True))
+
+    def _prompt_length(self, prompt: str, whole: list[int]) -> int:
+        """Return how many ids of `whole` are those of the prompt alone; 0 where that is not certain.
+
+        Tokenizers cut text at special tokens before anything else, so ids up to the last one in the prompt cannot
+        depend on what follows. What stands after it, mostly a short `assistant`, is compared with its own ids.
+        """
+        count, start = self.text.last_special(prompt)
+        if count == 0:
+            return 0
+        position = -1
+        for _ in range(count):
+            position = next((i for i in range(position + 1, len(whole)) if whole[i] in self._control), len(whole))
+        tail = self._tails[prompt[start:]]
+        end = position + len(tail)
+        return end if whole[position:end] == tail else 0
 
     def _assemble(self, part: _Parts, prompt: list[int], whole: list[int] | None) -> Encoded:
         """Return the row from its text tokenised whole where that keeps prompt and end apart, else piece by piece."""

@@ -45,11 +45,17 @@ class TextTokenizer:
         encoded = self.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
         )
-        return [list(ids) for ids in encoded['input_ids']]
+        ids: list[list[int]] = encoded['input_ids']
+        return ids
 
     def has_special(self, text: str) -> bool:
         """Return whether the text spells a special token."""
         return self._special.search(text) is not None
+
+    def last_special(self, text: str) -> tuple[int, int]:
+        """Return how many special tokens the text spells and where the last one starts; (0, 0) without any."""
+        starts = [match.start() for match in self._special.finditer(text)]
+        return len(starts), starts[-1] if starts else 0
 
     def guard(self, data: str) -> str:
         """Return the data with each special token it spells replaced by a stand-in."""

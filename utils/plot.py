@@ -17,6 +17,9 @@ _CURVES = {
     'eval_bleu-4': 'validation BLEU-4',
 }
 
+# Fewer points are drawn as they are: an average over them would only lag.
+_SMOOTHED_FROM = 50
+
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
     """Return an exponential moving average without the bias of its start."""
@@ -40,9 +43,10 @@ def plot_curves(log_history: list[dict[str, Any]], folder: Path) -> list[Path]:
         steps, values = [p[0] for p in points], [p[1] for p in points]
         figure = Figure(figsize=(7, 4), layout='tight')
         axes = figure.subplots()
-        raw = axes.plot(steps, values, color='#9ecae1' if len(points) > 9 else '#08519c', label=title)
-        raw[0].set_marker('.' if len(points) <= 50 else '')
-        if len(points) > 9:
+        smooths = len(points) > _SMOOTHED_FROM
+        raw = axes.plot(steps, values, color='#9ecae1' if smooths else '#08519c', label=title)
+        raw[0].set_marker('' if smooths else '.')
+        if smooths:
             axes.plot(steps, _smooth(values), color='#08519c', label='smoothed')
             axes.legend()
         axes.set(xlabel='step', ylabel=title, title=title)

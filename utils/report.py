@@ -16,7 +16,7 @@ from utils.trainer import peak_memory_gib
 if TYPE_CHECKING:
     from utils.trainer import SftTrainer
 
-_LIBRARIES = ('torch', 'transformers', 'peft', 'accelerate', 'datasets', 'tokenizers')
+_LIBRARIES = ('torch', 'transformers', 'peft', 'accelerate', 'tokenizers', 'numpy')
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from utils.argument import InferArguments, Parsed, SftArguments, flag_types, to_dict
 from utils.errors import Problems
+from utils.model import is_adapter
 from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS, run_name
 
 RUN_JSON = 'run.json'
@@ -51,8 +52,17 @@ def read_run_record(checkpoint: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_checkpoint(checkpoint: Path) -> str | None:
-    """Return what keeps a folder from being used as --ckpt_dir, or None."""
+def open_checkpoint(checkpoint: Path, problems: Problems) -> dict[str, Any]:
+    """Return the record of the run a --ckpt_dir is of; raises ConfigError where it cannot be used as one."""
+    if problem := _checkpoint_problem(checkpoint):
+        problems.add(problem)
+        problems.raise_if_any()
+    record = read_run_record(checkpoint)
+    assert record is not None, 'checked'
+    return record
+
+
+def _checkpoint_problem(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return f'--ckpt_dir {checkpoint} is not a directory (looked in {checkpoint.absolute().parent}).'
     holds_model = (checkpoint / 'adapter_config.json').is_file() or (checkpoint / 'config.json').is_file()
@@ -76,6 +86,8 @@ def fill_from_run(
 ) -> Parsed[InferArguments]:
     """Return the arguments with each one not typed taken from the trained run; contradictions are warned about."""
     args, problems = parsed.args, parsed.problems
+    if not is_adapter(Path(str(args.ckpt_dir))):
+        record = {**record, 'model_id_or_path': args.ckpt_dir}  # whole weights serve themselves
     base = ('model_type', 'model_id_or_path')
     for name in base:
         typed, trained = getattr(args, name), record.get(name)
@@ -100,8 +112,7 @@ def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     if trained is None:
         return [f'{checkpoint} has no {SFT_ARGS}: whether the arguments are those it was trained with is not checked.']
     problems = Problems()
-    base = record['base_model']
-    check_base(trained, sha256=base['sha256'], source=base['source'], problems=problems)
+    check_base(trained, record['base_model'], problems)
     problems.raise_if_any()
     free = {'resume_from_checkpoint', 'output_dir', 'base_model', *HUB_FLAGS}
     return [
@@ -111,13 +122,13 @@ def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_base(record: dict[str, Any], *, sha256: str, source: str, problems: Problems) -> None:
+def check_base(record: dict[str, Any], serves: dict[str, str], problems: Problems) -> None:
     """Add a problem where the base weights that serve are not those the checkpoint was trained on."""
     trained = record['base_model']
-    if trained['sha256'] != sha256:
+    if trained['sha256'] != serves['sha256']:
         problems.add(
             f'the base weights differ: this checkpoint was trained on {trained["source"]} (sha256 '
-            f'{trained["sha256"][:12]}), what serves here is {source} (sha256 {sha256[:12]}). '
+            f'{trained["sha256"][:12]}), what serves here is {serves["source"]} (sha256 {serves["sha256"][:12]}). '
             'An adapter is right only on the weights it was trained on.'
         )
 
