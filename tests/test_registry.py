@@ -112,16 +112,17 @@ def test_every_native_class_trains_with_its_entrys_targets(tmp_path: Path, data_
         model.save_pretrained(folder)
         make_tokenizer(chat_template=None).save_pretrained(folder)
         out = tmp_path / key / 'out'
-        assert llm_sft.main(small_flags(folder, data_file, out)) == 0
+        flags = ['--max_steps', '12', '--eval_steps', '6', '--learning_rate', '0.05']
+        assert llm_sft.main([*small_flags(folder, data_file, out), *flags]) == 0
         run = next(out.glob(f'{key}/v0-*'))
-        state = json.loads((run / 'checkpoint-6' / 'trainer_state.json').read_text())
-        losses = [e['loss'] for e in state['log_history'] if 'loss' in e]
-        assert losses[-1] < losses[0], key
-        config = json.loads((run / 'checkpoint-6' / 'adapter_config.json').read_text())
+        state = json.loads((run / 'checkpoint-12' / 'trainer_state.json').read_text())
+        losses = [e['eval_loss'] for e in state['log_history'] if 'eval_loss' in e]
+        assert len(losses) == 2 and losses[1] < losses[0], key
+        config = json.loads((run / 'checkpoint-12' / 'adapter_config.json').read_text())
         assert sorted(config['target_modules']) == sorted(MODEL_MAPPING[key].lora_target_modules)
-        words = ['--ckpt_dir', str(run / 'checkpoint-6'), '--do_sample', 'false', '--max_new_tokens', '4']
+        words = ['--ckpt_dir', str(run / 'checkpoint-12'), '--do_sample', 'false', '--max_new_tokens', '4']
         assert llm_infer.main(words) == 0
-        assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-6'), '--merge_lora_and_save', 'true']) == 0
+        assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-12'), '--merge_lora_and_save', 'true']) == 0
         trained += 1
     assert trained == 4
 
