@@ -15,7 +15,8 @@ from utils.errors import ConfigError
 from utils.logger import logger
 from utils.machine_check import check_machine_common
 from utils.model import Weights, is_adapter, locate
-from utils.resolve import Resolution, resolve_infer
+from utils.resolution import Resolution
+from utils.resolve import resolve_infer
 from utils.run_dir import check_base, fill_from_run, open_checkpoint, result_path
 from utils.start import open_model, run_program, start_processes
 
@@ -41,7 +42,7 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     check_machine_common(done)
     done.problems.raise_if_any()
     rows = None
-    if not (done.args.eval_human or done.args.merge_lora_and_save):
+    if done.args.reads_data:
         sample = int(record['train_dataset_sample']) if record else -1
         rows = get_dataset(
             done.args.dataset,
@@ -77,6 +78,7 @@ def _act(
     from utils import answering
     from utils.auto_encoder import make_encoder
     from utils.generation import generation_config
+    from utils.native.export import export_native
     from utils.tuner import load_adapter, merge_and_save
 
     args, info = done.args, done.info
@@ -84,8 +86,12 @@ def _act(
     set_seed(args.seed + dist.rank())
     model, tokenizer, _ = open_model(args, info, weights, trains=False)
     if checkpoint is not None and is_adapter(checkpoint):
-        model = load_adapter(model, checkpoint)
+        model = load_adapter(model, checkpoint, weights.path)
     model.eval()
+    if args.export_native:
+        export_native(model, tokenizer, Path(str(args.output_dir)))
+        logger.info(f'written: {args.output_dir}, for AutoModelForCausalLM or --model_id_or_path')
+        return
     if args.merge_lora_and_save:
         assert checkpoint is not None and record is not None, 'checked'
         target = checkpoint.with_name(f'{checkpoint.name}-merged')

@@ -15,7 +15,8 @@ from utils.errors import ConfigError
 from utils.logger import logger
 from utils.machine_check import check_machine_sft
 from utils.model import locate
-from utils.resolve import SFT_ARGS, Resolution, resolve_sft, run_name
+from utils.resolution import Resolution, run_name
+from utils.resolve import SFT_ARGS, resolve_sft
 from utils.run_dir import check_resumed, make_run_dir, run_record, write_json
 from utils.start import open_model, run_program, start_processes
 

@@ -51,14 +51,21 @@ def hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         monkeypatch.delenv(name, raising=False)
 
 
-def make_tokenizer(*, chat_template: str | None = CHATML, vocab_size: int = 400) -> Any:
-    """Return a byte-level BPE tokenizer trained on a few sentences, with the control tokens of several templates."""
+def make_tokenizer(*, chat_template: str | None = CHATML, vocab_size: int = 400, metaspace: str | None = None) -> Any:
+    """Return a BPE tokenizer trained on a few sentences, with the control tokens of several templates.
+
+    Byte-level as GPT-2's; with `metaspace` ('first', 'always') blanks become ▁ as Llama's do, one put before the text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    backend = Tokenizer(models.BPE(unk_token='<unk>'))
+    if metaspace is None:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace)
+        backend.decoder = decoders.Metaspace(prepend_scheme=metaspace)
     backend.train_from_iterator(
         TEXTS,
         trainers.BpeTrainer(

@@ -10,9 +10,11 @@ import pytest
 
 from tests.conftest import make_model, make_tokenizer
 from utils.argument import SftArguments, parse
+from utils.limits import OPTIMIZERS, SCHEDULERS
 from utils.model import MODEL_MAPPING, get_model_info, infer_model_type, load_model, load_tokenizer
 from utils.preprocess import TEMPLATE_MAPPING
-from utils.resolve import OPTIMIZERS, SCHEDULERS, Resolution, resolve_sft
+from utils.resolution import Resolution
+from utils.resolve import resolve_sft
 
 
 def resolved(*words: str) -> Resolution[SftArguments]:
@@ -20,9 +22,10 @@ def resolved(*words: str) -> Resolution[SftArguments]:
 
 
 def test_entries_are_complete() -> None:
-    assert len(MODEL_MAPPING) == 17
+    assert len(MODEL_MAPPING) == 138
     for key, info in MODEL_MAPPING.items():
-        assert key == key.lower() and info.model_id_or_path.count('/') == 1 and info.hf_model_id
+        assert key == key.lower() and info.model_id_or_path.count('/') == 1
+        assert info.hf_model_id is None or info.hf_model_id.count('/') == 1
         assert info.template in TEMPLATE_MAPPING and info.lora_target_modules
     assert len(TEMPLATE_MAPPING) == 13
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -30,6 +31,7 @@ from utils.preprocess import (
 )
 
 TOKENIZER = make_tokenizer()
+TOKENIZERS = (TOKENIZER, make_tokenizer(metaspace='first'), make_tokenizer(metaspace='always'))
 REGISTERED = [name for name, template in TEMPLATE_MAPPING.items() if template is not None]
 
 
@@ -116,18 +118,18 @@ TEXT = st.lists(
 def test_inference_prompt_is_a_prefix_of_what_is_trained(texts: list[str], system: str | None, seed: int) -> None:
     texts = texts[: len(texts) // 2 * 2]
     checked = 0
-    for name in TEMPLATE_MAPPING:
+    for tokenizer, name in itertools.product(TOKENIZERS, TEMPLATE_MAPPING):
         template = TEMPLATE_MAPPING[name]
         turns = texts[:2] if template is not None and template.chat_sep is None else texts
         row, other = chat(*turns, system=system), chat('x' * seed, 'y')
-        coder = encoder(name)
+        coder = encoder(name, tokenizer)
         trained = coder.encode([other, row])[1]
         prompt = coder.encode_prompts([row])[0]
         assert trained.input_ids[: len(prompt)] == prompt
         assert trained.trained[0] == trained.prompt_length == len(prompt)
         assert len(prompt) < trained.trained[1] <= len(trained.input_ids)
         checked += 1
-    assert checked == 13
+    assert checked == 39
 
 
 @settings(max_examples=60, deadline=None)

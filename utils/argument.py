@@ -73,6 +73,11 @@ class CommonArguments:
     top_p: float = flag(0.9, 'generation: sample from the likeliest tokens that hold this share of probability')
     repetition_penalty: float = flag(1.0, 'generation: above 1 makes tokens already written less likely')
 
+    @property
+    def reads_data(self) -> bool:
+        """Return whether what is asked for needs a data set."""
+        return True
+
 
 @dataclass(kw_only=True)
 class SftArguments(CommonArguments):
@@ -143,10 +148,19 @@ class InferArguments(CommonArguments):
     use_streamer: bool = flag(True, 'print tokens as they come')
     merge_lora_and_save: bool = flag(False, 'merge the adapter into the base model and save it as <ckpt_dir>-merged')
     save_generation_config: bool = flag(True, 'write the generation settings used to generation_config.json')
+    export_native: bool = flag(
+        False, 'write the untuned model, 2023 layouts included, as a plain folder of its native class to --output_dir'
+    )
+    output_dir: str | None = flag(None, 'folder that --export_native writes; must not be there yet')
     infer_batch_size: int = flag(16, 'validation rows answered at once')
     result_path: str | None = flag(
         None, 'file for the answers; None: <ckpt_dir>/infer_result.jsonl, untuned output/<model>/untuned/'
     )
+
+    @property
+    def reads_data(self) -> bool:
+        """Return whether rows are answered: not when chatting, merging or exporting."""
+        return not (self.eval_human or self.merge_lora_and_save or self.export_native)
 
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)

@@ -13,7 +13,7 @@ from utils.dataset import check_source, parse_source
 from utils.errors import ConfigError, Problems
 from utils.model import check_model_dir, has_package, is_adapter
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
-from utils.resolve import Resolution
+from utils.resolution import Resolution
 
 TRAINER_STATE = 'trainer_state.json'
 OPTIMIZER_STATE = 'optimizer.pt'
@@ -32,7 +32,7 @@ def check_machine_common(done: Resolution[Any]) -> None:
                 f'{directory} has no chat template of its own. Name one with --template_type: '
                 f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
             )
-    if not getattr(args, 'eval_human', False):
+    if args.reads_data:
         for word in args.dataset:
             try:
                 problem = check_source(parse_source(word))

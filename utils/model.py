@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from utils import dist, hub
 from utils.errors import ConfigError, did_you_mean
 from utils.fingerprint import Fingerprint, fingerprint
 from utils.logger import logger
 from utils.native.gguf import dense_directory, find_packaged_file
+from utils.native.read import read_config
 from utils.preprocess import AUTO
 
 if TYPE_CHECKING:
@@ -33,12 +35,12 @@ class LoadOptions:
     quantization_config: Any = None
 
 
-GetFunction = Callable[[Path, LoadOptions], 'tuple[PreTrainedModel, Any]']
+GetFunction = Callable[[Path, 'ModelInfo', LoadOptions], 'tuple[PreTrainedModel, Any]']
 
 
-def get_model_tokenizer_default(model_dir: Path, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return model and tokenizer of a directory whose class transformers has. Runs no code from the directory."""
-    return _open_model(model_dir, options), load_tokenizer(model_dir)
+def get_model_tokenizer_default(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
+    """Return model and tokenizer in native classes, from a native or an original 2023 layout. Runs no code of it."""
+    return _open_model(model_dir, info, options), _open_tokenizer(model_dir, info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,12 @@ class ModelInfo:
     ignore_file_pattern: tuple[str, ...] = ()
     # bf16, fp16 or fp32 where the weights demand one.
     torch_dtype: str | None = None
+    # How the weights of the hub are quantised already.
+    quantization: Literal['gptq', 'nf4'] | None = None
     # Python packages, with a version range where one is needed, e.g. 'transformers>=5.2'.
     requires: tuple[str, ...] = ()
+    # Key of FAMILIES in utils/native/registry.py for an original 2023 layout that config.json alone does not tell.
+    family: str | None = None
     # (package, file) of a GGUF file that serves without network where the package is installed.
     embedded: tuple[str, str] | None = None
 
@@ -67,9 +73,243 @@ class ModelInfo:
         return self.hf_model_id or self.model_id_or_path
 
 
+def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
+    """Return the language model alone of a checkpoint that sees and hears too, and its tokenizer.
+
+    AutoModelForCausalLM opens Gemma 3 and 4 with their towers, whose layers have the names LoRA is put on. What is
+    saved merged is the language model, a native class of its own; an adapter fits this class, not the whole one.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+
+    from utils.native.read import read_state
+
+    if problem := check_model_dir(model_dir):
+        raise ConfigError(problem)
+    if 'text_config' not in read_config(model_dir):
+        return get_model_tokenizer_default(model_dir, info, options)
+    # Not key_mapping of from_pretrained: what is saved later would get the names of the whole checkpoint back.
+    state = {_LANGUAGE.sub(r'\1\2\3', k): v for k, v in read_state(model_dir).items() if _LANGUAGE.match(k)}
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config()
+        model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            output_loading_info=True,
+            dtype=options.torch_dtype,
+            device_map=options.device_map,
+            quantization_config=options.quantization_config,
+            attn_implementation='flash_attention_2' if options.flash_attention else None,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f'the language model in {model_dir} cannot be opened: {error}') from error
+    if names := sorted(found['missing_keys']):
+        raise ConfigError(f'{model_dir} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}.')
+    if (model_dir / 'generation_config.json').is_file():
+        model.generation_config = GenerationConfig.from_pretrained(model_dir)
+    return model, _open_tokenizer(model_dir, info)
+
+
+def _chat(
+    model_id: str,
+    hf_model_id: str | None = None,
+    *,
+    since: str,
+    targets: tuple[str, ...] = QKV,
+    ignore: tuple[str, ...] = (),
+    get_function: GetFunction = get_model_tokenizer_default,
+) -> ModelInfo:
+    """Return the entry of a model whose tokenizer carries its own chat template; `since`: first transformers."""
+    return ModelInfo(
+        model_id_or_path=model_id,
+        hf_model_id=hf_model_id or model_id,
+        get_function=get_function,
+        lora_target_modules=targets,
+        template=AUTO,
+        ignore_file_pattern=ignore,
+        requires=(f'transformers>={since}',),
+    )
+
+
 _NO_BIN = (r'.+\.bin$',)
 
+# A second copy of the weights in the layout of its author.
+_NO_ORIGINAL = ('original/.*', 'consolidated.*')
+# Where the language model stands in a text+vision checkpoint: Gemma 3 on the hub; what transformers 5 writes.
+_LANGUAGE = re.compile(r'^(?:language_model\.(model\.|lm_head\.)|(model\.)language_model\.|(lm_head\.))')
+# Layers that are not attention as such still project query, key and value, in one matrix.
+_GATED_DELTA = (*QKV, 'in_proj_qkv')
+_MLA = ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj')
+
 MODEL_MAPPING: dict[str, ModelInfo] = {
+    'qwen-7b': ModelInfo(
+        model_id_or_path='qwen/Qwen-7B',
+        hf_model_id='Qwen/Qwen-7B',
+        family='qwen',
+    ),
+    'qwen-7b-chat': ModelInfo(
+        model_id_or_path='qwen/Qwen-7B-Chat',
+        hf_model_id='Qwen/Qwen-7B-Chat',
+        family='qwen',
+        template='chatml',
+    ),
+    'qwen-14b': ModelInfo(
+        model_id_or_path='qwen/Qwen-14B',
+        hf_model_id='Qwen/Qwen-14B',
+        family='qwen',
+    ),
+    'qwen-14b-chat': ModelInfo(
+        model_id_or_path='qwen/Qwen-14B-Chat',
+        hf_model_id='Qwen/Qwen-14B-Chat',
+        family='qwen',
+        template='chatml',
+    ),
+    'qwen-7b-chat-int4': ModelInfo(
+        model_id_or_path='qwen/Qwen-7B-Chat-Int4',
+        hf_model_id='Qwen/Qwen-7B-Chat-Int4',
+        family='qwen_gptq',
+        quantization='gptq',
+        template='chatml',
+        torch_dtype='fp16',
+    ),
+    'qwen-14b-chat-int4': ModelInfo(
+        model_id_or_path='qwen/Qwen-14B-Chat-Int4',
+        hf_model_id='Qwen/Qwen-14B-Chat-Int4',
+        family='qwen_gptq',
+        quantization='gptq',
+        template='chatml',
+        torch_dtype='fp16',
+    ),
+    'qwen-7b-chat-int8': ModelInfo(
+        model_id_or_path='qwen/Qwen-7B-Chat-Int8',
+        hf_model_id='Qwen/Qwen-7B-Chat-Int8',
+        family='qwen_gptq',
+        quantization='gptq',
+        template='chatml',
+        torch_dtype='fp16',
+    ),
+    'qwen-14b-chat-int8': ModelInfo(
+        model_id_or_path='qwen/Qwen-14B-Chat-Int8',
+        hf_model_id='Qwen/Qwen-14B-Chat-Int8',
+        family='qwen_gptq',
+        quantization='gptq',
+        template='chatml',
+        torch_dtype='fp16',
+    ),
+    'baichuan-7b': ModelInfo(
+        model_id_or_path='baichuan-inc/baichuan-7B',
+        hf_model_id='baichuan-inc/Baichuan-7B',
+        family='baichuan_7b',
+    ),
+    'baichuan-13b': ModelInfo(
+        model_id_or_path='baichuan-inc/Baichuan-13B-Base',
+        hf_model_id='baichuan-inc/Baichuan-13B-Base',
+        family='baichuan_13b',
+    ),
+    'baichuan-13b-chat': ModelInfo(
+        model_id_or_path='baichuan-inc/Baichuan-13B-Chat',
+        hf_model_id='baichuan-inc/Baichuan-13B-Chat',
+        family='baichuan_13b',
+        template='baichuan',
+    ),
+    'baichuan2-7b': ModelInfo(
+        model_id_or_path='baichuan-inc/Baichuan2-7B-Base',
+        hf_model_id='baichuan-inc/Baichuan2-7B-Base',
+        family='baichuan2_7b',
+    ),
+    'baichuan2-7b-chat': ModelInfo(
+        model_id_or_path='baichuan-inc/Baichuan2-7B-Chat',
+        hf_model_id='baichuan-inc/Baichuan2-7B-Chat',
+        family='baichuan2_7b',
+        template='baichuan',
+    ),
+    'baichuan2-13b': ModelInfo(
+        model_id_or_path='baichuan-inc/Baichuan2-13B-Base',
+        hf_model_id='baichuan-inc/Baichuan2-13B-Base',
+        family='baichuan2_13b',
+    ),
+    'baichuan2-13b-chat': ModelInfo(
+        model_id_or_path='baichuan-inc/Baichuan2-13B-Chat',
+        hf_model_id='baichuan-inc/Baichuan2-13B-Chat',
+        family='baichuan2_13b',
+        template='baichuan',
+    ),
+    'baichuan2-7b-chat-int4': ModelInfo(
+        model_id_or_path='baichuan-inc/Baichuan2-7B-Chat-4bits',
+        hf_model_id='baichuan-inc/Baichuan2-7B-Chat-4bits',
+        family='baichuan2_7b_4bits',
+        quantization='nf4',
+        template='baichuan',
+        torch_dtype='bf16',
+    ),
+    'baichuan2-13b-chat-int4': ModelInfo(
+        model_id_or_path='baichuan-inc/Baichuan2-13B-Chat-4bits',
+        hf_model_id='baichuan-inc/Baichuan2-13B-Chat-4bits',
+        family='baichuan2_13b_4bits',
+        quantization='nf4',
+        template='baichuan',
+        torch_dtype='bf16',
+    ),
+    'chatglm2-6b': ModelInfo(
+        model_id_or_path='ZhipuAI/chatglm2-6b',
+        hf_model_id='zai-org/chatglm2-6b',
+        family='chatglm2',
+        template='chatglm2',
+    ),
+    'chatglm2-6b-32k': ModelInfo(
+        model_id_or_path='ZhipuAI/chatglm2-6b-32k',
+        hf_model_id='zai-org/chatglm2-6b-32k',
+        family='chatglm2_32k',
+        template='chatglm2',
+    ),
+    'internlm-7b': ModelInfo(
+        model_id_or_path='Shanghai_AI_Laboratory/internlm-7b',
+        hf_model_id='internlm/internlm-7b',
+        family='internlm',
+    ),
+    'internlm-7b-chat': ModelInfo(
+        model_id_or_path='Shanghai_AI_Laboratory/internlm-chat-7b-v1_1',
+        family='internlm',
+        template='internlm',
+    ),
+    'internlm-7b-chat-8k': ModelInfo(
+        model_id_or_path='Shanghai_AI_Laboratory/internlm-chat-7b-8k',
+        family='internlm',
+        template='internlm',
+    ),
+    'internlm-20b': ModelInfo(
+        model_id_or_path='Shanghai_AI_Laboratory/internlm-20b',
+        hf_model_id='internlm/internlm-20b',
+        family='internlm',
+    ),
+    'internlm-20b-chat': ModelInfo(
+        model_id_or_path='Shanghai_AI_Laboratory/internlm-chat-20b',
+        hf_model_id='internlm/internlm-chat-20b',
+        family='internlm',
+        template='internlm',
+    ),
+    'xverse-7b': ModelInfo(
+        model_id_or_path='xverse/XVERSE-7B',
+        hf_model_id='xverse/XVERSE-7B',
+        family='xverse',
+    ),
+    'xverse-7b-chat': ModelInfo(
+        model_id_or_path='xverse/XVERSE-7B-Chat',
+        hf_model_id='xverse/XVERSE-7B-Chat',
+        family='xverse',
+        template='xverse',
+    ),
+    'xverse-13b': ModelInfo(
+        model_id_or_path='xverse/XVERSE-13B',
+        hf_model_id='xverse/XVERSE-13B',
+        family='xverse',
+    ),
+    'xverse-13b-chat': ModelInfo(
+        model_id_or_path='xverse/XVERSE-13B-Chat',
+        hf_model_id='xverse/XVERSE-13B-Chat',
+        family='xverse',
+        template='xverse',
+    ),
     'smollm2-135m-instruct': ModelInfo(
         model_id_or_path='HuggingFaceTB/SmolLM2-135M-Instruct',
         hf_model_id='HuggingFaceTB/SmolLM2-135M-Instruct',
@@ -142,6 +382,7 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
     'polylm-13b': ModelInfo(
         model_id_or_path='damo/nlp_polylm_13b_text_generation',
         hf_model_id='DAMO-NLP-MT/polylm-13b',
+        family='polylm',
         lora_target_modules=('c_attn',),
     ),
     'seqgpt-560m': ModelInfo(
@@ -150,6 +391,155 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
         lora_target_modules=('query_key_value',),
         template='default-generation',
     ),
+    # From here on: models that bring their own chat template. Experts of mixtures are 3-D parameters, no linear
+    # layers: LoRA is on the attention alone.
+    'qwen2.5-0.5b-instruct': _chat('Qwen/Qwen2.5-0.5B-Instruct', since='4.37'),
+    'qwen2.5-1.5b-instruct': _chat('Qwen/Qwen2.5-1.5B-Instruct', since='4.37'),
+    'qwen2.5-3b-instruct': _chat('Qwen/Qwen2.5-3B-Instruct', since='4.37'),
+    'qwen2.5-7b-instruct': _chat('Qwen/Qwen2.5-7B-Instruct', since='4.37'),
+    'qwen2.5-14b-instruct': _chat('Qwen/Qwen2.5-14B-Instruct', since='4.37'),
+    'qwen2.5-32b-instruct': _chat('Qwen/Qwen2.5-32B-Instruct', since='4.37'),
+    'qwen2.5-72b-instruct': _chat('Qwen/Qwen2.5-72B-Instruct', since='4.37'),
+    'qwen2.5-coder-0.5b-instruct': _chat('Qwen/Qwen2.5-Coder-0.5B-Instruct', since='4.37'),
+    'qwen2.5-coder-1.5b-instruct': _chat('Qwen/Qwen2.5-Coder-1.5B-Instruct', since='4.37'),
+    'qwen2.5-coder-3b-instruct': _chat('Qwen/Qwen2.5-Coder-3B-Instruct', since='4.37'),
+    'qwen2.5-coder-7b-instruct': _chat('Qwen/Qwen2.5-Coder-7B-Instruct', since='4.37'),
+    'qwen2.5-coder-14b-instruct': _chat('Qwen/Qwen2.5-Coder-14B-Instruct', since='4.37'),
+    'qwen2.5-coder-32b-instruct': _chat('Qwen/Qwen2.5-Coder-32B-Instruct', since='4.37'),
+    'qwen2.5-math-1.5b-instruct': _chat('Qwen/Qwen2.5-Math-1.5B-Instruct', since='4.37'),
+    'qwen2.5-math-7b-instruct': _chat('Qwen/Qwen2.5-Math-7B-Instruct', since='4.37'),
+    'qwen2.5-math-72b-instruct': _chat('Qwen/Qwen2.5-Math-72B-Instruct', since='4.37'),
+    'qwen3-0.6b': _chat('Qwen/Qwen3-0.6B', since='4.51'),
+    'qwen3-1.7b': _chat('Qwen/Qwen3-1.7B', since='4.51'),
+    'qwen3-4b': _chat('Qwen/Qwen3-4B', since='4.51'),
+    'qwen3-8b': _chat('Qwen/Qwen3-8B', since='4.51'),
+    'qwen3-14b': _chat('Qwen/Qwen3-14B', since='4.51'),
+    'qwen3-32b': _chat('Qwen/Qwen3-32B', since='4.51'),
+    'qwen3-4b-instruct-2507': _chat('Qwen/Qwen3-4B-Instruct-2507', since='4.51'),
+    'qwen3-4b-thinking-2507': _chat('Qwen/Qwen3-4B-Thinking-2507', since='4.51'),
+    'qwen3-30b-a3b': _chat('Qwen/Qwen3-30B-A3B', since='4.51'),
+    'qwen3-30b-a3b-instruct-2507': _chat('Qwen/Qwen3-30B-A3B-Instruct-2507', since='4.51'),
+    'qwen3-30b-a3b-thinking-2507': _chat('Qwen/Qwen3-30B-A3B-Thinking-2507', since='4.51'),
+    'qwen3-coder-30b-a3b-instruct': _chat('Qwen/Qwen3-Coder-30B-A3B-Instruct', since='4.51'),
+    'qwen3-next-80b-a3b-instruct': _chat(
+        'Qwen/Qwen3-Next-80B-A3B-Instruct', since='4.57', targets=(*QKV, 'in_proj_qkvz')
+    ),
+    'qwen3-next-80b-a3b-thinking': _chat(
+        'Qwen/Qwen3-Next-80B-A3B-Thinking', since='4.57', targets=(*QKV, 'in_proj_qkvz')
+    ),
+    'qwen3.5-0.8b': _chat('Qwen/Qwen3.5-0.8B', since='5.2', targets=_GATED_DELTA),
+    'qwen3.5-2b': _chat('Qwen/Qwen3.5-2B', since='5.2', targets=_GATED_DELTA),
+    'qwen3.5-4b': _chat('Qwen/Qwen3.5-4B', since='5.2', targets=_GATED_DELTA),
+    'qwen3.5-9b': _chat('Qwen/Qwen3.5-9B', since='5.2', targets=_GATED_DELTA),
+    'qwen3.5-27b': _chat('Qwen/Qwen3.5-27B', since='5.2', targets=_GATED_DELTA),
+    'qwen3.5-35b-a3b': _chat('Qwen/Qwen3.5-35B-A3B', since='5.2', targets=_GATED_DELTA),
+    'qwen3.6-27b': _chat('Qwen/Qwen3.6-27B', since='5.2', targets=_GATED_DELTA),
+    'qwen3.6-35b-a3b': _chat('Qwen/Qwen3.6-35B-A3B', since='5.2', targets=_GATED_DELTA),
+    'qwen3.8-27b': _chat('Qwen/Qwen3.8-27B', since='5.2', targets=_GATED_DELTA),
+    'llama3.1-8b-instruct': _chat(
+        'LLM-Research/Meta-Llama-3.1-8B-Instruct',
+        'meta-llama/Meta-Llama-3.1-8B-Instruct',
+        since='4.43',
+        ignore=_NO_ORIGINAL,
+    ),
+    'llama3.1-70b-instruct': _chat(
+        'LLM-Research/Meta-Llama-3.1-70B-Instruct',
+        'meta-llama/Meta-Llama-3.1-70B-Instruct',
+        since='4.43',
+        ignore=_NO_ORIGINAL,
+    ),
+    'llama3.2-1b-instruct': _chat(
+        'LLM-Research/Llama-3.2-1B-Instruct', 'meta-llama/Llama-3.2-1B-Instruct', since='4.43', ignore=_NO_ORIGINAL
+    ),
+    'llama3.2-3b-instruct': _chat(
+        'LLM-Research/Llama-3.2-3B-Instruct', 'meta-llama/Llama-3.2-3B-Instruct', since='4.43', ignore=_NO_ORIGINAL
+    ),
+    'llama3.3-70b-instruct': _chat(
+        'LLM-Research/Llama-3.3-70B-Instruct', 'meta-llama/Llama-3.3-70B-Instruct', since='4.43', ignore=_NO_ORIGINAL
+    ),
+    'deepseek-r1-distill-qwen-1.5b': _chat('deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B', since='4.37'),
+    'deepseek-r1-distill-qwen-7b': _chat('deepseek-ai/DeepSeek-R1-Distill-Qwen-7B', since='4.37'),
+    'deepseek-r1-distill-qwen-14b': _chat('deepseek-ai/DeepSeek-R1-Distill-Qwen-14B', since='4.37'),
+    'deepseek-r1-distill-qwen-32b': _chat('deepseek-ai/DeepSeek-R1-Distill-Qwen-32B', since='4.37'),
+    'deepseek-r1-distill-llama-8b': _chat('deepseek-ai/DeepSeek-R1-Distill-Llama-8B', since='4.43'),
+    'deepseek-r1-distill-llama-70b': _chat('deepseek-ai/DeepSeek-R1-Distill-Llama-70B', since='4.43'),
+    'gemma2-2b-it': _chat('LLM-Research/gemma-2-2b-it', 'google/gemma-2-2b-it', since='4.42'),
+    'gemma2-9b-it': _chat('LLM-Research/gemma-2-9b-it', 'google/gemma-2-9b-it', since='4.42'),
+    'gemma2-27b-it': _chat('LLM-Research/gemma-2-27b-it', 'google/gemma-2-27b-it', since='4.42'),
+    'gemma3-1b-it': _chat('LLM-Research/gemma-3-1b-it', 'google/gemma-3-1b-it', since='4.49'),
+    'gemma3-4b-it': _chat(
+        'LLM-Research/gemma-3-4b-it', 'google/gemma-3-4b-it', since='4.49', get_function=get_text_model_tokenizer
+    ),
+    'gemma3-12b-it': _chat(
+        'LLM-Research/gemma-3-12b-it', 'google/gemma-3-12b-it', since='4.49', get_function=get_text_model_tokenizer
+    ),
+    'gemma3-27b-it': _chat(
+        'LLM-Research/gemma-3-27b-it', 'google/gemma-3-27b-it', since='4.49', get_function=get_text_model_tokenizer
+    ),
+    'gemma4-e2b-it': _chat('google/gemma-4-E2B-it', since='5.10.1', get_function=get_text_model_tokenizer),
+    'gemma4-e4b-it': _chat('google/gemma-4-E4B-it', since='5.10.1', get_function=get_text_model_tokenizer),
+    'gemma4-12b-it': _chat('google/gemma-4-12B-it', since='5.10.1', get_function=get_text_model_tokenizer),
+    'gemma4-26b-a4b-it': _chat('google/gemma-4-26B-A4B-it', since='5.10.1', get_function=get_text_model_tokenizer),
+    'gemma4-31b-it': _chat('google/gemma-4-31B-it', since='5.10.1', get_function=get_text_model_tokenizer),
+    'mistral-7b-instruct-v0.3': _chat(
+        'LLM-Research/Mistral-7B-Instruct-v0.3', 'mistralai/Mistral-7B-Instruct-v0.3', since='4.42', ignore=_NO_ORIGINAL
+    ),
+    'mistral-nemo-12b-instruct': _chat(
+        'AI-ModelScope/Mistral-Nemo-Instruct-2407',
+        'mistralai/Mistral-Nemo-Instruct-2407',
+        since='4.43',
+        ignore=_NO_ORIGINAL,
+    ),
+    'mistral-small-24b-instruct': _chat('mistralai/Mistral-Small-24B-Instruct-2501', since='4.43', ignore=_NO_ORIGINAL),
+    'ministral-8b-instruct': _chat(
+        'AI-ModelScope/Ministral-8B-Instruct-2410',
+        'mistralai/Ministral-8B-Instruct-2410',
+        since='4.46',
+        ignore=_NO_ORIGINAL,
+    ),
+    'gpt-oss-20b': _chat(
+        'openai-mirror/gpt-oss-20b', 'openai/gpt-oss-20b', since='4.55', ignore=('original/.*', 'metal/.*')
+    ),
+    'gpt-oss-120b': _chat(
+        'openai-mirror/gpt-oss-120b', 'openai/gpt-oss-120b', since='4.55', ignore=('original/.*', 'metal/.*')
+    ),
+    'phi4-14b': _chat('LLM-Research/phi-4', 'microsoft/phi-4', since='4.36', targets=('qkv_proj',)),
+    'phi4-mini-instruct': _chat(
+        'LLM-Research/Phi-4-mini-instruct', 'microsoft/Phi-4-mini-instruct', since='4.36', targets=('qkv_proj',)
+    ),
+    'glm-4-9b-0414': _chat('ZhipuAI/GLM-4-9B-0414', 'zai-org/GLM-4-9B-0414', since='4.51'),
+    'glm-4-32b-0414': _chat('ZhipuAI/GLM-4-32B-0414', 'zai-org/GLM-4-32B-0414', since='4.51'),
+    'glm-z1-9b-0414': _chat('ZhipuAI/GLM-Z1-9B-0414', 'zai-org/GLM-Z1-9B-0414', since='4.51'),
+    'glm-4.5-air': _chat('ZhipuAI/GLM-4.5-Air', 'zai-org/GLM-4.5-Air', since='4.54'),
+    'glm-4.7-flash': _chat('ZhipuAI/GLM-4.7-Flash', 'zai-org/GLM-4.7-Flash', since='5.0', targets=_MLA),
+    'internlm3-8b-instruct': _chat(
+        'Shanghai_AI_Laboratory/internlm3-8b-instruct', 'internlm/internlm3-8b-instruct', since='4.48'
+    ),
+    'smollm2-360m-instruct': _chat('HuggingFaceTB/SmolLM2-360M-Instruct', since='4.37'),
+    'smollm2-1.7b-instruct': _chat('HuggingFaceTB/SmolLM2-1.7B-Instruct', since='4.37'),
+    'smollm3-3b': _chat('HuggingFaceTB/SmolLM3-3B', since='4.53'),
+    'lfm2.5-1.2b-instruct': _chat('LiquidAI/LFM2.5-1.2B-Instruct', since='4.54', targets=(*QKV, 'in_proj')),
+    'granite3.3-2b-instruct': _chat(
+        'AI-ModelScope/granite-3.3-2b-instruct', 'ibm-granite/granite-3.3-2b-instruct', since='4.45'
+    ),
+    'granite3.3-8b-instruct': _chat(
+        'AI-ModelScope/granite-3.3-8b-instruct', 'ibm-granite/granite-3.3-8b-instruct', since='4.45'
+    ),
+    'hunyuan-0.5b-instruct': _chat(
+        'Tencent-Hunyuan/Hunyuan-0.5B-Instruct', 'tencent/Hunyuan-0.5B-Instruct', since='4.55'
+    ),
+    'hunyuan-1.8b-instruct': _chat(
+        'Tencent-Hunyuan/Hunyuan-1.8B-Instruct', 'tencent/Hunyuan-1.8B-Instruct', since='4.55'
+    ),
+    'hunyuan-4b-instruct': _chat('Tencent-Hunyuan/Hunyuan-4B-Instruct', 'tencent/Hunyuan-4B-Instruct', since='4.55'),
+    'hunyuan-7b-instruct': _chat('Tencent-Hunyuan/Hunyuan-7B-Instruct', 'tencent/Hunyuan-7B-Instruct', since='4.55'),
+    'ernie4.5-0.3b': _chat('PaddlePaddle/ERNIE-4.5-0.3B-PT', 'baidu/ERNIE-4.5-0.3B-PT', since='4.54'),
+    'minicpm5-1b': _chat('OpenBMB/MiniCPM5-1B', 'openbmb/MiniCPM5-1B', since='5.6'),
+    'minicpm5-2b': _chat('OpenBMB/MiniCPM5-2B', 'openbmb/MiniCPM5-2B', since='5.6'),
+    'yi1.5-6b-chat': _chat('01ai/Yi-1.5-6B-Chat', '01-ai/Yi-1.5-6B-Chat', since='4.34'),
+    'yi1.5-9b-chat': _chat('01ai/Yi-1.5-9B-Chat', '01-ai/Yi-1.5-9B-Chat', since='4.34'),
+    'yi1.5-34b-chat': _chat('01ai/Yi-1.5-34B-Chat', '01-ai/Yi-1.5-34B-Chat', since='4.34'),
+    'seed-oss-36b-instruct': _chat('ByteDance-Seed/Seed-OSS-36B-Instruct', since='4.56'),
 }
 
 
@@ -270,30 +660,49 @@ def cpu_has_bf16() -> bool:
     return bool(words & {'avx512_bf16', 'amx_bf16', 'bf16'})
 
 
-def _open_model(model_dir: Path, options: LoadOptions) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTrainedModel:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    from utils.native.open import open_original, open_saved
+    from utils.native.registry import find_family, find_saved
 
     if problem := check_model_dir(model_dir):
         raise ConfigError(problem)
-    config = json.loads((model_dir / 'config.json').read_text(encoding='utf-8'))
+    config = read_config(model_dir)
+    keywords = {
+        'dtype': options.torch_dtype,
+        'device_map': options.device_map,
+        'quantization_config': options.quantization_config,
+        'attn_implementation': 'flash_attention_2' if options.flash_attention else None,
+    }
+    if family := find_saved(config):
+        return open_saved(family, model_dir, **keywords)
+    if family := find_family(config, info.family):
+        return open_original(family, model_dir, **keywords)
     if config['model_type'] not in CONFIG_MAPPING_NAMES:
         remote = ' It asks for code of its own (auto_map), which is never run.' if 'auto_map' in config else ''
         raise ConfigError(
             f"{model_dir}: model_type '{config['model_type']}' is no native class of transformers.{remote} "
             'Name the registered model this is with --model_type, or convert it to a native class.'
         )
+    return _open_native(model_dir, **keywords)
+
+
+def _open_native(model_dir: Path, **keywords: Any) -> PreTrainedModel:
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=options.torch_dtype,
-            device_map=options.device_map,
-            quantization_config=options.quantization_config,
-            attn_implementation='flash_attention_2' if options.flash_attention else None,
-            trust_remote_code=False,
-            output_loading_info=True,
+            model_dir, trust_remote_code=False, output_loading_info=True, **keywords
         )
+    except UnpicklingError:
+        raise ConfigError(
+            f'the model in {model_dir} cannot be opened: a .bin file in it holds more than tensors. '
+            'That would be code, which is never run. Get the model as safetensors.'
+        ) from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f'the model in {model_dir} cannot be opened: {error}') from error
     if info['missing_keys']:
@@ -309,15 +718,28 @@ def load_model(model_dir: str | Path, *, model_type: str | None = None, torch_dt
     """Return the model of a directory in its native class, in `torch_dtype` or the device's best."""
     info = get_model_info(model_type, str(model_dir))
     dtype = torch_dtype or pick_dtype(info.torch_dtype)[0]
-    return info.get_function(Path(model_dir), LoadOptions(torch_dtype=dtype))[0]
+    return _open_model(Path(model_dir), info, LoadOptions(torch_dtype=dtype))
 
 
 def load_tokenizer(model_dir: str | Path, *, model_type: str | None = None) -> Any:
     """Return the tokenizer of a directory, with a pad token. Runs no code from the directory."""
-    from transformers import AutoTokenizer
+    return _open_tokenizer(Path(model_dir), get_model_info(model_type, str(model_dir)))
 
+
+def _open_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from utils.native.registry import find_family, find_saved
+
+    config = read_config(model_dir) if (model_dir / 'config.json').is_file() else {}
+    family = find_family(config, info.family)
+    # AutoTokenizer asks config.json for a class, and does not know the model types that are ours.
+    opener = PreTrainedTokenizerFast if find_saved(config) else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        if family and family.tokenizer and family.vocabulary and (model_dir / family.vocabulary).is_file():
+            tokenizer = family.tokenizer(model_dir)
+        else:
+            tokenizer = opener.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {error}') from error
     if tokenizer.eos_token_id is None:
@@ -337,7 +759,7 @@ def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions)
     if path.is_file():
         with dist.local_main_first():
             path = dense_directory(path)
-    model, tokenizer = info.get_function(path, options)
+    model, tokenizer = info.get_function(path, info, options)
     model.config._name_or_path = model.name_or_path = info.public_id
     embedding = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embedding:

@@ -10,8 +10,10 @@ from typing import Any
 
 from utils.argument import InferArguments, Parsed, SftArguments, flag_types, to_dict
 from utils.errors import Problems
+from utils.logger import logger
 from utils.model import is_adapter
-from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS, run_name
+from utils.resolution import run_name
+from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS
 
 RUN_JSON = 'run.json'
 
@@ -91,13 +93,13 @@ def fill_from_run(
     base = ('model_type', 'model_id_or_path')
     for name in base:
         typed, trained = getattr(args, name), record.get(name)
-        if name in parsed.typed and typed != trained and typed not in record['base_model'].values():
+        if name in parsed.typed and typed != trained and typed not in record.get('base_model', {}).values():
             problems.add(
                 f"--{name} '{typed}' is not the base model of this checkpoint, which is "
                 f"'{record.get('model_type') or record.get('model_id_or_path')}'. Leave the flag out."
             )
     for name in flag_types(InferArguments):
-        if name not in record or name in ('ckpt_dir', 'ignore_args_error'):
+        if name not in record or name in ('ckpt_dir', 'ignore_args_error', 'output_dir'):
             continue
         if name not in parsed.typed:
             setattr(args, name, record[name])
@@ -124,8 +126,12 @@ def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
 
 def check_base(record: dict[str, Any], serves: dict[str, str], problems: Problems) -> None:
     """Add a problem where the base weights that serve are not those the checkpoint was trained on."""
-    trained = record['base_model']
-    if trained['sha256'] != serves['sha256']:
+    trained = record.get('base_model')
+    if trained is None:
+        logger.warning(
+            f'{SFT_ARGS} does not say which base weights it was trained on: that they are these is not checked.'
+        )
+    elif trained['sha256'] != serves['sha256']:
         problems.add(
             f'the base weights differ: this checkpoint was trained on {trained["source"]} (sha256 '
             f'{trained["sha256"][:12]}), what serves here is {serves["source"]} (sha256 {serves["sha256"][:12]}). '

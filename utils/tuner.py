@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from utils.argument import SftArguments
 from utils.errors import ConfigError, did_you_mean
 from utils.logger import logger
+from utils.model import load_model
+from utils.native.export import save_whole
 from utils.resolve import SFT_ARGS
 from utils.run_dir import write_json
 
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
 ALL = 'ALL'
 # Query, key and value projections as the native classes name them, for a model that has no entry.
 _QKV_NAMES = (('q_proj', 'k_proj', 'v_proj'), ('qkv_proj',), ('query_key_value',), ('c_attn',), ('W_pack',))
+
+# Names of the fused 2023 layouts that recipes hold, and the native layers they are.
+_OLD_NAMES = {
+    'c_attn': ('q_proj', 'k_proj', 'v_proj'),
+    'W_pack': ('q_proj', 'k_proj', 'v_proj'),
+    'query_key_value': ('q_proj', 'k_proj', 'v_proj'),
+    'c_proj': ('o_proj', 'down_proj'),
+    'dense': ('o_proj',),
+    'w1': ('up_proj',),
+    'w2': ('gate_proj',),
+    'dense_h_to_4h': ('gate_up_proj',),
+    'dense_4h_to_h': ('down_proj',),
+}
 
 # How far merged logits may lie from base + adapter, as a share of the largest logit: one rounding of the weights.
 _MERGE_BOUND = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2}
@@ -47,6 +61,7 @@ def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:
         logger.info(f'lora_target_modules = {",".join(wanted)} because the model has no entry and these are its names')
     if ALL in wanted:
         return sorted(names)
+    wanted = _native_names(wanted, names)
     if missing := [name for name in wanted if name not in names]:
         raise ConfigError(
             *(
@@ -56,6 +71,19 @@ def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:
             )
         )
     return wanted
+
+
+def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
+    """Return the names with those of a fused 2023 layout replaced by the native ones, each once."""
+    native: list[str] = []
+    for name in wanted:
+        new = _OLD_NAMES.get(name, ())
+        if name in names or not set(new) <= set(names) or not new:
+            native.append(name)
+        else:
+            logger.info(f'lora_target_modules: {name} is {", ".join(new)} in the native class')
+            native += new
+    return list(dict.fromkeys(native))
 
 
 def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
@@ -85,12 +113,15 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     return prepared
 
 
-def load_adapter(model: PreTrainedModel, checkpoint: Path) -> Any:
+def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None) -> Any:
     """Return the base model with a checkpoint's adapter on it; raises ConfigError where they do not fit."""
     from peft import PeftModel
 
+    from utils.native.adapter import native_adapter
+
     try:
-        return PeftModel.from_pretrained(model, str(checkpoint))
+        with native_adapter(checkpoint, linear_names(model), base) as folder:
+            return PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f'the adapter in {checkpoint} does not fit {type(model).__name__} {model.name_or_path}: '
@@ -103,7 +134,9 @@ def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
     import torch
 
     text = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False)['input_ids']], device=model.device)
+    # Within the trained length, beyond which some models compute what plain classes do not (Qwen's dynamic NTK).
+    limit = getattr(model.config, 'max_position_embeddings', 1024)  # Bloom, of ALiBi, has no such limit
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)['input_ids'][:limit]], device=model.device)
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float().cpu()
@@ -112,21 +145,17 @@ def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
 def merge_and_save(model: Any, tokenizer: Any, target: Path, *, record: dict[str, Any]) -> str:
     """Merge the adapter, save the whole model as `target`, and return how near its reloaded logits are.
 
-    Written aside, reopened with plain AutoModelForCausalLM and compared with base + adapter; only then is the folder
+    Written aside, reopened from disk and compared with base + adapter; only then is the folder
     given its name, replacing an earlier one. Raises ConfigError where the logits differ by more than rounding does.
     """
-    from transformers import AutoModelForCausalLM
-
     expected = probe_logits(model, tokenizer)
     dtype = next(model.parameters()).dtype
     merged = model.merge_and_unload(safe_merge=True)
     aside = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(aside, ignore_errors=True)
-    merged.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    _drop_local_name(aside / 'config.json')
+    save_whole(merged, tokenizer, aside)
     write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
-    reloaded = AutoModelForCausalLM.from_pretrained(aside, dtype=dtype, device_map=merged.device).eval()
+    reloaded = load_model(aside, torch_dtype=dtype).to(merged.device).eval()
     found = probe_logits(reloaded, tokenizer)
     largest, difference = float(expected.abs().max()), float((expected - found).abs().max())
     bound = _MERGE_BOUND[str(dtype).removeprefix('torch.')] * largest
@@ -140,10 +169,3 @@ def merge_and_save(model: Any, tokenizer: Any, target: Path, *, record: dict[str
     return (
         f'logits of the reloaded folder differ from base + adapter by at most {difference:.3g} (largest {largest:.3g})'
     )
-
-
-def _drop_local_name(config: Path) -> None:
-    """Remove the name the base was opened under from a saved config.json."""
-    content = json.loads(config.read_text(encoding='utf-8'))
-    content.pop('_name_or_path', None)
-    config.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

@@ -1,0 +1,502 @@
+"""Qwen of 2023 in native classes: goldens of the original code, renamed fields, GPTQ bit for bit, long contexts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from tests.conftest import ROOT
+from utils.errors import ConfigError
+from utils.native import gptq
+from utils.native.open import open_original
+from utils.native.qwen import QWEN, QWEN_GPTQ
+
+GOLDENS = ROOT / 'tests' / 'goldens'
+PLAIN, PACKED = GOLDENS / 'qwen-a', GOLDENS / 'qwen_gptq-a'
+OLD_NAMES = {
+    'hidden_size': 'n_embd',
+    'num_hidden_layers': 'n_layer',
+    'num_attention_heads': 'n_head',
+    'intermediate_size': 'ffn_hidden_size',
+    'vocab_size': 'padded_vocab_size',
+    'attn_dropout_prob': 'attn_pdrop',
+}
+SEQ = 64
+
+
+@pytest.fixture(autouse=True)
+def without_gptq_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have weights unpacked on load, whatever is installed here."""
+    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: False)
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / 'config.json').read_text())
+    return config
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any], state: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(config))
+    save_file(state, folder / 'model.safetensors')
+    return folder
+
+
+def random_state(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return random weights in the original layout."""
+    torch.manual_seed(seed)
+    hidden, width, vocab = config['hidden_size'], config['intermediate_size'] // 2, config['vocab_size']
+    shapes: dict[str, tuple[int, ...]] = {
+        'transformer.wte.weight': (vocab, hidden), 'transformer.ln_f.weight': (hidden,),
+        'lm_head.weight': (vocab, hidden),
+    }  # fmt: skip
+    for i in range(config['num_hidden_layers']):
+        for name, shape in {
+            'ln_1.weight': (hidden,), 'ln_2.weight': (hidden,), 'attn.c_attn.weight': (3 * hidden, hidden),
+            'attn.c_attn.bias': (3 * hidden,), 'attn.c_proj.weight': (hidden, hidden), 'mlp.w1.weight': (width, hidden),
+            'mlp.w2.weight': (width, hidden), 'mlp.c_proj.weight': (hidden, width),
+        }.items():  # fmt: skip
+            shapes[f'transformer.h.{i}.{name}'] = shape
+    return {
+        name: 1 + 0.1 * torch.randn(shape) if 'ln_' in name else torch.randn(shape) / shape[-1] ** 0.5
+        for name, shape in shapes.items()
+    }
+
+
+def reference(
+    state: Mapping[str, torch.Tensor], config: Mapping[str, Any], ids: torch.Tensor, *, prompt: int | None = None
+) -> torch.Tensor:
+    """Return the logits of one row, computed from the original tensors in plain fp64 arithmetic."""
+    heads, seq, n = config['num_attention_heads'], config['seq_length'], len(ids)
+    d = config['hidden_size'] // heads
+    position = torch.arange(n, dtype=torch.float64)
+    grown = 2 ** math.ceil(math.log((prompt or n) / seq, 2) + 1) - 1 if config['use_dynamic_ntk'] else 1
+    base = config['rotary_emb_base'] * max(grown, 1) ** (d / (d - 2))
+    angles = position[:, None] * base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    logn = torch.tensor([math.log(i, seq) if config['use_logn_attn'] and i > seq else 1.0 for i in range(1, n + 1)])
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + config['layer_norm_epsilon']).sqrt() * state[name].double()
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        turned = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * turn[:, None]
+        return torch.cat((turned.real, turned.imag), -1)
+
+    x = state['transformer.wte.weight'].double()[ids]
+    for i in range(config['num_hidden_layers']):
+        w = {k.removeprefix(f'transformer.h.{i}.'): v.double() for k, v in state.items() if f'.h.{i}.' in k}
+        h = norm(x, f'transformer.h.{i}.ln_1.weight')
+        q, k, v = (h @ w['attn.c_attn.weight'].T + w['attn.c_attn.bias']).view(n, 3, heads, d).unbind(1)
+        scores = torch.einsum('ihd,jhd->hij', rotate(q) * logn[:, None, None], rotate(k)) / d**0.5
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf)
+        x = x + torch.einsum('hij,jhd->ihd', scores.softmax(-1), v).reshape(n, -1) @ w['attn.c_proj.weight'].T
+        h = norm(x, f'transformer.h.{i}.ln_2.weight')
+        x = x + (h @ w['mlp.w1.weight'].T * F.silu(h @ w['mlp.w2.weight'].T)) @ w['mlp.c_proj.weight'].T
+    return (norm(x, 'transformer.ln_f.weight') @ state['lm_head.weight'].double().T).float()
+
+
+def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, count: int = 12) -> torch.Tensor:
+    out: torch.Tensor = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask, max_new_tokens=count,
+        min_new_tokens=count, do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    return out
+
+
+def check_golden(model: Any, expected: dict[str, torch.Tensor], sides: tuple[str, ...]) -> None:
+    """Compare logits, each padding, the loss and greedy tokens of a batch with what the original code gave."""
+    ids = expected['input_ids']
+    with torch.no_grad():
+        out = model(ids, attention_mask=expected['attention_mask'], labels=ids)
+        torch.testing.assert_close(out.logits, expected['logits'], atol=1e-4, rtol=0)
+        assert abs(float(out.loss) - float(expected['loss'])) < 1e-5
+        for side in sides:
+            padded, mask = expected.get(f'input_ids_{side}', ids), expected[f'attention_mask_{side}']
+            logits, kept = model(padded, attention_mask=mask).logits, mask.bool()
+            torch.testing.assert_close(logits[kept], expected[f'logits_{side}'][kept], atol=1e-4, rtol=0)
+    assert torch.equal(generate(model, ids[:, :16]), expected['generated'])
+
+
+def test_the_original_code_and_the_native_class_agree() -> None:
+    model = open_original(QWEN, PLAIN, dtype=torch.float32)
+    expected = load_file(PLAIN / 'expected.safetensors')
+    check_golden(model, expected, ('leftpad', 'rightpad'))
+    padded, mask = expected['input_ids_leftpad'][:, :16], expected['attention_mask_leftpad'][:, :16]
+    assert torch.equal(generate(model, padded, mask), expected['generated_leftpad'])
+    model.train()
+    loss = model(expected['input_ids'], labels=expected['input_ids']).loss
+    loss.backward()
+    assert abs(float(loss) - float(expected['train_loss'])) < 1e-5
+    torch.testing.assert_close(model.model.embed_tokens.weight.grad, expected['train_grad_embed'], atol=1e-5, rtol=0)
+
+
+def test_names_of_august_2023_and_sharded_bin_files_give_the_same_model(tmp_path: Path) -> None:
+    config, state = read_json(PLAIN), load_file(PLAIN / 'model.safetensors')
+    old = {OLD_NAMES.get(name, name): value for name, value in config.items()}
+    # That code embedded the padded size, whatever vocab_size said, and stored tables.
+    old |= {'vocab_size': 300, 'n_positions': 512, 'activation': 'swiglu'}
+    state |= {
+        'transformer.h.0.attn.bias': torch.ones(1, 1, 4, 4), 'transformer.h.1.attn.masked_bias': torch.tensor(-1e4),
+        'transformer.rotary_emb.inv_freq': torch.ones(8), 'transformer.h.0.attn.logn_tensor': torch.ones(4),
+    }  # fmt: skip
+    (tmp_path / 'config.json').write_text(json.dumps(old))
+    shards = {name: f'pytorch_model-0000{i % 3 + 1}-of-00003.bin' for i, name in enumerate(state)}
+    for shard in sorted(set(shards.values())):
+        torch.save({name: state[name] for name in state if shards[name] == shard}, tmp_path / shard)
+    (tmp_path / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': shards}))
+    model = open_original(QWEN, tmp_path, dtype=torch.float32)
+    check_golden(model, load_file(PLAIN / 'expected.safetensors'), ('leftpad', 'rightpad'))
+
+
+def test_other_sizes_agree_with_plain_arithmetic(tmp_path: Path) -> None:
+    """Six heads, three layers, another base and another epsilon, against a computation that shares no code."""
+    config = read_json(PLAIN) | {
+        'hidden_size': 72, 'num_attention_heads': 6, 'kv_channels': 12, 'num_hidden_layers': 3,
+        'intermediate_size': 208, 'rotary_emb_base': 50000, 'layer_norm_epsilon': 1e-5, 'vocab_size': 150,
+    }  # fmt: skip
+    state = random_state(config)
+    model = open_original(QWEN, write_checkpoint(tmp_path / 'a', config, state), dtype=torch.float32)
+    ids = torch.randint(150, (SEQ,))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids[None]).logits[0], reference(state, config, ids), atol=1e-4, rtol=0)
+
+
+def test_what_is_saved_opens_with_plain_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = open_original(QWEN, PLAIN, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    saved = read_json(tmp_path)
+    assert saved['architectures'] == ['Qwen2ForCausalLM'] and saved['model_type'] == 'qwen2'
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(plain).__module__.startswith('transformers.')
+    ids = load_file(PLAIN / 'expected.safetensors')['input_ids']
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('visual', {'width': 8}), ('audio', {'n': 1}), ('no_bias', False), ('rotary_pct', 0.5), ('kv_channels', 32),
+        ('scale_attn_weights', False), ('quantization_config', {'quant_method': 'awq', 'bits': 4}),
+    ],
+)  # fmt: skip
+def test_what_the_native_class_cannot_do_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        QWEN.config(read_json(PLAIN) | {field: value})
+
+
+@pytest.mark.parametrize(
+    ('changes', 'named'),
+    [
+        ({'bits': 3}, 'bits = 3'), ({'quant_method': 'awq'}, "quant_method = 'awq'"),
+        ({'checkpoint_format': 'marlin'}, "checkpoint_format = 'marlin'"),
+    ],
+)  # fmt: skip
+def test_other_quantisations_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    config = read_json(PACKED)
+    with pytest.raises(ConfigError, match=named):
+        QWEN_GPTQ.config(config | {'quantization_config': config['quantization_config'] | changes})
+    with pytest.raises(ConfigError, match='quantization_config = None'):
+        QWEN_GPTQ.config(read_json(PLAIN))
+
+
+def test_a_config_tells_its_family_and_gets_an_end_of_text() -> None:
+    plain, packed = read_json(PLAIN), read_json(PACKED)
+    assert [QWEN.matches(c) for c in (plain, packed, plain | {'visual': {}}, plain | {'audio': {}})] == [1, 0, 0, 1]
+    assert [QWEN_GPTQ.matches(c) for c in (plain, packed, packed | {'visual': {}})] == [0, 1, 0]
+    assert QWEN.config(plain)['eos_token_id'] is None
+    assert QWEN.config(plain | {'vocab_size': 151936})['eos_token_id'] == 151643
+    assert QWEN.config(plain | {'eos_token_id': 7})['eos_token_id'] == 7
+
+
+@pytest.mark.parametrize(
+    ('key', 'tensor', 'message'),
+    [
+        ('transformer.h.0.attn.c_rot.weight', torch.ones(2, 2), 'c_rot.weight'),
+        ('transformer.h.0.mlp.w1.bias', torch.zeros(128), 'w1.bias'),
+        ('transformer.h.2.ln_1.weight', torch.ones(64), 'unexpected'),
+        ('transformer.h.0.attn.c_attn.weight', torch.ones(191, 64), '3 equal parts'),
+        ('transformer.h.0.mlp.w2.weight', torch.ones(64, 64), 'gate_proj'),
+        ('transformer.ln_f.weight', None, 'missing tensors: model.norm.weight'),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, key: str, tensor: torch.Tensor | None, message: str) -> None:
+    state = load_file(PLAIN / 'model.safetensors')
+    state = {k: v for k, v in state.items() if k != key} | ({key: tensor} if tensor is not None else {})
+    with pytest.raises(ConfigError, match=message):
+        open_original(QWEN, write_checkpoint(tmp_path / 'a', read_json(PLAIN), state), dtype=torch.float32)
+
+
+def pack(integers: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
+    """Return the integers packed along an axis into int32, lowest bits first, by viewing bytes as words."""
+    moved = integers.movedim(axis, -1).to(torch.uint8)
+    if bits == 4:
+        moved = moved[..., 0::2] | (moved[..., 1::2] << 4)
+    return moved.contiguous().view(torch.int32).movedim(-1, axis).contiguous()
+
+
+def quantised(
+    outputs: int,
+    inputs: int,
+    *,
+    bits: int,
+    group: int,
+    symmetric: bool = True,
+    act_order: bool = False,
+    offset: int = 1,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return random GPTQ tensors of a layer and the weight they stand for, (outputs, inputs) in fp32."""
+    groups, top = inputs // group, 2**bits
+    integers = torch.randint(top, (inputs, outputs))
+    zeros = torch.full((groups, outputs), top // 2) if symmetric else torch.randint(1, top, (groups, outputs))
+    # Weights of about the same size whatever the bits.
+    scales = ((torch.rand(groups, outputs) * 0.3 + 0.02) / top).half()
+    index = torch.arange(inputs) // group
+    if act_order:
+        index = index[torch.randperm(inputs)]
+    weight = torch.stack([(integers[i] - zeros[g]) * scales[g].float() for i, g in enumerate(index.tolist())], dim=1)
+    tensors = {'qweight': pack(integers, bits, 0), 'qzeros': pack(zeros - offset, bits, 1), 'scales': scales}
+    return {**tensors, 'g_idx': index.to(torch.int32)}, weight
+
+
+GRID = [(b, s, a, o) for b in (4, 8) for s in (True, False) for a in (True, False) for o in (1, 0)]
+
+
+@pytest.mark.parametrize(('bits', 'symmetric', 'act_order', 'offset'), GRID)
+def test_parts_of_a_fused_layer_unpack_to_slices_of_it(
+    bits: int, symmetric: bool, act_order: bool, offset: int
+) -> None:
+    assert len(GRID) == 16
+    torch.manual_seed(bits)
+    tensors, weight = quantised(
+        3 * 136, 64, bits=bits, group=16, symmetric=symmetric, act_order=act_order, offset=offset
+    )
+    form = gptq.Format(bits=bits, zero_offset=offset)
+    whole = gptq.PackedWeight(**tensors, format=form)
+    whole.check('layer')
+    # 408 outputs: more than one block, and the last one short.
+    assert torch.equal(whole[...].to(dtype=torch.float32), weight)
+    cut = {name: gptq.split_fused(f'c_attn.{name}', tensor, 3) for name, tensor in tensors.items()}
+    for i in range(3):
+        part = gptq.PackedWeight(**{name: parts[i] for name, parts in cut.items()}, format=form)
+        part.check('part')
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert torch.equal(part.to(dtype=dtype), weight[136 * i : 136 * (i + 1)].to(dtype))
+
+
+def test_quantised_weights_are_unpacked_on_load_after_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = open_original(QWEN_GPTQ, PACKED, dtype=torch.float32)
+    expected = load_file(PACKED / 'expected.safetensors')
+    check_golden(model, expected, ('leftpad',))
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected['q_proj0_dequant'])
+    assert 'quantization_config' not in model.config.to_dict()
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+    layers = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert f'{2 * layers / 2**30:.3g} GiB in 16 bits, {4 * layers / 2**30:.3g} GiB in fp32' in warning
+    assert 'pip install optimum gptqmodel' in warning
+    for dtype in (torch.float16, torch.bfloat16):
+        half = open_original(QWEN_GPTQ, PACKED, dtype=dtype)
+        assert torch.equal(half.model.layers[0].self_attn.q_proj.weight, expected['q_proj0_dequant'].to(dtype))
+
+
+def gptq_checkpoint(folder: Path, *, bits: int, group: int, act_order: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Write a quantised checkpoint with random weights; returns it and the plain state it stands for."""
+    config = read_json(PACKED)
+    settings = config['quantization_config'] | {'bits': bits, 'group_size': group, 'desc_act': act_order, 'sym': False}
+    plain, stored = random_state(config, seed=3), {}
+    for key, tensor in dict(plain).items():
+        if tensor.dim() == 2 and '.h.' in key:
+            layer = key.removesuffix('.weight')
+            rows = tensor.shape[1] if group == -1 else group
+            tensors, plain[key] = quantised(*tensor.shape, bits=bits, group=rows, symmetric=False, act_order=act_order)
+            stored |= {f'{layer}.{name}': value for name, value in tensors.items()}
+            stored.setdefault(f'{layer}.bias', torch.zeros(tensor.shape[0]).half())
+        else:
+            stored[key] = plain[key] = tensor.half() if key.endswith('.bias') else tensor
+    return write_checkpoint(folder, config | {'quantization_config': settings}, stored), plain
+
+
+@pytest.mark.parametrize(('bits', 'group', 'act_order'), [(8, 16, True), (4, -1, False), (4, 32, True)])
+def test_other_quantisation_settings_agree_with_plain_arithmetic(
+    tmp_path: Path, bits: int, group: int, act_order: bool
+) -> None:
+    folder, plain = gptq_checkpoint(tmp_path / 'a', bits=bits, group=group, act_order=act_order)
+    model = open_original(QWEN_GPTQ, folder, dtype=torch.float32)
+    ids = torch.randint(320, (30,))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids[None]).logits[0], reference(plain, read_json(PACKED), ids), atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ('key', 'tensor', 'message'),
+    [
+        ('transformer.h.0.mlp.w1.scales', None, 'has no scales'),
+        ('transformer.h.0.mlp.w1.qzeros', torch.ones(2, 15, dtype=torch.int32), r'qzeros \(2, 15\)'),
+        ('transformer.h.1.attn.c_attn.g_idx', torch.full((64,), 9, dtype=torch.int32), 'do not fit each other'),
+        ('transformer.h.0.mlp.w2.bias', torch.ones(128), 'is not zero'),
+        ('transformer.h.0.mlp.w3.bias', torch.zeros(128), 'w3.bias'),
+    ],
+)
+def test_damaged_quantised_layers_are_named(
+    tmp_path: Path, key: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    state = load_file(PACKED / 'model.safetensors')
+    state = {k: v for k, v in state.items() if k != key} | ({key: tensor} if tensor is not None else {})
+    with pytest.raises(ConfigError, match=message):
+        open_original(QWEN_GPTQ, write_checkpoint(tmp_path / 'a', read_json(PACKED), state), dtype=torch.float32)
+
+
+def test_packed_weights_stay_packed_where_the_libraries_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
+    config, state = read_json(PACKED), load_file(PACKED / 'model.safetensors')
+    kept = QWEN_GPTQ.config(config)['quantization_config']
+    assert {name: kept[name] for name in config['quantization_config']} == config['quantization_config']
+    packed = QWEN_GPTQ.tensors(state, config)
+    layers = {key.rpartition('.')[0] for key in packed if key.endswith('.qweight')}
+    assert len(layers) == 14 and all(tensor.is_contiguous() for tensor in packed.values())
+    assert sorted(key for key in packed if key.endswith('.bias')) == [
+        f'model.layers.{i}.self_attn.{name}_proj.bias' for i in range(2) for name in 'kqv'
+    ]
+    form = gptq.read_format(config, 'qwen_gptq')
+    weights = gptq.dequantise(packed, form)
+    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: False)
+    for key, weight in QWEN_GPTQ.tensors(state, config).items():
+        assert torch.equal(weights[key][...].to(dtype=torch.float32), weight[...].to(dtype=torch.float32)), key
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gptq.packed_available(), reason='needs optimum and gptqmodel')
+@pytest.mark.parametrize(('bits', 'act_order'), [(4, False), (4, True), (8, True)])
+def test_packed_weights_compute_and_let_an_adapter_train(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int, act_order: bool
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = PACKED
+    if act_order:
+        folder, _ = gptq_checkpoint(tmp_path / 'a', bits=bits, group=32, act_order=True)
+    ids = load_file(PACKED / 'expected.safetensors')['input_ids']
+    with torch.no_grad():
+        expected = open_original(QWEN_GPTQ, folder, dtype=torch.float32)(ids).logits
+    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
+    model = open_original(QWEN_GPTQ, folder, dtype=torch.float16)
+    assert not [name for name, layer in model.model.named_modules() if type(layer) is torch.nn.Linear]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits.float(), expected, atol=5e-2, rtol=0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM')).train()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(5):
+        loss = adapted(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert len(trained) == 8 and losses == sorted(losses, reverse=True) and losses[0] - losses[-1] > 0.1
+
+
+def test_packed_loading_needs_both_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: set[str] = set()
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: name if name in found else None)
+    answers = []
+    for installed in (set(), {'optimum'}, {'gptqmodel'}, {'optimum', 'gptqmodel'}):
+        found = installed
+        answers.append(gptq.packed_available())
+    assert answers == [False, False, False, True]
+
+
+def long_checkpoint(folder: Path, **changes: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    config, state = read_json(PLAIN) | changes, load_file(PLAIN / 'model.safetensors')
+    return open_original(QWEN, write_checkpoint(folder, config, state), dtype=torch.float32), state, config
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(320, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize('ntk', [False, True])
+@pytest.mark.parametrize('logn', [False, True])
+def test_long_contexts_are_scaled_as_in_the_original(tmp_path: Path, ntk: bool, logn: bool) -> None:
+    model, state, config = long_checkpoint(tmp_path / 'a', use_dynamic_ntk=ntk, use_logn_attn=logn)
+    with torch.no_grad():
+        for length in (SEQ, SEQ + 1, 2 * SEQ, 2 * SEQ + 1, 4 * SEQ):
+            ids = tokens(length)
+            torch.testing.assert_close(model(ids[None]).logits[0], reference(state, config, ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('prompt', [SEQ - 4, SEQ + 1])
+def test_the_factor_of_the_prompt_stays_while_tokens_are_added(tmp_path: Path, prompt: int) -> None:
+    model, state, config = long_checkpoint(tmp_path / 'a')
+    # A longer prompt before must leave nothing behind.
+    generate(model, tokens(5 * SEQ)[None], count=2)
+    row = tokens(prompt)
+    made = generate(model, row[None])[0]
+    for _ in range(12):
+        row = torch.cat((row, reference(state, config, row, prompt=prompt)[-1].argmax()[None]))
+    assert torch.equal(made, row)
+
+
+def test_padding_does_not_change_a_long_row(tmp_path: Path) -> None:
+    model, _, _ = long_checkpoint(tmp_path / 'a')
+    short, long = tokens(SEQ - 10, seed=1), tokens(2 * SEQ + 5, seed=2)
+    gap = len(long) - len(short)
+    batch = torch.stack((F.pad(short, (gap, 0)), long))
+    mask = torch.stack((F.pad(torch.ones_like(short), (gap, 0)), torch.ones_like(long)))
+    together = generate(model, batch, mask, count=20)
+    assert torch.equal(together[0, gap:], generate(model, short[None], count=20)[0])
+    assert torch.equal(together[1], generate(model, long[None], count=20)[0])
+
+
+def test_nothing_changes_within_the_training_length_nor_in_training(tmp_path: Path) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    model, _, _ = long_checkpoint(tmp_path / 'a')
+    plain = Qwen2ForCausalLM(model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(tokens(SEQ)[None]).logits, plain(tokens(SEQ)[None]).logits)
+        assert not torch.allclose(model(tokens(SEQ + 1)[None]).logits, plain(tokens(SEQ + 1)[None]).logits, atol=0.1)
+        assert torch.equal(model.train()(tokens(3 * SEQ)[None]).logits, plain.train()(tokens(3 * SEQ)[None]).logits)
+
+
+@pytest.mark.parametrize('attention', ['sdpa', 'eager'])
+def test_an_adapter_is_scaled_as_the_weights_it_becomes(tmp_path: Path, attention: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, state, config = long_checkpoint(tmp_path / 'a')
+    model.set_attn_implementation(attention)
+    ids = tokens(3 * SEQ)
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules='all-linear', init_lora_weights=False, task_type='CAUSAL_LM')
+    ).eval()
+    with torch.no_grad():
+        wrapped = adapted(ids[None]).logits
+        merged = adapted.merge_and_unload()(ids[None]).logits
+    torch.testing.assert_close(wrapped, merged, atol=1e-3, rtol=1e-4)
+    natives = {
+        f'{name}.weight': layer.weight for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)
+    }
+    for i in range(2):
+        prefix = f'model.layers.{i}'
+        for old, new in (
+            ('attn.c_proj', 'self_attn.o_proj'), ('mlp.w1', 'mlp.up_proj'), ('mlp.w2', 'mlp.gate_proj'),
+            ('mlp.c_proj', 'mlp.down_proj'),
+        ):  # fmt: skip
+            state[f'transformer.h.{i}.{old}.weight'] = natives[f'{prefix}.{new}.weight'].detach()
+        fused = [natives[f'{prefix}.self_attn.{name}_proj.weight'].detach() for name in 'qkv']
+        state[f'transformer.h.{i}.attn.c_attn.weight'] = torch.cat(fused)
+    torch.testing.assert_close(merged[0], reference(state, config, ids), atol=1e-3, rtol=1e-4)

@@ -1,0 +1,34 @@
+"""Writes a model as a plain folder of its native class, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from utils.errors import ConfigError
+
+
+def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save weights, config, generation settings and tokenizer; neither code references nor a local path are kept."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, dropped in (('config.json', ('_name_or_path', 'auto_map')), ('tokenizer_config.json', ('auto_map',))):
+        path = folder / name
+        content = json.loads(path.read_text(encoding='utf-8'))
+        kept = {key: value for key, value in content.items() if key not in dropped}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def export_native(model: Any, tokenizer: Any, target: Path) -> None:
+    """Write the model as `target`, which must not be there yet; raises ConfigError where it is."""
+    if target.exists():
+        raise ConfigError(
+            f'--output_dir {target} is there already. Name a new folder: an existing one is not replaced.'
+        )
+    aside = target.with_name(f'.{target.name}.aside')
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    save_whole(model, tokenizer, aside)
+    aside.rename(target)

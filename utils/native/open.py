@@ -1,0 +1,52 @@
+"""Opens a checkpoint in an original 2023 layout as a native class."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from utils.errors import ConfigError
+from utils.native.family import Family
+from utils.native.read import read_config, read_state
+
+_NAMED = 5
+
+
+def _class(name: str) -> Any:
+    """Return a class of transformers by its name, or one of ours written 'module:class'."""
+    module, _, cls = name.rpartition(':')
+    return getattr(importlib.import_module(f'utils.native.modules.{module}' if module else 'transformers'), cls)
+
+
+def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
+    """Return the model; `options` go to from_pretrained (dtype, device_map, quantization_config, ...).
+
+    Every tensor of the class must come from the checkpoint and every tensor of the checkpoint must be used: anything
+    missing, unexpected or of another shape is a ConfigError that names it.
+    """
+    original = read_config(model_dir)
+    native = _class(family.config_class)(**family.config(original))
+    state = family.tensors(read_state(model_dir), original)
+    # Shapes that do not fit are let through to be named below, where the library would only count them.
+    model, info = _class(family.model_class).from_pretrained(
+        None, config=native, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    _check(info, model_dir, family)
+    return model
+
+
+def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
+    """Return a model that was saved in a class of ours, which plain AutoModel does not know."""
+    model, info = _class(family.model_class).from_pretrained(model_dir, output_loading_info=True, **options)
+    _check(info, model_dir, family)
+    return model
+
+
+def _check(info: dict[str, Any], model_dir: Path, family: Family) -> None:
+    """Raise ConfigError for tensors that are missing, unexpected or of another shape."""
+    for problem in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+        if names := sorted(map(str, info[problem])):
+            shown = ', '.join(names[:_NAMED]) + (', ...' if len(names) > _NAMED else '')
+            what = problem.removesuffix('_keys')
+            raise ConfigError(f'{model_dir} as family {family.name} has {len(names)} {what} tensors: {shown}')

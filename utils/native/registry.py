@@ -1,0 +1,60 @@
+"""The families, and which one a directory is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from utils.native.baichuan import BAICHUAN2_7B, BAICHUAN_7B
+from utils.native.baichuan_4bits import BAICHUAN2_7B_4BITS, BAICHUAN2_13B_4BITS
+from utils.native.baichuan_13b import BAICHUAN2_13B, BAICHUAN_13B
+from utils.native.chatglm2 import CHATGLM2, CHATGLM2_32K
+from utils.native.family import Family
+from utils.native.internlm import INTERNLM
+from utils.native.polylm import POLYLM
+from utils.native.qwen import QWEN, QWEN_GPTQ
+from utils.native.sentencepiece_bpe import (
+    build_baichuan_tokenizer,
+    build_chatglm2_tokenizer,
+    build_internlm_tokenizer,
+    build_polylm_tokenizer,
+)
+from utils.native.tiktoken_bpe import build_qwen_tokenizer
+from utils.native.xverse import XVERSE
+from utils.native.xverse_tokenizer import build_xverse_tokenizer
+
+_MODEL = 'tokenizer.model'
+# Each family with the file its tokenizer is made from, and what makes it.
+_READ: tuple[tuple[str, Callable[[Path], Any], tuple[Family, ...]], ...] = (
+    ('qwen.tiktoken', build_qwen_tokenizer, (QWEN, QWEN_GPTQ)),
+    (_MODEL, build_internlm_tokenizer, (INTERNLM,)),
+    (
+        _MODEL,
+        build_baichuan_tokenizer,
+        (BAICHUAN_7B, BAICHUAN2_7B, BAICHUAN_13B, BAICHUAN2_13B, BAICHUAN2_7B_4BITS, BAICHUAN2_13B_4BITS),
+    ),
+    (_MODEL, build_chatglm2_tokenizer, (CHATGLM2, CHATGLM2_32K)),
+    (_MODEL, build_polylm_tokenizer, (POLYLM,)),
+    ('tokenizer.json', build_xverse_tokenizer, (XVERSE,)),
+)
+
+FAMILIES: dict[str, Family] = {
+    family.name: replace(family, tokenizer=build, vocabulary=file) for file, build, group in _READ for family in group
+}
+
+
+def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | None:
+    """Return the family by name, else the one whose original config.json this is; None for a native layout."""
+    if name is not None:
+        family = FAMILIES[name]
+        return family if config.get('model_type') == family.model_type else None
+    found = [f for f in FAMILIES.values() if f.model_type == config.get('model_type') and f.matches(config)]
+    return found[0] if len(found) == 1 else None
+
+
+def find_saved(config: Mapping[str, Any]) -> Family | None:
+    """Return the family whose class of ours wrote this config.json, None for every other."""
+    saved = config.get('model_type')
+    return next((f for f in FAMILIES.values() if f.saved_model_type is not None and f.saved_model_type == saved), None)
