@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from utils import dist
-from utils.argument import InferArguments, Parsed, parse
+from utils.argument import InferArguments
 from utils.dataset import get_dataset
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.machine_check import check_machine_common
 from utils.model import Weights, is_adapter, locate
+from utils.parser import Parsed, parse
 from utils.resolution import Resolution
 from utils.resolve import resolve_infer
-from utils.run_dir import check_base, fill_from_run, open_checkpoint, result_path
+from utils.run_dir import check_base, fill_from_run, log_decisions, open_checkpoint, result_path
 from utils.start import open_model, run_program, start_processes
 
 
@@ -59,10 +60,8 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     if checkpoint is not None and record is not None and is_adapter(checkpoint):
         check_base(record, weights.record(done.info), done.problems)
         done.problems.raise_if_any()
-    for line in [*done.decisions, f'base weights = {weights.path} because {weights.reason}']:
-        logger.info(line)
-    for line in [*done.warnings, *warnings]:
-        logger.warning(line)
+    done.warnings += warnings
+    log_decisions(done, weights)
     _act(done, weights, checkpoint, record, rows)
 
 

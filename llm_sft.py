@@ -6,18 +6,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from utils import dist, hub
-from utils.argument import SftArguments, parse
+from utils import dist
+from utils.argument import SftArguments
 from utils.dataset import get_dataset
 from utils.errors import ConfigError
-from utils.logger import logger
 from utils.machine_check import check_machine_sft
-from utils.model import locate
-from utils.resolution import Resolution, run_name
-from utils.resolve import SFT_ARGS, resolve_sft
-from utils.run_dir import check_resumed, make_run_dir, run_record, write_json
+from utils.parser import parse
+from utils.resolution import Resolution
+from utils.resolve import resolve_sft
+from utils.run_dir import open_run
 from utils.start import open_model, run_program, start_processes
 
 
@@ -43,34 +41,18 @@ def train(done: Resolution[SftArguments]) -> None:
     )
 
     start_processes(args.ddp_backend)
-    weights = locate(info, revision=args.model_revision)
-    record = run_record(args, system_typed='system' in done.typed, base_model=weights.record(info))
-    if args.resume_from_checkpoint:
-        done.warnings += check_resumed(Path(args.resume_from_checkpoint), record)
-    run_dir = Path(
-        dist.broadcast_text(str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else '')
-    )
-    if dist.is_main():
-        write_json(run_dir / SFT_ARGS, record)
-    logger.info(f'run folder: {run_dir}')
-    for line in [*done.decisions, f'base weights = {weights.path} because {weights.reason}']:
-        logger.info(line)
-    for line in done.warnings:
-        logger.warning(line)
+    run = open_run(done)
 
     from transformers import set_seed
 
     from utils.auto_encoder import make_encoder
-    from utils.collator import Collator
-    from utils.encoding import encode_split, length_statistics, log_report, show_sample
-    from utils.generation import generation_config
-    from utils.push import PushCallback
+    from utils.encoding import prepare_data
     from utils.report import finish_run, interrupted
-    from utils.trainer import SftTrainer, compute_loss_metrics, generation_metrics, training_arguments
+    from utils.trainer import build_trainer
     from utils.tuner import prepare_model
 
     set_seed(args.seed)
-    model, tokenizer, dtype = open_model(args, info, weights, trains=True)
+    model, tokenizer, dtype = open_model(args, info, run.weights, trains=True)
     encoder = make_encoder(
         tokenizer,
         template_type=str(args.template_type),
@@ -78,37 +60,15 @@ def train(done: Resolution[SftArguments]) -> None:
         system_typed='system' in done.typed,
         max_length=args.max_length,
     )
-    train_rows, val_rows, _, report = encode_split(encoder, rows.train, rows.val, rows.left_out)
-    statistics = {'train': length_statistics(train_rows), 'validation': length_statistics(val_rows)}
-    log_report(report, statistics)
-    sample = show_sample(tokenizer, train_rows[0])
-    logger.info(f'one row, the trained part between ⟦ and ⟧:\n{sample}')
-    if dist.is_main():
-        (run_dir / 'sample.txt').write_text(sample + '\n', encoding='utf-8')
+    data = prepare_data(encoder, rows, run.folder)
     model = prepare_model(model, args)
-
-    trainer = SftTrainer(
-        run_record=record,
-        generation=generation_config(args, tokenizer, encoder.stop_ids),
-        model=model,
-        args=training_arguments(args, run_dir, dtype=dtype, evaluates=len(val_rows) > 0),
-        train_dataset=train_rows.longest_first() if args.test_oom_error else train_rows,
-        eval_dataset=val_rows.longest_first() if len(val_rows) else None,
-        data_collator=Collator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        compute_metrics=generation_metrics(tokenizer) if args.predict_with_generate else compute_loss_metrics,
-    )
-    trainer.log_to(run_dir)
-    if args.push_to_hub:
-        token = hub.find_token(args.hub_token)
-        assert token is not None, 'checked before'
-        trainer.add_callback(PushCallback(args, token))
+    trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except KeyboardInterrupt:
-        raise ConfigError(interrupted(trainer, run_dir)) from None
+        raise ConfigError(interrupted(trainer, run.folder)) from None
     if dist.is_main():
-        finish_run(trainer, run_dir, started=started, data={**statistics, **report.counts()})
+        finish_run(trainer, run.folder, started=started, data=data.summary)
 
 
 if __name__ == '__main__':

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_model, make_tokenizer
-from utils.argument import SftArguments, parse
+from utils.argument import SftArguments
 from utils.limits import OPTIMIZERS, SCHEDULERS
 from utils.model import MODEL_MAPPING, get_model_info, infer_model_type, load_model, load_tokenizer
+from utils.parser import parse
 from utils.preprocess import TEMPLATE_MAPPING
 from utils.resolution import Resolution
 from utils.resolve import resolve_sft

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from utils.argument import InferArguments, SftArguments, parse
+from utils.argument import InferArguments, SftArguments
+from utils.parser import parse
 from utils.resolve import resolve_infer, resolve_sft
 
 SCRIPTS = sorted((ROOT / 'scripts').glob('*/*/*.sh'))

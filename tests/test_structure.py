@@ -46,9 +46,9 @@ LAYERS: list[list[str]] = [
         'native.adapter',
     ],
     ['model', 'dataset'],
-    ['argument', 'resolution', 'limits', 'resolve', 'machine_check'],
+    ['argument', 'parser', 'resolution', 'limits', 'resolve', 'machine_check'],
     ['run_dir', 'encoding', 'collator', 'metrics', 'generation', 'tuner', 'chat', 'plot', 'docs', 'start', 'answering'],
-    ['trainer', 'push'],
+    ['trainer_args', 'callbacks', 'push', 'trainer'],
     ['report', 'demo_report'],
 ]
 FORBIDDEN = (

@@ -8,16 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.argument import (
-    CommonArguments,
-    InferArguments,
-    SftArguments,
-    describe_default,
-    describe_type,
-    flag_types,
-)
+from utils.argument import CommonArguments, InferArguments, SftArguments, flag_types
 from utils.dataset import DATASET_MAPPING
 from utils.model import MODEL_MAPPING
+from utils.parser import describe_default, describe_type
 from utils.preprocess import TEMPLATE_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,9 +6,12 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from utils import dist
 from utils.auto_encoder import RowRefused
+from utils.dataset import Rows
 from utils.encoder import Encoder
 from utils.errors import ConfigError
 from utils.logger import logger
@@ -125,6 +128,27 @@ def encode_split(
     if not len(encoded_train):
         raise ConfigError('every training row is left out: ' + '; '.join(report.lines()))
     return encoded_train, encoded_val, kept_val, report
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """What a run trains on and validates on, and what run.json says about it."""
+
+    train: EncodedRows
+    val: EncodedRows
+    summary: dict[str, Any]
+
+
+def prepare_data(encoder: Encoder, rows: Rows, run_dir: Path) -> PreparedData:
+    """Return the rows encoded; logs what happened to them and shows one with its trained span (sample.txt)."""
+    train, val, _, report = encode_split(encoder, rows.train, rows.val, rows.left_out)
+    statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
+    log_report(report, statistics)
+    sample = show_sample(encoder.tokenizer, train[0])
+    logger.info(f'one row, the trained part between ⟦ and ⟧:\n{sample}')
+    if dist.is_main():
+        (run_dir / 'sample.txt').write_text(sample + '\n', encoding='utf-8')
+    return PreparedData(train=train, val=val, summary={**statistics, **report.counts()})
 
 
 def length_statistics(rows: EncodedRows) -> dict[str, float]:

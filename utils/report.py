@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.callbacks import peak_memory_gib
 from utils.logger import logger
 from utils.plot import plot_curves
 from utils.run_dir import RUN_JSON, write_json
-from utils.trainer import peak_memory_gib
 
 if TYPE_CHECKING:
     from utils.trainer import SftTrainer

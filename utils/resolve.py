@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from utils import dist
-from utils.argument import InferArguments, Parsed, SftArguments
+from utils.argument import InferArguments, SftArguments
 from utils.dataset import parse_source
 from utils.errors import ConfigError, did_you_mean
 from utils.limits import check_common_numbers, check_generation, check_sft_numbers
 from utils.model import ModelInfo, get_model_info, infer_model_type
+from utils.parser import Parsed
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution, run_name
 

@@ -5,17 +5,54 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.argument import InferArguments, Parsed, SftArguments, flag_types, to_dict
+from utils import dist
+from utils.argument import InferArguments, SftArguments, flag_types, to_dict
 from utils.errors import Problems
 from utils.logger import logger
-from utils.model import is_adapter
-from utils.resolution import run_name
+from utils.model import Weights, is_adapter, locate
+from utils.parser import Parsed
+from utils.resolution import Resolution, run_name
 from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS
 
 RUN_JSON = 'run.json'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run under way: its folder, what sft_args.json says, and where the base weights are."""
+
+    folder: Path
+    record: dict[str, Any]
+    weights: Weights
+
+
+def open_run(done: Resolution[SftArguments]) -> Run:
+    """Return a new run, its folder made by rank 0 and known to all; logs every decision and warning."""
+    args, info = done.args, done.info
+    assert info is not None, 'resolved without problems'
+    weights = locate(info, revision=args.model_revision)
+    record = run_record(args, system_typed='system' in done.typed, base_model=weights.record(info))
+    if args.resume_from_checkpoint:
+        done.warnings += check_resumed(Path(args.resume_from_checkpoint), record)
+    made = str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else ''
+    run = Run(folder=Path(dist.broadcast_text(made)), record=record, weights=weights)
+    if dist.is_main():
+        write_json(run.folder / SFT_ARGS, record)
+    logger.info(f'run folder: {run.folder}')
+    log_decisions(done, weights)
+    return run
+
+
+def log_decisions(done: Resolution[Any], weights: Weights) -> None:
+    """Log each automatic decision with its reason, and what the user should know."""
+    for line in [*done.decisions, f'base weights = {weights.path} because {weights.reason}']:
+        logger.info(line)
+    for line in done.warnings:
+        logger.warning(line)
 
 
 def make_run_dir(output_dir: Path, name: str) -> Path:

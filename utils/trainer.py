@@ -1,87 +1,31 @@
-"""From our arguments to transformers' trainer, and the few places where ours differs from it."""
+"""The trainer: transformers' own, and the few places where ours differs from it."""
 
 from __future__ import annotations
 
 import inspect
-import resource
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import (
-    EvalPrediction,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Seq2SeqTrainer
 
-from utils import dist
+from utils import hub
 from utils.argument import SftArguments
-from utils.generation import generate_rows
-from utils.metrics import score_texts
+from utils.callbacks import EvaluateAtEnd, Speedometer
+from utils.collator import Collator
+from utils.encoder import Encoder
+from utils.encoding import PreparedData
+from utils.generation import generate_rows, generation_config
+from utils.metrics import compute_loss_metrics, generation_metrics
 from utils.preprocess import IGNORE_INDEX
+from utils.push import PushCallback
 from utils.resolve import SFT_ARGS
-from utils.run_dir import write_json
+from utils.run_dir import Run, write_json
+from utils.trainer_args import training_arguments
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
-
-
-def training_arguments(
-    args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
-) -> Seq2SeqTrainingArguments:
-    """Return the trainer's arguments. No token goes into them: they are written to the run folder."""
-    has_cuda = torch.cuda.is_available()
-    # Frozen bf16 weights compute in bf16 by themselves; fp32 weights and fp16 gradients need autocast.
-    autocasts = args.sft_type == 'full' or dtype == torch.float16
-    return Seq2SeqTrainingArguments(
-        output_dir=str(run_dir),
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.eval_batch_size or args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        num_train_epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
-        optim=args.optim,
-        learning_rate=args.learning_rate or 0.0,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
-        lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_ratio,
-        predict_with_generate=args.predict_with_generate,
-        eval_strategy='steps' if evaluates else 'no',
-        eval_steps=args.eval_steps,
-        metric_for_best_model=('rouge-l' if args.predict_with_generate else 'loss') if evaluates else None,
-        greater_is_better=args.predict_with_generate,
-        save_strategy='steps',
-        save_steps=args.save_steps or args.eval_steps,
-        save_total_limit=args.save_total_limit if args.save_total_limit > 0 else None,
-        save_only_model=bool(args.only_save_model),
-        logging_steps=args.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        bf16=autocasts and dtype == torch.bfloat16,
-        fp16=autocasts and dtype == torch.float16,
-        use_cpu=not has_cuda,
-        seed=args.seed + dist.rank(),
-        data_seed=args.seed,
-        train_sampling_strategy='sequential' if args.test_oom_error else 'random',
-        dataloader_num_workers=args.dataloader_num_workers,
-        dataloader_pin_memory=has_cuda,
-        ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
-        ddp_find_unused_parameters=False if dist.world_size() > 1 else None,
-        deepspeed=args.deepspeed_config_path,
-        remove_unused_columns=False,
-        label_names=['labels'],
-        report_to='none',
-        disable_tqdm=not dist.is_main(),
-    )
 
 
 class SftTrainer(Seq2SeqTrainer):
@@ -186,78 +130,25 @@ class SftTrainer(Seq2SeqTrainer):
         write_json(folder / SFT_ARGS, self.run_record)
 
 
-def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return loss and token accuracy over all validation tokens."""
-    loss, hits, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    return {'loss': float(loss / tokens), 'acc': float(hits / tokens)}
-
-
-def generation_metrics(tokenizer: Any) -> Any:
-    """Return a function that scores generated ids against labels with ROUGE and BLEU."""
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        def texts(rows: Any) -> list[str]:
-            return [tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip() for row in rows]
-
-        return score_texts(texts(np.asarray(prediction.predictions)), texts(np.asarray(prediction.label_ids)))
-
-    return compute
-
-
-class EvaluateAtEnd(TrainerCallback):
-    """Evaluates the last step too, so that the last checkpoint can be the best."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ask for an evaluation at the last step."""
-        if state.global_step >= state.max_steps and str(args.eval_strategy.value) == 'steps':
-            control.should_evaluate = True
-        return control
-
-
-class Speedometer(TrainerCallback):
-    """Counts real tokens (padding is none) and the seconds of training steps, evaluation and saving left out."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.seconds = 0.0
-        self.steps = 0
-        self._pending = 0
-        self._since: float | None = None
-
-    def count(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Add the tokens of one micro-batch."""
-        self._pending += int(inputs['attention_mask'].sum())
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the first step out: it pays for warm-up."""
-        self._since = None
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Close a step."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self.seconds += now - self._since
-            self.tokens += self._pending
-        self.steps += 1
-        self._pending, self._since = 0, now
-
-    def _restart(self, *args: Any, **kwargs: Any) -> None:
-        self._since = time.perf_counter()
-
-    on_evaluate = on_save = on_log = _restart
-
-    def tokens_per_second(self) -> float | None:
-        """Return real tokens per second of this process, None after a single step."""
-        return round(self.tokens / self.seconds, 1) if self.seconds else None
-
-
-def peak_memory_gib() -> float:
-    """Return the peak of GPU memory, or of the process's resident memory where there is no GPU."""
-    if torch.cuda.is_available():
-        peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    else:
-        # ru_maxrss is in KiB on Linux and in bytes on macOS.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    return round(peak / 2**30, 3)
+def build_trainer(
+    args: SftArguments, run: Run, model: Any, encoder: Encoder, data: PreparedData, *, dtype: torch.dtype
+) -> SftTrainer:
+    """Return the trainer of a run, with its logs and its pushes."""
+    tokenizer = encoder.tokenizer
+    trainer = SftTrainer(
+        run_record=run.record,
+        generation=generation_config(args, tokenizer, encoder.stop_ids),
+        model=model,
+        args=training_arguments(args, run.folder, dtype=dtype, evaluates=len(data.val) > 0),
+        train_dataset=data.train.longest_first() if args.test_oom_error else data.train,
+        eval_dataset=data.val.longest_first() if len(data.val) else None,
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        compute_metrics=generation_metrics(tokenizer) if args.predict_with_generate else compute_loss_metrics,
+    )
+    trainer.log_to(run.folder)
+    if args.push_to_hub:
+        token = hub.find_token(args.hub_token)
+        assert token is not None, 'checked before'
+        trainer.add_callback(PushCallback(args, token))
+    return trainer

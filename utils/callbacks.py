@@ -1,0 +1,70 @@
+"""What happens between steps: a last evaluation, and honest counts of tokens, seconds and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluates the last step too, so that the last checkpoint can be the best."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for an evaluation at the last step."""
+        if state.global_step >= state.max_steps and str(args.eval_strategy.value) == 'steps':
+            control.should_evaluate = True
+        return control
+
+
+class Speedometer(TrainerCallback):
+    """Counts real tokens (padding is none) and the seconds of training steps, evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self.steps = 0
+        self._pending = 0
+        self._since: float | None = None
+
+    def count(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Add the tokens of one micro-batch."""
+        self._pending += int(inputs['attention_mask'].sum())
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the first step out: it pays for warm-up."""
+        self._since = None
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Close a step."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self.seconds += now - self._since
+            self.tokens += self._pending
+        self.steps += 1
+        self._pending, self._since = 0, now
+
+    def _restart(self, *args: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    on_evaluate = on_save = on_log = _restart
+
+    def tokens_per_second(self) -> float | None:
+        """Return real tokens per second of this process, None after a single step."""
+        return round(self.tokens / self.seconds, 1) if self.seconds else None
+
+
+def peak_memory_gib() -> float:
+    """Return the peak of GPU memory, or of the process's resident memory where there is no GPU."""
+    if torch.cuda.is_available():
+        peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    else:
+        # ru_maxrss is in KiB on Linux and in bytes on macOS.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return round(peak / 2**30, 3)

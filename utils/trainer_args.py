@@ -1,0 +1,61 @@
+"""From our arguments to the trainer's: the one place where its names stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+from utils import dist
+from utils.argument import SftArguments
+
+
+def training_arguments(
+    args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
+) -> Seq2SeqTrainingArguments:
+    """Return the trainer's arguments. No token goes into them: they are written to the run folder."""
+    has_cuda = torch.cuda.is_available()
+    # Frozen bf16 weights compute in bf16 by themselves; fp32 weights and fp16 gradients need autocast.
+    autocasts = args.sft_type == 'full' or dtype == torch.float16
+    return Seq2SeqTrainingArguments(
+        output_dir=str(run_dir),
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.eval_batch_size or args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_train_epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        optim=args.optim,
+        learning_rate=args.learning_rate or 0.0,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_ratio,
+        predict_with_generate=args.predict_with_generate,
+        eval_strategy='steps' if evaluates else 'no',
+        eval_steps=args.eval_steps,
+        metric_for_best_model=('rouge-l' if args.predict_with_generate else 'loss') if evaluates else None,
+        greater_is_better=args.predict_with_generate,
+        save_strategy='steps',
+        save_steps=args.save_steps or args.eval_steps,
+        save_total_limit=args.save_total_limit if args.save_total_limit > 0 else None,
+        save_only_model=bool(args.only_save_model),
+        logging_steps=args.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        bf16=autocasts and dtype == torch.bfloat16,
+        fp16=autocasts and dtype == torch.float16,
+        use_cpu=not has_cuda,
+        seed=args.seed + dist.rank(),
+        data_seed=args.seed,
+        train_sampling_strategy='sequential' if args.test_oom_error else 'random',
+        dataloader_num_workers=args.dataloader_num_workers,
+        dataloader_pin_memory=has_cuda,
+        ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
+        ddp_find_unused_parameters=False if dist.world_size() > 1 else None,
+        deepspeed=args.deepspeed_config_path,
+        remove_unused_columns=False,
+        label_names=['labels'],
+        report_to='none',
+        disable_tqdm=not dist.is_main(),
+    )
