@@ -104,6 +104,7 @@ def _act(
         system_typed='system' in done.typed or bool(record and record['system_typed']),
         max_length=args.max_length,
     )
+    encoder.keeps_lead = record is not None and record.get('keeps_lead', True)
     config = generation_config(args, tokenizer, encoder.stop_ids)
     model.generation_config = config
     if args.save_generation_config and checkpoint is not None:

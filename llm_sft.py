@@ -61,6 +61,7 @@ def train(done: Resolution[SftArguments]) -> None:
         max_length=args.max_length,
     )
     data = prepare_data(encoder, rows, run.folder)
+    run.record['keeps_lead'] = encoder.keeps_lead
     model = prepare_model(model, args)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
     try:

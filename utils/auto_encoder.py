@@ -1,20 +1,23 @@
 """Token ids of conversations under the tokenizer's own chat template (template `auto`).
 
 Everything is found by rendering: the prompt is the rendering up to the reply with the generation prompt, the end of
-a turn is what the template prints after a reply. Where no token merges across the reply's borders and the data
+a turn is what the template prints after a reply. What it prints between the two, a channel's name or an empty think
+block, is part of the prompt, so that it carries no loss. Where no token merges across the reply's borders and the data
 spells no control token, the ids equal `tokenizer.apply_chat_template` exactly; every other row is noted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from utils.encoder import Encoder, TemplateEncoder
+from utils.encoder import Encoder, TemplateEncoder, map_strings
 from utils.errors import ConfigError
 from utils.preprocess import (
+    ADDED_END,
     AUTO,
     CONTROL_TOKENS,
     MERGED_BOUNDARY,
@@ -26,6 +29,11 @@ from utils.preprocess import (
     Message,
     Row,
 )
+
+_OPENS_THINKING = re.compile(r'<(?:\w+:)?think>')
+_CLOSES_THINKING = re.compile(r'</(?:\w+:)?think>')
+_PROMPT_THINKS = re.compile(r'<((?:\w+:)?think)>\s*$')
+_REPLY_THINKS = re.compile(r'\s*<(?:\w+:)?think>\s*')
 
 # Ends of prompts whose ids are remembered; templates have few, but one may end in the question itself.
 _TAILS_KEPT = 4096
@@ -47,17 +55,6 @@ class _Parts:
     notes: list[str]
 
 
-def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return nested JSON data with `change` applied to every string in it, keys left alone."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [map_strings(item, change) for item in value]
-    if isinstance(value, dict):
-        return {key: map_strings(item, change) for key, item in value.items()}
-    return value
-
-
 class AutoEncoder(Encoder):
     """Encodes with the tokenizer's chat template. Loss covers the last reply and its end-of-turn token."""
 
@@ -71,7 +68,9 @@ class AutoEncoder(Encoder):
                 f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
             )
         self.system = system
-        self._end = self._find_end()
+        self._lead, self._end = self._find_frame()
+        # What of the lead comes before its think block: a reply that reasons follows it.
+        self._opening = self._lead[: match.start()] if (match := _OPENS_THINKING.search(self._lead)) else ''
         self._end_ids, self._end_trained = self._end_of_turn(self._end)
         self.stop_ids = [i for i in self._end_ids[: self._end_trained] if i in self.text.special_ids.values()]
         self._control = frozenset(self.text.special_ids.values())
@@ -79,40 +78,39 @@ class AutoEncoder(Encoder):
         self.says_tools = self._prints(tools=True)
         self.says_tool_calls = self._prints(tools=False)
 
-    def _render(self, messages: Sequence[Message], *, tools: Sequence[Any] | None, prompt: bool) -> str:
+    def _apply(self, chats: list[Any], tools: Sequence[Any] | None, prompt: bool) -> Any:
         from jinja2.exceptions import TemplateError
 
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools or None, add_generation_prompt=prompt, tokenize=False
+            return self.tokenizer.apply_chat_template(
+                chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False
             )
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
-        return str(text)
+
+    def _render(self, messages: Sequence[Message], *, tools: Sequence[Any] | None, prompt: bool) -> str:
+        return str(self._apply(list(messages), tools, prompt))
 
     def _render_all(
         self, chats: Sequence[tuple[Sequence[Message], Sequence[Any] | None]], *, prompt: bool
     ) -> list[str]:
         """Return the rendering of each (messages, tools); those without tools in one call, which is quicker."""
-        from jinja2.exceptions import TemplateError
-
         plain = [list(messages) for messages, tools in chats if not tools]
-        try:
-            together = (
-                self.tokenizer.apply_chat_template(plain, add_generation_prompt=prompt, tokenize=False) if plain else []
-            )
-        except TemplateError as error:
-            raise RowRefused(f'the chat template refuses it: {error}') from error
-        texts = iter(together)
+        texts = iter(self._apply(plain, None, prompt) if plain else [])
         return [self._render(m, tools=tools, prompt=prompt) if tools else next(texts) for m, tools in chats]
 
-    def _find_end(self) -> str:
-        """Return what the template prints after a reply; raises ConfigError where it cannot serve at all."""
+    def _find_frame(self) -> tuple[str, str]:
+        """Return what the template prints before a reply, the generation prompt left off, and after it.
+
+        A generation prompt that opens a think block which no reply closes is closed here. Raises ConfigError where
+        the template cannot serve at all.
+        """
         reply = secrets.token_hex(8)
         messages: list[Message] = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': reply}]
         if self.system:
             messages.insert(0, {'role': 'system', 'content': self.system})
         try:
+            prompt = self._render(messages[:-1], tools=None, prompt=True)
             text = self._render(messages, tools=None, prompt=False)
         except RowRefused as error:
             hint = 'Leave --system out, or choose' if self.system else 'Choose'
@@ -124,7 +122,11 @@ class AutoEncoder(Encoder):
                 "the chat template of this tokenizer does not print the assistant's reply, so nothing could be "
                 'learnt. Choose a --template_type.'
             )
-        return text[text.rindex(reply) + len(reply) :]
+        start = text.rindex(reply)
+        lead = text[len(prompt) : start] if text.startswith(prompt) else ''
+        if (opened := _PROMPT_THINKS.search(prompt)) and not _CLOSES_THINKING.search(lead):
+            lead = f'\n</{opened[1]}>\n\n'
+        return lead, text[start + len(reply) :]
 
     def _end_of_turn(self, end: str) -> tuple[list[int], int]:
         """Return the ids after a reply and how many of them are trained: up to the first control token."""
@@ -192,11 +194,14 @@ class AutoEncoder(Encoder):
     def _part(
         self, prompt: str, full: str, last: Message, *, prompt_guarded: bool, reply_guarded: bool, notes: list[str]
     ) -> _Parts:
-        reply, end = last['content'], self._end
+        end = self._end
         if 'tool_calls' in last:
             if not (full.startswith(prompt) and full.endswith(end)):
                 raise RowRefused('the chat template prints the tool call apart from the generation prompt')
+            prompt += self._lead if full.startswith(prompt + self._lead) else ''
             reply = full[len(prompt) : len(full) - len(end)]
+        else:
+            prompt, reply = self._joined(prompt, last['content'])
         if prompt_guarded or reply_guarded:
             notes.append(CONTROL_TOKENS)
         if full != prompt + reply + end:
@@ -210,6 +215,17 @@ class AutoEncoder(Encoder):
             notes=notes,
         )
 
+    def _joined(self, prompt: str, reply: str) -> tuple[str, str]:
+        """Return prompt and reply as they meet: a reply that reasons takes the place of the lead's empty think block.
+
+        If the prompt has opened the block already, the reply's own opening is left off.
+        """
+        if not (_CLOSES_THINKING.search(self._lead) and _CLOSES_THINKING.search(self.text.unguard(reply))):
+            return prompt + self._lead, reply
+        self.keeps_lead = False
+        own = _REPLY_THINKS.match(reply) if _PROMPT_THINKS.search(prompt) else None
+        return prompt + self._opening, reply[own.end() :] if own else reply
+
     def _prompt_ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         plain = iter(self.text.ids([text for text, guarded in texts if not guarded]))
         return [self.text.guarded_ids(text) if guarded else next(plain) for text, guarded in texts]
@@ -217,7 +233,8 @@ class AutoEncoder(Encoder):
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         prepared = [self._prepare(row, row.messages) for row in rows]
         texts = self._render_all([(messages, tools) for messages, tools, _, _ in prepared], prompt=True)
-        return self._prompt_ids([(text, p[2]) for text, p in zip(texts, prepared, strict=True)])
+        lead = self._lead if self.keeps_lead else self._opening
+        return self._prompt_ids([(text + lead, p[2]) for text, p in zip(texts, prepared, strict=True)])
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         parts = self._parts(rows)
@@ -258,7 +275,9 @@ class AutoEncoder(Encoder):
     def _assemble(self, part: _Parts, prompt: list[int], whole: list[int] | None) -> Encoded:
         """Return the row from its text tokenised whole where that keeps prompt and end apart, else piece by piece."""
         end, notes = self._end_ids, part.notes
-        if whole is not None and part.end and whole[: len(prompt)] == prompt and whole[-len(end) :] == end:
+        if not part.end:
+            whole, notes = whole and whole + end, [*notes, ADDED_END]
+        if whole is not None and whole[: len(prompt)] == prompt and whole[-len(end) :] == end:
             ids = whole
         else:
             reply = self.text.guarded_ids(part.reply) if part.reply_guarded else self.text.ids([part.reply])[0]

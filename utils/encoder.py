@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from utils.errors import ConfigError
@@ -20,6 +20,17 @@ from utils.preprocess import (
     Template,
     cut_front,
 )
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Return nested JSON data with `change` applied to every string in it, keys left alone."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: map_strings(item, change) for key, item in value.items()}
+    return value
 
 
 class TextTokenizer:
@@ -84,6 +95,9 @@ class Encoder:
     name: str
     # Ids at which generation stops, beside the tokenizer's own end of sequence.
     stop_ids: list[int]
+    # Whether prompts for inference hold what the chat template prints before a reply, as an empty think block.
+    # False once a reply that reasons was met, and for an untrained model: thinking or not is then the model's choice.
+    keeps_lead: bool = True
 
     def __init__(self, tokenizer: Any, *, max_length: int) -> None:
         if tokenizer.eos_token_id is None:

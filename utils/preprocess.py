@@ -105,6 +105,7 @@ TEMPLATE_MAPPING: dict[str, Template | None] = {
 MERGED_BOUNDARY = 'a token would merge across the start or end of the reply: the reply is tokenised by itself'
 CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
 RENDERED_DIFFERENTLY = 'the chat template alters or adds to the reply (blanks, a think block): trained as written'
+ADDED_END = 'the chat template prints no end of turn: the end of sequence is added'
 TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
 TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
 SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"

@@ -1,0 +1,394 @@
+"""Models that bring their own chat template: every native class trains with its entry, every template is read right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import make_tokenizer, small_flags, write_jsonl
+from utils.auto_encoder import AutoEncoder
+from utils.errors import ConfigError
+from utils.model import MODEL_MAPPING, LoadOptions, get_text_model_tokenizer, infer_model_type
+from utils.preprocess import ADDED_END, AUTO, RENDERED_DIFFERENTLY, Encoded, Message, Row
+
+SMALL: dict[str, Any] = {
+    'vocab_size': 400, 'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+    'num_key_value_heads': 2, 'head_dim': 8, 'max_position_embeddings': 512, 'initializer_range': 0.2,
+    'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 5,
+}  # fmt: skip
+EXPERTS = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 16}
+DELTA = {
+    'layer_types': ['linear_attention', 'full_attention'], 'linear_num_key_heads': 2, 'linear_num_value_heads': 4,
+    'linear_key_head_dim': 8, 'linear_value_head_dim': 8,
+}  # fmt: skip
+GLM_EXPERTS = {
+    'n_routed_experts': 4, 'n_shared_experts': 1, 'num_experts_per_tok': 2, 'moe_intermediate_size': 16,
+    'first_k_dense_replace': 1,
+}  # fmt: skip
+LATENT = {
+    'num_key_value_heads': 4,
+    'q_lora_rank': 16,
+    'kv_lora_rank': 8,
+    'qk_nope_head_dim': 8,
+    'qk_rope_head_dim': 8,
+    'v_head_dim': 8,
+}
+TOWER = {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 1, 'num_attention_heads': 4}
+QWEN_TOWER = {'depth': 1, 'hidden_size': 32, 'intermediate_size': 64, 'num_heads': 4, 'out_hidden_size': 32}
+GEMMA4 = {**SMALL, 'layer_types': ['sliding_attention', 'full_attention'], 'global_head_dim': 8, 'sliding_window': 16}
+GEMMA4_EXPERTS = {
+    'hidden_size_per_layer_input': 0,
+    'enable_moe_block': True,
+    'num_experts': 4,
+    'top_k_experts': 2,
+    'moe_intermediate_size': 16,
+}
+# The two last of four layers take key and value from those before.
+PER_LAYER = {
+    'num_hidden_layers': 4, 'layer_types': ['sliding_attention', 'full_attention'] * 2, 'num_kv_shared_layers': 2,
+    'vocab_size_per_layer_input': 400, 'hidden_size_per_layer_input': 8,
+}  # fmt: skip
+GEMMA4_TOWER = {**TOWER, 'num_key_value_heads': 4, 'head_dim': 8}
+
+# Key of an entry -> its model_type, and what its configuration holds beside SMALL.
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    'qwen2.5-0.5b-instruct': ('qwen2', {}),
+    'qwen3-0.6b': ('qwen3', {}),
+    'qwen3-30b-a3b': ('qwen3_moe', EXPERTS),
+    'qwen3-next-80b-a3b-instruct': ('qwen3_next', {**EXPERTS, **DELTA, 'shared_expert_intermediate_size': 16}),
+    'llama3.2-1b-instruct': ('llama', {}),
+    'internlm3-8b-instruct': ('internlm3', {}),
+    'gemma2-2b-it': ('gemma2', {}),
+    'gemma3-1b-it': ('gemma3_text', {}),
+    'mistral-7b-instruct-v0.3': ('mistral', {}),
+    'gpt-oss-20b': ('gpt_oss', {'num_local_experts': 4, 'num_experts_per_tok': 2}),
+    'phi4-14b': ('phi3', {}),
+    'glm-4-9b-0414': ('glm4', {}),
+    'glm-4.5-air': ('glm4_moe', GLM_EXPERTS),
+    'glm-4.7-flash': ('glm4_moe_lite', {**GLM_EXPERTS, **LATENT}),
+    'smollm3-3b': ('smollm3', {}),
+    'lfm2.5-1.2b-instruct': ('lfm2', {'layer_types': ['conv', 'full_attention']}),
+    'granite3.3-2b-instruct': ('granite', {}),
+    'hunyuan-0.5b-instruct': ('hunyuan_v1_dense', {}),
+    'ernie4.5-0.3b': ('ernie4_5', {}),
+    'seed-oss-36b-instruct': ('seed_oss', {}),
+}
+# The same for those with towers: model_type, configurations of text and vision.
+SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    'qwen3.5-0.8b': ('qwen3_5', {**SMALL, **DELTA}, QWEN_TOWER),
+    'qwen3.5-35b-a3b': (
+        'qwen3_5_moe', {**SMALL, **DELTA, **EXPERTS, 'shared_expert_intermediate_size': 16}, QWEN_TOWER
+    ),
+    'gemma3-4b-it': ('gemma3', SMALL, {**TOWER, 'image_size': 16, 'patch_size': 4}),
+    'gemma4-e2b-it': ('gemma4', {**GEMMA4, **PER_LAYER}, GEMMA4_TOWER),
+    'gemma4-26b-a4b-it': (
+        'gemma4', {**GEMMA4, **GEMMA4_EXPERTS, 'attention_k_eq_v': True, 'num_global_key_value_heads': 2}, GEMMA4_TOWER
+    ),
+    'gemma4-12b-it': ('gemma4_unified', GEMMA4, {'mm_embed_dim': 32, 'mm_posemb_size': 16, 'output_proj_dims': 32}),
+}  # fmt: skip
+
+
+def make_modern(key: str) -> Any:
+    """Return a 2-layer model of an entry's class with random weights, towers and all."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    if key in SEEING:
+        name, text, vision = SEEING[key]
+        return AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(name, text_config=text, vision_config=vision)
+        )
+    name, more = PLAIN[key]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SMALL, **more}))
+
+
+@pytest.mark.slow
+def test_every_class_trains_merges_and_reloads_with_its_entry(tmp_path: Path, data_file: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    import llm_infer
+    import llm_sft
+    from utils.tuner import probe_logits
+
+    classes: list[str] = []
+    for key in [*PLAIN, *SEEING]:
+        info = MODEL_MAPPING[key]
+        folder = tmp_path / key / info.public_id.split('/')[1]
+        make_modern(key).save_pretrained(folder)
+        tokenizer = make_tokenizer()
+        tokenizer.save_pretrained(folder)
+        out = tmp_path / key / 'out'
+        flags = ['--max_steps', '5', '--eval_steps', '1', '--save_steps', '5', '--learning_rate', '0.05']
+        assert llm_sft.main([*small_flags(folder, data_file, out), *flags]) == 0, key
+        checkpoint = next(out.glob(f'{key}/v0-*')) / 'checkpoint-5'
+        state = json.loads((checkpoint / 'trainer_state.json').read_text())
+        losses = [entry['eval_loss'] for entry in state['log_history'] if 'eval_loss' in entry]
+        assert len(losses) == 5 and losses[-1] < losses[0], (key, losses)
+
+        config = json.loads((checkpoint / 'adapter_config.json').read_text())
+        assert sorted(config['target_modules']) == sorted(info.lora_target_modules), key
+        with safe_open(checkpoint / 'adapter_model.safetensors', 'pt') as adapter:
+            names = list(adapter.keys())
+        layers = {int(re.findall(r'\.layers\.(\d+)\.', name)[0]) for name in names}
+        assert layers == set(range(4 if key == 'gemma4-e2b-it' else 2)), f'{key}: no layer is left out'
+        assert not [name for name in names if 'vision' in name or 'audio' in name], 'towers are left alone'
+
+        assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0, key
+        merged = AutoModelForCausalLM.from_pretrained(f'{checkpoint}-merged').eval()
+        base = info.get_function(folder, info, LoadOptions(torch_dtype=torch.float32))[0].eval()
+        before = probe_logits(base, tokenizer)
+        trained = probe_logits(PeftModel.from_pretrained(base, checkpoint).eval(), tokenizer)
+        after = probe_logits(merged, tokenizer)
+        assert (after - trained).abs().max() < 1e-4 * trained.abs().max() < (trained - before).abs().max(), key
+        classes.append(type(merged).__name__)
+    assert len(classes) == 26 and len(set(classes)) == 23, classes
+
+
+def test_entries_name_both_hubs_a_floor_and_their_template() -> None:
+    modern = {key: info for key, info in MODEL_MAPPING.items() if info.requires}
+    assert len(modern) == 93 and set(PLAIN) | set(SEEING) <= set(modern)
+    for key, info in modern.items():
+        assert info.template == AUTO and key == key.lower(), key
+        assert info.model_id_or_path.count('/') == 1 and str(info.hf_model_id).count('/') == 1, key
+        assert [r.split('>=')[0] for r in info.requires] == ['transformers'], key
+        assert infer_model_type(info.model_id_or_path) == infer_model_type(str(info.hf_model_id)) == key
+    assert {info.lora_target_modules for info in modern.values()} == {
+        ('q_proj', 'k_proj', 'v_proj'),
+        ('q_proj', 'k_proj', 'v_proj', 'in_proj'),
+        ('q_proj', 'k_proj', 'v_proj', 'in_proj_qkv'),
+        ('q_proj', 'k_proj', 'v_proj', 'in_proj_qkvz'),
+        ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj'),
+        ('qkv_proj',),
+    }
+
+
+@pytest.mark.parametrize('sharded', [False, True])
+def test_the_language_model_alone_answers_as_the_whole_model(tmp_path: Path, sharded: bool) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    ids, compared = torch.tensor([[1, 7, 9, 20, 33, 250]]), 0
+    for key in ('gemma3-4b-it', 'gemma4-e2b-it', 'gemma4-26b-a4b-it', 'gemma4-12b-it'):
+        whole = make_modern(key).eval()
+        whole.generation_config = GenerationConfig(eos_token_id=[2, 4])
+        whole.save_pretrained(tmp_path / key, max_shard_size='60KB' if sharded else '5GB')
+        assert (tmp_path / key / 'model.safetensors.index.json').is_file() == sharded
+        make_tokenizer().save_pretrained(tmp_path / key)
+        info, options = MODEL_MAPPING[key], LoadOptions(torch_dtype=torch.float32)
+        assert info.get_function is get_text_model_tokenizer
+        alone = info.get_function(tmp_path / key, info, options)[0].eval()
+        assert type(alone).__name__ == type(whole).__name__.replace('ForConditionalGeneration', 'ForCausalLM')
+        assert alone.generation_config.eos_token_id == [2, 4]
+
+        alone.save_pretrained(tmp_path / f'{key}-alone')
+        make_tokenizer().save_pretrained(tmp_path / f'{key}-alone')
+        again = info.get_function(tmp_path / f'{key}-alone', info, options)[0].eval()
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / f'{key}-alone').eval()
+        with torch.no_grad():
+            expected = whole(input_ids=ids).logits
+            for model in (alone, again, plain):
+                assert (model(input_ids=ids).logits - expected).abs().max() < 1e-5 * expected.abs().max(), key
+        compared += 1
+    assert compared == 4
+
+
+def test_a_checkpoint_without_its_language_model_is_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    key = 'gemma3-4b-it'
+    make_modern(key).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    state = load_file(tmp_path / 'model.safetensors')
+    dropped = [name for name in state if '.layers.1.self_attn.q_proj' in name]
+    assert len(dropped) == 1
+    save_file({k: v for k, v in state.items() if k not in dropped}, tmp_path / 'model.safetensors', {'format': 'pt'})
+    with pytest.raises(
+        ConfigError, match=r'lacks 1 weights of Gemma3ForCausalLM, first model.layers.1.self_attn.q_proj'
+    ):
+        get_text_model_tokenizer(tmp_path, MODEL_MAPPING[key], LoadOptions(torch_dtype=torch.float32))
+
+
+# Chat templates of the hub as the package trl ships them: the end that a reply is trained to give.
+ENDS = {
+    'cohere': '<|END_OF_TURN_TOKEN|>', 'cohere2': '<|END_RESPONSE|>', 'deepseek_r1_distill': '<｜end▁of▁sentence｜>',
+    'deepseekv3': '<｜end▁of▁sentence｜>', 'diffusion_gemma': '<turn|>', 'gemma': '<end_of_turn>',
+    'gemma3': '<end_of_turn>', 'gemma4': '<turn|>', 'gemma4_v2': '<turn|>', 'gemma4_v3': '<turn|>',
+    'gemma4_v4': '<turn|>', 'gemma4_v5': '<turn|>', 'glm4moe': '</s>', 'gptoss': '<|return|>', 'lfm2': '<|im_end|>',
+    'lfm2_2_5': '<|im_end|>', 'lfm2_2_5_v2': '<|im_end|>', 'lfm2_2_5_vl': '<|im_end|>', 'lfm2_v2': '<|im_end|>',
+    'llama3': '<|eot_id|>', 'llama3_1': '<|eot_id|>', 'llama3_2': '<|eot_id|>', 'muse_glimmer': '<|eot|>',
+    'nemotron_3_5_lightning': '<|im_end|>', 'nemotron_3_nano': '<|im_end|>', 'nemotron_3_super': '<|im_end|>',
+    'nemotron_3_ultra': '<|im_end|>', 'phi3': '<|end|>', 'phi3_5': '<|end|>', 'qwen2_5': '<|im_end|>',
+    'qwen2_5_vl': '<|im_end|>', 'qwen3': '<|im_end|>', 'qwen3_5_nothink': '<|im_end|>',
+    'qwen3_5_think': '<|im_end|>', 'qwen3_6': '<|im_end|>', 'qwen3_8': '<|im_end|>',
+    'qwen3_instruct_2507': '<|im_end|>', 'qwen3_vl': '<|im_end|>',
+}  # fmt: skip
+# What stands between the generation prompt and the reply, without loss.
+LEADS = {
+    'deepseek_r1_distill': '\n</think>\n\n', 'deepseekv3': '\n</think>\n\n', 'glm4moe': '\n<think></think>\n',
+    'gptoss': '<|channel|>final<|message|>', 'muse_glimmer': ' to=user<|message|>',
+    'nemotron_3_5_lightning': '\n</think>\n\n', 'nemotron_3_nano': '\n</think>\n\n',
+    'nemotron_3_super': '\n</think>\n\n', 'nemotron_3_ultra': '\n</think>\n\n',
+    'qwen3': '<think>\n\n</think>\n\n', 'qwen3_5_think': '\n</think>\n\n', 'qwen3_6': '\n</think>\n\n',
+    'qwen3_8': '\n</think>\n\n',
+}  # fmt: skip
+THINKING = [name for name, lead in LEADS.items() if 'think' in lead]
+# These open a think block at inference and print none, or another, around a reply: the ids differ, which is noted.
+UNLIKE_THEIR_PROMPT = {'deepseek_r1_distill', 'deepseekv3', *(name for name in LEADS if name.startswith('nemotron'))}
+NOTES = {**{name: [RENDERED_DIFFERENTLY] for name in UNLIKE_THEIR_PROMPT}, 'glm4moe': [ADDED_END]}
+# Vision models whose content is a list of parts, never a text.
+NEED_PARTS = {'idefics3', 'llava_next', 'smolvlm'}
+NO_SYSTEM = {'gemma'}
+CONTROL = re.compile(
+    r'<[|｜][^<>\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|<\|(?:turn|channel)>|<(?:turn|channel)\|>|\[gMASK\]|<sop>'
+)
+CHATS: list[list[str]] = [
+    ['hi', 'yo'],
+    ['what is 7 and 3?', 'the answer is 10.', '你好', '你好，世界'],
+    ['a', 'b', 'name a colour', 'blue', 'and {"key": [1, 2]}?', 'red, green\n\n- yellow'],
+]
+
+
+def template_folder() -> Path:
+    """Return where trl keeps its chat templates, found without importing it."""
+    spec = find_spec('trl')
+    if spec is None or spec.origin is None:
+        pytest.skip('the chat templates come with trl: pip install --no-deps trl==1.16.0')
+    return Path(spec.origin).parent / 'chat_templates'
+
+
+def template_tokenizer(name: str) -> Any:
+    """Return the toy tokenizer with a chat template of trl, its control tokens, and think tags as Qwen3 has them."""
+    source = (template_folder() / f'{name}.jinja').read_text(encoding='utf-8')
+    tokenizer = make_tokenizer(chat_template=source)
+    tokenizer.add_special_tokens({'additional_special_tokens': sorted(set(CONTROL.findall(source)))})
+    tokenizer.add_tokens(['<think>', '</think>'])
+    return tokenizer
+
+
+def conversation(texts: list[str], system: str | None = None) -> list[Message]:
+    """Return alternating turns of user and assistant."""
+    turns: list[Message] = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(texts)]
+    return [{'role': 'system', 'content': system}, *turns] if system else turns
+
+
+def conversations(name: str) -> list[list[Message]]:
+    """Return the chats that a template is tried with, with and without a system text where it has a place for one."""
+    return [conversation(texts, s) for s in (None, *(['be brief'] if name not in NO_SYSTEM else [])) for texts in CHATS]
+
+
+def ids_of(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Return what transformers gives for a chat; GLM's template prints no end, so the end of sequence is added."""
+    ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)['input_ids']
+    return ids + [tokenizer.eos_token_id] * ('[gMASK]' in tokenizer.chat_template)
+
+
+def check_row(name: str, tokenizer: Any, messages: list[Message], reply: str, lead: str) -> Encoded:
+    """Check that the inference prompt is a prefix of what is trained, and loss covers `reply` and the end alone."""
+    encoder = AutoEncoder(tokenizer, system=None, max_length=-1)
+    row = Row(messages=messages, origin='test:1')
+    encoded = encoder.encode([row])[0]
+    start, stop = encoded.trained
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    reasons = lead != LEADS.get(name, '')
+    assert encoder.keeps_lead != reasons
+    assert encoded.input_ids[:start] == encoder.encode_prompts([row])[0]
+    assert tokenizer.decode(encoded.input_ids[:start]) == prompt + lead
+    assert tokenizer.decode(encoded.input_ids[start:stop]) == reply + ENDS[name]
+    assert encoder.stop_ids == [tokenizer.convert_tokens_to_ids(ENDS[name])]
+    # An untrained model gets the generation prompt alone, which is a prefix too.
+    encoder.keeps_lead = False
+    bare = encoder.encode_prompts([row])[0]
+    opening = '\n' if name == 'glm4moe' else ''
+    assert tokenizer.decode(bare) == prompt + opening and encoded.input_ids[: len(bare)] == bare
+    return encoded
+
+
+def test_every_text_template_of_trl_is_tried() -> None:
+    there = {path.stem for path in template_folder().glob('*.jinja') if not path.stem.endswith('_training')}
+    assert there == set(ENDS) | NEED_PARTS and len(there) == 41
+
+
+@pytest.mark.parametrize('name', ENDS)
+def test_auto_gives_the_ids_of_the_models_own_template(name: str) -> None:
+    tokenizer, checked = template_tokenizer(name), 0
+    for messages in conversations(name):
+        encoded = check_row(name, tokenizer, messages, messages[-1]['content'], LEADS.get(name, ''))
+        whole = ids_of(tokenizer, messages)
+        assert encoded.notes == NOTES.get(name, [])
+        assert (encoded.input_ids == whole) == (name not in UNLIKE_THEIR_PROMPT)
+        checked += 1
+    assert checked == (3 if name in NO_SYSTEM else 6)
+
+
+@pytest.mark.parametrize('name', THINKING)
+def test_a_reply_that_reasons_takes_the_place_of_the_empty_think_block(name: str) -> None:
+    tokenizer, checked = template_tokenizer(name), 0
+    reasoning = '<think>because</think>\n' if name == 'glm4moe' else '<think>\nbecause\n</think>\n\n'
+    for messages in conversations(name):
+        answer = messages[-1]['content']
+        thought: list[Message] = [*messages[:-1], {'role': 'assistant', 'content': reasoning + answer}]
+        opened = '<think>\n' if name.startswith(('deepseek', 'nemotron', 'qwen3_')) else ''
+        opening = '\n' if name == 'glm4moe' else ''
+        encoded = check_row(name, tokenizer, thought, (reasoning + answer).removeprefix(opened), opening)
+        # DeepSeek's template drops reasoning, Qwen3.8's reads it from a field of its own.
+        own: Any = [*messages[:-1], {'role': 'assistant', 'content': answer, 'reasoning_content': 'because'}]
+        whole = ids_of(tokenizer, own if name == 'qwen3_8' else thought)
+        assert (encoded.input_ids == whole) != name.startswith('deepseek')
+        noted = [RENDERED_DIFFERENTLY] if name.startswith(('deepseek', 'qwen3_8')) else []
+        assert encoded.notes == ([ADDED_END] if name == 'glm4moe' else noted)
+        checked += 1
+    assert checked == 6
+
+
+def test_a_tool_call_is_trained_without_the_empty_think_block_before_it() -> None:
+    tokenizer = template_tokenizer('qwen3')
+    call = {'type': 'function', 'function': {'name': 'look', 'arguments': {'at': 'it'}}}
+    last: Message = {'role': 'assistant', 'content': 'look', 'tool_calls': [call]}
+    row = Row(messages=[{'role': 'user', 'content': 'hi'}, last], origin='test:1')
+    encoder = AutoEncoder(tokenizer, system=None, max_length=-1)
+    encoded = encoder.encode([row])[0]
+    start, stop = encoded.trained
+    assert encoded.input_ids[:start] == encoder.encode_prompts([row])[0]
+    assert tokenizer.decode(encoded.input_ids[:start]).endswith('assistant\n<think>\n\n</think>\n\n')
+    trained = tokenizer.decode(encoded.input_ids[start:stop])
+    assert trained == '<tool_call>\n{"name": "look", "arguments": {"at": "it"}}\n</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize('reasons', [False, True])
+def test_inference_thinks_if_training_did(tmp_path: Path, model_dir: Path, reasons: bool) -> None:
+    import llm_infer
+    import llm_sft
+
+    folder = shutil.copytree(model_dir, tmp_path / 'model')
+    source = (template_folder() / 'qwen3.jinja').read_text(encoding='utf-8')
+    (folder / 'chat_template.jinja').write_text(source, encoding='utf-8')
+    block = '<think>\nbecause\n</think>\n\n'
+    rows = [{'query': f'{i}?', 'response': block * (reasons and i == 7) + str(i)} for i in range(20)]
+    data = write_jsonl(tmp_path / 'rows.jsonl', rows)
+    assert llm_sft.main([*small_flags(folder, data, tmp_path / 'out'), '--max_steps', '1', '--eval_steps', '1']) == 0
+    checkpoint = next((tmp_path / 'out').glob('*/*')) / 'checkpoint-1'
+    record = json.loads((checkpoint / 'sft_args.json').read_text())
+    assert record['keeps_lead'] != reasons
+    prompts: list[str] = []
+
+    def seen(model: Any, tokenizer: Any, encoder: AutoEncoder, *_: Any, **__: Any) -> None:
+        row = Row(messages=[*conversation(['hi']), {'role': 'assistant', 'content': ''}])
+        prompts.append(tokenizer.decode(encoder.encode_prompts([row])[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('utils.answering.chat', seen)
+        for model in (['--ckpt_dir', str(checkpoint)], ['--model_id_or_path', str(folder)]):
+            assert llm_infer.main([*model, '--eval_human', 'true', '--dtype', 'fp32']) == 0
+    ask = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
+    assert prompts == [ask if reasons else ask + '<think>\n\n</think>\n\n', ask], 'untrained: as its template asks'
