@@ -18,17 +18,14 @@ QKV = ['q_proj', 'k_proj', 'v_proj']
 
 def test_old_names_are_aliases_of_native_ones() -> None:
     model = make_model()
-    assert find_targets(model, ['c_attn']) == QKV
-    assert find_targets(model, ['W_pack', 'o_proj']) == [*QKV, 'o_proj']
-    assert find_targets(model, ['c_attn', 'c_proj', 'w1', 'w2']) == [
-        *QKV,
-        'o_proj',
-        'down_proj',
-        'up_proj',
-        'gate_proj',
-    ]
-    assert find_targets(model, ['ALL']) == sorted([*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj'])
-    assert find_targets(model, ['q_proj', 'c_attn']) == QKV
+    assert find_targets(model, ['c_attn']) == (QKV, [])
+    assert find_targets(model, ['W_pack', 'o_proj']) == ([*QKV, 'o_proj'], [])
+    assert find_targets(model, ['c_attn', 'c_proj', 'w1', 'w2']) == (
+        [*QKV, 'o_proj', 'down_proj', 'up_proj', 'gate_proj'],
+        [],
+    )
+    assert find_targets(model, ['ALL']) == (sorted([*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj']), [])
+    assert find_targets(model, ['q_proj', 'c_attn']) == (QKV, [])
 
 
 def save_old_adapter(folder: Path, modules: dict[str, tuple[int, int]], *, suffix: str) -> dict[str, tuple[Any, Any]]:

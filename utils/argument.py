@@ -91,7 +91,8 @@ class SftArguments(CommonArguments):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            'help': "module names; None: the model entry's own; ALL: every linear layer but the output head",
+            'help': "module names; None: the model entry's own; ALL: every linear layer but the output head; stacked "
+            'experts are parameters, not in ALL, and named too: mlp.experts.gate_up_proj',
         },
     )
     lora_rank: int = flag(8, 'rank of the adapter')

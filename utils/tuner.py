@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -53,24 +54,59 @@ def linear_names(model: PreTrainedModel) -> Counter[str]:
     )
 
 
-def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:
-    """Return the module names that LoRA is put on; raises ConfigError where one of them matches nothing."""
-    names = linear_names(model)
+def expert_names(model: PreTrainedModel) -> Counter[str]:
+    """Return the name below its layer of every 3-D parameter, in which experts are stacked, and how often it occurs."""
+    return Counter(
+        re.sub(r'^.*?\.\d+\.', '', name)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and not name.endswith('.weight')  # the weight of a convolution
+    )
+
+
+def _taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
+    """Return the names of linear layers that PEFT rewrites, on some mixtures, to the experts that had them once.
+
+    The layers themselves, a shared expert's gate_proj say, are then out of its reach:
+    https://github.com/huggingface/peft, utils/transformers_weight_conversion.py.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=list(names))
+    convert_peft_config_for_transformers(config, model, conversions=None)
+    return set(names) - set(config.target_modules or ())
+
+
+def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[list[str], list[str]]:
+    """Return the names of modules and of expert parameters that LoRA is put on.
+
+    A parameter is named from its end, whole parts: experts.down_proj. Raises ConfigError where a name matches nothing.
+    """
+    names, experts = linear_names(model), expert_names(model)
     if wanted is None:
         wanted = next((list(group) for group in _QKV_NAMES if set(group) <= set(names)), [ALL])
         logger.info(f'lora_target_modules = {",".join(wanted)} because the model has no entry and these are its names')
-    if ALL in wanted:
-        return sorted(names)
-    wanted = _native_names(wanted, names)
-    if missing := [name for name in wanted if name not in names]:
+    wanted = _native_names([name for name in wanted if name != ALL], names) + [ALL] * (ALL in wanted)
+    found = {name: [e for e in experts if f'.{e}'.endswith(f'.{name}')] for name in wanted if name not in names}
+    if missing := [name for name, matched in found.items() if not matched and name != ALL]:
+        stacked = f' Its experts: {", ".join(sorted(experts))}.' if experts else ''
         raise ConfigError(
             *(
                 f"--lora_target_modules '{name}' matches no linear layer of {type(model).__name__}"
-                f'{did_you_mean(name, names)} Its layers: {", ".join(sorted(names))}; or ALL.'
+                f'{did_you_mean(name, [*names, *experts])} Its layers: {", ".join(sorted(names))}; or ALL.{stacked}'
                 for name in missing
             )
         )
-    return wanted
+    taken = _taken_for_experts(model, names)
+    if taken and ALL in wanted:
+        logger.info(f'ALL leaves out {", ".join(sorted(taken))}: on this class PEFT puts these names on the experts')
+    elif refused := [name for name in wanted if name in taken]:
+        raise ConfigError(
+            f'--lora_target_modules {", ".join(refused)}: on {type(model).__name__} PEFT puts these names on the '
+            f'experts, not on linear layers. Name those instead: {", ".join(sorted(experts))}.'
+        )
+    modules = sorted(set(names) - taken) if ALL in wanted else [name for name in wanted if name in names]
+    return modules, list(dict.fromkeys(e for matched in found.values() for e in matched))
 
 
 def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
@@ -96,17 +132,23 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     else:
         from peft import LoraConfig, TaskType, get_peft_model
 
-        targets = find_targets(model, args.lora_target_modules)
+        modules, parameters = find_targets(model, args.lora_target_modules)
+        if parameters and args.lora_dropout_p:
+            raise ConfigError(
+                f'--lora_dropout_p {args.lora_dropout_p} cannot be had on expert parameters ({parameters[0]}): '
+                'they are adapted as weights, before any input. Give 0, or leave them out of --lora_target_modules.'
+            )
         config = LoraConfig(
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout_p,
-            target_modules=targets,
+            target_modules=modules,
+            target_parameters=parameters or None,
             task_type=TaskType.CAUSAL_LM,
         )
-        matched = linear_names(model)
+        matched = linear_names(model) + expert_names(model)
         prepared = get_peft_model(model, config)
-        logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in targets))
+        logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in [*modules, *parameters]))
     trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
     total = sum(p.numel() for p in prepared.parameters())
     logger.info(f'trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4g} %)')
