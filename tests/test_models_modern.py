@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_tokenizer, small_flags, write_jsonl
+from utils import docs
+from utils.argument import SftArguments
 from utils.auto_encoder import AutoEncoder
 from utils.errors import ConfigError
 from utils.model import MODEL_MAPPING, LoadOptions, get_text_model_tokenizer, infer_model_type
 from utils.preprocess import ADDED_END, AUTO, RENDERED_DIFFERENTLY, Encoded, Message, Row
+from utils.tuner import find_targets, prepare_model
 
 SMALL: dict[str, Any] = {
     'vocab_size': 400, 'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4,
@@ -109,8 +115,19 @@ def make_modern(key: str) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SMALL, **more}))
 
 
-@pytest.mark.slow
-def test_every_class_trains_merges_and_reloads_with_its_entry(tmp_path: Path, data_file: Path) -> None:
+def saved_model(key: str, parent: Path) -> Path:
+    """Return a folder, named as the hub's, with a small model of an entry's class and the toy tokenizer."""
+    folder = parent / key / MODEL_MAPPING[key].public_id.split('/')[1]
+    make_modern(key).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train_and_merge(key: str, folder: Path, data: Path, *more: str) -> tuple[str, dict[str, Any], list[str]]:
+    """Train 5 steps and merge by the programs themselves; returns class, adapter config and names of its tensors.
+
+    Checks that the loss falls and that the merged folder, opened by plain transformers, is base + adapter.
+    """
     import torch
     from peft import PeftModel
     from safetensors import safe_open
@@ -120,38 +137,126 @@ def test_every_class_trains_merges_and_reloads_with_its_entry(tmp_path: Path, da
     import llm_sft
     from utils.tuner import probe_logits
 
-    classes: list[str] = []
-    for key in [*PLAIN, *SEEING]:
-        info = MODEL_MAPPING[key]
-        folder = tmp_path / key / info.public_id.split('/')[1]
-        make_modern(key).save_pretrained(folder)
-        tokenizer = make_tokenizer()
-        tokenizer.save_pretrained(folder)
-        out = tmp_path / key / 'out'
-        flags = ['--max_steps', '5', '--eval_steps', '1', '--save_steps', '5', '--learning_rate', '0.05']
-        assert llm_sft.main([*small_flags(folder, data_file, out), *flags]) == 0, key
-        checkpoint = next(out.glob(f'{key}/v0-*')) / 'checkpoint-5'
-        state = json.loads((checkpoint / 'trainer_state.json').read_text())
-        losses = [entry['eval_loss'] for entry in state['log_history'] if 'eval_loss' in entry]
-        assert len(losses) == 5 and losses[-1] < losses[0], (key, losses)
+    out = folder.parent / 'out'
+    flags = ['--max_steps', '5', '--eval_steps', '2', '--save_steps', '5', '--learning_rate', '0.02']
+    flags += ['--gradient_accumulation_steps', '1', *more]
+    assert llm_sft.main([*small_flags(folder, data, out), *flags]) == 0, key
+    checkpoint = next(out.glob(f'{key}/v0-*')) / 'checkpoint-5'
+    state = json.loads((checkpoint / 'trainer_state.json').read_text())
+    losses = [entry['eval_loss'] for entry in state['log_history'] if 'eval_loss' in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0], (key, losses)
 
-        config = json.loads((checkpoint / 'adapter_config.json').read_text())
-        assert sorted(config['target_modules']) == sorted(info.lora_target_modules), key
-        with safe_open(checkpoint / 'adapter_model.safetensors', 'pt') as adapter:
-            names = list(adapter.keys())
-        layers = {int(re.findall(r'\.layers\.(\d+)\.', name)[0]) for name in names}
-        assert layers == set(range(4 if key == 'gemma4-e2b-it' else 2)), f'{key}: no layer is left out'
-        assert not [name for name in names if 'vision' in name or 'audio' in name], 'towers are left alone'
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0, key
+    merged = AutoModelForCausalLM.from_pretrained(f'{checkpoint}-merged').eval()
+    info, options = MODEL_MAPPING[key], LoadOptions(torch_dtype=torch.float32)
+    base, tokenizer = info.get_function(folder, info, options)
+    before = probe_logits(base.eval(), tokenizer)
+    trained = probe_logits(PeftModel.from_pretrained(base, checkpoint).eval(), tokenizer)
+    after = probe_logits(merged, tokenizer)
+    assert (after - trained).abs().max() < 1e-4 * trained.abs().max() < (trained - before).abs().max(), key
+    with safe_open(checkpoint / 'adapter_model.safetensors', 'pt') as adapter:
+        names = list(adapter.keys())
+    return type(merged).__name__, json.loads((checkpoint / 'adapter_config.json').read_text()), names
 
-        assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0, key
-        merged = AutoModelForCausalLM.from_pretrained(f'{checkpoint}-merged').eval()
-        base = info.get_function(folder, info, LoadOptions(torch_dtype=torch.float32))[0].eval()
-        before = probe_logits(base, tokenizer)
-        trained = probe_logits(PeftModel.from_pretrained(base, checkpoint).eval(), tokenizer)
-        after = probe_logits(merged, tokenizer)
-        assert (after - trained).abs().max() < 1e-4 * trained.abs().max() < (trained - before).abs().max(), key
-        classes.append(type(merged).__name__)
-    assert len(classes) == 26 and len(set(classes)) == 23, classes
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', [*PLAIN, *SEEING])
+def test_every_class_trains_merges_and_reloads_with_its_entry(key: str, tmp_path: Path, data_file: Path) -> None:
+    info = MODEL_MAPPING[key]
+    found, config, names = train_and_merge(key, saved_model(key, tmp_path), data_file)
+    assert found == info.model_class
+    assert sorted(config['target_modules']) == sorted(info.lora_target_modules) and not config['target_parameters']
+    adapted = {name.split('.lora_')[0].rsplit('.', 1)[1] for name in names}
+    assert adapted == set(info.lora_target_modules), 'each name is that of a layer'
+    layers = {int(re.findall(r'\.layers\.(\d+)\.', name)[0]) for name in names}
+    assert layers == set(range(4 if key == 'gemma4-e2b-it' else 2)), 'no layer is left out'
+    assert not [name for name in names if 'vision' in name or 'audio' in name], 'towers are left alone'
+
+
+def packed_gpt_oss(parent: Path) -> tuple[Path, Any]:
+    """Return a folder in the layout of the hub, experts packed as MXFP4, and the same model in bf16."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    key, file = 'gpt-oss-20b', 'model.safetensors'
+    folder, model = saved_model(key, parent), make_modern(key).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([steps, -steps])
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / file).items()}
+    for name, parameter in model.named_parameters():
+        if name in state and parameter.ndim == 3:
+            experts, rows, columns = parameter.shape
+            codes = torch.randint(0, 16, (experts, columns, rows // 32, 32), generator=generator)
+            scales = torch.randint(121, 125, codes.shape[:3], generator=generator)
+            weight = values[codes] * 2.0 ** (scales - 127)[..., None]
+            parameter.data = weight.reshape(experts, columns, rows).transpose(1, 2).contiguous().to(torch.bfloat16)
+            state[f'{name}_blocks'] = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+            state[f'{name}_scales'] = scales.to(torch.uint8)
+            del state[name]
+    save_file(state, folder / file, {'format': 'pt'})
+    config = json.loads((folder / 'config.json').read_text())
+    plain = ['model.layers.*.self_attn', 'model.layers.*.mlp.router', 'model.embed_tokens', 'lm_head']
+    config['quantization_config'] = {'quant_method': 'mxfp4', 'modules_to_not_convert': plain}
+    (folder / 'config.json').write_text(json.dumps(config))
+    return folder, model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', ['qwen3-30b-a3b', 'gemma4-26b-a4b-it', 'gpt-oss-20b', 'qwen3-next-80b-a3b-instruct'])
+def test_experts_train_merge_and_reload_as_parameters(key: str, tmp_path: Path, data_file: Path) -> None:
+    folder = packed_gpt_oss(tmp_path)[0] if key == 'gpt-oss-20b' else saved_model(key, tmp_path)
+    flags = ['--lora_target_modules', 'q_proj', 'experts.gate_up_proj', 'experts.down_proj']
+    checkpointing = ['--gradient_checkpointing', 'true'] if key == 'qwen3-30b-a3b' else []
+    _, config, names = train_and_merge(key, folder, data_file, *flags, *checkpointing)
+    below = '' if key.startswith('gemma4') else 'mlp.'
+    assert config['target_modules'] == ['q_proj']
+    assert sorted(config['target_parameters']) == [f'{below}experts.down_proj', f'{below}experts.gate_up_proj']
+    assert len([name for name in names if '.experts.' in name]) == 2 * 2 * 2, '2 layers, 2 parameters, A and B'
+
+
+def test_packed_experts_open_to_their_values(tmp_path: Path) -> None:
+    import torch
+
+    folder, expected = packed_gpt_oss(tmp_path)
+    info, ids = MODEL_MAPPING['gpt-oss-20b'], torch.tensor([[1, 7, 9, 20, 33, 250]])
+    options = LoadOptions(torch_dtype=torch.bfloat16)
+    with torch.no_grad():
+        model, tokenizer = info.get_function(folder, info, options)
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+        model.save_pretrained(tmp_path / 'unpacked')
+        tokenizer.save_pretrained(tmp_path / 'unpacked')
+        again = info.get_function(tmp_path / 'unpacked', info, options)[0]
+        assert torch.equal(again(ids).logits, expected(ids).logits), 'saved, it opens as any model does'
+    with pytest.raises(ConfigError, match='packed in 4 bits already'):
+        info.get_function(folder, info, replace(options, quantization_config='any'))
+
+
+def test_targets_are_found_by_name_experts_included() -> None:
+    model = make_modern('qwen3-30b-a3b')
+    attention, up, down = ['k_proj', 'o_proj', 'q_proj', 'v_proj'], 'mlp.experts.gate_up_proj', 'mlp.experts.down_proj'
+    assert find_targets(model, ['ALL']) == (attention, []), 'experts are parameters, no linear layers'
+    assert find_targets(model, ['ALL', down]) == (attention, [down])
+    assert find_targets(model, ['gate_up_proj', 'q_proj']) == (['q_proj'], [up])
+    with pytest.raises(ConfigError, match=f"'mlp.expert.gate_up_proj' matches no linear .* did you mean '{up}'"):
+        find_targets(model, ['q_proj', 'mlp.expert.gate_up_proj'])
+    args = SftArguments(lora_target_modules=[up], lora_dropout_p=0.1)
+    with pytest.raises(ConfigError, match=rf'--lora_dropout_p 0.1 cannot be had on expert parameters \({up}\)'):
+        prepare_model(model, args)
+
+
+def test_names_that_peft_would_put_on_the_experts_are_not_put_there(caplog: pytest.LogCaptureFixture) -> None:
+    model, checked = make_modern('qwen3-next-80b-a3b-instruct'), 0
+    modules, parameters = find_targets(model, ['ALL'])
+    assert 'in_proj_ba' in modules and not parameters and not {'gate_proj', 'up_proj', 'down_proj'} & set(modules)
+    assert 'ALL leaves out down_proj, gate_proj, up_proj' in caplog.text
+    with pytest.raises(ConfigError, match='up_proj: on Qwen3NextForCausalLM PEFT puts these names on the experts'):
+        find_targets(model, ['q_proj', 'up_proj'])
+    for key in PLAIN:
+        config = prepare_model(make_modern(key), SftArguments(lora_target_modules=['ALL'])).peft_config['default']
+        assert not config.target_parameters, key
+        checked += 1
+    assert checked == 20
 
 
 def test_entries_name_both_hubs_a_floor_and_their_template() -> None:
@@ -162,14 +267,56 @@ def test_entries_name_both_hubs_a_floor_and_their_template() -> None:
         assert info.model_id_or_path.count('/') == 1 and str(info.hf_model_id).count('/') == 1, key
         assert [r.split('>=')[0] for r in info.requires] == ['transformers'], key
         assert infer_model_type(info.model_id_or_path) == infer_model_type(str(info.hf_model_id)) == key
-    assert {info.lora_target_modules for info in modern.values()} == {
-        ('q_proj', 'k_proj', 'v_proj'),
-        ('q_proj', 'k_proj', 'v_proj', 'in_proj'),
-        ('q_proj', 'k_proj', 'v_proj', 'in_proj_qkv'),
-        ('q_proj', 'k_proj', 'v_proj', 'in_proj_qkvz'),
-        ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj'),
-        ('qkv_proj',),
-    }
+        assert infer_model_type(f'/models/{info.public_id.split("/")[1]}') == key
+
+
+def test_the_model_table_claims_what_the_tests_prove() -> None:
+    from tests.test_models_2023 import GOLDENS, NATIVE_KEYS, SOURCES
+    from tests.test_native_llama import NATIVE
+    from tests.test_template import GOLDEN
+
+    trained = {MODEL_MAPPING[key].model_class for key in [*PLAIN, *SEEING]}
+    golden = {key.split('-')[0] for key in docs.GOLDEN_NATIVE}
+    assert {name.split('-')[0] for name in NATIVE} == golden, 'Bloom and Llama with logits of the original code'
+    claims: Counter[str] = Counter()
+    for key, info in MODEL_MAPPING.items():
+        claim = docs.proof(key, info)
+        claims[claim] += 1
+        if claim.startswith('golden'):
+            assert (
+                key in docs.GOLDEN_NATIVE or (GOLDENS / SOURCES[str(info.family)][0] / 'expected.safetensors').is_file()
+            )
+        elif info.requires:
+            assert info.model_class in trained and claim == (
+                'class and template' if info.chat_template else 'class only'
+            )
+            assert info.chat_template is None or info.chat_template in ENDS, key
+        else:
+            assert claim == 'class and template' and (key in NATIVE_KEYS or info.embedded), key
+            assert info.template in GOLDEN
+    assert claims == {'golden logits of the original code': 32, 'class and template': 62, 'class only': 44}
+    assert len({docs.native_class(info) for info in MODEL_MAPPING.values() if info.requires}) == len(trained) == 23
+
+
+@pytest.mark.parametrize('program', ['llm_sft', 'llm_infer'])
+def test_an_old_transformers_is_refused_before_anything_is_fetched(
+    program: str, monkeypatch: pytest.MonkeyPatch, problems: Callable[[], list[str]]
+) -> None:
+    import importlib
+
+    def fetched(*_: Any, **__: Any) -> None:
+        raise AssertionError('nothing may be fetched')
+
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        'importlib.metadata.version', lambda name: '4.57.1' if name == 'transformers' else installed(name)
+    )
+    monkeypatch.setattr('utils.hub.download_model', fetched)
+    main = importlib.import_module(program).main
+    assert main(['--model_type', 'qwen3.5-4b', '--dataset', 'gone.jsonl']) == 2
+    said = problems()
+    assert 'this model needs transformers>=5.2.0, found 4.57.1: pip install "transformers>=5.2.0"' in said
+    assert len(said) == 2, 'all problems at once'
 
 
 @pytest.mark.parametrize('sharded', [False, True])

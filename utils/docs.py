@@ -10,9 +10,10 @@ from pathlib import Path
 
 from utils.argument import CommonArguments, InferArguments, SftArguments, flag_types
 from utils.dataset import DATASET_MAPPING
-from utils.model import MODEL_MAPPING
+from utils.model import MODEL_MAPPING, ModelInfo
+from utils.native.registry import FAMILIES
 from utils.parser import describe_default, describe_type
-from utils.preprocess import TEMPLATE_MAPPING
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ('README.md', 'README_CN.md')
@@ -34,11 +35,33 @@ def flag_table(cls: type, *, common: bool) -> str:
     return '\n'.join(lines)
 
 
+# Native from the start, and held against logits of the original code all the same.
+GOLDEN_NATIVE = frozenset({'ziya2-13b', 'ziya2-13b-chat', 'seqgpt-560m'})
+
+
+def proof(key: str, info: ModelInfo) -> str:
+    """Return what the tests prove of an entry, on small models of its class and on its own chat template."""
+    if info.family is not None or key in GOLDEN_NATIVE:
+        return 'golden logits of the original code'
+    known = info.template != AUTO or info.chat_template or info.embedded
+    return 'class and template' if known else 'class only'
+
+
+def native_class(info: ModelInfo) -> str:
+    """Return the name of the class that an entry is opened in."""
+    return FAMILIES[info.family].model_class.rpartition(':')[2] if info.family else str(info.model_class)
+
+
 def model_table() -> str:
     """Return a Markdown table of MODEL_MAPPING."""
-    lines = ['| model_type | hub id | template | LoRA targets |', '|---|---|---|---|']
+    lines = ['| model_type | ModelScope | Hugging Face | class | template | LoRA targets | proven |', '|' + '---|' * 7]
     for key, info in MODEL_MAPPING.items():
-        lines.append(f'| {key} | {info.public_id} | {info.template} | {", ".join(info.lora_target_modules)} |')
+        ids = (
+            info.model_id_or_path,
+            'the same' if info.hf_model_id == info.model_id_or_path else info.hf_model_id or '',
+        )
+        cells = (key, *ids, native_class(info), info.template, ', '.join(info.lora_target_modules), proof(key, info))
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 

