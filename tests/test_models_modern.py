@@ -267,7 +267,10 @@ def test_entries_name_both_hubs_a_floor_and_their_template() -> None:
         assert info.model_id_or_path.count('/') == 1 and str(info.hf_model_id).count('/') == 1, key
         assert [r.split('>=')[0] for r in info.requires] == ['transformers'], key
         assert infer_model_type(info.model_id_or_path) == infer_model_type(str(info.hf_model_id)) == key
-        assert infer_model_type(f'/models/{info.public_id.split("/")[1]}') == key
+        owner, name = info.public_id.split('/')
+        for folder in (f'/models/{name}', f'/ms/models/{owner}/{name.replace(".", "___")}',
+                       f'/hf/hub/models--{owner}--{name}/snapshots/0123abc'):  # fmt: skip
+            assert infer_model_type(folder) == key, folder
 
 
 def test_the_model_table_claims_what_the_tests_prove() -> None:

@@ -612,7 +612,10 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
 
 def infer_model_type(model_id_or_path: str) -> str | None:
     """Return the key whose hub id, or its last part for a local directory, this is; None where none matches."""
-    name = Path(model_id_or_path).name.lower()
+    path = Path(model_id_or_path)
+    # A cache of Hugging Face: models--owner--name/snapshots/<commit>; ModelScope's writes a dot as three underscores.
+    cached = path.parent.parent.name.rpartition('--')[2] if path.parent.name == 'snapshots' else path.name
+    name = cached.replace('___', '.').lower()
     for key, info in MODEL_MAPPING.items():
         ids = [i for i in (info.model_id_or_path, info.hf_model_id) if i]
         if model_id_or_path in ids or name in [i.rsplit('/', 1)[-1].lower() for i in ids]:
