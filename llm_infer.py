@@ -85,7 +85,7 @@ def _act(
     set_seed(args.seed + dist.rank())
     model, tokenizer, _ = open_model(args, info, weights, trains=False)
     if checkpoint is not None and is_adapter(checkpoint):
-        model = load_adapter(model, checkpoint, weights.path)
+        model = load_adapter(model, checkpoint, weights.path, info.family)
     model.eval()
     if args.export_native:
         export_native(model, tokenizer, Path(str(args.output_dir)))

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
 from utils.errors import ConfigError
-from utils.native.adapter import convert_adapter
 from utils.native.chatglm2 import CHATGLM2, CHATGLM2_32K
 from utils.native.family import Config, Family, State
 from utils.native.open import open_original
@@ -204,73 +203,3 @@ def test_other_heads_and_groups_give_the_formulas_logits(heads: int, groups: int
     by_hand = compute(state, config, ids)
     assert by_hand.std() > 0.1
     assert (logits_of(model, ids[None])[0] - by_hand).abs().max() <= TOLERANCE
-
-
-def test_a_saved_model_opens_with_plain_automodel(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = open_golden()
-    model.save_pretrained(tmp_path)
-    assert 'auto_map' not in json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert type(again).__name__ == 'GlmForCausalLM'
-    assert torch.equal(logits_of(again, EXPECTED['input_ids']), logits_of(model, EXPECTED['input_ids']))
-
-
-def test_five_lora_steps_lower_the_loss_and_checkpointing_keeps_the_gradients() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    targets = sorted({native for names in CHATGLM2.aliases.values() for native in names})
-    torch.manual_seed(0)
-    model = get_peft_model(open_golden(), LoraConfig(r=4, target_modules=targets, task_type='CAUSAL_LM'))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(trained) == 2 * 2 * 6
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    batch = {'input_ids': EXPECTED['input_ids'], 'labels': EXPECTED['input_ids']}
-    losses = []
-    for _ in range(5):
-        loss = model.train()(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    assert float(model(**batch).loss) < losses[0] - 0.1
-
-    gradients = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(**batch, use_cache=False).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in trained])
-        model.base_model.model.gradient_checkpointing_enable({'use_reentrant': False})
-        model.enable_input_require_grads()
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
-    assert max(float(gradient.abs().max()) for gradient in gradients[0]) > 0
-
-
-def test_an_adapter_reloads_and_merges_to_the_same_logits(tmp_path: Path) -> None:
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    ids = EXPECTED['input_ids']
-    config = LoraConfig(r=4, target_modules=['q_proj', 'down_proj'], task_type='CAUSAL_LM', init_lora_weights=False)
-    model = get_peft_model(open_golden(), config).eval()
-    tuned = logits_of(model, ids)
-    assert (tuned - logits_of(open_golden(), ids)).abs().max() > 0.01
-    model.save_pretrained(tmp_path / 'adapter')
-    again = PeftModel.from_pretrained(open_golden(), str(tmp_path / 'adapter')).eval()
-    assert torch.equal(logits_of(again, ids), tuned)
-    again.merge_and_unload().save_pretrained(tmp_path / 'merged')
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / 'merged', dtype=torch.float32).eval()
-    assert (logits_of(merged, ids) - tuned).abs().max() <= TOLERANCE * tuned.abs().max()
-
-
-def test_an_adapter_of_the_fused_layout_is_cut_as_the_weight_is() -> None:
-    prefix = f'base_model.model.{FUSED.removesuffix(".weight")}'
-    matrix_b = torch.randn(128, 4)
-    state = {f'{prefix}.lora_A.weight': torch.randn(4, 64), f'{prefix}.lora_B.weight': matrix_b}
-    native = convert_adapter(CHATGLM2, CONFIG, state)
-    names = [f'base_model.model.model.layers.1.self_attn.{n}_proj.lora_B.weight' for n in 'qkv']
-    assert len(native) == 6
-    assert [native[name].shape[0] for name in names] == [64, 32, 32]
-    assert torch.equal(torch.cat([native[name] for name in names]), matrix_b)

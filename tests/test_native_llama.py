@@ -165,42 +165,6 @@ def test_a_fused_tensor_that_cannot_be_cut_is_named(tmp_path: Path) -> None:
         open_folder('baichuan7b-a', folder)
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_saved_models_open_with_plain_transformers(name: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model, golden = open_folder(name), expected(name)
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
-    assert saved['model_type'] == {'LlamaConfig': 'llama', 'GPT2Config': 'gpt2'}[FAMILIES[name].config_class]
-    assert 'auto_map' not in saved
-    reopened = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False).eval()
-    assert type(reopened) is type(model)
-    assert torch.equal(logits_of(reopened, golden.ids), logits_of(model, golden.ids))
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_five_lora_steps_lower_the_loss(name: str) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    targets = {'polylm-a': ['c_attn'], 'seqgpt-a': ['query_key_value']}.get(name, ['q_proj', 'k_proj', 'v_proj'])
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, fan_in_fan_out=name == 'polylm-a')
-    model = get_peft_model(open_folder(name), config)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    assert len(weights) == 2 * 2 * len(targets)
-    optimizer = torch.optim.AdamW(weights, lr=0.02)
-    ids = expected(name).ids
-    losses = []
-    for _ in range(6):
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[5] < losses[0] - 0.05
-
-
 def reference_logits(state: State, ids: Any, heads: int, inverse_frequencies: Any, *, norm_head: bool) -> Any:
     """Return the logits of an original-layout Llama in float64, written from the papers' formulas alone."""
 
@@ -371,7 +335,6 @@ def test_each_baichuan_is_told_by_its_config() -> None:
     ]
     for config, wanted in cases:
         assert (BAICHUAN_7B.matches(config), BAICHUAN2_7B.matches(config)) == wanted, config
-    assert BAICHUAN_7B.aliases == BAICHUAN2_7B.aliases == {'W_pack': ('q_proj', 'k_proj', 'v_proj')}
 
 
 def test_a_head_stored_in_half_precision_is_normalised_in_fp32(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 from tests.conftest import ROOT
 from utils.errors import ConfigError
+from utils.model import load_model
 from utils.native import gptq
+from utils.native.export import save_whole
 from utils.native.open import open_original
+from utils.native.packed import packed_classes
 from utils.native.qwen import QWEN, QWEN_GPTQ
 
 GOLDENS = ROOT / 'tests' / 'goldens'
@@ -170,18 +173,22 @@ def test_other_sizes_agree_with_plain_arithmetic(tmp_path: Path) -> None:
         torch.testing.assert_close(model(ids[None]).logits[0], reference(state, config, ids), atol=1e-4, rtol=0)
 
 
-def test_what_is_saved_opens_with_plain_transformers(tmp_path: Path) -> None:
+def test_what_is_saved_opens_as_plain_qwen2_and_here_with_its_long_contexts(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = open_original(QWEN, PLAIN, dtype=torch.float32)
+    model = load_model(PLAIN, torch_dtype=torch.float32)
     model.save_pretrained(tmp_path)
     saved = read_json(tmp_path)
     assert saved['architectures'] == ['Qwen2ForCausalLM'] and saved['model_type'] == 'qwen2'
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(plain).__module__.startswith('transformers.')
-    ids = load_file(PLAIN / 'expected.safetensors')['input_ids']
+    short, long = tokens(SEQ)[None], tokens(3 * SEQ)[None]
     with torch.no_grad():
-        assert torch.equal(plain(ids).logits, model(ids).logits)
+        assert torch.equal(plain(short).logits, model(short).logits)
+        assert not torch.allclose(plain(long).logits, model(long).logits, atol=0.1)
+        for key in (None, 'qwen-7b'):
+            again = load_model(tmp_path, model_type=key, torch_dtype=torch.float32)
+            assert torch.equal(again(long).logits, model(long).logits)
 
 
 @pytest.mark.parametrize(
@@ -350,9 +357,16 @@ def test_other_quantisation_settings_agree_with_plain_arithmetic(
         ('transformer.h.0.mlp.w3.bias', torch.zeros(128), 'w3.bias'),
     ],
 )
+@pytest.mark.parametrize('packed', [False, True])
 def test_damaged_quantised_layers_are_named(
-    tmp_path: Path, key: str, tensor: torch.Tensor | None, message: str
+    tmp_path: Path,
+    key: str,
+    tensor: torch.Tensor | None,
+    message: str,
+    packed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: packed)
     state = load_file(PACKED / 'model.safetensors')
     state = {k: v for k, v in state.items() if k != key} | ({key: tensor} if tensor is not None else {})
     with pytest.raises(ConfigError, match=message):
@@ -377,35 +391,51 @@ def test_packed_weights_stay_packed_where_the_libraries_are(monkeypatch: pytest.
         assert torch.equal(weights[key][...].to(dtype=torch.float32), weight[...].to(dtype=torch.float32)), key
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not gptq.packed_available(), reason='needs optimum and gptqmodel')
-@pytest.mark.parametrize(('bits', 'act_order'), [(4, False), (4, True), (8, True)])
-def test_packed_weights_compute_and_let_an_adapter_train(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int, act_order: bool
+@pytest.mark.parametrize(
+    ('bits', 'group', 'act_order'),
+    [(4, 16, False), (4, 32, True), (4, -1, False), (8, 32, True), (8, -1, False), (8, 16, False)],
+)
+def test_packed_weights_compute_what_unpacked_ones_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int, group: int, act_order: bool
 ) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    folder = PACKED
-    if act_order:
-        folder, _ = gptq_checkpoint(tmp_path / 'a', bits=bits, group=32, act_order=True)
+    folder, _ = gptq_checkpoint(tmp_path / 'a', bits=bits, group=group, act_order=act_order)
     ids = load_file(PACKED / 'expected.safetensors')['input_ids']
     with torch.no_grad():
-        expected = open_original(QWEN_GPTQ, folder, dtype=torch.float32)(ids).logits
+        expected = load_model(folder, torch_dtype=torch.float32)(ids).logits
+        monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
+        for dtype in (torch.float32, torch.float16):
+            model = load_model(folder, torch_dtype=dtype)
+            assert sum(isinstance(layer, packed_classes()) for layer in model.modules()) == 14
+            torch.testing.assert_close(model(ids).logits.float(), expected, atol=5e-2, rtol=0)
+
+
+def test_packed_golden_through_the_public_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
-    model = open_original(QWEN_GPTQ, folder, dtype=torch.float16)
-    assert not [name for name, layer in model.model.named_modules() if type(layer) is torch.nn.Linear]
+    expected = load_file(PACKED / 'expected.safetensors')
+    for dtype, bound in ((None, 5e-2), (torch.float32, 1e-2)):  # the entry's own is fp16
+        model = load_model(PACKED, model_type='qwen-7b-chat-int4', torch_dtype=dtype)
+        with torch.no_grad():
+            for side in ('', '_leftpad'):
+                mask = expected[f'attention_mask{side}']
+                found = model(expected[f'input_ids{side}'], attention_mask=mask).logits.float()
+                assert (found - expected[f'logits{side}'])[mask == 1].abs().max() <= bound
+        assert torch.equal(generate(model, expected['input_ids'][:, :16]), expected['generated'])
+
+
+def test_what_is_saved_packed_opens_packed_to_the_same_logits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """gptqmodel rewrites zero points while loading: a folder that says the old format would be read wrongly."""
+    from tests.conftest import make_tokenizer
+
+    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
+    model, ids = load_model(PACKED, torch_dtype=torch.float32), tokens(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits.float(), expected, atol=5e-2, rtol=0)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM')).train()
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    for _ in range(5):
-        loss = adapted(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    assert len(trained) == 8 and losses == sorted(losses, reverse=True) and losses[0] - losses[-1] > 0.1
+        expected = model(ids).logits
+        for name in ('once', 'twice'):
+            save_whole(model, make_tokenizer(), tmp_path / name)
+            model = load_model(tmp_path / name, torch_dtype=torch.float32)
+            assert torch.equal(model(ids).logits, expected)
+    settings = read_json(tmp_path / 'twice')['quantization_config']
+    assert (settings['checkpoint_format'], settings['bits'], settings['backend']) == ('gptq_v2', 4, 'auto')
 
 
 def test_packed_loading_needs_both_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from utils import dist, hub
 from utils.argument import SftArguments
 from utils.dataset import check_source, parse_source
 from utils.errors import ConfigError, Problems
-from utils.model import check_model_dir, has_package, is_adapter, missing_requirement
+from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution
+from utils.resolve import quantized_problems
 
 TRAINER_STATE = 'trainer_state.json'
 OPTIMIZER_STATE = 'optimizer.pt'
@@ -27,14 +29,7 @@ def check_machine_common(done: Resolution[Any]) -> None:
         if problem := missing_requirement(requirement):
             problems.add(problem)
     if done.info is not None and args.model_id_or_path is not None and _is_path(args.model_id_or_path):
-        directory = Path(args.model_id_or_path)
-        if problem := check_model_dir(directory):
-            problems.add(problem)
-        elif args.template_type == AUTO and not has_chat_template(directory):
-            problems.add(
-                f'{directory} has no chat template of its own. Name one with --template_type: '
-                f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
-            )
+        _check_model_directory(done, done.info, Path(args.model_id_or_path))
     if args.reads_data:
         for word in args.dataset:
             try:
@@ -48,6 +43,20 @@ def check_machine_common(done: Resolution[Any]) -> None:
     if args.use_flash_attn and not has_package('flash_attn'):
         problems.add(
             '--use_flash_attn true needs flash-attn and an NVIDIA GPU: pip install flash-attn --no-build-isolation'
+        )
+
+
+def _check_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
+    if problem := check_model_dir(directory):
+        done.problems.add(problem)
+        return
+    done.info = replace(info, quantization=info.quantization or stored_quantization(directory))
+    for problem in quantized_problems(done.args, done.info):
+        done.problems.add(problem)
+    if done.args.template_type == AUTO and not has_chat_template(directory):
+        done.problems.add(
+            f'{directory} has no chat template of its own. Name one with --template_type: '
+            f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
         )
 
 

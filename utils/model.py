@@ -8,13 +8,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 from utils import dist, hub
 from utils.errors import ConfigError, did_you_mean
 from utils.fingerprint import Fingerprint, fingerprint
 from utils.logger import logger
 from utils.native.gguf import dense_directory, find_packaged_file
+from utils.native.packed import keep_trainable, loading_settings
 from utils.native.read import read_config
 from utils.preprocess import AUTO
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 QKV = ('q_proj', 'k_proj', 'v_proj')
 _STD = (*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+# What the libraries raise for files that are damaged, of another model, or need a package that is missing.
+_DAMAGE = (ImportError, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,8 @@ class ModelInfo:
     ignore_file_pattern: tuple[str, ...] = ()
     # bf16, fp16 or fp32 where the weights demand one.
     torch_dtype: str | None = None
-    # How the weights of the hub are quantised already.
-    quantization: Literal['gptq', 'nf4'] | None = None
+    # How the weights are stored, where they are quantised: gptq, nf4 (Baichuan2's 4 bits), awq, bitsandbytes.
+    quantization: str | None = None
     # Python packages, with a version range where one is needed, e.g. 'transformers>=5.2'.
     requires: tuple[str, ...] = ()
     # Key of FAMILIES in utils/native/registry.py for an original 2023 layout that config.json alone does not tell.
@@ -656,6 +660,14 @@ def check_model_dir(model_dir: Path) -> str | None:
     return None
 
 
+def stored_quantization(model_dir: Path) -> str | None:
+    """Return how the weights of a directory are packed where its config.json says so and LoRA alone can train them."""
+    config = read_config(model_dir) if (model_dir / 'config.json').is_file() else {}
+    settings = config.get('quantization_config')
+    method = settings.get('quant_method') if isinstance(settings, dict) else None
+    return str(method) if method in ('gptq', 'awq', 'bitsandbytes') else None
+
+
 def is_adapter(directory: Path) -> bool:
     """Return whether a directory holds a PEFT adapter."""
     return (directory / 'adapter_config.json').is_file()
@@ -729,52 +741,67 @@ def cpu_has_bf16() -> bool:
 
 
 def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTrainedModel:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    """Return the model of a directory; whatever the libraries find wrong with it is raised as ConfigError."""
+    from safetensors import SafetensorError
 
-    from utils.native.open import open_original, open_saved
-    from utils.native.registry import find_family, find_saved
+    from utils.native.open import make_generation_savable
 
     if problem := check_model_dir(model_dir):
         raise ConfigError(problem)
-    config = read_config(model_dir)
-    keywords = {
-        'dtype': options.torch_dtype,
-        'device_map': options.device_map,
-        'quantization_config': options.quantization_config,
-        'attn_implementation': 'flash_attention_2' if options.flash_attention else None,
-    }
-    if family := find_saved(config):
-        return open_saved(family, model_dir, **keywords)
-    if family := find_family(config, info.family):
-        return open_original(family, model_dir, **keywords)
-    if config['model_type'] not in CONFIG_MAPPING_NAMES:
-        remote = ' It asks for code of its own (auto_map), which is never run.' if 'auto_map' in config else ''
-        raise ConfigError(
-            f"{model_dir}: model_type '{config['model_type']}' is no native class of transformers.{remote} "
-            'Name the registered model this is with --model_type, or convert it to a native class.'
-        )
-    return _open_native(model_dir, **keywords)
-
-
-def _open_native(model_dir: Path, **keywords: Any) -> PreTrainedModel:
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            model_dir, trust_remote_code=False, output_loading_info=True, **keywords
+        model = _open_layout(
+            model_dir,
+            info,
+            dtype=options.torch_dtype,
+            device_map=options.device_map,
+            quantization_config=options.quantization_config,
+            attn_implementation='flash_attention_2' if options.flash_attention else None,
         )
-    except UnpicklingError:
+    except ConfigError:
+        raise
+    except UnpicklingError:  # whose text says how to run it all the same
         raise ConfigError(
             f'the model in {model_dir} cannot be opened: a .bin file in it holds more than tensors. '
             'That would be code, which is never run. Get the model as safetensors.'
         ) from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*_DAMAGE, SafetensorError) as error:
         raise ConfigError(f'the model in {model_dir} cannot be opened: {error}') from error
-    if info['missing_keys']:
-        names = sorted(info['missing_keys'])
+    make_generation_savable(model)
+    return model
+
+
+def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTrainedModel:
+    """Return the model from whichever layout its config.json names: one of ours, of a 2023 family, or native."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    from utils.native.open import open_original, open_saved
+    from utils.native.registry import FAMILIES, find_family, find_saved
+
+    config = read_config(model_dir)
+    found = config['model_type']
+    named = FAMILIES.get(info.family or '')
+    if named and CONFIG_MAPPING_NAMES.get(found) != named.config_class and found not in named.model_types:
+        raise ConfigError(
+            f"{model_dir}: config.json has model_type '{found}', which is neither family {named.name} "
+            f'({" or ".join(named.model_types)}) nor the native class of it. Name the model_type that it is.'
+        )
+    if family := find_family(config, info.family):
+        return open_original(family, model_dir, **keywords)
+    if settings := loading_settings(config):
+        keywords['quantization_config'] = settings
+    if family := find_saved(config):
+        return open_saved(family, model_dir, **keywords)
+    if found not in CONFIG_MAPPING_NAMES:
+        remote = ' It asks for code of its own (auto_map), which is never run.' if 'auto_map' in config else ''
+        raise ConfigError(
+            f"{model_dir}: model_type '{found}' is no native class of transformers.{remote} "
+            'Name the registered model this is with --model_type, or convert it to a native class.'
+        )
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        model_dir, trust_remote_code=False, output_loading_info=True, **keywords
+    )
+    if names := sorted(loading['missing_keys']):
         raise ConfigError(
             f'{model_dir} lacks {len(names)} weights of its class, first {names[0]}: they would be random. '
             'The directory is incomplete or of another model.'
@@ -786,7 +813,9 @@ def load_model(model_dir: str | Path, *, model_type: str | None = None, torch_dt
     """Return the model of a directory in its native class, in `torch_dtype` or the device's best."""
     info = get_model_info(model_type, str(model_dir))
     dtype = torch_dtype or pick_dtype(info.torch_dtype)[0]
-    return _open_model(Path(model_dir), info, LoadOptions(torch_dtype=dtype))
+    model = _open_model(Path(model_dir), info, LoadOptions(torch_dtype=dtype))
+    keep_trainable(model)
+    return model
 
 
 def load_tokenizer(model_dir: str | Path, *, model_type: str | None = None) -> Any:
@@ -828,25 +857,14 @@ def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions)
         with dist.local_main_first():
             path = dense_directory(path)
     model, tokenizer = info.get_function(path, info, options)
+    keep_trainable(model)
     model.config._name_or_path = model.name_or_path = info.public_id
     embedding = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embedding:
         raise ConfigError(
             f'the tokenizer has {len(tokenizer)} tokens, the model embeds {embedding}: they are not of one model.'
         )
-    if options.quantization_config is not None:
-        _keep_4bit_trainable(model)
     return model, tokenizer
-
-
-def _keep_4bit_trainable(model: PreTrainedModel) -> None:
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # With avx512_bf16 an evaluation repacks the weights in place, and training after it has no gradient:
-            # https://github.com/bitsandbytes-foundation/bitsandbytes, nn/modules.py, Linear4bit.forward.
-            module.support_avx512bf16_for_cpu = False
 
 
 def has_package(name: str) -> bool:

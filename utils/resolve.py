@@ -75,8 +75,6 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
             problems.add('--merge_lora_and_save true needs --ckpt_dir: without a checkpoint there is nothing to merge.')
         elif args.sft_type == 'full':
             problems.add('--merge_lora_and_save true: this checkpoint is of --sft_type full, its weights are whole.')
-        else:
-            _check_quantized_entry(done, '--merge_lora_and_save true cannot merge')
         if args.quantization_bit:
             problems.add(
                 f'--merge_lora_and_save true cannot merge into {args.quantization_bit}-bit weights: rounding would '
@@ -163,10 +161,8 @@ def _resolve_quantization(done: Resolution[Any]) -> None:
         done.without_effect(_BNB_4BIT, 'it is for --quantization_bit 4')
     elif args.bnb_4bit_comp_dtype is None and args.dtype is not None:
         done.decide('bnb_4bit_comp_dtype', args.dtype, 'it follows --dtype')
-    if args.sft_type == 'full' and not getattr(args, 'ckpt_dir', None):
-        _check_quantized_entry(done, '--sft_type full cannot train')
-    if args.quantization_bit:
-        _check_quantized_entry(done, f'--quantization_bit {args.quantization_bit} cannot quantise')
+    for problem in quantized_problems(args, done.info):
+        done.problems.add(problem)
     if args.quantization_bit and args.sft_type == 'full':
         done.problems.add(
             f'--quantization_bit {args.quantization_bit} needs --sft_type lora, got full: '
@@ -174,14 +170,23 @@ def _resolve_quantization(done: Resolution[Any]) -> None:
         )
 
 
-def _check_quantized_entry(done: Resolution[Any], what: str) -> None:
-    """Refuse what cannot be done on weights that the hub has quantised already."""
-    if done.info is None or done.info.quantization is None:
-        return
-    done.problems.add(
-        f"{what}: the weights of '{run_name(done.args)}' are quantised ({done.info.quantization}) already. "
-        'Use the entry of the same model without int4 or int8.'
-    )
+def quantized_problems(args: Any, info: ModelInfo | None) -> list[str]:
+    """Return what was asked for and cannot be done with weights that are stored quantised."""
+    if info is None or info.quantization is None:
+        return []
+    plain = 'Use the same model without int4 or int8.'
+    merges = getattr(args, 'merge_lora_and_save', False)
+    asked = {
+        f'--sft_type full cannot train. {plain}': args.sft_type == 'full' and not getattr(args, 'ckpt_dir', None),
+        # Baichuan2's are read to full width first, so that bitsandbytes can pack them anew.
+        f'--quantization_bit {args.quantization_bit} cannot quantise again. Leave it out, they stay packed.': (
+            args.quantization_bit and info.quantization != 'nf4'
+        ),
+        '--merge_lora_and_save true cannot merge into: rounding would swallow the adapter. Serve it as it is '
+        '(--ckpt_dir alone), or train on the same model without int4 or int8 and merge that.': merges,
+    }
+    stored = f"the weights of '{run_name(args)}' are stored quantised ({info.quantization}), which "
+    return [stored + what for what, applies in asked.items() if applies]
 
 
 def _resolve_tuning(done: Resolution[SftArguments]) -> None:

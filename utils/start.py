@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from utils import dist
 from utils.argument import CommonArguments
 from utils.errors import ConfigError
 from utils.logger import logger
-from utils.model import LoadOptions, ModelInfo, Weights, get_model_tokenizer, has_package, pick_dtype
+from utils.model import (
+    LoadOptions,
+    ModelInfo,
+    Weights,
+    get_model_tokenizer,
+    has_package,
+    pick_dtype,
+    stored_quantization,
+)
+from utils.resolve import quantized_problems
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +42,12 @@ def run_program(story: Callable[[], None]) -> int:
         for problem in error.problems:
             logger.error(problem)
         return 2
+    except UnpicklingError:  # whose text says how to run it all the same
+        logger.error(
+            'a file of the model or of the checkpoint that is resumed is damaged, or holds more than tensors. '
+            'That would be code, which is never run. Get it as safetensors, or start without it.'
+        )
+        return 2
     except KeyboardInterrupt:
         logger.error('stopped by Ctrl-C')
         return 130
@@ -43,9 +62,10 @@ def start_processes(backend: str) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    # peft reads a property that transformers 5 deprecates, and bitsandbytes names kernels it does not need.
+    # peft reads a property that transformers 5 deprecates and imports torchao, which looks for what it does not need.
     warnings.filterwarnings('ignore', category=FutureWarning, module='transformers')
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    for name in ('bitsandbytes', 'torchao', 'torch.utils._pytree'):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     if not dist.is_main():
         transformers.logging.disable_progress_bar()
     if dist.world_size() > 1:
@@ -58,6 +78,10 @@ def open_model(args: CommonArguments, info: ModelInfo, weights: Weights, *, trai
     """Return (model, tokenizer, torch dtype). Full fine-tuning holds fp32 weights under autocast."""
     import torch
 
+    # What was downloaded may be quantised without an entry that says so.
+    stored = stored_quantization(weights.path) if info.quantization is None else None
+    if problems := quantized_problems(args, replace(info, quantization=info.quantization or stored)):
+        raise ConfigError(*problems)
     dtype, reason = pick_dtype(args.dtype)
     logger.info(f'dtype = {str(dtype).removeprefix("torch.")} because {reason}')
     held = dtype
@@ -71,7 +95,8 @@ def open_model(args: CommonArguments, info: ModelInfo, weights: Weights, *, trai
         flash_attention=_uses_flash_attention(args, dtype),
         quantization_config=_quantization(args, dtype),
     )
-    model, tokenizer = get_model_tokenizer(info, weights, options)
+    with contextlib.redirect_stdout(sys.stderr):  # gptqmodel prints there, where answers go
+        model, tokenizer = get_model_tokenizer(info, weights, options)
     return model, tokenizer, dtype
 
 

@@ -13,6 +13,7 @@ from utils.errors import ConfigError, did_you_mean
 from utils.logger import logger
 from utils.model import load_model
 from utils.native.export import save_whole
+from utils.native.packed import packed_classes
 from utils.resolve import SFT_ARGS
 from utils.run_dir import write_json
 
@@ -29,6 +30,9 @@ _OLD_NAMES = {
     'c_attn': ('q_proj', 'k_proj', 'v_proj'),
     'W_pack': ('q_proj', 'k_proj', 'v_proj'),
     'query_key_value': ('q_proj', 'k_proj', 'v_proj'),
+    # Both output layers of a Qwen have one name: the parent tells them apart.
+    'attn.c_proj': ('o_proj',),
+    'mlp.c_proj': ('down_proj',),
     'c_proj': ('o_proj', 'down_proj'),
     'dense': ('o_proj',),
     'w1': ('up_proj',),
@@ -42,15 +46,16 @@ _MERGE_BOUND = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2}
 
 
 def linear_names(model: PreTrainedModel) -> Counter[str]:
-    """Return the last name of every linear layer but the output head, and how often it occurs."""
+    """Return the last name of every linear layer but the output head, packed or not, and how often it occurs."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    kinds = (torch.nn.Linear, Conv1D, *packed_classes())
     head = model.get_output_embeddings()
     return Counter(
         name.rsplit('.', 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        if isinstance(module, kinds) and module is not head
     )
 
 
@@ -113,7 +118,7 @@ def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
     """Return the names with those of a fused 2023 layout replaced by the native ones, each once."""
     native: list[str] = []
     for name in wanted:
-        new = _OLD_NAMES.get(name, ())
+        new = _OLD_NAMES.get(name) or _OLD_NAMES.get(name.rpartition('.')[2], ())
         if name in names or not set(new) <= set(names) or not new:
             native.append(name)
         else:
@@ -155,15 +160,17 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     return prepared
 
 
-def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None) -> Any:
+def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None, family: str | None = None) -> Any:
     """Return the base model with a checkpoint's adapter on it; raises ConfigError where they do not fit."""
     from peft import PeftModel
 
     from utils.native.adapter import native_adapter
 
     try:
-        with native_adapter(checkpoint, linear_names(model), base) as folder:
+        with native_adapter(checkpoint, linear_names(model), base, family) as folder:
             return PeftModel.from_pretrained(model, str(folder))
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f'the adapter in {checkpoint} does not fit {type(model).__name__} {model.name_or_path}: '

@@ -11,9 +11,10 @@ from typing import Any
 
 from utils.errors import ConfigError
 from utils.native.family import Family, State
-from utils.native.read import read_config
+from utils.native.read import read_config, read_file, read_object
+from utils.native.registry import find_family
 
-_FILE, _CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+_FILE, _OLD_FILE, _CONFIG = 'adapter_model.safetensors', 'adapter_model.bin', 'adapter_config.json'
 _PREFIX = 'base_model.model.'
 
 
@@ -21,13 +22,15 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
     """Return an adapter's tensors under the native names.
 
     B of a fused layer is cut as the layer's own weight is, by the family's mapping; A, which acts before the cut, is
-    the same for each part. So base + adapter computes what it did.
+    the same for each part. So base + adapter computes what it did. Raises ConfigError for a tensor that is neither.
     """
     native: State = {}
     for key, tensor in state.items():
         module, mark, _ = key.removeprefix(_PREFIX).partition('.lora_A.')
         if not mark:
-            continue
+            if key.replace('.lora_B.', '.lora_A.') in state and '.lora_B.' in key:
+                continue
+            raise ConfigError(f"the adapter's tensor '{key}' is no half of a LoRA, so it has no native name.")
         matrix_b = state.get(key.replace('.lora_A.', '.lora_B.'))
         if matrix_b is None:
             raise ConfigError(f"the adapter has '{key}' without its lora_B.")
@@ -39,38 +42,35 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
 
 
 @contextlib.contextmanager
-def native_adapter(checkpoint: Path, layers: Container[str], base: Path | None = None) -> Iterator[Path]:
-    """Yield a folder with the adapter in native names: the checkpoint itself, or a converted copy while in use."""
-    config = json.loads((checkpoint / _CONFIG).read_text(encoding='utf-8'))
-    targets = config.get('target_modules') or []
-    if base is None or not base.is_dir() or isinstance(targets, str) or all(target in layers for target in targets):
-        yield checkpoint
-        return
+def native_adapter(
+    checkpoint: Path, layers: Container[str], base: Path | None = None, name: str | None = None
+) -> Iterator[Path]:
+    """Yield a folder with the adapter in native names as safetensors: the checkpoint itself, or a copy while in use.
+
+    `base` is the directory of the base model, `name` its family where config.json does not tell.
+    """
     from safetensors.torch import save_file
 
-    from utils.native.registry import find_family
-
-    original = read_config(base)
-    family = find_family(original)
-    if family is None:
+    config = read_object(checkpoint / _CONFIG)
+    targets = config.get('target_modules') or []
+    fits = base is None or not base.is_dir() or isinstance(targets, str) or all(target in layers for target in targets)
+    original = {} if fits or base is None else read_config(base)
+    family = find_family(original, name) if original else None
+    if family is None and (checkpoint / _FILE).is_file():
         yield checkpoint
         return
-    state = convert_adapter(family, original, _read_adapter(checkpoint))
-    modules = {key.removeprefix(_PREFIX).split('.lora_')[0].rsplit('.', 1)[-1] for key in state}
+    state = _read_adapter(checkpoint)
+    if family is not None:
+        state = convert_adapter(family, original, state)
+        config['target_modules'] = sorted({key.partition('.lora_')[0].rpartition('.')[2] for key in state})
     with tempfile.TemporaryDirectory(prefix='adapter-') as folder:
         save_file(state, Path(folder) / _FILE)
-        (Path(folder) / _CONFIG).write_text(json.dumps({**config, 'target_modules': sorted(modules)}), encoding='utf-8')
+        (Path(folder) / _CONFIG).write_text(json.dumps(config), encoding='utf-8')
         yield Path(folder)
 
 
 def _read_adapter(checkpoint: Path) -> State:
-    import torch
-    from safetensors.torch import load_file
-
-    if (checkpoint / _FILE).is_file():
-        return load_file(checkpoint / _FILE)
-    old = checkpoint / 'adapter_model.bin'
-    if not old.is_file():
-        raise ConfigError(f'{checkpoint} holds no adapter weights: neither {_FILE} nor {old.name}.')
-    state: State = torch.load(old, map_location='cpu', weights_only=True)
-    return state
+    for name in (_FILE, _OLD_FILE):
+        if (checkpoint / name).is_file():
+            return read_file(checkpoint / name)
+    raise ConfigError(f'{checkpoint} holds no adapter weights: neither {_FILE} nor {_OLD_FILE}.')

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from utils.errors import ConfigError
 from utils.native.family import Config, Family, State, map_each, refuse
 from utils.native.internlm import llama_config, static_rope
+from utils.native.lazy import LazyMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -68,10 +70,7 @@ def native_tensors(state: State, original: Config) -> State:
 
 def native_tensors_normalised(state: State, original: Config) -> State:
     """Return the tensors of `native_tensors` with the output head folded: its rows have length 1."""
-    native = native_tensors(state, original)
-    if (head := native.get('lm_head.weight')) is not None:
-        native['lm_head.weight'] = normalise_rows(head)
-    return native
+    return with_normalised_head(native_tensors(state, original))
 
 
 def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Tensor]:
@@ -84,6 +83,30 @@ def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Ten
             f'{3 * width}: the file is damaged, or config.json is of another size.'
         )
     return {f'{fused[1]}{n}_proj.weight': part for n, part in zip('qkv', tensor.chunk(3), strict=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalisedRows(LazyMatrix):
+    """A head whose rows are divided by their lengths."""
+
+    head: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the head."""
+        return self.head.shape[0], self.head.shape[1]
+
+    def rows(self, which: slice) -> torch.Tensor:
+        """Return some rows in fp32, of length 1."""
+        return normalise_rows(self.head[which])
+
+
+def with_normalised_head(native: State) -> State:
+    """Return native tensors with the output head folded."""
+    head = native.get('lm_head.weight')
+    if head is None or head.dim() != 2:  # named as missing, or as of another shape, when it is loaded
+        return native
+    return {**native, 'lm_head.weight': cast('torch.Tensor', NormalisedRows(head=head))}
 
 
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
@@ -106,7 +129,6 @@ BAICHUAN_7B = Family(
     model_class='LlamaForCausalLM',
     config=partial(native_config, family=_V1),
     tensors=native_tensors,
-    aliases={'W_pack': ('q_proj', 'k_proj', 'v_proj')},
 )
 BAICHUAN2_7B = Family(
     name=_V2,
@@ -116,5 +138,4 @@ BAICHUAN2_7B = Family(
     model_class='LlamaForCausalLM',
     config=partial(native_config, family=_V2),
     tensors=native_tensors_normalised,
-    aliases={'W_pack': ('q_proj', 'k_proj', 'v_proj')},
 )

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import ConfigError
-from utils.native.baichuan import normalise_rows
+from utils.native.baichuan import with_normalised_head
 from utils.native.family import Config, Family, State, map_each, refuse, unknown_key
 from utils.native.internlm import llama_config
 
@@ -73,10 +73,7 @@ def native_tensors(state: State, original: Config) -> State:
 
 def native_tensors_normalised(state: State, original: Config) -> State:
     """Return the tensors of `native_tensors` with the output head folded: its rows have length 1."""
-    native = native_tensors(state, original)
-    if (head := native.get('lm_head.weight')) is not None:
-        native['lm_head.weight'] = normalise_rows(head)
-    return native
+    return with_normalised_head(native_tensors(state, original))
 
 
 def _split(key: str, tensor: torch.Tensor, *, rows: int) -> dict[str, torch.Tensor]:
@@ -104,7 +101,6 @@ BAICHUAN_13B = Family(
     config=partial(native_config, family=_V1),
     tensors=native_tensors,
     saved_model_type='assay_baichuan_13b',
-    aliases={'W_pack': ('q_proj', 'k_proj', 'v_proj')},
 )
 BAICHUAN2_13B = replace(
     BAICHUAN_13B,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from utils.errors import ConfigError
 from utils.native.baichuan import BAICHUAN2_7B
 from utils.native.baichuan_13b import BAICHUAN2_13B
 from utils.native.family import Config, Family, State
+from utils.native.lazy import LazyMatrix
 
 if TYPE_CHECKING:
     import torch
 
 _DATA, _QUANT = '.data', '.quant_state'
-# Read at once, an even number, so that indices and fp32 values never take more memory than a whole weight.
-_BLOCKS = 2**14
 
 
 def _dense(original: Config) -> Config:
@@ -37,7 +36,7 @@ def unpack_state(state: State) -> State:
             name = key.removesuffix(_DATA)
             if name + _QUANT not in state:
                 raise ConfigError(f"tensor '{key}' has no '{name}{_QUANT}', so it cannot be read.")
-            unpacked[name] = _dequantised(name, value, state[name + _QUANT])
+            unpacked[name] = cast('torch.Tensor', _weight(name, value, state[name + _QUANT]))
         elif not key.endswith(_QUANT):
             unpacked[key] = value.detach()
         elif key.removesuffix(_QUANT) + _DATA not in state:
@@ -45,47 +44,77 @@ def unpack_state(state: State) -> State:
     return unpacked
 
 
-def _dequantised(name: str, packed: torch.Tensor, quant_state: Any) -> torch.Tensor:
-    """Return one weight, exactly as the library that packed it computes it.
+@dataclass(frozen=True, kw_only=True)
+class Nf4Weight(LazyMatrix):
+    """A packed weight, read exactly as the library that packed it computes it.
 
     Two values share a byte, the first in the high half. Each is an entry of a table of 16, nf4's or fp4's, times the
-    scale of its block.
+    scale of its block; scales are fp32, or entries of a table themselves, scaled by block again, plus an offset.
     """
-    import torch
 
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested: Any
+    values: torch.Tensor
+    block: int
+    size: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the weight."""
+        return self.size
+
+    def rows(self, which: slice) -> torch.Tensor:
+        """Return some rows in the dtype that was packed."""
+        import torch
+
+        columns = self.size[1]
+        begin, end = which.start * columns, which.stop * columns
+        start = begin // self.block * self.block  # whole blocks, which begin with a whole byte
+        # Every byte's two values: a table of 256 rows is read once per byte, not the table of 16 twice.
+        pairs = torch.cartesian_prod(self.values, self.values)
+        numbers = pairs[self.packed[start // 2 : -(-end // 2)].int()].flatten()[: end - start]
+        scales = self._scales(start // self.block, -(-end // self.block)).repeat_interleave(self.block)
+        part = (numbers * scales[: end - start])[begin - start :]
+        return part.to(self.dtype).view(-1, columns)
+
+    def _scales(self, first: int, last: int) -> torch.Tensor:
+        """Return the scales of some blocks, fp32."""
+        import torch
+
+        scales = self.absmax[first:last]
+        if self.nested is None:
+            return scales
+        offset, (outer, table, block, *_) = self.nested
+        coarse = outer[torch.arange(first, last) // block]
+        return cast('torch.Tensor', table[scales.int()] * coarse + offset)
+
+
+def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
+    """Return one weight from its two entries; raises ConfigError where they do not fit each other."""
+    layout = ConfigError(
+        f"'{name}{_QUANT}' is not laid out as bitsandbytes of 2023 does: it is damaged, or of another version."
+    )
     try:
-        absmax, shape, dtype, block, nested, _, values = quant_state
-        scales = _scales(absmax, nested)
-        count = shape.numel()
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        raise ConfigError(
-            f"'{name}{_QUANT}' is not laid out as bitsandbytes of 2023 does: it is damaged, or of another version."
-        ) from None
-    blocks = scales.numel()
-    if (packed.numel(), blocks) != (-(-count // 2), -(-count // block)):
+        absmax, (rows, columns), dtype, block, nested, _, values = quant_state
+        count, blocks, needed = rows * columns, absmax.numel(), -(-rows * columns // block)
+    except (AttributeError, ArithmeticError, TypeError, ValueError):
+        raise layout from None
+    if (packed.numel(), blocks) != (-(-count // 2), needed):
         raise ConfigError(
             f"tensor '{name}{_DATA}' has {packed.numel()} bytes and {blocks} scales, which are not those of a weight "
-            f'of {tuple(shape)} in blocks of {block}: the file is damaged.'
+            f'of {(rows, columns)} in blocks of {block}: the file is damaged.'
         )
-    # Every byte's two values: a table of 256 rows is read once per byte, not the table of 16 twice.
-    pairs, data = torch.cartesian_prod(values, values), packed.flatten()
-    dense = torch.empty(count, dtype=dtype)
-    step = _BLOCKS * block
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        part = pairs[data[first // 2 : -(-last // 2)].int()].flatten()[: last - first]
-        part *= scales[first // block : -(-last // block)].repeat_interleave(block)[: last - first]
-        dense[first:last] = part
-    return dense.view(shape)
-
-
-def _scales(absmax: torch.Tensor, nested: Any) -> torch.Tensor:
-    """Return the scale of each block, fp32; quantised ones are table entries, scaled by block again, plus an offset."""
-    if nested is None:
-        return absmax
-    offset, (outer, table, block, *_) = nested
-    scales: torch.Tensor = table[absmax.int()] * outer.repeat_interleave(block)[: absmax.numel()] + offset
-    return scales
+    weight = Nf4Weight(
+        packed=packed.flatten(), absmax=absmax, nested=nested, values=values, block=block, size=(rows, columns),
+        dtype=dtype,
+    )  # fmt: skip
+    try:
+        weight.rows(slice(rows - 1, rows))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        raise layout from None
+    return weight
 
 
 def native_config(original: Config, *, full_width: Family) -> dict[str, Any]:

@@ -125,12 +125,6 @@ CHATGLM2 = Family(
     model_class='GlmForCausalLM',
     config=partial(native_config, family=_BASE),
     tensors=native_tensors,
-    aliases={
-        'query_key_value': ('q_proj', 'k_proj', 'v_proj'),
-        'dense': ('o_proj',),
-        'dense_h_to_4h': ('gate_up_proj',),
-        'dense_4h_to_h': ('down_proj',),
-    },
 )
 # Chosen by name alone: a rope_ratio means something else in ChatGLM3 and GLM-4, whose config.json looks the same.
 CHATGLM2_32K = replace(CHATGLM2, name=_LONG, matches=lambda config: False, config=partial(native_config, family=_LONG))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,13 @@ class Family:
     vocabulary: str | None = None
     # The model_type that a class of ours saves; None where transformers has the class.
     saved_model_type: str | None = None
-    # Names that LoRA recipes used in the original layout -> native names.
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # A field that a class of ours saves beside a model_type that transformers has too.
+    saved_field: str | None = None
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Return what config.json calls the original layout, and what it calls the one that a class of ours saves."""
+        return (self.model_type, self.saved_model_type) if self.saved_model_type else (self.model_type,)
 
 
 def is_computed(key: str) -> bool:

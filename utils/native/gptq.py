@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.native.family import Config, State, refuse
+from utils.native.lazy import LazyMatrix
+from utils.native.packed import trainable_backend
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 TENSORS = ('qweight', 'qzeros', 'scales', 'g_idx')
 # The axis of the outputs; g_idx has none, every part of a fused layer reads the same inputs.
 _OUTPUT_AXIS = {'weight': 0, 'bias': 0, 'qweight': 1, 'qzeros': 1, 'scales': 1}
-# Outputs made at a time: what is not yet the weight itself stays at some megabytes.
-_BLOCK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,8 @@ def read_format(original: Config, family: str) -> Format:
 
 
 def packed_settings(original: Config) -> dict[str, Any]:
-    """Return the quantization_config that keeps weights packed, on a CPU with a kernel that can be trained through.
-
-    Left to choose, gptqmodel takes TorchAtenLinear for 4 bits on a CPU: it has no backward, so that an adapter below it
-    gets no gradient, and it rounds about ten times coarser.
-    """
-    import torch
-
-    settings = dict(original['quantization_config'])
-    return settings if torch.cuda.is_available() else {**settings, 'backend': 'gptq_torch'}
+    """Return the quantization_config that keeps weights packed, with a kernel that can be trained through."""
+    return {**original['quantization_config'], 'backend': trainable_backend()}
 
 
 def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -89,10 +82,10 @@ def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedWeight:
-    """A weight that exists as packed integers until the loader asks for it, so that both never exist for all layers.
+class PackedWeight(LazyMatrix):
+    """A weight that exists as packed integers until the loader asks for it.
 
-    The loader takes a tensor, or a slice of a file, as `value[...].to(device=..., dtype=...)`; this is such a value.
+    (integer - zero) * scale has at most 20 significant bits: exact in fp32, rounded once in fp16 and bf16.
     """
 
     qweight: torch.Tensor
@@ -106,27 +99,11 @@ class PackedWeight:
         """Return (outputs, inputs), as a linear layer has it."""
         return self.qweight.shape[1], self.qweight.shape[0] * self.format.per_word
 
-    def __getitem__(self, index: Any) -> PackedWeight:
-        assert index is Ellipsis, 'a loader takes the whole weight'
-        return self
-
-    def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the weight (outputs, inputs) in `dtype`, fp32 by default.
-
-        (integer - zero) * scale has at most 20 significant bits: exact in fp32, rounded once in fp16 and bf16.
-        """
+    def rows(self, which: slice) -> torch.Tensor:
+        """Return the weights of some outputs in fp32; the first one begins a word of zero points."""
         import torch
 
-        weight = torch.empty(self.shape, dtype=dtype or torch.float32)
-        for start in range(0, self.shape[0], _BLOCK):
-            weight[start : start + _BLOCK] = self._outputs(slice(start, start + _BLOCK))
-        return weight if device is None else weight.to(device)
-
-    def _outputs(self, outputs: slice) -> torch.Tensor:
-        """Return some rows of the weight in fp32."""
-        import torch
-
-        per_word = self.format.per_word
+        outputs, per_word = which, self.format.per_word
         shifts = torch.arange(0, 32, self.format.bits, dtype=torch.int32)
         mask = 2**self.format.bits - 1
         # The shift keeps the sign of the word, which the mask takes off.
@@ -163,35 +140,38 @@ class PackedWeight:
         return zip(TENSORS, (self.qweight, self.qzeros, self.scales, self.g_idx), strict=True)
 
 
-def dequantise(state: State, form: Format) -> State:
-    """Return the tensors with every packed layer replaced by its weight, which is computed when it is loaded.
-
-    Warns of the memory that this costs; raises ConfigError for a layer that lacks one of the four tensors.
-    """
+def packed_layers(state: State, form: Format) -> dict[str, PackedWeight]:
+    """Return the packed layers by name; raises ConfigError for one that is incomplete or does not fit together."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    plain: dict[str, Any] = {}
     for key, tensor in state.items():
         layer, _, name = key.rpartition('.')
         if name in TENSORS:
             layers.setdefault(layer, {})[name] = tensor
-        else:
-            plain[key] = tensor
-    packed, count = 0, 0
+    weights = {}
     for layer, tensors in layers.items():
         if missing := [name for name in TENSORS if name not in tensors]:
             raise ConfigError(f"layer '{layer}' is quantised and has no {missing[0]}: the checkpoint is incomplete.")
-        weight = PackedWeight(**tensors, format=form)
-        weight.check(layer)
-        plain[f'{layer}.weight'] = weight
-        packed += weight.packed_bytes()
-        count += weight.shape[0] * weight.shape[1]
-    if layers:
+        weights[layer] = PackedWeight(**tensors, format=form)
+        weights[layer].check(layer)
+    return weights
+
+
+def dequantise(state: State, form: Format) -> State:
+    """Return the tensors with every packed layer replaced by its weight, which is computed when it is loaded.
+
+    Warns of the memory that this costs.
+    """
+    weights = packed_layers(state, form)
+    if weights:
+        packed = sum(weight.packed_bytes() for weight in weights.values())
+        count = sum(weight.shape[0] * weight.shape[1] for weight in weights.values())
         logger.warning(
             f'the {form.bits}-bit GPTQ weights are unpacked while loading, because optimum and gptqmodel are not both '
             f'installed: their layers take {_gib(2 * count)} GiB in 16 bits, {_gib(4 * count)} GiB in fp32, instead of '
             f'{_gib(packed)} GiB. To keep them packed: pip install optimum gptqmodel'
         )
-    return plain
+    plain: dict[str, Any] = {key: t for key, t in state.items() if key.rpartition('.')[2] not in TENSORS}
+    return plain | {f'{layer}.weight': weight for layer, weight in weights.items()}
 
 
 def _gib(size: int) -> str:

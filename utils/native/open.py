@@ -8,7 +8,8 @@ from typing import Any
 
 from utils.errors import ConfigError
 from utils.native.family import Family
-from utils.native.read import read_config, read_state
+from utils.native.lazy import computed
+from utils.native.read import read_config, read_object, read_state
 
 _NAMED = 5
 
@@ -25,14 +26,22 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
     Every tensor of the class must come from the checkpoint and every tensor of the checkpoint must be used: anything
     missing, unexpected or of another shape is a ConfigError that names it.
     """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
     original = read_config(model_dir)
-    native = _class(family.config_class)(**family.config(original))
+    try:
+        native = _class(family.config_class)(**family.config(original))
+    except (ArithmeticError, LookupError, TypeError) as error:
+        raise ConfigError(f'{model_dir}/config.json does not fit family {family.name}: {error}') from error
     state = family.tensors(read_state(model_dir), original)
+    if is_deepspeed_zero3_enabled():  # copies what is a tensor, and on one process alone
+        state = computed(state)
     # Shapes that do not fit are let through to be named below, where the library would only count them.
     model, info = _class(family.model_class).from_pretrained(
         None, config=native, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     _check(info, model_dir, family)
+    _read_generation(model, model_dir)
     return model
 
 
@@ -41,6 +50,25 @@ def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
     model, info = _class(family.model_class).from_pretrained(model_dir, output_loading_info=True, **options)
     _check(info, model_dir, family)
     return model
+
+
+def _read_generation(model: Any, model_dir: Path) -> None:
+    """Give a model the settings of generation_config.json; those that only the original code knew are left out."""
+    from transformers import GenerationConfig
+
+    if (model_dir / 'generation_config.json').is_file():
+        known = GenerationConfig().to_dict()
+        given = read_object(model_dir / 'generation_config.json')
+        chosen = {name: value for name, value in given.items() if name in known and name != 'transformers_version'}
+        model.generation_config = GenerationConfig(**{**model.generation_config.to_dict(), **chosen})
+
+
+def make_generation_savable(model: Any) -> None:
+    """Have sampling settings without do_sample mean sampling, as in 2023; today they could not be saved."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
 
 
 def _check(info: dict[str, Any], model_dir: Path, family: Family) -> None:

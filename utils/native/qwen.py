@@ -7,7 +7,15 @@ from typing import Any
 
 from utils.errors import ConfigError
 from utils.native.family import Config, Family, State, map_each, refuse, unknown_key
-from utils.native.gptq import TENSORS, dequantise, packed_available, packed_settings, read_format, split_fused
+from utils.native.gptq import (
+    TENSORS,
+    dequantise,
+    packed_available,
+    packed_layers,
+    packed_settings,
+    read_format,
+    split_fused,
+)
 
 # Native name -> names in config.json, those of August 2023 too, and the default of the original class. The embedding
 # has the padded size where a file states both.
@@ -49,19 +57,6 @@ _INNER = {
     'mlp.c_proj': ('mlp.down_proj',),
 }
 _LAYER = re.compile(r'transformer\.h\.(\d+)\.(.+)')
-
-ALIASES = {
-    'c_attn': ('q_proj', 'k_proj', 'v_proj'),
-    'attn.c_attn': ('q_proj', 'k_proj', 'v_proj'),
-    'attn.c_proj': ('o_proj',),
-    'mlp.c_proj': ('down_proj',),
-    'c_proj': ('o_proj', 'down_proj'),
-    'w1': ('up_proj',),
-    'w2': ('gate_proj',),
-    'wte': ('embed_tokens',),
-    'ln_1': ('input_layernorm',),
-    'ln_2': ('post_attention_layernorm',),
-}
 
 
 def text_config(original: Config, family: str) -> dict[str, Any]:
@@ -138,6 +133,7 @@ def gptq_tensors(state: State, original: Config) -> State:
     form = read_format(original, 'qwen_gptq')
     mapped = map_each(state, _rename_gptq)
     if packed_available():
+        packed_layers(mapped, form)  # for what it finds damaged
         return {key: tensor.contiguous() for key, tensor in mapped.items()}
     return dequantise(mapped, form)
 
@@ -166,7 +162,9 @@ QWEN = Family(
     model_class='qwen_long:Qwen2ForCausalLM',
     config=native_config,
     tensors=native_tensors,
-    aliases=ALIASES,
+    # Opened by plain classes too, which leave out what is beyond the training length.
+    saved_model_type='qwen2',
+    saved_field='use_logn_attn',
 )
 
 QWEN_GPTQ = Family(
@@ -177,5 +175,4 @@ QWEN_GPTQ = Family(
     model_class='qwen_long:Qwen2ForCausalLM',
     config=gptq_config,
     tensors=gptq_tensors,
-    aliases=ALIASES,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.native.family import Config, Family, State, is_computed, map_each, refuse
 from utils.native.gptq import packed_available, packed_settings, read_format
-from utils.native.qwen import ALIASES, gptq_tensors, rename_text, text_config
+from utils.native.qwen import gptq_tensors, rename_text, text_config
 
 _PLAIN, _GPTQ = 'qwen_vl', 'qwen_vl_gptq'
 SAVED_MODEL_TYPE = 'assay_qwen_vl'
@@ -98,7 +98,6 @@ QWEN_VL = Family(
     config=native_config,
     tensors=native_tensors,
     saved_model_type=SAVED_MODEL_TYPE,
-    aliases=ALIASES,
 )
 
 QWEN_VL_GPTQ = Family(
@@ -110,5 +109,4 @@ QWEN_VL_GPTQ = Family(
     config=gptq_config,
     tensors=gptq_tensors_of_both,
     saved_model_type=SAVED_MODEL_TYPE,
-    aliases=ALIASES,
 )

@@ -10,17 +10,24 @@ from utils.errors import ConfigError
 from utils.native.family import State
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
+# What the 4-bit files of 2023 hold beside tensors.
+_LISTS = '.quant_state'
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
     """Return config.json of a directory; raises ConfigError where it is not an object."""
+    return read_object(model_dir / 'config.json')
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises ConfigError where it holds none."""
     try:
-        config = json.loads((model_dir / 'config.json').read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f'{model_dir}/config.json cannot be read: {error}') from None
-    if not isinstance(config, dict):
-        raise ConfigError(f'{model_dir}/config.json does not hold an object.')
-    return config
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f'{path} cannot be read: {error}') from None
+    if not isinstance(content, dict):
+        raise ConfigError(f'{path} does not hold an object.')
+    return content
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -28,7 +35,10 @@ def weight_files(model_dir: Path) -> list[Path]:
     for name in _SINGLE:
         index = model_dir / f'{name}.index.json'
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+            places = read_object(index).get('weight_map')
+            if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+                raise ConfigError(f'{index} has no weight_map of tensors and their files: it is damaged.')
+            shards = sorted(set(places.values()))
             if outside := [shard for shard in shards if Path(shard).name != shard]:
                 raise ConfigError(f'{index} names {outside[0]!r}, which is not a file of its folder.')
             if missing := [shard for shard in shards if not (model_dir / shard).is_file()]:
@@ -48,16 +58,21 @@ def read_state(model_dir: Path) -> State:
 
     state: State = {}
     for file in weight_files(model_dir):
-        for key, tensor in _read_file(file).items():
+        for key, tensor in read_file(file).items():
             if key in state:
                 raise ConfigError(f"{file.name}: tensor '{key}' is in another shard too.")
-            # A .bin may hold Parameters, which would drag a graph along; 4-bit files hold lists beside tensors.
-            state[key] = tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
+            is_tensor = isinstance(tensor, torch.Tensor)
+            if not is_tensor and not str(key).endswith(_LISTS):
+                raise ConfigError(f"{file} holds a {type(tensor).__name__} as '{key}', where a tensor must be.")
+            # A .bin may hold Parameters, which would drag a graph along.
+            state[key] = tensor.detach() if is_tensor else tensor
     return state
 
 
-def _read_file(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
+    """Return what a weight file holds by name, memory-mapped; raises ConfigError where that cannot be read as data."""
     import pickle
+    import zipfile
 
     import torch
     from safetensors import SafetensorError
@@ -66,11 +81,17 @@ def _read_file(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == '.safetensors':
             return load_file(file)
-        content = torch.load(file, map_location='cpu', mmap=True, weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        # Files older than PyTorch 1.6's format are no zip archives and cannot be mapped.
+        content = torch.load(file, map_location='cpu', mmap=zipfile.is_zipfile(file), weights_only=True)
+    except pickle.UnpicklingError:  # whose text says how to run it all the same
         raise ConfigError(
-            f'{file} cannot be read as a tensor archive: {str(error).splitlines()[0]} '
-            'It is truncated, or holds more than tensors, which is never executed.'
+            f'{file} cannot be read as a tensor archive: it is damaged, or holds more than tensors. '
+            'That would be code, which is never run. Get it as safetensors.'
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+        raise ConfigError(
+            f'{file} cannot be read as a tensor archive: {next(iter(str(error).splitlines()), type(error).__name__)} '
+            'It is truncated or of another format.'
         ) from None
     if not isinstance(content, dict):
         raise ConfigError(f'{file} holds a {type(content).__name__}, not tensors by name.')

@@ -56,5 +56,8 @@ def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | 
 
 def find_saved(config: Mapping[str, Any]) -> Family | None:
     """Return the family whose class of ours wrote this config.json, None for every other."""
-    saved = config.get('model_type')
-    return next((f for f in FAMILIES.values() if f.saved_model_type is not None and f.saved_model_type == saved), None)
+    for family in FAMILIES.values():
+        is_ours = family.saved_model_type is not None and family.saved_model_type == config.get('model_type')
+        if is_ours and (family.saved_field is None or family.saved_field in config):
+            return family
+    return None
