@@ -16,7 +16,17 @@ import llm_sft
 from tests.conftest import ROOT, make_model, make_tokenizer, small_flags
 from utils.argument import SftArguments
 from utils.auto_encoder import make_encoder
-from utils.model import MODEL_MAPPING, ModelInfo, get_model_info, load_model, load_tokenizer, locate
+from utils.errors import ConfigError
+from utils.model import (
+    MODEL_MAPPING,
+    LoadOptions,
+    ModelInfo,
+    get_model_info,
+    get_model_tokenizer,
+    load_model,
+    load_tokenizer,
+    locate,
+)
 from utils.native.packed import packed_classes
 from utils.native.registry import FAMILIES
 from utils.preprocess import TEMPLATE_MAPPING, Row
@@ -302,6 +312,51 @@ def test_family_is_packed_on_load_and_trains(key: str, bits: int, tmp_path: Path
     assert count == linear_names(model).total() > 0
     torch.manual_seed(0)
     check_it_trains(prepare_model(model, args))
+
+
+def test_the_4_bits_of_2023_are_packed_anew_by_the_program(
+    tmp_path: Path, data_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = original_folder('baichuan2-13b-chat-int4', tmp_path)
+    words = small_flags(folder, data_file, tmp_path / 'out')
+    assert llm_sft.main([*words, '--quantization_bit', '4', '--max_steps', '2', '--max_length', '60']) == 0
+    assert 'the 4-bit weights are unpacked while loading: they take' in caplog.text
+    run = next((tmp_path / 'out').glob('baichuan2-13b-chat-int4/v0-*'))
+    record = json.loads((run / 'sft_args.json').read_text())
+    assert (record['quantization_bit'], record['template_type']) == (4, 'baichuan')
+
+
+@pytest.mark.parametrize('key', ['baichuan-13b', 'seqgpt-560m', 'qwen-7b'])
+def test_flash_attention_is_left_out_where_a_class_has_none(
+    key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a GPU would open none of these; a class that has it says that it is not installed here."""
+    import torch
+
+    folder = original_folder(key, tmp_path)
+    info = get_model_info(key, str(folder))
+    options = LoadOptions(torch_dtype=torch.bfloat16, flash_attention=True)
+    if key == 'qwen-7b':
+        with pytest.raises(ConfigError, match=r'[Ff]lash'):
+            get_model_tokenizer(info, locate(info, revision='master'), options)
+        return
+    model, _ = get_model_tokenizer(info, locate(info, revision='master'), options)
+    assert model.config._attn_implementation in ('eager', 'sdpa')
+    assert f'because {type(model).__name__} takes no flash attention' in caplog.text
+
+
+def test_a_tensor_that_a_native_class_does_not_know_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = original_folder('ziya2-13b', tmp_path)
+    state = load_file(folder / 'model.safetensors')
+    assert any(name.endswith('rotary_emb.inv_freq') for name in state)
+    load_model(folder)
+    assert not caplog.text
+    save_file({**state, 'model.layers.0.extra.weight': torch.ones(3)}, folder / 'model.safetensors')
+    load_model(folder)
+    assert f'1 tensors of {folder} are not used by LlamaForCausalLM: model.layers.0.extra.weight' in caplog.text
 
 
 @pytest.mark.parametrize('dtype', ['fp16', 'fp32'])

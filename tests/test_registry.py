@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.conftest import make_model, make_tokenizer
 from utils.argument import SftArguments
 from utils.limits import OPTIMIZERS, SCHEDULERS
 from utils.model import MODEL_MAPPING, get_model_info, infer_model_type, load_model, load_tokenizer
@@ -86,49 +84,6 @@ def test_names_of_optimizers_and_schedules_are_those_of_the_library() -> None:
 
     assert set(OPTIMIZERS) <= {o.value for o in OptimizerNames} and len(OPTIMIZERS) == 21
     assert set(SCHEDULERS) <= {s.value for s in SchedulerType} and len(SCHEDULERS) == 7
-
-
-def families() -> dict[str, Any]:
-    import torch
-    import transformers as t
-
-    torch.manual_seed(0)
-
-    small = {'vocab_size': 400, 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4}
-    return {
-        'mistral-7b': t.MistralForCausalLM(t.MistralConfig(**small, intermediate_size=64, num_key_value_heads=2)),
-        'polylm-13b': t.GPT2LMHeadModel(t.GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=256)),
-        'seqgpt-560m': t.BloomForCausalLM(t.BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4)),
-        'ziya2-13b': make_model(),
-    }
-
-
-@pytest.mark.slow
-def test_every_native_class_trains_with_its_entrys_targets(tmp_path: Path, data_file: Path) -> None:
-    import llm_infer
-    import llm_sft
-    from tests.conftest import small_flags
-
-    trained = 0
-    for key, model in families().items():
-        name = MODEL_MAPPING[key].model_id_or_path.split('/')[1]
-        folder = tmp_path / key / name
-        model.save_pretrained(folder)
-        make_tokenizer(chat_template=None).save_pretrained(folder)
-        out = tmp_path / key / 'out'
-        flags = ['--max_steps', '12', '--eval_steps', '6', '--learning_rate', '0.05']
-        assert llm_sft.main([*small_flags(folder, data_file, out), *flags]) == 0
-        run = next(out.glob(f'{key}/v0-*'))
-        state = json.loads((run / 'checkpoint-12' / 'trainer_state.json').read_text())
-        losses = [e['eval_loss'] for e in state['log_history'] if 'eval_loss' in e]
-        assert len(losses) == 2 and losses[1] < losses[0], key
-        config = json.loads((run / 'checkpoint-12' / 'adapter_config.json').read_text())
-        assert sorted(config['target_modules']) == sorted(MODEL_MAPPING[key].lora_target_modules)
-        words = ['--ckpt_dir', str(run / 'checkpoint-12'), '--do_sample', 'false', '--max_new_tokens', '4']
-        assert llm_infer.main(words) == 0
-        assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-12'), '--merge_lora_and_save', 'true']) == 0
-        trained += 1
-    assert trained == 4
 
 
 def test_public_loaders_open_a_directory(model_dir: Path) -> None:

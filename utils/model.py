@@ -772,10 +772,10 @@ def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTr
 
 def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTrainedModel:
     """Return the model from whichever layout its config.json names: one of ours, of a 2023 family, or native."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    from utils.native.open import open_original, open_saved
+    from utils.native.open import fitting, open_original, open_saved
     from utils.native.registry import FAMILIES, find_family, find_saved
 
     config = read_config(model_dir)
@@ -798,6 +798,9 @@ def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTraine
             f"{model_dir}: model_type '{found}' is no native class of transformers.{remote} "
             'Name the registered model this is with --model_type, or convert it to a native class.'
         )
+    native = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    if cls := MODEL_FOR_CAUSAL_LM_MAPPING.get(type(native), None):
+        keywords = fitting(cls, keywords)
     model, loading = AutoModelForCausalLM.from_pretrained(
         model_dir, trust_remote_code=False, output_loading_info=True, **keywords
     )
@@ -805,6 +808,10 @@ def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTraine
         raise ConfigError(
             f'{model_dir} lacks {len(names)} weights of its class, first {names[0]}: they would be random. '
             'The directory is incomplete or of another model.'
+        )
+    if unused := sorted(loading['unexpected_keys']):
+        logger.warning(
+            f'{len(unused)} tensors of {model_dir} are not used by {type(model).__name__}: {unused[0]}, ...'
         )
     return model
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from utils.errors import ConfigError
+from utils.logger import logger
 from utils.native.baichuan import BAICHUAN2_7B
 from utils.native.baichuan_13b import BAICHUAN2_13B
 from utils.native.family import Config, Family, State
@@ -41,6 +42,13 @@ def unpack_state(state: State) -> State:
             unpacked[key] = value.detach()
         elif key.removesuffix(_QUANT) + _DATA not in state:
             raise ConfigError(f"'{key}' has no tensor '{key.removesuffix(_QUANT)}{_DATA}' that it describes.")
+    packed = [weight for weight in unpacked.values() if isinstance(weight, Nf4Weight)]
+    if packed:
+        count = sum(weight.shape[0] * weight.shape[1] for weight in packed)
+        logger.warning(
+            f'the 4-bit weights are unpacked while loading: they take {count / 2**29:.3g} GiB in 16 bits instead of '
+            f'about {count / 2**31:.3g} GiB, unless --quantization_bit 4 packs them anew, layer by layer.'
+        )
     return unpacked
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.logger import logger
 from utils.native.family import Family
 from utils.native.lazy import computed
 from utils.native.read import read_config, read_object, read_state
@@ -37,8 +38,14 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
     if is_deepspeed_zero3_enabled():  # copies what is a tensor, and on one process alone
         state = computed(state)
     # Shapes that do not fit are let through to be named below, where the library would only count them.
-    model, info = _class(family.model_class).from_pretrained(
-        None, config=native, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    cls = _class(family.model_class)
+    model, info = cls.from_pretrained(
+        None,
+        config=native,
+        state_dict=state,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **fitting(cls, options),
     )
     _check(info, model_dir, family)
     _read_generation(model, model_dir)
@@ -47,9 +54,18 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
 
 def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
     """Return a model that was saved in a class of ours, which plain AutoModel does not know."""
-    model, info = _class(family.model_class).from_pretrained(model_dir, output_loading_info=True, **options)
+    cls = _class(family.model_class)
+    model, info = cls.from_pretrained(model_dir, output_loading_info=True, **fitting(cls, options))
     _check(info, model_dir, family)
     return model
+
+
+def fitting(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options without flash attention where a class has none: ALiBi and Bloom add a bias that it lacks."""
+    if options.get('attn_implementation') != 'flash_attention_2' or cls._supports_flash_attn:
+        return options
+    logger.info(f'attention is its own default because {cls.__name__} takes no flash attention')
+    return {**options, 'attn_implementation': None}
 
 
 def _read_generation(model: Any, model_dir: Path) -> None:
