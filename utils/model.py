@@ -810,9 +810,7 @@ def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTraine
             'The directory is incomplete or of another model.'
         )
     if unused := sorted(loading['unexpected_keys']):
-        logger.warning(
-            f'{len(unused)} tensors of {model_dir} are not used by {type(model).__name__}: {unused[0]}, ...'
-        )
+        logger.warning(f'{len(unused)} tensors of {model_dir} are not used by {type(model).__name__}: {unused[0]}, ...')
     return model
 
 
