@@ -186,6 +186,17 @@ def test_damaged_directory(damage: Callable[[Path], None], tmp_path: Path, data_
     assert '\n' not in problems()[0].strip()
 
 
+def test_native_directory_of_other_shapes(tmp_path: Path, data_file: Path, problems: Problems) -> None:
+    folder = tmp_path / 'my-own'
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    replace_tensor(folder, 'model.layers.0.mlp.up_proj.weight', lambda tensor: tensor[:-1])
+    assert llm_sft.main(small_flags(folder, data_file, tmp_path / 'out')) == 2
+    assert len(problems()) == 1
+    assert f'{folder} as LlamaForCausalLM has 1 mismatched tensors: ' in problems()[0]
+    assert 'model.layers.0.mlp.up_proj.weight' in problems()[0]
+
+
 GPTQ = 'are stored quantised (gptq), which '
 REFUSED = {
     ('--sft_type', 'full'): '--sft_type full cannot train. Use the same model without int4 or int8.',

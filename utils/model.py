@@ -775,7 +775,7 @@ def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTraine
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    from utils.native.open import fitting, open_original, open_saved
+    from utils.native.open import check_loading, fitting, open_original, open_saved
     from utils.native.registry import FAMILIES, find_family, find_saved
 
     config = read_config(model_dir)
@@ -801,14 +801,11 @@ def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTraine
     native = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     if cls := MODEL_FOR_CAUSAL_LM_MAPPING.get(type(native), None):
         keywords = fitting(cls, keywords)
+    # Shapes that do not fit are let through to be named, where the library would log them and say to look there.
     model, loading = AutoModelForCausalLM.from_pretrained(
-        model_dir, trust_remote_code=False, output_loading_info=True, **keywords
+        model_dir, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
     )
-    if names := sorted(loading['missing_keys']):
-        raise ConfigError(
-            f'{model_dir} lacks {len(names)} weights of its class, first {names[0]}: they would be random. '
-            'The directory is incomplete or of another model.'
-        )
+    check_loading(loading, model_dir, type(model).__name__, unexpected=False)
     if unused := sorted(loading['unexpected_keys']):
         logger.warning(f'{len(unused)} tensors of {model_dir} are not used by {type(model).__name__}: {unused[0]}, ...')
     return model

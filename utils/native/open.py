@@ -47,7 +47,7 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
         ignore_mismatched_sizes=True,
         **fitting(cls, options),
     )
-    _check(info, model_dir, family)
+    check_loading(info, model_dir, f'family {family.name}')
     _read_generation(model, model_dir)
     return model
 
@@ -56,7 +56,7 @@ def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
     """Return a model that was saved in a class of ours, which plain AutoModel does not know."""
     cls = _class(family.model_class)
     model, info = cls.from_pretrained(model_dir, output_loading_info=True, **fitting(cls, options))
-    _check(info, model_dir, family)
+    check_loading(info, model_dir, f'family {family.name}')
     return model
 
 
@@ -87,10 +87,10 @@ def make_generation_savable(model: Any) -> None:
         model.generation_config.do_sample = True
 
 
-def _check(info: dict[str, Any], model_dir: Path, family: Family) -> None:
-    """Raise ConfigError for tensors that are missing, unexpected or of another shape."""
-    for problem in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+def check_loading(info: dict[str, Any], model_dir: Path, what: str, *, unexpected: bool = True) -> None:
+    """Raise ConfigError for tensors that are missing, of another shape or, where that is asked, unexpected."""
+    for problem in ('missing_keys', 'mismatched_keys', *(('unexpected_keys',) if unexpected else ())):
         if names := sorted(map(str, info[problem])):
             shown = ', '.join(names[:_NAMED]) + (', ...' if len(names) > _NAMED else '')
-            what = problem.removesuffix('_keys')
-            raise ConfigError(f'{model_dir} as family {family.name} has {len(names)} {what} tensors: {shown}')
+            kind = problem.removesuffix('_keys')
+            raise ConfigError(f'{model_dir} as {what} has {len(names)} {kind} tensors: {shown}')
