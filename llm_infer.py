@@ -50,13 +50,14 @@ def infer(parsed: Parsed[InferArguments]) -> None:
             seed=done.args.dataset_seed,
             test_ratio=done.args.dataset_test_ratio,
             train_sample=sample,
+            hub=done.args.hub,
         ).val
         if not rows:
             raise ConfigError('no validation row to answer: --dataset_test_ratio is 0. Raise it, or --eval_human true.')
 
     start_processes('gloo')
     assert done.info is not None, 'resolved without problems'
-    weights = locate(done.info, revision=done.args.model_revision)
+    weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
     if checkpoint is not None and record is not None and is_adapter(checkpoint):
         check_base(record, weights.record(done.info), done.problems)
         done.problems.raise_if_any()

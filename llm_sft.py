@@ -38,6 +38,7 @@ def train(done: Resolution[SftArguments]) -> None:
         seed=args.dataset_seed,
         test_ratio=args.dataset_test_ratio,
         train_sample=args.train_dataset_sample,
+        hub=args.hub,
     )
 
     start_processes(args.ddp_backend)
@@ -69,7 +70,7 @@ def train(done: Resolution[SftArguments]) -> None:
     except KeyboardInterrupt:
         raise ConfigError(interrupted(trainer, run.folder)) from None
     if dist.is_main():
-        finish_run(trainer, run.folder, started=started, data=data.summary)
+        finish_run(trainer, run.folder, started=started, data={**data.summary, 'served': rows.served})
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests.loopback_hub import LoopbackHub  # noqa: E402
 from utils.logger import set_up_logging  # noqa: E402
 
 CHATML = (
@@ -43,12 +44,40 @@ def hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         'HF_HUB_OFFLINE': '1',
         'MODELSCOPE_CACHE': str(home / 'modelscope'),
         'MODELSCOPE_ENDPOINT': 'http://127.0.0.1:9',
+        'HF_ENDPOINT': 'http://127.0.0.1:9',
     }.items():
         monkeypatch.setenv(name, value)
     set_up_logging()
     monkeypatch.setattr(logging.getLogger('assay'), 'propagate', True)
     for name in ('MODELSCOPE_API_TOKEN', 'HF_TOKEN', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope='session')
+def loopback_server() -> Iterator[LoopbackHub]:
+    """Return the one server of both hubs."""
+    server = LoopbackHub()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def loopback(loopback_server: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """Return both hubs, empty, reached by this process and those it starts."""
+    import huggingface_hub.constants
+
+    loopback_server.reset(token='')
+    for name, value in {
+        'MODELSCOPE_ENDPOINT': loopback_server.url,
+        'HF_ENDPOINT': loopback_server.url,
+        'HF_HUB_OFFLINE': '0',
+        'HF_HUB_DISABLE_XET': '1',  # its protocol is not spoken here
+    }.items():
+        monkeypatch.setenv(name, value)
+    # Read once, when the library is imported.
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True)
+    return loopback_server
 
 
 def make_tokenizer(*, chat_template: str | None = CHATML, vocab_size: int = 400, metaspace: str | None = None) -> Any:

@@ -1,16 +1,49 @@
-"""A hub on the loopback interface that the real ModelScope client can push to: keeps files in memory."""
+"""Both hubs on the loopback interface, for the real clients: files in memory, requests kept, faults on demand."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import re
 import threading
+import time
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, unquote, unquote_plus, urlsplit
+
+COMMIT = 'c' * 40
+LARGE = ('.safetensors', '.parquet', '.zip', '.png')
+
+Files = dict[str, bytes]
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests whose path holds `part`: a status, 'cut' or 'hang'."""
+
+    part: str
+    kind: int | str
+    times: int = 1
+
+
+@dataclass
+class Answer:
+    """A response: a status with JSON, or the bytes of a file."""
+
+    status: int = 200
+    content: Any = None
+    data: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class LoopbackHub:
-    """Repositories by id, the files in them, the requests seen, and tokens that are let in."""
+    """Repositories by kind and id, the files in them, the requests seen, and the token that is let in."""
 
     def __init__(self, *, user: str = 'someone') -> None:
         self.user = user
@@ -23,17 +56,44 @@ class LoopbackHub:
 
             def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-                status, content = hub.answer(self.command, self.path, body, self.headers.get('Authorization') or '')
-                data = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header('Content-Type', 'application/json')
+                hub.requests.append(f'{self.command} {unquote_plus(self.path)}')
+                fault = hub.next_fault(self.command, unquote(self.path))
+                if fault == 'hang':
+                    time.sleep(hub.hang_seconds)
+                if isinstance(fault, int):
+                    answer = Answer(fault, {'Code': fault, 'Message': 'not now', 'Success': False})
+                else:
+                    answer = hub.answer(self.command, self.path, body, self.headers.get('Authorization') or '')
+                self._send(answer, cut=fault == 'cut')
+
+            def _send(self, answer: Answer, *, cut: bool) -> None:
+                data = json.dumps(answer.content).encode() if answer.data is None else answer.data
+                whole, start = len(data), 0
+                wanted = re.match(r'bytes=(\d+)-(\d*)', self.headers.get('Range') or '')
+                if answer.data is not None and wanted:
+                    start = int(wanted[1])
+                    data = data[start : int(wanted[2]) + 1 if wanted[2] else None]
+                    answer.headers['Content-Range'] = f'bytes {start}-{start + len(data) - 1}/{whole}'
+                    hub.resumed += start > 0
+                self.send_response(206 if 'Content-Range' in answer.headers else answer.status)
+                for name, value in {'Content-Type': 'application/json', **answer.headers}.items():
+                    self.send_header(name, value)
                 self.send_header('Content-Length', str(len(data)))
                 self.end_headers()
+                if self.command == 'HEAD':
+                    return
+                if cut:
+                    self.wfile.write(data[: len(data) // 2])
+                    self.wfile.flush()
+                    self.close_connection = True
+                    self.connection.close()
+                    return
                 self.wfile.write(data)
 
             do_GET = do_POST = do_PUT = do_HEAD = _answer  # noqa: N815
 
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.server.daemon_threads = True
         self.url = f'http://127.0.0.1:{self.server.server_port}'
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -41,49 +101,148 @@ class LoopbackHub:
         """Forget everything and let only this token in."""
         self.token = token
         self.repos: dict[str, dict[str, Any]] = {}
+        self.datasets: dict[str, dict[str, Any]] = {}
         self.blobs: dict[str, bytes] = {}
         self.commits: list[str] = []
+        self.requests: list[str] = []
+        self.faults: list[Fault] = []
+        self.resumed = 0
+        self.hang_seconds = 5.0
 
-    def answer(self, method: str, path: str, body: bytes, authorization: str) -> tuple[int, dict[str, Any]]:
-        """Return (status, JSON) for a request."""
-        path = path.split('?')[0]
-        if path.startswith('/blob/') and method == 'PUT':
-            self.blobs[path.removeprefix('/blob/')] = body
-            return 200, {'Code': 200, 'Success': True}
+    def add(self, kind: str, repo_id: str, files: Files) -> None:
+        """Put a repository on both hubs."""
+        (self.datasets if kind == 'dataset' else self.repos)[repo_id] = {'files': dict(files)}
+
+    def next_fault(self, method: str, path: str) -> int | str | None:
+        """Return what goes wrong with this request, once."""
+        for fault in self.faults:
+            if fault.part in path and fault.times and (fault.kind != 'cut' or method == 'GET'):
+                fault.times -= 1
+                return fault.kind
+        return None
+
+    def fetched(self) -> list[str]:
+        """Return the requests that asked for the bytes of a file."""
+        return [r for r in self.requests if r.startswith('GET') and ('FilePath=' in r or '/resolve/' in r)]
+
+    def answer(self, method: str, path: str, body: bytes, authorization: str) -> Answer:
+        """Return the answer to a request."""
+        parts = urlsplit(path)
+        name, query = unquote(parts.path), parse_qs(parts.query)
+        if name.startswith('/blob/') and method == 'PUT':
+            self.blobs[name.removeprefix('/blob/')] = body
+            return Answer(200, {'Code': 200, 'Success': True})
         if self.token not in authorization:
-            return 401, {'Code': 401, 'Message': 'no such token', 'Success': False}
-        if path == '/openapi/v1/users/me':
-            return 200, {'success': True, 'data': {'username': self.user, 'email': 'x@example.invalid'}}
-        if path == '/api/v1/models' and method == 'POST':
-            wanted = json.loads(body)
-            name = f'{wanted["Path"]}/{wanted["Name"]}'
-            if name in self.repos:
-                return 409, {'Code': 409, 'Message': 'it is there already', 'Success': False}
-            self.repos[name] = {'visibility': wanted.get('Visibility'), 'files': {}}
-            return 200, {'Code': 200, 'Success': True, 'Data': {'Name': wanted['Name'], 'Path': wanted['Path']}}
-        if path.endswith('/info/lfs/objects/batch'):
-            objects = [
-                {**o, 'actions': {'upload': {'href': f'{self.url}/blob/{o["oid"]}'}}}
-                for o in json.loads(body)['objects']
-            ]
-            return 200, {'Code': 200, 'Success': True, 'Data': {'objects': objects}}
-        if '/commit/' in path:
-            return self._commit(path.split('/models/')[1].split('/commit/')[0], json.loads(body))
-        parts = path.split('/')
-        if path.startswith('/api/v1/models/') and method == 'GET':
-            name = '/'.join(parts[4:6])
-            if name not in self.repos:
-                return 404, {'Code': 404, 'Message': 'not found', 'Success': False}
-            return 200, {'Code': 200, 'Success': True, 'Data': {'Name': parts[5], 'Path': parts[4], 'Files': []}}
-        return 404, {'Code': 404, 'Message': f'unknown {method} {path}', 'Success': False}
+            return Answer(401, {'Code': 401, 'Message': 'no such token', 'error': 'no such token', 'Success': False})
+        if name.startswith(('/api/v1/', '/openapi/')):
+            return self._modelscope(method, name, query, body)
+        return self._hugging_face(method, name, body)
 
-    def _commit(self, repo: str, commit: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def _modelscope(self, method: str, name: str, query: dict[str, list[str]], body: bytes) -> Answer:
+        if name == '/openapi/v1/users/me':
+            return Answer(200, {'success': True, 'data': {'username': self.user, 'email': 'x@example.invalid'}})
+        if name == '/api/v1/models' and method == 'POST':
+            wanted = json.loads(body)
+            repo_id = f'{wanted["Path"]}/{wanted["Name"]}'
+            if repo_id in self.repos:
+                return Answer(409, {'Code': 409, 'Message': 'it is there already', 'Success': False})
+            self.repos[repo_id] = {'visibility': wanted.get('Visibility'), 'files': {}}
+            return Answer(200, {'Code': 200, 'Success': True, 'Data': {'Name': wanted['Name'], 'Path': wanted['Path']}})
+        if name.endswith('/info/lfs/objects/batch'):
+            return Answer(200, {'Code': 200, 'Success': True, 'Data': self._batch(body)})
+        if '/commit/' in name:
+            return self._modelscope_commit(name.split('/models/')[1].split('/commit/')[0], json.loads(body))
+        match = re.fullmatch(r'/api/v1/(models|datasets)/([^/]+/[^/]+)(/repo.*)?', name)
+        repo = self._repo(match[1], match[2]) if match else None
+        if match is None or repo is None or query.get('Revision', ['master']) != ['master']:
+            return Answer(404, {'Code': 404, 'Message': f'not found: {method} {name}', 'Success': False})
+        if match[3] == '/repo':
+            data = repo['files'].get(query['FilePath'][0])
+            return Answer(404, {'Code': 404}) if data is None else Answer(data=data)
+        owner, short = match[2].split('/')
+        listed = [
+            {'Path': path, 'Name': path.rsplit('/', 1)[-1], 'Size': len(data), 'Type': 'blob', 'Sha256': _sha(data)}
+            for path, data in repo['files'].items()
+        ]
+        return Answer(200, {'Code': 200, 'Success': True, 'Data': {'Name': short, 'Path': owner, 'Files': listed}})
+
+    def _repo(self, kind: str, repo_id: str) -> dict[str, Any] | None:
+        return (self.datasets if kind == 'datasets' else self.repos).get(repo_id)
+
+    def _batch(self, body: bytes) -> dict[str, Any]:
+        objects = json.loads(body)['objects']
+        links = [{**o, 'actions': {'upload': {'href': f'{self.url}/blob/{o["oid"]}'}}} for o in objects]
+        return {'transfer': 'basic', 'objects': links}
+
+    def _modelscope_commit(self, repo_id: str, commit: dict[str, Any]) -> Answer:
         for action in commit['actions']:
             is_large = action['type'] == 'lfs'
             content = self.blobs[action['sha256']] if is_large else base64.b64decode(action['content'])
-            self.repos[repo]['files'][action['path']] = content
+            self.repos[repo_id]['files'][action['path']] = content
         self.commits.append(commit.get('commit_message', ''))
-        return 200, {'Code': 200, 'Success': True, 'Data': {'oid': '0' * 40}}
+        return Answer(200, {'Code': 200, 'Success': True, 'Data': {'oid': '0' * 40}})
+
+    def _hugging_face(self, method: str, name: str, body: bytes) -> Answer:
+        if name == '/api/whoami-v2':
+            return Answer(200, {'name': self.user, 'type': 'user', 'orgs': []})
+        if name == '/api/validate-yaml':  # of a model card
+            return Answer(200, {'warnings': [], 'errors': []})
+        if name == '/api/repos/create':
+            wanted = json.loads(body)
+            repo_id = f'{wanted.get("organization") or self.user}/{wanted["name"]}'
+            if repo_id in self.repos:
+                return Answer(409, {'error': 'it is there already'})
+            self.repos[repo_id] = {
+                'visibility': 1 if wanted.get('private') or wanted.get('visibility') == 'private' else 5,
+                'files': {},
+            }
+            return Answer(200, {'url': f'{self.url}/{repo_id}', 'name': repo_id})
+        if name.endswith('/info/lfs/objects/batch'):
+            return Answer(200, self._batch(body))
+        if '/preupload/' in name:
+            files = json.loads(body)['files']
+            modes = [
+                {
+                    'path': f['path'],
+                    'uploadMode': 'lfs' if f['path'].endswith(LARGE) else 'regular',
+                    'shouldIgnore': False,
+                }
+                for f in files
+            ]
+            return Answer(200, {'files': modes})
+        if '/commit/' in name:
+            return self._hugging_face_commit(name.removeprefix('/api/models/').split('/commit/')[0], body)
+        if match := re.fullmatch(r'/(datasets/)?(.+?)/resolve/([^/]+)/(.+)', name):
+            repo = self._repo('datasets' if match[1] else 'models', match[2])
+            data = repo['files'].get(match[4]) if repo else None
+            if data is None:
+                return Answer(404, {'error': 'no such file'}, headers={'X-Error-Code': 'EntryNotFound'})
+            return Answer(data=data, headers={'ETag': f'"{_sha(data)}"', 'X-Repo-Commit': COMMIT})
+        match = re.fullmatch(r'/api/(models|datasets)/(.+?)(?:/(revision|tree)/([^/]+))?', name)
+        repo = self._repo(match[1], match[2]) if match else None
+        if match is None or repo is None:
+            return Answer(404, {'error': 'no such repository'}, headers={'X-Error-Code': 'RepoNotFound'})
+        if match[4] not in (None, 'main', COMMIT):
+            return Answer(404, {'error': 'no such revision'}, headers={'X-Error-Code': 'RevisionNotFound'})
+        listed = [{'type': 'file', 'path': p, 'size': len(d), 'oid': _sha(d)[:40]} for p, d in repo['files'].items()]
+        if match[3] == 'tree':
+            return Answer(200, listed)
+        siblings = [{'rfilename': f['path'], 'size': f['size'], 'blobId': f['oid']} for f in listed]
+        return Answer(200, {'id': match[2], 'sha': COMMIT, 'siblings': siblings, 'private': False, 'tags': []})
+
+    def _hugging_face_commit(self, repo_id: str, body: bytes) -> Answer:
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry['value']
+            if entry['key'] == 'header':
+                self.commits.append(value['summary'])
+            elif entry['key'] == 'lfsFile':
+                self.repos[repo_id]['files'][value['path']] = self.blobs[value['oid']]
+            elif entry['key'] == 'file':
+                self.repos[repo_id]['files'][value['path']] = base64.b64decode(value['content'])
+        return Answer(
+            200, {'commitUrl': f'{self.url}/{repo_id}/commit/{COMMIT}', 'commitOid': COMMIT, 'hookOutput': ''}
+        )
 
     def close(self) -> None:
         """Stop serving."""

@@ -232,6 +232,8 @@ RULES = {
     ('--train_dataset_sample', '0'): '1 or more, or -1 for all',
     ('--temperature', '0', '--predict_with_generate', 'true'): 'for greedy decoding --do_sample false',
     ('--push_to_hub', 'true'): 'needs a token: set the environment variable MODELSCOPE_API_TOKEN',
+    ('--push_to_hub', 'true', '--hub', 'huggingface'): 'needs a token: set the environment variable HF_TOKEN',
+    ('--hub', 'hugingface'): "takes modelscope, huggingface, got 'hugingface'",
     ('--push_to_hub', 'true', '--hub_model_id', 'a/b/c'): 'takes repo or user/repo',
     ('--ddp_backend', 'nccl'): 'needs a GPU and this machine shows none',
     ('--use_flash_attn', 'true'): 'needs flash-attn',
@@ -257,8 +259,9 @@ def test_unknown_words_can_be_ignored(run_sft: Run, caplog: pytest.LogCaptureFix
 
 
 def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
-    run_sft('--max_steps', '1', '--bnb_4bit_quant_type', 'fp4', '--hub_private_repo', 'false', '--top_k', '5')
-    for name in ('bnb_4bit_quant_type', 'hub_private_repo', 'top_k'):
+    flags = ('--bnb_4bit_quant_type', 'fp4', '--hub_private_repo', 'false', '--top_k', '5', '--hub', 'modelscope')
+    run_sft('--max_steps', '1', *flags)
+    for name in ('bnb_4bit_quant_type', 'hub_private_repo', 'top_k', 'hub'):
         assert f'--{name} has no effect' in caplog.text
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from utils.hub_clients import HubName
+
 SftType = Literal['lora', 'full']
 DtypeName = Literal['bf16', 'fp16', 'fp32']
 PushStrategy = Literal['end', 'push_best', 'push_last', 'checkpoint', 'all_checkpoints']
@@ -32,6 +34,7 @@ class CommonArguments:
         None, 'hub model id or local directory; the model type is inferred where an entry matches'
     )
     model_revision: str = flag('master', 'hub revision; no effect with --model_type or a local directory')
+    hub: HubName = flag('modelscope', 'where models and data sets come from and are pushed to')
     sft_type: SftType = flag('lora', 'lora, or full for all weights; QLoRA is lora with --quantization_bit 4 or 8')
     template_type: str | None = flag(None, "key of TEMPLATE_MAPPING; None: the model entry's own")
     seed: int = flag(42, 'global seed; rank r of a distributed run uses seed + r for dropout and the like')
@@ -125,7 +128,9 @@ class SftArguments(CommonArguments):
     hub_model_id: str | None = flag(None, 'repo or user/repo; None: <model_type>-<sft_type>')
     hub_private_repo: bool = flag(True, 'make the repository private when it is created')
     push_hub_strategy: PushStrategy = flag('push_best', 'what is pushed, and when')
-    hub_token: str | None = flag(None, 'None: the environment variable MODELSCOPE_API_TOKEN')
+    hub_token: str | None = flag(
+        None, 'for pushing; None: the environment variable MODELSCOPE_API_TOKEN, with --hub huggingface HF_TOKEN'
+    )
     test_oom_error: bool = flag(False, 'longest training rows first, so that an out-of-memory error shows at once')
 
 

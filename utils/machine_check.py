@@ -10,8 +10,10 @@ from typing import Any
 
 from utils import dist, hub
 from utils.argument import SftArguments
-from utils.dataset import check_source, parse_source
+from utils.dataset import DATASET_MAPPING, check_source, parse_source
+from utils.dataset_rows import HubDataset
 from utils.errors import ConfigError, Problems
+from utils.hub_clients import TOKEN_VARIABLES
 from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution
@@ -38,6 +40,9 @@ def check_machine_common(done: Resolution[Any]) -> None:
                 continue  # said already
             if problem:
                 problems.add(problem)
+    model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
+    if model_is_here and not _reads_hub_data(args) and not getattr(args, 'push_to_hub', False):
+        done.without_effect(('hub',), 'model and data are here, and nothing is pushed')
     if args.quantization_bit and not has_package('bitsandbytes'):
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
     if args.use_flash_attn and not has_package('flash_attn'):
@@ -58,6 +63,10 @@ def _check_model_directory(done: Resolution[Any], info: ModelInfo, directory: Pa
             f'{directory} has no chat template of its own. Name one with --template_type: '
             f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
         )
+
+
+def _reads_hub_data(args: Any) -> bool:
+    return args.reads_data and any(isinstance(DATASET_MAPPING.get(w.split('#')[0]), HubDataset) for w in args.dataset)
 
 
 def _is_path(model_id_or_path: str) -> bool:
@@ -94,8 +103,8 @@ def check_machine_sft(done: Resolution[SftArguments]) -> None:
         )
     elif 'ddp_backend' not in done.typed and dist.world_size() > 1 and not dist.has_gpu_device():
         done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
-    if args.push_to_hub and hub.find_token(args.hub_token) is None:
-        problems.add(f'--push_to_hub true needs a token: set the environment variable {hub.TOKEN_VARIABLE}.')
+    if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:
+        problems.add(f'--push_to_hub true needs a token: set the environment variable {TOKEN_VARIABLES[args.hub]}.')
 
 
 def _check_output_dir(output_dir: Path, problems: Problems) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from utils import dist, hub
 from utils.errors import ConfigError, did_you_mean
 from utils.fingerprint import Fingerprint, fingerprint
+from utils.hub_clients import HubName, Repo
 from utils.logger import logger
 from utils.native.gguf import dense_directory, find_packaged_file
 from utils.native.packed import keep_trainable, loading_settings
@@ -680,14 +681,26 @@ class Weights:
     path: Path
     reason: str
     fingerprint: Fingerprint
+    # Which hub, id and revision served, where one did.
+    served: str | None = None
 
     def record(self, info: ModelInfo) -> dict[str, str]:
         """Return what a run stores of its base model; no path, which would be of this machine."""
         found = self.fingerprint
-        return {'id': info.public_id, 'source': self.path.name, 'sha256': found.sha256, 'covers': found.covers}
+        source = self.served or self.path.name
+        return {'id': info.public_id, 'source': source, 'sha256': found.sha256, 'covers': found.covers}
 
 
-def locate(info: ModelInfo, *, revision: str) -> Weights:
+def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
+    """Return where a model may lie: its entry's id on each hub; an id that no entry has, on the chosen hub alone."""
+    own = any(info is entry for entry in MODEL_MAPPING.values())
+    ids: dict[HubName, Sequence[str]] = {hub_name: (info.model_id_or_path,)}
+    if own:
+        ids = {'modelscope': (info.model_id_or_path,), 'huggingface': (info.hf_model_id,) if info.hf_model_id else ()}
+    return hub.repos_of(hub_name, ids, revision=revision)
+
+
+def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope') -> Weights:
     """Return the weights that serve, downloaded where needed; a GGUF file stays a file until it is opened."""
     local = Path(info.model_id_or_path)
     if info.embedded and (packaged := find_packaged_file(*info.embedded)):
@@ -695,10 +708,11 @@ def locate(info: ModelInfo, *, revision: str) -> Weights:
         return Weights(path=packaged, reason=reason, fingerprint=fingerprint(packaged))
     if local.is_dir():
         return Weights(path=local, reason='it is a local directory', fingerprint=fingerprint(local))
-    with dist.local_main_first():
-        path = hub.download_model(info.model_id_or_path, revision=revision, ignore=info.ignore_file_pattern)
-    reason = f'downloaded from {info.model_id_or_path} at {revision}'
-    return Weights(path=path, reason=reason, fingerprint=fingerprint(path))
+    snapshot = hub.find(_repos(info, hub_name, revision), 'model')
+    ignored = [re.compile(pattern) for pattern in info.ignore_file_pattern]
+    path = snapshot.fetch([name for name in snapshot.files if not any(p.match(name) for p in ignored)])
+    reason = f'{snapshot.repo} {"holds them" if snapshot.online else "is in the cache"}'
+    return Weights(path=path, reason=reason, fingerprint=fingerprint(path), served=str(snapshot.repo))
 
 
 def missing_requirement(requirement: str) -> str | None:

@@ -1,61 +1,161 @@
-"""Checkpoints on their way to a hub while training goes on."""
+"""Checkpoints on their way to a hub: set aside in the run folder, then pushed by a program of its own.
+
+`python -m utils.push RUN_DIR` pushes again what did not arrive. It needs no GPU and no model in memory.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from utils import hub
-from utils.argument import SftArguments
-from utils.logger import logger
+from utils.errors import ConfigError
+from utils.hub_clients import TOKEN_VARIABLES, DeniedError, GoneError
+from utils.leak_scan import scan_for_push
+from utils.logger import logger, set_up_logging
+from utils.model_card import model_card
+from utils.plot import plot_curves
+from utils.resolve import SFT_ARGS
+from utils.run_dir import RUN_JSON, write_json
+
+# What is pushed of a checkpoint: what opens the model. Never the optimizer, the trainer's state or sft_args.json.
+PUSHED = (
+    'adapter_config.json', 'adapter_model.safetensors', 'config.json', 'generation_config.json', 'model.safetensors',
+    'model-*-of-*.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
+    'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', '*.tiktoken',
+    'chat_template.*', '*processor_config.json', 'processor.json',
+)  # fmt: skip
+CURVES = ('loss', 'eval_loss', 'eval_rouge-l')
+# Seconds before each further attempt.
+_WAITS = (5, 30)
+_ASIDE = '.push'
 
 
-class PushCallback(TrainerCallback):
-    """Pushes by --push_hub_strategy. A hub that fails is reported and never stops the training."""
+def folder_in_repo(strategy: str, checkpoint: str) -> str:
+    """Return where a checkpoint goes in the repository: '' is the top."""
+    return {'checkpoint': 'last-checkpoint', 'all_checkpoints': checkpoint}.get(strategy, '')
 
-    def __init__(self, args: SftArguments, token: str) -> None:
-        self.repo = str(args.hub_model_id)
-        self.private = args.hub_private_repo
-        self.strategy = args.push_hub_strategy
-        self._token = token
-        self._pushed: str | None = None
 
-    def _push(self, checkpoint: str, *, into: str = '') -> None:
+def set_aside(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str, Any]) -> Path:
+    """Return a folder laid out as the repository will be, of hard links that outlive the checkpoint's deletion."""
+    target = run_dir / _ASIDE / checkpoint.name
+    shutil.rmtree(target, ignore_errors=True)
+    inside = target / folder_in_repo(strategy, checkpoint.name)
+    inside.mkdir(parents=True)
+    for file in sorted({f for pattern in PUSHED for f in checkpoint.glob(pattern)}):
         try:
-            hub.push_folder(
-                Path(checkpoint),
-                repo=self.repo,
-                token=self._token,
-                private=self.private,
-                message=f'Upload {Path(checkpoint).name}',
-                path_in_repo=into,
+            os.link(file, inside / file.name)
+        except OSError:  # another file system
+            shutil.copy2(file, inside / file.name)
+    write_json(target.with_suffix('.json'), progress)
+    return target
+
+
+def waiting(run_dir: Path) -> list[Path]:
+    """Return the folders set aside that were not pushed, the oldest first."""
+    folders = [p for p in (run_dir / _ASIDE).glob('checkpoint-*') if p.is_dir() and p.with_suffix('.json').is_file()]
+    return sorted(folders, key=lambda p: int(p.name.removeprefix('checkpoint-')))
+
+
+def forget(folder: Path) -> None:
+    """Remove a folder set aside."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_suffix('.json').unlink(missing_ok=True)
+
+
+def push_one(run_dir: Path, folder: Path) -> None:
+    """Write the model card, look for what must not leave, and push; raises ConfigError where that stops it."""
+    record = json.loads((run_dir / SFT_ARGS).read_text(encoding='utf-8'))
+    progress = json.loads(folder.with_suffix('.json').read_text(encoding='utf-8'))
+    token = hub.find_token(None, record['hub'])
+    if token is None:
+        raise ConfigError(f'pushing needs a token: set the environment variable {TOKEN_VARIABLES[record["hub"]]}.')
+    history = [{k: v for k, v in e.items() if k in ('step', *CURVES)} for e in progress['log_history']]
+    pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images')]
+    name = record['hub_model_id'].rsplit('/', 1)[-1]
+    card = model_card(name, record, progress, pictures)
+    (folder / 'README.md').write_text(card, encoding='utf-8')
+    (run_dir / 'README.md').write_text(card, encoding='utf-8')
+    if found := scan_for_push(folder, token):
+        raise ConfigError(
+            f'{folder.name} was not pushed, because it holds what must not leave this machine: {"; ".join(found)}. '
+            'Remove it from the checkpoint, then push again.'
+        )
+    for wait in (*_WAITS, None):
+        try:
+            repo = hub.push_folder(
+                folder,
+                repo=record['hub_model_id'],
+                hub=record['hub'],
+                token=token,
+                private=record['hub_private_repo'],
+                message=f'Upload {folder.name}',
             )
-        except Exception as error:  # the training is worth more than the push
-            logger.warning(f'{checkpoint} could not be pushed to {self.repo}: {type(error).__name__}: {error}')
-            return
-        self._pushed = checkpoint
-        logger.info(f'pushed {checkpoint} to {self.repo}')
+            break
+        except Exception as error:  # the clients raise many kinds
+            told = str(error).replace(token, '<token>').strip().splitlines() or ['']
+            if wait is None or isinstance(error, DeniedError | GoneError):
+                raise ConfigError(f'{folder.name}: {type(error).__name__}: {told[0]}') from None
+            logger.warning(f'{folder.name}: {type(error).__name__}: {told[0]}; trying again in {wait} s')
+            time.sleep(wait)
+    forget(folder)
+    logger.info(f'pushed {folder.name} to {record["hub"]}:{repo}')
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Push what the strategy promises at each checkpoint."""
-        if not state.is_world_process_zero:
-            return
-        last = f'{args.output_dir}/checkpoint-{state.global_step}'
-        best = state.best_model_checkpoint or last
-        if self.strategy == 'push_last':
-            self._push(last)
-        elif self.strategy == 'push_best' and best != self._pushed:
-            self._push(best)
-        elif self.strategy == 'checkpoint':
-            self._push(last, into='last-checkpoint')
-        elif self.strategy == 'all_checkpoints':
-            self._push(last, into=Path(last).name)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Push the last checkpoint where the strategy is `end`."""
-        if state.is_world_process_zero and self.strategy == 'end':
-            self._push(f'{args.output_dir}/checkpoint-{state.global_step}')
+def _promised(run_dir: Path, record: dict[str, Any]) -> list[Path]:
+    """Return the checkpoints that the strategy promises and that are still there, the newest last."""
+    there = [p for p in run_dir.glob('checkpoint-*') if p.name.removeprefix('checkpoint-').isdigit()]
+    there.sort(key=lambda p: int(p.name.removeprefix('checkpoint-')))
+    if record['push_hub_strategy'] == 'all_checkpoints':
+        return there
+    if record['push_hub_strategy'] == 'push_best' and (run_dir / RUN_JSON).is_file():
+        best = Path(json.loads((run_dir / RUN_JSON).read_text(encoding='utf-8'))['best_checkpoint']).name
+        return [p for p in there if p.name == best] or there[-1:]
+    return there[-1:]
+
+
+def push_again(run_dir: Path) -> None:
+    """Push what the run's strategy promises: what is set aside still, else what its checkpoints hold."""
+    if not (run_dir / SFT_ARGS).is_file():
+        raise ConfigError(f'{run_dir} is no run folder: it has no {SFT_ARGS}.')
+    record = json.loads((run_dir / SFT_ARGS).read_text(encoding='utf-8'))
+    if not record.get('hub_model_id'):
+        raise ConfigError(f'{run_dir} was trained without --push_to_hub true, so it names no repository.')
+    folders = waiting(run_dir)
+    if not folders:
+        run = json.loads((run_dir / RUN_JSON).read_text(encoding='utf-8')) if (run_dir / RUN_JSON).is_file() else {}
+        for checkpoint in _promised(run_dir, record):
+            state = json.loads((checkpoint / 'trainer_state.json').read_text(encoding='utf-8'))
+            progress = {'step': state['global_step'], 'log_history': state['log_history'], 'data': run.get('data')}
+            folders.append(set_aside(run_dir, checkpoint, strategy=record['push_hub_strategy'], progress=progress))
+    if not folders:
+        raise ConfigError(f'{run_dir} has no checkpoint to push.')
+    for folder in folders:
+        push_one(run_dir, folder)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Push from a run folder: what one push of a training needs (RUN_DIR CHECKPOINT), or all again (RUN_DIR)."""
+    set_up_logging()
+    if len(argv) not in (1, 2) or argv[0].startswith('-'):
+        print('usage: python -m utils.push RUN_DIR', file=sys.stderr)
+        return 2
+    try:
+        if len(argv) == 2:
+            push_one(Path(argv[0]), Path(argv[0]) / _ASIDE / argv[1])
+        else:
+            push_again(Path(argv[0]))
+    except ConfigError as error:
+        logger.error('\n'.join(error.problems))
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

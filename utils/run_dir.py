@@ -34,7 +34,7 @@ def open_run(done: Resolution[SftArguments]) -> Run:
     """Return a new run, its folder made by rank 0 and known to all; logs every decision and warning."""
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
-    weights = locate(info, revision=args.model_revision)
+    weights = locate(info, revision=args.model_revision, hub_name=args.hub)
     record = run_record(args, system_typed='system' in done.typed, base_model=weights.record(info))
     if args.resume_from_checkpoint:
         done.warnings += check_resumed(Path(args.resume_from_checkpoint), record)
@@ -140,7 +140,7 @@ def fill_from_run(
             continue
         if name not in parsed.typed:
             setattr(args, name, record[name])
-        elif name not in (*base, *GENERATION, 'seed') and getattr(args, name) != record[name]:
+        elif name not in (*base, *GENERATION, 'seed', 'hub') and getattr(args, name) != record[name]:
             warnings.append(f'--{name} {getattr(args, name)} is not what the run was trained with ({record[name]}).')
     return Parsed(args=args, typed=parsed.typed, problems=problems)
 
@@ -153,7 +153,7 @@ def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     problems = Problems()
     check_base(trained, record['base_model'], problems)
     problems.raise_if_any()
-    free = {'resume_from_checkpoint', 'output_dir', 'base_model', *HUB_FLAGS}
+    free = {'resume_from_checkpoint', 'output_dir', 'base_model', 'hub', *HUB_FLAGS}
     return [
         f'--{name} is {record[name]}, the run that is resumed had {trained[name]}: the result will differ from it.'
         for name in record

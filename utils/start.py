@@ -36,6 +36,8 @@ def run_program(story: Callable[[], None]) -> int:
     from utils.logger import set_up_logging
 
     set_up_logging()
+    # Read once, when the library is imported: no usage figures are sent.
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     try:
         story()
     except ConfigError as error:

@@ -19,7 +19,7 @@ from utils.encoding import PreparedData
 from utils.generation import generate_rows, generation_config
 from utils.metrics import compute_loss_metrics, generation_metrics
 from utils.preprocess import IGNORE_INDEX
-from utils.push import PushCallback
+from utils.push_callback import PushCallback
 from utils.resolve import SFT_ARGS
 from utils.run_dir import Run, write_json
 from utils.trainer_args import training_arguments
@@ -148,7 +148,7 @@ def build_trainer(
     )
     trainer.log_to(run.folder)
     if args.push_to_hub:
-        token = hub.find_token(args.hub_token)
+        token = hub.find_token(args.hub_token, args.hub)
         assert token is not None, 'checked before'
-        trainer.add_callback(PushCallback(args, token))
+        trainer.add_callback(PushCallback(args, token, run.folder, data.summary))
     return trainer

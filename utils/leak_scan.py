@@ -1,0 +1,170 @@
+"""What must not leave the machine: tokens, private keys and pickles, looked for in every byte of a folder.
+
+Archives are opened, also inside each other; what cannot be looked into is a finding too.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import bz2
+import gzip
+import io
+import json
+import lzma
+import mmap
+import os
+import pickletools
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+_NAMES = re.compile(
+    r'(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(?:$|_)', re.I
+)
+_SHORTEST_SECRET = 8
+_PATTERNS = {
+    'a private key': rb'-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(?:\s|\\[nr])*[A-Za-z0-9+/]{16}',
+    'a Hugging Face token': rb'(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}',
+    'a ModelScope token': rb'(?<![A-Za-z0-9])ms-[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}',
+    'a GitHub token': rb'(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40})',
+    'a GitLab token': rb'(?<![A-Za-z0-9])glpat-[A-Za-z0-9_-]{20}',
+    'an AWS key': rb'(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])',
+    'an API key': rb'(?<![A-Za-z0-9])sk-(?:proj-|ant-)?[A-Za-z0-9_]{32}',
+    'a Slack token': rb'(?<![A-Za-z0-9])xox[abprs]-[0-9]{8,}-[A-Za-z0-9-]{10}',
+}
+_DEEPEST = 4
+_UNPACKED_BYTES = 1 << 30
+_PICKLE_SUFFIXES = ('.pkl', '.pickle', '.joblib')
+# Opcodes of the old text protocols that name something to be imported.
+_IMPORTS = {'GLOBAL', 'INST', 'STACK_GLOBAL'}
+
+Bytes = bytes | mmap.mmap
+
+
+def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]) -> dict[str, str]:
+    """Return secrets by what holds them: variables named like one, and what was typed."""
+    named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
+    named |= {name: value for name, value in typed.items() if value}
+    return {name: value for name, value in named.items() if len(value) >= _SHORTEST_SECRET}
+
+
+def scan_tree(folder: Path, secrets: Mapping[str, str]) -> list[str]:
+    """Return one line per finding, with the file and what it is, never its text."""
+    scan = _Scan(secrets)
+    for path in sorted(p for p in folder.rglob('*') if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        scan.text(f'the name of {name}', name.encode())
+        if path.stat().st_size:
+            with path.open('rb') as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                scan.file(name, data, depth=0)
+    return scan.found
+
+
+class _Scan:
+    def __init__(self, secrets: Mapping[str, str]) -> None:
+        self.found: list[str] = []
+        self.unpacked = 0
+        known = {f'what {name} holds': b'|'.join(map(re.escape, _spellings(v))) for name, v in secrets.items()}
+        self.patterns = {what: re.compile(pattern) for what, pattern in {**known, **_PATTERNS}.items()}
+
+    def add(self, place: str, what: str) -> None:
+        if f'{place}: {what}' not in self.found:
+            self.found.append(f'{place}: {what}')
+
+    def text(self, place: str, data: Bytes) -> None:
+        for what, pattern in self.patterns.items():
+            if pattern.search(data):
+                self.add(place, what)
+
+    def file(self, place: str, data: Bytes, *, depth: int) -> None:
+        self.text(place, data)
+        if place.lower().endswith(_PICKLE_SUFFIXES) or _is_pickle(data):
+            self.add(place, 'a pickle')
+        for name, value in _metadata(data):
+            decoded = value.encode('utf-8', 'surrogatepass')
+            for text in (decoded, value.encode('latin-1', 'ignore'), _from_base64(decoded)):
+                self.text(f'{place}, metadata {name}', text)
+                if _is_pickle(text):
+                    self.add(f'{place}, metadata {name}', 'a pickle')
+        try:
+            for name, content in self._members(data):
+                if depth == _DEEPEST or content is None:
+                    self.add(f'{place}/{name}', 'an archive too deep or too large to be looked into')
+                else:
+                    self.file(f'{place}/{name}', content, depth=depth + 1)
+        except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError):
+            self.add(place, 'an archive that cannot be looked into')
+
+    def _members(self, data: Bytes) -> Iterator[tuple[str, bytes | None]]:
+        head = bytes(data[:6])
+        openers: dict[bytes, Any] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\x00': lzma.open}
+        opener = next((o for magic, o in openers.items() if head.startswith(magic)), None)
+        if opener is not None:
+            yield 'unpacked', self._bounded(opener(io.BytesIO(data)))
+        elif head.startswith(b'PK\x03\x04'):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for info in archive.infolist():
+                    with archive.open(info) as stream:
+                        yield info.filename, self._bounded(stream)
+        elif bytes(data[257:262]) == b'ustar':
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                for member in tar:
+                    if (extracted := tar.extractfile(member)) is not None:
+                        yield member.name, self._bounded(extracted)
+
+    def _bounded(self, stream: Any) -> bytes | None:
+        content: bytes = stream.read(_UNPACKED_BYTES - self.unpacked + 1)
+        self.unpacked += len(content)
+        return content if self.unpacked <= _UNPACKED_BYTES else None
+
+
+def _spellings(secret: str) -> list[bytes]:
+    plain = secret.encode()
+    # Whole groups of three bytes: what is the same in base64 whatever follows.
+    encoded = base64.b64encode(plain[: len(plain) // 3 * 3])
+    return [plain, quote(secret, safe='').encode(), secret.encode('utf-16-le'), encoded]
+
+
+def _is_pickle(data: Bytes) -> bool:
+    """Return whether data is a pickle: by its first opcodes, or an old text one by naming an import and ending."""
+    binary = bytes(data[:1]) == b'\x80' and bytes(data[1:2]) in (b'\x02', b'\x03', b'\x04', b'\x05')
+    if not binary and bytes(data[-2:]).rstrip(b'\n')[-1:] != b'.':
+        return False
+    names: set[str] = set()
+    try:
+        for count, (opcode, _, _) in enumerate(pickletools.genops(bytes(data[: 1 << 20])), start=1):
+            names.add(opcode.name)
+            if binary and count == 3:
+                return True
+    except Exception:  # the first byte that is no opcode
+        return False
+    return binary or bool(names & _IMPORTS)
+
+
+def _metadata(data: Bytes) -> Iterator[tuple[str, str]]:
+    """Yield the free text in a safetensors header."""
+    size = int.from_bytes(data[:8], 'little')
+    if bytes(data[8:9]) != b'{' or not 0 < size <= len(data) - 8:
+        return
+    try:
+        header = json.loads(bytes(data[8 : 8 + size]))
+    except ValueError:
+        return
+    yield from ((str(k), str(v)) for k, v in (header.get('__metadata__') or {}).items())
+
+
+def _from_base64(text: bytes) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        return b''
+
+
+def scan_for_push(folder: Path, token: str) -> list[str]:
+    """Return what keeps a folder from leaving this machine, given the token of the push and the environment."""
+    return scan_tree(folder, find_secrets(os.environ, {'the token of this push': token}))

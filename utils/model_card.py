@@ -1,0 +1,108 @@
+"""The README.md of a model that is pushed: what it is, made from what the run recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from utils.argument import SftArguments, to_dict
+
+# Said elsewhere in the card, or of this machine alone.
+_LEFT_OUT = {
+    'model_type', 'model_id_or_path', 'dataset', 'output_dir', 'resume_from_checkpoint', 'push_to_hub', 'hub',
+    'hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token', 'ignore_args_error',
+}  # fmt: skip
+_SCORES = ('eval_loss', 'eval_acc', 'eval_rouge-1', 'eval_rouge-2', 'eval_rouge-l', 'eval_bleu-4')
+_ROWS_OF_CURVE = 20
+
+
+def _name(text: Any) -> str:
+    """Return a flag's value as text, of a path of this machine its last part only."""
+    if isinstance(text, list | tuple):
+        return ', '.join(map(_name, text))
+    path = PurePath(str(text))
+    return path.name if path.is_absolute() or str(text).startswith(('.', '~')) else str(text)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [head, ['---'] * len(head), *rows]
+    return ['| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines]
+
+
+def _number(value: Any) -> str:
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """Return Markdown with the metadata that both hubs read.
+
+    `record` is sft_args.json; `progress` holds step, log_history and data; `pictures` are paths in the repository.
+    """
+    base, history = record['base_model'], progress['log_history']
+    adapter = record['sft_type'] == 'lora'
+    # Flags can be added by newer versions; what the record lacks was not used.
+    defaults = to_dict(SftArguments())
+    flags = [
+        (f'`--{f.name}`', _name(record[f.name]))
+        for f in dataclasses.fields(SftArguments)
+        if f.name not in _LEFT_OUT and record.get(f.name) not in (None, defaults.get(f.name))
+    ]
+    evaluations = [entry for entry in history if any(score in entry for score in _SCORES)]
+    scores = [s for s in _SCORES if evaluations and s in evaluations[-1]]
+    data = progress.get('data') or {}
+    counts = [f'{part} {data[part].get("rows")} rows' for part in ('train', 'validation') if part in data]
+    what = 'A LoRA adapter for' if adapter else 'All weights, fine-tuned from'
+    lines = [
+        '---',
+        f'base_model: {_name(base["id"])}',
+        f'library_name: {"peft" if adapter else "transformers"}',
+        'pipeline_tag: text-generation',
+        'tags:',
+        *(['- lora'] if adapter else []),
+        '- sft',
+        '- assay',
+        '---',
+        '',
+        f'# {name}',
+        '',
+        f'{what} {_name(base["id"])}, {progress["step"]} steps.',
+        '',
+        '## Base model',
+        '',
+        f'{_name(base["id"])}; the weights used have the sha256 `{base["sha256"]}` ({base["covers"]}).',
+        '',
+        '## Data',
+        '',
+        f'{_name(record["dataset"])}' + (f': {", ".join(counts)}.' if counts else '.'),
+        '',
+        '## Flags',
+        '',
+        'Those that were not left at their default.',
+        '',
+        *_table(('flag', 'value'), flags),
+        '',
+        '## Scores',
+        '',
+        *(
+            _table(('step', *scores), [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)])
+            if scores
+            else ['Not evaluated.']
+        ),
+        '',
+        '## Curve',
+        '',
+        *(f'![{PurePath(picture).stem}]({picture})' for picture in pictures),
+        '',
+        *_table(
+            ('step', 'loss'), [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
+        ),
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def _thin(entries: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return evenly spread entries, the last among them."""
+    every = -(-len(entries) // _ROWS_OF_CURVE) or 1
+    return entries[::-1][::every][::-1]
