@@ -27,15 +27,16 @@ _NAMES = re.compile(
     r'(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(?:$|_)', re.I
 )
 _SHORTEST_SECRET = 8
-_PATTERNS = {
-    'a private key': rb'-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(?:\s|\\[nr])*[A-Za-z0-9+/]{16}',
-    'a Hugging Face token': rb'(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}',
-    'a ModelScope token': rb'(?<![A-Za-z0-9])ms-[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}',
-    'a GitHub token': rb'(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40})',
-    'a GitLab token': rb'(?<![A-Za-z0-9])glpat-[A-Za-z0-9_-]{20}',
-    'an AWS key': rb'(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])',
-    'an API key': rb'(?<![A-Za-z0-9])sk-(?:proj-|ant-)?[A-Za-z0-9_]{32}',
-    'a Slack token': rb'(?<![A-Za-z0-9])xox[abprs]-[0-9]{8,}-[A-Za-z0-9-]{10}',
+# What each begins with, and what follows: a search for a fixed beginning goes through gigabytes in seconds.
+_PATTERNS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
+    'a private key': ((b'-----BEGIN ',), rb'[A-Z0-9 ]*PRIVATE KEY-----(?:\s|\\[nr])*[A-Za-z0-9+/]{16}'),
+    'a Hugging Face token': ((b'hf_',), rb'[A-Za-z0-9]{30}'),
+    'a ModelScope token': ((b'ms-',), rb'[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}'),
+    'a GitHub token': ((b'ghp_', b'gho_', b'ghu_', b'ghs_', b'ghr_', b'github_pat_'), rb'[A-Za-z0-9_]{36}'),
+    'a GitLab token': ((b'glpat-',), rb'[A-Za-z0-9_-]{20}'),
+    'an AWS key': ((b'AKIA', b'ASIA'), rb'[0-9A-Z]{16}(?![A-Za-z0-9])'),
+    'an API key': ((b'sk-',), rb'(?:proj-|ant-)?[A-Za-z0-9_]{32}'),
+    'a Slack token': ((b'xoxb-', b'xoxp-', b'xoxa-', b'xoxr-', b'xoxs-'), rb'[0-9]{8,}-[A-Za-z0-9-]{10}'),
 }
 _DEEPEST = 4
 _UNPACKED_BYTES = 1 << 30
@@ -69,16 +70,23 @@ class _Scan:
     def __init__(self, secrets: Mapping[str, str]) -> None:
         self.found: list[str] = []
         self.unpacked = 0
-        known = {f'what {name} holds': b'|'.join(map(re.escape, _spellings(v))) for name, v in secrets.items()}
-        self.patterns = {what: re.compile(pattern) for what, pattern in {**known, **_PATTERNS}.items()}
+        self.known = [(f'what {name} holds', s) for name, value in secrets.items() for s in _spellings(value)]
+        self.patterns = [
+            (what, re.compile(re.escape(start) + rest))
+            for what, (starts, rest) in _PATTERNS.items()
+            for start in starts
+        ]
 
     def add(self, place: str, what: str) -> None:
         if f'{place}: {what}' not in self.found:
             self.found.append(f'{place}: {what}')
 
     def text(self, place: str, data: Bytes) -> None:
-        for what, pattern in self.patterns.items():
-            if pattern.search(data):
+        for what, secret in self.known:
+            if data.find(secret) >= 0:
+                self.add(place, what)
+        for what, pattern in self.patterns:
+            if any(not bytes(data[max(m.start() - 1, 0) : m.start()]).isalnum() for m in pattern.finditer(data)):
                 self.add(place, what)
 
     def file(self, place: str, data: Bytes, *, depth: int) -> None:
