@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils.argument import CommonArguments, InferArguments, SftArguments, flag_types
 from utils.dataset import DATASET_MAPPING
+from utils.dataset_rows import HubDataset
 from utils.model import MODEL_MAPPING, ModelInfo
 from utils.native.registry import FAMILIES
 from utils.parser import describe_default, describe_type
@@ -65,6 +66,17 @@ def model_table() -> str:
     return '\n'.join(lines)
 
 
+def dataset_table() -> str:
+    """Return a Markdown table of the data sets of the hubs."""
+    lines = ['| dataset | ModelScope | Hugging Face | subsets | train; validation |', '|---|---|---|---|---|']
+    for name, entry in DATASET_MAPPING.items():
+        if isinstance(entry, HubDataset):
+            ids = ', now '.join((entry.id, *entry.moved))
+            splits = '; '.join(filter(None, (', '.join(entry.train), ', '.join(entry.val))))
+            lines.append(f'| {name} | {ids} | {entry.hf_id or ""} | {", ".join(entry.subsets)} | {splits} |')
+    return '\n'.join(lines)
+
+
 def names() -> str:
     """Return the registered templates and data sets in two lines."""
     return f'Templates: {", ".join(TEMPLATE_MAPPING)}.\n\nData sets: {", ".join(DATASET_MAPPING)}, and any data file.'
@@ -75,6 +87,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     'flags-sft': lambda: flag_table(SftArguments, common=False),
     'flags-infer': lambda: flag_table(InferArguments, common=False),
     'models': model_table,
+    'datasets': dataset_table,
     'names': names,
 }
 
