@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT
 from utils.errors import ConfigError
 from utils.native.family import Family, State
-from utils.native.images import find_images, name_images, put_image_slots, read_images, slot_ids
+from utils.native.images import BadImage, find_images, image_size, name_images, place_image, read_images, replace_tags
 from utils.native.open import open_original, open_saved
 from utils.native.qwen import QWEN, QWEN_GPTQ
 from utils.native.qwen_vl import QWEN_VL, QWEN_VL_GPTQ
@@ -257,7 +257,8 @@ def make_state(config: dict[str, Any]) -> State:
 
 def make_row(config: dict[str, Any], images: int, tail: int) -> tuple[list[int], Any]:
     """Return the ids of a row with images and their random pixels."""
-    slots, side = slot_ids(config['visual']), config['visual']['image_size']
+    start, side = config['visual']['image_start_id'], config['visual']['image_size']
+    slots = [start, *[start + 2] * config['visual']['n_queries'], start + 1]
     row = [7, 8]
     for n in range(images):
         row += [*slots, 20 + n]
@@ -382,7 +383,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(golden: State, frozen: 
     def gradients(checkpointing: bool) -> dict[str, Any]:
         model = open_folder().train()
         if frozen:
-            model.freeze_tower()
+            model.visual.requires_grad_(False)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
             assert all(block.gradient_checkpointing for block in model.visual.transformer.resblocks)
@@ -405,7 +406,7 @@ def test_rows_without_images_give_a_trained_tower_zero_gradients(golden: State) 
     loss.backward()
     assert {float(weight.grad.abs().max()) for weight in model.visual.parameters()} == {0.0}
     frozen = open_folder().train()
-    frozen.freeze_tower()
+    frozen.visual.requires_grad_(False)
     frozen(ids, labels=ids).loss.backward()
     assert all(weight.grad is None for weight in frozen.visual.parameters())
 
@@ -437,7 +438,7 @@ def test_beams_keep_the_images_of_their_row(tmp_path: Path) -> None:
 # GPTQ
 
 
-def pack(config: dict[str, Any], state: State) -> tuple[dict[str, Any], State, State]:
+def pack(config: dict[str, Any], state: State, group: int = 8) -> tuple[dict[str, Any], State, State]:
     """Return config.json and tensors of random 4-bit text layers, and the plain tensors they stand for."""
     torch.manual_seed(1)
     packed, plain = {}, dict(state)
@@ -446,19 +447,19 @@ def pack(config: dict[str, Any], state: State) -> tuple[dict[str, Any], State, S
             packed[key] = state[key]
             continue
         layer, (outputs, inputs) = key.removesuffix('.weight'), state[key].shape
-        integers, zeros = torch.randint(16, (inputs, outputs)), torch.randint(15, (inputs // 8, outputs))
-        scales = (torch.rand(inputs // 8, outputs) * 0.02).half()
-        groups = torch.arange(inputs) // 8
+        integers, zeros = torch.randint(16, (inputs, outputs)), torch.randint(15, (inputs // group, outputs))
+        scales = (torch.rand(inputs // group, outputs) * 0.02).half()
+        groups = torch.arange(inputs) // group
         plain[key] = ((integers - zeros[groups] - 1) * scales[groups].float()).t()
         words = sum(integers.view(-1, 8, outputs)[:, n] << (4 * n) for n in range(8))
-        zero_words = sum(zeros.view(inputs // 8, -1, 8)[:, :, n] << (4 * n) for n in range(8))
+        zero_words = sum(zeros.view(inputs // group, -1, 8)[:, :, n] << (4 * n) for n in range(8))
         packed |= {
             f'{layer}.qweight': torch.as_tensor(words).to(torch.int32), f'{layer}.scales': scales,
             f'{layer}.qzeros': torch.as_tensor(zero_words).to(torch.int32), f'{layer}.g_idx': groups.to(torch.int32),
         }  # fmt: skip
         if '.attn.c_attn' not in layer:
             packed[f'{layer}.bias'] = torch.zeros(outputs).half()
-    settings = {'quant_method': 'gptq', 'bits': 4, 'group_size': 8, 'desc_act': False, 'sym': True}
+    settings = {'quant_method': 'gptq', 'bits': 4, 'group_size': group, 'desc_act': False, 'sym': True}
     return {**config, 'quantization_config': settings}, packed, plain
 
 
@@ -552,21 +553,10 @@ def test_images_and_slots_that_do_not_fit_are_refused(golden: State) -> None:
 # Tags and files
 
 
-def test_tags_are_found_and_become_slots() -> None:
+def test_tags_are_found_and_replaced() -> None:
     text = 'Picture 1: <img>a b/图.png</img>\nPicture 2: <img></img> what? <img src="x"> <img>open'
     assert find_images(text) == ['a b/图.png', '']
-    slots = slot_ids({'image_start_id': 300, 'n_queries': 4})
-    assert slots == [300, 302, 302, 302, 302, 301]
-    pieces: list[str] = []
-
-    def encode(piece: str) -> list[int]:
-        pieces.append(piece)
-        return [len(pieces)]
-
-    assert put_image_slots(text, encode, slots) == [1, *slots, 2, *slots, 3]
-    assert pieces == ['Picture 1: ', '\nPicture 2: ', ' what? <img src="x"> <img>open']
-    assert put_image_slots('<img>x</img>', encode, slots) == slots
-    assert put_image_slots('', encode, slots) == []
+    assert replace_tags(text, r'\1') == 'Picture 1: \\1\nPicture 2: \\1 what? <img src="x"> <img>open'
 
 
 def test_empty_tags_take_the_images_of_the_row_in_order() -> None:
@@ -574,10 +564,25 @@ def test_empty_tags_take_the_images_of_the_row_in_order() -> None:
     named = ['<img>a.png</img> <img>b.png</img>', r'no \1 tag', r'<img>c\1.png</img>']
     assert name_images(texts, ['a.png', 'b.png', r'c\1.png']) == named
     assert name_images(named, []) == named
-    with pytest.raises(ConfigError, match=r"more images than tags: .* 'd.png'"):
+    with pytest.raises(BadImage, match=r"image 'd.png' has no tag: the row has more images than tags"):
         name_images(texts, ['a.png', 'c.png', 'd.png'])
-    with pytest.raises(ConfigError, match='2 empty tags <img></img> and 1 images'):
+    with pytest.raises(BadImage, match='the row has fewer images than empty tags'):
         name_images(texts, ['a.png'])
+
+
+def test_paths_start_at_the_data_file_and_stay_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place_image('pictures/../a.png', '/data') == '/data/a.png'
+    assert place_image('..a/b.png', '/data') == '/data/..a/b.png'
+    assert place_image('/elsewhere/a.png', '/data') == '/elsewhere/a.png'
+    monkeypatch.setenv('HOME', '/home/me')
+    assert [place_image(path, None) for path in ('~/a.png', '../a.png')] == ['/home/me/a.png', '../a.png']
+    for path in ('../a.png', 'a/../../b.png', '..'):
+        with pytest.raises(BadImage, match=r'leaves the folder of its data file'):
+            place_image(path, '/data')
+    for path in ('https://example.org/a.png', 'file:///a.png', 'data:image/png;base64,AAAA'):
+        for folder in ('/data', None):
+            with pytest.raises(BadImage, match='nothing is downloaded'):
+                place_image(path, folder)
 
 
 @pytest.mark.parametrize('mode', ['L', 'P', 'RGBA', 'CMYK', '1'])
@@ -627,7 +632,6 @@ def a_program(folder: Path) -> Path:
         (lambda folder: folder, 'is not there'),
         (lambda folder: 'a\0b.png', 'is not there'),
         (lambda folder: '', 'is not there'),
-        (lambda folder: 'https://example.org/a.png', 'nothing is downloaded'),
         (lambda folder: png_of_size(folder / 'large.png', 9500, 9500), '9500 x 9500 pixels'),
         (lambda folder: png_of_size(folder / 'huge.png', 60000, 60000), 'too large to decode'),
     ],
@@ -638,3 +642,12 @@ def test_files_that_are_no_usable_image_are_named(make: Callable[[Path], Any], s
         read_images([GOLDEN / 'b.png', path], 56)
     assert said in str(error.value)
     assert repr(path) in str(error.value)
+    assert (error.value.path, path in error.value.reason) == (path, path == '')
+    # As it comes out of a data-loader process: with a traceback before it, the kind alone kept.
+    caught = (
+        f'Caught BadImage in DataLoader worker process 0.\nTraceback:\nutils.native.images.BadImage: {error.value}\n'
+    )
+    assert str(BadImage(caught)) == str(error.value)
+    if make is not a_truncated_image:
+        with pytest.raises(BadImage):
+            image_size(path)

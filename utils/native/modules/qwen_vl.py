@@ -192,10 +192,6 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         self.visual = VisualTower(config.visual)
         self.post_init()
 
-    def freeze_tower(self) -> None:
-        """Keep the tower as it is while the rest trains; nothing of it is kept for a backward pass then."""
-        self.visual.requires_grad_(False)
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
