@@ -15,6 +15,7 @@ from utils.errors import ConfigError
 from utils.logger import logger
 from utils.machine_check import check_machine_common
 from utils.model import Weights, is_adapter, locate
+from utils.native.image_readers import open_images
 from utils.parser import Parsed, parse
 from utils.resolution import Resolution
 from utils.resolve import resolve_infer
@@ -85,17 +86,18 @@ def _act(
     assert info is not None, 'resolved without problems'
     set_seed(args.seed + dist.rank())
     model, tokenizer, _ = open_model(args, info, weights, trains=False)
+    images = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
     if checkpoint is not None and is_adapter(checkpoint):
         model = load_adapter(model, checkpoint, weights.path, info.family)
     model.eval()
     if args.export_native:
-        export_native(model, tokenizer, Path(str(args.output_dir)))
+        export_native(model, tokenizer, Path(str(args.output_dir)), images)
         logger.info(f'written: {args.output_dir}, for AutoModelForCausalLM or --model_id_or_path')
         return
     if args.merge_lora_and_save:
         assert checkpoint is not None and record is not None, 'checked'
         target = checkpoint.with_name(f'{checkpoint.name}-merged')
-        logger.info(merge_and_save(model, tokenizer, target, record=record))
+        logger.info(merge_and_save(model, tokenizer, target, record=record, images=images))
         logger.info(f'merged: {target}\nnext: python llm_infer.py --ckpt_dir {target}')
         return
     encoder = make_encoder(
@@ -104,6 +106,7 @@ def _act(
         system=args.system,
         system_typed='system' in done.typed or bool(record and record['system_typed']),
         max_length=args.max_length,
+        images=images,
     )
     encoder.keeps_lead = record is not None and record.get('keeps_lead', True)
     config = generation_config(args, tokenizer, encoder.stop_ids)

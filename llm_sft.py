@@ -12,6 +12,7 @@ from utils.argument import SftArguments
 from utils.dataset import get_dataset
 from utils.errors import ConfigError
 from utils.machine_check import check_machine_sft
+from utils.native.image_readers import open_images
 from utils.parser import parse
 from utils.resolution import Resolution
 from utils.resolve import resolve_sft
@@ -54,12 +55,14 @@ def train(done: Resolution[SftArguments]) -> None:
 
     set_seed(args.seed)
     model, tokenizer, dtype = open_model(args, info, run.weights, trains=True)
+    images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     encoder = make_encoder(
         tokenizer,
         template_type=str(args.template_type),
         system=args.system,
         system_typed='system' in done.typed,
         max_length=args.max_length,
+        images=images,
     )
     data = prepare_data(encoder, rows, run.folder)
     run.record['keeps_lead'] = encoder.keeps_lead

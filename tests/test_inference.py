@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,9 @@ def test_merge_that_differs_is_not_put_in_place(checkpoint: Path, monkeypatch: p
 
     real, calls = utils.tuner.probe_logits, []
 
-    def drifted(model: Any, tokenizer: Any) -> torch.Tensor:
+    def drifted(model: Any, *rest: Any) -> torch.Tensor:
         calls.append(model)
-        return real(model, tokenizer) + (0.5 * len(calls))
+        return real(model, *rest) + (0.5 * len(calls))
 
     monkeypatch.setattr(utils.tuner, 'probe_logits', drifted)
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 2
@@ -169,7 +169,8 @@ def test_chat_keeps_history_and_obeys_commands(tokenizer: Any) -> None:
     prompts: list[str] = []
     said: list[str] = []
 
-    def answer(prompt: list[int]) -> str:
+    def answer(prompt: list[int], images: Sequence[str]) -> str:
+        assert images == ()
         prompts.append(tokenizer.decode(prompt))
         return f'r{len(prompts)}'
 

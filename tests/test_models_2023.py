@@ -32,6 +32,7 @@ from utils.native.registry import FAMILIES
 from utils.preprocess import TEMPLATE_MAPPING, Row
 from utils.start import open_model
 from utils.tuner import ALL, linear_names, merge_and_save, prepare_model
+from utils.vision import find_towers
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 QKV = ('q_proj', 'k_proj', 'v_proj')
@@ -41,6 +42,8 @@ BAICHUAN = {'tokenizer.model': 'baichuan.model'}
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     'qwen': ('qwen-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
     'qwen_gptq': ('qwen_gptq-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
+    'qwen_vl': ('qwenvl-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
+    'qwen_vl_gptq': ('qwenvl-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
     'baichuan_7b': ('baichuan7b-a', BAICHUAN),
     'baichuan2_7b': ('baichuan2_7b-a', BAICHUAN),
     'baichuan_13b': ('baichuan_13b-a', BAICHUAN),
@@ -56,15 +59,16 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
 
 FACTS = {entry['model_type']: entry for entry in json.loads((GOLDENS / 'models_2023.json').read_text())}
 # Of the 47, those that are registered.
-REGISTERED = 44
+REGISTERED = 47
 KEYS = [key for key in FACTS if key in MODEL_MAPPING]
 # One key of each family, where a family has several sizes.
 PROVEN = (
     'qwen-7b', 'qwen-7b-chat-int4', 'qwen-7b-chat-int8', 'baichuan-7b', 'baichuan-13b', 'baichuan2-7b', 'baichuan2-13b',
     'baichuan2-7b-chat-int4', 'baichuan2-13b-chat-int4', 'chatglm2-6b', 'chatglm2-6b-32k', 'internlm-7b',
     'internlm-7b-chat-8k', 'xverse-7b', 'polylm-13b', 'seqgpt-560m', 'ziya2-13b', 'llama2-7b', 'mistral-7b',
+    'qwen-vl', 'qwen-vl-chat-int4',
 )  # fmt: skip
-OUR_CLASSES = {'baichuan-13b', 'baichuan2-13b', 'baichuan2-13b-chat-int4'}
+OUR_CLASSES = {'baichuan-13b', 'baichuan2-13b', 'baichuan2-13b-chat-int4', 'qwen-vl'}
 
 
 def original_folder(key: str, folder: Path) -> Path:
@@ -90,7 +94,10 @@ def original_folder(key: str, folder: Path) -> Path:
     if not vocabulary:
         make_tokenizer(chat_template=None).save_pretrained(folder)
     assert family.tokenizer is not None
-    widen(folder, template_size(info, len(family.tokenizer(folder))))
+    tokenizer = family.tokenizer(folder)
+    if golden == 'qwenvl-a':
+        move_image_tags(folder, tokenizer.convert_tokens_to_ids('<img>'), packed=info.quantization is not None)
+    widen(folder, template_size(info, len(tokenizer)))
     return folder
 
 
@@ -131,6 +138,20 @@ def native_folder(info: ModelInfo, folder: Path) -> Path:
         make_model().save_pretrained(folder)
     make_tokenizer(chat_template=None).save_pretrained(folder)
     return folder
+
+
+def move_image_tags(folder: Path, start: int, *, packed: bool) -> None:
+    """Give the toy Qwen-VL the ids that its toy tokenizer has for image tags; `packed`: and its text in 4 bits."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.test_native_qwen_vl import pack
+
+    config = json.loads((folder / 'config.json').read_text())
+    config['visual']['image_start_id'] = start
+    if packed:
+        config, state, _ = pack(config, load_file(folder / 'model.safetensors'), group=16)
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps(config))
 
 
 def template_size(info: ModelInfo, tokens: int) -> int:
@@ -186,7 +207,7 @@ def test_entries_are_those_of_the_facts() -> None:
         assert info.family is None or info.family in SOURCES
         assert (info.quantization is not None) == ('-int' in key)
     assert set(SOURCES) <= {MODEL_MAPPING[key].family for key in KEYS}
-    assert {MODEL_MAPPING[key].family for key in PROVEN} == {*SOURCES, None} and len(PROVEN) == 19
+    assert {MODEL_MAPPING[key].family for key in PROVEN} == {*SOURCES, None} and len(PROVEN) == 21
 
 
 def test_template_of_each_entry_renders() -> None:
@@ -245,7 +266,8 @@ def check_it_trains(tuned: Any) -> list[Any]:
             gradients(tuned, weights)
             optimizer.step()
     assert losses[-1] < losses[0] - 0.05, losses
-    assert len(weights) >= 2 * len(linear_names(tuned.get_base_model())) > 0
+    base = tuned.get_base_model()
+    assert len(weights) >= 2 * len(linear_names(base, find_towers(base))) > 0
     assert all(float(found.abs().max()) > 0 for found in gradients(tuned, weights))
     return weights
 
@@ -278,7 +300,7 @@ def test_family_trains_reloads_and_merges(key: str, tmp_path: Path) -> None:
     merged = tmp_path / 'merged'
     merge_and_save(tuned, tokenizer, merged, record={})
     if key in OUR_CLASSES:
-        with pytest.raises(ValueError, match='assay_baichuan_13b'):
+        with pytest.raises(ValueError, match='assay_'):
             AutoModelForCausalLM.from_pretrained(merged)
         opened = load_model(merged, torch_dtype=torch.float32)
         read = load_tokenizer(merged)
@@ -309,7 +331,7 @@ def test_family_is_packed_on_load_and_trains(key: str, bits: int, tmp_path: Path
     head = model.get_output_embeddings()
     assert type(head) is torch.nn.Linear
     count = sum(isinstance(module, packed) for module in model.modules())
-    assert count == linear_names(model).total() > 0
+    assert count == linear_names(model, find_towers(model)).total() > 0
     torch.manual_seed(0)
     check_it_trains(prepare_model(model, args))
 

@@ -261,7 +261,7 @@ def test_names_that_peft_would_put_on_the_experts_are_not_put_there(caplog: pyte
 
 def test_entries_name_both_hubs_a_floor_and_their_template() -> None:
     modern = {key: info for key, info in MODEL_MAPPING.items() if info.requires}
-    assert len(modern) == 93 and set(PLAIN) | set(SEEING) <= set(modern)
+    assert len(modern) == 101 and set(PLAIN) | set(SEEING) <= set(modern)
     for key, info in modern.items():
         assert info.template == AUTO and key == key.lower(), key
         assert info.model_id_or_path.count('/') == 1 and str(info.hf_model_id).count('/') == 1, key
@@ -274,11 +274,12 @@ def test_entries_name_both_hubs_a_floor_and_their_template() -> None:
 
 
 def test_the_model_table_claims_what_the_tests_prove() -> None:
-    from tests.test_models_2023 import GOLDENS, NATIVE_KEYS, SOURCES
+    from tests.test_models_2023 import GOLDENS, KEYS, SOURCES
     from tests.test_native_llama import NATIVE
     from tests.test_template import GOLDEN
+    from tests.vision_models import TEMPLATES
 
-    trained = {MODEL_MAPPING[key].model_class for key in [*PLAIN, *SEEING]}
+    trained = {MODEL_MAPPING[key].model_class for key in [*PLAIN, *SEEING, *TEMPLATES]}
     golden = {key.split('-')[0] for key in docs.GOLDEN_NATIVE}
     assert {name.split('-')[0] for name in NATIVE} == golden, 'Bloom and Llama with logits of the original code'
     claims: Counter[str] = Counter()
@@ -293,12 +294,12 @@ def test_the_model_table_claims_what_the_tests_prove() -> None:
             assert info.model_class in trained and claim == (
                 'class and template' if info.chat_template else 'class only'
             )
-            assert info.chat_template is None or info.chat_template in ENDS, key
+            assert info.chat_template is None or info.chat_template in (*ENDS, *TEMPLATES.values()), key
         else:
-            assert claim == 'class and template' and (key in NATIVE_KEYS or info.embedded), key
+            assert claim == 'class and template' and (key in KEYS or info.embedded), key
             assert info.template in GOLDEN
-    assert claims == {'golden logits of the original code': 32, 'class and template': 62, 'class only': 44}
-    assert len({docs.native_class(info) for info in MODEL_MAPPING.values() if info.requires}) == len(trained) == 23
+    assert claims == {'golden logits of the original code': 35, 'class and template': 70, 'class only': 44}
+    assert len({docs.native_class(info) for info in MODEL_MAPPING.values() if info.requires}) == len(trained) == 25
 
 
 @pytest.mark.parametrize('program', ['llm_sft', 'llm_infer'])

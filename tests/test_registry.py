@@ -21,7 +21,7 @@ def resolved(*words: str) -> Resolution[SftArguments]:
 
 
 def test_entries_are_complete() -> None:
-    assert len(MODEL_MAPPING) == 138
+    assert len(MODEL_MAPPING) == 149
     for key, info in MODEL_MAPPING.items():
         assert key == key.lower() and info.model_id_or_path.count('/') == 1
         assert info.hf_model_id is None or info.hf_model_id.count('/') == 1

@@ -13,6 +13,9 @@ LAYERS: list[list[str]] = [
     ['errors', 'dist', 'logger'],
     [
         'preprocess',
+        'native.images',
+        'native.image_readers',
+        'vision',
         'encoder',
         'auto_encoder',
         'fingerprint',
@@ -32,7 +35,6 @@ LAYERS: list[list[str]] = [
         'native.sentencepiece_bpe',
         'native.tiktoken_bpe',
         'native.xverse_tokenizer',
-        'native.images',
         'native.modules.alibi',
         'native.modules.qwen_long',
         'native.modules.qwen_vl',

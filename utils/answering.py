@@ -39,6 +39,7 @@ def answer_rows(
     for line in report.lines():
         logger.warning(line)
     prompts = encoder.encode_prompts(kept)
+    paths = [encoder.image_paths(row) for row in kept]
     answers = [
         tokenizer.decode(ids, skip_special_tokens=True)
         for ids in generate_rows(
@@ -46,6 +47,8 @@ def answer_rows(
             prompts,
             config,
             batch_size=args.infer_batch_size,
+            images=encoder.images,
+            paths=paths,
             progress=lambda done: logger.info(f'answered {done} of {len(prompts)} rows'),
         )
     ]
@@ -54,6 +57,7 @@ def answer_rows(
         for row, answer, label in zip(kept, answers, labels, strict=True):
             scores = score_texts([answer.strip()], [label.strip()])
             content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
+            content |= {'images': row.images} if row.images else {}
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
             question = row.messages[-2]['content'] if len(row.messages) > 1 else ''
             print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
@@ -70,8 +74,9 @@ def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig,
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    def answer(prompt: list[int]) -> str:
-        text = generate_stream(model, tokenizer, prompt, config, say if streams else lambda part: None)
+    def answer(prompt: list[int], paths: Sequence[str]) -> str:
+        hear = say if streams else lambda part: None
+        text = generate_stream(model, tokenizer, prompt, config, hear, images=encoder.images, paths=paths)
         if not streams:
             say(text)
         return text

@@ -53,6 +53,10 @@ class CommonArguments:
         "system prompt; a row's own wins; with template auto only a typed one is used",
     )
     max_length: int = flag(2048, 'tokens per sample; a longer one loses its front; -1: no limit')
+    max_pixels: int | None = flag(
+        None,
+        "images of more pixels are scaled down to this many; None: the model's own limit. Fewer pixels, fewer tokens",
+    )
     quantization_bit: Literal[0, 4, 8] = flag(0, 'quantise the base model with bitsandbytes on load; lora only')
     bnb_4bit_comp_dtype: DtypeName | None = flag(None, 'compute type of 4-bit layers; None: the same as --dtype')
     bnb_4bit_quant_type: Literal['nf4', 'fp4'] = flag('nf4', '4-bit number format')
@@ -101,6 +105,9 @@ class SftArguments(CommonArguments):
     lora_rank: int = flag(8, 'rank of the adapter')
     lora_alpha: int = flag(32, 'the adapter is scaled by alpha / rank')
     lora_dropout_p: float = flag(0.0, "dropout on the adapter's input")
+    freeze_vision: bool = flag(
+        True, 'keep what sees for a vision model as it is; false: LoRA names and full reach it too'
+    )
     gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
     deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
     batch_size: int = flag(1, 'training rows per device and forward pass')

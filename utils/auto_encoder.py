@@ -12,10 +12,11 @@ import dataclasses
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from utils.encoder import Encoder, TemplateEncoder, map_strings
 from utils.errors import ConfigError
+from utils.native.image_readers import Images
 from utils.preprocess import (
     ADDED_END,
     AUTO,
@@ -28,6 +29,7 @@ from utils.preprocess import (
     Encoded,
     Message,
     Row,
+    RowRefused,
 )
 
 _OPENS_THINKING = re.compile(r'<(?:\w+:)?think>')
@@ -37,10 +39,6 @@ _REPLY_THINKS = re.compile(r'\s*<(?:\w+:)?think>\s*')
 
 # Ends of prompts whose ids are remembered; templates have few, but one may end in the question itself.
 _TAILS_KEPT = 4096
-
-
-class RowRefused(ValueError):
-    """The chat template raised on a row; carries the template's own words."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -60,8 +58,8 @@ class AutoEncoder(Encoder):
 
     name = AUTO
 
-    def __init__(self, tokenizer: Any, *, system: str | None, max_length: int) -> None:
-        super().__init__(tokenizer, max_length=max_length)
+    def __init__(self, tokenizer: Any, *, system: str | None, max_length: int, images: Images | None = None) -> None:
+        super().__init__(tokenizer, max_length=max_length, images=images)
         if not tokenizer.chat_template:
             raise ConfigError(
                 'template auto needs a chat template, and this tokenizer has none. '
@@ -155,7 +153,12 @@ class AutoEncoder(Encoder):
             return False
 
     def _spoken(self, message: Message) -> Message:
-        """Return the message in the form that the template can say."""
+        """Return the message in the form that the template can say; images among text as a list of items."""
+        if self.text.image in message['content']:
+            texts = message['content'].split(self.text.image)
+            items = [item for text in texts for item in ({'type': 'image'}, {'type': 'text', 'text': text})][1:]
+            shown = [item for item in items if item.get('text') != '']
+            return cast(Message, {**message, 'content': shown})
         if 'tool_calls' not in message:
             return message
         if self.says_tool_calls:
@@ -291,9 +294,17 @@ class AutoEncoder(Encoder):
         )
 
 
-def make_encoder(tokenizer: Any, *, template_type: str, system: str, system_typed: bool, max_length: int) -> Encoder:
+def make_encoder(
+    tokenizer: Any,
+    *,
+    template_type: str,
+    system: str,
+    system_typed: bool,
+    max_length: int,
+    images: Images | None = None,
+) -> Encoder:
     """Return the encoder of a template. With auto, `system` counts only if the user typed it."""
     template = TEMPLATE_MAPPING[template_type]
     if template is None:
-        return AutoEncoder(tokenizer, system=system if system_typed else None, max_length=max_length)
-    return TemplateEncoder(tokenizer, template, name=template_type, system=system, max_length=max_length)
+        return AutoEncoder(tokenizer, system=system if system_typed else None, max_length=max_length, images=images)
+    return TemplateEncoder(tokenizer, template, name=template_type, system=system, max_length=max_length, images=images)

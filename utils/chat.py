@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from utils.auto_encoder import RowRefused
 from utils.encoder import Encoder
 from utils.errors import ConfigError
-from utils.preprocess import TEMPLATE_MAPPING, Message, Row
+from utils.preprocess import TEMPLATE_MAPPING, Message, Row, RowRefused
 
 HELP = (
     '/clear forgets the conversation, /system TEXT sets the system prompt, /exit or Ctrl-D leaves, Ctrl-C stops a reply'
 )
 
-# Answers a prompt's ids and shows the text as it comes, or at once.
-Answer = Callable[[list[int]], str]
+# Answers a prompt's ids and the files of its images, and shows the text as it comes, or at once.
+Answer = Callable[[list[int], Sequence[str]], str]
 
 
 class Chat:
@@ -50,11 +49,10 @@ class Chat:
         # The encoder drops the last message, which in a training row is the reply.
         row = Row(messages=[*system, *turns, Message(role='assistant', content='')], origin='chat')
         try:
-            prompt = self.encoder.encode_prompts([row])[0]
+            text = self.answer(self.encoder.encode_prompts([row])[0], self.encoder.image_paths(row))
         except (ConfigError, RowRefused) as error:
             self.say(f'({error})\n')
             return
-        text = self.answer(prompt)
         self.say('\n')
         if self.keeps_history:
             self.turns = [*turns, Message(role='assistant', content=text)]
@@ -63,6 +61,8 @@ class Chat:
 def chat_in_terminal(chat: Chat) -> None:
     """Read lines until /exit or Ctrl-D."""
     chat.say(f'{HELP}\n')
+    if chat.encoder.images is not None:
+        chat.say('(<img>path</img> in a line shows an image)\n')
     if not chat.keeps_history:
         chat.say(f"(template '{chat.encoder.name}' is single-turn: each line is a conversation of its own)\n")
     while True:

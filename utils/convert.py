@@ -50,6 +50,34 @@ def _json(value: Any, column: str) -> Any:
         raise BadRow(f'{column} is text that is not JSON') from None
 
 
+def _images(row: Mapping[str, Any]) -> list[str]:
+    """Return the paths of the images column: one, a list, or a list written as JSON text."""
+    images = row.get('images')
+    if isinstance(images, str) and not images.lstrip().startswith('['):
+        images = [images] if images else []
+    images = _json(images, 'images') or []
+    if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
+        raise BadRow('images is neither a path nor a list of paths')
+    return images
+
+
+def _content(value: Any, column: str) -> str:
+    """Return the text of a turn; of one that is a list of items, each image as its tag."""
+    if not isinstance(value, list):
+        return _text(value, column)
+    parts = []
+    for item in value:
+        kind = item.get('type') if isinstance(item, dict) else None
+        if kind == 'image':
+            path = item.get('image') or item.get('path') or ''
+            parts.append(f'<img>{_text(path, "an image item")}</img>')
+        elif kind == 'text':
+            parts.append(_text(item.get('text'), column))
+        else:
+            raise BadRow(f'{column} has an item of type {kind}, known are text and image')
+    return ''.join(parts)
+
+
 def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     tools = _json(row.get('tools'), 'tools')
     if not tools:
@@ -91,21 +119,21 @@ def _turns(turns: Any, *, column: str, role_key: str, content_key: str) -> list[
             content = turn.get(content_key) or json.dumps([c.get('function', c) for c in calls], ensure_ascii=False)
             messages.append({'role': 'assistant', 'content': content, 'tool_calls': calls})
             continue
-        content = _text(turn.get(content_key), f'{role} turn')
+        content = _content(turn.get(content_key), f'{role} turn')
         messages.append(_call(content) if role == 'call' else {'role': role, 'content': content})
     return messages
 
 
 def _from_messages(row: Mapping[str, Any]) -> Row:
     messages = _turns(row['messages'], column='messages', role_key='role', content_key='content')
-    return Row(messages=messages, tools=_tools(row))
+    return Row(messages=messages, tools=_tools(row), images=_images(row))
 
 
 def _from_conversations(row: Mapping[str, Any]) -> Row:
     messages = _turns(row['conversations'], column='conversations', role_key='from', content_key='value')
     if row.get('system'):
         messages.insert(0, {'role': 'system', 'content': _text(row['system'], 'system')})
-    return Row(messages=messages, tools=_tools(row))
+    return Row(messages=messages, tools=_tools(row), images=_images(row))
 
 
 def _from_query(row: Mapping[str, Any]) -> Row:
@@ -119,7 +147,7 @@ def _from_query(row: Mapping[str, Any]) -> Row:
         messages.append({'role': 'assistant', 'content': _text(pair[1], 'response in history')})
     messages.append({'role': 'user', 'content': _text(row['query'], 'query')})
     messages.append({'role': 'assistant', 'content': _text(row['response'], 'response')})
-    return Row(messages=messages, tools=_tools(row))
+    return Row(messages=messages, tools=_tools(row), images=_images(row))
 
 
 def _from_instruction(row: Mapping[str, Any]) -> Row:
@@ -141,7 +169,7 @@ SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
 )
 KNOWN_SHAPES = (
     'query/response[/history][/system], instruction/input/output, messages with role/content, '
-    'conversations with from/value'
+    'conversations with from/value; tools and images where there are any'
 )
 
 

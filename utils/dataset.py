@@ -312,7 +312,9 @@ def _placed(name: str, rows: RawRows, left_out: list[tuple[str, str]]) -> Iterat
         yield f'{name}: row {number}', dict(row)
 
 
-def _convert(placed: Iterable[PlacedRow], *, name: str, left_out: list[tuple[str, str]]) -> list[Row]:
+def _convert(
+    placed: Iterable[PlacedRow], *, name: str, left_out: list[tuple[str, str]], folder: str | None = None
+) -> list[Row]:
     """Return the rows as conversations; the shape is found from the first row's columns."""
     converter: Converter | None = None
     needed: frozenset[str] = frozenset()
@@ -333,7 +335,7 @@ def _convert(placed: Iterable[PlacedRow], *, name: str, left_out: list[tuple[str
         except BadRow as problem:
             left_out.append((place, str(problem)))
             continue
-        row.origin = place
+        row.origin, row.folder = place, folder
         rows.append(row)
     return rows
 
@@ -354,7 +356,8 @@ def _split(rows: list[Row], test_ratio: float, seed: int) -> tuple[list[Row], li
 
 def _read(source: Source, result: Rows, hub: HubName) -> tuple[list[Row], list[Row] | None]:
     if source.path is not None:
-        return _convert(read_rows(source.path), name=source.name, left_out=result.left_out), None
+        folder = str(source.path.absolute().parent)
+        return _convert(read_rows(source.path), name=source.name, left_out=result.left_out, folder=folder), None
     entry = DATASET_MAPPING[source.name]
     train: RawRows
     val: RawRows | None = None

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.native.image_readers import Images
 from utils.preprocess import (
     CONTROL_TOKENS,
     SYSTEM_IGNORED,
+    TAGS_AS_TEXT,
     TOOLS_IGNORED,
     Encoded,
     Message,
@@ -20,6 +22,7 @@ from utils.preprocess import (
     Template,
     cut_front,
 )
+from utils.vision import FoundImages, fill_slots, new_places, open_images_of
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -47,6 +50,8 @@ class TextTokenizer:
         self._nonce = secrets.token_hex(8)
         self._guarded = re.compile(f'{self._nonce}:([0-9]+);')
         self._by_number = list(self.special_ids)
+        # Stands for an image in the text of a turn.
+        self.image = f'{self._nonce}:image;'
 
     def ids(self, texts: Sequence[str], *, inert: bool = False) -> list[list[int]]:
         """Return the ids of each text, nothing added; `inert` reads special tokens as plain text."""
@@ -99,7 +104,7 @@ class Encoder:
     # False once a reply that reasons was met, and for an untrained model: thinking or not is then the model's choice.
     keeps_lead: bool = True
 
-    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 'the tokenizer has no eos_token, so a reply would have no end to learn. '
@@ -108,15 +113,47 @@ class Encoder:
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer)
         self.max_length = max_length
+        self.images = images
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Return each row's ids and trained span, cut to max_length from the front."""
-        return [cut_front(row, self.max_length) for row in self._encode(rows)]
+        opened = [self._open_images(row) for row in rows]
+        encoded = self._encode([row for row, _ in opened])
+        return [self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)]
 
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return what inference feeds the model: each row's ids without its last reply, cut to max_length."""
-        prompts = self._encode_prompts([dataclasses.replace(row, messages=row.messages[:-1]) for row in rows])
+        opened = [self._open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
+        prompts = self._encode_prompts([row for row, _ in opened])
+        prompts = [self._fill_slots(ids, found) for ids, (_, found) in zip(prompts, opened, strict=True)]
         return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
+
+    def image_paths(self, row: Row) -> tuple[str, ...]:
+        """Return the files of a row's images, in the order of their places in its ids."""
+        return tuple(path for path, _ in self._open_images(row)[1])
+
+    def _open_images(self, row: Row) -> tuple[Row, FoundImages]:
+        return open_images_of(row, self.images, stand_in=self.text.image)
+
+    def _fill_slots(self, ids: list[int], found: FoundImages) -> list[int]:
+        return fill_slots(ids, found, self.images.slot, self.max_length) if self.images and found else ids
+
+    def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
+        """Return the row with its images' slots, cut to max_length from the front."""
+        if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
+            row.notes.append(TAGS_AS_TEXT)
+        if found:
+            filled = self._fill_slots(row.input_ids, found)
+            assert self.images is not None, 'it found them'
+            places = new_places(row.input_ids, found, self.images.slot)
+            row = dataclasses.replace(
+                row,
+                input_ids=filled,
+                trained=(places[row.trained[0]], places[row.trained[1]]),
+                prompt_length=places[row.prompt_length],
+                images=tuple(path for path, _ in found),
+            )
+        return cut_front(row, self.max_length)
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         raise NotImplementedError
@@ -133,8 +170,17 @@ class Encoder:
 class TemplateEncoder(Encoder):
     """Encodes with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix."""
 
-    def __init__(self, tokenizer: Any, template: Template, *, name: str, system: str, max_length: int) -> None:
-        super().__init__(tokenizer, max_length=max_length)
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template,
+        *,
+        name: str,
+        system: str,
+        max_length: int,
+        images: Images | None = None,
+    ) -> None:
+        super().__init__(tokenizer, max_length=max_length, images=images)
         self.template = template
         self.name = name
         self.system = system
@@ -181,7 +227,8 @@ class TemplateEncoder(Encoder):
         pieces = self._fill(self.template.prefix, SYSTEM=say(system))
         for index, turn in enumerate(turns):
             if turn['role'] == 'user':
-                pieces += self._fill(self.template.prompt, QUERY=say(turn['content']), ROUND=str(index // 2 + 1))
+                query = say(turn['content']).replace(self.text.image, self.images.mark if self.images else '')
+                pieces += self._fill(self.template.prompt, QUERY=query, ROUND=str(index // 2 + 1))
             else:
                 pieces += [say(turn['content']), *self._fill(self.template.chat_sep or ())]
         joined: list[str | list[int]] = []

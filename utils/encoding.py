@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from utils import dist
-from utils.auto_encoder import RowRefused
 from utils.dataset import Rows
 from utils.encoder import Encoder
 from utils.errors import ConfigError
 from utils.logger import logger
-from utils.preprocess import CUT_PROMPT, CUT_REPLY, Encoded, Row
+from utils.preprocess import CUT_PROMPT, CUT_REPLY, Encoded, Row, RowRefused
 
 _BATCH_ROWS = 1024
 _NAMED_PER_REASON = 3
@@ -29,9 +28,13 @@ class EncodedRows:
     ends: array[int] = field(default_factory=lambda: array('q'))
     trained: list[tuple[int, int]] = field(default_factory=list)
     prompt_lengths: array[int] = field(default_factory=lambda: array('i'))
+    # Paths of the rows that have images; a file is opened where a batch is made.
+    images: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def append(self, row: Encoded) -> None:
         """Add one row."""
+        if row.images:
+            self.images[len(self)] = row.images
         self.ids.extend(row.input_ids)
         self.ends.append(len(self.ids))
         self.trained.append(row.trained)
@@ -41,12 +44,13 @@ class EncodedRows:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row: input_ids, the half-open trained span and the prompt's length."""
+        """Return one row: input_ids, the half-open trained span, the prompt's length, and images where it has some."""
         start = self.ends[index - 1] if index else 0
         return {
             'input_ids': self.ids[start : self.ends[index]].tolist(),
             'trained': self.trained[index],
             'prompt_length': self.prompt_lengths[index],
+            **({'images': self.images[index]} if index in self.images else {}),
         }
 
     def lengths(self) -> list[int]:
@@ -62,8 +66,7 @@ class EncodedRows:
         lengths = self.lengths()
         rows = EncodedRows()
         for index in sorted(range(len(self)), key=lambda i: -lengths[i]):
-            row = self[index]
-            rows.append(Encoded(input_ids=row['input_ids'], trained=row['trained'], prompt_length=row['prompt_length']))
+            rows.append(Encoded(**self[index]))
         return rows
 
 
@@ -96,7 +99,8 @@ def _encode_batch(encoder: Encoder, rows: Sequence[Row], report: EncodingReport)
         encoded = encoder.encode(rows)
     except RowRefused as error:
         if len(rows) == 1:
-            report.left_out[str(error)].append(rows[0].origin)
+            detail = f' [{error.detail}]' if error.detail else ''
+            report.left_out[error.reason].append(rows[0].origin + detail)
             return
         for row in rows:
             yield from _encode_batch(encoder, [row], report)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.argument import CommonArguments
+from utils.native.image_readers import Images
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -43,13 +44,25 @@ def _cut_at_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     return ids[:end]
 
 
-def generate_batch(model: Any, prompts: Sequence[list[int]], config: GenerationConfig) -> list[list[int]]:
-    """Return the new ids of each prompt without the stop token and what follows it. An empty prompt starts from bos."""
+def generate_batch(
+    model: Any,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    *,
+    images: Images | None = None,
+    pixels: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Return the new ids of each prompt without the stop token and what follows it. An empty prompt starts from bos.
+
+    `pixels` is what the model takes for the prompts' images, prompt by prompt.
+    """
     import torch
 
     start = config.bos_token_id if config.bos_token_id is not None else config.pad_token_id
     filled = [ids or [start] for ids in prompts]
     inputs = _left_pad(filled, config.pad_token_id, model.device)
+    if images is not None and pixels:
+        inputs |= {**pixels, **images.per_token(inputs['input_ids'])}
     with torch.no_grad():
         output = model.generate(**inputs, generation_config=config)
     width = inputs['input_ids'].shape[1]
@@ -62,21 +75,42 @@ def generate_rows(
     config: GenerationConfig,
     *,
     batch_size: int,
+    images: Images | None = None,
+    paths: Sequence[Sequence[str]] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt, in the order given; batches are of like length, so that little is padded."""
+    """Return the new ids of each prompt, in the order given; batches are of like length, so that little is padded.
+
+    `paths` names the images of each prompt; files are opened batch by batch.
+    """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        for index, ids in zip(chosen, generate_batch(model, [prompts[i] for i in chosen], config), strict=True):
+        shown = [path for i in chosen for path in paths[i]] if paths else []
+        pixels = read_pixels(images, shown, model.device)
+        batch = generate_batch(model, [prompts[i] for i in chosen], config, images=images, pixels=pixels)
+        for index, ids in zip(chosen, batch, strict=True):
             answers[index] = ids
         progress(min(start + batch_size, len(order)))
     return answers
 
 
+def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dict[str, Any]:
+    """Return what the model takes for these images, on its device; nothing without images."""
+    found = images.pixels(paths) if images is not None and paths else {}
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
 def generate_stream(
-    model: Any, tokenizer: Any, prompt: list[int], config: GenerationConfig, say: Callable[[str], None]
+    model: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    config: GenerationConfig,
+    say: Callable[[str], None],
+    *,
+    images: Images | None = None,
+    paths: Sequence[str] = (),
 ) -> str:
     """Return the answer to one prompt, handing text to `say` as it comes; Ctrl-C ends the answer where it stands."""
     from transformers import TextStreamer
@@ -91,6 +125,8 @@ def generate_stream(
     import torch
 
     inputs = _left_pad([prompt], config.pad_token_id, model.device)
+    if images is not None and paths:
+        inputs |= {**read_pixels(images, paths, model.device), **images.per_token(inputs['input_ids'])}
     try:
         with torch.no_grad():
             model.generate(

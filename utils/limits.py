@@ -37,6 +37,7 @@ def check_common_numbers(done: Resolution[Any]) -> None:
             f'--max_length {args.max_length} leaves no room for one token of prompt and one of reply. '
             'Give 2 or more, or -1 for no limit.'
         )
+    _check_number(done, 'max_pixels', args.max_pixels is None or args.max_pixels >= 1, '1 or more')
 
 
 def check_sft_numbers(done: Resolution[SftArguments]) -> None:

@@ -20,6 +20,7 @@ from utils.native.gguf import dense_directory, find_packaged_file
 from utils.native.packed import keep_trainable, loading_settings
 from utils.native.read import read_config
 from utils.preprocess import AUTO
+from utils.vision import spare_towers
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +177,8 @@ _MLA = ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')
 # them only by name. Where PEFT takes gate_proj, up_proj and down_proj for the experts, it is on the attention alone.
 _QWEN2 = _family('Qwen2ForCausalLM', since='4.37')
 _QWEN2_5 = replace(_QWEN2, chat_template='qwen2_5')
+_QWEN2_5_VL = _family('Qwen2_5_VLForConditionalGeneration', since='4.49', chat_template='qwen2_5_vl')
+_QWEN3_VL = _family('Qwen3VLForConditionalGeneration', since='4.57', chat_template='qwen3_vl')
 _QWEN3_OTHER = _family('Qwen3ForCausalLM', since='4.51')
 _QWEN3 = replace(_QWEN3_OTHER, chat_template='qwen3')
 _QWEN3_INSTRUCT = replace(_QWEN3_OTHER, chat_template='qwen3_instruct_2507')
@@ -489,6 +492,25 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
         model_class='LlamaForCausalLM',
         template='ziya',
     ),
+    'qwen-vl': ModelInfo(
+        model_id_or_path='qwen/Qwen-VL',
+        hf_model_id='Qwen/Qwen-VL',
+        family='qwen_vl',
+    ),
+    'qwen-vl-chat': ModelInfo(
+        model_id_or_path='qwen/Qwen-VL-Chat',
+        hf_model_id='Qwen/Qwen-VL-Chat',
+        family='qwen_vl',
+        template='chatml',
+    ),
+    'qwen-vl-chat-int4': ModelInfo(
+        model_id_or_path='qwen/Qwen-VL-Chat-Int4',
+        hf_model_id='Qwen/Qwen-VL-Chat-Int4',
+        family='qwen_vl_gptq',
+        quantization='gptq',
+        template='chatml',
+        torch_dtype='fp16',
+    ),
     'polylm-13b': ModelInfo(
         model_id_or_path='damo/nlp_polylm_13b_text_generation',
         hf_model_id='DAMO-NLP-MT/polylm-13b',
@@ -519,6 +541,14 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
     'qwen2.5-math-1.5b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-1.5B-Instruct'),
     'qwen2.5-math-7b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-7B-Instruct'),
     'qwen2.5-math-72b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-72B-Instruct'),
+    'qwen2.5-vl-3b-instruct': _of(_QWEN2_5_VL, 'Qwen/Qwen2.5-VL-3B-Instruct'),
+    'qwen2.5-vl-7b-instruct': _of(_QWEN2_5_VL, 'Qwen/Qwen2.5-VL-7B-Instruct'),
+    'qwen2.5-vl-32b-instruct': _of(_QWEN2_5_VL, 'Qwen/Qwen2.5-VL-32B-Instruct'),
+    'qwen2.5-vl-72b-instruct': _of(_QWEN2_5_VL, 'Qwen/Qwen2.5-VL-72B-Instruct'),
+    'qwen3-vl-2b-instruct': _of(_QWEN3_VL, 'Qwen/Qwen3-VL-2B-Instruct'),
+    'qwen3-vl-4b-instruct': _of(_QWEN3_VL, 'Qwen/Qwen3-VL-4B-Instruct'),
+    'qwen3-vl-8b-instruct': _of(_QWEN3_VL, 'Qwen/Qwen3-VL-8B-Instruct'),
+    'qwen3-vl-32b-instruct': _of(_QWEN3_VL, 'Qwen/Qwen3-VL-32B-Instruct'),
     'qwen3-0.6b': _of(_QWEN3, 'Qwen/Qwen3-0.6B'),
     'qwen3-1.7b': _of(_QWEN3, 'Qwen/Qwen3-1.7B'),
     'qwen3-4b': _of(_QWEN3, 'Qwen/Qwen3-4B'),
@@ -786,7 +816,7 @@ def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTr
 
 def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTrainedModel:
     """Return the model from whichever layout its config.json names: one of ours, of a 2023 family, or native."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    import transformers as t
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     from utils.native.open import check_loading, fitting, open_original, open_saved
@@ -812,11 +842,15 @@ def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTraine
             f"{model_dir}: model_type '{found}' is no native class of transformers.{remote} "
             'Name the registered model this is with --model_type, or convert it to a native class.'
         )
-    native = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    if cls := MODEL_FOR_CAUSAL_LM_MAPPING.get(type(native), None):
+    native = t.AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    speaks, sees = t.MODEL_FOR_CAUSAL_LM_MAPPING, t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    blind = type(native) in speaks or type(native) not in sees
+    auto = t.AutoModelForCausalLM if blind else t.AutoModelForImageTextToText
+    if cls := (speaks if blind else sees).get(type(native), None):
         keywords = fitting(cls, keywords)
+        spare_towers(keywords['quantization_config'], lambda: auto.from_config(native))
     # Shapes that do not fit are let through to be named, where the library would log them and say to look there.
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    model, loading = auto.from_pretrained(
         model_dir, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
     )
     check_loading(loading, model_dir, type(model).__name__, unexpected=False)
@@ -855,6 +889,9 @@ def _open_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
             tokenizer = opener.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {error}') from error
+    legacy = model_dir / 'chat_template.json'  # where processors of 2024 kept it
+    if not tokenizer.chat_template and legacy.is_file():
+        tokenizer.chat_template = json.loads(legacy.read_text(encoding='utf-8'))['chat_template']
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f'the tokenizer in {model_dir} has no eos_token, so a reply would have no end to learn. '

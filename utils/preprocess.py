@@ -30,6 +30,8 @@ class Row:
     messages: list[Message]
     tools: list[Any] | None = None
     images: list[str] = field(default_factory=list)
+    # Where relative paths of images start: the data file's folder; None for what was typed.
+    folder: str | None = None
     origin: str = ''
 
 
@@ -101,6 +103,15 @@ TEMPLATE_MAPPING: dict[str, Template | None] = {
     'ziya': Template(prefix=(('bos_token_id',),), prompt=('<human>:{{QUERY}}\n<bot>:',), chat_sep=('\n',), suffix=_EOS),
 }
 
+
+class RowRefused(ValueError):
+    """A row that cannot be encoded: `reason`, under which it is counted, and `detail`, what in the row it is."""
+
+    def __init__(self, reason: str, detail: str = '') -> None:
+        super().__init__(f'{reason} [{detail}]' if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
 # What may happen to a row while it is encoded: counted, and named with the first rows it happened to.
 MERGED_BOUNDARY = 'a token would merge across the start or end of the reply: the reply is tokenised by itself'
 CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
@@ -109,6 +120,7 @@ ADDED_END = 'the chat template prints no end of turn: the end of sequence is add
 TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
 TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
 SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
+TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
 
@@ -121,6 +133,7 @@ class Encoded:
     trained: tuple[int, int]
     prompt_length: int
     notes: list[str] = field(default_factory=list)
+    images: tuple[str, ...] = ()
 
 
 def cut_front(row: Encoded, max_length: int) -> Encoded:
@@ -134,4 +147,5 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
         trained=(max(start - surplus, 0), end - surplus),
         prompt_length=max(row.prompt_length - surplus, 0),
         notes=[*row.notes, CUT_REPLY if surplus > row.prompt_length else CUT_PROMPT],
+        images=row.images,
     )

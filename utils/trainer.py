@@ -16,8 +16,9 @@ from utils.callbacks import EvaluateAtEnd, Speedometer
 from utils.collator import Collator
 from utils.encoder import Encoder
 from utils.encoding import PreparedData
-from utils.generation import generate_rows, generation_config
+from utils.generation import generate_batch, generation_config
 from utils.metrics import compute_loss_metrics, generation_metrics
+from utils.native.image_readers import Images
 from utils.preprocess import IGNORE_INDEX
 from utils.push_callback import PushCallback
 from utils.resolve import SFT_ARGS
@@ -28,11 +29,22 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 
+# What every batch holds; anything more is of images and goes to the model as it is.
+_OF_TEXT = ('input_ids', 'attention_mask', 'labels', 'prompt_lengths')
+
+
+def _image_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if name not in _OF_TEXT}
+
+
 class SftTrainer(Seq2SeqTrainer):
     """A trainer whose loss is a mean over the trained tokens of the whole effective batch, whatever its layout."""
 
-    def __init__(self, *, run_record: dict[str, Any], generation: GenerationConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, *, run_record: dict[str, Any], generation: GenerationConfig, images: Images | None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        self.images = images
         self.run_record = run_record
         self.generation = generation
         # The loss below is divided by num_items_in_batch, whatever the model's own forward would accept.
@@ -61,8 +73,9 @@ class SftTrainer(Seq2SeqTrainer):
         labels = inputs['labels'][:, 1:]
         columns = (labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(-1)
         keep = {'logits_to_keep': columns} if self.selects_logits else {}
+        extra = _image_inputs(inputs)
         logits = model(
-            input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], use_cache=False, **keep
+            input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], use_cache=False, **keep, **extra
         ).logits
         logits = logits if self.selects_logits else logits[:, columns]
         targets = labels[:, columns]
@@ -101,8 +114,12 @@ class SftTrainer(Seq2SeqTrainer):
             prompts = [
                 ids[:length].tolist() for ids, length in zip(inputs['input_ids'], inputs['prompt_lengths'], strict=True)
             ]
-            answers = generate_rows(
-                self.accelerator.unwrap_model(model), prompts, self.generation, batch_size=len(prompts)
+            answers = generate_batch(
+                self.accelerator.unwrap_model(model),
+                prompts,
+                self.generation,
+                images=self.images,
+                pixels=_image_inputs(inputs),
             )
             width = max(1, *map(len, answers))  # at least one column: all answers may be empty
             padded = [ids + [IGNORE_INDEX] * (width - len(ids)) for ids in answers]
@@ -127,6 +144,8 @@ class SftTrainer(Seq2SeqTrainer):
         extra = {'save_embedding_layers': False} if hasattr(self.model, 'peft_config') else {}
         self.model.save_pretrained(folder, state_dict=state_dict, **extra)
         self.processing_class.save_pretrained(folder)
+        if self.images is not None:
+            self.images.save(folder)
         write_json(folder / SFT_ARGS, self.run_record)
 
 
@@ -138,11 +157,12 @@ def build_trainer(
     trainer = SftTrainer(
         run_record=run.record,
         generation=generation_config(args, tokenizer, encoder.stop_ids),
+        images=encoder.images,
         model=model,
         args=training_arguments(args, run.folder, dtype=dtype, evaluates=len(data.val) > 0),
         train_dataset=data.train.longest_first() if args.test_oom_error else data.train,
         eval_dataset=data.val.longest_first() if len(data.val) else None,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=Collator(tokenizer.pad_token_id, encoder.images),
         processing_class=tokenizer,
         compute_metrics=generation_metrics(tokenizer) if args.predict_with_generate else compute_loss_metrics,
     )

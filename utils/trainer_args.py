@@ -52,7 +52,8 @@ def training_arguments(
         dataloader_num_workers=args.dataloader_num_workers,
         dataloader_pin_memory=has_cuda,
         ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
-        ddp_find_unused_parameters=False if dist.world_size() > 1 else None,
+        # A tower that trains has no gradient from a batch without images.
+        ddp_find_unused_parameters=not args.freeze_vision if dist.world_size() > 1 else None,
         deepspeed=args.deepspeed_config_path,
         remove_unused_columns=False,
         label_names=['labels'],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ from utils.errors import ConfigError, did_you_mean
 from utils.logger import logger
 from utils.model import load_model
 from utils.native.export import save_whole
+from utils.native.image_readers import Images
 from utils.native.packed import packed_classes
 from utils.resolve import SFT_ARGS
 from utils.run_dir import write_json
+from utils.vision import find_towers
 
 if TYPE_CHECKING:
     import torch
@@ -45,18 +48,31 @@ _OLD_NAMES = {
 _MERGE_BOUND = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2}
 
 
-def linear_names(model: PreTrainedModel) -> Counter[str]:
-    """Return the last name of every linear layer but the output head, packed or not, and how often it occurs."""
+def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[str]:
+    """Return the last name of every linear layer, packed or not, and how often it occurs.
+
+    The output head is left out, and what is in the modules of `frozen`.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
     kinds = (torch.nn.Linear, Conv1D, *packed_classes())
     head = model.get_output_embeddings()
     return Counter(
-        name.rsplit('.', 1)[-1]
+        _last_name(name)
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head
+        if isinstance(module, kinds) and module is not head and not _is_in(name, frozen)
     )
+
+
+def _last_name(name: str) -> str:
+    """Return a module's last name, with its parent's where it is a mere number."""
+    parts = name.split('.')
+    return '.'.join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
+def _is_in(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f'{module}.') for module in modules)
 
 
 def expert_names(model: PreTrainedModel) -> Counter[str]:
@@ -82,12 +98,14 @@ def _taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
     return set(names) - set(config.target_modules or ())
 
 
-def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[list[str], list[str]]:
-    """Return the names of modules and of expert parameters that LoRA is put on.
+def find_targets(
+    model: PreTrainedModel, wanted: list[str] | None, frozen: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Return the names of modules and of expert parameters that LoRA is put on, none in the modules of `frozen`.
 
     A parameter is named from its end, whole parts: experts.down_proj. Raises ConfigError where a name matches nothing.
     """
-    names, experts = linear_names(model), expert_names(model)
+    names, experts = linear_names(model, frozen), expert_names(model)
     if wanted is None:
         wanted = next((list(group) for group in _QKV_NAMES if set(group) <= set(names)), [ALL])
         logger.info(f'lora_target_modules = {",".join(wanted)} because the model has no entry and these are its names')
@@ -99,6 +117,7 @@ def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[list
             *(
                 f"--lora_target_modules '{name}' matches no linear layer of {type(model).__name__}"
                 f'{did_you_mean(name, [*names, *experts])} Its layers: {", ".join(sorted(names))}; or ALL.{stacked}'
+                f'{" It is one of what sees: add --freeze_vision false." if name in linear_names(model) else ""}'
                 for name in missing
             )
         )
@@ -120,8 +139,8 @@ def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
     for name in wanted:
         new = _OLD_NAMES.get(name) or _OLD_NAMES.get(name.rpartition('.')[2], ())
         if name in names or not set(new) <= set(names) or not new:
-            native.append(name)
-        else:
+            native.append(name)  # Qwen-VL's tower has a c_proj of its own
+        if new and set(new) <= set(names):
             logger.info(f'lora_target_modules: {name} is {", ".join(new)} in the native class')
             native += new
     return list(dict.fromkeys(native))
@@ -131,13 +150,20 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     """Return the model ready to train and log what is trainable: a PeftModel with fp32 adapters, or all weights."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+    towers = find_towers(model)
+    frozen = towers if args.freeze_vision else []
+    if not args.freeze_vision and not towers:
+        logger.warning('--freeze_vision false has no effect: the model sees no images')
     if args.sft_type == 'full':
         model.requires_grad_(True)
+        for name in frozen:
+            model.get_submodule(name).requires_grad_(False)
+            logger.info(f'{name} stays as it is (--freeze_vision true)')
         prepared: Any = model
     else:
         from peft import LoraConfig, TaskType, get_peft_model
 
-        modules, parameters = find_targets(model, args.lora_target_modules)
+        modules, parameters = find_targets(model, args.lora_target_modules, frozen)
         if parameters and args.lora_dropout_p:
             raise ConfigError(
                 f'--lora_dropout_p {args.lora_dropout_p} cannot be had on expert parameters ({parameters[0]}): '
@@ -149,9 +175,13 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
             lora_dropout=args.lora_dropout_p,
             target_modules=modules,
             target_parameters=parameters or None,
+            exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
             task_type=TaskType.CAUSAL_LM,
         )
-        matched = linear_names(model) + expert_names(model)
+        matched, outside = linear_names(model, frozen) + expert_names(model), linear_names(model, towers)
+        if towers and not frozen and all(matched[name] == outside[name] for name in modules):
+            reached = ', '.join(sorted(linear_names(model) - outside))
+            logger.warning(f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({reached})')
         prepared = get_peft_model(model, config)
         logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in [*modules, *parameters]))
     trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
@@ -178,34 +208,37 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = N
         ) from error
 
 
-def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
-    """Return the model's logits on a fixed text, fp32 on the CPU, to compare two models by."""
+def probe_logits(model: Any, tokenizer: Any, images: Images | None = None) -> torch.Tensor:
+    """Return the model's logits on a fixed text, after a picture where it sees, fp32 on the CPU."""
     import torch
 
     text = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
     # Within the trained length, beyond which some models compute what plain classes do not (Qwen's dynamic NTK).
     limit = getattr(model.config, 'max_position_embeddings', 1024)  # Bloom, of ALiBi, has no such limit
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False)['input_ids'][:limit]], device=model.device)
+    ids = tokenizer(text, add_special_tokens=False)['input_ids'][:limit]
+    inputs = images.example(tokenizer, ids) if images is not None else {'input_ids': torch.tensor([ids])}
     with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False).logits
     return logits.float().cpu()
 
 
-def merge_and_save(model: Any, tokenizer: Any, target: Path, *, record: dict[str, Any]) -> str:
+def merge_and_save(
+    model: Any, tokenizer: Any, target: Path, *, record: dict[str, Any], images: Images | None = None
+) -> str:
     """Merge the adapter, save the whole model as `target`, and return how near its reloaded logits are.
 
     Written aside, reopened from disk and compared with base + adapter; only then is the folder
     given its name, replacing an earlier one. Raises ConfigError where the logits differ by more than rounding does.
     """
-    expected = probe_logits(model, tokenizer)
+    expected = probe_logits(model, tokenizer, images)
     dtype = next(model.parameters()).dtype
     merged = model.merge_and_unload(safe_merge=True)
     aside = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(aside, ignore_errors=True)
-    save_whole(merged, tokenizer, aside)
+    save_whole(merged, tokenizer, aside, images)
     write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
     reloaded = load_model(aside, torch_dtype=dtype).to(merged.device).eval()
-    found = probe_logits(reloaded, tokenizer)
+    found = probe_logits(reloaded, tokenizer, images)
     largest, difference = float(expected.abs().max()), float((expected - found).abs().max())
     bound = _MERGE_BOUND[str(dtype).removeprefix('torch.')] * largest
     if not difference <= bound:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.native.image_readers import Images
 from utils.native.packed import name_format
 
 
-def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None = None) -> None:
     """Save weights, config, generation settings and tokenizer; neither code references nor a local path are kept."""
     name_format(model)
     _end_with(tokenizer, model.generation_config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if images is not None:
+        images.save(folder)
     for name, dropped in (('config.json', ('_name_or_path', 'auto_map')), ('tokenizer_config.json', ('auto_map',))):
         path = folder / name
         content = json.loads(path.read_text(encoding='utf-8'))
@@ -32,7 +35,7 @@ def _end_with(tokenizer: Any, settings: Any) -> None:
         settings.eos_token_id = [*ends, tokenizer.eos_token_id] if ends else tokenizer.eos_token_id
 
 
-def export_native(model: Any, tokenizer: Any, target: Path) -> None:
+def export_native(model: Any, tokenizer: Any, target: Path, images: Images | None = None) -> None:
     """Write the model as `target`, which must not be there yet; raises ConfigError where it is."""
     if target.exists():
         raise ConfigError(
@@ -41,5 +44,5 @@ def export_native(model: Any, tokenizer: Any, target: Path) -> None:
     aside = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(model, tokenizer, aside)
+    save_whole(model, tokenizer, aside, images)
     aside.rename(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from utils.logger import logger
 from utils.native.family import Family
 from utils.native.lazy import computed
 from utils.native.read import read_config, read_object, read_state
+from utils.vision import spare_towers
 
 _NAMED = 5
 
@@ -34,6 +36,7 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
         native = _class(family.config_class)(**family.config(original))
     except (ArithmeticError, LookupError, TypeError) as error:
         raise ConfigError(f'{model_dir}/config.json does not fit family {family.name}: {error}') from error
+    spare_towers(options.get('quantization_config'), lambda: _class(family.model_class)(deepcopy(native)))
     state = family.tensors(read_state(model_dir), original)
     if is_deepspeed_zero3_enabled():  # copies what is a tensor, and on one process alone
         state = computed(state)
@@ -55,6 +58,7 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
 def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
     """Return a model that was saved in a class of ours, which plain AutoModel does not know."""
     cls = _class(family.model_class)
+    spare_towers(options.get('quantization_config'), lambda: cls(cls.config_class.from_pretrained(model_dir)))
     model, info = cls.from_pretrained(model_dir, output_loading_info=True, **fitting(cls, options))
     check_loading(info, model_dir, f'family {family.name}')
     return model

@@ -15,13 +15,14 @@ from utils.native.family import Family
 from utils.native.internlm import INTERNLM
 from utils.native.polylm import POLYLM
 from utils.native.qwen import QWEN, QWEN_GPTQ
+from utils.native.qwen_vl import QWEN_VL, QWEN_VL_GPTQ
 from utils.native.sentencepiece_bpe import (
     build_baichuan_tokenizer,
     build_chatglm2_tokenizer,
     build_internlm_tokenizer,
     build_polylm_tokenizer,
 )
-from utils.native.tiktoken_bpe import build_qwen_tokenizer
+from utils.native.tiktoken_bpe import build_qwen_tokenizer, build_qwen_vl_tokenizer
 from utils.native.xverse import XVERSE
 from utils.native.xverse_tokenizer import build_xverse_tokenizer
 
@@ -29,6 +30,7 @@ _MODEL = 'tokenizer.model'
 # Each family with the file its tokenizer is made from, and what makes it.
 _READ: tuple[tuple[str, Callable[[Path], Any], tuple[Family, ...]], ...] = (
     ('qwen.tiktoken', build_qwen_tokenizer, (QWEN, QWEN_GPTQ)),
+    ('qwen.tiktoken', build_qwen_vl_tokenizer, (QWEN_VL, QWEN_VL_GPTQ)),
     (_MODEL, build_internlm_tokenizer, (INTERNLM,)),
     (
         _MODEL,
