@@ -111,7 +111,7 @@ def _act(
     encoder.keeps_lead = record is not None and record.get('keeps_lead', True)
     config = generation_config(args, tokenizer, encoder.stop_ids)
     model.generation_config = config
-    if args.save_generation_config and checkpoint is not None:
+    if args.save_generation_config and checkpoint is not None and dist.is_main():
         config.save_pretrained(checkpoint)
     if args.eval_human:
         answering.chat(model, tokenizer, encoder, config, streams=args.use_streamer)

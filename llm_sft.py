@@ -42,7 +42,7 @@ def train(done: Resolution[SftArguments]) -> None:
         hub=args.hub,
     )
 
-    start_processes(args.ddp_backend)
+    start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
     run = open_run(done)
 
     from transformers import set_seed

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils import dist
 from utils.argument import InferArguments
 from utils.chat import Chat, chat_in_terminal
 from utils.dataset import draw
@@ -32,26 +33,31 @@ def answer_rows(
     args: InferArguments,
     target: Path,
 ) -> dict[str, float]:
-    """Answer rows, show them beside their labels, write them to `target`; returns the mean scores."""
+    """Answer rows, dealt out to the processes; rank 0 shows and writes all of them and returns the mean scores."""
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
     report = EncodingReport()
     _, kept = encode_rows(encoder, chosen, report)
     for line in report.lines():
         logger.warning(line)
     prompts = encoder.encode_prompts(kept)
+    mine = slice(dist.rank(), None, dist.world_size())
     paths = [encoder.image_paths(row) for row in kept]
     answers = [
         tokenizer.decode(ids, skip_special_tokens=True)
-        for ids in generate_rows(
-            model,
-            prompts,
-            config,
-            batch_size=args.infer_batch_size,
-            images=encoder.images,
-            paths=paths,
-            progress=lambda done: logger.info(f'answered {done} of {len(prompts)} rows'),
+        for ids in dist.gather(
+            generate_rows(
+                model,
+                prompts[mine],
+                config,
+                batch_size=args.infer_batch_size,
+                images=encoder.images,
+                paths=paths[mine],
+                progress=lambda done: logger.info(f'answered {done} of {len(prompts[mine])} rows'),
+            )
         )
     ]
+    if not dist.is_main():
+        return {}
     labels = [row.messages[-1]['content'] for row in kept]
     with target.open('w', encoding='utf-8') as stream:
         for row, answer, label in zip(kept, answers, labels, strict=True):

@@ -110,6 +110,9 @@ class SftArguments(CommonArguments):
     )
     gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
     deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
+    fsdp: bool = flag(
+        False, 'shard weights, gradients and optimizer over all processes (FSDP2); checkpoints hold weights only'
+    )
     batch_size: int = flag(1, 'training rows per device and forward pass')
     eval_batch_size: int | None = flag(None, 'None: 1 with --predict_with_generate, else --batch_size')
     num_train_epochs: int = flag(1, 'passes over the training rows')

@@ -1,11 +1,15 @@
-"""Rank and world size from the environment that torchrun sets, without importing torch."""
+"""Rank and world size from the environment that torchrun sets, without importing torch; what ranks tell each other."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 # The device files of NVIDIA on Linux, of NVIDIA under WSL and of ROCm, whose torch build calls RCCL 'nccl'.
 _GPU_DEVICE_FILES = ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd')
@@ -26,6 +30,16 @@ def world_size() -> int:
     return int(os.environ.get('WORLD_SIZE', '1'))
 
 
+def local_world_size() -> int:
+    """Return the number of processes on this machine, 1 outside torchrun."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
+
+
+def started_by_torchrun() -> bool:
+    """Return whether a launcher set this process's rank."""
+    return 'RANK' in os.environ
+
+
 def is_main() -> bool:
     """Return whether this process is the one that writes files and logs."""
     return rank() == 0
@@ -36,6 +50,22 @@ def has_gpu_device() -> bool:
     return any(Path(name).exists() for name in _GPU_DEVICE_FILES)
 
 
+def visible_gpus() -> int:
+    """Return how many GPUs this process may use, by CUDA_VISIBLE_DEVICES or else the device files."""
+    if not has_gpu_device():
+        return 0
+    listed = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if listed is not None:
+        return len([name for name in listed.split(',') if name.strip() not in ('', '-1')])
+    return len(list(Path('/dev').glob('nvidia[0-9]*'))) or 1
+
+
+def own_gpus(gpus: int) -> range:
+    """Return the devices of this process: those of its machine dealt out in equal parts that do not overlap."""
+    share = gpus // local_world_size()
+    return range(local_rank() * share, (local_rank() + 1) * share)
+
+
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
     """Run the body on the first process of each machine, then on the others: one download, one conversion."""
@@ -44,11 +74,13 @@ def local_main_first() -> Iterator[None]:
         return
     import torch.distributed
 
+    # A group of its own: a download may take longer than a training step is ever waited for.
+    group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=1))
     if local_rank() != 0:
-        torch.distributed.barrier()
+        torch.distributed.barrier(group)
     yield
     if local_rank() == 0:
-        torch.distributed.barrier()
+        torch.distributed.barrier(group)
 
 
 def broadcast_text(text: str) -> str:
@@ -60,3 +92,22 @@ def broadcast_text(text: str) -> str:
     box = [text]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather(mine: list[Any]) -> list[Any]:
+    """Return, on every rank, the items of all ranks where rank r holds items r, r + world, ... of the whole."""
+    if world_size() == 1:
+        return mine
+    import torch.distributed
+
+    parts: list[list[Any]] = [[] for _ in range(world_size())]
+    torch.distributed.all_gather_object(parts, mine)
+    return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
+
+
+def report_failure(message: str, trace: str = '') -> None:
+    """Leave the reason for torchrun's summary, which names the rank that failed first."""
+    if file := os.environ.get('TORCHELASTIC_ERROR_FILE'):
+        extra = {'py_callstack': trace, 'timestamp': str(int(time.time()))}
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(json.dumps({'message': {'message': message, 'extraInfo': extra}}), encoding='utf-8')

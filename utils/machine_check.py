@@ -18,6 +18,7 @@ from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, mis
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution
 from utils.resolve import quantized_problems
+from utils.scale import check_deepspeed, check_processes
 
 TRAINER_STATE = 'trainer_state.json'
 OPTIMIZER_STATE = 'optimizer.pt'
@@ -96,7 +97,8 @@ def check_machine_sft(done: Resolution[SftArguments]) -> None:
     if any(part in args.optim for part in _NEEDS_BITSANDBYTES) and not has_package('bitsandbytes'):
         problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')
     if args.deepspeed_config_path is not None:
-        _check_deepspeed(Path(args.deepspeed_config_path), problems)
+        _check_deepspeed(Path(args.deepspeed_config_path), done)
+    check_processes(done)
     if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl' and not dist.has_gpu_device():
         problems.add(
             '--ddp_backend nccl needs a GPU and this machine shows none. Use --ddp_backend gloo, or leave it out.'
@@ -130,12 +132,16 @@ def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> N
         problems.add(f'--resume_from_checkpoint {checkpoint} holds {kind}, --sft_type is {args.sft_type}.')
 
 
-def _check_deepspeed(path: Path, problems: Problems) -> None:
+def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:
+    problems = done.problems
     if not path.is_file():
         problems.add(f'--deepspeed_config_path {path} is not a file (looked in {path.absolute().parent}).')
     else:
         try:
-            if not isinstance(json.loads(path.read_text(encoding='utf-8')), dict):
+            config = json.loads(path.read_text(encoding='utf-8'))
+            if isinstance(config, dict):
+                check_deepspeed(config, done)
+            else:
                 problems.add(f'--deepspeed_config_path {path} must hold a JSON object.')
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             problems.add(f'--deepspeed_config_path {path} is not JSON: {error}.')

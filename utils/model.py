@@ -19,6 +19,7 @@ from utils.logger import logger
 from utils.native.gguf import dense_directory, find_packaged_file
 from utils.native.packed import keep_trainable, loading_settings
 from utils.native.read import read_config
+from utils.placement import Spread, place
 from utils.preprocess import AUTO
 from utils.vision import spare_towers
 
@@ -37,9 +38,21 @@ class LoadOptions:
     """How a model is opened, whatever it is."""
 
     torch_dtype: torch.dtype
-    device_map: str | Mapping[str, int] | None = None
+    device_map: str | Mapping[str, int] | Spread | None = None
     flash_attention: bool = False
     quantization_config: Any = None
+    # transformers' DistributedConfig: weights are sharded as they are read.
+    distributed_config: Any = None
+
+    def keywords(self, make: Callable[[], PreTrainedModel] | None = None) -> dict[str, Any]:
+        """Return them as from_pretrained takes them; `make` builds the model without weights, to be spread."""
+        return {
+            'dtype': self.torch_dtype,
+            'device_map': place(self.device_map, make) if make else self.device_map,
+            'quantization_config': self.quantization_config,
+            'attn_implementation': 'flash_attention_2' if self.flash_attention else None,
+            'distributed_config': self.distributed_config,
+        }
 
 
 GetFunction = Callable[[Path, 'ModelInfo', LoadOptions], 'tuple[PreTrainedModel, Any]']
@@ -102,15 +115,9 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     state = {_LANGUAGE.sub(r'\1\2\3', k): v for k, v in read_state(model_dir).items() if _LANGUAGE.match(k)}
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config()
-        model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            output_loading_info=True,
-            dtype=options.torch_dtype,
-            device_map=options.device_map,
-            quantization_config=options.quantization_config,
-            attn_implementation='flash_attention_2' if options.flash_attention else None,
+        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, found = cls.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **options.keywords(lambda: cls(config))
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f'the language model in {model_dir} cannot be opened: {error}') from error
@@ -793,14 +800,7 @@ def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTr
     if problem := check_model_dir(model_dir):
         raise ConfigError(problem)
     try:
-        model = _open_layout(
-            model_dir,
-            info,
-            dtype=options.torch_dtype,
-            device_map=options.device_map,
-            quantization_config=options.quantization_config,
-            attn_implementation='flash_attention_2' if options.flash_attention else None,
-        )
+        model = _open_layout(model_dir, info, options.keywords())
     except ConfigError:
         raise
     except UnpicklingError:  # whose text says how to run it all the same
@@ -814,7 +814,7 @@ def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTr
     return model
 
 
-def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTrainedModel:
+def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> PreTrainedModel:
     """Return the model from whichever layout its config.json names: one of ours, of a 2023 family, or native."""
     import transformers as t
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -846,6 +846,7 @@ def _open_layout(model_dir: Path, info: ModelInfo, **keywords: Any) -> PreTraine
     speaks, sees = t.MODEL_FOR_CAUSAL_LM_MAPPING, t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     blind = type(native) in speaks or type(native) not in sees
     auto = t.AutoModelForCausalLM if blind else t.AutoModelForImageTextToText
+    keywords['device_map'] = place(keywords['device_map'], lambda: auto.from_config(native))
     if cls := (speaks if blind else sees).get(type(native), None):
         keywords = fitting(cls, keywords)
         spare_towers(keywords['quantization_config'], lambda: auto.from_config(native))
@@ -912,7 +913,7 @@ def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions)
     model, tokenizer = info.get_function(path, info, options)
     keep_trainable(model)
     model.config._name_or_path = model.name_or_path = info.public_id
-    embedding = model.get_input_embeddings().weight.shape[0]
+    embedding = model.config.get_text_config().vocab_size  # ZeRO-3 leaves no shape on the weight
     if len(tokenizer) > embedding:
         raise ConfigError(
             f'the tokenizer has {len(tokenizer)} tokens, the model embeds {embedding}: they are not of one model.'

@@ -18,6 +18,7 @@ from utils.model import ModelInfo, get_model_info, infer_model_type
 from utils.parser import Parsed
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution, run_name
+from utils.scale import resolve_scale
 
 DEFAULT_MODEL_TYPE = 'qwen-7b-chat'
 SFT_ARGS = 'sft_args.json'
@@ -37,6 +38,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     check_sft_numbers(done)
     _resolve_datasets(done)
     _resolve_quantization(done)
+    resolve_scale(done)
     _resolve_tuning(done)
     _resolve_schedule(done)
     _resolve_hub(done)
@@ -59,6 +61,8 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     _resolve_quantization(done)
     check_generation(done)
     args, problems = done.args, done.problems
+    if dist.world_size() > 1 and not args.reads_data:
+        problems.add('chatting, merging and exporting are for one process: start them with python, not torchrun.')
     if args.show_dataset_sample == 0 or args.show_dataset_sample < -1:
         problems.add(f'--show_dataset_sample takes 1 or more, or -1 for all, got {args.show_dataset_sample}.')
     if args.infer_batch_size < 1:

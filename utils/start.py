@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import socket
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from utils import dist
-from utils.argument import CommonArguments
+from utils.argument import CommonArguments, SftArguments
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.model import (
@@ -25,10 +31,17 @@ from utils.model import (
     pick_dtype,
     stored_quantization,
 )
+from utils.placement import Spread
 from utils.resolve import quantized_problems
 
 if TYPE_CHECKING:
     import torch
+
+
+# How long a process that is not the cause of a failure stays silent, for torchrun to end it.
+_GRACE_SECONDS = 10
+# What gloo and nccl say when another process is gone.
+_LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'third_party/gloo', 'NCCL error')
 
 
 def run_program(story: Callable[[], None]) -> int:
@@ -41,22 +54,58 @@ def run_program(story: Callable[[], None]) -> int:
     try:
         story()
     except ConfigError as error:
+        if not dist.is_main():
+            time.sleep(_GRACE_SECONDS)  # rank 0 most often says the same, and torchrun then ends this process
         for problem in error.problems:
             logger.error(problem)
-        return 2
+        return _leave(2, '\n'.join(error.problems))
     except UnpicklingError:  # whose text says how to run it all the same
-        logger.error(
+        problem = (
             'a file of the model or of the checkpoint that is resumed is damaged, or holds more than tensors. '
             'That would be code, which is never run. Get it as safetensors, or start without it.'
         )
-        return 2
+        logger.error(problem)
+        return _leave(2, problem)
     except KeyboardInterrupt:
         logger.error('stopped by Ctrl-C')
         return 130
+    except Exception as error:
+        if dist.world_size() == 1:
+            raise
+        return _report(error)
+    if dist.world_size() > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
     return 0
 
 
-def start_processes(backend: str) -> None:
+def _report(error: Exception) -> int:
+    """Say why this rank fails; where it fails because another one did, let that one speak."""
+    import torch
+
+    rank = f'rank {dist.rank()} of {dist.world_size()} on {socket.gethostname()}'
+    text = str(error)
+    if isinstance(error, torch.distributed.DistError) or any(mark in text for mark in _LOST_PEER):
+        time.sleep(_GRACE_SECONDS)
+        logger.error(f'{rank} lost the connection to another one, which failed or was killed: {text.splitlines()[0]}')
+        return _leave(1, f'lost the connection to another rank: {text}')
+    trace = traceback.format_exc()
+    logger.error(f'{rank} failed:\n{trace}')
+    return _leave(1, f'{type(error).__name__}: {text}', trace)
+
+
+def _leave(code: int, message: str, trace: str = '') -> int:
+    dist.report_failure(message, trace)
+    if dist.world_size() > 1:
+        # Not by sys.exit: destructors of a broken process group may hang, and torchrun would wait for this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     """Join the process group where torchrun started several processes, and quiet the libraries."""
     # The tokenizer's threads are used before data workers are forked; without this each fork warns.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
@@ -68,12 +117,33 @@ def start_processes(backend: str) -> None:
     warnings.filterwarnings('ignore', category=FutureWarning, module='transformers')
     for name in ('bitsandbytes', 'torchao', 'torch.utils._pytree'):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    # DeepSpeed calls collectives by the names that torch deprecates.
+    warnings.filterwarnings('ignore', category=FutureWarning, module='torch.distributed')
     if not dist.is_main():
         transformers.logging.disable_progress_bar()
+    if torch.cuda.is_available():
+        _take_gpus(torch.cuda.device_count())
     if dist.world_size() > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(dist.local_rank())
-        torch.distributed.init_process_group(backend)
+        # For ranks that are slow, as in generation; one that died is seen by torchrun and by its closed connections.
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    if deepspeed:
+        import deepspeed as engine
+
+        # Weights are sharded while they are read, before the trainer would join: it must know the world by then.
+        engine.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _take_gpus(gpus: int) -> None:
+    import torch
+
+    own = dist.own_gpus(gpus)
+    if not own:
+        raise ConfigError(f'{dist.local_world_size()} processes for {gpus} GPUs: each needs its own. Start {gpus}.')
+    torch.cuda.set_device(own[0])
+    if len(own) > 1 and dist.world_size() > 1:
+        # accelerate would refuse a model spread over GPUs in several processes, and take GPU local_rank for each.
+        os.environ['ACCELERATE_BYPASS_DEVICE_MAP'] = 'true'
+        os.environ['ACCELERATE_TORCH_DEVICE'] = f'cuda:{own[0]}'
 
 
 def open_model(args: CommonArguments, info: ModelInfo, weights: Weights, *, trains: bool) -> tuple[Any, Any, Any]:
@@ -87,29 +157,67 @@ def open_model(args: CommonArguments, info: ModelInfo, weights: Weights, *, trai
     dtype, reason = pick_dtype(args.dtype)
     logger.info(f'dtype = {str(dtype).removeprefix("torch.")} because {reason}')
     held = dtype
-    if trains and args.sft_type == 'full' and dtype != torch.float32:
+    sharding = isinstance(args, SftArguments) and (args.fsdp or args.deepspeed_config_path is not None)
+    if trains and args.sft_type == 'full' and dtype != torch.float32 and not _deepspeed_path(args):
         held = torch.float32
         logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
                     'parameter with gradient and AdamW state')  # fmt: skip
     options = LoadOptions(
         torch_dtype=held,
-        device_map=_device_map(args, trains=trains),
+        device_map=None if sharding else _device_map(args, info, held, trains=trains),
         flash_attention=_uses_flash_attention(args, dtype),
         quantization_config=_quantization(args, dtype),
+        distributed_config=_fully_sharded(args, held, dtype),
     )
+    alive = _zero_3(args)  # as long as weights are read, transformers shards them by this configuration
     with contextlib.redirect_stdout(sys.stderr):  # gptqmodel prints there, where answers go
         model, tokenizer = get_model_tokenizer(info, weights, options)
+    del alive
     return model, tokenizer, dtype
 
 
-def _device_map(args: CommonArguments, *, trains: bool) -> Any:
+def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, trains: bool) -> Any:
     import torch
 
-    if not torch.cuda.is_available() or getattr(args, 'deepspeed_config_path', None):
+    if not torch.cuda.is_available():
         return None
-    if dist.world_size() > 1:
-        return {'': dist.local_rank()}
-    return 'auto' if torch.cuda.device_count() > 1 else {'': 0}
+    own = dist.own_gpus(torch.cuda.device_count())
+    if len(own) == 1:
+        return {'': own[0]}
+    # Full fine-tuning holds a gradient per parameter as well; a tenth stays free for activations.
+    width = held.itemsize * (2 if trains and args.sft_type == 'full' else 1)
+    bits = args.quantization_bit or (4 if info.quantization else 8 * width)
+    memory = {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in own}
+    must_fit = trains or dist.world_size() > 1
+    return Spread(memory=memory, parameter_bytes=width, linear_bytes=bits / 8, must_fit=must_fit)
+
+
+def _deepspeed_path(args: CommonArguments) -> str | None:
+    return args.deepspeed_config_path if isinstance(args, SftArguments) else None
+
+
+def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype) -> Any:
+    if not (isinstance(args, SftArguments) and args.fsdp):
+        return None
+    import torch
+    from transformers.distributed import DistributedConfig
+
+    if dtype == torch.float16:
+        raise ConfigError('--fsdp true needs bf16 or fp32, this GPU has no bf16. Use --dtype fp32 or DeepSpeed.')
+    return DistributedConfig(fsdp_size=dist.world_size(), fsdp_mixed_precision=held != dtype)
+
+
+def _zero_3(args: CommonArguments) -> Any:
+    path = _deepspeed_path(args)
+    config = json.loads(Path(path).read_text(encoding='utf-8')) if path else {}
+    if not isinstance(args, SftArguments) or config.get('zero_optimization', {}).get('stage') != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    batch = args.batch_size, args.gradient_accumulation_steps
+    config.update(train_micro_batch_size_per_gpu=batch[0], gradient_accumulation_steps=batch[1])
+    config['train_batch_size'] = batch[0] * batch[1] * dist.world_size()
+    return HfDeepSpeedConfig(config)
 
 
 def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype) -> bool:

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Seq2SeqTrainer
 
-from utils import hub
+from utils import dist, hub
 from utils.argument import SftArguments
 from utils.callbacks import EvaluateAtEnd, Speedometer
 from utils.collator import Collator
 from utils.encoder import Encoder
 from utils.encoding import PreparedData
+from utils.filler import Filled
 from utils.generation import generate_batch, generation_config
 from utils.metrics import compute_loss_metrics, generation_metrics
 from utils.native.image_readers import Images
@@ -99,6 +100,12 @@ class SftTrainer(Seq2SeqTrainer):
         loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base class does, over each row once."""
+        # Seq2SeqTrainer.evaluate has put `gather` here, which keeps the rows that even out the processes' last batches.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
         self,
         model: Any,
@@ -136,13 +143,15 @@ class SftTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write weights, tokenizer and sft_args.json; unlike the base class no pickled arguments."""
-        if not self.args.should_save:
-            return
+        if not self.args.should_save and not self.is_distributed_loading_by_transformers:
+            return  # where weights are sharded, every rank gives its part
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         # save_embedding_layers='auto' would ask a hub whether the vocabulary grew; it never does here.
         extra = {'save_embedding_layers': False} if hasattr(self.model, 'peft_config') else {}
-        self.model.save_pretrained(folder, state_dict=state_dict, **extra)
+        self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save, **extra)
+        if not self.args.should_save:
+            return
         self.processing_class.save_pretrained(folder)
         if self.images is not None:
             self.images.save(folder)
@@ -160,7 +169,11 @@ def build_trainer(
         images=encoder.images,
         model=model,
         args=training_arguments(args, run.folder, dtype=dtype, evaluates=len(data.val) > 0),
-        train_dataset=data.train.longest_first() if args.test_oom_error else data.train,
+        train_dataset=Filled(
+            data.train.longest_first() if args.test_oom_error else data.train,
+            args.batch_size * dist.world_size() if dist.world_size() > 1 else 1,
+            tokenizer.pad_token_id,
+        ),
         eval_dataset=data.val.longest_first() if len(data.val) else None,
         data_collator=Collator(tokenizer.pad_token_id, encoder.images),
         processing_class=tokenizer,

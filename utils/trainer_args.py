@@ -16,8 +16,9 @@ def training_arguments(
 ) -> Seq2SeqTrainingArguments:
     """Return the trainer's arguments. No token goes into them: they are written to the run folder."""
     has_cuda = torch.cuda.is_available()
-    # Frozen bf16 weights compute in bf16 by themselves; fp32 weights and fp16 gradients need autocast.
-    autocasts = args.sft_type == 'full' or dtype == torch.float16
+    # Frozen bf16 weights compute in bf16 by themselves; fp32 weights and fp16 gradients need autocast. DeepSpeed takes
+    # its own precision from these two, and adapters in it.
+    autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
     return Seq2SeqTrainingArguments(
         output_dir=str(run_dir),
         per_device_train_batch_size=args.batch_size,

@@ -184,8 +184,9 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
             logger.warning(f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({reached})')
         prepared = get_peft_model(model, config)
         logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in [*modules, *parameters]))
-    trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in prepared.parameters())
+    # Under ZeRO-3 this process holds a part of each parameter, or none; DeepSpeed notes the whole size on it.
+    sizes = [(getattr(p, 'ds_numel', p.numel()), p.requires_grad) for p in prepared.parameters()]
+    trainable, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
     logger.info(f'trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4g} %)')
     return prepared
 

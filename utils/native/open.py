@@ -12,6 +12,7 @@ from utils.logger import logger
 from utils.native.family import Family
 from utils.native.lazy import computed
 from utils.native.read import read_config, read_object, read_state
+from utils.placement import place
 from utils.vision import spare_towers
 
 _NAMED = 5
@@ -42,6 +43,7 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
         state = computed(state)
     # Shapes that do not fit are let through to be named below, where the library would only count them.
     cls = _class(family.model_class)
+    options['device_map'] = place(options.get('device_map'), lambda: cls(native))
     model, info = cls.from_pretrained(
         None,
         config=native,
@@ -58,7 +60,12 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
 def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
     """Return a model that was saved in a class of ours, which plain AutoModel does not know."""
     cls = _class(family.model_class)
-    spare_towers(options.get('quantization_config'), lambda: cls(cls.config_class.from_pretrained(model_dir)))
+
+    def built() -> Any:
+        return cls(cls.config_class.from_pretrained(model_dir))
+
+    spare_towers(options.get('quantization_config'), built)
+    options['device_map'] = place(options.get('device_map'), built)
     model, info = cls.from_pretrained(model_dir, output_loading_info=True, **fitting(cls, options))
     check_loading(info, model_dir, f'family {family.name}')
     return model

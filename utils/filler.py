@@ -1,0 +1,25 @@
+"""Rows that teach nothing, so that every process of a distributed run gets as many batches as the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Filled(Sequence[dict[str, Any]]):
+    """A map-style data set and as many filler rows as make its length a multiple of `share`.
+
+    Without them a distributed sampler starts over at its first rows, which would be trained twice in an epoch.
+    """
+
+    def __init__(self, rows: Any, share: int, pad_token_id: int) -> None:
+        self.rows, self.size = rows, -(-len(rows) // share) * share
+        # One token, no label: its loss is the sum over nothing.
+        self.filler = {'input_ids': [pad_token_id], 'trained': (0, 0), 'prompt_length': 0}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a row, or the filler behind the last one."""
+        return self.rows[index] if index < len(self.rows) else self.filler
