@@ -220,20 +220,3 @@ def test_resuming_on_other_base_weights_is_refused(
     make_tokenizer().save_pretrained(other)
     run_sft('--model_id_or_path', str(other), '--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
     assert 'the base weights differ' in problems()[0]
-
-
-@pytest.mark.parametrize('bits', ['4', '8'])
-def test_qlora_trains_after_an_evaluation(bits: str, run_sft: Run, problems: Callable[[], list[str]]) -> None:
-    pytest.importorskip('bitsandbytes')
-    run = run_sft('--quantization_bit', bits, '--dtype', 'bf16', '--eval_steps', '2', '--max_steps', '6')
-    entries = history(run, 6)
-    norms = [e['grad_norm'] for e in entries if 'grad_norm' in e]
-    assert len(norms) == 6 and min(norms) > 1e-4, 'an evaluation in 4 bits must not stop the gradients'
-    losses = [e['eval_loss'] for e in entries if 'eval_loss' in e]
-    assert losses[-1] < losses[0]
-    import llm_infer
-
-    words = ['--ckpt_dir', str(run / 'checkpoint-6'), '--merge_lora_and_save', 'true']
-    assert llm_infer.main(words) == 2
-    assert 'Add --quantization_bit 0, which merges into the unquantised base' in problems()[0]
-    assert llm_infer.main([*words, '--quantization_bit', '0']) == 0

@@ -20,6 +20,10 @@ class Filled(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self.size
 
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each row."""
+        return [*self.rows.lengths(), *[1] * (self.size - len(self.rows))]
+
     def __getitem__(self, index: Any) -> Any:
         """Return a row, or the filler behind the last one."""
         return self.rows[index] if index < len(self.rows) else self.filler

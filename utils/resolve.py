@@ -58,6 +58,8 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     if done.args.reads_data:
         _resolve_datasets(done)
         done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
+    if done.args.merge_lora_and_save and done.args.quantization_bit:
+        _merge_unquantised(done)
     _resolve_quantization(done)
     check_generation(done)
     args, problems = done.args, done.problems
@@ -79,12 +81,18 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
             problems.add('--merge_lora_and_save true needs --ckpt_dir: without a checkpoint there is nothing to merge.')
         elif args.sft_type == 'full':
             problems.add('--merge_lora_and_save true: this checkpoint is of --sft_type full, its weights are whole.')
-        if args.quantization_bit:
-            problems.add(
-                f'--merge_lora_and_save true cannot merge into {args.quantization_bit}-bit weights: rounding would '
-                'swallow the adapter. Add --quantization_bit 0, which merges into the unquantised base.'
-            )
     return done
+
+
+def _merge_unquantised(done: Resolution[InferArguments]) -> None:
+    bits = done.args.quantization_bit
+    if 'quantization_bit' in done.typed:
+        done.problems.add(
+            f'--merge_lora_and_save true cannot merge into {bits}-bit weights: rounding would swallow the adapter. '
+            'Leave --quantization_bit out: the merge goes through the unquantised base.'
+        )
+        return
+    done.decide('quantization_bit', 0, f'rounding to {bits} bits would swallow the adapter: the base is merged whole')
 
 
 def _resolve_model(done: Resolution[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from utils import dist
@@ -76,6 +77,14 @@ def check_deepspeed(config: dict[str, Any], done: Resolution[SftArguments]) -> N
         problems.add(f'{path} is ZeRO stage 3, which does not shard quantised weights. Use ds_config/zero2.json.')
     if 'offload_optimizer' in zero and 'optimizer' not in config and args.optim not in _OFFLOADED:
         problems.add(f'{path} offloads the optimizer, which --optim {args.optim} cannot. Use adamw_torch.')
+    if args.resume_from_checkpoint is not None:
+        shards = len(list(Path(args.resume_from_checkpoint).glob('global_step*/*optim_states.pt')))
+        if shards != dist.world_size():
+            problems.add(
+                f'--resume_from_checkpoint {args.resume_from_checkpoint} holds the optimizer of {shards} DeepSpeed '
+                f'processes, here are {dist.world_size()}. Start as many as it was saved by; with 0 it was saved with '
+                '--only_save_model true, or without DeepSpeed, and cannot be resumed with it.'
+            )
     ours = {
         'train_micro_batch_size_per_gpu': ('batch_size', args.batch_size),
         'gradient_accumulation_steps': ('gradient_accumulation_steps', args.gradient_accumulation_steps),
