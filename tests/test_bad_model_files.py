@@ -14,6 +14,7 @@ import llm_infer
 import llm_sft
 from tests.conftest import make_model, make_tokenizer, small_flags
 from tests.test_models_2023 import change_config, original_folder
+from utils.model import get_model_info, locate
 
 Problems = Callable[[], list[str]]
 
@@ -221,7 +222,8 @@ def test_quantised_weights_of_a_hub_are_found_once_they_are_there(
     tmp_path: Path, data_file: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = original_folder('qwen-7b-chat-int4', tmp_path)
-    monkeypatch.setattr('utils.hub.download_model', lambda *_, **__: folder)
+    found = locate(get_model_info(None, str(folder)), revision='master')
+    monkeypatch.setattr('utils.run_dir.locate', lambda *_, **__: found)
     flags = [*small_flags(Path('me/gptq'), data_file, tmp_path / 'out'), '--template_type', 'default']
     assert llm_sft.main([*flags, '--sft_type', 'full']) == 2
     assert len(problems()) == 1 and "'gptq' " + GPTQ in problems()[0]
