@@ -45,7 +45,6 @@ def test_every_open_argument_is_filled_with_a_reason() -> None:
     assert (args.template_type, args.learning_rate, args.save_steps, args.only_save_model) == ('llama', 1e-4, 7, False)
     assert args.lora_target_modules == ['q_proj', 'k_proj', 'v_proj']
     assert 'learning_rate = 0.0001 because sft_type is lora' in done.decisions
-    assert any(line.startswith('tuner_backend = swift, which is PEFT') for line in done.decisions)
     full = resolved('--model_type', 'llama2-7b', '--dataset', 'sql-demo', '--sft_type', 'full').args
     assert (full.learning_rate, full.only_save_model, full.template_type) == (2e-5, True, 'default')
     generating = resolved('--predict_with_generate', 'true', '--batch_size', '8').args

@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_model, make_tokenizer, write_jsonl
-from utils.collator import Collator
-from utils.preprocess import IGNORE_INDEX
 
 Run = Callable[..., Path]
 
@@ -92,53 +90,6 @@ def test_batch_layouts_give_the_same_loss_and_gradients(run_sft: Run, tmp_path: 
     for loss, norm in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=1e-5)
         assert norm == pytest.approx(found[0][1], abs=1e-5)
-
-
-def test_padded_and_unpadded_rows_give_the_same_gradients() -> None:
-    from utils.trainer import SftTrainer
-
-    rows = [{'input_ids': list(range(6, 6 + n)), 'trained': (n // 2, n), 'prompt_length': n // 2} for n in (5, 12, 20)]
-    collate = Collator(5)
-    model = make_model()
-
-    def gradients(batches: list[list[dict[str, Any]]]) -> tuple[float, dict[str, torch.Tensor]]:
-        scorer = object.__new__(SftTrainer)
-        scorer.selects_logits = True
-        model.zero_grad()
-        count = sum(n['trained'][1] - n['trained'][0] for b in batches for n in b)
-        total = 0.0
-        for batch in batches:
-            losses, _ = scorer.token_scores(model, collate(batch))
-            (losses.sum() / count).backward()
-            total += float(losses.sum() / count)
-        return total, {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    padded_loss, padded = gradients([rows])
-    loss, unpadded = gradients([[row] for row in rows])
-    assert loss == pytest.approx(padded_loss, abs=1e-5)
-    assert max(float((padded[n] - unpadded[n]).abs().max()) for n in padded) < 1e-5
-
-
-def test_loss_is_the_plain_mean_over_trained_tokens() -> None:
-    from utils.trainer import SftTrainer
-
-    model = make_model()
-    batch = Collator(5)(
-        [
-            {'input_ids': [7, 8, 9, 10, 11], 'trained': (2, 4), 'prompt_length': 2},
-            {'input_ids': [7, 8, 9], 'trained': (0, 3), 'prompt_length': 0},
-        ]
-    )
-    assert batch['labels'].tolist() == [[-100, -100, 9, 10, -100], [-100, 8, 9, -100, -100]]
-    scorer = object.__new__(SftTrainer)
-    scorer.selects_logits = True
-    losses, hits = scorer.token_scores(model, batch)
-    logits = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits[:, :-1].flatten(0, 1)
-    targets = batch['labels'][:, 1:].flatten()
-    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
-    assert float(losses.sum() / 4) == pytest.approx(float(expected), abs=1e-6)
-    right = (logits.argmax(-1) == targets) & (targets != IGNORE_INDEX)
-    assert int(hits.sum()) == int(right.sum())
 
 
 def test_validation_loss_is_the_same_whatever_the_batch(run_sft: Run) -> None:

@@ -83,7 +83,7 @@ class SftArguments(CommonArguments):
     """The flags of llm_sft.py."""
 
     tuner_backend: Literal['swift', 'peft'] = flag(
-        'swift', "peft, or swift, the toolkit's own LoRA path with the same adapter files"
+        'swift', "peft, or swift: PEFT's layers and files, base and adapter computed in one step"
     )
     output_dir: str = flag('output', 'a run writes to <output_dir>/<model_type>/vN-<time>, N counting up')
     ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl'] = flag(
@@ -140,6 +140,20 @@ class SftArguments(CommonArguments):
     push_hub_strategy: PushStrategy = flag('push_best', 'what is pushed, and when')
     hub_token: str | None = flag(
         None, 'for pushing; None: the environment variable MODELSCOPE_API_TOKEN, with --hub huggingface HF_TOKEN'
+    )
+    padding_free: bool | None = flag(
+        None,
+        'rows of a batch laid end to end instead of padded; None: where the model proves exact in it; '
+        'true: an error if it cannot be had',
+    )
+    packing: bool = flag(False, 'fill --max_length with several rows, none of which sees another; needs padding_free')
+    group_by_length: bool = flag(
+        True,
+        'rearrange the rows of an optimizer step: padded batches of rows of like length; laid end to end, of like '
+        'numbers of tokens',
+    )
+    chunked_loss: bool = flag(
+        True, 'output head at trained positions alone, in chunks; false: logits as the class makes them'
     )
     test_oom_error: bool = flag(False, 'longest training rows first, so that an out-of-memory error shows at once')
 

@@ -35,7 +35,7 @@ class Speedometer(TrainerCallback):
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
         """Add the tokens of one micro-batch."""
-        self._pending += int(inputs['attention_mask'].sum())
+        self._pending += int(inputs['row_lengths'].sum())
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Leave the first step out: it pays for warm-up."""

@@ -11,37 +11,66 @@ from utils.preprocess import IGNORE_INDEX
 if TYPE_CHECKING:
     import torch
 
+# What a batch holds beside the model's own inputs.
+NOT_FOR_THE_MODEL = frozenset({'row_lengths', 'prompt_lengths', 'labels'})
+
+
+def row_labels(row: dict[str, Any]) -> list[int]:
+    """Return the row's ids where it is trained, IGNORE_INDEX elsewhere and at position 0, which nothing predicts.
+
+    So the number of labels is the number of predictions, and a mean over them is over what is really trained.
+    """
+    ids, (start, end) = row['input_ids'], row['trained']
+    start = max(start, 1)
+    return [*[IGNORE_INDEX] * start, *ids[start:end], *[IGNORE_INDEX] * (len(ids) - max(start, end))]
+
 
 class Collator:
-    """Pads a batch to its longest row, on the right."""
+    """Lays the rows of a batch end to end, or pads them on the right to the longest. A row may be a pack of rows."""
 
-    def __init__(self, pad_token_id: int, images: Images | None = None) -> None:
+    def __init__(self, pad_token_id: int, images: Images | None = None, *, pads: bool = True) -> None:
         self.pad_token_id = pad_token_id
         self.images = images
+        self.pads = pads
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask, labels (each B x T) and prompt_lengths (B), and what images add.
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return row_lengths and prompt_lengths (B), input_ids and labels with attention_mask, each (B, T).
 
-        Labels are IGNORE_INDEX outside the trained span and at position 0, which no position predicts: so the number
-        of labels is the number of predictions, and a mean over them is over what is really trained.
+        Laid end to end these are (1, sum of T) with position_ids, which start at 0 for each row, for attention_mask.
+        Images add the model's own inputs to padded rows. row_lengths come first: from it the trainer tells how many rows a batch has.
         """
         import torch
 
-        width = max(len(row['input_ids']) for row in rows)
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        labels = torch.full((len(rows), width), IGNORE_INDEX)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids = torch.tensor(row['input_ids'])
-            start, end = max(row['trained'][0], 1), row['trained'][1]
-            input_ids[index, : len(ids)] = ids
-            attention_mask[index, : len(ids)] = 1
-            labels[index, start:end] = ids[start:end]
+        rows = [row for item in items for row in item.get('rows', [item])]
+        lengths = [len(row['input_ids']) for row in rows]
+        of_rows = {
+            'row_lengths': torch.tensor(lengths),
+            'prompt_lengths': torch.tensor([row['prompt_length'] for row in rows]),
+        }
+        ids = [torch.tensor(row['input_ids']) for row in rows]
+        labels = [torch.tensor(row_labels(row)) for row in rows]
+        if not self.pads:
+            return {
+                **of_rows,
+                'input_ids': torch.cat(ids)[None],
+                'position_ids': torch.cat([torch.arange(length) for length in lengths])[None],
+                'labels': torch.cat(labels)[None],
+            }
+        pad = torch.nn.utils.rnn.pad_sequence
+        padded = pad(ids, batch_first=True, padding_value=self.pad_token_id)
         paths = [path for row in rows for path in row.get('images', ())]
         return {
-            'input_ids': input_ids,
-            'attention_mask': attention_mask,
-            'labels': labels,
-            'prompt_lengths': torch.tensor([row['prompt_length'] for row in rows]),
-            **(self.images.inputs(input_ids, paths) if self.images else {}),
+            **of_rows,
+            'input_ids': padded,
+            'attention_mask': pad([torch.ones_like(x) for x in ids], batch_first=True),
+            'labels': pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            **(self.images.inputs(padded, paths) if self.images else {}),
         }
+
+
+def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    """Return one tensor of a batch as its rows, without padding."""
+    lengths = batch['row_lengths'].tolist()
+    if 'attention_mask' not in batch:
+        return list(batch[name][0].split(lengths))
+    return [row[:length] for row, length in zip(batch[name], lengths, strict=True)]

@@ -41,6 +41,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     resolve_scale(done)
     _resolve_tuning(done)
     _resolve_schedule(done)
+    _check_layout(done)
     _resolve_hub(done)
     args = done.args
     if args.predict_with_generate:
@@ -209,10 +210,6 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
     if args.sft_type == 'full':
         done.without_effect(_LORA_ONLY, 'it is for --sft_type lora')
     else:
-        if args.tuner_backend == 'swift':
-            done.decisions.append(
-                'tuner_backend = swift, which is PEFT for now: the adapter files are the same either way'
-            )
         if args.lora_target_modules is None and done.info is not None and args.model_type is not None:
             done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
     if args.only_save_model is None:
@@ -239,6 +236,16 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
         done.without_effect(('num_train_epochs',), f'--max_steps {args.max_steps} wins')
     if 'ddp_backend' in done.typed and dist.world_size() == 1:
         done.without_effect(('ddp_backend',), 'there is one process; start several with torchrun')
+
+
+def _check_layout(done: Resolution[SftArguments]) -> None:
+    args = done.args
+    if args.packing and args.padding_free is False:
+        done.problems.add('--packing true lays rows end to end, --padding_free false pads them. Drop one of them.')
+    if args.packing and args.max_length == -1:
+        done.problems.add('--packing true fills --max_length, and -1 is no limit to fill. Give a length.')
+    if args.test_oom_error:
+        done.without_effect(('group_by_length',), '--test_oom_error true sorts all rows by length')
 
 
 def _resolve_hub(done: Resolution[SftArguments]) -> None:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
+from accelerate.data_loader import SeedableRandomSampler
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import RandomSampler
 from transformers import Seq2SeqTrainer
 
 from utils import dist, hub
 from utils.argument import SftArguments
 from utils.callbacks import EvaluateAtEnd, Speedometer
-from utils.collator import Collator
+from utils.collator import NOT_FOR_THE_MODEL, Collator, split_rows
 from utils.encoder import Encoder
 from utils.encoding import PreparedData
 from utils.filler import Filled
 from utils.generation import generate_batch, generation_config
+from utils.layout import exact_head, lay_end_to_end
+from utils.logger import logger
 from utils.metrics import compute_loss_metrics, generation_metrics
 from utils.native.image_readers import Images
+from utils.packing import PackedRows, StepSampler
 from utils.preprocess import IGNORE_INDEX
 from utils.push_callback import PushCallback
 from utils.resolve import SFT_ARGS
 from utils.run_dir import Run, write_json
+from utils.scoring import Scorer
 from utils.trainer_args import training_arguments
 
 if TYPE_CHECKING:
@@ -31,30 +36,35 @@ if TYPE_CHECKING:
 
 
 # What every batch holds; anything more is of images and goes to the model as it is.
-_OF_TEXT = ('input_ids', 'attention_mask', 'labels', 'prompt_lengths')
 
-
-def _image_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in inputs.items() if name not in _OF_TEXT}
+# The model's inputs that every batch has; images add theirs.
+_OF_TEXT = ('input_ids', 'attention_mask', 'position_ids')
 
 
 class SftTrainer(Seq2SeqTrainer):
     """A trainer whose loss is a mean over the trained tokens of the whole effective batch, whatever its layout."""
 
     def __init__(
-        self, *, run_record: dict[str, Any], generation: GenerationConfig, images: Images | None, **kwargs: Any
+        self,
+        *,
+        run_record: dict[str, Any],
+        generation: GenerationConfig,
+        scorer: Scorer,
+        groups_by_length: bool,
+        images: Images | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.scorer = scorer
+        self.groups_by_length = groups_by_length
         self.images = images
         self.run_record = run_record
         self.generation = generation
         # The loss below is divided by num_items_in_batch, whatever the model's own forward would accept.
         self.model_accepts_loss_kwargs = True
-        base = self.model.get_base_model() if hasattr(self.model, 'get_base_model') else self.model
         self.speedometer = Speedometer()
         self.add_callback(self.speedometer)
         self.add_callback(EvaluateAtEnd())
-        self.selects_logits = 'logits_to_keep' in inspect.signature(base.forward).parameters
 
     def log_to(self, run_dir: Path) -> None:
         """Write TensorBoard logs under runs/ and the trainer's arguments beside them, on the main process."""
@@ -66,25 +76,6 @@ class SftTrainer(Seq2SeqTrainer):
         self.add_callback(TensorBoardCallback(SummaryWriter(run_dir / 'runs')))
         write_json(run_dir / 'training_args.json', self.args.to_dict())
 
-    def token_scores(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (negative log likelihoods, hits), each B x P, over the columns P where any row is trained.
-
-        The output head is applied to those columns alone where the class can. Untrained places hold 0.
-        """
-        labels = inputs['labels'][:, 1:]
-        columns = (labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(-1)
-        keep = {'logits_to_keep': columns} if self.selects_logits else {}
-        extra = _image_inputs(inputs)
-        logits = model(
-            input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], use_cache=False, **keep, **extra
-        ).logits
-        logits = logits if self.selects_logits else logits[:, columns]
-        targets = labels[:, columns]
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction='none'
-        )
-        return losses.view_as(targets), logits.detach().argmax(dim=-1) == targets
-
     def compute_loss(
         self,
         model: Any,
@@ -94,10 +85,11 @@ class SftTrainer(Seq2SeqTrainer):
     ) -> Any:
         """Return the summed loss over the number of trained tokens of all micro-batches and processes."""
         self.speedometer.count(inputs)
-        losses, _ = self.token_scores(model, inputs)
         assert num_items_in_batch is not None, 'the collator always gives labels'
         # Gradients are averaged over processes; the token count is over all of them.
-        loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        divisor = float(num_items_in_batch) / self.accelerator.num_processes
+        with self.accelerator.autocast():
+            loss = self.scorer.loss(model, inputs, divisor)
         return (loss, {}) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,26 +108,40 @@ class SftTrainer(Seq2SeqTrainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Return no loss, but per row what the metrics add up: (loss, hits, tokens), or generated ids and labels."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs['labels']
         if self.args.predict_with_generate:
             prompts = [
-                ids[:length].tolist() for ids, length in zip(inputs['input_ids'], inputs['prompt_lengths'], strict=True)
+                ids[:length].tolist()
+                for ids, length in zip(split_rows(inputs, 'input_ids'), inputs['prompt_lengths'], strict=True)
             ]
             answers = generate_batch(
                 self.accelerator.unwrap_model(model),
                 prompts,
                 self.generation,
                 images=self.images,
-                pixels=_image_inputs(inputs),
+                pixels={name: x for name, x in inputs.items() if name not in (*NOT_FOR_THE_MODEL, *_OF_TEXT)},
             )
             width = max(1, *map(len, answers))  # at least one column: all answers may be empty
             padded = [ids + [IGNORE_INDEX] * (width - len(ids)) for ids in answers]
+            labels = pad_sequence(split_rows(inputs, 'labels'), batch_first=True, padding_value=IGNORE_INDEX)
             return None, torch.tensor(padded, dtype=torch.long, device=labels.device).view(-1, width), labels
-        with torch.no_grad(), self.compute_loss_context_manager():
-            losses, hits = self.token_scores(model, inputs)
-        counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
-        sums = torch.stack([losses.double().sum(dim=1), hits.double().sum(dim=1), counts.double()], dim=1)
-        return None, sums, labels[:, :1]
+        with self.accelerator.autocast():
+            sums = self.scorer.by_row(model, inputs)
+        return None, sums, inputs['row_lengths'][:, None]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order of rows, rearranged by length within what one optimizer step is made of."""
+        order = super()._get_train_sampler(train_dataset)
+        if not self.groups_by_length or not isinstance(order, RandomSampler):
+            return order
+        args = self.args
+        seeded = SeedableRandomSampler(self.train_dataset, data_seed=args.data_seed)
+        return StepSampler(
+            seeded,
+            self.train_dataset.lengths(),
+            batch=args.train_batch_size,
+            batches=args.gradient_accumulation_steps * args.world_size,
+            pads=self.data_collator.pads,
+        )
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Only a step that is saved can be kept as the best one.
@@ -162,22 +168,17 @@ def build_trainer(
     args: SftArguments, run: Run, model: Any, encoder: Encoder, data: PreparedData, *, dtype: torch.dtype
 ) -> SftTrainer:
     """Return the trainer of a run, with its logs and its pushes."""
-    tokenizer = encoder.tokenizer
-    trainer = SftTrainer(
-        run_record=run.record,
-        generation=generation_config(args, tokenizer, encoder.stop_ids),
+    generation = generation_config(args, encoder.tokenizer, encoder.stop_ids)
+    trainer = make_trainer(
+        args,
+        run.folder,
+        model,
+        encoder.tokenizer,
+        data,
+        dtype=dtype,
+        record=run.record,
+        generation=generation,
         images=encoder.images,
-        model=model,
-        args=training_arguments(args, run.folder, dtype=dtype, evaluates=len(data.val) > 0),
-        train_dataset=Filled(
-            data.train.longest_first() if args.test_oom_error else data.train,
-            args.batch_size * dist.world_size() if dist.world_size() > 1 else 1,
-            tokenizer.pad_token_id,
-        ),
-        eval_dataset=data.val.longest_first() if len(data.val) else None,
-        data_collator=Collator(tokenizer.pad_token_id, encoder.images),
-        processing_class=tokenizer,
-        compute_metrics=generation_metrics(tokenizer) if args.predict_with_generate else compute_loss_metrics,
     )
     trainer.log_to(run.folder)
     if args.push_to_hub:
@@ -185,3 +186,41 @@ def build_trainer(
         assert token is not None, 'checked before'
         trainer.add_callback(PushCallback(args, token, run.folder, data.summary))
     return trainer
+
+
+def make_trainer(
+    args: SftArguments,
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    *,
+    dtype: torch.dtype,
+    record: dict[str, Any],
+    generation: GenerationConfig,
+    images: Images | None = None,
+) -> SftTrainer:
+    """Return a trainer that writes checkpoints to `folder`, its batches laid out as the model allows."""
+    base = model.get_base_model() if args.sft_type == 'lora' else model
+    laid = lay_end_to_end(base, args, longest=max([*data.train.lengths(), *data.val.lengths()]))
+    train: Any = data.train.longest_first() if args.test_oom_error else data.train
+    if args.packing:
+        train = PackedRows(data.train, args.max_length)
+        full = len(data.train.ids) / len(train) / args.max_length
+        logger.info(f'packing: {len(data.train)} rows in {len(train)} packs, {full:.1%} of --max_length full')
+    if dist.world_size() > 1:
+        train = Filled(train, args.batch_size * dist.world_size(), tokenizer.pad_token_id)
+    return SftTrainer(
+        run_record=record,
+        generation=generation,
+        images=images,
+        model=model,
+        scorer=Scorer(base, exact_head(base, args)),
+        groups_by_length=args.group_by_length,
+        args=training_arguments(args, folder, dtype=dtype, evaluates=len(data.val) > 0),
+        train_dataset=train,
+        eval_dataset=data.val.longest_first() if len(data.val) else None,
+        data_collator=Collator(tokenizer.pad_token_id, images, pads=not laid),
+        processing_class=tokenizer,
+        compute_metrics=generation_metrics(tokenizer) if args.predict_with_generate else compute_loss_metrics,
+    )

@@ -148,8 +148,6 @@ def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
 
 def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     """Return the model ready to train and log what is trainable: a PeftModel with fp32 adapters, or all weights."""
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     towers = find_towers(model)
     frozen = towers if args.freeze_vision else []
     if not args.freeze_vision and not towers:
@@ -162,6 +160,9 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
         prepared: Any = model
     else:
         from peft import LoraConfig, TaskType, get_peft_model
+
+        from utils.layout import is_sharded
+        from utils.lora import fuse_lora
 
         modules, parameters = find_targets(model, args.lora_target_modules, frozen)
         if parameters and args.lora_dropout_p:
@@ -183,7 +184,15 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
             reached = ', '.join(sorted(linear_names(model) - outside))
             logger.warning(f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({reached})')
         prepared = get_peft_model(model, config)
+        if args.tuner_backend == 'swift' and not is_sharded(model):
+            fused, layers = fuse_lora(prepared)
+            logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
         logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in [*modules, *parameters]))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+        if args.sft_type == 'lora':
+            # For reentrant checkpointing alone: embeddings need no gradients, nor does what is below the first adapter.
+            model.disable_input_require_grads()
     # Under ZeRO-3 this process holds a part of each parameter, or none; DeepSpeed notes the whole size on it.
     sizes = [(getattr(p, 'ds_numel', p.numel()), p.requires_grad) for p in prepared.parameters()]
     trainable, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
