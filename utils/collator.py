@@ -37,7 +37,8 @@ class Collator:
         """Return row_lengths and prompt_lengths (B), input_ids and labels with attention_mask, each (B, T).
 
         Laid end to end these are (1, sum of T) with position_ids, which start at 0 for each row, for attention_mask.
-        Images add the model's own inputs to padded rows. row_lengths come first: from it the trainer tells how many rows a batch has.
+        Images add the model's own inputs to padded rows. row_lengths come first: from it the trainer tells how many
+        rows a batch has.
         """
         import torch
 

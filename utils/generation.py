@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,10 @@ from utils.native.image_readers import Images
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
+
+
+# Layers that attend and nothing else: what they know of earlier tokens is keys and values.
+ATTENDING = frozenset({'full_attention', 'sliding_attention'})
 
 
 def generation_config(args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int]) -> GenerationConfig:
@@ -54,19 +59,71 @@ def generate_batch(
 ) -> list[list[int]]:
     """Return the new ids of each prompt without the stop token and what follows it. An empty prompt starts from bos.
 
-    `pixels` is what the model takes for the prompts' images, prompt by prompt.
+    Each time half of the rows have ended, those leave the batch and the others go on from their caches; not with
+    images. `pixels` is what the model takes for the prompts' images, prompt by prompt.
     """
     import torch
 
     start = config.bos_token_id if config.bos_token_id is not None else config.pad_token_id
-    filled = [ids or [start] for ids in prompts]
-    inputs = _left_pad(filled, config.pad_token_id, model.device)
-    if images is not None and pixels:
-        inputs |= {**pixels, **images.per_token(inputs['input_ids'])}
-    with torch.no_grad():
-        output = model.generate(**inputs, generation_config=config)
-    width = inputs['input_ids'].shape[1]
-    return [_cut_at_stop(row.tolist(), config.eos_token_id) for row in output[:, width:]]
+    inputs = _left_pad([ids or [start] for ids in prompts], config.pad_token_id, model.device)
+    ids, mask = inputs['input_ids'], inputs['attention_mask']
+    seen = {**pixels, **images.per_token(ids)} if images is not None and pixels else {}
+    width, last = ids.shape[1], ids.shape[1] + config.max_new_tokens
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows, cache = list(range(len(prompts))), None
+    leaves = len(prompts) > 1 and not seen and _rows_can_leave(model)
+    while rows:
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                **seen,
+                generation_config=_up_to(config, last - ids.shape[1]),
+                **({'stopping_criteria': [_half_have_ended(config)]} if leaves else {}),
+                **({'past_key_values': cache} if cache is not None else {}),
+            )
+        new = [row[width:].tolist() for row in output.sequences]
+        for row, found in zip(rows, new, strict=True):
+            answers[row] = _cut_at_stop(found, config.eos_token_id)
+        going = [place for place, found in enumerate(new) if len(answers[rows[place]]) == len(found)]
+        if output.sequences.shape[1] == last or not going:
+            break
+        chosen, cache = torch.tensor(going, device=ids.device), output.past_key_values
+        cache.batch_select_indices(chosen)
+        made = output.sequences.shape[1] - ids.shape[1]
+        mask = torch.nn.functional.pad(mask[chosen], (0, made), value=1)
+        ids, rows = output.sequences[chosen], [rows[place] for place in going]
+    return answers
+
+
+def _rows_can_leave(model: Any) -> bool:
+    """Return whether all that a model keeps of its rows lies in caches of keys and values."""
+    settings = model.config.get_text_config().to_dict()
+    # Qwen's dynamic NTK keeps a factor for each row of the batch it was started with.
+    return not settings.get('use_dynamic_ntk') and set(settings.get('layer_types') or ()) <= ATTENDING
+
+
+def _up_to(config: GenerationConfig, tokens: int) -> GenerationConfig:
+    limited = copy.copy(config)
+    limited.max_new_tokens = tokens
+    limited.return_dict_in_generate = True
+    return limited
+
+
+def _half_have_ended(config: GenerationConfig) -> Any:
+    """Return a stopping rule: half of the rows, or more, have produced a stop token since it was made."""
+    import torch
+    from transformers import StoppingCriteria
+
+    class HalfHaveEnded(StoppingCriteria):
+        ended: torch.Tensor | None = None
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            stops = torch.isin(input_ids[:, -1], torch.tensor(config.eos_token_id, device=input_ids.device))
+            self.ended = stops if self.ended is None else self.ended | stops
+            return (2 * self.ended.sum() >= len(stops)).expand(len(stops))
+
+    return HalfHaveEnded()
 
 
 def generate_rows(

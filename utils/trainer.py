@@ -34,9 +34,6 @@ from utils.trainer_args import training_arguments
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-
-# What every batch holds; anything more is of images and goes to the model as it is.
-
 # The model's inputs that every batch has; images add theirs.
 _OF_TEXT = ('input_ids', 'attention_mask', 'position_ids')
 
