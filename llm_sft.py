@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from utils import dist
 from utils.argument import SftArguments
 from utils.dataset import get_dataset
-from utils.errors import ConfigError
 from utils.machine_check import check_machine_sft
 from utils.native.image_readers import open_images
 from utils.parser import parse
@@ -49,7 +48,8 @@ def train(done: Resolution[SftArguments]) -> None:
 
     from utils.auto_encoder import make_encoder
     from utils.encoding import prepare_data
-    from utils.report import finish_run, interrupted
+    from utils.preflight import FirstStepGate
+    from utils.report import finish_run, stopped
     from utils.trainer import build_trainer
     from utils.tuner import prepare_model
 
@@ -68,10 +68,11 @@ def train(done: Resolution[SftArguments]) -> None:
     run.record['keeps_lead'] = encoder.keeps_lead
     model = prepare_model(model, args)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except KeyboardInterrupt:
-        raise ConfigError(interrupted(trainer, run.folder)) from None
+    if args.preflight:
+        trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stopped:
+        raise stopped(trainer, run.folder, done)
     if dist.is_main():
         finish_run(trainer, run.folder, started=started, data={**data.summary, 'served': rows.served})
 

@@ -112,7 +112,7 @@ def make_tokenizer(*, chat_template: str | None = CHATML, vocab_size: int = 400,
     return tokenizer
 
 
-def make_model(*, seed: int = 0, vocab_size: int = 400, layers: int = 2) -> Any:
+def make_model(*, seed: int = 0, vocab_size: int = 400, layers: int = 2, intermediate_size: int = 64) -> Any:
     """Return a 2-layer Llama of random weights, fp32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -122,7 +122,7 @@ def make_model(*, seed: int = 0, vocab_size: int = 400, layers: int = 2) -> Any:
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=32,
-            intermediate_size=64,
+            intermediate_size=intermediate_size,
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,

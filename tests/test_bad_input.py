@@ -16,6 +16,7 @@ import pytest
 import llm_infer
 import llm_sft
 from tests.conftest import ROOT, make_model, make_tokenizer, run_program, small_flags, write_jsonl
+from utils.checkpoint import damage, last_checkpoint
 
 Problems = Callable[[], list[str]]
 Run = Callable[..., Path]
@@ -266,18 +267,24 @@ def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytes
 
 
 @pytest.mark.slow
-def test_ctrl_c_names_the_last_checkpoint(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_step_and_names_the_checkpoint(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    """As a terminal does it: every process of the group gets the signal, the data worker too."""
     words = small_flags(model_dir, data_file, tmp_path / 'out')
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'llm_sft.py'), *words, '--max_steps', '100000', '--save_steps', '3'],
+        [sys.executable, str(ROOT / 'llm_sft.py'), *words, '--max_steps', '100000', '--save_steps', '3',
+         '--dataloader_num_workers', '1'],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ),
+        start_new_session=True,
     )  # fmt: skip
-    deadline = time.time() + 60
-    while not list((tmp_path / 'out').glob('*/*/checkpoint-*/trainer_state.json')):
+    deadline = time.time() + 120
+    while not list((tmp_path / 'out').glob('*/*/checkpoint-*')):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2 and 'Traceback' not in stderr
-    assert 'stopped by Ctrl-C at step' in stderr and 'last checkpoint: ' in stderr
-    assert '--resume_from_checkpoint' in stderr
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130 and 'Traceback' not in stderr, stderr[-3000:]
+    (run,) = (tmp_path / 'out').glob('*/*')
+    last = last_checkpoint(run)
+    assert last is not None and damage(last) is None
+    assert f'stopped by SIGINT after step {last.name.split("-")[1]} of 100000; {last} is complete.' in stderr
+    assert f'--resume_from_checkpoint {last}' in stderr

@@ -20,6 +20,7 @@ LAYERS: list[list[str]] = [
         'auto_encoder',
         'fingerprint',
         'placement',
+        'checkpoint',
         'data_file',
         'convert',
         'demo_sql',
@@ -56,6 +57,7 @@ LAYERS: list[list[str]] = [
     ['argument', 'parser', 'resolution', 'limits', 'scale', 'resolve', 'machine_check'],
     [
         'run_dir',
+        'proofs',
         'encoding',
         'packing',
         'collator',
@@ -75,9 +77,13 @@ LAYERS: list[list[str]] = [
         'docs',
         'start',
         'answering',
+        'tree_file',
+        'random_state',
+        'stop',
+        'guards',
     ],
-    ['trainer_args', 'callbacks', 'push_callback', 'trainer'],
-    ['report', 'demo_report'],
+    ['trainer_args', 'callbacks', 'push_callback', 'resume', 'trainer'],
+    ['preflight', 'report', 'demo_report'],
 ]
 FORBIDDEN = (
     'trust_remote_code=True', 'pickle.load', 'pickle.dump', 'torch.save', 'weights_only=False', 'eval(', 'exec(',

@@ -46,9 +46,13 @@ def test_run_folder_holds_what_is_promised(run_sft: Run) -> None:
     kept = sorted(p.name for p in run.glob('checkpoint-*'))
     assert kept == ['checkpoint-4', 'checkpoint-6']
     checkpoint = run / 'checkpoint-6'
-    assert {'adapter_model.safetensors', 'adapter_config.json', 'sft_args.json', 'tokenizer.json', 'optimizer.pt'} <= {
-        p.name for p in checkpoint.iterdir()
-    }
+    assert {
+        'adapter_model.safetensors',
+        'adapter_config.json',
+        'sft_args.json',
+        'tokenizer.json',
+        'optimizer.safetensors',
+    } <= {p.name for p in checkpoint.iterdir()}
     assert (run / 'sample.txt').read_text(encoding='utf-8').startswith('<|im_start|>system\nbe kind<|im_end|>')
     assert not list(run.rglob('training_args.bin'))
     assert (run / 'training_args.json').is_file()
@@ -131,14 +135,14 @@ def test_longest_rows_come_first_when_memory_is_tested(run_sft: Run, tmp_path: P
     for n in (3, 9, 5, 1):
         rows.append(Encoded(input_ids=[7] * n, trained=(0, n), prompt_length=0))
     assert rows.longest_first().lengths() == [9, 5, 3, 1]
-    assert rows[1] == {'input_ids': [7] * 9, 'trained': (0, 9), 'prompt_length': 0}
+    assert rows[1] == {'input_ids': [7] * 9, 'trained': (0, 9), 'prompt_length': 0, 'row': 1}
     run = run_sft('--test_oom_error', 'true', '--max_steps', '1')
     assert (run / 'checkpoint-1').is_dir()
 
 
 def test_only_save_model_leaves_nothing_to_resume(run_sft: Run, problems: Callable[[], list[str]]) -> None:
     run = run_sft('--only_save_model', 'true', '--max_steps', '1')
-    assert not (run / 'checkpoint-1' / 'optimizer.pt').exists()
+    assert not (run / 'checkpoint-1' / 'optimizer.safetensors').exists()
     run_sft('--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
     assert any('has no optimizer state' in line for line in problems())
 

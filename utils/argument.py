@@ -156,6 +156,9 @@ class SftArguments(CommonArguments):
         True, 'output head at trained positions alone, in chunks; false: logits as the class makes them'
     )
     test_oom_error: bool = flag(False, 'longest training rows first, so that an out-of-memory error shows at once')
+    preflight: bool = flag(
+        True, 'before training, try a step, an evaluation and a checkpoint on the heaviest rows, and undo them'
+    )
 
 
 @dataclass(kw_only=True)

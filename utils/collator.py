@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 # What a batch holds beside the model's own inputs.
-NOT_FOR_THE_MODEL = frozenset({'row_lengths', 'prompt_lengths', 'labels'})
+NOT_FOR_THE_MODEL = frozenset({'row_lengths', 'prompt_lengths', 'rows', 'labels'})
 
 
 def row_labels(row: dict[str, Any]) -> list[int]:
@@ -34,7 +34,7 @@ class Collator:
         self.pads = pads
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return row_lengths and prompt_lengths (B), input_ids and labels with attention_mask, each (B, T).
+        """Return row_lengths, prompt_lengths and rows, their indices (B); input_ids, labels, attention_mask (B, T).
 
         Laid end to end these are (1, sum of T) with position_ids, which start at 0 for each row, for attention_mask.
         Images add the model's own inputs to padded rows. row_lengths come first: from it the trainer tells how many
@@ -47,6 +47,7 @@ class Collator:
         of_rows = {
             'row_lengths': torch.tensor(lengths),
             'prompt_lengths': torch.tensor([row['prompt_length'] for row in rows]),
+            'rows': torch.tensor([row.get('row', -1) for row in rows]),
         }
         ids = [torch.tensor(row['input_ids']) for row in rows]
         labels = [torch.tensor(row_labels(row)) for row in rows]

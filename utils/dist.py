@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar('T')
 
 # The device files of NVIDIA on Linux, of NVIDIA under WSL and of ROCm, whose torch build calls RCCL 'nccl'.
 _GPU_DEVICE_FILES = ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd')
@@ -111,3 +114,34 @@ def report_failure(message: str, trace: str = '') -> None:
         extra = {'py_callstack': trace, 'timestamp': str(int(time.time()))}
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps({'message': {'message': message, 'extraInfo': extra}}), encoding='utf-8')
+
+
+@functools.cache
+def _cpu_group() -> Any:
+    """Return the group that exchanges CPU values: asking a GPU's group for them would wait for the GPU."""
+    import torch.distributed
+
+    backend = torch.distributed.get_backend()
+    return torch.distributed.group.WORLD if backend == 'gloo' else torch.distributed.new_group(backend='gloo')
+
+
+def from_all(value: T) -> list[T]:
+    """Return every process's `value`, in the order of ranks; all processes have to call it."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed
+
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value, group=_cpu_group())
+    return values
+
+
+def sums(values: Sequence[float]) -> list[float]:
+    """Return the sums of each value over all processes; all have to call it. Waits for no GPU."""
+    if world_size() == 1:
+        return list(values)
+    import torch.distributed
+
+    total = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(total, group=_cpu_group())
+    return total.tolist()

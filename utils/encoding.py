@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,11 @@ class EncodedRows:
     prompt_lengths: array[int] = field(default_factory=lambda: array('i'))
     # Paths of the rows that have images; a file is opened where a batch is made.
     images: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    origins: list[str] = field(default_factory=list)
 
-    def append(self, row: Encoded) -> None:
-        """Add one row."""
+    def append(self, row: Encoded, origin: str = '') -> None:
+        """Add one row and where it came from."""
+        self.origins.append(origin)
         if row.images:
             self.images[len(self)] = row.images
         self.ids.extend(row.input_ids)
@@ -44,14 +47,31 @@ class EncodedRows:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row: input_ids, the half-open trained span, the prompt's length, and images where it has some."""
+        """Return one row: input_ids, the half-open trained span, the prompt's length, its index, and any images."""
         start = self.ends[index - 1] if index else 0
         return {
             'input_ids': self.ids[start : self.ends[index]].tolist(),
             'trained': self.trained[index],
             'prompt_length': self.prompt_lengths[index],
+            'row': index,
             **({'images': self.images[index]} if index in self.images else {}),
         }
+
+    def origin(self, index: int) -> str:
+        """Return where a row came from: file and line, or data set and row."""
+        return self.origins[index]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row by the index that it carries."""
+        return self[index]
+
+    def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
+        """Return the batches of `count` rows that ask for most memory: the longest, and those with most loss."""
+        lengths = self.lengths()
+        by_length = heapq.nlargest(count, range(len(self)), key=lengths.__getitem__)
+        by_loss = heapq.nlargest(count, range(len(self)), key=lambda i: self.trained[i][1] - self.trained[i][0])
+        batches = [by_length, by_loss] if set(by_length) != set(by_loss) else [by_length]
+        return [[self[index] for index in batch] for batch in batches]
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
@@ -66,7 +86,9 @@ class EncodedRows:
         lengths = self.lengths()
         rows = EncodedRows()
         for index in sorted(range(len(self)), key=lambda i: -lengths[i]):
-            rows.append(Encoded(**self[index]))
+            row = self[index]
+            del row['row']
+            rows.append(Encoded(**row), self.origins[index])
         return rows
 
 
@@ -115,7 +137,7 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -
         for row, ids in _encode_batch(encoder, rows[start : start + _BATCH_ROWS], report):
             for note in ids.notes:
                 report.noted[note].append(row.origin)
-            encoded.append(ids)
+            encoded.append(ids, row.origin)
             kept.append(row)
     return encoded, kept
 

@@ -16,6 +16,14 @@ class ConfigError(ValueError):
         super().__init__('\n'.join(problems))
 
 
+class Stopped(Exception):
+    """A run that ended early because a signal asked for it; its exit code is 128 + the signal's number."""
+
+    def __init__(self, message: str, *, signum: int) -> None:
+        self.code = 128 + signum
+        super().__init__(message)
+
+
 @dataclass
 class Problems:
     """Collects problems so that all of one command line are reported together."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from utils import dist, hub
 from utils.argument import SftArguments
+from utils.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpoints, damage
 from utils.dataset import DATASET_MAPPING, check_source, parse_source
 from utils.dataset_rows import HubDataset
 from utils.errors import ConfigError, Problems
@@ -21,7 +22,6 @@ from utils.resolve import quantized_problems
 from utils.scale import check_deepspeed, check_processes
 
 TRAINER_STATE = 'trainer_state.json'
-OPTIMIZER_STATE = 'optimizer.pt'
 _NEEDS_BITSANDBYTES = ('8bit', '32bit', 'bnb', 'ademamix')
 
 
@@ -118,18 +118,29 @@ def _check_output_dir(output_dir: Path, problems: Problems) -> None:
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
+    """Add what keeps a checkpoint from being resumed; its bytes are read by one process of a machine alone."""
+    given = f'--resume_from_checkpoint {checkpoint}'
+    has_deepspeed = any(checkpoint.glob(DEEPSPEED_STATES))
     if not checkpoint.is_dir():
-        problems.add(f'--resume_from_checkpoint {checkpoint} is not a directory.')
+        problems.add(f'{given} is not a directory.')
     elif not (checkpoint / TRAINER_STATE).is_file():
-        problems.add(f'--resume_from_checkpoint {checkpoint} is no checkpoint: it has no {TRAINER_STATE}.')
-    elif not (checkpoint / OPTIMIZER_STATE).is_file() and args.deepspeed_config_path is None:
+        problems.add(f'{given} is no checkpoint: it has no {TRAINER_STATE}.')
+    elif dist.local_rank() == 0 and (problem := damage(checkpoint)):
+        intact = [p for p in all_checkpoints(checkpoint.parent) if p != checkpoint and damage(p) is None]
         problems.add(
-            f'--resume_from_checkpoint {checkpoint} has no optimizer state ({OPTIMIZER_STATE}): it was saved with '
+            f'{given} cannot be resumed from: {problem}. '
+            + (f'{intact[-1]} is whole.' if intact else 'There is no other one beside it.')
+        )
+    elif not (checkpoint / OPTIMIZER_STATE).is_file():
+        problems.add(
+            f'{given} has no optimizer state ({OPTIMIZER_STATE}): it was saved with '
             '--only_save_model true and cannot be resumed. Train on from its weights as --model_id_or_path instead.'
         )
+    elif has_deepspeed and args.deepspeed_config_path is None:
+        problems.add(f'{given} was written with DeepSpeed: add --deepspeed_config_path.')
     elif is_adapter(checkpoint) != (args.sft_type == 'lora'):
         kind = 'an adapter' if is_adapter(checkpoint) else 'whole weights'
-        problems.add(f'--resume_from_checkpoint {checkpoint} holds {kind}, --sft_type is {args.sft_type}.')
+        problems.add(f'{given} holds {kind}, --sft_type is {args.sft_type}.')
 
 
 def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -47,6 +48,19 @@ class PackedRows:
         """Return the tokens of each pack."""
         lengths = self.rows.lengths()
         return [sum(lengths[i] for i in pack) for pack in self.packs]
+
+    def origin(self, index: int) -> str:
+        """Return where a row, not a pack, came from."""
+        return self.rows.origin(index)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row by the index that it carries."""
+        return self.rows[index]
+
+    def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
+        """Return the batch of `count` packs that ask for most memory."""
+        lengths = self.lengths()
+        return [[self[i] for i in heapq.nlargest(count, range(len(self)), key=lengths.__getitem__)]]
 
 
 class StepSampler(Sampler[int]):

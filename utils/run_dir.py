@@ -153,7 +153,7 @@ def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     problems = Problems()
     check_base(trained, record['base_model'], problems)
     problems.raise_if_any()
-    free = {'resume_from_checkpoint', 'output_dir', 'base_model', 'hub', *HUB_FLAGS}
+    free = {'resume_from_checkpoint', 'output_dir', 'base_model', 'hub', 'preflight', *HUB_FLAGS}
     return [
         f'--{name} is {record[name]}, the run that is resumed had {trained[name]}: the result will differ from it.'
         for name in record

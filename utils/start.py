@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils import dist
 from utils.argument import CommonArguments, SftArguments
-from utils.errors import ConfigError
+from utils.errors import ConfigError, Stopped
 from utils.logger import logger
 from utils.model import (
     LoadOptions,
@@ -50,7 +50,10 @@ _LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken p
 
 
 def run_program(story: Callable[[], None]) -> int:
-    """Run a program's story and return its exit code: 2 with every problem listed for what the user can fix."""
+    """Run a program's story and return its exit code.
+
+    2: something the user can fix, every problem listed; 128 + n: ended by signal n (130 Ctrl-C, 143 SIGTERM).
+    """
     from utils.logger import set_up_logging
 
     set_up_logging()
@@ -71,6 +74,9 @@ def run_program(story: Callable[[], None]) -> int:
         )
         logger.error(problem)
         return _leave(2, problem)
+    except Stopped as stop:
+        logger.warning(str(stop))
+        return _leave(stop.code, str(stop))
     except KeyboardInterrupt:
         logger.error('stopped by Ctrl-C')
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import RandomSampler
-from transformers import Seq2SeqTrainer
 
 from utils import dist, hub
 from utils.argument import SftArguments
@@ -27,6 +27,7 @@ from utils.packing import PackedRows, StepSampler
 from utils.preprocess import IGNORE_INDEX
 from utils.push_callback import PushCallback
 from utils.resolve import SFT_ARGS
+from utils.resume import ResumableTrainer
 from utils.run_dir import Run, write_json
 from utils.scoring import Scorer
 from utils.trainer_args import training_arguments
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _OF_TEXT = ('input_ids', 'attention_mask', 'position_ids')
 
 
-class SftTrainer(Seq2SeqTrainer):
+class SftTrainer(ResumableTrainer):
     """A trainer whose loss is a mean over the trained tokens of the whole effective batch, whatever its layout."""
 
     def __init__(
@@ -57,6 +58,7 @@ class SftTrainer(Seq2SeqTrainer):
         self.images = images
         self.run_record = run_record
         self.generation = generation
+        self.preflight_seconds: float | None = None
         # The loss below is divided by num_items_in_batch, whatever the model's own forward would accept.
         self.model_accepts_loss_kwargs = True
         self.speedometer = Speedometer()
@@ -90,10 +92,13 @@ class SftTrainer(Seq2SeqTrainer):
         return (loss, {}) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the base class does, over each row once."""
+        """Return what the base class does, over each row once; ends the run where a row's loss is not finite."""
         # Seq2SeqTrainer.evaluate has put `gather` here, which keeps the rows that even out the processes' last batches.
         self.gather_function = self.accelerator.gather_for_metrics
-        return super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
+        if not self.args.predict_with_generate:
+            self.guard.judge_evaluation(f'step {self.state.global_step}', output.predictions, itertools.count())
+        return output
 
     def prediction_step(
         self,
@@ -139,10 +144,6 @@ class SftTrainer(Seq2SeqTrainer):
             batches=args.gradient_accumulation_steps * args.world_size,
             pads=self.data_collator.pads,
         )
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # Only a step that is saved can be kept as the best one.
-        return bool(self.control.should_save and super()._determine_best_metric(metrics, trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write weights, tokenizer and sft_args.json; unlike the base class no pickled arguments."""
@@ -209,6 +210,7 @@ def make_trainer(
         train = Filled(train, args.batch_size * dist.world_size(), tokenizer.pad_token_id)
     return SftTrainer(
         run_record=record,
+        save_total_limit=args.save_total_limit,
         generation=generation,
         images=images,
         model=model,

@@ -39,7 +39,7 @@ def training_arguments(
         greater_is_better=args.predict_with_generate,
         save_strategy='steps',
         save_steps=args.save_steps or args.eval_steps,
-        save_total_limit=args.save_total_limit if args.save_total_limit > 0 else None,
+        save_total_limit=None,  # the trainer's own deletes a checkpoint file by file under its name: see checkpoint.py
         save_only_model=bool(args.only_save_model),
         logging_steps=args.logging_steps,
         logging_first_step=True,

@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""Kill runs with SIGKILL at random moments, resume them, and compare with runs never stopped: bit for bit.
+
+Each run is a fork of this process, which has the libraries loaded, so a kill costs a second and not a start-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.argument import SftArguments, flag_types  # noqa: E402
+from utils.checkpoint import MANIFEST, all_checkpoints, damage, partial_name  # noqa: E402
+
+STEPS = 16
+# One row per mode: how many processes, and the flags that make it. A flag this checkout does not know skips the mode.
+MODES: dict[str, tuple[int, str]] = {
+    'lora': (1, '--lora_dropout_p 0.1'),
+    'lora, worker, log every 3': (1, '--lora_dropout_p 0.1 --dataloader_num_workers 1 --logging_steps 3'),
+    'full': (1, '--sft_type full'),
+    'full, bf16': (1, '--sft_type full --dtype bf16'),
+    'packing': (1, '--packing true --lora_dropout_p 0.1'),
+    'streaming': (1, '--streaming true --lora_dropout_p 0.1'),
+    'lora, 2 processes': (2, '--lora_dropout_p 0.1'),
+    'full, 2 processes': (2, '--sft_type full'),
+    'DeepSpeed, 2 processes': (2, '--lora_dropout_p 0.1 --deepspeed_config_path {deepspeed}'),
+}
+DEEPSPEED = {
+    'train_micro_batch_size_per_gpu': 'auto', 'gradient_accumulation_steps': 'auto', 'gradient_clipping': 'auto',
+    'zero_optimization': {'stage': 2},
+}  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What happened to the kills of one mode."""
+
+    kills: int = 0
+    equal: int = 0
+    before_first_checkpoint: int = 0
+    while_saving: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+def base_flags(folder: Path) -> list[str]:
+    """Make a tiny model and data in `folder`; return flags of a run that saves and evaluates often."""
+    from tests.conftest import make_model, make_tokenizer, write_jsonl
+
+    make_model().save_pretrained(folder / 'tiny')
+    make_tokenizer().save_pretrained(folder / 'tiny')
+    rows = [{'query': f'what is {i}?', 'response': f'the answer is {i}.' + ' yes' * (i % 5)} for i in range(40)]
+    write_jsonl(folder / 'rows.jsonl', rows)
+    (folder / 'deepspeed.json').write_text(json.dumps(DEEPSPEED), encoding='utf-8')
+    return (
+        f'--model_id_or_path {folder / "tiny"} --dataset {folder / "rows.jsonl"} --dtype fp32 --learning_rate 0.01 '
+        '--dataset_test_ratio 0.1 --batch_size 2 --gradient_accumulation_steps 2 --logging_steps 1 --eval_steps 4 '
+        f'--save_steps 2 --save_total_limit -1 --only_save_model false --dataloader_num_workers 0 --max_steps {STEPS}'
+    ).split()
+
+
+def start(words: list[str], output: Path, processes: int) -> list[int]:
+    """Fork a training run of one or several processes; returns their ids."""
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        port = found.getsockname()[1]
+    output.mkdir(parents=True)
+    ids = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            if processes > 1:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+                    MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+                )  # fmt: skip
+            os._exit(_train(words, output, rank))
+        ids.append(child)
+    return ids
+
+
+def _train(words: list[str], output: Path, rank: int) -> int:
+    """Train in this process; what it prints goes to a file, and so do the rows of each step."""
+    import llm_sft
+    from utils.trainer import SftTrainer
+
+    log = os.open(output / f'log-{rank}.txt', os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    seen = (output / f'rows-{rank}.jsonl').open('a', buffering=1, encoding='utf-8')
+    compute_loss = SftTrainer.compute_loss
+
+    def noted(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.preflight_seconds is not None:  # the first-step gate has rows of its own
+            seen.write(json.dumps([self.state.global_step, inputs['rows'].tolist()]) + '\n')
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    SftTrainer.compute_loss = noted  # type: ignore[method-assign]
+    try:
+        return llm_sft.main([*words, '--output_dir', str(output)])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        return 1
+
+
+def wait(ids: list[int]) -> list[int]:
+    """Return the exit codes of processes, once all have ended."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ids]
+
+
+def kill_at(ids: list[int], moment: float) -> bool:
+    """Kill all processes of a run after `moment` seconds; returns whether it was still running."""
+    deadline = time.monotonic() + moment
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, ids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            break
+        time.sleep(0.002)
+    for child in ids:
+        os.kill(child, signal.SIGKILL)
+    return all(code == -signal.SIGKILL for code in wait(ids))
+
+
+def run_folder(output: Path) -> Path | None:
+    """Return the run folder under an output folder, None before it is made."""
+    return next(iter(sorted(output.glob('*/v*'))), None)
+
+
+def facts(output: Path, processes: int) -> dict[str, Any]:
+    """Return what has to be equal: log lines, the hashes of the last checkpoint's states, the rows of each step."""
+    run = run_folder(output)
+    assert run is not None
+    last = all_checkpoints(run)[-1]
+    assert last.name == f'checkpoint-{STEPS}' and damage(last) is None
+    history = json.loads((last / 'trainer_state.json').read_text())['log_history']
+    timed = ('runtime', 'second')
+    files = json.loads((last / MANIFEST).read_text())['files']
+    rows = {}
+    for rank in range(processes):
+        for line in (output / f'rows-{rank}.jsonl').read_text().splitlines():
+            step, indices = json.loads(line)
+            rows.setdefault((rank, step), []).append(indices)
+    return {
+        'history': [{k: v for k, v in e.items() if not any(t in k for t in timed)} for e in history],
+        'files': {n: f['sha256'] for n, f in files.items() if n.endswith('.safetensors')},
+        'rows': rows,
+    }
+
+
+def compare(whole: dict[str, Any], resumed: dict[str, Any], step: int) -> list[str]:
+    """Return what differs between a run never stopped and one resumed from `step`."""
+    differences = [f'log line {a} is {b}' for a, b in zip(whole['history'], resumed['history'], strict=False) if a != b]
+    if len(whole['history']) != len(resumed['history']):
+        differences.append(f'{len(whole["history"])} log lines are {len(resumed["history"])}')
+    differences += [f'{name} differs' for name, sha in whole['files'].items() if resumed['files'].get(name) != sha]
+    differences += [
+        f'rows of step {at}: {rows} are {resumed["rows"].get((rank, at))}'
+        for (rank, at), rows in whole['rows'].items()
+        if at >= step and resumed['rows'].get((rank, at)) != rows
+    ]
+    return differences
+
+
+def run_mode(name: str, kills: int, folder: Path, base: list[str], chance: random.Random) -> Outcome | None:
+    """Kill and resume one mode `kills` times; None where this checkout does not know a flag of it."""
+    processes, flags = MODES[name]
+    words = [*base, *flags.format(deepspeed=folder / 'deepspeed.json').split()]
+    if unknown := {w for w in words if w.startswith('--')} - {f'--{n}' for n in flag_types(SftArguments)}:
+        print(f'{name}: skipped, there is no {", ".join(sorted(unknown))}')
+        return None
+    place = folder / name.replace(' ', '_')
+    began = time.monotonic()
+    codes = wait(start(words, place / 'whole', processes))
+    seconds = time.monotonic() - began
+    assert codes == [0] * processes, (place / 'whole' / 'log-0.txt').read_text()[-3000:]
+    whole = facts(place / 'whole', processes)
+    outcome = Outcome()
+    while outcome.kills < kills:
+        _kill_once(
+            place / f'kill-{time.monotonic_ns()}', words, processes, chance.uniform(0.1, 1) * seconds, whole, outcome
+        )
+    print(
+        f'{name}: {outcome.equal} of {outcome.kills} equal; killed before the first checkpoint '
+        f'{outcome.before_first_checkpoint}, while saving {outcome.while_saving}; one run {seconds:.1f} s', flush=True,
+    )  # fmt: skip
+    for difference in outcome.differences[:5]:
+        print(f'  {difference}')
+    return outcome
+
+
+def _kill_once(
+    place: Path, words: list[str], processes: int, moment: float, whole: dict[str, Any], outcome: Outcome
+) -> None:
+    """Start, kill, resume and compare once; a run that ended before its kill does not count."""
+    if not kill_at(start(words, place / 'killed', processes), moment):
+        return
+    outcome.kills += 1
+    run = run_folder(place / 'killed')
+    checkpoints = all_checkpoints(run) if run else []
+    outcome.while_saving += bool(run and list(run.glob(partial_name(run / 'checkpoint-*').name)))
+    step = 0
+    resume: list[str] = []
+    if checkpoints:
+        step = int(checkpoints[-1].name.split('-')[1])
+        resume = ['--resume_from_checkpoint', str(checkpoints[-1])]
+    else:
+        outcome.before_first_checkpoint += 1
+    if step == STEPS:
+        # Only the closing words were lost: the checkpoint itself is what has to be equal.
+        differences = compare(whole, facts(place / 'killed', processes), STEPS)
+    else:
+        codes = wait(start([*words, *resume], place / 'resumed', processes))
+        if codes != [0] * processes:
+            text = (place / 'resumed' / 'log-0.txt').read_text()[-1500:]
+            outcome.differences.append(f'killed after {moment:.2f} s: the resumed run ended with {codes}: {text}')
+            return
+        differences = compare(whole, facts(place / 'resumed', processes), step)
+    outcome.equal += not differences
+    outcome.differences += [f'resumed from step {step}: {d}' for d in differences]
+
+
+def main() -> int:
+    """Run the modes asked for; 0 where every resumed run was equal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--kills', type=int, default=30, help='in all, shared out over the modes')
+    parser.add_argument('--modes', nargs='*', default=list(MODES), choices=list(MODES))
+    parser.add_argument('--seed', type=int, default=0, help='of the moments; the machine decides what they hit')
+    asked = parser.parse_args()
+    import llm_sft  # noqa: F401
+    from utils import preflight, tuner  # noqa: F401  loaded once, before the forks
+
+    began = time.monotonic()
+    chance = random.Random(asked.seed)
+    with tempfile.TemporaryDirectory() as made:
+        base = base_flags(Path(made))
+        share = [
+            asked.kills // len(asked.modes) + (i < asked.kills % len(asked.modes)) for i in range(len(asked.modes))
+        ]
+        found = [run_mode(name, n, Path(made), base, chance) for name, n in zip(asked.modes, share, strict=True)]
+    outcomes = [outcome for outcome in found if outcome is not None]
+    kills, equal = sum(o.kills for o in outcomes), sum(o.equal for o in outcomes)
+    print(f'{equal} of {kills} resumed runs equal the uninterrupted one; {time.monotonic() - began:.0f} s in all')
+    return 0 if equal == kills else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

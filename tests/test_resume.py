@@ -1,0 +1,227 @@
+"""Runs that are stopped, cut off or refused: what they leave behind, and that they go on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, small_flags
+from utils.checkpoint import MANIFEST, all_checkpoints, damage
+
+Run = Callable[..., Path]
+Problems = Callable[[], list[str]]
+SCRATCH_FLAGS = ('--eval_steps', '2', '--save_total_limit', '-1', '--lora_dropout_p', '0.1')
+PICKLES = ('.bin', '.pt', '.pth', '.pkl')
+
+
+def log_lines(checkpoint: Path) -> list[dict[str, Any]]:
+    """Return the log lines stored in a checkpoint, without timings."""
+    state = json.loads((checkpoint / 'trainer_state.json').read_text())
+    return [{k: v for k, v in e.items() if 'runtime' not in k and 'second' not in k} for e in state['log_history']]
+
+
+def hashes(checkpoint: Path) -> dict[str, str]:
+    """Return the sha256 of weights, optimizer and process states."""
+    files = json.loads((checkpoint / MANIFEST).read_text())['files']
+    found = {name: entry['sha256'] for name, entry in files.items() if name.endswith('.safetensors')}
+    assert {'optimizer.safetensors', 'process_states.safetensors'} < set(found)
+    return found
+
+
+def assert_equal(resumed: Path, whole: Path) -> None:
+    assert log_lines(resumed) == log_lines(whole)
+    assert hashes(resumed) == hashes(whole)
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that has this process signalled inside a step or inside the evaluation after it."""
+    from utils.trainer import SftTrainer
+
+    def plan(signum: int, *, step: int, during: str) -> None:
+        original = getattr(SftTrainer, during)
+        sent: list[int] = []
+
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            at = self.state.global_step + (during == 'training_step')
+            if at == step and self.preflight_seconds is not None and not sent:
+                sent.append(signum)
+                os.kill(os.getpid(), signum)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(SftTrainer, during, wrapped)
+
+    return plan
+
+
+@pytest.mark.parametrize('during', ['training_step', 'prediction_step'])
+@pytest.mark.parametrize(('signum', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    signum: int,
+    code: int,
+    during: str,
+    run_sft: Run,
+    signal_at: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step 4 is evaluated: before that the run stops, and the resumed one makes up for it."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    whole = run_sft(*SCRATCH_FLAGS)
+    with monkeypatch.context() as patch:
+        signal_at(signum, step=4, during=during)
+        stopped = run_sft(*SCRATCH_FLAGS, '--hub_token', 'canary-0123', expect=code)
+        patch.undo()
+    monkeypatch.undo()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [p.name for p in all_checkpoints(stopped)] == ['checkpoint-2', 'checkpoint-4']
+    assert damage(stopped / 'checkpoint-4') is None
+    message = next(r.getMessage() for r in caplog.records if r.getMessage().startswith('stopped by'))
+    name = signal.Signals(signum).name
+    assert message.startswith(f'stopped by {name} after step 4 of 6; {stopped / "checkpoint-4"} is complete.')
+    assert 'canary' not in caplog.text
+    command = shlex.split(message.splitlines()[1])
+    assert command[:2] == ['python', 'llm_sft.py']
+    assert command[-2:] == ['--resume_from_checkpoint', str(stopped / 'checkpoint-4')]
+    import llm_sft
+
+    before = set(stopped.parent.iterdir())
+    assert llm_sft.main(command[2:]) == 0
+    (resumed,) = set(stopped.parent.iterdir()) - before
+    assert_equal(resumed / 'checkpoint-6', whole / 'checkpoint-6')
+    assert sum('eval_loss' in line for line in log_lines(resumed / 'checkpoint-6')) == 3
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(run_sft: Run, signal_at: Callable[..., None]) -> None:
+    signal_at(signal.SIGTERM, step=6, during='training_step')
+    run = run_sft(*SCRATCH_FLAGS)
+    assert (run / 'run.json').is_file()
+
+
+def test_a_signal_at_a_step_that_is_not_logged_loses_no_loss(
+    run_sft: Run, signal_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ('--logging_steps', '4', '--eval_steps', '3', '--max_steps', '8', '--dataloader_num_workers', '1')
+    whole = run_sft(*flags)
+    signal_at(signal.SIGTERM, step=6, during='training_step')
+    stopped = run_sft(*flags, expect=143)
+    monkeypatch.undo()
+    resumed = run_sft(*flags, '--resume_from_checkpoint', str(stopped / 'checkpoint-6'))
+    assert_equal(resumed / 'checkpoint-8', whole / 'checkpoint-8')
+    assert [line['step'] for line in log_lines(whole / 'checkpoint-8') if 'loss' in line] == [1, 4, 8]
+
+
+def test_a_second_signal_quits_at_once_and_an_echo_does_not() -> None:
+    code = (
+        'import os, signal, sys, time\n'
+        'from utils.stop import StopSignals\n'
+        'me = os.getpid()\n'
+        'with StopSignals() as stop:\n'
+        '    os.kill(me, signal.SIGTERM); os.kill(me, signal.SIGTERM)\n'
+        '    assert stop.signum == signal.SIGTERM\n'
+        '    print("alive", flush=True); time.sleep(1.05)\n'
+        '    os.kill(me, signal.SIGINT); print("not reached", flush=True)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, 'alive\n')
+    assert done.stderr.strip() == 'finishing this step and writing a checkpoint; once more quits at once'
+
+
+def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> None:
+    run = run_sft('--save_total_limit', '-1')
+    checkpoint = run / 'checkpoint-6'
+    for name in ('adapter_model.safetensors', 'optimizer.safetensors', 'trainer_state.json'):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+        run_sft('--max_steps', '8', '--resume_from_checkpoint', str(checkpoint), expect=2)
+        assert problems()[-1] == (
+            f'--resume_from_checkpoint {checkpoint} cannot be resumed from: {name} is corrupted: its bytes are not '
+            f'those that were written (sha256 differs). {run / "checkpoint-3"} is whole.'
+        )
+        (checkpoint / name).write_bytes(whole)
+    (checkpoint / MANIFEST).unlink()
+    run_sft('--max_steps', '8', '--resume_from_checkpoint', str(checkpoint), expect=2)
+    assert f'it has no {MANIFEST}, which is written last: it is incomplete' in problems()[-1]
+    assert len(problems()) == 4
+
+
+def test_a_run_that_has_ended_is_not_resumed(run_sft: Run, problems: Problems) -> None:
+    run = run_sft('--max_steps', '3')
+    run_sft('--max_steps', '3', '--resume_from_checkpoint', str(run / 'checkpoint-3'), expect=2)
+    assert 'is of step 3 and this run ends at step 3: nothing is left to train' in problems()[0]
+
+
+def test_one_checkpoint_is_left_of_a_limit_of_one(run_sft: Run) -> None:
+    run = run_sft('--save_total_limit', '1', '--learning_rate', '0.5', '--eval_steps', '2')
+    best = json.loads((run / 'run.json').read_text())['best_checkpoint']
+    assert [str(p) for p in all_checkpoints(run)] == [best]
+
+
+@pytest.mark.parametrize('sft_type', ['lora', 'full'])
+def test_no_run_folder_holds_a_pickle(sft_type: str, run_sft: Run) -> None:
+    run = run_sft('--sft_type', sft_type, '--only_save_model', 'false', '--max_steps', '3')
+    files = [p for p in run.rglob('*') if p.is_file()]
+    assert len(files) > 15 and not [p for p in files if p.suffix in PICKLES]
+    assert not [p for p in files if p.read_bytes()[:2] in (b'\x80\x02', b'\x80\x04', b'PK')]
+
+
+DISK_FULL = """
+import resource, sys
+import llm_sft
+from utils.trainer import SftTrainer
+
+write, limited_from = SftTrainer.write_checkpoint, sys.argv[1]
+
+def limited(self, checkpoint, **keywords):
+    if checkpoint.name == limited_from:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
+    return write(self, checkpoint, **keywords)
+
+SftTrainer.write_checkpoint = limited
+sys.exit(llm_sft.main(sys.argv[2:]))
+"""
+
+
+def run_on_a_full_disk(words: list[str], limited_from: str) -> subprocess.CompletedProcess[str]:
+    """Train in a process that may write no file above 16 KiB from the given checkpoint on."""
+    return subprocess.run(
+        [sys.executable, '-c', DISK_FULL, limited_from, *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_path: Path, run_sft: Run) -> None:
+    words = [*small_flags(model_dir, data_file, tmp_path / 'full'), '--save_total_limit', '1']
+    done = run_on_a_full_disk(words, 'checkpoint-6')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-3000:]
+    (run,) = (tmp_path / 'full').glob('*/*')
+    assert [p.name for p in run.iterdir() if 'checkpoint' in p.name] == ['checkpoint-3']
+    assert damage(run / 'checkpoint-3') is None
+    assert len(re.findall(r'(?<!I/O )error: ', done.stderr)) == 1
+    assert re.search(
+        rf'{run}/checkpoint-6 could not be written: .*File too large.*Nothing older was touched: the last complete '
+        rf'checkpoint is {run}/checkpoint-3\. .* GiB are free there\. Make room, then go on with '
+        rf'--resume_from_checkpoint {run}/checkpoint-3$',
+        done.stderr,
+        flags=re.MULTILINE,
+    )
+    resumed = run_sft('--save_total_limit', '1', '--resume_from_checkpoint', str(run / 'checkpoint-3'))
+    assert_equal(resumed / 'checkpoint-6', run_sft() / 'checkpoint-6')
+
+
+def test_an_unwritable_disk_shows_before_the_first_step(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    done = run_on_a_full_disk(small_flags(model_dir, data_file, tmp_path / 'full'), 'checkpoint-0')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-3000:]
+    (run,) = (tmp_path / 'full').glob('*/*')
+    assert f'error: a checkpoint cannot be written to {run}: ' in done.stderr and 'File too large' in done.stderr
+    assert not [p for p in run.iterdir() if 'checkpoint' in p.name or p.name == '.preflight']

@@ -1,0 +1,120 @@
+"""Checkpoints as folders: complete or absent, and known to be whole by a manifest. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST = 'manifest.json'
+OPTIMIZER_STATE = 'optimizer.safetensors'
+PROCESS_STATES = 'process_states.safetensors'
+DEEPSPEED_STATES = 'global_step*'
+_PREFIX = 'checkpoint-'
+# llm_infer.py rewrites it with the settings it answered with; training never reads it.
+_MAY_CHANGE = 'generation_config.json'
+
+
+def partial_name(checkpoint: Path) -> Path:
+    """Return the name under which a checkpoint is written before it is complete."""
+    return checkpoint.with_name(f'.{checkpoint.name}.partial')
+
+
+def all_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest last."""
+    found = [p for p in run_dir.glob(f'{_PREFIX}*') if p.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint of a run, None before the first."""
+    return next(reversed(all_checkpoints(run_dir)), None)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open('rb') as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hashes(files: Collection[Path]) -> list[str]:
+    """Return the sha256 of each file; large files are hashed side by side, since hashing releases the lock."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(_sha256, files))
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or folder out to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(partial: Path, checkpoint: Path, *, processes: int) -> int:
+    """Write the manifest of a finished folder, bring all of it to the disk, give it its name; returns its bytes."""
+    files = sorted(p for p in partial.rglob('*') if p.is_file() and p.name != _MAY_CHANGE)
+    for path in [p for p in partial.rglob('*') if p.is_file()]:
+        _sync(path)
+    sizes = [path.stat().st_size for path in files]
+    entries = {
+        str(path.relative_to(partial)): {'bytes': size, 'sha256': digest}
+        for path, size, digest in zip(files, sizes, _hashes(files), strict=True)
+    }
+    manifest = partial / MANIFEST
+    manifest.write_text(json.dumps({'processes': processes, 'files': entries}, indent=1) + '\n', encoding='utf-8')
+    for path in [manifest, *(p for p in partial.rglob('*') if p.is_dir()), partial]:
+        _sync(path)
+    partial.rename(checkpoint)
+    _sync(checkpoint.parent)
+    return sum(sizes)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what makes a checkpoint unfit to go on from: no manifest, or the first file that is not as written."""
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files']
+    except FileNotFoundError:
+        return f'it has no {MANIFEST}, which is written last: it is incomplete'
+    except (ValueError, KeyError, TypeError):
+        return f'its {MANIFEST} cannot be read: it is corrupted'
+    paths = {checkpoint / name: entry for name, entry in entries.items()}
+    for path, entry in paths.items():
+        if not path.is_file():
+            return f'{path.name} is missing'
+        if path.stat().st_size != entry['bytes']:
+            return f'{path.name} has {path.stat().st_size} bytes, it was written with {entry["bytes"]}'
+    for (path, entry), digest in zip(paths.items(), _hashes(paths), strict=True):
+        if digest != entry['sha256']:
+            return f'{path.name} is corrupted: its bytes are not those that were written (sha256 differs)'
+    return None
+
+
+def processes_of(checkpoint: Path) -> int:
+    """Return how many processes wrote a checkpoint."""
+    return int(json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['processes'])
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: it loses its name first, so that it is never there in part."""
+    gone = folder.with_name(f'.{folder.name.removeprefix(".")}.removed')
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def rotate(run_dir: Path, *, limit: int, best: str | None, keep_last: bool = True) -> None:
+    """Delete the oldest checkpoints until `limit` are left (0 or below: all stay); the best and the last are kept."""
+    found = all_checkpoints(run_dir)
+    kept = {p for p in found if best is not None and p.resolve() == Path(best).resolve()}
+    if keep_last or not kept:
+        kept.update(found[-1:])
+    surplus = len(found) - max(limit, len(kept)) if limit > 0 else 0
+    for checkpoint in [p for p in found if p not in kept][: max(surplus, 0)]:
+        remove(checkpoint)

@@ -1,0 +1,62 @@
+"""Nested states (tensors among dicts, lists and numbers) as one safetensors file: bit for bit, without pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write a tree of dict, list, tuple, str, bool, int, float, None and tensors; raises TypeError for anything else.
+
+    Tensors are the file's tensors, stored once where the tree holds one twice; the rest is JSON in the file's header.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[tuple[Any, ...], str] = {}
+
+    def pack(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            # Two states may share one tensor, as the code book of 8-bit optimizers; a file holds each storage once.
+            key = (node.device, node.data_ptr() or id(node), node.dtype, node.shape, node.stride())
+            if key not in names:
+                names[key] = f't{len(tensors)}'
+                tensors[names[key]] = node.detach().contiguous()
+            return {'tensor': names[key]}
+        if isinstance(node, dict):
+            return {'dict': [[pack(key), pack(value)] for key, value in node.items()]}
+        if isinstance(node, tuple):
+            return {'tuple': [pack(item) for item in node]}
+        if isinstance(node, list):
+            return [pack(item) for item in node]
+        if isinstance(node, float) and not math.isfinite(node):
+            return {'float': repr(node)}
+        if node is None or isinstance(node, str | bool | int | float):
+            return node
+        raise TypeError(f'{type(node).__name__} cannot be stored in {path.name}')
+
+    save_file(tensors, path, metadata={'tree': json.dumps(pack(tree))})
+
+
+def load_tree(path: Path) -> Any:
+    """Return what save_tree wrote, its tensors on the CPU."""
+    with safe_open(path, framework='pt') as file:
+
+        def unpack(node: Any) -> Any:
+            if isinstance(node, list):
+                return [unpack(item) for item in node]
+            if not isinstance(node, dict):
+                return node
+            ((kind, content),) = node.items()
+            if kind == 'tensor':
+                return file.get_tensor(content)
+            if kind == 'dict':
+                return {unpack(key): unpack(value) for key, value in content}
+            return float(content) if kind == 'float' else tuple(unpack(item) for item in content)
+
+        return unpack(json.loads(file.metadata()['tree']))
