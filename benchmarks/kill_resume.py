@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ def _train(words: list[str], output: Path, rank: int) -> int:
     SftTrainer.compute_loss = noted  # type: ignore[method-assign]
     try:
         return llm_sft.main([*words, '--output_dir', str(output)])
+    except SystemExit as end:
+        return int(end.code or 0)
     except BaseException:
         import traceback
 
@@ -123,13 +126,21 @@ def wait(ids: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ids]
 
 
-def kill_at(ids: list[int], moment: float) -> bool:
-    """Kill all processes of a run after `moment` seconds; returns whether it was still running."""
-    deadline = time.monotonic() + moment
-    while time.monotonic() < deadline:
+def run_until(ids: list[int], ready: Callable[[], bool], seconds: float) -> float | None:
+    """Wait for a run to be ready and `seconds` more; returns when it was ready, None where it ended before."""
+    began = time.monotonic()
+    was_ready = None
+    while was_ready is None or time.monotonic() - began < was_ready + seconds:
         if os.waitid(os.P_PID, ids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            break
-        time.sleep(0.002)
+            return None
+        if was_ready is None and ready():
+            was_ready = time.monotonic() - began
+        time.sleep(0.001)
+    return was_ready
+
+
+def kill(ids: list[int]) -> bool:
+    """Kill all processes of a run; returns whether all of them were still running."""
     for child in ids:
         os.kill(child, signal.SIGKILL)
     return all(code == -signal.SIGKILL for code in wait(ids))
@@ -138,6 +149,12 @@ def kill_at(ids: list[int], moment: float) -> bool:
 def run_folder(output: Path) -> Path | None:
     """Return the run folder under an output folder, None before it is made."""
     return next(iter(sorted(output.glob('*/v*'))), None)
+
+
+def has_checkpoint(output: Path) -> bool:
+    """Return whether a run has written a checkpoint."""
+    run = run_folder(output)
+    return run is not None and bool(all_checkpoints(run))
 
 
 def facts(output: Path, processes: int) -> dict[str, Any]:
@@ -175,24 +192,37 @@ def compare(whole: dict[str, Any], resumed: dict[str, Any], step: int) -> list[s
     return differences
 
 
-def run_mode(name: str, kills: int, folder: Path, base: list[str], chance: random.Random) -> Outcome | None:
-    """Kill and resume one mode `kills` times; None where this checkout does not know a flag of it."""
+def is_known(name: str) -> bool:
+    """Return whether this checkout has the flags of a mode; says so where it has not."""
+    unknown = {w for w in MODES[name][1].split() if w.startswith('--')} - {f'--{n}' for n in flag_types(SftArguments)}
+    if unknown:
+        print(f'{name}: skipped, there is no {", ".join(sorted(unknown))}')
+    return not unknown
+
+
+def run_mode(name: str, kills: int, folder: Path, base: list[str], chance: random.Random) -> Outcome:
+    """Kill and resume one mode `kills` times."""
     processes, flags = MODES[name]
     words = [*base, *flags.format(deepspeed=folder / 'deepspeed.json').split()]
-    if unknown := {w for w in words if w.startswith('--')} - {f'--{n}' for n in flag_types(SftArguments)}:
-        print(f'{name}: skipped, there is no {", ".join(sorted(unknown))}')
-        return None
     place = folder / name.replace(' ', '_')
     began = time.monotonic()
-    codes = wait(start(words, place / 'whole', processes))
-    seconds = time.monotonic() - began
+    ids = start(words, place / 'whole', processes)
+    until_saved = run_until(ids, lambda: has_checkpoint(place / 'whole'), 0) or 0.0
+    codes, seconds = wait(ids), time.monotonic() - began
     assert codes == [0] * processes, (place / 'whole' / 'log-0.txt').read_text()[-3000:]
     whole = facts(place / 'whole', processes)
     outcome = Outcome()
     while outcome.kills < kills:
-        _kill_once(
-            place / f'kill-{time.monotonic_ns()}', words, processes, chance.uniform(0.1, 1) * seconds, whole, outcome
-        )
+        killed = place / f'kill-{time.monotonic_ns()}'
+        ids = start(words, killed / 'killed', processes)
+        # Four in five fall among the checkpoints, the others anywhere: most of so short a run is its start.
+        if chance.random() < 0.8:
+            moment = chance.uniform(0, seconds - until_saved)
+            run_until(ids, lambda place=killed: has_checkpoint(place / 'killed'), moment)  # type: ignore[misc]
+        else:
+            run_until(ids, lambda: True, chance.uniform(0, seconds))
+        if kill(ids):  # else it had ended before
+            _resume_once(killed, words, processes, whole, outcome)
     print(
         f'{name}: {outcome.equal} of {outcome.kills} equal; killed before the first checkpoint '
         f'{outcome.before_first_checkpoint}, while saving {outcome.while_saving}; one run {seconds:.1f} s', flush=True,
@@ -202,12 +232,8 @@ def run_mode(name: str, kills: int, folder: Path, base: list[str], chance: rando
     return outcome
 
 
-def _kill_once(
-    place: Path, words: list[str], processes: int, moment: float, whole: dict[str, Any], outcome: Outcome
-) -> None:
-    """Start, kill, resume and compare once; a run that ended before its kill does not count."""
-    if not kill_at(start(words, place / 'killed', processes), moment):
-        return
+def _resume_once(place: Path, words: list[str], processes: int, whole: dict[str, Any], outcome: Outcome) -> None:
+    """Resume a killed run from its last checkpoint, or start it anew where there is none, and compare."""
     outcome.kills += 1
     run = run_folder(place / 'killed')
     checkpoints = all_checkpoints(run) if run else []
@@ -226,7 +252,7 @@ def _kill_once(
         codes = wait(start([*words, *resume], place / 'resumed', processes))
         if codes != [0] * processes:
             text = (place / 'resumed' / 'log-0.txt').read_text()[-1500:]
-            outcome.differences.append(f'killed after {moment:.2f} s: the resumed run ended with {codes}: {text}')
+            outcome.differences.append(f'the run resumed from step {step} ended with {codes}: {text}')
             return
         differences = compare(whole, facts(place / 'resumed', processes), step)
     outcome.equal += not differences
@@ -243,15 +269,12 @@ def main() -> int:
     import llm_sft  # noqa: F401
     from utils import preflight, tuner  # noqa: F401  loaded once, before the forks
 
-    began = time.monotonic()
-    chance = random.Random(asked.seed)
+    began, chance = time.monotonic(), random.Random(asked.seed)
+    modes = [name for name in asked.modes if is_known(name)]
     with tempfile.TemporaryDirectory() as made:
         base = base_flags(Path(made))
-        share = [
-            asked.kills // len(asked.modes) + (i < asked.kills % len(asked.modes)) for i in range(len(asked.modes))
-        ]
-        found = [run_mode(name, n, Path(made), base, chance) for name, n in zip(asked.modes, share, strict=True)]
-    outcomes = [outcome for outcome in found if outcome is not None]
+        shares = [asked.kills // len(modes) + (i < asked.kills % len(modes)) for i in range(len(modes))]
+        outcomes = [run_mode(name, n, Path(made), base, chance) for name, n in zip(modes, shares, strict=True)]
     kills, equal = sum(o.kills for o in outcomes), sum(o.equal for o in outcomes)
     print(f'{equal} of {kills} resumed runs equal the uninterrupted one; {time.monotonic() - began:.0f} s in all')
     return 0 if equal == kills else 1

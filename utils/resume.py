@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from utils import dist
@@ -25,6 +26,7 @@ from utils.checkpoint import (
 from utils.errors import ConfigError
 from utils.guards import Guard
 from utils.logger import logger
+from utils.model import load_model
 from utils.random_state import random_state, set_random_state
 from utils.stop import StopSignals, ignore_signals
 from utils.tree_file import load_tree, save_tree
@@ -155,6 +157,23 @@ class ResumableTrainer(Seq2SeqTrainer):
         return isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
 
     # ---- reading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put the weights of a checkpoint into the model.
+
+        A class may be saved in another layout than it is held in (a mixture's experts one by one): read by name, as
+        transformers' trainer does, such weights would be passed over and stay those of the base model.
+        """
+        names: set[str] = set()
+        for file in Path(resume_from_checkpoint).glob('model*.safetensors'):
+            names.update(safe_open(file, framework='pt').keys())
+        held = self.model.state_dict() if names else {}
+        found = {tensor.data_ptr() for name, tensor in held.items() if name in names}  # tied weights have one name
+        if all(tensor.data_ptr() in found for tensor in held.values()):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            opened = load_model(Path(resume_from_checkpoint), torch_dtype=self.model.dtype)
+            self.model.load_state_dict(opened.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Put optimizer, schedule and loss scale back; DeepSpeed has loaded what it keeps by itself."""
