@@ -32,7 +32,7 @@ def test_a_run_is_the_same_bits_with_and_without_it(mode: str, run_sft: Run) -> 
     proof = json.loads((tried / 'proofs.json').read_text())['first_step']
     assert proof['heaviest_batch'] == {'rows': 2, 'longest_row_tokens': 36} and proof['checkpoint_bytes'] > 10_000
     assert 0 < proof['seconds'] == json.loads((tried / 'run.json').read_text())['preflight_seconds']
-    assert not (tried / '.preflight').exists() and not (plain / 'proofs.json').exists()
+    assert not (tried / '.preflight').exists() and 'first_step' not in json.loads((plain / 'proofs.json').read_text())
     assert json.loads((plain / 'run.json').read_text())['preflight_seconds'] is None
 
 

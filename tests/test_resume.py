@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, small_flags
-from utils.checkpoint import MANIFEST, all_checkpoints, damage
+from utils.checkpoint import MANIFEST, PICKLE_SUFFIXES, all_checkpoints, damage
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
 SCRATCH_FLAGS = ('--eval_steps', '2', '--save_total_limit', '-1', '--lora_dropout_p', '0.1')
-PICKLES = ('.bin', '.pt', '.pth', '.pkl')
 
 
 def log_lines(checkpoint: Path) -> list[dict[str, Any]]:
@@ -171,8 +170,37 @@ def test_one_checkpoint_is_left_of_a_limit_of_one(run_sft: Run) -> None:
 def test_no_run_folder_holds_a_pickle(sft_type: str, run_sft: Run) -> None:
     run = run_sft('--sft_type', sft_type, '--only_save_model', 'false', '--max_steps', '3')
     files = [p for p in run.rglob('*') if p.is_file()]
-    assert len(files) > 15 and not [p for p in files if p.suffix in PICKLES]
+    assert len(files) > 15 and not [p for p in files if p.suffix in PICKLE_SUFFIXES]
     assert not [p for p in files if p.read_bytes()[:2] in (b'\x80\x02', b'\x80\x04', b'PK')]
+
+
+def test_weights_saved_in_another_layout_are_resumed(run_sft: Run, tmp_path: Path, tokenizer: Any) -> None:
+    """A mixture's experts are held as one tensor and saved one by one."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=5,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / 'moe')
+    tokenizer.save_pretrained(tmp_path / 'moe')
+    flags = ('--model_id_or_path', str(tmp_path / 'moe'), '--sft_type', 'full', '--only_save_model', 'false')
+    whole = run_sft(*flags)
+    resumed = run_sft(*flags, '--resume_from_checkpoint', str(whole / 'checkpoint-3'))
+    assert_equal(resumed / 'checkpoint-6', whole / 'checkpoint-6')
+
+
+def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_sft('--max_steps', '3')
+    (run / '.checkpoint-9.partial').mkdir()
+    run_sft('--max_steps', '4', '--resume_from_checkpoint', str(run / 'checkpoint-3'))
+    assert f'{run / ".checkpoint-9.partial"} was being written when that run ended' in caplog.text
+    assert json.loads((run / 'proofs.json').read_text())['checkpoints'] == {
+        'checked_by': 'sha256', 'pickled_by_deepspeed': [],
+    }  # fmt: skip
 
 
 DISK_FULL = """

@@ -14,6 +14,8 @@ MANIFEST = 'manifest.json'
 OPTIMIZER_STATE = 'optimizer.safetensors'
 PROCESS_STATES = 'process_states.safetensors'
 DEEPSPEED_STATES = 'global_step*'
+# DeepSpeed alone writes such files, and proofs.json names them.
+PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.pkl')
 _PREFIX = 'checkpoint-'
 # llm_infer.py rewrites it with the settings it answered with; training never reads it.
 _MAY_CHANGE = 'generation_config.json'

@@ -10,7 +10,7 @@ from typing import Any
 
 from utils import dist, hub
 from utils.argument import SftArguments
-from utils.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpoints, damage
+from utils.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpoints, damage, partial_name
 from utils.dataset import DATASET_MAPPING, check_source, parse_source
 from utils.dataset_rows import HubDataset
 from utils.errors import ConfigError, Problems
@@ -93,7 +93,12 @@ def check_machine_sft(done: Resolution[SftArguments]) -> None:
     args, problems = done.args, done.problems
     _check_output_dir(Path(args.output_dir), problems)
     if args.resume_from_checkpoint is not None:
-        _check_resume(Path(args.resume_from_checkpoint), args, problems)
+        checkpoint = Path(args.resume_from_checkpoint)
+        _check_resume(checkpoint, args, problems)
+        done.warnings += [
+            f'{left} was being written when that run ended: it is not whole and can be deleted.'
+            for left in sorted(checkpoint.absolute().parent.glob(partial_name(Path('checkpoint-*')).name))
+        ]
     if any(part in args.optim for part in _NEEDS_BITSANDBYTES) and not has_package('bitsandbytes'):
         problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')
     if args.deepspeed_config_path is not None:

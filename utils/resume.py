@@ -17,6 +17,7 @@ from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, Traine
 from utils import dist
 from utils.checkpoint import (
     OPTIMIZER_STATE,
+    PICKLE_SUFFIXES,
     PROCESS_STATES,
     last_checkpoint,
     partial_name,
@@ -27,6 +28,7 @@ from utils.errors import ConfigError
 from utils.guards import Guard
 from utils.logger import logger
 from utils.model import load_model
+from utils.proofs import record_proof
 from utils.random_state import random_state, set_random_state
 from utils.stop import StopSignals, ignore_signals
 from utils.tree_file import load_tree, save_tree
@@ -100,6 +102,8 @@ class ResumableTrainer(Seq2SeqTrainer):
                 + (f', then go on with --resume_from_checkpoint {last}' if last else ' and start again.')
             )
         if self.args.should_save:
+            pickles = [str(p.relative_to(checkpoint)) for p in checkpoint.rglob('*') if p.suffix in PICKLE_SUFFIXES]
+            record_proof(run_dir, 'checkpoints', {'checked_by': 'sha256', 'pickled_by_deepspeed': sorted(pickles)})
             rotate(run_dir, limit=self.save_total_limit, best=self.state.best_model_checkpoint)
 
     def write_checkpoint(self, checkpoint: Path, *, resumable: bool) -> str | None:
