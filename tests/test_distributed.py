@@ -68,9 +68,9 @@ class Session:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Return what a launch printed on standard error; it is over within 200 seconds."""
+    """Return what a launch printed on standard error; it is over within 500 seconds on a busy machine."""
     try:
-        return process.communicate(timeout=200)[1]
+        return process.communicate(timeout=500)[1]
     finally:
         process.kill()
 
