@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.collator import split_rows
 from utils.trainer import SftTrainer
 
 plan = json.loads(Path(sys.argv[1]).read_text())
@@ -27,8 +28,7 @@ seen: dict[str, Any] = {}
 
 def noted_loss(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Return the trainer's loss, rows and parameter classes noted; dies or fails in mid-step where the plan says so."""
-    rows = zip(inputs['input_ids'].tolist(), inputs['attention_mask'].sum(dim=1).tolist(), strict=True)
-    seen['rows'] += [ids[:length] for ids, length in rows]
+    seen['rows'] += [ids.tolist() for ids in split_rows(inputs, 'input_ids')]
     seen['parameters'] = sorted({type(p).__name__ for p in self.model.parameters()})
     seen['seeds'] = [self.args.seed, self.args.data_seed]
     loss = plain_loss(self, model, inputs, *args, **kwargs)
