@@ -30,6 +30,12 @@ REFUSED = [
     (0, 1, FSDP, 'shards over 2 or more processes'),
     (0, 2, (*FSDP, *ZERO_2), 'both shard the model. Drop one'),
     (0, 2, (*FSDP, *QLORA), 'cannot shard quantised weights. Use --deepspeed_config_path ds_config/zero2.json'),
+    (
+        0,
+        2,
+        (*FSDP, '--model_id_or_path', 'qwen/Qwen-7B-Chat-Int4'),
+        "the weights of 'qwen-7b-chat-int4' are stored quantised (gptq), which --fsdp true cannot shard",
+    ),
     (0, 2, (*FSDP, '--dtype', 'fp16'), 'Use bf16 or fp32'),
     (0, 2, (*FSDP, '--only_save_model', 'false'), 'or use ds_config/zero3.json'),
     (0, 2, (*FSDP, '--resume_from_checkpoint', '.'), 'cannot be resumed'),

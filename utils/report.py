@@ -75,6 +75,7 @@ def finish_run(trainer: SftTrainer, run_dir: Path, *, started: float, data: dict
         run_dir / RUN_JSON,
         {
             'steps': state.global_step,
+            'processes': dist.world_size(),
             'seconds': round(time.time() - started, 1),
             'train_tokens_per_second': trainer.speedometer.tokens_per_second(),
             'peak_memory_gib': peak_memory_gib(),

@@ -191,6 +191,9 @@ def quantized_problems(args: Any, info: ModelInfo | None) -> list[str]:
     merges = getattr(args, 'merge_lora_and_save', False)
     asked = {
         f'--sft_type full cannot train. {plain}': args.sft_type == 'full' and not getattr(args, 'ckpt_dir', None),
+        '--fsdp true cannot shard. Use --deepspeed_config_path ds_config/zero2.json, or plain torchrun.': (
+            getattr(args, 'fsdp', False)
+        ),
         # Baichuan2's are read to full width first, so that bitsandbytes can pack them anew.
         f'--quantization_bit {args.quantization_bit} cannot quantise again. Leave it out, they stay packed.': (
             args.quantization_bit and info.quantization != 'nf4'

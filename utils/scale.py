@@ -21,7 +21,7 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
         return
     if args.deepspeed_config_path is not None:
         problems.add('--fsdp true and --deepspeed_config_path both shard the model. Drop one of them.')
-    if args.quantization_bit or (done.info is not None and done.info.quantization):
+    if args.quantization_bit:
         problems.add(
             '--fsdp true cannot shard quantised weights. Use --deepspeed_config_path ds_config/zero2.json, or plain '
             'torchrun, with them; or --fsdp true with the unquantised model.'
