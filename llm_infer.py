@@ -10,7 +10,6 @@ from typing import Any
 
 from utils import dist
 from utils.argument import InferArguments
-from utils.dataset import get_dataset
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.machine_check import check_machine_common
@@ -19,7 +18,7 @@ from utils.native.image_readers import open_images
 from utils.parser import Parsed, parse
 from utils.resolution import Resolution
 from utils.resolve import resolve_infer
-from utils.run_dir import check_base, fill_from_run, log_decisions, open_checkpoint, result_path
+from utils.run_dir import check_base, fill_from_run, log_decisions, open_checkpoint, result_path, validation_rows
 from utils.start import open_model, run_program, start_processes
 
 
@@ -45,16 +44,11 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     done.problems.raise_if_any()
     rows = None
     if done.args.reads_data:
-        sample = int(record['train_dataset_sample']) if record else -1
-        rows = get_dataset(
-            done.args.dataset,
-            seed=done.args.dataset_seed,
-            test_ratio=done.args.dataset_test_ratio,
-            train_sample=sample,
-            hub=done.args.hub,
-        ).val
+        rows = validation_rows(done.args, record)
         if not rows:
-            raise ConfigError('no validation row to answer: --dataset_test_ratio is 0. Raise it, or --eval_human true.')
+            raise ConfigError(
+                'no validation row to answer: the run held none out. Use --eval_human true, or other data.'
+            )
 
     start_processes('gloo')
     assert done.info is not None, 'resolved without problems'
@@ -107,6 +101,7 @@ def _act(
         system_typed='system' in done.typed or bool(record and record['system_typed']),
         max_length=args.max_length,
         images=images,
+        loss_scope=args.loss_scope,
     )
     encoder.keeps_lead = record is not None and record.get('keeps_lead', True)
     config = generation_config(args, tokenizer, encoder.stop_ids)

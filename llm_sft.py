@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from utils import dist
 from utils.argument import SftArguments
-from utils.dataset import get_dataset
 from utils.machine_check import check_machine_sft
 from utils.native.image_readers import open_images
 from utils.parser import parse
+from utils.reading import Plan, Streams, open_streams, plan_rows
 from utils.resolution import Resolution
 from utils.resolve import resolve_sft
 from utils.run_dir import open_run
@@ -26,20 +26,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(lambda: train(resolve_sft(parsed)))
 
 
-def train(done: Resolution[SftArguments]) -> None:
-    """Train as resolved. Everything the user can get wrong is found before anything heavy is imported."""
+def train(done: Resolution[SftArguments]) -> int:
+    """Train as resolved; returns the exit code. What can be wrong is found before anything heavy is imported."""
     started = time.time()
     check_machine_sft(done)
     done.problems.raise_if_any()
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
-    rows = get_dataset(
-        args.dataset,
-        seed=args.dataset_seed,
-        test_ratio=args.dataset_test_ratio,
-        train_sample=args.train_dataset_sample,
-        hub=args.hub,
-    )
+    if args.check_dataset:
+        from utils.doctor import check_dataset
+
+        return check_dataset(done)
+    if args.streaming:
+        rows: Plan | Streams = open_streams(args.dataset, hub=args.hub)
+    else:
+        rows = plan_rows(
+            args.dataset,
+            seed=args.dataset_seed,
+            test_ratio=args.dataset_test_ratio,
+            train_sample=args.train_dataset_sample,
+            hub=args.hub,
+        )
 
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
     run = open_run(done)
@@ -50,6 +57,7 @@ def train(done: Resolution[SftArguments]) -> None:
     from utils.encoding import prepare_data
     from utils.preflight import FirstStepGate
     from utils.report import finish_run, stopped
+    from utils.stream import prepare_stream
     from utils.trainer import build_trainer
     from utils.tuner import prepare_model
 
@@ -63,8 +71,12 @@ def train(done: Resolution[SftArguments]) -> None:
         system_typed='system' in done.typed,
         max_length=args.max_length,
         images=images,
+        loss_scope=args.loss_scope,
     )
-    data = prepare_data(encoder, rows, run.folder)
+    if isinstance(rows, Plan):
+        data = prepare_data(encoder, rows, run.folder)
+    else:
+        data = prepare_stream(encoder, rows, run.folder, val_rows=args.stream_val_rows, seed=args.dataset_seed)
     run.record['keeps_lead'] = encoder.keeps_lead
     model = prepare_model(model, args)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
@@ -73,8 +85,10 @@ def train(done: Resolution[SftArguments]) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stopped:
         raise stopped(trainer, run.folder, done)
+    summary = data.final()
     if dist.is_main():
-        finish_run(trainer, run.folder, started=started, data={**data.summary, 'served': rows.served})
+        finish_run(trainer, run.folder, started=started, data=summary)
+    return 0
 
 
 if __name__ == '__main__':

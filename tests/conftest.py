@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.loopback_hub import LoopbackHub  # noqa: E402
 from utils.logger import set_up_logging  # noqa: E402
+from utils.preprocess import Row  # noqa: E402
+from utils.reading import TRAIN, VAL, Tally, plan_rows, served_by  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
@@ -154,6 +157,23 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     """Write rows as JSON lines; returns the path."""
     path.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows), encoding='utf-8')
     return path
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """The rows that a plan chooses, how many were left out, and what served each data set of a hub."""
+
+    train: list[Row]
+    val: list[Row]
+    left_out: Tally
+    served: dict[str, str]
+
+
+def get_dataset(words: list[str], **options: Any) -> Rows:
+    """Return the rows that plan_rows chooses with these options, held in memory."""
+    plan = plan_rows(words, **options)
+    chosen = {use: [row for _, row in plan.rows(use)] for use in (TRAIN, VAL)}
+    return Rows(train=chosen[TRAIN], val=chosen[VAL], left_out=plan.left_out, served=served_by(plan.parts))
 
 
 @pytest.fixture(scope='session')

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_jsonl
+from tests.conftest import get_dataset, write_jsonl
 from utils import dataset
 from utils.convert import BadRow, check_row, find_converter
 from utils.data_file import read_rows
-from utils.dataset import DATASET_MAPPING, get_dataset
+from utils.dataset import DATASET_MAPPING
 from utils.errors import ConfigError
 
 USER_A = {'role': 'user', 'content': 'a'}

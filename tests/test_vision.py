@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import llm_infer
 import llm_sft
-from tests.conftest import make_tokenizer, small_flags, write_jsonl
+from tests.conftest import get_dataset, make_tokenizer, small_flags, write_jsonl
 from tests.vision_models import (
     GOLDENS,
     NAMES,
@@ -33,7 +33,6 @@ from tests.vision_models import (
 )
 from utils.auto_encoder import AutoEncoder, make_encoder
 from utils.collator import Collator
-from utils.dataset import get_dataset
 from utils.encoding import EncodingReport, encode_rows
 from utils.errors import ConfigError
 from utils.generation import generate_rows
@@ -299,10 +298,10 @@ def test_images_are_read_from_every_shape_of_row(tmp_path: Path) -> None:
     good = {'query': 'a', 'response': 'b', 'images': ''}
     for row, reason in bad:
         rows = get_dataset([str(write_jsonl(tmp_path / 'bad.jsonl', [good, row]))], test_ratio=0)
-        assert len(rows.train) == len(rows.left_out) == 1 and rows.left_out[0][1].startswith(reason)
+        assert len(rows.train) == len(rows.left_out) == 1 and next(iter(rows.left_out.counts)).startswith(reason)
     video = {'messages': [{'role': 'user', 'content': [{'type': 'video', 'video': 'a.mp4'}]}, turns[1]]}
     rows = get_dataset([str(write_jsonl(tmp_path / 'bad.jsonl', [{'messages': turns}, video]))], test_ratio=0)
-    assert rows.left_out[0][1] == 'user turn has an item of type video, known are text and image'
+    assert next(iter(rows.left_out.counts)) == 'user turn has an item of type video, known are text and image'
 
 
 def make_bad_pictures(folder: Path) -> dict[str, str]:
@@ -340,12 +339,11 @@ def test_rows_with_bad_images_are_left_out_counted_and_named(tmp_path: Path, fol
         report = EncodingReport()
         _, kept = encode_rows(open_seeing(folders[key])[2], rows, report)
         assert len(kept) == len(rows) - unusable
-        places = [place for found in report.left_out.values() for place in found]
-        assert len(places) == unusable
+        assert len(report.left_out) == unusable
         for line, (query, reason) in enumerate(said.items(), start=2):
             if key == QWEN_VL and 'narrow' in query:
                 continue  # it becomes a square like any other
-            found = [p for r, named in report.left_out.items() if r.startswith(reason) for p in named]
+            found = [p for r, named in report.left_out.places.items() if r.startswith(reason) for p in named]
             path = (re.findall(r'<img>([^<]+)</img>', query) or ['' if '><' in query else 'a.png'])[0]
             assert len(found) == 1 and found[0].startswith(f'{tmp_path}/data/rows.jsonl:{line}'), (query, found)
             assert path in found[0] and (f'[{path}' in found[0] or f'/{path}]' in found[0] or not path)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from utils import dist
 from utils.argument import InferArguments
 from utils.chat import Chat, chat_in_terminal
-from utils.dataset import draw
 from utils.encoder import Encoder
 from utils.encoding import EncodingReport, encode_rows
 from utils.generation import generate_rows, generate_stream
 from utils.logger import logger
 from utils.metrics import score_texts
 from utils.preprocess import Row
+from utils.reading import draw
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

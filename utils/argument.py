@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from utils.hub_clients import HubName
+from utils.preprocess import LossScope
 
 SftType = Literal['lora', 'full']
 DtypeName = Literal['bf16', 'fp16', 'fp32']
@@ -52,6 +53,9 @@ class CommonArguments:
         'you are a helpful assistant!',
         "system prompt; a row's own wins; with template auto only a typed one is used",
     )
+    loss_scope: LossScope = flag(
+        'last_round', 'last_round: loss on the last reply of a row; all_rounds: on every reply of it'
+    )
     max_length: int = flag(2048, 'tokens per sample; a longer one loses its front; -1: no limit')
     max_pixels: int | None = flag(
         None,
@@ -90,10 +94,19 @@ class SftArguments(CommonArguments):
         'nccl', 'torch.distributed backend; left untyped on a machine without GPU it is gloo'
     )
     resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to go on from')
+    check_dataset: bool = flag(
+        False, 'train nothing: read the data, report what is wrong with it; exit code 1 where anything is'
+    )
     train_dataset_sample: int = flag(
         20000,
         'training rows drawn from the whole training set; -1: all. '
         'The validation set is capped to this share of --dataset_test_ratio',
+    )
+    streaming: bool = flag(
+        False, 'read, encode and train on rows as they come, for data larger than memory or disk; needs --max_steps'
+    )
+    stream_val_rows: int = flag(
+        256, 'first rows of each streamed data set that are held out, where it brings no validation split; 0: none'
     )
     lora_target_modules: list[str] | None = field(
         default=None,

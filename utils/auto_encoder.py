@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, cast
 
-from utils.encoder import Encoder, TemplateEncoder, map_strings
+from utils.encoder import Encoder, TemplateEncoder
 from utils.errors import ConfigError
 from utils.native.image_readers import Images
 from utils.preprocess import (
@@ -27,10 +27,13 @@ from utils.preprocess import (
     TOOL_CALL_AS_TEXT,
     TOOLS_IGNORED,
     Encoded,
+    LossScope,
     Message,
     Row,
     RowRefused,
 )
+from utils.rounds import EndOfTurn, add_earlier
+from utils.text_tokenizer import map_strings
 
 _OPENS_THINKING = re.compile(r'<(?:\w+:)?think>')
 _CLOSES_THINKING = re.compile(r'</(?:\w+:)?think>')
@@ -54,7 +57,7 @@ class _Parts:
 
 
 class AutoEncoder(Encoder):
-    """Encodes with the tokenizer's chat template. Loss covers the last reply and its end-of-turn token."""
+    """Encodes with the tokenizer's chat template. Loss covers the last reply, or each, and its end-of-turn token."""
 
     name = AUTO
 
@@ -69,9 +72,9 @@ class AutoEncoder(Encoder):
         self._lead, self._end = self._find_frame()
         # What of the lead comes before its think block: a reply that reasons follows it.
         self._opening = self._lead[: match.start()] if (match := _OPENS_THINKING.search(self._lead)) else ''
-        self._end_ids, self._end_trained = self._end_of_turn(self._end)
-        self.stop_ids = [i for i in self._end_ids[: self._end_trained] if i in self.text.special_ids.values()]
         self._control = frozenset(self.text.special_ids.values())
+        self._end_ids, self._end_trained = self._end_of_turn(self._end)
+        self.stop_ids = [i for i in self._end_ids[: self._end_trained] if i in self._control]
         self._tails: dict[str, list[int]] = {}
         self.says_tools = self._prints(tools=True)
         self.says_tool_calls = self._prints(tools=False)
@@ -129,9 +132,8 @@ class AutoEncoder(Encoder):
     def _end_of_turn(self, end: str) -> tuple[list[int], int]:
         """Return the ids after a reply and how many of them are trained: up to the first control token."""
         ids = self.text.ids([end])[0] if end else []
-        control = set(self.text.special_ids.values())
         for index, token in enumerate(ids):
-            if token in control:
+            if token in self._control:
                 return ids, index + 1
         if end.strip():
             return ids, len(ids)
@@ -250,6 +252,9 @@ class AutoEncoder(Encoder):
             length = self._prompt_length(part.prompt, ids) if ids is not None else 0
             prompt = ids[:length] if ids and length else self._prompt_ids([(part.prompt, part.prompt_guarded)])[0]
             encoded.append(self._assemble(part, prompt, ids))
+        if self.loss_scope == 'all_rounds':
+            end = EndOfTurn(self._end, self._end_ids, self._end_trained)
+            add_earlier(rows, encoded, self._prepare, self._render_all, self._prompt_ids, lead=self._lead, end=end)
         return encoded
 
     def _learn_tails(self, prompts: Sequence[str]) -> None:
@@ -301,10 +306,15 @@ def make_encoder(
     system: str,
     system_typed: bool,
     max_length: int,
+    loss_scope: LossScope = 'last_round',
     images: Images | None = None,
 ) -> Encoder:
     """Return the encoder of a template. With auto, `system` counts only if the user typed it."""
     template = TEMPLATE_MAPPING[template_type]
-    if template is None:
-        return AutoEncoder(tokenizer, system=system if system_typed else None, max_length=max_length, images=images)
-    return TemplateEncoder(tokenizer, template, name=template_type, system=system, max_length=max_length, images=images)
+    options: dict[str, Any] = {'max_length': max_length, 'images': images}
+    encoder: Encoder = (
+        AutoEncoder(tokenizer, system=system if system_typed else None, **options) if template is None
+        else TemplateEncoder(tokenizer, template, name=template_type, system=system, **options)
+    )  # fmt: skip
+    encoder.loss_scope = loss_scope
+    return encoder

@@ -20,9 +20,11 @@ def row_labels(row: dict[str, Any]) -> list[int]:
 
     So the number of labels is the number of predictions, and a mean over them is over what is really trained.
     """
-    ids, (start, end) = row['input_ids'], row['trained']
-    start = max(start, 1)
-    return [*[IGNORE_INDEX] * start, *ids[start:end], *[IGNORE_INDEX] * (len(ids) - max(start, end))]
+    ids = row['input_ids']
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in (*row.get('earlier', ()), row['trained']):
+        labels[max(start, 1) : end] = ids[max(start, 1) : end]
+    return labels
 
 
 class Collator:

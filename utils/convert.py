@@ -29,12 +29,16 @@ _ROLES = {
 class BadRow(ValueError):
     """A row that cannot be trained on; its text is the reason under which the row is counted."""
 
+    def __init__(self, reason: str, column: str = '') -> None:
+        super().__init__(reason)
+        self.column = column
 
-def _text(value: Any, column: str) -> str:
+
+def _text(value: Any, what: str, column: str = '') -> str:
     if value is None:
-        raise BadRow(f'null {column}')
+        raise BadRow(f'null {what}', column or what)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow(f'{column} is a {type(value).__name__}, not text')
+        raise BadRow(f'{what} is a {type(value).__name__}, not text', column or what)
     return str(value)
 
 
@@ -47,7 +51,7 @@ def _json(value: Any, column: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError:
-        raise BadRow(f'{column} is text that is not JSON') from None
+        raise BadRow(f'{column} is text that is not JSON', column) from None
 
 
 def _images(row: Mapping[str, Any]) -> list[str]:
@@ -57,24 +61,24 @@ def _images(row: Mapping[str, Any]) -> list[str]:
         images = [images] if images else []
     images = _json(images, 'images') or []
     if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
-        raise BadRow('images is neither a path nor a list of paths')
+        raise BadRow('images is neither a path nor a list of paths', 'images')
     return images
 
 
-def _content(value: Any, column: str) -> str:
+def _content(value: Any, what: str, column: str) -> str:
     """Return the text of a turn; of one that is a list of items, each image as its tag."""
     if not isinstance(value, list):
-        return _text(value, column)
+        return _text(value, what, column)
     parts = []
     for item in value:
         kind = item.get('type') if isinstance(item, dict) else None
         if kind == 'image':
             path = item.get('image') or item.get('path') or ''
-            parts.append(f'<img>{_text(path, "an image item")}</img>')
+            parts.append(f'<img>{_text(path, "an image item", column)}</img>')
         elif kind == 'text':
-            parts.append(_text(item.get('text'), column))
+            parts.append(_text(item.get('text'), what, column))
         else:
-            raise BadRow(f'{column} has an item of type {kind}, known are text and image')
+            raise BadRow(f'{what} has an item of type {kind}, known are text and image', column)
     return ''.join(parts)
 
 
@@ -83,7 +87,7 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow('tools is not a list of objects')
+        raise BadRow('tools is not a list of objects', 'tools')
     return [tool if 'function' in tool else {'type': 'function', 'function': tool} for tool in tools]
 
 
@@ -106,7 +110,7 @@ def _call(content: str) -> Message:
 def _turns(turns: Any, *, column: str, role_key: str, content_key: str) -> list[Message]:
     turns = _json(turns, column)
     if not isinstance(turns, list) or not turns:
-        raise BadRow(f'{column} is not a list of turns')
+        raise BadRow(f'{column} is not a list of turns', column)
     messages: list[Message] = []
     for turn in turns:
         if not isinstance(turn, dict) or role_key not in turn:
@@ -119,7 +123,7 @@ def _turns(turns: Any, *, column: str, role_key: str, content_key: str) -> list[
             content = turn.get(content_key) or json.dumps([c.get('function', c) for c in calls], ensure_ascii=False)
             messages.append({'role': 'assistant', 'content': content, 'tool_calls': calls})
             continue
-        content = _content(turn.get(content_key), f'{role} turn')
+        content = _content(turn.get(content_key), f'{role} turn', column)
         messages.append(_call(content) if role == 'call' else {'role': role, 'content': content})
     return messages
 
@@ -142,9 +146,9 @@ def _from_query(row: Mapping[str, Any]) -> Row:
         messages.append({'role': 'system', 'content': _text(row['system'], 'system')})
     for pair in _json(row.get('history'), 'history') or ():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRow('history is not a list of [query, response] pairs')
-        messages.append({'role': 'user', 'content': _text(pair[0], 'query in history')})
-        messages.append({'role': 'assistant', 'content': _text(pair[1], 'response in history')})
+            raise BadRow('history is not a list of [query, response] pairs', 'history')
+        messages.append({'role': 'user', 'content': _text(pair[0], 'query in history', 'history')})
+        messages.append({'role': 'assistant', 'content': _text(pair[1], 'response in history', 'history')})
     messages.append({'role': 'user', 'content': _text(row['query'], 'query')})
     messages.append({'role': 'assistant', 'content': _text(row['response'], 'response')})
     return Row(messages=messages, tools=_tools(row), images=_images(row))

@@ -1,122 +1,266 @@
-"""Data files as dictionaries with the place each came from: .json, .jsonl, .csv, .parquet."""
+"""Data files as dictionaries with the place each came from, read in constant memory; text files also gzipped."""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
+import hashlib
 import json
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from utils.errors import ConfigError
 
-SUFFIXES = ('.json', '.jsonl', '.csv', '.parquet')
+SUFFIXES = ('.json', '.jsonl', '.csv', '.parquet', '.json.gz', '.jsonl.gz', '.csv.gz')
 
 # A row and where it stands, e.g. 'data/train.jsonl:12'.
 PlacedRow = tuple[str, dict[str, Any]]
+# What is done about a row that cannot be read, given its place and what is wrong: raise, or note it and go on.
+OnBad = Callable[[str, str], None]
+Signature = tuple[int, int, int]
+
+_BLOCK_BYTES = 1 << 20
+_MAX_ROW_BYTES = 1 << 26
+# Text shrinks 3 to 20 times. What swells more than this, beyond the first 64 MiB, was made to fill memory or disk.
+_GZIP_RATIO, _GZIP_FREE_BYTES = 100, 1 << 26
+_BLANK = re.compile(r'[ \t\r\n]*')
+# Errors that near to the end of what is buffered may come from a value cut in two, such as `tru` or `\u00`.
+_LONGEST_CUT = 12
 
 
-def read_rows(path: Path) -> Iterator[PlacedRow]:
-    """Yield each row of a data file with its place; raises ConfigError naming file and line."""
-    if path.stat().st_size == 0:
+class UnreadableRow(ConfigError):
+    """A row that cannot be read, with its place."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(f'{place}: {problem}')
+        self.place, self.problem = place, problem
+
+
+def refuse(place: str, problem: str) -> NoReturn:
+    """Raise: what a run does about a row that cannot be read."""
+    raise UnreadableRow(place, problem)
+
+
+def signature(path: Path) -> Signature:
+    """Return size, time of change and inode, which tell whether a file is the one read before."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ConfigError(f'data file {path} cannot be read: {error.strerror}.') from None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def read_rows(
+    path: Path, *, bad: OnBad = refuse, known: Signature | None = None, digest: Any = None
+) -> Iterator[PlacedRow]:
+    """Yield each row of a data file with its place; raises ConfigError naming file and line.
+
+    `known` is the signature at an earlier reading: a file that changed since, or changes meanwhile, is refused.
+    `digest` is a hash object that is fed what was read.
+    """
+    before = known or signature(path)
+    if before[0] == 0:
         raise ConfigError(f'data file {path} is empty (0 bytes): there is nothing to read in it.')
-    readers = {'.json': _read_json, '.jsonl': _read_jsonl, '.csv': _read_csv, '.parquet': _read_parquet}
+    readers = {'json': _read_json, 'jsonl': _read_jsonl, 'csv': _read_csv, 'parquet': _read_parquet}
+    reader = readers[path.name.lower().removesuffix('.gz').rpartition('.')[2]]
     count = 0
-    for place, row in readers[path.suffix.lower()](path):
-        if not isinstance(row, dict):
-            raise ConfigError(f'{place}: a row must be an object with named columns, got {type(row).__name__}.')
-        count += 1
-        yield place, row
+    try:
+        for place, row in reader(_Bytes(path, digest or hashlib.sha256()), bad):
+            count += 1
+            if isinstance(row, dict):
+                yield place, row
+            else:
+                bad(place, f'a row must be an object with named columns, got {type(row).__name__}.')
+    except ConfigError:
+        _check_unchanged(path, before)  # the truer reason, where it is one
+        raise
+    _check_unchanged(path, before)
     if count == 0:
         raise ConfigError(f'data file {path} holds no rows.')
 
 
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        line = data.count(b'\n', 0, error.start) + 1
+def _check_unchanged(path: Path, before: Signature) -> None:
+    if signature(path) != before:
         raise ConfigError(
-            f'{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8. '
-            f'Convert the file, e.g. iconv -f GB18030 -t UTF-8 {path.name}.'
-        ) from None
+            f'data file {path} changed while it was read, so its rows are neither the old ones nor the new ones. '
+            'Wait until it is written, or give a copy of it.'
+        )
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+class _Bytes:
+    """A data file's bytes, unpacked, counted and hashed."""
+
+    def __init__(self, path: Path, digest: Any) -> None:
+        self.path, self.digest, self.total = path, digest, 0
+        self.packed = path.suffix.lower() == '.gz'
+        self.limit = max(_GZIP_FREE_BYTES, _GZIP_RATIO * path.stat().st_size)
+        try:
+            self.stream: Any = gzip.open(path) if self.packed else path.open('rb')  # noqa: SIM115 (closed at its end)
+        except OSError as error:
+            raise ConfigError(f'data file {path} cannot be read: {error.strerror}.') from None
+
+    def _take(self, read: Callable[[int], bytes], size: int) -> bytes:
+        try:
+            data = read(size)
+        except (OSError, EOFError, zlib.error) as error:
+            what = 'gzip file is broken' if self.packed else 'file cannot be read'
+            raise ConfigError(f'{self.path}: the {what} after {self.total} bytes of data: {error}.') from None
+        self.total += len(data)
+        if self.packed and self.total > self.limit:
+            raise ConfigError(
+                f'{self.path} unpacks to more than {_GZIP_RATIO} times its size, as no text of rows does: not read on. '
+                'If it is meant, unpack it by hand.'
+            )
+        self.digest.update(data)
+        if not data:
+            self.stream.close()
+        return data
+
+    def block(self) -> bytes:
+        return self._take(self.stream.read, _BLOCK_BYTES)
+
+    def lines(self, bad: OnBad) -> Iterator[tuple[int, str]]:
+        """Yield each line with its number; one that is not UTF-8 comes out empty where `bad` returns."""
+        number = 0
+        while line := self._take(self.stream.readline, _MAX_ROW_BYTES + 1):
+            number += 1
+            if len(line) > _MAX_ROW_BYTES:
+                refuse(f'{self.path}:{number}', f'a line of more than {_MAX_ROW_BYTES >> 20} MiB is no row.')
+            try:
+                text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
+            except UnicodeDecodeError as error:
+                bad(f'{self.path}:{number}', _not_utf8(self.path, error))
+                text = '\n'
+            yield number, text
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    return (
+        f'byte 0x{error.object[error.start]:02x} is not UTF-8. '
+        f'Convert the file, e.g. iconv -f GB18030 -t UTF-8 {path.name}.'
+    )
+
+
+class _JsonText:
+    """The text of a JSON file as far as it is needed: a block at a time, what was read let go."""
+
+    def __init__(self, source: _Bytes) -> None:
+        self.source = source
+        self.text, self.position, self.line = '', 0, 1
+        self._decode = codecs.getincrementaldecoder('utf-8-sig')().decode
+        self._parse = json.JSONDecoder().raw_decode
+
+    def _fill(self) -> bool:
+        block = self.source.block()
+        rest = self.text[self.position :]
+        try:
+            self.text, self.position = rest + self._decode(block, final=not block), 0
+        except UnicodeDecodeError as error:
+            line = self.line + rest.count('\n') + error.object.count(b'\n', 0, error.start)
+            refuse(f'{self.source.path}:{line}', _not_utf8(self.source.path, error))
+        return bool(block)
+
+    def mark(self) -> str:
+        """Return the next character that is no blank, '' at the end of the file."""
+        while True:
+            match = _BLANK.match(self.text, self.position)
+            assert match is not None, 'matches the empty text'
+            self.line += self.text.count('\n', self.position, match.end())
+            self.position = match.end()
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self._fill():
+                return ''
+
+    def value(self) -> Any:
+        """Return the JSON value that starts here."""
+        while True:
+            try:
+                value, end = self._parse(self.text, self.position)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith('Unterminated') or error.pos + _LONGEST_CUT > len(self.text)
+                if cut and len(self.text) - self.position < _MAX_ROW_BYTES and self._fill():
+                    continue
+                line = self.line + self.text.count('\n', self.position, error.pos)
+                refuse(
+                    f'{self.source.path}:{line}',
+                    f'the JSON is broken in the row that starts at line {self.line}: {error.msg}.',
+                )
+            self.line += self.text.count('\n', self.position, end)
+            self.position = end
+            return value
+
+
+def _read_json(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
     """Yield the items of a JSON array, or of JSON lines that were named .json."""
-    text = _read_text(path)
-    decoder = json.JSONDecoder()
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] != '[':
-        yield from _read_jsonl(path)
+    text, path = _JsonText(source), source.path
+    if text.mark() != '[':
+        yield from _read_jsonl(_Bytes(path, source.digest), bad)
         return
-    position, line, counted_to = start + 1, text.count('\n', 0, start + 1) + 1, start + 1
+    text.position += 1
     expects_item = True
-    while True:
-        while position < len(text) and text[position] in ' \t\r\n':
-            position += 1
-        line += text.count('\n', counted_to, position)
-        counted_to = position
-        mark = text[position : position + 1]
-        if mark == ']':
-            return
+    while (mark := text.mark()) != ']':
         if mark == ',' and not expects_item:
-            position, expects_item = position + 1, True
+            text.position, expects_item = text.position + 1, True
             continue
         if not mark or not expects_item:
             found = 'the end of the file' if not mark else repr(mark)
-            raise ConfigError(f'{path}:{line}: the JSON array is broken here: expected , or ], found {found}.')
-        try:
-            row, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f'{path}:{error.lineno}: the JSON is broken in the row that starts at line {line}: {error.msg}.'
-            ) from None
-        yield f'{path}:{line}', row
-        line += text.count('\n', position, end)
-        position = counted_to = end
+            refuse(f'{path}:{text.line}', f'the JSON array is broken here: expected , or ], found {found}.')
+        yield f'{path}:{text.line}', text.value()
         expects_item = False
+    text.position += 1
+    if text.mark():
+        refuse(f'{path}:{text.line}', 'something follows the end of the JSON array. A .json file holds one array.')
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read_text(path).split('\n'), start=1):
+def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
+    for number, line in source.lines(bad):
         if not line.strip():
             continue
+        place = f'{source.path}:{number}'
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(
-                f'{path}:{number}: this line is not JSON ({error.msg} at column {error.colno}). '
-                'A .jsonl file holds one object per line.'
-            ) from None
-        yield f'{path}:{number}', row
+            what = f'this line is not JSON ({error.msg} at column {error.colno}).'
+            bad(place, f'{what} A .jsonl file holds one object per line.')
+            continue
+        yield place, row
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
-    line = 2
+def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(_MAX_ROW_BYTES)
+    reader = csv.reader((text for _, text in source.lines(bad)), strict=True)
+    header: list[str] | None = None
+    line = 1
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise ConfigError(
-                    f'{path}:{line}: this row does not have {len(reader.fieldnames or ())} cells as the header has.'
-                )
-            yield f'{path}:{line}', row
+        for cells in reader:
+            if header is None:
+                header = cells or None
+            elif cells and len(cells) != len(header):
+                bad(f'{source.path}:{line}', f'this row does not have {len(header)} cells as the header has.')
+            elif cells:
+                yield f'{source.path}:{line}', dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ConfigError(f'{path}:{line}: the CSV is broken here: {error}.') from None
+        refuse(f'{source.path}:{line}', f'the CSV is broken here: {error}.')
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    while source.block():
+        pass  # for the digest alone
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f'{path}: row {number}', row
+        with pyarrow.parquet.ParquetFile(source.path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f'{source.path}: row {number}', row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f'{path}: the parquet file cannot be read after row {number}: {error}') from None
+        raise ConfigError(f'{source.path}: the parquet file cannot be read after row {number}: {error}') from None

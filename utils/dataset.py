@@ -1,19 +1,14 @@
-"""Data sets: the registry, and rows drawn, split and counted."""
+"""Data sets: the registry. How they are read stands in utils/reading.py."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from utils import demo_sql
-from utils.convert import KNOWN_SHAPES, BadRow, Converter, check_row, find_converter
-from utils.data_file import SUFFIXES, PlacedRow, read_rows
 from utils.dataset_rows import (
     HubDataset,
-    RowStream,
     ToRow,
     advertise,
     agent,
@@ -31,10 +26,6 @@ from utils.dataset_rows import (
     with_answer,
     without_history,
 )
-from utils.errors import ConfigError, did_you_mean
-from utils.hub_clients import HubName
-from utils.logger import logger
-from utils.preprocess import Row
 
 RawRows = Iterable[Mapping[str, Any]]
 # A function without arguments that returns one data set, or a pair (train, validation).
@@ -248,162 +239,3 @@ DATASET_MAPPING: dict[str, DatasetFunction] = {
         image='image',
     ),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One word of --dataset: a registered name or the path of a data file, and how many rows to draw from it."""
-
-    name: str
-    sample: int | None
-    path: Path | None
-
-
-@dataclass(kw_only=True)
-class Rows:
-    """What was read: the rows of both parts, and every row left out with its place and reason."""
-
-    train: list[Row] = field(default_factory=list)
-    val: list[Row] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    # Of each data set of a hub: which hub, id and revision served.
-    served: dict[str, str] = field(default_factory=dict)
-
-
-def parse_source(word: str) -> Source:
-    """Return what a word of --dataset names; raises ConfigError with the closest names. Reads no file."""
-    name, mark, count = word.rpartition('#')
-    if not mark:
-        name, count = word, ''
-    if mark and not (count.isdigit() and int(count) > 0):
-        raise ConfigError(f"--dataset '{word}': after # comes how many rows to draw, 1 or more, got '{count}'.")
-    sample = int(count) if mark else None
-    if name in DATASET_MAPPING:
-        return Source(name=name, sample=sample, path=None)
-    if name.lower().endswith(SUFFIXES):
-        return Source(name=name, sample=sample, path=Path(name))
-    if '/' in name or '.' in name:
-        raise ConfigError(f"--dataset '{name}' is neither registered nor a {', '.join(SUFFIXES)} file.")
-    raise ConfigError(
-        f"dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
-        f'Give a {", ".join(SUFFIXES)} file, or add an entry to DATASET_MAPPING in utils/dataset.py.'
-    )
-
-
-def check_source(source: Source) -> str | None:
-    """Return what keeps a data file from being opened, or None."""
-    if source.path is None:
-        return None
-    if not source.path.is_file():
-        kind = 'a folder' if source.path.is_dir() else 'not there'
-        return f'data file {source.path} is {kind} (looked in {source.path.absolute().parent}).'
-    return None
-
-
-def _placed(name: str, rows: RawRows, left_out: list[tuple[str, str]]) -> Iterator[PlacedRow]:
-    if isinstance(rows, RowStream):
-        for place, plain in rows.placed():
-            if plain is None:
-                left_out.append((place, f'dropped by {name}: {rows.entry.drops}'))
-            else:
-                yield place, plain
-        return
-    for number, row in enumerate(rows, start=1):
-        yield f'{name}: row {number}', dict(row)
-
-
-def _convert(
-    placed: Iterable[PlacedRow], *, name: str, left_out: list[tuple[str, str]], folder: str | None = None
-) -> list[Row]:
-    """Return the rows as conversations; the shape is found from the first row's columns."""
-    converter: Converter | None = None
-    needed: frozenset[str] = frozenset()
-    rows: list[Row] = []
-    for place, raw in placed:
-        if converter is None:
-            converter = find_converter(raw)
-            if converter is None:
-                raise ConfigError(
-                    f'{place}: columns {", ".join(map(str, raw))} are no known shape. Known: {KNOWN_SHAPES}. '
-                    f"Rename the columns of '{name}', or register a function in DATASET_MAPPING in utils/dataset.py."
-                )
-            needed = frozenset(raw)
-        try:
-            if find_converter(raw) is not converter:
-                raise BadRow(f'columns are missing that the first row has: {", ".join(sorted(needed - set(raw)))}')
-            row = check_row(converter(raw))
-        except BadRow as problem:
-            left_out.append((place, str(problem)))
-            continue
-        row.origin, row.folder = place, folder
-        rows.append(row)
-    return rows
-
-
-def draw(rows: list[Row], count: int, seed: int) -> list[Row]:
-    """Return `count` rows drawn from all of them, in their order; all where there are not more."""
-    if count < 0 or count >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]
-
-
-def _split(rows: list[Row], test_ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return (train, validation); at least one row on each side where the ratio is above 0 and there are two."""
-    count = min(max(1, round(len(rows) * test_ratio)), len(rows) - 1) if test_ratio > 0 else 0
-    chosen = set(random.Random(seed).sample(range(len(rows)), max(count, 0)))
-    return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
-
-
-def _read(source: Source, result: Rows, hub: HubName) -> tuple[list[Row], list[Row] | None]:
-    if source.path is not None:
-        folder = str(source.path.absolute().parent)
-        return _convert(read_rows(source.path), name=source.name, left_out=result.left_out, folder=folder), None
-    entry = DATASET_MAPPING[source.name]
-    train: RawRows
-    val: RawRows | None = None
-    if isinstance(entry, HubDataset):
-        train, val, result.served[source.name] = entry.load(hub)
-        logger.info(f'{source.name}: {result.served[source.name]}')
-    else:
-        loaded = entry()
-        train, val = loaded if isinstance(loaded, tuple) else (loaded, None)
-
-    def convert(name: str, rows: RawRows) -> list[Row]:
-        return _convert(_placed(name, rows, result.left_out), name=source.name, left_out=result.left_out)
-
-    return convert(source.name, train), convert(f'{source.name} (validation)', val) if val is not None else None
-
-
-def get_dataset(
-    words: Sequence[str],
-    *,
-    seed: int = 42,
-    test_ratio: float = 0.01,
-    train_sample: int = -1,
-    hub: HubName = 'modelscope',
-) -> Rows:
-    """Return the rows of all data sets: each sampled (#n) and split by itself, then joined, then drawn from.
-
-    The validation part is capped to max(1, train_sample * test_ratio). Raises ConfigError for what cannot be read and
-    where no row is left.
-    """
-    result = Rows()
-    for word in words:
-        source = parse_source(word)
-        train, val = _read(source, result, hub)
-        if source.sample is not None:
-            train = draw(train, source.sample, seed)
-        if val is None:
-            train, val = _split(train, test_ratio, seed)
-        result.train += train
-        result.val += val
-    if not result.train:
-        reasons = sorted({reason for _, reason in result.left_out})
-        raise ConfigError(
-            f'no training row is left of {", ".join(words)}: '
-            f'{len(result.left_out)} rows left out ({"; ".join(reasons)}).'
-        )
-    if train_sample >= 0:
-        result.train = draw(result.train, train_sample, seed)
-        result.val = draw(result.val, max(1, int(train_sample * test_ratio)), seed)
-    return result

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from utils import hub
+from utils.cache import cache_dir
 from utils.data_file import SUFFIXES, read_rows
 from utils.errors import ConfigError
 from utils.hub_clients import HubName, Repo
-from utils.native.gguf import cache_dir
 
 SourceRow = Mapping[str, Any]
 PlainRow = dict[str, Any]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import secrets
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from utils.errors import ConfigError
@@ -14,90 +14,26 @@ from utils.preprocess import (
     CONTROL_TOKENS,
     SYSTEM_IGNORED,
     TAGS_AS_TEXT,
+    TEMPLATE_MAPPING,
     TOOLS_IGNORED,
     Encoded,
+    LossScope,
     Message,
     Piece,
     Row,
     Template,
     cut_front,
 )
+from utils.text_tokenizer import TextTokenizer
 from utils.vision import FoundImages, fill_slots, new_places, open_images_of
-
-
-def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return nested JSON data with `change` applied to every string in it, keys left alone."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [map_strings(item, change) for item in value]
-    if isinstance(value, dict):
-        return {key: map_strings(item, change) for key, item in value.items()}
-    return value
-
-
-class TextTokenizer:
-    """Tokenises text in batches, with special tokens active in template text and inert in data."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.special_ids: dict[str, int] = {
-            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self._special = re.compile('|'.join(map(re.escape, longest_first)) or r'(?!)')
-        # Stands for the n-th special token inside guarded data: no one can have typed it.
-        self._nonce = secrets.token_hex(8)
-        self._guarded = re.compile(f'{self._nonce}:([0-9]+);')
-        self._by_number = list(self.special_ids)
-        # Stands for an image in the text of a turn.
-        self.image = f'{self._nonce}:image;'
-
-    def ids(self, texts: Sequence[str], *, inert: bool = False) -> list[list[int]]:
-        """Return the ids of each text, nothing added; `inert` reads special tokens as plain text."""
-        if not texts:
-            return []
-        options = {'split_special_tokens': True} if inert else {}
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
-        )
-        ids: list[list[int]] = encoded['input_ids']
-        return ids
-
-    def has_special(self, text: str) -> bool:
-        """Return whether the text spells a special token."""
-        return self._special.search(text) is not None
-
-    def last_special(self, text: str) -> tuple[int, int]:
-        """Return how many special tokens the text spells and where the last one starts; (0, 0) without any."""
-        starts = [match.start() for match in self._special.finditer(text)]
-        return len(starts), starts[-1] if starts else 0
-
-    def guard(self, data: str) -> str:
-        """Return the data with each special token it spells replaced by a stand-in."""
-        return self._special.sub(lambda m: f'{self._nonce}:{self._by_number.index(m[0])};', data)
-
-    def unguard(self, text: str) -> str:
-        """Return the text with every stand-in replaced by the special token's spelling."""
-        return self._guarded.sub(lambda m: self._by_number[int(m[1])], text)
-
-    def guarded_ids(self, text: str) -> list[int]:
-        """Return the ids of template text that holds guarded data: its own special tokens act, the data's do not."""
-        ids: list[int] = []
-        position = 0
-        for match in [*self._special.finditer(text), None]:
-            run = self.unguard(text[position : match.start() if match else len(text)])
-            ids += self.ids([run], inert=True)[0] if run else []
-            if match:
-                ids.append(self.special_ids[match[0]])
-                position = match.end()
-        return ids
 
 
 class Encoder:
     """What both kinds of template share: rows in, ids out, one tokenizer call per batch."""
 
     name: str
+    system: str | None
+    loss_scope: LossScope = 'last_round'
     # Ids at which generation stops, beside the tokenizer's own end of sequence.
     stop_ids: list[int]
     # Whether prompts for inference hold what the chat template prints before a reply, as an empty think block.
@@ -114,6 +50,14 @@ class Encoder:
         self.text = TextTokenizer(tokenizer)
         self.max_length = max_length
         self.images = images
+
+    def identity(self) -> dict[str, Any]:
+        """Return what, beside the tokenizer, decides which ids a row becomes."""
+        # A chat template that can ask for the date may print another prompt tomorrow.
+        today = time.strftime('%Y-%m-%d') if 'strftime_now' in str(self.tokenizer.chat_template) else None
+        template = repr(TEMPLATE_MAPPING[self.name])
+        return {'template': template, 'system': self.system, 'scope': self.loss_scope, 'max_length': self.max_length,
+                'today': today}  # fmt: skip
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Return each row's ids and trained span, cut to max_length from the front."""
@@ -151,6 +95,7 @@ class Encoder:
                 input_ids=filled,
                 trained=(places[row.trained[0]], places[row.trained[1]]),
                 prompt_length=places[row.prompt_length],
+                earlier=[(places[start], places[end]) for start, end in row.earlier],
                 images=tuple(path for path, _ in found),
             )
         return cut_front(row, self.max_length)
@@ -167,8 +112,15 @@ class Encoder:
         return any(map(self.text.has_special, [*texts, str(tools or '')]))
 
 
+class _Reply(str):
+    """An earlier reply that carries loss: tokenised by itself, as the last one is, never joined to its neighbours."""
+
+
 class TemplateEncoder(Encoder):
-    """Encodes with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix."""
+    """Encodes with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix.
+
+    With all rounds, also each earlier reply, with what follows it in chat_sep up to a token at which generation stops.
+    """
 
     def __init__(
         self,
@@ -187,6 +139,9 @@ class TemplateEncoder(Encoder):
         self._suffix = self._ids(self._fill(template.suffix), guarded=False)
         control = set(self.text.special_ids.values())
         self.stop_ids = [i for i in self._suffix if i in control]
+        separator = self._ids(self._fill(template.chat_sep or ()), guarded=False)
+        stops = (n for n, i in enumerate(separator, start=1) if i in (*self.stop_ids, tokenizer.eos_token_id))
+        self._round_end = next(stops, 0)
 
     def _fill(self, pieces: Iterable[Piece], **data: str) -> list[str | list[int]]:
         """Return the pieces with placeholders filled in one pass and attribute names read from the tokenizer."""
@@ -224,16 +179,18 @@ class TemplateEncoder(Encoder):
                 f"{row.origin} has history, template '{self.name}' is single-turn (no chat_sep). "
                 'Choose a chat template, e.g. --template_type chatml or default.'
             )
-        pieces = self._fill(self.template.prefix, SYSTEM=say(system))
+        pieces = self._fill(self.template.prefix, SYSTEM=say(system or ''))
         for index, turn in enumerate(turns):
             if turn['role'] == 'user':
                 query = say(turn['content']).replace(self.text.image, self.images.mark if self.images else '')
                 pieces += self._fill(self.template.prompt, QUERY=query, ROUND=str(index // 2 + 1))
             else:
-                pieces += [say(turn['content']), *self._fill(self.template.chat_sep or ())]
+                reply = say(turn['content'])
+                pieces += [_Reply(reply) if self.loss_scope == 'all_rounds' else reply]
+                pieces += self._fill(self.template.chat_sep or ())
         joined: list[str | list[int]] = []
         for piece in pieces:
-            if joined and isinstance(piece, str) and isinstance(joined[-1], str):
+            if joined and type(piece) is str and type(joined[-1]) is str:
                 joined[-1] += piece
             else:
                 joined.append(piece)
@@ -258,20 +215,29 @@ class TemplateEncoder(Encoder):
                 ids += self.text.guarded_ids(piece) if guarded else self.text.ids([piece])[0]
         return ids
 
-    def _encode_contexts(self, contexts: Sequence[tuple[list[str | list[int]], bool, list[str]]]) -> list[list[int]]:
+    def _encode_contexts(
+        self, contexts: Sequence[tuple[list[str | list[int]], bool, list[str]]]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return the ids of each prompt and the spans of earlier replies that carry loss."""
         plain = [p for pieces, guarded, _ in contexts if not guarded for p in pieces if isinstance(p, str) and p]
         plain_ids = iter(self.text.ids(plain))
         encoded = []
         for pieces, guarded, _ in contexts:
-            if guarded:
-                encoded.append(self._ids(pieces, guarded=True))
-            else:
-                parts = (p if isinstance(p, list) else next(plain_ids) for p in pieces if p)
-                encoded.append([i for part in parts for i in part])
+            ids: list[int] = []
+            spans = []
+            for piece in pieces:
+                start = len(ids)
+                if guarded or isinstance(piece, list):
+                    ids += self._ids([piece], guarded=True)
+                elif piece:
+                    ids += next(plain_ids)
+                if isinstance(piece, _Reply):
+                    spans.append((start, len(ids) + self._round_end))
+            encoded.append((ids, spans))
         return encoded
 
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        return self._encode_contexts([self._context(row) for row in rows])
+        return [ids for ids, _ in self._encode_contexts([self._context(row) for row in rows])]
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         for row in rows:
@@ -285,8 +251,9 @@ class TemplateEncoder(Encoder):
                 trained=(len(prompt), len(prompt) + len(reply) + len(self._suffix)),
                 prompt_length=len(prompt),
                 notes=self._notes(context[2], row),
+                earlier=earlier,
             )
-            for row, context, prompt, reply in zip(rows, contexts, prompts, replies, strict=True)
+            for row, context, (prompt, earlier), reply in zip(rows, contexts, prompts, replies, strict=True)
         ]
 
     def _notes(self, notes: list[str], row: Row) -> list[str]:

@@ -1,204 +1,187 @@
-"""Rows to token ids: in batches, compactly kept, with every row that is left out or altered counted and named."""
+"""Rows to token ids: in batches, kept in flat files, with every row that is left out or altered counted and named."""
 
 from __future__ import annotations
 
-import heapq
-from array import array
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils import dist
-from utils.dataset import Rows
+from utils.cache import kept
+from utils.encoded_rows import EncodedRows
 from utils.encoder import Encoder
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.preprocess import CUT_PROMPT, CUT_REPLY, Encoded, Row, RowRefused
+from utils.reading import TRAIN, VAL, Plan, Tally, served_by
 
-_BATCH_ROWS = 1024
-_NAMED_PER_REASON = 3
-
-
-@dataclass(kw_only=True)
-class EncodedRows:
-    """Rows of ids laid end to end in flat arrays: a torch map-style data set that costs 4 bytes per token."""
-
-    ids: array[int] = field(default_factory=lambda: array('i'))
-    ends: array[int] = field(default_factory=lambda: array('q'))
-    trained: list[tuple[int, int]] = field(default_factory=list)
-    prompt_lengths: array[int] = field(default_factory=lambda: array('i'))
-    # Paths of the rows that have images; a file is opened where a batch is made.
-    images: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    origins: list[str] = field(default_factory=list)
-
-    def append(self, row: Encoded, origin: str = '') -> None:
-        """Add one row and where it came from."""
-        self.origins.append(origin)
-        if row.images:
-            self.images[len(self)] = row.images
-        self.ids.extend(row.input_ids)
-        self.ends.append(len(self.ids))
-        self.trained.append(row.trained)
-        self.prompt_lengths.append(row.prompt_length)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row: input_ids, the half-open trained span, the prompt's length, its index, and any images."""
-        start = self.ends[index - 1] if index else 0
-        return {
-            'input_ids': self.ids[start : self.ends[index]].tolist(),
-            'trained': self.trained[index],
-            'prompt_length': self.prompt_lengths[index],
-            'row': index,
-            **({'images': self.images[index]} if index in self.images else {}),
-        }
-
-    def origin(self, index: int) -> str:
-        """Return where a row came from: file and line, or data set and row."""
-        return self.origins[index]
-
-    def row(self, index: int) -> dict[str, Any]:
-        """Return one row by the index that it carries."""
-        return self[index]
-
-    def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of `count` rows that ask for most memory: the longest, and those with most loss."""
-        lengths = self.lengths()
-        by_length = heapq.nlargest(count, range(len(self)), key=lengths.__getitem__)
-        by_loss = heapq.nlargest(count, range(len(self)), key=lambda i: self.trained[i][1] - self.trained[i][0])
-        batches = [by_length, by_loss] if set(by_length) != set(by_loss) else [by_length]
-        return [[self[index] for index in batch] for batch in batches]
-
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of each row."""
-        return [end - start for start, end in zip([0, *self.ends], self.ends, strict=False)]
-
-    def trained_tokens(self) -> int:
-        """Return the number of tokens that carry loss."""
-        return sum(end - start for start, end in self.trained)
-
-    def longest_first(self) -> EncodedRows:
-        """Return the same rows sorted by length, the longest first."""
-        lengths = self.lengths()
-        rows = EncodedRows()
-        for index in sorted(range(len(self)), key=lambda i: -lengths[i]):
-            row = self[index]
-            del row['row']
-            rows.append(Encoded(**row), self.origins[index])
-        return rows
+BATCH_ROWS = 1024
+_REPORT = 'report.json'
 
 
 @dataclass(kw_only=True)
 class EncodingReport:
     """What happened to rows on the way: `left_out` are gone, `noted` are trained."""
 
-    left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    noted: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    left_out: Tally = field(default_factory=Tally)
+    noted: Tally = field(default_factory=Tally)
 
     def lines(self) -> list[str]:
         """Return one line per reason: how many rows, and where the first stand."""
-        return [
-            f'{len(places)} rows {verb}: {reason} ({", ".join(places[:_NAMED_PER_REASON])}'
-            f'{", ..." if len(places) > _NAMED_PER_REASON else ""})'
-            for verb, reasons in (('left out', self.left_out), ('noted', self.noted))
-            for reason, places in reasons.items()
-        ]
+        return [*self.left_out.lines('left out'), *self.noted.lines('noted')]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the same as numbers, for files."""
-        return {
-            'left_out': {reason: len(places) for reason, places in self.left_out.items()},
-            'noted': {reason: len(places) for reason, places in self.noted.items()},
-        }
+        return {'left_out': dict(self.left_out.counts), 'noted': dict(self.noted.counts)}
 
 
-def _encode_batch(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> Iterator[tuple[Row, Encoded]]:
+def encode_batch(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> Iterator[tuple[Row, Encoded]]:
+    """Yield the rows that the template does not refuse, encoded; what is left out or noted goes to the report."""
     try:
         encoded = encoder.encode(rows)
     except RowRefused as error:
         if len(rows) == 1:
             detail = f' [{error.detail}]' if error.detail else ''
-            report.left_out[error.reason].append(rows[0].origin + detail)
+            report.left_out.add(error.reason, rows[0].origin + detail)
             return
-        for row in rows:
-            yield from _encode_batch(encoder, [row], report)
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            yield from encode_batch(encoder, half, report)
         return
-    yield from zip(rows, encoded, strict=True)
+    for row, ids in zip(rows, encoded, strict=True):
+        for note in ids.notes:
+            report.noted.add(note, row.origin)
+        yield row, ids
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
     """Return the encoded rows and the rows they came from; what was left out or noted is added to the report."""
-    encoded, kept = EncodedRows(), []
-    for start in range(0, len(rows), _BATCH_ROWS):
-        for row, ids in _encode_batch(encoder, rows[start : start + _BATCH_ROWS], report):
-            for note in ids.notes:
-                report.noted[note].append(row.origin)
+    encoded, kept_rows = EncodedRows(), []
+    for start in range(0, len(rows), BATCH_ROWS):
+        for row, ids in encode_batch(encoder, rows[start : start + BATCH_ROWS], report):
             encoded.append(ids, row.origin)
-            kept.append(row)
-    return encoded, kept
+            kept_rows.append(row)
+    return encoded, kept_rows
 
 
-def encode_split(
-    encoder: Encoder, train: Sequence[Row], val: Sequence[Row], left_out: Sequence[tuple[str, str]]
-) -> tuple[EncodedRows, EncodedRows, list[Row], EncodingReport]:
-    """Return (train, validation, validation rows kept, report); raises ConfigError where no training row is left."""
+def batches(rows: Iterable[Any], size: int = BATCH_ROWS) -> Iterator[list[Any]]:
+    """Yield the items in lists of `size`, the last one shorter."""
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
+    """Encode the rows of a plan into files of a folder, a batch at a time, and write the report beside them."""
     report = EncodingReport()
-    for place, reason in left_out:
-        report.left_out[reason].append(place)
-    encoded_train, _ = encode_rows(encoder, train, report)
-    encoded_val, kept_val = encode_rows(encoder, val, report)
-    if not len(encoded_train):
+    files = {TRAIN: ('train', EncodedRows()), VAL: ('val', EncodedRows())}
+    for batch in batches(plan.rows(TRAIN, VAL)):
+        uses = {id(row): use for use, row in batch}
+        for row, ids in encode_batch(encoder, [row for _, row in batch], report):
+            files[uses[id(row)]][1].append(ids, row.origin)
+        for name, rows in files.values():
+            rows.spill(folder, name)
+    if not (folder / 'train.ids').stat().st_size:
         raise ConfigError('every training row is left out: ' + '; '.join(report.lines()))
-    return encoded_train, encoded_val, kept_val, report
+    learnt = {**dataclasses.asdict(report), 'keeps_lead': encoder.keeps_lead}
+    (folder / _REPORT).write_text(json.dumps(learnt), encoding='utf-8')
+
+
+def _key(encoder: Encoder, plan: Plan) -> str:
+    """Return a hash of all that decides the ids: rows and uses, tokenizer, template, flags, code and libraries."""
+    digest = hashlib.sha256(plan.digest.encode())
+    digest.update(json.dumps(encoder.identity(), sort_keys=True).encode())
+    with tempfile.TemporaryDirectory() as name:
+        encoder.tokenizer.save_pretrained(name)
+        if encoder.images is not None:
+            encoder.images.save(Path(name))
+        files = sorted(Path(name).rglob('*'))
+        code = sorted(Path(__file__).parent.rglob('*.py'))
+        for file in (f for f in [*files, *code] if f.is_file()):
+            digest.update(f'{file.name}:{file.stat().st_size}\n'.encode())
+            digest.update(file.read_bytes())
+    for library in ('transformers', 'tokenizers', 'jinja2'):
+        digest.update(f'{library} {version(library)}\n'.encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """What a run trains on and validates on, and what run.json says about it."""
+    """What a run trains on (EncodedRows, or a stream) and validates on, and what run.json says about it."""
 
-    train: EncodedRows
+    train: Any
     val: EncodedRows
     summary: dict[str, Any]
+    # What is known of a stream at its end alone.
+    at_end: Callable[[], dict[str, Any]] = dict
+
+    def final(self) -> dict[str, Any]:
+        """Return all that run.json says, after training. Every process must call it."""
+        return {**self.summary, **self.at_end()}
 
 
-def prepare_data(encoder: Encoder, rows: Rows, run_dir: Path) -> PreparedData:
-    """Return the rows encoded; logs what happened to them and shows one with its trained span (sample.txt)."""
-    train, val, _, report = encode_split(encoder, rows.train, rows.val, rows.left_out)
+def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path) -> PreparedData:
+    """Return the rows encoded, from the cache where they are; logs what happened to them and shows one (sample.txt)."""
+    name = f'data-{_key(encoder, plan)[:40]}'
+    with dist.local_main_first():
+        folder = kept(name, lambda aside: encode_to_files(encoder, plan, aside))
+    train, val = EncodedRows.map(folder, 'train'), EncodedRows.map(folder, 'val')
+    stored = json.loads((folder / _REPORT).read_text(encoding='utf-8'))
+    report = EncodingReport(left_out=Tally(**stored['left_out']), noted=Tally(**stored['noted']))
+    report.left_out.merge(plan.left_out)
+    encoder.keeps_lead = stored['keeps_lead']  # what encoding learns of the rows counts without it too
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
     log_report(report, statistics)
-    sample = show_sample(encoder.tokenizer, train[0])
+    write_sample(encoder, train[0], run_dir)
+    summary = {**statistics, **report.counts(), 'served': served_by(plan.parts)}
+    return PreparedData(train=train, val=val, summary=summary)
+
+
+def write_sample(encoder: Encoder, row: dict[str, Any], run_dir: Path) -> None:
+    """Log one row with its trained parts marked and write it to sample.txt."""
+    sample = show_sample(encoder.tokenizer, row)
     logger.info(f'one row, the trained part between ⟦ and ⟧:\n{sample}')
     if dist.is_main():
         (run_dir / 'sample.txt').write_text(sample + '\n', encoding='utf-8')
-    return PreparedData(train=train, val=val, summary={**statistics, **report.counts()})
 
 
 def length_statistics(rows: EncodedRows) -> dict[str, float]:
     """Return tokens per row (min, median, mean, p95, max), in all, and the share of them that is trained."""
-    lengths = sorted(rows.lengths())
-    if not lengths:
+    sizes = np.sort(rows.sizes())
+    if not len(sizes):
         return {'rows': 0}
+    tokens = int(sizes.sum(dtype=np.int64))
     return {
-        'rows': len(lengths),
-        'min': lengths[0],
-        'median': lengths[len(lengths) // 2],
-        'mean': round(sum(lengths) / len(lengths), 1),
-        'p95': lengths[int(0.95 * (len(lengths) - 1))],
-        'max': lengths[-1],
-        'tokens': sum(lengths),
-        'trained_share': round(rows.trained_tokens() / sum(lengths), 4),
+        'rows': len(sizes),
+        'min': int(sizes[0]),
+        'median': int(sizes[len(sizes) // 2]),
+        'mean': round(tokens / len(sizes), 1),
+        'p95': int(sizes[int(0.95 * (len(sizes) - 1))]),
+        'max': int(sizes[-1]),
+        'tokens': tokens,
+        'trained_share': round(rows.trained_tokens() / tokens, 4),
     }
 
 
 def show_sample(tokenizer: Any, row: dict[str, Any]) -> str:
-    """Return the row decoded, the trained span between ⟦ and ⟧."""
-    ids, (start, end) = row['input_ids'], row['trained']
-    parts = [tokenizer.decode(part) if part else '' for part in (ids[:start], ids[start:end], ids[end:])]
-    return f'{parts[0]}⟦{parts[1]}⟧{parts[2]}'
+    """Return the row decoded, each trained span between ⟦ and ⟧."""
+    ids, text, position = row['input_ids'], '', 0
+
+    def decode(part: list[int]) -> str:
+        return str(tokenizer.decode(part)) if part else ''
+
+    for start, end in (*row.get('earlier', ()), row['trained']):
+        text += f'{decode(ids[position:start])}⟦{decode(ids[start:end])}⟧'
+        position = end
+    return text + decode(ids[position:])
 
 
 def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:
@@ -207,6 +190,5 @@ def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) 
         logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
     for line in report.lines():
         logger.warning(line)
-    lost = len(report.noted[CUT_REPLY]) if CUT_REPLY in report.noted else 0
-    if lost or CUT_PROMPT in report.noted:
+    if CUT_REPLY in report.noted.counts or CUT_PROMPT in report.noted.counts:
         logger.warning('a larger --max_length (-1: no limit) keeps these rows whole')

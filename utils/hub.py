@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from utils.cache import cache_dir
 from utils.errors import ConfigError
 from utils.hub_clients import (
     TOKEN_VARIABLES,
@@ -27,7 +28,6 @@ from utils.hub_clients import (
     connect,
 )
 from utils.logger import logger
-from utils.native.gguf import cache_dir
 
 T = TypeVar('T')
 

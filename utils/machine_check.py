@@ -11,15 +11,16 @@ from typing import Any
 from utils import dist, hub
 from utils.argument import SftArguments
 from utils.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpoints, damage, partial_name
-from utils.dataset import DATASET_MAPPING, check_source, parse_source
+from utils.dataset import DATASET_MAPPING
 from utils.dataset_rows import HubDataset
-from utils.errors import ConfigError, Problems
+from utils.errors import Problems
 from utils.hub_clients import TOKEN_VARIABLES
 from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution
 from utils.resolve import quantized_problems
 from utils.scale import check_deepspeed, check_processes
+from utils.sources import check_sources
 
 TRAINER_STATE = 'trainer_state.json'
 _NEEDS_BITSANDBYTES = ('8bit', '32bit', 'bnb', 'ademamix')
@@ -34,13 +35,8 @@ def check_machine_common(done: Resolution[Any]) -> None:
     if done.info is not None and args.model_id_or_path is not None and _is_path(args.model_id_or_path):
         _check_model_directory(done, done.info, Path(args.model_id_or_path))
     if args.reads_data:
-        for word in args.dataset:
-            try:
-                problem = check_source(parse_source(word))
-            except ConfigError:
-                continue  # said already
-            if problem:
-                problems.add(problem)
+        for problem in check_sources(args.dataset):
+            problems.add(problem)
     model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
     if model_is_here and not _reads_hub_data(args) and not getattr(args, 'push_to_hub', False):
         done.without_effect(('hub',), 'model and data are here, and nothing is pushed')

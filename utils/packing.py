@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from utils.encoding import EncodedRows
+from utils.encoded_rows import EncodedRows
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -233,9 +233,11 @@ def _last(row: dict[str, Any], count: int) -> dict[str, Any]:
     cut = max(len(row['input_ids']) - count, 0)
     start, end = row['trained']
     trained = (max(start - cut, 0), end - cut)
+    earlier = [(max(start - cut, 0), end - cut) for start, end in row.get('earlier', ()) if end > cut]
     return {
         **row,
         'input_ids': row['input_ids'][cut:],
         'trained': trained,
+        'earlier': earlier,
         'prompt_length': max(row['prompt_length'] - cut, 0),
     }

@@ -8,7 +8,7 @@ tokenised with special tokens inert, so no row can write a control token.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 IGNORE_INDEX = -100
 
@@ -58,6 +58,9 @@ _EOS: tuple[Piece, ...] = (('eos_token_id',),)
 _OPENBUDDY = Template(
     prefix=('{{SYSTEM}}\n\n',), prompt=('User: {{QUERY}}\nAssistant: ',), chat_sep=('\n',), suffix=_EOS
 )
+
+# The replies that carry loss.
+LossScope = Literal['last_round', 'all_rounds']
 
 # The name of the template that is not text of ours: the tokenizer's own.
 AUTO = 'auto'
@@ -121,19 +124,30 @@ TOOLS_IGNORED = 'the template has no place for tools: they are left out of the p
 TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
 SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
 TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
+EARLIER_CHANGED = 'the chat template prints an earlier reply otherwise than it was said: no loss on that reply'
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
 
 
 @dataclass(kw_only=True, slots=True)
 class Encoded:
-    """A row as ids. `trained` is the half-open span that carries loss; `prompt_length` ids came before the reply."""
+    """A row as ids. `trained` is the half-open span that carries loss; `prompt_length` ids came before the reply.
+
+    With loss on all rounds, `earlier` are the spans of the replies before it, in their order.
+    """
 
     input_ids: list[int]
     trained: tuple[int, int]
     prompt_length: int
     notes: list[str] = field(default_factory=list)
     images: tuple[str, ...] = ()
+    earlier: list[tuple[int, int]] = field(default_factory=list)
+
+    def as_item(self) -> dict[str, Any]:
+        """Return the row as a data set gives it; `earlier` and `images` only where it has any."""
+        item = {'input_ids': self.input_ids, 'trained': self.trained, 'prompt_length': self.prompt_length}
+        extra = {'earlier': self.earlier, 'images': self.images}
+        return {**item, **{name: value for name, value in extra.items() if value}}
 
 
 def cut_front(row: Encoded, max_length: int) -> Encoded:
@@ -148,4 +162,5 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
         prompt_length=max(row.prompt_length - surplus, 0),
         notes=[*row.notes, CUT_REPLY if surplus > row.prompt_length else CUT_PROMPT],
         images=row.images,
+        earlier=[(max(start - surplus, 0), end - surplus) for start, end in row.earlier if end > surplus],
     )

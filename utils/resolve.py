@@ -11,7 +11,6 @@ from typing import Any
 
 from utils import dist
 from utils.argument import InferArguments, SftArguments
-from utils.dataset import parse_source
 from utils.errors import ConfigError, did_you_mean
 from utils.limits import check_common_numbers, check_generation, check_sft_numbers
 from utils.model import ModelInfo, get_model_info, infer_model_type
@@ -19,6 +18,7 @@ from utils.parser import Parsed
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution, run_name
 from utils.scale import resolve_scale
+from utils.sources import parse_source
 
 DEFAULT_MODEL_TYPE = 'qwen-7b-chat'
 SFT_ARGS = 'sft_args.json'
@@ -37,6 +37,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     check_common_numbers(done)
     check_sft_numbers(done)
     _resolve_datasets(done)
+    _resolve_streaming(done)
     _resolve_quantization(done)
     resolve_scale(done)
     _resolve_tuning(done)
@@ -166,6 +167,25 @@ def _resolve_datasets(done: Resolution[Any]) -> None:
         if source.name in seen:
             done.problems.add(f"--dataset names '{source.name}' twice: its rows would count double. Name it once.")
         seen.add(source.name)
+
+
+def _resolve_streaming(done: Resolution[SftArguments]) -> None:
+    args, problems = done.args, done.problems
+    if not args.streaming:
+        done.without_effect(('stream_val_rows',), 'it is for --streaming true')
+        return
+    if args.max_steps < 1:
+        problems.add('--streaming true needs --max_steps: how long a stream is shows only at its end.')
+    if args.test_oom_error:
+        problems.add('--test_oom_error true sorts all rows, which --streaming true never has at once. Drop one.')
+    if args.packing:
+        problems.add('--packing true fills packs from all rows, which --streaming true never has at once. Drop one.')
+    for word in args.dataset:
+        if '#' in word:
+            problems.add(f"--dataset '{word}' draws from the whole set, which --streaming true never sees. Drop the #.")
+    unused = ('train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers', 'group_by_length')
+    done.without_effect(unused, 'with --streaming true the training process reads every row, first ones held out')
+    done.decide('dataloader_num_workers', 0, 'a stream is read by the training process')
 
 
 def _resolve_quantization(done: Resolution[Any]) -> None:

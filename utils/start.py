@@ -49,8 +49,8 @@ _GRACE_SECONDS = 10
 _LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'third_party/gloo', 'NCCL error')
 
 
-def run_program(story: Callable[[], None]) -> int:
-    """Run a program's story and return its exit code.
+def run_program(story: Callable[[], int | None]) -> int:
+    """Run a program's story and return its exit code: the story's own, or
 
     2: something the user can fix, every problem listed; 128 + n: ended by signal n (130 Ctrl-C, 143 SIGTERM).
     """
@@ -60,7 +60,7 @@ def run_program(story: Callable[[], None]) -> int:
     # Read once, when the library is imported: no usage figures are sent.
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     try:
-        story()
+        code = story() or 0
     except ConfigError as error:
         if not dist.is_main():
             time.sleep(_GRACE_SECONDS)  # rank 0 most often says the same, and torchrun then ends this process
@@ -88,7 +88,7 @@ def run_program(story: Callable[[], None]) -> int:
         import torch
 
         torch.distributed.destroy_process_group()
-    return 0
+    return code
 
 
 def _report(error: Exception) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 from utils import dist, hub
 from utils.argument import SftArguments
@@ -30,6 +30,7 @@ from utils.resolve import SFT_ARGS
 from utils.resume import ResumableTrainer
 from utils.run_dir import Run, write_json
 from utils.scoring import Scorer
+from utils.stream import TrainingStream
 from utils.trainer_args import training_arguments
 
 if TYPE_CHECKING:
@@ -74,6 +75,13 @@ class SftTrainer(ResumableTrainer):
 
         self.add_callback(TensorBoardCallback(SummaryWriter(run_dir / 'runs')))
         write_json(run_dir / 'training_args.json', self.args.to_dict())
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of training; a stream shares its rows out by itself, so no one else may."""
+        if isinstance(self.train_dataset, TrainingStream):
+            return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
+        batches: DataLoader[Any] = super().get_train_dataloader()
+        return batches
 
     def compute_loss(
         self,
@@ -206,7 +214,7 @@ def make_trainer(
         train = PackedRows(data.train, args.max_length)
         full = len(data.train.ids) / len(train) / args.max_length
         logger.info(f'packing: {len(data.train)} rows in {len(train)} packs, {full:.1%} of --max_length full')
-    if dist.world_size() > 1:
+    if dist.world_size() > 1 and not args.streaming:
         train = Filled(train, args.batch_size * dist.world_size(), tokenizer.pad_token_id)
     return SftTrainer(
         run_record=record,

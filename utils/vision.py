@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from utils.native.image_readers import Images
@@ -68,6 +69,21 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
     marked = iter(replace_tags(text, stand_in) for text in texts)
     turns = [Message(**{**m, 'content': next(marked)}) if m['role'] == 'user' else m for m in row.messages]
     return replace(row, messages=turns), found
+
+
+def state_of_images(row: Row) -> bytes:
+    """Return what tells whether the files of a row's images are those of before: their sizes and times of change."""
+    texts = [turn['content'] for turn in row.messages if turn['role'] == 'user']
+    if not row.images and not any('</img>' in text for text in texts):
+        return b''
+    state: list[Any] = []
+    try:
+        for path in (path for text in name_images(texts, row.images) for path in find_images(text)):
+            about = Path(place_image(path, row.folder)).stat()
+            state.append((path, about.st_size, about.st_mtime_ns))
+    except (BadImage, OSError) as error:
+        state.append(str(error))
+    return repr(state).encode()
 
 
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:

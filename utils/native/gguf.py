@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from utils.cache import cache_dir
 from utils.fingerprint import fingerprint
 from utils.logger import logger
 
@@ -23,12 +23,6 @@ def find_packaged_file(package: str, file: str) -> Path | None:
         return None
     path = Path(next(iter(spec.submodule_search_locations))) / file
     return path if path.is_file() else None
-
-
-def cache_dir() -> Path:
-    """Return the folder for files made once per machine: $ASSAY_CACHE, else assay/ in the user's cache."""
-    named = os.environ.get('ASSAY_CACHE')
-    return Path(named) if named else Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'assay'
 
 
 def dense_directory(gguf: Path) -> Path:

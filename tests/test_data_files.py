@@ -1,0 +1,229 @@
+"""Data files of every kind and number: read in constant memory, refused where they are not what they seem."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import get_dataset, write_jsonl
+from utils import data_file
+from utils.data_file import read_rows
+from utils.errors import ConfigError
+from utils.reading import plan_rows
+from utils.sources import check_sources, parse_source
+
+ROWS = [{'query': f'q{i} 你好', 'response': f'r{i}\n"x"'} for i in range(50)]
+
+
+def texts(rows: Any) -> list[str]:
+    return [row.messages[0]['content'] for row in rows]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    """Write rows in the format of the file's name."""
+    plain = path.name.lower().removesuffix('.gz')
+    if plain.endswith('.json'):
+        text = json.dumps(rows, ensure_ascii=False, indent=1)
+    elif plain.endswith('.csv'):
+        quoted = (','.join('"' + str(v).replace('"', '""') + '"' for v in row.values()) for row in rows)
+        text = '\n'.join([','.join(rows[0]), *quoted]) + '\n'
+    else:
+        text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix.lower() == '.gz' else data)
+    return path
+
+
+@pytest.mark.parametrize('name', ['a.json', 'a.jsonl', 'a.csv', 'a.json.gz', 'a.jsonl.gz', 'a.csv.gz', 'A.JSONL.GZ'])
+def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    assert [row for _, row in read_rows(write(tmp_path / name))] == ROWS
+
+
+def test_rows_that_lie_across_blocks_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [write(tmp_path / name) for name in ('a.json', 'a.json.gz')]
+    expected = list(read_rows(files[0]))
+    assert [place for place, _ in expected] == [f'{files[0]}:{2 + 4 * i}' for i in range(50)]
+    for size in (1, 2, 3, 7, 64, 1000):
+        monkeypatch.setattr(data_file, '_BLOCK_BYTES', size)
+        assert list(read_rows(files[0])) == expected
+        assert [row for _, row in read_rows(files[1])] == ROWS
+
+
+@pytest.mark.parametrize('name', ['big.json', 'big.jsonl', 'big.csv', 'big.json.gz'])
+def test_a_large_file_is_read_in_constant_memory(name: str, tmp_path: Path) -> None:
+    row = {'query': 'x' * 1000, 'response': 'y' * 1000}
+    peaks = []
+    for count in (2000, 12000):
+        file = write(tmp_path / name, [row] * count)
+        tracemalloc.start()
+        assert sum(1 for _ in read_rows(file)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] * 1.1 < 8_000_000
+
+
+def test_a_gzip_that_swells_beyond_reason_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_file, '_GZIP_FREE_BYTES', 1 << 20)
+    line = json.dumps({'query': ' ' * 100_000, 'response': 'x'}) + '\n'
+    for name, text in (('lines.jsonl.gz', line * 200), ('one.json.gz', '[' + ' ' * 20_000_000)):
+        bomb = tmp_path / name
+        bomb.write_bytes(gzip.compress(text.encode(), 9))
+        with pytest.raises(ConfigError, match=f'{name} unpacks to more than 100 times its size'):
+            list(read_rows(bomb))
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_file, '_MAX_ROW_BYTES', 1 << 20)
+    endless = tmp_path / 'endless.jsonl'
+    endless.write_bytes(b'{"query": "a"}\n{"query": "' + b'x' * (1 << 21))
+    with pytest.raises(ConfigError, match='endless.jsonl:2: a line of more than 1 MiB is no row'):
+        list(read_rows(endless))
+
+
+BROKEN = {
+    'cut.jsonl.gz': (gzip.compress(b'{"query": "a"}\n' * 9)[:-9], 'the gzip file is broken after'),
+    'none.jsonl.gz': (b'{"query": "a"}\n', 'the gzip file is broken after 0 bytes'),
+    'after.json': (b'[{"query": "a"}]\n{"query": "b"}', 'after.json:2: something follows the end of the JSON array'),
+    'comma.json': (b'[{"a": 1},\n, {"a": 2}]', 'comma.json:2: the JSON is broken in the row that starts at line 2'),
+    'string.json': (b'[{"a": 1},\n{"a":\n "x]', 'string.json:3: the JSON is broken in the row that starts at line 2'),
+    'latin.json': (b'[{"a": 1},\n\n{"a": "\xe9"}]', 'latin.json:3: byte 0xe9 is not UTF-8'),
+    'quote.csv': (b'a,b\n1,2\n"x"y,2\n', 'quote.csv:3: the CSV is broken here'),
+    'two.parquet': (b'PAR1' + b'\0' * 50 + b'PAR1', 'the parquet file cannot be read after row 0'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken_files_are_named_with_the_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(BROKEN[name][0])
+    with pytest.raises(ConfigError) as caught:
+        list(read_rows(tmp_path / name))
+    assert BROKEN[name][1] in str(caught.value)
+
+
+def test_a_parquet_file_with_a_corrupt_page_is_named_with_the_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / 'a.parquet'
+    table = pyarrow.table({'query': [f'q{i}' for i in range(3000)], 'response': ['r'] * 3000})
+    pyarrow.parquet.write_table(table, file, row_group_size=1000, compression='gzip')
+    place = pyarrow.parquet.ParquetFile(file).metadata.row_group(2).column(0).data_page_offset
+    data = bytearray(file.read_bytes())
+    data[place : place + 60] = bytes(60)
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=r'a.parquet: the parquet file cannot be read after row 1024:'):
+        list(read_rows(file))
+
+
+@pytest.mark.parametrize('change', ['grow', 'touch', 'replace', 'remove'])
+def test_a_file_that_changes_while_it_is_read_is_refused(change: str, tmp_path: Path) -> None:
+    file = write(tmp_path / 'a.jsonl', ROWS * 40)
+    rows = read_rows(file)
+    next(rows)
+    if change == 'grow':
+        with file.open('a') as stream:
+            stream.write('{"query": "new", "response": "x"}\n')
+    elif change == 'touch':
+        os.utime(file, ns=(0, 12345))
+    else:
+        file.unlink()
+        if change == 'replace':
+            write(file, ROWS * 40)
+    with pytest.raises(ConfigError, match='changed while it was read' if change != 'remove' else 'cannot be read'):
+        list(rows)
+
+
+def test_a_file_that_changes_between_the_two_readings_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / 'a.jsonl')
+    plan = plan_rows([str(file)])
+    write(file, [{'query': 'other', 'response': 'row'}] * 50)
+    with pytest.raises(ConfigError, match='changed while it was read'):
+        list(plan.rows(1, 2))
+
+
+def test_a_folder_a_glob_and_several_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    folder = tmp_path / 'rows'
+    (folder / 'deeper').mkdir(parents=True)
+    write(folder / 'b.jsonl.gz', [{'query': 'b', 'response': 'x'}])
+    write(folder / 'a.csv', [{'instruction': 'a', 'output': 'x'}])
+    write(folder / '.hidden.jsonl', [{'query': 'hidden', 'response': 'x'}])
+    write(folder / 'deeper' / 'c.json', [{'query': 'c', 'response': 'x'}])
+    (folder / 'README.md').write_text('no data')
+
+    def read(*words: str) -> list[str]:
+        assert check_sources(words) == []
+        return texts(get_dataset(words, test_ratio=0).train)
+
+    assert read(str(folder)) == read(f'{folder}/') == ['a', 'b']
+    assert read(f'{folder}/**/*.json*') == ['b', 'c']
+    assert read(f'{folder}/*.gz', f'{folder}/a.csv') == ['b', 'a']
+    assert len(read(f'{folder}#1')) == 1
+
+
+def test_a_glob_is_one_data_set_split_and_drawn_from_as_one(tmp_path: Path) -> None:
+    for name in 'ab':
+        write_jsonl(tmp_path / f'{name}.jsonl', [{'query': f'{name}{i}', 'response': 'r'} for i in range(50)])
+    rows = get_dataset([f'{tmp_path}/?.jsonl#80'], test_ratio=0.1)
+    assert (len(rows.train), len(rows.val)) == (72, 8)
+    together = write_jsonl(
+        tmp_path / 'all.jsonl', [{'query': f'{name}{i}', 'response': 'r'} for name in 'ab' for i in range(50)]
+    )
+    assert texts(get_dataset([f'{together}#80'], test_ratio=0.1).train) == texts(rows.train)
+
+
+def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / 'bare').mkdir()
+    (tmp_path / 'mixed').mkdir()
+    (tmp_path / 'mixed' / 'notes.txt').write_text('x')
+    file = write(tmp_path / 'a.jsonl')
+    words = {
+        f'{tmp_path}/*.csv': 'matches no file (looked from ',
+        f'{tmp_path}/bare': 'bare holds no .json, .jsonl, .csv (each also .gz) or .parquet file',
+        f'{tmp_path}/mixed/*': f'matches {tmp_path}/mixed/notes.txt, which is no .json',
+        f'{tmp_path}/gone/': f'data folder {tmp_path}/gone is not there (looked in {tmp_path}).',
+        f'{tmp_path}/*.jsonl': f'names {file} again, after ',
+        f'{tmp_path}/./a.jsonl': f'names {tmp_path}/a.jsonl again, after ',
+    }
+    problems = check_sources([str(file), *words])
+    assert len(problems) == len(words) == 6
+    for problem, part in zip(problems, words.values(), strict=True):
+        assert part in problem
+    with pytest.raises(ConfigError, match='neither registered nor a .json'):
+        parse_source('data.txt')
+
+
+def test_asking_for_more_rows_than_there_are_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path / 'a.jsonl')
+    rows = get_dataset([f'{file}#500'], test_ratio=0.1)
+    assert (len(rows.train), len(rows.val)) == (45, 5)
+    assert f"--dataset '{file}#500' asks for 500 rows of 50: all of them are used" in caplog.text
+
+
+def test_rows_of_a_generator_are_read_once_and_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from utils import dataset
+
+    monkeypatch.setitem(dataset.DATASET_MAPPING, 'mine', lambda: (row for row in ROWS))
+    rows = get_dataset(['mine'], test_ratio=0.1)
+    assert len(rows.train) + len(rows.val) == 50
+
+
+def test_a_registered_function_whose_rows_change_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from utils import dataset
+
+    class Shrinking:
+        def __init__(self) -> None:
+            self.count = 4
+
+        def __iter__(self) -> Any:
+            self.count -= 1
+            return iter(ROWS[: self.count])
+
+    monkeypatch.setitem(dataset.DATASET_MAPPING, 'mine', Shrinking)
+    with pytest.raises(ConfigError, match="data set 'mine' gave other rows when it was read a second time"):
+        get_dataset(['mine'])

@@ -1,0 +1,293 @@
+"""Rows of data sets: found, converted, drawn and split in a first pass, read again as they are needed.
+
+A first pass counts the rows and marks each with its use, one byte per row; what it draws is drawn from the whole set.
+Rows themselves are never held, so data may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.convert import KNOWN_SHAPES, BadRow, Converter, check_row, find_converter
+from utils.data_file import OnBad, UnreadableRow, read_rows, refuse, signature
+from utils.dataset import DATASET_MAPPING, RawRows
+from utils.dataset_rows import HubDataset, RowStream
+from utils.errors import ConfigError
+from utils.hub_clients import HubName
+from utils.logger import logger
+from utils.preprocess import Row
+from utils.sources import Source, find_files, parse_source
+from utils.vision import state_of_images
+
+# The use of a row.
+UNUSED, TRAIN, VAL = range(3)
+_NAMED_PER_REASON = 3
+
+# A row read: its place, its columns, and the conversation in it or what is wrong with it.
+ReadRow = tuple[str, dict[str, Any], Row | BadRow]
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Rows counted by reason, and the places of the first of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, place: str) -> None:
+        """Count one row."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if self.counts[reason] <= _NAMED_PER_REASON:
+            self.places.setdefault(reason, []).append(place)
+
+    def merge(self, other: Tally) -> None:
+        """Add what another tally counted."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.places[reason] = [*self.places.get(reason, ()), *other.places[reason]][:_NAMED_PER_REASON]
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def lines(self, verb: str) -> list[str]:
+        """Return one line per reason: how many rows, and where the first stand."""
+        return [
+            f'{count} rows {verb}: {reason} ({", ".join(self.places[reason])}'
+            f'{", ..." if count > _NAMED_PER_REASON else ""})'
+            for reason, count in self.counts.items()
+        ]
+
+
+def _placed(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield the rows of a registered data set with their places; None is one that its entry drops."""
+    if isinstance(rows, RowStream):
+        placed = rows.placed()
+    else:
+        placed = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
+    for place, row in placed:
+        # Only text, numbers and lists or objects of them can reach a conversation; of other values the type is enough.
+        digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
+        yield place, row
+
+
+def _converted(
+    placed: Iterable[tuple[str, dict[str, Any] | None]], name: str, *, drops: str = '', folder: str | None = None
+) -> Iterator[ReadRow]:
+    """Yield the rows as conversations; the shape is found from the first row's columns."""
+    converter: Converter | None = None
+    needed: frozenset[str] = frozenset()
+    for place, raw in placed:
+        if raw is None:
+            yield place, {}, BadRow(f'dropped by {name}: {drops}')
+            continue
+        if converter is None:
+            converter = find_converter(raw)
+            if converter is None:
+                raise ConfigError(
+                    f'{place}: columns {", ".join(map(str, raw))} are no known shape. Known: {KNOWN_SHAPES}. '
+                    f"Rename the columns of '{name}', or register a function in DATASET_MAPPING in utils/dataset.py."
+                )
+            needed = frozenset(raw)
+        try:
+            if find_converter(raw) is not converter:
+                missing = ', '.join(sorted(needed - set(raw)))
+                raise BadRow(f'columns are missing that the first row has: {missing}', missing)
+            row = check_row(converter(raw))
+        except BadRow as problem:
+            yield place, raw, problem
+            continue
+        row.origin, row.folder = place, folder
+        yield place, raw, row
+
+
+@dataclass(kw_only=True)
+class Part:
+    """A stream of rows that can be read again, and the use of each row that can be trained on."""
+
+    name: str
+    # Reads the rows anew; feeds what it reads to the hash object.
+    read: Callable[[Any], Iterator[ReadRow]]
+    is_val: bool = False
+    # Which hub, id and revision served it, if one did.
+    served: str = ''
+    uses: bytearray = field(default_factory=bytearray)
+
+    def count(self, left_out: Tally, digest: Any) -> None:
+        """Read the part once and mark every row that can be trained on."""
+        use = VAL if self.is_val else TRAIN
+        for place, _, row in self.read(digest):
+            if isinstance(row, BadRow):
+                left_out.add(str(row), place)
+                continue
+            self.uses.append(use)
+            digest.update(state_of_images(row))
+
+    def used(self) -> Iterator[tuple[int, ReadRow]]:
+        """Yield every row with its use, as counted before; raises ConfigError where they are not the same rows."""
+        position = 0
+        for read in self.read(hashlib.sha256()):
+            if isinstance(read[2], BadRow):
+                yield UNUSED, read
+            elif position < len(self.uses):
+                yield self.uses[position], read
+                position += 1
+            else:
+                position = -1
+                break
+        if position != len(self.uses):
+            raise ConfigError(f"data set '{self.name}' gave other rows when it was read a second time.")
+
+
+def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
+    """Return the parts of a data set: one to be split, or its training and its validation part."""
+    if source.path is None:
+        entry, served = DATASET_MAPPING[source.name], ''
+        if isinstance(entry, HubDataset):
+            train, val, served = entry.load(hub)
+            logger.info(f'{source.name}: {served}')
+            loaded: Any = train if val is None else (train, val)
+        else:
+            loaded = entry()
+        halves = loaded if isinstance(loaded, tuple) else (loaded,)
+        return [_registered(source.name, rows, half, served) for half, rows in enumerate(halves)]
+    files = [(file, signature(file)) for file in find_files(source)]
+
+    def read(digest: Any) -> Iterator[ReadRow]:
+        for file, known in files:
+            digest.update(f'{file}\n'.encode())
+            try:
+                rows = read_rows(file, bad=bad, known=known, digest=digest)
+                yield from _converted(rows, str(file), folder=str(file.absolute().parent))
+            except UnreadableRow as error:  # where the caller notes it, the rest of this file is passed over
+                bad(error.place, error.problem)
+
+    return [Part(name=source.name, read=read)]
+
+
+def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
+    shown = f'{name} (validation)' if half else name
+
+    def read(digest: Any) -> Iterator[ReadRow]:
+        again = rows
+        if iter(rows) is rows:  # a generator can be read only once: the function is called anew
+            loaded: Any = DATASET_MAPPING[name]()
+            again = loaded[half] if isinstance(loaded, tuple) else loaded
+        drops = rows.entry.drops if isinstance(rows, RowStream) else ''
+        yield from _converted(_placed(shown, again, digest), shown, drops=drops)
+
+    return Part(name=shown, read=read, is_val=bool(half), served=served)
+
+
+# The parts of each data set that is streamed.
+Streams = list[list[Part]]
+
+
+def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
+    """Return the parts of each data set to be streamed; raises ConfigError where its first row cannot be read."""
+    sources = [open_parts(parse_source(word), hub=hub) for word in words]
+    for part in itertools.chain.from_iterable(sources):
+        next(part.read(hashlib.sha256()), None)
+    return sources
+
+
+def first_rows(sources: Streams, count: int) -> list[Row]:
+    """Return the first rows of each data set, of its validation part where it has one: what a stream holds out."""
+    heads = (parts[-1].read(hashlib.sha256()) for parts in sources)
+    return [row for head in heads for row in itertools.islice((r for _, _, r in head if isinstance(r, Row)), count)]
+
+
+def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
+    """Draw `count` of the rows with this use, all where there are not more, and change the uses of those and others."""
+    total = sum(part.uses.count(use) for part in parts)
+    chosen = bytearray(total)
+    for index in random.Random(seed).sample(range(total), min(count, total)):
+        chosen[index] = 1
+    index = 0
+    for part in parts:
+        position = part.uses.find(use)
+        while position >= 0:
+            part.uses[position] = drawn if chosen[index] else rest
+            index += 1
+            position = part.uses.find(use, position + 1)
+
+
+def served_by(parts: Iterable[Part]) -> dict[str, str]:
+    """Return what served each data set of a hub."""
+    return {part.name: part.served for part in parts if part.served and not part.is_val}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which rows a run uses; `digest` is a hash of all that was read and of the uses."""
+
+    parts: list[Part]
+    left_out: Tally
+    digest: str
+
+    def used(self) -> Iterator[tuple[int, ReadRow]]:
+        """Yield everything that was read, each with its use."""
+        for part in self.parts:
+            yield from part.used()
+
+    def rows(self, *wanted: int) -> Iterator[tuple[int, Row]]:
+        """Yield the rows of these uses in their order, each with its use."""
+        for use, (_, _, row) in self.used():
+            if use in wanted and isinstance(row, Row):
+                yield use, row
+
+
+def plan_rows(
+    words: Sequence[str],
+    *,
+    seed: int = 42,
+    test_ratio: float = 0.01,
+    train_sample: int = -1,
+    hub: HubName = 'modelscope',
+    bad: OnBad = refuse,
+) -> Plan:
+    """Return which rows of all data sets are used: each sampled (#n) and split by itself, then drawn from together.
+
+    The validation part is capped to max(1, train_sample * test_ratio). Raises ConfigError for what cannot be read and
+    where no row is left.
+    """
+    parts: list[Part] = []
+    left_out, digest = Tally(), hashlib.sha256()
+    for word in words:
+        source = parse_source(word)
+        opened = open_parts(source, bad, hub)
+        for part in opened:
+            part.count(left_out, digest)
+        count = len(opened[0].uses)
+        if source.sample is not None:
+            if source.sample > count:
+                logger.warning(f"--dataset '{word}' asks for {source.sample} rows of {count}: all of them are used")
+            _draw(opened[:1], TRAIN, source.sample, seed, drawn=TRAIN, rest=UNUSED)
+            count = min(count, source.sample)
+        if len(opened) == 1 and test_ratio > 0:
+            chosen = min(max(1, round(count * test_ratio)), count - 1)
+            _draw(opened, TRAIN, max(chosen, 0), seed, drawn=VAL, rest=TRAIN)
+        parts += opened
+    if bad is refuse and not any(TRAIN in part.uses for part in parts):
+        raise ConfigError(
+            f'no training row is left of {", ".join(words)}: '
+            f'{len(left_out)} rows left out ({"; ".join(sorted(left_out.counts))}).'
+        )
+    if train_sample >= 0:
+        _draw(parts, TRAIN, train_sample, seed, drawn=TRAIN, rest=UNUSED)
+        _draw(parts, VAL, max(1, int(train_sample * test_ratio)), seed, drawn=VAL, rest=UNUSED)
+    for part in parts:
+        digest.update(part.uses)
+    return Plan(parts=parts, left_out=left_out, digest=digest.hexdigest())
+
+
+def draw(rows: list[Row], count: int, seed: int) -> list[Row]:
+    """Return `count` rows drawn from all of them, in their order; all where there are not more."""
+    if count < 0 or count >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]

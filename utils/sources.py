@@ -1,0 +1,88 @@
+"""What the words of --dataset name: registered data sets, and files, folders and globs of files."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.data_file import SUFFIXES
+from utils.dataset import DATASET_MAPPING
+from utils.errors import ConfigError, did_you_mean
+
+_KINDS = '.json, .jsonl, .csv (each also .gz) or .parquet'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One word of --dataset: a registered name, or a file, glob or folder, and how many rows to draw from it."""
+
+    name: str
+    sample: int | None
+    path: Path | None
+
+
+def parse_source(word: str) -> Source:
+    """Return what a word of --dataset names; raises ConfigError with the closest names. Reads no file."""
+    name, mark, count = word.rpartition('#')
+    if not mark:
+        name, count = word, ''
+    if mark and not (count.isdigit() and int(count) > 0):
+        raise ConfigError(f"--dataset '{word}': after # comes how many rows to draw, 1 or more, got '{count}'.")
+    sample = int(count) if mark else None
+    if name in DATASET_MAPPING:
+        return Source(name=name, sample=sample, path=None)
+    is_folder = name.endswith('/') or ('/' in name and '.' not in Path(name).name)
+    if name.lower().endswith(SUFFIXES) or is_folder or glob.has_magic(name):
+        return Source(name=name, sample=sample, path=Path(name))
+    if '/' in name or '.' in name:
+        raise ConfigError(f"--dataset '{name}' is neither registered nor a {_KINDS} file; a folder is written {name}/.")
+    raise ConfigError(
+        f"dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
+        f'Give a {_KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
+    )
+
+
+def find_files(source: Source) -> list[Path]:
+    """Return the data files of a path, folder or glob, sorted; raises ConfigError where there are none."""
+    path = source.path
+    assert path is not None, 'a registered data set has no files of its own here'
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(SUFFIXES) and not f.name.startswith('.'))
+        if not files:
+            raise ConfigError(f'data folder {path} holds no {_KINDS} file (folders in it are not searched).')
+        return files
+    if not glob.has_magic(source.name):
+        kind = 'data file' if source.name.lower().endswith(SUFFIXES) else 'data folder'
+        raise ConfigError(f'{kind} {path} is not there (looked in {path.absolute().parent}).')
+    files = sorted(map(Path, glob.glob(source.name, recursive=True)))  # noqa: PTH207 (Path.glob: no absolute pattern)
+    if not files:
+        raise ConfigError(f"--dataset '{source.name}' matches no file (looked from {Path.cwd()}).")
+    for file in files:
+        if not file.is_file() or not file.name.lower().endswith(SUFFIXES):
+            raise ConfigError(f"--dataset '{source.name}' matches {file}, which is no {_KINDS} file. Narrow it.")
+    return files
+
+
+def check_sources(words: Sequence[str]) -> list[str]:
+    """Return what keeps data files from being read, and those that are named twice."""
+    problems: list[str] = []
+    named: dict[Path, str] = {}
+    for word in words:
+        try:
+            source = parse_source(word)
+            files = find_files(source) if source.path is not None else []
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        for file in files:
+            if file.resolve() in named:
+                problems.append(
+                    f"--dataset '{word}' names {file} again, after '{named[file.resolve()]}': "
+                    'its rows would count double. Name it once.'
+                )
+            named.setdefault(file.resolve(), word)
+    return problems
