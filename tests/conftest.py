@@ -52,7 +52,7 @@ def hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         monkeypatch.setenv(name, value)
     set_up_logging()
     monkeypatch.setattr(logging.getLogger('assay'), 'propagate', True)
-    for name in ('MODELSCOPE_API_TOKEN', 'HF_TOKEN', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+    for name in ('MODELSCOPE_API_TOKEN', 'HF_TOKEN', 'HF_HUB_CACHE', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -29,6 +29,9 @@ PADDED = {
     'Qwen3_5ForCausalLM': 'linear_attention',
     'Qwen3_5MoeForCausalLM': 'linear_attention',
     'Lfm2ForCausalLM': 'conv',
+    'QwenVLForCausalLM': 'sees images',
+    'Qwen2_5_VLForConditionalGeneration': 'sees images',
+    'Qwen3VLForConditionalGeneration': 'sees images',
 }
 # One key of each way in which a full-width model comes to a native class.
 SOURCES = [key for key in (*PLAIN, *SEEING, *PROVEN) if MODEL_MAPPING[key].quantization is None]
@@ -145,4 +148,4 @@ def logits_of(model: Any, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, ...
 
 
 def test_the_classes_that_were_compared() -> None:
-    assert len(SOURCES) == 41
+    assert len(SOURCES) == 42

@@ -315,7 +315,7 @@ def test_an_old_transformers_is_refused_before_anything_is_fetched(
     monkeypatch.setattr(
         'importlib.metadata.version', lambda name: '4.57.1' if name == 'transformers' else installed(name)
     )
-    monkeypatch.setattr('utils.hub.download_model', fetched)
+    monkeypatch.setattr('utils.hub.find', fetched)
     main = importlib.import_module(program).main
     assert main(['--model_type', 'qwen3.5-4b', '--dataset', 'gone.jsonl']) == 2
     said = problems()
