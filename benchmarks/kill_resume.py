@@ -65,6 +65,7 @@ def base_flags(folder: Path) -> list[str]:
     rows = [{'query': f'what is {i}?', 'response': f'the answer is {i}.' + ' yes' * (i % 5)} for i in range(40)]
     write_jsonl(folder / 'rows.jsonl', rows)
     (folder / 'deepspeed.json').write_text(json.dumps(DEEPSPEED), encoding='utf-8')
+    os.environ['TORCH_EXTENSIONS_DIR'] = str(folder / 'extensions')  # what DeepSpeed compiles at its first run
     return (
         f'--model_id_or_path {folder / "tiny"} --dataset {folder / "rows.jsonl"} --dtype fp32 --learning_rate 0.01 '
         '--dataset_test_ratio 0.1 --batch_size 2 --gradient_accumulation_steps 2 --logging_steps 1 --eval_steps 4 '
@@ -205,6 +206,8 @@ def run_mode(name: str, kills: int, folder: Path, base: list[str], chance: rando
     processes, flags = MODES[name]
     words = [*base, *flags.format(deepspeed=folder / 'deepspeed.json').split()]
     place = folder / name.replace(' ', '_')
+    if 'DeepSpeed' in name:
+        wait(start([*words, '--max_steps', '1'], place / 'compile', processes))
     began = time.monotonic()
     ids = start(words, place / 'whole', processes)
     until_saved = run_until(ids, lambda: has_checkpoint(place / 'whole'), 0) or 0.0
@@ -235,6 +238,8 @@ def run_mode(name: str, kills: int, folder: Path, base: list[str], chance: rando
 def _resume_once(place: Path, words: list[str], processes: int, whole: dict[str, Any], outcome: Outcome) -> None:
     """Resume a killed run from its last checkpoint, or start it anew where there is none, and compare."""
     outcome.kills += 1
+    for lock in Path(os.environ['TORCH_EXTENSIONS_DIR']).rglob('lock'):
+        lock.unlink()  # torch waits for ever for one whose owner was killed while it loaded what is compiled
     run = run_folder(place / 'killed')
     checkpoints = all_checkpoints(run) if run else []
     outcome.while_saving += bool(run and list(run.glob(partial_name(run / 'checkpoint-*').name)))
