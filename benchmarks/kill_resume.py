@@ -106,7 +106,7 @@ def _train(words: list[str], output: Path, rank: int) -> int:
     compute_loss = SftTrainer.compute_loss
 
     def noted(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if '--preflight' in words or self.preflight_seconds is not None:  # the first-step gate has rows of its own
+        if not self.in_preflight:
             seen.write(json.dumps([self.state.global_step, inputs['rows'].tolist()]) + '\n')
         return compute_loss(self, model, inputs, *args, **kwargs)
 

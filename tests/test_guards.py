@@ -96,7 +96,7 @@ def gradients_times(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], N
 
         def hooked(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = compute_loss(self, model, inputs, *args, **kwargs)
-            if self.state.global_step + 1 >= step and self.preflight_seconds is not None and model.training:
+            if self.state.global_step + 1 >= step and not self.in_preflight and model.training:
                 loss.register_hook(lambda gradient: gradient * factor)
             return loss
 

@@ -53,7 +53,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
             at = self.state.global_step + (during == 'training_step')
-            if at == step and self.preflight_seconds is not None and not sent:
+            if at == step and not self.in_preflight and not sent:
                 sent.append(signum)
                 os.kill(os.getpid(), signum)
             return original(self, *args, **kwargs)

@@ -34,7 +34,7 @@ def run(name, *flags):
 
 def signalled(self, *args, **kwargs):
     # One process alone is told, in the middle of step 8, which is evaluated.
-    if self.state.global_step == 7 and os.environ['RANK'] == '1' and self.preflight_seconds is not None:
+    if self.state.global_step == 7 and os.environ['RANK'] == '1' and not self.in_preflight:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(self, *args, **kwargs)
 
@@ -46,7 +46,7 @@ def limited(self, checkpoint, **keywords):
 def poisoned(self, model, inputs, *args, **kwargs):
     # The second process's rows of step 4 have no finite loss.
     loss = compute_loss(self, model, inputs, *args, **kwargs)
-    is_bad = self.state.global_step == 3 and os.environ['RANK'] == '1' and self.preflight_seconds is not None
+    is_bad = self.state.global_step == 3 and os.environ['RANK'] == '1' and not self.in_preflight
     return loss * math.nan if is_bad else loss
 
 run('whole')

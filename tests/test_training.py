@@ -159,9 +159,10 @@ def test_unknown_lora_target_names_the_near_ones(run_sft: Run, problems: Callabl
 
 
 def test_resuming_with_other_arguments_is_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
-    run = run_sft('--max_steps', '3')
+    run = run_sft('--max_steps', '3', '--eval_steps', '2')
     caplog.clear()
-    run_sft('--max_steps', '3', '--resume_from_checkpoint', str(run / 'checkpoint-3'), '--seed', '1')
+    resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-2'))
+    run_sft('--max_steps', '3', '--eval_steps', '2', *resumed, '--seed', '1')
     assert '--seed is 1, the run that is resumed had 42' in caplog.text
     assert caplog.text.count('the run that is resumed had') == 1
 

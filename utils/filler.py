@@ -15,7 +15,7 @@ class Filled(Sequence[dict[str, Any]]):
     def __init__(self, rows: Any, share: int, pad_token_id: int) -> None:
         self.rows, self.size = rows, -(-len(rows) // share) * share
         # One token, no label: its loss is the sum over nothing.
-        self.filler = {'input_ids': [pad_token_id], 'trained': (0, 0), 'prompt_length': 0, 'row': -1}
+        self.filler = {'input_ids': [pad_token_id], 'trained': (0, 0), 'prompt_length': 0}
 
     def __len__(self) -> int:
         return self.size

@@ -47,6 +47,7 @@ class FirstStepGate(TrainerCallback):
         started = time.perf_counter()
         scratch = Path(args.output_dir) / _SCRATCH
         heaviest = self.trainer.train_dataset.heaviest(args.per_device_train_batch_size)
+        self.trainer.in_preflight = True
         try:
             with self._undone(scratch):
                 if failure := self._steps(heaviest):
@@ -54,6 +55,7 @@ class FirstStepGate(TrainerCallback):
                 self._evaluate()
                 size = self._save(scratch)
         finally:
+            self.trainer.in_preflight = False
             if args.should_save:
                 shutil.rmtree(scratch, ignore_errors=True)
         self.trainer.preflight_seconds = round(time.perf_counter() - started, 2)

@@ -59,7 +59,9 @@ class SftTrainer(ResumableTrainer):
         self.images = images
         self.run_record = run_record
         self.generation = generation
+        self.in_preflight = False
         self.preflight_seconds: float | None = None
+        self.order: StepSampler | None = None
         # The loss below is divided by num_items_in_batch, whatever the model's own forward would accept.
         self.model_accepts_loss_kwargs = True
         self.speedometer = Speedometer()
@@ -145,13 +147,20 @@ class SftTrainer(ResumableTrainer):
             return order
         args = self.args
         seeded = SeedableRandomSampler(self.train_dataset, data_seed=args.data_seed)
-        return StepSampler(
+        self.order = StepSampler(
             seeded,
             self.train_dataset.lengths(),
             batch=args.train_batch_size,
             batches=args.gradient_accumulation_steps * args.world_size,
             pads=self.data_collator.pads,
         )
+        return self.order
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A resumed epoch's order lies inside samplers that skip and deal out batches, which do not pass this on.
+        if self.order is not None:
+            self.order.set_epoch(kwargs['epoch'])
+        super()._run_epoch(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write weights, tokenizer and sft_args.json; unlike the base class no pickled arguments."""
