@@ -73,8 +73,10 @@ def _act(
     from utils import answering
     from utils.auto_encoder import make_encoder
     from utils.generation import generation_config
+    from utils.merge import merge_checkpoint
     from utils.native.export import export_native
-    from utils.tuner import load_adapter, merge_and_save
+    from utils.template_proof import check_trained_template
+    from utils.tuner import load_adapter
 
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
@@ -88,12 +90,6 @@ def _act(
         export_native(model, tokenizer, Path(str(args.output_dir)), images)
         logger.info(f'written: {args.output_dir}, for AutoModelForCausalLM or --model_id_or_path')
         return
-    if args.merge_lora_and_save:
-        assert checkpoint is not None and record is not None, 'checked'
-        target = checkpoint.with_name(f'{checkpoint.name}-merged')
-        logger.info(merge_and_save(model, tokenizer, target, record=record, images=images))
-        logger.info(f'merged: {target}\nnext: python llm_infer.py --ckpt_dir {target}')
-        return
     encoder = make_encoder(
         tokenizer,
         template_type=str(args.template_type),
@@ -104,7 +100,14 @@ def _act(
         loss_scope=args.loss_scope,
     )
     encoder.keeps_lead = record is not None and record.get('keeps_lead', True)
+    if checkpoint is not None and record is not None:
+        check_trained_template(encoder, record, checkpoint, typed='template_type' in done.typed)
     config = generation_config(args, tokenizer, encoder.stop_ids)
+    if args.merge_lora_and_save:
+        assert checkpoint is not None and record is not None, 'checked'
+        target, proven = merge_checkpoint(model, encoder, config, checkpoint, record=record, images=images)
+        logger.info(f'merged: {target}: {proven}\nnext: python llm_infer.py --ckpt_dir {target}')
+        return
     model.generation_config = config
     if args.save_generation_config and checkpoint is not None and dist.is_main():
         config.save_pretrained(checkpoint)

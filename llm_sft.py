@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from utils import dist
 from utils.argument import SftArguments
+from utils.lock import repeat
 from utils.machine_check import check_machine_sft
+from utils.machine_doctor import check_machine
 from utils.native.image_readers import open_images
 from utils.parser import parse
-from utils.reading import Plan, Streams, open_streams, plan_rows
+from utils.reading import TRAIN, Plan, Streams, open_streams, plan_rows, some_rows
 from utils.resolution import Resolution
 from utils.resolve import resolve_sft
 from utils.run_dir import open_run
@@ -23,10 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a fine-tuning from its command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     parsed = parse(SftArguments, words, program='llm_sft.py', about='Fine-tune a large language model.')
-    return run_program(lambda: train(resolve_sft(parsed)))
+    whole = repeat(parsed, words)
+    if parsed.args.doctor:
+        return run_program(lambda: check_machine(parsed))
+    return run_program(lambda: train(resolve_sft(whole), parsed.typed))
 
 
-def train(done: Resolution[SftArguments]) -> int:
+def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
     """Train as resolved; returns the exit code. What can be wrong is found before anything heavy is imported."""
     started = time.time()
     check_machine_sft(done)
@@ -49,15 +54,18 @@ def train(done: Resolution[SftArguments]) -> int:
         )
 
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
-    run = open_run(done)
+    run = open_run(done, rows.lock() if isinstance(rows, Plan) else {}, typed_now)
 
     from transformers import set_seed
 
     from utils.auto_encoder import make_encoder
+    from utils.before_after import BeforeAfter
     from utils.encoding import prepare_data
+    from utils.mask_gate import MASK_ROWS, prove_mask
     from utils.preflight import FirstStepGate
     from utils.report import finish_run, stopped
     from utils.stream import prepare_stream
+    from utils.template_proof import ROWS, note_template, prove_template
     from utils.trainer import build_trainer
     from utils.tuner import prepare_model
 
@@ -73,13 +81,18 @@ def train(done: Resolution[SftArguments]) -> int:
         images=images,
         loss_scope=args.loss_scope,
     )
+    note_template(run, encoder, None if 'template_type' in typed_now else args.from_run)
+    prove_template(encoder, some_rows(rows, TRAIN, ROWS), run.folder)
     if isinstance(rows, Plan):
-        data = prepare_data(encoder, rows, run.folder)
+        data = prepare_data(encoder, rows, run.folder, samples=args.show_samples)
     else:
-        data = prepare_stream(encoder, rows, run.folder, val_rows=args.stream_val_rows, seed=args.dataset_seed)
-    run.record['keeps_lead'] = encoder.keeps_lead
+        data = prepare_stream(encoder, rows, run.folder, args)
+    run.note(keeps_lead=encoder.keeps_lead)
+    asked = BeforeAfter(args, encoder, rows)
+    asked.ask_before(model, args)
     model = prepare_model(model, args)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
+    prove_mask(data.spread(MASK_ROWS), data.summary, trainer.data_collator, encoder, run.folder)
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -87,7 +100,7 @@ def train(done: Resolution[SftArguments]) -> int:
         raise stopped(trainer, run.folder, done)
     summary = data.final()
     if dist.is_main():
-        finish_run(trainer, run.folder, started=started, data=summary)
+        finish_run(args, trainer, run, started=started, data=summary, asked=asked)
     return 0
 
 

@@ -17,7 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests.error_sites import Recorder  # noqa: E402
 from tests.loopback_hub import LoopbackHub  # noqa: E402
+from utils.errors import ConfigError, Problems  # noqa: E402
 from utils.logger import set_up_logging  # noqa: E402
 from utils.preprocess import Row  # noqa: E402
 from utils.reading import TRAIN, VAL, Tally, plan_rows, served_by  # noqa: E402
@@ -34,6 +36,23 @@ TEXTS = [
     '<human>:name a colour\n<bot>:blue, green, red and yellow {"key": [1, 2, 3]}',
     'count 0 1 2 3 4 5 6 7 8 9 and a b c d e f g h i j k l m n o p q r s t u v w x y z',
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--record-errors', action='store_true', help='write which test reaches which message for users')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def record_errors(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Note the messages that tests reach, where that was asked for."""
+    if not pytestconfig.getoption('--record-errors'):
+        yield
+        return
+    recorder = Recorder()
+    recorder.watch(ConfigError, '__init__')
+    recorder.watch(Problems, 'add')
+    yield
+    recorder.write()
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +226,7 @@ def small_flags(model_dir: Path, data_file: Path, output: Path) -> list[str]:
     flags = {
         'model_id_or_path': model_dir, 'dataset': data_file, 'output_dir': output, 'dtype': 'fp32',
         'dataset_test_ratio': 0.1, 'batch_size': 2, 'gradient_accumulation_steps': 2, 'learning_rate': 0.01,
-        'max_steps': 6, 'eval_steps': 3, 'logging_steps': 1, 'dataloader_num_workers': 0,
+        'max_steps': 6, 'eval_steps': 3, 'logging_steps': 1, 'dataloader_num_workers': 0, 'report_samples': 0,
     }  # fmt: skip
     return [word for name, value in flags.items() for word in (f'--{name}', str(value))]
 

@@ -17,6 +17,7 @@ from tests.conftest import ROOT, make_model, make_tokenizer, small_flags
 from utils.argument import SftArguments
 from utils.auto_encoder import make_encoder
 from utils.errors import ConfigError
+from utils.merge import merge_and_save
 from utils.model import (
     MODEL_MAPPING,
     LoadOptions,
@@ -31,7 +32,7 @@ from utils.native.packed import packed_classes
 from utils.native.registry import FAMILIES
 from utils.preprocess import TEMPLATE_MAPPING, Row
 from utils.start import open_model
-from utils.tuner import ALL, linear_names, merge_and_save, prepare_model
+from utils.tuner import ALL, linear_names, prepare_model
 from utils.vision import find_towers
 
 GOLDENS = ROOT / 'tests' / 'goldens'

@@ -135,7 +135,7 @@ def train_and_merge(key: str, folder: Path, data: Path, *more: str) -> tuple[str
 
     import llm_infer
     import llm_sft
-    from utils.tuner import probe_logits
+    from utils.merge import probe_logits
 
     out = folder.parent / 'out'
     flags = ['--max_steps', '5', '--eval_steps', '2', '--save_steps', '5', '--learning_rate', '0.02']

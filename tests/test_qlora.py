@@ -29,7 +29,7 @@ def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from utils.tuner import probe_logits
+    from utils.merge import probe_logits
 
     flags = ('--quantization_bit', bits, '--dtype', 'fp32', '--eval_steps', '2', '--learning_rate', '0.05')
     run = run_sft(*flags)

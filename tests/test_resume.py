@@ -199,7 +199,8 @@ def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pyte
     run_sft('--max_steps', '4', '--resume_from_checkpoint', str(run / 'checkpoint-3'))
     assert f'{run / ".checkpoint-9.partial"} was being written when that run ended' in caplog.text
     assert json.loads((run / 'proofs.json').read_text())['checkpoints'] == {
-        'checked_by': 'sha256', 'pickled_by_deepspeed': [],
+        'passed': True, 'pickled_by_deepspeed': [],
+        'says': 'checkpoint-3 got its name once it was whole on the disk, with the sha256 of each of its files',
     }  # fmt: skip
 
 

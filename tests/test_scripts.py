@@ -85,4 +85,4 @@ def test_arguments_golden_list() -> None:
         for cls in (SftArguments, InferArguments)
     }
     assert found == golden
-    assert (len(found['SftArguments']), len(found['InferArguments'])) == (72, 37)
+    assert (len(found['SftArguments']), len(found['InferArguments'])) == (76, 37)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.conftest import CHATML, SPECIAL, make_tokenizer
 from utils.auto_encoder import AutoEncoder, make_encoder
 from utils.encoder import Encoder
-from utils.encoding import show_sample
 from utils.errors import ConfigError
+from utils.mask_gate import show_row
 from utils.preprocess import (
     AUTO,
     CONTROL_TOKENS,
@@ -211,7 +211,7 @@ def test_an_empty_think_block_is_never_trained() -> None:
     coder = encoder(AUTO, make_tokenizer(chat_template=thinking))
     encoded = coder.encode([chat('hi', 'yo')])[0]
     assert encoded.notes == [RENDERED_DIFFERENTLY]
-    assert show_sample(TOKENIZER, {'input_ids': encoded.input_ids, 'trained': encoded.trained}) == (
+    assert show_row(TOKENIZER, {'input_ids': encoded.input_ids, 'trained': encoded.trained}) == (
         '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦yo<|im_end|>⟧\n'
     )
 

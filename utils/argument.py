@@ -168,6 +168,16 @@ class SftArguments(CommonArguments):
     chunked_loss: bool = flag(
         True, 'output head at trained positions alone, in chunks; false: logits as the class makes them'
     )
+    doctor: bool = flag(
+        False, 'train nothing: try device, libraries, processes, disk and hubs; exit code 1 if one fails'
+    )
+    from_run: str | None = flag(
+        None, 'run folder: repeat it with its flags, those typed now win; data, weights and template must be the same'
+    )
+    show_samples: int = flag(1, 'training rows that are shown with what is trained of them, and kept in sample.txt')
+    report_samples: int = flag(
+        3, 'rows that the untuned and the tuned model answer for the report, 64 tokens at the most; 0: none'
+    )
     test_oom_error: bool = flag(False, 'longest training rows first, so that an out-of-memory error shows at once')
     preflight: bool = flag(
         True, 'before training, try a step, an evaluation and a checkpoint on the heaviest rows, and undo them'

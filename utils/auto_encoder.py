@@ -154,7 +154,7 @@ class AutoEncoder(Encoder):
         except (RowRefused, TypeError, ValueError):
             return False
 
-    def _spoken(self, message: Message) -> Message:
+    def spoken(self, message: Message) -> Message:
         """Return the message in the form that the template can say; images among text as a list of items."""
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -169,7 +169,7 @@ class AutoEncoder(Encoder):
 
     def _prepare(self, row: Row, context: Sequence[Message]) -> tuple[list[Message], list[Any] | None, bool, list[str]]:
         """Return what is rendered for the prompt, whether its data is guarded, and notes."""
-        messages = [self._spoken(message) for message in context]
+        messages = [self.spoken(message) for message in context]
         if self.system is not None and (not messages or messages[0]['role'] != 'system'):
             messages.insert(0, {'role': 'system', 'content': self.system})
         tools, notes = row.tools, []
@@ -184,7 +184,7 @@ class AutoEncoder(Encoder):
 
     def _parts(self, rows: Sequence[Row]) -> list[_Parts]:
         prepared = [self._prepare(row, row.messages[:-1]) for row in rows]
-        lasts = [self._spoken(row.messages[-1]) for row in rows]
+        lasts = [self.spoken(row.messages[-1]) for row in rows]
         guarded = [self._spells_control([last]) for last in lasts]
         lasts = [map_strings(last, self.text.guard) if g else last for last, g in zip(lasts, guarded, strict=True)]
         prompts = self._render_all([(messages, tools) for messages, tools, _, _ in prepared], prompt=True)
@@ -203,7 +203,10 @@ class AutoEncoder(Encoder):
         if 'tool_calls' in last:
             if not (full.startswith(prompt) and full.endswith(end)):
                 raise RowRefused('the chat template prints the tool call apart from the generation prompt')
-            prompt += self._lead if full.startswith(prompt + self._lead) else ''
+            if full.startswith(prompt + self._lead):
+                prompt += self._lead
+            else:  # a header that names whom the turn is for: which one is the model's choice
+                self.keeps_lead = False
             reply = full[len(prompt) : len(full) - len(end)]
         else:
             prompt, reply = self._joined(prompt, last['content'])

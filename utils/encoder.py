@@ -32,12 +32,13 @@ class Encoder:
     """What both kinds of template share: rows in, ids out, one tokenizer call per batch."""
 
     name: str
+    # The system text of rows that bring none; None: the template's own.
     system: str | None
     loss_scope: LossScope = 'last_round'
     # Ids at which generation stops, beside the tokenizer's own end of sequence.
     stop_ids: list[int]
     # Whether prompts for inference hold what the chat template prints before a reply, as an empty think block.
-    # False once a reply that reasons was met, and for an untrained model: thinking or not is then the model's choice.
+    # False once a reply was met that begins otherwise, and for an untrained model: the choice is then the model's.
     keeps_lead: bool = True
 
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None) -> None:
@@ -149,9 +150,9 @@ class TemplateEncoder(Encoder):
         def fill(text: str) -> str:
             return re.sub(r'\{\{(SYSTEM|QUERY|ROUND)\}\}', lambda m: data[m[1]], text)
 
-        return [fill(p) if isinstance(p, str) else [self._token_id(part) for part in p] for p in pieces]
+        return [fill(p) if isinstance(p, str) else [self.token_id(part) for part in p] for p in pieces]
 
-    def _token_id(self, part: int | str) -> int:
+    def token_id(self, part: int | str) -> int:
         if isinstance(part, int):
             return part
         value = getattr(self.tokenizer, part)

@@ -21,6 +21,7 @@ from utils.encoded_rows import EncodedRows
 from utils.encoder import Encoder
 from utils.errors import ConfigError
 from utils.logger import logger
+from utils.mask_gate import NOTHING_TRAINED, show_samples, trains_nothing
 from utils.preprocess import CUT_PROMPT, CUT_REPLY, Encoded, Row, RowRefused
 from utils.reading import TRAIN, VAL, Plan, Tally, served_by
 
@@ -57,6 +58,9 @@ def encode_batch(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) 
             yield from encode_batch(encoder, half, report)
         return
     for row, ids in zip(rows, encoded, strict=True):
+        if trains_nothing([*ids.earlier, ids.trained]):
+            report.left_out.add(NOTHING_TRAINED, row.origin)
+            continue
         for note in ids.notes:
             report.noted.add(note, row.origin)
         yield row, ids
@@ -127,9 +131,17 @@ class PreparedData:
         """Return all that run.json says, after training. Every process must call it."""
         return {**self.summary, **self.at_end()}
 
+    def spread(self, count: int) -> list[dict[str, Any]]:
+        """Return up to `count` training rows, evenly from all of them; of a stream, the first ones."""
+        if not isinstance(self.train, EncodedRows):
+            rows: list[dict[str, Any]] = self.train.first(count)
+            return rows
+        count = min(count, len(self.train))
+        return [self.train[i * len(self.train) // count] for i in range(count)]
 
-def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path) -> PreparedData:
-    """Return the rows encoded, from the cache where they are; logs what happened to them and shows one (sample.txt)."""
+
+def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
+    """Return the rows encoded, from the cache where they are; logs what happened, shows some (sample.txt)."""
     name = f'data-{_key(encoder, plan)[:40]}'
     with dist.local_main_first():
         folder = kept(name, lambda aside: encode_to_files(encoder, plan, aside))
@@ -140,17 +152,9 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path) -> PreparedData:
     encoder.keeps_lead = stored['keeps_lead']  # what encoding learns of the rows counts without it too
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
     log_report(report, statistics)
-    write_sample(encoder, train[0], run_dir)
+    show_samples(encoder.tokenizer, [train[index] for index in range(min(samples, len(train)))], run_dir)
     summary = {**statistics, **report.counts(), 'served': served_by(plan.parts)}
     return PreparedData(train=train, val=val, summary=summary)
-
-
-def write_sample(encoder: Encoder, row: dict[str, Any], run_dir: Path) -> None:
-    """Log one row with its trained parts marked and write it to sample.txt."""
-    sample = show_sample(encoder.tokenizer, row)
-    logger.info(f'one row, the trained part between ⟦ and ⟧:\n{sample}')
-    if dist.is_main():
-        (run_dir / 'sample.txt').write_text(sample + '\n', encoding='utf-8')
 
 
 def length_statistics(rows: EncodedRows) -> dict[str, float]:
@@ -169,19 +173,6 @@ def length_statistics(rows: EncodedRows) -> dict[str, float]:
         'tokens': tokens,
         'trained_share': round(rows.trained_tokens() / tokens, 4),
     }
-
-
-def show_sample(tokenizer: Any, row: dict[str, Any]) -> str:
-    """Return the row decoded, each trained span between ⟦ and ⟧."""
-    ids, text, position = row['input_ids'], '', 0
-
-    def decode(part: list[int]) -> str:
-        return str(tokenizer.decode(part)) if part else ''
-
-    for start, end in (*row.get('earlier', ()), row['trained']):
-        text += f'{decode(ids[position:start])}⟦{decode(ids[start:end])}⟧'
-        position = end
-    return text + decode(ids[position:])
 
 
 def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:

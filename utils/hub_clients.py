@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,23 @@ Kind = Literal['model', 'dataset']
 Listed = tuple[int | None, str]
 
 TOKEN_VARIABLES: dict[HubName, str] = {'modelscope': 'MODELSCOPE_API_TOKEN', 'huggingface': 'HF_TOKEN'}
+_ADDRESSES: dict[HubName, tuple[str, str]] = {
+    'modelscope': ('MODELSCOPE_ENDPOINT', 'https://www.modelscope.cn'),
+    'huggingface': ('HF_ENDPOINT', 'https://huggingface.co'),
+}
+
+
+def answers(hub: HubName, *, seconds: float = 5) -> tuple[str, bool]:
+    """Return a hub's address and whether anything answers there in time, over the proxy of the environment."""
+    variable, usual = _ADDRESSES[hub]
+    address = os.environ.get(variable) or usual
+    try:
+        with urllib.request.urlopen(address, timeout=seconds):
+            return address, True
+    except urllib.error.HTTPError:
+        return address, True
+    except (OSError, ValueError):
+        return address, False
 
 
 class GoneError(Exception):

@@ -49,7 +49,10 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
         _check_number(done, name, getattr(args, name) >= 1, '1 or more')
     for name in ('eval_batch_size', 'save_steps'):
         _check_number(done, name, getattr(args, name) is None or getattr(args, name) >= 1, '1 or more')
-    for name in ('weight_decay', 'max_grad_norm', 'dataloader_num_workers', 'stream_val_rows'):
+    whole = (
+        'weight_decay', 'max_grad_norm', 'dataloader_num_workers', 'stream_val_rows', 'show_samples', 'report_samples',
+    )  # fmt: skip
+    for name in whole:
         _check_number(done, name, getattr(args, name) >= 0, '0 or more')
     for name in ('lora_dropout_p', 'warmup_ratio'):
         _check_number(done, name, 0 <= getattr(args, name) < 1, 'a share from 0 to below 1')

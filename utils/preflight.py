@@ -60,17 +60,21 @@ class FirstStepGate(TrainerCallback):
                 shutil.rmtree(scratch, ignore_errors=True)
         self.trainer.preflight_seconds = round(time.perf_counter() - started, 2)
         tokens = _longest(heaviest[0])
+        peak = peak_memory_gib()
+        says = (
+            f'tried and undone: {len(heaviest[0])} rows of up to {tokens} tokens, peak memory {peak} GiB, '
+            f'a checkpoint takes {size / 2**20:.1f} MiB'
+        )
         outcome = {
-            'seconds': self.trainer.preflight_seconds,
+            'passed': True,
+            'says': says,
             'heaviest_batch': {'rows': len(heaviest[0]), 'longest_row_tokens': tokens},
-            'peak_memory_gib': peak_memory_gib(),
+            'peak_memory_gib': peak,
             'checkpoint_bytes': size,
+            'seconds': self.trainer.preflight_seconds,
         }
         record_proof(Path(args.output_dir), 'first_step', outcome)
-        logger.info(
-            f'first step tried and undone in {self.trainer.preflight_seconds} s: {len(heaviest[0])} rows of up to '
-            f'{tokens} tokens, peak memory {outcome["peak_memory_gib"]} GiB, a checkpoint takes {size / 2**20:.1f} MiB'
-        )
+        logger.info(f'first step, {self.trainer.preflight_seconds} s: {says}')
 
     @contextlib.contextmanager
     def _undone(self, scratch: Path) -> Iterator[None]:

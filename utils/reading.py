@@ -117,16 +117,20 @@ class Part:
     # Which hub, id and revision served it, if one did.
     served: str = ''
     uses: bytearray = field(default_factory=bytearray)
+    # Hash of what was read when the rows were counted.
+    content: str = ''
 
     def count(self, left_out: Tally, digest: Any) -> None:
         """Read the part once and mark every row that can be trained on."""
-        use = VAL if self.is_val else TRAIN
-        for place, _, row in self.read(digest):
+        use, own = VAL if self.is_val else TRAIN, hashlib.sha256()
+        for place, _, row in self.read(own):
             if isinstance(row, BadRow):
                 left_out.add(str(row), place)
                 continue
             self.uses.append(use)
-            digest.update(state_of_images(row))
+            own.update(state_of_images(row))
+        self.content = own.hexdigest()
+        digest.update(own.digest())
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
         """Yield every row with its use, as counted before; raises ConfigError where they are not the same rows."""
@@ -240,6 +244,26 @@ class Plan:
         for use, (_, _, row) in self.used():
             if use in wanted and isinstance(row, Row):
                 yield use, row
+
+    def lock(self) -> dict[str, dict[str, Any]]:
+        """Return of each part how many rows are used, and a hash of what was read and of its uses."""
+        return {
+            part.name: {
+                'rows': len(part.uses) - part.uses.count(UNUSED),
+                'sha256': hashlib.sha256(part.content.encode() + part.uses).hexdigest(),
+            }
+            for part in self.parts
+        }
+
+
+def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
+    """Return up to `count` rows of a use, the first ones of each part in equal shares; of a stream its first ones."""
+    if not isinstance(rows, Plan):
+        return first_rows(rows, -(-count // len(rows)))[:count]
+    parts = [part for part in rows.parts if use in part.uses]
+    share = -(-count // max(len(parts), 1))
+    found = ((row for u, (_, _, row) in part.used() if u == use and isinstance(row, Row)) for part in parts)
+    return [row for part in found for row in itertools.islice(part, share)][:count]
 
 
 def plan_rows(

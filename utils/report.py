@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import signal
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import dist
-from utils.argument import SftArguments, flag_types
+from utils.argument import SftArguments
 from utils.callbacks import peak_memory_gib
 from utils.checkpoint import last_checkpoint
 from utils.errors import Stopped
+from utils.lock import typed_words, versions
 from utils.logger import logger
 from utils.plot import plot_curves
 from utils.resolution import Resolution
-from utils.run_dir import RUN_JSON, write_json
+from utils.run_dir import RUN_JSON, Run, write_json
+from utils.run_files import HISTORY_JSON
+from utils.run_report import write_report
+from utils.secrecy import prove_secrecy
 
 if TYPE_CHECKING:
+    from utils.before_after import BeforeAfter
     from utils.trainer import SftTrainer
-
-_LIBRARIES = ('torch', 'transformers', 'peft', 'accelerate', 'tokenizers', 'numpy')
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that decide the numbers."""
-    return {'python': platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 def resume_command(done: Resolution[SftArguments], checkpoint: Path) -> str:
     """Return the command line that goes on from a checkpoint: the flags that were typed, the hub token left out."""
-    left_out = {'hub_token', 'resume_from_checkpoint'}
-    words = []
-    for name in flag_types(SftArguments):
-        if name in done.typed - left_out:
-            value = getattr(done.args, name)
-            words += [f'--{name}', *([str(v) for v in value] if isinstance(value, list) else [_typed(value)])]
+    words = typed_words(done, 'resume_from_checkpoint')
     machines = dist.world_size() // dist.local_world_size()
     launcher = 'torchrun' if dist.started_by_torchrun() else 'python'
     if dist.started_by_torchrun():
         launcher += f' --nproc_per_node {dist.local_world_size()}' + (f' --nnodes {machines}' if machines > 1 else '')
     return shlex.join([*launcher.split(), 'llm_sft.py', *words, '--resume_from_checkpoint', str(checkpoint)])
-
-
-def _typed(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def stopped(trainer: SftTrainer, run_dir: Path, done: Resolution[SftArguments]) -> Stopped:
@@ -66,9 +53,12 @@ def stopped(trainer: SftTrainer, run_dir: Path, done: Resolution[SftArguments]) 
     )
 
 
-def finish_run(trainer: SftTrainer, run_dir: Path, *, started: float, data: dict[str, Any]) -> Path:
-    """Write run.json and the curves, say what to run next; returns the best checkpoint."""
-    state = trainer.state
+def finish_run(
+    args: SftArguments, trainer: SftTrainer, run: Run, *, started: float, data: dict[str, Any], asked: BeforeAfter
+) -> Path:
+    """Write run.json, the curves and the report, say what to run next; returns the best checkpoint."""
+    state, run_dir = trainer.state, run.folder
+    asked.write(trainer.model, run_dir)
     evaluations = [entry for entry in state.log_history if 'eval_runtime' in entry]
     best = Path(state.best_model_checkpoint or str(last_checkpoint(run_dir)))
     write_json(
@@ -86,11 +76,17 @@ def finish_run(trainer: SftTrainer, run_dir: Path, *, started: float, data: dict
             'last_evaluation': evaluations[-1] if evaluations else None,
             'best_checkpoint': str(best),
             'data': data,
+            'decisions': run.decisions,
+            'warnings': run.warnings,
             'versions': versions(),
         },
     )
+    write_json(run_dir / HISTORY_JSON, state.log_history)
     pictures = plot_curves(state.log_history, run_dir / 'images')
     logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures), tensorboard --logdir {run_dir / "runs"}')
+    write_report(run_dir)
+    prove_secrecy(run_dir, args)
+    logger.info(f'report: {write_report(run_dir)}')
     logger.info(f'best checkpoint: {best}')
     logger.info(f'next: python llm_infer.py --ckpt_dir {best}')
     logger.info(f'chat: python llm_infer.py --ckpt_dir {best} --eval_human true')

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from utils import dist
 from utils.argument import InferArguments, SftArguments, flag_types, to_dict
 from utils.errors import Problems
+from utils.lock import LOCK_JSON, check_repeated, make_lock
 from utils.logger import logger
 from utils.model import Weights, is_adapter, locate
 from utils.parser import Parsed
@@ -21,29 +23,50 @@ from utils.resolution import Resolution, run_name
 from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS
 
 RUN_JSON = 'run.json'
+# What a run shows or is started from, not how it trains.
+_SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run under way: its folder, what sft_args.json says, and where the base weights are."""
+    """A run under way: its folder, what sft_args.json says, where the base weights are, and what was decided."""
 
     folder: Path
     record: dict[str, Any]
     weights: Weights
+    lock: dict[str, Any] = field(default_factory=dict)
+    decisions: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to what sft_args.json says, in the run folder and in every checkpoint to come."""
+        self.record.update(facts)
+        if dist.is_main():
+            write_json(self.folder / SFT_ARGS, self.record)
 
 
-def open_run(done: Resolution[SftArguments]) -> Run:
+def open_run(done: Resolution[SftArguments], data: dict[str, Any], typed_now: Collection[str] = frozenset()) -> Run:
     """Return a new run, its folder made by rank 0 and known to all; logs every decision and warning."""
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
     weights = locate(info, revision=args.model_revision, hub_name=args.hub)
     record = run_record(args, system_typed='system' in done.typed, base_model=weights.record(info))
+    lock = make_lock(done, record['base_model'], data)
+    check_repeated(done, lock, typed_now)
     if args.resume_from_checkpoint:
         done.warnings += check_resumed(Path(args.resume_from_checkpoint), record)
     made = str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else ''
-    run = Run(folder=Path(dist.broadcast_text(made)), record=record, weights=weights)
+    run = Run(
+        folder=Path(dist.broadcast_text(made)),
+        record=record,
+        weights=weights,
+        lock=lock,
+        decisions=done.decisions,
+        warnings=done.warnings,
+    )
     if dist.is_main():
         write_json(run.folder / SFT_ARGS, record)
+        write_json(run.folder / LOCK_JSON, lock)
     logger.info(f'run folder: {run.folder}')
     log_decisions(done, weights)
     return run
@@ -155,7 +178,7 @@ def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     problems = Problems()
     check_base(trained, record['base_model'], problems)
     problems.raise_if_any()
-    free = {'resume_from_checkpoint', 'output_dir', 'base_model', 'hub', 'preflight', *HUB_FLAGS}
+    free = {'resume_from_checkpoint', 'output_dir', 'base_model', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
     return [
         f'--{name} is {record[name]}, the run that is resumed had {trained[name]}: the result will differ from it.'
         for name in record

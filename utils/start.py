@@ -50,7 +50,7 @@ _LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken p
 
 
 def run_program(story: Callable[[], int | None]) -> int:
-    """Run a program's story and return its exit code: the story's own, or
+    """Run a program's story and return its exit code.
 
     2: something the user can fix, every problem listed; 128 + n: ended by signal n (130 Ctrl-C, 143 SIGTERM).
     """

@@ -1,9 +1,8 @@
-"""What is trained: LoRA adapters or all weights; and merging an adapter back."""
+"""What is trained: LoRA adapters or all weights; and how an adapter is put on."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +11,10 @@ from typing import TYPE_CHECKING, Any
 from utils.argument import SftArguments
 from utils.errors import ConfigError, did_you_mean
 from utils.logger import logger
-from utils.model import load_model
-from utils.native.export import save_whole
-from utils.native.image_readers import Images
 from utils.native.packed import packed_classes
-from utils.resolve import SFT_ARGS
-from utils.run_dir import write_json
 from utils.vision import find_towers
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 ALL = 'ALL'
@@ -43,9 +36,6 @@ _OLD_NAMES = {
     'dense_h_to_4h': ('gate_up_proj',),
     'dense_4h_to_h': ('down_proj',),
 }
-
-# How far merged logits may lie from base + adapter, as a share of the largest logit: one rounding of the weights.
-_MERGE_BOUND = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2}
 
 
 def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[str]:
@@ -216,48 +206,3 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = N
             f'the adapter in {checkpoint} does not fit {type(model).__name__} {model.name_or_path}: '
             f'{str(error).splitlines()[0]} Was it trained on another base model?'
         ) from error
-
-
-def probe_logits(model: Any, tokenizer: Any, images: Images | None = None) -> torch.Tensor:
-    """Return the model's logits on a fixed text, after a picture where it sees, fp32 on the CPU."""
-    import torch
-
-    text = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
-    # Within the trained length, beyond which some models compute what plain classes do not (Qwen's dynamic NTK).
-    limit = getattr(model.config, 'max_position_embeddings', 1024)  # Bloom, of ALiBi, has no such limit
-    ids = tokenizer(text, add_special_tokens=False)['input_ids'][:limit]
-    inputs = images.example(tokenizer, ids) if images is not None else {'input_ids': torch.tensor([ids])}
-    with torch.no_grad():
-        logits: torch.Tensor = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False).logits
-    return logits.float().cpu()
-
-
-def merge_and_save(
-    model: Any, tokenizer: Any, target: Path, *, record: dict[str, Any], images: Images | None = None
-) -> str:
-    """Merge the adapter, save the whole model as `target`, and return how near its reloaded logits are.
-
-    Written aside, reopened from disk and compared with base + adapter; only then is the folder
-    given its name, replacing an earlier one. Raises ConfigError where the logits differ by more than rounding does.
-    """
-    expected = probe_logits(model, tokenizer, images)
-    dtype = next(model.parameters()).dtype
-    merged = model.merge_and_unload(safe_merge=True)
-    aside = target.with_name(f'.{target.name}.aside')
-    shutil.rmtree(aside, ignore_errors=True)
-    save_whole(merged, tokenizer, aside, images)
-    write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
-    reloaded = load_model(aside, torch_dtype=dtype).to(merged.device).eval()
-    found = probe_logits(reloaded, tokenizer, images)
-    largest, difference = float(expected.abs().max()), float((expected - found).abs().max())
-    bound = _MERGE_BOUND[str(dtype).removeprefix('torch.')] * largest
-    if not difference <= bound:
-        raise ConfigError(
-            f'the merged model differs from base + adapter: its logits by up to {difference:.4g}, rounding explains '
-            f'{bound:.4g}. Nothing was put at {target}; the folder is {aside}.'
-        )
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    return (
-        f'logits of the reloaded folder differ from base + adapter by at most {difference:.3g} (largest {largest:.3g})'
-    )

@@ -1,0 +1,114 @@
+"""lock.json and --from_run: a run is made again to the bit, and what changed in between is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import llm_sft
+from tests.conftest import make_model, make_tokenizer, small_flags, write_jsonl
+
+Problems = Callable[[], list[str]]
+
+
+@pytest.fixture(scope='module')
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run whose model and data may be changed; its folder is below a folder of its own."""
+    folder = tmp_path_factory.mktemp('lock')
+    make_model().save_pretrained(folder / 'model')
+    make_tokenizer().save_pretrained(folder / 'model')
+    data = write_jsonl(folder / 'qa.jsonl', [{'query': f'what is {i}?', 'response': f'it is {i}.'} for i in range(20)])
+    words = [*small_flags(folder / 'model', data, folder / 'out'), '--max_steps', '3', '--lora_rank', '4']
+    assert llm_sft.main([*words, '--hub_token', 'ms-never-in-a-lock']) == 0
+    return next((folder / 'out').glob('*/*'))
+
+
+def again(run: Path, *words: str) -> tuple[int, Path]:
+    before = set(run.parent.iterdir())
+    code = llm_sft.main(['--from_run', str(run), *words])
+    made = set(run.parent.iterdir()) - before
+    return code, made.pop() if made else run
+
+
+def test_a_run_is_repeated_to_the_bit(first: Path) -> None:
+    lock = json.loads((first / 'lock.json').read_text())
+    assert 'ms-never-in-a-lock' not in json.dumps(lock) and '--lora_rank' in lock['command']
+    (source,) = lock['data']
+    assert source.endswith('qa.jsonl') and lock['data'][source]['rows'] == 20
+    assert len(lock['template_sha256']) == 64 and lock['versions']['torch'] and lock['processes'] == 1
+    code, second = again(first)
+    assert code == 0
+    assert json.loads((second / 'lock.json').read_text()) == lock
+    weights = [load_file(run / 'checkpoint-3' / 'adapter_model.safetensors') for run in (first, second)]
+    assert all(bool((weights[0][name] == tensor).all()) for name, tensor in weights[1].items())
+
+
+def test_what_is_typed_now_wins(first: Path) -> None:
+    code, second = again(first, '--lora_rank', '2', '--max_steps', '1')
+    assert code == 0
+    args = json.loads((second / 'sft_args.json').read_text())
+    assert (args['lora_rank'], args['max_steps'], args['learning_rate']) == (2, 1, 0.01)
+
+
+def test_other_data_is_refused_unless_it_is_typed(first: Path, problems: Problems) -> None:
+    data = first.parents[2] / 'qa.jsonl'
+    before = data.read_text()
+    try:
+        data.write_text(before.replace('it is 7.', 'it is 8.'))
+        assert again(first)[0] == 2
+        assert problems()[0].startswith(f'the rows of {data} are not those of the run that is repeated (sha256 ')
+        assert problems()[0].endswith(
+            '20 then and 20 now). Put them back, or type --dataset to train on what is there now.'
+        )
+        assert again(first, '--dataset', str(data), '--max_steps', '1')[0] == 0
+    finally:
+        data.write_text(before)
+
+
+def test_other_weights_are_refused(first: Path, problems: Problems) -> None:
+    weights = first.parents[2] / 'model' / 'model.safetensors'
+    before = weights.read_bytes()
+    try:
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert again(first)[0] == 2
+        assert problems()[0].startswith('the base weights are not those of the run that is repeated (sha256 ')
+    finally:
+        weights.write_bytes(before)
+
+
+def test_another_template_is_refused(first: Path, problems: Problems) -> None:
+    template = first.parents[2] / 'model' / 'chat_template.jinja'
+    before = template.read_text()
+    try:
+        template.write_text(before.replace("{{ '\n' }}", "{{ '\n\n' }}"))
+        assert again(first)[0] == 2
+        assert problems()[0].startswith('the template is not that of the run that is repeated (sha256 ')
+        assert again(first, '--template_type', 'auto', '--max_steps', '1')[0] == 0
+    finally:
+        template.write_text(before)
+
+
+def test_other_versions_are_told(first: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = tmp_path / 'copy'
+    copy.mkdir()
+    shutil.copy(first / 'lock.json', copy)
+    lock = json.loads((copy / 'lock.json').read_text())
+    lock['versions'] |= {'torch': '1.0', 'gone': '2.0'}
+    (copy / 'lock.json').write_text(json.dumps({**lock, 'processes': 2}))
+    assert again(copy, '--max_steps', '1', '--output_dir', str(tmp_path))[0] == 0
+    assert 'the run that is repeated had 1.0: its numbers may differ.' in caplog.text
+    assert 'gone is None, the run that is repeated had 2.0' in caplog.text
+    assert '1 processes train, the run that is repeated had 2: the total batch is another one.' in caplog.text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) -> None:
+    assert llm_sft.main(['--from_run', str(tmp_path)]) == 2
+    assert f'--from_run {tmp_path} has no lock.json. Give a run folder' in problems()[0]
+    (tmp_path / 'lock.json').write_text('{')
+    assert llm_sft.main(['--from_run', str(tmp_path)]) == 2
+    assert 'lock.json is not JSON' in problems()[-1]

@@ -1,0 +1,49 @@
+"""--doctor true: what works is tried, what does not is named with its remedy, and the exit code tells which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import llm_sft
+from utils import machine_doctor
+
+Problems = Callable[[], list[str]]
+
+
+def test_a_machine_that_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llm_sft.main(['--doctor', 'true', '--output_dir', str(tmp_path / 'new')]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        'ok   float32 on c',
+        'ok   bfloat16 on c',
+        'ok   all-reduce of 2 processes over',
+        'ok   4-bit layer: its',
+    ):
+        assert line in printed
+    assert f'GiB free at {tmp_path}\n' in printed and not (tmp_path / 'new').exists()
+    assert 'note hub modelscope: http://127.0.0.1:9 does not answer\n     -> needed for downloads' in printed
+    assert printed.endswith('this machine can train\n')
+
+
+def test_what_fails_is_named_with_its_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins = tmp_path / 'requirements.txt'
+    pins.write_text('torch==0.1\nnot-a-package==1.0\n')
+    monkeypatch.setattr(machine_doctor, '_PINS', pins)  # the workers of the all-reduce start beside it: no utils there
+    (tmp_path / 'file').touch()
+    assert llm_sft.main(['--doctor', 'true', '--output_dir', str(tmp_path / 'out')]) == 1
+    printed = capsys.readouterr().out
+    assert '(pinned 0.1), not-a-package missing (pinned 1.0)\n     -> ' in printed and printed.startswith(
+        'FAIL libraries'
+    )
+    assert "No module named 'utils'" in printed.split('FAIL all-reduce of 2 processes over')[1]
+    assert printed.endswith('2 checks failed\n')
+
+
+def test_a_mistyped_flag_is_answered_first(problems: Problems) -> None:
+    assert llm_sft.main(['--doctor', 'true', '--lora_rnak', '3']) == 2
+    assert "flag '--lora_rnak' is not known" in problems()[0]

@@ -1,0 +1,124 @@
+"""What carries loss: rows that teach nothing are kept out, and a batch that trains other tokens stops the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import make_tokenizer
+from utils import mask_gate
+from utils.auto_encoder import make_encoder
+from utils.collator import Collator
+from utils.encoding import EncodingReport, encode_rows
+from utils.errors import ConfigError
+from utils.mask_gate import NOTHING_TRAINED, prove_mask, show_samples
+from utils.preprocess import IGNORE_INDEX, Row
+
+Run = Callable[..., Path]
+ENCODER = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)
+ROWS = [
+    Row(
+        messages=[{'role': 'user', 'content': f'what is {i}?'}, {'role': 'assistant', 'content': f'the answer is {i}.'}]
+    )
+    for i in range(3)
+]
+SUMMARY = {'train': {'rows': 3, 'tokens': 60, 'trained_share': 0.4}, 'left_out': {NOTHING_TRAINED: 2}}
+
+
+def prove(collate: Callable[..., Any], tmp_path: Path) -> dict[str, Any]:
+    rows, _ = encode_rows(ENCODER, ROWS, EncodingReport())
+    try:
+        prove_mask(rows, SUMMARY, collate, ENCODER, tmp_path)
+    finally:
+        proof: dict[str, Any] = json.loads((tmp_path / 'proofs.json').read_text())['loss']
+    return proof
+
+
+def test_labels_of_batches_are_what_is_trained(tmp_path: Path) -> None:
+    proof = prove(Collator(5), tmp_path)
+    assert proof['passed'] and proof['rows_checked'] == 3
+    assert proof['says'] == (
+        '3 rows train 40 % of 60 tokens; in batches of 3 of them exactly these carry loss, each end of turn among '
+        'them; 2 rows were left out because none of their tokens does'
+    )
+
+
+class Mutated(Collator):
+    """Makes batches as training does, and changes their labels."""
+
+    def __init__(self, change: Callable[[torch.Tensor], None]) -> None:
+        super().__init__(5)
+        self.change = change
+
+    def __call__(self, rows: Any) -> Any:
+        batch = super().__call__(rows)
+        self.change(batch['labels'])
+        return batch
+
+
+def drop_end(labels: torch.Tensor) -> None:
+    labels[0, int((labels[0] != IGNORE_INDEX).nonzero()[-1])] = IGNORE_INDEX
+
+
+def train_prompt(labels: torch.Tensor) -> None:
+    labels[0, 1] = 40
+
+
+def change_token(labels: torch.Tensor) -> None:
+    labels[0, int((labels[0] != IGNORE_INDEX).nonzero()[0])] += 1
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (drop_end, "the end of turn '<|im_end|>' carries no loss in a batch: the model would never learn to stop."),
+        (train_prompt, 'a batch trains other tokens than its row says'),
+        (change_token, 'a batch trains other tokens than its row says'),
+    ],
+)
+def test_a_batch_that_trains_other_tokens_stops_the_run(
+    change: Callable[[torch.Tensor], None], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message.replace('|', '[|]').split(':')[0]):
+        prove(Mutated(change), tmp_path)
+    proof = json.loads((tmp_path / 'proofs.json').read_text())['loss']
+    assert proof['passed'] is False and message in proof['says']
+
+
+def test_a_row_in_which_nothing_is_trained_is_left_out_and_named() -> None:
+    encoder = make_encoder(
+        make_tokenizer(), template_type='default-generation', system='', system_typed=False, max_length=-1
+    )
+    # One token, the end: it stands first, where nothing predicts it.
+    empty = Row(messages=[{'role': 'user', 'content': ''}, {'role': 'assistant', 'content': ''}], origin='qa.jsonl:7')
+    report = EncodingReport()
+    encoded, kept = encode_rows(encoder, [empty, ROWS[0]], report)
+    assert len(encoded) == 1 and kept == [ROWS[0]]
+    assert report.lines() == [f'1 rows left out: {NOTHING_TRAINED} (qa.jsonl:7)']
+
+
+def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, _ = encode_rows(ENCODER, ROWS, EncodingReport())
+    show_samples(ENCODER.tokenizer, [rows[0], rows[2]], tmp_path)
+    shown = (tmp_path / 'sample.txt').read_text(encoding='utf-8')
+    assert shown.count('⟦the answer is') == 2 and '⟦the answer is 2.<|im_end|>⟧' in shown
+    assert '⟦the answer is 2.<|im_end|>⟧' in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(mask_gate.sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.delenv('NO_COLOR', raising=False)
+    show_samples(ENCODER.tokenizer, [rows[0]], tmp_path)
+    assert '\x1b[30;42mthe answer is 0.<|im_end|>\x1b[0m' in caplog.messages[-1]
+    assert '\x1b' not in (tmp_path / 'sample.txt').read_text(encoding='utf-8')
+
+
+def test_the_number_of_samples_is_the_users(run_sft: Run) -> None:
+    run = run_sft('--show_samples', '3', '--max_steps', '1')
+    assert (run / 'sample.txt').read_text(encoding='utf-8').count('⟦') == 3
+    assert json.loads((run / 'proofs.json').read_text())['loss']['passed'] is True

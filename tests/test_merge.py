@@ -1,0 +1,173 @@
+"""A merged folder: what is compared before it gets its name, and that each mutation of it is refused by its message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig
+
+import llm_infer
+from tests.conftest import make_model, make_tokenizer
+from utils.auto_encoder import make_encoder
+from utils.errors import ConfigError
+from utils.jinja_template import serving_template
+from utils.merge import merge_and_save, merge_checkpoint, probe_logits, put_in_place, verify_merged
+from utils.native.export import save_whole
+from utils.preprocess import TEMPLATE_MAPPING
+from utils.template_proof import probes
+
+Run = Callable[..., Path]
+CONFIG = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=[2, 4], pad_token_id=5, bos_token_id=1)
+TEXTS = [None, [3, 40, 41, 42, 4]]
+
+
+def adapted() -> Any:
+    """Return a tiny model with an adapter that changes it."""
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=['q_proj', 'v_proj', 'down_proj']))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Any, Any, list[torch.Tensor]]:
+    """Return a folder as merging writes it, the merged model, its tokenizer and the logits of base + adapter."""
+    model, tokenizer = adapted(), make_tokenizer()
+    wanted = [probe_logits(model, tokenizer, ids=ids) for ids in TEXTS]
+    assert float((wanted[0] - probe_logits(make_model().eval(), tokenizer)).abs().max()) > 0.01
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.generation_config = CONFIG
+    save_whole(merged, tokenizer, tmp_path / 'merged')
+    return tmp_path / 'merged', merged, tokenizer, wanted
+
+
+def fault(saved: tuple[Path, Any, Any, list[torch.Tensor]]) -> str | None:
+    folder, merged, tokenizer, wanted = saved
+    return verify_merged(folder, merged, tokenizer, TEXTS, wanted)[1]
+
+
+def swap_two_weights(folder: Path) -> None:
+    file = folder / 'model.safetensors'
+    weights = load_file(file)
+    first, second = 'model.layers.0.self_attn.k_proj.weight', 'model.layers.1.self_attn.k_proj.weight'
+    weights[first], weights[second] = weights[second], weights[first]
+    save_file(weights, file, metadata={'format': 'pt'})
+
+
+def change_json(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **values}))
+
+    return change
+
+
+def change_template(folder: Path) -> None:
+    file = folder / 'chat_template.jinja'
+    file.write_text(file.read_text().replace('<|im_end|>', ' <|im_end|>', 1))
+
+
+def add_token(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(['<new>'])
+    tokenizer.save_pretrained(folder)
+
+
+MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
+    'two weights swapped': (swap_two_weights, 'differs from base + adapter: its logits by up to'),
+    'head tied': (
+        change_json('config.json', tie_word_embeddings=True),
+        'ties its output head otherwise',
+    ),
+    'no stop token': (change_json('generation_config.json', eos_token_id=2), 'has other generation settings'),
+    'template': (change_template, 'has another chat template'),
+    'added token': (add_token, 'has another vocabulary'),
+}
+
+
+def test_an_untouched_folder_passes(saved: tuple[Path, Any, Any, list[torch.Tensor]]) -> None:
+    assert fault(saved) is None
+
+
+@pytest.mark.parametrize('name', MUTATIONS)
+def test_a_changed_folder_is_refused(name: str, saved: tuple[Path, Any, Any, list[torch.Tensor]]) -> None:
+    change, message = MUTATIONS[name]
+    change(saved[0])
+    found = fault(saved)
+    assert found is not None and message in found
+
+
+def test_an_earlier_folder_stays_until_a_complete_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / 'checkpoint-1-merged'
+    target.mkdir()
+    (target / 'mark').touch()
+    monkeypatch.setattr('utils.merge.verify_merged', lambda *_: (1.0, 'it differs.'))
+    with pytest.raises(ConfigError, match='it differs. Nothing was put at'):
+        merge_and_save(adapted(), make_tokenizer(), target, record={})
+    assert [f.name for f in target.iterdir()] == ['mark']
+    monkeypatch.undo()
+    merge_and_save(adapted(), make_tokenizer(), target, record={})
+    assert (target / 'model.safetensors').is_file() and not (target / 'mark').exists()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['checkpoint-1-merged'], 'nothing is left beside it'
+
+
+def test_a_replacement_cut_off_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    target, earlier = tmp_path / 'm', tmp_path / '.m.replaced'
+    earlier.mkdir()
+    (earlier / 'mark').touch()
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / 'gone', target)
+    assert (target / 'mark').is_file(), 'what the cut left under another name has its own again'
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / 'gone', target)
+    assert (target / 'mark').is_file()
+
+
+def test_merging_a_run_compares_its_own_rows_and_says_how_to_serve(
+    run_sft: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_sft('--max_steps', '2', '--report_samples', '3')
+    checkpoint = run / 'checkpoint-2'
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0
+    proof = json.loads((run / 'proofs.json').read_text())['merge']
+    assert proof['passed'] and 'on a fixed text and 3 of your rows' in proof['says']
+    assert f'vllm serve {checkpoint}-merged' in caplog.text and 'transformers serve' in caplog.text
+    settings = json.loads((run / 'checkpoint-2-merged' / 'generation_config.json').read_text())
+    assert settings['eos_token_id'] == [2, 4] and settings['temperature'] == 0.9
+
+
+SERVED = [name for name, template in TEMPLATE_MAPPING.items() if template is not None and 'chatglm2' not in name]
+
+
+@pytest.mark.parametrize('name', SERVED)
+def test_a_registered_template_is_carried_in_jinja_with_the_same_ids(name: str) -> None:
+    # Ids 195 and 196, as Baichuan's template has them, are text of this tokenizer: no Jinja can say them.
+    encoder = make_encoder(make_tokenizer(), template_type=name, system='be kind', system_typed=False, max_length=-1)
+    jinja, how = serving_template(encoder, probes())
+    if name == 'baichuan':
+        assert jinja is None and 'in Jinja gives other ids (probe: one turn)' in how
+        return
+    conversations = 8 if TEMPLATE_MAPPING[name].chat_sep is None else 11
+    assert how == f"template '{name}' was put into its chat template: the same ids on {conversations} conversations"
+
+
+def test_the_merged_folder_of_a_registered_template_carries_it(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    encoder = make_encoder(tokenizer, template_type='chatml', system='be kind', system_typed=False, max_length=-1)
+    target, says = merge_checkpoint(adapted(), encoder, CONFIG, tmp_path / 'checkpoint-1', record={})
+    assert "template 'chatml' was put into its chat template" in says
+    served = AutoTokenizer.from_pretrained(target)
+    for row in (row for row in probes() if 'tool_calls' not in row.messages[-1]):
+        ids = served.apply_chat_template(row.messages[:-1], add_generation_prompt=True, return_dict=False)
+        assert ids == encoder.encode_prompts([row])[0]
+    shutil.rmtree(target)

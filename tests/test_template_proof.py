@@ -1,0 +1,156 @@
+"""The template proof: what it says, what stops a run, and that each of its mutations is caught by its own message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm_infer
+from tests.conftest import CHATML, make_tokenizer
+from tests.test_models_modern import ENDS, template_tokenizer
+from utils.auto_encoder import AutoEncoder, make_encoder
+from utils.encoder import Encoder, TemplateEncoder
+from utils.errors import ConfigError
+from utils.preprocess import Row, Template
+from utils.template_proof import probes, prove_template, template_hash
+
+Run = Callable[..., Path]
+Problems = Callable[[], list[str]]
+ROW = Row(
+    messages=[{'role': 'user', 'content': 'what is 7?'}, {'role': 'assistant', 'content': 'seven'}], origin='qa.jsonl:1'
+)
+
+
+def encoder(template_type: str = 'auto', *, chat_template: str | None = CHATML) -> Encoder:
+    tokenizer = make_tokenizer(chat_template=chat_template)
+    return make_encoder(tokenizer, template_type=template_type, system='be kind', system_typed=False, max_length=-1)
+
+
+def proof(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / 'proofs.json').read_text())['template']
+    assert found.pop('seconds') >= 0
+    return found
+
+
+def test_equal_ids_are_said(tmp_path: Path) -> None:
+    prove_template(encoder(), [ROW], tmp_path)
+    assert len(probes()) == 11
+    assert proof(tmp_path) == {
+        'passed': True,
+        'says': "12 of 12 conversations (1 of your rows, 11 probes) give the ids of the tokenizer's own chat template; "
+        'in all of them the prompt of inference begins what is trained and the end of turn carries loss',
+        'equal': 12,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ENDS)
+def test_no_chat_template_of_the_hub_is_stopped_without_cause(name: str, tmp_path: Path) -> None:
+    prove_template(AutoEncoder(template_tokenizer(name), system=None, max_length=-1), [ROW], tmp_path)
+    found = proof(tmp_path)
+    assert found['passed'] and found.get('refused', 0) <= 2
+    assert found.get('equal', 0) + found.get('explained', 0) + found.get('refused', 0) == 12
+
+
+def test_a_registered_template_that_differs_is_said_and_trained(tmp_path: Path) -> None:
+    prove_template(encoder('default'), [ROW], tmp_path)
+    found = proof(tmp_path)
+    assert found['passed'] and found['different'] == 11 and found['refused'] == 1
+    assert "'default' was chosen and is trained: it differs in 11, first qa.jsonl:1: token 0, after ''" in found['says']
+
+
+def test_a_tokenizer_without_chat_template_is_said(tmp_path: Path) -> None:
+    prove_template(encoder('default', chat_template=None), [ROW], tmp_path)
+    says = proof(tmp_path)['says']
+    assert says.startswith("the tokenizer has no chat template to compare 'default' with; 12 conversations (1 of your ")
+
+
+def test_a_registered_template_equals_the_chat_template_until_one_blank_changes(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+
+    def prove(turn: str) -> dict[str, Any]:
+        template = Template(
+            prefix=('<|im_start|>system\n{{SYSTEM}}<|im_end|>\n',),
+            prompt=(f'<|im_start|>user\n{{{{QUERY}}}}<|im_end|>{turn}<|im_start|>assistant\n',),
+            chat_sep=('<|im_end|>\n',),
+            suffix=('<|im_end|>\n',),
+        )
+        ours = TemplateEncoder(tokenizer, template, name='chatml', system='be kind', max_length=-1)
+        prove_template(ours, [ROW], tmp_path)
+        return proof(tmp_path)
+
+    same = prove('\n')
+    assert same['equal'] == 11 and 'different' not in same, 'all but the tool call, which it cannot say'
+    changed = prove(' \n')
+    assert changed['different'] == 11 and 'equal' not in changed
+    assert (
+        "token 21, after '\\nwhat is 7?<|im_end|>', is ' ' (228), the chat template has '\\n' (206)" in changed['says']
+    )
+
+
+# ---- mutations: the encoder says something else than the template ----
+
+
+def stops(ours: Encoder, tmp_path: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        prove_template(ours, [ROW], tmp_path)
+    assert proof(tmp_path) == {'passed': False, 'says': error.value.problems[0]}
+    return error.value.problems[0]
+
+
+def test_a_blank_changed_in_the_chat_template_stops(tmp_path: Path) -> None:
+    ours = encoder()
+    ours.tokenizer.chat_template = CHATML.replace("{{ '\n' }}", "{{ ' \n' }}")
+    message = stops(ours, tmp_path)
+    assert "the ids are not those of the tokenizer's chat template, and no counted reason explains it" in message
+    assert "is '\\n' (206), the chat template has ' ' (228)" in message
+
+
+def test_a_blank_changed_in_what_is_encoded_stops(tmp_path: Path) -> None:
+    ours = encoder()
+    assert isinstance(ours, AutoEncoder)
+    ours._lead = ' '
+    assert 'no counted reason explains it' in stops(ours, tmp_path)
+
+
+def test_an_end_token_without_loss_stops(tmp_path: Path) -> None:
+    ours = encoder()
+    assert isinstance(ours, AutoEncoder)
+    ours._end_trained = 0
+    message = stops(ours, tmp_path)
+    assert "qa.jsonl:1: the end of turn '<|im_end|>' carries no loss: the model would never learn to stop." in message
+
+
+def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:
+    class Other(AutoEncoder):
+        def _encode_prompts(self, rows: Any) -> list[list[int]]:
+            return [[*ids[:-1], 5] for ids in super()._encode_prompts(rows)]
+
+    message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
+    assert 'the prompt that inference gives is not how the trained row begins: token' in message
+
+
+# ---- the stored hash ----
+
+
+def test_inference_refuses_a_chat_template_changed_since(run_sft: Run, model_dir: Path, problems: Problems) -> None:
+    run = run_sft('--max_steps', '1')
+    checkpoint = run / 'checkpoint-1'
+    record = json.loads((run / 'sft_args.json').read_text())
+    assert record['template_sha256'] == template_hash(encoder())
+    assert json.loads((checkpoint / 'sft_args.json').read_text())['template_sha256'] == record['template_sha256']
+    file = model_dir / 'chat_template.jinja'
+    before = file.read_text()
+    words = ['--ckpt_dir', str(checkpoint), '--do_sample', 'false', '--max_new_tokens', '2']
+    try:
+        file.write_text(before.replace('<|im_start|>assistant\n', '<|im_start|>assistant \n'))
+        assert llm_infer.main(words) == 2
+        assert 'the chat template of this tokenizer has changed since checkpoint-1 was trained' in problems()[0]
+        assert f'take the trained one from {checkpoint}/chat_template.jinja' in problems()[0]
+        assert llm_infer.main([*words, '--template_type', 'auto']) == 0
+    finally:
+        file.write_text(before)
+    assert llm_infer.main(words) == 0

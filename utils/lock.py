@@ -1,0 +1,128 @@
+"""lock.json: what a run was made of, and the run made again from it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Collection, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from utils import dist
+from utils.argument import SftArguments, flag_types
+from utils.errors import ConfigError, Problems
+from utils.parser import Parsed, parse
+from utils.resolution import Resolution
+
+LOCK_JSON = 'lock.json'
+# The libraries that decide the numbers; those that are not installed do not.
+_LIBRARIES = (
+    'torch', 'transformers', 'peft', 'accelerate', 'tokenizers', 'safetensors', 'numpy', 'jinja2', 'bitsandbytes',
+    'deepspeed', 'flash-attn', 'optimum', 'gptqmodel',
+)  # fmt: skip
+# Not part of a command that is to be repeated: a secret, and the run that was repeated.
+_NOT_REPEATED = ('hub_token', 'from_run')
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide the numbers."""
+    found = {'python': platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def typed_words(done: Resolution[SftArguments], *left_out: str) -> list[str]:
+    """Return the flags that were typed, with their values, as words of a command line; secrets are left out."""
+    words: list[str] = []
+    for name in flag_types(SftArguments):
+        if name in done.typed and name not in (*_NOT_REPEATED, *left_out):
+            value = getattr(done.args, name)
+            shown = str(value).lower() if isinstance(value, bool) else str(value)
+            words += [f'--{name}', *([str(item) for item in value] if isinstance(value, list) else [shown])]
+    return words
+
+
+def make_lock(done: Resolution[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
+    """Return what lock.json holds; the template's hash is added once the tokenizer is open."""
+    return {
+        'command': typed_words(done),
+        'processes': dist.world_size(),
+        'base_model': base_model,
+        'data': data,
+        'versions': versions(),
+    }
+
+
+def read_lock(run_dir: Path) -> dict[str, Any]:
+    """Return the lock of a run folder; raises ConfigError where it has none that can be read."""
+    file = run_dir / LOCK_JSON
+    if not file.is_file():
+        raise ConfigError(f'--from_run {run_dir} has no {LOCK_JSON}. Give a run folder, output/<model>/vN-<time>.')
+    try:
+        lock: dict[str, Any] = json.loads(file.read_text(encoding='utf-8'))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f'--from_run {run_dir}: {LOCK_JSON} is not JSON: {error}.') from None
+    return lock
+
+
+def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArguments]:
+    """Return the command line of the run in --from_run, followed by the words typed now, which win."""
+    if parsed.args.from_run is None:
+        return parsed
+    try:
+        lock = read_lock(Path(parsed.args.from_run))
+    except ConfigError as error:
+        parsed.problems.add(error.problems[0])
+        return parsed
+    return parse(SftArguments, [*lock['command'], *words], program='llm_sft.py', about='')
+
+
+def check_repeated(done: Resolution[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
+    """Compare a lock with that of the run it repeats: other data or weights are problems, other versions warnings.
+
+    Whoever types --dataset or a model now wants another one.
+    """
+    if done.args.from_run is None:
+        return
+    earlier, problems = read_lock(Path(done.args.from_run)), Problems()
+    if not {'model_type', 'model_id_or_path', 'model_revision'} & set(typed_now):
+        _compare(problems, 'the base weights', earlier['base_model'], lock['base_model'], remedy='--model_id_or_path')
+    if not {'dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample'} & set(typed_now):
+        for source in sorted({*earlier['data'], *lock['data']}):
+            then, now = earlier['data'].get(source, {}), lock['data'].get(source, {})
+            _compare(problems, f'the rows of {source}', then, now, remedy='--dataset')
+    problems.raise_if_any()
+    done.warnings += [
+        f'{name} is {now}, the run that is repeated had {then}: its numbers may differ.'
+        for name in sorted({*earlier['versions'], *lock['versions']})
+        if (now := lock['versions'].get(name)) != (then := earlier['versions'].get(name))
+    ]
+    if earlier['processes'] != lock['processes']:
+        done.warnings.append(
+            f'{lock["processes"]} processes train, the run that is repeated had {earlier["processes"]}: '
+            'the total batch is another one.'
+        )
+
+
+def check_repeated_template(run_dir: Path, sha256: str) -> None:
+    """Raise ConfigError where the run in --from_run trained another template than this one."""
+    trained = read_lock(run_dir).get('template_sha256')
+    if trained not in (None, sha256):
+        raise ConfigError(
+            f'the template is not that of the run that is repeated (sha256 {trained[:12]}, now {sha256[:12]}). '
+            'Put it back, or type --template_type to train what is there now.'
+        )
+
+
+def _compare(problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str) -> None:
+    if then.get('sha256') != now.get('sha256'):
+        counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if 'rows' in {**then, **now} else ''
+        problems.add(
+            f'{what} are not those of the run that is repeated (sha256 {str(then.get("sha256"))[:12]}, now '
+            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there now.'
+        )

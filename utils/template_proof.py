@@ -1,0 +1,259 @@
+"""Before training: our ids against those of the tokenizer's own chat template, on the user's rows and on probes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from utils import dist
+from utils.auto_encoder import AutoEncoder
+from utils.encoder import Encoder, TemplateEncoder
+from utils.errors import ConfigError
+from utils.lock import LOCK_JSON, check_repeated_template
+from utils.logger import logger
+from utils.preprocess import (
+    ADDED_END,
+    AUTO,
+    CONTROL_TOKENS,
+    MERGED_BOUNDARY,
+    RENDERED_DIFFERENTLY,
+    TEMPLATE_MAPPING,
+    Encoded,
+    Message,
+    Row,
+    RowRefused,
+)
+from utils.proofs import record_proof
+from utils.run_dir import Run, write_json
+
+Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
+# Rows of the user's, spread over the set, that are checked.
+ROWS = 200
+# What may keep a row's ids from being the chat template's: each is counted, named and shown to the user.
+_EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, ADDED_END}
+
+
+_THINK_BLOCK = re.compile(r'<((?:\w+:)?think)>.*?</\1>', re.DOTALL)
+
+
+def _turns(*texts: str, system: str | None = None) -> list[Message]:
+    turns: list[Message] = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(texts)]
+    return [{'role': 'system', 'content': system}, *turns] if system is not None else turns
+
+
+def probes() -> list[Row]:
+    """Return conversations of every kind that a template may treat in a way of its own; `origin` names the kind."""
+    arguments = {'type': 'object', 'properties': {'town': {'type': 'string', 'description': 'where'}}}
+    tool = {'type': 'function', 'function': {'name': 'sky', 'description': 'Weather.', 'parameters': arguments}}
+    call = {'type': 'function', 'function': {'name': 'sky', 'arguments': {'town': 'Oslo'}}}
+    calling: Message = {'role': 'assistant', 'content': '{"name": "sky"}', 'tool_calls': [call]}
+    kinds: dict[str, tuple[list[Message], list[Any] | None]] = {
+        'one turn': (_turns('what is 7 and 3?', 'the answer is 10.'), None),
+        'two turns': (_turns('hi', 'yo', 'name a colour', 'blue'), None),
+        'three turns': (_turns('a', 'b', 'c', 'd', 'and [1, 2]?', 'red\n\n- green'), None),
+        'a system text': (_turns('hi', 'yo', system='be brief'), None),
+        'a system text, three turns': (_turns('a', 'b', 'c', 'd', 'e', 'f', system='be brief'), None),
+        'an empty answer': (_turns('hi', ''), None),
+        'unicode': (_turns('你好，世界 🌍', 'héllo ñ 今天的天气很好。'), None),
+        'trailing blanks': (_turns('  hi \n', ' yo  \n'), None),
+        'thinking': (_turns('what is 7 and 3?', '<think>\n7 + 3\n</think>\n\n10'), None),
+        'tools': (_turns('hi', 'yo'), [tool]),
+        'a tool call': ([{'role': 'user', 'content': 'weather?'}, calling], [tool]),
+    }
+    return [Row(messages=messages, tools=tools, origin=f'probe: {kind}') for kind, (messages, tools) in kinds.items()]
+
+
+def template_hash(encoder: Encoder) -> str:
+    """Return the sha256 of what the template is: its text, or the entry of TEMPLATE_MAPPING."""
+    own = TEMPLATE_MAPPING[encoder.name]
+    content = encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
+    """Write down which template is trained; raises ConfigError where the run that is repeated had another."""
+    sha256 = template_hash(encoder)
+    if repeats is not None:
+        check_repeated_template(Path(repeats), sha256)
+    run.note(template_sha256=sha256)
+    run.lock['template_sha256'] = sha256
+    if dist.is_main():
+        write_json(run.folder / LOCK_JSON, run.lock)
+
+
+def _own_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
+    """Return what transformers gives for the row under the tokenizer's chat template, or for its prompt."""
+    messages: list[Any] = list(row.messages)
+    system = encoder.system if not isinstance(encoder, TemplateEncoder) or encoder.template.has_system else None
+    if isinstance(encoder, AutoEncoder):
+        messages = [encoder.spoken(message) for message in messages]
+    if system is not None and messages[0]['role'] != 'system':
+        messages.insert(0, {'role': 'system', 'content': system})
+    ids: list[int] = encoder.tokenizer.apply_chat_template(
+        messages[:-1] if prompt else messages, tools=row.tools or None, add_generation_prompt=prompt, return_dict=False
+    )
+    return ids
+
+
+class _Check:
+    """One row under one encoder: its ids, those of the chat template, and what is wrong."""
+
+    def __init__(self, encoder: Encoder, row: Row) -> None:
+        # By itself: a row that reasons changes what prompts hold for the rows after it.
+        alone = copy.copy(encoder)
+        alone.max_length = -1
+        self.encoder, self.row = encoder, row
+        self.encoded: Encoded = alone.encode([row])[0]
+        self.prompt = alone.encode_prompts([row])[0]
+        self.theirs: list[int] = []
+
+    def faults(self) -> list[str]:
+        """Return what would keep the tuned model from being used as it was trained, whatever the template is."""
+        ids, (_, end) = self.encoded.input_ids, self.encoded.trained
+        control = {*self.encoder.text.special_ids.values(), self.encoder.tokenizer.eos_token_id}
+        found = []
+        if ids[: len(self.prompt)] != self.prompt:
+            where = self.context(self.prompt, 'the prompt')
+            found.append(f'the prompt that inference gives is not how the trained row begins: {where}')
+        if ids[end - 1] not in control and control & set(ids[end:]):
+            dropped = next(token for token in ids[end:] if token in control)
+            found.append(
+                f'the end of turn {self.encoder.tokenizer.decode([dropped])!r} carries no loss: the model would never '
+                'learn to stop'
+            )
+        return found
+
+    def verdict(self) -> Verdict:
+        """Return how the ids stand to the chat template's; raises what the template raises on the row."""
+        ours, notes = self.encoded.input_ids, _EXPLAINS & set(self.encoded.notes)
+        self.theirs = _own_ids(self.encoder, self.row)
+        if CONTROL_TOKENS not in notes and self.encoder.name == AUTO:
+            before = _own_ids(self.encoder, self.row, prompt=True)[:-1]  # the last token may merge with what follows
+            if ours[: len(before)] != before:
+                self.theirs = before
+                return 'different'
+        if ours == self.theirs:
+            return 'equal'
+        if notes == {ADDED_END}:
+            return 'explained' if ours[:-1] == self.theirs else 'different'
+        if notes == {RENDERED_DIFFERENTLY}:
+            return 'explained' if self._differs_in_reply() else 'different'
+        return 'explained' if notes else 'different'
+
+    def _differs_in_reply(self) -> bool:
+        """Return whether the two differ in think blocks and in blanks around a reply that has some, and no further."""
+        ids, reply = (self.encoded.input_ids, self.theirs), self.row.messages[-1]['content']
+        texts = [self.encoder.tokenizer.decode(part) for part in ids]
+        bare = [''.join(_THINK_BLOCK.sub('', text).split()) for text in texts]
+        end = self.encoded.trained[1] - 1 - len(ids[0])
+        may_differ = reply != reply.strip() or any(map(_THINK_BLOCK.search, texts))
+        return may_differ and bare[0] == bare[1] and ids[0][end:] == ids[1][end:]
+
+    def context(self, other: list[int], name: str) -> str:
+        """Return the first token in which the row's ids differ from others, and the text before it."""
+        ours, decode = self.encoded.input_ids, self.encoder.tokenizer.decode
+        at = next((i for i, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), min(len(ours), len(other)))
+
+        def token(ids: list[int]) -> str:
+            return f'{decode(ids[at : at + 1])!r} ({ids[at]})' if at < len(ids) else 'nothing more'
+
+        before = decode(ours[max(at - 6, 0) : at])
+        return f'token {at}, after {before!r}, is {token(ours)}, {name} has {token(other)}'
+
+
+def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
+    """Check rows and probes and record the outcome; raises ConfigError where the run would train what it must not.
+
+    A registered template may differ from the tokenizer's own: it was chosen, and that it differs is said once.
+    """
+    started = time.perf_counter()
+    own = bool(encoder.tokenizer.chat_template)
+    counts: Counter[Verdict] = Counter()
+    first: str | None = None
+    outcome: dict[str, Any] = {'passed': False}
+    try:
+        for row in [*(row for row in rows if not row.images), *probes()]:
+            verdict, difference = _judge(encoder, row, own=own)
+            counts[verdict] += 1
+            first = first or difference
+        says = _sentence(encoder.name, own, counts, sum(counts.values()) - len(probes()), first)
+        outcome = {'passed': True, 'says': says, **{name: counts[name] for name in sorted(counts)}}
+        logger.info(f'template: {says}')
+    except ConfigError as error:
+        outcome['says'] = error.problems[0]
+        raise
+    finally:
+        record_proof(run_dir, 'template', {**outcome, 'seconds': round(time.perf_counter() - started, 2)})
+
+
+def _judge(encoder: Encoder, row: Row, *, own: bool) -> tuple[Verdict, str | None]:
+    """Return the verdict on a row and where it differs; raises ConfigError for what nothing explains."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        check = _Check(encoder, row)
+    except (RowRefused, ConfigError) as error:
+        if isinstance(error, ConfigError) and not row.origin.startswith('probe: '):
+            raise
+        return 'refused', None
+    if faults := check.faults():
+        raise ConfigError(*(f'template {encoder.name}, {row.origin}: {fault}.' for fault in faults))
+    if not own:
+        return 'alone', None
+    try:
+        verdict = check.verdict()
+    except (TemplateError, TypeError):  # the tokenizer's template cannot say what the registered one says
+        return 'different' if encoder.name != AUTO else 'refused', f'its own template refuses {row.origin}'
+    if verdict != 'different':
+        return verdict, None
+    where = check.context(check.theirs, 'the chat template')
+    if encoder.name == AUTO:
+        raise ConfigError(
+            f"template auto, {row.origin}: the ids are not those of the tokenizer's chat template, and no counted "
+            f'reason explains it: {where}. Choose a --template_type, and please report this chat template.'
+        )
+    return verdict, f'{row.origin}: {where}'
+
+
+def _sentence(name: str, own: bool, counts: Counter[Verdict], rows: int, first: str | None) -> str:
+    tried = sum(counts.values())
+    what = f'{tried} conversations ({rows} of your rows, {tried - rows} probes)'
+    refused = f', {counts["refused"]} cannot be said in it' if counts['refused'] else ''
+    holds = '; in all of them the prompt of inference begins what is trained and the end of turn carries loss'
+    if not own:
+        return f"the tokenizer has no chat template to compare '{name}' with; {what} were tried{refused}{holds}"
+    told = f"{counts['equal']} of {what} give the ids of the tokenizer's own chat template"
+    explained = f', {counts["explained"]} differ for reasons that are counted' if counts['explained'] else ''
+    if counts['different']:
+        differs = f"'{name}' was chosen and is trained: it differs in {counts['different']}, first {first}"
+        return f'{told}; {differs}{refused}{holds}'
+    return f'{told}{explained}{refused}{holds}'
+
+
+def check_trained_template(encoder: Encoder, record: dict[str, Any], checkpoint: Path, *, typed: bool) -> None:
+    """Raise ConfigError where the template that serves is not the one trained; only warn where it was typed."""
+    trained, serves = record.get('template_sha256'), template_hash(encoder)
+    if trained is None or trained == serves or record.get('template_type') != encoder.name:
+        return
+    if encoder.name == AUTO:
+        what = 'the chat template of this tokenizer'
+        is_whole = not (checkpoint / 'adapter_config.json').is_file()
+        remedy = 'put back the chat_template.jinja that the run wrote'
+        remedy = remedy if is_whole else f'take the trained one from {checkpoint / "chat_template.jinja"}'
+    else:
+        what, remedy = f"the entry '{encoder.name}' of TEMPLATE_MAPPING", 'put the entry back as it was'
+    text = (
+        f'{what} has changed since {checkpoint.name} was trained (sha256 {trained[:12]}, now {serves[:12]}): '
+        f'answers would be to prompts it never saw. To fix it, {remedy}; or type --template_type to go on all the same.'
+    )
+    if not typed:
+        raise ConfigError(text)
+    logger.warning(text)
