@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# LoRA, one GPU. Not measured by this project; meant for 1 x 80 GB.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+
+python llm_sft.py \
+    --model_type gpt-oss-20b \
+    --dataset alpaca-en \
+    --gradient_checkpointing true \
+    "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# QLoRA, one GPU. Not measured by this project; meant for 1 x 12 GB.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+
+python llm_sft.py \
+    --model_type phi4-mini-instruct \
+    --dataset alpaca-en \
+    --quantization_bit 4 \
+    --lora_target_modules ALL \
+    --gradient_checkpointing true \
+    "$@"

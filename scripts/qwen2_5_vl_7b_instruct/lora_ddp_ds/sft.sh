@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# LoRA, 2 processes, a GPU each, DeepSpeed ZeRO-2. Not measured by this project; meant for 2 x 40 GB.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1}
+source scripts/launch.sh
+processes=${NPROC_PER_NODE:-2}
+
+launch "$processes" llm_sft.py \
+    --model_type qwen2.5-vl-7b-instruct \
+    --dataset coco-en \
+    --gradient_checkpointing true \
+    --deepspeed_config_path ds_config/zero2.json \
+    --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
+    "$@"

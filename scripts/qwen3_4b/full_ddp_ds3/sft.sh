@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# All weights, 4 processes, a GPU each, DeepSpeed ZeRO-3. Not measured by this project; meant for 4 x 40 GB.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1,2,3}
+source scripts/launch.sh
+processes=${NPROC_PER_NODE:-4}
+
+launch "$processes" llm_sft.py \
+    --model_type qwen3-4b \
+    --sft_type full \
+    --dataset alpaca-zh alpaca-en \
+    --gradient_checkpointing true \
+    --deepspeed_config_path ds_config/zero3.json \
+    --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
+    "$@"

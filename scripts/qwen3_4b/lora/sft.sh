@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# LoRA, one GPU. Not measured by this project; meant for 1 x 24 GB.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+
+python llm_sft.py \
+    --model_type qwen3-4b \
+    --dataset alpaca-zh alpaca-en \
+    --lora_target_modules ALL \
+    --gradient_checkpointing true \
+    "$@"

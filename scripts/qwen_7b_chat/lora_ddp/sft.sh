@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# LoRA, 2 processes, a GPU each. Measured in 2023: 2 x A100, 60 GB each with flash-attn.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1}
+source scripts/launch.sh
+processes=${NPROC_PER_NODE:-2}
+
+launch "$processes" llm_sft.py \
+    --model_type qwen-7b-chat \
+    --dataset damo-agent-mini-zh \
+    --train_dataset_sample -1 \
+    --max_length 4096 \
+    --lora_target_modules ALL \
+    --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
+    "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# QLoRA, one GPU, on int8 weights of the hub. Measured in 2023: V100, A10, 3090, 16 GB.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+
+python llm_sft.py \
+    --model_type qwen-7b-chat-int8 \
+    --dataset leetcode-python-en \
+    --train_dataset_sample -1 \
+    --max_length 4096 \
+    --lora_target_modules ALL \
+    --gradient_checkpointing true \
+    "$@"
