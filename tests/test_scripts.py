@@ -5,82 +5,204 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
 from utils.argument import InferArguments, SftArguments
+from utils.model import MODEL_MAPPING, QKV
 from utils.parser import parse
+from utils.preprocess import AUTO
+from utils.resolution import Resolution
 from utils.resolve import resolve_infer, resolve_sft
 
-SCRIPTS = sorted((ROOT / 'scripts').glob('*/*/*.sh'))
-STAND_IN = '#!/usr/bin/env bash\nprintf "%s\\0" "$(basename "$0")" "$@" > "$RECORD"\n'
+SFT = sorted((ROOT / 'scripts').glob('*/*/sft.sh'))
+INFER = sorted((ROOT / 'scripts').glob('*/*/infer.sh'))
+# The file it writes is its caller's name for the run; in it the program, the GPUs it sees, and its arguments.
+STAND_IN = """#!/bin/sh
+printf '%s\\0' "${0##*/}" "${CUDA_VISIBLE_DEVICES-}" "$@" > "$RECORD"
+"""
+# Started from a foreign folder, one bash for all.
+DRIVER = 'for s in "$@"; do RECORD="$RECORDS/${s//\\//_}" bash "$s" $WORDS || echo "$s" >> "$RECORDS/failed"; done'
+MACHINES = {'NNODES': '2', 'NODE_RANK': '1', 'MASTER_ADDR': '10.0.0.1'}
+VARIANTS = {'plain': {}, 'four': {'NPROC_PER_NODE': '4'}, 'machines': {**MACHINES, 'CUDA_VISIBLE_DEVICES': '6,7'}}
 
 
-@pytest.fixture(scope='module')
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('bin')
+@dataclass(frozen=True)
+class Started:
+    """What a script would run: the program, the GPUs it would see, how many processes, and the flags."""
+
+    program: str
+    gpus: list[str]
+    launcher: list[str]
+    flags: list[str]
+
+    @property
+    def processes(self) -> int:
+        """Return how many processes there are on all machines."""
+        if self.program == 'python':
+            return 1
+        machines = int(self.launcher[self.launcher.index('--nnodes') + 1]) if '--nnodes' in self.launcher else 1
+        return machines * int(self.launcher[self.launcher.index('--nproc_per_node') + 1])
+
+
+def run_scripts(folder: Path, scripts: list[Path], words: str, **env: str) -> dict[Path, Started]:
+    """Return what each of these scripts would run, given the same words."""
     for name in ('python', 'torchrun'):
         (folder / name).write_text(STAND_IN)
         (folder / name).chmod(0o755)
-    return folder
+    records = folder / 'records'
+    records.mkdir()
+    own = {k: v for k, v in os.environ.items() if k not in ('CUDA_VISIBLE_DEVICES', 'NPROC_PER_NODE', *MACHINES)}
+    path = f'{folder}:{os.environ["PATH"]}'
+    subprocess.run(
+        ['bash', '-c', DRIVER, 'bash', *map(str, scripts)],
+        cwd=folder, env={**own, 'PATH': path, 'RECORDS': str(records), 'WORDS': words, **env}, check=True,
+    )  # fmt: skip
+    assert not (records / 'failed').exists(), (records / 'failed').read_text()
+    found = {}
+    for script in scripts:
+        program, gpus, *said = (records / str(script).replace('/', '_')).read_text().split('\0')[:-1]
+        start = next(i for i, word in enumerate(said) if word.endswith('.py'))
+        assert said[start] == {'sft.sh': 'llm_sft.py', 'infer.sh': 'llm_infer.py'}[script.name]
+        found[script] = Started(program, [g for g in gpus.split(',') if g], said[:start], said[start + 1 :])
+    return found
 
 
-def record(script: Path, stand_ins: Path, tmp_path: Path, *words: str) -> list[str]:
-    """Return the words the script would run, started from a foreign folder."""
-    target = tmp_path / 'record'
-    env = {**os.environ, 'PATH': f'{stand_ins}:{os.environ["PATH"]}', 'RECORD': str(target)}
-    subprocess.run(['bash', str(script), *words], cwd=tmp_path, env=env, check=True)
-    return target.read_text().split('\0')[:-1]
+@pytest.fixture(scope='module')
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, Started]]:
+    """Return what every sft.sh would run, by variant of the environment."""
+    return {name: run_scripts(tmp_path_factory.mktemp(name), SFT, '--seed 7', **env) for name, env in VARIANTS.items()}
 
 
-def test_every_script_resolves_and_states_only_what_differs_from_the_defaults(stand_ins: Path, tmp_path: Path) -> None:
+def resolved(flags: list[str]) -> tuple[frozenset[str], Resolution[SftArguments]]:
+    """Return which flags were typed, and what they resolve to."""
+    parsed = parse(SftArguments, flags, program='x', about='x')
+    return parsed.typed, resolve_sft(parsed)
+
+
+def test_every_script_is_seen() -> None:
+    assert len(SFT) == len(INFER) >= 97 and [s.parent for s in SFT] == [s.parent for s in INFER]
+    assert len({s.parent.parent for s in SFT}) >= 43
+
+
+def test_every_script_has_a_header_and_passes_its_words_on() -> None:
+    for script in SFT + INFER:
+        lines = script.read_text().splitlines()
+        assert lines[0] == '#!/usr/bin/env bash' and lines[1].startswith('# ') and lines[1].endswith('.'), script
+        assert 'set -euo pipefail' in lines and 'token' not in script.read_text().lower(), script
+        assert lines[-1].endswith('"$@"' if script.name == 'sft.sh' else '"${@:2}"'), script
+
+
+def test_flags_resolve_and_state_only_what_differs(started: dict[str, dict[Path, Started]]) -> None:
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(SftArguments)
+    }
     seen = 0
-    for script in SCRIPTS:
-        text = script.read_text()
-        assert text.startswith('#!/usr/bin/env bash\n# '), script
-        assert 'set -euo pipefail' in text and 'token' not in text
-        mode = script.parent.name
-        if script.name == 'sft.sh':
-            program, *words = record(script, stand_ins, tmp_path, '--seed', '7')
-            words = words[words.index('llm_sft.py') + 1 :]
-            parsed = parse(SftArguments, words, program='x', about='x')
-            done = resolve_sft(parsed)
-            assert not done.problems.found, (script, done.problems.found)
-            assert done.args.seed == 7, 'flags of the command line come last and win'
-            assert script.parent.parent.name == str(done.args.model_type).replace('-', '_').replace('.', '_')
-            assert mode.startswith(('lora', 'qlora', 'full'))
-            assert (done.args.sft_type == 'full') == mode.startswith('full')
-            assert bool(done.args.quantization_bit) == mode.startswith('qlora')
-            assert (program == 'torchrun') == ('ddp' in mode)
-            defaults = {f.name: f.default for f in fields(SftArguments) if f.default is not MISSING}
-            restated = [n for n in parsed.typed - {'seed'} if getattr(parsed.args, n) == defaults.get(n)]
-            assert not restated, f'{script} restates the default of {restated}'
-        else:
-            _, name, *words = record(script, stand_ins, tmp_path, 'some/checkpoint', '--eval_human', 'true')
-            assert script.name == 'infer.sh' and name == 'llm_infer.py'
-            infer = resolve_infer(parse(InferArguments, [*words, '--model_type', 'llama2-7b'], program='x', about='x'))
-            assert infer.args.ckpt_dir == 'some/checkpoint' and infer.args.eval_human
-            assert (script.parent / 'sft.sh').is_file()
+    for script, found in started['plain'].items():
+        typed, done = resolved(found.flags)
+        assert not done.problems.found and not done.warnings, (script, done.problems.found, done.warnings)
+        assert done.args.seed == 7, 'flags of the command line come last and win'
+        assert done.info is not None and done.args.model_type in MODEL_MAPPING
+        assert script.parent.parent.name == str(done.args.model_type).replace('-', '_').replace('.', '_')
+        typed_values = vars(parse(SftArguments, found.flags, program='x', about='x').args)
+        restated = [name for name in typed - {'seed'} if typed_values[name] == defaults[name]]
+        assert not restated, f'{script} restates the default of {restated}'
+        assert typed_values['template_type'] != done.info.template, f'{script} restates the template of its model'
+        if 'lora_target_modules' in typed:
+            targets = done.info.lora_target_modules
+            assert set(typed_values['lora_target_modules']) != set(targets), script
+            all_layers = done.info.template == AUTO and targets != QKV
+            assert not all_layers, f'{script}: its model names all its linear layers by itself'
         seen += 1
-    assert seen == 8
+    assert seen >= 97
 
 
-def test_infer_scripts_ask_for_a_checkpoint(stand_ins: Path, tmp_path: Path) -> None:
-    asked = 0
-    for script in (s for s in SCRIPTS if s.name == 'infer.sh'):
-        done = subprocess.run(['bash', str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode != 0 and 'usage: infer.sh CHECKPOINT' in done.stderr
-        asked += 1
-    assert asked == 4
+def mode_of(found: Started, done: Resolution[SftArguments]) -> str:
+    """Return the folder name that a command line calls for."""
+    args, info = done.args, done.info
+    assert info is not None
+    packed = bool(args.quantization_bit) or info.quantization is not None
+    parts = {
+        'full': args.sft_type == 'full',
+        'qlora': args.sft_type == 'lora' and packed,
+        'lora': args.sft_type == 'lora' and not packed,
+        'mp': len(found.gpus) > found.processes,
+        'ddp': found.program == 'torchrun',
+        'ds': args.deepspeed_config_path == 'ds_config/zero2.json',
+        'ds3': args.deepspeed_config_path == 'ds_config/zero3.json',
+        'fsdp': args.fsdp,
+    }
+    return '_'.join(name for name, is_so in parts.items() if is_so)
+
+
+def test_folder_names_say_what_the_flags_and_the_launcher_do(started: dict[str, dict[Path, Started]]) -> None:
+    modes = set()
+    for script, found in started['plain'].items():
+        _, done = resolved(found.flags)
+        assert script.parent.name == mode_of(found, done), script
+        path = done.args.deepspeed_config_path
+        assert path is None or (ROOT / path).is_file(), path
+        modes.add(script.parent.name)
+    assert {'lora', 'qlora', 'full', 'lora_ddp', 'lora_mp', 'lora_mp_ddp', 'qlora_ddp_ds', 'full_ddp_ds3'} < modes
+    assert len(modes) >= 16
+
+
+def test_the_effective_batch_is_the_same_on_any_number_of_processes(started: dict[str, dict[Path, Started]]) -> None:
+    seen = 0
+    for variant in started.values():
+        for script, found in variant.items():
+            args = resolved(found.flags)[1].args
+            batch = args.batch_size * args.gradient_accumulation_steps * found.processes
+            assert batch == (32 if args.model_type == 'seqgpt-560m' else 16), (script, found)
+            seen += 1
+    assert seen == 3 * len(SFT)
+
+
+def test_several_processes_and_machines_start_through_one_launcher(started: dict[str, dict[Path, Started]]) -> None:
+    several = {script for script, found in started['plain'].items() if found.program == 'torchrun'}
+    assert len(several) >= 45
+    for script in SFT:
+        plain, four, machines = (started[name][script] for name in VARIANTS)
+        if script not in several:
+            assert plain.launcher == four.launcher == machines.launcher == []
+            continue
+        assert plain.launcher == ['--standalone', '--nproc_per_node', str(plain.processes)]
+        assert four.launcher == ['--standalone', '--nproc_per_node', '4']
+        assert machines.launcher == [
+            '--nnodes', '2', '--node_rank', '1', '--master_addr', '10.0.0.1', '--master_port', '29500',
+            '--nproc_per_node', str(plain.processes),
+        ]  # fmt: skip
+        assert machines.gpus == ['6', '7'], 'what the caller sets is kept'
+
+
+def test_several_machines_need_to_know_each_other(tmp_path: Path) -> None:
+    script = next(s for s in SFT if s.parent.name == 'lora_ddp')
+    env = {**os.environ, 'NNODES': '2'}
+    done = subprocess.run(['bash', str(script)], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and 'NODE_RANK: the number of this machine, 0 on the first' in done.stderr
+
+
+def test_infer_scripts_take_a_checkpoint_and_more_flags(tmp_path: Path) -> None:
+    seen = 0
+    for script, found in run_scripts(tmp_path, INFER, 'some/checkpoint --eval_human true').items():
+        words = [*found.flags, '--model_type', 'llama2-7b']
+        infer = resolve_infer(parse(InferArguments, words, program='x', about='x'))
+        assert found.program == 'python' and not infer.problems.found, script
+        assert infer.args.ckpt_dir == 'some/checkpoint' and infer.args.eval_human
+        seen += 1
+    assert seen >= 97
+    done = subprocess.run(['bash', str(INFER[0])], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode != 0 and 'usage: infer.sh CHECKPOINT' in done.stderr
 
 
 def test_arguments_golden_list() -> None:
     """Flags and defaults are a promise: a change here is made on purpose."""
     golden = json.loads((ROOT / 'tests' / 'golden_arguments.json').read_text())
-    found = {
+    found: dict[str, dict[str, Any]] = {
         cls.__name__: {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
         for cls in (SftArguments, InferArguments)
     }

@@ -7,6 +7,5 @@ export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 python llm_sft.py \
     --model_type gemma3-4b-it \
     --dataset alpaca-en \
-    --lora_target_modules ALL \
     --gradient_checkpointing true \
     "$@"

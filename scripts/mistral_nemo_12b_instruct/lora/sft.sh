@@ -7,6 +7,5 @@ export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 python llm_sft.py \
     --model_type mistral-nemo-12b-instruct \
     --dataset alpaca-en \
-    --lora_target_modules ALL \
     --gradient_checkpointing true \
     "$@"

@@ -9,7 +9,6 @@ processes=${NPROC_PER_NODE:-2}
 launch "$processes" llm_sft.py \
     --model_type phi4-mini-instruct \
     --dataset alpaca-en \
-    --lora_target_modules ALL \
     --gradient_checkpointing true \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
     "$@"

@@ -8,6 +8,5 @@ python llm_sft.py \
     --model_type phi4-mini-instruct \
     --dataset alpaca-en \
     --quantization_bit 4 \
-    --lora_target_modules ALL \
     --gradient_checkpointing true \
     "$@"

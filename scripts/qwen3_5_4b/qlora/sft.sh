@@ -8,6 +8,5 @@ python llm_sft.py \
     --model_type qwen3.5-4b \
     --dataset alpaca-zh alpaca-en \
     --quantization_bit 4 \
-    --lora_target_modules ALL \
     --gradient_checkpointing true \
     "$@"

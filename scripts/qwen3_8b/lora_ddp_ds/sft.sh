@@ -9,7 +9,6 @@ processes=${NPROC_PER_NODE:-2}
 launch "$processes" llm_sft.py \
     --model_type qwen3-8b \
     --dataset alpaca-zh alpaca-en \
-    --lora_target_modules ALL \
     --gradient_checkpointing true \
     --deepspeed_config_path ds_config/zero2.json \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
