@@ -16,7 +16,8 @@ from tests.test_template import FOREIGN_IDS, TEXT, TOKENIZER, TOKENIZERS, TOOLS_
 from utils.auto_encoder import make_encoder
 from utils.collator import Collator
 from utils.encoder import Encoder
-from utils.encoding import EncodedRows, show_sample
+from utils.encoding import EncodedRows
+from utils.mask_gate import show_row
 from utils.preprocess import AUTO, CONTROL_TOKENS, EARLIER_CHANGED, TEMPLATE_MAPPING, Row
 
 MULTI_TURN = [name for name, t in TEMPLATE_MAPPING.items() if t is None or t.chat_sep is not None]
@@ -130,8 +131,8 @@ def test_several_spans_are_kept_compactly_and_become_labels() -> None:
         rows.append(row)
     assert [rows[i].get('earlier', []) for i in range(3)] == [row.earlier for row in encoded]
     assert rows.trained_tokens() == sum(e - s for row in encoded for s, e in (*row.earlier, row.trained))
-    assert show_sample(TOKENIZER, rows[0]).count('⟦') == 2
-    assert '⟦yo<|im_end|>⟧\n<|im_start|>user\nwho?' in show_sample(TOKENIZER, rows[0])
+    assert show_row(TOKENIZER, rows[0]).count('⟦') == 2
+    assert '⟦yo<|im_end|>⟧\n<|im_start|>user\nwho?' in show_row(TOKENIZER, rows[0])
     labels = Collator(5)([rows[0], rows[1]])['labels']
     assert [i for i, label in enumerate(labels[0].tolist()) if label != -100] == [
         i for start, end in (*encoded[0].earlier, encoded[0].trained) for i in range(start, end)

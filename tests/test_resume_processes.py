@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,13 +70,17 @@ found = {
 """
 
 
+# A process that is forked after torch started threads would wait for them for ever.
+ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
 @pytest.fixture(scope='module')
 def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Return the folder of all the runs, and what the driver found."""
     folder = tmp_path_factory.mktemp('runs')
     done = subprocess.run(
         [sys.executable, '-c', DRIVER, str(ROOT), str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
+        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, json.loads((folder / 'found.json').read_text())
@@ -132,7 +137,7 @@ def test_killed_runs_go_on_to_the_same_bits() -> None:
     done = subprocess.run(
         [sys.executable, 'benchmarks/kill_resume.py', '--kills', '4', '--modes', 'lora, worker, log every 3', 'full',
          'lora, 2 processes'],
-        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
+        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert '4 of 4 resumed runs equal the uninterrupted one' in done.stdout

@@ -189,11 +189,10 @@ class AutoEncoder(Encoder):
         lasts = [map_strings(last, self.text.guard) if g else last for last, g in zip(lasts, guarded, strict=True)]
         prompts = self._render_all([(messages, tools) for messages, tools, _, _ in prepared], prompt=True)
         wholes = [([*messages, last], tools) for (messages, tools, _, _), last in zip(prepared, lasts, strict=True)]
+        rendered = self._render_all(wholes, prompt=False)
         return [
             self._part(prompt, full, last, prompt_guarded=p[2], reply_guarded=g, notes=p[3])
-            for prompt, full, last, p, g in zip(
-                prompts, self._render_all(wholes, prompt=False), lasts, prepared, guarded, strict=True
-            )
+            for prompt, full, last, p, g in zip(prompts, rendered, lasts, prepared, guarded, strict=True)
         ]
 
     def _part(
@@ -215,12 +214,7 @@ class AutoEncoder(Encoder):
         if full != prompt + reply + end:
             notes.append(RENDERED_DIFFERENTLY)
         return _Parts(
-            prompt=prompt,
-            reply=reply,
-            end=end,
-            prompt_guarded=prompt_guarded,
-            reply_guarded=reply_guarded,
-            notes=notes,
+            prompt=prompt, reply=reply, end=end, prompt_guarded=prompt_guarded, reply_guarded=reply_guarded, notes=notes
         )
 
     def _joined(self, prompt: str, reply: str) -> tuple[str, str]:

@@ -95,6 +95,7 @@ class FirstStepGate(TrainerCallback):
         if engine is not None:
             deepspeed_load_checkpoint(engine, str(scratch), load_module_strict=not isinstance(trainer.model, PeftModel))
             engine.micro_steps = 0
+            trainer.accelerator.wait_for_everyone()  # the main process removes what others may still read
         else:
             with torch.no_grad():
                 for weight, kept in zip(weights, copies, strict=True):
