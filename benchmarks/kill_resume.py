@@ -7,6 +7,7 @@ Each run is a fork of this process, which has the libraries loaded, so a kill co
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ from utils.argument import SftArguments, flag_types  # noqa: E402
 from utils.checkpoint import MANIFEST, all_checkpoints, damage, partial_name  # noqa: E402
 
 STEPS = 16
+_PR_SET_PDEATHSIG = 1
 # One row per mode: how many processes, and the flags that make it. A flag this checkout does not know skips the mode.
 MODES: dict[str, tuple[int, str]] = {
     'lora': (1, '--lora_dropout_p 0.1'),
@@ -56,8 +59,8 @@ class Outcome:
     differences: list[str] = field(default_factory=list)
 
 
-def base_flags(folder: Path) -> list[str]:
-    """Make a tiny model and data in `folder`; return flags of a run that saves and evaluates often."""
+def make_inputs(folder: Path) -> None:
+    """Write a tiny model, rows and a DeepSpeed configuration."""
     from tests.conftest import make_model, make_tokenizer, write_jsonl
 
     make_model().save_pretrained(folder / 'tiny')
@@ -65,6 +68,20 @@ def base_flags(folder: Path) -> list[str]:
     rows = [{'query': f'what is {i}?', 'response': f'the answer is {i}.' + ' yes' * (i % 5)} for i in range(40)]
     write_jsonl(folder / 'rows.jsonl', rows)
     (folder / 'deepspeed.json').write_text(json.dumps(DEEPSPEED), encoding='utf-8')
+
+
+def base_flags(folder: Path) -> list[str]:
+    """Make the inputs of runs in `folder`; return flags of a run that saves and evaluates often."""
+    # In a fork of its own: the tokenizer's threads, once started here, would be missing in every later fork.
+    child = os.fork()
+    if child == 0:
+        try:
+            make_inputs(folder)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert wait([child]) == [0]
     os.environ['TORCH_EXTENSIONS_DIR'] = str(folder / 'extensions')  # what DeepSpeed compiles at its first run
     return (
         f'--model_id_or_path {folder / "tiny"} --dataset {folder / "rows.jsonl"} --dtype fp32 --learning_rate 0.01 '
@@ -83,7 +100,7 @@ def start(words: list[str], output: Path, processes: int) -> list[int]:
     for rank in range(processes):
         child = os.fork()
         if child == 0:
-            os.setsid()
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no run outlives this process
             if processes > 1:
                 os.environ.update(
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
@@ -116,8 +133,6 @@ def _train(words: list[str], output: Path, rank: int) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         return 1
 

@@ -28,8 +28,9 @@ seen: dict[str, Any] = {}
 
 def noted_loss(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Return the trainer's loss, rows and parameter classes noted; dies or fails in mid-step where the plan says so."""
-    if not self.in_preflight:
-        seen['rows'] += [ids.tolist() for ids in split_rows(inputs, 'input_ids')]
+    if self.in_preflight:
+        return plain_loss(self, model, inputs, *args, **kwargs)
+    seen['rows'] += [ids.tolist() for ids in split_rows(inputs, 'input_ids')]
     seen['parameters'] = sorted({type(p).__name__ for p in self.model.parameters()})
     seen['seeds'] = [self.args.seed, self.args.data_seed]
     loss = plain_loss(self, model, inputs, *args, **kwargs)
