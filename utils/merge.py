@@ -167,7 +167,9 @@ def _is_tied(model: Any) -> tuple[bool, bool]:
     """Return whether head and embedding are one tensor, and whether config.json tells other programs so."""
     head = model.get_output_embeddings()
     shared = head is not None and head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    return shared, bool(model.config.get_text_config().tie_word_embeddings)
+    # A model that sees may say it for the whole alone.
+    settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
+    return shared, bool(settings.get('tie_word_embeddings'))
 
 
 def _replaced(target: Path) -> Path:
