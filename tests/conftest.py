@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,32 @@ TEXTS = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption('--record-errors', action='store_true', help='write which test reaches which message for users')
+    parser.addoption('--record-errors', action='store_true', help='write down which test reaches which message for users')
+
+
+RECORDER = pytest.StashKey[Recorder]()
 
 
 @pytest.fixture(scope='session', autouse=True)
-def record_errors(pytestconfig: pytest.Config) -> Iterator[None]:
-    """Note the messages that tests reach, where that was asked for."""
-    if not pytestconfig.getoption('--record-errors'):
-        yield
-        return
-    recorder = Recorder()
+def messages_reached(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Note the messages for users that tests reach: into the table where that was asked for, else held against it."""
+    recorder = pytestconfig.stash[RECORDER] = Recorder()
     recorder.watch(ConfigError, '__init__')
     recorder.watch(Problems, 'add')
     yield
-    recorder.write()
+    if pytestconfig.getoption('--record-errors'):
+        recorder.write()
+    untrue = recorder.untrue()
+    assert not untrue, 'these passed without reaching the message; run them with --record-errors:\n' + '\n'.join(untrue)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Tell the recorder which tests passed."""
+    report = yield
+    if call.when == 'call' and report.passed:
+        item.config.stash[RECORDER].passed.add(item.nodeid)
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Every place in the code that tells a user what is wrong, and the test that makes it speak.
 
-`pytest --record-errors` writes down which test reaches which place (tests/error_sites.json); a plain run of
-test_error_sites.py holds that table against the code.
+tests/error_sites.json names a test for each place. `pytest --record-errors` adds the places that the tests it runs
+reach; every run holds the rows of the tests that it ran against what they reached.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name('error_sites.json')
 _KEY_LENGTH = 70
+# What makes or raises a ConfigError, or collects its text. A file's own functions that end in one are among them.
+_STATES = {'ConfigError', 'UnreadableRow', 'BadImage', 'refuse', 'bad', 'bad_image', 'unknown_key', 'problems.add'}
 
 
 class Site(NamedTuple):
@@ -32,14 +34,14 @@ def _states_problem(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
     called = ast.unparse(node.func)
-    return called == 'ConfigError' or called == 'problems.add' or called.endswith('.problems.add')
+    return called in _STATES or called.endswith('.problems.add')
 
 
 def _text(node: ast.Call) -> str:
-    """Return the words of the call that are fixed, or, where it passes a problem on, how it does."""
+    """Return the words of the call that are fixed, or, where there are hardly any, the call itself."""
     constants = [c.value for argument in node.args for c in ast.walk(argument) if isinstance(c, ast.Constant)]
     text = ' '.join(' '.join(c for c in constants if isinstance(c, str)).split())
-    return text if len(text) > 12 else ast.unparse(node)
+    return text if len(text) > 12 else ' '.join(ast.unparse(node).split())
 
 
 def sites() -> list[Site]:
@@ -58,11 +60,18 @@ def sites() -> list[Site]:
     return found
 
 
+def read_table() -> dict[str, str]:
+    """Return the test of each place."""
+    table: dict[str, str] = json.loads(TABLE.read_text(encoding='utf-8'))
+    return table
+
+
 class Recorder:
     """Notes, while tests run in this process, which of them reaches which place."""
 
     def __init__(self) -> None:
-        self.reached: dict[str, str] = {}
+        self.reached: dict[str, list[str]] = {}
+        self.passed: set[str] = set()
         self._by_file: dict[str, list[Site]] = {}
         for site in sites():
             self._by_file.setdefault(str(ROOT / site.file), []).append(site)
@@ -72,19 +81,29 @@ class Recorder:
         real = getattr(owner, name)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            self._note(sys._getframe(1))
+            test, _, phase = os.environ.get('PYTEST_CURRENT_TEST', '').rpartition(' (')
+            if phase == 'call)':  # what fixtures reach depends on which tests run
+                self._note(sys._getframe(1), test)
             return real(*args, **kwargs)
 
         setattr(owner, name, noted)
 
-    def _note(self, frame: Any) -> None:
-        for site in self._by_file.get(frame.f_code.co_filename, []):
-            if site.first <= frame.f_lineno <= site.last:
-                self.reached.setdefault(site.key, os.environ['PYTEST_CURRENT_TEST'].rpartition(' (')[0])
+    def _note(self, frame: Any, test: str) -> None:
+        while frame is not None:  # a place may speak through a function that raises for it
+            for site in self._by_file.get(frame.f_code.co_filename, []):
+                tests = self.reached.setdefault(site.key, [])
+                if site.first <= frame.f_lineno <= site.last and test not in tests:
+                    tests.append(test)
+            frame = frame.f_back
+
+    def untrue(self) -> list[str]:
+        """Return the rows whose test passed in this run and did not reach the place."""
+        rows = read_table().items()
+        return [f'{key}: {test}' for key, test in rows if test in self.passed and test not in self.reached.get(key, [])]
 
     def write(self) -> None:
-        """Add what was reached to the table; rows of places that are gone are dropped, others keep their test."""
-        before = json.loads(TABLE.read_text(encoding='utf-8')) if TABLE.is_file() else {}
-        keys = [site.key for site in sites()]
-        table = {key: before.get(key) or self.reached[key] for key in keys if key in before or key in self.reached}
+        """Add what was reached to the table; rows that are untrue or of places that are gone are dropped."""
+        kept = {key: test for key, test in read_table().items() if f'{key}: {test}' not in self.untrue()}
+        found = {key: kept.get(key) or next(iter(self.reached.get(key, [])), None) for key in (s.key for s in sites())}
+        table = {key: test for key, test in found.items() if test}
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
