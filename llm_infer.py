@@ -12,7 +12,7 @@ from utils import dist
 from utils.argument import InferArguments
 from utils.errors import ConfigError
 from utils.logger import logger
-from utils.machine_check import check_machine_common
+from utils.machine_check import check_machine_infer
 from utils.model import Weights, is_adapter, locate
 from utils.native.image_readers import open_images
 from utils.parser import Parsed, parse
@@ -40,7 +40,7 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     elif not parsed.typed & {'model_type', 'model_id_or_path'}:
         parsed.problems.add('give --ckpt_dir, or name an untuned model with --model_type or --model_id_or_path.')
     done = resolve_infer(parsed)
-    check_machine_common(done)
+    check_machine_infer(done)
     done.problems.raise_if_any()
     rows = None
     if done.args.reads_data:

@@ -39,7 +39,9 @@ TEXTS = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption('--record-errors', action='store_true', help='write down which test reaches which message for users')
+    parser.addoption(
+        '--record-errors', action='store_true', help='write down which test reaches which message for users'
+    )
 
 
 RECORDER = pytest.StashKey[Recorder]()

@@ -108,7 +108,10 @@ def test_other_versions_are_told(first: Path, tmp_path: Path, caplog: pytest.Log
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) -> None:
     assert llm_sft.main(['--from_run', str(tmp_path)]) == 2
-    assert f'--from_run {tmp_path} has no lock.json. Give a run folder' in problems()[0]
+    assert (
+        f'{tmp_path}/lock.json cannot be read as JSON: No such file or directory. Give --from_run a run'
+        in problems()[0]
+    )
     (tmp_path / 'lock.json').write_text('{')
     assert llm_sft.main(['--from_run', str(tmp_path)]) == 2
-    assert 'lock.json is not JSON' in problems()[-1]
+    assert 'lock.json cannot be read as JSON' in problems()[-1]

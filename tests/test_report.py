@@ -90,7 +90,10 @@ def test_two_runs_are_compared(runs: tuple[Path, Path], tmp_path: Path, capsys: 
     assert 'versions: the same' in printed
     assert target.read_text(encoding='utf-8').count('class="line2"') >= 3
     assert compare.main([str(tmp_path), str(runs[0])]) == 2
-    assert f'{tmp_path} is no run folder' in capsys.readouterr().err
+    assert (
+        f'{tmp_path}/sft_args.json cannot be read as JSON: No such file or directory. Give a run folder'
+        in capsys.readouterr().err
+    )
 
 
 def test_a_report_is_made_again_from_the_folder(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

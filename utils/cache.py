@@ -78,9 +78,17 @@ def _is_whole(folder: Path) -> bool:
     return whole
 
 
+def _limit_gib() -> float:
+    given = os.environ.get('ASSAY_CACHE_GIB')
+    try:
+        return float(given) if given else _DEFAULT_GIB
+    except ValueError:
+        raise ConfigError(f"the environment variable ASSAY_CACHE_GIB takes a number of GiB, got '{given}'.") from None
+
+
 def _bound(newest: Path) -> None:
     """Remove what was not used for longest, and what a killed process left aside."""
-    limit = float(os.environ.get('ASSAY_CACHE_GIB') or _DEFAULT_GIB) * 2**30
+    limit = _limit_gib() * 2**30
     kind = newest.name.partition('-')[0]
     folders = sorted(newest.parent.glob(f'{kind}-*'), key=lambda f: f.stat().st_mtime, reverse=True)
     for folder in [newest, *(f for f in folders if f != newest)]:

@@ -50,7 +50,7 @@ def _json(value: Any, column: str) -> Any:
         return None
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise BadRow(f'{column} is text that is not JSON', column) from None
 
 
@@ -96,7 +96,7 @@ def _call(content: str) -> Message:
     message: Message = {'role': 'assistant', 'content': content}
     try:
         parsed = json.loads(content)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise BadRow('a function call is not JSON') from None
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not all(isinstance(call, dict) and isinstance(call.get('name'), str) for call in calls):
@@ -120,7 +120,10 @@ def _turns(turns: Any, *, column: str, role_key: str, content_key: str) -> list[
             raise BadRow(f"unknown role '{turn[role_key]}'")
         calls = turn.get('tool_calls')
         if role == 'assistant' and calls:
-            content = turn.get(content_key) or json.dumps([c.get('function', c) for c in calls], ensure_ascii=False)
+            if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+                raise BadRow('tool_calls is not a list of objects', column)
+            said = turn.get(content_key) or json.dumps([c.get('function', c) for c in calls], ensure_ascii=False)
+            content = _content(said, 'assistant turn', column)
             messages.append({'role': 'assistant', 'content': content, 'tool_calls': calls})
             continue
         content = _content(turn.get(content_key), f'{role} turn', column)
@@ -183,7 +186,11 @@ def find_converter(columns: Collection[str]) -> Converter | None:
 
 
 def check_row(row: Row) -> Row:
-    """Return the row as it is; raises BadRow where there is no reply to learn."""
+    """Return the row as it is; raises BadRow where there is no reply to learn, or where it is no text."""
+    try:
+        json.dumps([row.messages, row.tools, row.images], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:  # JSON can write it: "\ud83d"
+        raise BadRow('a text is not UTF-8, or holds half of a character (a lone surrogate)') from None
     last = row.messages[-1]
     if last['role'] != 'assistant':
         raise BadRow(f"the last turn is the {last['role']}'s, there is no reply to learn")

@@ -176,6 +176,10 @@ class _JsonText:
             if not self._fill():
                 return ''
 
+    def _refuse_value(self, position: int, why: str) -> NoReturn:
+        line = self.line + self.text.count('\n', self.position, position)
+        refuse(f'{self.source.path}:{line}', f'the JSON is broken in the row that starts at line {self.line}: {why}.')
+
     def value(self) -> Any:
         """Return the JSON value that starts here."""
         while True:
@@ -185,11 +189,9 @@ class _JsonText:
                 cut = error.msg.startswith('Unterminated') or error.pos + _LONGEST_CUT > len(self.text)
                 if cut and len(self.text) - self.position < _MAX_ROW_BYTES and self._fill():
                     continue
-                line = self.line + self.text.count('\n', self.position, error.pos)
-                refuse(
-                    f'{self.source.path}:{line}',
-                    f'the JSON is broken in the row that starts at line {self.line}: {error.msg}.',
-                )
+                self._refuse_value(error.pos, error.msg)
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+                self._refuse_value(self.position, str(error))
             self.line += self.text.count('\n', self.position, end)
             self.position = end
             return value
@@ -224,9 +226,9 @@ def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
         place = f'{source.path}:{number}'
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            what = f'this line is not JSON ({error.msg} at column {error.colno}).'
-            bad(place, f'{what} A .jsonl file holds one object per line.')
+        except (ValueError, RecursionError) as error:
+            why = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else str(error)
+            bad(place, f'this line is not JSON ({why}). A .jsonl file holds one object per line.')
             continue
         yield place, row
 
@@ -240,6 +242,10 @@ def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
         for cells in reader:
             if header is None:
                 header = cells or None
+                if twice := [name for name in cells if cells.count(name) > 1]:
+                    refuse(
+                        f'{source.path}:{line}', f"the header names '{twice[0]}' twice. Rename or remove one of them."
+                    )
             elif cells and len(cells) != len(header):
                 bad(f'{source.path}:{line}', f'this row does not have {len(header)} cells as the header has.')
             elif cells:

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,7 +320,8 @@ def read_objects(path: Path, *, block: int = 1 << 20) -> Iterator[tuple[str, Any
     """Yield (place, object) of JSON objects that follow each other, with or without blanks, commas or line breaks."""
     decoder = json.JSONDecoder()
     text, position, number, ends = '', 0, 0, False
-    with path.open(encoding='utf-8-sig') as stream:
+    # Bytes that are no UTF-8 become what no text may hold: their row is left out, and counted.
+    with path.open(encoding='utf-8-sig', errors='surrogateescape') as stream:
         while True:
             between = _BETWEEN.match(text, position)
             position = between.end() if between else position
@@ -333,11 +335,19 @@ def read_objects(path: Path, *, block: int = 1 << 20) -> Iterator[tuple[str, Any
                     continue
                 if position == len(text):
                     return
-                raise ConfigError(f'{path}: object {number + 1} is not JSON: {error.msg}.') from None
+                raise _no_object(path, number + 1, error.msg) from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+                raise _no_object(path, number + 1, str(error)) from None
             number += 1
             if not isinstance(row, dict):
-                raise ConfigError(f'{path}: object {number} is a {type(row).__name__}, not an object with columns.')
+                raise _no_object(path, number, f'it is a {type(row).__name__}')
             yield f'{path}: object {number}', row
+
+
+def _no_object(path: Path, number: int, why: str) -> ConfigError:
+    return ConfigError(
+        f'{path}: object {number} is no JSON object with columns: {why}. Remove the file: it is fetched again.'
+    )
 
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp')
@@ -359,12 +369,15 @@ def _unpack_images(archive: Path) -> Path:
         with zipfile.ZipFile(archive) as opened, tempfile.TemporaryDirectory(dir=target.parent) as aside:
             pictures = [i for i in opened.infolist() if i.filename.lower().endswith(_IMAGES)]
             if sum(i.file_size for i in pictures) > max(about.st_size, 1 << 20) * _UNPACKED_TIMES:
-                raise ConfigError(f'{archive}: unpacked it would be over {_UNPACKED_TIMES} times its size. Not opened.')
+                raise ConfigError(
+                    f'{archive}: unpacked it would be over {_UNPACKED_TIMES} times its size, as no '
+                    'archive of pictures is. Not opened: unpack it by hand if it is meant.'
+                )
             opened.extractall(Path(aside) / 'whole', pictures)
             with contextlib.suppress(FileExistsError):  # another process may have been first
                 (Path(aside) / 'whole').rename(target)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ConfigError(f'{archive} is no whole zip file: {error}. Remove it and fetch it again.') from None
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: it wants a password
+        raise ConfigError(f'{archive} is no whole zip file: {error}. Remove it: it is fetched again.') from None
     return target
 
 
@@ -453,7 +466,7 @@ def _told_by_modelscope(text: str, _: Sequence[str]) -> dict[str, dict[str, list
             }
             for subset, splits in told.items()
         }
-    except (json.JSONDecodeError, AttributeError, TypeError, KeyError):
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
         return {}
 
 
@@ -461,18 +474,18 @@ def _told_by_readme(text: str, files: Sequence[str]) -> dict[str, dict[str, list
     import yaml  # type: ignore[import-untyped]
 
     match = re.match(r'---\s*\n(.*?)\n---\s*(?:\n|$)', text, flags=re.DOTALL)
+    told: dict[str, dict[str, list[str]]] = {}
     try:
         head = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        for config in (head.get('configs') if isinstance(head, dict) else None) or ():
+            data = config.get('data_files')
+            parts = data if isinstance(data, list) and data and isinstance(data[0], dict) else [{'path': data}]
+            for part in parts:
+                patterns = [p for p in _as_list(part.get('path')) if isinstance(p, str)]
+                names = [name for p in patterns for name in files if fnmatch.fnmatchcase(name, p)]
+                told.setdefault(config.get('config_name', 'default'), {})[part.get('split', 'train')] = names
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):  # as if it said nothing
         return {}
-    told: dict[str, dict[str, list[str]]] = {}
-    for config in (head.get('configs') if isinstance(head, dict) else None) or ():
-        data = config.get('data_files')
-        parts = data if isinstance(data, list) and data and isinstance(data[0], dict) else [{'path': data}]
-        for part in parts:
-            patterns = [p for p in _as_list(part.get('path')) if isinstance(p, str)]
-            names = [name for p in patterns for name in files if fnmatch.fnmatchcase(name, p)]
-            told.setdefault(config.get('config_name', 'default'), {})[part.get('split', 'train')] = names
     return told
 
 

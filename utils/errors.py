@@ -41,6 +41,13 @@ class Problems:
             raise ConfigError(*self.found)
 
 
+def told(error: Exception) -> str:
+    """Return in one line what an exception says; its kind too where its text alone would say little."""
+    text = ' '.join(str(error).split())
+    speaks = text and isinstance(error, OSError | ValueError | RuntimeError)
+    return text if speaks else f'{type(error).__name__}: {text}'
+
+
 def close_names(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
     """Return the known names nearest to `name`, best first; case and `_`/`-` are ignored."""
     folded: dict[str, str] = {}

@@ -215,8 +215,11 @@ def _read_record(path: Path) -> tuple[dict[str, Listed], set[str]]:
     """Return what the hub listed when files were last fetched, and which of them came whole."""
     if not path.is_file():
         return {}, set()
-    record = json.loads(path.read_text(encoding='utf-8'))
-    return {name: (size, digest) for name, (size, digest) in record['files'].items()}, set(record['whole'])
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+        return {name: (size, digest) for name, (size, digest) in record['files'].items()}, set(record['whole'])
+    except (ValueError, TypeError, KeyError, AttributeError):  # damaged: as if it were not there
+        return {}, set()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from utils import dist
 from utils.argument import SftArguments
 from utils.errors import did_you_mean
 from utils.resolution import Resolution
@@ -37,6 +38,9 @@ def check_common_numbers(done: Resolution[Any]) -> None:
             f'--max_length {args.max_length} leaves no room for one token of prompt and one of reply. '
             'Give 2 or more, or -1 for no limit.'
         )
+    # What numpy takes; each process adds its rank.
+    seeds = 2**32 - dist.world_size()
+    _check_number(done, 'seed', 0 <= args.seed <= seeds, f'a whole number from 0 to {seeds}')
     _check_number(done, 'max_pixels', args.max_pixels is None or args.max_pixels >= 1, '1 or more')
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +11,7 @@ from typing import Any
 from utils import dist
 from utils.argument import SftArguments, flag_types
 from utils.errors import ConfigError, Problems
+from utils.json_file import read_json
 from utils.parser import Parsed, parse
 from utils.resolution import Resolution
 
@@ -60,13 +60,11 @@ def make_lock(done: Resolution[SftArguments], base_model: dict[str, str], data: 
 
 def read_lock(run_dir: Path) -> dict[str, Any]:
     """Return the lock of a run folder; raises ConfigError where it has none that can be read."""
-    file = run_dir / LOCK_JSON
-    if not file.is_file():
-        raise ConfigError(f'--from_run {run_dir} has no {LOCK_JSON}. Give a run folder, output/<model>/vN-<time>.')
-    try:
-        lock: dict[str, Any] = json.loads(file.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f'--from_run {run_dir}: {LOCK_JSON} is not JSON: {error}.') from None
+    remedy = 'Give --from_run a run folder, output/<model>/vN-<time>.'
+    lock: dict[str, Any] = read_json(run_dir / LOCK_JSON, remedy=remedy)
+    kinds = {'command': list, 'processes': int, 'base_model': dict, 'data': dict, 'versions': dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(lock.get(name), kind)]:
+        raise ConfigError(f'{run_dir / LOCK_JSON} does not say what {wrong[0]} was: it is not as written. {remedy}')
     return lock
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from utils import dist, hub
-from utils.argument import SftArguments
+from utils.argument import InferArguments, SftArguments
 from utils.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpoints, damage, partial_name
 from utils.dataset import DATASET_MAPPING
 from utils.dataset_rows import HubDataset
-from utils.errors import Problems
+from utils.errors import ConfigError, Problems
 from utils.hub_clients import TOKEN_VARIABLES
+from utils.json_file import read_json
 from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution
@@ -46,6 +46,20 @@ def check_machine_common(done: Resolution[Any]) -> None:
         problems.add(
             '--use_flash_attn true needs flash-attn and an NVIDIA GPU: pip install flash-attn --no-build-isolation'
         )
+
+
+def check_machine_infer(done: Resolution[InferArguments]) -> None:
+    """Add what the machine says against answering, chatting, merging or exporting."""
+    check_machine_common(done)
+    args, problems = done.args, done.problems
+    if args.result_path is not None and args.reads_data:
+        _check_writable('result_path', args.result_path, Path(args.result_path), problems)
+        if Path(args.result_path).is_dir():
+            problems.add(f'--result_path {args.result_path} is a folder. Give a file in it, e.g. answers.jsonl.')
+    if args.export_native and args.output_dir is not None:
+        _check_writable('output_dir', args.output_dir, Path(args.output_dir), problems)
+        if Path(args.output_dir).exists():
+            problems.add(f'--output_dir {args.output_dir} is there already, and is not replaced. Name a new folder.')
 
 
 def _check_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
@@ -87,7 +101,7 @@ def check_machine_sft(done: Resolution[SftArguments]) -> None:
     """Add what the machine says against a training run."""
     check_machine_common(done)
     args, problems = done.args, done.problems
-    _check_output_dir(Path(args.output_dir), problems)
+    _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
     if args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
         _check_resume(checkpoint, args, problems)
@@ -110,12 +124,13 @@ def check_machine_sft(done: Resolution[SftArguments]) -> None:
         problems.add(f'--push_to_hub true needs a token: set the environment variable {TOKEN_VARIABLES[args.hub]}.')
 
 
-def _check_output_dir(output_dir: Path, problems: Problems) -> None:
-    existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
+def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> None:
+    """Add what keeps `target` from being made: a file or a folder of someone else where its folder should be."""
+    existing = next(p for p in target.absolute().parents if p.exists())
     if not existing.is_dir():
-        problems.add(f'--output_dir {output_dir} cannot be made: {existing} is a file. Give another folder.')
+        problems.add(f'--{flag} {given} cannot be made: {existing} is a file. Give another folder.')
     elif not os.access(existing, os.W_OK | os.X_OK):
-        problems.add(f'--output_dir {output_dir} cannot be written: {existing} is not writable for you.')
+        problems.add(f'--{flag} {given} cannot be written: {existing} is not writable for you. Give another folder.')
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
@@ -150,12 +165,9 @@ def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:
         problems.add(f'--deepspeed_config_path {path} is not a file (looked in {path.absolute().parent}).')
     else:
         try:
-            config = json.loads(path.read_text(encoding='utf-8'))
-            if isinstance(config, dict):
-                check_deepspeed(config, done)
-            else:
-                problems.add(f'--deepspeed_config_path {path} must hold a JSON object.')
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            problems.add(f'--deepspeed_config_path {path} is not JSON: {error}.')
+            config = read_json(path, remedy='--deepspeed_config_path takes one such as ds_config/zero2.json.')
+            check_deepspeed(config, done)
+        except ConfigError as error:
+            problems.add(error.problems[0])
     if not has_package('deepspeed'):
         problems.add('--deepspeed_config_path needs DeepSpeed: pip install deepspeed')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,10 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from utils import dist, hub
-from utils.errors import ConfigError, did_you_mean
+from utils.errors import ConfigError, did_you_mean, told
 from utils.fingerprint import Fingerprint, fingerprint
 from utils.hub_clients import HubName, Repo
+from utils.json_file import read_json
 from utils.logger import logger
 from utils.native.gguf import dense_directory, find_packaged_file
 from utils.native.packed import keep_trainable, loading_settings
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 QKV = ('q_proj', 'k_proj', 'v_proj')
 _STD = (*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 # What the libraries raise for files that are damaged, of another model, or need a package that is missing.
-_DAMAGE = (ImportError, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+_DAMAGE = (
+    ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,7 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     AutoModelForCausalLM opens Gemma 3 and 4 with their towers, whose layers have the names LoRA is put on. What is
     saved merged is the language model, a native class of its own; an adapter fits this class, not the whole one.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     from utils.native.read import read_state
@@ -119,10 +122,12 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
         model, found = cls.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **options.keywords(lambda: cls(config))
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f'the language model in {model_dir} cannot be opened: {error}') from error
+    except (*_DAMAGE, StrictDataclassError) as error:
+        raise ConfigError(f'the language model in {model_dir} cannot be opened: {told(error)}') from error
     if names := sorted(found['missing_keys']):
-        raise ConfigError(f'{model_dir} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}.')
+        raise ConfigError(
+            f'{model_dir} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}. Get it whole.'
+        )
     if (model_dir / 'generation_config.json').is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
     return model, _open_tokenizer(model_dir, info)
@@ -684,16 +689,17 @@ def get_model_info(model_type: str | None, model_id_or_path: str | None = None) 
 def check_model_dir(model_dir: Path) -> str | None:
     """Return what keeps a local directory from being opened, found without heavy imports; or None."""
     if not model_dir.is_dir():
-        return f'model directory {model_dir} is not there (looked in {model_dir.absolute().parent}).'
+        what = 'is a file' if model_dir.exists() else f'is not there (looked in {model_dir.absolute().parent})'
+        return f'model directory {model_dir} {what}.'
     config = model_dir / 'config.json'
     if not config.is_file():
         hint = ' It holds an adapter: give it to llm_infer.py --ckpt_dir.' if is_adapter(model_dir) else ''
         return f'model directory {model_dir} has no config.json, so its architecture is unknown.{hint}'
     try:
-        found = json.loads(config.read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        return f'{config} is not JSON: {error}.'
-    if not isinstance(found, dict) or 'model_type' not in found:
+        found = read_json(config)
+    except ConfigError as error:
+        return error.problems[0]
+    if 'model_type' not in found:
         return f'{config} names no model_type, so its architecture is unknown.'
     return None
 
@@ -793,6 +799,7 @@ def cpu_has_bf16() -> bool:
 
 def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTrainedModel:
     """Return the model of a directory; whatever the libraries find wrong with it is raised as ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     from utils.native.open import make_generation_savable
@@ -808,8 +815,8 @@ def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTr
             f'the model in {model_dir} cannot be opened: a .bin file in it holds more than tensors. '
             'That would be code, which is never run. Get the model as safetensors.'
         ) from None
-    except (*_DAMAGE, SafetensorError) as error:
-        raise ConfigError(f'the model in {model_dir} cannot be opened: {error}') from error
+    except (*_DAMAGE, SafetensorError, StrictDataclassError) as error:
+        raise ConfigError(f'the model in {model_dir} cannot be opened: {told(error)}') from error
     make_generation_savable(model)
     return model
 
@@ -888,11 +895,11 @@ def _open_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
             tokenizer = family.tokenizer(model_dir)
         else:
             tokenizer = opener.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {error}') from error
-    legacy = model_dir / 'chat_template.json'  # where processors of 2024 kept it
-    if not tokenizer.chat_template and legacy.is_file():
-        tokenizer.chat_template = json.loads(legacy.read_text(encoding='utf-8'))['chat_template']
+        legacy = model_dir / 'chat_template.json'  # where processors of 2024 kept it
+        if not tokenizer.chat_template and legacy.is_file():
+            tokenizer.chat_template = read_json(legacy)['chat_template']
+    except Exception as error:  # the libraries raise whatever they stumble over in a damaged file
+        raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {told(error)}') from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f'the tokenizer in {model_dir} has no eos_token, so a reply would have no end to learn. '
@@ -916,7 +923,8 @@ def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions)
     embedding = model.config.get_text_config().vocab_size  # ZeRO-3 leaves no shape on the weight
     if len(tokenizer) > embedding:
         raise ConfigError(
-            f'the tokenizer has {len(tokenizer)} tokens, the model embeds {embedding}: they are not of one model.'
+            f'the tokenizer has {len(tokenizer)} tokens, the model embeds {embedding}: they are not of one model. '
+            'Get both from the same place.'
         )
     return model, tokenizer
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -17,12 +16,12 @@ from typing import Any
 from utils import hub
 from utils.errors import ConfigError
 from utils.hub_clients import TOKEN_VARIABLES, DeniedError, GoneError
+from utils.json_file import read_json
 from utils.leak_scan import scan_for_push
 from utils.logger import logger, set_up_logging
 from utils.model_card import model_card
 from utils.plot import plot_curves
-from utils.resolve import SFT_ARGS
-from utils.run_dir import RUN_JSON, write_json
+from utils.run_dir import RUN_JSON, read_arguments, write_json
 
 # What is pushed of a checkpoint: what opens the model. Never the optimizer, the trainer's state or sft_args.json.
 PUSHED = (
@@ -35,6 +34,7 @@ CURVES = ('loss', 'eval_loss', 'eval_rouge-l')
 # Seconds before each further attempt.
 _WAITS = (5, 30)
 _ASIDE = '.push'
+_DAMAGED = 'Put back the one that the run wrote.'
 
 
 def folder_in_repo(strategy: str, checkpoint: str) -> str:
@@ -71,8 +71,8 @@ def forget(folder: Path) -> None:
 
 def push_one(run_dir: Path, folder: Path) -> None:
     """Write the model card, look for what must not leave, and push; raises ConfigError where that stops it."""
-    record = json.loads((run_dir / SFT_ARGS).read_text(encoding='utf-8'))
-    progress = json.loads(folder.with_suffix('.json').read_text(encoding='utf-8'))
+    record = read_arguments(run_dir)
+    progress = read_json(folder.with_suffix('.json'), remedy=_DAMAGED)
     token = hub.find_token(None, record['hub'])
     if token is None:
         raise ConfigError(f'pushing needs a token: set the environment variable {TOKEN_VARIABLES[record["hub"]]}.')
@@ -101,11 +101,19 @@ def push_one(run_dir: Path, folder: Path) -> None:
         except Exception as error:  # the clients raise many kinds
             told = str(error).replace(token, '<token>').strip().splitlines() or ['']
             if wait is None or isinstance(error, DeniedError | GoneError):
-                raise ConfigError(f'{folder.name}: {type(error).__name__}: {told[0]}') from None
+                raise ConfigError(
+                    f'{folder.name}: {type(error).__name__}: {told[0]}. It is kept: push it again.'
+                ) from None
             logger.warning(f'{folder.name}: {type(error).__name__}: {told[0]}; trying again in {wait} s')
             time.sleep(wait)
     forget(folder)
     logger.info(f'pushed {folder.name} to {record["hub"]}:{repo}')
+
+
+def _outcome(run_dir: Path) -> dict[str, Any]:
+    """Return what the end of a run wrote, empty where it has not ended."""
+    file = run_dir / RUN_JSON
+    return read_json(file, remedy=_DAMAGED) if file.is_file() else {}
 
 
 def _promised(run_dir: Path, record: dict[str, Any]) -> list[Path]:
@@ -114,24 +122,22 @@ def _promised(run_dir: Path, record: dict[str, Any]) -> list[Path]:
     there.sort(key=lambda p: int(p.name.removeprefix('checkpoint-')))
     if record['push_hub_strategy'] == 'all_checkpoints':
         return there
-    if record['push_hub_strategy'] == 'push_best' and (run_dir / RUN_JSON).is_file():
-        best = Path(json.loads((run_dir / RUN_JSON).read_text(encoding='utf-8'))['best_checkpoint']).name
+    if record['push_hub_strategy'] == 'push_best' and (found := _outcome(run_dir).get('best_checkpoint')):
+        best = Path(found).name
         return [p for p in there if p.name == best] or there[-1:]
     return there[-1:]
 
 
 def push_again(run_dir: Path) -> None:
     """Push what the run's strategy promises: what is set aside still, else what its checkpoints hold."""
-    if not (run_dir / SFT_ARGS).is_file():
-        raise ConfigError(f'{run_dir} is no run folder: it has no {SFT_ARGS}.')
-    record = json.loads((run_dir / SFT_ARGS).read_text(encoding='utf-8'))
+    record = read_arguments(run_dir)
     if not record.get('hub_model_id'):
         raise ConfigError(f'{run_dir} was trained without --push_to_hub true, so it names no repository.')
     folders = waiting(run_dir)
     if not folders:
-        run = json.loads((run_dir / RUN_JSON).read_text(encoding='utf-8')) if (run_dir / RUN_JSON).is_file() else {}
+        run = _outcome(run_dir)
         for checkpoint in _promised(run_dir, record):
-            state = json.loads((checkpoint / 'trainer_state.json').read_text(encoding='utf-8'))
+            state = read_json(checkpoint / 'trainer_state.json', remedy=_DAMAGED)
             progress = {'step': state['global_step'], 'log_history': state['log_history'], 'data': run.get('data')}
             folders.append(set_aside(run_dir, checkpoint, strategy=record['push_hub_strategy'], progress=progress))
     if not folders:

@@ -12,7 +12,8 @@ from typing import Any
 
 from utils import dist
 from utils.argument import InferArguments, SftArguments, flag_types, to_dict
-from utils.errors import Problems
+from utils.errors import ConfigError, Problems
+from utils.json_file import read_json
 from utils.lock import LOCK_JSON, check_repeated, make_lock
 from utils.logger import logger
 from utils.model import Weights, is_adapter, locate
@@ -23,6 +24,7 @@ from utils.resolution import Resolution, run_name
 from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS
 
 RUN_JSON = 'run.json'
+_GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 # What a run shows or is started from, not how it trains.
 _SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
 
@@ -106,13 +108,21 @@ def run_record(args: SftArguments, *, system_typed: bool, base_model: dict[str, 
     return {**to_dict(args), 'system_typed': system_typed, 'base_model': base_model}
 
 
+def read_arguments(run_dir: Path) -> dict[str, Any]:
+    """Return the sft_args.json of a run folder; raises ConfigError where it is none."""
+    arguments: dict[str, Any] = read_json(run_dir / SFT_ARGS, remedy=_GIVE_RUN)
+    if 'sft_type' not in arguments:
+        raise ConfigError(f'{run_dir / SFT_ARGS} does not say how a run was trained. {_GIVE_RUN}')
+    return arguments
+
+
 def read_run_record(checkpoint: Path) -> dict[str, Any] | None:
     """Return the sft_args.json that a checkpoint belongs to: its own copy, else its run's; None where there is none."""
     for folder in (checkpoint, checkpoint.absolute().parent):
         file = folder / SFT_ARGS
         if file.is_file():
-            record = json.loads(file.read_text(encoding='utf-8'))
-            return record if isinstance(record, dict) else None
+            record: dict[str, Any] = read_json(file, remedy='Put back the one that the run wrote.')
+            return record
     return None
 
 
@@ -135,13 +145,13 @@ def _checkpoint_problem(checkpoint: Path) -> str | None:
         hint = f' It is a run folder: give {checkpoint / inside[-1]}.' if inside else ''
         return f'--ckpt_dir {checkpoint} is no checkpoint: it has neither adapter_config.json nor config.json.{hint}'
     try:
-        if read_run_record(checkpoint) is None:
+        if not read_run_record(checkpoint):
             return (
-                f'--ckpt_dir {checkpoint} has no {SFT_ARGS} beside it, so how it was trained is unknown. '
-                'Was it copied without it?'
+                f'--ckpt_dir {checkpoint} has no {SFT_ARGS} beside it, or an empty one, so how it was trained is '
+                'unknown. Was it copied without it?'
             )
-    except json.JSONDecodeError as error:
-        return f'the {SFT_ARGS} of --ckpt_dir {checkpoint} is not JSON: {error}.'
+    except ConfigError as error:
+        return error.problems[0]
     return None
 
 

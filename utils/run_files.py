@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from utils.before_after import ANSWERS_JSON
-from utils.errors import ConfigError
+from utils.json_file import read_json
 from utils.proofs import PROOFS_JSON
-from utils.resolve import SFT_ARGS
-from utils.run_dir import RUN_JSON
+from utils.run_dir import RUN_JSON, read_arguments
 
 HISTORY_JSON = 'history.json'
 
@@ -35,23 +33,19 @@ class RunFiles:
 
 def read_run(folder: Path) -> RunFiles:
     """Return the run of a folder; raises ConfigError where it is none."""
-    if not (folder / SFT_ARGS).is_file():
-        raise ConfigError(f'{folder} is no run folder: it has no {SFT_ARGS}.')
 
-    def read(name: str, empty: Any) -> Any:
+    def read(name: str, kind: type) -> Any:
         file = folder / name
-        try:
-            return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else empty
-        except json.JSONDecodeError as error:
-            raise ConfigError(f'{file} is not JSON: {error}.') from None
+        return read_json(file, kind, remedy='Remove it, and the rest is shown.') if file.is_file() else kind()
 
+    arguments = read_arguments(folder)
     sample = folder / 'sample.txt'
     return RunFiles(
         folder=folder,
-        arguments=read(SFT_ARGS, {}),
-        outcome=read(RUN_JSON, {}),
-        history=read(HISTORY_JSON, []),
-        proofs=read(PROOFS_JSON, {}),
-        answers=read(ANSWERS_JSON, []),
+        arguments=arguments,
+        outcome=read(RUN_JSON, dict),
+        history=read(HISTORY_JSON, list),
+        proofs=read(PROOFS_JSON, dict),
+        answers=read(ANSWERS_JSON, list),
         sample=sample.read_text(encoding='utf-8') if sample.is_file() else '',
     )

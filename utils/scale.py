@@ -73,6 +73,9 @@ def check_deepspeed(config: dict[str, Any], done: Resolution[SftArguments]) -> N
     args, problems = done.args, done.problems
     zero = config.get('zero_optimization', {})
     path = f'--deepspeed_config_path {args.deepspeed_config_path}'
+    if not isinstance(zero, dict):
+        problems.add(f'{path} sets zero_optimization {zero!r}, where DeepSpeed takes an object such as {{"stage": 2}}.')
+        return
     if zero.get('stage') == 3 and (args.quantization_bit or (done.info is not None and done.info.quantization)):
         problems.add(f'{path} is ZeRO stage 3, which does not shard quantised weights. Use ds_config/zero2.json.')
     if 'offload_optimizer' in zero and 'optimizer' not in config and args.optim not in _OFFLOADED:

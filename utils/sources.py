@@ -28,7 +28,7 @@ def parse_source(word: str) -> Source:
     name, mark, count = word.rpartition('#')
     if not mark:
         name, count = word, ''
-    if mark and not (count.isdigit() and int(count) > 0):
+    if mark and not (count.isdecimal() and len(count) < 19 and int(count) > 0):
         raise ConfigError(f"--dataset '{word}': after # comes how many rows to draw, 1 or more, got '{count}'.")
     sample = int(count) if mark else None
     if name in DATASET_MAPPING:

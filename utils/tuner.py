@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.argument import SftArguments
-from utils.errors import ConfigError, did_you_mean
+from utils.errors import ConfigError, did_you_mean, told
 from utils.logger import logger
 from utils.native.packed import packed_classes
 from utils.vision import find_towers
@@ -193,6 +193,7 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
 def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None, family: str | None = None) -> Any:
     """Return the base model with a checkpoint's adapter on it; raises ConfigError where they do not fit."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     from utils.native.adapter import native_adapter
 
@@ -201,8 +202,8 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = N
             return PeftModel.from_pretrained(model, str(folder))
     except ConfigError:
         raise
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(
-            f'the adapter in {checkpoint} does not fit {type(model).__name__} {model.name_or_path}: '
-            f'{str(error).splitlines()[0]} Was it trained on another base model?'
+            f'the adapter in {checkpoint} cannot be put on {type(model).__name__} {model.name_or_path}: '
+            f'{told(error)[:300]} It is damaged, or was trained on another base model.'
         ) from error

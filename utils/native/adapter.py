@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.json_file import read_json
 from utils.native.family import Family, State
-from utils.native.read import read_config, read_file, read_object
+from utils.native.read import read_config, read_file
 from utils.native.registry import find_family
 
 _FILE, _OLD_FILE, _CONFIG = 'adapter_model.safetensors', 'adapter_model.bin', 'adapter_config.json'
@@ -51,7 +52,7 @@ def native_adapter(
     """
     from safetensors.torch import save_file
 
-    config = read_object(checkpoint / _CONFIG)
+    config = read_json(checkpoint / _CONFIG)
     targets = config.get('target_modules') or []
     fits = base is None or not base.is_dir() or isinstance(targets, str) or all(target in layers for target in targets)
     original = {} if fits or base is None else read_config(base)
@@ -73,4 +74,4 @@ def _read_adapter(checkpoint: Path) -> State:
     for name in (_FILE, _OLD_FILE):
         if (checkpoint / name).is_file():
             return read_file(checkpoint / name)
-    raise ConfigError(f'{checkpoint} holds no adapter weights: neither {_FILE} nor {_OLD_FILE}.')
+    raise ConfigError(f'{checkpoint} holds no adapter weights: neither {_FILE} nor {_OLD_FILE}. Copy it whole.')

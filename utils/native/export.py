@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from utils.errors import ConfigError
 from utils.native.image_readers import Images
 from utils.native.packed import name_format
 
@@ -36,11 +35,7 @@ def _end_with(tokenizer: Any, settings: Any) -> None:
 
 
 def export_native(model: Any, tokenizer: Any, target: Path, images: Images | None = None) -> None:
-    """Write the model as `target`, which must not be there yet; raises ConfigError where it is."""
-    if target.exists():
-        raise ConfigError(
-            f'--output_dir {target} is there already. Name a new folder: an existing one is not replaced.'
-        )
+    """Write the model as `target`, which must not be there yet."""
     aside = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)

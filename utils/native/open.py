@@ -7,11 +7,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from utils.errors import ConfigError
+from utils.errors import ConfigError, told
+from utils.json_file import read_json
 from utils.logger import logger
 from utils.native.family import Family
 from utils.native.lazy import computed
-from utils.native.read import read_config, read_object, read_state
+from utils.native.read import read_config, read_state
 from utils.placement import place
 from utils.vision import spare_towers
 
@@ -36,7 +37,7 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
     try:
         native = _class(family.config_class)(**family.config(original))
     except (ArithmeticError, LookupError, TypeError) as error:
-        raise ConfigError(f'{model_dir}/config.json does not fit family {family.name}: {error}') from error
+        raise ConfigError(f'{model_dir}/config.json does not fit family {family.name}: {told(error)}') from error
     spare_towers(options.get('quantization_config'), lambda: _class(family.model_class)(deepcopy(native)))
     state = family.tensors(read_state(model_dir), original)
     if is_deepspeed_zero3_enabled():  # copies what is a tensor, and on one process alone
@@ -85,7 +86,7 @@ def _read_generation(model: Any, model_dir: Path) -> None:
 
     if (model_dir / 'generation_config.json').is_file():
         known = GenerationConfig().to_dict()
-        given = read_object(model_dir / 'generation_config.json')
+        given = read_json(model_dir / 'generation_config.json')
         chosen = {name: value for name, value in given.items() if name in known and name != 'transformers_version'}
         model.generation_config = GenerationConfig(**{**model.generation_config.to_dict(), **chosen})
 

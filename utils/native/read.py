@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.json_file import read_json
 from utils.native.family import State
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
@@ -16,17 +16,7 @@ _LISTS = '.quant_state'
 
 def read_config(model_dir: Path) -> dict[str, Any]:
     """Return config.json of a directory; raises ConfigError where it is not an object."""
-    return read_object(model_dir / 'config.json')
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises ConfigError where it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f'{path} cannot be read: {error}') from None
-    if not isinstance(content, dict):
-        raise ConfigError(f'{path} does not hold an object.')
+    content: dict[str, Any] = read_json(model_dir / 'config.json')
     return content
 
 
@@ -35,18 +25,20 @@ def weight_files(model_dir: Path) -> list[Path]:
     for name in _SINGLE:
         index = model_dir / f'{name}.index.json'
         if index.is_file():
-            places = read_object(index).get('weight_map')
+            places = read_json(index).get('weight_map')
             if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-                raise ConfigError(f'{index} has no weight_map of tensors and their files: it is damaged.')
+                raise ConfigError(f'{index} has no weight_map of tensors and their files: it is damaged. Get it again.')
             shards = sorted(set(places.values()))
             if outside := [shard for shard in shards if Path(shard).name != shard]:
-                raise ConfigError(f'{index} names {outside[0]!r}, which is not a file of its folder.')
+                raise ConfigError(f'{index} names {outside[0]!r}, which is not a file of its folder. Get it again.')
             if missing := [shard for shard in shards if not (model_dir / shard).is_file()]:
-                raise ConfigError(f'{index} names {missing[0]}, which is not there: the download is incomplete.')
+                raise ConfigError(
+                    f'{index} names {missing[0]}, which is not there: the download is incomplete. Go on with it.'
+                )
             return [model_dir / shard for shard in shards]
         if (model_dir / name).is_file():
             return [model_dir / name]
-    raise ConfigError(f'{model_dir} holds no weights: neither {" nor ".join(_SINGLE)}, nor an index of shards.')
+    raise ConfigError(f'{model_dir} holds no weights: neither {" nor ".join(_SINGLE)}, nor an index of them.')
 
 
 def read_state(model_dir: Path) -> State:

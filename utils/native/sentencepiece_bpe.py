@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import ConfigError
+from utils.json_file import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,13 +46,7 @@ class Vocabulary:
 def read_settings(model_dir: Path, name: str = 'tokenizer_config.json') -> dict[str, Any]:
     """Return a JSON object of a directory, empty where there is no such file; raises ConfigError for anything else."""
     path = model_dir / name
-    try:
-        settings = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f'{path} cannot be read: {error}. Download it again.') from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f'{path} does not hold an object. Download it again.')
-    return settings
+    return read_json(path) if path.is_file() else {}
 
 
 def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') -> dict[str, Any]:
@@ -74,7 +68,9 @@ def added_token(value: Any, where: Path) -> Any:
     if fields is None:
         return None
     if not isinstance(fields, dict) or not isinstance(fields.get('content'), str):
-        raise ConfigError(f'{where}/tokenizer_config.json has the special token {value!r}, which has no text.')
+        raise ConfigError(
+            f'{where}/tokenizer_config.json has the special token {value!r}, which has no text. Get it again.'
+        )
     flags = {flag: bool(fields.get(flag, False)) for flag in ('single_word', 'lstrip', 'rstrip')}
     # Looked for in the text as it is: after normalisation a dummy prefix would be part of the token.
     return AddedToken(fields['content'], special=True, normalized=False, **flags)
@@ -258,7 +254,9 @@ def _build(model_dir: Path, *, pad: str | None) -> PreTrainedTokenizerFast:
     backend = build_backend(read_vocabulary(model_dir / 'tokenizer.model'), list(tokens.values()))
     around = {name: bool(settings.get(f'add_{name}', name == 'bos_token')) for name in ('bos_token', 'eos_token')}
     if lacking := [name for name, wanted in around.items() if wanted and name not in tokens]:
-        raise ConfigError(f'{model_dir}/tokenizer_config.json asks to add {lacking[0]}, which it sets to null.')
+        raise ConfigError(
+            f'{model_dir}/tokenizer_config.json asks to add {lacking[0]}, which it sets to null. Get it again.'
+        )
     first, last = ([tokens[name].content] if wanted else [] for name, wanted in around.items())
     _set_template(backend, first, last)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens, **common_options(settings))

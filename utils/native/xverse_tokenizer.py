@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import ConfigError
+from utils.json_file import read_json
 from utils.native.sentencepiece_bpe import added_token, common_options, read_settings
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ def build_xverse_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     path = model_dir / 'tokenizer.json'
-    if not path.is_file():
-        raise ConfigError(f'{path} is not there: the download is incomplete.')
-    content = read_settings(model_dir, 'tokenizer.json')
+    content = read_json(path)
     repaired = {**content, **{name: repair(content.get(name)) for name in _STEPS}}
     try:
         backend = Tokenizer.from_str(json.dumps(repaired))
