@@ -42,11 +42,6 @@ class Encoder:
     keeps_lead: bool = True
 
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                'the tokenizer has no eos_token, so a reply would have no end to learn. '
-                'Set eos_token in the tokenizer_config.json of the model directory.'
-            )
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer)
         self.max_length = max_length

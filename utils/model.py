@@ -110,8 +110,6 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
 
     from utils.native.read import read_state
 
-    if problem := check_model_dir(model_dir):
-        raise ConfigError(problem)
     if 'text_config' not in read_config(model_dir):
         return get_model_tokenizer_default(model_dir, info, options)
     # Not key_mapping of from_pretrained: what is saved later would get the names of the whole checkpoint back.
@@ -140,7 +138,9 @@ def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: Load
     from transformers import Mxfp4Config
 
     if options.quantization_config is not None:
-        raise ConfigError('--quantization_bit cannot quantise gpt-oss: its experts are packed in 4 bits already.')
+        raise ConfigError(
+            '--quantization_bit cannot quantise gpt-oss: its experts are packed in 4 bits already. Leave it out.'
+        )
     logger.info('the experts are unpacked from 4 bits: in memory they take 4 times the size of their files')
     options = replace(options, quantization_config=Mxfp4Config(dequantize=True))
     model, tokenizer = get_model_tokenizer_default(model_dir, info, options)
