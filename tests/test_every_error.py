@@ -287,14 +287,21 @@ PROGRAMS: dict[str, Row] = {
     'half a file for DeepSpeed': (deepspeed('{'), 'ds.json cannot be read as JSON: Expecting'),
     'no UTF-8 for DeepSpeed': (deepspeed(LATIN), 'ds.json cannot be read as JSON: '),
     'brackets for DeepSpeed': (deepspeed(DEEP), 'ds.json cannot be read as JSON: maximum recursion'),
-    'a number for DeepSpeed': (deepspeed('{"zero_optimization": 3}'), 'sets zero_optimization 3, where DeepSpeed takes'),
+    'a number for DeepSpeed': (
+        deepspeed('{"zero_optimization": 3}'), 'sets zero_optimization 3, where DeepSpeed takes',
+    ),
     # rows
     'a number without end': (rows('a.jsonl', f'{{"query": "a", "response": {DIGITS}}}'), 'a.jsonl:1: this line is not'),
-    'a number without end in an array': (rows('a.json', f'[{{"query": {DIGITS}}}]'), 'a.json:1: the JSON is broken in the row'),
-    'brackets without end': (rows('a.jsonl', '{"query": ' + DEEP), 'a.jsonl:1: this line is not JSON (maximum recursion'),
+    'a number without end in an array': (
+        rows('a.json', f'[{{"query": {DIGITS}}}]'), 'a.json:1: the JSON is broken in the row',
+    ),
+    'brackets without end': (
+        rows('a.jsonl', '{"query": ' + DEEP), 'a.jsonl:1: this line is not JSON (maximum recursion',
+    ),
     'brackets without end in an array': (rows('a.json', '[{"query": ' + DEEP), 'a.json:1: the JSON is broken'),
     'brackets in a column': (
-        rows('a.jsonl', json.dumps({'query': 'a', 'response': 'b', 'history': DEEP})), 'history is text that is not JSON',
+        rows('a.jsonl', json.dumps({'query': 'a', 'response': 'b', 'history': DEEP})),
+        'history is text that is not JSON',
     ),
     'half of a character': (
         rows('a.jsonl', '{"query": "a", "response": "\\ud83d"}'), 'half of a character (a lone surrogate)',
@@ -312,9 +319,13 @@ PROGRAMS: dict[str, Row] = {
     'config.json in brackets': (opened('config.json', DEEP), 'config.json cannot be read as JSON: maximum recursion'),
     'config.json without a type': (opened('config.json', '{}'), 'config.json names no model_type'),
     'a width in words': (lambda w: w.sft(model=config(w, hidden_size='wide')), "'hidden_size' expected int, got str"),
-    'quantised by a list': (lambda w: w.sft(model=config(w, quantization_config=[1])), 'cannot be opened: AttributeError'),
+    'quantised by a list': (
+        lambda w: w.sft(model=config(w, quantization_config=[1])), 'cannot be opened: AttributeError',
+    ),
     'a language model of no size': (
-        lambda w: w.sft(model=config(w, model_type='gemma3', text_config={'hidden_size': 'x'}).rename(w.tmp / 'gemma-3-4b-it')),
+        lambda w: w.sft(
+            model=config(w, model_type='gemma3', text_config={'hidden_size': 'x'}).rename(w.tmp / 'gemma-3-4b-it')
+        ),
         'the language model in ',
     ),
     'packed experts packed again': (
@@ -330,7 +341,9 @@ PROGRAMS: dict[str, Row] = {
     'an empty tokenizer': (opened('tokenizer.json', '{}'), "cannot be opened: KeyError: 'added_tokens'"),
     'a tokenizer without a model': (opened('tokenizer.json', '{"added_tokens": []}'), 'the tokenizer in '),
     'a list of tokenizer settings': (opened('tokenizer_config.json', '[]'), 'cannot be opened: AttributeError'),
-    'no token that the template says': (without_bos, "template 'ziya' needs bos_token_id, which the tokenizer does not have."),
+    'no token that the template says': (
+        without_bos, "template 'ziya' needs bos_token_id, which the tokenizer does not have.",
+    ),
     # a run and its checkpoints
     'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, where a dict must be.'),
     'arguments are nothing': (answers('sft_args.json', '{}'), 'has no sft_args.json beside it, or an empty one'),
@@ -362,11 +375,15 @@ PROGRAMS: dict[str, Row] = {
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
     'reporting on no run': (lambda w: run_report.main([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
-        lambda w: run_report.main([str(w.run('sft_args.json', '{}'))]), 'does not say how a run was trained. Give a run',
+        lambda w: run_report.main([str(w.run('sft_args.json', '{}'))]),
+        'does not say how a run was trained. Give a run',
     ),
-    'reporting on a broken outcome': (lambda w: run_report.main([str(w.run('run.json', LATIN))]), 'run.json cannot be read'),
+    'reporting on a broken outcome': (
+        lambda w: run_report.main([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
+    ),
     'comparing with a list': (
-        lambda w: compare.main([str(w.run('history.json', '{}')), str(w.first)]), 'history.json holds a dict, where a list',
+        lambda w: compare.main([str(w.run('history.json', '{}')), str(w.first)]),
+        'history.json holds a dict, where a list',
     ),
     'comparing into a file': (
         lambda w: compare.main([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
@@ -504,7 +521,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'a directory of nothing': (directory_of_nothing, 'has no config.json, so its architecture is unknown.'),
     'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 cannot be had on expert parameters'),
     'an object cut off': (objects(b'{"a": 1}\n{"b": '), 'a.json: object 2 is no JSON object with columns: Expecting'),
-    'an object that is none': (objects(b'{"a": 1}, 3'), 'a.json: object 2 is no JSON object with columns: it is a int.'),
+    'an object that is none': (
+        objects(b'{"a": 1}, 3'), 'a.json: object 2 is no JSON object with columns: it is a int.',
+    ),
     'an object with a number without end': (objects(b'{"a": ' + b'1' * 5000 + b'}'), 'object 1 is no JSON object'),
     'pictures that swell': (archive(swells=True), 'unpacked it would be over 50 times its size'),
     'pictures with a password': (archive(swells=False), 'a.zip is no whole zip file: '),
