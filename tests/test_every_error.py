@@ -196,10 +196,24 @@ def no_place_for_validation(world: World) -> int:
         raise MemoryError('Unable to allocate')
 
     world.set.setattr('utils.trainer.SftTrainer.prediction_step', fails)
-    code = world.sft()
-    assert not list(world.out.glob('*/*/checkpoint-*'))
-    shutil.rmtree(world.out)  # a run folder says why it holds nothing more
-    return code
+    return world.sft()
+
+
+def full_disk(*words: str) -> Callable[[World], int]:
+    def make(world: World) -> int:
+        def fails(*_: Any, **__: Any) -> None:
+            raise OSError(28, 'No space left on device')
+
+        world.set.setattr('utils.resume.seal', fails)
+        return world.sft(*words)
+
+    return make
+
+
+def away(world: World) -> int:
+    world.set.setenv('HF_TOKEN', 'hf-token')
+    world.set.setattr('utils.push._WAITS', (0,))
+    return pushed('', '', **PUSHES, hub='huggingface')(world)
 
 
 def without_adapter(world: World) -> int:
@@ -257,6 +271,14 @@ PROGRAMS: dict[str, Row] = {
     ),
     'chatting in two processes': (of_two_processes('--eval_human', 'true'), 'start them with python, not torchrun.'),
     'merging in two processes': (of_two_processes('--merge_lora_and_save', 'true'), 'are for one process'),
+    'packing a stream': (
+        lambda w: w.sft('--packing', 'true', '--streaming', 'true'),
+        '--packing true fills packs from all rows, which --streaming true never has at once. Drop one.',
+    ),
+    'a stream that is held out': (
+        lambda w: w.sft('--streaming', 'true', '--stream_val_rows', '100'),
+        'all are left out, or held out for validation (--stream_val_rows).',
+    ),
     'bitsandbytes is not there': (
         lambda w: (w.lacks('bitsandbytes'), w.sft('--optim', 'adamw_8bit'))[1],
         '--optim adamw_8bit needs bitsandbytes: pip install bitsandbytes',
@@ -333,6 +355,10 @@ PROGRAMS: dict[str, Row] = {
                         model=config(w, quantization_config={'quant_method': 'mxfp4'}).rename(w.tmp / 'gpt-oss-20b')),
         'cannot quantise gpt-oss: its experts are packed in 4 bits already. Leave it out.',
     ),
+    'weights without one layer': (
+        lambda w: w.sft(model=config(w, num_hidden_layers=3)),
+        'has 9 missing tensors: model.layers.2.input_layernorm.weight, ',
+    ),
     'no chat template': (bare_tokenizer, 'has no chat template of its own. Name one with --template_type: '),
     'a chat template cut off': (opened('chat_template.jinja', '{% for'), 'fails on a one-turn chat'),
     'an old chat template cut off': (legacy('{'), 'chat_template.json cannot be read as JSON'),
@@ -365,12 +391,18 @@ PROGRAMS: dict[str, Row] = {
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, where a dict must be. Give --from_run a run'),
     'a lock of nothing': (repeated('{}'), 'lock.json does not say what command was: it is not as written.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
+    'a full disk before the first step': (full_disk(), 'a checkpoint cannot be written to '),
+    'a full disk later': (
+        full_disk('--preflight', 'false'),
+        'the last complete checkpoint is none yet.',
+    ),
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
     # what is run on a run folder
     'pushing no run': (lambda w: push.main([str(w.tmp)]), 'sft_args.json cannot be read as JSON: No such file'),
     'pushing what names no hub': (pushed('', ''), 'was trained without --push_to_hub true, so it names no repository.'),
     'pushing nothing': (pushed('checkpoint-1', None, **PUSHES), 'has no checkpoint to push.'),
     'pushing without a token': (pushed('', '', **PUSHES), 'set the environment variable MODELSCOPE_API_TOKEN.'),
+    'pushing to a hub that is away': (away, 'It is kept: push it again.'),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
     'reporting on no run': (lambda w: run_report.main([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
@@ -402,7 +434,8 @@ def test_programs_answer_with_one_message(
     said = [*problems(), *printed.err.splitlines()]
     assert any(words in line for line in said), said
     assert 'Traceback' not in printed.out + printed.err
-    assert not list(world.out.glob('*/*/checkpoint-*')), 'no step was trained'
+    left = [p for p in world.out.rglob('*') if p.name.startswith(('checkpoint-', '.'))]
+    assert not left, 'no checkpoint, and nothing half'
 
 
 def two_shards(tmp: Path) -> None:

@@ -105,6 +105,17 @@ def test_a_hub_that_refuses_names_the_variable(
 
 
 @pytest.mark.parametrize('hub_name', HUBS)
+def test_a_hub_that_refuses_one_file_ends_the_download(hub_name: HubName, loopback: LoopbackHub) -> None:
+    loopback.add('model', 'owner/name', FILES)
+    loopback.faults = [Fault('model.safetensors', 403, 99)]
+    with pytest.raises(
+        ConfigError, match=f'model {hub_name}:owner/name@(master|main): the download broke off: '
+    ) as caught:
+        fetched(hub_name)
+    assert str(caught.value).endswith('What came is kept: the same command goes on from there.')
+
+
+@pytest.mark.parametrize('hub_name', HUBS)
 def test_a_token_of_the_environment_is_let_in(
     hub_name: HubName, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

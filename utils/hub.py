@@ -75,7 +75,7 @@ class Snapshot:
                 folder = _patiently(self.repo, lambda: self.client.download(self.repo, self.kind, names))
             except (GoneError, DeniedError, UnreachableError) as error:
                 raise ConfigError(
-                    f'{self.kind} {self.repo}: the download broke off: {error}. '
+                    f'{self.kind} {self.repo}: the download broke off: {_one_line(error)}. '
                     'What came is kept: the same command goes on from there.'
                 ) from error
             if absent := self._absent(folder, names):
@@ -113,11 +113,11 @@ def find(repos: Sequence[Repo], kind: Kind) -> Snapshot:
             continue
         except DeniedError as error:
             raise ConfigError(
-                f'{kind} {repo}: the hub refuses this account ({_first_line(error)}). Set the environment variable '
+                f'{kind} {repo}: the hub refuses this account ({_one_line(error)}). Set the environment variable '
                 f'{TOKEN_VARIABLES[repo.hub]} to a token that may read it.'
             ) from error
         except UnreachableError as error:
-            return _find_cached(repos[index:], kind, why=_first_line(error))
+            return _find_cached(repos[index:], kind, why=_one_line(error))
         return Snapshot(repo=repo, kind=kind, files=files, online=True, client=client)
     hint = ' Give a local directory with --model_id_or_path.' if kind == 'model' else ''
     raise ConfigError(
@@ -186,17 +186,17 @@ def _patiently(repo: Repo, call: Callable[[], T]) -> T:
             if wait is None:
                 raise ConfigError(
                     f'{repo} could not be fetched in {len(_WAITS) + 1} attempts: {type(error).__name__}: '
-                    f'{_first_line(error)}. What came is kept: the same command goes on from there.'
+                    f'{_one_line(error)}. What came is kept: the same command goes on from there.'
                 ) from error
-            logger.warning(f'{repo}: {type(error).__name__}: {_first_line(error)}; trying again in {wait:.0f} s')
+            logger.warning(f'{repo}: {type(error).__name__}: {_one_line(error)}; trying again in {wait:.0f} s')
             time.sleep(wait)
     raise AssertionError('the last attempt returns or raises')
 
 
-def _first_line(error: Exception) -> str:
-    """Return what the operating system said where it said something, else the first line."""
+def _one_line(error: Exception) -> str:
+    """Return what the operating system said where it said something, else the beginning of all."""
     cause = re.search(r'\[Errno -?\d+\][\w ,-]*', str(error))
-    return cause[0] if cause else (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return cause[0] if cause else (' '.join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _record_file(repo: Repo, kind: Kind) -> Path:

@@ -129,9 +129,14 @@ class ModelScope:
         except errors.NetworkError as error:
             raise UnreachableError(str(error)) from error
         except errors.FileDownloadError as error:
-            kinds = {type(e) for e in error.failed_files.values()}
-            if kinds and all(issubclass(kind, errors.NetworkError) for kind in kinds):
-                raise UnreachableError(f'{error}: {next(iter(error.failed_files.values()))}') from error
+            failed = list(error.failed_files.values())
+            for theirs, ours in (
+                (errors.NetworkError, UnreachableError),
+                ((errors.AuthenticationError, errors.PermissionDeniedError), DeniedError),
+                (errors.NotExistError, GoneError),
+            ):
+                if failed and all(isinstance(e, theirs) for e in failed):
+                    raise ours(str(error)) from error
             raise
 
 
