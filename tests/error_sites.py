@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name('error_sites.json')
 _KEY_LENGTH = 70
 # What makes or raises a ConfigError, or collects its text. A file's own functions that end in one are among them.
-_STATES = {'ConfigError', 'UnreadableRow', 'BadImage', 'refuse', 'bad', 'bad_image', 'unknown_key', 'problems.add'}
+STATES = {'ConfigError', 'UnreadableRow', 'BadImage', 'refuse', 'bad', 'bad_image', 'unknown_key', 'problems.add'}
 
 
 class Site(NamedTuple):
@@ -34,7 +34,7 @@ def _states_problem(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
     called = ast.unparse(node.func)
-    return called in _STATES or called.endswith('.problems.add')
+    return called in STATES or called.endswith('.problems.add')
 
 
 def _text(node: ast.Call) -> str:
@@ -102,8 +102,9 @@ class Recorder:
         return [f'{key}: {test}' for key, test in rows if test in self.passed and test not in self.reached.get(key, [])]
 
     def write(self) -> None:
-        """Add what was reached to the table; rows that are untrue or of places that are gone are dropped."""
+        """Add what passed tests reached to the table; rows that are untrue or of places that are gone are dropped."""
         kept = {key: test for key, test in read_table().items() if f'{key}: {test}' not in self.untrue()}
-        found = {key: kept.get(key) or next(iter(self.reached.get(key, [])), None) for key in (s.key for s in sites())}
-        table = {key: test for key, test in found.items() if test}
+        found = {key: [test for test in tests if test in self.passed] for key, tests in self.reached.items()}
+        rows = {site.key: kept.get(site.key) or next(iter(found.get(site.key, [])), None) for site in sites()}
+        table = {key: test for key, test in rows.items() if test}
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')

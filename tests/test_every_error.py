@@ -173,6 +173,16 @@ def resumed_under_deepspeed(world: World) -> int:
     return world.sft('--resume_from_checkpoint', checkpoint, '--max_steps', '2')
 
 
+def not_installed(world: World) -> int:
+    from importlib import metadata
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    world.set.setattr('importlib.metadata.version', version)
+    return llm_sft.main(['--model_type', 'qwen3.5-4b'])
+
+
 def not_writable(world: World) -> int:
     world.set.setattr('os.access', lambda *_: False)
     return world.sft()
@@ -253,6 +263,13 @@ PROGRAMS: dict[str, Row] = {
     'a count of odd digits': (lambda w: w.sft('--dataset', 'sql-demo#²'), "1 or more, got '²'"),
     'a count without end': (lambda w: w.sft('--dataset', f'sql-demo#{DIGITS}'), 'after # comes how many rows'),
     'bytes in a flag': (lambda w: w.sft('--system', 'a\udcff'), "--system 'a\\udcff' is not UTF-8."),
+    'a list of nothing': (lambda w: w.sft('--dataset'), '--dataset needs at least one value.'),
+    'neither true nor false': (lambda w: w.sft('--packing', 'maybe'), "--packing takes true or false, got 'maybe'."),
+    'one file by two names': (
+        lambda w: w.sft('--dataset', w.data, w.data.parent / '.' / '..' / w.data.parent.name / w.data.name),
+        'its rows would count double. Name it once.',
+    ),
+    'a package that is not there': (not_installed, 'which is not installed: pip install "transformers>=5.2.0"'),
     'no rows to show': (lambda w: w.infer('--show_dataset_sample', '0'), '--show_dataset_sample takes 1 or more, or'),
     'batches of none': (lambda w: w.infer('--infer_batch_size', '0'), '--infer_batch_size takes 1 or more, got 0.'),
     'export of a checkpoint': (

@@ -116,6 +116,17 @@ def test_a_hub_that_refuses_one_file_ends_the_download(hub_name: HubName, loopba
 
 
 @pytest.mark.parametrize('hub_name', HUBS)
+def test_a_file_that_goes_between_listing_and_download_is_named(hub_name: HubName, loopback: LoopbackHub) -> None:
+    loopback.add('dataset', 'owner/name', FILES)
+    snapshot = hub.find([Repo(hub=hub_name, id='owner/name')], 'dataset')
+    loopback.add('dataset', 'owner/name', {name: data for name, data in FILES.items() if name != 'config.json'})
+    with pytest.raises(
+        ConfigError, match=r'config\.json(: .*404| is not what the hub lists, or was not delivered \(1 files\))'
+    ):
+        snapshot.fetch(list(snapshot.files))
+
+
+@pytest.mark.parametrize('hub_name', HUBS)
 def test_a_token_of_the_environment_is_let_in(
     hub_name: HubName, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
