@@ -64,7 +64,9 @@ def read_rows(
     """
     before = known or signature(path)
     if before[0] == 0:
-        raise ConfigError(f'data file {path} is empty (0 bytes): there is nothing to read in it.')
+        raise ConfigError(
+            f'data file {path} is empty (0 bytes): there is nothing to read in it. Give another, or leave it out.'
+        )
     readers = {'json': _read_json, 'jsonl': _read_jsonl, 'csv': _read_csv, 'parquet': _read_parquet}
     reader = readers[path.name.lower().removesuffix('.gz').rpartition('.')[2]]
     count = 0
@@ -80,7 +82,7 @@ def read_rows(
         raise
     _check_unchanged(path, before)
     if count == 0:
-        raise ConfigError(f'data file {path} holds no rows.')
+        raise ConfigError(f'data file {path} holds no rows. Give another, or leave it out.')
 
 
 def _check_unchanged(path: Path, before: Signature) -> None:
@@ -108,7 +110,9 @@ class _Bytes:
             data = read(size)
         except (OSError, EOFError, zlib.error) as error:
             what = 'gzip file is broken' if self.packed else 'file cannot be read'
-            raise ConfigError(f'{self.path}: the {what} after {self.total} bytes of data: {error}.') from None
+            raise ConfigError(
+                f'{self.path}: the {what} after {self.total} bytes of data: {error}. Get it again.'
+            ) from None
         self.total += len(data)
         if self.packed and self.total > self.limit:
             raise ConfigError(
@@ -269,4 +273,6 @@ def _read_parquet(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f'{source.path}: row {number}', row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f'{source.path}: the parquet file cannot be read after row {number}: {error}') from None
+        raise ConfigError(
+            f'{source.path}: the parquet file cannot be read after row {number}: {error}. Get it again.'
+        ) from None

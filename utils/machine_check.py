@@ -23,6 +23,7 @@ from utils.scale import check_deepspeed, check_processes
 from utils.sources import check_sources
 
 TRAINER_STATE = 'trainer_state.json'
+_GIVE_CHECKPOINT = 'Give one of a run, output/<model>/vN-<time>/checkpoint-N.'
 _NEEDS_BITSANDBYTES = ('8bit', '32bit', 'bnb', 'ademamix')
 
 
@@ -138,9 +139,9 @@ def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> N
     given = f'--resume_from_checkpoint {checkpoint}'
     has_deepspeed = any(checkpoint.glob(DEEPSPEED_STATES))
     if not checkpoint.is_dir():
-        problems.add(f'{given} is not a directory.')
+        problems.add(f'{given} is not a directory. {_GIVE_CHECKPOINT}')
     elif not (checkpoint / TRAINER_STATE).is_file():
-        problems.add(f'{given} is no checkpoint: it has no {TRAINER_STATE}.')
+        problems.add(f'{given} is no checkpoint: it has no {TRAINER_STATE}. {_GIVE_CHECKPOINT}')
     elif dist.local_rank() == 0 and (problem := damage(checkpoint)):
         intact = [p for p in all_checkpoints(checkpoint.parent) if p != checkpoint and damage(p) is None]
         problems.add(
@@ -156,7 +157,7 @@ def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> N
         problems.add(f'{given} was written with DeepSpeed: add --deepspeed_config_path.')
     elif is_adapter(checkpoint) != (args.sft_type == 'lora'):
         kind = 'an adapter' if is_adapter(checkpoint) else 'whole weights'
-        problems.add(f'{given} holds {kind}, --sft_type is {args.sft_type}.')
+        problems.add(f'{given} holds {kind}, --sft_type is {args.sft_type}. Type the one it was trained with.')
 
 
 def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:

@@ -218,7 +218,8 @@ class FirstStepGate(TrainerCallback):
         """Write one checkpoint; returns its bytes."""
         trainer, checkpoint = self.trainer, scratch / 'checkpoint-0'
         if failure := trainer.write_checkpoint(checkpoint, resumable=not trainer.args.save_only_model):
-            raise ConfigError(f'a checkpoint cannot be written to {trainer.args.output_dir}: {failure}')
+            folder = trainer.args.output_dir
+            raise ConfigError(f'a checkpoint cannot be written to {folder}: {failure}. Make room, or name another.')
         size = dist.from_all(sum(p.stat().st_size for p in checkpoint.rglob('*')) if dist.is_main() else 0)[0]
         held = trainer.save_total_limit + 1 if trainer.save_total_limit > 0 else 2
         free = shutil.disk_usage(scratch.parent).free + size

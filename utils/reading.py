@@ -145,7 +145,9 @@ class Part:
                 position = -1
                 break
         if position != len(self.uses):
-            raise ConfigError(f"data set '{self.name}' gave other rows when it was read a second time.")
+            raise ConfigError(
+                f"data set '{self.name}' gave other rows when it was read a second time. They must be the same."
+            )
 
 
 def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:

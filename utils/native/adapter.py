@@ -31,10 +31,12 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
         if not mark:
             if key.replace('.lora_B.', '.lora_A.') in state and '.lora_B.' in key:
                 continue
-            raise ConfigError(f"the adapter's tensor '{key}' is no half of a LoRA, so it has no native name.")
+            raise ConfigError(
+                f"the adapter's tensor '{key}' is no half of a LoRA, so it has no native name. Train a plain LoRA."
+            )
         matrix_b = state.get(key.replace('.lora_A.', '.lora_B.'))
         if matrix_b is None:
-            raise ConfigError(f"the adapter has '{key}' without its lora_B.")
+            raise ConfigError(f"the adapter has '{key}' without its lora_B. Copy it whole.")
         for new, part in family.tensors({f'{module}.weight': matrix_b}, original).items():
             name = _PREFIX + new.removesuffix('.weight')
             native[f'{name}.lora_A.weight'] = tensor.clone()

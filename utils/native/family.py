@@ -69,7 +69,7 @@ def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> S
             continue
         for new, value in rename(key, tensor).items():
             if new in mapped:
-                raise ConfigError(f"the checkpoint holds '{new}' twice, the second time as '{key}'.")
+                raise ConfigError(f"the checkpoint holds '{new}' twice, the second time as '{key}'. Get it again.")
             mapped[new] = value
     return mapped
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import ConfigError
+from utils.errors import ConfigError, told
 from utils.logger import logger
 from utils.native.images import bad_image, image_size, open_upright, read_images
 
@@ -57,7 +57,8 @@ class Images(ABC):
     def _check_slot(self, tokenizer: Any, token: str) -> None:
         if (found := tokenizer.convert_tokens_to_ids(token)) != self.slot:
             raise ConfigError(
-                f"the tokenizer's {token} is id {found}, the model's is {self.slot}: they are not of one model."
+                f"the tokenizer's {token} is id {found}, the model's is {self.slot}: they are not of one model. "
+                'Get both from the same place.'
             )
 
 
@@ -96,7 +97,7 @@ class ProcessorImages(Images):
             # The other backend resizes otherwise: one model would see two pictures.
             self._processor = AutoImageProcessor.from_pretrained(model_dir, backend='pil', trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ConfigError(f'the image processor in {model_dir} cannot be opened: {error}') from error
+            raise ConfigError(f'the image processor in {model_dir} cannot be opened: {told(error)}') from error
         if max_pixels is not None:
             size = self._processor.size
             if max_pixels < size['shortest_edge']:

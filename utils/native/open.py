@@ -105,4 +105,5 @@ def check_loading(info: dict[str, Any], model_dir: Path, what: str, *, unexpecte
         if names := sorted(map(str, info[problem])):
             shown = ', '.join(names[:_NAMED]) + (', ...' if len(names) > _NAMED else '')
             kind = problem.removesuffix('_keys')
-            raise ConfigError(f'{model_dir} as {what} has {len(names)} {kind} tensors: {shown}')
+            remedy = 'Get weights and config.json from one place.'
+            raise ConfigError(f'{model_dir} as {what} has {len(names)} {kind} tensors: {shown}. {remedy}')

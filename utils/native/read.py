@@ -38,7 +38,9 @@ def weight_files(model_dir: Path) -> list[Path]:
             return [model_dir / shard for shard in shards]
         if (model_dir / name).is_file():
             return [model_dir / name]
-    raise ConfigError(f'{model_dir} holds no weights: neither {" nor ".join(_SINGLE)}, nor an index of them.')
+    raise ConfigError(
+        f'{model_dir} holds no weights: neither {" nor ".join(_SINGLE)}, nor an index of them. Get it whole.'
+    )
 
 
 def read_state(model_dir: Path) -> State:
@@ -52,10 +54,12 @@ def read_state(model_dir: Path) -> State:
     for file in weight_files(model_dir):
         for key, tensor in read_file(file).items():
             if key in state:
-                raise ConfigError(f"{file.name}: tensor '{key}' is in another shard too.")
+                raise ConfigError(f"{file.name}: tensor '{key}' is in another shard too. Get them again.")
             is_tensor = isinstance(tensor, torch.Tensor)
             if not is_tensor and not str(key).endswith(_LISTS):
-                raise ConfigError(f"{file} holds a {type(tensor).__name__} as '{key}', where a tensor must be.")
+                raise ConfigError(
+                    f"{file} holds a {type(tensor).__name__} as '{key}', where a tensor must be. Get it as safetensors."
+                )
             # A .bin may hold Parameters, which would drag a graph along.
             state[key] = tensor.detach() if is_tensor else tensor
     return state
@@ -86,5 +90,5 @@ def read_file(file: Path) -> dict[str, Any]:
             'It is truncated or of another format.'
         ) from None
     if not isinstance(content, dict):
-        raise ConfigError(f'{file} holds a {type(content).__name__}, not tensors by name.')
+        raise ConfigError(f'{file} holds a {type(content).__name__}, not tensors by name. Get it as safetensors.')
     return content
