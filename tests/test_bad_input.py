@@ -65,6 +65,7 @@ DATA = {
     'columns.csv': (b'question,answer\na,b\n', 'columns question, answer are no known shape'),
     'cells.csv': (b'query,response\na,b\nc\n', 'cells.csv:3: this row does not have 2 cells'),
     'broken.parquet': (b'PAR1 nothing', 'the parquet file cannot be read'),
+    'empties.jsonl': (b'{"query": "a", "response": ""}\n', 'no training row is left'),
     'nulls.jsonl': (b'{"query": "a", "response": null}\n', 'no training row is left'),
 }  # fmt: skip
 

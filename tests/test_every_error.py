@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,6 +272,8 @@ PROGRAMS: dict[str, Row] = {
         'its rows would count double. Name it once.',
     ),
     'a package that is not there': (not_installed, 'which is not installed: pip install "transformers>=5.2.0"'),
+    'a share below 0': (lambda w: w.sft('--dataset_test_ratio', '-0.1'), 'takes a share from 0 to below 1, got -0.1.'),
+    'a share above 1': (lambda w: w.sft('--dataset_test_ratio', '1.5'), 'takes a share from 0 to below 1, got 1.5.'),
     'no rows to show': (lambda w: w.infer('--show_dataset_sample', '0'), '--show_dataset_sample takes 1 or more, or'),
     'batches of none': (lambda w: w.infer('--infer_batch_size', '0'), '--infer_batch_size takes 1 or more, got 0.'),
     'export of a checkpoint': (
@@ -587,3 +591,39 @@ def test_functions_raise_one_message(name: str, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError) as caught:
         make(tmp_path)
     assert words in str(caught.value), caught.value
+
+
+SFT_ON_TWO = ROOT / 'scripts' / 'qwen_7b_chat' / 'lora_ddp' / 'sft.sh'
+# What scripts say of themselves -> the command, variables, and what `python3` is (a shell's line).
+SCRIPTS: dict[str, tuple[str, dict[str, str], str]] = {
+    'usage: infer.sh CHECKPOINT [FLAGS]': (f'bash {SFT_ON_TWO.with_name("infer.sh")}', {}, ''),
+    'the number of this machine, 0 on the first': (f'bash {SFT_ON_TWO}', {'NNODES': '2'}, ''),
+    'the address of machine 0': (f'bash {SFT_ON_TWO}', {'NNODES': '2', 'NODE_RANK': '0'}, ''),
+    'Python 3.10 or newer is needed, found: ': (
+        f'source {ROOT}/scripts/venv.sh; make_venv a b', {}, 'echo Python 3.9.1; [[ $1 == --version ]]',
+    ),
+    'python3 cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv': (
+        f'source {ROOT}/scripts/venv.sh; make_venv a b', {}, '[[ $1 == -c ]]',
+    ),
+}  # fmt: skip
+
+
+def test_every_message_of_the_scripts_is_among_these() -> None:
+    files = [*(ROOT / 'scripts').rglob('*.sh'), ROOT / '.ci' / 'run']
+    text = '\n'.join(path.read_text(encoding='utf-8') for path in files)
+    said = {*re.findall(r'\$\{\w+:\?([^}]+)\}', text), *(m[1] for m in re.findall(r'echo (["\'])(.+)\1 >&2', text))}
+    assert {message.partition('$')[0] for message in said} == set(SCRIPTS) and len(files) > 150
+
+
+@pytest.mark.parametrize('words', SCRIPTS)
+def test_scripts_answer_with_one_message(words: str, tmp_path: Path) -> None:
+    command, variables, python = SCRIPTS[words]
+    write(tmp_path, 'python3', f'#!/usr/bin/env bash\n{python}\n')
+    (tmp_path / 'python3').chmod(0o755)
+    path = f'{tmp_path}:{os.environ["PATH"]}' if python else os.environ['PATH']
+    done = subprocess.run(
+        ['bash', '-c', command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, **variables, 'PATH': path},
+    )  # fmt: skip
+    assert done.returncode != 0 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['python3']
