@@ -398,7 +398,7 @@ def test_objects_one_after_the_other(tmp_path: Path) -> None:
         assert [row['a'] for _, row in found] == ['}{', 2, 3, 4]
         assert found[2][0] == f'{file}: object 3'
     file.write_text('{"a": 1}{"a": ')
-    with pytest.raises(ConfigError, match='object 2 is not JSON'):
+    with pytest.raises(ConfigError, match='object 2 is no JSON object'):
         list(read_objects(file))
 
 
@@ -415,6 +415,14 @@ def test_a_subset_or_split_that_is_gone(case: tuple[str, str, str], loopback: Lo
     with pytest.raises(ConfigError, match=GONE[case]) as caught:
         get_dataset([name])
     assert f'What is there: {file}' in str(caught.value)
+
+
+@pytest.mark.parametrize('head', ['configs: 3', 'configs: [3]', 'a: 2023-99-99', '{'])
+def test_a_readme_that_says_nothing_useful_leaves_the_names_of_the_files(head: str, loopback: LoopbackHub) -> None:
+    rows = b'input,output,answer\n1,2,3\n'
+    files = {'train.csv': rows, 'README.md': f'---\n{head}\n---\n'.encode()}
+    loopback.add('dataset', 'AI-ModelScope/blossom-math-v2', files)
+    assert len(get_dataset(['blossom-math-zh'], test_ratio=0).train) == 1
 
 
 def test_columns_that_changed_are_named(loopback: LoopbackHub) -> None:

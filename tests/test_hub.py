@@ -167,6 +167,15 @@ def test_without_network_the_cache_serves_or_one_error_says_what_to_do(
     assert 'Fetch it once with network' in said
 
 
+@pytest.mark.parametrize('content', ['{', '[]', '{"files": {"a": 3}, "whole": []}'])
+def test_a_damaged_record_of_what_was_fetched_is_as_none(content: str, loopback: LoopbackHub) -> None:
+    loopback.add('model', 'owner/name', FILES)
+    fetched('modelscope')
+    (record,) = Path(os.environ['ASSAY_CACHE']).glob('hub/*.json')
+    record.write_text(content)
+    assert there(fetched('modelscope')[0]) == FILES
+
+
 def test_shards_fetched_by_another_program_are_counted(loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {f'model-{n:05d}-of-00003.safetensors': b'x' for n in (1, 2, 3)}
     loopback.add('model', 'owner/name', files)
