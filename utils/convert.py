@@ -187,8 +187,11 @@ def find_converter(columns: Collection[str]) -> Converter | None:
 
 def check_row(row: Row) -> Row:
     """Return the row as it is; raises BadRow where there is no reply to learn, or where it is no text."""
+    texts = [*(message['content'] for message in row.messages), *row.images]
+    if row.tools or any('tool_calls' in message for message in row.messages):
+        texts.append(json.dumps([row.messages, row.tools], ensure_ascii=False, default=str))
     try:
-        json.dumps([row.messages, row.tools, row.images], ensure_ascii=False, default=str).encode()
+        ''.join(texts).encode()
     except UnicodeEncodeError:  # JSON can write it: "\ud83d"
         raise BadRow('a text is not UTF-8, or holds half of a character (a lone surrogate)') from None
     last = row.messages[-1]
