@@ -130,6 +130,11 @@ def config(world: World, **fields: Any) -> Path:
     return world.model('config.json', json.dumps({**found, **fields}))
 
 
+def settings(world: World, **fields: Any) -> Path:
+    found = json.loads((world.source / 'model' / 'tokenizer_config.json').read_text())
+    return world.model('tokenizer_config.json', json.dumps({**found, **fields}))
+
+
 def rows(name: str, content: str | bytes) -> Callable[[World], int]:
     return lambda world: world.sft(data=world.file(name, content))
 
@@ -354,6 +359,14 @@ PROGRAMS: dict[str, Row] = {
                                                  {'role': 'assistant', 'tool_calls': ['f']}]})),
         'tool_calls is not a list of objects',
     ),
+    'a history that is a number': (
+        rows('a.jsonl', '{"query": "a", "response": "b", "history": 3}'),
+        'history is not a list of [query, response] pairs',
+    ),
+    'a picture of no name': (
+        rows('a.jsonl', json.dumps({'query': '<img></img>', 'response': 'b', 'images': ['a\0b']}) + '\n[]'),
+        'a.jsonl:2: a row must be an object with named columns',
+    ),
     'one column twice': (rows('a.csv', 'query,query,response\na,b,c\n'), "a.csv:1: the header names 'query' twice."),
     'a folder named as a file': (folder_named_as_a_file, 'a.jsonl cannot be read: Is a directory.'),
     # the model's directory
@@ -380,14 +393,34 @@ PROGRAMS: dict[str, Row] = {
         lambda w: w.sft(model=config(w, num_hidden_layers=3)),
         'has 9 missing tensors: model.layers.2.input_layernorm.weight, ',
     ),
+    'a padding token beyond the vocabulary': (
+        lambda w: w.sft(model=config(w, pad_token_id=99_999)),
+        'AssertionError: Padding_idx must be within num_embeddings',
+    ),
+    'a model of no layers': (
+        lambda w: w.sft(model=config(w, num_hidden_layers=0)),
+        'LlamaForCausalLM has no layer that LoRA could be put on. Use --sft_type full.',
+    ),
     'no chat template': (bare_tokenizer, 'has no chat template of its own. Name one with --template_type: '),
     'a chat template cut off': (opened('chat_template.jinja', '{% for'), 'fails on a one-turn chat'),
+    'a chat template that fails': (
+        opened('chat_template.jinja', '{{ 1 / 0 }}'),
+        'the chat template fails: ZeroDivisionError: division by zero.',
+    ),
+    'a chat template without end': (
+        opened('chat_template.jinja', '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}'),
+        'the chat template fails: maximum recursion depth exceeded',
+    ),
     'an old chat template cut off': (legacy('{'), 'chat_template.json cannot be read as JSON'),
     'an old chat template of none': (legacy('{}'), "cannot be opened: KeyError: 'chat_template'"),
     'no tokenizer': (opened('tokenizer.json', None), 'the tokenizer in '),
     'an empty tokenizer': (opened('tokenizer.json', '{}'), "cannot be opened: KeyError: 'added_tokens'"),
     'a tokenizer without a model': (opened('tokenizer.json', '{"added_tokens": []}'), 'the tokenizer in '),
     'a list of tokenizer settings': (opened('tokenizer_config.json', '[]'), 'cannot be opened: AttributeError'),
+    'a length in words': (
+        lambda w: w.sft(model=settings(w, model_max_length='long')),
+        "cannot be opened: TypeError: '>' not supported between",
+    ),
     'no token that the template says': (
         without_bos, "template 'ziya' needs bos_token_id, which the tokenizer does not have.",
     ),

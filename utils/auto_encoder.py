@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from utils.encoder import Encoder, TemplateEncoder
-from utils.errors import ConfigError
+from utils.errors import ConfigError, told
 from utils.native.image_readers import Images
 from utils.preprocess import (
     ADDED_END,
@@ -88,6 +88,8 @@ class AutoEncoder(Encoder):
             )
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
+        except Exception as error:  # a template is someone's program, and fails as programs do
+            raise RowRefused(f'the chat template fails: {told(error)}') from error
 
     def _render(self, messages: Sequence[Message], *, tools: Sequence[Any] | None, prompt: bool) -> str:
         return str(self._apply(list(messages), tools, prompt))

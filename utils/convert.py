@@ -147,7 +147,10 @@ def _from_query(row: Mapping[str, Any]) -> Row:
     messages: list[Message] = []
     if row.get('system'):
         messages.append({'role': 'system', 'content': _text(row['system'], 'system')})
-    for pair in _json(row.get('history'), 'history') or ():
+    history = _json(row.get('history'), 'history') or []
+    if not isinstance(history, list | tuple):
+        raise BadRow('history is not a list of [query, response] pairs', 'history')
+    for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow('history is not a list of [query, response] pairs', 'history')
         messages.append({'role': 'user', 'content': _text(pair[0], 'query in history', 'history')})

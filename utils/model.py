@@ -31,7 +31,8 @@ QKV = ('q_proj', 'k_proj', 'v_proj')
 _STD = (*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 # What the libraries raise for files that are damaged, of another model, or need a package that is missing.
 _DAMAGE = (
-    ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
+    ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+    RuntimeError,
 )  # fmt: skip
 
 
@@ -898,6 +899,7 @@ def _open_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
         legacy = model_dir / 'chat_template.json'  # where processors of 2024 kept it
         if not tokenizer.chat_template and legacy.is_file():
             tokenizer.chat_template = read_json(legacy)['chat_template']
+        tokenizer('a')  # settings that are wrong show at the first text
     except Exception as error:  # the libraries raise whatever they stumble over in a damaged file
         raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {told(error)}') from error
     if tokenizer.eos_token_id is None:

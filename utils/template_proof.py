@@ -215,7 +215,12 @@ def _judge(encoder: Encoder, row: Row, *, own: bool) -> tuple[Verdict, str | Non
         return 'alone', None
     try:
         verdict = check.verdict()
-    except (TemplateError, TypeError):  # the tokenizer's template cannot say what the registered one says
+    except (
+        TemplateError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+    ):  # the tokenizer's template cannot say what the registered one says
         return 'different' if encoder.name != AUTO else 'refused', f'its own template refuses {row.origin}'
     if verdict != 'different':
         return verdict, None

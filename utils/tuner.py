@@ -155,6 +155,8 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
         from utils.lora import fuse_lora
 
         modules, parameters = find_targets(model, args.lora_target_modules, frozen)
+        if not modules and not parameters:
+            raise ConfigError(f'{type(model).__name__} has no layer that LoRA could be put on. Use --sft_type full.')
         if parameters and args.lora_dropout_p:
             raise ConfigError(
                 f'--lora_dropout_p {args.lora_dropout_p} cannot be had on expert parameters ({parameters[0]}): '
