@@ -164,7 +164,7 @@ def repeated(content: str | bytes) -> Callable[[World], int]:
     return lambda world: llm_sft.main(['--from_run', str(world.run('lock.json', content))])
 
 
-def without_environment(world: World) -> int:
+def cache_of_words(world: World) -> int:
     world.set.setenv('ASSAY_CACHE_GIB', 'plenty')
     return world.sft('--preflight', 'false')
 
@@ -315,7 +315,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     # where files are to be written
     'a folder of someone else': (not_writable, 'is not writable for you. Give another folder.'),
-    'a cache of words': (without_environment, "ASSAY_CACHE_GIB takes a number of GiB, got 'plenty'."),
+    'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB takes a number of GiB, got 'plenty'."),
     'answers under a file': (
         lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--result_path', w.data / 'a.jsonl'), 'qa.jsonl is a file.',
     ),
