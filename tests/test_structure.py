@@ -69,6 +69,7 @@ LAYERS: list[list[str]] = [
         'filler',
         'attention',
         'loss',
+        'norm',
         'scoring',
         'lora',
         'metrics',

@@ -168,6 +168,9 @@ class SftArguments(CommonArguments):
     chunked_loss: bool = flag(
         True, 'output head at trained positions alone, in chunks; false: logits as the class makes them'
     )
+    fused_norms: bool = flag(
+        True, 'RMSNorm in one step that keeps its input alone, where the class computes just that; false: as it is'
+    )
     doctor: bool = flag(
         False, 'train nothing: try device, libraries, processes, disk and hubs; exit code 1 if one fails'
     )

@@ -138,6 +138,9 @@ def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
 
 def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     """Return the model ready to train and log what is trainable: a PeftModel with fp32 adapters, or all weights."""
+    from utils.layout import is_sharded
+    from utils.norm import fuse_norms
+
     towers = find_towers(model)
     frozen = towers if args.freeze_vision else []
     if not args.freeze_vision and not towers:
@@ -151,7 +154,6 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     else:
         from peft import LoraConfig, TaskType, get_peft_model
 
-        from utils.layout import is_sharded
         from utils.lora import fuse_lora
 
         modules, parameters = find_targets(model, args.lora_target_modules, frozen)
@@ -178,6 +180,8 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
             fused, layers = fuse_lora(prepared)
             logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
         logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in [*modules, *parameters]))
+    if args.fused_norms and not is_sharded(model) and (norms := fuse_norms(model)):
+        logger.info(f'fused_norms = true: {norms} RMSNorm layers run in one step')
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
         if args.sft_type == 'lora':
