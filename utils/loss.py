@@ -161,6 +161,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         to_hidden, to_weight, to_bias = ctx.grads
+        ctx.grads = None  # a gradient that nothing else holds becomes that of the parameter as it is, without a copy
         scale, (of_weight, of_bias) = grads[0], ctx.dtypes
         return (
             to_hidden * scale.to(to_hidden.dtype),
