@@ -242,11 +242,11 @@ class AutoEncoder(Encoder):
         parts = self._parts(rows)
         plain = [part for part in parts if not (part.prompt_guarded or part.reply_guarded)]
         whole = iter(self.text.ids([part.prompt + part.reply + part.end for part in plain]))
-        self._learn_tails([part.prompt for part in plain])
+        tails = self._learn_tails([part.prompt for part in plain])
         encoded = []
         for part in parts:
             ids = None if part.prompt_guarded or part.reply_guarded else next(whole)
-            length = self._prompt_length(part.prompt, ids) if ids is not None else 0
+            length = self._prompt_length(part.prompt, ids, tails) if ids is not None else 0
             prompt = ids[:length] if ids and length else self._prompt_ids([(part.prompt, part.prompt_guarded)])[0]
             encoded.append(self._assemble(part, prompt, ids))
         if self.loss_scope == 'all_rounds':
@@ -254,14 +254,16 @@ class AutoEncoder(Encoder):
             add_earlier(rows, encoded, self._prepare, self._render_all, self._prompt_ids, lead=self._lead, end=end)
         return encoded
 
-    def _learn_tails(self, prompts: Sequence[str]) -> None:
-        """Tokenise the ends of prompts, from their last special token on, that were not met before."""
+    def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
+        """Return the ids of the ends of prompts, from their last special token on; those not met before are new."""
         if len(self._tails) > _TAILS_KEPT:
-            self._tails.clear()
-        tails = {prompt[self.text.last_special(prompt)[1] :] for prompt in prompts} - self._tails.keys()
-        self._tails.update(zip(tails, self.text.ids(list(tails)), strict=True))
+            self._tails = {}  # another thread may go on with the old one
+        known = self._tails
+        tails = list({prompt[self.text.last_special(prompt)[1] :] for prompt in prompts} - known.keys())
+        known.update(zip(tails, self.text.ids(tails), strict=True))
+        return known
 
-    def _prompt_length(self, prompt: str, whole: list[int]) -> int:
+    def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
         """Return how many ids of `whole` are those of the prompt alone; 0 where that is not certain.
 
         Tokenizers cut text at special tokens before anything else, so ids up to the last one in the prompt cannot
@@ -273,7 +275,7 @@ class AutoEncoder(Encoder):
         position = -1
         for _ in range(count):
             position = next((i for i in range(position + 1, len(whole)) if whole[i] in self._control), len(whole))
-        tail = self._tails[prompt[start:]]
+        tail = tails[prompt[start:]]
         end = position + len(tail)
         return end if whole[position:end] == tail else 0
 
