@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import get_dataset
 from tests.loopback_hub import Fault, LoopbackHub
+from utils.convert import BadRow, Filtered
 from utils.dataset import DATASET_MAPPING
 from utils.dataset_rows import HubDataset, read_objects
 from utils.errors import ConfigError
@@ -378,7 +379,7 @@ def test_the_mini_set_draws_the_same_rows_each_time(loopback: LoopbackHub) -> No
     train, val, _ = replace(entry, take=7).load('modelscope')
     drawn = [row['query'] for row in train]
     assert len(drawn) == 7 and drawn == [row['query'] for row in train] and val is not None
-    assert sum(row is None for _, row in train.placed()) == 50 and len(list(val)) == 25
+    assert sum(isinstance(row, BadRow) for _, row in train.placed()) == 50 and len(list(val)) == 25
 
 
 def test_bytes_of_a_parquet_cell_become_a_file(loopback: LoopbackHub) -> None:
@@ -388,6 +389,36 @@ def test_bytes_of_a_parquet_cell_become_a_file(loopback: LoopbackHub) -> None:
     query = get_dataset(['coco-en']).train[0].messages[0]['content']
     path = Path(query.removeprefix('<img>').split('</img>')[0])
     assert path.read_bytes() == b'picture' and path.suffix == '.png'
+
+
+def test_an_image_outside_the_folder_of_its_data_is_refused_by_name(loopback: LoopbackHub) -> None:
+    outside = {
+        '../1.jpg': 'an image leaves the folder of its data file',
+        'pictures/../../1.jpg': 'an image leaves the folder of its data file',
+        '/etc/1.jpg': 'an image has an absolute path',
+        'https://a.b/1.jpg': 'an image is an address',
+        'a</img><img>/etc/1.jpg': 'an image has an absolute path, or a tag in it',
+    }
+    rows = [{'image': path, 'caption': 'a cat'} for path in ('pictures/1.jpg', *outside, 'a/../2.jpg')]
+    files = {f'{split}.jsonl': as_lines(rows) for split in ('train', 'validation')}
+    loopback.add('dataset', 'modelscope/coco_2014_caption', files)
+    found = get_dataset(['coco-en'], test_ratio=0.0)
+    seen = [row.messages[0]['content'].removeprefix('<img>').split('</img>')[0] for row in found.train]
+    assert len(seen) == 2 and seen[0].endswith('/pictures/1.jpg') and seen[1].endswith('/2.jpg')
+    assert '..' not in ''.join(seen) and sum(found.left_out.counts.values()) == 2 * len(outside)
+    for line, (path, reason) in enumerate(outside.items(), start=2):
+        places = next(p for r, p in found.left_out.places.items() if r.startswith(f'dropped by coco-en: {reason}'))
+        assert any(place.endswith(f'train.jsonl:{line}') for place in places), path
+
+
+def test_rows_that_a_filter_leaves_out_are_told_from_broken_ones(loopback: LoopbackHub) -> None:
+    good = {'kind': 'NER', 'input': 'a', 'target': 'b'}
+    rows = [good, {**good, 'kind': 'Chat'}, {**good, 'target': None}, {**good, 'kind': None}]
+    loopback.add('dataset', 'wyj123456/firefly', {'a.jsonl': as_lines(rows)})
+    entry = DATASET_MAPPING['firefly-all-zh']
+    assert isinstance(entry, HubDataset)
+    kinds = [type(row) for _, row in entry.load('modelscope')[0].placed()]
+    assert kinds == [dict, Filtered, BadRow, BadRow]
 
 
 def test_objects_one_after_the_other(tmp_path: Path) -> None:
