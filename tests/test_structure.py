@@ -19,6 +19,7 @@ LAYERS: list[list[str]] = [
         'text_tokenizer',
         'encoder',
         'rounds',
+        'literal_template',
         'auto_encoder',
         'fingerprint',
         'placement',

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from utils.encoder import Encoder, TemplateEncoder
 from utils.errors import ConfigError
+from utils.literal_template import Frames
 from utils.native.image_readers import Images
 from utils.preprocess import (
     ADDED_END,
@@ -46,11 +47,10 @@ _TAILS_KEPT = 4096
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text: `prompt` with its reply and end, and which of them hold guarded data."""
+    """A row as text: its prompt and reply, and which of them hold guarded data."""
 
     prompt: str
     reply: str
-    end: str
     prompt_guarded: bool
     reply_guarded: bool
     notes: list[str]
@@ -69,6 +69,7 @@ class AutoEncoder(Encoder):
                 f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
             )
         self.system = system
+        self._frames = Frames(tokenizer.chat_template, self._render)
         self._lead, self._end = self._find_frame()
         # What of the lead comes before its think block: a reply that reasons follows it.
         self._opening = self._lead[: match.start()] if (match := _OPENS_THINKING.search(self._lead)) else ''
@@ -96,6 +97,8 @@ class AutoEncoder(Encoder):
         self, chats: Sequence[tuple[Sequence[Message], Sequence[Any] | None]], *, prompt: bool
     ) -> list[str]:
         """Return the rendering of each (messages, tools); those without tools in one call, which is quicker."""
+        if self._frames.fit(chats):
+            return [self._frames.fill(messages, prompt=prompt) for messages, _ in chats]
         plain = [list(messages) for messages, tools in chats if not tools]
         texts = iter(self._apply(plain, None, prompt) if plain else [])
         return [self._render(m, tools=tools, prompt=prompt) if tools else next(texts) for m, tools in chats]
@@ -214,14 +217,11 @@ class AutoEncoder(Encoder):
         if full != prompt + reply + end:
             notes.append(RENDERED_DIFFERENTLY)
         return _Parts(
-            prompt=prompt, reply=reply, end=end, prompt_guarded=prompt_guarded, reply_guarded=reply_guarded, notes=notes
+            prompt=prompt, reply=reply, prompt_guarded=prompt_guarded, reply_guarded=reply_guarded, notes=notes
         )
 
     def _joined(self, prompt: str, reply: str) -> tuple[str, str]:
-        """Return prompt and reply as they meet: a reply that reasons takes the place of the lead's empty think block.
-
-        If the prompt has opened the block already, the reply's own opening is left off.
-        """
+        """Return prompt and reply as they meet: a reply that reasons replaces the lead's, or goes on in it."""
         if not (_CLOSES_THINKING.search(self._lead) and _CLOSES_THINKING.search(self.text.unguard(reply))):
             return prompt + self._lead, reply
         self.keeps_lead = False
@@ -241,7 +241,7 @@ class AutoEncoder(Encoder):
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         parts = self._parts(rows)
         plain = [part for part in parts if not (part.prompt_guarded or part.reply_guarded)]
-        whole = iter(self.text.ids([part.prompt + part.reply + part.end for part in plain]))
+        whole = iter(self.text.ids([part.prompt + part.reply + self._end for part in plain]))
         tails = self._learn_tails([part.prompt for part in plain])
         encoded = []
         for part in parts:
@@ -282,7 +282,7 @@ class AutoEncoder(Encoder):
     def _assemble(self, part: _Parts, prompt: list[int], whole: list[int] | None) -> Encoded:
         """Return the row from its text tokenised whole where that keeps prompt and end apart, else piece by piece."""
         end, notes = self._end_ids, part.notes
-        if not part.end:
+        if not self._end:
             whole, notes = whole and whole + end, [*notes, ADDED_END]
         if whole is not None and whole[: len(prompt)] == prompt and whole[-len(end) :] == end:
             ids = whole
