@@ -15,8 +15,9 @@ import pytest
 from tests.conftest import get_dataset
 from tests.loopback_hub import Fault, LoopbackHub
 from utils.convert import BadRow, Filtered
+from utils.data_file import read_objects
 from utils.dataset import DATASET_MAPPING
-from utils.dataset_rows import HubDataset, read_objects
+from utils.dataset_rows import HubDataset
 from utils.errors import ConfigError
 
 Row = dict[str, Any]
@@ -421,15 +422,19 @@ def test_rows_that_a_filter_leaves_out_are_told_from_broken_ones(loopback: Loopb
     assert kinds == [dict, Filtered, BadRow, BadRow]
 
 
-def test_objects_one_after_the_other(tmp_path: Path) -> None:
+def test_objects_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / 'a.jsonl'
     file.write_text('{"a": "}{"}{"a": 2}\n\n[{"a": 3},\n{"a": 4}]', encoding='utf-8')
     for block in (1, 7, 1 << 20):
-        found = list(read_objects(file, block=block))
+        monkeypatch.setattr('utils.data_file._BLOCK_BYTES', block)
+        found = list(read_objects(file))
         assert [row['a'] for _, row in found] == ['}{', 2, 3, 4]
         assert found[2][0] == f'{file}: object 3'
     file.write_text('{"a": 1}{"a": ')
-    with pytest.raises(ConfigError, match='object 2 is not JSON'):
+    with pytest.raises(ConfigError, match='the JSON is broken in the row that starts at line 1'):
+        list(read_objects(file))
+    file.write_text('{"a": 1} 2')
+    with pytest.raises(ConfigError, match='object 2: a int is not an object with columns'):
         list(read_objects(file))
 
 

@@ -221,7 +221,7 @@ class AutoEncoder(Encoder):
         )
 
     def _joined(self, prompt: str, reply: str) -> tuple[str, str]:
-        """Return prompt and reply as they meet: a reply that reasons replaces the lead's, or goes on in it."""
+        """Return prompt and reply as they meet; the reply's think block replaces the lead's or goes on in it."""
         if not (_CLOSES_THINKING.search(self._lead) and _CLOSES_THINKING.search(self.text.unguard(reply))):
             return prompt + self._lead, reply
         self.keeps_lead = False

@@ -23,7 +23,7 @@ from typing import Any
 from utils import hub
 from utils.cache import cache_dir
 from utils.convert import BadRow, Filtered
-from utils.data_file import SUFFIXES, read_rows
+from utils.data_file import SUFFIXES, read_objects, read_rows
 from utils.errors import ConfigError
 from utils.hub_clients import HubName, Repo
 from utils.native.images import BadImage, place_image
@@ -321,36 +321,6 @@ class RowStream:
     def _why_dropped(self, row: SourceRow) -> BadRow:
         chosen = self.entry.filters and all(_text(row, column) for column in self.entry.columns)
         return (Filtered if chosen else BadRow)(self.entry.drops)
-
-
-# Between two objects of a file that holds one after the other.
-_BETWEEN = re.compile(r'[\s,\[\]]*')
-_OBJECT_LIMIT = 1 << 26
-
-
-def read_objects(path: Path, *, block: int = 1 << 20) -> Iterator[tuple[str, Any]]:
-    """Yield (place, object) of JSON objects that follow each other, with or without blanks, commas or line breaks."""
-    decoder = json.JSONDecoder()
-    text, position, number, ends = '', 0, 0, False
-    with path.open(encoding='utf-8-sig') as stream:
-        while True:
-            between = _BETWEEN.match(text, position)
-            position = between.end() if between else position
-            try:
-                row, position = decoder.raw_decode(text, position)
-            except json.JSONDecodeError as error:
-                # More of the file may complete it.
-                if not ends and len(text) - position < _OBJECT_LIMIT:
-                    more = stream.read(max(block, len(text) - position))
-                    text, position, ends = text[position:] + more, 0, not more
-                    continue
-                if position == len(text):
-                    return
-                raise ConfigError(f'{path}: object {number + 1} is not JSON: {error.msg}.') from None
-            number += 1
-            if not isinstance(row, dict):
-                raise ConfigError(f'{path}: object {number} is a {type(row).__name__}, not an object with columns.')
-            yield f'{path}: object {number}', row
 
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp')
