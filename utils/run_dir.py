@@ -12,6 +12,7 @@ from typing import Any
 
 from utils import dist
 from utils.argument import InferArguments, SftArguments, flag_types, to_dict
+from utils.checkpoint import last_checkpoint
 from utils.errors import Problems
 from utils.lock import LOCK_JSON, check_repeated, make_lock
 from utils.logger import logger
@@ -131,8 +132,8 @@ def _checkpoint_problem(checkpoint: Path) -> str | None:
         return f'--ckpt_dir {checkpoint} is not a directory (looked in {checkpoint.absolute().parent}).'
     holds_model = (checkpoint / 'adapter_config.json').is_file() or (checkpoint / 'config.json').is_file()
     if not holds_model:
-        inside = sorted(f.name for f in checkpoint.glob('checkpoint-*'))
-        hint = f' It is a run folder: give {checkpoint / inside[-1]}.' if inside else ''
+        newest = last_checkpoint(checkpoint)
+        hint = f' It is a run folder: give {newest}.' if newest else ''
         return f'--ckpt_dir {checkpoint} is no checkpoint: it has neither adapter_config.json nor config.json.{hint}'
     try:
         if read_run_record(checkpoint) is None:
