@@ -81,6 +81,16 @@ def test_untuned_model_serves_without_a_checkpoint(model_dir: Path, data_file: P
     assert len(results(target)) == 5
 
 
+def test_rows_of_which_none_can_be_answered_are_one_error(
+    model_dir: Path, tmp_path: Path, problems: Callable[[], list[str]]
+) -> None:
+    file = write_jsonl(tmp_path / 'a.jsonl', [{'query': 'a', 'response': 'b', 'images': ['a.png']}] * 9)
+    words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--dataset_test_ratio', '0.5']
+    assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), *GREEDY]) == 2
+    assert problems()[0].startswith('every validation row is left out: 4 rows left out: the row has images, and the')
+    assert not (tmp_path / 'r.jsonl').exists()
+
+
 def test_strangers_get_the_logits_that_inference_uses(checkpoint: Path, model_dir: Path, tokenizer: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,6 +13,7 @@ from utils.argument import InferArguments
 from utils.chat import Chat, chat_in_terminal
 from utils.encoder import Encoder
 from utils.encoding import EncodingReport, encode_rows
+from utils.errors import ConfigError
 from utils.generation import generate_rows, generate_stream
 from utils.logger import logger
 from utils.metrics import score_texts
@@ -37,6 +38,8 @@ def answer_rows(
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
     report = EncodingReport()
     _, kept = encode_rows(encoder, chosen, report)
+    if not kept:
+        raise ConfigError('every validation row is left out: ' + '; '.join(report.lines()))
     for line in report.lines():
         logger.warning(line)
     prompts = encoder.encode_prompts(kept)
