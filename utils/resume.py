@@ -45,7 +45,7 @@ def together(work: Callable[[], object]) -> str | None:
         work()
     except Exception as error:  # a full disk shows as many kinds, one for each library that writes
         failure = f'{type(error).__name__}: {error}'
-    return next((found for found in dist.from_all(failure) if found), None)
+    return dist.first_failure(failure)
 
 
 class ResumableTrainer(Seq2SeqTrainer):

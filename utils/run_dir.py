@@ -58,7 +58,7 @@ def open_run(done: Resolution[SftArguments], data: dict[str, Any], typed_now: Co
         done.warnings += check_resumed(Path(args.resume_from_checkpoint), record)
     made = str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else ''
     run = Run(
-        folder=Path(dist.broadcast_text(made)),
+        folder=Path(dist.from_all(made)[0]),
         record=record,
         weights=weights,
         lock=lock,
