@@ -6,9 +6,9 @@ import contextlib
 import copy
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -31,6 +31,7 @@ _GATE = 'the first-step gate'
 # Whether answers can be generated and scored shows in a few tokens.
 _NEW_TOKENS = 8
 Rows = list[dict[str, Any]]
+T = TypeVar('T')
 
 
 class FirstStepGate(TrainerCallback):
@@ -134,15 +135,9 @@ class FirstStepGate(TrainerCallback):
         batches, count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
         trainer.accelerator.gradient_state._set_sync_gradients(not alone)
         quiet = trainer.accelerator.no_sync(model=trainer.model_wrapped) if alone else contextlib.nullcontext()
-        failure = None
-        try:
-            with quiet:
-                trainer.training_step(trainer.model_wrapped, batches[0], count)
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                raise
-            failure = str(error).splitlines()[0]
-        return next((found for found in dist.from_all(failure) if found), None)
+        with quiet:
+            _, failure = _tried(lambda: trainer.training_step(trainer.model_wrapped, batches[0], count))
+        return dist.first_failure(failure)
 
     def _optimize(self) -> None:
         trainer = self.trainer
@@ -197,19 +192,17 @@ class FirstStepGate(TrainerCallback):
         generation, trainer.generation = trainer.generation, copy.copy(trainer.generation)
         trainer.generation.max_new_tokens = min(_NEW_TOKENS, generation.max_new_tokens or _NEW_TOKENS)
         trainer.model_wrapped.eval()
-        failure = None
-        try:
-            _, found, labels = trainer.prediction_step(trainer.model_wrapped, trainer.data_collator(batch), False)
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                raise
-            failure = str(error).splitlines()[0]
+        result, failure = _tried(
+            lambda: trainer.prediction_step(trainer.model_wrapped, trainer.data_collator(batch), False)
+        )
         trainer.generation = generation
-        if failure := next((f for f in dist.from_all(failure) if f), None):
+        if failure := dist.first_failure(failure):
             raise ConfigError(
                 f'the heaviest validation batch ({len(batch)} rows) does not fit into memory: {failure} '
                 'Lower --eval_batch_size or --max_length.'
             )
+        assert result is not None, 'no process failed'
+        _, found, labels = result
         if not trainer.args.predict_with_generate:
             trainer.guard.judge_evaluation(_GATE, found.tolist(), [row['row'] for row in batch])
         trainer.compute_metrics(EvalPrediction(predictions=found.cpu().numpy(), label_ids=labels.cpu().numpy()))
@@ -228,6 +221,16 @@ class FirstStepGate(TrainerCallback):
                 'make room before the first of them is written.'
             )
         return size
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what `work` returns, or what it was short of memory for."""
+    try:
+        return work(), None
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        return None, (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _longest(rows: Rows) -> int:
