@@ -99,11 +99,6 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def processes_of(checkpoint: Path) -> int:
-    """Return how many processes wrote a checkpoint."""
-    return int(json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['processes'])
-
-
 def remove(folder: Path) -> None:
     """Delete a checkpoint: it loses its name first, so that it is never there in part."""
     gone = folder.with_name(f'.{folder.name.removeprefix(".")}.removed')
