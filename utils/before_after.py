@@ -16,6 +16,7 @@ from utils.generation import generate_batch, generation_config
 from utils.logger import logger
 from utils.preprocess import Row, RowRefused
 from utils.reading import TRAIN, VAL, Plan, Streams, some_rows
+from utils.run_dir import write_json
 
 ANSWERS_JSON = 'answers.json'
 # Enough to see a change by, and little beside a run.
@@ -89,5 +90,4 @@ class BeforeAfter:
             }
             for row, before, now in zip(self.rows, self.before, after, strict=True)
         ]
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (run_dir / ANSWERS_JSON).write_text(text + '\n', encoding='utf-8')
+        write_json(run_dir / ANSWERS_JSON, content)

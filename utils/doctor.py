@@ -25,6 +25,7 @@ from utils.native.gguf import dense_directory
 from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row, cut_front
 from utils.reading import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally, plan_rows
 from utils.resolution import Resolution, run_name
+from utils.run_dir import write_json
 
 DUPLICATE = 'duplicate row'
 CONFLICT = 'same prompt, another answer'
@@ -259,7 +260,7 @@ def check_dataset(done: Resolution[SftArguments]) -> int:
         for batch in batches(_plan(args, doctor).used()):
             doctor.look(batch)
     record = doctor.record(args)
-    report.write_text(json.dumps(record, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+    write_json(report, record)
     print('\n'.join(doctor.lines(record)))
     logger.info(f'report: {report}, every finding with its place: {report.with_suffix(".jsonl")}')
     return 0 if record['clean'] else 1

@@ -22,6 +22,7 @@ from utils import dist
 from utils.callbacks import peak_memory_gib
 from utils.errors import ConfigError
 from utils.logger import logger
+from utils.preprocess import Encoded, cut_front
 from utils.proofs import record_proof
 from utils.random_state import random_state, set_random_state
 from utils.trainer import SftTrainer
@@ -240,14 +241,5 @@ def _longest(rows: Rows) -> int:
 
 def _last(row: dict[str, Any], count: int) -> dict[str, Any]:
     """Return a row with its last `count` tokens, as --max_length would leave it."""
-    cut = max(len(row['input_ids']) - count, 0)
-    start, end = row['trained']
-    trained = (max(start - cut, 0), end - cut)
-    earlier = [(max(start - cut, 0), end - cut) for start, end in row.get('earlier', ()) if end > cut]
-    return {
-        **row,
-        'input_ids': row['input_ids'][cut:],
-        'trained': trained,
-        'earlier': earlier,
-        'prompt_length': max(row['prompt_length'] - cut, 0),
-    }
+    spans = {name: row[name] for name in ('trained', 'prompt_length', 'earlier') if name in row}
+    return {**row, 'earlier': [], **cut_front(Encoded(input_ids=row['input_ids'], **spans), count).as_item()}
