@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,10 @@ class BeforeAfter:
             chosen = some_rows(rows, VAL, args.report_samples)
             if not chosen:
                 self.split, chosen = 'training', some_rows(rows, TRAIN, args.report_samples)
-            self._choose([row for row in chosen if not row.images])
-
-    def _choose(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            with contextlib.suppress(RowRefused):  # counted and named where rows are encoded
-                self.prompts += self.encoder.encode_prompts([row])
-                self.rows.append(row)
+            for row in (row for row in chosen if not row.images):
+                with contextlib.suppress(RowRefused):  # counted and named where rows are encoded
+                    self.prompts += encoder.encode_prompts([row])
+                    self.rows.append(row)
 
     def ask(self, model: Any) -> list[str]:
         """Return the model's answers; it is left in the mode it was in."""

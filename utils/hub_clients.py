@@ -159,33 +159,27 @@ class HuggingFace:
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
         with self._told():
-            return Path(
-                self._api.snapshot_download(
-                    repo.id,
-                    repo_type=kind,
-                    revision=self._revision(repo),
-                    cache_dir=self._cache,
-                    allow_patterns=[glob.escape(name) for name in names],
-                )
-            )
+            return self._snapshot(repo, kind, names)
 
     def cached(self, repo: Repo, kind: Kind) -> Path:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        folder = self._cache / f'{kind}s--{repo.id.replace("/", "--")}'
         try:
-            return Path(
-                self._api.snapshot_download(
-                    repo.id,
-                    repo_type=kind,
-                    revision=self._revision(repo),
-                    cache_dir=self._cache,
-                    local_files_only=True,
-                    allow_patterns=[],
-                )
-            )
+            return self._snapshot(repo, kind, [], local_files_only=True)
         except LocalEntryNotFoundError:
-            return folder
+            return self._cache / f'{kind}s--{repo.id.replace("/", "--")}'
+
+    def _snapshot(self, repo: Repo, kind: Kind, names: Sequence[str], *, local_files_only: bool = False) -> Path:
+        return Path(
+            self._api.snapshot_download(
+                repo.id,
+                repo_type=kind,
+                revision=self._revision(repo),
+                cache_dir=self._cache,
+                local_files_only=local_files_only,
+                allow_patterns=[glob.escape(name) for name in names],
+            )
+        )
 
     def user(self) -> str:
         with self._told():

@@ -61,8 +61,6 @@ class ResumableTrainer(Seq2SeqTrainer):
         self.add_callback(self.guard)
         self.add_callback(_Stop(self))
 
-    # ---- what the guard sees ----
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of one step, known to the guard."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -83,8 +81,6 @@ class ResumableTrainer(Seq2SeqTrainer):
         loader = super()._get_dataloader(*args, **kwargs)
         loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
         return loader
-
-    # ---- writing ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint and delete the ones that are too many; ends the run where it could not be written."""
@@ -162,8 +158,6 @@ class ResumableTrainer(Seq2SeqTrainer):
     def _deepspeed_schedules(self) -> bool:
         return isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
 
-    # ---- reading ----
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put the weights of a checkpoint into the model.
 
@@ -218,8 +212,6 @@ class ResumableTrainer(Seq2SeqTrainer):
             is_saved = self.state.global_step % self.args.save_steps == 0
             if is_saved and Seq2SeqTrainer._determine_best_metric(self, metrics, None):
                 self.state.best_model_checkpoint = checkpoint
-
-    # ---- stopping ----
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self.signals:
