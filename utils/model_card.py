@@ -26,9 +26,9 @@ def _name(text: Any) -> str:
     return path.name if path.is_absolute() or str(text).startswith(('.', '~')) else str(text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ['---'] * len(head), *rows]
-    return ['| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines]
+    return '\n'.join('| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines)
 
 
 def _number(value: Any) -> str:
@@ -51,55 +51,46 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
     ]
     evaluations = [entry for entry in history if any(score in entry for score in _SCORES)]
     scores = [s for s in _SCORES if evaluations and s in evaluations[-1]]
+    scored = [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)]
+    losses = [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
     data = progress.get('data') or {}
     counts = [f'{part} {data[part].get("rows")} rows' for part in ('train', 'validation') if part in data]
-    what = 'A LoRA adapter for' if adapter else 'All weights, fine-tuned from'
-    lines = [
-        '---',
-        f'base_model: {_name(base["id"])}',
-        f'library_name: {"peft" if adapter else "transformers"}',
-        'pipeline_tag: text-generation',
-        'tags:',
-        *(['- lora'] if adapter else []),
-        '- sft',
-        '- assay',
-        '---',
-        '',
-        f'# {name}',
-        '',
-        f'{what} {_name(base["id"])}, {progress["step"]} steps.',
-        '',
-        '## Base model',
-        '',
-        f'{_name(base["id"])}; the weights used have the sha256 `{base["sha256"]}` ({base["covers"]}).',
-        '',
-        '## Data',
-        '',
-        f'{_name(record["dataset"])}' + (f': {", ".join(counts)}.' if counts else '.'),
-        '',
-        '## Flags',
-        '',
-        'Those that were not left at their default.',
-        '',
-        *_table(('flag', 'value'), flags),
-        '',
-        '## Scores',
-        '',
-        *(
-            _table(('step', *scores), [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)])
-            if scores
-            else ['Not evaluated.']
-        ),
-        '',
-        '## Curve',
-        '',
-        *(f'![{PurePath(picture).stem}]({picture})' for picture in pictures),
-        '',
-        *_table(
-            ('step', 'loss'), [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
-        ),
-    ]
-    return '\n'.join(lines) + '\n'
+    return f"""\
+---
+base_model: {_name(base['id'])}
+library_name: {'peft' if adapter else 'transformers'}
+pipeline_tag: text-generation
+tags: [{'lora, ' if adapter else ''}sft, assay]
+---
+
+# {name}
+
+{'A LoRA adapter for' if adapter else 'All weights, fine-tuned from'} {_name(base['id'])}, {progress['step']} steps.
+
+## Base model
+
+{_name(base['id'])}; the weights used have the sha256 `{base['sha256']}` ({base['covers']}).
+
+## Data
+
+{': '.join(filter(None, (_name(record['dataset']), ', '.join(counts))))}.
+
+## Flags
+
+Those that were not left at their default.
+
+{_table(('flag', 'value'), flags)}
+
+## Scores
+
+{_table(('step', *scores), scored) if scores else 'Not evaluated.'}
+
+## Curve
+
+{' '.join(f'![{PurePath(picture).stem}]({picture})' for picture in pictures)}
+
+{_table(('step', 'loss'), losses)}
+"""
 
 
 def _thin(entries: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
