@@ -24,12 +24,12 @@ _ADDRESSES: dict[HubName, tuple[str, str]] = {
 }
 
 
-def answers(hub: HubName, *, seconds: float = 5) -> tuple[str, bool]:
+def answers(hub: HubName) -> tuple[str, bool]:
     """Return a hub's address and whether anything answers there in time, over the proxy of the environment."""
     variable, usual = _ADDRESSES[hub]
     address = os.environ.get(variable) or usual
     try:
-        with urllib.request.urlopen(address, timeout=seconds):
+        with urllib.request.urlopen(address, timeout=5):
             return address, True
     except urllib.error.HTTPError:
         return address, True
