@@ -82,19 +82,19 @@ def seal(partial: Path, checkpoint: Path, *, processes: int) -> int:
 def damage(checkpoint: Path) -> str | None:
     """Return what makes a checkpoint unfit to go on from: no manifest, or the first file that is not as written."""
     try:
-        entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files']
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files'].items()
+        files = {checkpoint / name: (entry['bytes'], entry['sha256']) for name, entry in entries}
     except FileNotFoundError:
         return f'it has no {MANIFEST}, which is written last: it is incomplete'
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f'its {MANIFEST} cannot be read: it is corrupted'
-    paths = {checkpoint / name: entry for name, entry in entries.items()}
-    for path, entry in paths.items():
+    for path, (size, _) in files.items():
         if not path.is_file():
             return f'{path.name} is missing'
-        if path.stat().st_size != entry['bytes']:
-            return f'{path.name} has {path.stat().st_size} bytes, it was written with {entry["bytes"]}'
-    for (path, entry), digest in zip(paths.items(), _hashes(paths), strict=True):
-        if digest != entry['sha256']:
+        if path.stat().st_size != size:
+            return f'{path.name} has {path.stat().st_size} bytes, it was written with {size}'
+    for (path, (_, wanted)), digest in zip(files.items(), _hashes(files), strict=True):
+        if digest != wanted:
             return f'{path.name} is corrupted: its bytes are not those that were written (sha256 differs)'
     return None
 
