@@ -114,6 +114,12 @@ def test_strangers_get_the_logits_that_inference_uses(checkpoint: Path, model_di
     assert AutoTokenizer.from_pretrained(merged).chat_template == tokenizer.chat_template
 
 
+def test_a_checkpoint_is_merged_from_within(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint)
+    assert llm_infer.main(['--ckpt_dir', '.', '--merge_lora_and_save', 'true']) == 0
+    assert (checkpoint.with_name('checkpoint-9-merged') / 'model.safetensors').is_file()
+
+
 def test_merged_folder_answers_as_the_adapter_does(checkpoint: Path) -> None:
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), *GREEDY]) == 0
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0
