@@ -150,8 +150,8 @@ def sealed(run: Path, step: int) -> Path:
     (partial / 'part').mkdir(parents=True)
     for name in ('weights.safetensors', 'part/config.json', 'generation_config.json'):
         (partial / name).write_bytes(name.encode() * 50)
-    size = seal(partial, run / f'checkpoint-{step}', processes=1)
-    assert size == 50 * len('weights.safetensorspart/config.json') and not partial.exists()
+    seal(partial, run / f'checkpoint-{step}')
+    assert not partial.exists()
     return run / f'checkpoint-{step}'
 
 

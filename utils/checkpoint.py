@@ -60,23 +60,21 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def seal(partial: Path, checkpoint: Path, *, processes: int) -> int:
-    """Write the manifest of a finished folder, bring all of it to the disk, give it its name; returns its bytes."""
+def seal(partial: Path, checkpoint: Path) -> None:
+    """Write the manifest of a finished folder, bring all of it to the disk, give it its name."""
     files = sorted(p for p in partial.rglob('*') if p.is_file() and p.name != _MAY_CHANGE)
     for path in [p for p in partial.rglob('*') if p.is_file()]:
         _sync(path)
-    sizes = [path.stat().st_size for path in files]
     entries = {
-        str(path.relative_to(partial)): {'bytes': size, 'sha256': digest}
-        for path, size, digest in zip(files, sizes, _hashes(files), strict=True)
+        str(path.relative_to(partial)): {'bytes': path.stat().st_size, 'sha256': digest}
+        for path, digest in zip(files, _hashes(files), strict=True)
     }
     manifest = partial / MANIFEST
-    manifest.write_text(json.dumps({'processes': processes, 'files': entries}, indent=1) + '\n', encoding='utf-8')
+    manifest.write_text(json.dumps({'files': entries}, indent=1) + '\n', encoding='utf-8')
     for path in [manifest, *(p for p in partial.rglob('*') if p.is_dir()), partial]:
         _sync(path)
     partial.rename(checkpoint)
     _sync(checkpoint.parent)
-    return sum(sizes)
 
 
 def damage(checkpoint: Path) -> str | None:

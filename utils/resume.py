@@ -125,7 +125,7 @@ class ResumableTrainer(Seq2SeqTrainer):
 
         def finish() -> None:
             if self.args.should_save:
-                seal(partial, checkpoint, processes=dist.world_size())
+                seal(partial, checkpoint)
 
         failure = together(make_folder) or together(fill) or together(finish)
         if failure and self.args.should_save:
