@@ -13,7 +13,7 @@ import torch
 
 import llm_infer
 from tests.conftest import write_jsonl
-from utils.chat import Chat
+from utils.chat import Chat, chat_in_terminal
 from utils.encoder import TemplateEncoder
 from utils.generation import generate_batch, generate_rows, generation_config
 from utils.preprocess import TEMPLATE_MAPPING
@@ -207,6 +207,26 @@ def test_chat_in_the_terminal_streams_and_leaves_at_the_end_of_input(
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--eval_human', 'true', *GREEDY]) == 0
     out = capsys.readouterr().out
     assert '(conversation cleared)' in out and '(Ctrl-D or /exit leaves)' in out
+
+
+def test_a_line_that_is_no_utf_8_keeps_the_chat(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The second as a C locale reads it.
+    lines = iter([UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'invalid start byte'), 'a\udcff', '/clear'])
+
+    def read(prompt: str) -> str:
+        line = next(lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr('builtins.input', read)
+    encoder = TemplateEncoder(tokenizer, TEMPLATE_MAPPING['default'], name='default', system='', max_length=99)
+    chat_in_terminal(Chat(encoder, lambda prompt, paths: 'yes', lambda text: print(text, end='')))
+    out = capsys.readouterr().out
+    assert out.count('(this line is not UTF-8: have the terminal write that)') == 2
+    assert out.index('(conversation cleared)') > out.rindex('UTF-8')
 
 
 def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any) -> None:
