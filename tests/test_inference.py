@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,21 @@ def test_untuned_model_serves_without_a_checkpoint(model_dir: Path, data_file: P
     words = ['--model_id_or_path', str(model_dir), '--dataset', str(data_file), '--result_path', str(target)]
     assert llm_infer.main([*words, *GREEDY, '--dataset_test_ratio', '0.5', '--show_dataset_sample', '5']) == 0
     assert len(results(target)) == 5
+
+
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(shown, encoding='gbk', write_through=True))
+    file = write_jsonl(tmp_path / 'a.jsonl', [{'query': '世界 🌍', 'response': 'b'}] * 4)
+    words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--dataset_test_ratio', '0.5', *GREEDY]
+    assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl')]) == 0
+    assert '[QUERY] 世界 ?\n'.encode('gbk') in shown.getvalue()
+    lines = iter(['/ħ', '/exit'])
+    monkeypatch.setattr('builtins.input', lambda prompt: next(lines))
+    assert llm_infer.main([*words, '--eval_human', 'true']) == 0
+    assert b'(/? is not known' in shown.getvalue()
 
 
 def test_rows_of_which_none_can_be_answered_are_one_error(

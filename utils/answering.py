@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def answer_rows(
     ]
     if not dist.is_main():
         return {}
+    _show_what_can_be_shown()
     labels = [row.messages[-1]['content'] for row in kept]
     with target.open('w', encoding='utf-8') as stream:
         for row, answer, label in zip(kept, answers, labels, strict=True):
@@ -78,6 +80,7 @@ def answer_rows(
 
 def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
     """Chat in the terminal until the user leaves."""
+    _show_what_can_be_shown()
 
     def say(text: str) -> None:
         sys.stdout.write(text)
@@ -91,3 +94,9 @@ def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig,
         return text
 
     chat_in_terminal(Chat(encoder, answer, say))
+
+
+def _show_what_can_be_shown() -> None:
+    """Have a terminal of another encoding than UTF-8 show ? for what it lacks, where printing would end the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='replace')
