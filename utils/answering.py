@@ -62,20 +62,24 @@ def answer_rows(
     ]
     if not dist.is_main():
         return {}
-    _show_what_can_be_shown()
     labels = [row.messages[-1]['content'] for row in kept]
+    _show_and_write(kept, answers, labels, target)
+    means = score_texts([a.strip() for a in answers], [label.strip() for label in labels])
+    logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
+    logger.info(f'written to {target}')
+    return means
+
+
+def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequence[str], target: Path) -> None:
+    _show_what_can_be_shown()
     with target.open('w', encoding='utf-8') as stream:
-        for row, answer, label in zip(kept, answers, labels, strict=True):
+        for row, answer, label in zip(rows, answers, labels, strict=True):
             scores = score_texts([answer.strip()], [label.strip()])
             content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
             content |= {'images': row.images} if row.images else {}
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
             question = row.messages[-2]['content'] if len(row.messages) > 1 else ''
             print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
-    means = score_texts([a.strip() for a in answers], [label.strip() for label in labels])
-    logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
-    logger.info(f'written to {target}')
-    return means
 
 
 def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:

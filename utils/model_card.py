@@ -35,6 +35,16 @@ def _number(value: Any) -> str:
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
+def _flags(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    # Flags can be added by newer versions; what the record lacks was not used.
+    defaults = to_dict(SftArguments())
+    return [
+        (f'`--{f.name}`', _name(record[f.name]))
+        for f in dataclasses.fields(SftArguments)
+        if f.name not in _LEFT_OUT and record.get(f.name) not in (None, defaults.get(f.name))
+    ]
+
+
 def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """Return Markdown with the metadata that both hubs read.
 
@@ -42,13 +52,6 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
     """
     base, history = record['base_model'], progress['log_history']
     adapter = record['sft_type'] == 'lora'
-    # Flags can be added by newer versions; what the record lacks was not used.
-    defaults = to_dict(SftArguments())
-    flags = [
-        (f'`--{f.name}`', _name(record[f.name]))
-        for f in dataclasses.fields(SftArguments)
-        if f.name not in _LEFT_OUT and record.get(f.name) not in (None, defaults.get(f.name))
-    ]
     evaluations = [entry for entry in history if any(score in entry for score in _SCORES)]
     scores = [s for s in _SCORES if evaluations and s in evaluations[-1]]
     scored = [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)]
@@ -79,7 +82,7 @@ tags: [{'lora, ' if adapter else ''}sft, assay]
 
 Those that were not left at their default.
 
-{_table(('flag', 'value'), flags)}
+{_table(('flag', 'value'), _flags(record))}
 
 ## Scores
 
