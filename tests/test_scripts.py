@@ -207,4 +207,4 @@ def test_arguments_golden_list() -> None:
         for cls in (SftArguments, InferArguments)
     }
     assert found == golden
-    assert (len(found['SftArguments']), len(found['InferArguments'])) == (76, 37)
+    assert (len(found['SftArguments']), len(found['InferArguments'])) == (77, 37)

@@ -77,6 +77,9 @@ LAYERS: list[list[str]] = [
         'generation',
         'layout',
         'tuner',
+        'shapes',
+        'footprint',
+        'estimate',
         'chat',
         'plot',
         'model_card',
@@ -92,6 +95,7 @@ LAYERS: list[list[str]] = [
     ['trainer_args', 'callbacks', 'push_callback', 'resume', 'trainer'],
     [
         'doctor',
+        'dry_run',
         'before_after',
         'template_proof',
         'jinja_template',

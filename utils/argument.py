@@ -97,6 +97,10 @@ class SftArguments(CommonArguments):
     check_dataset: bool = flag(
         False, 'train nothing: read the data, report what is wrong with it; exit code 1 where anything is'
     )
+    dry_run: bool = flag(
+        False,
+        'train nothing, download nothing: print decisions, data plan, downloads, memory per device and GPUs that fit',
+    )
     train_dataset_sample: int = flag(
         20000,
         'training rows drawn from the whole training set; -1: all. '

@@ -162,8 +162,8 @@ class PreparedData:
         return [self.train[i * len(self.train) // count] for i in range(count)]
 
 
-def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
-    """Return the rows encoded, from the cache where they are; logs what happened, shows some (sample.txt)."""
+def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows, EncodingReport]:
+    """Return the rows of training and validation encoded, from the cache where they are, and what happened to rows."""
     name = f'data-{_key(encoder, plan)[:40]}'
     with dist.local_main_first():
         folder = kept(name, lambda aside: encode_to_files(encoder, plan, aside))
@@ -172,6 +172,12 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
     report = EncodingReport(left_out=Tally(**stored['left_out']), noted=Tally(**stored['noted']))
     report.left_out.merge(plan.left_out)
     encoder.keeps_lead = stored['keeps_lead']  # what encoding learns of the rows counts without it too
+    return train, val, report
+
+
+def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
+    """Return the rows encoded; logs what happened, shows some (sample.txt)."""
+    train, val, report = encode_plan(encoder, plan)
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
     log_report(report, statistics)
     show_samples(encoder.tokenizer, [train[index] for index in range(min(samples, len(train)))], run_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def find_targets(
     if wanted is None:
         wanted = next((list(group) for group in _QKV_NAMES if set(group) <= set(names)), [ALL])
         logger.info(f'lora_target_modules = {",".join(wanted)} because the model has no entry and these are its names')
-    wanted = _native_names([name for name in wanted if name != ALL], names) + [ALL] * (ALL in wanted)
+    wanted = native_names([name for name in wanted if name != ALL], names) + [ALL] * (ALL in wanted)
     found = {name: [e for e in experts if f'.{e}'.endswith(f'.{name}')] for name in wanted if name not in names}
     if missing := [name for name, matched in found.items() if not matched and name != ALL]:
         stacked = f' Its experts: {", ".join(sorted(experts))}.' if experts else ''
@@ -123,7 +123,7 @@ def find_targets(
     return modules, list(dict.fromkeys(e for matched in found.values() for e in matched))
 
 
-def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
+def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
     """Return the names with those of a fused 2023 layout replaced by the native ones, each once."""
     native: list[str] = []
     for name in wanted:

@@ -1,0 +1,307 @@
+"""--dry_run true: what a run would decide, read, download and hold, found without starting it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from utils import dist, hub
+from utils.argument import SftArguments
+from utils.auto_encoder import make_encoder
+from utils.collator import row_labels
+from utils.dataset import DATASET_MAPPING
+from utils.dataset_rows import HubDataset, choose_files
+from utils.encoding import encode_plan
+from utils.errors import ConfigError
+from utils.estimate import (
+    GPUS,
+    UTILISATION,
+    Machine,
+    flops,
+    gpus_that_fit,
+    longest_batch,
+    mode_of,
+    need,
+    seconds,
+)
+from utils.footprint import GIB, Batch, Footprint, Mode, footprint, lora_parameters
+from utils.hub_clients import Listed
+from utils.model import cpu_has_bf16, find_on_hub, load_tokenizer
+from utils.native.gguf import dense_directory, find_packaged_file
+from utils.packing import PackedRows
+from utils.preprocess import IGNORE_INDEX
+from utils.reading import TRAIN, VAL, Plan, plan_rows
+from utils.resolution import Resolution, run_name
+from utils.shapes import Shape, known_shape, shape_of
+from utils.sources import parse_source
+
+_ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits', 'peak')
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What is on this machine: the folder of the model where it is whole, and the files that are not there."""
+
+    model_dir: Path | None = None
+    where: str = ''
+    downloads: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run would go through, and the tokens of all of it: counted, a bound, or None where nothing is known."""
+
+    lines: list[str]
+    batch: Batch
+    tokens: int | None = None
+    counted: bool = False
+
+
+def dry_run(done: Resolution[SftArguments]) -> int:
+    """Print what the run would be. Makes no folder but in the cache, downloads nothing; a hub is asked for names alone.
+
+    Where no hub answers, files are not known by name, and tokens by their bound.
+    """
+    args, info = done.args, done.info
+    assert info is not None, 'resolved without problems'
+    found = _find_model(done)
+    shape = _shape(done, found)
+    data_is_here = _find_data(args, found)
+    machine = _machine()
+    if args.dtype is None:
+        wide = not machine.gpu and not cpu_has_bf16()
+        done.decide('dtype', 'fp32' if wide else 'bf16', 'the CPU has no bf16' if wide else 'most devices have it')
+    mode = None if shape is None else mode_of(args, info, shape, machine)
+    work = _work(done, found, mode, data_is_here=data_is_here, sees=shape is not None and shape.tower > 0)
+    _show('decisions', [*done.decisions, *(f'warning: {text}' for text in done.warnings)])
+    _show('model', [found.where, *_about(shape, mode)])
+    _show('data', work.lines)
+    _show('would download', found.downloads or ['nothing: all files are here'])
+    if shape is not None and mode is not None:
+        _show(_device(mode), _memory(shape, mode, work.batch))
+        _show('GPUs that this fits on, an estimate', _fitting(shape, mode, work.batch))
+        _show('time, an estimate', _time(shape, mode, work))
+    return 0
+
+
+def _show(title: str, lines: Iterable[str]) -> None:
+    if dist.is_main():
+        print('\n'.join([title, *(f'  {line}' for line in lines)]))
+
+
+def _machine() -> Machine:
+    """Return how this run is started: with the GPUs it is given, or those it names where the machine has none."""
+    named = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip() not in ('', '-1')]
+    gpus = dist.visible_gpus() or len(named)
+    return Machine(processes=dist.world_size(), devices=max(1, gpus // dist.local_world_size()), gpu=gpus > 0)
+
+
+def _sizes(names: Sequence[str], files: dict[str, Listed]) -> str:
+    total = sum(files[name][0] or 0 for name in names)
+    return f'{len(names)} files, {total / GIB:.2f} GiB: {", ".join(names[:6])}{", ..." if len(names) > 6 else ""}'
+
+
+def _find_model(done: Resolution[SftArguments]) -> Found:
+    args, info = done.args, done.info
+    assert info is not None, 'resolved without problems'
+    if info.embedded and (packaged := find_packaged_file(*info.embedded)):
+        return Found(model_dir=dense_directory(packaged), where=f'{run_name(args)}: in the package {info.embedded[0]}')
+    if Path(info.model_id_or_path).is_dir():
+        return Found(model_dir=Path(info.model_id_or_path), where=f'{info.model_id_or_path}: a local directory')
+    try:
+        snapshot, names = find_on_hub(info, revision=args.model_revision, hub_name=args.hub)
+    except ConfigError as error:
+        ids = info.model_id_or_path if args.hub == 'modelscope' else info.hf_model_id or info.model_id_or_path
+        unknown = f'model {args.hub}:{ids}, its files not known by name: {error.problems[0].split(". ")[0]}'
+        return Found(where=f'{run_name(args)}: not on this machine', downloads=[unknown])
+    if absent := snapshot.to_fetch(names):
+        wanted = f'model {snapshot.repo}, {_sizes(absent, snapshot.files)}'
+        return Found(where=f'{run_name(args)}: not whole on this machine', downloads=[wanted])
+    folder = snapshot.client.cached(snapshot.repo, 'model')
+    return Found(model_dir=folder, where=f'{run_name(args)}: {snapshot.repo} in the cache')
+
+
+def _shape(done: Resolution[SftArguments], found: Found) -> Shape | None:
+    if found.model_dir is None or not (found.model_dir / 'config.json').is_file():
+        return known_shape(done.args.model_type)
+    assert done.info is not None, 'resolved without problems'
+    return shape_of(found.model_dir, done.info)
+
+
+def _find_data(args: SftArguments, found: Found) -> bool:
+    """Return whether all data is on this machine; what is not is added to the downloads."""
+    before = len(found.downloads)
+    for word in args.dataset:
+        entry = DATASET_MAPPING.get(parse_source(word).name)
+        if not isinstance(entry, HubDataset):
+            continue
+        try:
+            snapshot = hub.find(entry.repos(args.hub), 'dataset')
+            names = [name for chosen in choose_files(snapshot, entry).values() for name in chosen]
+        except ConfigError as error:
+            what = f'data set {word}: {entry.repos(args.hub)[0]}, its files not known by name: '
+            found.downloads.append(what + error.problems[0].split('. ')[0])
+            continue
+        if absent := snapshot.to_fetch(names):
+            found.downloads.append(f'data set {word}: {snapshot.repo}, {_sizes(absent, snapshot.files)}')
+    return len(found.downloads) == before
+
+
+def _work(done: Resolution[SftArguments], found: Found, mode: Mode | None, *, data_is_here: bool, sees: bool) -> Work:
+    args = done.args
+    if not data_is_here or args.streaming:
+        why = 'a stream is not counted beforehand' if args.streaming else 'data that is not here cannot be counted'
+        known = None if args.streaming or args.train_dataset_sample < 0 else args.train_dataset_sample
+        shown = 'training rows: not known' if known is None else f'at most {known} training rows'
+        return _bounded(args, known, f'{shown}: {why}')
+    plan = plan_rows(
+        args.dataset,
+        seed=args.dataset_seed,
+        test_ratio=args.dataset_test_ratio,
+        train_sample=args.train_dataset_sample,
+        hub=args.hub,
+    )
+    if found.model_dir is not None and not sees:
+        return _encoded(done, plan, found.model_dir, padded=mode is not None and not mode.laid)
+    train, val = (sum(part.uses.count(use) for part in plan.parts) for use in (TRAIN, VAL))
+    why = 'images are counted by the model itself' if sees else 'the tokenizer is not here'
+    return _bounded(args, train, f'{train} training rows, {val} validation; tokens are not counted: {why}')
+
+
+def _bounded(args: SftArguments, rows: int | None, said: str) -> Work:
+    """Return the most that a run can be: every row as long as --max_length allows and trained in each token."""
+    batch = longest_batch(args)
+    lines = [said]
+    steps = _steps(args, rows) if rows is not None or args.max_steps >= 0 else None
+    tokens = None
+    if steps is not None:
+        per_step = args.batch_size * args.gradient_accumulation_steps * dist.world_size()
+        seen = steps * per_step if rows is None or args.max_steps >= 0 else rows * args.num_train_epochs
+        tokens = seen * batch.longest if args.max_length > 0 else None
+        lines.append(_step_line(args, steps) + (f'; at most {tokens:,} tokens' if tokens else ''))
+    length = f'{batch.longest} tokens' + ('' if args.max_length > 0 else ', as --max_length gives no bound')
+    return Work(
+        lines=[*lines, f'memory is counted for rows of {length}, each token trained'], batch=batch, tokens=tokens
+    )
+
+
+def _encoded(done: Resolution[SftArguments], plan: Plan, model_dir: Path, *, padded: bool) -> Work:
+    """Return the work of data that is here, encoded as the run would, into the same cache."""
+    args = done.args
+    encoder = make_encoder(
+        load_tokenizer(model_dir, model_type=args.model_type),
+        template_type=str(args.template_type),
+        system=args.system,
+        system_typed='system' in done.typed,
+        max_length=args.max_length,
+        loss_scope=args.loss_scope,
+    )
+    train, val, report = encode_plan(encoder, plan)
+    rows: Any = PackedRows(train, args.max_length) if args.packing else train
+    batches = [[row for item in batch for row in item.get('rows', [item])] for batch in rows.heaviest(args.batch_size)]
+    lengths = [[len(row['input_ids']) for row in batch] for batch in batches]
+    trained = [sum(label != IGNORE_INDEX for row in batch for label in row_labels(row)) for batch in batches]
+    steps, sizes = _steps(args, len(rows)), train.sizes()
+    batch = Batch(
+        tokens=max(len(n) * max(n) if padded else sum(n) for n in lengths),
+        longest=max(map(max, lengths)),
+        trained=max(trained),
+    )
+    per_epoch = int(sizes.sum())
+    # Steps are counted on rows, so a last step may be short and --max_steps may go over the data several times.
+    per_step = per_epoch / max(len(rows), 1) * args.batch_size * args.gradient_accumulation_steps * dist.world_size()
+    tokens = round(per_step * steps) if args.max_steps >= 0 else per_epoch * args.num_train_epochs
+    said = f'{len(train)} training rows, {len(val)} validation, {len(report.left_out) + len(plan.left_out)} left out'
+    lines = [
+        said + (f', in {len(rows)} packs' if args.packing else ''),
+        f'{per_epoch:,} training tokens an epoch, {train.trained_tokens():,} of them trained; the longest row has '
+        f'{int(sizes.max())}',
+        _step_line(args, steps),
+        f'the heaviest batch: {batch.tokens} tokens{" with padding" if padded else ""}, {batch.trained} trained',
+    ]
+    return Work(lines=lines, batch=batch, tokens=tokens, counted=True)
+
+
+def _steps(args: SftArguments, rows: int | None) -> int:
+    """Return the optimizer steps of a run, as the trainer counts them."""
+    if args.max_steps >= 0 or rows is None:
+        return args.max_steps
+    batches = -(-rows // (args.batch_size * dist.world_size()))
+    per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+    return per_epoch * args.num_train_epochs
+
+
+def _step_line(args: SftArguments, steps: int) -> str:
+    total = args.batch_size * args.gradient_accumulation_steps * dist.world_size()
+    parts = f'batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x processes {dist.world_size()}'
+    return f'{steps} optimizer steps of {total} rows ({parts})'
+
+
+def _about(shape: Shape | None, mode: Mode | None) -> list[str]:
+    if shape is None or mode is None:
+        return ['its size is not known: its config.json is not here, and utils/model_sizes.json has no entry for it']
+    trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
+    total = shape.parameters + (0 if mode.full else trained)
+    lines = [
+        f'{shape.model_class}, {shape.parameters:,} parameters',
+        f'trained: {trained:,} of {total:,} ({100 * trained / total:.3g} %)'
+        + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else ''),
+    ]
+    if shape.attention == 'padded' and shape.model_class.startswith(('Qwen3_5', 'Qwen3Next', 'Lfm2')):
+        lines.append('layers other than attention are counted as attention of their width: a lower bound')
+    return lines
+
+
+def _device(mode: Mode) -> str:
+    shared = {'zero2': ', ZeRO-2', 'zero3': ', ZeRO-3', 'fsdp': ', FSDP2', '': ''}[mode.sharding]
+    kind = 'a GPU' if mode.gpu else 'this CPU'
+    many = f', {mode.processes} processes' if mode.processes > 1 else ''
+    spread = f' of {mode.devices} that share the layers' if mode.devices > 1 else ''
+    return f'memory of {kind}{spread}{many}{shared}, GiB, an estimate'
+
+
+def _memory(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
+    off, on = (footprint(shape, replace(mode, checkpointing=value), batch) for value in (False, True))
+    asked = [' (as asked)' if mode.checkpointing is value else '' for value in (False, True)]
+    head = f'{"":12} {"without" + asked[0]:>20} {"with" + asked[1]:>20} gradient checkpointing'
+
+    def line(name: str) -> str:
+        return f'{name:12} {_gib(off, name):>20} {_gib(on, name):>20}'
+
+    copies = [] if mode.gpu else ['on a CPU the first-step gate holds one more copy of what is trained']
+    return [head, *map(line, _ITEMS), 'the peak is the most at once: not all of these are there together', *copies]
+
+
+def _gib(found: Footprint, name: str) -> str:
+    value: int = getattr(found, name)
+    return f'{value / GIB:.2f}'
+
+
+def _fitting(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
+    each = mode.processes * mode.devices
+    lines = []
+    for value in (False, True):
+        asked = replace(mode, checkpointing=value, gpu=True)
+        names = ', '.join(gpus_that_fit(shape, asked, batch)) or 'none of those known'
+        how = f'with{"" if value else "out"} gradient checkpointing'
+        lines.append(f'{each} x, {how}, {need(footprint(shape, asked, batch)):.1f} GiB each: {names}')
+    return [*lines, 'counted with 1 GiB for the libraries of the device and 5 % between blocks']
+
+
+def _time(shape: Shape, mode: Mode, work: Work) -> list[str]:
+    if work.tokens is None:
+        return ['not known, as the tokens are not']
+    total = flops(shape, mode, work.tokens)
+    fits = gpus_that_fit(shape, mode, work.batch)
+    each = ', '.join(f'{name} {_clock(seconds(total, tera, mode.processes))}' for name, _, tera in GPUS if name in fits)
+    return [
+        f'{total:.3g} floating-point operations for {"" if work.counted else "at most "}{work.tokens:,} tokens',
+        f'at {UTILISATION:.0%} of the peak of a GPU, which is assumed and not measured: {each or "none fits"}',
+    ]
+
+
+def _clock(value: float) -> str:
+    return f'{value / 3600:.1f} h' if value >= 3600 else f'{value / 60:.1f} min' if value >= 60 else f'{value:.0f} s'
