@@ -3,7 +3,7 @@
 3 models x LoRA, full x gradient checkpointing off, on; two optimizer steps of two batches each, as the trainer takes
 them. Each setting is a process of its own. Measured is the peak of resident memory (VmHWM), of which the kernel keeps
 count, from the beginning of training (opening a model is another matter: load_memory.py), above what the same process
-holds after it trained a model of 2 layers the same way: libraries are none of it.
+holds after it trained a model of 2 layers the same way: libraries and tokenizer are none of it.
 glibc is told to return what is freed (MALLOC_ variables), so that tensors are measured that live, not what the
 allocator keeps for the next ones. llm_sft.py on a CPU lets it keep them, for speed: --kept measures that instead.
 """
@@ -59,11 +59,11 @@ def folder_of(name: str) -> Path:
     return folder
 
 
-def train(case: dict[str, Any], folder: Path, length: int) -> None:
+def train(case: dict[str, Any], folder: Path, tokenizer: Any, length: int) -> None:
     """Train two steps of one setting with this project's trainer."""
     import contestants
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, TrainerCallback
 
     class CountAnew(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ def train(case: dict[str, Any], folder: Path, length: int) -> None:
     rows = make_rows({'length': length, 'rows': BATCH * ACCUMULATION}, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as output:
         trainer = contestants.ours(
-            model, AutoTokenizer.from_pretrained(folder), rows, output, variant='fast', steps=2, batch=BATCH,
+            model, tokenizer, rows, output, variant='fast', steps=2, batch=BATCH,
             targets=None if full else MODELS[case['model']][1], accumulation=ACCUMULATION, max_length=length,
             checkpointing=case['checkpointing'],
         )  # fmt: skip
@@ -89,15 +89,15 @@ def measure(case: dict[str, Any]) -> float:
 
     torch.set_num_threads(1)
     folder = folder_of(case['model'])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as name:
         config = LlamaConfig(vocab_size=50_000, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                              num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(name)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(name)
-        train(case, Path(name), 16)
+        train(case, Path(name), tokenizer, 16)
     gc.collect()
     before = resident_mb('VmRSS')
-    train(case, folder, MODELS[case['model']][0])
+    train(case, folder, tokenizer, MODELS[case['model']][0])
     return resident_mb('VmHWM') - before
 
 

@@ -84,6 +84,7 @@ LAYERS: list[list[str]] = [
         'plot',
         'model_card',
         'push',
+        'script_table',
         'docs',
         'start',
         'answering',

@@ -121,7 +121,8 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     optimizer *= 12 if mode.deepspeed else 8
     saved, layer = _saved(shape, mode, batch)
     logits, kept = _head(shape, mode, batch)
-    cached = mode.compute * shape.linear_parameters if mode.autocasts and not mode.sharding else 0
+    copies = mode.autocasts and not mode.sharding
+    cached = mode.compute * shape.linear_parameters // mode.devices if copies else 0
     gathered = _gathered(shape, mode, trained)
     held = weights + adapter + optimizer + gathered
     before = gradients if mode.accumulates else 0
