@@ -192,7 +192,8 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     if not mode.chunked:
         return batch.trained * shape.vocabulary * (2 * c + 8), 0
     rows = min(batch.trained, max(16, _CHUNK_LOGITS // shape.vocabulary))
-    taken = rows * shape.vocabulary * (4 if c == 4 else 4 + c) + 3 * batch.trained * shape.hidden * c
+    held = 2 if batch.trained > rows else 1  # a chunk is there until the next one is made
+    taken = held * rows * shape.vocabulary * (4 if c == 4 else 4 + c) + 3 * batch.trained * shape.hidden * c
     if not mode.full:
         return taken, 0
     # The gradient in fp32 and a chunk's share of it; under autocast two copies of the weights, its own and torch's.
