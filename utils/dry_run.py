@@ -61,7 +61,7 @@ class Work:
 
 
 def dry_run(done: Resolution[SftArguments]) -> int:
-    """Print what the run would be. Makes no folder but in the cache, downloads nothing; a hub is asked for names alone.
+    """Print what the run would be. Makes no folder but in the cache; a hub is asked for names and cards alone.
 
     Where no hub answers, files are not known by name, and tokens by their bound.
     """

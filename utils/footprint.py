@@ -159,7 +159,7 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     per_token += (3 if shape.gated else 2) * shape.inner * c
     per_token += shape.layers * (heads + 2 * shape.kv_heads * shape.head_dim) * c
     if mode.gpu or not mode.laid:  # the library's attention keeps its sums and its output, which goes on as it is
-        shared = not mode.laid and (mode.full or 'o_proj' in mode.targets and not mode.packed)
+        shared = not mode.laid and (mode.full or ('o_proj' in mode.targets and not mode.packed))
         per_token += shape.layers * (4 * shape.heads + (0 if shared else heads * c))
     if shape.attention == 'eager':
         per_token += shape.layers * shape.heads * batch.longest * (4 + c)
