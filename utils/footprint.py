@@ -193,12 +193,15 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     if not mode.chunked:
         return batch.trained * shape.vocabulary * (2 * c + 8), 0
     rows = min(batch.trained, max(16, _CHUNK_LOGITS // shape.vocabulary))
-    held = 2 if batch.trained > rows else 1  # a chunk is there until the next one is made
-    taken = held * rows * shape.vocabulary * (4 if c == 4 else 4 + c) + 3 * batch.trained * shape.hidden * c
+    chunk = rows * shape.vocabulary * (4 if c == 4 else 4 + c)
+    making = 2 * chunk if batch.trained > rows else chunk  # the last chunk is there until the next one is made
+    hidden = 3 * batch.trained * shape.hidden * c
     if not mode.full:
-        return taken, 0
-    # The gradient in fp32 and a chunk's share of it; under autocast two copies of the weights, its own and torch's.
-    return taken + table * (4 + c + (2 * c if mode.autocasts else 0)), 4 * table
+        return making + hidden, 0
+    # A chunk's share of the head's gradient, which a CPU widens before it adds it to the sum.
+    adding = chunk + table * (c + (0 if mode.gpu else 4))
+    # The sum in fp32; under autocast two copies of the weights, torch's and our own.
+    return max(making, adding) + hidden + table * (4 + (2 * c if mode.autocasts else 0)), 4 * table
 
 
 def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
