@@ -72,12 +72,13 @@ def dry_run(done: Resolution[SftArguments]) -> int:
     data_is_here = _find_data(args, found)
     machine = _machine()
     if args.dtype is None:
-        wide = not machine.gpu and not cpu_has_bf16()
-        done.decide('dtype', 'fp32' if wide else 'bf16', 'the CPU has no bf16' if wide else 'most devices have it')
+        native = machine.gpu or cpu_has_bf16()
+        reason = 'GPUs are assumed to have it' if machine.gpu else f'this CPU has {"" if native else "no "}bf16'
+        done.decide('dtype', 'bf16' if native else 'fp32', reason)
     mode = None if shape is None else mode_of(args, info, shape, machine)
     work = _work(done, found, mode, data_is_here=data_is_here, sees=shape is not None and shape.tower > 0)
     _show('decisions', [*done.decisions, *(f'warning: {text}' for text in done.warnings)])
-    _show('model', [found.where, *_about(shape, mode)])
+    _show('model', [found.where, *_about(args, shape, mode)])
     _show('data', work.lines)
     _show('would download', found.downloads or ['nothing: all files are here'])
     if shape is not None and mode is not None:
@@ -240,7 +241,7 @@ def _step_line(args: SftArguments, steps: int) -> str:
     return f'{steps} optimizer steps of {total} rows ({parts})'
 
 
-def _about(shape: Shape | None, mode: Mode | None) -> list[str]:
+def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[str]:
     if shape is None or mode is None:
         return ['its size is not known: its config.json is not here, and utils/model_sizes.json has no entry for it']
     trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
@@ -252,6 +253,9 @@ def _about(shape: Shape | None, mode: Mode | None) -> list[str]:
     ]
     if shape.attention == 'padded' and shape.model_class.startswith(('Qwen3_5', 'Qwen3Next', 'Lfm2')):
         lines.append('layers other than attention are counted as attention of their width: a lower bound')
+    if shape.tower:
+        trains = '' if args.freeze_vision else ' It trains with --freeze_vision false, which is not counted.'
+        lines.append(f'what sees: {shape.tower:,} parameters, counted as weights alone.{trains}')
     return lines
 
 
@@ -304,4 +308,6 @@ def _time(shape: Shape, mode: Mode, work: Work) -> list[str]:
 
 
 def _clock(value: float) -> str:
+    if value < 1:
+        return 'under 1 s'
     return f'{value / 3600:.1f} h' if value >= 3600 else f'{value / 60:.1f} min' if value >= 60 else f'{value:.0f} s'
