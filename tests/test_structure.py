@@ -195,6 +195,6 @@ def test_sizes() -> None:
     registries = ('model', 'dataset', 'dataset_rows', 'preprocess')
     too_long = {n: c for n, c in lines.items() if c > 320 and n not in registries}
     assert not too_long
-    assert sum(c for n, c in lines.items() if n not in registries and not n.startswith('native')) <= 11000
+    assert sum(c for n, c in lines.items() if n not in registries and not n.startswith('native')) <= 12000
     for program in ('llm_sft.py', 'llm_infer.py'):
         assert len((ROOT / program).read_text(encoding='utf-8').splitlines()) <= 125

@@ -87,9 +87,6 @@ def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
 
 def measure(model: PreTrainedModel) -> Shape:
     """Return the shape of a model, whose weights need not be there."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
     from utils.tuner import expert_names
     from utils.vision import find_towers
 
@@ -97,23 +94,10 @@ def measure(model: PreTrainedModel) -> Shape:
     embedding = model.get_input_embeddings().weight
     towers = find_towers(model)
     seeing = [module for name, module in model.named_modules() if name in towers]
-    unseen = {id(part) for module in seeing for part in module.modules()}
-    linear: Sizes = {}
-    normed = 0
     settings = config.to_dict()
     heads = config.num_attention_heads
     kv_heads = settings.get('num_key_value_heads') or heads
-    for name, module in model.named_modules():
-        last = name.rpartition('.')[2]
-        if id(module) in unseen or module is head:
-            continue
-        if isinstance(module, torch.nn.Linear | Conv1D):
-            rows, columns = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-            sizes = linear.setdefault(last, {})
-            sizes[rows, columns] = sizes.get((rows, columns), 0) + 1
-        elif 'norm' in type(module).__name__.lower():
-            times = {'q_norm': heads, 'k_norm': kv_heads}.get(last, 1)
-            normed += times * module.weight.numel()
+    linear, normed = _layers(model, seeing, heads, kv_heads)
     stacked = {
         name: [count, *next(p.shape for n, p in model.named_parameters() if n.endswith(f'.{name}'))]
         for name, count in expert_names(model).items()
@@ -123,7 +107,7 @@ def measure(model: PreTrainedModel) -> Shape:
     share = chosen / next(iter(stacked.values()))[1] if stacked else 0.0
     tower = sum(p.numel() for module in seeing for p in module.parameters())
     total = sum(p.numel() for p in model.parameters())
-    own_head = 0 if head is None or head.weight is embedding else head.weight.numel()
+    own_head = 0 if head.weight is embedding else head.weight.numel()
     return Shape(
         model_class=type(model).__name__,
         parameters=total,
@@ -145,6 +129,27 @@ def measure(model: PreTrainedModel) -> Shape:
         linear={name: [[count, *size] for size, count in sizes.items()] for name, sizes in linear.items()},
         stacked=stacked,
     )
+
+
+def _layers(model: PreTrainedModel, seeing: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
+    """Return the linear layers but the head and what sees, and the width of all norms together."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    left_out = {id(part) for module in (*seeing, model.get_output_embeddings()) for part in module.modules()}
+    linear: Sizes = {}
+    normed = 0
+    for name, module in model.named_modules():
+        last = name.rpartition('.')[2]
+        if id(module) in left_out:
+            continue
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            rows, columns = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+            sizes = linear.setdefault(last, {})
+            sizes[rows, columns] = sizes.get((rows, columns), 0) + 1
+        elif 'norm' in type(module).__name__.lower():
+            normed += {'q_norm': heads, 'k_norm': kv_heads}.get(last, 1) * module.weight.numel()
+    return linear, normed
 
 
 def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]], k: int) -> int:
