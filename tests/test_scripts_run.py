@@ -115,6 +115,7 @@ def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_pat
     for mode in TOGETHER:
         assert started[mode].program == 'torchrun' and started[mode].processes == 2
         runs.append(['llm_sft', [*started[mode].flags, '--output_dir', str(tmp_path / mode)]])
+    runs.append(['llm_sft', [*started['lora_ddp_ds'].flags, '--dry_run', 'true']])
     plan = tmp_path / 'plan.json'
     plan.write_text(json.dumps({'runs': runs, 'notes': str(tmp_path), 'fail': None}))
     done = subprocess.run(
@@ -123,6 +124,7 @@ def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_pat
         cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count('memory of this CPU, 2 processes, ZeRO-2, GiB, an estimate') == 1, 'one process prints'
     for number, mode in enumerate(TOGETHER):
         check_run(tmp_path / mode, mode)
         parameters = json.loads((tmp_path / f'{number}-0.json').read_text())['parameters']

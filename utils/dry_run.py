@@ -37,6 +37,7 @@ from utils.reading import TRAIN, VAL, Plan, plan_rows
 from utils.resolution import Resolution, run_name
 from utils.shapes import Shape, known_shape, shape_of
 from utils.sources import parse_source
+from utils.start import start_processes
 
 _ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits', 'peak')
 
@@ -67,6 +68,7 @@ def dry_run(done: Resolution[SftArguments]) -> int:
     """
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
+    start_processes('gloo')
     found = _find_model(done)
     shape = _shape(done, found)
     data_is_here = _find_data(args, found)
