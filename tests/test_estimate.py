@@ -190,3 +190,24 @@ def test_the_shape_of_a_directory_needs_no_weights(model_dir: Path, tmp_path: Pa
     (tmp_path / 'config.json').write_bytes((model_dir / 'config.json').read_bytes())
     found = shape_of(tmp_path, get_model_info(None, str(tmp_path)))
     assert (found.parameters, found.embedding, found.head, found.attention) == (44_192, 12_800, 12_800, 'rows')
+
+
+def test_the_measured_peaks_are_met() -> None:
+    """What benchmarks/estimate.py measured, beside the arithmetic of today where the table has the model."""
+    content = json.loads((ROOT / 'benchmarks' / 'results' / 'estimate.json').read_text())
+    assert len({json.dumps(row['case']) for row in content['rows']}) == 12 and content['allowed'] == 0.15
+    again = 0
+    for row in content['rows']:
+        assert row['estimated'] == pytest.approx(row['measured'], rel=0.15), row
+        if row['case']['model'] == 'smollm2':
+            shape = known_shape('smollm2-135m-instruct')
+            assert shape is not None
+            full = row['case']['setting'] == 'full'
+            mode = Mode(
+                full=full, compute=2, targets=('q_proj', 'k_proj', 'v_proj'), gpu=False,
+                checkpointing=row['case']['checkpointing'],
+            )  # fmt: skip
+            found = footprint(shape, mode, Batch(tokens=4 * 96, longest=96, trained=4 * 72))
+            assert found.peak / 2**20 == pytest.approx(row['measured'], rel=0.15), row
+            again += 1
+    assert again == 4
