@@ -165,7 +165,7 @@ def main() -> int:
         rows.append({'case': case, 'estimated': round(estimated(case), 1), 'measured': round(measured, 1)})
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     worst = max(abs(row['estimated'] / row['measured'] - 1) for row in rows)
-    head = f'Off by at most {worst:.1%} of the measured peak; allowed are {ALLOWED:.0%}.\n\n'
+    head = f'Off by at most {worst:.1%} of the measured peak of what lives; allowed are {ALLOWED:.0%}.\n\n'
     if options.kept:
         return 0
     content = {'machine': machine(), 'allowed': ALLOWED, 'rows': rows}
