@@ -85,6 +85,7 @@ LAYERS: list[list[str]] = [
         'model_card',
         'push',
         'script_table',
+        'work_plan',
         'docs',
         'start',
         'answering',

@@ -43,7 +43,8 @@ class Shape:
     normed: int
     inner: int
     gated: bool
-    # rows: may be laid end to end; padded; alibi: padded, with a bias by position; eager: padded, all scores kept.
+    # rows: may be laid end to end; padded; mixed: padded, with other layers beside attention; alibi: padded, with a
+    # bias by position; eager: padded, all scores kept.
     attention: str
     # Names of linear layers but the head and what sees: [how many, in, out] of each size.
     linear: dict[str, list[list[int]]]
@@ -164,10 +165,13 @@ def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]
 
 def _attention(model: PreTrainedModel) -> str:
     """Return how rows may be laid out, as `Shape.attention` says."""
+    from utils.generation import ATTENDING
     from utils.layout import why_padded
 
     if why_padded(model, longest=1) is None:
         return 'rows'
+    if set(model.config.get_text_config().to_dict().get('layer_types') or ()) - ATTENDING:
+        return 'mixed'
     if type(model).__name__.startswith('Alibi'):
         return 'alibi'
     return 'padded' if model._supports_sdpa else 'eager'
