@@ -58,6 +58,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         packed=packed,
         targets=tuple(targets_of(args, info, shape)),
         rank=args.lora_rank,
+        fused_norms=args.fused_norms and whole,
         fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p,
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,

@@ -46,6 +46,8 @@ class Mode:
     # Base and adapter in one step (lora.py); else PEFT's layers, which copy their input to the adapter's dtype.
     fused: bool = True
     checkpointing: bool = False
+    # RMSNorm keeps its input alone (norm.py).
+    fused_norms: bool = True
     # Gradients are there already when a batch begins.
     accumulates: bool = True
     # Rows end to end; the loss in chunks; a GPU, whose attention is a library's.
@@ -155,7 +157,8 @@ def _weights(shape: Shape, mode: Mode) -> int:
 def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     """Return what the layers save for the backward pass, and what one layer saves, per device."""
     c, heads = mode.compute, shape.heads * shape.head_dim
-    per_token = shape.normed * (8 if mode.full else 4) + _inputs(shape, mode)
+    wide = 4 if mode.full else c
+    per_token = shape.normed * (wide if mode.fused_norms else 8 if mode.full else 4) + _inputs(shape, mode)
     per_token += (3 if shape.gated else 2) * shape.inner * c
     per_token += shape.layers * (heads + 2 * shape.kv_heads * shape.head_dim) * c
     if mode.gpu or not mode.laid:  # the library's attention keeps its sums and its output, which goes on as it is
@@ -169,7 +172,7 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     mask = batch.tokens * batch.longest * shape.heads * c if shape.attention == 'alibi' else 0
     layer = every // shape.layers
     if mode.checkpointing:
-        every = batch.tokens * (shape.layers + 1) * shape.hidden * (4 if mode.full else c)
+        every = batch.tokens * (shape.layers + 1) * shape.hidden * wide
     return every // mode.devices + mask, layer
 
 
@@ -194,14 +197,13 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
         return batch.trained * shape.vocabulary * (2 * c + 8), 0
     rows = min(batch.trained, max(16, _CHUNK_LOGITS // shape.vocabulary))
     chunk = rows * shape.vocabulary * (4 if c == 4 else 4 + c)
-    making = 2 * chunk if batch.trained > rows else chunk  # the last chunk is there until the next one is made
     hidden = 3 * batch.trained * shape.hidden * c
     if not mode.full:
-        return making + hidden, 0
+        return chunk + hidden, 0
     # A chunk's share of the head's gradient, which a CPU widens before it adds it to the sum.
     adding = chunk + table * (c + (0 if mode.gpu else 4))
     # The sum in fp32; under autocast two copies of the weights, torch's and our own.
-    return max(making, adding) + hidden + table * (4 + (2 * c if mode.autocasts else 0)), 4 * table
+    return adding + hidden + table * (4 + (2 * c if mode.autocasts else 0)), 4 * table
 
 
 def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
@@ -210,7 +212,7 @@ def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
     mlp = 3 * shape.inner // layers * c * batch.tokens
     attention = batch.tokens * shape.head_dim * (shape.heads * c + 8 * shape.kv_heads)
     if not mode.gpu and mode.laid:
-        attention += 16 * min(_BLOCK, batch.longest) * batch.longest * shape.heads
+        attention += 4 * c * min(_BLOCK, batch.longest) * batch.longest * shape.heads
     largest = max((i * o for sizes in shape.linear.values() for _, i, o in sizes), default=0)
     weight = largest * (c + 4) if mode.full else largest * c if mode.packed else 0
     return max(mlp, attention) + weight
@@ -230,8 +232,8 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 
 
 def _step(shape: Shape, mode: Mode, own: int) -> int:
-    """Return what the optimizer's arithmetic takes: on a GPU over all tensors at once, on a CPU over one."""
-    if mode.deepspeed:
+    """Return what the optimizer's arithmetic takes: fused nothing, else on a GPU as all tensors, on a CPU as one."""
+    if mode.sharding != 'fsdp':
         return 0
     largest = max(shape.embedding, *(i * o for sizes in shape.linear.values() for _, i, o in sizes))
     return 4 * own if mode.gpu else 8 * min(own, largest)

@@ -151,6 +151,7 @@ class _SummedLoss(torch.autograd.Function):
                 to_weight += small.t() @ part
             if to_bias is not None:
                 to_bias += error.sum(dim=0)
+            del logits, error, small, slope  # else they are there until the next chunk's are made
         grads = [g for g in (to_hidden, to_weight, to_bias) if g is not None]
         for grad in grads:
             grad.mul_(1.0 / (divisor * inner))
