@@ -42,6 +42,10 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
         from utils.doctor import check_dataset
 
         return check_dataset(done)
+    if args.dry_run:
+        from utils.dry_run import dry_run
+
+        return dry_run(done)
     if args.streaming:
         rows: Plan | Streams = open_streams(args.dataset, hub=args.hub)
     else:

@@ -68,7 +68,7 @@ def trl(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, var
 
 
 def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, variant: str, steps: int, batch: int,
-         accumulation: int, max_length: int) -> Any:  # fmt: skip
+         accumulation: int, max_length: int, checkpointing: bool = False) -> Any:  # fmt: skip
     """Return this project's trainer: on its fast path, or padded with PEFT's layers and the class's logits."""
     from utils.argument import SftArguments
     from utils.encoding import EncodedRows, PreparedData
@@ -86,8 +86,9 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
         sft_type='full' if targets is None else 'lora', lora_target_modules=names, batch_size=batch,
         gradient_accumulation_steps=accumulation, max_steps=steps, learning_rate=1e-4, dataloader_num_workers=0,
         tuner_backend='swift' if fast else 'peft', padding_free=None if fast else False, chunked_loss=fast,
-        group_by_length=fast, max_length=max_length, eval_batch_size=batch, save_steps=10_000, logging_steps=1000,
-        warmup_ratio=0.0, only_save_model=True,
+        group_by_length=fast, fused_norms=fast, max_length=max_length,
+        eval_batch_size=batch, save_steps=10_000, logging_steps=1000,
+        warmup_ratio=0.0, only_save_model=True, gradient_checkpointing=checkpointing,
     )  # fmt: skip
     train = EncodedRows()
     for row in rows:

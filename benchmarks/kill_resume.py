@@ -37,7 +37,7 @@ MODES: dict[str, tuple[int, str]] = {
     'full': (1, '--sft_type full'),
     'full, bf16': (1, '--sft_type full --dtype bf16'),
     'packing': (1, '--packing true --lora_dropout_p 0.1'),
-    'streaming': (1, '--streaming true --lora_dropout_p 0.1'),
+    'streaming': (1, '--streaming true --stream_val_rows 8 --lora_dropout_p 0.1'),
     'lora, 2 processes': (2, '--lora_dropout_p 0.1'),
     'full, 2 processes': (2, '--sft_type full'),
     'DeepSpeed, 2 processes': (2, '--lora_dropout_p 0.1 --deepspeed_config_path {deepspeed}'),

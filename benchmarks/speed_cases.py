@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 CONTESTANTS = ('plain', 'trl', 'trl_packing', 'padded', 'fast')
+# Those that are measured in every setting.
+ESSENTIAL = ('plain', 'trl_packing', 'fast')
 NAMES = {
     'plain': 'Trainer + PEFT', 'trl': 'TRL SFTTrainer', 'trl_packing': 'TRL SFTTrainer, packing',
     'padded': 'ours, padded', 'fast': 'ours',

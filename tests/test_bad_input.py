@@ -160,15 +160,19 @@ def test_checkpoints_that_are_none(tmp_path: Path, run_sft: Run, problems: Probl
     assert llm_infer.main(['--ckpt_dir', str(tmp_path)]) == 2
     run = run_sft('--max_steps', '1')
     assert llm_infer.main(['--ckpt_dir', str(run)]) == 2
+    for name in ('checkpoint-9', 'checkpoint-10', 'checkpoint-10-merged'):
+        (run / name).mkdir()
+    assert llm_infer.main(['--ckpt_dir', str(run)]) == 2
     (run / 'sft_args.json').unlink()
     (run / 'checkpoint-1' / 'sft_args.json').unlink()
     assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-1')]) == 2
     said = problems()
-    assert len(said) == 4
+    assert len(said) == 5
     assert 'is not a directory' in said[0]
     assert 'is no checkpoint: it has neither adapter_config.json nor config.json.' in said[1]
     assert f'It is a run folder: give {run}/checkpoint-1.' in said[2]
-    assert 'has no sft_args.json beside it' in said[3]
+    assert f'It is a run folder: give {run}/checkpoint-10.' in said[3]
+    assert 'has no sft_args.json beside it' in said[4]
 
 
 def test_truncated_weights(tmp_path: Path, model_dir: Path, data_file: Path, problems: Problems) -> None:

@@ -14,8 +14,10 @@ import pytest
 
 from tests.conftest import get_dataset
 from tests.loopback_hub import Fault, LoopbackHub
+from utils.convert import BadRow, Filtered
+from utils.data_file import read_objects
 from utils.dataset import DATASET_MAPPING
-from utils.dataset_rows import HubDataset, read_objects
+from utils.dataset_rows import HubDataset
 from utils.errors import ConfigError
 
 Row = dict[str, Any]
@@ -378,7 +380,7 @@ def test_the_mini_set_draws_the_same_rows_each_time(loopback: LoopbackHub) -> No
     train, val, _ = replace(entry, take=7).load('modelscope')
     drawn = [row['query'] for row in train]
     assert len(drawn) == 7 and drawn == [row['query'] for row in train] and val is not None
-    assert sum(row is None for _, row in train.placed()) == 50 and len(list(val)) == 25
+    assert sum(isinstance(row, BadRow) for _, row in train.placed()) == 50 and len(list(val)) == 25
 
 
 def test_bytes_of_a_parquet_cell_become_a_file(loopback: LoopbackHub) -> None:
@@ -390,15 +392,49 @@ def test_bytes_of_a_parquet_cell_become_a_file(loopback: LoopbackHub) -> None:
     assert path.read_bytes() == b'picture' and path.suffix == '.png'
 
 
-def test_objects_one_after_the_other(tmp_path: Path) -> None:
+def test_an_image_outside_the_folder_of_its_data_is_refused_by_name(loopback: LoopbackHub) -> None:
+    outside = {
+        '../1.jpg': 'an image leaves the folder of its data file',
+        'pictures/../../1.jpg': 'an image leaves the folder of its data file',
+        '/etc/1.jpg': 'an image has an absolute path',
+        'https://a.b/1.jpg': 'an image is an address',
+        'a</img><img>/etc/1.jpg': 'an image has an absolute path, or a tag in it',
+    }
+    rows = [{'image': path, 'caption': 'a cat'} for path in ('pictures/1.jpg', *outside, 'a/../2.jpg')]
+    files = {f'{split}.jsonl': as_lines(rows) for split in ('train', 'validation')}
+    loopback.add('dataset', 'modelscope/coco_2014_caption', files)
+    found = get_dataset(['coco-en'], test_ratio=0.0)
+    seen = [row.messages[0]['content'].removeprefix('<img>').split('</img>')[0] for row in found.train]
+    assert len(seen) == 2 and seen[0].endswith('/pictures/1.jpg') and seen[1].endswith('/2.jpg')
+    assert '..' not in ''.join(seen) and sum(found.left_out.counts.values()) == 2 * len(outside)
+    for line, (path, reason) in enumerate(outside.items(), start=2):
+        places = next(p for r, p in found.left_out.places.items() if r.startswith(f'dropped by coco-en: {reason}'))
+        assert any(place.endswith(f'train.jsonl:{line}') for place in places), path
+
+
+def test_rows_that_a_filter_leaves_out_are_told_from_broken_ones(loopback: LoopbackHub) -> None:
+    good = {'kind': 'NER', 'input': 'a', 'target': 'b'}
+    rows = [good, {**good, 'kind': 'Chat'}, {**good, 'target': None}, {**good, 'kind': None}]
+    loopback.add('dataset', 'wyj123456/firefly', {'a.jsonl': as_lines(rows)})
+    entry = DATASET_MAPPING['firefly-all-zh']
+    assert isinstance(entry, HubDataset)
+    kinds = [type(row) for _, row in entry.load('modelscope')[0].placed()]
+    assert kinds == [dict, Filtered, BadRow, BadRow]
+
+
+def test_objects_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / 'a.jsonl'
     file.write_text('{"a": "}{"}{"a": 2}\n\n[{"a": 3},\n{"a": 4}]', encoding='utf-8')
     for block in (1, 7, 1 << 20):
-        found = list(read_objects(file, block=block))
+        monkeypatch.setattr('utils.data_file._BLOCK_BYTES', block)
+        found = list(read_objects(file))
         assert [row['a'] for _, row in found] == ['}{', 2, 3, 4]
         assert found[2][0] == f'{file}: object 3'
     file.write_text('{"a": 1}{"a": ')
-    with pytest.raises(ConfigError, match='object 2 is no JSON object'):
+    with pytest.raises(ConfigError, match='the JSON is broken in the row that starts at line 1'):
+        list(read_objects(file))
+    file.write_text('{"a": 1} 2')
+    with pytest.raises(ConfigError, match='object 2: it must be an object with columns, got a int'):
         list(read_objects(file))
 
 

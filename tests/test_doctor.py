@@ -14,6 +14,7 @@ import pytest
 
 import llm_sft
 from tests.conftest import ROOT, make_model, make_tokenizer, write_jsonl
+from tests.loopback_hub import LoopbackHub
 from utils import dataset, doctor
 from utils.doctor import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order
 from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY
@@ -285,6 +286,25 @@ def test_rows_that_are_not_drawn_are_looked_at_but_not_measured(tokenizer_dir: P
     rows = report['rows']
     assert code == 1 and (rows['read'], rows['kept'], rows['train'], rows['not_drawn']) == (51, 50, 10, 40)
     assert sum(report['lengths']['rows_up_to'].values()) == 10
+
+
+@pytest.mark.parametrize(('broken', 'code'), [([], 0), ([{'kind': 'NER', 'input': 'c', 'target': ''}], 1)])
+def test_what_a_data_set_filters_is_counted_and_named_but_no_defect(
+    broken: list[Plain], code: int, tokenizer_dir: Path, tmp_path: Path, loopback: LoopbackHub
+) -> None:
+    good = [{'kind': 'NER', 'input': f'say {i}', 'target': f'it is {i}'} for i in range(5)]
+    rows = [*good, {**good[0], 'kind': 'Chat'}, {**good[1], 'kind': 'Chat'}, *broken]
+    loopback.add('dataset', 'wyj123456/firefly', {'a.jsonl': '\n'.join(map(json.dumps, rows)).encode()})
+    found, findings, report = examine(tokenizer_dir, tmp_path / 'out', 'firefly-all-zh')
+    assert (found, report['clean']) == (code, not code)
+    reason = 'dropped by firefly-all-zh: another kind, or no input or target'
+    assert report['filtered'][reason]['rows'] == 2 and len(report['filtered'][reason]['first']) == 2
+    assert report['left_out'].keys() == ({reason} if broken else set())
+    assert report['rows'] == {
+        'read': len(rows), 'kept': 5, 'train': 5, 'validation': 0, 'not_drawn': 0, 'filtered': 2,
+        'left_out': len(broken),
+    }  # fmt: skip
+    assert [f['line'] for f in findings if f['kind'] == 'filtered'] == [6, 7]
 
 
 def test_the_order_of_roles() -> None:

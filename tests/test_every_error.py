@@ -569,7 +569,7 @@ def dropout_on_experts(tmp: Path) -> Any:
 
 def objects(content: bytes) -> Callable[[Path], Any]:
     def make(tmp: Path) -> Any:
-        from utils.dataset_rows import read_objects
+        from utils.data_file import read_objects
 
         return list(read_objects(write(tmp, 'a.json', content) / 'a.json'))
 
@@ -607,11 +607,11 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs an NVIDIA GPU of compute capability 8'),
     'a directory of nothing': (directory_of_nothing, 'has no config.json, so its architecture is unknown.'),
     'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 cannot be had on expert parameters'),
-    'an object cut off': (objects(b'{"a": 1}\n{"b": '), 'a.json: object 2 is no JSON object with columns: Expecting'),
+    'an object cut off': (objects(b'{"a": 1}\n{"b": '), 'a.json:2: the JSON is broken in the row that'),
     'an object that is none': (
-        objects(b'{"a": 1}, 3'), 'a.json: object 2 is no JSON object with columns: it is a int.',
+        objects(b'{"a": 1}, 3'), 'a.json: object 2: it must be an object with columns, got a int.',
     ),
-    'an object with a number without end': (objects(b'{"a": ' + b'1' * 5000 + b'}'), 'object 1 is no JSON object'),
+    'an object with a number without end': (objects(b'{"a": ' + b'1' * 5000 + b'}'), 'a.json:1: the JSON is broken'),
     'pictures that swell': (archive(swells=True), 'unpacked it would be over 50 times its size'),
     'pictures with a password': (archive(swells=False), 'a.zip is no whole zip file: '),
 }  # fmt: skip

@@ -23,6 +23,7 @@ from utils.encoding import EncodedRows, PreparedData
 from utils.generation import generate_batch, generation_config
 from utils.layout import exact_head, lay_end_to_end
 from utils.loss import Head
+from utils.norm import fuse_norms
 from utils.packing import StepSampler, best_fit
 from utils.preprocess import Encoded
 from utils.scoring import Scorer
@@ -129,7 +130,8 @@ def test_a_head_of_another_kind_is_noticed() -> None:
 
 def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
     x = torch.randint(6, 400, (1, 9))
-    plain, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora', tuner_backend='peft', lora_dropout_p=0.0)
+    words = {'tuner_backend': 'peft', 'fused_norms': False, 'lora_dropout_p': 0.0}
+    plain, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora', **words)
     swift, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora')
     assert sum(type(m).__name__ == 'SwiftLinear' for m in swift.modules()) == 14
     assert (swift(x).logits - plain(x).logits).abs().max() < 1e-6
@@ -141,6 +143,61 @@ def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
     assert (first - dropped(x).logits).abs().max() > 1e-6, 'dropout acts'
     expected = swift(x).logits
     assert (swift.merge_and_unload()(x).logits - expected).abs().max() < 1e-5
+
+
+class RoundLastRMSNorm(torch.nn.Module):
+    """As OLMo 2 computes it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.rand(size) + 0.5), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (self.weight * (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
+
+
+class MeanRMSNorm(RoundLastRMSNorm):
+    """Something else under the same name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+def norm_layers() -> list[torch.nn.Module]:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    layers = [LlamaRMSNorm(48), Gemma3RMSNorm(48), RoundLastRMSNorm(48)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight, mean=0.7, std=0.2)
+    return layers
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_norms_in_one_step_are_those_of_their_classes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    third = 'round_first' if dtype == torch.float32 else 'round_last'  # nothing is rounded
+    for layer, kind in zip(norm_layers(), ('round_first', 'one_plus', third), strict=True):
+        plain, fused = layer.to(dtype), copy.deepcopy(layer)
+        assert fuse_norms(fused) == 1 and fused.norm_kind == kind and isinstance(fused, type(plain))
+        x = torch.randn(2, 7, 48, dtype=dtype, requires_grad=True)
+        assert torch.equal(plain(x), fused(x))
+        direction = torch.randn_like(x)
+        wanted = torch.autograd.grad(plain(x), [x, plain.weight], direction)
+        found = torch.autograd.grad(fused(x), [x, fused.weight], direction)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * theirs.abs().max()
+        frozen = copy.deepcopy(fused).requires_grad_(False)
+        frozen(x).sum().backward()
+        assert x.grad is not None and frozen.weight.grad is None
+
+
+def test_norms_of_another_kind_are_left_alone() -> None:
+    model = torch.nn.Sequential(MeanRMSNorm(48), torch.nn.LayerNorm(48), *norm_layers())
+    assert fuse_norms(model) == 3
+    assert type(model[0]) is MeanRMSNorm
+    assert fuse_norms(make_model()) == 5
 
 
 @pytest.mark.parametrize('checkpoints', [False, True])
@@ -163,7 +220,8 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
         count = sum(row['trained'][1] - max(1, row['trained'][0]) for row in rows)
         exact_model, _ = prepared(make_model(seed=seed), 'llama3.2-1b-instruct', 'lora')
         _, exact = plain_gradients(exact_model, rows, count)
-        plain, _ = prepared(make_model(seed=seed).bfloat16(), 'llama3.2-1b-instruct', 'lora', tuner_backend='peft')
+        words = {'tuner_backend': 'peft', 'fused_norms': False}
+        plain, _ = prepared(make_model(seed=seed).bfloat16(), 'llama3.2-1b-instruct', 'lora', **words)
         fast, args = prepared(make_model(seed=seed).bfloat16(), 'llama3.2-1b-instruct', 'lora')
         with torch.autocast('cpu', torch.bfloat16):
             _, found = plain_gradients(plain, rows, count)
@@ -186,7 +244,7 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
 
     base = open_tiny(key, tmp_path / 'model')
     rows, tokenizer = make_rows(390), make_tokenizer()
-    plain, _ = prepared(copy.deepcopy(base), key, kind, tuner_backend='peft')
+    plain, _ = prepared(copy.deepcopy(base), key, kind, tuner_backend='peft', fused_norms=False)
     settings = {
         'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2, 'max_steps': 5, 'learning_rate': 1e-3,
         'max_grad_norm': 1.0, 'optim': 'sgd', 'lr_scheduler_type': 'cosine', 'warmup_steps': 0.05, 'use_cpu': True,
@@ -285,7 +343,18 @@ def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_pa
         '--save_steps', '1', '--max_grad_norm', '0', '--quantization_bit', bits,
     )  # fmt: skip
     ways = [
-        ('--padding_free', 'false', '--tuner_backend', 'peft', '--chunked_loss', 'false', '--batch_size', '4'),
+        (
+            '--padding_free',
+            'false',
+            '--tuner_backend',
+            'peft',
+            '--chunked_loss',
+            'false',
+            '--fused_norms',
+            'false',
+            '--batch_size',
+            '4',
+        ),
         ('--padding_free', 'true', '--batch_size', '4'),
         ('--packing', 'true', '--max_length', '400', '--batch_size', '1', '--gradient_checkpointing', 'true'),
     ]

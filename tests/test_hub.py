@@ -208,6 +208,7 @@ def agent_row(number: int) -> dict[str, str]:
     return {'conversations': str([{'from': who, 'value': text} for who, text in said])}
 
 
+@pytest.mark.slow
 def test_data_sets_of_the_hub_are_mixed_trained_on_and_fetched_once(
     tmp_path: Path, loopback: LoopbackHub, data_file: Path, model_dir: Path
 ) -> None:

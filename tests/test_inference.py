@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 
 import llm_infer
 from tests.conftest import write_jsonl
-from utils.chat import Chat
+from utils.chat import Chat, chat_in_terminal
 from utils.encoder import TemplateEncoder
 from utils.generation import generate_batch, generate_rows, generation_config
 from utils.preprocess import TEMPLATE_MAPPING
@@ -81,6 +83,31 @@ def test_untuned_model_serves_without_a_checkpoint(model_dir: Path, data_file: P
     assert len(results(target)) == 5
 
 
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(shown, encoding='gbk', write_through=True))
+    file = write_jsonl(tmp_path / 'a.jsonl', [{'query': '世界 🌍', 'response': 'b'}] * 4)
+    words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--dataset_test_ratio', '0.5', *GREEDY]
+    assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl')]) == 0
+    assert '[QUERY] 世界 ?\n'.encode('gbk') in shown.getvalue()
+    lines = iter(['/ħ', '/exit'])
+    monkeypatch.setattr('builtins.input', lambda prompt: next(lines))
+    assert llm_infer.main([*words, '--eval_human', 'true']) == 0
+    assert b'(/? is not known' in shown.getvalue()
+
+
+def test_rows_of_which_none_can_be_answered_are_one_error(
+    model_dir: Path, tmp_path: Path, problems: Callable[[], list[str]]
+) -> None:
+    file = write_jsonl(tmp_path / 'a.jsonl', [{'query': 'a', 'response': 'b', 'images': ['a.png']}] * 9)
+    words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--dataset_test_ratio', '0.5']
+    assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), *GREEDY]) == 2
+    assert problems()[0].startswith('every validation row is left out: 4 rows left out: the row has images, and the')
+    assert not (tmp_path / 'r.jsonl').exists()
+
+
 def test_strangers_get_the_logits_that_inference_uses(checkpoint: Path, model_dir: Path, tokenizer: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,6 +129,12 @@ def test_strangers_get_the_logits_that_inference_uses(checkpoint: Path, model_di
     assert float((probe_logits(opened, AutoTokenizer.from_pretrained(merged)) - ours).abs().max()) < 1e-4
     assert '_name_or_path' not in json.loads((merged / 'config.json').read_text())
     assert AutoTokenizer.from_pretrained(merged).chat_template == tokenizer.chat_template
+
+
+def test_a_checkpoint_is_merged_from_within(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint)
+    assert llm_infer.main(['--ckpt_dir', '.', '--merge_lora_and_save', 'true']) == 0
+    assert (checkpoint.with_name('checkpoint-9-merged') / 'model.safetensors').is_file()
 
 
 def test_merged_folder_answers_as_the_adapter_does(checkpoint: Path) -> None:
@@ -191,6 +224,26 @@ def test_chat_in_the_terminal_streams_and_leaves_at_the_end_of_input(
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--eval_human', 'true', *GREEDY]) == 0
     out = capsys.readouterr().out
     assert '(conversation cleared)' in out and '(Ctrl-D or /exit leaves)' in out
+
+
+def test_a_line_that_is_no_utf_8_keeps_the_chat(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The second as a C locale reads it.
+    lines = iter([UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'invalid start byte'), 'a\udcff', '/clear'])
+
+    def read(prompt: str) -> str:
+        line = next(lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr('builtins.input', read)
+    encoder = TemplateEncoder(tokenizer, TEMPLATE_MAPPING['default'], name='default', system='', max_length=99)
+    chat_in_terminal(Chat(encoder, lambda prompt, paths: 'yes', lambda text: print(text, end='')))
+    out = capsys.readouterr().out
+    assert out.count('(this line is not UTF-8: have the terminal write that)') == 2
+    assert out.index('(conversation cleared)') > out.rindex('UTF-8')
 
 
 def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any) -> None:

@@ -75,6 +75,7 @@ PLANTED = {
     'p.txt': (b'ms-01234567-89ab-cdef-0123-456789abcdef', 'p.txt: a ModelScope token'),
     'q.txt': (b'ghp_' + b'0aZ9' * 9, 'q.txt: a GitHub token'),
     'r.txt': (b'AKIA' + b'ABCD2345' * 2, 'r.txt: an AWS key'),
+    's.gz': (gzip.compress(b'b')[:10] + b'\xff' * 50, 's.gz: an archive that cannot be looked into'),
     's.zip': (zipped('a', b'b')[:-12], 's.zip: an archive that cannot be looked into'),
 }  # fmt: skip
 

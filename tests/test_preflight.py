@@ -44,6 +44,30 @@ def test_the_heaviest_batches_are_the_longest_rows_and_those_with_most_loss() ->
     assert [[row['row'] for row in batch] for batch in rows.heaviest(9)] == [[0, 2, 3, 1]]
 
 
+@pytest.mark.parametrize(
+    ('step', 'said'),
+    [
+        (
+            'training_step',
+            'tokens) does not fit into memory: MemoryError Tried just now: --batch_size 1: does not fit;',
+        ),
+        ('prediction_step', 'rows) does not fit into memory: MemoryError Lower --eval_batch_size or --max_length.'),
+    ],
+)
+def test_a_memory_error_without_a_word_is_told_too(
+    step: str, said: str, run_sft: Run, problems: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from utils.trainer import SftTrainer
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(SftTrainer, step, full)
+    run_sft(expect=2)
+    (message,) = problems()
+    assert said in message
+
+
 @pytest.mark.slow
 def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
     run_sft: Run,

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +158,25 @@ def test_a_hub_that_hangs_never_stops_the_training(
     assert (run / 'run.json').is_file()
     assert 'checkpoint-1 was not pushed in 4 s: the hub hangs' in caplog.text
     assert f'Push it again: python -m utils.push {run}' in caplog.text
+
+
+@pytest.mark.parametrize('says', ["b'\\xff no text\\n'", "b''"])
+def test_a_push_that_says_nothing_readable_never_stops_the_training(
+    says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = tmp_path / 'python'
+    program.write_text(f'#!{sys.executable}\nimport sys\nsys.stderr.buffer.write({says})\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(program))
+    folder = tmp_path / '.push' / 'checkpoint-1'
+    folder.mkdir(parents=True)
+    pusher = push_callback.Pusher(tmp_path, dict(os.environ), keeps_all=False)
+    pusher.add(folder)
+    finishing = threading.Thread(target=pusher.finish, daemon=True)
+    finishing.start()
+    finishing.join(20)
+    assert not finishing.is_alive()
+    assert 'pushed checkpoint-1' in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ REFUSED = [
     (0, 2, (*FSDP, '--only_save_model', 'false'), 'or use ds_config/zero3.json'),
     (0, 2, (*FSDP, '--resume_from_checkpoint', '.'), 'cannot be resumed'),
     (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'adamw_8bit'), 'Use adamw_torch with --fsdp true'),
+    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'ademamix'), 'Use adamw_torch with --fsdp true'),
     (0, 2, (*ZERO_3, *QLORA), 'does not shard quantised weights. Use ds_config/zero2.json'),
     (0, 2, (*ZERO_3, '--resume_from_checkpoint', '.'), 'the optimizer of 0 DeepSpeed processes, here are 2'),
     (4, 2, ZERO_2, 'needs one GPU per process, here each of 2 processes has 2 of the 4 GPUs. Use --nproc_per_node 4'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.parser import parse
 from utils.preprocess import AUTO
 from utils.resolution import Resolution
 from utils.resolve import resolve_infer, resolve_sft
+from utils.script_table import read_script
 
 SFT = sorted((ROOT / 'scripts').glob('*/*/sft.sh'))
 INFER = sorted((ROOT / 'scripts').glob('*/*/infer.sh'))
@@ -151,6 +153,28 @@ def test_folder_names_say_what_the_flags_and_the_launcher_do(started: dict[str, 
     assert len(modes) >= 16
 
 
+def test_the_table_has_a_row_for_every_script_and_reads_it_as_bash_does(
+    started: dict[str, dict[Path, Started]],
+) -> None:
+    text = (ROOT / 'scripts' / 'README.md').read_text(encoding='utf-8')
+    rows = {
+        row[1]: row for row in re.findall(r'^\| (\S+) \| \[\S+\]\((\S+)\) \| (.+) \| (\d+) \| (\S+) \|$', text, re.M)
+    }
+    assert list(rows) == [script.relative_to(ROOT / 'scripts').as_posix() for script in SFT]
+    unknown = 0
+    for script, found in started['plain'].items():
+        model, path, hardware, batch, memory = rows[script.relative_to(ROOT / 'scripts').as_posix()]
+        said, args = read_script(script), resolved(found.flags)[1].args
+        assert [*said.words, '--seed', '7'] == found.flags, script
+        assert said.machine.processes == found.processes and said.machine.gpu == bool(found.gpus), script
+        assert said.machine.devices == max(1, len(found.gpus) // found.processes), script
+        assert model == args.model_type and hardware in script.read_text(encoding='utf-8'), path
+        assert int(batch) == args.batch_size * args.gradient_accumulation_steps * found.processes
+        unknown += memory == 'unknown'
+        assert memory == 'unknown' or 1 < float(memory) < 130, script
+    assert unknown == 6
+
+
 def test_the_effective_batch_is_the_same_on_any_number_of_processes(started: dict[str, dict[Path, Started]]) -> None:
     seen = 0
     for variant in started.values():
@@ -207,4 +231,4 @@ def test_arguments_golden_list() -> None:
         for cls in (SftArguments, InferArguments)
     }
     assert found == golden
-    assert (len(found['SftArguments']), len(found['InferArguments'])) == (76, 37)
+    assert (len(found['SftArguments']), len(found['InferArguments'])) == (77, 37)

@@ -19,6 +19,7 @@ LAYERS: list[list[str]] = [
         'text_tokenizer',
         'encoder',
         'rounds',
+        'literal_template',
         'auto_encoder',
         'fingerprint',
         'placement',
@@ -69,16 +70,22 @@ LAYERS: list[list[str]] = [
         'filler',
         'attention',
         'loss',
+        'norm',
         'scoring',
         'lora',
         'metrics',
         'generation',
         'layout',
         'tuner',
+        'shapes',
+        'footprint',
+        'estimate',
         'chat',
         'plot',
         'model_card',
         'push',
+        'script_table',
+        'work_plan',
         'docs',
         'start',
         'answering',
@@ -90,6 +97,7 @@ LAYERS: list[list[str]] = [
     ['trainer_args', 'callbacks', 'push_callback', 'resume', 'trainer'],
     [
         'doctor',
+        'dry_run',
         'before_after',
         'template_proof',
         'jinja_template',
@@ -188,6 +196,6 @@ def test_sizes() -> None:
     registries = ('model', 'dataset', 'dataset_rows', 'preprocess')
     too_long = {n: c for n, c in lines.items() if c > 320 and n not in registries}
     assert not too_long
-    assert sum(c for n, c in lines.items() if n not in registries and not n.startswith('native')) <= 11000
+    assert sum(c for n, c in lines.items() if n not in registries and not n.startswith('native')) <= 12000
     for program in ('llm_sft.py', 'llm_infer.py'):
         assert len((ROOT / program).read_text(encoding='utf-8').splitlines()) <= 125

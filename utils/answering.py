@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from utils.argument import InferArguments
 from utils.chat import Chat, chat_in_terminal
 from utils.encoder import Encoder
 from utils.encoding import EncodingReport, encode_rows
+from utils.errors import ConfigError
 from utils.generation import generate_rows, generate_stream
 from utils.logger import logger
 from utils.metrics import score_texts
@@ -37,6 +39,8 @@ def answer_rows(
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
     report = EncodingReport()
     _, kept = encode_rows(encoder, chosen, report)
+    if not kept:
+        raise ConfigError('every validation row is left out: ' + '; '.join(report.lines()))
     for line in report.lines():
         logger.warning(line)
     prompts = encoder.encode_prompts(kept)
@@ -59,22 +63,28 @@ def answer_rows(
     if not dist.is_main():
         return {}
     labels = [row.messages[-1]['content'] for row in kept]
-    with target.open('w', encoding='utf-8') as stream:
-        for row, answer, label in zip(kept, answers, labels, strict=True):
-            scores = score_texts([answer.strip()], [label.strip()])
-            content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
-            content |= {'images': row.images} if row.images else {}
-            stream.write(json.dumps(content, ensure_ascii=False) + '\n')
-            question = row.messages[-2]['content'] if len(row.messages) > 1 else ''
-            print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
+    _show_and_write(kept, answers, labels, target)
     means = score_texts([a.strip() for a in answers], [label.strip() for label in labels])
     logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
     logger.info(f'written to {target}')
     return means
 
 
+def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequence[str], target: Path) -> None:
+    _show_what_can_be_shown()
+    with target.open('w', encoding='utf-8') as stream:
+        for row, answer, label in zip(rows, answers, labels, strict=True):
+            scores = score_texts([answer.strip()], [label.strip()])
+            content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
+            content |= {'images': row.images} if row.images else {}
+            stream.write(json.dumps(content, ensure_ascii=False) + '\n')
+            question = row.messages[-2]['content'] if len(row.messages) > 1 else ''
+            print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
+
+
 def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
     """Chat in the terminal until the user leaves."""
+    _show_what_can_be_shown()
 
     def say(text: str) -> None:
         sys.stdout.write(text)
@@ -88,3 +98,9 @@ def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig,
         return text
 
     chat_in_terminal(Chat(encoder, answer, say))
+
+
+def _show_what_can_be_shown() -> None:
+    """Have a terminal of another encoding than UTF-8 show ? for what it lacks, where printing would end the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='replace')

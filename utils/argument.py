@@ -97,6 +97,10 @@ class SftArguments(CommonArguments):
     check_dataset: bool = flag(
         False, 'train nothing: read the data, report what is wrong with it; exit code 1 where anything is'
     )
+    dry_run: bool = flag(
+        False,
+        'train nothing, download nothing: print decisions, data plan, downloads, memory per device and GPUs that fit',
+    )
     train_dataset_sample: int = flag(
         20000,
         'training rows drawn from the whole training set; -1: all. '
@@ -130,7 +134,9 @@ class SftArguments(CommonArguments):
     eval_batch_size: int | None = flag(None, 'None: 1 with --predict_with_generate, else --batch_size')
     num_train_epochs: int = flag(1, 'passes over the training rows')
     max_steps: int = flag(-1, 'optimizer steps; 0 or more wins over --num_train_epochs')
-    optim: str = flag('adamw_torch', 'optimizer, by its name in transformers')
+    optim: str = flag(
+        'adamw_torch', 'optimizer, by its name in transformers; adamw_torch runs fused where nothing is sharded'
+    )
     learning_rate: float | None = flag(None, 'None: 1e-4 for lora, 2e-5 for full')
     weight_decay: float = flag(0.01, 'AdamW weight decay')
     gradient_accumulation_steps: int = flag(16, 'total batch = batch_size x this x world size')
@@ -167,6 +173,9 @@ class SftArguments(CommonArguments):
     )
     chunked_loss: bool = flag(
         True, 'output head at trained positions alone, in chunks; false: logits as the class makes them'
+    )
+    fused_norms: bool = flag(
+        True, 'RMSNorm in one step that keeps its input alone, where the class computes just that; false: as it is'
     )
     doctor: bool = flag(
         False, 'train nothing: try device, libraries, processes, disk and hubs; exit code 1 if one fails'

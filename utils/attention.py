@@ -118,10 +118,11 @@ def _attention_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         plain_scores = softcap is None and s_aux is None
         if dropout and not plain_scores:
             raise ValueError('dropout of attention together with capped scores or sinks is not for rows end to end.')
+        q, k, v = (x.squeeze(0) for x in (query, key, value))
         if dropout or (plain_scores and device != 'cpu'):
-            out = attend_in_groups(query[0], key[0], value[0], attention_mask, scaling=scaling, dropout=dropout)
+            out = attend_in_groups(q, k, v, attention_mask, scaling=scaling, dropout=dropout)
         else:
-            out = RowAttention.apply(query[0], key[0], value[0], s_aux, attention_mask, scaling, softcap)
+            out = RowAttention.apply(q, k, v, s_aux, attention_mask, scaling, softcap)
         return out[None], None
 
     return attention
@@ -144,7 +145,8 @@ def attend_in_groups(
         q, k, v = (x[:, index].transpose(0, 1) for x in (query, key, value))
         seen = None
         if rows.window is not None and longest > rows.window:
-            seen = _hidden(longest, longest, 1, device) + _hidden(longest, longest, -rows.window, device, low=True) == 0
+            after = _hidden(longest, longest, 1, 1, torch.float32, device)
+            seen = (after + _hidden(longest, longest, -rows.window, 1, torch.float32, device, low=True))[0] == 0
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -155,18 +157,21 @@ def attend_in_groups(
 
 
 @lru_cache(maxsize=64)
-def _hidden(rows: int, columns: int, diagonal: int, device: torch.device, *, low: bool = False) -> torch.Tensor:
-    """Return 0 where a query sees a key, -inf on and above a diagonal, or on and below it."""
+def _hidden(
+    queries: int, keys: int, diagonal: int, repeats: int, dtype: torch.dtype, device: torch.device, *, low: bool = False
+) -> torch.Tensor:
+    """Return (1, repeats * queries, keys): -inf on and above a diagonal, or on and below it, 0 elsewhere."""
     # Added to scores: filling them through a mask of booleans is several times slower on a CPU.
-    whole = torch.full((rows, columns), -torch.inf, device=device)
-    return whole.tril(diagonal) if low else whole.triu(diagonal)
+    whole = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
+    return (whole.tril(diagonal) if low else whole.triu(diagonal)).repeat(repeats, 1)[None]
 
 
 class RowAttention(torch.autograd.Function):
     """Causal attention block by block of queries, by matrix products: on a CPU quicker than the library's kernel.
 
     Takes query (H, T, D), key and value (K, T, .) with H a multiple of K, sinks (H) or None; returns (T, H, .). Keeps
-    no probabilities: they are computed again in the backward pass. Softmax is in fp32, as are sums over blocks.
+    no probabilities: they are computed again in the backward pass. Scores and probabilities are stored in the dtype
+    of the query; softmax, and sums over blocks, are computed in fp32.
     """
 
     @staticmethod
@@ -186,7 +191,7 @@ class RowAttention(torch.autograd.Function):
         by_key = out.view(tokens, len(key), -1, value.shape[-1]).permute(1, 2, 0, 3)
         for first, start, end in rows.blocks():
             weights, _ = _weights(query, key, sinks, (first, start, end), ctx.settings)
-            seen = torch.bmm(weights.to(value.dtype).flatten(1, 2), value[:, first:end])
+            seen = torch.bmm(weights, value[:, first:end])
             by_key[:, :, start:end] = seen.view(len(key), -1, end - start, value.shape[-1])
         ctx.save_for_backward(query, key, value, sinks)
         return out
@@ -202,23 +207,23 @@ class RowAttention(torch.autograd.Function):
         to_sinks = None if sinks is None else torch.zeros(groups, len(query) // groups, dtype=exact, device=key.device)
         for first, start, end in rows.blocks():
             weights, slope = _weights(query, key, sinks, (first, start, end), ctx.settings)
-            grad_block, low = grad[:, :, start:end].flatten(1, 2), weights.to(value.dtype).flatten(1, 2)
-            to_value[:, first:end] += torch.bmm(low.mT, grad_block)
-            scores = torch.bmm(grad_block, value[:, first:end].mT).view_as(weights).to(exact)
-            # Not from the output, which is shorter: where one key has all weight, the difference must be exactly 0.
-            mean = (scores * weights).sum(-1, keepdim=True)
+            grad_block = grad[:, :, start:end].flatten(1, 2)
+            to_value[:, first:end].add_(torch.bmm(weights.mT, grad_block))
+            slopes = torch.bmm(grad_block, value[:, first:end].mT)
             if to_sinks is not None:
-                to_sinks -= ((1 - weights.sum(-1, keepdim=True)) * mean).sum((-2, -1))
-            scores = scores.sub_(mean).mul_(weights).mul_(scaling)
+                by_head = (groups, len(query) // groups, end - start, -1)
+                mean = torch.linalg.vecdot(slopes.to(exact), weights.to(exact)).view(by_head[:3])
+                to_sinks -= ((1 - weights.sum(-1, dtype=exact).view(by_head[:3])) * mean).sum(-1)
+            # Where one key has all the weight its difference to the mean is exactly 0, as it must be.
+            scores = torch._softmax_backward_data(slopes, weights, -1, weights.dtype)
             if slope is not None:
                 scores = scores.mul_(slope)
-            scores = scores.to(query.dtype).flatten(1, 2)
             block = query[:, start:end].unflatten(0, (groups, -1)).flatten(1, 2)
-            product = torch.bmm(scores, key[:, first:end])
+            product = torch.bmm(scores, key[:, first:end]).mul_(scaling)
             to_query[:, start:end] = product.view(len(query), end - start, -1)
-            to_key[:, first:end] += torch.bmm(scores.mT, block)
+            to_key[:, first:end].add_(torch.bmm(scores.mT, block))
         grad_sinks = None if to_sinks is None or sinks is None else to_sinks.flatten().to(sinks.dtype)
-        return to_query, to_key.to(key.dtype), to_value.to(value.dtype), grad_sinks, None, None, None
+        return to_query, to_key.mul_(scaling).to(key.dtype), to_value.to(value.dtype), grad_sinks, None, None, None
 
 
 def _weights(
@@ -228,21 +233,27 @@ def _weights(
     block: tuple[int, int, int],
     settings: tuple[Rows, float, float | None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return one block's weights (K, H / K, queries, keys) in fp32, and the slope of the cap where there is one."""
+    """Return one block's weights (K, H / K * queries, keys), and the slope of the cap where there is one."""
     (first, start, end), (rows, scaling, softcap) = block, settings
-    count, slope = end - start, None
+    kind, count, slope = (len(query) // len(key), query.dtype, query.device), end - start, None
     part = query[:, start:end].unflatten(0, (len(key), -1)).flatten(1, 2)
-    scores = torch.bmm(part, key[:, first:end].mT)
-    scores = scores.view(len(key), -1, count, end - first).to(torch.promote_types(query.dtype, torch.float32))
-    scores = scores.mul_(scaling)
+    after = _hidden(count, count, 1, *kind)
+    alone = first == start and softcap is None
+    # The mask of the only block of a row is added by the product itself; otherwise to the columns it hides.
+    added = after if alone else after[:, :1, :1]
+    scores = torch.baddbmm(added, part, key[:, first:end].mT, beta=float(alone), alpha=scaling)
     if softcap is not None:
         ratio = scores.div_(softcap).tanh_()
         slope = 1 - ratio.square()
         scores = ratio * softcap
-    scores[..., start - first :].add_(_hidden(count, count, 1, query.device))
+    if not alone:
+        scores[..., start - first :].add_(after)
     if rows.window is not None and end - first > rows.window:
-        scores.add_(_hidden(count, end - first, start - first - rows.window, query.device, low=True))
+        scores[..., :count].add_(_hidden(count, min(count, end - first), start - first - rows.window, *kind, low=True))
     if sinks is None:
         return scores.softmax(-1), slope
-    sink = sinks.to(scores.dtype).view(len(key), -1, 1, 1)
-    return (scores - torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)).exp_(), slope
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = scores.to(exact)
+    sink = sinks.to(exact).view(len(key), -1).repeat_interleave(end - start, 1)[..., None]
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)
+    return scores.sub_(total).exp_().to(query.dtype), slope

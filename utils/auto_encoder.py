@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from utils.encoder import Encoder, TemplateEncoder
 from utils.errors import ConfigError, told
+from utils.literal_template import Frames
 from utils.native.image_readers import Images
 from utils.preprocess import (
     ADDED_END,
@@ -46,11 +47,10 @@ _TAILS_KEPT = 4096
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text: `prompt` with its reply and end, and which of them hold guarded data."""
+    """A row as text: its prompt and reply, and which of them hold guarded data."""
 
     prompt: str
     reply: str
-    end: str
     prompt_guarded: bool
     reply_guarded: bool
     notes: list[str]
@@ -69,6 +69,7 @@ class AutoEncoder(Encoder):
                 f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
             )
         self.system = system
+        self._frames = Frames(tokenizer.chat_template, self._render)
         self._lead, self._end = self._find_frame()
         # What of the lead comes before its think block: a reply that reasons follows it.
         self._opening = self._lead[: match.start()] if (match := _OPENS_THINKING.search(self._lead)) else ''
@@ -98,6 +99,8 @@ class AutoEncoder(Encoder):
         self, chats: Sequence[tuple[Sequence[Message], Sequence[Any] | None]], *, prompt: bool
     ) -> list[str]:
         """Return the rendering of each (messages, tools); those without tools in one call, which is quicker."""
+        if self._frames.fit(chats):
+            return [self._frames.fill(messages, prompt=prompt) for messages, _ in chats]
         plain = [list(messages) for messages, tools in chats if not tools]
         texts = iter(self._apply(plain, None, prompt) if plain else [])
         return [self._render(m, tools=tools, prompt=prompt) if tools else next(texts) for m, tools in chats]
@@ -216,14 +219,11 @@ class AutoEncoder(Encoder):
         if full != prompt + reply + end:
             notes.append(RENDERED_DIFFERENTLY)
         return _Parts(
-            prompt=prompt, reply=reply, end=end, prompt_guarded=prompt_guarded, reply_guarded=reply_guarded, notes=notes
+            prompt=prompt, reply=reply, prompt_guarded=prompt_guarded, reply_guarded=reply_guarded, notes=notes
         )
 
     def _joined(self, prompt: str, reply: str) -> tuple[str, str]:
-        """Return prompt and reply as they meet: a reply that reasons takes the place of the lead's empty think block.
-
-        If the prompt has opened the block already, the reply's own opening is left off.
-        """
+        """Return prompt and reply as they meet; the reply's think block replaces the lead's or goes on in it."""
         if not (_CLOSES_THINKING.search(self._lead) and _CLOSES_THINKING.search(self.text.unguard(reply))):
             return prompt + self._lead, reply
         self.keeps_lead = False
@@ -243,12 +243,12 @@ class AutoEncoder(Encoder):
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         parts = self._parts(rows)
         plain = [part for part in parts if not (part.prompt_guarded or part.reply_guarded)]
-        whole = iter(self.text.ids([part.prompt + part.reply + part.end for part in plain]))
-        self._learn_tails([part.prompt for part in plain])
+        whole = iter(self.text.ids([part.prompt + part.reply + self._end for part in plain]))
+        tails = self._learn_tails([part.prompt for part in plain])
         encoded = []
         for part in parts:
             ids = None if part.prompt_guarded or part.reply_guarded else next(whole)
-            length = self._prompt_length(part.prompt, ids) if ids is not None else 0
+            length = self._prompt_length(part.prompt, ids, tails) if ids is not None else 0
             prompt = ids[:length] if ids and length else self._prompt_ids([(part.prompt, part.prompt_guarded)])[0]
             encoded.append(self._assemble(part, prompt, ids))
         if self.loss_scope == 'all_rounds':
@@ -256,14 +256,16 @@ class AutoEncoder(Encoder):
             add_earlier(rows, encoded, self._prepare, self._render_all, self._prompt_ids, lead=self._lead, end=end)
         return encoded
 
-    def _learn_tails(self, prompts: Sequence[str]) -> None:
-        """Tokenise the ends of prompts, from their last special token on, that were not met before."""
+    def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
+        """Return the ids of the ends of prompts, from their last special token on; those not met before are new."""
         if len(self._tails) > _TAILS_KEPT:
-            self._tails.clear()
-        tails = {prompt[self.text.last_special(prompt)[1] :] for prompt in prompts} - self._tails.keys()
-        self._tails.update(zip(tails, self.text.ids(list(tails)), strict=True))
+            self._tails = {}  # another thread may go on with the old one
+        known = self._tails
+        tails = list({prompt[self.text.last_special(prompt)[1] :] for prompt in prompts} - known.keys())
+        known.update(zip(tails, self.text.ids(tails), strict=True))
+        return known
 
-    def _prompt_length(self, prompt: str, whole: list[int]) -> int:
+    def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
         """Return how many ids of `whole` are those of the prompt alone; 0 where that is not certain.
 
         Tokenizers cut text at special tokens before anything else, so ids up to the last one in the prompt cannot
@@ -275,14 +277,14 @@ class AutoEncoder(Encoder):
         position = -1
         for _ in range(count):
             position = next((i for i in range(position + 1, len(whole)) if whole[i] in self._control), len(whole))
-        tail = self._tails[prompt[start:]]
+        tail = tails[prompt[start:]]
         end = position + len(tail)
         return end if whole[position:end] == tail else 0
 
     def _assemble(self, part: _Parts, prompt: list[int], whole: list[int] | None) -> Encoded:
         """Return the row from its text tokenised whole where that keeps prompt and end apart, else piece by piece."""
         end, notes = self._end_ids, part.notes
-        if not part.end:
+        if not self._end:
             whole, notes = whole and whole + end, [*notes, ADDED_END]
         if whole is not None and whole[: len(prompt)] == prompt and whole[-len(end) :] == end:
             ids = whole

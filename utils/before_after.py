@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from utils.generation import generate_batch, generation_config
 from utils.logger import logger
 from utils.preprocess import Row, RowRefused
 from utils.reading import TRAIN, VAL, Plan, Streams, some_rows
+from utils.run_dir import write_json
 
 ANSWERS_JSON = 'answers.json'
 # Enough to see a change by, and little beside a run.
@@ -47,13 +47,10 @@ class BeforeAfter:
             chosen = some_rows(rows, VAL, args.report_samples)
             if not chosen:
                 self.split, chosen = 'training', some_rows(rows, TRAIN, args.report_samples)
-            self._choose([row for row in chosen if not row.images])
-
-    def _choose(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            with contextlib.suppress(RowRefused):  # counted and named where rows are encoded
-                self.prompts += self.encoder.encode_prompts([row])
-                self.rows.append(row)
+            for row in (row for row in chosen if not row.images):
+                with contextlib.suppress(RowRefused):  # counted and named where rows are encoded
+                    self.prompts += encoder.encode_prompts([row])
+                    self.rows.append(row)
 
     def ask(self, model: Any) -> list[str]:
         """Return the model's answers; it is left in the mode it was in."""
@@ -89,5 +86,4 @@ class BeforeAfter:
             }
             for row, before, now in zip(self.rows, self.before, after, strict=True)
         ]
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (run_dir / ANSWERS_JSON).write_text(text + '\n', encoding='utf-8')
+        write_json(run_dir / ANSWERS_JSON, content)

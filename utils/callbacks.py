@@ -29,7 +29,6 @@ class Speedometer(TrainerCallback):
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
-        self.steps = 0
         self._pending = 0
         self._since: float | None = None
 
@@ -47,7 +46,6 @@ class Speedometer(TrainerCallback):
         if self._since is not None:
             self.seconds += now - self._since
             self.tokens += self._pending
-        self.steps += 1
         self._pending, self._since = 0, now
 
     def _restart(self, *args: Any, **kwargs: Any) -> None:

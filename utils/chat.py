@@ -68,11 +68,15 @@ def chat_in_terminal(chat: Chat) -> None:
     while True:
         try:
             line = input('you> ')
+            line.encode()  # a C locale lets other bytes through, as halves of characters
         except EOFError:
             chat.say('\n')
             return
         except KeyboardInterrupt:
             chat.say('\n(Ctrl-D or /exit leaves)\n')
+            continue
+        except UnicodeError:
+            chat.say('(this line is not UTF-8: have the terminal write that)\n')
             continue
         if not chat.handle(line):
             return

@@ -60,48 +60,41 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def seal(partial: Path, checkpoint: Path, *, processes: int) -> int:
-    """Write the manifest of a finished folder, bring all of it to the disk, give it its name; returns its bytes."""
+def seal(partial: Path, checkpoint: Path) -> None:
+    """Write the manifest of a finished folder, bring all of it to the disk, give it its name."""
     files = sorted(p for p in partial.rglob('*') if p.is_file() and p.name != _MAY_CHANGE)
     for path in [p for p in partial.rglob('*') if p.is_file()]:
         _sync(path)
-    sizes = [path.stat().st_size for path in files]
     entries = {
-        str(path.relative_to(partial)): {'bytes': size, 'sha256': digest}
-        for path, size, digest in zip(files, sizes, _hashes(files), strict=True)
+        str(path.relative_to(partial)): {'bytes': path.stat().st_size, 'sha256': digest}
+        for path, digest in zip(files, _hashes(files), strict=True)
     }
     manifest = partial / MANIFEST
-    manifest.write_text(json.dumps({'processes': processes, 'files': entries}, indent=1) + '\n', encoding='utf-8')
+    manifest.write_text(json.dumps({'files': entries}, indent=1) + '\n', encoding='utf-8')
     for path in [manifest, *(p for p in partial.rglob('*') if p.is_dir()), partial]:
         _sync(path)
     partial.rename(checkpoint)
     _sync(checkpoint.parent)
-    return sum(sizes)
 
 
 def damage(checkpoint: Path) -> str | None:
     """Return what makes a checkpoint unfit to go on from: no manifest, or the first file that is not as written."""
     try:
-        entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files']
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files'].items()
+        files = {checkpoint / name: (entry['bytes'], entry['sha256']) for name, entry in entries}
     except FileNotFoundError:
         return f'it has no {MANIFEST}, which is written last: it is incomplete'
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f'its {MANIFEST} cannot be read: it is corrupted'
-    paths = {checkpoint / name: entry for name, entry in entries.items()}
-    for path, entry in paths.items():
+    for path, (size, _) in files.items():
         if not path.is_file():
             return f'{path.name} is missing'
-        if path.stat().st_size != entry['bytes']:
-            return f'{path.name} has {path.stat().st_size} bytes, it was written with {entry["bytes"]}'
-    for (path, entry), digest in zip(paths.items(), _hashes(paths), strict=True):
-        if digest != entry['sha256']:
+        if path.stat().st_size != size:
+            return f'{path.name} has {path.stat().st_size} bytes, it was written with {size}'
+    for (path, (_, wanted)), digest in zip(files.items(), _hashes(files), strict=True):
+        if digest != wanted:
             return f'{path.name} is corrupted: its bytes are not those that were written (sha256 differs)'
     return None
-
-
-def processes_of(checkpoint: Path) -> int:
-    """Return how many processes wrote a checkpoint."""
-    return int(json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['processes'])
 
 
 def remove(folder: Path) -> None:

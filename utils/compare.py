@@ -39,15 +39,11 @@ def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
 def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
     """Return what differs in flags, data, versions and results; equal parts are empty."""
 
-    def part(run: RunFiles, name: str) -> dict[str, Any]:
-        found = run.outcome.get(name) or {}
-        return found if isinstance(found, dict) else {name: found}
-
     results = ('steps', 'seconds', 'train_tokens_per_second', 'peak_memory_gib', 'train_loss', 'last_evaluation')
     return {
         'flags': changes(a.arguments, b.arguments),
-        'data': changes(part(a, 'data'), part(b, 'data')),
-        'versions': changes(part(a, 'versions'), part(b, 'versions')),
+        'data': changes(a.outcome.get('data', {}), b.outcome.get('data', {})),
+        'versions': changes(a.outcome.get('versions', {}), b.outcome.get('versions', {})),
         'results': changes(
             {name: a.outcome.get(name) for name in results}, {name: b.outcome.get(name) for name in results}
         ),

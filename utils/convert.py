@@ -34,6 +34,10 @@ class BadRow(ValueError):
         self.column = column
 
 
+class Filtered(BadRow):
+    """A row that the entry of its data set leaves out on purpose, which is no defect."""
+
+
 def _text(value: Any, what: str, column: str = '') -> str:
     if value is None:
         raise BadRow(f'null {what}', column or what)

@@ -223,6 +223,22 @@ def _read_json(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
         refuse(f'{path}:{text.line}', 'something follows the end of the JSON array. A .json file holds one array.')
 
 
+def read_objects(path: Path) -> Iterator[PlacedRow]:
+    """Yield JSON objects that follow each other, with or without blanks, commas or brackets between them."""
+    text, number = _JsonText(_Bytes(path, hashlib.sha256())), 0
+    while mark := text.mark():
+        if mark in ',[]':
+            text.position += 1
+            continue
+        number, row = number + 1, text.value()
+        if not isinstance(row, dict):
+            refuse(
+                f'{path}: object {number}',
+                f'it must be an object with columns, got a {type(row).__name__}. Get it again.',
+            )
+        yield f'{path}: object {number}', row
+
+
 def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
     for number, line in source.lines(bad):
         if not line.strip():

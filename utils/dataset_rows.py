@@ -23,9 +23,11 @@ from typing import Any
 
 from utils import hub
 from utils.cache import cache_dir
-from utils.data_file import SUFFIXES, read_rows
+from utils.convert import BadRow, Filtered
+from utils.data_file import SUFFIXES, read_objects, read_rows
 from utils.errors import ConfigError
 from utils.hub_clients import HubName, Repo
+from utils.native.images import BadImage, place_image
 
 SourceRow = Mapping[str, Any]
 PlainRow = dict[str, Any]
@@ -227,6 +229,8 @@ class HubDataset:
     to_row: ToRow
     # Why to_row drops a row, in words.
     drops: str
+    # Whether that is a choice where all columns are filled; else a row that is dropped is a broken one.
+    filters: bool = False
     subsets: tuple[str, ...] = ('default',)
     # Words in the names of files that are of other subsets.
     not_named: tuple[str, ...] = ()
@@ -274,25 +278,25 @@ class RowStream:
     take: int | None = None
 
     def __iter__(self) -> Iterator[PlainRow]:
-        return (row for _, row in self.placed() if row is not None)
+        return (row for _, row in self.placed() if not isinstance(row, BadRow))
 
-    def placed(self) -> Iterator[tuple[str, PlainRow | None]]:
-        """Yield each row with file and line; None is a row that the converter drops."""
+    def placed(self) -> Iterator[tuple[str, PlainRow | BadRow]]:
+        """Yield each row with file and line, or why it is dropped."""
         if self.take is None:
             yield from self._all()
             return
-        count = sum(row is not None for _, row in self._all())
+        count = sum(not isinstance(row, BadRow) for _, row in self._all())
         drawn = set(random.Random(42).sample(range(count), min(self.take, count)))
         position = 0
         for place, row in self._all():
-            if row is None:
-                yield place, None
+            if isinstance(row, BadRow):
+                yield place, row
                 continue
             if position in drawn:
                 yield place, row
             position += 1
 
-    def _all(self) -> Iterator[tuple[str, PlainRow | None]]:
+    def _all(self) -> Iterator[tuple[str, PlainRow | BadRow]]:
         archives = [file for file in self.files if file.suffix == '.zip']
         for file in self.files:
             if file in archives:
@@ -300,7 +304,11 @@ class RowStream:
             base = _unpack_images(archives[0]) if archives else file.parent
             checked = False
             for place, raw in (read_objects if self.entry.concatenated else read_rows)(file):
-                row = _image_by_path(raw, self.entry.image, base) if self.entry.image else raw
+                try:
+                    row = _image_by_path(raw, self.entry.image, base) if self.entry.image else raw
+                except BadRow as problem:
+                    yield place, problem
+                    continue
                 if not checked and (absent := [c for c in self.entry.columns if c not in row]):
                     raise ConfigError(
                         f'{place}: the columns are {", ".join(row)}; {", ".join(absent)} is missing, expected are '
@@ -308,46 +316,12 @@ class RowStream:
                         'DATASET_MAPPING in utils/dataset.py.'
                     )
                 checked = True
-                yield place, self.entry.to_row(row)
+                made = self.entry.to_row(row)
+                yield place, self._why_dropped(row) if made is None else made
 
-
-# Between two objects of a file that holds one after the other.
-_BETWEEN = re.compile(r'[\s,\[\]]*')
-_OBJECT_LIMIT = 1 << 26
-
-
-def read_objects(path: Path, *, block: int = 1 << 20) -> Iterator[tuple[str, Any]]:
-    """Yield (place, object) of JSON objects that follow each other, with or without blanks, commas or line breaks."""
-    decoder = json.JSONDecoder()
-    text, position, number, ends = '', 0, 0, False
-    # Bytes that are no UTF-8 become what no text may hold: their row is left out, and counted.
-    with path.open(encoding='utf-8-sig', errors='surrogateescape') as stream:
-        while True:
-            between = _BETWEEN.match(text, position)
-            position = between.end() if between else position
-            try:
-                row, position = decoder.raw_decode(text, position)
-            except json.JSONDecodeError as error:
-                # More of the file may complete it.
-                if not ends and len(text) - position < _OBJECT_LIMIT:
-                    more = stream.read(max(block, len(text) - position))
-                    text, position, ends = text[position:] + more, 0, not more
-                    continue
-                if position == len(text):
-                    return
-                raise _no_object(path, number + 1, error.msg) from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-                raise _no_object(path, number + 1, str(error)) from None
-            number += 1
-            if not isinstance(row, dict):
-                raise _no_object(path, number, f'it is a {type(row).__name__}')
-            yield f'{path}: object {number}', row
-
-
-def _no_object(path: Path, number: int, why: str) -> ConfigError:
-    return ConfigError(
-        f'{path}: object {number} is no JSON object with columns: {why}. Remove the file: it is fetched again.'
-    )
+    def _why_dropped(self, row: SourceRow) -> BadRow:
+        chosen = self.entry.filters and all(_text(row, column) for column in self.entry.columns)
+        return (Filtered if chosen else BadRow)(self.entry.drops)
 
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp')
@@ -382,7 +356,10 @@ def _unpack_images(archive: Path) -> Path:
 
 
 def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
-    """Return the row with its image as the path of a file; bytes of a parquet cell are written to the cache."""
+    """Return the row with its image as the path of a file; bytes of a parquet cell are written to the cache.
+
+    Raises BadRow for a path that is not one in the folder of the data.
+    """
     found = {name.removesuffix(':FILE'): value for name, value in row.items()}
     image = found.get(column)
     if isinstance(image, Mapping):
@@ -395,9 +372,16 @@ def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
                 aside = kept.with_name(f'{kept.name}.{os.getpid()}')
                 aside.write_bytes(data)
                 aside.replace(kept)
-            path = str(kept)
+            return {**found, column: str(kept)}
         image = path
-    return {**found, column: str(base / image) if image else None}
+    if image in (None, ''):
+        return {**found, column: None}
+    if Path(str(image)).is_absolute() or 'img>' in str(image):
+        raise BadRow('an image has an absolute path, or a tag in it', column)
+    try:
+        return {**found, column: place_image(str(image), str(base))}
+    except BadImage as error:
+        raise BadRow(f'an image {error.reason}', column) from None
 
 
 _SPLITS = {'train': ('train', 'training'), 'test': ('test', 'testing')}

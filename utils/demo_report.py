@@ -18,9 +18,9 @@ def _is_right(row: dict[str, Any]) -> bool:
     return is_right({'query': row['messages'][-1]['content'], 'response': row['label']}, row['answer'])
 
 
-def _one_line(text: str, width: int = 96) -> str:
+def _one_line(text: str) -> str:
     line = ' '.join(text.split())
-    return line if len(line) <= width else line[: width - 3] + '...'
+    return line if len(line) <= 96 else line[:93] + '...'
 
 
 def table(before: list[bool], after: list[bool]) -> str:
@@ -31,10 +31,10 @@ def table(before: list[bool], after: list[bool]) -> str:
     return '\n'.join(lines)
 
 
-def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: list[bool], count: int = 3) -> str:
+def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: list[bool]) -> str:
     """Return questions with the wanted answer and both models': two got right and one got wrong, where there is one."""
     wrong = [i for i, ok in enumerate(right) if not ok]
-    chosen = [i for i, ok in enumerate(right) if ok][: count - bool(wrong)] + wrong[:1]
+    chosen = [i for i, ok in enumerate(right) if ok][: 3 - bool(wrong)] + wrong[:1]
     blocks = []
     for i in chosen:
         definition, question = before[i]['messages'][-1]['content'].split('\n')

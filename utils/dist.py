@@ -86,25 +86,9 @@ def local_main_first() -> Iterator[None]:
         torch.distributed.barrier(group)
 
 
-def broadcast_text(text: str) -> str:
-    """Return rank 0's `text` on every rank; needs the process group where there are several."""
-    if world_size() == 1:
-        return text
-    import torch.distributed
-
-    box = [text]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def gather(mine: list[Any]) -> list[Any]:
+def gather(mine: list[T]) -> list[T]:
     """Return, on every rank, the items of all ranks where rank r holds items r, r + world, ... of the whole."""
-    if world_size() == 1:
-        return mine
-    import torch.distributed
-
-    parts: list[list[Any]] = [[] for _ in range(world_size())]
-    torch.distributed.all_gather_object(parts, mine)
+    parts = from_all(mine)
     return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
 
 
@@ -134,6 +118,11 @@ def from_all(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value, group=_cpu_group())
     return values
+
+
+def first_failure(failure: str | None) -> str | None:
+    """Return the first process's failure, None where no process has one; all have to call it."""
+    return next((found for found in from_all(failure) if found), None)
 
 
 def sums(values: Sequence[float]) -> list[float]:

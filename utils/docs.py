@@ -15,9 +15,11 @@ from utils.model import MODEL_MAPPING, ModelInfo
 from utils.native.registry import FAMILIES
 from utils.parser import describe_default, describe_type
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
+from utils.script_table import script_table
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ('README.md', 'README_CN.md')
+SCRIPTS_README = 'scripts/README.md'
 _COMMON = {f.name for f in dataclasses.fields(CommonArguments)}
 
 
@@ -92,11 +94,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 
+_OF_SCRIPTS: dict[str, Callable[[], str]] = {'scripts': script_table}
+
+
 def render(text: str) -> str:
     """Return a document with each `<!-- generated NAME -->` block renewed; raises KeyError for an unknown name."""
 
     def block(match: re.Match[str]) -> str:
-        return f'<!-- generated {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->'
+        return f'<!-- generated {match[1]} -->\n{(BLOCKS | _OF_SCRIPTS)[match[1]]()}\n<!-- end -->'
 
     return re.sub(r'<!-- generated ([\w-]+) -->\n.*?<!-- end -->', block, text, flags=re.DOTALL)
 
@@ -107,7 +112,7 @@ def main(argv: list[str]) -> int:
         print('usage: python -m utils.docs --write | --check', file=sys.stderr)
         return 2
     stale = []
-    for name in READMES:
+    for name in (*READMES, SCRIPTS_README):
         path = ROOT / name
         text = path.read_text(encoding='utf-8')
         if (new := render(text)) != text:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from utils.argument import SftArguments
 from utils.auto_encoder import make_encoder
-from utils.convert import BadRow
+from utils.convert import BadRow, Filtered
 from utils.encoder import Encoder
 from utils.encoding import EncodingReport, batches, encode_batch
 from utils.errors import ConfigError
@@ -25,6 +25,7 @@ from utils.native.gguf import dense_directory
 from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row, cut_front
 from utils.reading import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally, plan_rows
 from utils.resolution import Resolution, run_name
+from utils.run_dir import write_json
 
 DUPLICATE = 'duplicate row'
 CONFLICT = 'same prompt, another answer'
@@ -54,7 +55,7 @@ class Found(Tally):
         if reason in self.skip:
             return
         super().add(reason, f'{place} {column}'.strip() + (f' of {of}' if of else ''))
-        match = re.fullmatch(r'(.*?):(?: row )?(\d+)', place)
+        match = re.fullmatch(r'(.*?):(?: row | object )?(\d+)', place)
         where = {'file': match[1], 'line': int(match[2])} if match else {'file': place, 'line': None}
         record = {'kind': self.kind, 'reason': reason, **where, 'column': column, **({'of': of} if of else {})}
         self.stream.write(json.dumps(record, ensure_ascii=False) + '\n')
@@ -134,7 +135,7 @@ class Doctor:
     def __init__(self, encoder: Encoder, max_length: int, stream: TextIO, seen: Seen) -> None:
         self.encoder, self.seen = encoder, seen
         self.left_out, self.defects = Found('left_out', stream), Found('defect', stream)
-        self.noted = Found('noted', stream, skip=[CONTROL_TOKENS])
+        self.noted, self.filtered = Found('noted', stream, skip=[CONTROL_TOKENS]), Found('filtered', stream)
         self.lengths = Lengths(max_length=max_length)
         self.rows: Counter[str] = Counter(dict.fromkeys(('read', 'kept', 'train', 'validation', 'not_drawn'), 0))
 
@@ -150,7 +151,8 @@ class Doctor:
         for use, (place, raw, row) in batch:
             self.rows['read'] += 1
             if isinstance(row, BadRow):
-                self.left_out.add(str(row), place, row.column or _reply_column(raw))
+                found = self.filtered if isinstance(row, Filtered) else self.left_out
+                found.add(str(row), place, row.column or _reply_column(raw))
                 continue
             self.rows['kept'] += 1
             self.rows[{UNUSED: 'not_drawn', TRAIN: 'train', VAL: 'validation'}[use]] += 1
@@ -204,12 +206,17 @@ class Doctor:
         """Return the report for dataset_report.json."""
         kinds = {
             kind: {reason: {'rows': n, 'first': found.places[reason]} for reason, n in found.counts.items()}
-            for kind, found in (('left_out', self.left_out), ('defects', self.defects), ('noted', self.noted))
+            for kind, found in (
+                ('left_out', self.left_out),
+                ('defects', self.defects),
+                ('noted', self.noted),
+                ('filtered', self.filtered),
+            )
         }
         return {
             'dataset': args.dataset,
-            'clean': not (self.left_out or self.defects),
-            'rows': {**self.rows, 'left_out': len(self.left_out)},
+            'clean': bool(self.rows['kept']) and not (self.left_out or self.defects),
+            'rows': {**self.rows, 'filtered': len(self.filtered), 'left_out': len(self.left_out)},
             **kinds,
             'lengths': self.lengths.record(),
         }
@@ -219,6 +226,7 @@ class Doctor:
         lengths = {name: value for name, value in record['lengths'].items() if name != 'rows_up_to'}
         return [
             'rows: ' + ', '.join(f'{name} {count}' for name, count in record['rows'].items()),
+            *self.filtered.lines('left out on purpose'),
             *self.left_out.lines('left out'),
             *self.defects.lines('suspect'),
             *self.noted.lines('noted'),
@@ -252,7 +260,7 @@ def check_dataset(done: Resolution[SftArguments]) -> int:
         for batch in batches(_plan(args, doctor).used()):
             doctor.look(batch)
     record = doctor.record(args)
-    report.write_text(json.dumps(record, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+    write_json(report, record)
     print('\n'.join(doctor.lines(record)))
     logger.info(f'report: {report}, every finding with its place: {report.with_suffix(".jsonl")}')
     return 0 if record['clean'] else 1

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -26,6 +28,8 @@ from utils.preprocess import CUT_PROMPT, CUT_REPLY, Encoded, Row, RowRefused
 from utils.reading import TRAIN, VAL, Plan, Tally, served_by
 
 BATCH_ROWS = 1024
+# Batches in work at once: while the tokenizer, which needs no Python, has one, the next is rendered.
+_AT_ONCE = 2
 _REPORT = 'report.json'
 
 
@@ -45,10 +49,15 @@ class EncodingReport:
         return {'left_out': dict(self.left_out.counts), 'noted': dict(self.noted.counts)}
 
 
-def encode_batch(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> Iterator[tuple[Row, Encoded]]:
-    """Yield the rows that the template does not refuse, encoded; what is left out or noted goes to the report."""
+def encode_batch(
+    encoder: Encoder, rows: Sequence[Row], report: EncodingReport, result: Callable[[], list[Encoded]] | None = None
+) -> Iterator[tuple[Row, Encoded]]:
+    """Yield the rows that the template does not refuse, encoded; what is left out or noted goes to the report.
+
+    `result` waits for what encoding these rows gave or raised, where it was begun already.
+    """
     try:
-        encoded = encoder.encode(rows)
+        encoded = result() if result else encoder.encode(rows)
     except RowRefused as error:
         if len(rows) == 1:
             detail = f' [{error.detail}]' if error.detail else ''
@@ -83,13 +92,26 @@ def batches(rows: Iterable[Any], size: int = BATCH_ROWS) -> Iterator[list[Any]]:
         yield batch
 
 
+def _begun(
+    encoder: Encoder, batches: Iterable[list[tuple[int, Row]]]
+) -> Iterator[tuple[list[tuple[int, Row]], Callable[[], list[Encoded]]]]:
+    """Yield each batch with what waits for its ids; the next ones are in work meanwhile."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        begun = deque[Any]()
+        for batch in batches:
+            begun.append((batch, pool.submit(encoder.encode, [row for _, row in batch]).result))
+            if len(begun) > _AT_ONCE:
+                yield begun.popleft()
+        yield from begun
+
+
 def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
     """Encode the rows of a plan into files of a folder, a batch at a time, and write the report beside them."""
     report = EncodingReport()
     files = {TRAIN: ('train', EncodedRows()), VAL: ('val', EncodedRows())}
-    for batch in batches(plan.rows(TRAIN, VAL)):
+    for batch, result in _begun(encoder, batches(plan.rows(TRAIN, VAL))):
         uses = {id(row): use for use, row in batch}
-        for row, ids in encode_batch(encoder, [row for _, row in batch], report):
+        for row, ids in encode_batch(encoder, [row for _, row in batch], report, result):
             files[uses[id(row)]][1].append(ids, row.origin)
         for name, rows in files.values():
             rows.spill(folder, name)
@@ -140,8 +162,8 @@ class PreparedData:
         return [self.train[i * len(self.train) // count] for i in range(count)]
 
 
-def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
-    """Return the rows encoded, from the cache where they are; logs what happened, shows some (sample.txt)."""
+def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows, EncodingReport]:
+    """Return the rows of training and validation encoded, from the cache where they are, and what happened to rows."""
     name = f'data-{_key(encoder, plan)[:40]}'
     with dist.local_main_first():
         folder = kept(name, lambda aside: encode_to_files(encoder, plan, aside))
@@ -150,6 +172,12 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
     report = EncodingReport(left_out=Tally(**stored['left_out']), noted=Tally(**stored['noted']))
     report.left_out.merge(plan.left_out)
     encoder.keeps_lead = stored['keeps_lead']  # what encoding learns of the rows counts without it too
+    return train, val, report
+
+
+def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
+    """Return the rows encoded; logs what happened, shows some (sample.txt)."""
+    train, val, report = encode_plan(encoder, plan)
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
     log_report(report, statistics)
     show_samples(encoder.tokenizer, [train[index] for index in range(min(samples, len(train)))], run_dir)

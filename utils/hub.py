@@ -86,6 +86,10 @@ class Snapshot:
             _save_record(record, self.files, (whole if told == self.files else set()) | set(names))
         return folder
 
+    def to_fetch(self, names: Sequence[str]) -> list[str]:
+        """Return the files that `fetch` would download."""
+        return self._absent(self.client.cached(self.repo, self.kind), names)
+
     def _absent(self, folder: Path, names: Sequence[str]) -> list[str]:
         """Return the files that are not there, or not in the size that the hub gives."""
         found = {name: folder / name for name in names}

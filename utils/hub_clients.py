@@ -24,12 +24,12 @@ _ADDRESSES: dict[HubName, tuple[str, str]] = {
 }
 
 
-def answers(hub: HubName, *, seconds: float = 5) -> tuple[str, bool]:
+def answers(hub: HubName) -> tuple[str, bool]:
     """Return a hub's address and whether anything answers there in time, over the proxy of the environment."""
     variable, usual = _ADDRESSES[hub]
     address = os.environ.get(variable) or usual
     try:
-        with urllib.request.urlopen(address, timeout=seconds):
+        with urllib.request.urlopen(address, timeout=5):
             return address, True
     except urllib.error.HTTPError:
         return address, True
@@ -164,33 +164,27 @@ class HuggingFace:
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
         with self._told():
-            return Path(
-                self._api.snapshot_download(
-                    repo.id,
-                    repo_type=kind,
-                    revision=self._revision(repo),
-                    cache_dir=self._cache,
-                    allow_patterns=[glob.escape(name) for name in names],
-                )
-            )
+            return self._snapshot(repo, kind, names)
 
     def cached(self, repo: Repo, kind: Kind) -> Path:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        folder = self._cache / f'{kind}s--{repo.id.replace("/", "--")}'
         try:
-            return Path(
-                self._api.snapshot_download(
-                    repo.id,
-                    repo_type=kind,
-                    revision=self._revision(repo),
-                    cache_dir=self._cache,
-                    local_files_only=True,
-                    allow_patterns=[],
-                )
-            )
+            return self._snapshot(repo, kind, [], local_files_only=True)
         except LocalEntryNotFoundError:
-            return folder
+            return self._cache / f'{kind}s--{repo.id.replace("/", "--")}'
+
+    def _snapshot(self, repo: Repo, kind: Kind, names: Sequence[str], *, local_files_only: bool = False) -> Path:
+        return Path(
+            self._api.snapshot_download(
+                repo.id,
+                repo_type=kind,
+                revision=self._revision(repo),
+                cache_dir=self._cache,
+                local_files_only=local_files_only,
+                allow_patterns=[glob.escape(name) for name in names],
+            )
+        )
 
     def user(self) -> str:
         with self._told():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Sequence
 
 from jinja2.exceptions import TemplateError
@@ -40,13 +41,9 @@ def jinja_of(encoder: TemplateEncoder) -> str:
             piece if isinstance(piece, str) else ''.join(tokenizer.decode([encoder.token_id(part)]) for part in piece)
             for piece in pieces
         ]
-        out, rest = '', ''.join(texts)
-        while rest:
-            place = min((p for p in _PLACES if p in rest), key=rest.index, default=None)
-            before, _, rest = rest.partition(place) if place else (rest, '', '')
-            out += f'{{{{- {json.dumps(before, ensure_ascii=False)} }}}}' if before else ''
-            out += f'{{{{- {_PLACES[place]} }}}}' if place else ''
-        return out
+        parts = re.split(f'({"|".join(map(re.escape, _PLACES))})', ''.join(texts))
+        said = [_PLACES.get(part) or json.dumps(part, ensure_ascii=False) for part in parts if part]
+        return ''.join(f'{{{{- {expression} }}}}' for expression in said)
 
     return _FRAME.format(
         system=json.dumps(encoder.system, ensure_ascii=False),

@@ -21,7 +21,7 @@ def lay_end_to_end(model: Any, args: SftArguments, *, longest: int) -> bool:
     """
     if args.padding_free is False:
         return False
-    reason = _why_not(model, longest) or _prove(model)
+    reason = why_padded(model, longest) or _prove(model)
     if reason is None:
         logger.info('padding_free = true because no row of this model sees another when rows are laid end to end')
         return True
@@ -51,7 +51,8 @@ def is_sharded(model: Any) -> bool:
     return type(first) is not torch.Tensor or first.numel() == 0 or bool(is_deepspeed_zero3_enabled())
 
 
-def _why_not(model: Any, longest: int) -> str | None:
+def why_padded(model: Any, longest: int) -> str | None:
+    """Return what in a model's class keeps its rows from being laid end to end, None where nothing does."""
     config = model.config
     name = type(model).__name__
     settings = config.to_dict()

@@ -105,7 +105,7 @@ class _Scan:
                     self.add(f'{place}/{name}', 'an archive too deep or too large to be looked into')
                 else:
                     self.file(f'{place}/{name}', content, depth=depth + 1)
-        except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError):
+        except Exception:  # readers of damaged archives raise whatever they stumble over
             self.add(place, 'an archive that cannot be looked into')
 
     def _members(self, data: Bytes) -> Iterator[tuple[str, bytes | None]]:

@@ -24,6 +24,11 @@ SCHEDULERS = (
 _SAMPLING = ('temperature', 'top_k', 'top_p')
 
 
+def is_of_bitsandbytes(optim: str) -> bool:
+    """Return whether bitsandbytes provides an optimizer."""
+    return any(part in optim for part in ('8bit', '32bit', 'bnb', 'ademamix'))
+
+
 def _check_number(done: Resolution[Any], name: str, ok: bool, wanted: str) -> None:
     value = getattr(done.args, name)
     if not ok or (isinstance(value, float) and not math.isfinite(value)):

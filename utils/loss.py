@@ -151,6 +151,7 @@ class _SummedLoss(torch.autograd.Function):
                 to_weight += small.t() @ part
             if to_bias is not None:
                 to_bias += error.sum(dim=0)
+            del logits, error, small, slope  # else they are there until the next chunk's are made
         grads = [g for g in (to_hidden, to_weight, to_bias) if g is not None]
         for grad in grads:
             grad.mul_(1.0 / (divisor * inner))
@@ -161,6 +162,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         to_hidden, to_weight, to_bias = ctx.grads
+        ctx.grads = None  # a gradient that nothing else holds becomes that of the parameter as it is, without a copy
         scale, (of_weight, of_bias) = grads[0], ctx.dtypes
         return (
             to_hidden * scale.to(to_hidden.dtype),

@@ -15,6 +15,7 @@ from utils.dataset_rows import HubDataset
 from utils.errors import ConfigError, Problems
 from utils.hub_clients import TOKEN_VARIABLES
 from utils.json_file import read_json
+from utils.limits import is_of_bitsandbytes
 from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution
@@ -24,7 +25,6 @@ from utils.sources import check_sources
 
 TRAINER_STATE = 'trainer_state.json'
 _GIVE_CHECKPOINT = 'Give one of a run, output/<model>/vN-<time>/checkpoint-N.'
-_NEEDS_BITSANDBYTES = ('8bit', '32bit', 'bnb', 'ademamix')
 
 
 def check_machine_common(done: Resolution[Any]) -> None:
@@ -110,7 +110,7 @@ def check_machine_sft(done: Resolution[SftArguments]) -> None:
             f'{left} was being written when that run ended: it is not whole and can be deleted.'
             for left in sorted(checkpoint.absolute().parent.glob(partial_name(Path('checkpoint-*')).name))
         ]
-    if any(part in args.optim for part in _NEEDS_BITSANDBYTES) and not has_package('bitsandbytes'):
+    if is_of_bitsandbytes(args.optim) and not has_package('bitsandbytes'):
         problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')
     if args.deepspeed_config_path is not None:
         _check_deepspeed(Path(args.deepspeed_config_path), done)

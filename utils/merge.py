@@ -67,6 +67,7 @@ def merge_checkpoint(
 ) -> tuple[Path, str]:
     """Merge a checkpoint's adapter into <checkpoint>-merged, ready to be served; returns it and what was proven."""
     started = time.perf_counter()
+    checkpoint = checkpoint if checkpoint.name else checkpoint.absolute()  # '.' has no name
     target, run_dir = checkpoint.with_name(f'{checkpoint.name}-merged'), checkpoint.parent
     rows = user_rows(run_dir)
     encoder.tokenizer.chat_template, how_it_serves = serving_template(encoder, [*rows, *probes()])

@@ -744,6 +744,13 @@ def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
     return hub.repos_of(hub_name, ids, revision=revision)
 
 
+def find_on_hub(info: ModelInfo, *, revision: str, hub_name: HubName) -> tuple[hub.Snapshot, list[str]]:
+    """Return where a model lies on a hub, and which files of it are used."""
+    snapshot = hub.find(_repos(info, hub_name, revision), 'model')
+    ignored = [re.compile(pattern) for pattern in info.ignore_file_pattern]
+    return snapshot, [name for name in snapshot.files if not any(p.match(name) for p in ignored)]
+
+
 def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope') -> Weights:
     """Return the weights that serve, downloaded where needed; a GGUF file stays a file until it is opened."""
     local = Path(info.model_id_or_path)
@@ -752,9 +759,8 @@ def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope') 
         return Weights(path=packaged, reason=reason, fingerprint=fingerprint(packaged))
     if local.is_dir():
         return Weights(path=local, reason='it is a local directory', fingerprint=fingerprint(local))
-    snapshot = hub.find(_repos(info, hub_name, revision), 'model')
-    ignored = [re.compile(pattern) for pattern in info.ignore_file_pattern]
-    path = snapshot.fetch([name for name in snapshot.files if not any(p.match(name) for p in ignored)])
+    snapshot, names = find_on_hub(info, revision=revision, hub_name=hub_name)
+    path = snapshot.fetch(names)
     reason = f'{snapshot.repo} {"holds them" if snapshot.online else "is in the cache"}'
     return Weights(path=path, reason=reason, fingerprint=fingerprint(path), served=str(snapshot.repo))
 

@@ -26,13 +26,23 @@ def _name(text: Any) -> str:
     return path.name if path.is_absolute() or str(text).startswith(('.', '~')) else str(text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ['---'] * len(head), *rows]
-    return ['| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines]
+    return '\n'.join('| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines)
 
 
 def _number(value: Any) -> str:
     return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _flags(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    # Flags can be added by newer versions; what the record lacks was not used.
+    defaults = to_dict(SftArguments())
+    return [
+        (f'`--{f.name}`', _name(record[f.name]))
+        for f in dataclasses.fields(SftArguments)
+        if f.name not in _LEFT_OUT and record.get(f.name) not in (None, defaults.get(f.name))
+    ]
 
 
 def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any], pictures: Sequence[str]) -> str:
@@ -42,64 +52,48 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
     """
     base, history = record['base_model'], progress['log_history']
     adapter = record['sft_type'] == 'lora'
-    # Flags can be added by newer versions; what the record lacks was not used.
-    defaults = to_dict(SftArguments())
-    flags = [
-        (f'`--{f.name}`', _name(record[f.name]))
-        for f in dataclasses.fields(SftArguments)
-        if f.name not in _LEFT_OUT and record.get(f.name) not in (None, defaults.get(f.name))
-    ]
     evaluations = [entry for entry in history if any(score in entry for score in _SCORES)]
     scores = [s for s in _SCORES if evaluations and s in evaluations[-1]]
+    scored = [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)]
+    losses = [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
     data = progress.get('data') or {}
     counts = [f'{part} {data[part].get("rows")} rows' for part in ('train', 'validation') if part in data]
-    what = 'A LoRA adapter for' if adapter else 'All weights, fine-tuned from'
-    lines = [
-        '---',
-        f'base_model: {_name(base["id"])}',
-        f'library_name: {"peft" if adapter else "transformers"}',
-        'pipeline_tag: text-generation',
-        'tags:',
-        *(['- lora'] if adapter else []),
-        '- sft',
-        '- assay',
-        '---',
-        '',
-        f'# {name}',
-        '',
-        f'{what} {_name(base["id"])}, {progress["step"]} steps.',
-        '',
-        '## Base model',
-        '',
-        f'{_name(base["id"])}; the weights used have the sha256 `{base["sha256"]}` ({base["covers"]}).',
-        '',
-        '## Data',
-        '',
-        f'{_name(record["dataset"])}' + (f': {", ".join(counts)}.' if counts else '.'),
-        '',
-        '## Flags',
-        '',
-        'Those that were not left at their default.',
-        '',
-        *_table(('flag', 'value'), flags),
-        '',
-        '## Scores',
-        '',
-        *(
-            _table(('step', *scores), [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)])
-            if scores
-            else ['Not evaluated.']
-        ),
-        '',
-        '## Curve',
-        '',
-        *(f'![{PurePath(picture).stem}]({picture})' for picture in pictures),
-        '',
-        *_table(
-            ('step', 'loss'), [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
-        ),
-    ]
-    return '\n'.join(lines) + '\n'
+    return f"""\
+---
+base_model: {_name(base['id'])}
+library_name: {'peft' if adapter else 'transformers'}
+pipeline_tag: text-generation
+tags: [{'lora, ' if adapter else ''}sft, assay]
+---
+
+# {name}
+
+{'A LoRA adapter for' if adapter else 'All weights, fine-tuned from'} {_name(base['id'])}, {progress['step']} steps.
+
+## Base model
+
+{_name(base['id'])}; the weights used have the sha256 `{base['sha256']}` ({base['covers']}).
+
+## Data
+
+{': '.join(filter(None, (_name(record['dataset']), ', '.join(counts))))}.
+
+## Flags
+
+Those that were not left at their default.
+
+{_table(('flag', 'value'), _flags(record))}
+
+## Scores
+
+{_table(('step', *scores), scored) if scores else 'Not evaluated.'}
+
+## Curve
+
+{' '.join(f'![{PurePath(picture).stem}]({picture})' for picture in pictures)}
+
+{_table(('step', 'loss'), losses)}
+"""
 
 
 def _thin(entries: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

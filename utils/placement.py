@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-DeviceMap = Mapping[str, int]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:

@@ -6,9 +6,9 @@ import contextlib
 import copy
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -22,6 +22,7 @@ from utils import dist
 from utils.callbacks import peak_memory_gib
 from utils.errors import ConfigError
 from utils.logger import logger
+from utils.preprocess import Encoded, cut_front
 from utils.proofs import record_proof
 from utils.random_state import random_state, set_random_state
 from utils.trainer import SftTrainer
@@ -31,6 +32,7 @@ _GATE = 'the first-step gate'
 # Whether answers can be generated and scored shows in a few tokens.
 _NEW_TOKENS = 8
 Rows = list[dict[str, Any]]
+T = TypeVar('T')
 
 
 class FirstStepGate(TrainerCallback):
@@ -134,15 +136,9 @@ class FirstStepGate(TrainerCallback):
         batches, count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
         trainer.accelerator.gradient_state._set_sync_gradients(not alone)
         quiet = trainer.accelerator.no_sync(model=trainer.model_wrapped) if alone else contextlib.nullcontext()
-        failure = None
-        try:
-            with quiet:
-                trainer.training_step(trainer.model_wrapped, batches[0], count)
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                raise
-            failure = str(error).splitlines()[0]
-        return next((found for found in dist.from_all(failure) if found), None)
+        with quiet:
+            _, failure = _tried(lambda: trainer.training_step(trainer.model_wrapped, batches[0], count))
+        return dist.first_failure(failure)
 
     def _optimize(self) -> None:
         trainer = self.trainer
@@ -197,19 +193,17 @@ class FirstStepGate(TrainerCallback):
         generation, trainer.generation = trainer.generation, copy.copy(trainer.generation)
         trainer.generation.max_new_tokens = min(_NEW_TOKENS, generation.max_new_tokens or _NEW_TOKENS)
         trainer.model_wrapped.eval()
-        failure = None
-        try:
-            _, found, labels = trainer.prediction_step(trainer.model_wrapped, trainer.data_collator(batch), False)
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                raise
-            failure = str(error).splitlines()[0]
+        result, failure = _tried(
+            lambda: trainer.prediction_step(trainer.model_wrapped, trainer.data_collator(batch), False)
+        )
         trainer.generation = generation
-        if failure := next((f for f in dist.from_all(failure) if f), None):
+        if failure := dist.first_failure(failure):
             raise ConfigError(
                 f'the heaviest validation batch ({len(batch)} rows) does not fit into memory: {failure} '
                 'Lower --eval_batch_size or --max_length.'
             )
+        assert result is not None, 'no process failed'
+        _, found, labels = result
         if not trainer.args.predict_with_generate:
             trainer.guard.judge_evaluation(_GATE, found.tolist(), [row['row'] for row in batch])
         trainer.compute_metrics(EvalPrediction(predictions=found.cpu().numpy(), label_ids=labels.cpu().numpy()))
@@ -231,6 +225,16 @@ class FirstStepGate(TrainerCallback):
         return size
 
 
+def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what `work` returns, or what it was short of memory for."""
+    try:
+        return work(), None
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        return None, (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _longest(rows: Rows) -> int:
     """Return the tokens of the longest row or pack."""
     return max(sum(len(row['input_ids']) for row in item.get('rows', [item])) for item in rows)
@@ -238,14 +242,5 @@ def _longest(rows: Rows) -> int:
 
 def _last(row: dict[str, Any], count: int) -> dict[str, Any]:
     """Return a row with its last `count` tokens, as --max_length would leave it."""
-    cut = max(len(row['input_ids']) - count, 0)
-    start, end = row['trained']
-    trained = (max(start - cut, 0), end - cut)
-    earlier = [(max(start - cut, 0), end - cut) for start, end in row.get('earlier', ()) if end > cut]
-    return {
-        **row,
-        'input_ids': row['input_ids'][cut:],
-        'trained': trained,
-        'earlier': earlier,
-        'prompt_length': max(row['prompt_length'] - cut, 0),
-    }
+    spans = {name: row[name] for name in ('trained', 'prompt_length', 'earlier') if name in row}
+    return {**row, 'earlier': [], **cut_front(Encoded(input_ids=row['input_ids'], **spans), count).as_item()}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import hub
+from utils.checkpoint import all_checkpoints
 from utils.errors import ConfigError
 from utils.hub_clients import TOKEN_VARIABLES, DeniedError, GoneError
 from utils.json_file import read_json
@@ -59,8 +60,7 @@ def set_aside(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[
 
 def waiting(run_dir: Path) -> list[Path]:
     """Return the folders set aside that were not pushed, the oldest first."""
-    folders = [p for p in (run_dir / _ASIDE).glob('checkpoint-*') if p.is_dir() and p.with_suffix('.json').is_file()]
-    return sorted(folders, key=lambda p: int(p.name.removeprefix('checkpoint-')))
+    return [p for p in all_checkpoints(run_dir / _ASIDE) if p.with_suffix('.json').is_file()]
 
 
 def forget(folder: Path) -> None:
@@ -118,8 +118,7 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
 
 def _promised(run_dir: Path, record: dict[str, Any]) -> list[Path]:
     """Return the checkpoints that the strategy promises and that are still there, the newest last."""
-    there = [p for p in run_dir.glob('checkpoint-*') if p.name.removeprefix('checkpoint-').isdigit()]
-    there.sort(key=lambda p: int(p.name.removeprefix('checkpoint-')))
+    there = all_checkpoints(run_dir)
     if record['push_hub_strategy'] == 'all_checkpoints':
         return there
     if record['push_hub_strategy'] == 'push_best' and (found := _outcome(run_dir).get('best_checkpoint')):

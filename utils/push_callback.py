@@ -65,12 +65,12 @@ class Pusher:
             # A session of its own: Ctrl-C is meant for the training. The token is in the environment, not in the words.
             done = subprocess.run(
                 words, cwd=ROOT, env=self.environment, start_new_session=True, timeout=PUSH_SECONDS, check=False,
-                stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', errors='replace',
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             logger.warning(f'{folder.name} was not pushed in {PUSH_SECONDS:.0f} s: the hub hangs')
             return False
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a token with a zero byte, say
             logger.warning(f'{folder.name} could not be pushed: {error}')
             return False
         said = [line for line in done.stderr.splitlines() if line.startswith(('pushed ', 'error: '))]
@@ -78,7 +78,7 @@ class Pusher:
             reason = (said or done.stderr.splitlines() or ['no reason given'])[-1].removeprefix('error: ')
             logger.warning(f'{folder.name} could not be pushed: {reason}')
             return False
-        logger.info(said[-1])
+        logger.info(said[-1] if said else f'pushed {folder.name}')
         return True
 
     def finish(self) -> None:

@@ -64,8 +64,8 @@ class Tally:
         ]
 
 
-def _placed(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Yield the rows of a registered data set with their places; None is one that its entry drops."""
+def _placed(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Yield the rows of a registered data set with their places, or why its entry drops them."""
     if isinstance(rows, RowStream):
         placed = rows.placed()
     else:
@@ -77,14 +77,14 @@ def _placed(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[s
 
 
 def _converted(
-    placed: Iterable[tuple[str, dict[str, Any] | None]], name: str, *, drops: str = '', folder: str | None = None
+    placed: Iterable[tuple[str, dict[str, Any] | BadRow]], name: str, *, folder: str | None = None
 ) -> Iterator[ReadRow]:
     """Yield the rows as conversations; the shape is found from the first row's columns."""
     converter: Converter | None = None
     needed: frozenset[str] = frozenset()
     for place, raw in placed:
-        if raw is None:
-            yield place, {}, BadRow(f'dropped by {name}: {drops}')
+        if isinstance(raw, BadRow):
+            yield place, {}, type(raw)(f'dropped by {name}: {raw}', raw.column)
             continue
         if converter is None:
             converter = find_converter(raw)
@@ -184,8 +184,7 @@ def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
         if iter(rows) is rows:  # a generator can be read only once: the function is called anew
             loaded: Any = DATASET_MAPPING[name]()
             again = loaded[half] if isinstance(loaded, tuple) else loaded
-        drops = rows.entry.drops if isinstance(rows, RowStream) else ''
-        yield from _converted(_placed(shown, again, digest), shown, drops=drops)
+        yield from _converted(_placed(shown, again, digest), shown)
 
     return Part(name=shown, read=read, is_val=bool(half), served=served)
 

@@ -45,7 +45,7 @@ def together(work: Callable[[], object]) -> str | None:
         work()
     except Exception as error:  # a full disk shows as many kinds, one for each library that writes
         failure = f'{type(error).__name__}: {error}'
-    return next((found for found in dist.from_all(failure) if found), None)
+    return dist.first_failure(failure)
 
 
 class ResumableTrainer(Seq2SeqTrainer):
@@ -60,8 +60,6 @@ class ResumableTrainer(Seq2SeqTrainer):
         self.evaluation_pending = False
         self.add_callback(self.guard)
         self.add_callback(_Stop(self))
-
-    # ---- what the guard sees ----
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of one step, known to the guard."""
@@ -83,8 +81,6 @@ class ResumableTrainer(Seq2SeqTrainer):
         loader = super()._get_dataloader(*args, **kwargs)
         loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
         return loader
-
-    # ---- writing ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint and delete the ones that are too many; ends the run where it could not be written."""
@@ -129,7 +125,7 @@ class ResumableTrainer(Seq2SeqTrainer):
 
         def finish() -> None:
             if self.args.should_save:
-                seal(partial, checkpoint, processes=dist.world_size())
+                seal(partial, checkpoint)
 
         failure = together(make_folder) or together(fill) or together(finish)
         if failure and self.args.should_save:
@@ -161,8 +157,6 @@ class ResumableTrainer(Seq2SeqTrainer):
 
     def _deepspeed_schedules(self) -> bool:
         return isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
-
-    # ---- reading ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put the weights of a checkpoint into the model.
@@ -218,8 +212,6 @@ class ResumableTrainer(Seq2SeqTrainer):
             is_saved = self.state.global_step % self.args.save_steps == 0
             if is_saved and Seq2SeqTrainer._determine_best_metric(self, metrics, None):
                 self.state.best_model_checkpoint = checkpoint
-
-    # ---- stopping ----
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self.signals:

@@ -12,6 +12,7 @@ from typing import Any
 
 from utils import dist
 from utils.argument import InferArguments, SftArguments, flag_types, to_dict
+from utils.checkpoint import last_checkpoint
 from utils.errors import ConfigError, Problems
 from utils.json_file import read_json
 from utils.lock import LOCK_JSON, check_repeated, make_lock
@@ -59,7 +60,7 @@ def open_run(done: Resolution[SftArguments], data: dict[str, Any], typed_now: Co
         done.warnings += check_resumed(Path(args.resume_from_checkpoint), record)
     made = str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else ''
     run = Run(
-        folder=Path(dist.broadcast_text(made)),
+        folder=Path(dist.from_all(made)[0]),
         record=record,
         weights=weights,
         lock=lock,
@@ -141,8 +142,8 @@ def _checkpoint_problem(checkpoint: Path) -> str | None:
         return f'--ckpt_dir {checkpoint} is not a directory (looked in {checkpoint.absolute().parent}).'
     holds_model = (checkpoint / 'adapter_config.json').is_file() or (checkpoint / 'config.json').is_file()
     if not holds_model:
-        inside = sorted(f.name for f in checkpoint.glob('checkpoint-*'))
-        hint = f' It is a run folder: give {checkpoint / inside[-1]}.' if inside else ''
+        newest = last_checkpoint(checkpoint)
+        hint = f' It is a run folder: give {newest}.' if newest else ''
         return f'--ckpt_dir {checkpoint} is no checkpoint: it has neither adapter_config.json nor config.json.{hint}'
     try:
         if not read_run_record(checkpoint):

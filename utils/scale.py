@@ -7,11 +7,11 @@ from typing import Any
 
 from utils import dist
 from utils.argument import SftArguments
+from utils.limits import is_of_bitsandbytes
 from utils.resolution import Resolution
 
 # Optimizers that DeepSpeed has a form of for the CPU.
 _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
-_BITSANDBYTES = ('8bit', '32bit', 'bnb', 'paged')
 
 
 def resolve_scale(done: Resolution[SftArguments]) -> None:
@@ -28,7 +28,7 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
         )
     if args.dtype == 'fp16':
         problems.add('--fsdp true with --dtype fp16 would scale the loss on each process by itself. Use bf16 or fp32.')
-    if any(part in args.optim for part in _BITSANDBYTES) and args.sft_type == 'full':
+    if is_of_bitsandbytes(args.optim) and args.sft_type == 'full':
         problems.add(f'--optim {args.optim} cannot update sharded weights. Use adamw_torch with --fsdp true.')
     if args.resume_from_checkpoint is not None or args.only_save_model is False:
         problems.add(

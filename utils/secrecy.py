@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils.argument import SftArguments
+from utils.checkpoint import PICKLE_SUFFIXES
 from utils.leak_scan import find_secrets, scan_tree
 from utils.logger import logger
 from utils.proofs import record_proof
 
-_PICKLE_NAMES = ('.bin', '.pt', '.pth', '.pkl')
 # What DeepSpeed writes by itself, in its own format: the one exception, and named.
 _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')
 
@@ -38,7 +38,7 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
     files = sorted(p.relative_to(run_dir).as_posix() for p in run_dir.rglob('*') if p.is_file())
     found = [
         *scan_tree(run_dir, secrets),
-        *(f'{name}: a pickle by its name' for name in files if name.endswith(_PICKLE_NAMES)),
+        *(f'{name}: a pickle by its name' for name in files if name.endswith(PICKLE_SUFFIXES)),
         *home_paths(run_dir, Path.home(), _typed_paths(args)),
     ]
     excepted = sorted({line.split(':')[0] for line in found if _DEEPSPEED.match(line)})

@@ -45,7 +45,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return low - room if low - room > 0 or low < 0 else 0.0, high + room
 
 
-def chart(title: str, series: Sequence[Series], *, axis: str = 'step') -> str:
+def chart(title: str, series: Sequence[Series]) -> str:
     """Return a figure with one chart; points that are not finite are left out, and a chart without points is ''."""
     drawn = [Series(name=s.name, points=[p for p in s.points if math.isfinite(p[1])], colour=s.colour) for s in series]
     drawn = [s for s in drawn if s.points]
@@ -71,13 +71,11 @@ def chart(title: str, series: Sequence[Series], *, axis: str = 'step') -> str:
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 16}" text-anchor="end">{right:g}</text>' if right > left else ''
     )
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    ends += f'<text x="{middle:g}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(axis)}</text>'
+    ends += f'<text x="{middle:g}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>'
     lines = ''.join(_line(s, [(x(a), y(b)) for a, b in s.points]) for s in drawn)
-    legend = (
-        ' '.join(f'<span class="key key{s.colour}">{escape(s.name)}</span>' for s in drawn) if len(drawn) > 1 else ''
-    )
+    keys = [f'<span class="key key{s.colour}">{escape(s.name)}</span>' for s in drawn if len(drawn) > 1]
     return (
-        f'<figure><figcaption>{escape(title)} {legend}</figcaption>'
+        f'<figure><figcaption>{escape(title)} {" ".join(keys)}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
         f'{grid}{ends}{lines}</svg></figure>'
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,23 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
+def _is_backend_alone(tokenizer: Any) -> bool:
+    """Return whether the tokenizer adds nothing of its own to its Rust backend, which alone needs no offsets."""
+    from transformers import TokenizersBackend
+
+    kind = type(tokenizer)
+    is_backend = issubclass(kind, TokenizersBackend)
+    return is_backend and all(getattr(kind, n) is getattr(TokenizersBackend, n) for n in ('__call__', '_encode_plus'))
+
+
 class TextTokenizer:
     """Tokenises text in batches, with special tokens active in template text and inert in data."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        # Threads that encode batches take turns: which tokens are special is a state of the one tokenizer.
+        self._turn = threading.Lock()
+        self._backend = tokenizer.backend_tokenizer if _is_backend_alone(tokenizer) else None
         self.special_ids: dict[str, int] = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -40,12 +53,18 @@ class TextTokenizer:
         """Return the ids of each text, nothing added; `inert` reads special tokens as plain text."""
         if not texts:
             return []
-        options = {'split_special_tokens': True} if inert else {}
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
-        )
-        ids: list[list[int]] = encoded['input_ids']
-        return ids
+        with self._turn:
+            if self._backend is None:
+                options = {'split_special_tokens': True} if inert else {}
+                encoded: list[list[int]] = self.tokenizer(
+                    list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+                )['input_ids']
+                return encoded
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = inert or self.tokenizer.split_special_tokens
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [one.ids for one in found]
 
     def has_special(self, text: str) -> bool:
         """Return whether the text spells a special token."""

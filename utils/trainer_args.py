@@ -19,6 +19,7 @@ def training_arguments(
     # Frozen bf16 weights compute in bf16 by themselves; fp32 weights and fp16 gradients need autocast. DeepSpeed takes
     # its own precision from these two, and adapters in it.
     autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
+    sharded = args.fsdp or args.deepspeed_config_path is not None
     return Seq2SeqTrainingArguments(
         output_dir=str(run_dir),
         per_device_train_batch_size=args.batch_size,
@@ -26,7 +27,8 @@ def training_arguments(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         num_train_epochs=args.num_train_epochs,
         max_steps=args.max_steps,
-        optim=args.optim,
+        # One pass over weights and states without temporaries, which would be several times the largest weight.
+        optim='adamw_torch_fused' if args.optim == 'adamw_torch' and not sharded else args.optim,
         learning_rate=args.learning_rate or 0.0,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def find_targets(
     if wanted is None:
         wanted = next((list(group) for group in _QKV_NAMES if set(group) <= set(names)), [ALL])
         logger.info(f'lora_target_modules = {",".join(wanted)} because the model has no entry and these are its names')
-    wanted = _native_names([name for name in wanted if name != ALL], names) + [ALL] * (ALL in wanted)
+    wanted = native_names([name for name in wanted if name != ALL], names) + [ALL] * (ALL in wanted)
     found = {name: [e for e in experts if f'.{e}'.endswith(f'.{name}')] for name in wanted if name not in names}
     if missing := [name for name, matched in found.items() if not matched and name != ALL]:
         stacked = f' Its experts: {", ".join(sorted(experts))}.' if experts else ''
@@ -123,7 +123,7 @@ def find_targets(
     return modules, list(dict.fromkeys(e for matched in found.values() for e in matched))
 
 
-def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
+def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
     """Return the names with those of a fused 2023 layout replaced by the native ones, each once."""
     native: list[str] = []
     for name in wanted:
@@ -138,6 +138,9 @@ def _native_names(wanted: list[str], names: Counter[str]) -> list[str]:
 
 def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     """Return the model ready to train and log what is trainable: a PeftModel with fp32 adapters, or all weights."""
+    from utils.layout import is_sharded
+    from utils.norm import fuse_norms
+
     towers = find_towers(model)
     frozen = towers if args.freeze_vision else []
     if not args.freeze_vision and not towers:
@@ -151,7 +154,6 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     else:
         from peft import LoraConfig, TaskType, get_peft_model
 
-        from utils.layout import is_sharded
         from utils.lora import fuse_lora
 
         modules, parameters = find_targets(model, args.lora_target_modules, frozen)
@@ -180,6 +182,8 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
             fused, layers = fuse_lora(prepared)
             logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
         logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in [*modules, *parameters]))
+    if args.fused_norms and not is_sharded(model) and (norms := fuse_norms(model)):
+        logger.info(f'fused_norms = true: {norms} RMSNorm layers run in one step')
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
         if args.sft_type == 'lora':

@@ -81,7 +81,7 @@ def state_of_images(row: Row) -> bytes:
         for path in (path for text in name_images(texts, row.images) for path in find_images(text)):
             about = Path(place_image(path, row.folder)).stat()
             state.append((path, about.st_size, about.st_mtime_ns))
-    except (BadImage, OSError, ValueError) as error:  # ValueError: a path with a zero byte
+    except (ValueError, OSError) as error:  # BadImage, or a path that no file can have
         state.append(str(error))
     return repr(state).encode()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _V1, _V2, _13B = 'baichuan_7b', 'baichuan2_7b', 'a Baichuan of 13B'
-_SIZES = {
+_SIZES: dict[str, int] = {
     'hidden_size': 4096, 'intermediate_size': 11008, 'num_hidden_layers': 32, 'num_attention_heads': 32,
     'max_position_embeddings': 4096, 'pad_token_id': 0,
 }  # fmt: skip
@@ -36,13 +36,8 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
         f'and its other fields say that it is {found}: name the model_type that it is',
     )
     config = llama_config(original, family, {**_SIZES, 'vocab_size': _VOCAB[family]})
-    refuse(
-        family == _V2 and config['tie_word_embeddings'],
-        family,
-        'tie_word_embeddings',
-        True,
-        'but its normalised head cannot be the embedding too',
-    )
+    if family == _V2:
+        refuse_tied(config, family)
     return {**config, 'rope_parameters': static_rope(original, family)}
 
 
@@ -62,24 +57,33 @@ def _matches(original: Config, *, family: str) -> bool:
     return _variant(original) == family and not original.get('quantization_config')
 
 
-def native_tensors(state: State, original: Config) -> State:
-    """Return W_pack cut into query, key and value; every other name is Llama's already."""
-    width = original.get('hidden_size', _SIZES['hidden_size'])
-    return map_each(state, partial(_split, width=width))
+def refuse_tied(config: Config, family: str) -> None:
+    """Raise ConfigError where the output head of a second generation is the embedding too."""
+    tied = config['tie_word_embeddings']
+    refuse(tied, family, 'tie_word_embeddings', tied, 'but its normalised head cannot be the embedding too')
 
 
-def native_tensors_normalised(state: State, original: Config) -> State:
+def native_tensors(state: State, original: Config, *, width: int) -> State:
+    """Return W_pack cut into query, key and value; every other name is Llama's already.
+
+    `width` is the original class's own for a config.json that names none.
+    """
+    return map_each(state, partial(_split, width=original.get('hidden_size', width)))
+
+
+def native_tensors_normalised(state: State, original: Config, *, width: int) -> State:
     """Return the tensors of `native_tensors` with the output head folded: its rows have length 1."""
-    return with_normalised_head(native_tensors(state, original))
+    return with_normalised_head(native_tensors(state, original, width=width))
 
 
 def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Tensor]:
     fused = _FUSED.match(key)
     if fused is None:
         return {key: tensor}
-    if tensor.shape[0] != 3 * width:
+    rows = next(iter(tensor.shape), 0)
+    if rows != 3 * width:
         raise ConfigError(
-            f"tensor '{key}' has {tensor.shape[0]} rows where query, key and value of hidden_size {width} need "
+            f"tensor '{key}' has {rows} rows where query, key and value of hidden_size {width} need "
             f'{3 * width}: the file is damaged, or config.json is of another size.'
         )
     return {f'{fused[1]}{n}_proj.weight': part for n, part in zip('qkv', tensor.chunk(3), strict=True)}
@@ -128,14 +132,12 @@ BAICHUAN_7B = Family(
     config_class='LlamaConfig',
     model_class='LlamaForCausalLM',
     config=partial(native_config, family=_V1),
-    tensors=native_tensors,
+    tensors=partial(native_tensors, width=_SIZES['hidden_size']),
 )
-BAICHUAN2_7B = Family(
+BAICHUAN2_7B = replace(
+    BAICHUAN_7B,
     name=_V2,
-    model_type='baichuan',
     matches=partial(_matches, family=_V2),
-    config_class='LlamaConfig',
-    model_class='LlamaForCausalLM',
     config=partial(native_config, family=_V2),
-    tensors=native_tensors_normalised,
+    tensors=partial(native_tensors_normalised, width=_SIZES['hidden_size']),
 )

@@ -74,6 +74,11 @@ def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> S
     return mapped
 
 
+def same_tensors(state: State, original: Config) -> State:
+    """Return the same tensors without stored tables: the names are the native class's already."""
+    return map_each(state, lambda key, tensor: {key: tensor})
+
+
 def unknown_key(key: str, family: str) -> ConfigError:
     """Return the error for a tensor that a family does not have."""
     return ConfigError(f"tensor '{key}' is not one of family {family}: the checkpoint is of another model or newer.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from utils.native.family import Config, Family, State, map_each, refuse
+from utils.native.family import Config, Family, refuse, same_tensors
 
 # What the original classes of InternLM, XVERSE and Baichuan-7B agree on for fields that config.json leaves out.
 _DEFAULTS = {
@@ -78,16 +78,11 @@ def _rope(original: Config) -> dict[str, Any]:
     return {'rope_type': 'dynamic', 'rope_theta': theta, 'factor': float(factor)}
 
 
-def native_tensors(state: State, original: Config) -> State:
-    """Return the same tensors without stored rotary tables: the names are Llama's already."""
-    return map_each(state, lambda key, tensor: {key: tensor})
-
-
 INTERNLM = Family(
     name='internlm',
     model_type='internlm',
     config_class='LlamaConfig',
     model_class='LlamaForCausalLM',
     config=native_config,
-    tensors=native_tensors,
+    tensors=same_tensors,
 )

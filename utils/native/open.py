@@ -72,6 +72,14 @@ def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
     return model
 
 
+def build_empty(family: Family, model_dir: Path) -> Any:
+    """Return the model that a directory of a family describes, without weights where torch's device is `meta`."""
+    cls = _class(family.model_class)
+    if read_config(model_dir)['model_type'] == family.model_type != family.saved_model_type:
+        return cls(_class(family.config_class)(**family.config(read_config(model_dir))))
+    return cls(cls.config_class.from_pretrained(model_dir))
+
+
 def fitting(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options without flash attention where a class has none: ALiBi and Bloom add a bias that it lacks."""
     if options.get('attn_implementation') != 'flash_attention_2' or cls._supports_flash_attn:

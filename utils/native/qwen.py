@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from utils.errors import ConfigError
@@ -167,12 +168,12 @@ QWEN = Family(
     saved_field='use_logn_attn',
 )
 
-QWEN_GPTQ = Family(
+QWEN_GPTQ = replace(
+    QWEN,
     name='qwen_gptq',
-    model_type='qwen',
     matches=lambda config: 'visual' not in config and _is_gptq(config),
-    config_class='Qwen2Config',
-    model_class='qwen_long:Qwen2ForCausalLM',
     config=gptq_config,
     tensors=gptq_tensors,
+    saved_model_type=None,
+    saved_field=None,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from utils.native.family import Config, Family, State, is_computed, map_each, refuse
@@ -100,13 +101,10 @@ QWEN_VL = Family(
     saved_model_type=SAVED_MODEL_TYPE,
 )
 
-QWEN_VL_GPTQ = Family(
+QWEN_VL_GPTQ = replace(
+    QWEN_VL,
     name=_GPTQ,
-    model_type='qwen',
     matches=lambda config: 'visual' in config and _is_gptq(config),
-    config_class=CONFIG_CLASS,
-    model_class=MODEL_CLASS,
     config=gptq_config,
     tensors=gptq_tensors_of_both,
-    saved_model_type=SAVED_MODEL_TYPE,
 )

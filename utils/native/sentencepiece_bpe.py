@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,57 +75,27 @@ def added_token(value: Any, where: Path) -> Any:
     return AddedToken(fields['content'], special=True, normalized=False, **flags)
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for i in range(10):
-        byte = data[at + i]
-        value |= (byte & 0x7F) << (7 * i)
-        if byte < 0x80:
-            return value, at + i + 1
-    raise ValueError('a number of more than 64 bits')
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of a message in protobuf's wire format; fixed-width values stay bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        if key & 7 == 0:
-            number, at = _varint(data, at)
-            yield key >> 3, number
-            continue
-        size, at = _varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
-        yield key >> 3, data[at : at + size]
-        at += size
-        if at > len(data):
-            raise ValueError('a field reaches beyond the end')
-
-
-def _piece(data: bytes) -> tuple[str, float, int]:
-    found = dict(_fields(data))
-    return found[1].decode('utf-8'), struct.unpack('<f', found[2])[0] if 2 in found else 0.0, found.get(3, _NORMAL)
-
-
 def read_vocabulary(file: Path) -> Vocabulary:
     """Return what a sentencepiece model file says; raises ConfigError where it is corrupt or cannot be reproduced."""
-    pieces: list[tuple[str, float, int]] = []
-    parts: dict[int, dict[int, Any]] = {}
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
     try:
-        for number, value in _fields(file.read_bytes()):
-            if number == 1:
-                pieces.append(_piece(value))
-            elif number in (2, 3):
-                parts[number] = dict(_fields(value))
-        trainer, normalizer = parts[2], parts[3]
+        model = ModelProto.FromString(file.read_bytes())
+        trainer, normalizer = model.trainer_spec, model.normalizer_spec
         vocabulary = Vocabulary(
-            pieces=pieces,
-            unigram=trainer.get(3, _UNIGRAM) == _UNIGRAM,
-            byte_fallback=bool(trainer.get(35, 0)),
-            charsmap=bytes(normalizer.get(2, b'')),
-            dummy_prefix=bool(normalizer.get(3, 1)),
-            strip_spaces=bool(normalizer.get(4, 1)),
+            pieces=[(piece.piece, piece.score, piece.type) for piece in model.pieces],
+            unigram=trainer.model_type == _UNIGRAM,
+            byte_fallback=trainer.byte_fallback,
+            charsmap=normalizer.precompiled_charsmap,
+            dummy_prefix=normalizer.add_dummy_prefix,
+            strip_spaces=normalizer.remove_extra_whitespaces,
         )
-    except (OSError, IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
+        if not (model.HasField('trainer_spec') and model.HasField('normalizer_spec')):
+            raise ValueError('a part of it is not there')
+        if not all(isinstance(text, str) for text, _, _ in vocabulary.pieces):
+            raise ValueError('a piece is not UTF-8')
+    except (OSError, DecodeError, ValueError) as error:
         why = f'{type(error).__name__}: {error}; it is missing, truncated or of another format'
         raise ConfigError(f'{file} cannot be read as a sentencepiece model: {why}. Download it again.') from None
     if problem := _problem(vocabulary, trainer, normalizer):
@@ -134,7 +103,7 @@ def read_vocabulary(file: Path) -> Vocabulary:
     return vocabulary
 
 
-def _problem(vocabulary: Vocabulary, trainer: Mapping[int, Any], normalizer: Mapping[int, Any]) -> str | None:
+def _problem(vocabulary: Vocabulary, trainer: Any, normalizer: Any) -> str | None:
     """Return why a model cannot be reproduced id for id, None where it can."""
     texts = {text for text, _, _ in vocabulary.pieces}
     spaced = vocabulary.strip_spaces and any(_SPACE in text for text in vocabulary.of_type(_USER_DEFINED))
@@ -143,9 +112,9 @@ def _problem(vocabulary: Vocabulary, trainer: Mapping[int, Any], normalizer: Map
         'a piece is empty or occurs twice, the file is corrupt': '' in texts or len(texts) != len(vocabulary.pieces),
         'it has not exactly one unknown piece, the file is corrupt': len(vocabulary.of_type(_UNKNOWN)) != 1,
         'it falls back on bytes without having all 256, the file is corrupt': bytes_missing,
-        'it is neither a unigram nor a BPE model': trainer.get(3, _UNIGRAM) not in (_UNIGRAM, _BPE),
-        'treat_whitespace_as_suffix is not supported': trainer.get(24, 0),
-        'escape_whitespaces = false is not supported': not normalizer.get(5, 1),
+        'it is neither a unigram nor a BPE model': trainer.model_type not in (_UNIGRAM, _BPE),
+        'treat_whitespace_as_suffix is not supported': trainer.treat_whitespace_as_suffix,
+        'escape_whitespaces = false is not supported': not normalizer.escape_whitespaces,
         'pieces marked unused are not supported': vocabulary.of_type(_UNUSED),
         'remove_extra_whitespaces with user-defined pieces that hold spaces is not supported': spaced,
     }

@@ -44,17 +44,11 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _byte_characters() -> list[str]:
-    """Return the character that stands for each byte in byte-level BPE: itself where printable, else from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
-
-
 def _backend(ranks: Mapping[bytes, int], special: tuple[str, ...]) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    characters = _byte_characters()
+    characters = bytes_to_unicode()
     text = {token: ''.join(characters[byte] for byte in token) for token in ranks}
     # tiktoken joins the pair whose union has the lowest rank, however the union is made: every split is a merge.
     merges = sorted(

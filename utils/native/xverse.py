@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.native.family import Config, Family, State, map_each, refuse
+from utils.native.family import Config, Family, refuse, same_tensors
 from utils.native.internlm import llama_config, static_rope
 
 # Defaults of the original class, which are those of the 13B model.
@@ -24,16 +24,11 @@ def native_config(original: Config) -> dict[str, Any]:
     return {**llama_config(original, 'xverse', _XVERSE), 'rope_parameters': static_rope(original, 'xverse')}
 
 
-def native_tensors(state: State, original: Config) -> State:
-    """Return the same tensors without stored rotary tables: the names are Llama's already."""
-    return map_each(state, lambda key, tensor: {key: tensor})
-
-
 XVERSE = Family(
     name='xverse',
     model_type='xverse',
     config_class='LlamaConfig',
     model_class='LlamaForCausalLM',
     config=native_config,
-    tensors=native_tensors,
+    tensors=same_tensors,
 )

@@ -1,0 +1,130 @@
+"""From the flags of a run to what it asks of each device, which GPUs that fits on, and how long it would take there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from utils.argument import SftArguments
+from utils.footprint import GIB, Batch, Footprint, Mode, footprint
+from utils.model import ModelInfo
+from utils.shapes import Shape
+from utils.tuner import ALL, native_names
+
+# Name, memory in GiB, peak of dense matrix products in bf16 (fp16 on T4 and V100) in TFLOP/s, by the makers' sheets.
+GPUS: tuple[tuple[str, int, int], ...] = (
+    ('T4', 16, 65),
+    ('V100 16', 16, 125),
+    ('RTX 3090', 24, 71),
+    ('RTX 4090', 24, 165),
+    ('A10', 24, 125),
+    ('L4', 24, 121),
+    ('V100 32', 32, 125),
+    ('A100 40', 40, 312),
+    ('L40S', 48, 362),
+    ('A100 80', 80, 312),
+    ('H100', 80, 989),
+    ('H200', 141, 989),
+    ('MI300X', 192, 1307),
+)
+# What a GPU needs beside tensors: the context and workspaces of the libraries, and what lies between blocks in use.
+_CONTEXT, _FRAGMENTED = GIB, 0.05
+# Share of the peak at which a training step multiplies: an assumption, no measurement.
+UTILISATION = 0.4
+_WIDTHS = {'bf16': 2, 'fp16': 2, 'fp32': 4}
+_UNBOUNDED = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """How a run is started: processes, GPUs of each, and whether there are GPUs."""
+
+    processes: int = 1
+    devices: int = 1
+    gpu: bool = True
+
+
+def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine) -> Mode:
+    """Return what of resolved arguments decides the memory of a run."""
+    packed, zero = _packing(args, info), _zero(args.deepspeed_config_path)
+    sharding = 'fsdp' if args.fsdp else f'zero{zero["stage"]}' if zero.get('stage') in (2, 3) else ''
+    whole = sharding not in ('fsdp', 'zero3')
+    offload = [name for name in ('offload_optimizer', 'offload_param') if zero.get(name, {}).get('device') == 'cpu']
+    return Mode(
+        full=args.sft_type == 'full',
+        compute=_WIDTHS[args.dtype or 'bf16'],
+        packed=packed,
+        targets=tuple(targets_of(args, info, shape)),
+        rank=args.lora_rank,
+        fused_norms=args.fused_norms and whole,
+        fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p,
+        checkpointing=args.gradient_checkpointing,
+        accumulates=args.gradient_accumulation_steps > 1,
+        laid=args.padding_free is not False and shape.attention == 'rows' and whole,
+        chunked=args.chunked_loss and whole,
+        gpu=machine.gpu,
+        sharding=sharding,
+        offloads_optimizer='offload_optimizer' in offload,
+        offloads_weights='offload_param' in offload,
+        processes=machine.processes,
+        devices=machine.devices,
+    )
+
+
+def _packing(args: SftArguments, info: ModelInfo) -> str:
+    if info.quantization == 'gptq':
+        return 'gptq8' if 'int8' in info.model_id_or_path.lower() else 'gptq4'
+    if args.quantization_bit == 8:
+        return 'int8'
+    if args.quantization_bit == 4:
+        return 'nf4x2' if args.bnb_4bit_use_double_quant else 'nf4'
+    return 'nf4' if info.quantization else ''
+
+
+def _zero(path: str | None) -> dict[str, Any]:
+    content = json.loads(Path(path).read_text(encoding='utf-8')) if path else {}
+    found: dict[str, Any] = content.get('zero_optimization', {})
+    return found
+
+
+def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
+    """Return the names of layers that LoRA is on, none for full fine-tuning."""
+    if args.sft_type == 'full':
+        return []
+    named = args.lora_target_modules or list(info.lora_target_modules)
+    wanted = native_names([name for name in named if name != ALL], shape.linear)
+    return list(dict.fromkeys([*wanted, *(shape.linear if ALL in named else ())]))
+
+
+def longest_batch(args: SftArguments) -> Batch:
+    """Return the heaviest batch that --max_length allows, for data that is not here; every token trained."""
+    length = args.max_length if args.max_length > 0 else _UNBOUNDED
+    tokens = args.batch_size * length
+    return Batch(tokens=tokens, longest=length, trained=tokens)
+
+
+def need(found: Footprint) -> float:
+    """Return the GiB that a GPU must have for a footprint."""
+    return (found.peak * (1 + _FRAGMENTED) + _CONTEXT) / GIB
+
+
+def gpus_that_fit(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
+    """Return the names of the known GPUs whose memory is enough, each of as many as the mode has devices."""
+    wanted = need(footprint(shape, replace(mode, gpu=True), batch))
+    return [name for name, memory, _ in GPUS if memory >= wanted]
+
+
+def flops(shape: Shape, mode: Mode, tokens: int) -> float:
+    """Return the multiplications and additions of training on these tokens, those between tokens left out.
+
+    2 per parameter and token forward, 2 back to the activations, 2 to the weights where all are trained, and 2 where
+    the forward pass is done twice.
+    """
+    return (4 + 2 * mode.full + 2 * mode.checkpointing) * float(shape.active) * tokens
+
+
+def seconds(work: float, tera: float, devices: int) -> float:
+    """Return how long a GPU of this peak takes for its share; layers spread over GPUs work one after another."""
+    return work / (tera * 1e12 * UTILISATION * devices)
