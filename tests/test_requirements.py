@@ -1,0 +1,62 @@
+"""What requirements.txt installs is enough: nothing of requirements-all.txt is needed before it is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+# Finds every package but those that are hidden, as if they were not installed, and runs programs one after the other.
+HIDING = """
+import importlib.machinery, json, sys
+hidden, programs = set(json.loads(sys.argv[1])), json.loads(sys.argv[2])
+
+class Hiding:
+    find_distributions = staticmethod(importlib.machinery.PathFinder.find_distributions)
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition('.')[0] in hidden:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Hiding if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+import llm_infer, llm_sft
+for program, words in programs:
+    code = {'sft': llm_sft, 'infer': llm_infer}[program].main([word.replace('RUN', RUN) for word in words])
+    assert code == 0, (program, words, code)
+    RUN = str(next(Path(OUTPUT).glob('*/v0*/checkpoint-2')))
+"""
+
+
+def named(file: str) -> set[str]:
+    return set(re.findall(r'^([\w-]+)==', (ROOT / file).read_text(encoding='utf-8'), flags=re.MULTILINE))
+
+
+def test_training_and_answering_need_no_optional_library(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    hidden = named('requirements-all.txt') | {'torchao'}  # torchao comes with gptqmodel
+    assert {'deepspeed', 'bitsandbytes', 'gptqmodel', 'optimum', 'trl'} <= hidden
+    assert not hidden & named('requirements.txt')
+    runner = tmp_path / 'hiding.py'
+    runner.write_text(
+        f'from pathlib import Path\nOUTPUT, RUN = {str(tmp_path / "output")!r}, ""\n{HIDING}', encoding='utf-8'
+    )
+    common = ['--model_id_or_path', str(model_dir), '--dataset', str(data_file), '--max_steps', '2', '--dtype', 'fp32']
+    train = [*common, '--save_steps', '1', '--output_dir', str(tmp_path / 'output')]
+    programs = [
+        ('sft', train),
+        ('sft', [*train, '--resume_from_checkpoint', 'RUN', '--max_steps', '3']),
+        ('sft', [*train, '--sft_type', 'full']),
+        ('infer', ['--ckpt_dir', 'RUN', '--merge_lora_and_save', 'true', '--max_new_tokens', '2']),
+    ]
+    done = subprocess.run(
+        [sys.executable, str(runner), json.dumps(sorted(hidden)), json.dumps(programs)],
+        cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert len(list((tmp_path / 'output').glob('*/v*/report.html'))) == 3
