@@ -84,9 +84,8 @@ class AutoEncoder(Encoder):
         from jinja2.exceptions import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False
-            )
+            render = self.tokenizer.apply_chat_template
+            return render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False)
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
         except Exception as error:  # a template is someone's program, and fails as programs do

@@ -142,46 +142,16 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     from utils.norm import fuse_norms
 
     towers = find_towers(model)
-    frozen = towers if args.freeze_vision else []
     if not args.freeze_vision and not towers:
         logger.warning('--freeze_vision false has no effect: the model sees no images')
     if args.sft_type == 'full':
         model.requires_grad_(True)
-        for name in frozen:
+        for name in towers if args.freeze_vision else []:
             model.get_submodule(name).requires_grad_(False)
             logger.info(f'{name} stays as it is (--freeze_vision true)')
         prepared: Any = model
     else:
-        from peft import LoraConfig, TaskType, get_peft_model
-
-        from utils.lora import fuse_lora
-
-        modules, parameters = find_targets(model, args.lora_target_modules, frozen)
-        if not modules and not parameters:
-            raise ConfigError(f'{type(model).__name__} has no layer that LoRA could be put on. Use --sft_type full.')
-        if parameters and args.lora_dropout_p:
-            raise ConfigError(
-                f'--lora_dropout_p {args.lora_dropout_p} cannot be had on expert parameters ({parameters[0]}): '
-                'they are adapted as weights, before any input. Give 0, or leave them out of --lora_target_modules.'
-            )
-        config = LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout_p,
-            target_modules=modules,
-            target_parameters=parameters or None,
-            exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
-            task_type=TaskType.CAUSAL_LM,
-        )
-        matched, outside = linear_names(model, frozen) + expert_names(model), linear_names(model, towers)
-        if towers and not frozen and all(matched[name] == outside[name] for name in modules):
-            reached = ', '.join(sorted(linear_names(model) - outside))
-            logger.warning(f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({reached})')
-        prepared = get_peft_model(model, config)
-        if args.tuner_backend == 'swift' and not is_sharded(model):
-            fused, layers = fuse_lora(prepared)
-            logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
-        logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in [*modules, *parameters]))
+        prepared = _put_adapter(model, args, towers)
     if args.fused_norms and not is_sharded(model) and (norms := fuse_norms(model)):
         logger.info(f'fused_norms = true: {norms} RMSNorm layers run in one step')
     if args.gradient_checkpointing:
@@ -193,6 +163,41 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     sizes = [(getattr(p, 'ds_numel', p.numel()), p.requires_grad) for p in prepared.parameters()]
     trainable, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
     logger.info(f'trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4g} %)')
+    return prepared
+
+
+def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[str]) -> Any:
+    """Return the model with a fresh LoRA adapter; raises ConfigError where a target matches nothing."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    from utils.layout import is_sharded
+    from utils.lora import fuse_lora
+
+    frozen = towers if args.freeze_vision else []
+    modules, parameters = find_targets(model, args.lora_target_modules, frozen)
+    if parameters and args.lora_dropout_p:
+        raise ConfigError(
+            f'--lora_dropout_p {args.lora_dropout_p} cannot be had on expert parameters ({parameters[0]}): '
+            'they are adapted as weights, before any input. Give 0, or leave them out of --lora_target_modules.'
+        )
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout_p,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    matched, outside = linear_names(model, frozen) + expert_names(model), linear_names(model, towers)
+    if towers and not frozen and all(matched[name] == outside[name] for name in modules):
+        reached = ', '.join(sorted(linear_names(model) - outside))
+        logger.warning(f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({reached})')
+    prepared = get_peft_model(model, config)
+    if args.tuner_backend == 'swift' and not is_sharded(model):
+        fused, layers = fuse_lora(prepared)
+        logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
+    logger.info('LoRA is on ' + ', '.join(f'{matched[name]} x {name}' for name in [*modules, *parameters]))
     return prepared
 
 
