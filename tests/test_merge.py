@@ -64,6 +64,16 @@ def swap_two_weights(folder: Path) -> None:
     save_file(weights, file, metadata={'format': 'pt'})
 
 
+def swap_two_numbers(folder: Path) -> None:
+    file = folder / 'model.safetensors'
+    weights = load_file(file)
+    weight = weights['model.layers.0.self_attn.k_proj.weight']
+    order = weight[0].argsort()
+    small, great = int(order[len(order) // 2]), int(order[len(order) // 2 + 2])  # little apart
+    weight[0, [small, great]] = weight[0, [great, small]]
+    save_file(weights, file, metadata={'format': 'pt'})
+
+
 def change_json(name: str, **values: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
@@ -85,6 +95,7 @@ def add_token(folder: Path) -> None:
 
 MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     'two weights swapped': (swap_two_weights, 'differs from base + adapter: its logits by up to'),
+    'two numbers of a weight swapped': (swap_two_numbers, 'differs from what was written: its logits by up to'),
     'head tied': (
         change_json('config.json', tie_word_embeddings=True),
         'ties its output head otherwise',
