@@ -175,6 +175,8 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
 
     frozen = towers if args.freeze_vision else []
     modules, parameters = find_targets(model, args.lora_target_modules, frozen)
+    if not modules and not parameters:
+        raise ConfigError(f'{type(model).__name__} has no layer that LoRA could be put on. Use --sft_type full.')
     if parameters and args.lora_dropout_p:
         raise ConfigError(
             f'--lora_dropout_p {args.lora_dropout_p} cannot be had on expert parameters ({parameters[0]}): '
