@@ -19,7 +19,6 @@ LAYERS: list[list[str]] = [
         'text_tokenizer',
         'encoder',
         'rounds',
-        'literal_template',
         'auto_encoder',
         'fingerprint',
         'placement',

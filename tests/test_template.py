@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
 from typing import Any
@@ -15,7 +14,6 @@ from tests.conftest import CHATML, SPECIAL, make_tokenizer
 from utils.auto_encoder import AutoEncoder, make_encoder
 from utils.encoder import Encoder
 from utils.errors import ConfigError
-from utils.literal_template import prints_alone
 from utils.mask_gate import show_row
 from utils.preprocess import (
     AUTO,
@@ -304,64 +302,3 @@ def test_front_is_cut_and_the_cut_is_noted() -> None:
         assert cut.notes == [note]
         assert cut.input_ids[cut.trained[0] : cut.trained[1]] == whole.input_ids[-min(max_length, reply) :]
     assert encoder('default', max_length=len(whole.input_ids)).encode([row])[0].notes == []
-
-
-TURN = "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '\n' }}{% endfor %}"
-LITERAL = (
-    CHATML,
-    TURN + "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}",
-    "{% if messages[0]['role'] != 'system' %}{{ 'be kind' }}{% endif %}"
-    '{% for m in messages %}{% if loop.first or loop.last or loop.index != 3 %}{{ m.role ~ m.content }}{% endif %}'
-    '{% endfor %}',
-    "{% if not add_generation_prompt is defined %}{% endif %}{% for m in messages %}{% if m.role == 'tool' %}"
-    "{{ raise_exception('no tools') }}{% endif %}{{ bos_token + m.content }}{{ eos_token }}{% endfor %}",
-)
-READS_TEXT = (
-    "{% for m in messages %}{% if 'a' in m.content %}{{ m.content }}{% endif %}{% endfor %}",
-    '{% for m in messages %}{% if m.content %}{{ m.content }}{% endif %}{% endfor %}',
-    '{% for m in messages %}{{ m.content | trim }}{% endfor %}',
-    '{% for m in messages %}{{ m.content.strip() }}{% endfor %}',
-    '{% for m in messages %}{{ m.content[1:] }}{% endfor %}',
-    '{% for m in messages %}{% set c = m.content %}{{ c }}{% endfor %}',
-    '{% for m in messages %}{% set m = m %}{{ m.content }}{% endfor %}',
-    '{% for m in messages %}{{ m }}{% endfor %}',
-    '{% for m in messages %}{{ m["con" + "tent"] == "a" }}{% endfor %}',
-    '{% for m in messages %}{{ m.items() }}{% endfor %}',
-    '{% for m in messages %}{{ m.content == "a" }}{% endfor %}',
-    '{% for m in messages %}{{ m.content * 2 }}{% endfor %}',
-    '{% for m in messages %}{{ loop.previtem.content == "a" }}{% endfor %}',
-    '{% for m in messages %}{{ loop.changed(m.content) }}{% endfor %}',
-    '{% for m in messages if m.content %}{{ m.content }}{% endfor %}',
-    '{% for m in messages[1:] %}{{ m.content }}{% endfor %}',
-    '{% for m in messages %}{% for c in m.content %}{{ c }}{% endfor %}{% endfor %}',
-    '{% for a, b in messages %}{{ a }}{% endfor %}',
-    '{% set all = messages %}{{ all }}',
-    '{% set m = messages[0] %}{{ m.content | upper }}',
-    '{{ messages | length }}{{ messages[0].content | tojson }}',
-    '{% macro say(m) %}{{ m.content | upper }}{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}',
-    '{% for m in messages %}{% filter upper %}{{ m.content }}{% endfilter %}{% endfor %}',
-    '{% for m in messages %}{{ m.content }}{% endfor %}{{ strftime_now("%S") }}',
-    '{% generation %}{% endgeneration %}',
-)
-SAYS = st.text(st.characters(codec='utf-8')) | st.sampled_from(['{{ 1 }}', '{% if %}', '<|im_end|>', '', ' \n', '\\1'])
-
-
-def test_a_template_that_reads_what_turns_say_is_never_taken_for_one_that_only_prints_it() -> None:
-    assert [source for source in (*READS_TEXT, None, {'default': CHATML}) if prints_alone(source)] == []
-    assert [source for source in LITERAL if not prints_alone(source)] == []
-
-
-@functools.cache
-def framed(source: str) -> Any:
-    """Return the encoder of a chat template."""
-    return encoder(AUTO, make_tokenizer(chat_template=source))
-
-
-@given(says=st.lists(SAYS, min_size=1, max_size=5), source=st.sampled_from(LITERAL), prompt=st.booleans())
-@settings(deadline=None, max_examples=200)
-def test_filling_in_gives_what_rendering_gives(says: list[str], source: str, prompt: bool) -> None:
-    coder = framed(source)
-    messages = chat(*says).messages
-    wanted = coder.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-    assert coder._frames.fill(messages, prompt=prompt) == wanted
-    assert coder._render_all([(messages, None)], prompt=prompt) == [wanted]

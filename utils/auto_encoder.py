@@ -16,7 +16,6 @@ from typing import Any, cast
 
 from utils.encoder import Encoder, TemplateEncoder
 from utils.errors import ConfigError, told
-from utils.literal_template import Frames
 from utils.native.image_readers import Images
 from utils.preprocess import (
     ADDED_END,
@@ -69,7 +68,6 @@ class AutoEncoder(Encoder):
                 f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
             )
         self.system = system
-        self._frames = Frames(tokenizer.chat_template, self._render)
         self._lead, self._end = self._find_frame()
         # What of the lead comes before its think block: a reply that reasons follows it.
         self._opening = self._lead[: match.start()] if (match := _OPENS_THINKING.search(self._lead)) else ''
@@ -98,8 +96,6 @@ class AutoEncoder(Encoder):
         self, chats: Sequence[tuple[Sequence[Message], Sequence[Any] | None]], *, prompt: bool
     ) -> list[str]:
         """Return the rendering of each (messages, tools); those without tools in one call, which is quicker."""
-        if self._frames.fit(chats):
-            return [self._frames.fill(messages, prompt=prompt) for messages, _ in chats]
         plain = [list(messages) for messages, tools in chats if not tools]
         texts = iter(self._apply(plain, None, prompt) if plain else [])
         return [self._render(m, tools=tools, prompt=prompt) if tools else next(texts) for m, tools in chats]
