@@ -18,7 +18,8 @@ from utils.native.image_readers import open_images
 from utils.parser import Parsed, parse
 from utils.resolution import Resolution
 from utils.resolve import resolve_infer
-from utils.run_dir import check_base, fill_from_run, log_decisions, open_checkpoint, result_path, validation_rows
+from utils.row_plan import validation_rows
+from utils.run_dir import check_base, fill_from_run, log_decisions, open_checkpoint, result_path
 from utils.start import open_model, run_program, start_processes
 
 

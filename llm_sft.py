@@ -14,10 +14,11 @@ from utils.machine_check import check_machine_sft
 from utils.machine_doctor import check_machine
 from utils.native.image_readers import open_images
 from utils.parser import parse
-from utils.reading import TRAIN, Plan, Streams, open_streams, plan_rows, some_rows
+from utils.reading import TRAIN, Plan, Streams, some_rows
 from utils.resolution import Resolution
 from utils.resolve import resolve_sft
-from utils.run_dir import open_run
+from utils.row_plan import rows_of
+from utils.run_dir import Run, open_run
 from utils.start import open_model, run_program, start_processes
 
 
@@ -36,8 +37,7 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
     started = time.time()
     check_machine_sft(done)
     done.problems.raise_if_any()
-    args, info = done.args, done.info
-    assert info is not None, 'resolved without problems'
+    args = done.args
     if args.check_dataset:
         from utils.doctor import check_dataset
 
@@ -46,20 +46,17 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
         from utils.dry_run import dry_run
 
         return dry_run(done)
-    if args.streaming:
-        rows: Plan | Streams = open_streams(args.dataset, hub=args.hub)
-    else:
-        rows = plan_rows(
-            args.dataset,
-            seed=args.dataset_seed,
-            test_ratio=args.dataset_test_ratio,
-            train_sample=args.train_dataset_sample,
-            hub=args.hub,
-        )
-
+    rows = rows_of(args)
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
     run = open_run(done, rows.lock() if isinstance(rows, Plan) else {}, typed_now)
+    carry_out(done, run, rows, typed_now, started=started)
+    return 0
 
+
+def carry_out(
+    done: Resolution[SftArguments], run: Run, rows: Plan | Streams, typed_now: Collection[str], *, started: float
+) -> None:
+    """Load the model, encode the rows, train, and write what the run shows of itself to its folder."""
     from transformers import set_seed
 
     from utils.auto_encoder import make_encoder
@@ -73,6 +70,8 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
     from utils.trainer import build_trainer
     from utils.tuner import prepare_model
 
+    args, info = done.args, done.info
+    assert info is not None, 'resolved without problems'
     set_seed(args.seed)
     model, tokenizer, dtype = open_model(args, info, run.weights, trains=True)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
@@ -105,7 +104,6 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
     summary = data.final()
     if dist.is_main():
         finish_run(args, trainer, run, started=started, data=summary, asked=asked)
-    return 0
 
 
 if __name__ == '__main__':

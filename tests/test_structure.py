@@ -58,6 +58,7 @@ LAYERS: list[list[str]] = [
     ['model', 'dataset_rows', 'dataset', 'sources', 'reading'],
     ['argument', 'parser', 'resolution', 'limits', 'scale', 'resolve', 'lock', 'machine_check'],
     [
+        'row_plan',
         'run_dir',
         'proofs',
         'mask_gate',

@@ -23,8 +23,9 @@ from utils.logger import logger
 from utils.model import load_tokenizer, locate
 from utils.native.gguf import dense_directory
 from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row, cut_front
-from utils.reading import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally, plan_rows
+from utils.reading import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally
 from utils.resolution import Resolution, run_name
+from utils.row_plan import plan_of
 from utils.run_dir import write_json
 
 DUPLICATE = 'duplicate row'
@@ -269,13 +270,6 @@ def check_dataset(done: Resolution[SftArguments]) -> int:
 def _plan(args: SftArguments, doctor: Doctor) -> Plan:
     """Return the plan of the run; lines that cannot be read are counted on the first reading alone."""
     readings = [doctor.bad_line]
-    plan = plan_rows(
-        args.dataset,
-        seed=args.dataset_seed,
-        test_ratio=args.dataset_test_ratio,
-        train_sample=args.train_dataset_sample,
-        hub=args.hub,
-        bad=lambda place, problem: readings[0](place, problem),
-    )
+    plan = plan_of(args, args.train_dataset_sample, bad=lambda place, problem: readings[0](place, problem))
     readings[0] = lambda place, problem: None
     return plan

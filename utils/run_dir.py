@@ -19,8 +19,6 @@ from utils.lock import LOCK_JSON, check_repeated, make_lock
 from utils.logger import logger
 from utils.model import Weights, is_adapter, locate
 from utils.parser import Parsed
-from utils.preprocess import Row
-from utils.reading import VAL, first_rows, open_streams, plan_rows
 from utils.resolution import Resolution, run_name
 from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS
 
@@ -222,18 +220,3 @@ def result_path(args: InferArguments) -> Path:
         path = Path('output') / run_name(args) / 'untuned' / 'infer_result.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def validation_rows(args: InferArguments, record: dict[str, Any] | None) -> list[Row]:
-    """Return the validation rows that the run of this record held out; of an untuned model, those a run would."""
-    if record and record.get('streaming'):
-        return first_rows(open_streams(args.dataset, hub=args.hub), int(record['stream_val_rows']))
-    sample = int(record['train_dataset_sample']) if record else -1
-    plan = plan_rows(
-        args.dataset,
-        seed=args.dataset_seed,
-        test_ratio=args.dataset_test_ratio,
-        train_sample=sample,
-        hub=args.hub,
-    )
-    return [row for _, row in plan.rows(VAL)]

@@ -16,8 +16,9 @@ from utils.footprint import Batch, Mode
 from utils.model import load_tokenizer
 from utils.packing import PackedRows
 from utils.preprocess import IGNORE_INDEX
-from utils.reading import TRAIN, VAL, Plan, plan_rows
+from utils.reading import TRAIN, VAL, Plan
 from utils.resolution import Resolution
+from utils.row_plan import plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,7 @@ def plan_work(
         known = None if args.streaming or args.train_dataset_sample < 0 else args.train_dataset_sample
         shown = 'training rows: not known' if known is None else f'at most {known} training rows'
         return _bounded(args, known, f'{shown}: {why}')
-    plan = plan_rows(
-        args.dataset,
-        seed=args.dataset_seed,
-        test_ratio=args.dataset_test_ratio,
-        train_sample=args.train_dataset_sample,
-        hub=args.hub,
-    )
+    plan = plan_of(args, args.train_dataset_sample)
     if model_dir is not None and not sees:
         return _encoded(done, plan, model_dir, padded=mode is not None and not mode.laid)
     train, val = (sum(part.uses.count(use) for part in plan.parts) for use in (TRAIN, VAL))
