@@ -22,7 +22,7 @@ PACKED = {
     'gptq8': 1.0 + 3 / 128,
 }
 # Of this project's code: logits of a chunk (loss.py), queries of a block (attention.py).
-_CHUNK_LOGITS, _BLOCK = 2**24, 256
+_CHUNK_LOGITS, _BLOCK = 2**23, 256
 # DeepSpeed's defaults: parameters that ZeRO-3 keeps gathered; those that ZeRO-2 gathers at once after a step.
 _LIVE, _GATHERED = 10**9, 2 * 10**8
 # Layers that have one input: what is saved of it is saved once.

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Logits of one chunk: 64 MiB in fp32. Fewer rows make the matrix products slower, more only cost memory.
-_CHUNK_LOGITS = 2**24
+# Logits of one chunk: 32 MiB in fp32. Fewer rows make the matrix products slower, more only cost memory.
+_CHUNK_LOGITS = 2**23
 # In fp16 small probabilities would vanish before the trainer's loss scale reaches them.
 _FP16_SCALE = 256.0
 
@@ -68,7 +68,7 @@ def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
         handle = head.linear.register_forward_pre_hook(lambda module, args: collected.append(args[0]))
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         handle.remove()
-        found = _logits(collected[0][0].to(head.linear.weight.dtype), head.linear.weight, head)[0]
+        found = _logits(collected[0][0].to(head.linear.weight.dtype), head.linear.weight, head, _Room())[0]
     model.train(training)
     bound = 8 * torch.finfo(head.linear.weight.dtype).eps * float(expected.abs().max())
     return found.shape == expected.shape and float((found - expected).abs().max()) <= bound
@@ -84,10 +84,10 @@ def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, divisor
 def scored(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (-log p(target), whether it is the likeliest), each (P), from hidden (P, C)."""
     dtype = _compute_dtype(head.linear.weight)
-    weight, size = head.linear.weight.to(dtype), head.chunk()
+    weight, size, room = head.linear.weight.to(dtype), head.chunk(), _Room()
     losses, hits = [], []
     for part, target in zip(hidden.split(size), targets.split(size), strict=True):
-        logits, _ = _logits(part.to(dtype), weight, head)
+        logits, _ = _logits(part.to(dtype), weight, head, room)
         losses.append(F.cross_entropy(logits, target, reduction='none'))
         hits.append(logits.argmax(dim=-1) == target)
     return torch.cat(losses), torch.cat(hits)
@@ -98,12 +98,32 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return fp32 logits (P, V) and their slope by the capped value, None where nothing is capped."""
-    bias = head.linear.bias
-    logits = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)).float()
+class _Room:
+    """Memory for the logits of a chunk, which those of the next are written over: fresh memory is slow on a CPU."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, torch.Tensor] = {}
+
+    def take(self, rows: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return (rows, V) of this dtype, holding anything, for a weight (V, C); chunks never grow."""
+        if dtype not in self._held:
+            self._held[dtype] = like.new_empty(rows, len(like), dtype=dtype)
+        return self._held[dtype][:rows]
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, head: Head, room: _Room
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return fp32 logits (P, V) in `room` and their slope by the capped value, None where nothing is capped."""
+    logits, bias = room.take(len(hidden), weight, weight.dtype), head.linear.bias
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        torch.addmm(bias.to(weight.dtype), hidden, weight.t(), out=logits)
+    if logits.dtype != torch.float32:
+        logits = room.take(len(hidden), weight, torch.float32).copy_(logits)
     if head.scale != 1.0:
-        logits = logits.mul_(head.scale)
+        logits.mul_(head.scale)
     if head.cap is None:
         return logits, None
     ratio = logits.div_(head.cap).tanh_()
@@ -125,7 +145,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = _compute_dtype(weight)
         inner = _FP16_SCALE if dtype == torch.float16 else 1.0 / divisor
-        low, size = weight.to(dtype), head.chunk()
+        low, size, room = weight.to(dtype), head.chunk(), _Room()
         kept = torch.float32 if dtype == torch.float16 else dtype
         to_hidden = torch.empty(hidden.shape, dtype=kept, device=hidden.device)
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -133,7 +153,7 @@ class _SummedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, len(targets), size):
             part, target = hidden[start : start + size].to(dtype), targets[start : start + size, None]
-            logits, slope = _logits(part, low, head)
+            logits, slope = _logits(part, low, head, room)
             top = logits.amax(dim=1, keepdim=True)
             gold = logits.gather(1, target)
             mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
@@ -145,13 +165,12 @@ class _SummedLoss(torch.autograd.Function):
                 error.mul_(slope)
             if head.scale != 1.0:
                 error.mul_(head.scale)
-            small = error.to(dtype)
+            small = error if error.dtype == dtype else room.take(len(part), low, dtype).copy_(error)
             to_hidden[start : start + size] = small @ low
             if to_weight is not None:
                 to_weight += small.t() @ part
             if to_bias is not None:
                 to_bias += error.sum(dim=0)
-            del logits, error, small, slope  # else they are there until the next chunk's are made
         grads = [g for g in (to_hidden, to_weight, to_bias) if g is not None]
         for grad in grads:
             grad.mul_(1.0 / (divisor * inner))
