@@ -17,7 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 # Queries that are attended at once: a block of scores stays in the cache, keys after it are never multiplied.
-_BLOCK = 256
+_BLOCK = 128
+# Weights over at most so many keys are kept for the backward pass, those over more are computed again.
+_KEPT_KEYS = 384
 _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar('row_lengths', default=None)
 
 
@@ -170,8 +172,9 @@ class RowAttention(torch.autograd.Function):
     """Causal attention block by block of queries, by matrix products: on a CPU quicker than the library's kernel.
 
     Takes query (H, T, D), key and value (K, T, .) with H a multiple of K, sinks (H) or None; returns (T, H, .). Keeps
-    no probabilities: they are computed again in the backward pass. Scores and probabilities are stored in the dtype
-    of the query; softmax, and sums over blocks, are computed in fp32.
+    the weights of short rows alone: those of long ones are computed again in the backward pass, so that memory does
+    not grow with the square of a row. Scores and weights are stored in the dtype of the query; softmax, and sums over
+    blocks, are computed in fp32.
     """
 
     @staticmethod
@@ -189,24 +192,31 @@ class RowAttention(torch.autograd.Function):
         heads, tokens, _ = query.shape
         out = query.new_empty(tokens, heads, value.shape[-1])
         by_key = out.view(tokens, len(key), -1, value.shape[-1]).permute(1, 2, 0, 3)
+        kept = []
         for first, start, end in rows.blocks():
             weights, _ = _weights(query, key, sinks, (first, start, end), ctx.settings)
+            if _keeps(end - first, softcap):
+                kept.append(weights)
             seen = torch.bmm(weights, value[:, first:end])
             by_key[:, :, start:end] = seen.view(len(key), -1, end - start, value.shape[-1])
-        ctx.save_for_backward(query, key, value, sinks)
+        ctx.save_for_backward(query, key, value, sinks, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        query, key, value, sinks = ctx.saved_tensors
-        rows, scaling, _ = ctx.settings
+        query, key, value, sinks, *kept = ctx.saved_tensors
+        rows, scaling, softcap = ctx.settings
+        waiting = iter(kept)
         groups, exact = len(key), torch.promote_types(query.dtype, torch.float32)
         grad = grads[0].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
         to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         to_key, to_value = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (key, value))
         to_sinks = None if sinks is None else torch.zeros(groups, len(query) // groups, dtype=exact, device=key.device)
         for first, start, end in rows.blocks():
-            weights, slope = _weights(query, key, sinks, (first, start, end), ctx.settings)
+            if _keeps(end - first, softcap):
+                weights, slope = next(waiting), None
+            else:
+                weights, slope = _weights(query, key, sinks, (first, start, end), ctx.settings)
             grad_block = grad[:, :, start:end].flatten(1, 2)
             to_value[:, first:end].add_(torch.bmm(weights.mT, grad_block))
             slopes = torch.bmm(grad_block, value[:, first:end].mT)
@@ -226,6 +236,10 @@ class RowAttention(torch.autograd.Function):
         return to_query, to_key.mul_(scaling).to(key.dtype), to_value.to(value.dtype), grad_sinks, None, None, None
 
 
+def _keeps(keys: int, softcap: float | None) -> bool:
+    return keys <= _KEPT_KEYS and softcap is None
+
+
 def _weights(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -237,23 +251,25 @@ def _weights(
     (first, start, end), (rows, scaling, softcap) = block, settings
     kind, count, slope = (len(query) // len(key), query.dtype, query.device), end - start, None
     part = query[:, start:end].unflatten(0, (len(key), -1)).flatten(1, 2)
-    after = _hidden(count, count, 1, *kind)
+    # Keys after the row are hidden as those after a query are: the library's softmax needs whole vectors to be quick.
+    wide = end - first if query.dtype == torch.float32 else min(-(-(end - first) // 32) * 32, key.shape[1] - first)
+    after = _hidden(count, first + wide - start, 1, *kind)
     alone = first == start and softcap is None
-    # The mask of the only block of a row is added by the product itself; otherwise to the columns it hides.
+    # The mask of the first block of a row is added by the product itself; otherwise to the columns it hides.
     added = after if alone else after[:, :1, :1]
-    scores = torch.baddbmm(added, part, key[:, first:end].mT, beta=float(alone), alpha=scaling)
+    scores = torch.baddbmm(added, part, key[:, first : first + wide].mT, beta=float(alone), alpha=scaling)
     if softcap is not None:
         ratio = scores.div_(softcap).tanh_()
-        slope = 1 - ratio.square()
+        slope = (1 - ratio.square())[..., : end - first]
         scores = ratio * softcap
     if not alone:
         scores[..., start - first :].add_(after)
     if rows.window is not None and end - first > rows.window:
         scores[..., :count].add_(_hidden(count, min(count, end - first), start - first - rows.window, *kind, low=True))
     if sinks is None:
-        return scores.softmax(-1), slope
+        return scores.softmax(-1)[..., : end - first].contiguous(), slope
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = scores.to(exact)
     sink = sinks.to(exact).view(len(key), -1).repeat_interleave(end - start, 1)[..., None]
     total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)
-    return scores.sub_(total).exp_().to(query.dtype), slope
+    return scores.sub_(total).exp_()[..., : end - first].to(query.dtype), slope

@@ -21,8 +21,8 @@ PACKED = {
     'gptq4': 0.5 + 2.5 / 128,
     'gptq8': 1.0 + 3 / 128,
 }
-# Of this project's code: logits of a chunk (loss.py), queries of a block (attention.py).
-_CHUNK_LOGITS, _BLOCK = 2**23, 256
+# Of this project's code: logits of a chunk (loss.py); queries of a block, keys whose weights are kept (attention.py).
+_CHUNK_LOGITS, _BLOCK, _KEPT_KEYS = 2**23, 128, 384
 # DeepSpeed's defaults: parameters that ZeRO-3 keeps gathered; those that ZeRO-2 gathers at once after a step.
 _LIVE, _GATHERED = 10**9, 2 * 10**8
 # Layers that have one input: what is saved of it is saved once.
@@ -164,6 +164,8 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     if mode.gpu or not mode.laid:  # the library's attention keeps its sums and its output, which goes on as it is
         shared = not mode.laid and (mode.full or ('o_proj' in mode.targets and not mode.packed))
         per_token += shape.layers * (4 * shape.heads + (0 if shared else heads * c))
+    else:
+        per_token += shape.layers * shape.heads * _kept(batch.longest) * c
     if shape.attention == 'eager':
         per_token += shape.layers * shape.heads * batch.longest * (4 + c)
     every = per_token * batch.tokens
@@ -174,6 +176,12 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     if mode.checkpointing:
         every = batch.tokens * (shape.layers + 1) * shape.hidden * wide
     return every // mode.devices + mask, layer
+
+
+def _kept(longest: int) -> int:
+    """Return the keys per token whose weights a CPU keeps, where all rows are as long."""
+    blocks = ((start, min(start + _BLOCK, longest)) for start in range(0, min(longest, _KEPT_KEYS), _BLOCK))
+    return sum((end - start) * end for start, end in blocks if end <= _KEPT_KEYS) // longest
 
 
 def _inputs(shape: Shape, mode: Mode) -> int:
