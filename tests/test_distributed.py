@@ -36,7 +36,8 @@ class Session:
         rows = [{'query': f'what is {i} and {i % 7}?', 'response': f'it is {i}.' + ' yes' * (i % 5)} for i in range(47)]
         self.folder = folder
         self.flags = small_flags(model_dir, write_jsonl(folder / 'qa.jsonl', rows), folder / 'out')
-        self.flags += ['--dataset_test_ratio', '0.15']
+        # Micro-batches of one process would be joined otherwise, and rounding would differ from those of two.
+        self.flags += ['--dataset_test_ratio', '0.15', '--group_by_length', 'false']
 
     def words(self, name: str, *flags: str) -> list[str]:
         """Return the words of a run that writes under `name`."""

@@ -17,7 +17,7 @@ def test_generated_blocks_are_fresh_and_hold_every_flag() -> None:
         text = (ROOT / name).read_text(encoding='utf-8')
         assert set(re.findall(r'<!-- generated ([\w-]+) -->', text)) == set(docs.BLOCKS)
         assert flags <= set(re.findall(r'^\| `--(\w+)` \|', text, flags=re.MULTILINE))
-    assert len(flags) == 87
+    assert len(flags) == 88
 
 
 def test_file_tree_names_what_is_there() -> None:

@@ -13,7 +13,7 @@ import pytest
 import llm_sft
 from tests.conftest import small_flags, write_jsonl
 from tests.loopback_hub import LoopbackHub
-from utils.estimate import GPUS
+from utils.estimate import known_gpus
 
 Run = Callable[..., Path]
 QLORA = ['--model_type', 'qwen-7b-chat', '--quantization_bit', '4', '--gradient_checkpointing', 'true']
@@ -65,7 +65,7 @@ def test_a_dry_run_says_what_the_run_then_does(
     ]  # fmt: skip
     assert 'without (as asked)' in memory[0]
     (fits,) = (lines for title, lines in said.items() if title.startswith('GPUs'))
-    assert fits[0].endswith(', '.join(name for name, _, _ in GPUS)), 'a tiny model fits on each'
+    assert fits[0].endswith(', '.join(name for name, _, _ in known_gpus())), 'a tiny model fits on each'
 
 
 def test_a_model_that_is_not_here_is_planned_without_network(

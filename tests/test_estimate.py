@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.argument import SftArguments
-from utils.estimate import GPUS, Machine, flops, gpus_that_fit, mode_of, need
+from utils.estimate import Machine, flops, gpus_that_fit, known_gpus, mode_of, need
 from utils.footprint import GIB, Batch, Mode, footprint, lora_parameters
 from utils.model import MODEL_MAPPING, get_model_info
 from utils.parser import parse
@@ -113,7 +113,7 @@ def test_gpus_that_fit_have_room_for_libraries_and_gaps() -> None:
     batch = Batch(tokens=2048, longest=2048, trained=2048)
     wanted = need(footprint(shape, mode, batch))
     assert wanted == footprint(shape, mode, batch).peak * 1.05 / GIB + 1
-    assert gpus_that_fit(shape, mode, batch) == [name for name, memory, _ in GPUS if memory >= wanted]
+    assert gpus_that_fit(shape, mode, batch) == [name for name, memory, _ in known_gpus() if memory >= wanted]
     assert gpus_that_fit(shape, mode, batch)[0] == 'L40S'
     assert gpus_that_fit(shape, replace(mode, devices=2), batch)[0] == 'RTX 3090'
     assert flops(shape, mode, 10) == 6 * shape.active * 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import json
 import random
@@ -12,21 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.conftest import make_model, make_tokenizer, write_jsonl
 from tests.test_exactness import make_rows, open_tiny, plain_gradients, prepared
 from utils import attention, loss
 from utils.attention import RowAttention, Rows, attend_in_groups
-from utils.collator import Collator
+from utils.collator import Collator, refill
 from utils.encoding import EncodedRows, PreparedData
+from utils.gated import fuse_gates
 from utils.generation import generate_batch, generation_config
 from utils.layout import exact_head, lay_end_to_end
 from utils.loss import Head
 from utils.norm import fuse_norms
-from utils.packing import StepSampler, best_fit
+from utils.packing import StepSampler, best_fit, fewest
 from utils.preprocess import Encoded
 from utils.scoring import Scorer
+from utils.trainer import SftTrainer
 
 Run = Callable[..., Path]
 LENGTHS = (5, 1, 11, 8)
@@ -59,7 +64,8 @@ def by_definition(
 def test_attention_by_rows_is_attention(
     window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, '_BLOCK', 4)  # rows of several blocks
+    monkeypatch.setattr(attention, '_BLOCK', 4)  # rows of several blocks, the weights of some of them kept
+    monkeypatch.setattr(attention, '_KEPT_KEYS', 6)
     torch.manual_seed(0)
     shapes = [(6, 25, 8), (2, 25, 8), (2, 25, 5), *([(6,)] if sinks else [])]
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
@@ -130,7 +136,7 @@ def test_a_head_of_another_kind_is_noticed() -> None:
 
 def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
     x = torch.randint(6, 400, (1, 9))
-    words = {'tuner_backend': 'peft', 'fused_norms': False, 'lora_dropout_p': 0.0}
+    words = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False, 'lora_dropout_p': 0.0}
     plain, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora', **words)
     swift, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora')
     assert sum(type(m).__name__ == 'SwiftLinear' for m in swift.modules()) == 14
@@ -200,6 +206,42 @@ def test_norms_of_another_kind_are_left_alone() -> None:
     assert fuse_norms(make_model()) == 5
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('kind', ['llama.modeling_llama.LlamaMLP', 'gemma3.modeling_gemma3.Gemma3MLP'])
+def test_gated_blocks_in_one_step_are_those_of_their_classes(kind: str, dtype: torch.dtype) -> None:
+    module, _, name = kind.rpartition('.')
+    config_name = f'{"Gemma3Text" if "Gemma3" in name else "Llama"}Config'
+    config = getattr(transformers, config_name)(hidden_size=24, intermediate_size=40, num_attention_heads=2)
+    plain = getattr(importlib.import_module(f'transformers.models.{module}'), name)(config).to(dtype)
+    fused = copy.deepcopy(plain)
+    assert fuse_gates(fused) == 1 and isinstance(fused, type(plain)) and fuse_gates(fused) == 0
+    x = torch.randn(2, 7, 24, dtype=dtype, requires_grad=True)
+    assert torch.equal(plain(x), fused(x))
+    direction = torch.randn_like(x)
+    wanted = torch.autograd.grad(plain(x), [x, *plain.parameters()], direction)
+    found = torch.autograd.grad(fused(x), [x, *fused.parameters()], direction)
+    assert len(found) == 4 and all(map(torch.equal, found, wanted))
+    fused.up_proj.requires_grad_(False)
+    frozen = torch.autograd.grad(fused(x.detach()), [fused.gate_proj.weight], direction)
+    assert torch.equal(frozen[0], wanted[1])
+
+
+class ScaledMLP(LlamaMLP):
+    """Something else under the same names."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+def test_gated_blocks_of_another_kind_are_left_alone() -> None:
+    config = transformers.LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=2)
+    block, model = ScaledMLP(config), make_model()
+    state = torch.get_rng_state()
+    assert fuse_gates(block) == 0 and type(block) is ScaledMLP
+    assert fuse_gates(model) == 2
+    assert torch.equal(torch.get_rng_state(), state), 'looking draws nothing'
+
+
 @pytest.mark.parametrize('checkpoints', [False, True])
 def test_nothing_below_the_first_adapter_asks_for_gradients(checkpoints: bool) -> None:
     asked: list[bool] = []
@@ -220,7 +262,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
         count = sum(row['trained'][1] - max(1, row['trained'][0]) for row in rows)
         exact_model, _ = prepared(make_model(seed=seed), 'llama3.2-1b-instruct', 'lora')
         _, exact = plain_gradients(exact_model, rows, count)
-        words = {'tuner_backend': 'peft', 'fused_norms': False}
+        words = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False}
         plain, _ = prepared(make_model(seed=seed).bfloat16(), 'llama3.2-1b-instruct', 'lora', **words)
         fast, args = prepared(make_model(seed=seed).bfloat16(), 'llama3.2-1b-instruct', 'lora')
         with torch.autocast('cpu', torch.bfloat16):
@@ -244,7 +286,7 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
 
     base = open_tiny(key, tmp_path / 'model')
     rows, tokenizer = make_rows(390), make_tokenizer()
-    plain, _ = prepared(copy.deepcopy(base), key, kind, tuner_backend='peft', fused_norms=False)
+    plain, _ = prepared(copy.deepcopy(base), key, kind, tuner_backend='peft', fused_norms=False, fused_mlp=False)
     settings = {
         'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2, 'max_steps': 5, 'learning_rate': 1e-3,
         'max_grad_norm': 1.0, 'optim': 'sgd', 'lr_scheduler_type': 'cosine', 'warmup_steps': 0.05, 'use_cpu': True,
@@ -284,6 +326,60 @@ def test_packs_hold_every_row_once_and_are_nearly_full() -> None:
     assert sorted(i for pack in packs for i in pack) == list(range(2000))
     assert max(sum(lengths[i] for i in pack) for pack in packs) <= 512
     assert len(packs) <= 1.01 * sum(lengths) / 512 + 1
+
+
+def test_fewest_packs_are_filled_alike_where_that_fits() -> None:
+    assert fewest([6, 5, 4, 3], 12) == [[0, 3], [1, 2]]
+    lengths = [5, 5, 4, 4, 3, 3, 3]
+    assert fewest(lengths, 9) == best_fit(lengths, 9) == [[0, 2], [1, 3], [4, 5, 6]]
+    assert fewest([5], 2) == [[0]]
+
+
+def test_micro_batches_of_a_step_are_joined_up_to_the_heaviest() -> None:
+    rows = [
+        {'input_ids': list(range(10 * n, 11 * n)), 'trained': (n // 2, n), 'prompt_length': n // 2, 'row': n}
+        for n in (9, 2, 3, 4, 5, 6, 2, 3)
+    ]
+    batches = [Collator(0, pads=False)([row]) for row in rows]
+    found = refill(batches, 9)
+    assert len(found) == 8 and [bool(batch) for batch in found] == [False] * 4 + [True] * 4
+    by_row: dict[tuple[int, ...], list[Any]] = {}
+    for batch in found[4:]:
+        assert list(batch) == list(batches[0]) and batch['input_ids'].shape[1] <= 9
+        lengths = batch['row_lengths'].tolist()
+        parts = [batch[name][0].split(lengths) for name in ('input_ids', 'position_ids', 'labels')]
+        for index, prompt, *tensors in zip(batch['rows'], batch['prompt_lengths'], *parts, strict=True):
+            by_row[int(index), int(prompt), len(by_row)] = [x.tolist() for x in tensors]
+    expected = [(b['rows'].item(), b['prompt_lengths'].item()) for b in batches]
+    assert sorted(key[:2] for key in by_row) == sorted(expected)
+    wanted = [[b[name][0].tolist() for name in ('input_ids', 'position_ids', 'labels')] for b in batches]
+    assert sorted(by_row.values()) == sorted(wanted)
+    assert refill(batches, 8)[0] is not batches[0] and refill(batches[:2], 9) == batches[:2]
+
+
+def test_joined_micro_batches_give_the_same_training(run_sft: Run, tmp_path: Path) -> None:
+    rows = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in (90, 3, 12, 9, 4, 20, 7, 31)]
+    common = (
+        '--dataset', str(write_jsonl(tmp_path / 'rows.jsonl', rows)), '--dataset_test_ratio', '0', '--batch_size', '1',
+        '--gradient_accumulation_steps', '8', '--max_steps', '3', '--save_steps', '3', '--logging_steps', '1',
+    )  # fmt: skip
+    calls: list[int] = []
+    plain = SftTrainer.compute_loss
+
+    def counted(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append(inputs['input_ids'].shape[1])
+        return plain(self, model, inputs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SftTrainer, 'compute_loss', counted)
+        runs = [run_sft(*common, '--preflight', 'false', '--group_by_length', joins) for joins in ('false', 'true')]
+    assert len(calls[:24]) == 24 and len(calls[24:]) == 12, 'four batches a step instead of eight'
+    assert max(calls[24:]) == max(calls[:24])
+    states = [json.loads((run / 'checkpoint-3' / 'trainer_state.json').read_text()) for run in runs]
+    apart, joined = ([(e['loss'], e['grad_norm']) for e in s['log_history'] if 'loss' in e] for s in states)
+    assert len(apart) == 3
+    for found, expected in zip(joined, apart, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize('pads', [True, False])
@@ -351,6 +447,8 @@ def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_pa
             '--chunked_loss',
             'false',
             '--fused_norms',
+            'false',
+            '--fused_mlp',
             'false',
             '--batch_size',
             '4',

@@ -231,4 +231,4 @@ def test_arguments_golden_list() -> None:
         for cls in (SftArguments, InferArguments)
     }
     assert found == golden
-    assert (len(found['SftArguments']), len(found['InferArguments'])) == (78, 37)
+    assert (len(found['SftArguments']), len(found['InferArguments'])) == (79, 37)

@@ -71,6 +71,7 @@ LAYERS: list[list[str]] = [
         'attention',
         'loss',
         'norm',
+        'gated',
         'scoring',
         'lora',
         'metrics',

@@ -47,6 +47,7 @@ from utils.model import (
 )
 from utils.native.image_readers import open_images
 from utils.preprocess import Row, RowRefused
+from utils.template_proof import prove_template
 from utils.tuner import prepare_model
 from utils.vision import find_towers
 
@@ -183,6 +184,37 @@ def test_a_row_has_the_ids_and_pixels_of_the_models_own_processor(key: str, fold
         names = ('pixel_values', 'image_grid_thw', 'mm_token_type_ids') if encoded.images else ()
         assert set(extra) == set(names)
         assert all(torch.equal(extra[name], whole[name]) for name in names)
+
+
+@pytest.mark.parametrize('key', [QWEN25_VL, QWEN3_VL])
+def test_the_template_is_proven_on_rows_with_pictures(
+    key: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, encoder = open_seeing(folders[key])
+    a, b = (f'<img>{path}</img>' for path in PICTURES)
+    rows = [ask(f'{a}what is it?'), ask(f'and {b}{a} now?'), ask('no picture')]
+    prove_template(encoder, rows, tmp_path)
+    found = read_json(tmp_path / 'proofs.json')['template']
+    assert found['passed'] and found['equal'] >= len(rows) + 9 and 'different' not in found
+    assert f'({len(rows)} of your rows, 11 probes)' in found['says']
+    plain = AutoEncoder._apply
+
+    def without_an_end(self: AutoEncoder, chats: list[Any], tools: Any, prompt: bool) -> Any:
+        said = plain(self, chats, tools, prompt)
+        end = '<|vision_end|>'
+        return said.replace(end, '') if isinstance(said, str) else [text.replace(end, '') for text in said]
+
+    monkeypatch.setattr(AutoEncoder, '_apply', without_an_end)
+    with pytest.raises(ConfigError, match=r"explains it: token \d+, .* the chat template has '<\|vision_end\|>'"):
+        prove_template(encoder, rows[1:2], tmp_path)
+
+
+def test_the_template_of_qwen_vl_is_proven_without_one_to_compare(folders: dict[str, Path], tmp_path: Path) -> None:
+    _, _, encoder = open_seeing(folders[QWEN_VL])
+    prove_template(encoder, [ask('no picture'), ask(f'<img>{PICTURES[0]}</img>what is it?')], tmp_path)
+    found = read_json(tmp_path / 'proofs.json')['template']
+    assert found['passed'] and found['says'].startswith("the tokenizer has no chat template to compare 'chatml' with")
+    assert '(1 of your rows, 11 probes)' in found['says']
 
 
 def test_a_qwen_vl_row_is_text_around_slots(folders: dict[str, Path]) -> None:

@@ -168,14 +168,17 @@ class SftArguments(CommonArguments):
     packing: bool = flag(False, 'fill --max_length with several rows, none of which sees another; needs padding_free')
     group_by_length: bool = flag(
         True,
-        'rearrange the rows of an optimizer step: padded batches of rows of like length; laid end to end, of like '
-        'numbers of tokens',
+        'rearrange the rows of an optimizer step: padded batches of rows of like length; laid end to end, fewer ones, '
+        'up to the tokens of the heaviest',
     )
     chunked_loss: bool = flag(
         True, 'output head at trained positions alone, in chunks; false: logits as the class makes them'
     )
     fused_norms: bool = flag(
         True, 'RMSNorm in one step that keeps its input alone, where the class computes just that; false: as it is'
+    )
+    fused_mlp: bool = flag(
+        True, 'act(gate) * up of gated MLPs in one step that keeps gate and up alone; false: as the class does it'
     )
     doctor: bool = flag(
         False, 'train nothing: try device, libraries, processes, disk and hubs; exit code 1 if one fails'

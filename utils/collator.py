@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.native.image_readers import Images
+from utils.packing import fewest
 from utils.preprocess import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
 
 # What a batch holds beside the model's own inputs.
-NOT_FOR_THE_MODEL = frozenset({'row_lengths', 'prompt_lengths', 'rows', 'labels'})
+_OF_ROWS = frozenset({'row_lengths', 'prompt_lengths', 'rows'})
+NOT_FOR_THE_MODEL = _OF_ROWS | {'labels'}
 
 
 def row_labels(row: dict[str, Any]) -> list[int]:
@@ -70,6 +72,32 @@ class Collator:
             'labels': pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
             **(self.images.inputs(padded, paths) if self.images else {}),
         }
+
+
+def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[str, torch.Tensor]]:
+    """Return batches of rows laid end to end with the same rows in fewer ones of at most `capacity` tokens.
+
+    There are as many as before: those that are not needed any more come first and are empty.
+    """
+    import torch
+
+    lengths = [length for batch in batches for length in batch['row_lengths'].tolist()]
+    packs = fewest(lengths, capacity)
+    if len(packs) >= len(batches):
+        return batches
+    parts = {
+        name: [
+            part
+            for batch in batches
+            for part in (
+                batch[name].split(1) if name in _OF_ROWS else batch[name][0].split(batch['row_lengths'].tolist())
+            )
+        ]
+        for name in batches[0]
+    }
+    joined = [{name: torch.cat([found[i] for i in sorted(pack)]) for name, found in parts.items()} for pack in packs]
+    laid = [{name: x if name in _OF_ROWS else x[None] for name, x in batch.items()} for batch in joined]
+    return [{} for _ in range(len(batches) - len(packs))] + laid
 
 
 def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:

@@ -7,146 +7,36 @@ text value or sentence: a right answer there shows a skill and not a remembered 
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sqlite3
 import zlib
-from typing import NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 TRAIN_ROWS, HELD_OUT_ROWS, SEED = 1200, 204, 7
 FILLS, CELLS = 12, 40  # an answer is compared on so many data sets of so many rows
 TASK = 'Write one SQLite query.'
 
-# One vocabulary per line: tables | text columns, each with its kind of value | number columns,
-# a trailing dot meaning REAL. A row mixes words of one line only, so that it reads sensibly.
-SEEN_WORDS = """
-ships ferries tankers tugs yachts barges canoes dinghies fishing_boats | captain:p harbour:l flag:l hull:m mood:s home_port:l navigator:p paint:m anchor_type:m | tons. crew_size masts top_speed cabins engine_power decks sails knots
-products toys jackets lamps chairs shoes snacks kettles gift_boxes | brand:p seller:p colour:m origin:l stock_state:s fabric:m importer:p shelf:s | price. stock discount weight. sold rating margin buttons returns
-employees nurses drivers clerks cooks guards bakers shop_managers | first_name:p boss:p office:l shift:s uniform:m mentor:p hometown:l mindset:s | salary. age overtime bonus. sick_days years_served children shifts pension.
-rivers lakes peaks forests islands caves canyons deserts nature_parks | region:l explorer:p climate:s rock:m country:l ranger:p gravel:m season:s | depth. height. area. rainfall visitors bird_count trails bridges_built campsites
-books films songs paintings podcasts poems statues comics board_games | author:p publisher:p genre:s cover:m birthplace:l editor:p frame:m studio:l | pages minutes copies awards edition player_count chapters scenes readers
-cows goats orchards crops barns tractors vineyards sheep olive_groves | farmer:p village:l soil:m health:s vet_name:p fence:m valley:l | harvest. acres. milk_yield calves rows_planted hectares. eggs horns seeds
-houses hotels museums towers bridges schools castles flats petrol_stations | architect:p street:l landlord:p roof:m condition:s carpet:m district:l tenant:p | floors rooms rent. windows lifts repair_cost doors stairs balconies
-players teams races stadiums cyclists runners swimmers boxers chess_clubs | coach:p city:l sponsor:p league:s jersey:m rival:p medal:m arena:l | goals wins losses points laps seat_count fouls medals sprints
-parcels letters orders invoices pallets refunds vans crates bank_transfers | sender:p receiver:p depot:l status:s wrapping:m courier:p priority:s customs_town:l | amount. units tax. tariff days_late item_count stamps scans kilos.
-gardens roses shrubs ponds hedges greenhouses herbs flower_beds | gardener:p nursery:l petal:m growth:s pot:m planter:p suburb:l | blooms thorns leaves roots. buds sunshine_hours width. bees
-concerts choirs bands violins drums festivals music_shows | singer:p venue:l mode_name:s strings:m composer:p promoter:p wood:m square:l | tickets encores volume. members keys speakers stages fans
-planets_seen stars comets moons meteors star_maps | astronomer:p observatory:l visibility:s crust:m finder:p tint:m | craters rings radius. brightness. tails spots gravity. sightings
-"""  # noqa: E501 -- one vocabulary, one line
-UNSEEN_WORDS = """
-probes satellites telescopes rockets space_suits | operator:p launch_site:l phase:s shell:m | mass. orbits fuel_load. antennas
-patients wards surgeons clinics blood_tests | doctor:p town:l diagnosis:s bandage:m | beds pulse dose. visit_count
-trains trams stations railcars night_buses | conductor:p terminus:l signal:s livery:m | wagons stops delay. ticket_sales
-laptops printers servers routers spare_disks | vendor:p site:l mode:s casing:m | cores ports voltage. memory_size
-recipes cakes soups stews lunch_menus | chef:p province:l taste:s topping:m | calories servings sugar. baking_time
-"""  # noqa: E501
-SEEN_VALUES = {
-    'p': 'Alma Boris Carla Dmitri Edith Farid Greta Hugo Ines Jonas Keiko Liam Marta Nils Olga Pablo '
-    'Quentin Rosa Sven Tessa Umberto Vera Walter Ximena Yusuf Zelda',
-    'l': 'Oslo Lima Cairo Porto Delhi Turin Accra Quito Malmo Bergen Hanoi Perth Leeds Izmir Nairobi '
-    'Sofia Vienna Kazan Utrecht Zagreb Jakarta Dublin Fargo',
-    's': 'active paused closed early late strong weak open mixed quiet ready broken busy lively empty '
-    'modern hidden rapid tender gloomy useful yearly',
-    'm': 'oak steel brass wool slate red blue green copper glass linen clay violet marble rubber bamboo '
-    'yellow silk granite leather paper orange crystal',
-}
-UNSEEN_VALUES = {
-    'p': 'Ruben Saskia Tomas Ursula Viktor Wanda Xavier Yara Zoltan Petra',
-    'l': 'Dakar Kyoto Genoa Tampa Basel Cusco Split Narvik',
-    's': 'stable urgent idle calm severe sweet final spare',
-    'm': 'amber tin cotton ivory purple zinc pearl velvet',
-}
-
-
-class Pattern(NamedTuple):
-    """One intent: its SQL and two disjoint sets of sentences that ask for it."""
-
-    sql: str
-    seen: str
-    unseen: str
-
-
-# Conditions in SQL and as phrases to follow "with" or "having": {c} is the column, {v} and
-# {u} the values, {p} the start of a value. A slash separates phrasings, here and below.
-TEXT_TESTS = (
-    ("{c} = '{v}'", "{c} '{v}'/{c} equal to '{v}'"),
-    ("{c} != '{v}'", "{c} other than '{v}'/{c} not '{v}'"),
-    ("{c} LIKE '{p}%'", "{c} starting with '{p}'"),
-)
-NUMBER_TESTS = (
-    ('{c} > {v}', '{c} above {v}/{c} over {v}/{c} greater than {v}'),
-    ('{c} < {v}', '{c} below {v}/{c} under {v}/{c} less than {v}'),
-    ('{c} >= {v}', '{c} at least {v}'),
-    ('{c} <= {v}', '{c} at most {v}'),
-    ('{c} BETWEEN {v} AND {u}', '{c} between {v} and {u}/{c} from {v} to {u}'),
-)
 # {f} in words is {F} in SQL, and {o} is {O}.
 AGGREGATES = (('highest', 'MAX'), ('lowest', 'MIN'), ('average', 'AVG'), ('total', 'SUM'))
 ORDERS = (('highest', 'DESC'), ('lowest', 'ASC'))
-# {t} is the table, {a} the column asked for, {b} a number column, {g} a text column, {n} a small
-# number; {w} and {w2} are conditions in words, {q} and {q2} the same in SQL.
-PATTERNS = (
-    Pattern(
-        'SELECT COUNT(*) FROM {t} WHERE {q};',
-        'How many {t} have {w}?/Count the {t} with {w}./How many {t} are there with {w}?'
-        '/Give the number of {t} with {w}./What is the number of {t} that have {w}?',
-        'Tell me how many of the {t} have {w}./I need a count of all {t} having {w}.',
-    ),
-    Pattern(
-        'SELECT {a} FROM {t} WHERE {q};',
-        'List the {a} of {t} with {w}./What {a} do {t} with {w} have?/Give the {a} of all {t} with {w}.'
-        '/For {t} with {w}, show the {a}./Show the {a} of the {t} that have {w}.',
-        'I need the {a} of those {t} having {w}./Find the {a} for the {t} with {w}.',
-    ),
-    Pattern(
-        'SELECT {a} FROM {t} WHERE {q} AND {q2};',
-        'List the {a} of {t} with {w} and {w2}./Give the {a} of all {t} with {w} and {w2}.'
-        '/For {t} with {w} and {w2}, show the {a}./Show the {a} of the {t} that have {w} and {w2}.',
-        'I need the {a} of those {t} having {w} and {w2}./Find the {a} for the {t} with {w} and also {w2}.',
-    ),
-    Pattern(
-        'SELECT {F}({b}) FROM {t};',
-        'What is the {f} {b} of the {t}?/Give the {f} {b} over all {t}./Show the {f} {b} among {t}.'
-        '/Find the {f} {b} of all {t}./Over all {t}, what is the {f} {b}?',
-        'Tell me the {f} {b} across the {t}./I need to know the {f} {b} across all {t}.',
-    ),
-    Pattern(
-        'SELECT {F}({b}) FROM {t} WHERE {q};',
-        'What is the {f} {b} of {t} with {w}?/Give the {f} {b} over all {t} with {w}.'
-        '/For {t} with {w}, show the {f} {b}./Find the {f} {b} of the {t} that have {w}.',
-        'Tell me the {f} {b} across the {t} having {w}./I need to know the {f} {b} of those {t} with {w}.',
-    ),
-    Pattern(
-        'SELECT {a} FROM {t} ORDER BY {b} {O} LIMIT {n};',
-        'List the {a} of the {n} {t} with the {o} {b}./Which {n} {t} have the {o} {b}? Show the {a}.'
-        '/Give the {a} of the {n} {t} that have the {o} {b}./Show the {n} {t} with the {o} {b} by {a}.',
-        'I need the {a} for the {n} {t} having the {o} {b}./Tell me the {a} of the {n} {t} with the {o} {b}.',
-    ),
-    Pattern(
-        'SELECT DISTINCT {a} FROM {t};',
-        'List the different {a} of the {t}./What different {a} do the {t} have?/Show all different {a} of the {t}.'
-        '/Which different {a} are there among the {t}?/Give every different {a} in the {t}.',
-        'Tell me the different {a} found across {t}./I need each different {a} for the {t}.',
-    ),
-    Pattern(
-        'SELECT COUNT(DISTINCT {a}) FROM {t};',
-        'How many different {a} do the {t} have?/Count the different {a} of the {t}.'
-        '/Give the number of different {a} among the {t}./How many different {a} are there in the {t}?',
-        'Tell me how many different {a} the {t} have./I need a count of the different {a} across all {t}.',
-    ),
-    Pattern(
-        'SELECT {g}, COUNT(*) FROM {t} GROUP BY {g};',
-        'How many {t} are there for each {g}?/Count the {t} per {g}./For each {g}, count the {t}.'
-        '/Give the number of {t} per {g}./Show how many {t} each {g} has.',
-        'Tell me how many {t} we have for each {g}./I need a count of all {t} per {g}.',
-    ),
-    Pattern(
-        'SELECT {g}, {F}({b}) FROM {t} GROUP BY {g};',
-        'What is the {f} {b} of {t} for each {g}?/Give the {f} {b} of the {t} per {g}.'
-        '/For each {g}, show the {f} {b} of the {t}./Show the {f} {b} per {g} among the {t}.',
-        'Tell me the {f} {b} across the {t} for each {g}./I need to know the {f} {b} per {g} over the {t}.',
-    ),
-)
+
+
+@cache
+def _words() -> dict[str, Any]:
+    """Return the lists that rows are made from, those of training rows and those of held-out rows apart.
+
+    words: tables, text columns, each with its kind of value, and number columns, a trailing dot meaning REAL; a row
+    mixes words of one entry only, so that it reads sensibly. values: by kind. tests: conditions in SQL and as phrases
+    to follow "with" or "having"; {c} is the column, {v} and {u} the values, {p} the start of a value. patterns: one
+    intent each, its SQL and the sentences that ask for it; {t} is the table, {a} the column asked for, {b} a number
+    column, {g} a text column, {n} a small number; {w} and {w2} are conditions in words, {q} and {q2} the same in SQL.
+    """
+    found: dict[str, Any] = json.loads(Path(__file__).with_name('demo_sql.json').read_text(encoding='utf-8'))
+    return found
 
 
 def train_rows() -> list[dict[str, str]]:
@@ -160,32 +50,31 @@ def held_out_rows() -> list[dict[str, str]]:
 
 
 def _rows(new: bool, count: int, seed: int) -> list[dict[str, str]]:
-    rng = random.Random(seed)
+    rng, patterns = random.Random(seed), _words()['patterns']
     rows: dict[str, str] = {}
     while len(rows) < count:
         # Patterns take turns: every stretch of rows holds all of them.
-        query, response = _row(rng, new, PATTERNS[len(rows) % len(PATTERNS)])
+        query, response = _row(rng, new, patterns[len(rows) % len(patterns)])
         rows.setdefault(query, response)
     return [{'system': TASK, 'query': query, 'response': response} for query, response in rows.items()]
 
 
-def _row(rng: random.Random, new: bool, pattern: Pattern) -> tuple[str, str]:
-    tables, texts, numbers = (
-        part.split() for part in rng.choice((UNSEEN_WORDS if new else SEEN_WORDS).strip().splitlines()).split('|')
-    )
+def _row(rng: random.Random, new: bool, pattern: dict[str, Any]) -> tuple[str, str]:
+    names = rng.choice(_words()['unseen_words' if new else 'seen_words'])
+    tables, texts, numbers = (names[part].split() for part in ('tables', 'texts', 'numbers'))
     rng.shuffle(texts)
     rng.shuffle(numbers)
     slots = {'t': rng.choice(tables), 'n': str(rng.randint(2, 7))}
     used = []
     for slot, pool in (('g', texts), ('b', numbers), ('a', texts if rng.random() < 0.7 else numbers)):
-        if '{' + slot + '}' in pattern.sql:
+        if '{' + slot + '}' in pattern['sql']:
             used.append(pool.pop())
             slots[slot] = used[-1].split(':')[0].rstrip('.')
     asked = {name: value.replace('_', ' ') for name, value in slots.items()}
     asked['f'], slots['F'] = rng.choice(AGGREGATES)
     asked['o'], slots['O'] = rng.choice(ORDERS)
     for mark in ('', '2'):
-        if '{q' + mark + '}' in pattern.sql:
+        if '{q' + mark + '}' in pattern['sql']:
             used.append((texts if rng.random() < 0.5 else numbers).pop())
             asked['w' + mark], slots['q' + mark] = _condition(rng, new, used[-1])
     spare = texts + numbers
@@ -193,9 +82,8 @@ def _row(rng: random.Random, new: bool, pattern: Pattern) -> tuple[str, str]:
         used.append(spare.pop(rng.randrange(len(spare))))
     rng.shuffle(used)
     columns = ', '.join(_definition(column) for column in used)
-    sentences = (pattern.unseen if new else pattern.seen).split('/')
-    question = rng.choice(sentences).format(**asked)
-    return f'CREATE TABLE {slots["t"]} ({columns});\n{question}', pattern.sql.format(**slots)
+    question = rng.choice(pattern['unseen' if new else 'seen']).format(**asked)
+    return f'CREATE TABLE {slots["t"]} ({columns});\n{question}', pattern['sql'].format(**slots)
 
 
 def _definition(column: str) -> str:
@@ -208,16 +96,16 @@ def _condition(rng: random.Random, new: bool, column: str) -> tuple[str, str]:
     name, _, kind = column.partition(':')
     slots = {'c': name.rstrip('.')}
     if kind:
-        sql, phrases = rng.choice(TEXT_TESTS)
-        slots['v'] = rng.choice((UNSEEN_VALUES if new else SEEN_VALUES)[kind].split())
+        test = rng.choice(_words()['text_tests'])
+        slots['v'] = rng.choice(_words()['unseen_values' if new else 'seen_values'][kind].split())
         slots['p'] = slots['v'][: rng.randint(1, 2)]
     else:
-        sql, phrases = rng.choice(NUMBER_TESTS)
+        test = rng.choice(_words()['number_tests'])
         low = rng.randint(3, 90)
         half = '.5' if name.endswith('.') and rng.random() < 0.5 else ''
         slots |= {'v': f'{low}{half}', 'u': str(low + rng.randint(5, 60))}
     asked = slots | {'c': slots['c'].replace('_', ' ')}
-    return rng.choice(phrases.split('/')).format(**asked), sql.format(**slots)
+    return rng.choice(test['phrases']).format(**asked), test['sql'].format(**slots)
 
 
 def is_right(row: dict[str, str], answer: str) -> bool:

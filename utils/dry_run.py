@@ -12,16 +12,7 @@ from utils.argument import SftArguments
 from utils.dataset import DATASET_MAPPING
 from utils.dataset_rows import HubDataset, choose_files
 from utils.errors import ConfigError
-from utils.estimate import (
-    GPUS,
-    UTILISATION,
-    Machine,
-    flops,
-    gpus_that_fit,
-    mode_of,
-    need,
-    seconds,
-)
+from utils.estimate import UTILISATION, Machine, flops, gpus_that_fit, known_gpus, mode_of, need, seconds
 from utils.footprint import GIB, Batch, Footprint, Mode, footprint, lora_parameters
 from utils.hub_clients import Listed
 from utils.model import cpu_has_bf16, find_on_hub
@@ -203,7 +194,9 @@ def _time(shape: Shape, mode: Mode, work: Work) -> list[str]:
         return ['not known, as the tokens are not']
     total = flops(shape, mode, work.tokens)
     fits = gpus_that_fit(shape, mode, work.batch)
-    each = ', '.join(f'{name} {_clock(seconds(total, tera, mode.processes))}' for name, _, tera in GPUS if name in fits)
+    each = ', '.join(
+        f'{name} {_clock(seconds(total, tera, mode.processes))}' for name, _, tera in known_gpus() if name in fits
+    )
     return [
         f'{total:.3g} floating-point operations for {"" if work.counted else "at most "}{work.tokens:,} tokens',
         f'at {UTILISATION:.0%} of the peak of a GPU, which is assumed and not measured: {each or "none fits"}',

@@ -57,22 +57,23 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Return each row's ids and trained span, cut to max_length from the front."""
-        opened = [self._open_images(row) for row in rows]
+        opened = [self.open_images(row) for row in rows]
         encoded = self._encode([row for row, _ in opened])
         return [self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)]
 
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return what inference feeds the model: each row's ids without its last reply, cut to max_length."""
-        opened = [self._open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
+        opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
         prompts = self._encode_prompts([row for row, _ in opened])
         prompts = [self._fill_slots(ids, found) for ids, (_, found) in zip(prompts, opened, strict=True)]
         return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
 
     def image_paths(self, row: Row) -> tuple[str, ...]:
         """Return the files of a row's images, in the order of their places in its ids."""
-        return tuple(path for path, _ in self._open_images(row)[1])
+        return tuple(path for path, _ in self.open_images(row)[1])
 
-    def _open_images(self, row: Row) -> tuple[Row, FoundImages]:
+    def open_images(self, row: Row) -> tuple[Row, FoundImages]:
+        """Return a row with a stand-in for each image in its text, and the files with the slots of each."""
         return open_images_of(row, self.images, stand_in=self.text.image)
 
     def _fill_slots(self, ids: list[int], found: FoundImages) -> list[int]:

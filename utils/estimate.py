@@ -13,22 +13,6 @@ from utils.model import ModelInfo
 from utils.shapes import Shape
 from utils.tuner import ALL, native_names
 
-# Name, memory in GiB, peak of dense matrix products in bf16 (fp16 on T4 and V100) in TFLOP/s, by the makers' sheets.
-GPUS: tuple[tuple[str, int, int], ...] = (
-    ('T4', 16, 65),
-    ('V100 16', 16, 125),
-    ('RTX 3090', 24, 71),
-    ('RTX 4090', 24, 165),
-    ('A10', 24, 125),
-    ('L4', 24, 121),
-    ('V100 32', 32, 125),
-    ('A100 40', 40, 312),
-    ('L40S', 48, 362),
-    ('A100 80', 80, 312),
-    ('H100', 80, 989),
-    ('H200', 141, 989),
-    ('MI300X', 192, 1307),
-)
 # What a GPU needs beside tensors: the context and workspaces of the libraries, and what lies between blocks in use.
 _CONTEXT, _FRAGMENTED = GIB, 0.05
 # Share of the peak at which a training step multiplies: an assumption, no measurement.
@@ -59,6 +43,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         targets=tuple(targets_of(args, info, shape)),
         rank=args.lora_rank,
         fused_norms=args.fused_norms and whole,
+        fused_mlp=args.fused_mlp and whole,
         fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p,
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
@@ -105,6 +90,11 @@ def longest_batch(args: SftArguments) -> Batch:
     return Batch(tokens=tokens, longest=length, trained=tokens)
 
 
+def known_gpus() -> list[tuple[str, int, int]]:
+    """Return name, GiB and peak of dense bf16 products (T4, V100: fp16) in TFLOP/s of GPUs, by the makers' sheets."""
+    return [tuple(gpu) for gpu in json.loads(Path(__file__).with_name('gpus.json').read_text(encoding='utf-8'))]
+
+
 def need(found: Footprint) -> float:
     """Return the GiB that a GPU must have for a footprint."""
     return (found.peak * (1 + _FRAGMENTED) + _CONTEXT) / GIB
@@ -113,7 +103,7 @@ def need(found: Footprint) -> float:
 def gpus_that_fit(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
     """Return the names of the known GPUs whose memory is enough, each of as many as the mode has devices."""
     wanted = need(footprint(shape, replace(mode, gpu=True), batch))
-    return [name for name, memory, _ in GPUS if memory >= wanted]
+    return [name for name, memory, _ in known_gpus() if memory >= wanted]
 
 
 def flops(shape: Shape, mode: Mode, tokens: int) -> float:

@@ -23,6 +23,8 @@ PACKED = {
 }
 # Of this project's code: logits of a chunk (loss.py); queries of a block, keys whose weights are kept (attention.py).
 _CHUNK_LOGITS, _BLOCK, _KEPT_KEYS = 2**23, 128, 384
+# What a CPU takes beside tensors: kernels compiled at their first use, 12 to 48 MB in benchmarks/estimate.py.
+_KERNELS = 2**25
 # DeepSpeed's defaults: parameters that ZeRO-3 keeps gathered; those that ZeRO-2 gathers at once after a step.
 _LIVE, _GATHERED = 10**9, 2 * 10**8
 # Layers that have one input: what is saved of it is saved once.
@@ -48,6 +50,8 @@ class Mode:
     checkpointing: bool = False
     # RMSNorm keeps its input alone (norm.py).
     fused_norms: bool = True
+    # act(gate) is computed again (gated.py).
+    fused_mlp: bool = True
     # Gradients are there already when a batch begins.
     accumulates: bool = True
     # Rows end to end; the loss in chunks; a GPU, whose attention is a library's.
@@ -141,7 +145,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
         optimizer=optimizer,
         activations=saved,
         logits=logits,
-        peak=max(moments),
+        peak=max(moments) + (0 if mode.gpu else _KERNELS),
     )
 
 
@@ -159,7 +163,8 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     c, heads = mode.compute, shape.heads * shape.head_dim
     wide = 4 if mode.full else c
     per_token = shape.normed * (wide if mode.fused_norms else 8 if mode.full else 4) + _inputs(shape, mode)
-    per_token += (3 if shape.gated else 2) * shape.inner * c
+    fused = mode.fused_mlp and 'gate_proj' in shape.linear and not shape.stacked
+    per_token += (3 if shape.gated and not fused else 2) * shape.inner * c
     per_token += shape.layers * (heads + 2 * shape.kv_heads * shape.head_dim) * c
     if mode.gpu or not mode.laid:  # the library's attention keeps its sums and its output, which goes on as it is
         shared = not mode.laid and (mode.full or ('o_proj' in mode.targets and not mode.packed))

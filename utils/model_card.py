@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from utils.argument import SftArguments, to_dict
@@ -58,42 +58,26 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
     losses = [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
     data = progress.get('data') or {}
     counts = [f'{part} {data[part].get("rows")} rows' for part in ('train', 'validation') if part in data]
-    return f"""\
----
-base_model: {_name(base['id'])}
-library_name: {'peft' if adapter else 'transformers'}
-pipeline_tag: text-generation
-tags: [{'lora, ' if adapter else ''}sft, assay]
----
-
-# {name}
-
-{'A LoRA adapter for' if adapter else 'All weights, fine-tuned from'} {_name(base['id'])}, {progress['step']} steps.
-
-## Base model
-
-{_name(base['id'])}; the weights used have the sha256 `{base['sha256']}` ({base['covers']}).
-
-## Data
-
-{': '.join(filter(None, (_name(record['dataset']), ', '.join(counts))))}.
-
-## Flags
-
-Those that were not left at their default.
-
-{_table(('flag', 'value'), _flags(record))}
-
-## Scores
-
-{_table(('step', *scores), scored) if scores else 'Not evaluated.'}
-
-## Curve
-
-{' '.join(f'![{PurePath(picture).stem}]({picture})' for picture in pictures)}
-
-{_table(('step', 'loss'), losses)}
-"""
+    return (
+        Path(__file__)
+        .with_suffix('.md')
+        .read_text(encoding='utf-8')
+        .format(
+            name=name,
+            base=_name(base['id']),
+            library='peft' if adapter else 'transformers',
+            tags='lora, ' if adapter else '',
+            what='A LoRA adapter for' if adapter else 'All weights, fine-tuned from',
+            step=progress['step'],
+            sha256=base['sha256'],
+            covers=base['covers'],
+            data=': '.join(filter(None, (_name(record['dataset']), ', '.join(counts)))),
+            flags=_table(('flag', 'value'), _flags(record)),
+            scores=_table(('step', *scores), scored) if scores else 'Not evaluated.',
+            pictures=' '.join(f'![{PurePath(picture).stem}]({picture})' for picture in pictures),
+            losses=_table(('step', 'loss'), losses),
+        )
+    )
 
 
 def _thin(entries: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

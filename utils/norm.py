@@ -70,6 +70,8 @@ def fuse_norms(model: nn.Module) -> int:
         epsilon = next((fields[name] for name in _EPSILONS if isinstance(fields.get(name), float)), None)
         if not type(layer).__name__.endswith('RMSNorm') or epsilon is None or set(layer._parameters) != {'weight'}:
             continue
+        if isinstance(layer, _FusedNorm) or 'forward' in fields:
+            continue  # done before; or of a model over several devices, which calls its class's own
         if (kind := _kind(layer, epsilon)) is not None:
             fields.update(norm_kind=kind, norm_epsilon=epsilon)
             plain = type(layer)

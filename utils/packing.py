@@ -30,6 +30,18 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
+def fewest(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return the indices of rows in as few packs as `best_fit` finds, filled alike where that fits as well."""
+    packs = best_fit(lengths, capacity)
+    even: list[list[int]] = [[] for _ in packs]
+    loads = [(0, number) for number in range(len(packs))]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, number = loads[0]
+        even[number].append(index)
+        heapq.heapreplace(loads, (load + lengths[index], number))
+    return even if max(loads)[0] <= capacity else packs
+
+
 class PackedRows:
     """A map-style data set whose items are packs of rows."""
 

@@ -24,6 +24,7 @@ from utils.checkpoint import (
     rotate,
     seal,
 )
+from utils.collator import refill
 from utils.errors import ConfigError
 from utils.guards import Guard
 from utils.logger import logger
@@ -58,18 +59,24 @@ class ResumableTrainer(Seq2SeqTrainer):
         self.guard = Guard(self)
         self.stop_agreed = False
         self.evaluation_pending = False
+        # Tokens up to which the micro-batches of a step are joined; None: they stay as they are.
+        self.capacity: int | None = None
         self.add_callback(self.guard)
         self.add_callback(_Stop(self))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the micro-batches of one step, known to the guard."""
+        """Return the micro-batches of one step, joined where that fits, known to the guard."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.guard.begin(batches)
+        if self.capacity is not None and len(batches) > 1:
+            batches = refill(batches, self.capacity)
+        self.guard.begin([batch for batch in batches if batch])
         return batches, count
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the loss of one micro-batch, known to the guard."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss of one micro-batch, known to the guard; one whose rows went to others costs nothing."""
+        if not inputs:
+            return torch.zeros((), device=self.args.device)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.guard.losses.append(loss)
         return loss
 

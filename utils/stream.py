@@ -16,14 +16,7 @@ from utils import dist
 from utils.argument import SftArguments
 from utils.convert import BadRow
 from utils.encoder import Encoder
-from utils.encoding import (
-    EncodingReport,
-    PreparedData,
-    encode_batch,
-    encode_rows,
-    length_statistics,
-    log_report,
-)
+from utils.encoding import EncodingReport, PreparedData, encode_batch, encode_rows, length_statistics, log_report
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.mask_gate import show_samples

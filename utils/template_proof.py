@@ -19,6 +19,7 @@ from utils.encoder import Encoder, TemplateEncoder
 from utils.errors import ConfigError
 from utils.lock import LOCK_JSON, check_repeated_template
 from utils.logger import logger
+from utils.native.image_readers import Images
 from utils.preprocess import (
     ADDED_END,
     AUTO,
@@ -39,8 +40,6 @@ Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 ROWS = 200
 # What may keep a row's ids from being the chat template's: each is counted, named and shown to the user.
 _EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, ADDED_END}
-
-
 _THINK_BLOCK = re.compile(r'<((?:\w+:)?think)>.*?</\1>', re.DOTALL)
 
 
@@ -91,7 +90,7 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
 
 def _own_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
     """Return what transformers gives for the row under the tokenizer's chat template, or for its prompt."""
-    messages: list[Any] = list(row.messages)
+    messages: list[Any] = list(encoder.open_images(row)[0].messages)
     system = encoder.system if not isinstance(encoder, TemplateEncoder) or encoder.template.has_system else None
     if isinstance(encoder, AutoEncoder):
         messages = [encoder.spoken(message) for message in messages]
@@ -101,6 +100,17 @@ def _own_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
         messages[:-1] if prompt else messages, tools=row.tools or None, add_generation_prompt=prompt, return_dict=False
     )
     return ids
+
+
+def _one_slot(ids: list[int], images: Images | None) -> list[int]:
+    """Return ids with one slot for each image, as a chat template prints it."""
+    if images is None:
+        return ids
+    return [token for before, token in zip([None, *ids], ids, strict=False) if token != images.slot or before != token]
+
+
+def _shows(row: Row) -> bool:
+    return bool(row.images) or any('</img>' in message['content'] for message in row.messages)
 
 
 class _Check:
@@ -113,6 +123,7 @@ class _Check:
         self.encoder, self.row = encoder, row
         self.encoded: Encoded = alone.encode([row])[0]
         self.prompt = alone.encode_prompts([row])[0]
+        self.ours = _one_slot(self.encoded.input_ids, encoder.images)
         self.theirs: list[int] = []
 
     def faults(self) -> list[str]:
@@ -121,7 +132,7 @@ class _Check:
         control = {*self.encoder.text.special_ids.values(), self.encoder.tokenizer.eos_token_id}
         found = []
         if ids[: len(self.prompt)] != self.prompt:
-            where = self.context(self.prompt, 'the prompt')
+            where = self.context(_one_slot(self.prompt, self.encoder.images), 'the prompt')
             found.append(f'the prompt that inference gives is not how the trained row begins: {where}')
         if ids[end - 1] not in control and control & set(ids[end:]):
             dropped = next(token for token in ids[end:] if token in control)
@@ -133,7 +144,7 @@ class _Check:
 
     def verdict(self) -> Verdict:
         """Return how the ids stand to the chat template's; raises what the template raises on the row."""
-        ours, notes = self.encoded.input_ids, _EXPLAINS & set(self.encoded.notes)
+        ours, notes = self.ours, _EXPLAINS & set(self.encoded.notes)
         self.theirs = _own_ids(self.encoder, self.row)
         if CONTROL_TOKENS not in notes and self.encoder.name == AUTO:
             before = _own_ids(self.encoder, self.row, prompt=True)[:-1]  # the last token may merge with what follows
@@ -150,16 +161,16 @@ class _Check:
 
     def _differs_in_reply(self) -> bool:
         """Return whether the two differ in think blocks and in blanks around a reply that has some, and no further."""
-        ids, reply = (self.encoded.input_ids, self.theirs), self.row.messages[-1]['content']
+        ids, reply = (self.ours, self.theirs), self.row.messages[-1]['content']
         texts = [self.encoder.tokenizer.decode(part) for part in ids]
         bare = [''.join(_THINK_BLOCK.sub('', text).split()) for text in texts]
-        end = self.encoded.trained[1] - 1 - len(ids[0])
+        end = self.encoded.trained[1] - 1 - len(self.encoded.input_ids)
         may_differ = reply != reply.strip() or any(map(_THINK_BLOCK.search, texts))
         return may_differ and bare[0] == bare[1] and ids[0][end:] == ids[1][end:]
 
     def context(self, other: list[int], name: str) -> str:
         """Return the first token in which the row's ids differ from others, and the text before it."""
-        ours, decode = self.encoded.input_ids, self.encoder.tokenizer.decode
+        ours, decode = self.ours, self.encoder.tokenizer.decode
         at = next((i for i, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), min(len(ours), len(other)))
 
         def token(ids: list[int]) -> str:
@@ -172,20 +183,16 @@ class _Check:
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
     """Check rows and probes and record the outcome; raises ConfigError where the run would train what it must not.
 
-    A registered template may differ from the tokenizer's own: it was chosen, and that it differs is said once.
+    A registered template may differ from the tokenizer's own: it was chosen, and that it differs is said once. Images
+    are compared as the one slot that a chat template prints for each; a registered template's are not.
     """
-    if encoder.images is not None:
-        says = 'the chat template of a model that sees takes lists of parts: its ids are held by the tests alone'
-        record_proof(run_dir, 'template', {'passed': None, 'says': says, 'seconds': 0.0})
-        logger.info(f'template: not checked, {says}')
-        return
     started = time.perf_counter()
     own = bool(encoder.tokenizer.chat_template)
     counts: Counter[Verdict] = Counter()
     first: str | None = None
     outcome: dict[str, Any] = {'passed': False}
     try:
-        for row in [*(row for row in rows if not row.images), *probes()]:
+        for row in [*(row for row in rows if encoder.name == AUTO or not _shows(row)), *probes()]:
             verdict, difference = _judge(encoder, row, own=own)
             counts[verdict] += 1
             first = first or difference

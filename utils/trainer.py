@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +155,10 @@ class SftTrainer(ResumableTrainer):
             batches=args.gradient_accumulation_steps * args.world_size,
             pads=self.data_collator.pads,
         )
+        shares = self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        if not self.data_collator.pads and self.scorer.head is not None and not shares:
+            # Of the heaviest batch, which the first-step gate tries, so joining asks for no more memory.
+            self.capacity = sum(heapq.nlargest(args.train_batch_size, self.order.lengths))
         return self.order
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -138,6 +138,7 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
 
 def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     """Return the model ready to train and log what is trainable: a PeftModel with fp32 adapters, or all weights."""
+    from utils.gated import fuse_gates
     from utils.layout import is_sharded
     from utils.norm import fuse_norms
 
@@ -154,6 +155,8 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
         prepared = _put_adapter(model, args, towers)
     if args.fused_norms and not is_sharded(model) and (norms := fuse_norms(model)):
         logger.info(f'fused_norms = true: {norms} RMSNorm layers run in one step')
+    if args.fused_mlp and not is_sharded(model) and (gates := fuse_gates(model)):
+        logger.info(f'fused_mlp = true: {gates} gated MLPs keep what goes into their product alone')
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
         if args.sft_type == 'lora':
