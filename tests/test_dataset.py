@@ -17,7 +17,7 @@ from tests.loopback_hub import Fault, LoopbackHub
 from utils.convert import BadRow, Filtered
 from utils.data_file import read_objects
 from utils.dataset import DATASET_MAPPING
-from utils.dataset_rows import HubDataset
+from utils.dataset_rows import OTHER, HubDataset
 from utils.errors import ConfigError
 
 Row = dict[str, Any]
@@ -63,11 +63,11 @@ def agent_row(system: str, said: list[tuple[str, str]]) -> Row:
 AGENT = [
     (agent_row(TWO, SAID), pair('c', 'd', system=TWO, history=[['a', 'b']])),
     (agent_row(TWO, SAID[:2]), pair('a', 'b', system=TWO, history=[])),
-    (agent_row(TWO.replace('maps', 'weather'), SAID), None),
-    (agent_row('no plugin', SAID), None),
+    (agent_row(TWO.replace('maps', 'weather'), SAID), OTHER),
+    (agent_row('no plugin', SAID), OTHER),
     (agent_row(TWO, []), None),
-    (agent_row(TWO, [('assistant', 'b')]), None),
-    (agent_row(TWO, SAID[:3]), None),
+    (agent_row(TWO, [('assistant', 'b')]), OTHER),
+    (agent_row(TWO, SAID[:3]), OTHER),
     ({'conversations': '[{"from": "system"'}, None),
 ]
 MEDICAL = {'instruction': 'ask', 'input': 'in', 'output': 'out'}
@@ -82,7 +82,7 @@ LABEL = '任务：情感分类\n句子：好\n类别：negative，positive\n输�
 PAIR_LABEL = '任务：自然语言推理\n句子一：a\n句子二：b\n类别：neutral，entailment，contradiction\n输出：'
 
 # Rows in the shape of the source, and what becomes of them.
-LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | None]]] = {
+LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | bool | None]]] = {
     **dict.fromkeys(
         ('alpaca-en', 'multi-alpaca-all', 'instinwild-en', 'instinwild-zh', 'cot-en', 'cot-zh', 'gpt4all-en', 'code-en',
          'school-math-zh', 'text2sql-en', 'finance-en'), ALPACA
@@ -95,7 +95,7 @@ LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | None]]] = {
     'firefly-all-zh': [
         ({'kind': 'Couplet', 'input': '上联', 'target': '下联'}, pair('上联', '下联')),
         ({'kind': 'NER', 'input': 'a', 'target': 'b'}, pair('a', 'b')),
-        ({'kind': 'Unheard', 'input': 'a', 'target': 'b'}, None),
+        ({'kind': 'Unheard', 'input': 'a', 'target': 'b'}, OTHER),
         ({'kind': 'NER', 'input': 'a', 'target': None}, None),
     ],
     'instruct-en': [
@@ -106,12 +106,12 @@ LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | None]]] = {
     'sharegpt-en': SHAREGPT,
     'sharegpt-zh': SHAREGPT,
     'damo-agent-zh': [*AGENT, (agent_row(NEWER, SAID[:2]), pair('a', 'b', system=NEWER, history=[]))],
-    'damo-agent-mini-zh': [*AGENT, (agent_row(NEWER, SAID[:2]), None)],
+    'damo-agent-mini-zh': [*AGENT, (agent_row(NEWER, SAID[:2]), OTHER)],
     'code-python-zh': [
         ({'chat_rounds': "[{'role': 'human', 'content': 'q'}, {'role': 'bot', 'content': 'a'}]"}, pair('q', 'a')),
         ({'chat_rounds': [{'content': 'q'}, {'content': 'a'}]}, pair('q', 'a')),
-        ({'chat_rounds': "[{'content': 'q'}]"}, None),
-        ({'chat_rounds': str([{'content': 'x'}] * 3)}, None),
+        ({'chat_rounds': "[{'content': 'q'}]"}, OTHER),
+        ({'chat_rounds': str([{'content': 'x'}] * 3)}, OTHER),
         ({'chat_rounds': None}, None),
     ],
     'leetcode-python-en': [
@@ -119,8 +119,8 @@ LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | None]]] = {
             {'code_with_problem': f'# Two Sum\n\nFind them.\n\n{BLOCK}\n', 'explanation_only': 'It adds.'},
             pair('Two Sum\n\nFind them.', f'{BLOCK}\n\nIt adds.'),
         ),
-        ({'code_with_problem': 'no code', 'explanation_only': 'x'}, None),
-        ({'code_with_problem': f'# a\n{BLOCK}\n{BLOCK}', 'explanation_only': 'x'}, None),
+        ({'code_with_problem': 'no code', 'explanation_only': 'x'}, OTHER),
+        ({'code_with_problem': f'# a\n{BLOCK}\n{BLOCK}', 'explanation_only': 'x'}, OTHER),
     ],
     'medical-en': [
         (MEDICAL, pair('in', 'out')), ({**MEDICAL, 'input': None}, None), ({**MEDICAL, 'output': None}, None),
@@ -130,7 +130,7 @@ LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | None]]] = {
     'lawyer-llama-zh': [
         ({'history': '[]', 'instruction': 'q', 'output': 'a'}, pair('q', 'a')),
         ({'history': [], 'instruction': 'q', 'output': 'a'}, pair('q', 'a')),
-        ({'history': "[['x', 'y']]", 'instruction': 'q', 'output': 'a'}, None),
+        ({'history': "[['x', 'y']]", 'instruction': 'q', 'output': 'a'}, OTHER),
         ({'history': '[', 'instruction': 'q', 'output': 'a'}, None),
         ({'history': '[]', 'instruction': 'q', 'output': None}, None),
     ],
@@ -169,7 +169,7 @@ LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | None]]] = {
         ({'sentence1': 'a', 'sentence2': 'b', 'label': 0}, pair(PAIR_LABEL, 'neutral')),
         ({'sentence1': 'a', 'sentence2': 'b', 'label': '2'}, pair(PAIR_LABEL, 'contradiction')),
         ({'sentence1': 'a', 'sentence2': 'b', 'label': 'entailment'}, pair(PAIR_LABEL, 'entailment')),
-        ({'sentence1': 'a', 'sentence2': 'b', 'label': -1}, None),
+        ({'sentence1': 'a', 'sentence2': 'b', 'label': -1}, OTHER),
         ({'sentence1': 'a', 'sentence2': 'b', 'label': None}, None),
         ({'sentence1': 'a', 'sentence2': 'b', 'label': ''}, None),
     ],
@@ -205,9 +205,10 @@ def test_literal_rows_of_each_of_the_35_entries() -> None:
         kept = 0
         for row, wanted in LITERAL[name]:
             untouched = json.dumps(row)
-            assert entry.to_row(row) == wanted, (name, row)
+            made = entry.to_row(row)
+            assert made == wanted and type(made) is type(wanted), (name, row)
             assert json.dumps(row) == untouched, 'a converter never changes its row'
-            kept += wanted is not None
+            kept += bool(wanted)
             checked += 1
         assert 0 < kept < len(LITERAL[name]), f'{name} has a row that is kept and one that is dropped'
     assert checked == 164
@@ -322,7 +323,7 @@ def test_every_entry_loads_from_the_hub_in_its_source_shape(name: str, loopback:
     served = entry.moved[0] if entry.moved else entry.id
     loopback.add('dataset', served, LAYOUTS[name](name, entry, rows))
     # What a file of this layout keeps of a row; CSV knows text alone.
-    kept = [entry.to_row(row) for row in rows]
+    kept = [entry.to_row(row) or None for row in rows]
     parts = len(entry.subsets) * len(entry.train)
     found = get_dataset([name], test_ratio=0.0)
     assert found.served == {name: f'modelscope:{served}@master'}

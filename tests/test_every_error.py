@@ -269,7 +269,7 @@ PROGRAMS: dict[str, Row] = {
     'a seed too large': (lambda w: w.sft('--seed', str(2**40)), '--seed takes a whole number from 0 to'),
     'a count of odd digits': (lambda w: w.sft('--dataset', 'sql-demo#²'), "1 or more, got '²'"),
     'a count without end': (lambda w: w.sft('--dataset', f'sql-demo#{DIGITS}'), 'after # comes how many rows'),
-    'bytes in a flag': (lambda w: w.sft('--system', 'a\udcff'), "--system 'a\\udcff' is not UTF-8."),
+    'bytes in a flag': (lambda w: w.sft('--system', 'a\udcff'), 'what --system was given is not UTF-8.'),
     'a list of nothing': (lambda w: w.sft('--dataset'), '--dataset needs at least one value.'),
     'neither true nor false': (lambda w: w.sft('--packing', 'maybe'), "--packing takes true or false, got 'maybe'."),
     'one file by two names': (
@@ -364,8 +364,8 @@ PROGRAMS: dict[str, Row] = {
         'history is not a list of [query, response] pairs',
     ),
     'a picture of no name': (
-        rows('a.jsonl', json.dumps({'query': '<img></img>', 'response': 'b', 'images': ['a\0b']}) + '\n[]'),
-        'a.jsonl:2: a row must be an object with named columns',
+        rows('a.jsonl', json.dumps({'query': '<img></img>', 'response': 'b', 'images': ['a\0b']})),
+        '1 rows left out: the row has images, and the model sees none (',
     ),
     'one column twice': (rows('a.csv', 'query,query,response\na,b,c\n'), "a.csv:1: the header names 'query' twice."),
     'a folder named as a file': (folder_named_as_a_file, 'a.jsonl cannot be read: Is a directory.'),

@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from tests.conftest import make_model, make_tokenizer, write_jsonl
 from tests.test_exactness import make_rows, open_tiny, plain_gradients, prepared
@@ -23,11 +24,11 @@ from utils import attention, loss
 from utils.attention import RowAttention, Rows, attend_in_groups
 from utils.collator import Collator, refill
 from utils.encoding import EncodedRows, PreparedData
-from utils.gated import fuse_gates
+from utils.gated import _FusedGate, fuse_gates
 from utils.generation import generate_batch, generation_config
 from utils.layout import exact_head, lay_end_to_end
 from utils.loss import Head
-from utils.norm import fuse_norms
+from utils.norm import _FusedNorm, fuse_norms
 from utils.packing import StepSampler, best_fit, fewest
 from utils.preprocess import Encoded
 from utils.scoring import Scorer
@@ -35,6 +36,7 @@ from utils.trainer import SftTrainer
 
 Run = Callable[..., Path]
 LENGTHS = (5, 1, 11, 8)
+SHARPER = 8
 
 
 def by_definition(
@@ -151,19 +153,7 @@ def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
     assert (swift.merge_and_unload()(x).logits - expected).abs().max() < 1e-5
 
 
-class RoundLastRMSNorm(torch.nn.Module):
-    """As OLMo 2 computes it."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight, self.eps = torch.nn.Parameter(torch.rand(size) + 0.5), 1e-6
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (self.weight * (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
-
-
-class MeanRMSNorm(RoundLastRMSNorm):
+class MeanRMSNorm(Olmo2RMSNorm):
     """Something else under the same name."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +164,7 @@ def norm_layers() -> list[torch.nn.Module]:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    layers = [LlamaRMSNorm(48), Gemma3RMSNorm(48), RoundLastRMSNorm(48)]
+    layers = [LlamaRMSNorm(48), Gemma3RMSNorm(48), Olmo2RMSNorm(48)]
     for layer in layers:
         torch.nn.init.normal_(layer.weight, mean=0.7, std=0.2)
     return layers
@@ -183,8 +173,7 @@ def norm_layers() -> list[torch.nn.Module]:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_norms_in_one_step_are_those_of_their_classes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    third = 'round_first' if dtype == torch.float32 else 'round_last'  # nothing is rounded
-    for layer, kind in zip(norm_layers(), ('round_first', 'one_plus', third), strict=True):
+    for layer, kind in zip(norm_layers(), ('round_first', 'one_plus', 'round_last'), strict=True):
         plain, fused = layer.to(dtype), copy.deepcopy(layer)
         assert fuse_norms(fused) == 1 and fused.norm_kind == kind and isinstance(fused, type(plain))
         x = torch.randn(2, 7, 48, dtype=dtype, requires_grad=True)
@@ -194,6 +183,8 @@ def test_norms_in_one_step_are_those_of_their_classes(dtype: torch.dtype) -> Non
         found = torch.autograd.grad(fused(x), [x, fused.weight], direction)
         for ours, theirs in zip(found, wanted, strict=True):
             assert (ours - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * theirs.abs().max()
+        low = torch.randn(2, 7, 48, dtype=torch.bfloat16)  # what layers with fp32 weights get under autocast
+        assert plain(low).dtype == fused(low).dtype and torch.equal(plain(low), fused(low))
         frozen = copy.deepcopy(fused).requires_grad_(False)
         frozen(x).sum().backward()
         assert x.grad is not None and frozen.weight.grad is None
@@ -204,6 +195,20 @@ def test_norms_of_another_kind_are_left_alone() -> None:
     assert fuse_norms(model) == 3
     assert type(model[0]) is MeanRMSNorm
     assert fuse_norms(make_model()) == 5
+
+
+def test_layers_over_several_devices_run_in_one_step_too() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, ids = make_model().eval(), torch.tensor([[7, 8, 9, 10]])
+    expected = model(ids).logits
+    for layer in list(model.modules()):
+        if type(layer).__name__ in ('LlamaRMSNorm', 'LlamaMLP'):
+            add_hook_to_module(layer, AlignDevicesHook('cpu'))
+    assert (fuse_norms(model), fuse_gates(model)) == (5, 2)
+    called = [vars(layer)['_old_forward'].__func__ for layer in model.modules() if '_old_forward' in vars(layer)]
+    assert called.count(_FusedNorm.forward) == 5 and called.count(_FusedGate.forward) == 2
+    assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -257,14 +262,23 @@ def test_nothing_below_the_first_adapter_asks_for_gradients(checkpoints: bool) -
 
 def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
     errors: dict[str, list[float]] = {'plain': [], 'fast': []}
+
+    def sharp(seed: int) -> Any:
+        """Return a model whose attention chooses, as that of trained ones does: its scores spread over several."""
+        model = make_model(seed=seed)
+        for name, parameter in model.named_parameters():
+            if 'q_proj' in name or 'k_proj' in name:
+                parameter.data *= SHARPER
+        return model
+
     for seed in range(4):
         rows = make_rows(400, seed)
         count = sum(row['trained'][1] - max(1, row['trained'][0]) for row in rows)
-        exact_model, _ = prepared(make_model(seed=seed), 'llama3.2-1b-instruct', 'lora')
+        exact_model, _ = prepared(sharp(seed), 'llama3.2-1b-instruct', 'lora')
         _, exact = plain_gradients(exact_model, rows, count)
         words = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False}
-        plain, _ = prepared(make_model(seed=seed).bfloat16(), 'llama3.2-1b-instruct', 'lora', **words)
-        fast, args = prepared(make_model(seed=seed).bfloat16(), 'llama3.2-1b-instruct', 'lora')
+        plain, _ = prepared(sharp(seed).bfloat16(), 'llama3.2-1b-instruct', 'lora', **words)
+        fast, args = prepared(sharp(seed).bfloat16(), 'llama3.2-1b-instruct', 'lora')
         with torch.autocast('cpu', torch.bfloat16):
             _, found = plain_gradients(plain, rows, count)
         base = fast.get_base_model()

@@ -167,6 +167,19 @@ def test_without_network_the_cache_serves_or_one_error_says_what_to_do(
     assert 'Fetch it once with network' in said
 
 
+@pytest.mark.parametrize('hub_name', HUBS)
+def test_what_would_be_fetched_is_told_beforehand(hub_name: HubName, loopback: LoopbackHub) -> None:
+    def told() -> list[str]:
+        return hub.find([Repo(hub=hub_name, id='owner/name')], 'model').to_fetch(['config.json'])
+
+    loopback.add('model', 'owner/name', FILES)
+    assert told() == ['config.json']
+    fetched(hub_name)
+    assert told() == []
+    loopback.add('model', 'owner/name', {**FILES, 'config.json': FILES['config.json'][::-1]})
+    assert told() == ['config.json'], 'of the same size and other content'
+
+
 @pytest.mark.parametrize('content', ['{', '[]', '{"files": {"a": 3}, "whole": []}'])
 def test_a_damaged_record_of_what_was_fetched_is_as_none(content: str, loopback: LoopbackHub) -> None:
     loopback.add('model', 'owner/name', FILES)

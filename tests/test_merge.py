@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -25,6 +25,8 @@ from utils.preprocess import TEMPLATE_MAPPING
 from utils.template_proof import probes
 
 Run = Callable[..., Path]
+# A folder, the merged model, its tokenizer, the logits of base + adapter and of the base.
+Saved = tuple[Path, Any, Any, list[torch.Tensor], list[torch.Tensor]]
 CONFIG = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=[2, 4], pad_token_id=5, bos_token_id=1)
 TEXTS = [None, [3, 40, 41, 42, 4]]
 
@@ -40,20 +42,21 @@ def adapted() -> Any:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, Any, Any, list[torch.Tensor]]:
-    """Return a folder as merging writes it, the merged model, its tokenizer and the logits of base + adapter."""
+def saved(tmp_path: Path) -> Saved:
+    """Return a folder as merging writes it."""
     model, tokenizer = adapted(), make_tokenizer()
     wanted = [probe_logits(model, tokenizer, ids=ids) for ids in TEXTS]
-    assert float((wanted[0] - probe_logits(make_model().eval(), tokenizer)).abs().max()) > 0.01
+    bare = [probe_logits(make_model().eval(), tokenizer, ids=ids) for ids in TEXTS]
+    assert float((wanted[0] - bare[0]).abs().max()) > 0.01
     merged = model.merge_and_unload(safe_merge=True)
     merged.generation_config = CONFIG
     save_whole(merged, tokenizer, tmp_path / 'merged')
-    return tmp_path / 'merged', merged, tokenizer, wanted
+    return tmp_path / 'merged', merged, tokenizer, wanted, bare
 
 
-def fault(saved: tuple[Path, Any, Any, list[torch.Tensor]]) -> str | None:
-    folder, merged, tokenizer, wanted = saved
-    return verify_merged(folder, merged, tokenizer, TEXTS, wanted)[1]
+def fault(saved: Saved) -> str | None:
+    folder, merged, tokenizer, wanted, bare = saved
+    return verify_merged(folder, merged, tokenizer, TEXTS, wanted, bare)[1]
 
 
 def swap_two_weights(folder: Path) -> None:
@@ -106,12 +109,31 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def test_an_untouched_folder_passes(saved: tuple[Path, Any, Any, list[torch.Tensor]]) -> None:
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('lost', [False, True])
+def test_a_small_adapter_that_is_lost_is_noticed_below_rounding(
+    dtype: torch.dtype, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        scale = 1.0 if 'lora_B' not in name else 0.06 if dtype == torch.bfloat16 else 5e-4
+        parameter.data = (parameter.data * scale).to(dtype)
+    if lost:
+        monkeypatch.setattr(LoraModel, 'merge_and_unload', lambda self, **_: self.unload())
+        with pytest.raises(ConfigError, match='the merged model holds 0% of what the adapter does to the logits'):
+            merge_and_save(model, make_tokenizer(), tmp_path / 'm', record={})
+        assert not (tmp_path / 'm').exists()
+    else:
+        merge_and_save(model, make_tokenizer(), tmp_path / 'm', record={})
+        assert (tmp_path / 'm').is_dir()
+
+
+def test_an_untouched_folder_passes(saved: Saved) -> None:
     assert fault(saved) is None
 
 
 @pytest.mark.parametrize('name', MUTATIONS)
-def test_a_changed_folder_is_refused(name: str, saved: tuple[Path, Any, Any, list[torch.Tensor]]) -> None:
+def test_a_changed_folder_is_refused(name: str, saved: Saved) -> None:
     change, message = MUTATIONS[name]
     change(saved[0])
     found = fault(saved)

@@ -44,18 +44,14 @@ class CommonArguments:
         "compute and storage type; None: the model entry's own, else bf16 where the device has it, "
         'else fp16 on a GPU and fp32 on a CPU',
     )
-    dataset: list[str] = list_flag(
-        ['blossom-math-zh'], 'keys of DATASET_MAPPING or paths of data files; name#500 draws 500 rows'
-    )
+    dataset: list[str] = list_flag(['blossom-math-zh'], 'DATASET_MAPPING keys or data files; name#500 draws 500 rows')
     dataset_seed: int = flag(42, 'seed of the data work alone: sampling and the train/validation split')
     dataset_test_ratio: float = flag(0.01, 'validation share of a data set that brings no validation split')
     system: str = flag(
         'you are a helpful assistant!',
         "system prompt; a row's own wins; with template auto only a typed one is used",
     )
-    loss_scope: LossScope = flag(
-        'last_round', 'last_round: loss on the last reply of a row; all_rounds: on every reply of it'
-    )
+    loss_scope: LossScope = flag('last_round', "last_round: loss on a row's last reply; all_rounds: on every reply")
     max_length: int = flag(2048, 'tokens per sample; a longer one loses its front; -1: no limit')
     max_pixels: int | None = flag(
         None,
@@ -99,7 +95,8 @@ class SftArguments(CommonArguments):
     )
     dry_run: bool = flag(
         False,
-        'train nothing, download nothing: print decisions, data plan, downloads, memory per device and GPUs that fit',
+        'train nothing, fetch nothing but cards of data sets: print decisions, data plan, downloads, memory per device '
+        'and GPUs that fit',
     )
     train_dataset_sample: int = flag(
         20000,
@@ -122,21 +119,15 @@ class SftArguments(CommonArguments):
     lora_rank: int = flag(8, 'rank of the adapter')
     lora_alpha: int = flag(32, 'the adapter is scaled by alpha / rank')
     lora_dropout_p: float = flag(0.0, "dropout on the adapter's input")
-    freeze_vision: bool = flag(
-        True, 'keep what sees for a vision model as it is; false: LoRA names and full reach it too'
-    )
+    freeze_vision: bool = flag(True, 'keep what sees in a vision model as it is; false: LoRA names and full reach it')
     gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
     deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
-    fsdp: bool = flag(
-        False, 'shard weights, gradients and optimizer over all processes (FSDP2); checkpoints hold weights only'
-    )
+    fsdp: bool = flag(False, 'shard weights, gradients, optimizer over all processes (FSDP2); checkpoints hold weights')
     batch_size: int = flag(1, 'training rows per device and forward pass')
     eval_batch_size: int | None = flag(None, 'None: 1 with --predict_with_generate, else --batch_size')
     num_train_epochs: int = flag(1, 'passes over the training rows')
     max_steps: int = flag(-1, 'optimizer steps; 0 or more wins over --num_train_epochs')
-    optim: str = flag(
-        'adamw_torch', 'optimizer, by its name in transformers; adamw_torch runs fused where nothing is sharded'
-    )
+    optim: str = flag('adamw_torch', 'by its name in transformers; adamw_torch runs fused where nothing is sharded')
     learning_rate: float | None = flag(None, 'None: 1e-4 for lora, 2e-5 for full')
     weight_decay: float = flag(0.01, 'AdamW weight decay')
     gradient_accumulation_steps: int = flag(16, 'total batch = batch_size x this x world size')
@@ -171,29 +162,17 @@ class SftArguments(CommonArguments):
         'rearrange the rows of an optimizer step: padded batches of rows of like length; laid end to end, fewer ones, '
         'up to the tokens of the heaviest',
     )
-    chunked_loss: bool = flag(
-        True, 'output head at trained positions alone, in chunks; false: logits as the class makes them'
-    )
-    fused_norms: bool = flag(
-        True, 'RMSNorm in one step that keeps its input alone, where the class computes just that; false: as it is'
-    )
-    fused_mlp: bool = flag(
-        True, 'act(gate) * up of gated MLPs in one step that keeps gate and up alone; false: as the class does it'
-    )
-    doctor: bool = flag(
-        False, 'train nothing: try device, libraries, processes, disk and hubs; exit code 1 if one fails'
-    )
+    chunked_loss: bool = flag(True, 'output head at trained positions alone, in chunks; false: logits of the class')
+    fused_norms: bool = flag(True, 'RMSNorm in one step that keeps its input alone, where its class does just that')
+    fused_mlp: bool = flag(True, 'act(gate) * up of MLPs in one step that keeps gate and up alone, likewise')
+    doctor: bool = flag(False, 'train nothing: try device, libraries, processes, disk, hubs; exit code 1 if one fails')
     from_run: str | None = flag(
         None, 'run folder: repeat it with its flags, those typed now win; data, weights and template must be the same'
     )
     show_samples: int = flag(1, 'training rows that are shown with what is trained of them, and kept in sample.txt')
-    report_samples: int = flag(
-        3, 'rows that the untuned and the tuned model answer for the report, 64 tokens at the most; 0: none'
-    )
+    report_samples: int = flag(3, 'rows that untuned and tuned model answer for the report, up to 64 tokens; 0: none')
     test_oom_error: bool = flag(False, 'longest training rows first, so that an out-of-memory error shows at once')
-    preflight: bool = flag(
-        True, 'before training, try a step, an evaluation and a checkpoint on the heaviest rows, and undo them'
-    )
+    preflight: bool = flag(True, 'first try a step, an evaluation and a checkpoint on the heaviest rows, and undo them')
 
 
 @dataclass(kw_only=True)

@@ -147,8 +147,8 @@ def attend_in_groups(
         q, k, v = (x[:, index].transpose(0, 1) for x in (query, key, value))
         seen = None
         if rows.window is not None and longest > rows.window:
-            after = _hidden(longest, longest, 1, 1, torch.float32, device)
-            seen = (after + _hidden(longest, longest, -rows.window, 1, torch.float32, device, low=True))[0] == 0
+            back = places[:, None] - places
+            seen = (back >= 0) & (back < rows.window)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],

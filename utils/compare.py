@@ -81,15 +81,15 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    for title, rows in compare(a, b).items():
+        print(f'{title}: ' + (f'{len(rows)} differ' if rows else 'the same'))
+        for name, left, right in rows:
+            print(f'  {name}: {left} -> {right}')
     try:
         words.html.write_text(render(a, b), encoding='utf-8')
     except OSError as error:
         print(f'{words.html} cannot be written: {error.strerror}. Name another file with --html.', file=sys.stderr)
         return 2
-    for title, rows in compare(a, b).items():
-        print(f'{title}: ' + (f'{len(rows)} differ' if rows else 'the same'))
-        for name, left, right in rows:
-            print(f'  {name}: {left} -> {right}')
     print(f'curves: {words.html}')
     return 0
 

@@ -100,7 +100,6 @@ def _agent(names: str) -> HubDataset:
         # A numbered list of plugins: 1. {"plugin_name": "..."
         to_row=agent(r'\d\.\s*\{\s*"(?:' + names + r')"\s*:\s*"([^"]+)"'),
         drops=_AGENT_DROPS,
-        filters=True,
     )
 
 
@@ -126,7 +125,6 @@ DATASET_MAPPING: dict[str, DatasetFunction] = {
         columns=('kind', 'input', 'target'),
         to_row=of_kinds('kind', _FIREFLY_KINDS, pair('input', 'target')),
         drops='another kind, or no input or target',
-        filters=True,
         concatenated=True,
     ),
     'instruct-en': _pairs('wyj123456/instruct', 'prompt', 'completion'),
@@ -141,14 +139,12 @@ DATASET_MAPPING: dict[str, DatasetFunction] = {
         columns=('chat_rounds',),
         to_row=two_rounds('chat_rounds'),
         drops='not exactly two turns',
-        filters=True,
     ),
     'leetcode-python-en': HubDataset(
         id='AI-ModelScope/leetcode-solutions-python',
         columns=('code_with_problem', 'explanation_only'),
         to_row=leetcode,
         drops='not exactly one block of Python',
-        filters=True,
     ),
     'medical-en': replace(
         _MEDICAL,
@@ -165,7 +161,6 @@ DATASET_MAPPING: dict[str, DatasetFunction] = {
         columns=('history', *ALPACA),
         to_row=without_history('history', pair('instruction', 'output')),
         drops='a history, or no output',
-        filters=True,
     ),
     'tigerbot-law-zh': HubDataset(
         id='AI-ModelScope/tigerbot-law-plugin',
@@ -216,7 +211,6 @@ DATASET_MAPPING: dict[str, DatasetFunction] = {
             '自然语言推理', {'sentence1': '句子一', 'sentence2': '句子二'}, ('neutral', 'entailment', 'contradiction')
         ),
         drops='no label',
-        filters=True,
     ),
     'jd-zh': HubDataset(
         id='DAMO_NLP/jd',
@@ -224,7 +218,6 @@ DATASET_MAPPING: dict[str, DatasetFunction] = {
         val=('validation',),
         to_row=classify('情感分类', {'sentence': '句子'}, ('negative', 'positive')),
         drops='no label',
-        filters=True,
     ),
     'finance-en': _alpaca('wyj123456/finance_en', 'ssbuild/alpaca_finance_en'),
     'poetry-zh': HubDataset(

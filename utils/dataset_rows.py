@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from utils import hub
 from utils.cache import cache_dir
@@ -31,7 +31,10 @@ from utils.native.images import BadImage, place_image
 
 SourceRow = Mapping[str, Any]
 PlainRow = dict[str, Any]
-ToRow = Callable[[SourceRow], PlainRow | None]
+# A converter returns None for a row that is broken, and OTHER for one that it leaves out by choice.
+OTHER: Final = False
+Made = PlainRow | None | Literal[False]
+ToRow = Callable[[SourceRow], Made]
 
 
 def _text(row: SourceRow, column: str) -> str:
@@ -53,7 +56,7 @@ def _literal(value: Any) -> list[Any] | None:
 def pair(query: str, response: str, *, query_may_be_empty: bool = False) -> ToRow:
     """Return a converter: two columns as they are; a row that misses either is dropped."""
 
-    def to_row(row: SourceRow) -> PlainRow | None:
+    def to_row(row: SourceRow) -> Made:
         asked, answered = _text(row, query), _text(row, response)
         return {'query': asked, 'response': answered} if answered and (asked or query_may_be_empty) else None
 
@@ -65,7 +68,7 @@ def alpaca(
 ) -> ToRow:
     """Return a converter: query = instruction, newline, input; `drop_prefix` is what some inputs begin with."""
 
-    def to_row(row: SourceRow) -> PlainRow | None:
+    def to_row(row: SourceRow) -> Made:
         query, response = _text(row, instruction), _text(row, output)
         added = _text(row, extra).removeprefix(drop_prefix)
         return {'query': f'{query}\n{added}', 'response': response} if response and (query or added) else None
@@ -76,18 +79,23 @@ def alpaca(
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
     """Return a converter that drops rows of any other kind."""
     kept = frozenset(kinds)
-    return lambda row: to_row(row) if row.get(column) in kept else None
+    return lambda row: to_row(row) if row.get(column) in kept else OTHER if _text(row, column) else None
 
 
 def without_history(column: str, to_row: ToRow) -> ToRow:
-    """Return a converter that drops rows with a history, or with one that cannot be read."""
-    return lambda row: to_row(row) if row.get(column) in (None, '') or _literal(row[column]) == [] else None
+    """Return a converter that leaves out rows with a history; one that cannot be read is broken."""
+
+    def without(row: SourceRow) -> Made:
+        history = [] if row.get(column) in (None, '') else _literal(row[column])
+        return OTHER if history else to_row(row) if history is not None else None
+
+    return without
 
 
 def with_answer(query: str, response: str, answer: str) -> ToRow:
     """Return a converter whose response ends with a blank line and the answer."""
 
-    def to_row(row: SourceRow) -> PlainRow | None:
+    def to_row(row: SourceRow) -> Made:
         asked, solved, result = _text(row, query), _text(row, response), _text(row, answer)
         if not asked or not solved:
             return None
@@ -99,7 +107,7 @@ def with_answer(query: str, response: str, answer: str) -> ToRow:
 def human_assistant(column: str) -> ToRow:
     """Return a converter of a list of {human, assistant} turns: the last is asked and answered, the others history."""
 
-    def to_row(row: SourceRow) -> PlainRow | None:
+    def to_row(row: SourceRow) -> Made:
         turns = _literal(row.get(column))
         if not turns or not all(isinstance(t, dict) and {'human', 'assistant'} <= t.keys() for t in turns):
             return None
@@ -113,20 +121,22 @@ def human_assistant(column: str) -> ToRow:
 def agent(plugin: str) -> ToRow:
     """Return a converter of {from, value} turns after a system turn that lists at least two plugins.
 
-    `plugin` finds a plugin's name in the system text. Rows whose turns do not alternate user, assistant are dropped.
+    `plugin` finds a plugin's name in the system text. Rows whose turns do not alternate user, assistant are left out.
     """
     pattern = re.compile(plugin)
 
-    def to_row(row: SourceRow) -> PlainRow | None:
+    def to_row(row: SourceRow) -> Made:
         turns = _literal(row.get('conversations'))
         if not turns or not all(isinstance(t, dict) and {'from', 'value'} <= t.keys() for t in turns):
             return None
         system, *said = turns
         texts = [_text(turn, 'value') for turn in said]
-        if len(set(pattern.findall(_text(system, 'value')))) < 2 or not texts or not texts[-1]:
+        if not texts or not texts[-1]:
             return None
+        if len(set(pattern.findall(_text(system, 'value')))) < 2:
+            return OTHER
         if [turn['from'] for turn in said] != ['user', 'assistant'] * (len(said) // 2):
-            return None
+            return OTHER
         history = [list(texts[i : i + 2]) for i in range(0, len(texts) - 2, 2)]
         return {'system': _text(system, 'value'), 'query': texts[-2], 'response': texts[-1], 'history': history}
 
@@ -136,26 +146,28 @@ def agent(plugin: str) -> ToRow:
 def two_rounds(column: str) -> ToRow:
     """Return a converter of exactly two turns with `content`: what is asked, what is answered."""
 
-    def to_row(row: SourceRow) -> PlainRow | None:
+    def to_row(row: SourceRow) -> Made:
         turns = _literal(row.get(column))
-        if turns is None or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
+        if turns is None or not all(isinstance(turn, dict) for turn in turns):
             return None
+        if len(turns) != 2:
+            return OTHER
         query, response = (_text(turn, 'content') for turn in turns)
         return {'query': query, 'response': response} if query and response else None
 
     return to_row
 
 
-def leetcode(row: SourceRow) -> PlainRow | None:
+def leetcode(row: SourceRow) -> Made:
     """Return the problem, and its one code block with the explanation."""
     problem, mark, code = _text(row, 'code_with_problem').partition('```python')
     if not mark or '```python' in code:
-        return None
+        return OTHER if _text(row, 'code_with_problem') else None
     response = f'{mark}{code.rstrip()}\n\n{_text(row, "explanation_only")}'.rstrip()
     return {'query': problem.strip().removeprefix('# '), 'response': response}
 
 
-def law_text(row: SourceRow) -> PlainRow | None:
+def law_text(row: SourceRow) -> Made:
     """Return a text to continue, as in pre-training: no query, the article with its headings as the response."""
     if not _text(row, 'content'):
         return None
@@ -168,7 +180,7 @@ def law_text(row: SourceRow) -> PlainRow | None:
     return {'query': '', 'response': '\n'.join([*lines, f'Content: {_text(row, "content")}'])}
 
 
-def advertise(row: SourceRow) -> PlainRow | None:
+def advertise(row: SourceRow) -> Made:
     """Return the task of writing an advertisement from keywords."""
     keywords, text = _text(row, 'content'), _text(row, 'summary')
     if not keywords or not text:
@@ -176,7 +188,7 @@ def advertise(row: SourceRow) -> PlainRow | None:
     return {'query': f'任务：根据关键词生成广告\n关键词：{keywords}\n广告：', 'response': text}
 
 
-def ask_question(row: SourceRow) -> PlainRow | None:
+def ask_question(row: SourceRow) -> Made:
     """Return the task of asking the question that a text answers; text1 is '<answer>[SEP]<context>'."""
     answer, mark, context = _text(row, 'text1').partition('[SEP]')
     question = _text(row, 'text2')
@@ -188,14 +200,14 @@ def ask_question(row: SourceRow) -> PlainRow | None:
 def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToRow:
     """Return a converter to a task of naming the category; `columns` maps column to its heading in the prompt."""
 
-    def to_row(row: SourceRow) -> PlainRow | None:
+    def to_row(row: SourceRow) -> Made:
         label = row.get('label')
         try:
             index = names.index(label) if label in names else int(float(_text(row, 'label')))
         except (ValueError, OverflowError):
             return None
-        if not 0 <= index < len(names):  # -1 stands for a hidden label
-            return None
+        if not 0 <= index < len(names):
+            return OTHER if index == -1 else None  # which stands for a hidden label
         said = ''.join(f'{heading}：{_text(row, column)}\n' for column, heading in columns.items())
         return {'query': f'任务：{task}\n{said}类别：{"，".join(names)}\n输出：', 'response': names[index]}
 
@@ -207,7 +219,7 @@ def always_ask(query: str, response: str) -> ToRow:
     return lambda row: {'query': query, 'response': _text(row, response)} if _text(row, response) else None
 
 
-def caption(row: SourceRow) -> PlainRow | None:
+def caption(row: SourceRow) -> Made:
     """Return the task of describing an image, named by its path; of several captions the first."""
     image = row.get('image')
     path = image.get('path') if isinstance(image, Mapping) else image
@@ -229,8 +241,6 @@ class HubDataset:
     to_row: ToRow
     # Why to_row drops a row, in words.
     drops: str
-    # Whether that is a choice where all columns are filled; else a row that is dropped is a broken one.
-    filters: bool = False
     subsets: tuple[str, ...] = ('default',)
     # Words in the names of files that are of other subsets.
     not_named: tuple[str, ...] = ()
@@ -317,11 +327,7 @@ class RowStream:
                     )
                 checked = True
                 made = self.entry.to_row(row)
-                yield place, self._why_dropped(row) if made is None else made
-
-    def _why_dropped(self, row: SourceRow) -> BadRow:
-        chosen = self.entry.filters and all(_text(row, column) for column in self.entry.columns)
-        return (Filtered if chosen else BadRow)(self.entry.drops)
+                yield place, made or (BadRow if made is None else Filtered)(self.entry.drops)
 
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp')

@@ -19,6 +19,8 @@ _CONTEXT, _FRAGMENTED = GIB, 0.05
 UTILISATION = 0.4
 _WIDTHS = {'bf16': 2, 'fp16': 2, 'fp32': 4}
 _UNBOUNDED = 2048
+# Values that optimizers keep of each parameter, by the beginning of their names.
+_STATES = {'adamw': 2, 'ademamix': 3, 'lion': 1, 'rmsprop': 1, 'adagrad': 1, 'sgd': 0, 'adafactor': 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
     packed, zero = _packing(args, info), _zero(args.deepspeed_config_path)
     sharding = 'fsdp' if args.fsdp else f'zero{zero["stage"]}' if zero.get('stage') in (2, 3) else ''
     whole = sharding not in ('fsdp', 'zero3')
-    offload = [name for name in ('offload_optimizer', 'offload_param') if zero.get(name, {}).get('device') == 'cpu']
+    offload = [name for name in ('offload_optimizer', 'offload_param') if (zero.get(name) or {}).get('device') == 'cpu']
     return Mode(
         full=args.sft_type == 'full',
         compute=_WIDTHS[args.dtype or 'bf16'],
@@ -43,6 +45,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         targets=tuple(targets_of(args, info, shape)),
         rank=args.lora_rank,
         fused_norms=args.fused_norms and whole,
+        optimizer_bytes=optimizer_bytes(args.optim),
         fused_mlp=args.fused_mlp and whole,
         fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p,
         checkpointing=args.gradient_checkpointing,
@@ -56,6 +59,11 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         processes=machine.processes,
         devices=machine.devices,
     )
+
+
+def optimizer_bytes(name: str) -> int:
+    """Return the bytes that an optimizer of --optim keeps of each trained parameter."""
+    return _STATES[name.removeprefix('paged_').split('_')[0]] * (1 if '8bit' in name else 4)
 
 
 def _packing(args: SftArguments, info: ModelInfo) -> str:

@@ -52,6 +52,8 @@ class Mode:
     fused_norms: bool = True
     # act(gate) is computed again (gated.py).
     fused_mlp: bool = True
+    # What the optimizer keeps of each trained parameter; DeepSpeed an fp32 copy of it besides.
+    optimizer_bytes: int = 8
     # Gradients are there already when a batch begins.
     accumulates: bool = True
     # Rows end to end; the loss in chunks; a GPU, whose attention is a library's.
@@ -122,9 +124,8 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
         gradients = 0
     elif mode.processes > 1 and not mode.sharding:
         gradients *= 2  # DistributedDataParallel sends them from buckets of its own
-    # Two moments in fp32; DeepSpeed keeps an fp32 copy of the weights as well.
     optimizer = 0 if mode.offloads_optimizer else trained // mode.shards('zero2', 'zero3', 'fsdp') // mode.devices
-    optimizer *= 12 if mode.deepspeed else 8
+    optimizer *= mode.optimizer_bytes + 4 * mode.deepspeed
     saved, layer = _saved(shape, mode, batch)
     logits, kept = _head(shape, mode, batch)
     copies = mode.autocasts and not mode.sharding

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.norm import put_before
+
 # The layers and the activation of a gated block: Llama's names, which most classes have.
 _LAYERS = ('gate_proj', 'up_proj', 'down_proj')
 _PARTS = {*_LAYERS, 'act_fn'}
@@ -56,18 +58,16 @@ def fuse_gates(model: nn.Module) -> int:
 
     A class has it where its code, with small layers in place of the block's own, gives the very same values.
     """
-    fused, classes = 0, dict[type[nn.Module], type[nn.Module] | None]()
+    fused, classes = 0, dict[type[nn.Module], type[nn.Module]]()
+    gated: dict[type[nn.Module], bool] = {}
     for block in list(model.modules()):
         plain = type(block)
-        if set(block._modules) != _PARTS or block._parameters:
+        if set(block._modules) != _PARTS or block._parameters or isinstance(block, _FusedGate):
             continue
-        if isinstance(block, _FusedGate) or 'forward' in vars(block):
-            continue  # done before; or of a model over several devices, which calls its class's own
-        if plain not in classes:
-            is_same = _is_gated(block)
-            classes[plain] = type(plain.__name__, (_FusedGate, plain), {}) if is_same else None
-        if (new := classes[plain]) is not None:
-            block.__class__ = new
+        if plain not in gated:
+            gated[plain] = _is_gated(block)
+        if gated[plain]:
+            put_before(block, _FusedGate, classes)
             fused += 1
     return fused
 
@@ -78,6 +78,7 @@ def _is_gated(block: nn.Module) -> bool:
     if len(inspect.signature(type(block).forward).parameters) != 2:
         return False
     small, act = copy.copy(block), block._modules['act_fn']
+    vars(small).pop('forward', None)  # of a model over several devices: it would call the block's own layers
     assert act is not None, 'one of its parts'
     gate, up, down = layers = [torch.nn.utils.skip_init(nn.Linear, 8, 8, bias=False) for _ in _LAYERS]
     for number, layer in enumerate(layers, 1):

@@ -63,14 +63,12 @@ class Snapshot:
         record = _record_file(self.repo, self.kind)
         with _alone(record.with_suffix('.lock')):
             told, whole = _read_record(record)
-            # The client hashes every byte again; what it verified once needs no more than a look at the sizes.
-            if not self.online or (told == self.files and whole >= set(names)):
+            absent = self.to_fetch(names)
+            if not absent or not self.online:
                 folder = self.client.cached(self.repo, self.kind)
-                absent = self._absent(folder, names)
                 if not absent:
                     return folder
-                if not self.online:
-                    raise ConfigError(_offline(self.repo, self.kind, folder, absent))
+                raise ConfigError(_offline(self.repo, self.kind, folder, absent))
             try:
                 folder = _patiently(self.repo, lambda: self.client.download(self.repo, self.kind, names))
             except (GoneError, DeniedError, UnreachableError) as error:
@@ -87,7 +85,13 @@ class Snapshot:
         return folder
 
     def to_fetch(self, names: Sequence[str]) -> list[str]:
-        """Return the files that `fetch` would download."""
+        """Return the files that `fetch` would ask its client for: all of them where one is new, changed or not whole.
+
+        The client hashes every byte again; what it verified once needs no more than a look at the sizes.
+        """
+        told, whole = _read_record(_record_file(self.repo, self.kind))
+        if self.online and not (told == self.files and whole >= set(names)):
+            return list(names)
         return self._absent(self.client.cached(self.repo, self.kind), names)
 
     def _absent(self, folder: Path, names: Sequence[str]) -> list[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,9 @@ _ADDRESSES: dict[HubName, tuple[str, str]] = {
 
 def answers(hub: HubName) -> tuple[str, bool]:
     """Return a hub's address and whether anything answers there in time, over the proxy of the environment."""
+    import urllib.error
+    import urllib.request
+
     variable, usual = _ADDRESSES[hub]
     address = os.environ.get(variable) or usual
     try:

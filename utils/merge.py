@@ -70,7 +70,8 @@ def merge_checkpoint(
 ) -> tuple[Path, str]:
     """Merge a checkpoint's adapter into <checkpoint>-merged, ready to be served; returns it and what was proven."""
     started = time.perf_counter()
-    checkpoint = checkpoint if checkpoint.name else checkpoint.absolute()  # '.' has no name
+    if checkpoint.name in ('', '..'):  # which would name other folders
+        checkpoint = checkpoint.resolve()
     target, run_dir = checkpoint.with_name(f'{checkpoint.name}-merged'), checkpoint.parent
     rows = user_rows(run_dir)
     encoder.tokenizer.chat_template, how_it_serves = serving_template(encoder, [*rows, *probes()])
@@ -111,13 +112,15 @@ def merge_and_save(
     _recover(target)
     probed = [None, *texts]
     wanted = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
+    with model.disable_adapter():
+        bare = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
     merged = model.merge_and_unload(safe_merge=True)
     merged.generation_config = config or merged.generation_config
     aside = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(aside, ignore_errors=True)
     save_whole(merged, tokenizer, aside, images)
     write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
-    difference, fault = verify_merged(aside, merged, tokenizer, probed, wanted, images)
+    difference, fault = verify_merged(aside, merged, tokenizer, probed, wanted, bare, images)
     if fault:
         raise ConfigError(f'{fault} Nothing was put at {target}; the folder is {aside}.')
     put_in_place(aside, target)
@@ -134,6 +137,7 @@ def verify_merged(
     tokenizer: Any,
     texts: Sequence[list[int] | None],
     wanted: Sequence[torch.Tensor],
+    bare: Sequence[torch.Tensor],
     images: Images | None = None,
 ) -> tuple[float, str | None]:
     """Open a folder as a stranger would; returns the largest difference of its logits and what is wrong, or None."""
@@ -142,7 +146,7 @@ def verify_merged(
     found_tokenizer = load_tokenizer(folder)
     bound, difference = _BOUND[str(dtype).removeprefix('torch.')], 0.0
     kernels = {model.config._attn_implementation for model in (merged, reopened)}
-    for ids, logits in zip(texts, wanted, strict=True):
+    for ids, logits, without in zip(texts, wanted, bare, strict=True):
         made, found = (probe_logits(model, tokenizer, images, ids=ids) for model in (merged, reopened))
         for what, expected, allowed in (
             ('base + adapter', logits, bound),
@@ -154,6 +158,8 @@ def verify_merged(
                     f'the merged model differs from {what}: its logits by up to {apart:.4g}, rounding explains '
                     f'{allowed * largest:.4g}.'
                 )
+        if (share := _share_of_adapter(without, logits, found)) is not None and share < 0.5:
+            return difference, f'the merged model holds {share:.0%} of what the adapter does to the logits.'
         difference = max(difference, float((logits - found).abs().max()))
     if found_tokenizer.get_vocab() != tokenizer.get_vocab():
         return difference, 'the merged folder has another vocabulary than the model was trained with.'
@@ -164,6 +170,17 @@ def verify_merged(
     if _is_tied(reopened) != _is_tied(merged):
         return difference, 'the merged folder ties its output head otherwise than the model does.'
     return difference, None
+
+
+def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float | None:
+    """Return how far logits went from the base's towards base + adapter's: 1 with the adapter in them, 0 without.
+
+    Rounding, which points anywhere, hardly moves that, however large it is; None where the adapter does much less.
+    """
+    moved, error = tuned - bare, found - tuned
+    if moved.norm() <= 0.1 * error.norm() or not moved.norm():
+        return None
+    return float(((found - bare) * moved).sum() / moved.square().sum())
 
 
 def _settings(model: Any) -> dict[str, Any]:

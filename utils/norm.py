@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,8 @@ class _NormStep(torch.autograd.Function):
             to_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, to_weight, None, None
-        inner = (grad * _factor(weight, ctx.kind, weight.dtype)).to(scale.dtype)
+        factor = _factor(weight, ctx.kind, weight.dtype if ctx.kind == 'round_first' else scale.dtype)
+        inner = (grad * factor).to(scale.dtype)
         mean = torch.linalg.vecdot(inner, normal).unsqueeze(-1).div_(x.shape[-1])
         return inner.sub_(normal.mul_(mean)).mul_(scale).to(x.dtype), to_weight, None, None
 
@@ -59,6 +61,14 @@ class _FusedNorm(nn.Module):
         return fused
 
 
+def put_before(layer: nn.Module, mixin: type[nn.Module], classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """Give a layer the forward of a mixin, its class else as it was; `classes` holds those made so far."""
+    plain = type(layer)
+    layer.__class__ = classes.setdefault(plain, type(plain.__name__, (mixin, plain), {}))
+    if '_old_forward' in vars(layer):  # of a model over several devices: what moves inputs between them calls this
+        vars(layer)['_old_forward'] = types.MethodType(mixin.forward, layer)
+
+
 def fuse_norms(model: nn.Module) -> int:
     """Give the RMSNorm layers of a model their one-step forward; returns how many have it.
 
@@ -70,23 +80,21 @@ def fuse_norms(model: nn.Module) -> int:
         epsilon = next((fields[name] for name in _EPSILONS if isinstance(fields.get(name), float)), None)
         if not type(layer).__name__.endswith('RMSNorm') or epsilon is None or set(layer._parameters) != {'weight'}:
             continue
-        if isinstance(layer, _FusedNorm) or 'forward' in fields:
-            continue  # done before; or of a model over several devices, which calls its class's own
-        if (kind := _kind(layer, epsilon)) is not None:
+        if not isinstance(layer, _FusedNorm) and (kind := _kind(layer, epsilon)) is not None:
             fields.update(norm_kind=kind, norm_epsilon=epsilon)
-            plain = type(layer)
-            layer.__class__ = classes.setdefault(plain, type(plain.__name__, (_FusedNorm, plain), {}))
+            put_before(layer, _FusedNorm, classes)
             fused += 1
     return fused
 
 
 @torch.no_grad()
 def _kind(layer: nn.Module, epsilon: float) -> Kind | None:
-    weight = layer._parameters['weight']
+    weight, same = layer._parameters['weight'], set(_KINDS)
     assert weight is not None, 'looked for by name'
-    x = torch.linspace(-3, 5, 3 * weight.shape[-1], dtype=weight.dtype, device=weight.device).sin().view(3, -1)
-    expected = layer(x)
-    for kind in _KINDS:
-        if torch.equal(_NormStep.apply(x, weight, epsilon, kind), expected):
-            return kind
-    return None
+    # In bf16 too: under autocast layers whose weights are fp32 get that, and only then the kinds differ.
+    for dtype in (weight.dtype, torch.bfloat16):
+        x = torch.linspace(-3, 5, 3 * weight.shape[-1], device=weight.device).sin().view(3, -1).to(dtype)
+        expected = layer(x)
+        found = {kind: _NormStep.apply(x, weight, epsilon, kind) for kind in same}
+        same = {kind for kind, y in found.items() if y.dtype == expected.dtype and torch.equal(y, expected)}
+    return next((kind for kind in _KINDS if kind in same), None)

@@ -39,8 +39,9 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
     """Return the value that `words` mean for a flag; raises ValueError with a whole sentence."""
     hint = _unwrap_optional(hint)
     # How bytes that are no UTF-8 arrive: a text that can neither be tokenised nor be saved.
-    if strange := [word for word in words if any('\ud800' <= character <= '\udfff' for character in word)]:
-        raise ValueError(f'--{name} {strange[0]!r} is not UTF-8. Type it in a terminal that is set to UTF-8.')
+    if any('\ud800' <= character <= '\udfff' for word in words for character in word):
+        # Not shown: it may be a token, which no log may hold.
+        raise ValueError(f'what --{name} was given is not UTF-8. Type it in a terminal that is set to UTF-8.')
     if typing.get_origin(hint) is list:
         values = [part for word in words for part in word.split(',') if part]
         if not values:

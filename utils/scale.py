@@ -17,8 +17,11 @@ _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
 def resolve_scale(done: Resolution[SftArguments]) -> None:
     """Decide what a sharded run must be, and refuse what the flags alone rule out."""
     args, problems = done.args, done.problems
+    if args.check_dataset:
+        done.without_effect(('dry_run',), '--check_dataset true reads the data and does no more')
     if not args.fsdp:
         return
+    done.without_effect(('fused_norms', 'fused_mlp'), 'layers whose weights --fsdp shards compute as their classes do')
     if args.deepspeed_config_path is not None:
         problems.add('--fsdp true and --deepspeed_config_path both shard the model. Drop one of them.')
     if args.quantization_bit:

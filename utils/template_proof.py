@@ -28,7 +28,6 @@ from utils.preprocess import (
     RENDERED_DIFFERENTLY,
     TEMPLATE_MAPPING,
     Encoded,
-    Message,
     Row,
     RowRefused,
 )
@@ -43,31 +42,10 @@ _EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, ADDED_END}
 _THINK_BLOCK = re.compile(r'<((?:\w+:)?think)>.*?</\1>', re.DOTALL)
 
 
-def _turns(*texts: str, system: str | None = None) -> list[Message]:
-    turns: list[Message] = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(texts)]
-    return [{'role': 'system', 'content': system}, *turns] if system is not None else turns
-
-
 def probes() -> list[Row]:
     """Return conversations of every kind that a template may treat in a way of its own; `origin` names the kind."""
-    arguments = {'type': 'object', 'properties': {'town': {'type': 'string', 'description': 'where'}}}
-    tool = {'type': 'function', 'function': {'name': 'sky', 'description': 'Weather.', 'parameters': arguments}}
-    call = {'type': 'function', 'function': {'name': 'sky', 'arguments': {'town': 'Oslo'}}}
-    calling: Message = {'role': 'assistant', 'content': '{"name": "sky"}', 'tool_calls': [call]}
-    kinds: dict[str, tuple[list[Message], list[Any] | None]] = {
-        'one turn': (_turns('what is 7 and 3?', 'the answer is 10.'), None),
-        'two turns': (_turns('hi', 'yo', 'name a colour', 'blue'), None),
-        'three turns': (_turns('a', 'b', 'c', 'd', 'and [1, 2]?', 'red\n\n- green'), None),
-        'a system text': (_turns('hi', 'yo', system='be brief'), None),
-        'a system text, three turns': (_turns('a', 'b', 'c', 'd', 'e', 'f', system='be brief'), None),
-        'an empty answer': (_turns('hi', ''), None),
-        'unicode': (_turns('你好，世界 🌍', 'héllo ñ 今天的天气很好。'), None),
-        'trailing blanks': (_turns('  hi \n', ' yo  \n'), None),
-        'thinking': (_turns('what is 7 and 3?', '<think>\n7 + 3\n</think>\n\n10'), None),
-        'tools': (_turns('hi', 'yo'), [tool]),
-        'a tool call': ([{'role': 'user', 'content': 'weather?'}, calling], [tool]),
-    }
-    return [Row(messages=messages, tools=tools, origin=f'probe: {kind}') for kind, (messages, tools) in kinds.items()]
+    kinds = json.loads(Path(__file__).with_name('probes.json').read_text(encoding='utf-8'))
+    return [Row(messages=k['messages'], tools=k.get('tools'), origin=f'probe: {k["kind"]}') for k in kinds]
 
 
 def template_hash(encoder: Encoder) -> str:
