@@ -19,13 +19,13 @@ from tests.conftest import make_model, make_tokenizer
 from utils.auto_encoder import make_encoder
 from utils.errors import ConfigError
 from utils.jinja_template import serving_template
-from utils.merge import merge_and_save, merge_checkpoint, probe_logits, put_in_place, verify_merged
+from utils.merge import _share_of_adapter, merge_and_save, merge_checkpoint, probe_logits, put_in_place, verify_merged
 from utils.native.export import save_whole
 from utils.preprocess import TEMPLATE_MAPPING
 from utils.template_proof import probes
 
 Run = Callable[..., Path]
-# A folder, the merged model, its tokenizer, the logits of base + adapter and of the base.
+# A folder, the merged model, its tokenizer, the logits of base + adapter and of the merged model.
 Saved = tuple[Path, Any, Any, list[torch.Tensor], list[torch.Tensor]]
 CONFIG = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=[2, 4], pad_token_id=5, bos_token_id=1)
 TEXTS = [None, [3, 40, 41, 42, 4]]
@@ -46,17 +46,17 @@ def saved(tmp_path: Path) -> Saved:
     """Return a folder as merging writes it."""
     model, tokenizer = adapted(), make_tokenizer()
     wanted = [probe_logits(model, tokenizer, ids=ids) for ids in TEXTS]
-    bare = [probe_logits(make_model().eval(), tokenizer, ids=ids) for ids in TEXTS]
-    assert float((wanted[0] - bare[0]).abs().max()) > 0.01
+    assert float((wanted[0] - probe_logits(make_model().eval(), tokenizer)).abs().max()) > 0.01
     merged = model.merge_and_unload(safe_merge=True)
     merged.generation_config = CONFIG
     save_whole(merged, tokenizer, tmp_path / 'merged')
-    return tmp_path / 'merged', merged, tokenizer, wanted, bare
+    made = [probe_logits(merged, tokenizer, ids=ids) for ids in TEXTS]
+    return tmp_path / 'merged', merged, tokenizer, wanted, made
 
 
 def fault(saved: Saved) -> str | None:
-    folder, merged, tokenizer, wanted, bare = saved
-    return verify_merged(folder, merged, tokenizer, TEXTS, wanted, bare)[1]
+    folder, merged, tokenizer, wanted, made = saved
+    return verify_merged(folder, merged, tokenizer, TEXTS, wanted, made)[1]
 
 
 def swap_two_weights(folder: Path) -> None:
@@ -120,12 +120,26 @@ def test_a_small_adapter_that_is_lost_is_noticed_below_rounding(
         parameter.data = (parameter.data * scale).to(dtype)
     if lost:
         monkeypatch.setattr(LoraModel, 'merge_and_unload', lambda self, **_: self.unload())
-        with pytest.raises(ConfigError, match='the merged model holds 0% of what the adapter does to the logits'):
+        with pytest.raises(
+            ConfigError, match='the merged model holds 0% of what the adapter does: merge with --dtype fp32'
+        ):
             merge_and_save(model, make_tokenizer(), tmp_path / 'm', record={})
         assert not (tmp_path / 'm').exists()
     else:
         merge_and_save(model, make_tokenizer(), tmp_path / 'm', record={})
         assert (tmp_path / 'm').is_dir()
+
+
+@pytest.mark.parametrize(('held', 'said'), [(1.0, None), (0.8, '; 80% of what the adapter does, the rest is rounded')])
+def test_what_rounding_takes_of_an_adapter_is_said(
+    held: float, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare, noise = torch.zeros(100), torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert _share_of_adapter(bare, bare + 1, bare + 0.4) == pytest.approx(0.4)
+    assert _share_of_adapter(bare, bare + 1e-3, noise) == _share_of_adapter(bare, bare, bare) == 1.0
+    monkeypatch.setattr('utils.merge._share_of_adapter', lambda *_: held)
+    says = merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record={})
+    assert (said or 'free head') in says and ('rounded' in says) == (said is not None)
 
 
 def test_an_untouched_folder_passes(saved: Saved) -> None:

@@ -59,14 +59,10 @@ def fuse_gates(model: nn.Module) -> int:
     A class has it where its code, with small layers in place of the block's own, gives the very same values.
     """
     fused, classes = 0, dict[type[nn.Module], type[nn.Module]]()
-    gated: dict[type[nn.Module], bool] = {}
     for block in list(model.modules()):
-        plain = type(block)
         if set(block._modules) != _PARTS or block._parameters or isinstance(block, _FusedGate):
             continue
-        if plain not in gated:
-            gated[plain] = _is_gated(block)
-        if gated[plain]:
+        if _is_gated(block):
             put_before(block, _FusedGate, classes)
             fused += 1
     return fused
@@ -77,9 +73,8 @@ def _is_gated(block: nn.Module) -> bool:
     """Return whether the class of a block computes what `_FusedGate` does."""
     if len(inspect.signature(type(block).forward).parameters) != 2:
         return False
-    small, act = copy.copy(block), block._modules['act_fn']
+    small, act = copy.copy(block), block.get_submodule('act_fn')
     vars(small).pop('forward', None)  # of a model over several devices: it would call the block's own layers
-    assert act is not None, 'one of its parts'
     gate, up, down = layers = [torch.nn.utils.skip_init(nn.Linear, 8, 8, bias=False) for _ in _LAYERS]
     for number, layer in enumerate(layers, 1):
         layer.weight.copy_((number * torch.arange(64.0)).sin().view(8, 8))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _BOUND = {'float32': 1e-3, 'bfloat16': 1e-1, 'float16': 1e-2}
 # How far what is reopened may lie from what was merged: the same weights in the same kernels.
 _SAME = 1e-5
+# Of what the adapter does to logits: with less of it it is lost, with less of it that is said.
+_LOST, _WHOLE = 0.05, 0.9
 _TEXT = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
 
 
@@ -115,19 +117,26 @@ def merge_and_save(
     with model.disable_adapter():
         bare = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
     merged = model.merge_and_unload(safe_merge=True)
+    made = [probe_logits(merged, tokenizer, images, ids=ids) for ids in probed]
+    share = min(map(_share_of_adapter, bare, wanted, made))
     merged.generation_config = config or merged.generation_config
     aside = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(aside, ignore_errors=True)
     save_whole(merged, tokenizer, aside, images)
     write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
-    difference, fault = verify_merged(aside, merged, tokenizer, probed, wanted, bare, images)
+    difference, fault = verify_merged(aside, merged, tokenizer, probed, wanted, made, images)
+    if share < _LOST:
+        fault = (
+            f'the merged model holds {share:.0%} of what the adapter does: merge with --dtype fp32, which loses none.'
+        )
     if fault:
         raise ConfigError(f'{fault} Nothing was put at {target}; the folder is {aside}.')
     put_in_place(aside, target)
+    coarse = f'; {share:.0%} of what the adapter does, the rest is rounded away: --dtype fp32 keeps it'
     return (
         f'the logits of base + adapter on a fixed text and {len(texts)} of your rows (at most {difference:.3g} apart, '
         f'the largest is {max(float(logits.abs().max()) for logits in wanted):.3g}), its vocabulary, generation '
-        f'settings and {"tied" if _is_tied(merged)[0] else "free"} head'
+        f'settings and {"tied" if _is_tied(merged)[0] else "free"} head{coarse if share < _WHOLE else ""}'
     )
 
 
@@ -137,7 +146,7 @@ def verify_merged(
     tokenizer: Any,
     texts: Sequence[list[int] | None],
     wanted: Sequence[torch.Tensor],
-    bare: Sequence[torch.Tensor],
+    merged_logits: Sequence[torch.Tensor],
     images: Images | None = None,
 ) -> tuple[float, str | None]:
     """Open a folder as a stranger would; returns the largest difference of its logits and what is wrong, or None."""
@@ -146,8 +155,8 @@ def verify_merged(
     found_tokenizer = load_tokenizer(folder)
     bound, difference = _BOUND[str(dtype).removeprefix('torch.')], 0.0
     kernels = {model.config._attn_implementation for model in (merged, reopened)}
-    for ids, logits, without in zip(texts, wanted, bare, strict=True):
-        made, found = (probe_logits(model, tokenizer, images, ids=ids) for model in (merged, reopened))
+    for ids, logits, made in zip(texts, wanted, merged_logits, strict=True):
+        found = probe_logits(reopened, tokenizer, images, ids=ids)
         for what, expected, allowed in (
             ('base + adapter', logits, bound),
             ('what was written', made, _SAME if len(kernels) == 1 else bound),
@@ -158,8 +167,6 @@ def verify_merged(
                     f'the merged model differs from {what}: its logits by up to {apart:.4g}, rounding explains '
                     f'{allowed * largest:.4g}.'
                 )
-        if (share := _share_of_adapter(without, logits, found)) is not None and share < 0.5:
-            return difference, f'the merged model holds {share:.0%} of what the adapter does to the logits.'
         difference = max(difference, float((logits - found).abs().max()))
     if found_tokenizer.get_vocab() != tokenizer.get_vocab():
         return difference, 'the merged folder has another vocabulary than the model was trained with.'
@@ -172,15 +179,14 @@ def verify_merged(
     return difference, None
 
 
-def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float | None:
+def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float:
     """Return how far logits went from the base's towards base + adapter's: 1 with the adapter in them, 0 without.
 
-    Rounding, which points anywhere, hardly moves that, however large it is; None where the adapter does much less.
+    Rounding, which points anywhere, hardly moves that, unless the adapter does much less: then 1, as it is not known.
     """
     moved, error = tuned - bare, found - tuned
-    if moved.norm() <= 0.1 * error.norm() or not moved.norm():
-        return None
-    return float(((found - bare) * moved).sum() / moved.square().sum())
+    known = float(moved.norm()) > 0.1 * float(error.norm())
+    return float(((found - bare) * moved).sum() / moved.square().sum()) if known else 1.0
 
 
 def _settings(model: Any) -> dict[str, Any]:

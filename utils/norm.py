@@ -89,8 +89,7 @@ def fuse_norms(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _kind(layer: nn.Module, epsilon: float) -> Kind | None:
-    weight, same = layer._parameters['weight'], set(_KINDS)
-    assert weight is not None, 'looked for by name'
+    weight, same = layer.get_parameter('weight'), set(_KINDS)
     # In bf16 too: under autocast layers whose weights are fp32 get that, and only then the kinds differ.
     for dtype in (weight.dtype, torch.bfloat16):
         x = torch.linspace(-3, 5, 3 * weight.shape[-1], device=weight.device).sin().view(3, -1).to(dtype)
