@@ -38,6 +38,8 @@ class Session:
         self.flags = small_flags(model_dir, write_jsonl(folder / 'qa.jsonl', rows), folder / 'out')
         # Micro-batches of one process would be joined otherwise, and rounding would differ from those of two.
         self.flags += ['--dataset_test_ratio', '0.15', '--group_by_length', 'false']
+        long = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in ((90, 3, 12, 9, 4, 20, 7, 31) * 6)[:47]]
+        self.mixed = ['--dataset', write_jsonl(folder / 'mixed.jsonl', long).as_posix(), '--batch_size', '1']
 
     def words(self, name: str, *flags: str) -> list[str]:
         """Return the words of a run that writes under `name`."""
@@ -107,6 +109,7 @@ def session(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Sessio
         for sft_type in ('lora', 'full'):
             flags = ['--sft_type', sft_type, '--gradient_accumulation_steps', '2', '--only_save_model', 'false']
             assert llm_sft.main(session.words(f'{sft_type}-one', *flags)) == 0
+        assert llm_sft.main(session.words('apart-one', *session.mixed, '--gradient_accumulation_steps', '8')) == 0
     torch.set_num_threads(threads)
     runs: list[list[Any]] = []
     for sft_type in ('lora', 'full'):
@@ -123,10 +126,19 @@ def session(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Sessio
         runs.append(['llm_sft', session.words(f'generate-{mode}', *generate, *MODES[mode])])
     checkpoint = f'glob:{session.folder}/full-ddp/*/*/checkpoint-6'
     runs.append(['llm_infer', ['--ckpt_dir', checkpoint, *GREEDY, '--result_path', str(session.folder / 'two.jsonl')]])
+    joined = ['--gradient_accumulation_steps', '4', '--group_by_length', 'true']
+    runs.append(['llm_sft', session.words('joined-two', *session.mixed, *joined)])
     process = session.start(runs, '--standalone', '--nproc_per_node=2')
     printed = finish(process)
     assert process.returncode == 0, printed[-4000:]
     return session
+
+
+def test_joined_micro_batches_of_two_processes_train_as_each_by_itself(session: Session) -> None:
+    one, two = (session.run_folder(name) for name in ('apart-one', 'joined-two'))
+    assert_same(one, two, tolerance=2e-5)
+    batches = [len(rank['rows']) for rank in session.notes(18)]
+    assert batches == [24, 24], 'rows of 6 steps'
 
 
 @pytest.mark.parametrize('sft_type', ['lora', 'full'])
