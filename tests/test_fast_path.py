@@ -6,7 +6,10 @@ import copy
 import importlib
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from tests.conftest import make_model, make_tokenizer, write_jsonl
+from tests.conftest import ROOT, make_model, make_tokenizer, write_jsonl
 from tests.test_exactness import make_rows, open_tiny, plain_gradients, prepared
 from utils import attention, loss
 from utils.attention import RowAttention, Rows, attend_in_groups
@@ -473,6 +476,33 @@ def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_pa
     found = [first_step(run_sft(*common, *way, '--gradient_accumulation_steps', '1')) for way in ways]
     for values in found[1:]:
         assert values == pytest.approx(found[0], abs=1e-5)
+
+
+# Makes as many shapes twice as oneDNN keeps kernels for at most where nobody sets it, and says when it starts again.
+MANY_SHAPES = """
+from utils.start import start_processes
+start_processes('gloo')
+import torch
+weight = torch.zeros(8, 8).to_mkldnn()
+for _ in range(2):
+    print('again', flush=True)
+    for rows in range(1, 301):
+        torch._C._nn.mkldnn_linear(torch.zeros(rows, 8).to_mkldnn(), weight)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
+@pytest.mark.parametrize('chosen', [None, '1024'])
+def test_kernels_of_shapes_long_past_are_given_up(chosen: str | None) -> None:
+    setting = {} if chosen is None else {'ONEDNN_PRIMITIVE_CACHE_CAPACITY': chosen}
+    environment = {name: x for name, x in os.environ.items() if name != 'ONEDNN_PRIMITIVE_CACHE_CAPACITY'}
+    done = subprocess.run(
+        [sys.executable, '-c', MANY_SHAPES], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**environment, **setting, 'ONEDNN_VERBOSE': 'profile_create'},
+    )  # fmt: skip
+    made = [part.count('create:cache_miss') for part in done.stdout.split('again')[1:]]
+    assert made[0] >= 300
+    assert made[1] == (0 if chosen else pytest.approx(made[0], abs=1))
 
 
 def test_packing_needs_a_model_that_can(run_sft: Run, tmp_path: Path, problems: Callable[[], list[str]]) -> None:

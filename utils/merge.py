@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _BOUND = {'float32': 1e-3, 'bfloat16': 1e-1, 'float16': 1e-2}
 # How far what is reopened may lie from what was merged: the same weights in the same kernels.
 _SAME = 1e-5
-# Of what the adapter does to logits: with less of it it is lost, with less of it that is said.
+# Shares of what the adapter does to logits: with less than the first it is lost, with less than the second not whole.
 _LOST, _WHOLE = 0.05, 0.9
 _TEXT = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
 

@@ -58,25 +58,21 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
     losses = [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
     data = progress.get('data') or {}
     counts = [f'{part} {data[part].get("rows")} rows' for part in ('train', 'validation') if part in data]
-    return (
-        Path(__file__)
-        .with_suffix('.md')
-        .read_text(encoding='utf-8')
-        .format(
-            name=name,
-            base=_name(base['id']),
-            library='peft' if adapter else 'transformers',
-            tags='lora, ' if adapter else '',
-            what='A LoRA adapter for' if adapter else 'All weights, fine-tuned from',
-            step=progress['step'],
-            sha256=base['sha256'],
-            covers=base['covers'],
-            data=': '.join(filter(None, (_name(record['dataset']), ', '.join(counts)))),
-            flags=_table(('flag', 'value'), _flags(record)),
-            scores=_table(('step', *scores), scored) if scores else 'Not evaluated.',
-            pictures=' '.join(f'![{PurePath(picture).stem}]({picture})' for picture in pictures),
-            losses=_table(('step', 'loss'), losses),
-        )
+    card = Path(__file__).with_suffix('.md').read_text(encoding='utf-8')
+    return card.format(
+        name=name,
+        base=_name(base['id']),
+        library='peft' if adapter else 'transformers',
+        tags='lora, ' if adapter else '',
+        what='A LoRA adapter for' if adapter else 'All weights, fine-tuned from',
+        step=progress['step'],
+        sha256=base['sha256'],
+        covers=base['covers'],
+        data=': '.join(filter(None, (_name(record['dataset']), ', '.join(counts)))),
+        flags=_table(('flag', 'value'), _flags(record)),
+        scores=_table(('step', *scores), scored) if scores else 'Not evaluated.',
+        pictures=' '.join(f'![{PurePath(picture).stem}]({picture})' for picture in pictures),
+        losses=_table(('step', 'loss'), losses),
     )
 
 

@@ -120,6 +120,8 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     """Join the process group where torchrun started several processes, and quiet the libraries."""
     # The tokenizer's threads are used before data workers are forked; without this each fork warns.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
+    # A kernel for each shape, about half a MiB: of rows laid end to end hardly two batches have the same.
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
     import torch
     import transformers
 
