@@ -27,9 +27,10 @@ seen: dict[str, Any] = {}
 
 
 def noted_loss(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Return the trainer's loss, rows and parameter classes noted; dies or fails in mid-step where the plan says so."""
+    """Return the trainer's loss; notes batches, rows and parameter classes; dies or fails where the plan says so."""
     if self.in_preflight:
         return plain_loss(self, model, inputs, *args, **kwargs)
+    seen['batches'] += 1
     seen['rows'] += [ids.tolist() for ids in split_rows(inputs, 'input_ids')]
     seen['parameters'] = sorted({type(p).__name__ for p in self.model.parameters()})
     seen['seeds'] = [self.args.seed, self.args.data_seed]
@@ -61,7 +62,7 @@ def main() -> int:
     torch.distributed.destroy_process_group = lambda *args: None
     SftTrainer.compute_loss = noted_loss  # type: ignore[method-assign]
     for number, (program, words) in enumerate(plan['runs']):
-        seen.update(run=number, rows=[])
+        seen.update(run=number, rows=[], batches=0)
         code = importlib.import_module(program).main([expand(word) for word in words])
         Path(plan['notes'], f'{number}-{rank}.json').write_text(json.dumps(seen))
         if code:
