@@ -100,7 +100,6 @@ def _act(
         images=images,
         loss_scope=args.loss_scope,
     )
-    encoder.keeps_lead = record is not None and record.get('keeps_lead', True)
     if checkpoint is not None and record is not None:
         check_trained_template(encoder, record, checkpoint, typed='template_type' in done.typed)
     config = generation_config(args, tokenizer, encoder.stop_ids)

@@ -90,7 +90,6 @@ def carry_out(
         data = prepare_data(encoder, rows, run.folder, samples=args.show_samples)
     else:
         data = prepare_stream(encoder, rows, run.folder, args)
-    run.note(keeps_lead=encoder.keeps_lead)
     asked = BeforeAfter(args, encoder, rows)
     asked.ask_before(model, args)
     model = prepare_model(model, args)

@@ -20,7 +20,7 @@ from utils.argument import SftArguments
 from utils.auto_encoder import AutoEncoder
 from utils.errors import ConfigError
 from utils.model import MODEL_MAPPING, LoadOptions, get_text_model_tokenizer, infer_model_type
-from utils.preprocess import ADDED_END, AUTO, RENDERED_DIFFERENTLY, Encoded, Message, Row
+from utils.preprocess import ADDED_END, AUTO, FULL_DIFFERS, RENDERED_DIFFERENTLY, Encoded, Message, Row
 from utils.tuner import find_targets, prepare_model
 
 SMALL: dict[str, Any] = {
@@ -375,7 +375,7 @@ ENDS = {
     'cohere': '<|END_OF_TURN_TOKEN|>', 'cohere2': '<|END_RESPONSE|>', 'deepseek_r1_distill': '<｜end▁of▁sentence｜>',
     'deepseekv3': '<｜end▁of▁sentence｜>', 'diffusion_gemma': '<turn|>', 'gemma': '<end_of_turn>',
     'gemma3': '<end_of_turn>', 'gemma4': '<turn|>', 'gemma4_v2': '<turn|>', 'gemma4_v3': '<turn|>',
-    'gemma4_v4': '<turn|>', 'gemma4_v5': '<turn|>', 'glm4moe': '</s>', 'gptoss': '<|return|>', 'lfm2': '<|im_end|>',
+    'gemma4_v4': '<turn|>', 'gemma4_v5': '<turn|>', 'glm4moe': '<|user|>', 'gptoss': '<|return|>', 'lfm2': '<|im_end|>',
     'lfm2_2_5': '<|im_end|>', 'lfm2_2_5_v2': '<|im_end|>', 'lfm2_2_5_vl': '<|im_end|>', 'lfm2_v2': '<|im_end|>',
     'llama3': '<|eot_id|>', 'llama3_1': '<|eot_id|>', 'llama3_2': '<|eot_id|>', 'muse_glimmer': '<|eot|>',
     'nemotron_3_5_lightning': '<|im_end|>', 'nemotron_3_nano': '<|im_end|>', 'nemotron_3_super': '<|im_end|>',
@@ -384,19 +384,19 @@ ENDS = {
     'qwen3_5_think': '<|im_end|>', 'qwen3_6': '<|im_end|>', 'qwen3_8': '<|im_end|>',
     'qwen3_instruct_2507': '<|im_end|>', 'qwen3_vl': '<|im_end|>',
 }  # fmt: skip
-# What stands between the generation prompt and the reply, without loss.
+# What is trained between the generation prompt and the reply: what the template prints there, or what closes the
+# think block that its generation prompt opens.
 LEADS = {
-    'deepseek_r1_distill': '\n</think>\n\n', 'deepseekv3': '\n</think>\n\n', 'glm4moe': '\n<think></think>\n',
+    'deepseek_r1_distill': '</think>\n\n', 'deepseekv3': '</think>\n\n', 'glm4moe': '\n<think></think>\n',
     'gptoss': '<|channel|>final<|message|>', 'muse_glimmer': ' to=user<|message|>',
-    'nemotron_3_5_lightning': '\n</think>\n\n', 'nemotron_3_nano': '\n</think>\n\n',
-    'nemotron_3_super': '\n</think>\n\n', 'nemotron_3_ultra': '\n</think>\n\n',
-    'qwen3': '<think>\n\n</think>\n\n', 'qwen3_5_think': '\n</think>\n\n', 'qwen3_6': '\n</think>\n\n',
-    'qwen3_8': '\n</think>\n\n',
+    'nemotron_3_5_lightning': '</think>', 'nemotron_3_nano': '</think>', 'nemotron_3_super': '</think>',
+    'nemotron_3_ultra': '</think>', 'qwen3': '<think>\n\n</think>\n\n', 'qwen3_5_think': '\n</think>\n\n',
+    'qwen3_6': '\n</think>\n\n', 'qwen3_8': '\n</think>\n\n',
 }  # fmt: skip
 THINKING = [name for name, lead in LEADS.items() if 'think' in lead]
 # These open a think block at inference and print none, or another, around a reply: the ids differ, which is noted.
 UNLIKE_THEIR_PROMPT = {'deepseek_r1_distill', 'deepseekv3', *(name for name in LEADS if name.startswith('nemotron'))}
-NOTES = {**{name: [RENDERED_DIFFERENTLY] for name in UNLIKE_THEIR_PROMPT}, 'glm4moe': [ADDED_END]}
+NOTES = {**{name: [FULL_DIFFERS] for name in UNLIKE_THEIR_PROMPT}, 'glm4moe': [ADDED_END]}
 # Vision models whose content is a list of parts, never a text.
 NEED_PARTS = {'idefics3', 'llava_next', 'smolvlm'}
 NO_SYSTEM = {'gemma'}
@@ -439,29 +439,22 @@ def conversations(name: str) -> list[list[Message]]:
 
 
 def ids_of(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Return what transformers gives for a chat; GLM's template prints no end, so the end of sequence is added."""
+    """Return what transformers gives for a chat; GLM's template prints no end, so the next turn's token is added."""
     ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)['input_ids']
-    return ids + [tokenizer.eos_token_id] * ('[gMASK]' in tokenizer.chat_template)
+    return ids + [tokenizer.convert_tokens_to_ids('<|user|>')] * ('[gMASK]' in tokenizer.chat_template)
 
 
-def check_row(name: str, tokenizer: Any, messages: list[Message], reply: str, lead: str) -> Encoded:
-    """Check that the inference prompt is a prefix of what is trained, and loss covers `reply` and the end alone."""
+def check_row(name: str, tokenizer: Any, messages: list[Message], said: str) -> Encoded:
+    """Check that a row is the generation prompt, and after it `said` and the end, which alone carry loss."""
     encoder = AutoEncoder(tokenizer, system=None, max_length=-1)
     row = Row(messages=messages, origin='test:1')
     encoded = encoder.encode([row])[0]
     start, stop = encoded.trained
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    reasons = lead != LEADS.get(name, '')
-    assert encoder.keeps_lead != reasons
     assert encoded.input_ids[:start] == encoder.encode_prompts([row])[0]
-    assert tokenizer.decode(encoded.input_ids[:start]) == prompt + lead
-    assert tokenizer.decode(encoded.input_ids[start:stop]) == reply + ENDS[name]
-    assert encoder.stop_ids == [tokenizer.convert_tokens_to_ids(ENDS[name])]
-    # An untrained model gets the generation prompt alone, which is a prefix too.
-    encoder.keeps_lead = False
-    bare = encoder.encode_prompts([row])[0]
-    opening = '\n' if name == 'glm4moe' else ''
-    assert tokenizer.decode(bare) == prompt + opening and encoded.input_ids[: len(bare)] == bare
+    assert tokenizer.decode(encoded.input_ids[:start]) == prompt
+    assert tokenizer.decode(encoded.input_ids[start:stop]) == said + ENDS[name]
+    assert encoder.stop_ids[0] == tokenizer.convert_tokens_to_ids(ENDS[name])
     return encoded
 
 
@@ -474,7 +467,7 @@ def test_every_text_template_of_trl_is_tried() -> None:
 def test_auto_gives_the_ids_of_the_models_own_template(name: str) -> None:
     tokenizer, checked = template_tokenizer(name), 0
     for messages in conversations(name):
-        encoded = check_row(name, tokenizer, messages, messages[-1]['content'], LEADS.get(name, ''))
+        encoded = check_row(name, tokenizer, messages, LEADS.get(name, '') + messages[-1]['content'])
         whole = ids_of(tokenizer, messages)
         assert encoded.notes == NOTES.get(name, [])
         assert (encoded.input_ids == whole) == (name not in UNLIKE_THEIR_PROMPT)
@@ -491,33 +484,35 @@ def test_a_reply_that_reasons_takes_the_place_of_the_empty_think_block(name: str
         thought: list[Message] = [*messages[:-1], {'role': 'assistant', 'content': reasoning + answer}]
         opened = '<think>\n' if name.startswith(('deepseek', 'nemotron', 'qwen3_')) else ''
         opening = '\n' if name == 'glm4moe' else ''
-        encoded = check_row(name, tokenizer, thought, (reasoning + answer).removeprefix(opened), opening)
+        encoded = check_row(name, tokenizer, thought, opening + (reasoning + answer).removeprefix(opened))
         # DeepSeek's template drops reasoning, Qwen3.8's reads it from a field of its own.
         own: Any = [*messages[:-1], {'role': 'assistant', 'content': answer, 'reasoning_content': 'because'}]
         whole = ids_of(tokenizer, own if name == 'qwen3_8' else thought)
         assert (encoded.input_ids == whole) != name.startswith('deepseek')
-        noted = [RENDERED_DIFFERENTLY] if name.startswith(('deepseek', 'qwen3_8')) else []
-        assert encoded.notes == ([ADDED_END] if name == 'glm4moe' else noted)
+        noted = {'deepseek_r1_distill': [FULL_DIFFERS], 'deepseekv3': [FULL_DIFFERS]}
+        noted |= {'qwen3_8': [RENDERED_DIFFERENTLY], 'glm4moe': [ADDED_END]}
+        assert encoded.notes == noted.get(name, [])
         checked += 1
     assert checked == 6
 
 
-def test_a_tool_call_is_trained_without_the_empty_think_block_before_it() -> None:
+def test_a_call_is_trained_with_the_text_and_the_empty_think_block_before_it() -> None:
     tokenizer = template_tokenizer('qwen3')
     call = {'type': 'function', 'function': {'name': 'look', 'arguments': {'at': 'it'}}}
-    last: Message = {'role': 'assistant', 'content': 'look', 'tool_calls': [call]}
+    last: Message = {'role': 'assistant', 'content': 'I look.', 'tool_calls': [call]}
     row = Row(messages=[{'role': 'user', 'content': 'hi'}, last], origin='test:1')
     encoder = AutoEncoder(tokenizer, system=None, max_length=-1)
     encoded = encoder.encode([row])[0]
     start, stop = encoded.trained
     assert encoded.input_ids[:start] == encoder.encode_prompts([row])[0]
-    assert tokenizer.decode(encoded.input_ids[:start]).endswith('assistant\n<think>\n\n</think>\n\n')
+    assert tokenizer.decode(encoded.input_ids[:start]).endswith('<|im_start|>assistant\n')
     trained = tokenizer.decode(encoded.input_ids[start:stop])
-    assert trained == '<tool_call>\n{"name": "look", "arguments": {"at": "it"}}\n</tool_call><|im_end|>'
+    said = 'I look.\n<tool_call>\n{"name": "look", "arguments": {"at": "it"}}\n</tool_call>'
+    assert trained == f'<think>\n\n</think>\n\n{said}<|im_end|>'
 
 
 @pytest.mark.parametrize('reasons', [False, True])
-def test_inference_thinks_if_training_did(tmp_path: Path, model_dir: Path, reasons: bool) -> None:
+def test_inference_asks_as_the_template_does(tmp_path: Path, model_dir: Path, reasons: bool) -> None:
     import llm_infer
     import llm_sft
 
@@ -529,8 +524,6 @@ def test_inference_thinks_if_training_did(tmp_path: Path, model_dir: Path, reaso
     data = write_jsonl(tmp_path / 'rows.jsonl', rows)
     assert llm_sft.main([*small_flags(folder, data, tmp_path / 'out'), '--max_steps', '1', '--eval_steps', '1']) == 0
     checkpoint = next((tmp_path / 'out').glob('*/*')) / 'checkpoint-1'
-    record = json.loads((checkpoint / 'sft_args.json').read_text())
-    assert record['keeps_lead'] != reasons
     prompts: list[str] = []
 
     def seen(model: Any, tokenizer: Any, encoder: AutoEncoder, *_: Any, **__: Any) -> None:
@@ -542,4 +535,4 @@ def test_inference_thinks_if_training_did(tmp_path: Path, model_dir: Path, reaso
         for model in (['--ckpt_dir', str(checkpoint)], ['--model_id_or_path', str(folder)]):
             assert llm_infer.main([*model, '--eval_human', 'true', '--dtype', 'fp32']) == 0
     ask = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
-    assert prompts == [ask if reasons else ask + '<think>\n\n</think>\n\n', ask], 'untrained: as its template asks'
+    assert prompts == [ask, ask], 'the generation prompt, whatever was trained'

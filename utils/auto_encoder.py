@@ -1,18 +1,20 @@
 """Token ids of conversations under the tokenizer's own chat template (template `auto`).
 
-Everything is found by rendering: the prompt is the rendering up to the reply with the generation prompt, the end of
-a turn is what the template prints after a reply. What it prints between the two, a channel's name or an empty think
-block, is part of the prompt, so that it carries no loss. Where no token merges across the reply's borders and the data
-spells no control token, the ids equal `tokenizer.apply_chat_template` exactly; every other row is noted.
+A row's ids are the ids of its prompt, which is what the template renders with the generation prompt, and of what
+follows it. So inference, here and on any server, starts exactly where training started. What follows is what the
+template prints after the generation prompt: what leads to the reply (a blank, a channel's name, an empty think block),
+the reply, and the end of turn. All of it up to the end of turn carries loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import re
 import secrets
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from utils.encoder import Encoder, TemplateEncoder
 from utils.errors import ConfigError, told
@@ -21,9 +23,13 @@ from utils.preprocess import (
     ADDED_END,
     AUTO,
     CONTROL_TOKENS,
+    EARLIER_CHANGED,
+    FULL_DIFFERS,
     MERGED_BOUNDARY,
+    REASONING_AS_TEXT,
     RENDERED_DIFFERENTLY,
     TEMPLATE_MAPPING,
+    THINKING_SWITCH,
     TOOL_CALL_AS_TEXT,
     TOOLS_IGNORED,
     Encoded,
@@ -31,88 +37,172 @@ from utils.preprocess import (
     Message,
     Row,
     RowRefused,
+    mark_pieces,
+    without_last,
 )
-from utils.rounds import EndOfTurn, add_earlier
 from utils.text_tokenizer import map_strings
 
-_OPENS_THINKING = re.compile(r'<(?:\w+:)?think>')
-_CLOSES_THINKING = re.compile(r'</(?:\w+:)?think>')
-_PROMPT_THINKS = re.compile(r'<((?:\w+:)?think)>\s*$')
-_REPLY_THINKS = re.compile(r'\s*<(?:\w+:)?think>\s*')
+_OPEN_THINK = re.compile(r'<((?:\w+:)?think)>\s*$')
+_BEGINS_CLOSING = re.compile(r'\s*</(?:\w+:)?think>')
+_BEGINS_THINKING = re.compile(r'\s*<((?:\w+:)?think)>\s*')
+_EMPTY_BLOCK = re.compile(r'\s*<((?:\w+:)?think)>\s*</\1>')
+# A reply whose think block the prompt opened: the closing tag stands at the end of its line, or alone.
+_CLOSES_LINE = re.compile(r'</(?:\w+:)?think>[ \t]*(?:\n|$)|\n</(?:\w+:)?think>')
+_ANY_THINK_TAG = re.compile(r'</?(?:\w+:)?think>')
+_THINK_SOURCE = re.compile(r'<((?:\w+:)?think)>')
+# Keys under which templates look for the reasoning of a turn.
+_REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
+# Variables with which templates let a model think.
+_SWITCHES = {'enable_thinking': True, 'thinking': True, 'reasoning': True, 'think': True}
 
 # Ends of prompts whose ids are remembered; templates have few, but one may end in the question itself.
 _TAILS_KEPT = 4096
+_NOTHING: Mapping[str, Any] = {}
+
+
+class _Chat(NamedTuple):
+    """What is rendered: messages in the template's form, tools, and the template's settings."""
+
+    messages: list[Message]
+    tools: Sequence[Any] | None
+    settings: Mapping[str, Any]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text: its prompt and reply, and which of them hold guarded data."""
+    """A row as text: its prompt, what follows it up to the end of what carries loss, and the rest."""
 
+    chat: _Chat
     prompt: str
     reply: str
-    prompt_guarded: bool
-    reply_guarded: bool
+    rest: str
+    # The end of turn to add where the template prints none.
+    end: int | None
+    # Whether stand-ins are in the text for control tokens that the row spells.
+    guarded: bool
     notes: list[str]
+
+    @property
+    def text(self) -> str:
+        """Return all that the template prints."""
+        return self.prompt + self.reply + self.rest
+
+
+class _Frame(NamedTuple):
+    """What a template prints around the reply of a one-turn chat.
+
+    `lead` stands between prompt and reply, `end` after the reply. `alone` is how the prompt ends where the whole chat
+    is printed without it, as with a think block that the generation prompt alone opens.
+    """
+
+    lead: str
+    end: str
+    alone: str
+    # Whether the prompt ends in an open think block.
+    opens: bool
+
+
+class _Earlier(NamedTuple):
+    """An earlier reply that carries loss: its row, and where it begins and ends in the text of the prompt."""
+
+    row: int
+    start: int
+    end: int
 
 
 class AutoEncoder(Encoder):
-    """Encodes with the tokenizer's chat template. Loss covers the last reply, or each, and its end-of-turn token."""
+    """Encodes with the tokenizer's chat template. Loss covers the last reply, or each, and its end-of-turn token.
+
+    Encoding a row changes nothing here that another row could meet, but for a memory of token ids.
+    """
 
     name = AUTO
 
     def __init__(self, tokenizer: Any, *, system: str | None, max_length: int, images: Images | None = None) -> None:
-        super().__init__(tokenizer, max_length=max_length, images=images)
         if not tokenizer.chat_template:
             raise ConfigError(
                 'template auto needs a chat template, and this tokenizer has none. '
                 f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
             )
+        templates = tokenizer.chat_template
+        self._source = ''.join(templates.values()) if isinstance(templates, dict) else str(templates)
+        super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)
         self.system = system
-        self._lead, self._end = self._find_frame()
-        # What of the lead comes before its think block: a reply that reasons follows it.
-        self._opening = self._lead[: match.start()] if (match := _OPENS_THINKING.search(self._lead)) else ''
-        self._control = frozenset(self.text.special_ids.values())
-        self._end_ids, self._end_trained = self._end_of_turn(self._end)
-        self.stop_ids = [i for i in self._end_ids[: self._end_trained] if i in self._control]
         self._tails: dict[str, list[int]] = {}
-        self.says_tools = self._prints(tools=True)
-        self.says_tool_calls = self._prints(tools=False)
+        self._frame = self._find_frame()
+        self.says_tools = self._prints_tools()
+        # What stands for the text of a turn that holds calls alone: DeepSeek's templates print calls beside null only.
+        self._no_text: str | None = ''
+        self._says_calls = self._find_forms_of_calls()
+        if not any(self._says_calls.values()):
+            self._no_text = None
+            self._says_calls = self._find_forms_of_calls()
+        self._reasoning_key = self._find_reasoning_key()
+        self._switch, self._opens = self._find_switch()
+        # The token that opens the next turn after a reply and after a call: the end of turn where none is printed.
+        self._next = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
+        self.stop_ids = self._find_stop_ids()
 
-    def _apply(self, chats: list[Any], tools: Sequence[Any] | None, prompt: bool) -> Any:
+    # --- rendering
+
+    def _apply(self, chats: list[Any], tools: Sequence[Any] | None, prompt: bool, settings: Mapping[str, Any]) -> Any:
         from jinja2.exceptions import TemplateError
 
         try:
             render = self.tokenizer.apply_chat_template
-            return render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False)
+            return render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False, **settings)
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
         except Exception as error:  # a template is someone's program, and fails as programs do
             raise RowRefused(f'the chat template fails: {told(error)}') from error
 
-    def _render(self, messages: Sequence[Message], *, tools: Sequence[Any] | None, prompt: bool) -> str:
-        return str(self._apply(list(messages), tools, prompt))
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False,
+        settings: Mapping[str, Any] = _NOTHING,
+    ) -> str:  # fmt: skip
+        return str(self._apply(list(messages), tools, prompt, settings))
 
-    def _render_all(
-        self, chats: Sequence[tuple[Sequence[Message], Sequence[Any] | None]], *, prompt: bool
-    ) -> list[str]:
-        """Return the rendering of each (messages, tools); those without tools in one call, which is quicker."""
-        plain = [list(messages) for messages, tools in chats if not tools]
-        texts = iter(self._apply(plain, None, prompt) if plain else [])
-        return [self._render(m, tools=tools, prompt=prompt) if tools else next(texts) for m, tools in chats]
-
-    def _find_frame(self) -> tuple[str, str]:
-        """Return what the template prints before a reply, the generation prompt left off, and after it.
-
-        A generation prompt that opens a think block which no reply closes is closed here. Raises ConfigError where
-        the template cannot serve at all.
-        """
-        reply = secrets.token_hex(8)
-        messages: list[Message] = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': reply}]
-        if self.system:
-            messages.insert(0, {'role': 'system', 'content': self.system})
+    def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **options: Any) -> str:
+        """Return the rendering of a probe, '' where the template refuses it."""
         try:
-            prompt = self._render(messages[:-1], tools=None, prompt=True)
-            text = self._render(messages, tools=None, prompt=False)
+            return self._render(messages, tools, **options)
+        except RowRefused:
+            return ''
+
+    def _render_all(self, chats: Sequence[_Chat], *, prompt: bool) -> list[str]:
+        """Return the rendering of each chat; those without tools and settings in one call, which is quicker."""
+        plain = [list(chat.messages) for chat in chats if not (chat.tools or chat.settings)]
+        texts = iter(self._apply(plain, None, prompt, _NOTHING) if plain else [])
+        return [
+            self._render(chat.messages, chat.tools, prompt=prompt, settings=chat.settings)
+            if chat.tools or chat.settings
+            else next(texts)
+            for chat in chats
+        ]
+
+    # --- what the template does, found once by rendering made-up chats
+
+    def _probe(self, *turns: Message, user: str = 'a') -> list[Message]:
+        begin: list[Message] = [{'role': 'system', 'content': self.system}] if self.system else []
+        return [*begin, {'role': 'user', 'content': user}, *turns]
+
+    def _probe_tool(self) -> tuple[str, dict[str, Any]]:
+        name = f'probe_{secrets.token_hex(4)}'
+        parameters = {'type': 'object', 'properties': {'a': {'type': 'string', 'description': 'a'}}}
+        return name, {'type': 'function', 'function': {'name': name, 'description': 'a', 'parameters': parameters}}
+
+    def _probe_call(self, name: str) -> Message:
+        # Mistral's templates demand ids of nine letters and digits.
+        call = {'type': 'function', 'id': 'probe0001', 'function': {'name': name, 'arguments': {'a': '1'}}}
+        return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
+
+    def _find_frame(self) -> _Frame:
+        """Return what the template prints around a reply. Raises ConfigError where it cannot serve at all."""
+        reply = secrets.token_hex(8)
+        messages = self._probe({'role': 'assistant', 'content': reply})
+        try:
+            prompt = self._render(messages[:-1], prompt=True)
+            text = self._render(messages)
         except RowRefused as error:
             hint = 'Leave --system out, or choose' if self.system else 'Choose'
             raise ConfigError(
@@ -123,176 +213,455 @@ class AutoEncoder(Encoder):
                 "the chat template of this tokenizer does not print the assistant's reply, so nothing could be "
                 'learnt. Choose a --template_type.'
             )
+        self.text.add_printed(prompt + text)
         start = text.rindex(reply)
-        lead = text[len(prompt) : start] if text.startswith(prompt) else ''
-        if (opened := _PROMPT_THINKS.search(prompt)) and not _CLOSES_THINKING.search(lead):
-            lead = f'\n</{opened[1]}>\n\n'
-        return lead, text[start + len(reply) :]
+        common = len(_shared(prompt, text[:start]))
+        return _Frame(
+            lead=text[common:start],
+            end=text[start + len(reply) :],
+            alone=prompt[common:],
+            opens=_OPEN_THINK.search(prompt) is not None,
+        )
 
-    def _end_of_turn(self, end: str) -> tuple[list[int], int]:
-        """Return the ids after a reply and how many of them are trained: up to the first control token."""
-        ids = self.text.ids([end])[0] if end else []
-        for index, token in enumerate(ids):
-            if token in self._control:
-                return ids, index + 1
-        if end.strip():
-            return ids, len(ids)
-        # A template that prints no end at all (GLM-4): without one the model would never learn to stop.
-        return [self.tokenizer.eos_token_id], 1
+    def _prints_tools(self) -> bool:
+        name, tool = self._probe_tool()
+        text = self._try(self._probe(), [tool], prompt=True)
+        self.text.add_printed(text)
+        return name in text
 
-    def _prints(self, *, tools: bool) -> bool:
-        """Return whether the template prints tools, or tool calls: a made-up name must come out."""
-        name = f'probe_{secrets.token_hex(4)}'
-        call = {'type': 'function', 'function': {'name': name, 'arguments': {'a': '1'}}}
-        messages: list[Message] = [{'role': 'user', 'content': 'a'}]
-        if not tools:
-            messages.append({'role': 'assistant', 'content': '', 'tool_calls': [call]})
-        parameters = {'type': 'object', 'properties': {'a': {'type': 'string', 'description': 'a'}}}
-        tool = {'type': 'function', 'function': {'name': name, 'description': 'a', 'parameters': parameters}}
-        try:
-            return name in self._render(messages, tools=[tool] if tools else None, prompt=tools)
-        except (RowRefused, TypeError, ValueError):
-            return False
+    def _find_forms_of_calls(self) -> dict[bool, bool]:
+        return {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
 
-    def spoken(self, message: Message) -> Message:
+    def _prints_calls(self, *, with_tools: bool) -> bool:
+        """Return whether the template that renders rows with tools, or without, prints calls."""
+        name, tool = self._probe_tool()
+        tools = [tool] if with_tools else None
+        text = self._try(self._probe(self._probe_call(name)), tools)
+        listed = self._try(self._probe(), tools, prompt=True)
+        self.text.add_printed(text)
+        return text.count(name) > listed.count(name)
+
+    def _find_reasoning_key(self) -> str | None:
+        """Return the key of a turn under which the template prints reasoning."""
+        mark = secrets.token_hex(8)
+        for key in _REASONING_KEYS:
+            reply = cast(Message, {'role': 'assistant', 'content': 'b', key: mark})
+            if mark in self._try(self._probe(reply)):
+                return key
+        return None
+
+    def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
+        """Return the setting that opens the think block which the generation prompt closes, if any.
+
+        Also whether the prompt of a reply that reasons ends in an open think block.
+        """
+        mark = secrets.token_hex(8)
+
+        def generation_prompt(settings: Mapping[str, Any]) -> str:
+            text = self._try(self._probe(user=mark), prompt=True, settings=settings)
+            return text[text.rfind(mark) + len(mark) :] if mark in text else ''
+
+        plain = generation_prompt(_NOTHING)
+        for name, value in _SWITCHES.items():
+            text = generation_prompt({name: value}) if name in self._source else plain
+            if text and text != plain and (plain.startswith(text) or _OPEN_THINK.search(text)):
+                return {name: value}, _OPEN_THINK.search(text) is not None
+        return _NOTHING, self._frame.opens
+
+    def _find_next_token(self, *, is_call: bool) -> str | None:
+        """Return the control token that begins the turn after a reply, or after a call."""
+        name, tool = self._probe_tool()
+        reply: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': secrets.token_hex(8)}
+        after: Message = {'role': 'user', 'content': 'a'}
+        if is_call:
+            after = {'role': 'tool', 'content': 'a', 'name': name, 'tool_call_id': 'probe0001'}
+        tools = [tool] if is_call else None
+        before = self._try(self._probe(reply), tools).rstrip()
+        text = self._try(self._probe(reply, after), tools)
+        if not before or not text.startswith(before):
+            return None
+        follows = text[len(before) :]
+        token = self.text.find_control(follows)
+        if token is None or follows[: token.start()].strip() or token[0] == self.tokenizer.bos_token:
+            return None
+        return token[0]
+
+    def _find_stop_ids(self) -> list[int]:
+        """Return the tokens that end a turn of the assistant's: after a reply, and after a call."""
+        ends = [(self._frame.end, False)]
+        name, tool = self._probe_tool()
+        if any(self._says_calls.values()):
+            text = self._try(self._probe(self._probe_call(name)), [tool])
+            ends += [(text[text.rfind(name) :], True)] if name in text else []
+        found = []
+        for end, is_call in ends:
+            _, stop, added = self._split_end(end, is_call=is_call)
+            found.append(self.text.control_ids[stop] if added is None else added)
+        return list(dict.fromkeys(found))
+
+    # --- from a row to text
+
+    def spoken(self, message: Message, *, with_tools: bool = False) -> Message:
         """Return the message in the form that the template can say; images among text as a list of items."""
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
             items = [item for text in texts for item in ({'type': 'image'}, {'type': 'text', 'text': text})][1:]
             shown = [item for item in items if item.get('text') != '']
             return cast(Message, {**message, 'content': shown})
-        if 'tool_calls' not in message:
+        if not message.keys() & {'tool_calls', 'reasoning', 'loss'}:
             return message
-        if self.says_tool_calls:
-            return {**message, 'content': ''}
-        return {'role': message['role'], 'content': message['content']}
+        said: dict[str, Any] = {key: value for key, value in message.items() if key not in ('reasoning', 'loss')}
+        if 'tool_calls' in said and not self._says_calls[with_tools]:
+            calls = json.dumps([call.get('function', call) for call in said.pop('tool_calls')], ensure_ascii=False)
+            said['content'] = f'{said["content"]}\n{calls}' if said['content'] else calls
+        if 'tool_calls' in said and not said['content']:
+            said['content'] = self._no_text
+        if reasoning := message.get('reasoning'):
+            tag = _THINK_SOURCE.search(self._source)
+            if self._reasoning_key:
+                said[self._reasoning_key] = reasoning
+            elif tag:
+                said['content'] = self._as_block(reasoning, tag[1]) + (said['content'] or '')
+        return cast(Message, said)
 
-    def _prepare(self, row: Row, context: Sequence[Message]) -> tuple[list[Message], list[Any] | None, bool, list[str]]:
-        """Return what is rendered for the prompt, whether its data is guarded, and notes."""
-        messages = [self.spoken(message) for message in context]
+    def _as_block(self, reasoning: str, tag: str) -> str:
+        """Return reasoning as a think block, with line ends where the template has them."""
+        line = '\n' if f'<{tag}>\\n' in self._source or f'<{tag}>\n' in self._source else ''
+        return f'<{tag}>{line}{reasoning}{line}</{tag}>{2 * line}'
+
+    def _reasons(self, reply: Message) -> bool:
+        """Return whether a reply brings reasoning that the template can say: in its key, or in a think block."""
+        if reply.get('reasoning'):
+            return bool(self._reasoning_key or _THINK_SOURCE.search(self._source))
+        return _thinks(reply['content'], opened=self._opens)
+
+    def _chat(self, row: Row, context: Sequence[Message], *, reasons: bool) -> tuple[_Chat, bool, list[str]]:
+        """Return what is rendered of a row, with stand-ins where it spells a control token, whether it does, and notes.
+
+        Stand-ins are put in wherever any text of the row spells one, so that prompt and whole row are read alike.
+        """
+        notes = []
+        tools = row.tools
+        if tools and not self.says_tools:
+            tools = None
+            notes.append(TOOLS_IGNORED)
+        with_tools = bool(tools)
+        messages = [self.spoken(message, with_tools=with_tools) for message in context]
         if self.system is not None and (not messages or messages[0]['role'] != 'system'):
             messages.insert(0, {'role': 'system', 'content': self.system})
-        tools, notes = row.tools, []
-        if tools and not self.says_tools:
-            tools, notes = None, [TOOLS_IGNORED]
-        if not self.says_tool_calls and any('tool_calls' in message for message in row.messages):
+        if any('tool_calls' in message for message in row.messages) and not self._says_calls[with_tools]:
             notes.append(TOOL_CALL_AS_TEXT)
-        guarded = self._spells_control(messages, tools)
-        if guarded:
-            messages, tools = map_strings(messages, self.text.guard), map_strings(tools, self.text.guard)
-        return messages, tools, guarded, notes
+        settings = self._switch if reasons else _NOTHING
+        notes += [THINKING_SWITCH.format(switch=f'{name}={value}') for name, value in settings.items()]
+        chat = _Chat(messages, tools, settings)
+        if not self._spells_control(messages, tools):
+            return chat, False, notes
+        return self._guard(chat), True, [*notes, CONTROL_TOKENS]
+
+    def _guard(self, chat: _Chat) -> _Chat:
+        messages: list[Message] = []
+        for message in chat.messages:
+            guard = functools.partial(self.text.guard, reply=message['role'] == 'assistant')
+            messages.append(cast(Message, {**map_strings(message, guard), 'role': message['role']}))
+        return _Chat(messages, map_strings(chat.tools, self.text.guard), chat.settings)
 
     def _parts(self, rows: Sequence[Row]) -> list[_Parts]:
-        prepared = [self._prepare(row, row.messages[:-1]) for row in rows]
-        lasts = [self.spoken(row.messages[-1]) for row in rows]
-        guarded = [self._spells_control([last]) for last in lasts]
-        lasts = [map_strings(last, self.text.guard) if g else last for last, g in zip(lasts, guarded, strict=True)]
-        prompts = self._render_all([(messages, tools) for messages, tools, _, _ in prepared], prompt=True)
-        wholes = [([*messages, last], tools) for (messages, tools, _, _), last in zip(prepared, lasts, strict=True)]
-        rendered = self._render_all(wholes, prompt=False)
+        chats = []
+        for row in rows:
+            reasons = self._reasons(row.messages[-1])
+            chat, guarded, notes = self._chat(row, row.messages, reasons=reasons)
+            if row.messages[-1].get('reasoning') and reasons and not self._reasoning_key:
+                notes.append(REASONING_AS_TEXT)
+            chats.append((chat, guarded, notes, reasons))
+        prompts = self._render_all([chat._replace(messages=chat.messages[:-1]) for chat, *_ in chats], prompt=True)
+        fulls = self._render_all([chat for chat, *_ in chats], prompt=False)
         return [
-            self._part(prompt, full, last, prompt_guarded=p[2], reply_guarded=g, notes=p[3])
-            for prompt, full, last, p, g in zip(prompts, rendered, lasts, prepared, guarded, strict=True)
+            self._part(chat, prompt, full, guarded=guarded, notes=notes, reasons=reasons)
+            for (chat, guarded, notes, reasons), prompt, full in zip(chats, prompts, fulls, strict=True)
         ]
 
-    def _part(
-        self, prompt: str, full: str, last: Message, *, prompt_guarded: bool, reply_guarded: bool, notes: list[str]
-    ) -> _Parts:
-        end = self._end
-        if 'tool_calls' in last:
-            if not (full.startswith(prompt) and full.endswith(end)):
-                raise RowRefused('the chat template prints the tool call apart from the generation prompt')
-            if full.startswith(prompt + self._lead):
-                prompt += self._lead
-            else:  # a header that names whom the turn is for: which one is the model's choice
-                self.keeps_lead = False
-            reply = full[len(prompt) : len(full) - len(end)]
-        else:
-            prompt, reply = self._joined(prompt, last['content'])
-        if prompt_guarded or reply_guarded:
-            notes.append(CONTROL_TOKENS)
-        if full != prompt + reply + end:
-            notes.append(RENDERED_DIFFERENTLY)
+    def _part(self, chat: _Chat, prompt: str, full: str, *, guarded: bool, notes: list[str], reasons: bool) -> _Parts:
+        last = chat.messages[-1]
+        is_call = 'tool_calls' in last
+        content = last['content'] if isinstance(last['content'], str) else ''
+        reasoning = str(last.get(self._reasoning_key or '') or '')
+        opens = _OPEN_THINK.search(prompt)
+        follows = self._after_prompt(prompt, full)
+        if follows is not None and opens and not _BEGINS_CLOSING.match(follows):
+            follows = self._inside_block(prompt, follows, reasons=reasons)
+        is_said = follows is not None and _is_said(content, reasoning, follows, is_call=is_call, reasons=reasons)
+        if follows is None and is_call:
+            raise RowRefused('the chat template prints the tool call apart from the generation prompt')
+        if follows is None or not (is_said or is_call):
+            follows = self._as_written(prompt, content, reasons=reasons)
+        if full != prompt + follows:
+            notes.append(RENDERED_DIFFERENTLY if full.startswith(prompt) else FULL_DIFFERS)
+        start = self._reply_end(follows, last, content)
+        before, stop, end = self._split_end(follows[start:], is_call=is_call)
+        if end is not None:
+            notes.append(ADDED_END)
+        cut = start + len(before) + len(stop)
         return _Parts(
-            prompt=prompt, reply=reply, prompt_guarded=prompt_guarded, reply_guarded=reply_guarded, notes=notes
+            chat=chat, prompt=prompt, reply=follows[:cut], rest=follows[cut:], end=end, guarded=guarded, notes=notes
         )
 
-    def _joined(self, prompt: str, reply: str) -> tuple[str, str]:
-        """Return prompt and reply as they meet; the reply's think block replaces the lead's or goes on in it."""
-        if not (_CLOSES_THINKING.search(self._lead) and _CLOSES_THINKING.search(self.text.unguard(reply))):
-            return prompt + self._lead, reply
-        self.keeps_lead = False
-        own = _REPLY_THINKS.match(reply) if _PROMPT_THINKS.search(prompt) else None
-        return prompt + self._opening, reply[own.end() :] if own else reply
+    def _after_prompt(self, prompt: str, full: str) -> str | None:
+        """Return what the template prints after the generation prompt; None where that cannot be told.
+
+        Templates may print a turn otherwise once it has a reply: without the think block that the generation prompt
+        opens, or without the system text that they put into the last user turn.
+        """
+        if full.startswith(prompt):
+            return full[len(prompt) :]
+        alone = self._frame.alone
+        base = prompt[: len(prompt) - len(alone)]
+        if prompt.endswith(alone) and full.startswith(base):
+            return full[len(base) :]
+        common = _shared(prompt, full)
+        if _ANY_THINK_TAG.search(prompt[len(common) :]) or not prompt[len(common) :].strip():
+            return full[len(common) :]
+        anchor = prompt[self.text.last_control(prompt)[1] :]
+        at = full.rfind(anchor) if anchor.strip() else -1
+        return full[at + len(anchor) :] if at >= 0 else None
+
+    def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
+        """Return what follows a prompt that opens a think block, which it goes on in, or closes."""
+        own = _BEGINS_THINKING.match(follows)
+        if own:
+            return follows[own.end() :]
+        return follows if reasons else self._closing(prompt) + follows
+
+    def _closing(self, prompt: str) -> str:
+        """Return what closes the think block that a prompt opens, before a reply that does not reason."""
+        opened = _OPEN_THINK.search(prompt)
+        assert opened is not None, 'the prompt opens a think block'
+        line = '' if prompt.endswith('\n') else '\n'
+        return f'{line}</{opened[1]}>\n\n'
+
+    def _as_written(self, prompt: str, content: str, *, reasons: bool) -> str:
+        """Return what follows the prompt where the template alters the reply: the reply as the row has it."""
+        lead = self._frame.lead
+        opens = _OPEN_THINK.search(prompt)
+        if reasons:
+            own = _BEGINS_THINKING.match(content)
+            lead = '' if _ANY_THINK_TAG.search(lead) else lead
+            content = content[own.end() :] if opens and own else content
+        elif opens and not _BEGINS_CLOSING.match(lead):
+            lead = self._closing(prompt)
+        return lead + content + self._frame.end
+
+    def _reply_end(self, follows: str, last: Message, content: str) -> int:
+        """Return where the reply, or the name of its last call, ends in what follows the prompt."""
+        names = [str(call.get('function', call).get('name') or '') for call in last.get('tool_calls', ())]
+        if names:
+            return max(follows.rfind(name) + len(name) for name in names)
+        if follows.endswith(self._frame.end):
+            return len(follows) - len(self._frame.end)
+        at = follows.rfind(content.strip()) if content.strip() else -1
+        return at + len(content.strip()) if at >= 0 else 0
+
+    def _split_end(self, end: str, *, is_call: bool) -> tuple[str, str, int | None]:
+        """Return what comes before the token that ends the turn, that token, and which to add where none is printed."""
+        found = self.text.find_controls(end)
+        if is_call:
+            # Behind a call the last marker ends the turn, unless it only closes the call or text comes after it.
+            found = [m for m in found[-1:] if not (m[0].startswith('</') or end[m.end() :].strip())]
+        if found:
+            return end[: found[0].start()], found[0][0], None
+        following = self._next[is_call]
+        return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
+
+    # --- from text to ids
 
     def _prompt_ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         plain = iter(self.text.ids([text for text, guarded in texts if not guarded]))
         return [self.text.guarded_ids(text) if guarded else next(plain) for text, guarded in texts]
 
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        prepared = [self._prepare(row, row.messages) for row in rows]
-        texts = self._render_all([(messages, tools) for messages, tools, _, _ in prepared], prompt=True)
-        lead = self._lead if self.keeps_lead else self._opening
-        return self._prompt_ids([(text + lead, p[2]) for text, p in zip(texts, prepared, strict=True)])
+        chats = []
+        for row in rows:
+            context = row.messages[:-1]
+            chats.append(self._chat(row, context, reasons=self._reasons(row.messages[-1])))
+        texts = self._render_all([chat for chat, _, _ in chats], prompt=True)
+        return self._prompt_ids([(text, guarded) for text, (_, guarded, _) in zip(texts, chats, strict=True)])
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         parts = self._parts(rows)
-        plain = [part for part in parts if not (part.prompt_guarded or part.reply_guarded)]
-        whole = iter(self.text.ids([part.prompt + part.reply + self._end for part in plain]))
+        plain = [part for part in parts if not part.guarded]
+        whole = iter(self.text.ids([part.text for part in plain]))
         tails = self._learn_tails([part.prompt for part in plain])
         encoded = []
         for part in parts:
-            ids = None if part.prompt_guarded or part.reply_guarded else next(whole)
-            length = self._prompt_length(part.prompt, ids, tails) if ids is not None else 0
-            prompt = ids[:length] if ids and length else self._prompt_ids([(part.prompt, part.prompt_guarded)])[0]
+            ids = self.text.guarded_ids(part.text) if part.guarded else next(whole)
+            length = 0 if part.guarded else self._prompt_length(part.prompt, ids, tails)
+            prompt = ids[:length] if length else self._prompt_ids([(part.prompt, part.guarded)])[0]
             encoded.append(self._assemble(part, prompt, ids))
-        if self.loss_scope == 'all_rounds':
-            end = EndOfTurn(self._end, self._end_ids, self._end_trained)
-            add_earlier(rows, encoded, self._prepare, self._render_all, self._prompt_ids, lead=self._lead, end=end)
+        self._add_earlier(rows, parts, encoded)
         return encoded
 
     def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
-        """Return the ids of the ends of prompts, from their last special token on; those not met before are new."""
+        """Return the ids of the ends of prompts, from their last control token on; those not met before are new."""
         if len(self._tails) > _TAILS_KEPT:
             self._tails = {}  # another thread may go on with the old one
         known = self._tails
-        tails = list({prompt[self.text.last_special(prompt)[1] :] for prompt in prompts} - known.keys())
+        tails = list({prompt[self.text.last_control(prompt)[1] :] for prompt in prompts} - known.keys())
         known.update(zip(tails, self.text.ids(tails), strict=True))
         return known
 
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
         """Return how many ids of `whole` are those of the prompt alone; 0 where that is not certain.
 
-        Tokenizers cut text at special tokens before anything else, so ids up to the last one in the prompt cannot
+        Tokenizers cut text at added tokens before anything else, so ids up to the last one in the prompt cannot
         depend on what follows. What stands after it, mostly a short `assistant`, is compared with its own ids.
         """
-        count, start = self.text.last_special(prompt)
+        count, start = self.text.last_control(prompt)
         if count == 0:
             return 0
+        control = self.text.control_set
         position = -1
         for _ in range(count):
-            position = next((i for i in range(position + 1, len(whole)) if whole[i] in self._control), len(whole))
+            position = next((i for i in range(position + 1, len(whole)) if whole[i] in control), len(whole))
         tail = tails[prompt[start:]]
         end = position + len(tail)
         return end if whole[position:end] == tail else 0
 
-    def _assemble(self, part: _Parts, prompt: list[int], whole: list[int] | None) -> Encoded:
-        """Return the row from its text tokenised whole where that keeps prompt and end apart, else piece by piece."""
-        end, notes = self._end_ids, part.notes
-        if not self._end:
-            whole, notes = whole and whole + end, [*notes, ADDED_END]
-        if whole is not None and whole[: len(prompt)] == prompt and whole[-len(end) :] == end:
-            ids = whole
-        else:
-            reply = self.text.guarded_ids(part.reply) if part.reply_guarded else self.text.ids([part.reply])[0]
-            ids = prompt + reply + end
-            notes = [*notes, MERGED_BOUNDARY] if whole is not None and ids != whole else notes
+    def _assemble(self, part: _Parts, prompt: list[int], whole: list[int]) -> Encoded:
+        """Return the row from its text tokenised whole where that keeps the prompt apart, else in two pieces."""
+        ids, notes = whole, part.notes
+        if whole[: len(prompt)] != prompt:
+            ids = prompt + self.text.ids_after_control(part.reply + part.rest)
+            notes = notes if ids == whole else [*notes, MERGED_BOUNDARY]
+        if part.end is not None:
+            ids = [*ids, part.end]
         return Encoded(
             input_ids=ids,
-            trained=(len(prompt), len(ids) - len(end) + self._end_trained),
+            trained=(len(prompt), self._trained_end(ids, part)),
             prompt_length=len(prompt),
             notes=notes,
+            pieces=(self.text.unguard(part.prompt), self.text.unguard(part.reply), part.rest),
         )
+
+    def _trained_end(self, ids: list[int], part: _Parts) -> int:
+        """Return how many ids stand up to the end of turn: before it come as many control tokens as in the text."""
+        if part.end is not None or not part.rest:
+            return len(ids)
+        after = len(self.text.find_controls(part.rest))
+        position = len(ids)
+        for _ in range(after + 1):
+            position = next(i for i in range(position - 1, -1, -1) if ids[i] in self.text.control_set)
+        return position + 1
+
+    # --- earlier replies that carry loss
+
+    def _add_earlier(self, rows: Sequence[Row], parts: Sequence[_Parts], encoded: list[Encoded]) -> None:
+        """Add the spans of earlier replies that carry loss; take the last reply's away where the row marks it so."""
+        found: list[_Earlier] = []
+        for index, (row, part) in enumerate(zip(rows, parts, strict=True)):
+            wanted = [n for n, message in enumerate(row.messages[:-1]) if self.carries_loss(message)]
+            begin = len(part.chat.messages) - len(row.messages)
+            for number in wanted:
+                span = self._find_earlier(part, begin + number)
+                if span is not None:
+                    found.append(_Earlier(index, *span))
+                elif EARLIER_CHANGED not in encoded[index].notes:
+                    encoded[index].notes.append(EARLIER_CHANGED)
+        texts = [(parts[f.row].prompt[:at], parts[f.row].guarded) for f in found for at in (f.start, f.end)]
+        borders = iter(self._prompt_ids(texts))
+        for earlier in found:
+            row_ids = encoded[earlier.row].input_ids
+            start, end = (_common(next(borders), row_ids) for _ in range(2))
+            if end > start:
+                encoded[earlier.row].earlier.append((start, end))
+        for index, row in enumerate(rows):
+            spans = [(f.start, f.end) for f in found if f.row == index]
+            encoded[index] = mark_pieces(encoded[index], [self._unguarded_span(parts[index], s) for s in spans])
+            if row.messages[-1].get('loss') is False:
+                encoded[index] = without_last(encoded[index])
+
+    def _unguarded_span(self, part: _Parts, span: tuple[int, int]) -> tuple[int, int]:
+        if not part.guarded:
+            return span
+        start, end = (len(self.text.unguard(part.prompt[:at])) for at in span)
+        return start, end
+
+    def _find_earlier(self, part: _Parts, index: int) -> tuple[int, int] | None:
+        """Return where an earlier reply with its end of turn stands in the text of the prompt; None where it does not.
+
+        The chat is rendered with another text in the reply's place: where the two renderings part and meet again is
+        what the template prints of the reply.
+        """
+        chat, prompt = part.chat, part.prompt
+        message = chat.messages[index]
+        other = list(chat.messages[:-1])
+        other[index] = _replaced(message)
+        changed = self._try(other, chat.tools, prompt=True, settings=chat.settings)
+        if not changed or changed == prompt:
+            return None
+        first = len(_shared(prompt, changed))
+        shared = len(_shared(prompt[first:][::-1], changed[first:][::-1]))
+        last = len(prompt) - shared
+        before = self._try(chat.messages[:index], chat.tools, prompt=True, settings=chat.settings)
+        bare = before[: len(before) - len(self._frame.alone)] if before.endswith(self._frame.alone) else before
+        begins = [len(text) for text in (before, bare) if text and len(text) <= first and prompt.startswith(text)]
+        start = begins[0] if begins else first
+        return start, self._turn_end(prompt, last, is_call='tool_calls' in message)
+
+    def _turn_end(self, prompt: str, last: int, *, is_call: bool) -> int:
+        """Return where the token that ends a turn ends in the prompt, the turn's own text ending at `last`."""
+        stops = {*self.stop_ids, self.tokenizer.eos_token_id}
+        match = self.text.find_control(prompt, last)
+        while is_call and match is not None and self.text.control_ids[match[0]] not in stops:
+            match = self.text.find_control(prompt, match.end())
+        if match is None:
+            return last
+        between = prompt[last : match.start()]
+        return match.end() if is_call or not between.strip() or self._frame.end.startswith(between) else last
+
+
+def _thinks(content: str, *, opened: bool) -> bool:
+    """Return whether a reply brings a think block, whose opening tag may stand in the prompt."""
+    own = _BEGINS_THINKING.match(content)
+    if own:
+        return f'</{own[1]}>' in content[own.end() :]
+    return opened and len(_ANY_THINK_TAG.findall(content)) == 1 and _CLOSES_LINE.search(content) is not None
+
+
+def _is_said(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
+    """Return whether all of a reply's text stands in what follows the prompt, to the letter but for think blocks."""
+    if not (reasons or is_call or reasoning):
+        return content in follows
+    pieces = [piece.strip() for piece in (*_ANY_THINK_TAG.split(content), reasoning)]
+    places = [follows.find(piece) for piece in pieces if piece]
+    # A template that closes a think block before the reply's own would teach to reason after the block.
+    begins_closed = _BEGINS_CLOSING.match(follows) or _EMPTY_BLOCK.match(follows)
+    return -1 not in places and not (reasons and begins_closed)
+
+
+def _replaced(message: Message) -> Message:
+    """Return a turn that says something else in the same form; no text begins or ends as it does."""
+    mark = f'\ue000{secrets.token_hex(8)}\ue001'
+    said = cast(Message, {**message, 'content': mark if message['content'] else ''})
+    if 'tool_calls' not in message:
+        return said
+    calls = []
+    for call in message['tool_calls']:
+        function = call.get('function', call)
+        renamed = {**function, 'name': mark}
+        calls.append({**call, 'function': renamed} if 'function' in call else renamed)
+    return {**said, 'tool_calls': calls}
+
+
+def _common(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Return how many items two sequences begin with alike."""
+    if left == right[: len(left)]:
+        return len(left)
+    unlike = (index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(unlike, min(len(left), len(right)))
+
+
+def _shared(left: str, right: str) -> str:
+    """Return what two texts begin with alike."""
+    return left[: _common(left, right)]
 
 
 def make_encoder(

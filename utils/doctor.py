@@ -175,7 +175,7 @@ class Doctor:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             if _MOJIBAKE.search(text):
                 self.defects.add(MOJIBAKE, place, column)
-            if _CONTROL.search(text) or self.encoder.text.has_special(text):
+            if _CONTROL.search(text) or self.encoder.text.has_control(text):
                 self.defects.add(CONTROL_TOKENS, place, column)
 
     def _look_for_the_same(self, use: int, row: Row, column: str) -> None:

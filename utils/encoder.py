@@ -23,6 +23,7 @@ from utils.preprocess import (
     Row,
     Template,
     cut_front,
+    without_last,
 )
 from utils.text_tokenizer import TextTokenizer
 from utils.vision import FoundImages, fill_slots, new_places, open_images_of
@@ -37,13 +38,11 @@ class Encoder:
     loss_scope: LossScope = 'last_round'
     # Ids at which generation stops, beside the tokenizer's own end of sequence.
     stop_ids: list[int]
-    # Whether prompts for inference hold what the chat template prints before a reply, as an empty think block.
-    # False once a reply was met that begins otherwise, and for an untrained model: the choice is then the model's.
-    keeps_lead: bool = True
 
-    def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None) -> None:
+    def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
+        """`printed` is the text of the template."""
         self.tokenizer = tokenizer
-        self.text = TextTokenizer(tokenizer)
+        self.text = TextTokenizer(tokenizer, printed=printed)
         self.max_length = max_length
         self.images = images
 
@@ -64,7 +63,11 @@ class Encoder:
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return what inference feeds the model: each row's ids without its last reply, cut to max_length."""
         opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
-        prompts = self._encode_prompts([row for row, _ in opened])
+        shown = [
+            dataclasses.replace(context, messages=[*context.messages, row.messages[-1]])
+            for (context, _), row in zip(opened, rows, strict=True)
+        ]
+        prompts = self._encode_prompts(shown)
         prompts = [self._fill_slots(ids, found) for ids, (_, found) in zip(prompts, opened, strict=True)]
         return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
 
@@ -101,12 +104,21 @@ class Encoder:
         raise NotImplementedError
 
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Return the ids of each row's prompt; the last message is the reply, which may be empty."""
         raise NotImplementedError
 
+    def carries_loss(self, reply: Message) -> bool:
+        """Return whether an earlier turn carries loss: as the row marks it, else as the scope says."""
+        return reply['role'] == 'assistant' and reply.get('loss', self.loss_scope == 'all_rounds')
+
     def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:
-        """Return whether any text of these messages or tools spells a special token."""
-        texts = [str(message.get(key) or '') for message in messages for key in ('content', 'tool_calls')]
-        return any(map(self.text.has_special, [*texts, str(tools or '')]))
+        """Return whether any text of these messages or tools spells a control token, think tags of replies aside."""
+        for message in messages:
+            is_reply = message['role'] == 'assistant'
+            for key, value in message.items():
+                if key != 'role' and self.text.has_control(str(value or ''), reply=is_reply):
+                    return True
+        return bool(tools) and self.text.has_control(str(tools))
 
 
 class _Reply(str):
@@ -129,12 +141,14 @@ class TemplateEncoder(Encoder):
         max_length: int,
         images: Images | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_length=max_length, images=images)
+        texts = (*template.prefix, *template.prompt, *(template.chat_sep or ()), *template.suffix)
+        printed = '\n'.join(text for text in texts if isinstance(text, str))
+        super().__init__(tokenizer, max_length=max_length, images=images, printed=printed)
         self.template = template
         self.name = name
         self.system = system
         self._suffix = self._ids(self._fill(template.suffix), guarded=False)
-        control = set(self.text.special_ids.values())
+        control = self.text.control_set
         self.stop_ids = [i for i in self._suffix if i in control]
         separator = self._ids(self._fill(template.chat_sep or ()), guarded=False)
         stops = (n for n, i in enumerate(separator, start=1) if i in (*self.stop_ids, tokenizer.eos_token_id))
@@ -162,9 +176,12 @@ class TemplateEncoder(Encoder):
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
         """Return the prompt's pieces, neighbouring texts joined, whether data is guarded in them, and notes."""
         guarded = self._spells_control(row.messages)
-        say = self.text.guard if guarded else str
         system, turns = self.system, row.messages
         notes = [CONTROL_TOKENS] if guarded else []
+
+        def say(text: str, *, reply: bool = False) -> str:
+            return self.text.guard(text, reply=reply) if guarded else text
+
         if turns and turns[0]['role'] == 'system':
             system, turns = turns[0]['content'], turns[1:]
             notes += [] if self.template.has_system else [SYSTEM_IGNORED]
@@ -182,8 +199,8 @@ class TemplateEncoder(Encoder):
                 query = say(turn['content']).replace(self.text.image, self.images.mark if self.images else '')
                 pieces += self._fill(self.template.prompt, QUERY=query, ROUND=str(index // 2 + 1))
             else:
-                reply = say(turn['content'])
-                pieces += [_Reply(reply) if self.loss_scope == 'all_rounds' else reply]
+                reply = say(turn['content'], reply=True)
+                pieces += [_Reply(reply) if self.carries_loss(turn) else reply]
                 pieces += self._fill(self.template.chat_sep or ())
         joined: list[str | list[int]] = []
         for piece in pieces:
@@ -234,7 +251,8 @@ class TemplateEncoder(Encoder):
         return encoded
 
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        return [ids for ids, _ in self._encode_contexts([self._context(row) for row in rows])]
+        contexts = [self._context(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
+        return [ids for ids, _ in self._encode_contexts(contexts)]
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         for row in rows:
@@ -242,18 +260,33 @@ class TemplateEncoder(Encoder):
         contexts = [self._context(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
         prompts = self._encode_contexts(contexts)
         replies = self.text.ids([row.messages[-1]['content'] for row in rows], inert=True)
-        return [
+        encoded = [
             Encoded(
                 input_ids=prompt + reply + self._suffix,
                 trained=(len(prompt), len(prompt) + len(reply) + len(self._suffix)),
                 prompt_length=len(prompt),
                 notes=self._notes(context[2], row),
                 earlier=earlier,
+                pieces=(*self._texts(context[0]), row.messages[-1]['content'], ''),
             )
             for row, context, (prompt, earlier), reply in zip(rows, contexts, prompts, replies, strict=True)
         ]
+        return [
+            without_last(ids) if row.messages[-1].get('loss') is False else ids
+            for row, ids in zip(rows, encoded, strict=True)
+        ]
+
+    def _texts(self, pieces: Sequence[str | list[int]]) -> list[str]:
+        """Return the text of a prompt, cut where earlier replies carry loss."""
+        texts = ['']
+        for piece in pieces:
+            if isinstance(piece, _Reply):
+                texts += [self.text.unguard(piece), '']
+            elif isinstance(piece, str):
+                texts[-1] += self.text.unguard(piece)
+        return texts
 
     def _notes(self, notes: list[str], row: Row) -> list[str]:
-        if CONTROL_TOKENS not in notes and self.text.has_special(row.messages[-1]['content']):
+        if CONTROL_TOKENS not in notes and self.text.has_control(row.messages[-1]['content'], reply=True):
             return [*notes, CONTROL_TOKENS]
         return notes

@@ -117,8 +117,7 @@ def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
             rows.spill(folder, name)
     if not (folder / 'train.ids').stat().st_size:
         raise ConfigError('every training row is left out: ' + '; '.join(report.lines()))
-    learnt = {**dataclasses.asdict(report), 'keeps_lead': encoder.keeps_lead}
-    (folder / _REPORT).write_text(json.dumps(learnt), encoding='utf-8')
+    (folder / _REPORT).write_text(json.dumps(dataclasses.asdict(report)), encoding='utf-8')
 
 
 def _key(encoder: Encoder, plan: Plan) -> str:
@@ -171,7 +170,6 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
     stored = json.loads((folder / _REPORT).read_text(encoding='utf-8'))
     report = EncodingReport(left_out=Tally(**stored['left_out']), noted=Tally(**stored['noted']))
     report.left_out.merge(plan.left_out)
-    encoder.keeps_lead = stored['keeps_lead']  # what encoding learns of the rows counts without it too
     return train, val, report
 
 

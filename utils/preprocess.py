@@ -7,6 +7,8 @@ tokenised with special tokens inert, so no row can write a control token.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -16,11 +18,18 @@ Piece = str | tuple[int | str, ...]
 
 
 class Message(TypedDict, total=False):
-    """One turn. `tool_calls` is the parsed form of an assistant turn whose content is a call."""
+    """One turn. Keys other than role and content are there only where the row gives them.
+
+    An assistant turn may hold text, calls or both; `loss` says of it whether it carries loss, whatever the scope is.
+    """
 
     role: str
     content: str
     tool_calls: list[dict[str, Any]]
+    name: str
+    tool_call_id: str
+    reasoning: str
+    loss: bool
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,15 +125,21 @@ class RowRefused(ValueError):
 
 
 # What may happen to a row while it is encoded: counted, and named with the first rows it happened to.
-MERGED_BOUNDARY = 'a token would merge across the start or end of the reply: the reply is tokenised by itself'
+MERGED_BOUNDARY = 'a token would merge across the start of the reply: the reply is tokenised by itself'
 CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
-RENDERED_DIFFERENTLY = 'the chat template alters or adds to the reply (blanks, a think block): trained as written'
+RENDERED_DIFFERENTLY = 'the chat template alters the reply (blanks, a think block): trained as written'
+FULL_DIFFERS = (
+    'the chat template prints the whole chat otherwise than the generation prompt: trained after the generation prompt'
+)
+THINKING_SWITCH = 'the reply reasons and the generation prompt closes the think block: rendered with {switch}'
+REASONING_AS_TEXT = 'the chat template has no key for reasoning: written as a think block before the reply'
 ADDED_END = 'the chat template prints no end of turn: the end of sequence is added'
 TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
 TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
 SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
 TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
-EARLIER_CHANGED = 'the chat template prints an earlier reply otherwise than it was said: no loss on that reply'
+EARLIER_CHANGED = 'the chat template does not print an earlier reply: no loss on that reply'
+NO_LOSS_MARKED = 'every reply of it is marked to carry no loss (weight, loss or train)'
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
 
@@ -142,6 +157,8 @@ class Encoded:
     notes: list[str] = field(default_factory=list)
     images: tuple[str, ...] = ()
     earlier: list[tuple[int, int]] = field(default_factory=list)
+    # The text that was tokenised, cut where loss begins and ends: context, trained, context, trained, ...
+    pieces: tuple[str, ...] = ()
 
     def as_item(self) -> dict[str, Any]:
         """Return the row as a data set gives it; `earlier` and `images` only where it has any."""
@@ -162,5 +179,29 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
         prompt_length=max(row.prompt_length - surplus, 0),
         notes=[*row.notes, CUT_REPLY if surplus > row.prompt_length else CUT_PROMPT],
         images=row.images,
+        pieces=row.pieces,
         earlier=[(max(start - surplus, 0), end - surplus) for start, end in row.earlier if end > surplus],
+    )
+
+
+def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
+    """Return the row with the text of earlier replies, at these places of its prompt, marked as trained."""
+    if not spans:
+        return row
+    prompt, *others = row.pieces
+    pieces: list[str] = []
+    position = 0
+    for start, end in spans:
+        pieces += [prompt[position:start], prompt[start:end]]
+        position = end
+    return dataclasses.replace(row, pieces=(*pieces, prompt[position:], *others))
+
+
+def without_last(row: Encoded) -> Encoded:
+    """Return the row with no loss on its last reply; raises RowRefused where no other reply carries any."""
+    if not row.earlier:
+        raise RowRefused(NO_LOSS_MARKED)
+    *pieces, prompt, reply, rest = row.pieces
+    return dataclasses.replace(
+        row, trained=row.earlier[-1], earlier=row.earlier[:-1], pieces=(*pieces, prompt + reply + rest)
     )

@@ -107,7 +107,7 @@ class _Check:
     def faults(self) -> list[str]:
         """Return what would keep the tuned model from being used as it was trained, whatever the template is."""
         ids, (_, end) = self.encoded.input_ids, self.encoded.trained
-        control = {*self.encoder.text.special_ids.values(), self.encoder.tokenizer.eos_token_id}
+        control = {*self.encoder.text.control_ids.values(), self.encoder.tokenizer.eos_token_id}
         found = []
         if ids[: len(self.prompt)] != self.prompt:
             where = self.context(_one_slot(self.prompt, self.encoder.images), 'the prompt')

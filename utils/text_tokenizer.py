@@ -1,12 +1,20 @@
-"""Text to token ids, with special tokens active in template text and inert in data."""
+"""Text to token ids, with control tokens active in template text and inert in data.
+
+Control tokens are the tokenizer's special tokens and every other added token that the template itself prints, such as
+DeepSeek's `<｜User｜>`, which its tokenizer does not mark as special.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 import secrets
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+
+# Tags around reasoning: a reply may bring them, so they are active in replies, and inert in all other data.
+_THINK_TAG = re.compile(r'</?(?:\w+:)?think>')
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -29,70 +37,192 @@ def _is_backend_alone(tokenizer: Any) -> bool:
     return is_backend and all(getattr(kind, n) is getattr(TokenizersBackend, n) for n in ('__call__', '_encode_plus'))
 
 
-class TextTokenizer:
-    """Tokenises text in batches, with special tokens active in template text and inert in data."""
+def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern of these spellings, longer ones first."""
+    return re.compile('|'.join(map(re.escape, sorted(spellings, key=len, reverse=True))) or r'(?!)')
 
-    def __init__(self, tokenizer: Any) -> None:
+
+def _is_printed(spelling: str, printed: str) -> bool:
+    """Return whether the template prints this added token as a marker; blanks and words are none."""
+    is_marker = len(spelling) > 2 and not (spelling[0].isalnum() or spelling[0].isspace() or spelling[0] == '▁')
+    return is_marker and not spelling[-1].isalnum() and spelling in printed
+
+
+class TextTokenizer:
+    """Tokenises text in batches, with control tokens active in template text and inert in data."""
+
+    def __init__(self, tokenizer: Any, *, printed: str = '') -> None:
+        """`printed` is the template's own text: added tokens that it spells are control tokens too."""
         self.tokenizer = tokenizer
         # Threads that encode batches take turns: which tokens are special is a state of the one tokenizer.
         self._turn = threading.Lock()
-        self._backend = tokenizer.backend_tokenizer if _is_backend_alone(tokenizer) else None
-        self.special_ids: dict[str, int] = {
-            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self._special = re.compile('|'.join(map(re.escape, longest_first)) or r'(?!)')
-        # Stands for the n-th special token inside guarded data: no one can have typed it.
+        self._backend: Any = tokenizer.backend_tokenizer if _is_backend_alone(tokenizer) else None
+        # The copy of the backend that reads guarded text; made when the first such text comes.
+        self._inert: Any = None
+        # Stands for the n-th control token inside guarded data: no one can have typed it.
         self._nonce = secrets.token_hex(8)
         self._guarded = re.compile(f'{self._nonce}:([0-9]+);')
-        self._by_number = list(self.special_ids)
         # Stands for an image in the text of a turn.
         self.image = f'{self._nonce}:image;'
+        self._learn_control(printed)
+
+    def _learn_control(self, printed: str) -> None:
+        added = self.tokenizer.added_tokens_decoder
+        self.control_ids: dict[str, int] = {
+            token.content: index
+            for index, token in added.items()
+            if token.special or _THINK_TAG.fullmatch(token.content) or _is_printed(token.content, printed)
+        }
+        self.control_set = frozenset(self.control_ids.values())
+        think_tags = [spelling for spelling in self.control_ids if _THINK_TAG.fullmatch(spelling)]
+        self.think_ids = frozenset(self.control_ids[tag] for tag in think_tags)
+        self._active = _any_of(list(self.control_ids))
+        self._inert_in_replies = _any_of([spelling for spelling in self.control_ids if spelling not in think_tags])
+        self._by_number = list(self.control_ids)
+        self._number = {spelling: number for number, spelling in enumerate(self._by_number)}
+
+    def add_printed(self, printed: str) -> None:
+        """Make added tokens control tokens that the template was seen to print."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        if any(spelling in printed and spelling not in self.control_ids for spelling in added):
+            self._learn_control(printed + ''.join(self.control_ids))
+            self._inert = None
 
     def ids(self, texts: Sequence[str], *, inert: bool = False) -> list[list[int]]:
-        """Return the ids of each text, nothing added; `inert` reads special tokens as plain text."""
+        """Return the ids of each text, nothing added; `inert` reads it as a reply, in which control tokens are text."""
         if not texts:
             return []
+        if inert:
+            # Only a text that spells a control token reads otherwise.
+            plain = iter(self.ids([text for text in texts if not self.has_control(text, reply=True)]))
+            return [
+                self.guarded_ids(self.guard(text, reply=True)) if self.has_control(text, reply=True) else next(plain)
+                for text in texts
+            ]
         with self._turn:
             if self._backend is None:
-                options = {'split_special_tokens': True} if inert else {}
                 encoded: list[list[int]] = self.tokenizer(
-                    list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+                    list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
                 )['input_ids']
                 return encoded
             self._backend.no_truncation()
             self._backend.no_padding()
-            self._backend.encode_special_tokens = inert or self.tokenizer.split_special_tokens
+            self._backend.encode_special_tokens = self.tokenizer.split_special_tokens
             found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in found]
 
-    def has_special(self, text: str) -> bool:
-        """Return whether the text spells a special token."""
-        return self._special.search(text) is not None
+    def has_control(self, text: str, *, reply: bool = False) -> bool:
+        """Return whether the text spells a control token; the think tags of a reply are none."""
+        return (self._inert_in_replies if reply else self._active).search(text) is not None
 
-    def last_special(self, text: str) -> tuple[int, int]:
-        """Return how many special tokens the text spells and where the last one starts; (0, 0) without any."""
-        starts = [match.start() for match in self._special.finditer(text)]
+    def last_control(self, text: str) -> tuple[int, int]:
+        """Return how many control tokens the text spells and where the last one starts; (0, 0) without any."""
+        starts = [match.start() for match in self._active.finditer(text)]
         return len(starts), starts[-1] if starts else 0
 
-    def guard(self, data: str) -> str:
-        """Return the data with each special token it spells replaced by a stand-in."""
-        return self._special.sub(lambda m: f'{self._nonce}:{self._by_number.index(m[0])};', data)
+    def find_control(self, text: str, start: int = 0) -> re.Match[str] | None:
+        """Return the first control token that the text spells from `start` on, think tags not among them."""
+        return self._inert_in_replies.search(text, start)
+
+    def find_controls(self, text: str) -> list[re.Match[str]]:
+        """Return the control tokens that the text spells, think tags not among them."""
+        return list(self._inert_in_replies.finditer(text))
+
+    def guard(self, data: str, *, reply: bool = False) -> str:
+        """Return the data with each control token it spells replaced by a stand-in; a reply keeps its think tags."""
+        pattern = self._inert_in_replies if reply else self._active
+        return pattern.sub(lambda m: f'{self._nonce}:{self._number[m[0]]};', data)
 
     def unguard(self, text: str) -> str:
-        """Return the text with every stand-in replaced by the special token's spelling."""
+        """Return the text with every stand-in replaced by the control token's spelling."""
         return self._guarded.sub(lambda m: self._by_number[int(m[1])], text)
 
     def guarded_ids(self, text: str) -> list[int]:
-        """Return the ids of template text that holds guarded data: its own special tokens act, the data's do not."""
+        """Return the ids of template text that holds guarded data: its own control tokens act, the data's do not."""
         if self._nonce not in text:
             return self.ids([text])[0]
+        if self._backend is None:
+            return self._guarded_ids_piecewise(text)
+        with self._turn:
+            if self._inert is None:
+                self._inert = self._make_inert()
+        backend, real_ids = self._inert
+        # An alias has no spelling that data could have, so it acts, and what the data spells stays text.
+        aliased = self._active.sub(lambda m: self._alias(self._number[m[0]]), text)
+        found = backend.encode(self.unguard(aliased), add_special_tokens=False).ids
+        return [real_ids.get(token, token) for token in found]
+
+    def _alias(self, number: int) -> str:
+        return f'{self._nonce}={number};'
+
+    def _make_inert(self) -> tuple[Any, dict[int, int]]:
+        """Return a copy of the backend in which control tokens act under an alias alone, and the id of each alias.
+
+        An alias takes the blanks around it as its token does (lstrip, rstrip), and the text beside it is read as beside
+        the token itself.
+        """
+        from tokenizers import AddedToken
+
+        backend = copy.deepcopy(self._backend)
+        backend.no_truncation()
+        backend.no_padding()
+        tokens = self.tokenizer.added_tokens_decoder
+        backend.add_special_tokens([AddedToken(spelling, special=True) for spelling in self.control_ids])
+        backend.encode_special_tokens = True
+        aliases = [
+            AddedToken(
+                self._alias(number),
+                lstrip=tokens[self.control_ids[spelling]].lstrip,
+                rstrip=tokens[self.control_ids[spelling]].rstrip,
+                normalized=False,
+                special=False,
+            )
+            for number, spelling in enumerate(self._by_number)
+        ]
+        backend.add_tokens(aliases)
+        real_ids = {
+            backend.token_to_id(self._alias(number)): self.control_ids[spelling]
+            for number, spelling in enumerate(self._by_number)
+        }
+        return backend, real_ids
+
+    def _guarded_ids_piecewise(self, text: str) -> list[int]:
+        """Return the same of a tokenizer that works in Python: cut at control tokens, the runs between read as text."""
         ids: list[int] = []
         position = 0
-        for match in [*self._special.finditer(text), None]:
-            run = self.unguard(text[position : match.start() if match else len(text)])
-            ids += self.ids([run], inert=True)[0] if run else []
+        tokens = self.tokenizer.added_tokens_decoder
+        for match in [*self._active.finditer(text), None]:
+            run = text[position : match.start() if match else len(text)]
+            if match and tokens[self.control_ids[match[0]]].lstrip:
+                run = run.rstrip()
+            ids += self._text_ids(run)
             if match:
-                ids.append(self.special_ids[match[0]])
+                ids.append(self.control_ids[match[0]])
                 position = match.end()
+                if tokens[self.control_ids[match[0]]].rstrip:
+                    position += len(text[position:]) - len(text[position:].lstrip())
         return ids
+
+    def _text_ids(self, run: str) -> list[int]:
+        """Return the ids of guarded text without control tokens of the template's own."""
+        ids: list[int] = []
+        # A control token that is no special one cannot be switched off here: its spelling is cut in two.
+        cut = f'{self._nonce}/'
+        for piece in self._guarded.sub(lambda m: self._as_text(self._by_number[int(m[1])], cut), run).split(cut):
+            if piece:
+                with self._turn:
+                    encoded = self.tokenizer(
+                        [piece], add_special_tokens=False, verbose=False, split_special_tokens=True
+                    )['input_ids']
+                ids += encoded[0]
+        return ids
+
+    def _as_text(self, spelling: str, cut: str) -> str:
+        token = self.tokenizer.added_tokens_decoder[self.control_ids[spelling]]
+        return spelling if token.special else f'{spelling[:1]}{cut}{spelling[1:]}'
+
+    def ids_after_control(self, text: str) -> list[int]:
+        """Return the ids of guarded text as they are after a control token: without the blank of a text's beginning."""
+        tokens = self.tokenizer.added_tokens_decoder
+        before = next((s for s, index in self.control_ids.items() if not (tokens[index].rstrip or s in text)), None)
+        return self.guarded_ids(text) if before is None else self.guarded_ids(before + text)[1:]
