@@ -7,6 +7,8 @@ tokenised with special tokens inert, so no row can write a control token.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -16,11 +18,27 @@ Piece = str | tuple[int | str, ...]
 
 
 class Message(TypedDict, total=False):
-    """One turn. `tool_calls` is the parsed form of an assistant turn whose content is a call."""
+    """One turn. Only `role` and `content` are always there; the others where the row says them.
+
+    `content` is '' where a turn holds calls alone. An item of `tool_calls` is {'type': 'function', 'id' where given,
+    'function': {'name', 'arguments'}}; arguments are an object, or text where the row gives text that is none.
+    `loss` is whether the turn carries loss, where the row itself decides it.
+    """
 
     role: str
     content: str
     tool_calls: list[dict[str, Any]]
+    name: str
+    tool_call_id: str
+    reasoning: str
+    loss: bool
+
+
+def said(message: Message) -> str:
+    """Return what a turn says as one text: its content, and its calls as JSON."""
+    calls = [call['function'] for call in message.get('tool_calls', ())]
+    parts = [message['content'], json.dumps(calls, ensure_ascii=False) if calls else '']
+    return '\n'.join(part for part in parts if part)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +51,12 @@ class Row:
     # Where relative paths of images start: the data file's folder; None for what was typed.
     folder: str | None = None
     origin: str = ''
+    # The row as it was read, not copied: never change it.
+    written: Mapping[str, Any] = field(default_factory=dict)
+    # Columns and keys that hold something and are not used, e.g. 'column `id`', 'message key `foo`'.
+    unused: tuple[str, ...] = ()
+    # What else is worth counting about a row that is used.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
