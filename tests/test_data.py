@@ -58,7 +58,7 @@ def test_every_shape_becomes_the_conversation_it_means() -> None:
     assert len(SHAPES) == 13
 
 
-def test_tool_calls_are_parsed_and_kept_as_text() -> None:
+def test_tool_calls_are_parsed() -> None:
     call = '{"name": "f", "arguments": {"x": 1}}'
     row = convert(
         {
@@ -73,7 +73,7 @@ def test_tool_calls_are_parsed_and_kept_as_text() -> None:
     )
     assert row.tools == [{'type': 'function', 'function': TOOL}]
     parsed = [{'type': 'function', 'function': {'name': 'f', 'arguments': {'x': 1}}}]
-    assert row.messages[1] == {'role': 'assistant', 'content': call, 'tool_calls': parsed}
+    assert row.messages[1] == {'role': 'assistant', 'content': '', 'tool_calls': parsed}
     assert row.messages[2] == {'role': 'tool', 'content': '2'}
 
 

@@ -18,7 +18,7 @@ from utils.errors import ConfigError
 from utils.generation import generate_rows, generate_stream
 from utils.logger import logger
 from utils.metrics import score_texts
-from utils.preprocess import Row
+from utils.preprocess import Row, said
 from utils.reading import draw
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def answer_rows(
     ]
     if not dist.is_main():
         return {}
-    labels = [row.messages[-1]['content'] for row in kept]
+    labels = [said(row.messages[-1]) for row in kept]
     _show_and_write(kept, answers, labels, target)
     means = score_texts([a.strip() for a in answers], [label.strip() for label in labels])
     logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
@@ -78,7 +78,7 @@ def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequenc
             content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
             content |= {'images': row.images} if row.images else {}
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
-            question = row.messages[-2]['content'] if len(row.messages) > 1 else ''
+            question = said(row.messages[-2]) if len(row.messages) > 1 else ''
             print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
 
 

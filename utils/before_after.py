@@ -13,7 +13,7 @@ from utils.argument import SftArguments
 from utils.encoder import Encoder
 from utils.generation import generate_batch, generation_config
 from utils.logger import logger
-from utils.preprocess import Row, RowRefused
+from utils.preprocess import Row, RowRefused, said
 from utils.reading import TRAIN, VAL, Plan, Streams, some_rows
 from utils.run_dir import write_json
 
@@ -80,7 +80,7 @@ class BeforeAfter:
                 'split': self.split,
                 'messages': row.messages,
                 'tools': row.tools,
-                'wanted': row.messages[-1]['content'],
+                'wanted': said(row.messages[-1]),
                 'before': before,
                 'after': now,
             }

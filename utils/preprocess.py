@@ -8,7 +8,8 @@ tokenised with special tokens inert, so no row can write a control token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -18,9 +19,11 @@ Piece = str | tuple[int | str, ...]
 
 
 class Message(TypedDict, total=False):
-    """One turn. Keys other than role and content are there only where the row gives them.
+    """One turn. Only `role` and `content` are always there; the others where the row says them.
 
-    An assistant turn may hold text, calls or both; `loss` says of it whether it carries loss, whatever the scope is.
+    `content` is '' where a turn holds calls alone. An item of `tool_calls` is {'type': 'function', 'id' where given,
+    'function': {'name', 'arguments'}}; arguments are an object, or text where the row gives text that is none.
+    `loss` is whether the turn carries loss, where the row itself decides it.
     """
 
     role: str
@@ -30,6 +33,13 @@ class Message(TypedDict, total=False):
     tool_call_id: str
     reasoning: str
     loss: bool
+
+
+def said(message: Message) -> str:
+    """Return what a turn says as one text: its content, and its calls as JSON."""
+    calls = [call['function'] for call in message.get('tool_calls', ())]
+    parts = [message['content'], json.dumps(calls, ensure_ascii=False) if calls else '']
+    return '\n'.join(part for part in parts if part)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +52,12 @@ class Row:
     # Where relative paths of images start: the data file's folder; None for what was typed.
     folder: str | None = None
     origin: str = ''
+    # The row as it was read, not copied: never change it.
+    written: Mapping[str, Any] = field(default_factory=dict)
+    # Columns and keys that hold something and are not used, e.g. 'column `id`', 'message key `foo`'.
+    unused: tuple[str, ...] = ()
+    # What else is worth counting about a row that is used.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

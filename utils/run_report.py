@@ -11,6 +11,7 @@ from typing import Any
 
 from utils.errors import ConfigError
 from utils.page import Markup, block, figures, page, section, table, text
+from utils.preprocess import said
 from utils.run_files import RunFiles, read_run
 from utils.svg import Series, chart
 
@@ -58,7 +59,7 @@ def _proofs(run: RunFiles) -> Markup:
 def _answers(run: RunFiles) -> list[Markup]:
     return [
         Markup(
-            block(row['messages'][-2]['content'] if len(row['messages']) > 1 else '')
+            block(said(row['messages'][-2]) if len(row['messages']) > 1 else '')
             + table(['', f'{row["split"]} row'], [[name, row[name]] for name in ('wanted', 'before', 'after')])
         )
         for row in run.answers
