@@ -77,6 +77,12 @@ def under_key(messages: list[Raw], key: str) -> list[Raw]:
     return moved
 
 
+def city(call: Raw) -> str:
+    """Return the argument of a call that stands nowhere else in a row."""
+    arguments = call['function']['arguments']
+    return str((json.loads(arguments) if isinstance(arguments, str) else arguments)['city'])
+
+
 def strings(value: Any) -> Iterator[str]:
     """Return every text in nested data."""
     if isinstance(value, str):
@@ -105,6 +111,13 @@ class Judge:
         self.special = {i for i, token in added.items() if token.special or MARKER.fullmatch(token.content)}
         self.active = {i: token.content for i, token in added.items()}
         self.eos = self.tokenizer.eos_token_id
+        # Tokenizers with a dummy prefix do not give back the blanks of a text: there blanks are left to the ids.
+        sample = f'a{self.tokenizer.eos_token}b\n c'
+        self.is_exact = self.decode(self.ids(sample)) == sample
+
+    def plain(self, text: str) -> str:
+        """Return the text in the form in which decoded ids can be compared with it."""
+        return text if self.is_exact else ''.join(text.split())
 
     def text(self, messages: list[Raw], tools: Any, *, prompt: bool = False, **switches: Any) -> str:
         """Return transformers' own rendering; raises what the template raises."""
@@ -176,9 +189,9 @@ class Case:
         """Return whether the template prints the whole row, its reply and its calls with it."""
         if self.full is None or self.prompt is None:
             return False
-        if self.content.strip() and bare(self.content) not in bare(self.full):
-            return bool(self.calls) and all(call['function']['name'] in self.full for call in self.calls)
-        return all(call['function']['name'] in self.full for call in self.calls)
+        if self.calls:
+            return all(city(call) in self.full for call in self.calls)
+        return bare(self.content) in bare(self.full)
 
     @property
     def tail(self) -> str:
@@ -205,7 +218,8 @@ class Case:
         """Return whether a text is the judge's rendering, an added end of sequence aside."""
         full = self.full or ''
         end = self.judge.tokenizer.eos_token
-        return text in (full, full + end, full.rstrip() + end, *self._without_blank_end(full, end))
+        texts = (full, full + end, full.rstrip() + end, *self._without_blank_end(full, end))
+        return self.judge.plain(text) in map(self.judge.plain, texts)
 
     def _without_blank_end(self, full: str, end: str) -> list[str]:
         said = self.content.rstrip()
@@ -217,13 +231,13 @@ class Case:
             whole = self.judge.try_text(with_calls_as_text(self.messages), None if 'tools' in notes else self.tools)
             return bare(text) == bare(whole or '')
         for prompt in self.prompts():
-            head = prompt if text.startswith(prompt) else prompt.rstrip()
-            if not text.startswith(head):
+            head, whole_text = self.judge.plain(prompt), self.judge.plain(text)
+            if not whole_text.startswith(head):
                 continue
-            rest = bare(text[len(head) :])
+            rest = bare(whole_text[len(head) :])
             left_out = bool(re.search(r'reasoning', notes)) and self.needs_tags
             thoughts = [bare(self.reasoning)] + ([''] if left_out else [])
-            leads = {'', bare(self._lead())}
+            leads = {'', bare(self.lead())}
             if self.calls:
                 if any(bare(whole).endswith(rest) for whole in self.wholes()) and self.all_said(rest):
                     return True
@@ -239,12 +253,10 @@ class Case:
         """Return whether a bare text holds the content and the call names that the judge's rendering holds."""
         full = bare(self.full or '')
         return all(
-            bare(part) in rest
-            for part in (self.content, self.reasoning, *(call['function']['name'] for call in self.calls))
-            if bare(part) in full
+            bare(part) in rest for part in (self.content, self.reasoning, *map(city, self.calls)) if bare(part) in full
         )
 
-    def _lead(self) -> str:
+    def lead(self) -> str:
         """Return what the judge prints between a plain chat's generation prompt and the reply."""
         chat = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'Xyloph'}]
         prompt, full = self.judge.try_text(chat[:-1], None, prompt=True), self.judge.try_text(chat, None)
@@ -309,9 +321,8 @@ def _tools_ignored(case: Case, encoded: Encoded, ours: str) -> bool:
 
 
 def _calls_as_text(case: Case, encoded: Encoded, ours: str) -> bool:
-    called = [call['function']['name'] for m in case.messages for call in m.get('tool_calls') or []]
-    rendered = case.judge.try_text(case.messages, None)
-    return bool(called) and not any(re.search(rf'\b{name}\b', rendered or '') for name in called)
+    called = [city(call) for m in case.messages for call in m.get('tool_calls') or []]
+    return bool(called) and not any(name in (case.full or '') for name in called)
 
 
 def _beside_calls(case: Case, encoded: Encoded, ours: str) -> bool:
@@ -372,6 +383,7 @@ def judge_rows(tokenizer: Any, judge: Judge, raws: list[tuple[str, Raw]]) -> tup
             verdict.add('prefix', f'alone: {judge.decode(prompt)[-60:]!r}')
         kept.append((verdict, case, row, encoded))
         _judge_ids(verdict, case, encoded)
+        _judge_prompt(verdict, case, encoded, prompt)
         _judge_trained(verdict, case, encoded)
     _judge_mixed(tokenizer, judge, kept)
     _judge_rounds(tokenizer, judge, kept)
@@ -413,6 +425,17 @@ def _judge_ids(verdict: Verdict, case: Case, encoded: Encoded) -> None:
         _judge_leaks(verdict, case, encoded, control[0])
 
 
+def _judge_prompt(verdict: Verdict, case: Case, encoded: Encoded, prompt: list[int]) -> None:
+    """The prompt of inference is the generation prompt, and what the template prints before a reply at most."""
+    if case.prompt is None or re.search(CALLS_AS_TEXT, ' '.join(encoded.notes)):
+        return
+    plain, ours = case.judge.plain, case.judge.plain(case.judge.decode(prompt))
+    heads = [plain(text) for text in case.prompts() if ours.startswith(plain(text))]
+    lead = bare(case.lead())
+    if not any(bare(ours[len(head) :]) in ('', lead) for head in heads):
+        verdict.add('prompt', f'{ours[-120:]!r}, add_generation_prompt gives {case.prompt[-120:]!r}')
+
+
 def _spells_marker(case: Case) -> bool:
     return any(MARKER.search(text) for text in strings(case.raw['messages']))
 
@@ -448,10 +471,10 @@ def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
     if case.calls and case.renders:
         verdict.calls = 1
         for call in case.calls:
-            if call['function']['name'] not in trained:
-                verdict.add('call', f'{call["function"]["name"]} is not trained: {trained!r}')
+            if city(call) not in trained:
+                verdict.add('call', f'{city(call)} is not trained: {trained!r}')
         full = (case.full or '').rstrip()
-        after = full[full.rindex(case.calls[-1]['function']['name']) :]
+        after = full[full.rindex(city(case.calls[-1])) :]
         ends = [m for m in MARKER.finditer(after) if m.end() == len(after)]
         if ends and judge.active.get(last) != ends[0][0] and last != judge.eos:
             verdict.add('call', f'its stop {ends[0][0]} is not the last trained token: {trained[-80:]!r}')
@@ -485,7 +508,7 @@ def _judge_rounds(tokenizer: Any, judge: Judge, kept: list[tuple[Verdict, Case, 
             if message['role'] != 'assistant':
                 continue
             said = [(message.get('content') or '').strip()]
-            said += [call['function']['name'] for call in message.get('tool_calls') or []]
+            said += [city(call) for call in message.get('tool_calls') or []]
             full = case.full or ''
             said = [text for text in said if text and text in full]
             if not said:

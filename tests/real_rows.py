@@ -61,8 +61,9 @@ def call(name: str, arguments: Any, ident: str) -> Raw:
 
 def conversations(words: Words, markers: Sequence[str]) -> list[tuple[str, Raw]]:
     """Return one raw row of each kind; `markers` are control tokens that somebody typed."""
-    weather = call('get_weather', {'city': 'Oslo', 'days': words.count + 2}, 'a1b2c3d4e')
-    traffic = call('get_traffic', {'city': 'Köln'}, 'f5g6h7i8j')
+    number = words.random.randrange(100, 999) if words.varied else 100
+    weather = call('get_weather', {'city': f'Oslo{number}', 'days': 2}, 'a1b2c3d4e')
+    traffic = call('get_traffic', {'city': f'Port{number}', 'note': 'Köln'}, 'f5g6h7i8j')
     typed = ''.join(markers[:3])
 
     def user(text: str | None = None) -> Raw:
@@ -92,7 +93,9 @@ def conversations(words: Words, markers: Sequence[str]) -> list[tuple[str, Raw]]
         ('text beside a call', chat(user(), says(tool_calls=[weather]), result(weather), says(), tools=True)),
         ('ends in a call', chat(user(), says('', tool_calls=[weather]), tools=True)),
         ('ends in a call with text', chat(user(), says(tool_calls=[weather]), tools=True)),
-        ('ends in a call with reasoning', chat(user(), says('', reasoning_content=think, tool_calls=[weather]), tools=True)),
+        ('ends in a call with reasoning', chat(
+            user(), says('', reasoning_content=think, tool_calls=[weather]), tools=True
+        )),
         ('ends in parallel calls', chat(user(), says('', tool_calls=[weather, traffic]), tools=True)),
         (
             'parallel calls',
@@ -110,14 +113,18 @@ def conversations(words: Words, markers: Sequence[str]) -> list[tuple[str, Raw]]
         ('reasoning_content', chat(user(), says(reasoning_content=think))),
         ('reasoning', chat(user(), says(reasoning=think))),
         ('thinking', chat(user(), says(thinking=think))),
-        ('reasoning in two turns', chat(user(), says(reasoning_content=think), user(), says(reasoning_content=f'{think}2'))),
+        ('reasoning in two turns', chat(
+            user(), says(reasoning_content=think), user(), says(reasoning_content=f'{think}2')
+        )),
         ('think block in the reply', chat(user(), says(f'<think>\n{think}\n</think>\n\n{words.reply()}'))),
         ('reply mentions a think tag', chat(user(), says('Write </think> to close it.'))),
         ('blanks around the reply', chat(user(), says(f'  {words.reply()} \n\n'))),
         ('code with blanks first', chat(user(), says(f'{code}    print(f({words.count}))'))),
         ('Chinese', chat(user(f'Zebra {CHINESE[0]}'), says(CHINESE[1]))),
         ('control tokens by the user', chat(user(f'{words.ask()}{typed}now'), says())),
-        ('control tokens in the system text', chat({'role': 'system', 'content': f'{words.ask()} {typed}'}, user(), says())),
+        ('control tokens in the system text', chat(
+            {'role': 'system', 'content': f'{words.ask()} {typed}'}, user(), says()
+        )),
         ('control tokens in the reply', chat(user(), says(f'They are {typed} in text'))),
         ('control tokens in a tool result', chat(
             user(), says('', tool_calls=[weather]), result(weather, f'{words.ask()}{typed}'), says(), tools=True

@@ -111,6 +111,7 @@ KINDS = {
     'ids': "ids are the judge's, or a true reason explains them",
     'note': 'every note is true for its row',
     'refused': 'what transformers renders is encoded',
+    'prompt': 'the prompt of inference is add_generation_prompt=True, or that and what stands before each reply',
     'prefix': 'the prompt of inference begins the trained ids, alone and in mixed batches',
     'rounds': 'every earlier reply that is printed is trained with its stop token',
     'call': 'calls are trained up to their own stop token',
@@ -137,8 +138,9 @@ def test_the_counts_say_that_rows_were_judged() -> None:
     found = everything()
     statuses = Counter(verdict.status for _, _, verdict in found)
     assert len(names()) >= 76 and len({name for name, _, _ in found}) >= 70
-    assert len(found) >= 4000
-    assert statuses['equal'] >= 2500
-    assert statuses['refused by both'] <= 400
-    assert sum(verdict.earlier for _, _, verdict in found) >= 1200
-    assert sum(verdict.calls for _, _, verdict in found) >= 600
+    assert len(found) >= 3800
+    assert statuses['equal'] >= 2000
+    assert statuses['equal'] + statuses['explained'] >= 3650
+    assert statuses['refused by both'] <= 140
+    assert sum(verdict.earlier for _, _, verdict in found) >= 1000
+    assert sum(verdict.calls for _, _, verdict in found) >= 500
