@@ -1,0 +1,524 @@
+"""A judge of encoded rows that knows nothing of how they are encoded: transformers' rendering of the raw messages.
+
+A note of the encoder is believed only where its own check here finds it true, and no note excuses another difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from utils.auto_encoder import make_encoder
+from utils.convert import BadRow, check_row, find_converter
+from utils.errors import ConfigError
+from utils.preprocess import Encoded, Row, RowRefused
+
+Raw = dict[str, Any]
+
+# What chat templates print as one token; think and tool tags are ordinary added tokens, as Qwen3 has them.
+MARKER = re.compile(
+    r'<[|｜][^<>\s{}\'"]{1,40}[|｜]>|<(?:start|end)_of_(?:turn|utterance|image)>|<\|[a-z_]{2,20}>|<[a-z_]{2,20}\|>'
+    r'|\[/?(?:INST|TOOL_CALLS|TOOL_CALL|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|THINK|ARGS|CALL_ID|gMASK)\]'
+    r'|<sop>|</?s>|<[be]os>|<extra_id_\d+>|\]~!?b\[?\]|\]!b\[|\[e~\[|\]<\]minimax\[>\['
+)
+TAG = re.compile(r'</?(?:think|tool_call|tool_response|arg_key|arg_value)>')
+THINK = re.compile(r'</?(?:\w+:)?think>|\[/?THINK\]')
+REASONS = ('reasoning_content', 'reasoning', 'thinking')
+SWITCHES: tuple[Raw, ...] = (
+    {'enable_thinking': True}, {'thinking': True}, {'enable_thinking': False}, {'thinking_mode': 'thinking'},
+    {'think': True}, {'reasoning_effort': 'high'}, {'thinking_mode': 'on'}, {'reasoning': True},
+)  # fmt: skip
+# In no reply: a word of this kind in a trained span is text of somebody else.
+CALLS_AS_TEXT = 'no form for tool calls'
+FOREIGN = re.compile(r'Zebra\w+')
+
+
+def parsed(raw: Raw) -> list[Raw]:
+    """Return the messages as the judge is given them: arguments that are JSON text as the object that they spell."""
+    messages = copy.deepcopy(raw['messages'])
+    for message in messages:
+        for call in message.get('tool_calls') or []:
+            if isinstance(call['function']['arguments'], str):
+                call['function']['arguments'] = json.loads(call['function']['arguments'])
+    return messages
+
+
+def with_arguments_as_text(messages: list[Raw]) -> list[Raw]:
+    """Return the messages with the arguments of calls as JSON text."""
+    written = copy.deepcopy(messages)
+    for message in written:
+        for call in message.get('tool_calls') or []:
+            call['function']['arguments'] = json.dumps(call['function']['arguments'], ensure_ascii=False)
+    return written
+
+
+def with_calls_as_text(messages: list[Raw]) -> list[Raw]:
+    """Return the messages with calls as JSON text in the content, for templates that print no calls."""
+    written = []
+    for message in copy.deepcopy(messages):
+        calls = [call['function'] for call in message.pop('tool_calls', None) or []]
+        text = json.dumps(calls, ensure_ascii=False) if calls else ''
+        said = message.get('content') or ''
+        written.append({**message, 'content': f'{said}\n{text}' if said and text else said or text})
+    return written
+
+
+def under_key(messages: list[Raw], key: str) -> list[Raw]:
+    """Return the messages with their reasoning under another key."""
+    moved = []
+    for message in messages:
+        reasoning = next((message[k] for k in REASONS if k in message), None)
+        others = {k: v for k, v in message.items() if k not in REASONS}
+        moved.append(others if reasoning is None else {**others, key: reasoning})
+    return moved
+
+
+def city(call: Raw) -> str:
+    """Return the argument of a call that stands nowhere else in a row."""
+    arguments = call['function']['arguments']
+    return str((json.loads(arguments) if isinstance(arguments, str) else arguments)['city'])
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Return every text in nested data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def bare(text: str) -> str:
+    """Return the text without markers, think tags and blanks."""
+    return ''.join(THINK.sub('', MARKER.sub('', text)).split())
+
+
+@dataclasses.dataclass
+class Judge:
+    """A tokenizer that the encoder never sees, with the template under judgement."""
+
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        added = self.tokenizer.added_tokens_decoder
+        self.special = {i for i, token in added.items() if token.special or MARKER.fullmatch(token.content)}
+        self.active = {i: token.content for i, token in added.items()}
+        self.eos = self.tokenizer.eos_token_id
+        # Tokenizers with a dummy prefix do not give back the blanks of a text: there blanks are left to the ids.
+        sample = f'a{self.tokenizer.eos_token}b\n c'
+        self.is_exact = self.decode(self.ids(sample)) == sample
+
+    def plain(self, text: str) -> str:
+        """Return the text in the form in which decoded ids can be compared with it."""
+        return text if self.is_exact else ''.join(text.split())
+
+    def text(self, messages: list[Raw], tools: Any, *, prompt: bool = False, **switches: Any) -> str:
+        """Return transformers' own rendering; raises what the template raises."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                copy.deepcopy(messages), tools=copy.deepcopy(tools), tokenize=False, add_generation_prompt=prompt,
+                **switches,
+            )
+        )  # fmt: skip
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a rendering, as apply_chat_template tokenises it."""
+        return list(self.tokenizer(text, add_special_tokens=False)['input_ids'])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def try_text(self, messages: list[Raw], tools: Any, *, prompt: bool = False, **switches: Any) -> str | None:
+        try:
+            return self.text(messages, tools, prompt=prompt, **switches)
+        except Exception:
+            return None
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What the judge found of one row."""
+
+    kind: str
+    status: str = ''
+    notes: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    earlier: int = 0
+    calls: int = 0
+
+    def add(self, what: str, detail: str) -> None:
+        self.problems.append(f'{what}: {self.kind}: {detail[:400]}')
+
+
+class Case:
+    """One raw row: what the judge renders of it, and how far an encoded row agrees."""
+
+    def __init__(self, judge: Judge, raw: Raw) -> None:
+        self.judge, self.raw, self.tools = judge, raw, raw.get('tools')
+        self.messages = parsed(raw)
+        if judge.try_text(self.messages, self.tools) is None:
+            # DeepSeek-V3 and R1 join the arguments to text: they ask for JSON text.
+            as_text = with_arguments_as_text(self.messages)
+            self.messages = self.messages if judge.try_text(as_text, self.tools) is None else as_text
+        self.last = self.messages[-1]
+        self.content = self.last.get('content') or ''
+        self.reasoning = next((self.last[key] for key in REASONS if key in self.last), '')
+        self.calls = self.last.get('tool_calls') or []
+        self.full = judge.try_text(self.messages, self.tools)
+        reasons = [m[key] for m in self.messages for key in REASONS if key in m]
+        # The reasoning of the last reply decides; earlier ones are left out by most templates.
+        self.needs_tags = False
+        if self.full is not None and self.reasoning and self.reasoning not in self.full:
+            moved = [under_key(self.messages, key) for key in REASONS]
+            texts = [(m, judge.try_text(m, self.tools)) for m in moved]
+            found = next(((m, text) for m, text in texts if text and self.reasoning in text), None)
+            self.needs_tags = found is None
+            self.messages, self.full = found or (self.messages, self.full)
+        self.reasons = bool(reasons)
+        self.prompt = judge.try_text(self.messages[:-1], self.tools, prompt=True)
+
+    @property
+    def renders(self) -> bool:
+        """Return whether the template prints the whole row, its reply and its calls with it."""
+        if self.full is None or self.prompt is None:
+            return False
+        if self.calls:
+            return all(city(call) in self.full for call in self.calls)
+        return bare(self.content) in bare(self.full)
+
+    @property
+    def tail(self) -> str:
+        """Return what the judge prints after the reply."""
+        full = self.full or ''
+        said = self.content.strip()
+        return full[full.rindex(said) + len(said) :] if said and said in full else ''
+
+    def prompts(self) -> list[str]:
+        """Return the generation prompts that a server may send: as it is, and under each switch."""
+        found = [self.prompt or '']
+        for switch in SWITCHES:
+            text = self.judge.try_text(self.messages[:-1], self.tools, prompt=True, **switch)
+            if text is not None and text not in found:
+                found.append(text)
+        return found
+
+    def wholes(self) -> list[str]:
+        """Return the whole renderings under each switch."""
+        texts = [self.judge.try_text(self.messages, self.tools, **switch) for switch in ({}, *SWITCHES)]
+        return [text for text in texts if text is not None]
+
+    def is_text_of(self, text: str) -> bool:
+        """Return whether a text is the judge's rendering, an added end of sequence aside."""
+        full = self.full or ''
+        end = self.judge.tokenizer.eos_token
+        texts = (full, full + end, full.rstrip() + end, *self._without_blank_end(full, end))
+        return self.judge.plain(text) in map(self.judge.plain, texts)
+
+    def _without_blank_end(self, full: str, end: str) -> list[str]:
+        said = self.content.rstrip()
+        return [full[: full.rindex(said) + len(said)] + end] if said and said in full else []
+
+    def is_accounted_for(self, text: str, notes: str) -> bool:
+        """Return whether a text is one of the judge's prompts and then reasoning, reply and calls, and no more."""
+        if re.search(CALLS_AS_TEXT, notes):
+            whole = self.judge.try_text(with_calls_as_text(self.messages), None if 'tools' in notes else self.tools)
+            return bare(text) == bare(whole or '')
+        for prompt in self.prompts():
+            head, whole_text = self.judge.plain(prompt), self.judge.plain(text)
+            if not whole_text.startswith(head):
+                continue
+            rest = bare(whole_text[len(head) :])
+            left_out = bool(re.search(r'reasoning', notes)) and self.needs_tags
+            thoughts = [bare(self.reasoning)] + ([''] if left_out else [])
+            leads = {'', bare(self.lead())}
+            if self.calls:
+                if any(bare(whole).endswith(rest) for whole in self.wholes()) and self.all_said(rest):
+                    return True
+            elif any(
+                rest in (lead + t + bare(self.content), t + lead + bare(self.content))
+                for lead in leads
+                for t in thoughts
+            ):
+                return True
+        return False
+
+    def all_said(self, rest: str) -> bool:
+        """Return whether a bare text holds the content and the call names that the judge's rendering holds."""
+        full = bare(self.full or '')
+        return all(
+            bare(part) in rest for part in (self.content, self.reasoning, *map(city, self.calls)) if bare(part) in full
+        )
+
+    def lead(self) -> str:
+        """Return what the judge prints between a plain chat's generation prompt and the reply."""
+        chat = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'Xyloph'}]
+        prompt, full = self.judge.try_text(chat[:-1], None, prompt=True), self.judge.try_text(chat, None)
+        if prompt is None or full is None or not full.startswith(prompt) or 'Xyloph' not in full:
+            return ''
+        return full[len(prompt) : full.rindex('Xyloph')]
+
+    def note_is_true(self, note: str, encoded: Encoded, ours: str) -> bool | None:
+        """Return whether a note is true for this row; None for a note that nothing here can check."""
+        for pattern, check in CHECKS:
+            if re.search(pattern, note):
+                return check(self, encoded, ours)
+        return None
+
+
+Check = Callable[[Case, Encoded, str], bool]
+
+
+def _merges(case: Case, encoded: Encoded, ours: str) -> bool:
+    ids, before = case.judge.ids(case.full or ''), encoded.input_ids[: encoded.prompt_length]
+    return ids != encoded.input_ids and ids[: len(before)] != before
+
+
+def _typed_control(case: Case, encoded: Encoded, ours: str) -> bool:
+    text = '\n'.join(strings([case.raw['messages'], case.tools]))
+    return any(content in text for content in case.judge.active.values())
+
+
+def _added_end(case: Case, encoded: Encoded, ours: str) -> bool:
+    no_end = MARKER.search(case.tail) is None or case.tail.strip().startswith(case.judge.tokenizer.eos_token)
+    return (
+        encoded.input_ids[-1] == case.judge.eos
+        and no_end
+        and not (case.full or '').rstrip().endswith(case.judge.tokenizer.eos_token)
+    )
+
+
+def _altered(case: Case, encoded: Encoded, ours: str) -> bool:
+    edges = case.content != case.content.strip()
+    texts = [case.content, case.reasoning, case.full or '', (case.prompt or '')[-40:], ours]
+    return case.judge.ids(case.full or '') != encoded.input_ids and (edges or any(map(THINK.search, texts)))
+
+
+def _full_differs(case: Case, encoded: Encoded, ours: str) -> bool:
+    return not (case.full or '').startswith(case.prompt or '')
+
+
+def _switched(case: Case, encoded: Encoded, ours: str) -> bool:
+    reasons = bool(case.reasoning) or THINK.search(case.content) is not None
+    return reasons and any(ours.startswith(p) and not (case.prompt or '').startswith(p) for p in case.prompts()[1:])
+
+
+def _reasoning_as_text(case: Case, encoded: Encoded, ours: str) -> bool:
+    return case.reasons and (not case.reasoning or case.needs_tags)
+
+
+def _tools_ignored(case: Case, encoded: Encoded, ours: str) -> bool:
+    chat = [{'role': 'user', 'content': 'q'}]
+    with_tools = case.judge.try_text(chat, case.tools, prompt=True)
+    names = [tool['function']['name'] for tool in case.tools or []]
+    return bool(case.tools) and not any(name in (with_tools or '') for name in names)
+
+
+def _calls_as_text(case: Case, encoded: Encoded, ours: str) -> bool:
+    called = [city(call) for m in case.messages for call in m.get('tool_calls') or []]
+    return bool(called) and not any(name in (case.full or '') for name in called)
+
+
+def _beside_calls(case: Case, encoded: Encoded, ours: str) -> bool:
+    texts = [m['content'] for m in case.messages if m.get('tool_calls') and (m.get('content') or '').strip()]
+    return any(text not in (case.full or '') for text in texts)
+
+
+# What a note says, and what must then be so.
+CHECKS: tuple[tuple[str, Check], ...] = (
+    (r'token would merge', _merges),
+    (r'control tokens typed', _typed_control),
+    (r'prints no end of turn', _added_end),
+    (r'alters (?:or adds to )?the reply', _altered),
+    (r'whole chat otherwise', _full_differs),
+    (r'closes the think block', _switched),
+    (r'no key for reasoning|reasoning', _reasoning_as_text),
+    (r'no place for tools', _tools_ignored),
+    (CALLS_AS_TEXT, _calls_as_text),
+    (r'beside', _beside_calls),
+)
+
+
+def row_of(raw: Raw) -> Row:
+    """Return a raw row as the product reads it; raises BadRow."""
+    converter = find_converter(set(raw))
+    assert converter is not None
+    return check_row(converter(copy.deepcopy(raw)))
+
+
+def encoder_for(tokenizer: Any, scope: Any = 'last_round') -> Any:
+    """Return a new encoder of the tokenizer's chat template."""
+    return make_encoder(
+        tokenizer, template_type='auto', system='', system_typed=False, max_length=-1, loss_scope=scope
+    )  # fmt: skip
+
+
+def judge_rows(tokenizer: Any, judge: Judge, raws: list[tuple[str, Raw]]) -> tuple[list[Verdict], str | None]:
+    """Return a verdict on each row, and why no encoder could be made, if so."""
+    try:
+        encoder = encoder_for(tokenizer)
+    except ConfigError as error:
+        return [], str(error)
+    verdicts, kept = [], []
+    for kind, raw in raws:
+        verdict, case = Verdict(kind), Case(judge, raw)
+        verdicts.append(verdict)
+        try:
+            row = row_of(raw)
+            encoded = encoder.encode([row])[0]
+            prompt = encoder.encode_prompts([row])[0]
+        except (BadRow, RowRefused) as error:
+            verdict.status = 'refused wrongly' if case.renders else 'refused by both'
+            verdict.calls = int(bool(case.calls) and case.renders)
+            if case.renders:
+                verdict.add('refused', str(error))
+            continue
+        if encoded.input_ids[: len(prompt)] != prompt:
+            verdict.add('prefix', f'alone: {judge.decode(prompt)[-60:]!r}')
+        kept.append((verdict, case, row, encoded))
+        _judge_ids(verdict, case, encoded)
+        _judge_prompt(verdict, case, encoded, prompt)
+        _judge_trained(verdict, case, encoded)
+    _judge_mixed(tokenizer, judge, kept)
+    _judge_rounds(tokenizer, judge, kept)
+    return verdicts, None
+
+
+def _difference(judge: Judge, ours: list[int], theirs: list[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return (
+        f'after {judge.decode(ours[max(at - 6, 0) : at])!r} ours {judge.decode(ours[at : at + 12])!r}, '
+        f'judge {judge.decode(theirs[at : at + 12])!r}'
+    )
+
+
+def _judge_ids(verdict: Verdict, case: Case, encoded: Encoded) -> None:
+    judge = case.judge
+    verdict.notes = list(encoded.notes)
+    if case.full is None:
+        verdict.status = 'ours alone'
+        return
+    ours, theirs = judge.decode(encoded.input_ids), judge.ids(case.full)
+    truths = {note: case.note_is_true(note, encoded, ours) for note in encoded.notes}
+    for note, truth in truths.items():
+        if not truth:
+            verdict.add('note', f'{"false" if truth is False else "unknown"}: {note}: {ours[-200:]!r}')
+    control = [sum(token in judge.active for token in ids) for ids in (encoded.input_ids, theirs)]
+    typed = _typed_control(case, encoded, ours)
+    if encoded.input_ids == theirs and not (typed and _spells_marker(case)):
+        verdict.status = 'equal'
+    elif not encoded.notes:
+        verdict.status = 'unexplained'
+        verdict.add('ids', _difference(judge, encoded.input_ids, theirs))
+    elif case.is_text_of(ours) or case.is_accounted_for(ours, ' '.join(encoded.notes)):
+        verdict.status = 'explained'
+    else:
+        verdict.status = 'unexplained'
+        verdict.add('ids', f'{encoded.notes}: {_difference(judge, encoded.input_ids, theirs)}')
+    if typed and _spells_marker(case):
+        _judge_leaks(verdict, case, encoded, control[0])
+
+
+def _judge_prompt(verdict: Verdict, case: Case, encoded: Encoded, prompt: list[int]) -> None:
+    """The prompt of inference is the generation prompt, and what the template prints before a reply at most."""
+    if case.prompt is None or re.search(CALLS_AS_TEXT, ' '.join(encoded.notes)):
+        return
+    plain, ours = case.judge.plain, case.judge.plain(case.judge.decode(prompt))
+    heads = [plain(text) for text in case.prompts() if ours.startswith(plain(text))]
+    lead = bare(case.lead())
+    if not any(bare(ours[len(head) :]) in ('', lead) for head in heads):
+        verdict.add('prompt', f'{ours[-120:]!r}, add_generation_prompt gives {case.prompt[-120:]!r}')
+
+
+def _spells_marker(case: Case) -> bool:
+    return any(MARKER.search(text) for text in strings(case.raw['messages']))
+
+
+def _judge_leaks(verdict: Verdict, case: Case, encoded: Encoded, count: int) -> None:
+    """A marker that was typed must stay text: as many control ids as where the text is another."""
+    raw = json.loads(MARKER.sub('QQ', json.dumps(case.raw, ensure_ascii=False)))
+    clean = Case(case.judge, raw)
+    wanted = [
+        sum(i in case.judge.special for i in case.judge.ids(text)) for text in (clean.full or '', *clean.wholes())
+    ]
+    found = sum(i in case.judge.special for i in encoded.input_ids)
+    # One more where the end of sequence is added.
+    if found not in wanted and found - 1 not in wanted:
+        verdict.add('leak', f'{found} control ids, the template prints {wanted[0]}')
+    if not (found in wanted or encoded.input_ids[-1] == case.judge.eos):
+        verdict.add('leak', f'{found} control ids, the template prints {wanted[0]}')
+
+
+def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
+    judge = case.judge
+    start, stop = encoded.trained
+    trained = judge.decode(encoded.input_ids[start:stop])
+    if found := FOREIGN.search(trained):
+        verdict.add('trained', f'text of another turn: {found[0]}: {trained!r}')
+    if not case.calls and bare(case.content) not in bare(trained):
+        verdict.add('trained', f'the reply is not all trained: {trained!r}')
+    if not case.calls and not case.reasoning and not _spells_marker(case) and bare(trained) != bare(case.content):
+        verdict.add('trained', f'more than the reply: {trained!r}')
+    last = encoded.input_ids[stop - 1]
+    if last not in judge.special and last != judge.eos:
+        verdict.add('end', f'the last trained token is no stop: {trained[-60:]!r}')
+    if case.calls and case.renders:
+        verdict.calls = 1
+        for call in case.calls:
+            if city(call) not in trained:
+                verdict.add('call', f'{city(call)} is not trained: {trained!r}')
+        full = (case.full or '').rstrip()
+        after = full[full.rindex(city(case.calls[-1])) :]
+        ends = [m for m in MARKER.finditer(after) if m.end() == len(after)]
+        if ends and judge.active.get(last) != ends[0][0] and last != judge.eos:
+            verdict.add('call', f'its stop {ends[0][0]} is not the last trained token: {trained[-80:]!r}')
+
+
+def _judge_mixed(tokenizer: Any, judge: Judge, kept: list[tuple[Verdict, Case, Row, Encoded]]) -> None:
+    """Rows of all kinds through one encoder in both orders: each keeps its ids, and its prompt begins them."""
+    for name, part in (('in order', kept), ('in reverse', kept[::-1])):
+        encoder = encoder_for(tokenizer)
+        encoded = encoder.encode([row for _, _, row, _ in part])
+        prompts = encoder.encode_prompts([row for _, _, row, _ in part])
+        for (verdict, _, _, alone), found, prompt in zip(part, encoded, prompts, strict=True):
+            if found.input_ids[: len(prompt)] != prompt:
+                verdict.add('prefix', f'{name}: {judge.decode(prompt)[-60:]!r}')
+            if found.input_ids != alone.input_ids:
+                verdict.add('prefix', f'{name}: ids depend on the rows beside it')
+
+
+def _judge_rounds(tokenizer: Any, judge: Judge, kept: list[tuple[Verdict, Case, Row, Encoded]]) -> None:
+    part = [item for item in kept if sum(m['role'] == 'assistant' for m in item[1].messages) > 1]
+    encoder = encoder_for(tokenizer, 'all_rounds')
+    encoded = encoder.encode([row for _, _, row, _ in part]) if part else []
+    for (verdict, case, _, alone), found in zip(part, encoded, strict=True):
+        if found.input_ids != alone.input_ids:
+            verdict.add('rounds', 'the ids change with the loss scope')
+        ids = found.input_ids
+        spans = [judge.decode(ids[a:b]) for a, b in found.earlier]
+        if any(map(FOREIGN.search, spans)):
+            verdict.add('trained', f'an earlier span holds text of another turn: {spans!r}')
+        for message in case.messages[:-1]:
+            if message['role'] != 'assistant':
+                continue
+            said = [(message.get('content') or '').strip()]
+            said += [city(call) for call in message.get('tool_calls') or []]
+            full = case.full or ''
+            said = [text for text in said if text and text in full]
+            if not said:
+                continue
+            verdict.earlier += 1
+            span = next((s for s in spans if all(text in s for text in said)), None)
+            if span is None:
+                verdict.add('rounds', f'no loss on {said!r}')
+                continue
+            after = full[full.index(said[-1]) + len(said[-1]) :]
+            stop = MARKER.search(after)
+            if stop and not after[: stop.start()].strip() and stop[0] not in span:
+                verdict.add('rounds', f'its stop {stop[0]} carries no loss: {span[-60:]!r}')
