@@ -217,8 +217,9 @@ class Case:
     def is_text_of(self, text: str) -> bool:
         """Return whether a text is the judge's rendering, an added end of sequence aside."""
         full = self.full or ''
-        end = self.judge.tokenizer.eos_token
-        texts = (full, full + end, full.rstrip() + end, *self._without_blank_end(full, end))
+        texts = [full]
+        for end in self.ends():
+            texts += [full + end, full.rstrip() + end, *self._without_blank_end(full, end)]
         return self.judge.plain(text) in map(self.judge.plain, texts)
 
     def _without_blank_end(self, full: str, end: str) -> list[str]:
@@ -256,6 +257,26 @@ class Case:
             bare(part) in rest for part in (self.content, self.reasoning, *map(city, self.calls)) if bare(part) in full
         )
 
+    def next_token(self) -> int | None:
+        """Return the marker with which the judge begins the turn after a reply, or after a call, if there is one."""
+        reply: Raw = {'role': 'assistant', 'content': 'Xyloph'}
+        after: Raw = {'role': 'user', 'content': 'q'}
+        if self.calls:
+            reply = {'role': 'assistant', 'content': '', 'tool_calls': self.calls}
+            after = {'role': 'tool', 'content': 'q', 'tool_call_id': self.calls[0].get('id')}
+        chat = [{'role': 'user', 'content': 'q'}, reply]
+        full = (self.judge.try_text(chat, self.tools) or '').rstrip()
+        text = self.judge.try_text([*chat, after], self.tools) or ''
+        follows = text[len(full) :].lstrip() if full and text.startswith(full) else ''
+        tokens = {content: index for index, content in self.judge.active.items()}
+        return next((tokens[content] for content in tokens if follows.startswith(content)), None)
+
+    def ends(self) -> list[str]:
+        """Return the texts of the tokens that may be added where no end is printed."""
+        following = self.next_token()
+        named = [self.judge.tokenizer.eos_token]
+        return named if following is None else [*named, self.judge.active[following]]
+
     def lead(self) -> str:
         """Return what the judge prints between a plain chat's generation prompt and the reply."""
         chat = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'Xyloph'}]
@@ -276,7 +297,7 @@ Check = Callable[[Case, Encoded, str], bool]
 
 
 def _merges(case: Case, encoded: Encoded, ours: str) -> bool:
-    ids, before = case.judge.ids(case.full or ''), encoded.input_ids[: encoded.prompt_length]
+    ids, before = case.judge.ids(ours), encoded.input_ids[: encoded.prompt_length]
     return ids != encoded.input_ids and ids[: len(before)] != before
 
 
@@ -288,7 +309,7 @@ def _typed_control(case: Case, encoded: Encoded, ours: str) -> bool:
 def _added_end(case: Case, encoded: Encoded, ours: str) -> bool:
     no_end = MARKER.search(case.tail) is None or case.tail.strip().startswith(case.judge.tokenizer.eos_token)
     return (
-        encoded.input_ids[-1] == case.judge.eos
+        encoded.input_ids[-1] in (case.judge.eos, case.next_token())
         and no_end
         and not (case.full or '').rstrip().endswith(case.judge.tokenizer.eos_token)
     )
@@ -306,7 +327,7 @@ def _full_differs(case: Case, encoded: Encoded, ours: str) -> bool:
 
 def _switched(case: Case, encoded: Encoded, ours: str) -> bool:
     reasons = bool(case.reasoning) or THINK.search(case.content) is not None
-    return reasons and any(ours.startswith(p) and not (case.prompt or '').startswith(p) for p in case.prompts()[1:])
+    return reasons and any(ours.startswith(p) for p in case.prompts()[1:])
 
 
 def _reasoning_as_text(case: Case, encoded: Encoded, ours: str) -> bool:
@@ -451,7 +472,7 @@ def _judge_leaks(verdict: Verdict, case: Case, encoded: Encoded, count: int) -> 
     # One more where the end of sequence is added.
     if found not in wanted and found - 1 not in wanted:
         verdict.add('leak', f'{found} control ids, the template prints {wanted[0]}')
-    if not (found in wanted or encoded.input_ids[-1] == case.judge.eos):
+    if not (found in wanted or encoded.input_ids[-1] in (case.judge.eos, clean.next_token())):
         verdict.add('leak', f'{found} control ids, the template prints {wanted[0]}')
 
 
@@ -463,7 +484,8 @@ def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
         verdict.add('trained', f'text of another turn: {found[0]}: {trained!r}')
     if not case.calls and bare(case.content) not in bare(trained):
         verdict.add('trained', f'the reply is not all trained: {trained!r}')
-    if not case.calls and not case.reasoning and not _spells_marker(case) and bare(trained) != bare(case.content):
+    said = {bare(case.content), bare(case.lead()) + bare(case.content)}
+    if not case.calls and not case.reasoning and not _spells_marker(case) and bare(trained) not in said:
         verdict.add('trained', f'more than the reply: {trained!r}')
     last = encoded.input_ids[stop - 1]
     if last not in judge.special and last != judge.eos:

@@ -131,13 +131,17 @@ class AutoEncoder(Encoder):
         self._tails: dict[str, list[int]] = {}
         self._frame = self._find_frame()
         self.says_tools = self._prints_tools()
-        # What stands for the text of a turn that holds calls alone: DeepSeek's templates print calls beside null only.
+        # What stands for the text of a turn that holds calls alone, and whether arguments are given as JSON text:
+        # DeepSeek's templates print calls beside null only, and join the arguments to text.
         self._no_text: str | None = ''
-        self._says_calls = self._find_forms_of_calls()
-        if not any(self._says_calls.values()):
-            self._no_text = None
-            self._says_calls = self._find_forms_of_calls()
-        self._reasoning_key = self._find_reasoning_key()
+        self._arguments_as_text = False
+        self._says_calls = {False: False, True: False}
+        for no_text, as_text in (('', False), (None, False), ('', True), (None, True)):
+            self._no_text, self._arguments_as_text = no_text, as_text
+            self._says_calls = {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
+            if any(self._says_calls.values()):
+                break
+        self._reasoning_keys = {is_call: self._find_reasoning_key(is_call=is_call) for is_call in (False, True)}
         self._switch, self._opens = self._find_switch()
         # The token that opens the next turn after a reply and after a call: the end of turn where none is printed.
         self._next = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
@@ -193,7 +197,8 @@ class AutoEncoder(Encoder):
 
     def _probe_call(self, name: str) -> Message:
         # Mistral's templates demand ids of nine letters and digits.
-        call = {'type': 'function', 'id': 'probe0001', 'function': {'name': name, 'arguments': {'a': '1'}}}
+        arguments: Any = json.dumps({'a': '1'}) if self._arguments_as_text else {'a': '1'}
+        call = {'type': 'function', 'id': 'probe0001', 'function': {'name': name, 'arguments': arguments}}
         return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
 
     def _find_frame(self) -> _Frame:
@@ -229,9 +234,6 @@ class AutoEncoder(Encoder):
         self.text.add_printed(text)
         return name in text
 
-    def _find_forms_of_calls(self) -> dict[bool, bool]:
-        return {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
-
     def _prints_calls(self, *, with_tools: bool) -> bool:
         """Return whether the template that renders rows with tools, or without, prints calls."""
         name, tool = self._probe_tool()
@@ -241,12 +243,13 @@ class AutoEncoder(Encoder):
         self.text.add_printed(text)
         return text.count(name) > listed.count(name)
 
-    def _find_reasoning_key(self) -> str | None:
-        """Return the key of a turn under which the template prints reasoning."""
+    def _find_reasoning_key(self, *, is_call: bool) -> str | None:
+        """Return the key of a turn under which the template prints reasoning, before a reply or before a call."""
         mark = secrets.token_hex(8)
+        name, tool = self._probe_tool()
+        turn: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': 'b'}
         for key in _REASONING_KEYS:
-            reply = cast(Message, {'role': 'assistant', 'content': 'b', key: mark})
-            if mark in self._try(self._probe(reply)):
+            if mark in self._try(self._probe(cast(Message, {**turn, key: mark})), [tool] if is_call else None):
                 return key
         return None
 
@@ -301,7 +304,7 @@ class AutoEncoder(Encoder):
 
     # --- from a row to text
 
-    def spoken(self, message: Message, *, with_tools: bool = False) -> Message:
+    def spoken(self, message: Message, *, with_tools: bool = False, is_last: bool = False) -> Message:
         """Return the message in the form that the template can say; images among text as a list of items."""
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -314,25 +317,42 @@ class AutoEncoder(Encoder):
         if 'tool_calls' in said and not self._says_calls[with_tools]:
             calls = json.dumps([call.get('function', call) for call in said.pop('tool_calls')], ensure_ascii=False)
             said['content'] = f'{said["content"]}\n{calls}' if said['content'] else calls
-        if 'tool_calls' in said and not said['content']:
-            said['content'] = self._no_text
+        if 'tool_calls' in said:
+            said['content'] = said['content'] or self._no_text
+            said['tool_calls'] = self._with_arguments(said['tool_calls'])
         if reasoning := message.get('reasoning'):
             tag = _THINK_SOURCE.search(self._source)
-            if self._reasoning_key:
-                said[self._reasoning_key] = reasoning
-            elif tag:
+            key = self._reasoning_keys['tool_calls' in said]
+            if key:
+                said[key] = reasoning
+            elif tag and is_last and 'tool_calls' not in said:
                 said['content'] = self._as_block(reasoning, tag[1]) + (said['content'] or '')
         return cast(Message, said)
+
+    def _with_arguments(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the calls with their arguments in the form that the template prints."""
+        if not self._arguments_as_text:
+            return calls
+        made = []
+        for call in calls:
+            function = call.get('function', call)
+            arguments = function.get('arguments')
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            made.append({**call, 'function': {**function, 'arguments': text}})
+        return made
 
     def _as_block(self, reasoning: str, tag: str) -> str:
         """Return reasoning as a think block, with line ends where the template has them."""
         line = '\n' if f'<{tag}>\\n' in self._source or f'<{tag}>\n' in self._source else ''
         return f'<{tag}>{line}{reasoning}{line}</{tag}>{2 * line}'
 
+    def _key_of(self, reply: Message) -> str | None:
+        return self._reasoning_keys['tool_calls' in reply]
+
     def _reasons(self, reply: Message) -> bool:
         """Return whether a reply brings reasoning that the template can say: in its key, or in a think block."""
         if reply.get('reasoning'):
-            return bool(self._reasoning_key or _THINK_SOURCE.search(self._source))
+            return bool(self._key_of(reply) or _THINK_SOURCE.search(self._source))
         return _thinks(reply['content'], opened=self._opens)
 
     def _chat(self, row: Row, context: Sequence[Message], *, reasons: bool) -> tuple[_Chat, bool, list[str]]:
@@ -346,7 +366,8 @@ class AutoEncoder(Encoder):
             tools = None
             notes.append(TOOLS_IGNORED)
         with_tools = bool(tools)
-        messages = [self.spoken(message, with_tools=with_tools) for message in context]
+        last = row.messages[-1]
+        messages = [self.spoken(message, with_tools=with_tools, is_last=message is last) for message in context]
         if self.system is not None and (not messages or messages[0]['role'] != 'system'):
             messages.insert(0, {'role': 'system', 'content': self.system})
         if any('tool_calls' in message for message in row.messages) and not self._says_calls[with_tools]:
@@ -370,23 +391,35 @@ class AutoEncoder(Encoder):
         for row in rows:
             reasons = self._reasons(row.messages[-1])
             chat, guarded, notes = self._chat(row, row.messages, reasons=reasons)
-            if row.messages[-1].get('reasoning') and reasons and not self._reasoning_key:
+            if row.messages[-1].get('reasoning') and reasons and not self._key_of(row.messages[-1]):
                 notes.append(REASONING_AS_TEXT)
-            chats.append((chat, guarded, notes, reasons))
+            chats.append((chat, guarded, notes, self._thought(row.messages[-1], guarded=guarded), reasons))
         prompts = self._render_all([chat._replace(messages=chat.messages[:-1]) for chat, *_ in chats], prompt=True)
         fulls = self._render_all([chat for chat, *_ in chats], prompt=False)
         return [
-            self._part(chat, prompt, full, guarded=guarded, notes=notes, reasons=reasons)
-            for (chat, guarded, notes, reasons), prompt, full in zip(chats, prompts, fulls, strict=True)
+            self._part(chat, prompt, full, guarded=guarded, notes=notes, thought=thought, reasons=reasons)
+            for (chat, guarded, notes, thought, reasons), prompt, full in zip(chats, prompts, fulls, strict=True)
         ]
 
-    def _part(self, chat: _Chat, prompt: str, full: str, *, guarded: bool, notes: list[str], reasons: bool) -> _Parts:
+    def _thought(self, reply: Message, *, guarded: bool) -> str:
+        """Return the think block of a call whose template has no key for reasoning, '' elsewhere."""
+        tag = _THINK_SOURCE.search(self._source)
+        if 'tool_calls' not in reply or self._key_of(reply) or tag is None or not reply.get('reasoning'):
+            return ''
+        block = self._as_block(reply['reasoning'], tag[1])
+        return self.text.guard(block, reply=True) if guarded else block
+
+    def _part(
+        self, chat: _Chat, prompt: str, full: str, *, guarded: bool, notes: list[str], thought: str, reasons: bool
+    ) -> _Parts:
         last = chat.messages[-1]
         is_call = 'tool_calls' in last
         content = last['content'] if isinstance(last['content'], str) else ''
-        reasoning = str(last.get(self._reasoning_key or '') or '')
+        reasoning = str(last.get(self._key_of(last) or '') or '')
         opens = _OPEN_THINK.search(prompt)
         follows = self._after_prompt(prompt, full)
+        if follows is not None and thought:
+            follows = thought + follows
         if follows is not None and opens and not _BEGINS_CLOSING.match(follows):
             follows = self._inside_block(prompt, follows, reasons=reasons)
         is_said = follows is not None and _is_said(content, reasoning, follows, is_call=is_call, reasons=reasons)
@@ -418,7 +451,8 @@ class AutoEncoder(Encoder):
         if prompt.endswith(alone) and full.startswith(base):
             return full[len(base) :]
         common = _shared(prompt, full)
-        if _ANY_THINK_TAG.search(prompt[len(common) :]) or not prompt[len(common) :].strip():
+        left = prompt[len(common) :]
+        if _ANY_THINK_TAG.search(left) or not self.text.without_control(left).strip():
             return full[len(common) :]
         anchor = prompt[self.text.last_control(prompt)[1] :]
         at = full.rfind(anchor) if anchor.strip() else -1
@@ -560,10 +594,9 @@ class AutoEncoder(Encoder):
             wanted = [n for n, message in enumerate(row.messages[:-1]) if self.carries_loss(message)]
             begin = len(part.chat.messages) - len(row.messages)
             for number in wanted:
-                span = self._find_earlier(part, begin + number)
-                if span is not None:
-                    found.append(_Earlier(index, *span))
-                elif EARLIER_CHANGED not in encoded[index].notes:
+                spans = self._find_earlier(part, begin + number)
+                found += [_Earlier(index, *span) for span in spans]
+                if not spans and EARLIER_CHANGED not in encoded[index].notes:
                     encoded[index].notes.append(EARLIER_CHANGED)
         texts = [(parts[f.row].prompt[:at], parts[f.row].guarded) for f in found for at in (f.start, f.end)]
         borders = iter(self._prompt_ids(texts))
@@ -584,27 +617,42 @@ class AutoEncoder(Encoder):
         start, end = (len(self.text.unguard(part.prompt[:at])) for at in span)
         return start, end
 
-    def _find_earlier(self, part: _Parts, index: int) -> tuple[int, int] | None:
-        """Return where an earlier reply with its end of turn stands in the text of the prompt; None where it does not.
+    def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
+        """Return where an earlier reply with its end of turn stands in the text of the prompt; [] where it does not.
 
-        The chat is rendered with another text in the reply's place: where the two renderings part and meet again is
-        what the template prints of the reply.
+        The text beside calls is a span of its own where the template prints it after their results.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
-        other = list(chat.messages[:-1])
-        other[index] = _replaced(message)
-        changed = self._try(other, chat.tools, prompt=True, settings=chat.settings)
+        is_call = 'tool_calls' in message
+        printed = self._find_printed(part, index, _replaced(message))
+        if printed is None:
+            return []
+        first, last = printed
+        before = self._try(chat.messages[:index], chat.tools, prompt=True, settings=chat.settings)
+        bare = before[: len(before) - len(self._frame.alone)] if before.endswith(self._frame.alone) else before
+        begins = [len(text) for text in (before, bare) if text and len(text) <= first and prompt.startswith(text)]
+        spans = [(begins[0] if begins else first, self._turn_end(prompt, last, is_call=is_call))]
+        if is_call and message['content']:
+            beside = self._find_printed(part, index, _replaced(message, text=True))
+            if beside is not None and beside[0] >= spans[0][1]:
+                spans.append((beside[0], self._turn_end(prompt, beside[1], is_call=False)))
+        return spans
+
+    def _find_printed(self, part: _Parts, index: int, other: Message) -> tuple[int, int] | None:
+        """Return where the template prints what a turn has and another in its place has not.
+
+        That is where the rendering with the other turn parts from the row's own, and meets it again.
+        """
+        chat, prompt = part.chat, part.prompt
+        messages = list(chat.messages[:-1])
+        messages[index] = other
+        changed = self._try(messages, chat.tools, prompt=True, settings=chat.settings)
         if not changed or changed == prompt:
             return None
         first = len(_shared(prompt, changed))
         shared = len(_shared(prompt[first:][::-1], changed[first:][::-1]))
-        last = len(prompt) - shared
-        before = self._try(chat.messages[:index], chat.tools, prompt=True, settings=chat.settings)
-        bare = before[: len(before) - len(self._frame.alone)] if before.endswith(self._frame.alone) else before
-        begins = [len(text) for text in (before, bare) if text and len(text) <= first and prompt.startswith(text)]
-        start = begins[0] if begins else first
-        return start, self._turn_end(prompt, last, is_call='tool_calls' in message)
+        return first, len(prompt) - shared
 
     def _turn_end(self, prompt: str, last: int, *, is_call: bool) -> int:
         """Return where the token that ends a turn ends in the prompt, the turn's own text ending at `last`."""
@@ -637,18 +685,21 @@ def _is_said(content: str, reasoning: str, follows: str, *, is_call: bool, reaso
     return -1 not in places and not (reasons and begins_closed)
 
 
-def _replaced(message: Message) -> Message:
-    """Return a turn that says something else in the same form; no text begins or ends as it does."""
+def _replaced(message: Message, *, text: bool = False) -> Message:
+    """Return a turn that says something else in the same form; of a turn with calls, other arguments, or other text.
+
+    Names of calls stay: templates print them again with the results. No text begins or ends as the new one does.
+    """
     mark = f'\ue000{secrets.token_hex(8)}\ue001'
-    said = cast(Message, {**message, 'content': mark if message['content'] else ''})
-    if 'tool_calls' not in message:
-        return said
+    if text or 'tool_calls' not in message:
+        return cast(Message, {**message, 'content': mark})
     calls = []
     for call in message['tool_calls']:
         function = call.get('function', call)
-        renamed = {**function, 'name': mark}
-        calls.append({**call, 'function': renamed} if 'function' in call else renamed)
-    return {**said, 'tool_calls': calls}
+        arguments = function.get('arguments')
+        other = {**function, 'arguments': {**arguments, mark: mark} if isinstance(arguments, dict) else mark}
+        calls.append({**call, 'function': other} if 'function' in call else other)
+    return cast(Message, {**message, 'tool_calls': calls})
 
 
 def _common(left: Sequence[Any], right: Sequence[Any]) -> int:

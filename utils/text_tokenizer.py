@@ -128,6 +128,10 @@ class TextTokenizer:
         """Return the control tokens that the text spells, think tags not among them."""
         return list(self._inert_in_replies.finditer(text))
 
+    def without_control(self, text: str) -> str:
+        """Return the text without the control tokens that it spells."""
+        return self._active.sub('', text)
+
     def guard(self, data: str, *, reply: bool = False) -> str:
         """Return the data with each control token it spells replaced by a stand-in; a reply keeps its think tags."""
         pattern = self._inert_in_replies if reply else self._active
