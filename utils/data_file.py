@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +30,35 @@ _GZIP_RATIO, _GZIP_FREE_BYTES = 100, 1 << 26
 _BLANK = re.compile(r'[ \t\r\n]*')
 # Errors that near to the end of what is buffered may come from a value cut in two, such as `tru` or `\u00`.
 _LONGEST_CUT = 12
+
+
+class Doubled(dict[str, Any]):
+    """A row in which a JSON key stands twice in one object; the last one counts, as every JSON reader has it."""
+
+    def __init__(self, row: dict[str, Any], keys: Iterable[str]) -> None:
+        super().__init__(row)
+        self.keys_twice = tuple(dict.fromkeys(keys))
+
+
+class _JsonObjects:
+    """Makes objects of the pairs that JSON gives, and remembers the keys that one object has twice."""
+
+    def __init__(self) -> None:
+        self.twice: list[str] = []
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice += [name for name in made if names.count(name) > 1]
+        return made
+
+    def row(self, value: Any) -> Any:
+        """Return a value whose objects were made here; a row with a key twice is marked."""
+        if self.twice and isinstance(value, dict):
+            value = Doubled(value, self.twice)
+        self.twice.clear()
+        return value
 
 
 class UnreadableRow(ConfigError):
@@ -156,7 +185,8 @@ class _JsonText:
         self.source = source
         self.text, self.position, self.line = '', 0, 1
         self._decode = codecs.getincrementaldecoder('utf-8-sig')().decode
-        self._parse = json.JSONDecoder().raw_decode
+        self._objects = _JsonObjects()
+        self._parse = json.JSONDecoder(object_pairs_hook=self._objects).raw_decode
 
     def _fill(self) -> bool:
         block = self.source.block()
@@ -187,6 +217,7 @@ class _JsonText:
     def value(self) -> Any:
         """Return the JSON value that starts here."""
         while True:
+            self._objects.twice.clear()  # of a value that was cut by the end of what is buffered
             try:
                 value, end = self._parse(self.text, self.position)
             except json.JSONDecodeError as error:
@@ -198,7 +229,7 @@ class _JsonText:
                 self._refuse_value(self.position, str(error))
             self.line += self.text.count('\n', self.position, end)
             self.position = end
-            return value
+            return self._objects.row(value)
 
 
 def _read_json(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
@@ -240,12 +271,14 @@ def read_objects(path: Path) -> Iterator[PlacedRow]:
 
 
 def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
+    objects = _JsonObjects()
+    parse = json.JSONDecoder(object_pairs_hook=objects).decode
     for number, line in source.lines(bad):
         if not line.strip():
             continue
         place = f'{source.path}:{number}'
         try:
-            row = json.loads(line)
+            row = objects.row(parse(line))
         except (ValueError, RecursionError) as error:
             why = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else str(error)
             bad(place, f'this line is not JSON ({why}). A .jsonl file holds one object per line.')
@@ -275,6 +308,13 @@ def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
         refuse(f'{source.path}:{line}', f'the CSV is broken here: {error}.')
 
 
+def own_keys(value: Any) -> Any:
+    """Return a value without the keys that are null: a struct has the keys of all rows, a row only some of them."""
+    if isinstance(value, dict):
+        return {key: own_keys(item) for key, item in value.items() if item is not None}
+    return [own_keys(item) for item in value] if isinstance(value, list) else value
+
+
 def _read_parquet(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
@@ -287,7 +327,7 @@ def _read_parquet(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f'{source.path}: row {number}', row
+                    yield f'{source.path}: row {number}', {name: own_keys(value) for name, value in row.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(
             f'{source.path}: the parquet file cannot be read after row {number}: {error}. Get it again.'
