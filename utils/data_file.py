@@ -105,7 +105,8 @@ def read_rows(
             if isinstance(row, dict):
                 yield place, row
             else:
-                bad(place, f'a row must be an object with named columns, got {type(row).__name__}.')
+                remedy = ' An array of rows belongs in a .json file: rename it.' if isinstance(row, list) else ''
+                bad(place, f'a row must be an object with named columns, got {type(row).__name__}.{remedy}')
     except ConfigError:
         _check_unchanged(path, before)  # the truer reason, where it is one
         raise
@@ -172,10 +173,27 @@ class _Bytes:
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    return (
-        f'byte 0x{error.object[error.start]:02x} is not UTF-8. '
-        f'Convert the file, e.g. iconv -f GB18030 -t UTF-8 {path.name}.'
-    )
+    said = f'byte 0x{error.object[error.start]:02x} is not UTF-8.'
+    with path.open('rb') as stream:
+        head = stream.read(1 << 10)
+    if head.startswith(b'\x1f\x8b') and path.suffix.lower() != '.gz':
+        return f'{said} The file is packed with gzip: rename it to {path.name}.gz.'
+    encoding = _looks_like(head, error.object)
+    return f'{said} It looks like {encoding}. Convert the file, e.g. iconv -f {encoding} -t UTF-8 {path.name}.'
+
+
+def _looks_like(head: bytes, data: bytes) -> str:
+    """Return the encoding that a file seems to be in, from its first bytes and from those that are not UTF-8."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'UTF-16'
+    runs = re.findall(rb'[\x80-\xff]+', data)
+    in_pairs = sum(len(run) for run in runs if len(run) > 1)
+    try:
+        data.decode('gb18030')
+    except UnicodeDecodeError:
+        return 'WINDOWS-1252'
+    # A Chinese character is two bytes, most of them both above 127; accents of Western words stand alone.
+    return 'GB18030' if 2 * in_pairs > sum(map(len, runs)) else 'WINDOWS-1252'
 
 
 class _JsonText:
@@ -273,17 +291,32 @@ def read_objects(path: Path) -> Iterator[PlacedRow]:
 def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
     objects = _JsonObjects()
     parse = json.JSONDecoder(object_pairs_hook=objects).decode
+    seen = False
     for number, line in source.lines(bad):
         if not line.strip():
             continue
+        first, seen = not seen, True
         place = f'{source.path}:{number}'
         try:
             row = objects.row(parse(line))
         except (ValueError, RecursionError) as error:
+            if first and line.strip() in ('[', '{'):
+                refuse(
+                    place, 'JSON over several lines, and a .jsonl file holds one object per line. Rename it to .json.'
+                )
             why = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else str(error)
             bad(place, f'this line is not JSON ({why}). A .jsonl file holds one object per line.')
             continue
         yield place, row
+
+
+def _check_header(place: str, cells: list[str]) -> None:
+    """Refuse a header that no comma separates, or with several cells without a name (one may be an index)."""
+    for mark, name in ((';', 'semicolons'), ('\t', 'tabs')):
+        if len(cells) == 1 and mark in cells[0]:
+            refuse(place, f'the header is separated by {name}, not by commas. Save the file with commas.')
+    if sum(not cell.strip() for cell in cells) > 1:
+        refuse(place, 'cells of the header are empty, as trailing commas make them. Remove the columns without a name.')
 
 
 def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
@@ -295,6 +328,7 @@ def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
         for cells in reader:
             if header is None:
                 header = cells or None
+                _check_header(f'{source.path}:{line}', cells)
                 if twice := [name for name in cells if cells.count(name) > 1]:
                     refuse(
                         f'{source.path}:{line}', f"the header names '{twice[0]}' twice. Rename or remove one of them."

@@ -89,10 +89,7 @@ def _converted(
         if converter is None:
             converter = find_converter(raw)
             if converter is None:
-                raise ConfigError(
-                    f'{place}: columns {", ".join(map(str, raw))} are no known shape. Known: {KNOWN_SHAPES}. '
-                    f"Rename the columns of '{name}', or register a function in DATASET_MAPPING in utils/dataset.py."
-                )
+                raise ConfigError(f'{place}: {_no_shape(name, list(map(str, raw)))}')
             needed = frozenset(raw)
         try:
             if find_converter(raw) is not converter:
@@ -107,6 +104,17 @@ def _converted(
                 f'the JSON key `{key}` stands twice in an object: the last counts' for key in raw.keys_twice
             )
         yield place, raw, row
+
+
+def _no_shape(name: str, columns: Sequence[str]) -> str:
+    """Return that columns are no known shape, and what to do."""
+    said = f'columns {", ".join(columns)} are no known shape. '
+    if find_converter([column.strip().lower() for column in columns]):
+        return f'{said}Write their names in lower case and without blanks.'
+    return (
+        f"{said}Known: {KNOWN_SHAPES}. Rename the columns of '{name}', or register a function in DATASET_MAPPING in "
+        'utils/dataset.py.'
+    )
 
 
 def _other_shape(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
