@@ -46,7 +46,7 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
         from utils.dry_run import dry_run
 
         return dry_run(done)
-    rows = rows_of(args)
+    rows = rows_of(done)
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
     run = open_run(done, rows.lock() if isinstance(rows, Plan) else {}, typed_now)
     carry_out(done, run, rows, typed_now, started=started)

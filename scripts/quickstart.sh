@@ -21,7 +21,7 @@ if [[ "$(cat "$out/state" 2>/dev/null)" != "$state" ]]; then
     echo '2/3 fine-tuning'
     "$python" llm_sft.py --model_type smollm2-135m-instruct --dataset 'sql-demo#640' --train_dataset_sample -1 \
         --batch_size 8 --gradient_accumulation_steps 1 --eval_batch_size 16 --eval_steps 100 --learning_rate 2e-3 \
-        --lora_rank 16 --lora_target_modules q_proj k_proj v_proj o_proj down_proj --output_dir "$out" "$@"
+        --lora_rank 16 --lora_target_modules q_proj k_proj v_proj o_proj down_proj --output_dir "$out" -- "$@"
     checkpoint=$("$python" -c "import json, glob; print(json.load(open(glob.glob('$out/*/v0-*/run.json')[0]))['best_checkpoint'])")
     echo '3/3 the tuned model answers them'
     "$python" llm_infer.py --ckpt_dir "$checkpoint" "${answers[@]}" --result_path "$out/after.jsonl" > "$out/after.txt"

@@ -242,7 +242,8 @@ def small_flags(model_dir: Path, data_file: Path, output: Path) -> list[str]:
         'dataset_test_ratio': 0.1, 'batch_size': 2, 'gradient_accumulation_steps': 2, 'learning_rate': 0.01,
         'max_steps': 6, 'eval_steps': 3, 'logging_steps': 1, 'dataloader_num_workers': 0, 'report_samples': 0,
     }  # fmt: skip
-    return [word for name, value in flags.items() for word in (f'--{name}', str(value))]
+    words = [word for name, value in flags.items() for word in (f'--{name}', str(value))]
+    return [*words, '--']
 
 
 def run_program(name: str, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from utils import data_file
 from utils.convert import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, BadRow, check_row, find_converter
+from utils.data_file import read_rows
 from utils.preprocess import Message, Row, said
+from utils.reading import TRAIN, plan_rows
 
 ASKED = {'role': 'user', 'content': 'How deep?'}
 TOLD = {'role': 'assistant', 'content': 'Four metres.'}
@@ -238,3 +242,112 @@ def test_the_row_is_kept_as_it_was_written() -> None:
                     {'instruction': 'a', 'output': 'b'}, {'conversations': [ASKED, TOLD]}):  # fmt: skip
         row = convert(written)
         assert row.written is written
+
+
+def write_lines(path: Path, *lines: str) -> str:
+    path.write_text(''.join(f'{line}\n' for line in lines))
+    return str(path)
+
+
+def test_a_plan_counts_what_is_not_used_and_what_is_odd(tmp_path: Path) -> None:
+    file = write_lines(
+        tmp_path / 'a.jsonl',
+        '{"query": "a", "response": "b", "id": 1}',
+        '{"query": "", "response": "b", "id": 2, "note": {"by": "x", "by": "y"}}',
+        '{"query": "c", "response": "d"}',
+    )
+    noted = plan_rows([file]).noted
+    assert noted.counts == {
+        'column `id` is not used': 2,
+        'the JSON key `by` stands twice in an object: the last counts': 1,
+        'column `note` is not used': 1,
+        'an empty question': 1,
+    }
+    assert noted.places['column `id` is not used'] == [f'{file}:1', f'{file}:2']
+
+
+def test_a_json_key_that_stands_twice_is_told_at_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ['{"query": "a", "response": "b", "query": "c"}', '{"query": "d", "response": "e"}']
+    for size in (3, 1 << 20):
+        monkeypatch.setattr(data_file, '_BLOCK_BYTES', size)
+        for name, text in (('a.jsonl', '\n'.join(rows)), ('a.json', '[' + ',\n'.join(rows) + ']')):
+            file = write_lines(tmp_path / name, text)
+            read = list(read_rows(Path(file)))
+            assert [row for _, row in read] == [{'query': 'c', 'response': 'b'}, {'query': 'd', 'response': 'e'}]
+            assert plan_rows([file], test_ratio=0).noted.counts == {
+                'the JSON key `query` stands twice in an object: the last counts': 1
+            }
+
+
+def test_rows_that_are_drawn_out_are_a_decision(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / 'a.jsonl', *(json.dumps({'query': str(i), 'response': 'b'}) for i in range(40)))
+    plan = plan_rows([file], train_sample=20, test_ratio=0.1)
+    assert plan.decisions('last_round') == [
+        'rows = 20 of 36 for training because --train_dataset_sample is 20: 16 rows are not used',
+        'rows = 2 of 4 for validation because --train_dataset_sample is 20: 2 rows are not used',
+    ]
+    assert plan_rows([f'{file}#10'], test_ratio=0).decisions('last_round') == [
+        f"rows = 10 of 40 of --dataset '{file}#10' because --dataset {file}#10 asks for them: 30 rows are not used"
+    ]
+    assert plan_rows([file], train_sample=40, test_ratio=0.1).decisions('last_round') == []
+
+
+def test_earlier_replies_without_loss_are_a_decision(tmp_path: Path) -> None:
+    two = [ASKED, TOLD, ASKED, TOLD, ASKED, TOLD]
+    told = [ASKED, {**TOLD, 'loss': True}, ASKED, TOLD]
+    file = write_lines(
+        tmp_path / 'a.jsonl', *(json.dumps({'messages': messages}) for messages in (two, told, [ASKED, TOLD]))
+    )
+    plan = plan_rows([file], test_ratio=0)
+    assert plan.decisions('last_round') == [
+        'loss is on the last reply of a row because --loss_scope is last_round: 2 earlier replies carry no loss in '
+        '1 of 3 rows read'
+    ]
+    assert plan.decisions('all_rounds') == []
+
+
+def test_rows_of_parquet_have_their_own_keys_alone(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def row(arguments: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+        calls = [{'type': 'function', 'function': {'name': 'f', 'arguments': arguments}}]
+        tool = {'type': 'function', 'function': {'name': 'f', 'parameters': {'properties': schema}}}
+        return {
+            'messages': [ASKED, {'role': 'assistant', 'content': None, 'tool_calls': calls}],
+            'tools': [tool],
+        }
+
+    given = [({'lake': 'Ohrid'}, {'lake': {'type': 'string'}}), ({'a': 2, 'b': 3}, {'a': {'type': 'number'}})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row(*each) for each in given]), tmp_path / 'a.parquet')
+    read = [row for _, row in plan_rows([str(tmp_path / 'a.parquet')], test_ratio=0).rows(TRAIN)]
+    for made, (arguments, schema) in zip(read, given, strict=True):
+        assert made.messages[-1]['tool_calls'][0]['function']['arguments'] == arguments
+        assert made.tools is not None and made.tools[0]['function']['parameters'] == {'properties': schema}
+        assert made.unused == ()
+
+
+def test_a_date_in_the_arguments_of_parquet_is_a_reason_with_its_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    call = {'function': {'name': 'f', 'arguments': {'day': datetime.date(2026, 1, 2)}}}
+    rows = [{'messages': [ASKED, TOLD]}, {'messages': [ASKED, {'role': 'assistant', 'tool_calls': [call]}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'a.parquet')
+    left_out = plan_rows([str(tmp_path / 'a.parquet')], test_ratio=0).left_out
+    assert left_out.places == {
+        'tool_calls holds a date, which JSON cannot say': [f'{tmp_path / "a.parquet"}: row 2'],
+    }
+
+
+def test_a_row_of_another_shape_is_told_by_its_columns(tmp_path: Path) -> None:
+    file = write_lines(
+        tmp_path / 'a.jsonl',
+        '{"query": "a", "response": "b"}',
+        '{"query": "a", "response": "b", "messages": []}',
+        '{"query": "a"}',
+    )
+    assert list(plan_rows([file], test_ratio=0).left_out.counts) == [
+        'the row has another shape than the first row, from its columns messages',
+        'columns are missing that the first row has: response',
+    ]

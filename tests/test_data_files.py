@@ -86,7 +86,22 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         list(read_rows(endless))
 
 
+CHINESE = '{"query": "你好，世界", "response": "好"}\n'
+FRENCH = '{"query": "déjà été", "response": "né"}\n'
 BROKEN = {
+    'chinese.jsonl': (CHINESE.encode('gb18030'), 'chinese.jsonl:1: byte 0xc4 is not UTF-8. It looks like GB18030. '
+                      'Convert the file, e.g. iconv -f GB18030 -t UTF-8 chinese.jsonl.'),
+    'french.jsonl': (FRENCH.encode('cp1252'), 'e.g. iconv -f WINDOWS-1252 -t UTF-8 french.jsonl.'),
+    'wide.jsonl': (FRENCH.encode('utf-16'), 'e.g. iconv -f UTF-16 -t UTF-8 wide.jsonl.'),
+    'wide.csv': ('query,response\na,b\n'.encode('utf-16'), 'e.g. iconv -f UTF-16 -t UTF-8 wide.csv.'),
+    'packed.jsonl': (gzip.compress(b'{"query": "a"}\n' * 9), 'is packed with gzip: rename it to packed.jsonl.gz.'),
+    'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is packed with gzip: rename it to packed.json.gz.'),
+    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: JSON over several lines'),
+    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: JSON over several lines'),
+    'array.jsonl': (b'[{"query": "a"}]\n', 'got list. An array of rows belongs in a .json file: rename it.'),
+    'semicolons.csv': (b'query;response\na;b\n', 'semicolons.csv:1: the header is separated by semicolons, not by'),
+    'tabs.csv': (b'query\tresponse\na\tb\n', 'tabs.csv:1: the header is separated by tabs, not by commas'),
+    'trailing.csv': (b'query,response,,\na,b,,\n', 'trailing.csv:1: cells of the header are empty'),
     'cut.jsonl.gz': (gzip.compress(b'{"query": "a"}\n' * 9)[:-9], 'the gzip file is broken after'),
     'none.jsonl.gz': (b'{"query": "a"}\n', 'the gzip file is broken after 0 bytes'),
     'after.json': (b'[{"query": "a"}]\n{"query": "b"}', 'after.json:2: something follows the end of the JSON array'),
@@ -196,6 +211,27 @@ def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) 
         assert part in problem
     with pytest.raises(ConfigError, match='neither registered nor a .json'):
         parse_source('data.txt')
+
+
+def test_what_is_not_offered_is_said_with_what_to_do(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / 'pipe.jsonl')
+    words = {
+        str(tmp_path / 'pipe.jsonl'): 'pipe.jsonl is a pipe or a device, which gives its rows only once. Write them to',
+        'tatsu-lab/alpaca': 'is not there (looked in ',
+        'org/alpaca-v1.5': 'download this one and give its files, e.g. hf download org/alpaca-v1.5 --repo-type dataset',
+        'https://example.org/a.jsonl?x=1': 'is a URL, and rows are not fetched from the web. Download the file',
+    }
+    problems = check_sources(list(words))
+    for problem, part in zip(problems, words.values(), strict=True):
+        assert part in problem
+    assert problems[1].endswith('hf download tatsu-lab/alpaca --repo-type dataset --local-dir rows')
+
+
+def test_columns_in_capitals_or_with_blanks_are_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / 'a.csv'
+    file.write_text('Query, Response\na,b\n')
+    with pytest.raises(ConfigError, match='Write their names in lower case and without blanks'):
+        plan_rows([str(file)])
 
 
 def test_asking_for_more_rows_than_there_are_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -77,6 +77,29 @@ def test_flags_are_parsed_as_documented() -> None:
     assert parsed.typed == {'tuner_backend', 'dataset', 'do_sample', 'max_steps'}
 
 
+def test_data_sets_add_up_and_of_other_flags_the_last_counts() -> None:
+    def args(*words: str, earlier: tuple[str, ...] = ()) -> SftArguments:
+        parsed = parse(SftArguments, words, program='x', about='x', earlier=earlier)
+        assert not parsed.problems.found
+        return parsed.args
+
+    twice = args('--dataset', 'a.json', '--seed', '1', '--dataset', 'b.json', 'c.json', '--seed', '2')
+    assert (twice.dataset, twice.seed) == (['a.json', 'b.json', 'c.json'], 2)
+    targets = ('--lora_target_modules', 'q_proj', '--lora_target_modules', 'k_proj')
+    assert args(*targets).lora_target_modules == ['k_proj']
+    script = args('--dataset', 'a.json', '--seed', '1', '--', '--dataset', 'b.json')
+    assert (script.dataset, script.seed) == (['b.json'], 1), 'what follows -- replaces what a script says'
+    assert args('--dataset', 'b.json', earlier=('--dataset', 'a.json')).dataset == ['b.json']
+    assert args(earlier=('--dataset', 'a.json')).dataset == ['a.json']
+
+
+def test_a_negative_number_with_an_exponent_is_a_value() -> None:
+    for word in ('-1e-4', '-1.5E3', '-.5e+2'):
+        parsed = parse(SftArguments, ['--learning_rate', word, '--seed', '3'], program='x', about='x')
+        assert not parsed.problems.found
+        assert (parsed.args.learning_rate, parsed.args.seed) == (float(word), 3)
+
+
 def test_names_of_optimizers_and_schedules_are_those_of_the_library() -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames

@@ -96,7 +96,7 @@ def test_every_script_has_a_header_and_passes_its_words_on() -> None:
         lines = script.read_text().splitlines()
         assert lines[0] == '#!/usr/bin/env bash' and lines[1].startswith('# ') and lines[1].endswith('.'), script
         assert 'set -euo pipefail' in lines and 'token' not in script.read_text().lower(), script
-        assert lines[-1].endswith('"$@"' if script.name == 'sft.sh' else '"${@:2}"'), script
+        assert lines[-1].endswith('-- "$@"' if script.name == 'sft.sh' else '"${@:2}"'), script
 
 
 def test_flags_resolve_and_state_only_what_differs(started: dict[str, dict[Path, Started]]) -> None:
@@ -121,6 +121,12 @@ def test_flags_resolve_and_state_only_what_differs(started: dict[str, dict[Path,
             assert not all_layers, f'{script}: its model names all its linear layers by itself'
         seen += 1
     assert seen >= 97
+
+
+def test_a_data_set_typed_after_a_script_replaces_its_own(tmp_path: Path) -> None:
+    [script] = [s for s in SFT if s.parts[-3:-1] == ('qwen_7b_chat', 'qlora')]
+    found = run_scripts(tmp_path, [script], '--dataset a.jsonl --dataset b.jsonl')[script]
+    assert parse(SftArguments, found.flags, program='x', about='x').args.dataset == ['a.jsonl', 'b.jsonl']
 
 
 def mode_of(found: Started, done: Resolution[SftArguments]) -> str:

@@ -40,6 +40,7 @@ ARGUMENTS_NOT_OBJECT = 'the arguments of a tool call are no JSON object: kept as
 PARAMETERS_NOT_OBJECT = 'the parameters of a tool are text that is no JSON object: kept as they are'
 EMPTY_QUESTION = 'an empty question'
 SAME_ROLE_TWICE = {'user': 'a user turn after a user turn', 'assistant': 'an assistant turn after an assistant turn'}
+NO_LOSS_TOLD = 'a reply carries no loss, as the row says (`weight`, `loss` or `train`)'
 NO_USER_TURN = 'a reply to a system text alone, without a user turn'
 
 
@@ -439,11 +440,13 @@ def needed_columns(converter: Converter) -> frozenset[str]:
     return next(needed for needed, known in SHAPES if known is converter)
 
 
-def _order_notes(messages: Sequence[Message]) -> Iterable[str]:
-    """Yield what is odd about the order of the turns of a row that is trained all the same."""
+def _turn_notes(messages: Sequence[Message]) -> Iterable[str]:
+    """Yield what is odd about the turns of a row that is used all the same."""
     said = [message for message in messages if message['role'] != 'system']
     if len(said) < len(messages) and said[0]['role'] == 'assistant':
         yield NO_USER_TURN
+    if any(message.get('loss') is False for message in said):
+        yield NO_LOSS_TOLD
     if any(message['role'] == 'user' and not message['content'].strip() for message in said):
         yield EMPTY_QUESTION
     for before, turn in itertools.pairwise(said):
@@ -476,5 +479,5 @@ def check_row(row: Row) -> Row:
         raise BadRow('a system turn that is not the first')
     if len(row.messages) < 2:
         raise BadRow('a reply without a question')
-    row.notes = tuple(dict.fromkeys([*row.notes, *_order_notes(row.messages)]))
+    row.notes = tuple(dict.fromkeys([*row.notes, *_turn_notes(row.messages)]))
     return row

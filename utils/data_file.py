@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +30,35 @@ _GZIP_RATIO, _GZIP_FREE_BYTES = 100, 1 << 26
 _BLANK = re.compile(r'[ \t\r\n]*')
 # Errors that near to the end of what is buffered may come from a value cut in two, such as `tru` or `\u00`.
 _LONGEST_CUT = 12
+
+
+class Doubled(dict[str, Any]):
+    """A row in which a JSON key stands twice in one object; the last one counts, as every JSON reader has it."""
+
+    def __init__(self, row: dict[str, Any], keys: Iterable[str]) -> None:
+        super().__init__(row)
+        self.keys_twice = tuple(dict.fromkeys(keys))
+
+
+class _JsonObjects:
+    """Makes objects of the pairs that JSON gives, and remembers the keys that one object has twice."""
+
+    def __init__(self) -> None:
+        self.twice: list[str] = []
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice += [name for name in made if names.count(name) > 1]
+        return made
+
+    def row(self, value: Any) -> Any:
+        """Return a value whose objects were made here; a row with a key twice is marked."""
+        if self.twice and isinstance(value, dict):
+            value = Doubled(value, self.twice)
+        self.twice.clear()
+        return value
 
 
 class UnreadableRow(ConfigError):
@@ -76,7 +105,8 @@ def read_rows(
             if isinstance(row, dict):
                 yield place, row
             else:
-                bad(place, f'a row must be an object with named columns, got {type(row).__name__}.')
+                remedy = ' An array of rows belongs in a .json file: rename it.' if isinstance(row, list) else ''
+                bad(place, f'a row must be an object with named columns, got {type(row).__name__}.{remedy}')
     except ConfigError:
         _check_unchanged(path, before)  # the truer reason, where it is one
         raise
@@ -143,10 +173,27 @@ class _Bytes:
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    return (
-        f'byte 0x{error.object[error.start]:02x} is not UTF-8. '
-        f'Convert the file, e.g. iconv -f GB18030 -t UTF-8 {path.name}.'
-    )
+    said = f'byte 0x{error.object[error.start]:02x} is not UTF-8.'
+    with path.open('rb') as stream:
+        head = stream.read(1 << 10)
+    if head.startswith(b'\x1f\x8b') and path.suffix.lower() != '.gz':
+        return f'{said} The file is packed with gzip: rename it to {path.name}.gz.'
+    encoding = _looks_like(head, error.object)
+    return f'{said} It looks like {encoding}. Convert the file, e.g. iconv -f {encoding} -t UTF-8 {path.name}.'
+
+
+def _looks_like(head: bytes, data: bytes) -> str:
+    """Return the encoding that a file seems to be in, from its first bytes and from those that are not UTF-8."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'UTF-16'
+    runs = re.findall(rb'[\x80-\xff]+', data)
+    in_pairs = sum(len(run) for run in runs if len(run) > 1)
+    try:
+        data.decode('gb18030')
+    except UnicodeDecodeError:
+        return 'WINDOWS-1252'
+    # A Chinese character is two bytes, most of them both above 127; accents of Western words stand alone.
+    return 'GB18030' if 2 * in_pairs > sum(map(len, runs)) else 'WINDOWS-1252'
 
 
 class _JsonText:
@@ -156,7 +203,8 @@ class _JsonText:
         self.source = source
         self.text, self.position, self.line = '', 0, 1
         self._decode = codecs.getincrementaldecoder('utf-8-sig')().decode
-        self._parse = json.JSONDecoder().raw_decode
+        self._objects = _JsonObjects()
+        self._parse = json.JSONDecoder(object_pairs_hook=self._objects).raw_decode
 
     def _fill(self) -> bool:
         block = self.source.block()
@@ -187,6 +235,7 @@ class _JsonText:
     def value(self) -> Any:
         """Return the JSON value that starts here."""
         while True:
+            self._objects.twice.clear()  # of a value that was cut by the end of what is buffered
             try:
                 value, end = self._parse(self.text, self.position)
             except json.JSONDecodeError as error:
@@ -198,7 +247,7 @@ class _JsonText:
                 self._refuse_value(self.position, str(error))
             self.line += self.text.count('\n', self.position, end)
             self.position = end
-            return value
+            return self._objects.row(value)
 
 
 def _read_json(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
@@ -240,17 +289,34 @@ def read_objects(path: Path) -> Iterator[PlacedRow]:
 
 
 def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
+    objects = _JsonObjects()
+    parse = json.JSONDecoder(object_pairs_hook=objects).decode
+    seen = False
     for number, line in source.lines(bad):
         if not line.strip():
             continue
+        first, seen = not seen, True
         place = f'{source.path}:{number}'
         try:
-            row = json.loads(line)
+            row = objects.row(parse(line))
         except (ValueError, RecursionError) as error:
+            if first and line.strip() in ('[', '{'):
+                refuse(
+                    place, 'JSON over several lines, and a .jsonl file holds one object per line. Rename it to .json.'
+                )
             why = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else str(error)
             bad(place, f'this line is not JSON ({why}). A .jsonl file holds one object per line.')
             continue
         yield place, row
+
+
+def _check_header(place: str, cells: list[str]) -> None:
+    """Refuse a header that no comma separates, or with several cells without a name (one may be an index)."""
+    for mark, name in ((';', 'semicolons'), ('\t', 'tabs')):
+        if len(cells) == 1 and mark in cells[0]:
+            refuse(place, f'the header is separated by {name}, not by commas. Save the file with commas.')
+    if sum(not cell.strip() for cell in cells) > 1:
+        refuse(place, 'cells of the header are empty, as trailing commas make them. Remove the columns without a name.')
 
 
 def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
@@ -262,6 +328,7 @@ def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
         for cells in reader:
             if header is None:
                 header = cells or None
+                _check_header(f'{source.path}:{line}', cells)
                 if twice := [name for name in cells if cells.count(name) > 1]:
                     refuse(
                         f'{source.path}:{line}', f"the header names '{twice[0]}' twice. Rename or remove one of them."
@@ -273,6 +340,13 @@ def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
             line = reader.line_num + 1
     except csv.Error as error:
         refuse(f'{source.path}:{line}', f'the CSV is broken here: {error}.')
+
+
+def own_keys(value: Any) -> Any:
+    """Return a value without the keys that are null: a struct has the keys of all rows, a row only some of them."""
+    if isinstance(value, dict):
+        return {key: own_keys(item) for key, item in value.items() if item is not None}
+    return [own_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_parquet(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
@@ -287,7 +361,7 @@ def _read_parquet(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f'{source.path}: row {number}', row
+                    yield f'{source.path}: row {number}', {name: own_keys(value) for name, value in row.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(
             f'{source.path}: the parquet file cannot be read after row {number}: {error}. Get it again.'

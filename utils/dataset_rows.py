@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 from utils import hub
 from utils.cache import cache_dir
@@ -31,10 +31,12 @@ from utils.native.images import BadImage, place_image
 
 SourceRow = Mapping[str, Any]
 PlainRow = dict[str, Any]
-# A converter returns None for a row that is broken, and OTHER for one that it leaves out by choice.
-OTHER: Final = False
-Made = PlainRow | None | Literal[False]
-ToRow = Callable[[SourceRow], Made]
+# A converter returns None for a row that is broken, and raises Unwanted for one that it leaves out by choice.
+ToRow = Callable[[SourceRow], PlainRow | None]
+
+
+class Unwanted(Exception):
+    """A row that is whole, and that the entry of its data set leaves out by choice."""
 
 
 def _text(row: SourceRow, column: str) -> str:
@@ -56,7 +58,7 @@ def _literal(value: Any) -> list[Any] | None:
 def pair(query: str, response: str, *, query_may_be_empty: bool = False) -> ToRow:
     """Return a converter: two columns as they are; a row that misses either is dropped."""
 
-    def to_row(row: SourceRow) -> Made:
+    def to_row(row: SourceRow) -> PlainRow | None:
         asked, answered = _text(row, query), _text(row, response)
         return {'query': asked, 'response': answered} if answered and (asked or query_may_be_empty) else None
 
@@ -66,12 +68,16 @@ def pair(query: str, response: str, *, query_may_be_empty: bool = False) -> ToRo
 def alpaca(
     instruction: str = 'instruction', extra: str = 'input', output: str = 'output', *, drop_prefix: str = ''
 ) -> ToRow:
-    """Return a converter: query = instruction, newline, input; `drop_prefix` is what some inputs begin with."""
+    """Return a converter: query = instruction, newline, input; the input alone where there is no instruction.
 
-    def to_row(row: SourceRow) -> Made:
+    `drop_prefix` is what some inputs begin with.
+    """
+
+    def to_row(row: SourceRow) -> PlainRow | None:
         query, response = _text(row, instruction), _text(row, output)
         added = _text(row, extra).removeprefix(drop_prefix)
-        return {'query': f'{query}\n{added}', 'response': response} if response and (query or added) else None
+        asked = f'{query}\n{added}' if query else added
+        return {'query': asked, 'response': response} if response and asked else None
 
     return to_row
 
@@ -79,15 +85,27 @@ def alpaca(
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
     """Return a converter that drops rows of any other kind."""
     kept = frozenset(kinds)
-    return lambda row: to_row(row) if row.get(column) in kept else OTHER if _text(row, column) else None
+
+    def of_kind(row: SourceRow) -> PlainRow | None:
+        if row.get(column) in kept:
+            return to_row(row)
+        if not _text(row, column):
+            return None
+        raise Unwanted
+
+    return of_kind
 
 
 def without_history(column: str, to_row: ToRow) -> ToRow:
     """Return a converter that leaves out rows with a history; one that cannot be read is broken."""
 
-    def without(row: SourceRow) -> Made:
+    def without(row: SourceRow) -> PlainRow | None:
         history = [] if row.get(column) in (None, '') else _literal(row[column])
-        return OTHER if history else to_row(row) if history is not None else None
+        if history is None:
+            return None
+        if history:
+            raise Unwanted
+        return to_row(row)
 
     return without
 
@@ -95,7 +113,7 @@ def without_history(column: str, to_row: ToRow) -> ToRow:
 def with_answer(query: str, response: str, answer: str) -> ToRow:
     """Return a converter whose response ends with a blank line and the answer."""
 
-    def to_row(row: SourceRow) -> Made:
+    def to_row(row: SourceRow) -> PlainRow | None:
         asked, solved, result = _text(row, query), _text(row, response), _text(row, answer)
         if not asked or not solved:
             return None
@@ -107,7 +125,7 @@ def with_answer(query: str, response: str, answer: str) -> ToRow:
 def human_assistant(column: str) -> ToRow:
     """Return a converter of a list of {human, assistant} turns: the last is asked and answered, the others history."""
 
-    def to_row(row: SourceRow) -> Made:
+    def to_row(row: SourceRow) -> PlainRow | None:
         turns = _literal(row.get(column))
         if not turns or not all(isinstance(t, dict) and {'human', 'assistant'} <= t.keys() for t in turns):
             return None
@@ -125,7 +143,7 @@ def agent(plugin: str) -> ToRow:
     """
     pattern = re.compile(plugin)
 
-    def to_row(row: SourceRow) -> Made:
+    def to_row(row: SourceRow) -> PlainRow | None:
         turns = _literal(row.get('conversations'))
         if not turns or not all(isinstance(t, dict) and {'from', 'value'} <= t.keys() for t in turns):
             return None
@@ -134,9 +152,9 @@ def agent(plugin: str) -> ToRow:
         if not texts or not texts[-1]:
             return None
         if len(set(pattern.findall(_text(system, 'value')))) < 2:
-            return OTHER
+            raise Unwanted
         if [turn['from'] for turn in said] != ['user', 'assistant'] * (len(said) // 2):
-            return OTHER
+            raise Unwanted
         history = [list(texts[i : i + 2]) for i in range(0, len(texts) - 2, 2)]
         return {'system': _text(system, 'value'), 'query': texts[-2], 'response': texts[-1], 'history': history}
 
@@ -146,28 +164,30 @@ def agent(plugin: str) -> ToRow:
 def two_rounds(column: str) -> ToRow:
     """Return a converter of exactly two turns with `content`: what is asked, what is answered."""
 
-    def to_row(row: SourceRow) -> Made:
+    def to_row(row: SourceRow) -> PlainRow | None:
         turns = _literal(row.get(column))
         if turns is None or not all(isinstance(turn, dict) for turn in turns):
             return None
         if len(turns) != 2:
-            return OTHER
+            raise Unwanted
         query, response = (_text(turn, 'content') for turn in turns)
         return {'query': query, 'response': response} if query and response else None
 
     return to_row
 
 
-def leetcode(row: SourceRow) -> Made:
+def leetcode(row: SourceRow) -> PlainRow | None:
     """Return the problem, and its one code block with the explanation."""
     problem, mark, code = _text(row, 'code_with_problem').partition('```python')
     if not mark or '```python' in code:
-        return OTHER if _text(row, 'code_with_problem') else None
+        if not _text(row, 'code_with_problem'):
+            return None
+        raise Unwanted
     response = f'{mark}{code.rstrip()}\n\n{_text(row, "explanation_only")}'.rstrip()
     return {'query': problem.strip().removeprefix('# '), 'response': response}
 
 
-def law_text(row: SourceRow) -> Made:
+def law_text(row: SourceRow) -> PlainRow | None:
     """Return a text to continue, as in pre-training: no query, the article with its headings as the response."""
     if not _text(row, 'content'):
         return None
@@ -180,7 +200,7 @@ def law_text(row: SourceRow) -> Made:
     return {'query': '', 'response': '\n'.join([*lines, f'Content: {_text(row, "content")}'])}
 
 
-def advertise(row: SourceRow) -> Made:
+def advertise(row: SourceRow) -> PlainRow | None:
     """Return the task of writing an advertisement from keywords."""
     keywords, text = _text(row, 'content'), _text(row, 'summary')
     if not keywords or not text:
@@ -188,7 +208,7 @@ def advertise(row: SourceRow) -> Made:
     return {'query': f'任务：根据关键词生成广告\n关键词：{keywords}\n广告：', 'response': text}
 
 
-def ask_question(row: SourceRow) -> Made:
+def ask_question(row: SourceRow) -> PlainRow | None:
     """Return the task of asking the question that a text answers; text1 is '<answer>[SEP]<context>'."""
     answer, mark, context = _text(row, 'text1').partition('[SEP]')
     question = _text(row, 'text2')
@@ -200,14 +220,16 @@ def ask_question(row: SourceRow) -> Made:
 def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToRow:
     """Return a converter to a task of naming the category; `columns` maps column to its heading in the prompt."""
 
-    def to_row(row: SourceRow) -> Made:
+    def to_row(row: SourceRow) -> PlainRow | None:
         label = row.get('label')
         try:
             index = names.index(label) if label in names else int(float(_text(row, 'label')))
         except (ValueError, OverflowError):
             return None
+        if index == -1:  # stands for a hidden label
+            raise Unwanted
         if not 0 <= index < len(names):
-            return OTHER if index == -1 else None  # which stands for a hidden label
+            return None
         said = ''.join(f'{heading}：{_text(row, column)}\n' for column, heading in columns.items())
         return {'query': f'任务：{task}\n{said}类别：{"，".join(names)}\n输出：', 'response': names[index]}
 
@@ -219,7 +241,7 @@ def always_ask(query: str, response: str) -> ToRow:
     return lambda row: {'query': query, 'response': _text(row, response)} if _text(row, response) else None
 
 
-def caption(row: SourceRow) -> Made:
+def caption(row: SourceRow) -> PlainRow | None:
     """Return the task of describing an image, named by its path; of several captions the first."""
     image = row.get('image')
     path = image.get('path') if isinstance(image, Mapping) else image
@@ -326,8 +348,14 @@ class RowStream:
                         'DATASET_MAPPING in utils/dataset.py.'
                     )
                 checked = True
-                made = self.entry.to_row(row)
-                yield place, made or (BadRow if made is None else Filtered)(self.entry.drops)
+                yield place, self._made(row)
+
+    def _made(self, row: SourceRow) -> PlainRow | BadRow:
+        """Return a row as its entry makes it, or why it is dropped."""
+        try:
+            return self.entry.to_row(row) or BadRow(self.entry.drops)
+        except Unwanted:
+            return Filtered(self.entry.drops)
 
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp')

@@ -23,7 +23,7 @@ from utils.logger import logger
 from utils.model import load_tokenizer, locate
 from utils.native.gguf import dense_directory
 from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row, cut_front
-from utils.reading import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally
+from utils.reading import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally, row_notes
 from utils.resolution import Resolution, run_name
 from utils.row_plan import plan_of
 from utils.run_dir import write_json
@@ -138,6 +138,8 @@ class Doctor:
         self.left_out, self.defects = Found('left_out', stream), Found('defect', stream)
         self.noted, self.filtered = Found('noted', stream, skip=[CONTROL_TOKENS]), Found('filtered', stream)
         self.lengths = Lengths(max_length=max_length)
+        # What of the rows is not learnt by decision.
+        self.decisions: list[str] = []
         self.rows: Counter[str] = Counter(dict.fromkeys(('read', 'kept', 'train', 'validation', 'not_drawn'), 0))
 
     def bad_line(self, place: str, problem: str) -> None:
@@ -158,6 +160,8 @@ class Doctor:
             self.rows['kept'] += 1
             self.rows[{UNUSED: 'not_drawn', TRAIN: 'train', VAL: 'validation'}[use]] += 1
             columns[place] = _reply_column(raw)
+            for note in row_notes(row):
+                self.noted.add(note, place, columns[place])
             self._look_at_text(place, raw)
             self._look_for_the_same(use, row, columns[place])
             if problem := wrong_order(row.messages):
@@ -219,6 +223,7 @@ class Doctor:
             'clean': bool(self.rows['kept']) and not (self.left_out or self.defects),
             'rows': {**self.rows, 'filtered': len(self.filtered), 'left_out': len(self.left_out)},
             **kinds,
+            'decisions': self.decisions,
             'lengths': self.lengths.record(),
         }
 
@@ -231,6 +236,7 @@ class Doctor:
             *self.left_out.lines('left out'),
             *self.defects.lines('suspect'),
             *self.noted.lines('noted'),
+            *self.decisions,
             'tokens per row: ' + ', '.join(f'up to {n}: {c}' for n, c in record['lengths']['rows_up_to'].items()),
             'lengths: ' + ', '.join(f'{name} {value}' for name, value in lengths.items()),
         ]
@@ -272,4 +278,5 @@ def _plan(args: SftArguments, doctor: Doctor) -> Plan:
     readings = [doctor.bad_line]
     plan = plan_of(args, args.train_dataset_sample, bad=lambda place, problem: readings[0](place, problem))
     readings[0] = lambda place, problem: None
+    doctor.decisions = plan.decisions(args.loss_scope)
     return plan

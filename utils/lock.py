@@ -77,7 +77,7 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     except ConfigError as error:
         parsed.problems.add(error.problems[0])
         return parsed
-    return parse(SftArguments, [*lock['command'], *words], program='llm_sft.py', about='')
+    return parse(SftArguments, words, program='llm_sft.py', about='', earlier=lock['command'])
 
 
 def check_repeated(done: Resolution[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -16,6 +18,10 @@ from utils.logger import logger
 
 # Another spelling that users' scripts hold, and the flag it means.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
+# Flags whose values add up where they are typed several times; of every other flag the last one counts.
+ADDING_UP = frozenset({'dataset'})
+# A negative number with an exponent, which argparse takes for a flag.
+_NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 
@@ -98,6 +104,7 @@ def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentPa
             *(f'--{other}' for other in spellings[f.name]),
             dest=f.name,
             nargs='*',
+            action='append',
             default=argparse.SUPPRESS,
             metavar=describe_type(hints[f.name]),
             help=f'{f.metadata["help"]} (default: {describe_default(f)})'.replace('%', '%%'),
@@ -122,17 +129,59 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
             problems.add(text)
 
 
-def parse(cls: type[ArgumentsT], argv: Sequence[str], *, program: str, about: str) -> Parsed[ArgumentsT]:
-    """Return the parsed command line; problems are collected, not raised. Exits only for --help."""
-    namespace, unknown = _build_parser(cls, program=program, about=about).parse_known_args(list(argv))
+def _negative_values_attached(argv: Sequence[str]) -> list[str]:
+    """Return the words with each negative number that has an exponent attached to its flag: --name=-1e-4."""
+    words: list[str] = []
+    for word in argv:
+        is_value = bool(words) and words[-1].startswith('--') and '=' not in words[-1]
+        if is_value and _NEGATIVE.fullmatch(word):
+            words[-1] += f'={word}'
+        else:
+            words.append(word)
+    return words
+
+
+def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the words before and after a bare `--`; all of them are after where there is none."""
+    if '--' not in argv:
+        return (), argv
+    position = list(argv).index('--')
+    return argv[:position], argv[position + 1 :]
+
+
+def _values_typed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the words typed after each flag, and the words that belong to none."""
+    namespace, unknown = parser.parse_known_args(_negative_values_attached(argv))
+    typed = {
+        name: list(itertools.chain(*times)) if name in ADDING_UP else times[-1]
+        for name, times in vars(namespace).items()
+    }
+    return typed, unknown
+
+
+def parse(
+    cls: type[ArgumentsT], argv: Sequence[str], *, program: str, about: str, earlier: Sequence[str] = ()
+) -> Parsed[ArgumentsT]:
+    """Return the parsed command line; problems are collected, not raised. Exits only for --help.
+
+    Words before a bare `--` are those of a script: a flag typed after it replaces the script's, also one that adds
+    up. `earlier` is another command line, whose flags count where `argv` does not type them.
+    """
+    parser = _build_parser(cls, program=program, about=about)
+    typed: dict[str, list[str]] = {}
+    unknown: list[str] = []
+    for words in (earlier, *_at_separator(argv)):
+        known, others = _values_typed(parser, words)
+        typed |= known
+        unknown += others
     hints = flag_types(cls)
     problems = Problems()
     values: dict[str, Any] = {}
-    for name, words in vars(namespace).items():
+    for name, given in typed.items():
         try:
-            values[name] = _convert(name, words, hints[name])
+            values[name] = _convert(name, given, hints[name])
         except ValueError as error:
             problems.add(str(error))
     args = cls(**values)
     _report_unknown(unknown, list(hints), ignore=args.ignore_args_error, problems=problems)
-    return Parsed(args=args, typed=frozenset(vars(namespace)), problems=problems)
+    return Parsed(args=args, typed=frozenset(typed), problems=problems)

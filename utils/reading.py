@@ -10,18 +10,18 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.convert import KNOWN_SHAPES, BadRow, Converter, check_row, find_converter
-from utils.data_file import OnBad, UnreadableRow, read_rows, refuse, signature
+from utils.convert import KNOWN_SHAPES, BadRow, Converter, check_row, find_converter, needed_columns
+from utils.data_file import Doubled, OnBad, UnreadableRow, read_rows, refuse, signature
 from utils.dataset import DATASET_MAPPING, RawRows
 from utils.dataset_rows import HubDataset, RowStream
 from utils.errors import ConfigError
 from utils.hub_clients import HubName
 from utils.logger import logger
-from utils.preprocess import Row
+from utils.preprocess import LossScope, Row
 from utils.sources import Source, find_files, parse_source
 from utils.vision import state_of_images
 
@@ -89,21 +89,42 @@ def _converted(
         if converter is None:
             converter = find_converter(raw)
             if converter is None:
-                raise ConfigError(
-                    f'{place}: columns {", ".join(map(str, raw))} are no known shape. Known: {KNOWN_SHAPES}. '
-                    f"Rename the columns of '{name}', or register a function in DATASET_MAPPING in utils/dataset.py."
-                )
+                raise ConfigError(f'{place}: {_no_shape(name, list(map(str, raw)))}')
             needed = frozenset(raw)
         try:
             if find_converter(raw) is not converter:
-                missing = ', '.join(sorted(needed - set(raw)))
-                raise BadRow(f'columns are missing that the first row has: {missing}', missing)
+                raise _other_shape(converter, needed, raw)
             row = check_row(converter(raw))
         except BadRow as problem:
             yield place, raw, problem
             continue
         row.origin, row.folder = place, folder
+        if isinstance(raw, Doubled):
+            row.notes += tuple(
+                f'the JSON key `{key}` stands twice in an object: the last counts' for key in raw.keys_twice
+            )
         yield place, raw, row
+
+
+def _no_shape(name: str, columns: Sequence[str]) -> str:
+    """Return that columns are no known shape, and what to do."""
+    said = f'columns {", ".join(columns)} are no known shape. '
+    if find_converter([column.strip().lower() for column in columns]):
+        return f'{said}Write their names in lower case and without blanks.'
+    return (
+        f"{said}Known: {KNOWN_SHAPES}. Rename the columns of '{name}', or register a function in DATASET_MAPPING in "
+        'utils/dataset.py.'
+    )
+
+
+def _other_shape(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
+    """Return what is wrong with a row that another converter than that of the first row would read, or none."""
+    needed = needed_columns(converter)
+    if needed <= set(raw):
+        others = ', '.join(sorted(set(raw) - first))
+        return BadRow(f'the row has another shape than the first row, from its columns {others}', others)
+    missing = ', '.join(sorted(needed - set(raw)))
+    return BadRow(f'columns are missing that the first row has: {missing}', missing)
 
 
 @dataclass(kw_only=True)
@@ -119,8 +140,11 @@ class Part:
     uses: bytearray = field(default_factory=bytearray)
     # Hash of what was read when the rows were counted.
     content: str = ''
+    # Replies before the last one that do not say themselves that they carry loss, and the rows that have any.
+    earlier_replies: int = 0
+    rows_with_earlier: int = 0
 
-    def count(self, left_out: Tally, digest: Any) -> None:
+    def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
         """Read the part once and mark every row that can be trained on."""
         use, own = VAL if self.is_val else TRAIN, hashlib.sha256()
         for place, _, row in self.read(own):
@@ -128,6 +152,11 @@ class Part:
                 left_out.add(str(row), place)
                 continue
             self.uses.append(use)
+            for note in row_notes(row):
+                noted.add(note, place)
+            earlier = sum(m['role'] == 'assistant' and not m.get('loss') for m in row.messages[:-1])
+            self.earlier_replies += earlier
+            self.rows_with_earlier += bool(earlier)
             own.update(state_of_images(row))
         self.content = own.hexdigest()
         digest.update(own.digest())
@@ -227,13 +256,35 @@ def served_by(parts: Iterable[Part]) -> dict[str, str]:
     return {part.name: part.served for part in parts if part.served and not part.is_val}
 
 
+def row_notes(row: Row) -> list[str]:
+    """Return what is worth counting about a row that is used: its remarks, and what of it is not used."""
+    return [*row.notes, *(f'{name} is not used' for name in row.unused)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which rows a run uses; `digest` is a hash of all that was read and of the uses."""
+    """Which rows a run uses; `digest` is a hash of all that was read and of the uses.
+
+    `noted` counts remarks on all rows that can be trained on, `drawn` says which of them were drawn out and why.
+    """
 
     parts: list[Part]
     left_out: Tally
+    noted: Tally
+    drawn: list[str]
     digest: str
+
+    def decisions(self, loss_scope: LossScope) -> list[str]:
+        """Return what of the rows is not learnt by decision: rows drawn out, and replies without loss."""
+        replies = sum(part.earlier_replies for part in self.parts)
+        rows = sum(part.rows_with_earlier for part in self.parts)
+        if loss_scope != 'last_round' or not replies:
+            return self.drawn
+        return [
+            *self.drawn,
+            f'loss is on the last reply of a row because --loss_scope is last_round: {replies} earlier replies carry '
+            f'no loss in {rows} of {sum(len(part.uses) for part in self.parts)} rows read',
+        ]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
         """Yield everything that was read, each with its use."""
@@ -267,6 +318,13 @@ def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
     return [row for part in found for row in itertools.islice(part, share)][:count]
 
 
+def _drawn_out(sample: int, there: int, what: str, why: str) -> list[str]:
+    """Return the decision that some rows are not used, [] where all are."""
+    if sample >= there:
+        return []
+    return [f'rows = {sample} of {there} {what} because {why}: {there - sample} rows are not used']
+
+
 def plan_rows(
     words: Sequence[str],
     *,
@@ -282,16 +340,18 @@ def plan_rows(
     where no row is left.
     """
     parts: list[Part] = []
-    left_out, digest = Tally(), hashlib.sha256()
+    left_out, noted, digest = Tally(), Tally(), hashlib.sha256()
+    drawn: list[str] = []
     for word in words:
         source = parse_source(word)
         opened = open_parts(source, bad, hub)
         for part in opened:
-            part.count(left_out, digest)
+            part.count(left_out, noted, digest)
         count = len(opened[0].uses)
         if source.sample is not None:
             if source.sample > count:
                 logger.warning(f"--dataset '{word}' asks for {source.sample} rows of {count}: all of them are used")
+            drawn += _drawn_out(source.sample, count, f"of --dataset '{word}'", f'--dataset {word} asks for them')
             _draw(opened[:1], TRAIN, source.sample, seed, drawn=TRAIN, rest=UNUSED)
             count = min(count, source.sample)
         if len(opened) == 1 and test_ratio > 0:
@@ -304,11 +364,16 @@ def plan_rows(
             f'{len(left_out)} rows left out ({"; ".join(sorted(left_out.counts))}).'
         )
     if train_sample >= 0:
-        _draw(parts, TRAIN, train_sample, seed, drawn=TRAIN, rest=UNUSED)
-        _draw(parts, VAL, max(1, int(train_sample * test_ratio)), seed, drawn=VAL, rest=UNUSED)
+        why = f'--train_dataset_sample is {train_sample}'
+        for use, sample, what in (
+            (TRAIN, train_sample, 'for training'),
+            (VAL, max(1, int(train_sample * test_ratio)), 'for validation'),
+        ):
+            drawn += _drawn_out(sample, sum(part.uses.count(use) for part in parts), what, why)
+            _draw(parts, use, sample, seed, drawn=use, rest=UNUSED)
     for part in parts:
         digest.update(part.uses)
-    return Plan(parts=parts, left_out=left_out, digest=digest.hexdigest())
+    return Plan(parts=parts, left_out=left_out, noted=noted, drawn=drawn, digest=digest.hexdigest())
 
 
 def draw(rows: list[Row], count: int, seed: int) -> list[Row]:

@@ -8,13 +8,21 @@ from utils.argument import CommonArguments, InferArguments, SftArguments
 from utils.data_file import OnBad, refuse
 from utils.preprocess import Row
 from utils.reading import VAL, Plan, Streams, first_rows, open_streams, plan_rows
+from utils.resolution import Resolution
 
 
-def rows_of(args: SftArguments) -> Plan | Streams:
-    """Return the rows of a training run: planned in a first pass, or opened as streams."""
+def rows_of(done: Resolution[SftArguments]) -> Plan | Streams:
+    """Return the rows of a training run: planned in a first pass, or opened as streams.
+
+    What is not learnt of planned rows is added to the decisions, what is worth counting about them to the warnings.
+    """
+    args = done.args
     if args.streaming:
         return open_streams(args.dataset, hub=args.hub)
-    return plan_of(args, args.train_dataset_sample)
+    plan = plan_of(args, args.train_dataset_sample)
+    done.decisions += plan.decisions(args.loss_scope)
+    done.warnings += plan.noted.lines('noted')
+    return plan
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:

@@ -32,7 +32,7 @@ def read_script(path: Path) -> Script:
     text = path.read_text(encoding='utf-8')
     processes = int(found[1]) if (found := re.search(r'NPROC_PER_NODE:-(\d+)', text)) else 1
     gpus = found[1].split(',') if (found := re.search(r'CUDA_VISIBLE_DEVICES:-([\d,]+)', text)) else []
-    command = text.split('llm_sft.py', 1)[1].replace('\\\n', ' ').replace('"$@"', '')
+    command = text.split('llm_sft.py', 1)[1].replace('\\\n', ' ').replace('-- "$@"', '')
     sums = re.sub(r'\$\(\((\d+) / processes(?: / \$\{NNODES:-1\})?\)\)', lambda m: str(int(m[1]) // processes), command)
     assert '$' not in sums, f'{path}: {sums}'
     machine = Machine(processes=processes, devices=max(1, len(gpus) // processes), gpu=bool(gpus))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ class Source:
 
 def parse_source(word: str) -> Source:
     """Return what a word of --dataset names; raises ConfigError with the closest names. Reads no file."""
+    if '://' in word:
+        raise ConfigError(
+            f"--dataset '{word}' is a URL, and rows are not fetched from the web. Download the file and give its path."
+        )
     name, mark, count = word.rpartition('#')
     if not mark:
         name, count = word, ''
@@ -37,10 +42,23 @@ def parse_source(word: str) -> Source:
     if name.lower().endswith(SUFFIXES) or is_folder or glob.has_magic(name):
         return Source(name=name, sample=sample, path=Path(name))
     if '/' in name or '.' in name:
-        raise ConfigError(f"--dataset '{name}' is neither registered nor a {_KINDS} file; a folder is written {name}/.")
+        raise ConfigError(
+            f"--dataset '{name}' is neither registered nor a {_KINDS} file; a folder is written {name}/."
+            + _about_hub(name)
+        )
     raise ConfigError(
         f"dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
         f'Give a {_KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
+    )
+
+
+def _about_hub(name: str) -> str:
+    """Return what to do where a name may be the id of a data set of a hub, '' for other names."""
+    if not re.fullmatch(r'[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*', name):
+        return ''
+    return (
+        ' Of the data sets of a hub only registered ones are fetched: download this one and give its files, e.g. '
+        f'hf download {name} --repo-type dataset --local-dir rows'
     )
 
 
@@ -56,8 +74,14 @@ def find_files(source: Source) -> list[Path]:
             raise ConfigError(f'data folder {path} holds no {_KINDS} file (folders in it are not searched).')
         return files
     if not glob.has_magic(source.name):
+        if path.exists():
+            raise ConfigError(
+                f'data file {path} is a pipe or a device, which gives its rows only once. '
+                'Write them to a file and give that.'
+            )
         kind = 'data file' if source.name.lower().endswith(SUFFIXES) else 'data folder'
-        raise ConfigError(f'{kind} {path} is not there (looked in {path.absolute().parent}).')
+        where = f'{kind} {path} is not there (looked in {path.absolute().parent}).'
+        raise ConfigError(where + _about_hub(source.name))
     files = sorted(map(Path, glob.glob(source.name, recursive=True)))  # noqa: PTH207 (Path.glob: no absolute pattern)
     if not files:
         raise ConfigError(f"--dataset '{source.name}' matches no file (looked from {Path.cwd()}).")

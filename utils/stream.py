@@ -21,7 +21,7 @@ from utils.errors import ConfigError
 from utils.logger import logger
 from utils.mask_gate import show_samples
 from utils.preprocess import Row
-from utils.reading import Part, Streams, Tally, first_rows, served_by
+from utils.reading import Part, Streams, Tally, first_rows, row_notes, served_by
 
 SHUFFLE_ROWS = 10_000
 _BATCH_ROWS, _LOOKED_AT_ROWS, _REMEMBERED_ROWS = 64, 256, 16_384
@@ -62,21 +62,24 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         # The first rows of a data set without a validation part of its own are held out.
         self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources]
         self.encoder, self.seed = encoder, seed
-        self.unread = Announced()
+        self.unread, self.row_noted = Announced(), Announced()
         self.report = EncodingReport(left_out=Announced(), noted=Tally())
         self.rows_read = 0
         # The rows of the last steps, to be named when something is wrong with one.
         self._recent: dict[int, tuple[dict[str, Any], str]] = {}
         self._given = 0
 
-    def _rows(self, unread: Tally) -> Iterator[Row]:
+    def _rows(self, unread: Tally, noted: Tally) -> Iterator[Row]:
         """Yield the rows of one pass, the data sets taking turns."""
 
         def of(part: Part, held_out: int) -> Iterator[Row]:
             for place, _, row in part.read(hashlib.sha256()):
                 if isinstance(row, BadRow):
                     unread.add(str(row), place)
-                elif held_out:
+                    continue
+                for note in row_notes(row):
+                    noted.add(note, place)
+                if held_out:
                     held_out -= 1
                 else:
                     yield row
@@ -93,11 +96,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         """Yield the rows of this process; what is left out is counted on the first pass."""
         index = 0
         for number in itertools.count():
-            unread = self.unread if number == 0 else Tally()
+            unread, noted = (self.unread, self.row_noted) if number == 0 else (Tally(), Tally())
             report = self.report if number == 0 else EncodingReport()
             before = index
             mine: list[Row] = []
-            for row in shuffled(self._rows(unread), SHUFFLE_ROWS, random.Random(f'{self.seed}/{number}')):
+            for row in shuffled(self._rows(unread, noted), SHUFFLE_ROWS, random.Random(f'{self.seed}/{number}')):
                 if index % dist.world_size() == dist.rank():
                     mine.append(row)
                 index += 1
@@ -129,7 +132,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 
     def first(self, count: int) -> list[dict[str, Any]]:
         """Return the first rows of the stream, not shuffled, which counts nothing."""
-        rows = itertools.islice(self._rows(Tally()), count)
+        rows = itertools.islice(self._rows(Tally(), Tally()), count)
         return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), EncodingReport())]
 
     def lengths(self) -> list[int]:
@@ -147,6 +150,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             self.report.left_out.merge(other.left_out)
             self.report.noted.merge(other.noted)
         self.report.left_out.merge(self.unread)
+        self.report.noted.merge(self.row_noted)
         log_report(self.report, {})
         return {'train': {'rows_read': self.rows_read}, **self.report.counts()}
 

@@ -42,6 +42,8 @@ def plan_work(
         shown = 'training rows: not known' if known is None else f'at most {known} training rows'
         return _bounded(args, known, f'{shown}: {why}')
     plan = plan_of(args, args.train_dataset_sample)
+    done.decisions += plan.decisions(args.loss_scope)
+    done.warnings += plan.noted.lines('noted')
     if model_dir is not None and not sees:
         return _encoded(done, plan, model_dir, padded=mode is not None and not mode.laid)
     train, val = (sum(part.uses.count(use) for part in plan.parts) for use in (TRAIN, VAL))

@@ -13,4 +13,4 @@ launch "$processes" llm_sft.py \
     --max_length 4096 \
     --lora_target_modules ALL \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

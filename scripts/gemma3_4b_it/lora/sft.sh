@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type gemma3-4b-it \
     --dataset alpaca-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

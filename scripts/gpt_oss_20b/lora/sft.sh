@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type gpt-oss-20b \
     --dataset alpaca-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -12,4 +12,4 @@ launch "$processes" llm_sft.py \
     --dataset jd-zh \
     --train_dataset_sample -1 \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

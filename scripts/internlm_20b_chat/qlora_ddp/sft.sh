@@ -14,4 +14,4 @@ launch "$processes" llm_sft.py \
     --lora_target_modules q_proj v_proj \
     --gradient_checkpointing true \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

@@ -10,4 +10,4 @@ python llm_sft.py \
     --quantization_bit 4 \
     --lora_target_modules q_proj v_proj \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

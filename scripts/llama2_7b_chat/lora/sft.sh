@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type llama2-7b-chat \
     --dataset sql-demo \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

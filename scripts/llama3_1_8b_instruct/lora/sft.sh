@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type llama3.1-8b-instruct \
     --dataset alpaca-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -12,4 +12,4 @@ launch "$processes" llm_sft.py \
     --dataset alpaca-en \
     --gradient_checkpointing true \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

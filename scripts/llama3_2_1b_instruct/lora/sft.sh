@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type llama3.2-1b-instruct \
     --dataset alpaca-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

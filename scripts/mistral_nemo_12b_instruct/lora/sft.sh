@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type mistral-nemo-12b-instruct \
     --dataset alpaca-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -12,4 +12,4 @@ launch "$processes" llm_sft.py \
     --gradient_checkpointing true \
     --deepspeed_config_path ds_config/zero3.json \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

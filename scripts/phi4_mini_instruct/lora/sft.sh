@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type phi4-mini-instruct \
     --dataset alpaca-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -9,4 +9,4 @@ python llm_sft.py \
     --dataset alpaca-en \
     --quantization_bit 4 \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

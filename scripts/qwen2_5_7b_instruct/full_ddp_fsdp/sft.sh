@@ -13,4 +13,4 @@ launch "$processes" llm_sft.py \
     --gradient_checkpointing true \
     --fsdp true \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

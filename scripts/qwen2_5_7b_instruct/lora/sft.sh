@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type qwen2.5-7b-instruct \
     --dataset alpaca-zh alpaca-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type qwen2.5-vl-7b-instruct \
     --dataset coco-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -8,4 +8,4 @@ python llm_sft.py \
     --model_type qwen3-8b \
     --dataset alpaca-zh alpaca-en \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

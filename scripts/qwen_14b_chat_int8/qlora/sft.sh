@@ -9,4 +9,4 @@ python llm_sft.py \
     --train_dataset_sample -1 \
     --lora_target_modules ALL \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

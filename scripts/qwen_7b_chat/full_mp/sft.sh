@@ -10,4 +10,4 @@ python llm_sft.py \
     --dataset damo-agent-zh \
     --train_dataset_sample 200000 \
     --max_length 8192 \
-    "$@"
+    -- "$@"

@@ -13,4 +13,4 @@ launch "$processes" llm_sft.py \
     --train_dataset_sample 200000 \
     --max_length 8192 \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

@@ -10,4 +10,4 @@ python llm_sft.py \
     --train_dataset_sample -1 \
     --max_length 4096 \
     --lora_target_modules ALL \
-    "$@"
+    -- "$@"

@@ -12,4 +12,4 @@ launch "$processes" llm_sft.py \
     --train_dataset_sample -1 \
     --gradient_checkpointing true \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

@@ -12,4 +12,4 @@ python llm_sft.py \
     --quantization_bit 4 \
     --lora_target_modules ALL \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -13,4 +13,4 @@ launch "$processes" llm_sft.py \
     --lora_target_modules ALL \
     --gradient_checkpointing true \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

@@ -15,4 +15,4 @@ launch "$processes" llm_sft.py \
     --gradient_checkpointing true \
     --deepspeed_config_path ds_config/zero2.json \
     --gradient_accumulation_steps $((16 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

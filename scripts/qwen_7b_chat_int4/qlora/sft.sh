@@ -11,4 +11,4 @@ python llm_sft.py \
     --max_length 4096 \
     --lora_target_modules ALL \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -10,4 +10,4 @@ python llm_sft.py \
     --quantization_bit 4 \
     --lora_target_modules q_proj k_proj v_proj o_proj \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

@@ -9,4 +9,4 @@ python llm_sft.py \
     --dataset coco-en \
     --lora_target_modules q_proj k_proj v_proj o_proj \
     --gradient_checkpointing true \
-    "$@"
+    -- "$@"

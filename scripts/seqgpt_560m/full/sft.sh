@@ -15,4 +15,4 @@ python llm_sft.py \
     --batch_size 4 \
     --only_save_model false \
     --gradient_accumulation_steps 8 \
-    "$@"
+    -- "$@"

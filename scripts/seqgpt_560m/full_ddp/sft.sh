@@ -17,4 +17,4 @@ launch "$processes" llm_sft.py \
     --batch_size 4 \
     --only_save_model false \
     --gradient_accumulation_steps $((8 / processes / ${NNODES:-1})) \
-    "$@"
+    -- "$@"

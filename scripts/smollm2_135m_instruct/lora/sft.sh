@@ -9,4 +9,4 @@ python llm_sft.py \
     --train_dataset_sample -1 \
     --batch_size 4 \
     --gradient_accumulation_steps 4 \
-    "$@"
+    -- "$@"
