@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import decoders
+from transformers import GenerationConfig
 
 import llm_infer
-from tests.conftest import write_jsonl
+from tests.conftest import make_tokenizer, write_jsonl
 from utils.chat import Chat, chat_in_terminal
 from utils.encoder import TemplateEncoder
-from utils.generation import generate_batch, generate_rows, generation_config
+from utils.generation import generate_batch, generate_rows, generate_stream, generation_config
 from utils.preprocess import TEMPLATE_MAPPING
 
 Run = Callable[..., Path]
@@ -248,11 +250,11 @@ def test_a_line_that_is_no_utf_8_keeps_the_chat(
 
 def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any) -> None:
     from utils.argument import InferArguments
-    from utils.generation import generate_stream
     from utils.model import load_model
 
     model = load_model(model_dir, torch_dtype=torch.float32).eval()
-    config = generation_config(InferArguments(do_sample=False, max_new_tokens=50), tokenizer, [])
+    args = InferArguments(do_sample=False, max_new_tokens=50, repetition_penalty=2.0)
+    config = generation_config(args, tokenizer, [])
     said: list[str] = []
 
     def say(text: str) -> None:
@@ -260,8 +262,9 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any
         if len(said) == 2:
             raise KeyboardInterrupt
 
-    generate_stream(model, tokenizer, [7, 8, 9], config, say)
+    answer = generate_stream(model, tokenizer, [11, 12, 13], config, say)
     assert said[-1] == ' [stopped]'
+    assert answer == ''.join(said[:-1])
 
 
 def test_a_run_trains_and_answers_rows_with_tools(run_sft: Run, tmp_path: Path) -> None:
@@ -277,3 +280,60 @@ def test_a_run_trains_and_answers_rows_with_tools(run_sft: Run, tmp_path: Path) 
     noted = json.loads((run / 'run.json').read_text())['data']['noted']
     assert sorted(noted.values()) == [20, 20]
     assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-2'), *GREEDY]) == 0
+
+
+STREAMED = {
+    'indented lines': 'def f(x):\n    if x:\n        return  x\n\n\n    return 1\n  ',
+    'several bytes a character': 'ab 你好，世界 🌍 ħ',
+    'a blank at the start': '  count 1',
+    'marks that are moved to the word before them': "the answer , it is n't 'a' . \n What ?",
+}
+
+
+class Typist:
+    """Generates what it is told to, one id at a time."""
+
+    device = 'cpu'
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def generate(self, *, input_ids: torch.Tensor, streamer: Any, **_: Any) -> None:
+        streamer.put(input_ids)
+        for token in self.ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+
+@pytest.mark.parametrize('clean_up', [False, True])
+@pytest.mark.parametrize('metaspace', [None, 'first', 'always'])
+@pytest.mark.parametrize('case', STREAMED)
+def test_what_is_streamed_is_the_whole_answer(case: str, metaspace: str | None, clean_up: bool) -> None:
+    tokenizer = make_tokenizer(metaspace=metaspace)
+    tokenizer.clean_up_tokenization_spaces = clean_up
+    if metaspace is not None:  # the rest of how Llama's decode
+        decoder = decoders.Sequence(
+            [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+        )
+        tokenizer.backend_tokenizer.decoder = decoder
+    ids = tokenizer(STREAMED[case], add_special_tokens=False)['input_ids']
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    config = GenerationConfig(eos_token_id=[2, 4], pad_token_id=5)
+    said: list[str] = []
+    answer = generate_stream(Typist([*ids, 4]), tokenizer, [7], config, said.append)
+    assert answer == ''.join(said) == whole
+    assert '\ufffd' not in whole
+    assert clean_up or len(said) > len(whole) // 4
+    if metaspace is not None and case == 'indented lines' and not clean_up:
+        assert '\n    if x:\n        return  x\n\n\n    return 1\n' in whole
+
+
+def test_bytes_that_are_no_text_do_not_end_the_stream() -> None:
+    tokenizer = make_tokenizer()
+    half = tokenizer.convert_tokens_to_ids(['ä', '½'])
+    broken = [*half, *tokenizer('a long 界 end', add_special_tokens=False)['input_ids'], *half]
+    config = GenerationConfig(eos_token_id=[2], pad_token_id=5)
+    said: list[str] = []
+    answer = generate_stream(Typist(broken), tokenizer, [7], config, said.append)
+    assert answer == ''.join(said) == tokenizer.decode(broken)
+    assert '\ufffd' in answer and len(said) > 3

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # Layers that attend and nothing else: what they know of earlier tokens is keys and values.
 ATTENDING = frozenset({'full_attention', 'sliding_attention'})
 
+# Bytes of a character that may have come without its last one, each shown as U+FFFD.
+_UNFINISHED = 3
+
 
 def generation_config(args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int]) -> GenerationConfig:
     """Return the settings of the command line; sampling fields only where sampling is on, as transformers demands."""
@@ -159,6 +162,52 @@ def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dic
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 
+class _Spoken:
+    """The text of ids that come one by one, handed on as far as what follows cannot change it.
+
+    Each time the whole of the ids is decoded: a piece by itself would lose the blank in front of it where a tokenizer
+    takes the first blank of a text for its own (Llama 2).
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
+        self.tokenizer, self.stop_ids, self.say = tokenizer, stop_ids, say
+        self.ids: list[int] = []
+        self.said = ''
+        self._prompt_came = False
+
+    def put(self, value: Any) -> None:
+        """Take new ids, as generate() hands them on; those of the prompt come first."""
+        if self._prompt_came:
+            self.ids += value.reshape(-1).tolist()
+            self._hand_on(self._settled(self.text()))
+        self._prompt_came = True
+
+    def end(self) -> None:
+        """Hand on what was held back."""
+        text = self.text()
+        same = (index for index, (one, other) in enumerate(zip(text, self.said, strict=False)) if one != other)
+        # Some decoders take back text that bytes follow which are none.
+        self.said = self.said[: next(same, len(self.said))]
+        self._hand_on(text)
+
+    def text(self) -> str:
+        """Return the text so far, without the stop token."""
+        return str(self.tokenizer.decode(_cut_at_stop(self.ids, self.stop_ids), skip_special_tokens=True))
+
+    def _settled(self, text: str) -> str:
+        """Return the text without an unfinished character and without blanks and words that may be moved together."""
+        unfinished = min(len(text) - len(text.rstrip('\ufffd')), _UNFINISHED)
+        text = text[: len(text) - unfinished]
+        if not self.tokenizer.clean_up_tokenization_spaces:
+            return text
+        return text[: len(text.rstrip()) - len(text.split()[-1])].rstrip() if text.split() else ''
+
+    def _hand_on(self, text: str) -> None:
+        if len(text) > len(self.said) and text.startswith(self.said):
+            new, self.said = text[len(self.said) :], text
+            self.say(new)
+
+
 def generate_stream(
     model: Any,
     tokenizer: Any,
@@ -170,27 +219,16 @@ def generate_stream(
     paths: Sequence[str] = (),
 ) -> str:
     """Return the answer to one prompt, handing text to `say` as it comes; Ctrl-C ends the answer where it stands."""
-    from transformers import TextStreamer
-
-    written: list[str] = []
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            written.append(text)
-            say(text)
-
     import torch
 
+    spoken = _Spoken(tokenizer, config.eos_token_id, say)
     inputs = _left_pad([prompt], config.pad_token_id, model.device)
     if images is not None and paths:
         inputs |= {**read_pixels(images, paths, model.device), **images.per_token(inputs['input_ids'])}
     try:
         with torch.no_grad():
-            model.generate(
-                **inputs,
-                generation_config=config,
-                streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            )
+            model.generate(**inputs, generation_config=config, streamer=spoken)
     except KeyboardInterrupt:
         say(' [stopped]')
-    return ''.join(written)
+        return spoken.said
+    return spoken.text()
