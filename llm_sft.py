@@ -61,8 +61,10 @@ def carry_out(
 
     from utils.auto_encoder import make_encoder
     from utils.before_after import BeforeAfter
+    from utils.encoded_rows import check_rows_embedded
     from utils.encoding import prepare_data
     from utils.mask_gate import MASK_ROWS, prove_mask
+    from utils.model import unembedded_from
     from utils.preflight import FirstStepGate
     from utils.report import finish_run, stopped
     from utils.stream import prepare_stream
@@ -90,6 +92,7 @@ def carry_out(
         data = prepare_data(encoder, rows, run.folder, samples=args.show_samples)
     else:
         data = prepare_stream(encoder, rows, run.folder, args)
+    check_rows_embedded(unembedded_from(model, tokenizer), data.train, data.val)
     run.note(keeps_lead=encoder.keeps_lead)
     asked = BeforeAfter(args, encoder, rows)
     asked.ask_before(model, args)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import decoders
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig
 
 import llm_infer
 from tests.conftest import make_tokenizer, write_jsonl
@@ -294,6 +294,7 @@ class Typist:
     """Generates what it is told to, one id at a time."""
 
     device = 'cpu'
+    config = LlamaConfig(vocab_size=400)
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids

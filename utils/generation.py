@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.argument import CommonArguments
+from utils.model import check_embedded
 from utils.native.image_readers import Images
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def generate_batch(
     """
     import torch
 
+    for prompt in prompts:
+        check_embedded(model.config.get_text_config().vocab_size, prompt, 'a prompt')
     start = config.bos_token_id if config.bos_token_id is not None else config.pad_token_id
     inputs = _left_pad([ids or [start] for ids in prompts], config.pad_token_id, model.device)
     ids, mask = inputs['input_ids'], inputs['attention_mask']
@@ -221,6 +224,7 @@ def generate_stream(
     """Return the answer to one prompt, handing text to `say` as it comes; Ctrl-C ends the answer where it stands."""
     import torch
 
+    check_embedded(model.config.get_text_config().vocab_size, prompt, 'this line')
     spoken = _Spoken(tokenizer, config.eos_token_id, say)
     inputs = _left_pad([prompt], config.pad_token_id, model.device)
     if images is not None and paths:
