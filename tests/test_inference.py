@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 import llm_infer
 from tests.conftest import make_tokenizer, write_jsonl
+from utils.auto_encoder import make_encoder
 from utils.chat import Chat, chat_in_terminal
 from utils.encoder import TemplateEncoder
 from utils.generation import generate_batch, generate_rows, generate_stream, generation_config
@@ -209,6 +210,37 @@ def test_chat_keeps_history_and_obeys_commands(tokenizer: Any) -> None:
     ]
     assert any('/nope is not known' in text for text in said)
     assert not chat.handle('/exit')
+
+
+@pytest.mark.parametrize('template', ['auto', 'chatml'])
+def test_a_chat_past_max_length_drops_whole_oldest_turns(template: str, tokenizer: Any) -> None:
+    turn = '<|im_start|>{}\n{}<|im_end|>\n'
+    system = turn.format('system', 'kind')
+    rounds = [turn.format('user', f'count {n}') + turn.format('assistant', 'yes') for n in range(4)]
+    asked = [turn.format('user', f'count {n}') + '<|im_start|>assistant\n' for n in range(4)]
+    wanted = [system + asked[0], system + rounds[0] + asked[1], system + rounds[1] + asked[2]]
+    wanted.append(system + rounds[2] + asked[3])
+    limit = max(len(tokenizer(text)['input_ids']) for text in wanted)
+    prompts: list[str] = []
+    said: list[str] = []
+
+    def answer(prompt: list[int], images: Sequence[str]) -> str:
+        prompts.append(tokenizer.decode(prompt))
+        return 'yes'
+
+    encoder = make_encoder(tokenizer, template_type=template, system='kind', system_typed=True, max_length=limit)
+    chat = Chat(encoder, answer, said.append)
+    for n in range(4):
+        assert chat.handle(f'count {n}')
+    assert prompts == wanted
+    dropped = [text for text in said if 'left the conversation' in text]
+    assert dropped == [
+        f'(--max_length {limit} is reached: the oldest 1 of 2 questions left the conversation with their replies)\n',
+        f'(--max_length {limit} is reached: the oldest 1 of 2 questions left the conversation with their replies)\n',
+    ]
+    chat.handle('count ' * 80)
+    assert len(prompts) == 4 and f'--max_length is {limit}: shorten it' in said[-1] and len(chat.turns) == 4
+    assert encoder.max_length == limit
 
 
 def test_chat_in_the_terminal_streams_and_leaves_at_the_end_of_input(
