@@ -94,7 +94,7 @@ def carry_out(
         data = prepare_stream(encoder, rows, run.folder, args)
     check_rows_embedded(unembedded_from(model, tokenizer), data.train, data.val)
     run.note(keeps_lead=encoder.keeps_lead)
-    asked = BeforeAfter(args, encoder, rows)
+    asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
     model = prepare_model(model, args)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)

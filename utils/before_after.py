@@ -33,12 +33,12 @@ def sharded(args: SftArguments) -> bool:
 class BeforeAfter:
     """Asks the main process's model, greedily and in one batch. An adapter is switched off to ask the untuned one."""
 
-    def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams) -> None:
+    def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
         self.encoder = encoder
         self.split = 'validation'
         self.before: list[str] = []
         settings = dataclasses.replace(args, max_new_tokens=_NEW_TOKENS, do_sample=False, repetition_penalty=1.0)
-        self.config = generation_config(settings, encoder.tokenizer, encoder.stop_ids)
+        self.config = generation_config(settings, encoder.tokenizer, encoder.stop_ids, base)
         self.rows: list[Row] = []
         self.prompts: list[list[int]] = []
         if args.report_samples and sharded(args):

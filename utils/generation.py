@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.argument import CommonArguments
@@ -17,12 +18,20 @@ if TYPE_CHECKING:
 # Layers that attend and nothing else: what they know of earlier tokens is keys and values.
 ATTENDING = frozenset({'full_attention', 'sliding_attention'})
 
+# The flags that decide how answers are written, and those that count where they are sampled alone.
+GENERATION = ('max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
+_SAMPLING = ('temperature', 'top_k', 'top_p')
 # Bytes of a character that may have come without its last one, each shown as U+FFFD.
 _UNFINISHED = 3
 
 
-def generation_config(args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int]) -> GenerationConfig:
-    """Return the settings of the command line; sampling fields only where sampling is on, as transformers demands."""
+def generation_config(
+    args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int], base: GenerationConfig | None = None
+) -> GenerationConfig:
+    """Return the settings of the command line; sampling fields only where sampling is on, as transformers demands.
+
+    Answers stop at the ends of the tokenizer, of the template and of the base model's own settings.
+    """
     from transformers import GenerationConfig
 
     sampling: dict[str, Any] = {}
@@ -32,11 +41,43 @@ def generation_config(args: CommonArguments, tokenizer: Any, stop_ids: Sequence[
         max_new_tokens=args.max_new_tokens,
         do_sample=args.do_sample,
         repetition_penalty=args.repetition_penalty,
-        eos_token_id=sorted({tokenizer.eos_token_id, *stop_ids}),
+        eos_token_id=sorted({tokenizer.eos_token_id, *stop_ids, *_ends(base)}),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
     )
+
+
+def _ends(config: GenerationConfig | None) -> list[int]:
+    found = config.eos_token_id if config is not None else None
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def served_config(
+    base: GenerationConfig, config: GenerationConfig, args: CommonArguments, typed: Collection[str]
+) -> GenerationConfig:
+    """Return what a merged folder is served with: the base model's settings, with the ends and padding of `config`.
+
+    Settings that were typed go before the base's: now, or for the training run, where they differ from the default.
+    """
+    served = copy.deepcopy(base)
+    served.eos_token_id, served.pad_token_id, served.bos_token_id = (
+        config.eos_token_id,
+        config.pad_token_id,
+        config.bos_token_id,
+    )
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    chosen = [name for name in GENERATION if name in typed or getattr(args, name) != defaults[name]]
+    for name in chosen:
+        setattr(served, name, getattr(args, name))
+    if set(chosen) & set(_SAMPLING) and 'do_sample' not in chosen:
+        served.do_sample = True
+    if served.max_new_tokens is None and served.max_length is None:
+        served.max_new_tokens = args.max_new_tokens  # else generate() stops after 20
+    if not served.do_sample:
+        for name in _SAMPLING:
+            setattr(served, name, None)
+    return served
 
 
 def _left_pad(prompts: Sequence[list[int]], pad_token_id: int, device: Any) -> dict[str, Any]:
