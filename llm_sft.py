@@ -63,6 +63,7 @@ def carry_out(
     from utils.before_after import BeforeAfter
     from utils.encoded_rows import check_rows_embedded
     from utils.encoding import prepare_data
+    from utils.end_token import warn_of_untrained_ends
     from utils.mask_gate import MASK_ROWS, prove_mask
     from utils.model import unembedded_from
     from utils.preflight import FirstStepGate
@@ -86,6 +87,8 @@ def carry_out(
         images=images,
         loss_scope=args.loss_scope,
     )
+    if args.sft_type == 'lora':
+        warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
     note_template(run, encoder, None if 'template_type' in typed_now else args.from_run)
     prove_template(encoder, some_rows(rows, TRAIN, ROWS), run.folder)
     if isinstance(rows, Plan):
