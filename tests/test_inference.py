@@ -20,8 +20,8 @@ from tests.conftest import make_tokenizer, write_jsonl
 from utils.auto_encoder import make_encoder
 from utils.chat import Chat, chat_in_terminal
 from utils.encoder import TemplateEncoder
-from utils.generation import generate_batch, generate_rows, generate_stream, generation_config
-from utils.preprocess import TEMPLATE_MAPPING
+from utils.generation import generate_batch, generate_rows, generate_stream, generation_config, wanted_texts
+from utils.preprocess import TEMPLATE_MAPPING, Message, Row
 
 Run = Callable[..., Path]
 GREEDY = ('--do_sample', 'false', '--max_new_tokens', '8')
@@ -370,3 +370,22 @@ def test_bytes_that_are_no_text_do_not_end_the_stream() -> None:
     answer = generate_stream(Typist(broken), tokenizer, [7], config, said.append)
     assert answer == ''.join(said) == tokenizer.decode(broken)
     assert '\ufffd' in answer and len(said) > 3
+
+
+CALLING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}({{ c.function.arguments | tojson }})</call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # noqa: E501
+
+
+def test_a_tool_call_is_held_against_what_was_trained() -> None:
+    tokenizer = make_tokenizer(chat_template=CALLING)
+    encoder = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=12)
+    call = {'type': 'function', 'function': {'name': 'see', 'arguments': {'a': 1}}}
+    asked = Message(role='user', content='what is the answer?')
+    rows = [
+        Row(messages=[asked, Message(role='assistant', content='', tool_calls=[call])], origin='a:1'),
+        Row(messages=[asked, Message(role='assistant', content=' the answer ')], origin='a:2'),
+    ]
+    assert wanted_texts(encoder, rows, [2, 4]) == ['<call>see({"a": 1})</call>', ' the answer ']
+    assert encoder.max_length == 12

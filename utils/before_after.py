@@ -11,7 +11,7 @@ from typing import Any
 from utils import dist
 from utils.argument import SftArguments
 from utils.encoder import Encoder
-from utils.generation import generate_batch, generation_config
+from utils.generation import generate_batch, generation_config, wanted_texts
 from utils.logger import logger
 from utils.preprocess import Row, RowRefused
 from utils.reading import TRAIN, VAL, Plan, Streams, some_rows
@@ -75,15 +75,16 @@ class BeforeAfter:
             with model.disable_adapter():
                 self.before = self.ask(model)
         after = self.ask(model)
+        texts = wanted_texts(self.encoder, self.rows, self.config.eos_token_id)
         content = [
             {
                 'split': self.split,
                 'messages': row.messages,
                 'tools': row.tools,
-                'wanted': row.messages[-1]['content'],
+                'wanted': wanted,
                 'before': before,
                 'after': now,
             }
-            for row, before, now in zip(self.rows, self.before, after, strict=True)
+            for row, wanted, before, now in zip(self.rows, texts, self.before, after, strict=True)
         ]
         write_json(run_dir / ANSWERS_JSON, content)

@@ -14,6 +14,9 @@ from utils.native.image_readers import Images
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from utils.encoder import Encoder
+    from utils.preprocess import Row
+
 
 # Layers that attend and nothing else: what they know of earlier tokens is keys and values.
 ATTENDING = frozenset({'full_attention', 'sliding_attention'})
@@ -171,6 +174,25 @@ def _half_have_ended(config: GenerationConfig) -> Any:
             return (2 * self.ended.sum() >= len(stops)).expand(len(stops))
 
     return HalfHaveEnded()
+
+
+def wanted_texts(encoder: Encoder, rows: Sequence[Row], stop_ids: Sequence[int]) -> list[str]:
+    """Return the text that each row's last reply is trained as, to hold answers against.
+
+    What the template makes of tool calls or of reasoning is decoded from the trained ids; plain text is taken as it is.
+    """
+    whole = copy.copy(encoder)
+    whole.max_length = -1
+    texts = []
+    for row in rows:
+        last = row.messages[-1]
+        if not set(last) & {'tool_calls', 'reasoning'}:
+            texts.append(last['content'])
+            continue
+        encoded = whole.encode([row])[0]
+        ids = encoded.input_ids[slice(*encoded.trained)]
+        texts.append(str(encoder.tokenizer.decode(_cut_at_stop(ids, stop_ids), skip_special_tokens=True)))
+    return texts
 
 
 def generate_rows(
