@@ -73,7 +73,7 @@ def _act(
 
     from utils import answering
     from utils.auto_encoder import make_encoder
-    from utils.generation import generation_config
+    from utils.generation import generation_config, served_config
     from utils.merge import merge_checkpoint
     from utils.native.export import export_native
     from utils.template_proof import check_trained_template
@@ -102,10 +102,11 @@ def _act(
     )
     if checkpoint is not None and record is not None:
         check_trained_template(encoder, record, checkpoint, typed='template_type' in done.typed)
-    config = generation_config(args, tokenizer, encoder.stop_ids)
+    config = generation_config(args, tokenizer, encoder.stop_ids, model.generation_config)
     if args.merge_lora_and_save:
         assert checkpoint is not None and record is not None, 'checked'
-        target, proven = merge_checkpoint(model, encoder, config, checkpoint, record=record, images=images)
+        served = served_config(model.generation_config, config, args, done.typed)
+        target, proven = merge_checkpoint(model, encoder, served, checkpoint, record=record, images=images)
         logger.info(f'merged: {target}: {proven}\nnext: python llm_infer.py --ckpt_dir {target}')
         return
     model.generation_config = config

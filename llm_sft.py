@@ -61,8 +61,11 @@ def carry_out(
 
     from utils.auto_encoder import make_encoder
     from utils.before_after import BeforeAfter
+    from utils.encoded_rows import check_rows_embedded
     from utils.encoding import prepare_data
+    from utils.end_token import warn_of_untrained_ends
     from utils.mask_gate import MASK_ROWS, prove_mask
+    from utils.model import unembedded_from
     from utils.preflight import FirstStepGate
     from utils.report import finish_run, stopped
     from utils.stream import prepare_stream
@@ -84,13 +87,16 @@ def carry_out(
         images=images,
         loss_scope=args.loss_scope,
     )
+    if args.sft_type == 'lora':
+        warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
     note_template(run, encoder, None if 'template_type' in typed_now else args.from_run)
     prove_template(encoder, some_rows(rows, TRAIN, ROWS), run.folder)
     if isinstance(rows, Plan):
         data = prepare_data(encoder, rows, run.folder, samples=args.show_samples)
     else:
         data = prepare_stream(encoder, rows, run.folder, args)
-    asked = BeforeAfter(args, encoder, rows)
+    check_rows_embedded(unembedded_from(model, tokenizer), data.train, data.val)
+    asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
     model = prepare_model(model, args)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import decoders
+from transformers import GenerationConfig, LlamaConfig
 
 import llm_infer
-from tests.conftest import write_jsonl
+from tests.conftest import make_tokenizer, write_jsonl
+from utils.auto_encoder import make_encoder
 from utils.chat import Chat, chat_in_terminal
 from utils.encoder import TemplateEncoder
-from utils.generation import generate_batch, generate_rows, generation_config
-from utils.preprocess import TEMPLATE_MAPPING
+from utils.generation import generate_batch, generate_rows, generate_stream, generation_config, wanted_texts
+from utils.preprocess import TEMPLATE_MAPPING, Message, Row
 
 Run = Callable[..., Path]
 GREEDY = ('--do_sample', 'false', '--max_new_tokens', '8')
@@ -209,6 +212,37 @@ def test_chat_keeps_history_and_obeys_commands(tokenizer: Any) -> None:
     assert not chat.handle('/exit')
 
 
+@pytest.mark.parametrize('template', ['auto', 'chatml'])
+def test_a_chat_past_max_length_drops_whole_oldest_turns(template: str, tokenizer: Any) -> None:
+    turn = '<|im_start|>{}\n{}<|im_end|>\n'
+    system = turn.format('system', 'kind')
+    rounds = [turn.format('user', f'count {n}') + turn.format('assistant', 'yes') for n in range(4)]
+    asked = [turn.format('user', f'count {n}') + '<|im_start|>assistant\n' for n in range(4)]
+    wanted = [system + asked[0], system + rounds[0] + asked[1], system + rounds[1] + asked[2]]
+    wanted.append(system + rounds[2] + asked[3])
+    limit = max(len(tokenizer(text)['input_ids']) for text in wanted)
+    prompts: list[str] = []
+    said: list[str] = []
+
+    def answer(prompt: list[int], images: Sequence[str]) -> str:
+        prompts.append(tokenizer.decode(prompt))
+        return 'yes'
+
+    encoder = make_encoder(tokenizer, template_type=template, system='kind', system_typed=True, max_length=limit)
+    chat = Chat(encoder, answer, said.append)
+    for n in range(4):
+        assert chat.handle(f'count {n}')
+    assert prompts == wanted
+    dropped = [text for text in said if 'left the conversation' in text]
+    assert dropped == [
+        f'(--max_length {limit} is reached: the oldest 1 of 2 questions left the conversation with their replies)\n',
+        f'(--max_length {limit} is reached: the oldest 1 of 2 questions left the conversation with their replies)\n',
+    ]
+    chat.handle('count ' * 80)
+    assert len(prompts) == 4 and f'--max_length is {limit}: shorten it' in said[-1] and len(chat.turns) == 4
+    assert encoder.max_length == limit
+
+
 def test_chat_in_the_terminal_streams_and_leaves_at_the_end_of_input(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,11 +282,11 @@ def test_a_line_that_is_no_utf_8_keeps_the_chat(
 
 def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any) -> None:
     from utils.argument import InferArguments
-    from utils.generation import generate_stream
     from utils.model import load_model
 
     model = load_model(model_dir, torch_dtype=torch.float32).eval()
-    config = generation_config(InferArguments(do_sample=False, max_new_tokens=50), tokenizer, [])
+    args = InferArguments(do_sample=False, max_new_tokens=50, repetition_penalty=2.0)
+    config = generation_config(args, tokenizer, [])
     said: list[str] = []
 
     def say(text: str) -> None:
@@ -260,8 +294,9 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any
         if len(said) == 2:
             raise KeyboardInterrupt
 
-    generate_stream(model, tokenizer, [7, 8, 9], config, say)
+    answer = generate_stream(model, tokenizer, [11, 12, 13], config, say)
     assert said[-1] == ' [stopped]'
+    assert answer == ''.join(said[:-1])
 
 
 def test_a_run_trains_and_answers_rows_with_tools(run_sft: Run, tmp_path: Path) -> None:
@@ -277,3 +312,80 @@ def test_a_run_trains_and_answers_rows_with_tools(run_sft: Run, tmp_path: Path) 
     noted = json.loads((run / 'run.json').read_text())['data']['noted']
     assert sorted(noted.values()) == [20, 20]
     assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-2'), *GREEDY]) == 0
+
+
+STREAMED = {
+    'indented lines': 'def f(x):\n    if x:\n        return  x\n\n\n    return 1\n  ',
+    'several bytes a character': 'ab 你好，世界 🌍 ħ',
+    'a blank at the start': '  count 1',
+    'marks that are moved to the word before them': "the answer , it is n't 'a' . \n What ?",
+}
+
+
+class Typist:
+    """Generates what it is told to, one id at a time."""
+
+    device = 'cpu'
+    config = LlamaConfig(vocab_size=400)
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def generate(self, *, input_ids: torch.Tensor, streamer: Any, **_: Any) -> None:
+        streamer.put(input_ids)
+        for token in self.ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+
+@pytest.mark.parametrize('clean_up', [False, True])
+@pytest.mark.parametrize('metaspace', [None, 'first', 'always'])
+@pytest.mark.parametrize('case', STREAMED)
+def test_what_is_streamed_is_the_whole_answer(case: str, metaspace: str | None, clean_up: bool) -> None:
+    tokenizer = make_tokenizer(metaspace=metaspace)
+    tokenizer.clean_up_tokenization_spaces = clean_up
+    if metaspace is not None:  # the rest of how Llama's decode
+        decoder = decoders.Sequence(
+            [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+        )
+        tokenizer.backend_tokenizer.decoder = decoder
+    ids = tokenizer(STREAMED[case], add_special_tokens=False)['input_ids']
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    config = GenerationConfig(eos_token_id=[2, 4], pad_token_id=5)
+    said: list[str] = []
+    answer = generate_stream(Typist([*ids, 4]), tokenizer, [7], config, said.append)
+    assert answer == ''.join(said) == whole
+    assert '\ufffd' not in whole
+    assert clean_up or len(said) > len(whole) // 4
+    if metaspace is not None and case == 'indented lines' and not clean_up:
+        assert '\n    if x:\n        return  x\n\n\n    return 1\n' in whole
+
+
+def test_bytes_that_are_no_text_do_not_end_the_stream() -> None:
+    tokenizer = make_tokenizer()
+    half = tokenizer.convert_tokens_to_ids(['ä', '½'])
+    broken = [*half, *tokenizer('a long 界 end', add_special_tokens=False)['input_ids'], *half]
+    config = GenerationConfig(eos_token_id=[2], pad_token_id=5)
+    said: list[str] = []
+    answer = generate_stream(Typist(broken), tokenizer, [7], config, said.append)
+    assert answer == ''.join(said) == tokenizer.decode(broken)
+    assert '\ufffd' in answer and len(said) > 3
+
+
+CALLING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}({{ c.function.arguments | tojson }})</call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # noqa: E501
+
+
+def test_a_tool_call_is_held_against_what_was_trained() -> None:
+    tokenizer = make_tokenizer(chat_template=CALLING)
+    encoder = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=12)
+    call = {'type': 'function', 'function': {'name': 'see', 'arguments': {'a': 1}}}
+    asked = Message(role='user', content='what is the answer?')
+    rows = [
+        Row(messages=[asked, Message(role='assistant', content='', tool_calls=[call])], origin='a:1'),
+        Row(messages=[asked, Message(role='assistant', content=' the answer ')], origin='a:2'),
+    ]
+    assert wanted_texts(encoder, rows, [2, 4]) == ['<call>see({"a": 1})</call>', ' the answer ']
+    assert encoder.max_length == 12

@@ -115,3 +115,49 @@ def test_variables_are_known_by_their_names() -> None:
     assert set(found) == {
         'the variable HF_TOKEN', 'the variable MY_API_KEY', 'the variable AWS_SECRET_ACCESS_KEY', '--hub_token',
     }  # fmt: skip
+
+
+VOCABULARIES = {
+    'tokenizer.json': json.dumps({'model': {'vocab': {'a': 0, 'Ġpassword': 1}, 'merges': [['Ġpass', 'word']]}}),
+    'unigram/tokenizer.json': json.dumps({'model': {'vocab': [['a', 0.0], ['▁password', -1.5]]}}, ensure_ascii=False),
+    'vocab.json': json.dumps({'a': 0, 'password': 1}),
+    'vocab.txt': 'a\n##password\n',
+}
+
+
+@pytest.mark.parametrize('name', VOCABULARIES)
+def test_a_password_that_is_a_word_of_the_vocabulary_is_no_leak(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(VOCABULARIES[name], encoding='utf-8')
+    secrets = find_secrets({'POSTGRES_PASSWORD': 'password', 'OTHER_PASSWORD': 'password1'}, {})
+    assert scan_tree(tmp_path, secrets) == []
+    (tmp_path / 'sample.txt').write_text('the password is password')
+    assert scan_tree(tmp_path, secrets) == ['sample.txt: what the variable POSTGRES_PASSWORD holds']
+
+
+LEAKS_BESIDE_WORDS = {
+    'in the settings of a tokenizer': (
+        'tokenizer.json',
+        {'model': {'vocab': {'password': 0}}, 'added_tokens': [{'content': 'password'}]},
+    ),
+    'inside a longer word': ('tokenizer.json', {'model': {'vocab': {'my_password_1': 0}}}),
+    'as what a word stands for': ('vocab.json', {'password': 'password'}),
+    'in a list that is no vocabulary': ('vocab.json', ['password', 1]),
+    'in a file that is no tokenizer': ('notes.json', {'model': {'vocab': {'password': 0}}}),
+    'in a tokenizer without a vocabulary': ('tokenizer.json', {'password': 0}),
+}
+
+
+@pytest.mark.parametrize('case', LEAKS_BESIDE_WORDS)
+def test_a_password_beside_the_words_is_found(case: str, tmp_path: Path) -> None:
+    name, content = LEAKS_BESIDE_WORDS[case]
+    (tmp_path / name).write_text(json.dumps(content))
+    secrets = find_secrets({'POSTGRES_PASSWORD': 'password'}, {})
+    assert scan_tree(tmp_path, secrets) == [f'{name}: what the variable POSTGRES_PASSWORD holds']
+
+
+def test_a_variable_that_is_no_utf_8_is_looked_for(tmp_path: Path) -> None:
+    secrets = find_secrets({'X_TOKEN': b'\xff\xfe-canary-in-latin'.decode('utf-8', 'surrogateescape')}, {})
+    (tmp_path / 'a.txt').write_bytes(b'x\xff\xfe-canary-in-latin')
+    assert scan_tree(tmp_path, secrets) == ['a.txt: what the variable X_TOKEN holds']

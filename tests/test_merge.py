@@ -190,7 +190,38 @@ def test_merging_a_run_compares_its_own_rows_and_says_how_to_serve(
     assert proof['passed'] and 'on a fixed text and 3 of your rows' in proof['says']
     assert f'vllm serve {checkpoint}-merged' in caplog.text and 'transformers serve' in caplog.text
     settings = json.loads((run / 'checkpoint-2-merged' / 'generation_config.json').read_text())
-    assert settings['eos_token_id'] == [2, 4] and settings['temperature'] == 0.9
+    assert settings['eos_token_id'] == [2, 4] and 'temperature' not in settings
+
+
+BASE_SETTINGS = {'eos_token_id': [2, 5, 7], 'pad_token_id': 5, 'do_sample': True, 'temperature': 0.6, 'top_k': 64}
+
+
+@pytest.mark.parametrize(('typed', 'changed'), [((), {}), (('--temperature', '0.2'), {'temperature': 0.2})])
+def test_a_merged_folder_keeps_the_ends_and_the_sampling_of_its_base(
+    typed: tuple[str, ...], changed: dict[str, float], run_sft: Run, model_dir: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / 'base'
+    shutil.copytree(model_dir, base)
+    (base / 'generation_config.json').write_text(json.dumps(BASE_SETTINGS))
+    checkpoint = run_sft('--model_id_or_path', str(base), '--max_steps', '1') / 'checkpoint-1'
+    words = ['--ckpt_dir', str(checkpoint), *typed]
+    assert llm_infer.main([*words, '--merge_lora_and_save', 'true']) == 0
+    settings = json.loads((checkpoint.with_name('checkpoint-1-merged') / 'generation_config.json').read_text())
+    wanted = {**BASE_SETTINGS, 'eos_token_id': [2, 4, 5, 7], 'bos_token_id': 1, 'max_new_tokens': 2048, **changed}
+    assert {name: settings[name] for name in wanted} == wanted and 'top_p' not in settings
+    assert llm_infer.main([*words, '--max_new_tokens', '2']) == 0
+    assert json.loads((checkpoint / 'generation_config.json').read_text())['eos_token_id'] == [2, 4, 5, 7]
+
+
+def test_a_base_that_does_not_sample_is_saved_as_such(run_sft: Run, model_dir: Path, tmp_path: Path) -> None:
+    base = tmp_path / 'base'
+    shutil.copytree(model_dir, base)
+    (base / 'generation_config.json').write_text(
+        json.dumps({'eos_token_id': 2, 'do_sample': False, 'temperature': 0.6})
+    )
+    run = run_sft('--model_id_or_path', str(base), '--max_steps', '1', '--sft_type', 'full')
+    settings = json.loads((run / 'checkpoint-1' / 'generation_config.json').read_text())
+    assert settings['do_sample'] is False and settings.get('temperature') is None
 
 
 SERVED = [name for name, template in TEMPLATE_MAPPING.items() if template is not None and 'chatglm2' not in name]

@@ -16,8 +16,7 @@ from utils.plot import plot_curves
 def test_a_perfect_answer_scores_100(text: str) -> None:
     assert score_texts([text], [text]) == {
         'rouge-1': 100.0,
-        # A text of one word has no pair of words to match.
-        'rouge-2': 100.0 if len(WordTokenizer().tokenize(text)) > 1 else 0.0,
+        'rouge-2': 100.0,
         'rouge-l': 100.0,
         'bleu-4': 100.0,
     }
@@ -30,6 +29,14 @@ def test_scores_are_what_is_computed_by_hand() -> None:
     assert scores['rouge-2'] == pytest.approx(25.0)
     assert scores['rouge-l'] == pytest.approx(100 / 3, abs=1e-3)
     assert 0 < scores['bleu-4'] < 50
+
+
+@pytest.mark.parametrize(
+    ('answer', 'label', 'expected'),
+    [('Paris', 'Paris', 100.0), ('Paris', 'Rome', 0.0), ('Paris', 'Paris now', 0.0), ('', 'Paris', 0.0), ('', '', 0.0)],
+)
+def test_rouge_2_of_a_word_is_that_of_words(answer: str, label: str, expected: float) -> None:
+    assert score_texts([answer], [label])['rouge-2'] == expected
 
 
 def test_chinese_is_cut_into_words() -> None:

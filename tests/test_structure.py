@@ -94,6 +94,7 @@ LAYERS: list[list[str]] = [
         'random_state',
         'stop',
         'guards',
+        'end_token',
     ],
     ['trainer_args', 'callbacks', 'push_callback', 'resume', 'trainer'],
     [

@@ -15,7 +15,7 @@ from utils.chat import Chat, chat_in_terminal
 from utils.encoder import Encoder
 from utils.encoding import EncodingReport, encode_rows
 from utils.errors import ConfigError
-from utils.generation import generate_rows, generate_stream
+from utils.generation import generate_rows, generate_stream, wanted_texts
 from utils.logger import logger
 from utils.metrics import score_texts
 from utils.preprocess import Row, said
@@ -62,7 +62,7 @@ def answer_rows(
     ]
     if not dist.is_main():
         return {}
-    labels = [said(row.messages[-1]) for row in kept]
+    labels = wanted_texts(encoder, kept, config.eos_token_id)
     _show_and_write(kept, answers, labels, target)
     means = score_texts([a.strip() for a in answers], [label.strip() for label in labels])
     logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))

@@ -11,9 +11,9 @@ from typing import Any
 from utils import dist
 from utils.argument import SftArguments
 from utils.encoder import Encoder
-from utils.generation import generate_batch, generation_config
+from utils.generation import generate_batch, generation_config, wanted_texts
 from utils.logger import logger
-from utils.preprocess import Row, RowRefused, said
+from utils.preprocess import Row, RowRefused
 from utils.reading import TRAIN, VAL, Plan, Streams, some_rows
 from utils.run_dir import write_json
 
@@ -33,12 +33,12 @@ def sharded(args: SftArguments) -> bool:
 class BeforeAfter:
     """Asks the main process's model, greedily and in one batch. An adapter is switched off to ask the untuned one."""
 
-    def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams) -> None:
+    def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
         self.encoder = encoder
         self.split = 'validation'
         self.before: list[str] = []
         settings = dataclasses.replace(args, max_new_tokens=_NEW_TOKENS, do_sample=False, repetition_penalty=1.0)
-        self.config = generation_config(settings, encoder.tokenizer, encoder.stop_ids)
+        self.config = generation_config(settings, encoder.tokenizer, encoder.stop_ids, base)
         self.rows: list[Row] = []
         self.prompts: list[list[int]] = []
         if args.report_samples and sharded(args):
@@ -75,15 +75,16 @@ class BeforeAfter:
             with model.disable_adapter():
                 self.before = self.ask(model)
         after = self.ask(model)
+        texts = wanted_texts(self.encoder, self.rows, self.config.eos_token_id)
         content = [
             {
                 'split': self.split,
                 'messages': row.messages,
                 'tools': row.tools,
-                'wanted': said(row.messages[-1]),
+                'wanted': wanted,
                 'before': before,
                 'after': now,
             }
-            for row, before, now in zip(self.rows, self.before, after, strict=True)
+            for row, wanted, before, now in zip(self.rows, texts, self.before, after, strict=True)
         ]
         write_json(run_dir / ANSWERS_JSON, content)

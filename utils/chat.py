@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 from utils.encoder import Encoder
@@ -23,6 +24,10 @@ class Chat:
         template = TEMPLATE_MAPPING[encoder.name]
         self.keeps_history = template is None or template.chat_sep is not None
         self.encoder, self.answer, self.say = encoder, answer, say
+        self.limit = encoder.max_length
+        # Cuts no ids, so that whole turns can be left out instead.
+        self._uncut = copy.copy(encoder)
+        self._uncut.max_length = -1
         self.system: str | None = None
         self.turns: list[Message] = []
 
@@ -43,19 +48,49 @@ class Chat:
             self._reply(line)
         return True
 
-    def _reply(self, query: str) -> None:
-        turns = [*self.turns, Message(role='user', content=query)]
+    def _row(self, query: str) -> Row:
         system = [Message(role='system', content=self.system)] if self.system is not None else []
+        asked = Message(role='user', content=query)
         # The encoder drops the last message, which in a training row is the reply.
-        row = Row(messages=[*system, *turns, Message(role='assistant', content='')], origin='chat')
+        return Row(messages=[*system, *self.turns, asked, Message(role='assistant', content='')], origin='chat')
+
+    def _prompt(self, query: str) -> list[int]:
+        """Return the ids of what was said and the query; the oldest questions go, with their replies, as need be.
+
+        Raises RowRefused where the query is too long by itself.
+        """
+        prompt = self._uncut.encode_prompts([self._row(query)])[0]
+        said, dropped = self.turns, 0
         try:
-            text = self.answer(self.encoder.encode_prompts([row])[0], self.encoder.image_paths(row))
+            while 0 < self.limit < len(prompt) and self.turns:
+                self.turns, dropped = self.turns[2:], dropped + 1
+                prompt = self._uncut.encode_prompts([self._row(query)])[0]
+            if 0 < self.limit < len(prompt):
+                raise RowRefused(
+                    f'this line has {len(prompt)} tokens with the template and the system text, --max_length is '
+                    f'{self.limit}: shorten it, or give a larger --max_length'
+                )
+        except RowRefused:
+            self.turns = said
+            raise
+        if dropped:
+            self.say(
+                f'(--max_length {self.limit} is reached: the oldest {dropped} of {len(said) // 2} questions left the '
+                'conversation with their replies)\n'
+            )
+        return prompt
+
+    def _reply(self, query: str) -> None:
+        try:
+            prompt = self._prompt(query)
+            text = self.answer(prompt, self.encoder.image_paths(self._row(query)))
         except (ConfigError, RowRefused) as error:
             self.say(f'({error})\n')
             return
         self.say('\n')
         if self.keeps_history:
-            self.turns = [*turns, Message(role='assistant', content=text)]
+            turns = [Message(role='user', content=query), Message(role='assistant', content=text)]
+            self.turns = [*self.turns, *turns]
 
 
 def chat_in_terminal(chat: Chat) -> None:

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.argument import CommonArguments
+from utils.model import check_embedded
 from utils.native.image_readers import Images
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from utils.encoder import Encoder
+    from utils.preprocess import Row
+
 
 # Layers that attend and nothing else: what they know of earlier tokens is keys and values.
 ATTENDING = frozenset({'full_attention', 'sliding_attention'})
 
+# The flags that decide how answers are written, and those that count where they are sampled alone.
+GENERATION = ('max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
+_SAMPLING = ('temperature', 'top_k', 'top_p')
+# Bytes of a character that may have come without its last one, each shown as U+FFFD.
+_UNFINISHED = 3
 
-def generation_config(args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int]) -> GenerationConfig:
-    """Return the settings of the command line; sampling fields only where sampling is on, as transformers demands."""
+
+def generation_config(
+    args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int], base: GenerationConfig | None = None
+) -> GenerationConfig:
+    """Return the settings of the command line; sampling fields only where sampling is on, as transformers demands.
+
+    Answers stop at the ends of the tokenizer, of the template and of the base model's own settings.
+    """
     from transformers import GenerationConfig
 
     sampling: dict[str, Any] = {}
@@ -28,11 +44,43 @@ def generation_config(args: CommonArguments, tokenizer: Any, stop_ids: Sequence[
         max_new_tokens=args.max_new_tokens,
         do_sample=args.do_sample,
         repetition_penalty=args.repetition_penalty,
-        eos_token_id=sorted({tokenizer.eos_token_id, *stop_ids}),
+        eos_token_id=sorted({tokenizer.eos_token_id, *stop_ids, *_ends(base)}),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
     )
+
+
+def _ends(config: GenerationConfig | None) -> list[int]:
+    found = config.eos_token_id if config is not None else None
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def served_config(
+    base: GenerationConfig, config: GenerationConfig, args: CommonArguments, typed: Collection[str]
+) -> GenerationConfig:
+    """Return what a merged folder is served with: the base model's settings, with the ends and padding of `config`.
+
+    Settings that were typed go before the base's: now, or for the training run, where they differ from the default.
+    """
+    served = copy.deepcopy(base)
+    served.eos_token_id, served.pad_token_id, served.bos_token_id = (
+        config.eos_token_id,
+        config.pad_token_id,
+        config.bos_token_id,
+    )
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    chosen = [name for name in GENERATION if name in typed or getattr(args, name) != defaults[name]]
+    for name in chosen:
+        setattr(served, name, getattr(args, name))
+    if set(chosen) & set(_SAMPLING) and 'do_sample' not in chosen:
+        served.do_sample = True
+    if served.max_new_tokens is None and served.max_length is None:
+        served.max_new_tokens = args.max_new_tokens  # else generate() stops after 20
+    if not served.do_sample:
+        for name in _SAMPLING:
+            setattr(served, name, None)
+    return served
 
 
 def _left_pad(prompts: Sequence[list[int]], pad_token_id: int, device: Any) -> dict[str, Any]:
@@ -64,6 +112,8 @@ def generate_batch(
     """
     import torch
 
+    for prompt in prompts:
+        check_embedded(model.config.get_text_config().vocab_size, prompt, 'a prompt')
     start = config.bos_token_id if config.bos_token_id is not None else config.pad_token_id
     inputs = _left_pad([ids or [start] for ids in prompts], config.pad_token_id, model.device)
     ids, mask = inputs['input_ids'], inputs['attention_mask']
@@ -126,6 +176,25 @@ def _half_have_ended(config: GenerationConfig) -> Any:
     return HalfHaveEnded()
 
 
+def wanted_texts(encoder: Encoder, rows: Sequence[Row], stop_ids: Sequence[int]) -> list[str]:
+    """Return the text that each row's last reply is trained as, to hold answers against.
+
+    What the template makes of tool calls or of reasoning is decoded from the trained ids; plain text is taken as it is.
+    """
+    whole = copy.copy(encoder)
+    whole.max_length = -1
+    texts = []
+    for row in rows:
+        last = row.messages[-1]
+        if not set(last) & {'tool_calls', 'reasoning'}:
+            texts.append(last['content'])
+            continue
+        encoded = whole.encode([row])[0]
+        ids = encoded.input_ids[slice(*encoded.trained)]
+        texts.append(str(encoder.tokenizer.decode(_cut_at_stop(ids, stop_ids), skip_special_tokens=True)))
+    return texts
+
+
 def generate_rows(
     model: Any,
     prompts: Sequence[list[int]],
@@ -159,6 +228,52 @@ def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dic
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 
+class _Spoken:
+    """The text of ids that come one by one, handed on as far as what follows cannot change it.
+
+    Each time the whole of the ids is decoded: a piece by itself would lose the blank in front of it where a tokenizer
+    takes the first blank of a text for its own (Llama 2).
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
+        self.tokenizer, self.stop_ids, self.say = tokenizer, stop_ids, say
+        self.ids: list[int] = []
+        self.said = ''
+        self._prompt_came = False
+
+    def put(self, value: Any) -> None:
+        """Take new ids, as generate() hands them on; those of the prompt come first."""
+        if self._prompt_came:
+            self.ids += value.reshape(-1).tolist()
+            self._hand_on(self._settled(self.text()))
+        self._prompt_came = True
+
+    def end(self) -> None:
+        """Hand on what was held back."""
+        text = self.text()
+        same = (index for index, (one, other) in enumerate(zip(text, self.said, strict=False)) if one != other)
+        # Some decoders take back text that bytes follow which are none.
+        self.said = self.said[: next(same, len(self.said))]
+        self._hand_on(text)
+
+    def text(self) -> str:
+        """Return the text so far, without the stop token."""
+        return str(self.tokenizer.decode(_cut_at_stop(self.ids, self.stop_ids), skip_special_tokens=True))
+
+    def _settled(self, text: str) -> str:
+        """Return the text without an unfinished character and without blanks and words that may be moved together."""
+        unfinished = min(len(text) - len(text.rstrip('\ufffd')), _UNFINISHED)
+        text = text[: len(text) - unfinished]
+        if not self.tokenizer.clean_up_tokenization_spaces:
+            return text
+        return text[: len(text.rstrip()) - len(text.split()[-1])].rstrip() if text.split() else ''
+
+    def _hand_on(self, text: str) -> None:
+        if len(text) > len(self.said) and text.startswith(self.said):
+            new, self.said = text[len(self.said) :], text
+            self.say(new)
+
+
 def generate_stream(
     model: Any,
     tokenizer: Any,
@@ -170,27 +285,17 @@ def generate_stream(
     paths: Sequence[str] = (),
 ) -> str:
     """Return the answer to one prompt, handing text to `say` as it comes; Ctrl-C ends the answer where it stands."""
-    from transformers import TextStreamer
-
-    written: list[str] = []
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            written.append(text)
-            say(text)
-
     import torch
 
+    check_embedded(model.config.get_text_config().vocab_size, prompt, 'this line')
+    spoken = _Spoken(tokenizer, config.eos_token_id, say)
     inputs = _left_pad([prompt], config.pad_token_id, model.device)
     if images is not None and paths:
         inputs |= {**read_pixels(images, paths, model.device), **images.per_token(inputs['input_ids'])}
     try:
         with torch.no_grad():
-            model.generate(
-                **inputs,
-                generation_config=config,
-                streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            )
+            model.generate(**inputs, generation_config=config, streamer=spoken)
     except KeyboardInterrupt:
         say(' [stopped]')
-    return ''.join(written)
+        return spoken.said
+    return spoken.text()

@@ -40,6 +40,8 @@ _PATTERNS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
 }
 _DEEPEST = 4
 _UNPACKED_BYTES = 1 << 30
+# What stands for a blank, or for none, in front of a vocabulary's words: SentencePiece, byte-level BPE, WordPiece.
+_WORD_MARKS = re.compile(r'^(?:▁|Ġ|##)')
 _PICKLE_SUFFIXES = ('.pkl', '.pickle', '.joblib')
 # Opcodes of the old text protocols that name something to be imported.
 _IMPORTS = {'GLOBAL', 'INST', 'STACK_GLOBAL'}
@@ -70,7 +72,7 @@ class _Scan:
     def __init__(self, secrets: Mapping[str, str]) -> None:
         self.found: list[str] = []
         self.unpacked = 0
-        self.known = [(f'what {name} holds', s) for name, value in secrets.items() for s in _spellings(value)]
+        self.known = [(f'what {name} holds', value, s) for name, value in secrets.items() for s in _spellings(value)]
         self.patterns = [
             (what, re.compile(re.escape(start) + rest))
             for what, (starts, rest) in _PATTERNS.items()
@@ -82,8 +84,10 @@ class _Scan:
             self.found.append(f'{place}: {what}')
 
     def text(self, place: str, data: Bytes) -> None:
-        for what, secret in self.known:
-            if data.find(secret) >= 0:
+        held = [(what, value, spelled) for what, value, spelled in self.known if data.find(spelled) >= 0]
+        words, rest = _vocabulary(place, data) if held else (set(), b'')
+        for what, value, spelled in held:
+            if value not in words or rest.find(spelled) >= 0:
                 self.add(place, what)
         for what, pattern in self.patterns:
             if any(not bytes(data[max(m.start() - 1, 0) : m.start()]).isalnum() for m in pattern.finditer(data)):
@@ -132,10 +136,38 @@ class _Scan:
 
 
 def _spellings(secret: str) -> list[bytes]:
-    plain = secret.encode()
+    plain = os.fsencode(secret)  # a variable may hold bytes that are no UTF-8
     # Whole groups of three bytes: what is the same in base64 whatever follows.
     encoded = base64.b64encode(plain[: len(plain) // 3 * 3])
-    return [plain, quote(secret, safe='').encode(), secret.encode('utf-16-le'), encoded]
+    return [plain, quote(plain, safe='').encode(), secret.encode('utf-16-le', 'surrogatepass'), encoded]
+
+
+def _vocabulary(place: str, data: Bytes) -> tuple[set[str], bytes]:
+    """Return the words of a tokenizer's file, and the file without them; no words for another file.
+
+    The base model brought them: a password that is a word among them is not told by them.
+    """
+    name = place.rpartition('/')[2]
+    try:
+        if name in ('vocab.txt', 'merges.txt'):
+            entries, rest = bytes(data).decode().splitlines(), ''
+        elif name == 'vocab.json':
+            content = json.loads(bytes(data))
+            entries, rest = list(content), json.dumps(list(content.values()), ensure_ascii=False)
+        elif name == 'tokenizer.json':
+            content = json.loads(bytes(data))
+            vocabulary = content['model'].pop('vocab')
+            content['model'].pop('merges', None)
+            # Unigram has pairs of a word and its score.
+            entries = [entry if isinstance(entry, str) else entry[0] for entry in vocabulary]
+            rest = json.dumps(content, ensure_ascii=False)
+        else:
+            return set(), b''
+    except (ValueError, LookupError, TypeError, AttributeError):  # not what the name says
+        return set(), b''
+    return {_WORD_MARKS.sub('', entry) for entry in entries if isinstance(entry, str)}, rest.encode(
+        'utf-8', 'surrogatepass'
+    )
 
 
 def _is_pickle(data: Bytes) -> bool:

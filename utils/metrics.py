@@ -41,19 +41,26 @@ def _bleu_4(answer: list[str], label: list[str]) -> float:
 
 
 def score_texts(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Return the means of ROUGE-1, -2, -L (F1) and BLEU-4 over all pairs, 0 to 100."""
+    """Return the means of ROUGE-1, -2, -L (F1) and BLEU-4 over all pairs, 0 to 100.
+
+    Where neither text of a pair has two words, which ROUGE-2 would count, it counts their words.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     tokenizer = WordTokenizer()
     scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'], tokenizer=tokenizer)
     scores = [scorer.score(label, answer) for answer, label in zip(answers, labels, strict=True)]
-    bleu = [
-        _bleu_4(tokenizer.tokenize(answer), tokenizer.tokenize(label))
-        for answer, label in zip(answers, labels, strict=True)
+    words = [
+        (tokenizer.tokenize(answer), tokenizer.tokenize(label)) for answer, label in zip(answers, labels, strict=True)
     ]
-    names = {'rouge-1': 'rouge1', 'rouge-2': 'rouge2', 'rouge-l': 'rougeL'}
-    means = {name: fmean(s[key].fmeasure for s in scores) for name, key in names.items()}
-    return {name: round(100 * value, 4) for name, value in {**means, 'bleu-4': fmean(bleu)}.items()}
+    rouge_2 = ['rouge1' if max(map(len, pair)) < 2 else 'rouge2' for pair in words]
+    means = {
+        'rouge-1': fmean(score['rouge1'].fmeasure for score in scores),
+        'rouge-2': fmean(score[key].fmeasure for score, key in zip(scores, rouge_2, strict=True)),
+        'rouge-l': fmean(score['rougeL'].fmeasure for score in scores),
+        'bleu-4': fmean(_bleu_4(answer, label) for answer, label in words),
+    }
+    return {name: round(100 * value, 4) for name, value in means.items()}
 
 
 def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -58,6 +58,12 @@ class LoadOptions:
         }
 
 
+# Texts in which tokenizers' rules show: blanks, lines, digits, marks, letters of several bytes.
+_PROBE_TEXTS = (
+    'a', ' a', '  a', '    return x', 'a  b   c', 'a\nb', '\n    a\n\n\tb ', "I'm 12345, it's 3.14!", 'Été é ﬁ Ⅳ',
+    '你好，世界 🌍', 'def f(x):\n    return  x ** 2\n', 'User: hi\nAssistant:', ' ', '...  --', '▁a ▁', 'ABC abcDEF',
+)  # fmt: skip
+
 GetFunction = Callable[[Path, 'ModelInfo', LoadOptions], 'tuple[PreTrainedModel, Any]']
 
 
@@ -689,6 +695,13 @@ def get_model_info(model_type: str | None, model_id_or_path: str | None = None) 
 
 def check_model_dir(model_dir: Path) -> str | None:
     """Return what keeps a local directory from being opened, found without heavy imports; or None."""
+    if (model_dir.is_file() and model_dir.suffix.lower() == '.gguf') or _holds_gguf_alone(model_dir):
+        return (
+            f'model directory {model_dir}: GGUF is a format to run models, which is not read. Name the folder or hub '
+            'id it was made from, or convert it: AutoModelForCausalLM and AutoTokenizer of transformers take '
+            "gguf_file='<its name>' in from_pretrained(<its folder>), and save_pretrained writes a folder for "
+            '--model_id_or_path.'
+        )
     if not model_dir.is_dir():
         what = 'is a file' if model_dir.exists() else f'is not there (looked in {model_dir.absolute().parent})'
         return f'model directory {model_dir} {what}.'
@@ -703,6 +716,13 @@ def check_model_dir(model_dir: Path) -> str | None:
     if 'model_type' not in found:
         return f'{config} names no model_type, so its architecture is unknown.'
     return None
+
+
+def _holds_gguf_alone(model_dir: Path) -> bool:
+    """Return whether a directory has a GGUF file where the files of a model should be."""
+    return (
+        model_dir.is_dir() and not (model_dir / 'config.json').is_file() and any(model_dir.glob('*.[gG][gG][uU][fF]'))
+    )
 
 
 def stored_quantization(model_dir: Path) -> str | None:
@@ -901,7 +921,7 @@ def _open_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
         if family and family.tokenizer and family.vocabulary and (model_dir / family.vocabulary).is_file():
             tokenizer = family.tokenizer(model_dir)
         else:
-            tokenizer = opener.from_pretrained(model_dir, trust_remote_code=False)
+            tokenizer = _as_its_file_says(opener.from_pretrained(model_dir, trust_remote_code=False), model_dir)
         legacy = model_dir / 'chat_template.json'  # where processors of 2024 kept it
         if not tokenizer.chat_template and legacy.is_file():
             tokenizer.chat_template = read_json(legacy)['chat_template']
@@ -919,6 +939,51 @@ def _open_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
     return tokenizer
 
 
+def _as_its_file_says(tokenizer: Any, model_dir: Path) -> Any:
+    """Return the tokenizer, or that of the folder's tokenizer.json where its class gives texts other ids than the file.
+
+    A class of transformers 5 builds its rules by itself, of the file's vocabulary; LlamaTokenizer loses a blank at the
+    start of a text that way.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = model_dir / 'tokenizer.json'
+    if not file.is_file() or type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    wanted = [one.ids for one in own.encode_batch(list(_PROBE_TEXTS), add_special_tokens=False)]
+    found = tokenizer(list(_PROBE_TEXTS), add_special_tokens=False, verbose=False)['input_ids']
+    if found == wanted:
+        return tokenizer
+    by_file = PreTrainedTokenizerFast.from_pretrained(model_dir, trust_remote_code=False)
+    if by_file(list(_PROBE_TEXTS), add_special_tokens=False, verbose=False)['input_ids'] != wanted:
+        return tokenizer  # settings beside the file change what both give
+    text = next(text for text, one, other in zip(_PROBE_TEXTS, found, wanted, strict=True) if one != other)
+    logger.info(
+        f'tokenizer = that of {file.name} because {type(tokenizer).__name__} gives {text!r} and other texts other ids '
+        'than the file'
+    )
+    return by_file
+
+
+def unembedded_from(model: Any, tokenizer: Any) -> int | None:
+    """Return the first id that the model does not embed where its tokenizer has such ids, else None."""
+    embedding = int(model.config.get_text_config().vocab_size)  # ZeRO-3 leaves no shape on the weight
+    return embedding if len(tokenizer) > embedding else None
+
+
+def check_embedded(embedding: int, ids: Sequence[int], where: str) -> None:
+    """Raise ConfigError where one of the ids is beyond the rows that the model embeds; `where` names the ids."""
+    if (largest := max(ids, default=0)) >= embedding:
+        raise ConfigError(
+            f'{where}: it holds the token of id {largest}, the model embeds {embedding}. Leave out what spells this '
+            'token, or take model and tokenizer from the same place.'
+        )
+
+
 def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return model and tokenizer; the model's name_or_path is the public id, never a path of this machine's cache."""
     path = weights.path
@@ -928,11 +993,17 @@ def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions)
     model, tokenizer = info.get_function(path, info, options)
     keep_trainable(model)
     model.config._name_or_path = model.name_or_path = info.public_id
-    embedding = model.config.get_text_config().vocab_size  # ZeRO-3 leaves no shape on the weight
-    if len(tokenizer) > embedding:
-        raise ConfigError(
-            f'the tokenizer has {len(tokenizer)} tokens, the model embeds {embedding}: they are not of one model. '
-            'Get both from the same place.'
+    if (first := unembedded_from(model, tokenizer)) is not None:
+        needed = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+        if max(needed) >= first:
+            raise ConfigError(
+                f'the tokenizer has {len(tokenizer)} tokens, the model embeds {first}: they are not of one model. '
+                'Get both from the same place.'
+            )
+        logger.warning(
+            f'the tokenizer has {len(tokenizer)} tokens, the model embeds {first}: {len(tokenizer) - first} of them, '
+            f'first {tokenizer.convert_ids_to_tokens(first)!r}, can be neither read nor written; data that holds one '
+            'is refused'
         )
     return model, tokenizer
 

@@ -188,7 +188,7 @@ def build_trainer(
     args: SftArguments, run: Run, model: Any, encoder: Encoder, data: PreparedData, *, dtype: torch.dtype
 ) -> SftTrainer:
     """Return the trainer of a run, with its logs and its pushes."""
-    generation = generation_config(args, encoder.tokenizer, encoder.stop_ids)
+    generation = generation_config(args, encoder.tokenizer, encoder.stop_ids, model.generation_config)
     trainer = make_trainer(
         args,
         run.folder,

@@ -100,11 +100,19 @@ def _read_generation(model: Any, model_dir: Path) -> None:
 
 
 def make_generation_savable(model: Any) -> None:
-    """Have sampling settings without do_sample mean sampling, as in 2023; today they could not be saved."""
+    """Have sampling settings without do_sample mean sampling, as in 2023; today they could not be saved.
+
+    Where do_sample is false they have no effect, and are left out.
+    """
+    settings = model.generation_config
     try:
-        model.generation_config.validate(strict=True)
+        settings.validate(strict=True)
     except ValueError:
-        model.generation_config.do_sample = True
+        if settings.do_sample is not False:
+            settings.do_sample = True
+            return
+        for name in ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff', 'top_h'):
+            setattr(settings, name, None)
 
 
 def check_loading(info: dict[str, Any], model_dir: Path, what: str, *, unexpected: bool = True) -> None:

@@ -1,0 +1,113 @@
+"""Tokenizers as folders bring them: larger than the embedding, or another than their class makes of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import llm_infer
+import llm_sft
+from tests.conftest import make_model, make_tokenizer, small_flags, write_jsonl
+from utils.argument import InferArguments
+from utils.errors import ConfigError
+from utils.generation import generate_batch, generation_config
+from utils.model import load_tokenizer
+
+Problems = Callable[[], list[str]]
+LARGE = '<image_soft_token>'
+
+
+@pytest.fixture
+def larger(tmp_path: Path) -> Path:
+    """Return a model whose tokenizer has one token more than it embeds, as Gemma 3's text models have."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([LARGE])
+    folder = tmp_path / 'larger'
+    make_model(vocab_size=len(tokenizer) - 1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_larger_than_the_embedding_trains_and_answers(
+    larger: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert llm_sft.main([*small_flags(larger, data_file, tmp_path / 'out'), '--max_steps', '1']) == 0
+    warned = [r.getMessage() for r in caplog.records if 'the model embeds' in r.getMessage()]
+    assert len(warned) == 1 and repr(LARGE) in warned[0]
+    checkpoint = next((tmp_path / 'out').glob('*/*/checkpoint-1'))
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--max_new_tokens', '2']) == 0
+
+
+def test_a_row_with_a_token_that_is_not_embedded_is_named(larger: Path, tmp_path: Path, problems: Problems) -> None:
+    rows: list[Any] = [{'query': f'count {i}', 'response': 'yes'} for i in range(9)]
+    data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
+    words = [*small_flags(larger, data, tmp_path / 'out'), '--dataset_test_ratio', '0.5', '--max_steps', '1']
+    assert llm_sft.main(words) == 2
+    assert [line.startswith(f'{data}:10: the row holds a token of id') for line in problems()] == [True]
+
+
+def test_a_prompt_with_a_token_that_is_not_embedded_is_refused() -> None:
+    config = generation_config(InferArguments(do_sample=False, max_new_tokens=2), make_tokenizer(), [])
+    with pytest.raises(ConfigError, match='a prompt: it holds the token of id 400, the model embeds 400'):
+        generate_batch(make_model().eval(), [[7], [8, 400]], config)
+
+
+def test_an_end_that_is_not_embedded_is_refused(
+    larger: Path, data_file: Path, tmp_path: Path, problems: Problems
+) -> None:
+    file = larger / 'tokenizer_config.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), 'eos_token': LARGE}))
+    assert llm_sft.main(small_flags(larger, data_file, tmp_path / 'out')) == 2
+    assert 'they are not of one model' in problems()[0]
+
+
+TEXTS = ['    return x', '\n    a\n\n\tb ', 'a\n    b', ' a  b ', '你好 world 42']
+
+
+def llama_folder(folder: Path) -> Any:
+    """Write a tokenizer of which the class that its config names makes another; returns it as the file has it."""
+    tokenizer = make_tokenizer(metaspace='first')
+    tokenizer.save_pretrained(folder)
+    file = folder / 'tokenizer_config.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), 'tokenizer_class': 'LlamaTokenizer'}))
+    return tokenizer
+
+
+def test_a_tokenizer_file_is_used_where_its_class_gives_other_ids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = llama_folder(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [wanted(text)['input_ids'] for text in TEXTS]
+    assert ids != [plain(text, add_special_tokens=False)['input_ids'] for text in TEXTS], 'it shows nothing else'
+    with caplog.at_level(logging.INFO):
+        found = load_tokenizer(tmp_path)
+    assert [found(text)['input_ids'] for text in TEXTS] == ids
+    assert found.chat_template == wanted.chat_template
+    assert found.special_tokens_map == wanted.special_tokens_map
+    said = [r.getMessage() for r in caplog.records if 'because LlamaTokenizer gives' in r.getMessage()]
+    assert len(said) == 1
+    found.save_pretrained(tmp_path / 'again')
+    assert [AutoTokenizer.from_pretrained(tmp_path / 'again')(text)['input_ids'] for text in TEXTS] == ids
+
+
+def test_a_class_that_keeps_to_the_file_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert type(load_tokenizer(tmp_path)) is PreTrainedTokenizerFast
+    assert 'tokenizer = ' not in caplog.text
+
+
+@pytest.mark.parametrize('folder', [False, True])
+def test_gguf_is_said_not_to_be_read(folder: bool, tmp_path: Path, data_file: Path, problems: Problems) -> None:
+    file = tmp_path / 'model-Q4.gguf'
+    file.write_bytes(b'GGUF')
+    assert llm_sft.main(small_flags(tmp_path if folder else file, data_file, tmp_path / 'out')) == 2
+    assert len(problems()) == 1 and 'GGUF is a format to run models, which is not read.' in problems()[0]
+    assert 'gguf_file=' in problems()[0]
