@@ -134,7 +134,9 @@ class SftArguments(CommonArguments):
     max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
     predict_with_generate: bool = flag(False, 'evaluate by generation (ROUGE, BLEU) instead of by loss')
     lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
-    warmup_ratio: float = flag(0.05, 'share of the steps in which the learning rate rises')
+    warmup_ratio: float = flag(
+        0.05, 'share of the steps in which the learning rate rises, at most half; no step has rate 0'
+    )
     eval_steps: int = flag(50, 'steps between evaluations')
     save_steps: int | None = flag(None, 'steps between checkpoints; None: the same as --eval_steps')
     only_save_model: bool | None = flag(

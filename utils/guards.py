@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any, NoReturn
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from utils import dist
@@ -42,6 +43,30 @@ class Guard(TrainerCallback):
         self._skipped_in_a_row = 0
         self._batches: Sequence[dict[str, Any]] = ()
         self._window: deque[float] = deque(maxlen=_WINDOW)
+        # Of the weights before the first step; None where a run is resumed.
+        self._fingerprint_at_start: list[int] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take note of the weights a run begins with. The last steps of a resumed one may change no bit of them."""
+        if state.global_step == 0:
+            self._fingerprint_at_start = weight_fingerprint(self.trainer.model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run where its weights are bit for bit those it began with."""
+        if self._fingerprint_at_start is None or self.trainer.stopped:
+            return
+        has_changed = weight_fingerprint(self.trainer.model) != self._fingerprint_at_start
+        if dist.sums([has_changed])[0] == 0:
+            skipped = f', of which fp16 skipped {self.skipped}' if self.skipped else ''
+            raise ConfigError(
+                f'--learning_rate {args.learning_rate}: the weights after {state.global_step} steps{skipped} are those '
+                'the run began with, bit for bit: nothing was learnt. Raise it, or train more steps (--max_steps, '
+                '--num_train_epochs).'
+            )
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
         """Take note of the micro-batches of a step that begins."""
@@ -168,6 +193,24 @@ class Guard(TrainerCallback):
             if not math.isfinite(float(loss)):
                 found.append(origin)
         return found or origins
+
+
+@torch.no_grad()
+def weight_fingerprint(model: torch.nn.Module) -> list[int]:
+    """Return for each weight that shows whether a model learns the sum of its bits, read where it lies.
+
+    Of an adapter this is B alone: it begins as zero, and with it the adapter does nothing, however A decays.
+    """
+    found: list[int] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or 'lora_A' in name or 'lora_embedding_A' in name:
+            continue
+        # DeepSpeed keeps this process's part of a weight beside it, FSDP inside it.
+        part: Any = getattr(parameter, 'ds_tensor', parameter)
+        part = part.to_local() if isinstance(part, DTensor) else part.detach()
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+        found.append(int(part.contiguous().view(words).sum(dtype=torch.int64)))
+    return found
 
 
 def _listed(rows: Sequence[str]) -> str:

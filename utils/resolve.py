@@ -257,6 +257,8 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
         done.decide('eval_batch_size', value, reason)
     if args.max_steps > 0:
         done.without_effect(('num_train_epochs',), f'--max_steps {args.max_steps} wins')
+    if args.lr_scheduler_type == 'constant':
+        done.without_effect(('warmup_ratio',), '--lr_scheduler_type constant has no warm-up; constant_with_warmup has')
     if 'ddp_backend' in done.typed and dist.world_size() == 1:
         done.without_effect(('ddp_backend',), 'there is one process; start several with torchrun')
 

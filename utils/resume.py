@@ -32,6 +32,7 @@ from utils.model import load_model
 from utils.proofs import record_proof
 from utils.random_state import random_state, set_random_state
 from utils.stop import StopSignals, ignore_signals
+from utils.trainer_args import make_schedule
 from utils.tree_file import load_tree, save_tree
 
 
@@ -88,6 +89,21 @@ class ResumableTrainer(Seq2SeqTrainer):
         loader = super()._get_dataloader(*args, **kwargs)
         loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
         return loader
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the learning-rate schedule; DeepSpeed asks for it with an optimizer of its own."""
+        scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
+        if scheduler is None:
+            scheduler = make_schedule(
+                optimizer or self.optimizer,
+                self.args.lr_scheduler_type,
+                learning_rate=self.args.learning_rate,
+                warmup_ratio=self.args.warmup_steps,
+                steps=num_training_steps,
+            )
+            self.lr_scheduler = scheduler
+            self._created_lr_scheduler = True
+        return scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint and delete the ones that are too many; ends the run where it could not be written."""
