@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from utils.stop import StopSignals, ignore_signals
 from utils.trainer_args import make_schedule
 from utils.tree_file import load_tree, save_tree
 
+# What flags say of a group of weights; the rate of the step is made from the first.
+_TYPED_SETTINGS = ('initial_lr', 'weight_decay')
+
 
 class EvaluationCutError(Exception):
     """An evaluation given up because the run is to stop; it is made up for on resuming."""
@@ -48,6 +51,17 @@ def together(work: Callable[[], object]) -> str | None:
     except Exception as error:  # a full disk shows as many kinds, one for each library that writes
         failure = f'{type(error).__name__}: {error}'
     return dist.first_failure(failure)
+
+
+def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, float]]) -> None:
+    """Put settings into an optimizer's groups and its schedule, and the learning rate of the coming step with them."""
+    schedule.base_lrs = [setting['initial_lr'] for setting in settings]
+    rates = [
+        base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, setting, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(setting, lr=rate)
+    schedule._last_lr = rates
 
 
 class ResumableTrainer(Seq2SeqTrainer):
@@ -199,14 +213,20 @@ class ResumableTrainer(Seq2SeqTrainer):
             self.model.load_state_dict(opened.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Put optimizer, schedule and loss scale back; DeepSpeed has loaded what it keeps by itself."""
+        """Put optimizer, schedule and loss scale back; DeepSpeed has loaded what it keeps by itself.
+
+        The settings of the optimizer stay those of this command line: what is typed anew counts from here on.
+        """
         if checkpoint is None:
             return
         tree = load_tree(Path(checkpoint) / OPTIMIZER_STATE)
+        settings = [{name: group[name] for name in _TYPED_SETTINGS} for group in self.optimizer.param_groups]
         if not self.is_deepspeed_enabled:
             self.optimizer.load_state_dict(tree['optimizer'])
         if not self._deepspeed_schedules():
             self.lr_scheduler.load_state_dict(tree['scheduler'])
+        if not self.is_deepspeed_enabled:
+            use_settings(self.optimizer, self.lr_scheduler, settings)
         if tree['scaler'] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(tree['scaler'])
 

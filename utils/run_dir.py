@@ -186,6 +186,7 @@ def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
         return [f'{checkpoint} has no {SFT_ARGS}: whether the arguments are those it was trained with is not checked.']
     problems = Problems()
     check_base(trained, record['base_model'], problems)
+    _check_resumed_optimizer(trained, record, problems)
     problems.raise_if_any()
     free = {'resume_from_checkpoint', 'output_dir', 'base_model', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
     return [
@@ -193,6 +194,21 @@ def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
         for name in record
         if name in trained and name not in free and record[name] != trained[name]
     ]
+
+
+def _check_resumed_optimizer(trained: dict[str, Any], record: dict[str, Any], problems: Problems) -> None:
+    """Add a problem for each setting of the optimizer that cannot be another one than the checkpoint's."""
+    fixed = ['optim']
+    if record['deepspeed_config_path'] is not None:
+        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed puts its optimizer back with what it was made with
+    for name in fixed:
+        had, typed = trained.get(name, record[name]), record[name]
+        are_one = {had, typed} == {'adamw_torch', 'adamw_torch_fused'}
+        if had != typed and not are_one:
+            problems.add(
+                f'--{name} {typed}: the optimizer that is resumed was made with {had} and is put back as it was. '
+                f'Type --{name} {had}, or start a new run: leave --resume_from_checkpoint out.'
+            )
 
 
 def check_base(record: dict[str, Any], serves: dict[str, str], problems: Problems) -> None:
