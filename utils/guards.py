@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -29,6 +30,8 @@ _SKIPPED_IN_A_ROW = 20
 # Below it a row is learnt by heart, and gradients may round to zero.
 _LEARNT = 1e-4
 _NAMED = 5
+# The names of learnt positions: wpe, embed_positions, position_embeddings.
+_POSITIONS = re.compile(r'(?:^|[._])(?:wpe|positions?)(?:$|[._])')
 
 
 class Guard(TrainerCallback):
@@ -211,6 +214,33 @@ def weight_fingerprint(model: torch.nn.Module) -> list[int]:
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
         found.append(int(part.contiguous().view(words).sum(dtype=torch.int64)))
     return found
+
+
+def check_positions(model: Any, longest: int) -> None:
+    """Raise ConfigError where a row has more tokens than the model learnt positions; warn where it was made for fewer.
+
+    Rotary positions go on behind the length a model was made for, learnt ones end.
+    """
+    limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
+    if limit is None or longest <= limit:
+        return
+    # Some classes keep a few entries for padding; a table of another size is an image's.
+    tables = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and _POSITIONS.search(name)
+        and 0 <= module.num_embeddings - limit <= 8
+    ]
+    if tables:
+        raise ConfigError(
+            f'--max_length {limit} is the most that {type(model).__name__} has positions for ({tables[0]}), and the '
+            f'longest row has {longest} tokens. Give --max_length {limit} or less: longer rows then lose their front.'
+        )
+    logger.warning(
+        f'the longest row has {longest} tokens, {type(model).__name__} was made for {limit} '
+        f'(max_position_embeddings): what it learns beyond may be of little use. --max_length {limit} cuts such rows.'
+    )
 
 
 def _listed(rows: Sequence[str]) -> str:

@@ -59,6 +59,8 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     check_common_numbers(done)
     if done.args.reads_data:
         _resolve_datasets(done)
+        if done.args.answers_whole_dataset(done.typed) and 'show_dataset_sample' not in done.typed:
+            done.decide('show_dataset_sample', -1, '--dataset is typed: all its rows are answered')
         done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
     if done.args.merge_lora_and_save and done.args.quantization_bit:
         _merge_unquantised(done)

@@ -27,6 +27,7 @@ from utils.checkpoint import (
 from utils.collator import refill
 from utils.errors import ConfigError
 from utils.guards import Guard
+from utils.json_file import read_json
 from utils.logger import logger
 from utils.model import load_model
 from utils.proofs import record_proof
@@ -62,6 +63,20 @@ def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, flo
     for group, setting, rate in zip(optimizer.param_groups, settings, rates, strict=True):
         group.update(setting, lr=rate)
     schedule._last_lr = rates
+
+
+def check_targets(model: PeftModel, checkpoint: Path) -> None:
+    """Raise ConfigError where the adapter of a checkpoint is on other layers than that of the model."""
+    stored = read_json(checkpoint / 'adapter_config.json', remedy='Give another checkpoint of the run.')
+    config = model.peft_config['default'].to_dict()
+    has, wants = (
+        sorted({*(one.get('target_modules') or ()), *(one.get('target_parameters') or ())}) for one in (stored, config)
+    )
+    if has != wants:
+        raise ConfigError(
+            f'--lora_target_modules {",".join(wants)}: the adapter in {checkpoint} is on {",".join(has)}. '
+            f'Type --lora_target_modules {",".join(has)}, or start a new run: leave --resume_from_checkpoint out.'
+        )
 
 
 class ResumableTrainer(Seq2SeqTrainer):
@@ -201,6 +216,8 @@ class ResumableTrainer(Seq2SeqTrainer):
         A class may be saved in another layout than it is held in (a mixture's experts one by one): read by name, as
         transformers' trainer does, such weights would be passed over and stay those of the base model.
         """
+        if isinstance(self.model, PeftModel):
+            check_targets(self.model, Path(resume_from_checkpoint))
         names: set[str] = set()
         for file in Path(resume_from_checkpoint).glob('model*.safetensors'):
             names.update(safe_open(file, framework='pt').keys())
