@@ -18,8 +18,8 @@ from utils.native.image_readers import open_images
 from utils.parser import Parsed, parse
 from utils.resolution import Resolution
 from utils.resolve import resolve_infer
-from utils.row_plan import validation_rows
-from utils.run_dir import check_base, fill_from_run, log_decisions, open_checkpoint, result_path
+from utils.row_plan import rows_to_answer
+from utils.run_dir import check_base, fill_from_run, log_decisions, log_weights, open_checkpoint, result_path
 from utils.start import open_model, run_program, start_processes
 
 
@@ -43,9 +43,14 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     done = resolve_infer(parsed)
     check_machine_infer(done)
     done.problems.raise_if_any()
+    done.warnings += warnings
+    if record is not None and 'dtype' not in done.typed and 'dtype' in record.get('asked', {}):
+        done.decide('dtype', done.args.dtype, 'the run was trained in it')
+    log_decisions(done)
+    logged = len(done.warnings)
     rows = None
     if done.args.reads_data:
-        rows = validation_rows(done.args, record)
+        rows = rows_to_answer(done, record, checkpoint)
         if not rows:
             raise ConfigError(
                 'no validation row to answer: the run held none out. Use --eval_human true, or other data.'
@@ -57,8 +62,9 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     if checkpoint is not None and record is not None and is_adapter(checkpoint):
         check_base(record, weights.record(done.info), done.problems)
         done.problems.raise_if_any()
-    done.warnings += warnings
-    log_decisions(done, weights)
+    for line in done.warnings[logged:]:
+        logger.warning(line)
+    log_weights(weights)
     _act(done, weights, checkpoint, record, rows)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from utils import dist
 from utils.argument import SftArguments
@@ -17,8 +18,8 @@ from utils.parser import parse
 from utils.reading import TRAIN, Plan, Streams, some_rows
 from utils.resolution import Resolution
 from utils.resolve import resolve_sft
-from utils.row_plan import rows_of
-from utils.run_dir import Run, open_run
+from utils.row_plan import lock_of, rows_of
+from utils.run_dir import Run, check_resumed_template, log_decisions, open_run
 from utils.start import open_model, run_program, start_processes
 
 
@@ -46,9 +47,10 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
         from utils.dry_run import dry_run
 
         return dry_run(done)
+    log_decisions(done)
     rows = rows_of(done)
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
-    run = open_run(done, rows.lock() if isinstance(rows, Plan) else {}, typed_now)
+    run = open_run(done, lock_of(rows, args), typed_now)
     carry_out(done, run, rows, typed_now, started=started)
     return 0
 
@@ -76,7 +78,7 @@ def carry_out(
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
     set_seed(args.seed)
-    model, tokenizer, dtype = open_model(args, info, run.weights, trains=True)
+    model, tokenizer, dtype = open_model(args, info, run.weights, trains=True, decide=run.decide)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     encoder = make_encoder(
         tokenizer,
@@ -90,6 +92,8 @@ def carry_out(
     if args.sft_type == 'lora':
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
     note_template(run, encoder, None if 'template_type' in typed_now else args.from_run)
+    if args.resume_from_checkpoint is not None:
+        check_resumed_template(Path(args.resume_from_checkpoint), run.record)
     prove_template(encoder, some_rows(rows, TRAIN, ROWS), run.folder)
     if isinstance(rows, Plan):
         data = prepare_data(encoder, rows, run.folder, samples=args.show_samples)
@@ -98,7 +102,7 @@ def carry_out(
     check_rows_embedded(unembedded_from(model, tokenizer), data.train, data.val)
     asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
-    model = prepare_model(model, args)
+    model = prepare_model(model, args, run.decide)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
     prove_mask(data.spread(MASK_ROWS), data.summary, trainer.data_collator, encoder, run.folder)
     if args.preflight:

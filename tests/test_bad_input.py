@@ -266,8 +266,8 @@ def test_unknown_words_can_be_ignored(run_sft: Run, caplog: pytest.LogCaptureFix
 
 def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     flags = ('--bnb_4bit_quant_type', 'fp4', '--hub_private_repo', 'false', '--top_k', '5', '--hub', 'modelscope')
-    run_sft('--max_steps', '1', *flags)
-    for name in ('bnb_4bit_quant_type', 'hub_private_repo', 'top_k', 'hub'):
+    run_sft('--max_steps', '1', *flags, '--lr_scheduler_type', 'constant', '--warmup_ratio', '0.1')
+    for name in ('bnb_4bit_quant_type', 'hub_private_repo', 'top_k', 'hub', 'warmup_ratio'):
         assert f'--{name} has no effect' in caplog.text
 
 

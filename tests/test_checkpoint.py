@@ -112,11 +112,11 @@ def test_every_optimizer_goes_on_as_if_never_stopped(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize('name', SCHEDULERS)
 def test_every_schedule_goes_on_as_if_never_stopped(name: str, tmp_path: Path) -> None:
-    from transformers import get_scheduler
+    from utils.trainer_args import make_schedule
 
     def make() -> tuple[Any, Any]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-        return optimizer, get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=12)
+        return optimizer, make_schedule(optimizer, name, learning_rate=0.1, warmup_ratio=0.25, steps=12)
 
     _, schedule = make()
     for _ in range(5):

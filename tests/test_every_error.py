@@ -548,9 +548,10 @@ def sharded_in_half_precision(tmp: Path) -> Any:
 def flash_attention_on_a_cpu(tmp: Path) -> Any:
     import torch
 
+    from utils.resolution import log_decision
     from utils.start import _uses_flash_attention
 
-    return _uses_flash_attention(SftArguments(use_flash_attn=True), torch.float32)
+    return _uses_flash_attention(SftArguments(use_flash_attn=True), torch.float32, log_decision)
 
 
 def directory_of_nothing(tmp: Path) -> Any:

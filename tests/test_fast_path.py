@@ -306,7 +306,7 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
     plain, _ = prepared(copy.deepcopy(base), key, kind, tuner_backend='peft', fused_norms=False, fused_mlp=False)
     settings = {
         'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2, 'max_steps': 5, 'learning_rate': 1e-3,
-        'max_grad_norm': 1.0, 'optim': 'sgd', 'lr_scheduler_type': 'cosine', 'warmup_steps': 0.05, 'use_cpu': True,
+        'max_grad_norm': 1.0, 'optim': 'sgd', 'lr_scheduler_type': 'cosine', 'warmup_steps': 0, 'use_cpu': True,
         'save_strategy': 'no', 'report_to': 'none', 'disable_tqdm': True, 'weight_decay': 0.01,
     }  # fmt: skip
     Trainer(
@@ -318,7 +318,7 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
 
     fast, args = prepared(
         copy.deepcopy(base), key, kind, batch_size=2, gradient_accumulation_steps=2, max_steps=5, learning_rate=1e-3,
-        optim='sgd', dataloader_num_workers=0, only_save_model=True, save_steps=100,
+        warmup_ratio=0.0, optim='sgd', dataloader_num_workers=0, only_save_model=True, save_steps=100,
     )  # fmt: skip
     train = EncodedRows()
     for row in rows:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 from tests.conftest import make_model, make_tokenizer, write_jsonl
 from utils.checkpoint import all_checkpoints
 from utils.errors import ConfigError
+from utils.limits import SCHEDULERS
+from utils.trainer_args import count_warmup_steps, make_schedule
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
@@ -181,3 +184,53 @@ def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: P
     guard.losses = [torch.tensor(math.nan)]
     with pytest.raises(ConfigError, match='step 40: the loss is not a finite number'):
         guard.judge('step 40')
+
+
+@pytest.mark.parametrize('rows', [1, 5, 12, 16])
+def test_one_epoch_of_few_rows_trains(rows: int, run_sft: Run, tmp_path: Path) -> None:
+    """With default flags so many rows are one optimizer step, which a rise from 0 would waste."""
+    data = write_jsonl(tmp_path / 'few.jsonl', rows_with(None, rows))
+    run = run_sft(
+        '--dataset', str(data), '--dataset_test_ratio', '0', '--max_steps', '-1', '--batch_size', '1',
+        '--gradient_accumulation_steps', '16',
+    )  # fmt: skip
+    assert json.loads((run / 'run.json').read_text())['steps'] == 1
+    weights = load_file(run / 'checkpoint-1' / 'adapter_model.safetensors')
+    changed = [name for name, tensor in weights.items() if 'lora_B' in name and bool(tensor.any())]
+    assert len(changed) == len([name for name in weights if 'lora_B' in name]) > 0
+    rates = [entry['learning_rate'] for entry in json.loads((run / 'history.json').read_text()) if 'loss' in entry]
+    assert rates == [0.01]
+
+
+@pytest.mark.parametrize('kind', ['lora', 'full'])
+def test_weights_that_stay_as_they_were_are_no_success(
+    kind: str, run_sft: Run, problems: Problems, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rates so small that adding a step to a weight rounds it away."""
+    rate = '1e-60' if kind == 'lora' else '1e-30'
+    run = run_sft('--sft_type', kind, '--learning_rate', rate, '--only_save_model', 'false', expect=2)
+    assert problems()[0].startswith(f'--learning_rate {float(rate)}: the weights after 6 steps are those the run began')
+    assert 'best checkpoint' not in caplog.text and not (run / 'run.json').exists()
+
+
+def test_a_resumed_run_may_end_on_steps_that_change_no_bit(run_sft: Run) -> None:
+    run = run_sft('--max_steps', '6')
+    resumed = ('--learning_rate', '1e-60', '--resume_from_checkpoint', str(run / 'checkpoint-3'))
+    assert (run_sft(*resumed) / 'run.json').is_file()
+
+
+@pytest.mark.parametrize('name', SCHEDULERS)
+@pytest.mark.parametrize('share', [0.0, 0.05, 0.3, 0.99])
+@pytest.mark.parametrize('steps', [1, 2, 3, 7, 40])
+def test_every_step_of_every_schedule_has_a_rate(steps: int, share: float, name: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    schedule = make_schedule(optimizer, name, learning_rate=0.1, warmup_ratio=share, steps=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        schedule.step()
+    warmup = 0 if name == 'constant' else count_warmup_steps(share, steps)
+    assert warmup <= steps / 2 and min(rates) > 0
+    assert rates[: warmup + 1] == pytest.approx([0.1 * (k + 1) / (warmup + 1) for k in range(warmup + 1)])
+    assert all(later <= earlier for earlier, later in pairwise(rates[warmup:]))

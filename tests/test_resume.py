@@ -17,6 +17,8 @@ import pytest
 
 from tests.conftest import ROOT, small_flags
 from utils.checkpoint import MANIFEST, PICKLE_SUFFIXES, all_checkpoints, damage
+from utils.errors import Problems as CollectedProblems
+from utils.run_dir import _check_resumed_optimizer
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
@@ -254,3 +256,48 @@ def test_an_unwritable_disk_shows_before_the_first_step(model_dir: Path, data_fi
     (run,) = (tmp_path / 'full').glob('*/*')
     assert f'error: a checkpoint cannot be written to {run}: ' in done.stderr and 'File too large' in done.stderr
     assert not [p for p in run.iterdir() if 'checkpoint' in p.name or p.name == '.preflight']
+
+
+def test_optimizer_flags_typed_on_resuming_are_used(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """With a constant schedule the rate of each step is what was typed; decay acts on weights, so they differ."""
+    flags = ('--lr_scheduler_type', 'constant', '--learning_rate', '0.01', '--weight_decay', '0')
+    run = run_sft(*flags)
+    resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-3'))
+    ends = {}
+    for name, value in (('learning_rate', '0.02'), ('weight_decay', '0.5'), ('max_grad_norm', '0.001')):
+        other = run_sft(*flags, *resumed, f'--{name}', value)
+        assert f'--{name} is {float(value)}, the run that is resumed had' in caplog.text
+        assert json.loads((other / 'sft_args.json').read_text())[name] == float(value)
+        ends[name] = hashes(other / 'checkpoint-6')['adapter_model.safetensors']
+        rates = [line['learning_rate'] for line in log_lines(other / 'checkpoint-6') if 'loss' in line]
+        assert rates == [0.01] * 3 + [float(value) if name == 'learning_rate' else 0.01] * 3
+    ends['as it was'] = hashes(run / 'checkpoint-6')['adapter_model.safetensors']
+    assert len(set(ends.values())) == 4
+
+
+def test_the_rate_after_resuming_is_that_of_the_schedule_typed_now(run_sft: Run) -> None:
+    run = run_sft('--lr_scheduler_type', 'constant', '--learning_rate', '0.01')
+    resumed = run_sft(
+        '--lr_scheduler_type', 'linear', '--warmup_ratio', '0', '--resume_from_checkpoint', str(run / 'checkpoint-3')
+    )
+    rates = [line['learning_rate'] for line in log_lines(resumed / 'checkpoint-6') if 'loss' in line]
+    assert rates[3:] == pytest.approx([0.01 * (6 - step) / 6 for step in (3, 4, 5)])
+
+
+def test_another_optimizer_is_refused_on_resuming(run_sft: Run, problems: Problems) -> None:
+    run = run_sft('--max_steps', '3')
+    resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-3'))
+    run_sft('--optim', 'sgd', *resumed, expect=2)
+    assert problems() == [
+        '--optim sgd: the optimizer that is resumed was made with adamw_torch and is put back as it was. '
+        'Type --optim adamw_torch, or start a new run: leave --resume_from_checkpoint out.'
+    ]
+    assert (run_sft('--optim', 'adamw_torch_fused', *resumed) / 'run.json').is_file()
+
+
+def test_deepspeed_cannot_be_resumed_with_another_learning_rate() -> None:
+    kept: dict[str, Any] = {'optim': 'adamw_torch', 'learning_rate': 0.1, 'weight_decay': 0.0}
+    kept |= {'deepspeed_config_path': 'ds_config/zero2.json'}
+    problems = CollectedProblems()
+    _check_resumed_optimizer(kept, {**kept, 'learning_rate': 0.2}, problems)
+    assert [problem.split(':')[0] for problem in problems.found] == ['--learning_rate 0.2']

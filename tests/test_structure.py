@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 # A module imports only from lower layers, or from those before it in layers 4 to 6. Layers 0-3: standard library only.
 LAYERS: list[list[str]] = [
-    ['errors', 'json_file', 'dist', 'logger', 'cache'],
+    ['errors', 'json_file', 'dist', 'logger', 'cache', 'version'],
     [
         'preprocess',
         'native.images',

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -37,6 +36,8 @@ def answer_rows(
 ) -> dict[str, float]:
     """Answer rows, dealt out to the processes; rank 0 shows and writes all of them and returns the mean scores."""
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
+    if len(chosen) < len(rows):
+        logger.info(f'{len(chosen)} of {len(rows)} rows are answered: --show_dataset_sample {len(chosen)}; -1 is all')
     report = EncodingReport()
     _, kept = encode_rows(encoder, chosen, report)
     if not kept:
@@ -71,7 +72,6 @@ def answer_rows(
 
 
 def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequence[str], target: Path) -> None:
-    _show_what_can_be_shown()
     with target.open('w', encoding='utf-8') as stream:
         for row, answer, label in zip(rows, answers, labels, strict=True):
             scores = score_texts([answer.strip()], [label.strip()])
@@ -84,7 +84,6 @@ def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequenc
 
 def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
     """Chat in the terminal until the user leaves."""
-    _show_what_can_be_shown()
 
     def say(text: str) -> None:
         sys.stdout.write(text)
@@ -98,9 +97,3 @@ def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig,
         return text
 
     chat_in_terminal(Chat(encoder, answer, say))
-
-
-def _show_what_can_be_shown() -> None:
-    """Have a terminal of another encoding than UTF-8 show ? for what it lacks, where printing would end the program."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='replace')

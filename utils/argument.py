@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -134,7 +134,9 @@ class SftArguments(CommonArguments):
     max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
     predict_with_generate: bool = flag(False, 'evaluate by generation (ROUGE, BLEU) instead of by loss')
     lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
-    warmup_ratio: float = flag(0.05, 'share of the steps in which the learning rate rises')
+    warmup_ratio: float = flag(
+        0.05, 'share of the steps in which the learning rate rises, at most half; no step has rate 0'
+    )
     eval_steps: int = flag(50, 'steps between evaluations')
     save_steps: int | None = flag(None, 'steps between checkpoints; None: the same as --eval_steps')
     only_save_model: bool | None = flag(
@@ -183,7 +185,9 @@ class InferArguments(CommonArguments):
         None, 'checkpoint directory written by llm_sft.py; not needed when a model is named: then it serves untuned'
     )
     eval_human: bool = flag(False, 'true: chat in the terminal; false: answer the validation rows')
-    show_dataset_sample: int = flag(20, 'validation rows to answer; -1: all')
+    show_dataset_sample: int = flag(
+        20, 'validation rows to answer; -1: all. All rows of a typed --dataset are answered, unless this is typed too'
+    )
     use_streamer: bool = flag(True, 'print tokens as they come')
     merge_lora_and_save: bool = flag(False, 'merge the adapter into the base model and save it as <ckpt_dir>-merged')
     save_generation_config: bool = flag(True, 'write the generation settings used to generation_config.json')
@@ -193,13 +197,19 @@ class InferArguments(CommonArguments):
     output_dir: str | None = flag(None, 'folder that --export_native writes; must not be there yet')
     infer_batch_size: int = flag(16, 'validation rows answered at once')
     result_path: str | None = flag(
-        None, 'file for the answers; None: <ckpt_dir>/infer_result.jsonl, untuned output/<model>/untuned/'
+        None,
+        'file for the answers; None: <ckpt_dir>/infer_result.jsonl (-2, -3 ... where it is there already), '
+        'untuned output/<model>/untuned/',
     )
 
     @property
     def reads_data(self) -> bool:
         """Return whether rows are answered: not when chatting, merging or exporting."""
         return not (self.eval_human or self.merge_lora_and_save or self.export_native)
+
+    def answers_whole_dataset(self, typed: Collection[str]) -> bool:
+        """Return whether every row of --dataset is answered: where it was typed, and no share of it to hold out."""
+        return self.reads_data and 'dataset' in typed and 'dataset_test_ratio' not in typed
 
 
 def flag_types(cls: type) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.logger import show_what_can_be_shown
 from utils.page import Markup, page, section, table
 from utils.run_files import RunFiles, read_run
 from utils.run_report import CURVES
@@ -95,4 +96,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+    show_what_can_be_shown()
     sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.demo_sql import is_right
+from utils.logger import show_what_can_be_shown
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -67,4 +68,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == '__main__':
+    show_what_can_be_shown()
     sys.exit(main(Path(sys.argv[1])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -11,6 +12,7 @@ from statistics import median
 from typing import Any, NoReturn
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from utils import dist
@@ -28,6 +30,8 @@ _SKIPPED_IN_A_ROW = 20
 # Below it a row is learnt by heart, and gradients may round to zero.
 _LEARNT = 1e-4
 _NAMED = 5
+# The names of learnt positions: wpe, embed_positions, position_embeddings.
+_POSITIONS = re.compile(r'(?:^|[._])(?:wpe|positions?)(?:$|[._])')
 
 
 class Guard(TrainerCallback):
@@ -42,6 +46,30 @@ class Guard(TrainerCallback):
         self._skipped_in_a_row = 0
         self._batches: Sequence[dict[str, Any]] = ()
         self._window: deque[float] = deque(maxlen=_WINDOW)
+        # Of the weights before the first step; None where a run is resumed.
+        self._fingerprint_at_start: list[int] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take note of the weights a run begins with. The last steps of a resumed one may change no bit of them."""
+        if state.global_step == 0:
+            self._fingerprint_at_start = weight_fingerprint(self.trainer.model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run where its weights are bit for bit those it began with."""
+        if self._fingerprint_at_start is None or self.trainer.stopped:
+            return
+        has_changed = weight_fingerprint(self.trainer.model) != self._fingerprint_at_start
+        if dist.sums([has_changed])[0] == 0:
+            skipped = f', of which fp16 skipped {self.skipped}' if self.skipped else ''
+            raise ConfigError(
+                f'--learning_rate {args.learning_rate}: the weights after {state.global_step} steps{skipped} are those '
+                'the run began with, bit for bit: nothing was learnt. Raise it, or train more steps (--max_steps, '
+                '--num_train_epochs).'
+            )
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
         """Take note of the micro-batches of a step that begins."""
@@ -168,6 +196,51 @@ class Guard(TrainerCallback):
             if not math.isfinite(float(loss)):
                 found.append(origin)
         return found or origins
+
+
+@torch.no_grad()
+def weight_fingerprint(model: torch.nn.Module) -> list[int]:
+    """Return for each weight that shows whether a model learns the sum of its bits, read where it lies.
+
+    Of an adapter this is B alone: it begins as zero, and with it the adapter does nothing, however A decays.
+    """
+    found: list[int] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or 'lora_A' in name or 'lora_embedding_A' in name:
+            continue
+        # DeepSpeed keeps this process's part of a weight beside it, FSDP inside it.
+        part: Any = getattr(parameter, 'ds_tensor', parameter)
+        part = part.to_local() if isinstance(part, DTensor) else part.detach()
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+        found.append(int(part.contiguous().view(words).sum(dtype=torch.int64)))
+    return found
+
+
+def check_positions(model: Any, longest: int) -> None:
+    """Raise ConfigError where a row has more tokens than the model learnt positions; warn where it was made for fewer.
+
+    Rotary positions go on behind the length a model was made for, learnt ones end.
+    """
+    limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
+    if limit is None or longest <= limit:
+        return
+    # Some classes keep a few entries for padding; a table of another size is an image's.
+    tables = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and _POSITIONS.search(name)
+        and 0 <= module.num_embeddings - limit <= 8
+    ]
+    if tables:
+        raise ConfigError(
+            f'--max_length {limit} is the most that {type(model).__name__} has positions for ({tables[0]}), and the '
+            f'longest row has {longest} tokens. Give --max_length {limit} or less: longer rows then lose their front.'
+        )
+    logger.warning(
+        f'the longest row has {longest} tokens, {type(model).__name__} was made for {limit} '
+        f'(max_position_embeddings): what it learns beyond may be of little use. --max_length {limit} cuts such rows.'
+    )
 
 
 def _listed(rows: Sequence[str]) -> str:

@@ -10,12 +10,12 @@ from utils.argument import SftArguments
 from utils.attention import attend_by_rows, laid_end_to_end
 from utils.errors import ConfigError
 from utils.generation import ATTENDING
-from utils.logger import logger
 from utils.loss import Head, find_head, head_is_exact
+from utils.resolution import Decide, log_decision
 
 
-def lay_end_to_end(model: Any, args: SftArguments, *, longest: int) -> bool:
-    """Switch the model to rows laid end to end where that is exact; returns whether it is, and logs why not.
+def lay_end_to_end(model: Any, args: SftArguments, *, longest: int, decide: Decide = log_decision) -> bool:
+    """Switch the model to rows laid end to end where that is exact; returns whether it is, and tells `decide` why.
 
     Raises ConfigError where --padding_free true or --packing true cannot be had.
     """
@@ -23,23 +23,23 @@ def lay_end_to_end(model: Any, args: SftArguments, *, longest: int) -> bool:
         return False
     reason = why_padded(model, longest) or _prove(model)
     if reason is None:
-        logger.info('padding_free = true because no row of this model sees another when rows are laid end to end')
+        decide('padding_free', True, 'no row of this model sees another when rows are laid end to end')
         return True
     if args.packing or args.padding_free:
         flag = 'packing' if args.packing else 'padding_free'
         raise ConfigError(f'--{flag} true cannot be had: {reason}. Leave it out: rows are padded then.')
-    logger.info(f'padding_free = false because {reason}')
+    decide('padding_free', False, reason)
     return False
 
 
-def exact_head(model: Any, args: SftArguments) -> Head | None:
+def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) -> Head | None:
     """Return the head for a loss at trained positions in chunks, None where logits must come from the model itself."""
     if not args.chunked_loss:
         return None
     head = None if is_sharded(model) else find_head(model)
     if head is not None and head_is_exact(model, head, _some_ids(model, 8)):
         return head
-    logger.info(f'chunked_loss = false because {type(model).__name__} computes its logits in a way of its own')
+    decide('chunked_loss', False, f'{type(model).__name__} computes its logits in a way of its own')
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ from utils.errors import ConfigError, Problems
 from utils.json_file import read_json
 from utils.parser import Parsed, parse
 from utils.resolution import Resolution
+from utils.version import VERSION
 
 LOCK_JSON = 'lock.json'
 # The libraries that decide the numbers; those that are not installed do not.
@@ -21,6 +23,8 @@ _LIBRARIES = (
     'torch', 'transformers', 'peft', 'accelerate', 'tokenizers', 'safetensors', 'numpy', 'jinja2', 'bitsandbytes',
     'deepspeed', 'flash-attn', 'optimum', 'gptqmodel',
 )  # fmt: skip
+# What decides which rows train and which are held out.
+DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
 # Not part of a command that is to be repeated: a secret, and the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
 
@@ -36,15 +40,42 @@ def versions() -> dict[str, str]:
     return found
 
 
+def toolkit() -> dict[str, Any]:
+    """Return the version of this toolkit, and of its git checkout, where it is one, the commit and any changes."""
+    root = Path(__file__).resolve().parent.parent
+    found: dict[str, Any] = {'version': VERSION}
+    if not (root / '.git').exists():
+        return found
+    try:
+        commit = _git(root, 'rev-parse', 'HEAD')
+        changed = _git(root, 'status', '--porcelain', '--untracked-files=no')
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else
+        return found
+    return {**found, 'commit': commit, 'changed_since': bool(changed)}
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ['git', '--no-optional-locks', '-C', str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
 def typed_words(done: Resolution[SftArguments], *left_out: str) -> list[str]:
     """Return the flags that were typed, with their values, as words of a command line; secrets are left out."""
     words: list[str] = []
     for name in flag_types(SftArguments):
         if name in done.typed and name not in (*_NOT_REPEATED, *left_out):
-            value = getattr(done.args, name)
-            shown = str(value).lower() if isinstance(value, bool) else str(value)
-            words += [f'--{name}', *([str(item) for item in value] if isinstance(value, list) else [shown])]
+            words += flag_words(name, getattr(done.args, name))
     return words
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """Return a flag with its value as words of a command line; a value that begins with - stands behind a =."""
+    values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, bool):
+        values = [str(value).lower()]
+    if any(word.startswith('-') for word in values):
+        return [f'--{name}={",".join(values)}']  # only lists have several, and no item of one holds a comma
+    return [f'--{name}', *values]
 
 
 def make_lock(done: Resolution[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +86,7 @@ def make_lock(done: Resolution[SftArguments], base_model: dict[str, str], data: 
         'base_model': base_model,
         'data': data,
         'versions': versions(),
+        'toolkit': toolkit(),
     }
 
 
@@ -90,7 +122,7 @@ def check_repeated(done: Resolution[SftArguments], lock: dict[str, Any], typed_n
     earlier, problems = read_lock(Path(done.args.from_run)), Problems()
     if not {'model_type', 'model_id_or_path', 'model_revision'} & set(typed_now):
         _compare(problems, 'the base weights', earlier['base_model'], lock['base_model'], remedy='--model_id_or_path')
-    if not {'dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample'} & set(typed_now):
+    if not set(DATA_FLAGS) & set(typed_now):
         for source in sorted({*earlier['data'], *lock['data']}):
             then, now = earlier['data'].get(source, {}), lock['data'].get(source, {})
             _compare(problems, f'the rows of {source}', then, now, remedy='--dataset')
@@ -100,11 +132,42 @@ def check_repeated(done: Resolution[SftArguments], lock: dict[str, Any], typed_n
         for name in sorted({*earlier['versions'], *lock['versions']})
         if (now := lock['versions'].get(name)) != (then := earlier['versions'].get(name))
     ]
+    if earlier.get('toolkit', lock['toolkit']) != lock['toolkit']:
+        done.warnings.append(
+            f'this toolkit is {described(lock["toolkit"])}, the run that is repeated was made by '
+            f'{described(earlier["toolkit"])}: its numbers may differ.'
+        )
     if earlier['processes'] != lock['processes']:
         done.warnings.append(
             f'{lock["processes"]} processes train, the run that is repeated had {earlier["processes"]}: '
             'the total batch is another one.'
         )
+
+
+def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *, remedy: str) -> list[str]:
+    """Add a problem for each data set whose rows are not those of the run a checkpoint is of.
+
+    Returns a warning where the run's lock.json is not beside the checkpoint, so that nothing can be compared.
+    """
+    file = checkpoint.absolute().parent / LOCK_JSON
+    if not file.is_file():
+        return [f'{file} is not there: whether the data are those of the run is not checked.']
+    then = read_json(file, remedy='Put back the one that the run wrote.').get('data') or {}
+    for source in sorted({*then, *now}):
+        had, has = then.get(source, {}), now.get(source, {})
+        if had.get('sha256') != has.get('sha256'):
+            problems.add(
+                f'--dataset {source}: its rows are not those that {checkpoint.name} was trained with (sha256 '
+                f'{str(had.get("sha256"))[:12]}, now {str(has.get("sha256"))[:12]}, {had.get("rows", 0)} rows then and '
+                f'{has.get("rows", 0)} now). Put the data back, {remedy}.'
+            )
+    return []
+
+
+def described(found: dict[str, Any]) -> str:
+    """Return version, commit and whether files were changed since, in words."""
+    commit = f' at {found["commit"][:12]}' if 'commit' in found else ''
+    return f'{found["version"]}{commit}' + (' with changes' if found.get('changed_since') else '')
 
 
 def check_repeated_template(run_dir: Path, sha256: str) -> None:

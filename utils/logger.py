@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 
@@ -24,3 +25,9 @@ def set_up_logging() -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
+
+
+def show_what_can_be_shown() -> None:
+    """Have a terminal of another encoding than UTF-8 show ? for what it lacks, where printing would end the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='replace')

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from utils.dataset_rows import HubDataset
 from utils.errors import ConfigError, Problems
 from utils.hub_clients import TOKEN_VARIABLES
 from utils.json_file import read_json
+from utils.leak_scan import find_secrets
 from utils.limits import is_of_bitsandbytes
 from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
@@ -24,6 +27,7 @@ from utils.scale import check_deepspeed, check_processes
 from utils.sources import check_sources
 
 TRAINER_STATE = 'trainer_state.json'
+ADAPTER_CONFIG = 'adapter_config.json'
 _GIVE_CHECKPOINT = 'Give one of a run, output/<model>/vN-<time>/checkpoint-N.'
 
 
@@ -121,17 +125,39 @@ def check_machine_sft(done: Resolution[SftArguments]) -> None:
         )
     elif 'ddp_backend' not in done.typed and dist.world_size() > 1 and not dist.has_gpu_device():
         done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
+    if not (args.check_dataset or args.dry_run):
+        check_environment(os.environ, problems)
     if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:
         problems.add(f'--push_to_hub true needs a token: set the environment variable {TOKEN_VARIABLES[args.hub]}.')
 
 
+def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
+    """Add each variable named like a secret that is no text: the run folder could not be searched for it."""
+    for holder, secret in find_secrets(environment, {}).items():
+        try:
+            secret.encode()
+        except UnicodeEncodeError:
+            problems.add(
+                f'{holder} of the environment is not UTF-8, so the run folder cannot be searched for it. '
+                'Set it to text, or unset it.'
+            )
+
+
 def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> None:
     """Add what keeps `target` from being made: a file or a folder of someone else where its folder should be."""
-    existing = next(p for p in target.absolute().parents if p.exists())
-    if not existing.is_dir():
-        problems.add(f'--{flag} {given} cannot be made: {existing} is a file. Give another folder.')
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        problems.add(f'--{flag} {given} cannot be written: {existing} is not writable for you. Give another folder.')
+    try:
+        existing = next(p for p in target.absolute().parents if p.exists())
+        if not existing.is_dir():
+            problems.add(f'--{flag} {given} cannot be made: {existing} is a file. Give another folder.')
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            problems.add(
+                f'--{flag} {given} cannot be written: {existing} is not writable for you. Give another folder.'
+            )
+        else:
+            # What permissions do not tell: file systems that take no folder (/proc), a quota.
+            tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
+    except OSError as error:  # a name that is too long is one already when it is looked for
+        problems.add(f'--{flag} {given} cannot be made: {error.strerror}. Give another folder.')
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
@@ -158,6 +184,18 @@ def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> N
     elif is_adapter(checkpoint) != (args.sft_type == 'lora'):
         kind = 'an adapter' if is_adapter(checkpoint) else 'whole weights'
         problems.add(f'{given} holds {kind}, --sft_type is {args.sft_type}. Type the one it was trained with.')
+    elif args.sft_type == 'lora':
+        _check_resumed_rank(checkpoint, args, problems)
+
+
+def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
+    """Add a problem where the adapter to resume has another rank; its targets are compared once the model is open."""
+    config = read_json(checkpoint / ADAPTER_CONFIG, remedy=_GIVE_CHECKPOINT)
+    if config.get('r') != args.lora_rank:
+        problems.add(
+            f'--lora_rank {args.lora_rank}: the adapter in {checkpoint} has rank {config.get("r")}. '
+            f'Type --lora_rank {config.get("r")}, or start a new run: leave --resume_from_checkpoint out.'
+        )
 
 
 def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:

@@ -13,7 +13,7 @@ from utils.argument import SftArguments
 from utils.callbacks import peak_memory_gib
 from utils.checkpoint import last_checkpoint
 from utils.errors import Stopped
-from utils.lock import typed_words, versions
+from utils.lock import flag_words, typed_words, versions
 from utils.logger import logger
 from utils.plot import plot_curves
 from utils.resolution import Resolution
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 def resume_command(done: Resolution[SftArguments], checkpoint: Path) -> str:
     """Return the command line that goes on from a checkpoint: the flags that were typed, the hub token left out."""
-    words = typed_words(done, 'resume_from_checkpoint')
+    words = [*typed_words(done, 'resume_from_checkpoint'), *flag_words('resume_from_checkpoint', checkpoint)]
     machines = dist.world_size() // dist.local_world_size()
     launcher = 'torchrun' if dist.started_by_torchrun() else 'python'
     if dist.started_by_torchrun():
         launcher += f' --nproc_per_node {dist.local_world_size()}' + (f' --nnodes {machines}' if machines > 1 else '')
-    return shlex.join([*launcher.split(), 'llm_sft.py', *words, '--resume_from_checkpoint', str(checkpoint)])
+    return shlex.join([*launcher.split(), 'llm_sft.py', *words])
 
 
 def stopped(trainer: SftTrainer, run_dir: Path, done: Resolution[SftArguments]) -> Stopped:
@@ -79,6 +79,7 @@ def finish_run(
             'decisions': run.decisions,
             'warnings': run.warnings,
             'versions': versions(),
+            'toolkit': run.lock['toolkit'],
         },
     )
     write_json(run_dir / HISTORY_JSON, state.log_history)
@@ -88,6 +89,7 @@ def finish_run(
     prove_secrecy(run_dir, args)
     logger.info(f'report: {write_report(run_dir)}')
     logger.info(f'best checkpoint: {best}')
-    logger.info(f'next: python llm_infer.py --ckpt_dir {best}')
-    logger.info(f'chat: python llm_infer.py --ckpt_dir {best} --eval_human true')
+    use = shlex.join(['python', 'llm_infer.py', *flag_words('ckpt_dir', best)])
+    logger.info(f'next: {use}')
+    logger.info(f'chat: {use} --eval_human true')
     return best

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from utils.argument import CommonArguments
 from utils.errors import Problems
+from utils.logger import logger
 from utils.model import ModelInfo
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
@@ -27,11 +29,25 @@ class Resolution(Generic[ArgumentsT]):
     def decide(self, name: str, value: Any, reason: str) -> None:
         """Set an argument and record why it has this value."""
         setattr(self.args, name, value)
-        self.decisions.append(f'{name} = {_shown(value)} because {reason}')
+        self.decisions.append(decision(name, value, reason))
 
     def without_effect(self, names: tuple[str, ...], reason: str) -> None:
         """Warn about each of these flags that was typed."""
         self.warnings += [f'--{name} has no effect: {reason}.' for name in names if name in self.typed]
+
+
+# Takes an argument's name, the value it is used with, and the reason.
+Decide = Callable[[str, Any, str], None]
+
+
+def decision(name: str, value: Any, reason: str) -> str:
+    """Return the line that tells of an automatic decision."""
+    return f'{name} = {_shown(value)} because {reason}'
+
+
+def log_decision(name: str, value: Any, reason: str) -> None:
+    """Log a decision where no run is there to keep it."""
+    logger.info(decision(name, value, reason))
 
 
 def _shown(value: Any) -> str:

@@ -59,6 +59,8 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     check_common_numbers(done)
     if done.args.reads_data:
         _resolve_datasets(done)
+        if done.args.answers_whole_dataset(done.typed) and 'show_dataset_sample' not in done.typed:
+            done.decide('show_dataset_sample', -1, '--dataset is typed: all its rows are answered')
         done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
     if done.args.merge_lora_and_save and done.args.quantization_bit:
         _merge_unquantised(done)
@@ -257,6 +259,8 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
         done.decide('eval_batch_size', value, reason)
     if args.max_steps > 0:
         done.without_effect(('num_train_epochs',), f'--max_steps {args.max_steps} wins')
+    if args.lr_scheduler_type == 'constant':
+        done.without_effect(('warmup_ratio',), '--lr_scheduler_type constant has no warm-up; constant_with_warmup has')
     if 'ddp_backend' in done.typed and dist.world_size() == 1:
         done.without_effect(('ddp_backend',), 'there is one process; start several with torchrun')
 

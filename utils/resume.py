@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,17 @@ from utils.checkpoint import (
 from utils.collator import refill
 from utils.errors import ConfigError
 from utils.guards import Guard
+from utils.json_file import read_json
 from utils.logger import logger
 from utils.model import load_model
 from utils.proofs import record_proof
 from utils.random_state import random_state, set_random_state
 from utils.stop import StopSignals, ignore_signals
+from utils.trainer_args import make_schedule
 from utils.tree_file import load_tree, save_tree
+
+# What flags say of a group of weights; the rate of the step is made from the first.
+_TYPED_SETTINGS = ('initial_lr', 'weight_decay')
 
 
 class EvaluationCutError(Exception):
@@ -47,6 +52,31 @@ def together(work: Callable[[], object]) -> str | None:
     except Exception as error:  # a full disk shows as many kinds, one for each library that writes
         failure = f'{type(error).__name__}: {error}'
     return dist.first_failure(failure)
+
+
+def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, float]]) -> None:
+    """Put settings into an optimizer's groups and its schedule, and the learning rate of the coming step with them."""
+    schedule.base_lrs = [setting['initial_lr'] for setting in settings]
+    rates = [
+        base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, setting, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(setting, lr=rate)
+    schedule._last_lr = rates
+
+
+def check_targets(model: PeftModel, checkpoint: Path) -> None:
+    """Raise ConfigError where the adapter of a checkpoint is on other layers than that of the model."""
+    stored = read_json(checkpoint / 'adapter_config.json', remedy='Give another checkpoint of the run.')
+    config = model.peft_config['default'].to_dict()
+    has, wants = (
+        sorted({*(one.get('target_modules') or ()), *(one.get('target_parameters') or ())}) for one in (stored, config)
+    )
+    if has != wants:
+        raise ConfigError(
+            f'--lora_target_modules {",".join(wants)}: the adapter in {checkpoint} is on {",".join(has)}. '
+            f'Type --lora_target_modules {",".join(has)}, or start a new run: leave --resume_from_checkpoint out.'
+        )
 
 
 class ResumableTrainer(Seq2SeqTrainer):
@@ -88,6 +118,21 @@ class ResumableTrainer(Seq2SeqTrainer):
         loader = super()._get_dataloader(*args, **kwargs)
         loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
         return loader
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the learning-rate schedule; DeepSpeed asks for it with an optimizer of its own."""
+        scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
+        if scheduler is None:
+            scheduler = make_schedule(
+                optimizer or self.optimizer,
+                self.args.lr_scheduler_type,
+                learning_rate=self.args.learning_rate,
+                warmup_ratio=self.args.warmup_steps,
+                steps=num_training_steps,
+            )
+            self.lr_scheduler = scheduler
+            self._created_lr_scheduler = True
+        return scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint and delete the ones that are too many; ends the run where it could not be written."""
@@ -171,6 +216,8 @@ class ResumableTrainer(Seq2SeqTrainer):
         A class may be saved in another layout than it is held in (a mixture's experts one by one): read by name, as
         transformers' trainer does, such weights would be passed over and stay those of the base model.
         """
+        if isinstance(self.model, PeftModel):
+            check_targets(self.model, Path(resume_from_checkpoint))
         names: set[str] = set()
         for file in Path(resume_from_checkpoint).glob('model*.safetensors'):
             names.update(safe_open(file, framework='pt').keys())
@@ -183,14 +230,20 @@ class ResumableTrainer(Seq2SeqTrainer):
             self.model.load_state_dict(opened.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Put optimizer, schedule and loss scale back; DeepSpeed has loaded what it keeps by itself."""
+        """Put optimizer, schedule and loss scale back; DeepSpeed has loaded what it keeps by itself.
+
+        The settings of the optimizer stay those of this command line: what is typed anew counts from here on.
+        """
         if checkpoint is None:
             return
         tree = load_tree(Path(checkpoint) / OPTIMIZER_STATE)
+        settings = [{name: group[name] for name in _TYPED_SETTINGS} for group in self.optimizer.param_groups]
         if not self.is_deepspeed_enabled:
             self.optimizer.load_state_dict(tree['optimizer'])
         if not self._deepspeed_schedules():
             self.lr_scheduler.load_state_dict(tree['scheduler'])
+        if not self.is_deepspeed_enabled:
+            use_settings(self.optimizer, self.lr_scheduler, settings)
         if tree['scaler'] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(tree['scaler'])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -15,15 +16,16 @@ from utils.argument import InferArguments, SftArguments, flag_types, to_dict
 from utils.checkpoint import last_checkpoint
 from utils.errors import ConfigError, Problems
 from utils.json_file import read_json
-from utils.lock import LOCK_JSON, check_repeated, make_lock
+from utils.lock import DATA_FLAGS, LOCK_JSON, check_repeated, check_same_data, make_lock
 from utils.logger import logger
 from utils.model import Weights, is_adapter, locate
 from utils.parser import Parsed
-from utils.resolution import Resolution, run_name
+from utils.resolution import Resolution, decision, run_name
 from utils.resolve import GENERATION, HUB_FLAGS, SFT_ARGS
 
 RUN_JSON = 'run.json'
 _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
+_RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
 # What a run shows or is started from, not how it trains.
 _SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
 
@@ -45,17 +47,30 @@ class Run:
         if dist.is_main():
             write_json(self.folder / SFT_ARGS, self.record)
 
+    def decide(self, name: str, value: Any, reason: str) -> None:
+        """Log and keep a decision made while the run is set up; sft_args.json holds the value used and what was asked.
+
+        What was asked is compared on resuming: it does not depend on the machine.
+        """
+        line = decision(name, value, reason)
+        logger.info(line)
+        self.decisions.append(line)
+        self.record.setdefault('asked', {}).setdefault(name, self.record.get(name))
+        self.note(**{name: value})
+
 
 def open_run(done: Resolution[SftArguments], data: dict[str, Any], typed_now: Collection[str] = frozenset()) -> Run:
-    """Return a new run, its folder made by rank 0 and known to all; logs every decision and warning."""
+    """Return a new run, its folder made by rank 0 and known to all; logs what it finds out on the way."""
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
+    logged = len(done.warnings)
     weights = locate(info, revision=args.model_revision, hub_name=args.hub)
+    log_weights(weights)
     record = run_record(args, system_typed='system' in done.typed, base_model=weights.record(info))
     lock = make_lock(done, record['base_model'], data)
     check_repeated(done, lock, typed_now)
     if args.resume_from_checkpoint:
-        done.warnings += check_resumed(Path(args.resume_from_checkpoint), record)
+        done.warnings += check_resumed(Path(args.resume_from_checkpoint), record, data)
     made = str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else ''
     run = Run(
         folder=Path(dist.from_all(made)[0]),
@@ -69,13 +84,19 @@ def open_run(done: Resolution[SftArguments], data: dict[str, Any], typed_now: Co
         write_json(run.folder / SFT_ARGS, record)
         write_json(run.folder / LOCK_JSON, lock)
     logger.info(f'run folder: {run.folder}')
-    log_decisions(done, weights)
+    for line in done.warnings[logged:]:
+        logger.warning(line)
     return run
 
 
-def log_decisions(done: Resolution[Any], weights: Weights) -> None:
-    """Log each automatic decision with its reason, and what the user should know."""
-    for line in [*done.decisions, f'base weights = {weights.path} because {weights.reason}']:
+def log_weights(weights: Weights) -> None:
+    """Log where the base weights are, and why."""
+    logger.info(f'base weights = {weights.path} because {weights.reason}')
+
+
+def log_decisions(done: Resolution[Any]) -> None:
+    """Log each automatic decision with its reason, and what the user should know, before anything is fetched."""
+    for line in done.decisions:
         logger.info(line)
     for line in done.warnings:
         logger.warning(line)
@@ -83,7 +104,15 @@ def log_decisions(done: Resolution[Any], weights: Weights) -> None:
 
 def make_run_dir(output_dir: Path, name: str) -> Path:
     """Return a new folder <output_dir>/<name>/vN-<time>, N one above the highest there; never an existing one."""
-    parent = output_dir / name
+    try:
+        return _new_run_dir(output_dir / name)
+    except OSError as error:
+        raise ConfigError(
+            f'--output_dir {output_dir} cannot be made or written: {error.strerror}. Give another folder.'
+        ) from error
+
+
+def _new_run_dir(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [int(m[1]) for f in parent.iterdir() if (m := re.match(r'v(\d+)-', f.name))]
@@ -172,6 +201,8 @@ def fill_from_run(
     for name in flag_types(InferArguments):
         if name not in record or name in ('ckpt_dir', 'ignore_args_error', 'output_dir'):
             continue
+        if name == 'use_flash_attn' and record[name] is not record.get('asked', {}).get(name, record[name]):
+            continue  # the training machine had it or lacked it: here this machine decides
         if name not in parsed.typed:
             setattr(args, name, record[name])
         elif name not in (*base, *GENERATION, 'seed', 'hub') and getattr(args, name) != record[name]:
@@ -179,20 +210,43 @@ def fill_from_run(
     return Parsed(args=args, typed=parsed.typed, problems=problems)
 
 
-def check_resumed(checkpoint: Path, record: dict[str, Any]) -> list[str]:
-    """Return a warning for each argument that differs from the resumed run's; raises for other base weights."""
+def check_resumed(checkpoint: Path, record: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    """Return a warning for each argument that differs from the resumed run's.
+
+    Raises for other base weights, another optimizer, and where the same flags of data give other rows.
+    """
     trained = read_run_record(checkpoint)
     if trained is None:
         return [f'{checkpoint} has no {SFT_ARGS}: whether the arguments are those it was trained with is not checked.']
     problems = Problems()
     check_base(trained, record['base_model'], problems)
+    trained |= trained.get('asked', {})
+    _check_resumed_optimizer(trained, record, problems)
+    unchecked = []
+    if all(trained.get(name) == record[name] for name in DATA_FLAGS):
+        unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
     problems.raise_if_any()
     free = {'resume_from_checkpoint', 'output_dir', 'base_model', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
-    return [
+    return unchecked + [
         f'--{name} is {record[name]}, the run that is resumed had {trained[name]}: the result will differ from it.'
         for name in record
         if name in trained and name not in free and record[name] != trained[name]
     ]
+
+
+def _check_resumed_optimizer(trained: dict[str, Any], record: dict[str, Any], problems: Problems) -> None:
+    """Add a problem for each setting of the optimizer that cannot be another one than the checkpoint's."""
+    fixed = ['optim']
+    if record['deepspeed_config_path'] is not None:
+        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed puts its optimizer back with what it was made with
+    for name in fixed:
+        had, typed = trained.get(name, record[name]), record[name]
+        are_one = {had, typed} == {'adamw_torch', 'adamw_torch_fused'}
+        if had != typed and not are_one:
+            problems.add(
+                f'--{name} {typed}: the optimizer that is resumed was made with {had} and is put back as it was. '
+                f'Type --{name} {had}, or start a new run: leave --resume_from_checkpoint out.'
+            )
 
 
 def check_base(record: dict[str, Any], serves: dict[str, str], problems: Problems) -> None:
@@ -210,13 +264,33 @@ def check_base(record: dict[str, Any], serves: dict[str, str], problems: Problem
         )
 
 
+def check_resumed_template(checkpoint: Path, record: dict[str, Any]) -> None:
+    """Raise ConfigError where the template of the same name is not the one that the resumed run trained."""
+    trained = read_run_record(checkpoint) or {}
+    had, now = trained.get('template_sha256'), record['template_sha256']
+    if had in (None, now) or trained.get('template_type') != record['template_type']:
+        return
+    raise ConfigError(
+        f'--resume_from_checkpoint {checkpoint}: the template has changed since (sha256 {had[:12]}, now {now[:12]}), '
+        f'other prompts would be trained. Put it back, {_RESUME_REMEDY}.'
+    )
+
+
 def result_path(args: InferArguments) -> Path:
-    """Return where answers are written: --result_path, else infer_result.jsonl in the checkpoint or under output/."""
+    """Return where answers are written: --result_path, else infer_result.jsonl in the checkpoint or under output/.
+
+    Answers that are there already stay, and new ones get the next number; typed, their file is replaced, and said so.
+    """
     if args.result_path is not None:
         path = Path(args.result_path)
+        if path.exists():
+            logger.warning(f'--result_path {path} is there already: it is replaced.')
     elif args.ckpt_dir is not None:
         path = Path(args.ckpt_dir) / 'infer_result.jsonl'
     else:
         path = Path('output') / run_name(args) / 'untuned' / 'infer_result.jsonl'
+    if args.result_path is None and path.exists():
+        numbered = (path.with_name(f'infer_result-{number}.jsonl') for number in itertools.count(2))
+        path = next(other for other in numbered if not other.exists())
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.lock import described
+from utils.logger import show_what_can_be_shown
 from utils.page import Markup, block, figures, page, section, table, text
 from utils.preprocess import said
 from utils.run_files import RunFiles, read_run
@@ -116,6 +118,11 @@ def _title(run: RunFiles) -> tuple[str, str]:
     return name, f'{method}{bits} on {", ".join(arguments["dataset"])} · {run.folder.name}'
 
 
+def _versions(outcome: dict[str, Any]) -> list[tuple[str, str]]:
+    own = [('this toolkit', described(outcome['toolkit']))] if 'toolkit' in outcome else []
+    return [*own, *sorted(outcome.get('versions', {}).items())]
+
+
 def render(run: RunFiles) -> str:
     """Return the report as HTML."""
     name, how = _title(run)
@@ -136,7 +143,7 @@ def render(run: RunFiles) -> str:
         section('Decisions', *map(_line, outcome.get('decisions', []))),
         section('Warnings', *map(_line, outcome.get('warnings', []))),
         section('Arguments', _folded('every argument as used', sorted(run.arguments.items()))),
-        section('Versions', table(['library', 'version'], sorted(outcome.get('versions', {}).items()))),
+        section('Versions', table(['library', 'version'], _versions(outcome))),
     )
 
 
@@ -169,4 +176,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+    show_what_can_be_shown()
     sys.exit(main(sys.argv[1:]))

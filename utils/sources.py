@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,24 @@ def _about_hub(name: str) -> str:
 
 
 def find_files(source: Source) -> list[Path]:
-    """Return the data files of a path, folder or glob, sorted; raises ConfigError where there are none."""
+    """Return the data files of a path, folder or glob, sorted; raises ConfigError where there are none.
+
+    Their names are places of rows in logs and files, so they have to be UTF-8.
+    """
+    files = _matching_files(source)
+    for file in files:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(file).decode('utf-8', 'backslashreplace')
+            raise ConfigError(
+                f"--dataset '{source.name}': the file name '{shown}' is not UTF-8. Rename the file, or unpack its "
+                'archive with the encoding it was made in.'
+            ) from None
+    return files
+
+
+def _matching_files(source: Source) -> list[Path]:
     path = source.path
     assert path is not None, 'a registered data set has no files of its own here'
     if path.is_file():

@@ -34,6 +34,7 @@ from utils.model import (
     stored_quantization,
 )
 from utils.placement import Spread
+from utils.resolution import Decide, log_decision
 from utils.resolve import quantized_problems
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def run_program(story: Callable[[], int | None]) -> int:
 
     2: something the user can fix, every problem listed; 128 + n: ended by signal n (130 Ctrl-C, 143 SIGTERM).
     """
-    from utils.logger import set_up_logging
+    from utils.logger import set_up_logging, show_what_can_be_shown
 
+    show_what_can_be_shown()
     set_up_logging()
     # Read once, when the library is imported: no usage figures are sent.
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
@@ -173,8 +175,13 @@ def _reuse_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
-def open_model(args: CommonArguments, info: ModelInfo, weights: Weights, *, trains: bool) -> tuple[Any, Any, Any]:
-    """Return (model, tokenizer, torch dtype). Full fine-tuning holds fp32 weights under autocast."""
+def open_model(
+    args: CommonArguments, info: ModelInfo, weights: Weights, *, trains: bool, decide: Decide = log_decision
+) -> tuple[Any, Any, Any]:
+    """Return (model, tokenizer, torch dtype). Full fine-tuning holds fp32 weights under autocast.
+
+    `decide` is told what was left to the machine.
+    """
     import torch
 
     # What was downloaded may be quantised without an entry that says so.
@@ -182,7 +189,11 @@ def open_model(args: CommonArguments, info: ModelInfo, weights: Weights, *, trai
     if problems := quantized_problems(args, replace(info, quantization=info.quantization or stored)):
         raise ConfigError(*problems)
     dtype, reason = pick_dtype(args.dtype)
-    logger.info(f'dtype = {str(dtype).removeprefix("torch.")} because {reason}')
+    names = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32'}
+    if args.dtype is None:
+        decide('dtype', names[dtype], reason)
+    if args.quantization_bit == 4 and args.bnb_4bit_comp_dtype is None:
+        decide('bnb_4bit_comp_dtype', names[dtype], 'it follows the dtype')
     held = dtype
     sharding = isinstance(args, SftArguments) and (args.fsdp or args.deepspeed_config_path is not None)
     if trains and args.sft_type == 'full' and dtype != torch.float32 and not _deepspeed_path(args):
@@ -192,7 +203,7 @@ def open_model(args: CommonArguments, info: ModelInfo, weights: Weights, *, trai
     options = LoadOptions(
         torch_dtype=held,
         device_map=None if sharding else _device_map(args, info, held, trains=trains),
-        flash_attention=_uses_flash_attention(args, dtype),
+        flash_attention=_uses_flash_attention(args, dtype, decide),
         quantization_config=_quantization(args, dtype),
         distributed_config=_fully_sharded(args, held, dtype),
     )
@@ -247,7 +258,7 @@ def _zero_3(args: CommonArguments) -> Any:
     return HfDeepSpeedConfig(config)
 
 
-def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype) -> bool:
+def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype, decide: Decide) -> bool:
     import torch
 
     fits = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
@@ -255,7 +266,17 @@ def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype) -> bool:
         raise ConfigError(
             '--use_flash_attn true needs an NVIDIA GPU of compute capability 8 or more and bf16 or fp16. Leave it out.'
         )
-    return bool(args.use_flash_attn is not False and fits and has_package('flash_attn'))
+    if args.use_flash_attn is not None:
+        return args.use_flash_attn
+    if not fits:
+        reason = 'it needs an NVIDIA GPU of compute capability 8 or more and bf16 or fp16'
+    elif has_package('flash_attn'):
+        reason = 'it is installed and the GPU supports it'
+    else:
+        reason = 'flash-attn is not installed'
+    uses = fits and has_package('flash_attn')
+    decide('use_flash_attn', uses, reason)
+    return uses
 
 
 def _quantization(args: CommonArguments, dtype: torch.dtype) -> Any:

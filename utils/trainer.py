@@ -20,6 +20,7 @@ from utils.encoder import Encoder
 from utils.encoding import PreparedData
 from utils.filler import Filled
 from utils.generation import generate_batch, generation_config
+from utils.guards import check_positions
 from utils.layout import exact_head, lay_end_to_end
 from utils.logger import logger
 from utils.metrics import compute_loss_metrics, generation_metrics
@@ -27,6 +28,7 @@ from utils.native.image_readers import Images
 from utils.packing import PackedRows, StepSampler
 from utils.preprocess import IGNORE_INDEX
 from utils.push_callback import PushCallback
+from utils.resolution import Decide, log_decision
 from utils.resolve import SFT_ARGS
 from utils.resume import ResumableTrainer
 from utils.run_dir import Run, write_json
@@ -199,6 +201,7 @@ def build_trainer(
         record=run.record,
         generation=generation,
         images=encoder.images,
+        decide=run.decide,
     )
     trainer.log_to(run.folder)
     if args.push_to_hub:
@@ -219,10 +222,13 @@ def make_trainer(
     record: dict[str, Any],
     generation: GenerationConfig,
     images: Images | None = None,
+    decide: Decide = log_decision,
 ) -> SftTrainer:
     """Return a trainer that writes checkpoints to `folder`, its batches laid out as the model allows."""
     base = model.get_base_model() if args.sft_type == 'lora' else model
-    laid = lay_end_to_end(base, args, longest=max([*data.train.lengths(), *data.val.lengths()]))
+    longest = max([*data.train.lengths(), *data.val.lengths()])
+    check_positions(base, longest)
+    laid = lay_end_to_end(base, args, longest=longest, decide=decide)
     train: Any = data.train.longest_first() if args.test_oom_error else data.train
     if args.packing:
         train = PackedRows(data.train, args.max_length)
@@ -236,7 +242,7 @@ def make_trainer(
         generation=generation,
         images=images,
         model=model,
-        scorer=Scorer(base, exact_head(base, args)),
+        scorer=Scorer(base, exact_head(base, args, decide)),
         groups_by_length=args.group_by_length,
         args=training_arguments(args, folder, dtype=dtype, evaluates=len(data.val) > 0),
         train_dataset=train,

@@ -1,11 +1,14 @@
-"""From our arguments to the trainer's: the one place where its names stand."""
+"""From our arguments to the trainer's: the one place where its names stand; and the learning rate of each step."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Seq2SeqTrainingArguments, get_scheduler
 
 from utils import dist
 from utils.argument import SftArguments
@@ -63,3 +66,28 @@ def training_arguments(
         report_to='none',
         disable_tqdm=not dist.is_main(),
     )
+
+
+def count_warmup_steps(share: float, steps: int) -> int:
+    """Return in how many of the steps the learning rate rises: this share of them, rounded up, at most half."""
+    return min(math.ceil(share * steps), steps // 2)
+
+
+def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_ratio: float, steps: int) -> LambdaLR:
+    """Return a schedule whose every step trains: of w warm-up steps, step k (from 0) has (k + 1) / (w + 1) of the rate.
+
+    After the warm-up it is that of transformers. There the first step of a warm-up has rate 0: it changes no weight,
+    and a run of one step trains nothing.
+    """
+    warmup = 0 if name == 'constant' else count_warmup_steps(warmup_ratio, steps)
+    # The shape alone: making a schedule sets the rate of its optimizer.
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    shape = get_scheduler(name, stand_in, num_warmup_steps=warmup, num_training_steps=steps)
+    (after_warmup,) = shape.lr_lambdas
+
+    def share_of_rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return float(after_warmup(step))
+
+    return LambdaLR(optimizer, share_of_rate)

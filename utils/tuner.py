@@ -12,6 +12,7 @@ from utils.argument import SftArguments
 from utils.errors import ConfigError, did_you_mean, told
 from utils.logger import logger
 from utils.native.packed import packed_classes
+from utils.resolution import Decide, log_decision
 from utils.vision import find_towers
 
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ def find_targets(
     names, experts = linear_names(model, frozen), expert_names(model)
     if wanted is None:
         wanted = next((list(group) for group in _QKV_NAMES if set(group) <= set(names)), [ALL])
-        logger.info(f'lora_target_modules = {",".join(wanted)} because the model has no entry and these are its names')
     wanted = native_names([name for name in wanted if name != ALL], names) + [ALL] * (ALL in wanted)
     found = {name: [e for e in experts if f'.{e}'.endswith(f'.{name}')] for name in wanted if name not in names}
     if missing := [name for name, matched in found.items() if not matched and name != ALL]:
@@ -136,7 +136,7 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
     return list(dict.fromkeys(native))
 
 
-def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
+def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = log_decision) -> Any:
     """Return the model ready to train and log what is trainable: a PeftModel with fp32 adapters, or all weights."""
     from utils.gated import fuse_gates
     from utils.layout import is_sharded
@@ -152,7 +152,7 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
             logger.info(f'{name} stays as it is (--freeze_vision true)')
         prepared: Any = model
     else:
-        prepared = _put_adapter(model, args, towers)
+        prepared = _put_adapter(model, args, towers, decide)
     if args.fused_norms and not is_sharded(model) and (norms := fuse_norms(model)):
         logger.info(f'fused_norms = true: {norms} RMSNorm layers run in one step')
     if args.fused_mlp and not is_sharded(model) and (gates := fuse_gates(model)):
@@ -169,7 +169,7 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     return prepared
 
 
-def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[str]) -> Any:
+def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[str], decide: Decide) -> Any:
     """Return the model with a fresh LoRA adapter; raises ConfigError where a target matches nothing."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -180,6 +180,12 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
     modules, parameters = find_targets(model, args.lora_target_modules, frozen)
     if not modules and not parameters:
         raise ConfigError(f'{type(model).__name__} has no layer that LoRA could be put on. Use --sft_type full.')
+    targets = [*modules, *parameters]
+    if args.lora_target_modules is None:
+        decide('lora_target_modules', targets, 'the model has no entry and these are its names')
+    elif set(targets) != set(args.lora_target_modules):
+        typed = ','.join(args.lora_target_modules)
+        decide('lora_target_modules', targets, f'these are the layers of {type(model).__name__} that {typed} names')
     if parameters and args.lora_dropout_p:
         raise ConfigError(
             f'--lora_dropout_p {args.lora_dropout_p} cannot be had on expert parameters ({parameters[0]}): '

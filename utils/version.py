@@ -1,0 +1,3 @@
+"""The version of this toolkit; CHANGELOG.md says what each brought."""
+
+VERSION = '0.1.0'
