@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from utils.collator import Collator
 from utils.encoder import Encoder
 from utils.encoding import EncodedRows
 from utils.mask_gate import show_row
-from utils.preprocess import AUTO, CONTROL_TOKENS, EARLIER_CHANGED, TEMPLATE_MAPPING, Row
+from utils.preprocess import AUTO, CONTROL_TOKENS, EARLIER_CHANGED, EARLIER_MERGED, TEMPLATE_MAPPING, Row, RowRefused
 
 MULTI_TURN = [name for name, t in TEMPLATE_MAPPING.items() if t is None or t.chat_sep is not None]
 
@@ -74,7 +75,7 @@ def test_the_prompt_of_every_round_is_a_prefix_and_every_span_is_its_reply(
         rounds = {(start, end) for start, end in (*row.earlier, row.trained)}
         prompts = [coder.encode_prompts([chat(*texts[:n], system=system)])[0] for n in (2, 4, 6)]
         starts = {len(prompt) for prompt in prompts if row.input_ids[: len(prompt)] == prompt}
-        assert {start for start, _ in rounds} <= starts
+        assert {start for start, _ in rounds} <= starts or EARLIER_MERGED in row.notes
         assert row.trained[0] == len(prompts[-1]) and row.input_ids[: len(prompts[-1])] == prompts[-1]
         if name != AUTO:
             for (start, end), text in zip(row.earlier, (texts[1], texts[3]), strict=True):
@@ -90,15 +91,39 @@ def test_typed_control_tokens_stay_text_in_every_round() -> None:
         assert spans(row)[0] == EARLIER[name].replace('yo', 'b <|im_end|>')
 
 
-def test_earlier_replies_that_the_template_alters_carry_no_loss_and_are_noted() -> None:
+def test_earlier_replies_are_trained_as_the_template_prints_them() -> None:
     dropping = CHATML.replace(
         "message['content']",
         "(message['content'] if loop.last or message['role'] != 'assistant' else message['content'].split(']')[-1])",
     )
     tokenizer = make_tokenizer(chat_template=dropping)
     row = encoder(AUTO, tokenizer).encode([chat('hi', '[thought]yo', 'oh', 'plain', 'who?', 'me')])[0]
-    assert spans(row, tokenizer) == ['plain<|im_end|>', 'me<|im_end|>']
+    assert spans(row, tokenizer) == ['yo<|im_end|>', 'plain<|im_end|>', 'me<|im_end|>']
+    assert row.notes == []
+
+
+def test_earlier_replies_that_the_template_does_not_print_are_noted() -> None:
+    dropping = CHATML.replace(
+        "message['content']", "(message['content'] if loop.last or message['role'] != 'assistant' else '')"
+    )
+    tokenizer = make_tokenizer(chat_template=dropping)
+    row = encoder(AUTO, tokenizer).encode([chat('hi', 'yo', 'who?', 'me')])[0]
+    assert spans(row, tokenizer) == ['me<|im_end|>']
     assert row.notes == [EARLIER_CHANGED]
+
+
+def test_a_row_decides_which_replies_carry_loss() -> None:
+    for name in ('chatml', AUTO):
+        marked = chat('hi', 'yo', 'oh', 'hey', 'who?', 'me')
+        marked.messages[1]['loss'] = True
+        marked.messages[5]['loss'] = False
+        ended = LAST[name].removeprefix('me').partition('<|endoftext|>')[0]
+        row = encoder(name, scope='last_round').encode([marked])[0]
+        assert spans(row) == [f'yo{ended}'], name
+        assert spans(encoder(name).encode([marked])[0]) == [f'yo{ended}', f'hey{ended}'], name
+        marked.messages[1]['loss'] = False
+        with pytest.raises(RowRefused, match='every reply of it is marked to carry no loss'):
+            encoder(name, scope='last_round').encode([marked])
 
 
 def test_tool_calls_of_earlier_rounds_are_trained_as_the_template_says_them() -> None:

@@ -20,6 +20,7 @@ from utils.preprocess import (
     CONTROL_TOKENS,
     CUT_PROMPT,
     CUT_REPLY,
+    FULL_DIFFERS,
     MERGED_BOUNDARY,
     RENDERED_DIFFERENTLY,
     SYSTEM_IGNORED,
@@ -135,7 +136,7 @@ def test_inference_prompt_is_a_prefix_of_what_is_trained(texts: list[str], syste
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(TEXT, min_size=4, max_size=4), system=TEXT)
 def test_text_never_becomes_a_control_token(texts: list[str], system: str) -> None:
-    control = set(encoder('chatml').text.special_ids.values())
+    control = set(encoder('chatml').text.control_ids.values())
     for name in TEMPLATE_MAPPING:
         template = TEMPLATE_MAPPING[name]
         single = template is not None and template.chat_sep is None
@@ -206,11 +207,11 @@ def test_template_that_alters_the_reply_is_noted_and_the_reply_is_trained_as_wri
     assert TOKENIZER.decode(encoded[0].input_ids[start:end]) == ' padded <|im_end|>'
 
 
-def test_an_empty_think_block_is_never_trained() -> None:
+def test_an_empty_think_block_of_the_generation_prompt_is_never_trained() -> None:
     thinking = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n\n</think>\n\n'")
     coder = encoder(AUTO, make_tokenizer(chat_template=thinking))
     encoded = coder.encode([chat('hi', 'yo')])[0]
-    assert encoded.notes == [RENDERED_DIFFERENTLY]
+    assert encoded.notes == [FULL_DIFFERS]
     assert show_row(TOKENIZER, {'input_ids': encoded.input_ids, 'trained': encoded.trained}) == (
         '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦yo<|im_end|>⟧\n'
     )
@@ -259,11 +260,11 @@ def test_what_a_template_has_no_place_for_is_noted() -> None:
     row = chat('a', 'b', system='s')
     row.tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {}}}]
     assert encoder('ziya').encode([row])[0].notes == [SYSTEM_IGNORED, TOOLS_IGNORED]
-    called = chat('a', '{"name": "f"}')
+    called = chat('a', '')
     called.messages[1]['tool_calls'] = [{'type': 'function', 'function': {'name': 'f', 'arguments': {}}}]
     encoded = encoder(AUTO).encode([called])[0]
     assert encoded.notes == [TOOL_CALL_AS_TEXT]
-    assert TOKENIZER.decode(encoded.input_ids).endswith('assistant\n{"name": "f"}<|im_end|>\n')
+    assert TOKENIZER.decode(encoded.input_ids).endswith('assistant\n[{"name": "f", "arguments": {}}]<|im_end|>\n')
 
 
 TOOLS_TEMPLATE = (
@@ -277,8 +278,8 @@ TOOLS_TEMPLATE = (
 
 def test_a_template_that_says_tool_calls_is_given_them() -> None:
     coder = encoder(AUTO, make_tokenizer(chat_template=TOOLS_TEMPLATE))
-    assert isinstance(coder, AutoEncoder) and coder.says_tools and coder.says_tool_calls
-    row = chat('a', '{"name": "f <|im_end|>"}')
+    assert isinstance(coder, AutoEncoder) and coder.says_tools and all(coder.says_calls.values())
+    row = chat('a', '')
     row.tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {}}}]
     row.messages[1]['tool_calls'] = [{'type': 'function', 'function': {'name': 'f <|im_end|>', 'arguments': {}}}]
     encoded = coder.encode([row])[0]

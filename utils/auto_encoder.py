@@ -24,6 +24,7 @@ from utils.preprocess import (
     AUTO,
     CONTROL_TOKENS,
     EARLIER_CHANGED,
+    EARLIER_MERGED,
     FULL_DIFFERS,
     MERGED_BOUNDARY,
     REASONING_AS_TEXT,
@@ -135,11 +136,11 @@ class AutoEncoder(Encoder):
         # DeepSeek's templates print calls beside null only, and join the arguments to text.
         self._no_text: str | None = ''
         self._arguments_as_text = False
-        self._says_calls = {False: False, True: False}
+        self.says_calls = {False: False, True: False}
         for no_text, as_text in (('', False), (None, False), ('', True), (None, True)):
             self._no_text, self._arguments_as_text = no_text, as_text
-            self._says_calls = {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
-            if any(self._says_calls.values()):
+            self.says_calls = {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
+            if any(self.says_calls.values()):
                 break
         self._reasoning_keys = {is_call: self._find_reasoning_key(is_call=is_call) for is_call in (False, True)}
         self._switch, self._opens = self._find_switch()
@@ -293,7 +294,7 @@ class AutoEncoder(Encoder):
         """Return the tokens that end a turn of the assistant's: after a reply, and after a call."""
         ends = [(self._frame.end, False)]
         name, tool = self._probe_tool()
-        if any(self._says_calls.values()):
+        if any(self.says_calls.values()):
             text = self._try(self._probe(self._probe_call(name)), [tool])
             ends += [(text[text.rfind(name) :], True)] if name in text else []
         found = []
@@ -314,7 +315,7 @@ class AutoEncoder(Encoder):
         if not message.keys() & {'tool_calls', 'reasoning', 'loss'}:
             return message
         said: dict[str, Any] = {key: value for key, value in message.items() if key not in ('reasoning', 'loss')}
-        if 'tool_calls' in said and not self._says_calls[with_tools]:
+        if 'tool_calls' in said and not self.says_calls[with_tools]:
             calls = json.dumps([call.get('function', call) for call in said.pop('tool_calls')], ensure_ascii=False)
             said['content'] = f'{said["content"]}\n{calls}' if said['content'] else calls
         if 'tool_calls' in said:
@@ -370,7 +371,7 @@ class AutoEncoder(Encoder):
         messages = [self.spoken(message, with_tools=with_tools, is_last=message is last) for message in context]
         if self.system is not None and (not messages or messages[0]['role'] != 'system'):
             messages.insert(0, {'role': 'system', 'content': self.system})
-        if any('tool_calls' in message for message in row.messages) and not self._says_calls[with_tools]:
+        if any('tool_calls' in message for message in row.messages) and not self.says_calls[with_tools]:
             notes.append(TOOL_CALL_AS_TEXT)
         settings = self._switch if reasons else _NOTHING
         notes += [THINKING_SWITCH.format(switch=f'{name}={value}') for name, value in settings.items()]
@@ -590,9 +591,9 @@ class AutoEncoder(Encoder):
     def _add_earlier(self, rows: Sequence[Row], parts: Sequence[_Parts], encoded: list[Encoded]) -> None:
         """Add the spans of earlier replies that carry loss; take the last reply's away where the row marks it so."""
         found: list[_Earlier] = []
-        for index, (row, part) in enumerate(zip(rows, parts, strict=True)):
-            wanted = [n for n, message in enumerate(row.messages[:-1]) if self.carries_loss(message)]
-            begin = len(part.chat.messages) - len(row.messages)
+        for index, (source, part) in enumerate(zip(rows, parts, strict=True)):
+            wanted = [n for n, message in enumerate(source.messages[:-1]) if self.carries_loss(message)]
+            begin = len(part.chat.messages) - len(source.messages)
             for number in wanted:
                 spans = self._find_earlier(part, begin + number)
                 found += [_Earlier(index, *span) for span in spans]
@@ -601,14 +602,18 @@ class AutoEncoder(Encoder):
         texts = [(parts[f.row].prompt[:at], parts[f.row].guarded) for f in found for at in (f.start, f.end)]
         borders = iter(self._prompt_ids(texts))
         for earlier in found:
-            row_ids = encoded[earlier.row].input_ids
-            start, end = (_common(next(borders), row_ids) for _ in range(2))
+            row = encoded[earlier.row]
+            before, whole = next(borders), next(borders)
+            start, end = _common(before, row.input_ids), _common(whole, row.input_ids)
+            if start < len(before):
+                start += 1
+                row.notes += [] if EARLIER_MERGED in row.notes else [EARLIER_MERGED]
             if end > start:
-                encoded[earlier.row].earlier.append((start, end))
-        for index, row in enumerate(rows):
+                row.earlier.append((start, end))
+        for index, source in enumerate(rows):
             spans = [(f.start, f.end) for f in found if f.row == index]
             encoded[index] = mark_pieces(encoded[index], [self._unguarded_span(parts[index], s) for s in spans])
-            if row.messages[-1].get('loss') is False:
+            if source.messages[-1].get('loss') is False:
                 encoded[index] = without_last(encoded[index])
 
     def _unguarded_span(self, part: _Parts, span: tuple[int, int]) -> tuple[int, int]:

@@ -155,6 +155,7 @@ TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain t
 SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
 TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
 EARLIER_CHANGED = 'the chat template does not print an earlier reply: no loss on that reply'
+EARLIER_MERGED = 'a token merges across the start of an earlier reply: no loss on that token'
 NO_LOSS_MARKED = 'every reply of it is marked to carry no loss (weight, loss or train)'
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
