@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import llm_infer
 from tests.conftest import CHATML, make_tokenizer
 from tests.test_models_modern import ENDS, template_tokenizer
 from utils.auto_encoder import AutoEncoder, make_encoder
+from utils.convert import check_row, find_converter
 from utils.encoder import Encoder, TemplateEncoder
 from utils.errors import ConfigError
 from utils.preprocess import Row, Template
@@ -30,6 +32,13 @@ def encoder(template_type: str = 'auto', *, chat_template: str | None = CHATML) 
     return make_encoder(tokenizer, template_type=template_type, system='be kind', system_typed=False, max_length=-1)
 
 
+def read(raw: dict[str, Any]) -> Row:
+    """Return a raw row as a run reads it."""
+    converter = find_converter(raw)
+    assert converter is not None
+    return check_row(converter(raw))
+
+
 def proof(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run_dir / 'proofs.json').read_text())['template']
     assert found.pop('seconds') >= 0
@@ -38,12 +47,12 @@ def proof(run_dir: Path) -> dict[str, Any]:
 
 def test_equal_ids_are_said(tmp_path: Path) -> None:
     prove_template(encoder(), [ROW], tmp_path)
-    assert len(probes()) == 11
+    assert len(probes()) == 10
     assert proof(tmp_path) == {
         'passed': True,
-        'says': "12 of 12 conversations (1 of your rows, 11 probes) give the ids of the tokenizer's own chat template; "
+        'says': "11 of 11 conversations (1 of your rows, 10 probes) give the ids of the tokenizer's own chat template; "
         'in all of them the prompt of inference begins what is trained and the end of turn carries loss',
-        'equal': 12,
+        'equal': 11,
     }  # fmt: skip
 
 
@@ -52,20 +61,20 @@ def test_no_chat_template_of_the_hub_is_stopped_without_cause(name: str, tmp_pat
     prove_template(AutoEncoder(template_tokenizer(name), system=None, max_length=-1), [ROW], tmp_path)
     found = proof(tmp_path)
     assert found['passed'] and found.get('refused', 0) <= 2
-    assert found.get('equal', 0) + found.get('explained', 0) + found.get('refused', 0) == 12
+    assert found.get('equal', 0) + found.get('explained', 0) + found.get('refused', 0) == 11
 
 
 def test_a_registered_template_that_differs_is_said_and_trained(tmp_path: Path) -> None:
     prove_template(encoder('default'), [ROW], tmp_path)
     found = proof(tmp_path)
-    assert found['passed'] and found['different'] == 11 and found['refused'] == 1
-    assert "'default' was chosen and is trained: it differs in 11, first qa.jsonl:1: token 0, after ''" in found['says']
+    assert found['passed'] and found['different'] == 10 and found['refused'] == 1
+    assert "'default' was chosen and is trained: it differs in 10, first qa.jsonl:1: token 0, after ''" in found['says']
 
 
 def test_a_tokenizer_without_chat_template_is_said(tmp_path: Path) -> None:
     prove_template(encoder('default', chat_template=None), [ROW], tmp_path)
     says = proof(tmp_path)['says']
-    assert says.startswith("the tokenizer has no chat template to compare 'default' with; 12 conversations (1 of your ")
+    assert says.startswith("the tokenizer has no chat template to compare 'default' with; 11 conversations (1 of your ")
 
 
 def test_a_registered_template_equals_the_chat_template_until_one_blank_changes(tmp_path: Path) -> None:
@@ -83,9 +92,9 @@ def test_a_registered_template_equals_the_chat_template_until_one_blank_changes(
         return proof(tmp_path)
 
     same = prove('\n')
-    assert same['equal'] == 11 and 'different' not in same, 'all but the tool call, which it cannot say'
+    assert same['equal'] == 10 and 'different' not in same, 'all but the tool call, which it cannot say'
     changed = prove(' \n')
-    assert changed['different'] == 11 and 'equal' not in changed
+    assert changed['different'] == 10 and 'equal' not in changed
     assert (
         "token 21, after '\\nwhat is 7?<|im_end|>', is ' ' (228), the chat template has '\\n' (206)" in changed['says']
     )
@@ -101,27 +110,81 @@ def stops(ours: Encoder, tmp_path: Path) -> str:
     return error.value.problems[0]
 
 
-def test_a_blank_changed_in_the_chat_template_stops(tmp_path: Path) -> None:
-    ours = encoder()
-    ours.tokenizer.chat_template = CHATML.replace("{{ '\n' }}", "{{ ' \n' }}")
-    message = stops(ours, tmp_path)
+def test_a_blank_changed_in_what_is_rendered_stops(tmp_path: Path) -> None:
+    class Other(AutoEncoder):
+        def _apply(self, chats: list[Any], *options: Any) -> Any:
+            found = super()._apply(chats, *options)
+            texts = [found] if isinstance(found, str) else found
+            changed = [text.replace('<|im_end|>\n', '<|im_end|> \n') for text in texts]
+            return changed[0] if isinstance(found, str) else changed
+
+    message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
     assert "the ids are not those of the tokenizer's chat template, and no counted reason explains it" in message
-    assert "is '\\n' (206), the chat template has ' ' (228)" in message
+    assert "is ' ' (228), the chat template has '\\n' (206)" in message
 
 
 def test_a_blank_changed_in_what_is_encoded_stops(tmp_path: Path) -> None:
-    ours = encoder()
-    assert isinstance(ours, AutoEncoder)
-    ours._lead = ' '
+    class Other(AutoEncoder):
+        def _part(self, *args: Any, **options: Any) -> Any:
+            part = super()._part(*args, **options)
+            return dataclasses.replace(part, reply=' ' + part.reply)
+
+    ours = Other(make_tokenizer(), system=None, max_length=-1)
     assert 'no counted reason explains it' in stops(ours, tmp_path)
 
 
 def test_an_end_token_without_loss_stops(tmp_path: Path) -> None:
-    ours = encoder()
-    assert isinstance(ours, AutoEncoder)
-    ours._end_trained = 0
-    message = stops(ours, tmp_path)
+    class Other(AutoEncoder):
+        def _trained_end(self, ids: list[int], part: Any) -> int:
+            return super()._trained_end(ids, part) - 1
+
+    message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
     assert "qa.jsonl:1: the end of turn '<|im_end|>' carries no loss: the model would never learn to stop." in message
+
+
+# Prints everything that a turn may hold.
+WHOLE = (
+    '{% for m in messages %}{{ "<|im_start|>" + m.role + (" " + m.name if m.name else "") }}'
+    '{{ (" " + m.tool_call_id if m.tool_call_id else "") + "\n" }}'
+    '{% if m.reasoning_content %}{{ "[" + m.reasoning_content + "]" }}{% endif %}{{ m.content or "" }}'
+    '{% for c in m.tool_calls or [] %}{{ "<call " + (c.id or "") + ">" + (c.function | tojson) }}{% endfor %}'
+    '{{ "<|im_end|>\n" }}{% endfor %}{% if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}'
+)
+CALLING: dict[str, Any] = {
+    'messages': [
+        {'role': 'user', 'content': 'how deep?'},
+        {
+            'role': 'assistant',
+            'content': 'I look.',
+            'tool_calls': [{'id': 'abcdefgh1', 'function': {'name': 'depth', 'arguments': '{"lake": "A"}'}}],
+        },
+        {'role': 'tool', 'name': 'depth', 'tool_call_id': 'abcdefgh1', 'content': '42 m'},
+        {'role': 'assistant', 'content': 'It is 42 m.', 'reasoning_content': 'the tool says so'},
+    ]
+}
+
+
+def test_a_row_with_calls_names_and_reasoning_gives_the_ids_of_the_chat_template(tmp_path: Path) -> None:
+    ours = AutoEncoder(make_tokenizer(chat_template=WHOLE), system=None, max_length=-1)
+    prove_template(ours, [read(CALLING)], tmp_path)
+    assert proof(tmp_path)['equal'] == 11
+
+
+@pytest.mark.parametrize('key', ['reasoning', 'name', 'tool_call_id', 'tool_calls', 'content', 'id'])
+def test_a_field_that_conversion_or_encoding_loses_stops(key: str, tmp_path: Path) -> None:
+    """The proof reads the row as it was written: what is lost on the way to the encoder is a difference."""
+    row = read(CALLING)
+    for message in row.messages:
+        if key == 'id':
+            for call in message.get('tool_calls', ()):
+                call.pop('id')
+        elif key == 'content':
+            message['content'] = '' if 'tool_calls' in message else message['content']
+        else:
+            message.pop(key, None)  # type: ignore[misc]
+    ours = AutoEncoder(make_tokenizer(chat_template=WHOLE), system=None, max_length=-1)
+    with pytest.raises(ConfigError, match='the ids are not those'):
+        prove_template(ours, [row], tmp_path)
 
 
 def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:

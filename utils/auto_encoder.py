@@ -330,6 +330,25 @@ class AutoEncoder(Encoder):
                 said['content'] = self._as_block(reasoning, tag[1]) + (said['content'] or '')
         return cast(Message, said)
 
+    def settings_of(self, row: Row) -> Mapping[str, Any]:
+        """Return the settings with which the template renders a row: its thinking switch where the reply needs it."""
+        return self._switch if self._reasons(row.messages[-1]) else _NOTHING
+
+    def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
+        """Return messages as they were written, each thing under the key and in the form that the template reads."""
+        with_tools = bool(row.tools) and self.says_tools
+        made: list[Any] = []
+        for message in messages:
+            reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), None)
+            said: dict[str, Any] = {k: v for k, v in message.items() if k not in _REASONING_KEYS}
+            if reasoning:
+                said['reasoning'] = reasoning
+            if isinstance(said['content'], str):
+                spoken = self.spoken(cast(Message, said), with_tools=with_tools, is_last=message is messages[-1])
+                said = {key: value for key, value in spoken.items() if key != 'reasoning'}
+            made.append(said)
+        return made
+
     def _with_arguments(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the calls with their arguments in the form that the template prints."""
         if not self._arguments_as_text:

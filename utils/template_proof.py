@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from utils.preprocess import (
     ADDED_END,
     AUTO,
     CONTROL_TOKENS,
+    FULL_DIFFERS,
     MERGED_BOUNDARY,
     RENDERED_DIFFERENTLY,
     TEMPLATE_MAPPING,
@@ -38,8 +39,9 @@ Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 # Rows of the user's, spread over the set, that are checked.
 ROWS = 200
 # What may keep a row's ids from being the chat template's: each is counted, named and shown to the user.
-_EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, ADDED_END}
-_THINK_BLOCK = re.compile(r'<((?:\w+:)?think)>.*?</\1>', re.DOTALL)
+_EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, FULL_DIFFERS, ADDED_END}
+_THINK_BLOCK = re.compile(r'<((?:\w+:)?think)>.*?</\1>|.*</(?:\w+:)?think>', re.DOTALL)
+_THINK_TAG = re.compile(r'</?(?:\w+:)?think>')
 
 
 def probes() -> list[Row]:
@@ -66,17 +68,85 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
         write_json(run.folder / LOCK_JSON, run.lock)
 
 
-def _own_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
-    """Return what transformers gives for the row under the tokenizer's chat template, or for its prompt."""
+# Names of roles and keys as rows write them; this reading of a row is apart from the conversion that it checks.
+_ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'bot': 'assistant', 'chatgpt': 'assistant',
+          'ai': 'assistant', 'developer': 'system', 'observation': 'tool', 'function': 'tool',
+          'function_response': 'tool', 'tool_response': 'tool'}  # fmt: skip
+_REASONING = ('reasoning_content', 'reasoning', 'thinking')
+_NOT_FOR_TEMPLATES = {'role', 'from', 'content', 'value', 'weight', 'loss', 'train', 'tool_calls', 'function_call'}
+
+
+def _parsed(value: Any) -> Any:
+    """Return the object that a JSON text writes; anything else as it is."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return found if isinstance(found, dict | list) else value
+
+
+def as_written(row: Row) -> list[dict[str, Any]]:
+    """Return the turns of a row as its data has them, read anew: nothing that conversion leaves out is missing here.
+
+    Rows of other shapes than turns have but texts, which the account of characters follows.
+    """
+    column = next((name for name in ('messages', 'conversations') if row.written.get(name)), None)
+    turns = _parsed(row.written[column]) if column else None
+    if not isinstance(turns, list):
+        return [dict(message) for message in row.messages]
+    messages = []
+    system = row.written.get('system')
+    if isinstance(system, str) and system.strip() and row.messages[0]['content'] == system:
+        messages.append({'role': 'system', 'content': system})
+    for turn in turns:
+        name = str(turn.get('role', turn.get('from'))).strip().lower()
+        content = turn.get('content', turn.get('value'))
+        calls = _parsed(turn.get('tool_calls') or turn.get('function_call') or [])
+        if name in ('function_call', 'tool_call'):
+            name, calls, content = 'assistant', _parsed(content), None
+        calls = [calls] if isinstance(calls, dict) else calls
+        message: dict[str, Any] = {'role': _ROLES.get(name, name), 'content': '' if content is None else content}
+        for key, value in turn.items():
+            if key not in _NOT_FOR_TEMPLATES and value not in (None, ''):
+                message[key] = value
+        if calls:
+            message['tool_calls'] = [_written_call(call) for call in calls]
+        if message['role'] != 'system' or not messages:
+            messages.append(message)
+    return messages
+
+
+def _written_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get('function', call)
+    made = {'type': 'function', 'function': {'name': function['name'], 'arguments': _parsed(function['arguments'])}}
+    return {**made, 'id': call['id']} if call.get('id') else made
+
+
+def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False) -> str:
+    """Return what transformers prints of the row as written under the tokenizer's chat template, or of its prompt."""
     messages: list[Any] = list(encoder.open_images(row)[0].messages)
-    system = encoder.system if not isinstance(encoder, TemplateEncoder) or encoder.template.has_system else None
+    settings: Mapping[str, Any] = {}
     if isinstance(encoder, AutoEncoder):
-        messages = [encoder.spoken(message) for message in messages]
+        messages = encoder.in_its_form(messages if row.images or _shows(row) else as_written(row), row)
+        settings = encoder.settings_of(row)
+    system = encoder.system if not isinstance(encoder, TemplateEncoder) or encoder.template.has_system else None
     if system is not None and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system})
-    ids: list[int] = encoder.tokenizer.apply_chat_template(
-        messages[:-1] if prompt else messages, tools=row.tools or None, add_generation_prompt=prompt, return_dict=False
+    return str(
+        encoder.tokenizer.apply_chat_template(
+            messages[:-1] if prompt else messages,
+            tools=row.tools or None,
+            add_generation_prompt=prompt,
+            tokenize=False,
+            **settings,
+        )
     )
+
+
+def _own_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
+    """Return the ids of that rendering, as transformers tokenises it."""
+    text = _rendering(encoder, row, prompt=prompt)
+    ids: list[int] = encoder.tokenizer(text, add_special_tokens=False)['input_ids']
     return ids
 
 
@@ -87,6 +157,16 @@ def _one_slot(ids: list[int], images: Images | None) -> list[int]:
     return [token for before, token in zip([None, *ids], ids, strict=False) if token != images.slot or before != token]
 
 
+def _bare(text: str) -> str:
+    """Return the text without think tags and blanks."""
+    return ''.join(_THINK_TAG.sub('', text).split())
+
+
+def _without_blocks(text: str) -> str:
+    """Return the text without think blocks and blanks."""
+    return ''.join(_THINK_TAG.sub('', _THINK_BLOCK.sub('', text)).split())
+
+
 def _shows(row: Row) -> bool:
     return bool(row.images) or any('</img>' in message['content'] for message in row.messages)
 
@@ -95,7 +175,6 @@ class _Check:
     """One row under one encoder: its ids, those of the chat template, and what is wrong."""
 
     def __init__(self, encoder: Encoder, row: Row) -> None:
-        # By itself: a row that reasons changes what prompts hold for the rows after it.
         alone = copy.copy(encoder)
         alone.max_length = -1
         self.encoder, self.row = encoder, row
@@ -122,29 +201,40 @@ class _Check:
 
     def verdict(self) -> Verdict:
         """Return how the ids stand to the chat template's; raises what the template raises on the row."""
-        ours, notes = self.ours, _EXPLAINS & set(self.encoded.notes)
         self.theirs = _own_ids(self.encoder, self.row)
-        if CONTROL_TOKENS not in notes and self.encoder.name == AUTO:
-            before = _own_ids(self.encoder, self.row, prompt=True)[:-1]  # the last token may merge with what follows
-            if ours[: len(before)] != before:
+        if self.encoder.name != AUTO:
+            return 'equal' if self.ours == self.theirs else 'different'
+        notes = set(self.encoded.notes)
+        if CONTROL_TOKENS not in notes:
+            before = _own_ids(self.encoder, self.row, prompt=True)
+            if self.ours[: len(before)] != before:
                 self.theirs = before
                 return 'different'
-        if ours == self.theirs:
+        if self.ours == self.theirs:
             return 'equal'
-        if notes == {ADDED_END}:
-            return 'explained' if ours[:-1] == self.theirs else 'different'
-        if notes == {RENDERED_DIFFERENTLY}:
-            return 'explained' if self._differs_in_reply() else 'different'
-        return 'explained' if notes else 'different'
+        return 'explained' if notes & _EXPLAINS and self._is_explained(notes) else 'different'
 
-    def _differs_in_reply(self) -> bool:
-        """Return whether the two differ in think blocks and in blanks around a reply that has some, and no further."""
-        ids, reply = (self.ours, self.theirs), self.row.messages[-1]['content']
-        texts = [self.encoder.tokenizer.decode(part) for part in ids]
-        bare = [''.join(_THINK_BLOCK.sub('', text).split()) for text in texts]
-        end = self.encoded.trained[1] - 1 - len(self.encoded.input_ids)
-        may_differ = reply != reply.strip() or any(map(_THINK_BLOCK.search, texts))
-        return may_differ and bare[0] == bare[1] and ids[0][end:] == ids[1][end:]
+    def _is_explained(self, notes: set[str]) -> bool:
+        """Return whether the notes account for the whole difference: each excuses what it names, and no more."""
+        full, prompt = (_rendering(self.encoder, self.row, prompt=prompt) for prompt in (False, True))
+        ours = ''.join(self.encoded.pieces)
+        if ADDED_END in notes and not notes & (_EXPLAINS - {ADDED_END}):
+            return self.ours[:-1] == self.theirs
+        if not notes & {RENDERED_DIFFERENTLY, FULL_DIFFERS}:
+            # The text is the template's own: only where tokens begin and end is another.
+            return ours == full and self._spells(ours, notes)
+        follows = ours[len(prompt) :]
+        written = as_written(self.row)[-1] if not _shows(self.row) else {'content': self.row.messages[-1]['content']}
+        said = [written['content'], *(str(written.get(key) or '') for key in _REASONING)]
+        is_whole = all(_bare(text) in _bare(ours) for text in said if isinstance(text, str))
+        return ours.startswith(prompt) and _without_blocks(full).endswith(_without_blocks(follows)) and (
+            is_whole or 'tool_calls' in written
+        ) and self._spells(ours, notes)  # fmt: skip
+
+    def _spells(self, text: str, notes: set[str]) -> bool:
+        """Return whether the ids are those of the text, but for blanks that a tokenizer does not give back."""
+        ids = self.encoded.input_ids[:-1] if ADDED_END in notes else self.encoded.input_ids
+        return _bare(self.encoder.tokenizer.decode(ids)) == _bare(text)
 
     def context(self, other: list[int], name: str) -> str:
         """Return the first token in which the row's ids differ from others, and the text before it."""
