@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from utils.argument import CommonArguments
 from utils.model import check_embedded
 from utils.native.image_readers import Images
+from utils.resolve import GENERATION
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 # Layers that attend and nothing else: what they know of earlier tokens is keys and values.
 ATTENDING = frozenset({'full_attention', 'sliding_attention'})
 
-# The flags that decide how answers are written, and those that count where they are sampled alone.
-GENERATION = ('max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
+# The flags that count where answers are sampled alone.
 _SAMPLING = ('temperature', 'top_k', 'top_p')
 # Bytes of a character that may have come without its last one, each shown as U+FFFD.
 _UNFINISHED = 3
