@@ -536,8 +536,9 @@ def _judge_rounds(tokenizer: Any, judge: Judge, kept: list[tuple[Verdict, Case, 
             if not said:
                 continue
             verdict.earlier += 1
-            span = next((s for s in spans if all(text in s for text in said)), None)
-            if span is None:
+            # Text beside a call may be printed after the call's result, in a span of its own.
+            span = next((s for s in spans if said[-1] in s), None)
+            if span is None or not all(any(text in s for s in spans) for text in said):
                 verdict.add('rounds', f'no loss on {said!r}')
                 continue
             after = full[full.index(said[-1]) + len(said[-1]) :]

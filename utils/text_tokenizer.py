@@ -6,7 +6,6 @@ DeepSeek's `<｜User｜>`, which its tokenizer does not mark as special.
 
 from __future__ import annotations
 
-import copy
 import re
 import secrets
 import threading
@@ -165,29 +164,27 @@ class TextTokenizer:
         An alias takes the blanks around it as its token does (lstrip, rstrip), and the text beside it is read as beside
         the token itself.
         """
-        from tokenizers import AddedToken
+        from tokenizers import AddedToken, Tokenizer
 
-        backend = copy.deepcopy(self._backend)
-        backend.no_truncation()
-        backend.no_padding()
-        tokens = self.tokenizer.added_tokens_decoder
-        backend.add_special_tokens([AddedToken(spelling, special=True) for spelling in self.control_ids])
+        # A second tokenizer over the same vocabulary, which is shared and not copied.
+        backend: Any = Tokenizer(self._backend.model)
+        if self._backend.normalizer is not None:
+            backend.normalizer = self._backend.normalizer
+        if self._backend.pre_tokenizer is not None:
+            backend.pre_tokenizer = self._backend.pre_tokenizer
+        tokens = dict(sorted(self.tokenizer.added_tokens_decoder.items()))
+        for index, token in tokens.items():
+            options = {name: getattr(token, name) for name in ('lstrip', 'rstrip', 'single_word', 'normalized')}
+            if token.content in self.control_ids:
+                backend.add_special_tokens([AddedToken(token.content, special=True, **options)])
+                number = self._number[token.content]
+                backend.add_tokens([AddedToken(self._alias(number), special=False, **{**options, 'normalized': False})])
+            else:
+                backend.add_tokens([AddedToken(token.content, special=token.special, **options)])
         backend.encode_special_tokens = True
-        aliases = [
-            AddedToken(
-                self._alias(number),
-                lstrip=tokens[self.control_ids[spelling]].lstrip,
-                rstrip=tokens[self.control_ids[spelling]].rstrip,
-                normalized=False,
-                special=False,
-            )
-            for number, spelling in enumerate(self._by_number)
-        ]
-        backend.add_tokens(aliases)
-        real_ids = {
-            backend.token_to_id(self._alias(number)): self.control_ids[spelling]
-            for number, spelling in enumerate(self._by_number)
-        }
+        real_ids = {backend.token_to_id(token.content): index for index, token in tokens.items()}
+        for spelling, index in self.control_ids.items():
+            real_ids[backend.token_to_id(self._alias(self._number[spelling]))] = index
         return backend, real_ids
 
     def _guarded_ids_piecewise(self, text: str) -> list[int]:
