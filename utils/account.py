@@ -226,7 +226,7 @@ class _Text:
         """Return the text without what leaves have claimed."""
         parts, position = [], 0
         for start, end in sorted(self.claimed):
-            parts += [self.text[position:start], '\0']
+            parts += [self.text[position:start], '\0' * (end - max(start, position))]
             position = max(position, end)
         return ''.join([*parts, self.text[position:]])
 
@@ -290,13 +290,15 @@ class Account:
             buckets, end = self._place(leaf, text, start, has_images=bool(encoded.images))
             cursor = max(cursor, end) if leaf.turn >= 0 else cursor
             self._settle(leaf, buckets, missed)
-        if later:
-            masked = text.masked()
-            for leaf in later:
-                is_there = leaf.text.strip() and leaf.text.strip() in masked
-                at = text.find(leaf.text.strip(), 0) if is_there else None
-                buckets = text.buckets(*at, len(leaf.text)) if at else {NOT_USED: len(leaf.text)}
-                self._settle(leaf, buckets, missed)
+        for leaf in later:
+            # Each takes a place of its own, so that one that is printed does not stand for one that is not.
+            shown = leaf.text.strip()
+            at = text.masked().find(shown) if shown else -1
+            buckets = {NOT_USED: len(leaf.text)}
+            if at >= 0:
+                text.claimed.append((at, at + len(shown)))
+                buckets = text.buckets(at, at + len(shown), len(leaf.text))
+            self._settle(leaf, buckets, missed)
         for name in missed:
             self.unused[name] = self.unused.get(name, 0) + 1
 
