@@ -50,7 +50,7 @@ def test_a_report_holds_what_the_run_knows(runs: tuple[Path, Path]) -> None:
     assert proofs['template']['passed'] is True
     for text in (
         'Before and after', 'learning_rate', 'LoRA on', 'template_type = auto because',
-        f'python llm_infer.py --ckpt_dir {run}/checkpoint-6 --eval_human true',
+        f'python llm_infer.py --ckpt_dir {run}/checkpoint-6 --eval_human true', 'characters of', 'reply text',
     ):  # fmt: skip
         assert text in page, text
     assert '&lt;be &amp; kind&gt;' in page and '<be & kind>' not in page, 'escaped'

@@ -13,6 +13,7 @@ LAYERS: list[list[str]] = [
     ['errors', 'json_file', 'dist', 'logger', 'cache', 'version'],
     [
         'preprocess',
+        'account',
         'native.images',
         'native.image_readers',
         'vision',

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from utils.account import LEFT_OUT, NOT_DRAWN, Account
 from utils.argument import SftArguments
 from utils.auto_encoder import make_encoder
 from utils.convert import BadRow, Filtered
-from utils.encoder import Encoder
+from utils.encoder import Encoder, cut_row
 from utils.encoding import EncodingReport, batches, encode_batch
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.model import load_tokenizer, locate
 from utils.native.gguf import dense_directory
-from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row, cut_front
+from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row
 from utils.reading import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally, row_notes
 from utils.resolution import Resolution, run_name
 from utils.row_plan import plan_of
@@ -86,13 +87,14 @@ class Lengths:
     """Tokens per row, what max_length costs, and the trained share of what is left."""
 
     max_length: int
+    tokenizer: Any
     longest: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
         """Count an uncut row and return it as it is trained."""
-        length, cut = len(row.input_ids), cut_front(row, self.max_length)
+        length, cut = len(row.input_ids), cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
         trained = sum(end - start for start, end in (*cut.earlier, cut.trained))
         self.counts.update(rows=1, tokens=length, rows_cut=lost > 0, tokens_lost=lost, trained=trained)
@@ -137,7 +139,8 @@ class Doctor:
         self.encoder, self.seen = encoder, seen
         self.left_out, self.defects = Found('left_out', stream), Found('defect', stream)
         self.noted, self.filtered = Found('noted', stream, skip=[CONTROL_TOKENS]), Found('filtered', stream)
-        self.lengths = Lengths(max_length=max_length)
+        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
+        self.account = Account()
         # What of the rows is not learnt by decision.
         self.decisions: list[str] = []
         self.rows: Counter[str] = Counter(dict.fromkeys(('read', 'kept', 'train', 'validation', 'not_drawn'), 0))
@@ -156,6 +159,7 @@ class Doctor:
             if isinstance(row, BadRow):
                 found = self.filtered if isinstance(row, Filtered) else self.left_out
                 found.add(str(row), place, row.column or _reply_column(raw))
+                self.account.skip(raw, LEFT_OUT)
                 continue
             self.rows['kept'] += 1
             self.rows[{UNUSED: 'not_drawn', TRAIN: 'train', VAL: 'validation'}[use]] += 1
@@ -166,8 +170,11 @@ class Doctor:
             self._look_for_the_same(use, row, columns[place])
             if problem := wrong_order(row.messages):
                 self.defects.add(problem, place, columns[place])
+                self.account.skip(raw, LEFT_OUT)
             elif use != UNUSED:
                 encoded.append(row)
+            else:
+                self.account.skip(raw, NOT_DRAWN)
             empty = (m for m in row.messages[:-1] if m['role'] == 'assistant' and 'tool_calls' not in m)
             if any(not message['content'].strip() for message in empty):
                 self.defects.add(EMPTY_EARLIER, place, 'history' if raw.get('history') else columns[place])
@@ -194,15 +201,18 @@ class Doctor:
             self.defects.add(CONFLICT, row.origin, column, of=first[0])
 
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> None:
+        report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
         try:
-            for row, ids in encode_batch(self.encoder, rows, EncodingReport(left_out=self.left_out, noted=self.noted)):
+            for row, ids in encode_batch(self.encoder, rows, report):
                 cut = self.lengths.add(ids)
+                self.account.add(row, cut)
                 for note in {CUT_PROMPT, CUT_REPLY}.intersection(cut.notes):
                     self.defects.add(note, row.origin, columns[row.origin])
         except ConfigError as error:
             if len(rows) == 1:
                 reason = str(error).replace(rows[0].origin, '').lstrip(': ')
                 self.left_out.add(reason, rows[0].origin, columns[rows[0].origin])
+                self.account.skip(rows[0].written, LEFT_OUT)
                 return
             for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
                 self._measure(half, columns)
@@ -225,6 +235,7 @@ class Doctor:
             **kinds,
             'decisions': self.decisions,
             'lengths': self.lengths.record(),
+            'account': self.account.record(),
         }
 
     def lines(self, record: dict[str, Any]) -> list[str]:
@@ -239,6 +250,7 @@ class Doctor:
             *self.decisions,
             'tokens per row: ' + ', '.join(f'up to {n}: {c}' for n, c in record['lengths']['rows_up_to'].items()),
             'lengths: ' + ', '.join(f'{name} {value}' for name, value in lengths.items()),
+            *self.account.lines(),
         ]
 
 

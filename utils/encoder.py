@@ -29,6 +29,16 @@ from utils.text_tokenizer import TextTokenizer
 from utils.vision import FoundImages, fill_slots, new_places, open_images_of
 
 
+def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
+    """Return the row with its last `max_length` ids, and how much of its text that cost."""
+    cut = cut_front(row, max_length)
+    lost = len(row.input_ids) - len(cut.input_ids)
+    if lost:
+        text = tokenizer.decode(row.input_ids[:lost], clean_up_tokenization_spaces=False)
+        cut.cut = min(len(text), sum(map(len, row.pieces)))
+    return cut
+
+
 class Encoder:
     """What both kinds of template share: rows in, ids out, one tokenizer call per batch."""
 
@@ -98,7 +108,7 @@ class Encoder:
                 earlier=[(places[start], places[end]) for start, end in row.earlier],
                 images=tuple(path for path, _ in found),
             )
-        return cut_front(row, self.max_length)
+        return cut_row(row, self.max_length, self.tokenizer)
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         raise NotImplementedError

@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 
 from utils import dist
+from utils.account import LEFT_OUT, NOT_DRAWN, Account
 from utils.cache import kept
+from utils.convert import BadRow
 from utils.encoded_rows import EncodedRows
 from utils.encoder import Encoder
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.mask_gate import NOTHING_TRAINED, show_samples, trains_nothing
 from utils.preprocess import CUT_PROMPT, CUT_REPLY, Encoded, Row, RowRefused
-from utils.reading import TRAIN, VAL, Plan, Tally, served_by
+from utils.reading import TRAIN, UNUSED, VAL, Plan, Tally, served_by
 
 BATCH_ROWS = 1024
 # Batches in work at once: while the tokenizer, which needs no Python, has one, the next is rendered.
@@ -39,14 +41,20 @@ class EncodingReport:
 
     left_out: Tally = field(default_factory=Tally)
     noted: Tally = field(default_factory=Tally)
+    # What became of every character of the rows as they were written.
+    account: Account = field(default_factory=Account)
 
     def lines(self) -> list[str]:
         """Return one line per reason: how many rows, and where the first stand."""
         return [*self.left_out.lines('left out'), *self.noted.lines('noted')]
 
-    def counts(self) -> dict[str, dict[str, int]]:
+    def counts(self) -> dict[str, dict[str, Any]]:
         """Return the same as numbers, for files."""
-        return {'left_out': dict(self.left_out.counts), 'noted': dict(self.noted.counts)}
+        return {
+            'left_out': dict(self.left_out.counts),
+            'noted': dict(self.noted.counts),
+            'account': self.account.record(),
+        }
 
 
 def encode_batch(
@@ -62,6 +70,7 @@ def encode_batch(
         if len(rows) == 1:
             detail = f' [{error.detail}]' if error.detail else ''
             report.left_out.add(error.reason, rows[0].origin + detail)
+            report.account.skip(rows[0].written, LEFT_OUT)
             return
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             yield from encode_batch(encoder, half, report)
@@ -69,6 +78,7 @@ def encode_batch(
     for row, ids in zip(rows, encoded, strict=True):
         if trains_nothing([*ids.earlier, ids.trained]):
             report.left_out.add(NOTHING_TRAINED, row.origin)
+            report.account.skip(row.written, LEFT_OUT)
             continue
         for note in ids.notes:
             report.noted.add(note, row.origin)
@@ -81,6 +91,7 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -
     for start in range(0, len(rows), BATCH_ROWS):
         for row, ids in encode_batch(encoder, rows[start : start + BATCH_ROWS], report):
             encoded.append(ids, row.origin)
+            report.account.add(row, ids)
             kept_rows.append(row)
     return encoded, kept_rows
 
@@ -105,14 +116,26 @@ def _begun(
         yield from begun
 
 
+def _drawn(plan: Plan, account: Account) -> Iterator[tuple[int, Row]]:
+    """Yield the rows that are encoded, each with its use; the others go to the account."""
+    for use, (_, raw, row) in plan.used():
+        if isinstance(row, BadRow):
+            account.skip(raw, LEFT_OUT)
+        elif use == UNUSED:
+            account.skip(raw, NOT_DRAWN)
+        else:
+            yield use, row
+
+
 def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
     """Encode the rows of a plan into files of a folder, a batch at a time, and write the report beside them."""
     report = EncodingReport()
     files = {TRAIN: ('train', EncodedRows()), VAL: ('val', EncodedRows())}
-    for batch, result in _begun(encoder, batches(plan.rows(TRAIN, VAL))):
+    for batch, result in _begun(encoder, batches(_drawn(plan, report.account))):
         uses = {id(row): use for use, row in batch}
         for row, ids in encode_batch(encoder, [row for _, row in batch], report, result):
             files[uses[id(row)]][1].append(ids, row.origin)
+            report.account.add(row, ids)
         for name, rows in files.values():
             rows.spill(folder, name)
     if not (folder / 'train.ids').stat().st_size:
@@ -168,7 +191,9 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
         folder = kept(name, lambda aside: encode_to_files(encoder, plan, aside))
     train, val = EncodedRows.map(folder, 'train'), EncodedRows.map(folder, 'val')
     stored = json.loads((folder / _REPORT).read_text(encoding='utf-8'))
-    report = EncodingReport(left_out=Tally(**stored['left_out']), noted=Tally(**stored['noted']))
+    report = EncodingReport(
+        left_out=Tally(**stored['left_out']), noted=Tally(**stored['noted']), account=Account(**stored['account'])
+    )
     report.left_out.merge(plan.left_out)
     return train, val, report
 
@@ -205,6 +230,8 @@ def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) 
     """Log what the data is and what happened to it."""
     for name, numbers in statistics.items():
         logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
+    for line in report.account.lines():
+        logger.info(line)
     for line in report.lines():
         logger.warning(line)
     if CUT_REPLY in report.noted.counts or CUT_PROMPT in report.noted.counts:

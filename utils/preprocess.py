@@ -176,6 +176,8 @@ class Encoded:
     earlier: list[tuple[int, int]] = field(default_factory=list)
     # The text that was tokenised, cut where loss begins and ends: context, trained, context, trained, ...
     pieces: tuple[str, ...] = ()
+    # How many characters of that text were lost at its front.
+    cut: int = 0
 
     def as_item(self) -> dict[str, Any]:
         """Return the row as a data set gives it; `earlier` and `images` only where it has any."""

@@ -90,7 +90,20 @@ def _data(run: RunFiles) -> list[Markup]:
         table(['rows', 'what happened', 'why'], changed)
         if changed
         else Markup('<p>No row was left out or altered.</p>'),
+        *_account(data.get('account', {})),
     ]
+
+
+def _account(account: dict[str, Any]) -> list[Markup]:
+    """Return what became of every character of the rows."""
+    fields = account.get('fields', {})
+    if not fields:
+        return []
+    buckets = list(dict.fromkeys(bucket for counts in fields.values() for bucket in counts))
+    rows = [[label, *(counts.get(bucket, 0) for bucket in buckets)] for label, counts in fields.items()]
+    unused = [[name, count] for name, count in account.get('unused', {}).items()]
+    tables = [table(['characters of', *buckets], rows)]
+    return [*tables, table(['not used', 'rows'], unused)] if unused else tables
 
 
 def _tiles(run: RunFiles) -> Markup:

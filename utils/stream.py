@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from utils import dist
+from utils.account import LEFT_OUT, Account
 from utils.argument import SftArguments
 from utils.convert import BadRow
 from utils.encoder import Encoder
@@ -63,19 +64,22 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources]
         self.encoder, self.seed = encoder, seed
         self.unread, self.row_noted = Announced(), Announced()
+        # Every process reads all rows, so that this is the same in each.
+        self.unread_text = Account()
         self.report = EncodingReport(left_out=Announced(), noted=Tally())
         self.rows_read = 0
         # The rows of the last steps, to be named when something is wrong with one.
         self._recent: dict[int, tuple[dict[str, Any], str]] = {}
         self._given = 0
 
-    def _rows(self, unread: Tally, noted: Tally) -> Iterator[Row]:
+    def _rows(self, unread: Tally, noted: Tally, account: Account) -> Iterator[Row]:
         """Yield the rows of one pass, the data sets taking turns."""
 
         def of(part: Part, held_out: int) -> Iterator[Row]:
-            for place, _, row in part.read(hashlib.sha256()):
+            for place, raw, row in part.read(hashlib.sha256()):
                 if isinstance(row, BadRow):
                     unread.add(str(row), place)
+                    account.skip(raw, LEFT_OUT)
                     continue
                 for note in row_notes(row):
                     noted.add(note, place)
@@ -97,10 +101,12 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         index = 0
         for number in itertools.count():
             unread, noted = (self.unread, self.row_noted) if number == 0 else (Tally(), Tally())
+            account = self.unread_text if number == 0 else Account()
             report = self.report if number == 0 else EncodingReport()
             before = index
             mine: list[Row] = []
-            for row in shuffled(self._rows(unread, noted), SHUFFLE_ROWS, random.Random(f'{self.seed}/{number}')):
+            rows = self._rows(unread, noted, account)
+            for row in shuffled(rows, SHUFFLE_ROWS, random.Random(f'{self.seed}/{number}')):
                 if index % dist.world_size() == dist.rank():
                     mine.append(row)
                 index += 1
@@ -116,6 +122,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 
     def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
         for source, row in encode_batch(self.encoder, rows, report):
+            report.account.add(source, row)
             item = {**row.as_item(), 'row': self._given}
             self._recent[self._given] = (item, source.origin)
             self._recent.pop(self._given - _REMEMBERED_ROWS, None)
@@ -132,7 +139,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 
     def first(self, count: int) -> list[dict[str, Any]]:
         """Return the first rows of the stream, not shuffled, which counts nothing."""
-        rows = itertools.islice(self._rows(Tally(), Tally()), count)
+        rows = itertools.islice(self._rows(Tally(), Tally(), Account()), count)
         return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), EncodingReport())]
 
     def lengths(self) -> list[int]:
@@ -149,8 +156,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         for other in dist.from_all(self.report)[1:]:
             self.report.left_out.merge(other.left_out)
             self.report.noted.merge(other.noted)
+            self.report.account.merge(other.account)
         self.report.left_out.merge(self.unread)
         self.report.noted.merge(self.row_noted)
+        self.report.account.merge(self.unread_text)
         log_report(self.report, {})
         return {'train': {'rows_read': self.rows_read}, **self.report.counts()}
 

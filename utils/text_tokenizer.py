@@ -172,15 +172,19 @@ class TextTokenizer:
             backend.normalizer = self._backend.normalizer
         if self._backend.pre_tokenizer is not None:
             backend.pre_tokenizer = self._backend.pre_tokenizer
-        tokens = dict(sorted(self.tokenizer.added_tokens_decoder.items()))
-        for index, token in tokens.items():
+        tokens = self.tokenizer.added_tokens_decoder
+        controls, others = [], []
+        for token in tokens.values():
             options = {name: getattr(token, name) for name in ('lstrip', 'rstrip', 'single_word', 'normalized')}
-            if token.content in self.control_ids:
-                backend.add_special_tokens([AddedToken(token.content, special=True, **options)])
-                number = self._number[token.content]
-                backend.add_tokens([AddedToken(self._alias(number), special=False, **{**options, 'normalized': False})])
-            else:
-                backend.add_tokens([AddedToken(token.content, special=token.special, **options)])
+            if token.content not in self.control_ids:
+                others.append(AddedToken(token.content, special=token.special, **options))
+                continue
+            controls.append(AddedToken(token.content, special=True, **options))
+            options['normalized'] = False
+            others.append(AddedToken(self._alias(self._number[token.content]), special=False, **options))
+        # Their ids are others than the tokenizer's own, and are put back below.
+        backend.add_special_tokens(controls)
+        backend.add_tokens(others)
         backend.encode_special_tokens = True
         real_ids = {backend.token_to_id(token.content): index for index, token in tokens.items()}
         for spelling, index in self.control_ids.items():

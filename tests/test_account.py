@@ -1,0 +1,239 @@
+"""The account of every character: exact on made-up rows, complete on random ones, and not blind to a dropped field."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.conftest import make_tokenizer
+from utils.account import Account, leaves
+from utils.auto_encoder import make_encoder
+from utils.convert import find_converter
+from utils.encoder import Encoder
+from utils.encoding import EncodingReport, encode_rows
+from utils.preprocess import Row
+
+FULL = (
+    '{% if tools %}{{ "<|im_start|>tools\n" + (tools | tojson) + "<|im_end|>\n" }}{% endif %}'
+    '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" }}'
+    '{% if m.name %}{{ "[name " + m.name + "]" }}{% endif %}'
+    '{% if m.tool_call_id %}{{ "[to " + m.tool_call_id + "]" }}{% endif %}'
+    '{% if m.reasoning_content %}{{ "<think>" + m.reasoning_content + "</think>" }}{% endif %}'
+    '{{ m.content }}'
+    '{% for c in m.tool_calls or [] %}{{ "<call>" + (c.id or "") + (c.function | tojson) }}{% endfor %}'
+    '{{ "<|im_end|>\n" }}{% endfor %}{% if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}'
+)
+
+
+def encoder(template_type: str = 'auto', max_length: int = -1) -> Encoder:
+    return make_encoder(
+        make_tokenizer(chat_template=FULL), template_type=template_type, system=None, system_typed=False,
+        max_length=max_length,
+    )  # fmt: skip
+
+
+ENCODER = encoder()
+
+
+def account_of(raw: dict[str, Any], *, by: Encoder = ENCODER, change: Callable[[Row], None] | None = None) -> Account:
+    converter = find_converter(raw)
+    assert converter is not None
+    row = converter(raw)
+    if change:
+        change(row)
+    row.origin = 'row 1'
+    report = EncodingReport()
+    encode_rows(by, [row], report)
+    return report.account
+
+
+def total(account: Account) -> int:
+    return sum(count for counts in account.fields.values() for count in counts.values())
+
+
+TOOL = {'name': 'lookupword', 'description': 'describesit', 'parameters': {'type': 'object', 'properties': {}}}
+CHAT: dict[str, Any] = {
+    'system': 'besystematic',
+    'tools': [TOOL],
+    'messages': [
+        {'role': 'user', 'name': 'charlotte', 'content': 'questioning'},
+        {
+            'role': 'assistant', 'content': 'besidethecall', 'reasoning': 'firstreasons',
+            'tool_calls': [
+                {'id': 'callnumber1', 'function': {'name': 'lookupword', 'arguments': '{"q": "wanted\\nword"}'}},
+            ],
+        },
+        {'role': 'tool', 'tool_call_id': 'callnumber1', 'content': 'toolresult'},
+        {'role': 'assistant', 'content': 'finalanswer', 'reasoning_content': 'lastreasons'},
+    ],
+}  # fmt: skip
+
+
+def test_a_chat_with_everything_is_used_to_the_last_character() -> None:
+    account = account_of(CHAT)
+    assert account.unused == {}
+    assert account.fields['reply text'] == {'context': 13, 'trained': 11}
+    assert account.fields['reasoning'] == {'context': 12, 'trained': 11}
+    assert account.fields['user text'] == {'context': 11} and account.fields['system text'] == {'context': 12}
+    assert account.fields['tool calls'] == {'context': 10 + 11 + 11}, 'name, argument, id'
+    assert account.fields['message key `name`'] == {'context': 9}
+    assert account.fields['message key `tool_call_id`'] == {'context': 11}
+    assert account.fields['tools'] == {'context': 21, 'structure': 6}
+
+
+def drop(key: str) -> Callable[[Row], None]:
+    def change(row: Row) -> None:
+        for message in row.messages:
+            message.pop(key, None)  # type: ignore[misc]
+
+    return change
+
+
+def no_text_beside(row: Row) -> None:
+    for message in row.messages:
+        if 'tool_calls' in message:
+            message['content'] = ''
+
+
+def no_description(row: Row) -> None:
+    row.tools = [{'type': 'function', 'function': {**TOOL, 'description': ''}}]
+
+
+def no_system(row: Row) -> None:
+    row.messages = row.messages[1:]
+
+
+@pytest.mark.parametrize(
+    ('change', 'missed'),
+    [
+        (drop('name'), {'message key `name`'}),
+        (drop('reasoning'), {'message key `reasoning`', 'message key `reasoning_content`'}),
+        (drop('tool_call_id'), {'message key `tool_call_id`'}),
+        (drop('tool_calls'), {'tool calls', 'tool call key `id`'}),
+        (no_text_beside, {'reply text'}),
+        (no_description, {'tools'}),
+        (no_system, {'system text'}),
+    ],
+)
+def test_a_field_that_conversion_drops_is_named(change: Callable[[Row], None], missed: set[str]) -> None:
+    chat = json.loads(json.dumps(CHAT))
+    if 'tool call key `id`' in missed:
+        chat['messages'][2].pop('tool_call_id')
+        chat['tools'] = None
+    account = account_of(chat, change=change)
+    assert set(account.unused) == missed
+    assert total(account) == sum(len(leaf.text) for leaf in leaves(chat))
+
+
+def test_a_cut_row_says_what_it_lost() -> None:
+    by = encoder(max_length=12)
+    account = account_of({'query': 'questioning ' * 20, 'response': 'finalanswer'}, by=by)
+    assert account.fields['user text']['cut'] > 200 and account.fields['reply text'].get('trained', 0) > 0
+    assert total(account) == 12 * 20 + 11
+
+
+def test_a_template_of_text_is_accounted_for_too() -> None:
+    raw = {'query': 'questioning', 'response': ' finalanswer', 'history': [['before', 'earlier']], 'system': 'besystem'}
+    account = account_of({**raw, 'system_prompt': 'ignored'}, by=encoder('chatml'))
+    assert account.fields == {
+        'system text': {'context': 8},
+        'user text': {'context': 17},
+        'reply text': {'context': 7, 'trained': 12},
+        'column `system_prompt`': {'not used': 7},
+    }
+    assert account.unused == {'column `system_prompt`': 1}
+    assert account.lines()[1] == 'not used: column `system_prompt` in 1 rows'
+
+
+def test_accounts_are_merged_and_rows_left_out_are_counted() -> None:
+    account = account_of(CHAT)
+    other = Account(**json.loads(json.dumps(account.record())))
+    other.skip(CHAT, 'not drawn')
+    size = total(account)
+    account.merge(other)
+    assert total(account) == 3 * size
+    assert account.fields['user text'] == {'context': 22, 'not drawn': 11}
+
+
+def random_row(rng: random.Random) -> tuple[dict[str, Any], set[str], dict[str, str]]:
+    """Return a row of some shape, the names of its extra keys, and its texts with their buckets."""
+    texts: dict[str, str] = {}
+    extra: set[str] = set()
+
+    def word(bucket: str) -> str:
+        made = ''.join(rng.choices('abcdefghijklmnopqrstuvwxyz', k=rng.randrange(8, 14)))
+        texts[made] = bucket
+        return made
+
+    def turn(role: str, bucket: str, keys: tuple[str, str]) -> dict[str, Any]:
+        made = {keys[0]: role, keys[1]: word(bucket)}
+        if role == 'user' and rng.random() < 0.3:
+            made['name'] = word('context')
+        if role == 'assistant' and rng.random() < 0.3:
+            made[rng.choice(['reasoning', 'thinking', 'reasoning_content'])] = word(bucket)
+        if rng.random() < 0.2:
+            made['extrakey'] = word('not used')
+            extra.add('message key `extrakey`')
+        return made
+
+    shape = rng.choice(['query', 'instruction', 'messages', 'conversations'])
+    row: dict[str, Any] = {}
+    if shape in ('query', 'instruction'):
+        names = ('query', 'response') if shape == 'query' else ('instruction', 'output')
+        row = {names[0]: word('context'), names[1]: word('trained')}
+        if shape == 'instruction' and rng.random() < 0.5:
+            row['input'] = word('context')
+        row['history'] = [[word('context'), word('context')] for _ in range(rng.randrange(3))]
+    else:
+        keys = ('role', 'content') if shape == 'messages' else ('from', 'value')
+        count = rng.randrange(1, 4)
+        turns = []
+        for number in range(count):
+            bucket = 'trained' if number == count - 1 else 'context'
+            turns += [turn('user', 'context', keys), turn('assistant', bucket, keys)]
+        row[shape] = json.dumps(turns) if rng.random() < 0.2 else turns
+    if rng.random() < 0.3:
+        row['system'] = word('context')
+    if rng.random() < 0.3:
+        row['tools'] = [{'name': word('context'), 'description': word('context')}]
+    if rng.random() < 0.3:
+        row['extracolumn'] = [{'nested': word('not used')}]
+        extra.add('column `extracolumn`')
+    return row, extra, texts
+
+
+def test_random_rows_are_accounted_for_in_full() -> None:
+    rng = random.Random(0)
+    seen: set[str] = set()
+    for _ in range(2000):
+        raw, extra, texts = random_row(rng)
+        converter = find_converter(raw)
+        assert converter is not None
+        row = converter(raw)
+        row.origin = 'row 1'
+        ids = ENCODER.encode([row])[0]
+        account = Account()
+        account.add(row, ids)
+        assert set(account.unused) == extra, raw
+        assert total(account) == sum(len(leaf.text) for leaf in leaves(raw))
+        start, end = ids.trained
+        shown = {
+            'trained': ENCODER.tokenizer.decode(ids.input_ids[start:end]),
+            'context': ENCODER.tokenizer.decode(ids.input_ids[:start]),
+        }
+        expected = dict.fromkeys(texts.values(), 0)
+        for text, bucket in texts.items():
+            assert bucket == 'not used' or text in shown[bucket], raw
+            expected[bucket] += len(text)
+        counted: dict[str, int] = {}
+        for counts in account.fields.values():
+            for bucket, count in counts.items():
+                counted[bucket] = counted.get(bucket, 0) + count
+        counted.pop('structure', None)
+        assert counted == expected, raw
+        seen |= set(counted)
+    assert seen == {'trained', 'context', 'not used'}
