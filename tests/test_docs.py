@@ -25,7 +25,13 @@ def test_file_tree_names_what_is_there() -> None:
     for name in docs.READMES:
         tree = (ROOT / name).read_text(encoding='utf-8').split('```\nllm_sft.py')[1].split('```')[0]
         named = set(re.findall(r'[\w.-]+(?:\.py|\.txt)|\b\w+(?=/)', 'llm_sft.py' + tree))
-        missing = {n for n in there if n not in named} - {'LICENSE', 'README.md', 'README_CN.md', 'pyproject.toml'}
+        missing = {n for n in there if n not in named} - {
+            'LICENSE',
+            'CHANGELOG.md',
+            'README.md',
+            'README_CN.md',
+            'pyproject.toml',
+        }
         assert not missing, f'{name} does not name {missing}'
         assert not {n for n in named if n.endswith(('.py', '.txt'))} - {p.name for p in ROOT.rglob('*.py')} - there
 
