@@ -229,18 +229,6 @@ def test_the_run_itself_reuses_it(run_sft: Callable[..., Path], caplog: pytest.L
     assert cache.cache_dir().joinpath(entries()[0], 'report.json').is_file()
 
 
-def test_what_the_encoder_learns_from_the_rows_is_kept_with_them(tmp_path: Path) -> None:
-    opened = make_tokenizer(chat_template=CHATML.replace("assistant\n'", "assistant\n<think>\n'"))
-    reasoned = [{'query': f'q{i}', 'response': '<think>\nhm\n</think>\n\nyes'} for i in range(9)]
-    for rows, keeps in ((ROWS, True), (reasoned, False)):
-        plan = plan_rows([str(write_jsonl(tmp_path / 'a.jsonl', rows))])
-        for _ in range(2):
-            encoder = make_encoder(opened, template_type='auto', system='', system_typed=False, max_length=-1)
-            prepare_data(encoder, plan, tmp_path)
-            assert encoder.keeps_lead is keeps
-    assert len(entries()) == 2
-
-
 def test_images_and_origins_are_mapped_as_they_were_held(tmp_path: Path) -> None:
     held, spilled = EncodedRows(), EncodedRows()
     for number in range(7):

@@ -171,7 +171,7 @@ def test_the_table_has_a_row_for_every_script_and_reads_it_as_bash_does(
     for script, found in started['plain'].items():
         model, path, hardware, batch, memory = rows[script.relative_to(ROOT / 'scripts').as_posix()]
         said, args = read_script(script), resolved(found.flags)[1].args
-        assert [*said.words, '--seed', '7'] == found.flags, script
+        assert [*said.words, '--', '--seed', '7'] == found.flags, script
         assert said.machine.processes == found.processes and said.machine.gpu == bool(found.gpus), script
         assert said.machine.devices == max(1, len(found.gpus) // found.processes), script
         assert model == args.model_type and hardware in script.read_text(encoding='utf-8'), path

@@ -58,8 +58,8 @@ LAYERS: list[list[str]] = [
     ['model', 'dataset_rows', 'dataset', 'sources', 'reading'],
     ['argument', 'parser', 'resolution', 'limits', 'scale', 'resolve', 'lock', 'machine_check'],
     [
-        'row_plan',
         'run_dir',
+        'row_plan',
         'proofs',
         'mask_gate',
         'encoded_rows',
