@@ -262,3 +262,20 @@ def test_a_hub_that_cannot_be_reached_is_one_error(
     assert len(problems()) == 1 and 'modelscope cannot be reached' in problems()[0]
     assert 'dataset DAMO_NLP/jd is not in the cache (looked in ' in problems()[0]
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('hub_name', HUBS)
+def test_data_is_checked_with_the_tokenizer_of_a_hub_and_without_its_weights(
+    hub_name: HubName, loopback: LoopbackHub, tmp_path: Path, data_file: Path, model_dir: Path
+) -> None:
+    import llm_sft
+
+    ids = {'modelscope': 'modelscope/Llama-2-7b-ms', 'huggingface': 'meta-llama/Llama-2-7b-hf'}
+    loopback.add('model', ids[hub_name], {p.name: p.read_bytes() for p in model_dir.iterdir()})
+    words = ['--model_type', 'llama2-7b', '--hub', hub_name, '--template_type', 'default', '--dataset', str(data_file)]
+    code = llm_sft.main([*words, '--output_dir', str(tmp_path / 'out'), '--check_dataset', 'true'])
+    report = json.loads(next((tmp_path / 'out').glob('*/dataset_report.json')).read_text())
+    assert code == (0 if report['clean'] else 1) and report['rows']['kept'] > 0
+    fetched = loopback.fetched()
+    assert any('tokenizer.json' in request for request in fetched)
+    assert not any('.safetensors' in request for request in fetched)

@@ -9,7 +9,7 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -261,8 +261,7 @@ def check_dataset(done: Resolution[SftArguments]) -> int:
     """
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
-    no_weights = replace(info, ignore_file_pattern=(*info.ignore_file_pattern, *_WEIGHTS))
-    weights = locate(no_weights, revision=args.model_revision, hub_name=args.hub)
+    weights = locate(info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
     encoder = make_encoder(
         load_tokenizer(folder, model_type=args.model_type),

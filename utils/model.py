@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -757,7 +758,10 @@ class Weights:
 
 def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
     """Return where a model may lie: its entry's id on each hub; an id that no entry has, on the chosen hub alone."""
-    own = any(info is entry for entry in MODEL_MAPPING.values())
+    own = any(
+        (info.model_id_or_path, info.hf_model_id) == (entry.model_id_or_path, entry.hf_model_id)
+        for entry in MODEL_MAPPING.values()
+    )
     ids: dict[HubName, Sequence[str]] = {hub_name: (info.model_id_or_path,)}
     if own:
         ids = {'modelscope': (info.model_id_or_path,), 'huggingface': (info.hf_model_id,) if info.hf_model_id else ()}
@@ -771,8 +775,11 @@ def find_on_hub(info: ModelInfo, *, revision: str, hub_name: HubName) -> tuple[h
     return snapshot, [name for name in snapshot.files if not any(p.match(name) for p in ignored)]
 
 
-def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope') -> Weights:
-    """Return the weights that serve, downloaded where needed; a GGUF file stays a file until it is opened."""
+def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', skip: Sequence[str] = ()) -> Weights:
+    """Return the weights that serve, downloaded where needed; a GGUF file stays a file until it is opened.
+
+    Files whose names match one of the globs `skip` are not fetched.
+    """
     local = Path(info.model_id_or_path)
     if info.embedded and (packaged := find_packaged_file(*info.embedded)):
         reason = f'the package {info.embedded[0]} holds it (4-bit GGUF, another base than the hub has)'
@@ -780,7 +787,7 @@ def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope') 
     if local.is_dir():
         return Weights(path=local, reason='it is a local directory', fingerprint=fingerprint(local))
     snapshot, names = find_on_hub(info, revision=revision, hub_name=hub_name)
-    path = snapshot.fetch(names)
+    path = snapshot.fetch([name for name in names if not any(fnmatchcase(name, glob) for glob in skip)])
     reason = f'{snapshot.repo} {"holds them" if snapshot.online else "is in the cache"}'
     return Weights(path=path, reason=reason, fingerprint=fingerprint(path), served=str(snapshot.repo))
 
