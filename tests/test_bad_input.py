@@ -293,3 +293,21 @@ def test_ctrl_c_finishes_the_step_and_names_the_checkpoint(model_dir: Path, data
     assert last is not None and damage(last) is None
     assert f'stopped by SIGINT after step {last.name.split("-")[1]} of 100000; {last} is complete.' in stderr
     assert f'--resume_from_checkpoint {last}' in stderr
+
+
+@pytest.mark.parametrize('program', ['llm_sft.py', 'llm_infer.py'])
+def test_a_missing_library_is_one_line_with_the_interpreter(
+    program: str, model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    words = ['--model_id_or_path', str(model_dir), '--dataset', str(data_file)]
+    if program == 'llm_sft.py':
+        words = small_flags(model_dir, data_file, tmp_path / 'out')
+    # -S: the standard library alone, as with an interpreter of an environment that is not activated.
+    done = subprocess.run(
+        [sys.executable, '-S', str(ROOT / program), *words], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2, done.stderr
+    assert 'Traceback' not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert f'not installed for {sys.executable}. To fix it, ' in last
+    assert f'{sys.executable} -m pip install -r requirements.txt' in last

@@ -62,7 +62,8 @@ def run_scripts(folder: Path, scripts: list[Path], words: str, **env: str) -> di
     path = f'{folder}:{os.environ["PATH"]}'
     subprocess.run(
         ['bash', '-c', DRIVER, 'bash', *map(str, scripts)],
-        cwd=folder, env={**own, 'PATH': path, 'RECORDS': str(records), 'WORDS': words, **env}, check=True,
+        # An environment that is active, so that the stand-ins come first.
+        cwd=folder, env={**own, 'VIRTUAL_ENV': str(folder), 'PATH': path, 'RECORDS': str(records), 'WORDS': words, **env}, check=True,
     )  # fmt: skip
     assert not (records / 'failed').exists(), (records / 'failed').read_text()
     found = {}
@@ -95,6 +96,7 @@ def test_every_script_has_a_header_and_passes_its_words_on() -> None:
     for script in SFT + INFER:
         lines = script.read_text().splitlines()
         assert lines[0] == '#!/usr/bin/env bash' and lines[1].startswith('# ') and lines[1].endswith('.'), script
+        assert 'source scripts/env.sh' in lines, script
         assert 'set -euo pipefail' in lines and 'token' not in script.read_text().lower(), script
         assert lines[-1].endswith('-- "$@"' if script.name == 'sft.sh' else '"${@:2}"'), script
 
@@ -238,3 +240,19 @@ def test_arguments_golden_list() -> None:
     }
     assert found == golden
     assert (len(found['SftArguments']), len(found['InferArguments'])) == (79, 37)
+
+
+@pytest.mark.parametrize('active', ['', 'VIRTUAL_ENV', 'CONDA_PREFIX'])
+def test_scripts_use_the_environment_of_the_checkout_where_no_other_is_active(active: str, tmp_path: Path) -> None:
+    own, other = tmp_path / '.venv' / 'bin', tmp_path / 'other'
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / 'python').write_text(f'#!/bin/sh\necho {folder}\n')
+        (folder / 'python').chmod(0o755)
+    plain = {k: v for k, v in os.environ.items() if k not in ('VIRTUAL_ENV', 'CONDA_PREFIX')}
+    env = {**plain, 'PATH': f'{other}:{os.environ["PATH"]}', **({active: 'x'} if active else {})}
+    found = subprocess.run(
+        ['bash', '-c', f'set -euo pipefail; source {ROOT}/scripts/env.sh; python'],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == str(other if active else own)

@@ -69,6 +69,13 @@ def run_program(story: Callable[[], int | None]) -> int:
         for problem in error.problems:
             logger.error(problem)
         return _leave(2, '\n'.join(error.problems))
+    except ModuleNotFoundError as error:
+        library = (error.name or '').partition('.')[0]
+        if library in ('', 'utils'):
+            raise
+        problem = _missing_library(library)
+        logger.error(problem)
+        return _leave(2, problem)
     except UnpicklingError:  # whose text says how to run it all the same
         problem = (
             'a file of the model or of the checkpoint that is resumed is damaged, or holds more than tensors. '
@@ -91,6 +98,15 @@ def run_program(story: Callable[[], int | None]) -> int:
 
         torch.distributed.destroy_process_group()
     return code
+
+
+def _missing_library(library: str) -> str:
+    """Return which interpreter lacks a library, and the command that helps."""
+    own = Path(__file__).parent.parent / '.venv' / 'bin' / 'python'
+    remedy = f'{sys.executable} -m pip install -r requirements.txt'
+    if own.is_file() and Path(sys.prefix).resolve() != own.parent.parent.resolve():
+        remedy = f'use {own}, or: {remedy}'
+    return f'{library}: not installed for {sys.executable}. To fix it, {remedy}'
 
 
 def _report(error: Exception) -> int:

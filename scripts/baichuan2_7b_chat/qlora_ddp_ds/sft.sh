@@ -2,6 +2,7 @@
 # QLoRA, 2 processes, a GPU each, DeepSpeed ZeRO-2. Measured in 2023: 2 x A10, 12 GB each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+source scripts/env.sh
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1}
 source scripts/launch.sh
 processes=${NPROC_PER_NODE:-2}

@@ -2,6 +2,7 @@
 # LoRA, one GPU. Not measured by this project; meant for 1 x 24 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+source scripts/env.sh
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 
 python llm_sft.py \

@@ -2,6 +2,7 @@
 # All weights, 4 processes, a GPU each, FSDP2. Not measured by this project; meant for 4 x 80 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+source scripts/env.sh
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1,2,3}
 source scripts/launch.sh
 processes=${NPROC_PER_NODE:-4}

@@ -2,6 +2,7 @@
 # LoRA, 2 processes, a GPU each, DeepSpeed ZeRO-2. Not measured by this project; meant for 2 x 24 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+source scripts/env.sh
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1}
 source scripts/launch.sh
 processes=${NPROC_PER_NODE:-2}

@@ -2,6 +2,7 @@
 # All weights on one process, held in fp32. Runs on a CPU: 2 cores, about 5 GiB of memory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+source scripts/env.sh
 
 python llm_sft.py \
     --model_type smollm2-135m-instruct \

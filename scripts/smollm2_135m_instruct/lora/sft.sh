@@ -2,6 +2,7 @@
 # LoRA on one process. Runs on a CPU: 2 cores, about 2 GiB of memory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+source scripts/env.sh
 
 python llm_sft.py \
     --model_type smollm2-135m-instruct \

@@ -2,6 +2,7 @@
 # QLoRA, one GPU. Measured in 2023: 3090, 12 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+source scripts/env.sh
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 
 python llm_sft.py \
