@@ -633,7 +633,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, str], str]] = {
     'usage: infer.sh CHECKPOINT [FLAGS]': (f'bash {SFT_ON_TWO.with_name("infer.sh")}', {}, ''),
     'the number of this machine, 0 on the first': (f'bash {SFT_ON_TWO}', {'NNODES': '2'}, ''),
     'the address of machine 0': (f'bash {SFT_ON_TWO}', {'NNODES': '2', 'NODE_RANK': '0'}, ''),
-    'Python 3.10 or newer is needed, found: ': (
+    'Python 3.11 to 3.13 is needed, found: ': (
         f'source {ROOT}/scripts/venv.sh; make_venv a b', {}, 'echo Python 3.9.1; [[ $1 == --version ]]',
     ),
     'python3 cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv': (

@@ -110,7 +110,13 @@ def test_what_is_left_out_is_counted_once_and_said_while_running(
     assert f'10 rows so far: null response ({tmp_path}/a.jsonl:38)' in caplog.text
     names(feed, 100)
     summary = streamed.summary()
+    account = summary.pop('account')
     assert summary == {'train': {'rows_read': 60}, 'left_out': {'null response': 20}, 'noted': {}}
+    # q1, q5, q9 and 17 questions of three characters belong to the rows without a response.
+    left_out = 3 * 2 + 17 * 3
+    kept = 7 * 2 + 53 * 3
+    assert account['fields'] == {'reply text': {'trained': 60}, 'user text': {'context': kept, 'left out': left_out}}
+    assert account['unused'] == {}
     assert '20 rows left out: null response' in caplog.text
 
 
