@@ -182,3 +182,31 @@ def test_a_run_trains_every_reply_and_inference_takes_the_scope_from_the_run(
     assert shares == [row.trained[1] - row.trained[0], sum(e - s for s, e in (*row.earlier, row.trained))]
     assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-2'), '--max_new_tokens', '2']) == 0
     assert json.loads((run / 'sft_args.json').read_text())['loss_scope'] == 'all_rounds'
+
+
+# As GLM-4.7's and Qwen3.5's: the generation prompt opens a think block, which the last reply closes and earlier ones lack.
+OPENING = (
+    '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" }}'
+    '{% if m.role == "assistant" and loop.last %}{{ "</think>" }}{% endif %}{{ m.content }}'
+    '{% for c in m.tool_calls or [] %}{{ "<call>" + (c.function | tojson) }}{% endfor %}{{ "<|im_end|>\n" }}{% endfor %}'
+    '{% if add_generation_prompt %}{{ "<|im_start|>assistant\n<think>" }}{% endif %}'
+)
+
+
+def test_tags_that_begin_alike_are_never_cut_in_two() -> None:
+    """<think> of the generation prompt and </think> of the whole chat share their first character."""
+    tokenizer = make_tokenizer(chat_template=OPENING)
+    tokenizer.add_tokens(['<think>', '</think>'])
+    row = encoder(AUTO, tokenizer).encode([chat('hi', 'yo', 'who?', 'me')])[0]
+    assert spans(row, tokenizer) == ['yo<|im_end|>', '</think>me<|im_end|>']
+    assert tokenizer.decode(row.input_ids[: row.trained[0]]).endswith('<|im_start|>assistant\n<think>')
+
+
+def test_an_earlier_call_is_trained_whole_where_its_turn_lacks_the_think_block_of_the_prompt() -> None:
+    tokenizer = make_tokenizer(chat_template=OPENING)
+    tokenizer.add_tokens(['<think>', '</think>'])
+    row = chat('a', '', 'x', 'b')
+    row.messages[1]['tool_calls'] = [{'type': 'function', 'function': {'name': 'f', 'arguments': {'at': 'it'}}}]
+    row.messages[2]['role'] = 'tool'
+    found = spans(encoder(AUTO, tokenizer).encode([row])[0], tokenizer)
+    assert found == ['<call>{"name": "f", "arguments": {"at": "it"}}<|im_end|>', '</think>b<|im_end|>']

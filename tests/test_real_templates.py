@@ -128,7 +128,7 @@ KNOWN = {
     'deepseekv3': {'ids: ends in a call with reasoning'},
     'diffusion_gemma': {
         'trained: call, result, answer', 'trained: parallel calls', 'trained: arguments as text',
-        'trained: empty tool result', 'trained: text beside a call',
+        'trained: empty tool result', 'trained: text beside a call', 'ids: text beside a call',
     },
 }  # fmt: skip
 

@@ -63,7 +63,8 @@ def run_scripts(folder: Path, scripts: list[Path], words: str, **env: str) -> di
     subprocess.run(
         ['bash', '-c', DRIVER, 'bash', *map(str, scripts)],
         # An environment that is active, so that the stand-ins come first.
-        cwd=folder, env={**own, 'VIRTUAL_ENV': str(folder), 'PATH': path, 'RECORDS': str(records), 'WORDS': words, **env}, check=True,
+        cwd=folder, check=True,
+        env={**own, 'VIRTUAL_ENV': str(folder), 'PATH': path, 'RECORDS': str(records), 'WORDS': words, **env},
     )  # fmt: skip
     assert not (records / 'failed').exists(), (records / 'failed').read_text()
     found = {}

@@ -22,6 +22,7 @@ from utils.native.image_readers import Images
 from utils.preprocess import (
     ADDED_END,
     AUTO,
+    CLOSED_THINKING,
     CONTROL_TOKENS,
     EARLIER_CHANGED,
     EARLIER_MERGED,
@@ -43,19 +44,33 @@ from utils.preprocess import (
 )
 from utils.text_tokenizer import map_strings
 
-_OPEN_THINK = re.compile(r'<((?:\w+:)?think)>\s*$')
-_BEGINS_CLOSING = re.compile(r'\s*</(?:\w+:)?think>')
-_BEGINS_THINKING = re.compile(r'\s*<((?:\w+:)?think)>\s*')
-_EMPTY_BLOCK = re.compile(r'\s*<((?:\w+:)?think)>\s*</\1>')
+# Tags around reasoning, as released templates have them.
+_OPEN = r'<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|\[THINK\]'
+_CLOSE = r'</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|\[/THINK\]'
+_OPEN_THINK = re.compile(rf'({_OPEN})\s*$')
+_CLOSED_THINK = re.compile(rf'(?:{_CLOSE})\s*$')
+_BEGINS_CLOSING = re.compile(rf'\s*(?:{_CLOSE})')
+_BEGINS_THINKING = re.compile(rf'\s*({_OPEN})\s*')
+_EMPTY_BLOCK = re.compile(rf'\s*(?:{_OPEN})\s*(?:{_CLOSE})')
 # A reply whose think block the prompt opened: the closing tag stands at the end of its line, or alone.
-_CLOSES_LINE = re.compile(r'</(?:\w+:)?think>[ \t]*(?:\n|$)|\n</(?:\w+:)?think>')
-_ANY_THINK_TAG = re.compile(r'</?(?:\w+:)?think>')
-_THINK_SOURCE = re.compile(r'<((?:\w+:)?think)>')
+_CLOSES_LINE = re.compile(rf'(?:{_CLOSE})[ \t]*(?:\n|$)|\n(?:{_CLOSE})')
+_ANY_THINK_TAG = re.compile(f'{_OPEN}|{_CLOSE}')
+_THINK_SOURCE = re.compile(_OPEN)
 # Keys under which templates look for the reasoning of a turn.
 _REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 # Variables with which templates let a model think.
-_SWITCHES = {'enable_thinking': True, 'thinking': True, 'reasoning': True, 'think': True}
+_SWITCHES: tuple[tuple[str, Any], ...] = (
+    ('enable_thinking', True),
+    ('thinking', True),
+    ('reasoning', True),
+    ('think', True),
+    ('thinking_mode', 'thinking'),
+    ('thinking_mode', 'on'),
+    ('reasoning_effort', 'high'),
+)
 
+# No added token that a template prints is longer.
+_LONGEST_TAG = 64
 # Ends of prompts whose ids are remembered; templates have few, but one may end in the question itself.
 _TAILS_KEPT = 4096
 _NOTHING: Mapping[str, Any] = {}
@@ -221,7 +236,7 @@ class AutoEncoder(Encoder):
             )
         self.text.add_printed(prompt + text)
         start = text.rindex(reply)
-        common = len(_shared(prompt, text[:start]))
+        common = self._common_length(prompt, text[:start])
         return _Frame(
             lead=text[common:start],
             end=text[start + len(reply) :],
@@ -266,7 +281,7 @@ class AutoEncoder(Encoder):
             return text[text.rfind(mark) + len(mark) :] if mark in text else ''
 
         plain = generation_prompt(_NOTHING)
-        for name, value in _SWITCHES.items():
+        for name, value in _SWITCHES:
             text = generation_prompt({name: value}) if name in self._source else plain
             if text and text != plain and (plain.startswith(text) or _OPEN_THINK.search(text)):
                 return {name: value}, _OPEN_THINK.search(text) is not None
@@ -327,7 +342,7 @@ class AutoEncoder(Encoder):
             if key:
                 said[key] = reasoning
             elif tag and is_last and 'tool_calls' not in said:
-                said['content'] = self._as_block(reasoning, tag[1]) + (said['content'] or '')
+                said['content'] = self._as_block(reasoning, tag[0]) + (said['content'] or '')
         return cast(Message, said)
 
     def settings_of(self, row: Row) -> Mapping[str, Any]:
@@ -363,8 +378,8 @@ class AutoEncoder(Encoder):
 
     def _as_block(self, reasoning: str, tag: str) -> str:
         """Return reasoning as a think block, with line ends where the template has them."""
-        line = '\n' if f'<{tag}>\\n' in self._source or f'<{tag}>\n' in self._source else ''
-        return f'<{tag}>{line}{reasoning}{line}</{tag}>{2 * line}'
+        line = '\n' if f'{tag}\\n' in self._source or f'{tag}\n' in self._source else ''
+        return f'{tag}{line}{reasoning}{line}{_closing_tag(tag)}{2 * line}'
 
     def _key_of(self, reply: Message) -> str | None:
         return self._reasoning_keys['tool_calls' in reply]
@@ -426,7 +441,7 @@ class AutoEncoder(Encoder):
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or self._key_of(reply) or tag is None or not reply.get('reasoning'):
             return ''
-        block = self._as_block(reply['reasoning'], tag[1])
+        block = self._as_block(reply['reasoning'], tag[0])
         return self.text.guard(block, reply=True) if guarded else block
 
     def _part(
@@ -437,6 +452,8 @@ class AutoEncoder(Encoder):
         content = last['content'] if isinstance(last['content'], str) else ''
         reasoning = str(last.get(self._key_of(last) or '') or '')
         opens = _OPEN_THINK.search(prompt)
+        if reasons and _CLOSED_THINK.search(prompt):
+            raise RowRefused(CLOSED_THINKING)
         follows = self._after_prompt(prompt, full)
         if follows is not None and thought:
             follows = thought + follows
@@ -470,13 +487,23 @@ class AutoEncoder(Encoder):
         base = prompt[: len(prompt) - len(alone)]
         if prompt.endswith(alone) and full.startswith(base):
             return full[len(base) :]
-        common = _shared(prompt, full)
-        left = prompt[len(common) :]
+        common = self._common_length(prompt, full)
+        left = prompt[common:]
         if _ANY_THINK_TAG.search(left) or not self.text.without_control(left).strip():
-            return full[len(common) :]
+            return full[common:]
         anchor = prompt[self.text.last_control(prompt)[1] :]
         at = full.rfind(anchor) if anchor.strip() else -1
         return full[at + len(anchor) :] if at >= 0 else None
+
+    def _common_length(self, prompt: str, full: str) -> int:
+        """Return how much two renderings begin with alike, never ending inside of a tag such as <think> or </think>."""
+        common = len(_shared(prompt, full))
+        for text in (prompt, full):
+            for match in self.text.find_all(text[max(common - _LONGEST_TAG, 0) : common + _LONGEST_TAG]):
+                start = max(common - _LONGEST_TAG, 0) + match.start()
+                if start < common < start + len(match[0]):
+                    common = start
+        return common
 
     def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
         """Return what follows a prompt that opens a think block, which it goes on in, or closes."""
@@ -489,8 +516,10 @@ class AutoEncoder(Encoder):
         """Return what closes the think block that a prompt opens, before a reply that does not reason."""
         opened = _OPEN_THINK.search(prompt)
         assert opened is not None, 'the prompt opens a think block'
+        if not opened[1].startswith('<') or opened[1].startswith('<|'):
+            return _closing_tag(opened[1])
         line = '' if prompt.endswith('\n') else '\n'
-        return f'{line}</{opened[1]}>\n\n'
+        return f'{line}{_closing_tag(opened[1])}\n\n'
 
     def _as_written(self, prompt: str, content: str, *, reasons: bool) -> str:
         """Return what follows the prompt where the template alters the reply: the reply as the row has it."""
@@ -653,15 +682,25 @@ class AutoEncoder(Encoder):
         if printed is None:
             return []
         first, last = printed
-        before = self._try(chat.messages[:index], chat.tools, prompt=True, settings=chat.settings)
-        bare = before[: len(before) - len(self._frame.alone)] if before.endswith(self._frame.alone) else before
-        begins = [len(text) for text in (before, bare) if text and len(text) <= first and prompt.startswith(text)]
-        spans = [(begins[0] if begins else first, self._turn_end(prompt, last, is_call=is_call))]
+        start = min(self._turn_start(part, index), first)
+        spans = [(start, self._turn_end(prompt, last, is_call=is_call))]
         if is_call and message['content']:
             beside = self._find_printed(part, index, _replaced(message, text=True))
             if beside is not None and beside[0] >= spans[0][1]:
                 spans.append((beside[0], self._turn_end(prompt, beside[1], is_call=False)))
         return spans
+
+    def _turn_start(self, part: _Parts, index: int) -> int:
+        """Return where an earlier turn begins in the prompt: where the generation prompt before it would end.
+
+        What the generation prompt has alone, as a think block that an earlier turn is printed without, is left off. A
+        large number where the history is printed otherwise too.
+        """
+        chat, prompt = part.chat, part.prompt
+        before = self._try(chat.messages[:index], chat.tools, prompt=True, settings=chat.settings)
+        history = self._try(chat.messages[:index], chat.tools, settings=chat.settings)
+        common = self._common_length(before, prompt)
+        return common if before and common >= len(history.rstrip()) else len(prompt)
 
     def _find_printed(self, part: _Parts, index: int, other: Message) -> tuple[int, int] | None:
         """Return where the template prints what a turn has and another in its place has not.
@@ -690,11 +729,18 @@ class AutoEncoder(Encoder):
         return match.end() if is_call or not between.strip() or self._frame.end.startswith(between) else last
 
 
+def _closing_tag(opening: str) -> str:
+    """Return the tag that closes a think block."""
+    if opening == '<|START_THINKING|>':
+        return '<|END_THINKING|>'
+    return f'{opening[0]}/{opening[1:]}'
+
+
 def _thinks(content: str, *, opened: bool) -> bool:
     """Return whether a reply brings a think block, whose opening tag may stand in the prompt."""
     own = _BEGINS_THINKING.match(content)
     if own:
-        return f'</{own[1]}>' in content[own.end() :]
+        return _closing_tag(own[1]) in content[own.end() :]
     return opened and len(_ANY_THINK_TAG.findall(content)) == 1 and _CLOSES_LINE.search(content) is not None
 
 

@@ -148,6 +148,7 @@ FULL_DIFFERS = (
     'the chat template prints the whole chat otherwise than the generation prompt: trained after the generation prompt'
 )
 THINKING_SWITCH = 'the reply reasons and the generation prompt closes the think block: rendered with {switch}'
+CLOSED_THINKING = 'the reply reasons, and the generation prompt closes the think block, which no setting opens'
 REASONING_AS_TEXT = 'the chat template has no key for reasoning: written as a think block before the reply'
 ADDED_END = 'the chat template prints no end of turn: the token that ends it is added'
 TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'

@@ -40,8 +40,10 @@ Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 ROWS = 200
 # What may keep a row's ids from being the chat template's: each is counted, named and shown to the user.
 _EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, FULL_DIFFERS, ADDED_END}
-_THINK_BLOCK = re.compile(r'<((?:\w+:)?think)>.*?</\1>|.*</(?:\w+:)?think>', re.DOTALL)
-_THINK_TAG = re.compile(r'</?(?:\w+:)?think>')
+_OPEN = r'<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|\[THINK\]'
+_CLOSE = r'</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|\[/THINK\]'
+_THINK_BLOCK = re.compile(rf'(?:{_OPEN}).*?(?:{_CLOSE})|.*(?:{_CLOSE})', re.DOTALL)
+_THINK_TAG = re.compile(f'{_OPEN}|{_CLOSE}')
 
 
 def probes() -> list[Row]:
@@ -225,7 +227,9 @@ class _Check:
             return ours == full and self._spells(ours, notes)
         follows = ours[len(prompt) :]
         written = as_written(self.row)[-1] if not _shows(self.row) else {'content': self.row.messages[-1]['content']}
-        said = [written['content'], *(str(written.get(key) or '') for key in _REASONING)]
+        # Reasoning that the template does not print is counted by the account.
+        reasoning = (str(written.get(key) or '') for key in _REASONING)
+        said = [written['content'], *(text for text in reasoning if _bare(text) in _bare(full))]
         is_whole = all(_bare(text) in _bare(ours) for text in said if isinstance(text, str))
         return ours.startswith(prompt) and _without_blocks(full).endswith(_without_blocks(follows)) and (
             is_whole or 'tool_calls' in written

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # Tags around reasoning: a reply may bring them, so they are active in replies, and inert in all other data.
-_THINK_TAG = re.compile(r'</?(?:\w+:)?think>')
+_THINK_TAG = re.compile(r'</?(?:\w+:)?think(?::\w+)?>')
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -126,6 +126,10 @@ class TextTokenizer:
     def find_controls(self, text: str) -> list[re.Match[str]]:
         """Return the control tokens that the text spells, think tags not among them."""
         return list(self._inert_in_replies.finditer(text))
+
+    def find_all(self, text: str) -> list[re.Match[str]]:
+        """Return the control tokens and think tags that the text spells."""
+        return list(self._active.finditer(text))
 
     def without_control(self, text: str) -> str:
         """Return the text without the control tokens that it spells."""
