@@ -184,12 +184,12 @@ def test_a_run_trains_every_reply_and_inference_takes_the_scope_from_the_run(
     assert json.loads((run / 'sft_args.json').read_text())['loss_scope'] == 'all_rounds'
 
 
-# As GLM-4.7's and Qwen3.5's: the generation prompt opens a think block, which the last reply closes and earlier ones lack.
+# The generation prompt opens a think block, which the last reply closes and earlier ones lack.
 OPENING = (
     '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" }}'
     '{% if m.role == "assistant" and loop.last %}{{ "</think>" }}{% endif %}{{ m.content }}'
-    '{% for c in m.tool_calls or [] %}{{ "<call>" + (c.function | tojson) }}{% endfor %}{{ "<|im_end|>\n" }}{% endfor %}'
-    '{% if add_generation_prompt %}{{ "<|im_start|>assistant\n<think>" }}{% endif %}'
+    '{% for c in m.tool_calls or [] %}{{ "<call>" + (c.function | tojson) }}{% endfor %}'
+    '{{ "<|im_end|>\n" }}{% endfor %}{% if add_generation_prompt %}{{ "<|im_start|>assistant\n<think>" }}{% endif %}'
 )
 
 

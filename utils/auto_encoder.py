@@ -360,7 +360,7 @@ class AutoEncoder(Encoder):
                 said['reasoning'] = reasoning
             if isinstance(said['content'], str):
                 spoken = self.spoken(cast(Message, said), with_tools=with_tools, is_last=message is messages[-1])
-                said = {key: value for key, value in spoken.items() if key != 'reasoning'}
+                said = dict(spoken)
             made.append(said)
         return made
 

@@ -34,6 +34,7 @@ from utils.preprocess import (
 )
 from utils.proofs import record_proof
 from utils.run_dir import Run, write_json
+from utils.text_tokenizer import map_strings
 
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 # Rows of the user's, spread over the set, that are checked.
@@ -124,8 +125,11 @@ def _written_call(call: dict[str, Any]) -> dict[str, Any]:
     return {**made, 'id': call['id']} if call.get('id') else made
 
 
-def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False) -> str:
-    """Return what transformers prints of the row as written under the tokenizer's chat template, or of its prompt."""
+def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False) -> str:
+    """Return what transformers prints of the row as written under the tokenizer's chat template, or of its prompt.
+
+    `inert` gives the template stand-ins for control tokens that the row spells, so that it takes them for text too.
+    """
     messages: list[Any] = list(encoder.open_images(row)[0].messages)
     settings: Mapping[str, Any] = {}
     if isinstance(encoder, AutoEncoder):
@@ -134,15 +138,18 @@ def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False) -> str:
     system = encoder.system if not isinstance(encoder, TemplateEncoder) or encoder.template.has_system else None
     if system is not None and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system})
-    return str(
-        encoder.tokenizer.apply_chat_template(
-            messages[:-1] if prompt else messages,
-            tools=row.tools or None,
-            add_generation_prompt=prompt,
-            tokenize=False,
-            **settings,
-        )
+    tools: Any = row.tools or None
+    if inert:
+        messages = [{**map_strings(message, encoder.text.guard), 'role': message['role']} for message in messages]
+        tools = map_strings(tools, encoder.text.guard)
+    text = encoder.tokenizer.apply_chat_template(
+        messages[:-1] if prompt else messages,
+        tools=tools,
+        add_generation_prompt=prompt,
+        tokenize=False,
+        **settings,
     )
+    return encoder.text.unguard(str(text))
 
 
 def _own_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
@@ -218,7 +225,8 @@ class _Check:
 
     def _is_explained(self, notes: set[str]) -> bool:
         """Return whether the notes account for the whole difference: each excuses what it names, and no more."""
-        full, prompt = (_rendering(self.encoder, self.row, prompt=prompt) for prompt in (False, True))
+        inert = CONTROL_TOKENS in notes
+        full, prompt = (_rendering(self.encoder, self.row, prompt=prompt, inert=inert) for prompt in (False, True))
         ours = ''.join(self.encoded.pieces)
         if ADDED_END in notes and not notes & (_EXPLAINS - {ADDED_END}):
             return self.ours[:-1] == self.theirs
