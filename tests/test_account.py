@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import make_tokenizer
 from utils.account import Account, leaves
 from utils.auto_encoder import make_encoder
-from utils.convert import find_converter
+from utils.convert import check_row, find_converter
 from utils.encoder import Encoder
 from utils.encoding import EncodingReport, encode_rows
 from utils.preprocess import Row
@@ -146,7 +146,7 @@ def test_a_template_of_text_is_accounted_for_too() -> None:
         'column `system_prompt`': {'not used': 7},
     }
     assert account.unused == {'column `system_prompt`': 1}
-    assert account.lines()[1] == 'not used: column `system_prompt` in 1 rows'
+    assert account.lines()[1] == 'not used: column `system_prompt` in 1 row'
 
 
 def test_accounts_are_merged_and_rows_left_out_are_counted() -> None:
@@ -237,3 +237,26 @@ def test_random_rows_are_accounted_for_in_full() -> None:
         assert counted == expected, raw
         seen |= set(counted)
     assert seen == {'trained', 'context', 'not used'}
+
+
+def test_tools_that_the_template_leaves_out_are_not_used_though_a_call_repeats_their_words() -> None:
+    function = {'name': 'depth_of_lake', 'description': 'tells the depth'}
+    call = {'type': 'function', 'function': {'name': 'depth_of_lake', 'arguments': {'at': 'Baikal'}}}
+    raw = {
+        'messages': [
+            {'role': 'user', 'content': 'how deep?'},
+            {'role': 'assistant', 'content': '', 'tool_calls': [call]},
+        ],
+        'tools': [{'type': 'function', 'function': function}],
+    }
+    converter = find_converter(raw)
+    assert converter is not None
+    row = check_row(converter(raw))
+    encoder = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)
+    account = Account()
+    account.add(row, encoder.encode([row])[0])
+    assert account.fields['tools'] == {
+        'structure': len('function'),
+        'not used': len('depth_of_lake' + 'tells the depth'),
+    }
+    assert account.unused == {'tools': 1}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from utils.preprocess import Encoded, Row
+from utils.preprocess import TOOLS_IGNORED, Encoded, Row
 
 TRAINED, CONTEXT, CUT, TRIMMED, STRUCTURE = 'trained', 'context', 'cut', 'trimmed', 'structure'
 LEFT_OUT, NOT_DRAWN, NOT_USED = 'left out', 'not drawn', 'not used'
@@ -286,6 +286,10 @@ class Account:
             if leaf.kind == 'identity':
                 later.append(leaf)
                 continue
+            if leaf.label == 'tools' and leaf.kind != STRUCTURE and TOOLS_IGNORED in encoded.notes:
+                # Their words may stand in the row all the same, in a call: that is not the tool.
+                self._settle(leaf, {NOT_USED: len(leaf.text)} if leaf.text else {}, missed)
+                continue
             start = 0 if leaf.turn < 0 else begin
             buckets, end = self._place(leaf, text, start, has_images=bool(encoded.images))
             cursor = max(cursor, end) if leaf.turn >= 0 else cursor
@@ -368,7 +372,7 @@ class Account:
             total = sum(counts.values())
             parts = ', '.join(f'{bucket} {100 * count / total:.4g} %' for bucket, count in counts.items())
             shares.append(f'{label}: {parts}')
-        names = ', '.join(f'{name} in {rows} rows' for name, rows in self.unused.items())
+        names = ', '.join(f'{name} in {rows} row{"s" * (rows > 1)}' for name, rows in self.unused.items())
         return [*(['text: ' + '; '.join(shares)] if shares else []), *([f'not used: {names}'] if names else [])]
 
     def record(self) -> dict[str, Any]:

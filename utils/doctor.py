@@ -97,7 +97,7 @@ class Lengths:
         length, cut = len(row.input_ids), cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
         trained = sum(end - start for start, end in (*cut.earlier, cut.trained))
-        self.counts.update(rows=1, tokens=length, rows_cut=lost > 0, tokens_lost=lost, trained=trained)
+        self.counts.update(rows=1, tokens=length, rows_cut=int(lost > 0), tokens_lost=lost, trained=trained)
         self.longest = max(self.longest, length)
         self.histogram[(length - 1).bit_length()] += 1
         return cut
