@@ -20,6 +20,7 @@ LAYERS: list[list[str]] = [
         'text_tokenizer',
         'encoder',
         'auto_encoder',
+        'as_written',
         'fingerprint',
         'placement',
         'checkpoint',

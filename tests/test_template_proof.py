@@ -144,6 +144,7 @@ def test_an_end_token_without_loss_stops(tmp_path: Path) -> None:
 
 # Prints everything that a turn may hold.
 WHOLE = (
+    '{% for t in tools or [] %}{{ t.function.name + " " + t.function.description + "\n" }}{% endfor %}'
     '{% for m in messages %}{{ "<|im_start|>" + m.role + (" " + m.name if m.name else "") }}'
     '{{ (" " + m.tool_call_id if m.tool_call_id else "") + "\n" }}'
     '{% if m.reasoning_content %}{{ "[" + m.reasoning_content + "]" }}{% endif %}{{ m.content or "" }}'
@@ -160,7 +161,8 @@ CALLING: dict[str, Any] = {
         },
         {'role': 'tool', 'name': 'depth', 'tool_call_id': 'abcdefgh1', 'content': '42 m'},
         {'role': 'assistant', 'content': 'It is 42 m.', 'reasoning_content': 'the tool says so'},
-    ]
+    ],
+    'tools': [{'type': 'function', 'function': {'name': 'depth', 'description': 'depth of a lake', 'parameters': {}}}],
 }
 
 
@@ -170,10 +172,12 @@ def test_a_row_with_calls_names_and_reasoning_gives_the_ids_of_the_chat_template
     assert proof(tmp_path)['equal'] == 11
 
 
-@pytest.mark.parametrize('key', ['reasoning', 'name', 'tool_call_id', 'tool_calls', 'content', 'id'])
+@pytest.mark.parametrize('key', ['reasoning', 'name', 'tool_call_id', 'tool_calls', 'content', 'id', 'tools'])
 def test_a_field_that_conversion_or_encoding_loses_stops(key: str, tmp_path: Path) -> None:
     """The proof reads the row as it was written: what is lost on the way to the encoder is a difference."""
     row = read(CALLING)
+    if key == 'tools':
+        row.tools = [{'type': 'function', 'function': {'name': 'depth', 'description': '', 'parameters': {}}}]
     for message in row.messages:
         if key == 'id':
             for call in message.get('tool_calls', ()):
@@ -185,6 +189,58 @@ def test_a_field_that_conversion_or_encoding_loses_stops(key: str, tmp_path: Pat
     ours = AutoEncoder(make_tokenizer(chat_template=WHOLE), system=None, max_length=-1)
     with pytest.raises(ConfigError, match='the ids are not those'):
         prove_template(ours, [row], tmp_path)
+
+
+def turns(reply: dict[str, Any], content: Any = 'how deep?') -> dict[str, Any]:
+    return {'messages': [{'role': 'user', 'content': content}, {'role': 'assistant', **reply}]}
+
+
+def calling(function: dict[str, Any]) -> dict[str, Any]:
+    return turns({'content': None, 'tool_calls': [{'id': 'abcdefgh1', 'function': function}]})
+
+
+PARTS = [{'type': 'text', 'text': 'how '}, {'type': 'text', 'text': 'deep?'}]
+# As Qwen3's, it prints the text of a turn alone, and here a key that conversion names as not used.
+TEXT_ALONE = (
+    '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" + (m.plan or "") }}'
+    '{{ m.content if m.content is string else "" }}{{ "<|im_end|>\n" }}{% endfor %}'
+    '{% if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}'
+)
+ODD_BUT_GOOD = {
+    'no arguments': (WHOLE, calling({'name': 'depth'})),
+    'null arguments': (WHOLE, calling({'name': 'depth', 'arguments': None})),
+    'empty arguments': (WHOLE, calling({'name': 'depth', 'arguments': ' '})),
+    'arguments that are no object': (WHOLE, calling({'name': 'depth', 'arguments': '[1]'})),
+    'a legacy call': (WHOLE, turns({'content': None, 'function_call': {'name': 'depth', 'arguments': '{"a": 1}'}})),
+    'a role of calls': (
+        WHOLE,
+        {'conversations': [
+            {'from': 'human', 'value': 'how deep?'}, {'from': 'function_call', 'value': '{"name": "depth"}'}
+        ]},
+    ),
+    'a missing name': (WHOLE, turns({'content': 'yes', 'name': float('nan')})),
+    'a number': (WHOLE, turns({'content': 'yes'}, 5)),
+    'parts of text': (TEXT_ALONE, turns({'content': 'yes'}, PARTS)),
+    'a key that is named as not used': (TEXT_ALONE, turns({'content': 'yes', 'plan': 'first look'})),
+    'turns as JSON text': (WHOLE, {'messages': json.dumps(CALLING['messages']), 'tools': json.dumps(CALLING['tools'])}),
+    'tools without a wrapper': (WHOLE, {**CALLING, 'tools': [tool['function'] for tool in CALLING['tools']]}),
+    'functions': (WHOLE, {'messages': CALLING['messages'], 'functions': [t['function'] for t in CALLING['tools']]}),
+    'parameters as JSON text': (
+        WHOLE,
+        {**CALLING, 'tools': [{'function': {**CALLING['tools'][0]['function'], 'parameters': '{}'}}]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', ODD_BUT_GOOD)
+def test_a_row_that_is_only_written_oddly_stops_no_run(kind: str, tmp_path: Path) -> None:
+    template, raw = ODD_BUT_GOOD[kind]
+    ours = AutoEncoder(make_tokenizer(chat_template=template), system=None, max_length=-1)
+    row = read(raw)
+    row.origin = 'odd.jsonl:1'
+    prove_template(ours, [row], tmp_path)
+    found = proof(tmp_path)
+    assert found['passed'] and found['equal'] + found.get('explained', 0) == 11, kind
 
 
 def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:

@@ -42,20 +42,17 @@ from utils.preprocess import (
     mark_pieces,
     without_last,
 )
-from utils.text_tokenizer import map_strings
+from utils.text_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 
-# Tags around reasoning, as released templates have them.
-_OPEN = r'<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|\[THINK\]'
-_CLOSE = r'</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|\[/THINK\]'
-_OPEN_THINK = re.compile(rf'({_OPEN})\s*$')
-_CLOSED_THINK = re.compile(rf'(?:{_CLOSE})\s*$')
-_BEGINS_CLOSING = re.compile(rf'\s*(?:{_CLOSE})')
-_BEGINS_THINKING = re.compile(rf'\s*({_OPEN})\s*')
-_EMPTY_BLOCK = re.compile(rf'\s*(?:{_OPEN})\s*(?:{_CLOSE})')
+_OPEN_THINK = re.compile(rf'({OPEN_TAG})\s*$')
+_CLOSED_THINK = re.compile(rf'(?:{CLOSE_TAG})\s*$')
+_BEGINS_CLOSING = re.compile(rf'\s*(?:{CLOSE_TAG})')
+_BEGINS_THINKING = re.compile(rf'\s*({OPEN_TAG})\s*')
+_EMPTY_BLOCK = re.compile(rf'\s*(?:{OPEN_TAG})\s*(?:{CLOSE_TAG})')
 # A reply whose think block the prompt opened: the closing tag stands at the end of its line, or alone.
-_CLOSES_LINE = re.compile(rf'(?:{_CLOSE})[ \t]*(?:\n|$)|\n(?:{_CLOSE})')
-_ANY_THINK_TAG = re.compile(f'{_OPEN}|{_CLOSE}')
-_THINK_SOURCE = re.compile(_OPEN)
+_CLOSES_LINE = re.compile(rf'(?:{CLOSE_TAG})[ \t]*(?:\n|$)|\n(?:{CLOSE_TAG})')
+_ANY_THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
+_THINK_SOURCE = re.compile(OPEN_TAG)
 # Keys under which templates look for the reasoning of a turn.
 _REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 # Variables with which templates let a model think.
@@ -658,9 +655,13 @@ class AutoEncoder(Encoder):
                 row.notes += [] if EARLIER_MERGED in row.notes else [EARLIER_MERGED]
             if end > start:
                 row.earlier.append((start, end))
+        places: dict[int, list[tuple[int, int]]] = {}
+        for earlier in found:
+            span = self._unguarded_span(parts[earlier.row], (earlier.start, earlier.end))
+            places.setdefault(earlier.row, []).append(span)
+        for index, spans in places.items():
+            encoded[index] = mark_pieces(encoded[index], spans)
         for index, source in enumerate(rows):
-            spans = [(f.start, f.end) for f in found if f.row == index]
-            encoded[index] = mark_pieces(encoded[index], [self._unguarded_span(parts[index], s) for s in spans])
             if source.messages[-1].get('loss') is False:
                 encoded[index] = without_last(encoded[index])
 

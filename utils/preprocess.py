@@ -206,8 +206,6 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
     """Return the row with the text of earlier replies, at these places of its prompt, marked as trained."""
-    if not spans:
-        return row
     prompt, *others = row.pieces
     pieces: list[str] = []
     position = 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils import dist
+from utils.as_written import REASONING_KEYS, messages_as_written, tools_as_written
 from utils.auto_encoder import AutoEncoder
 from utils.encoder import Encoder, TemplateEncoder
 from utils.errors import ConfigError
@@ -34,17 +35,15 @@ from utils.preprocess import (
 )
 from utils.proofs import record_proof
 from utils.run_dir import Run, write_json
-from utils.text_tokenizer import map_strings
+from utils.text_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 # Rows of the user's, spread over the set, that are checked.
 ROWS = 200
 # What may keep a row's ids from being the chat template's: each is counted, named and shown to the user.
 _EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, FULL_DIFFERS, ADDED_END}
-_OPEN = r'<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|\[THINK\]'
-_CLOSE = r'</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|\[/THINK\]'
-_THINK_BLOCK = re.compile(rf'(?:{_OPEN}).*?(?:{_CLOSE})|.*(?:{_CLOSE})', re.DOTALL)
-_THINK_TAG = re.compile(f'{_OPEN}|{_CLOSE}')
+_THINK_BLOCK = re.compile(rf'(?:{OPEN_TAG}).*?(?:{CLOSE_TAG})|.*(?:{CLOSE_TAG})', re.DOTALL)
+_THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 
 
 def probes() -> list[Row]:
@@ -71,60 +70,6 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
         write_json(run.folder / LOCK_JSON, run.lock)
 
 
-# Names of roles and keys as rows write them; this reading of a row is apart from the conversion that it checks.
-_ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'bot': 'assistant', 'chatgpt': 'assistant',
-          'ai': 'assistant', 'developer': 'system', 'observation': 'tool', 'function': 'tool',
-          'function_response': 'tool', 'tool_response': 'tool'}  # fmt: skip
-_REASONING = ('reasoning_content', 'reasoning', 'thinking')
-_NOT_FOR_TEMPLATES = {'role', 'from', 'content', 'value', 'weight', 'loss', 'train', 'tool_calls', 'function_call'}
-
-
-def _parsed(value: Any) -> Any:
-    """Return the object that a JSON text writes; anything else as it is."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-    return found if isinstance(found, dict | list) else value
-
-
-def as_written(row: Row) -> list[dict[str, Any]]:
-    """Return the turns of a row as its data has them, read anew: nothing that conversion leaves out is missing here.
-
-    Rows of other shapes than turns have but texts, which the account of characters follows.
-    """
-    column = next((name for name in ('messages', 'conversations') if row.written.get(name)), None)
-    turns = _parsed(row.written[column]) if column else None
-    if not isinstance(turns, list):
-        return [dict(message) for message in row.messages]
-    messages = []
-    system = row.written.get('system')
-    if isinstance(system, str) and system.strip() and row.messages[0]['content'] == system:
-        messages.append({'role': 'system', 'content': system})
-    for turn in turns:
-        name = str(turn.get('role', turn.get('from'))).strip().lower()
-        content = turn.get('content', turn.get('value'))
-        calls = _parsed(turn.get('tool_calls') or turn.get('function_call') or [])
-        if name in ('function_call', 'tool_call'):
-            name, calls, content = 'assistant', _parsed(content), None
-        calls = [calls] if isinstance(calls, dict) else calls
-        message: dict[str, Any] = {'role': _ROLES.get(name, name), 'content': '' if content is None else content}
-        for key, value in turn.items():
-            if key not in _NOT_FOR_TEMPLATES and value not in (None, ''):
-                message[key] = value
-        if calls:
-            message['tool_calls'] = [_written_call(call) for call in calls]
-        if message['role'] != 'system' or not messages:
-            messages.append(message)
-    return messages
-
-
-def _written_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get('function', call)
-    made = {'type': 'function', 'function': {'name': function['name'], 'arguments': _parsed(function['arguments'])}}
-    return {**made, 'id': call['id']} if call.get('id') else made
-
-
 def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False) -> str:
     """Return what transformers prints of the row as written under the tokenizer's chat template, or of its prompt.
 
@@ -133,12 +78,12 @@ def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool 
     messages: list[Any] = list(encoder.open_images(row)[0].messages)
     settings: Mapping[str, Any] = {}
     if isinstance(encoder, AutoEncoder):
-        messages = encoder.in_its_form(messages if row.images or _shows(row) else as_written(row), row)
+        messages = encoder.in_its_form(messages if row.images or _shows(row) else messages_as_written(row), row)
         settings = encoder.settings_of(row)
     system = encoder.system if not isinstance(encoder, TemplateEncoder) or encoder.template.has_system else None
     if system is not None and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system})
-    tools: Any = row.tools or None
+    tools: Any = tools_as_written(row)
     if inert:
         messages = [{**map_strings(message, encoder.text.guard), 'role': message['role']} for message in messages]
         tools = map_strings(tools, encoder.text.guard)
@@ -234,9 +179,11 @@ class _Check:
             # The text is the template's own: only where tokens begin and end is another.
             return ours == full and self._spells(ours, notes)
         follows = ours[len(prompt) :]
-        written = as_written(self.row)[-1] if not _shows(self.row) else {'content': self.row.messages[-1]['content']}
+        written = (
+            messages_as_written(self.row)[-1] if not _shows(self.row) else {'content': self.row.messages[-1]['content']}
+        )
         # Reasoning that the template does not print is counted by the account.
-        reasoning = (str(written.get(key) or '') for key in _REASONING)
+        reasoning = (str(written.get(key) or '') for key in REASONING_KEYS)
         said = [written['content'], *(text for text in reasoning if _bare(text) in _bare(full))]
         is_whole = all(_bare(text) in _bare(ours) for text in said if isinstance(text, str))
         return ours.startswith(prompt) and _without_blocks(full).endswith(_without_blocks(follows)) and (

@@ -12,8 +12,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Tags around reasoning: a reply may bring them, so they are active in replies, and inert in all other data.
-_THINK_TAG = re.compile(r'</?(?:\w+:)?think(?::\w+)?>')
+# Tags around reasoning, as released templates have them. A reply may bring them, so they are active in replies, and
+# inert in all other data.
+OPEN_TAG = r'<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|\[THINK\]'
+CLOSE_TAG = r'</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|\[/THINK\]'
+_THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
