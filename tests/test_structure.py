@@ -13,11 +13,11 @@ LAYERS: list[list[str]] = [
     ['errors', 'json_file', 'dist', 'logger', 'cache', 'version'],
     [
         'preprocess',
-        'account',
         'native.images',
         'native.image_readers',
         'vision',
         'text_tokenizer',
+        'account',
         'encoder',
         'auto_encoder',
         'as_written',

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from utils.preprocess import TOOLS_IGNORED, Encoded, Row
+from utils.text_tokenizer import CLOSE_TAG, OPEN_TAG
 
 TRAINED, CONTEXT, CUT, TRIMMED, STRUCTURE = 'trained', 'context', 'cut', 'trimmed', 'structure'
 LEFT_OUT, NOT_DRAWN, NOT_USED = 'left out', 'not drawn', 'not used'
@@ -37,7 +38,7 @@ _SHAPES = (
     ('query', 'response', 'history'),
     ('instruction', 'output', 'input', 'history'),
 )
-_SEPARATE = re.compile(r'(</?(?:\w+:)?think>|<img>.*?</img>|\n)')
+_SEPARATE = re.compile(rf'({OPEN_TAG}|{CLOSE_TAG}|<img>.*?</img>|\n)')
 
 
 class _Leaf(NamedTuple):
