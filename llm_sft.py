@@ -69,6 +69,7 @@ def carry_out(
     from utils.mask_gate import MASK_ROWS, prove_mask
     from utils.model import unembedded_from
     from utils.preflight import FirstStepGate
+    from utils.push_callback import push_while_training
     from utils.report import finish_run, stopped
     from utils.stream import prepare_stream
     from utils.template_proof import ROWS, note_template, prove_template
@@ -98,12 +99,21 @@ def carry_out(
     if isinstance(rows, Plan):
         data = prepare_data(encoder, rows, run.folder, samples=args.show_samples)
     else:
-        data = prepare_stream(encoder, rows, run.folder, args)
+        data = prepare_stream(
+            encoder,
+            rows,
+            run.folder,
+            val_rows=args.stream_val_rows,
+            seed=args.dataset_seed,
+            samples=args.show_samples,
+        )
     check_rows_embedded(unembedded_from(model, tokenizer), data.train, data.val)
     asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
     model = prepare_model(model, args, run.decide)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
+    if args.push_to_hub:
+        trainer.add_callback(push_while_training(args, run.folder, data.summary))
     prove_mask(data.spread(MASK_ROWS), data.summary, trainer.data_collator, encoder, run.folder)
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))

@@ -100,6 +100,8 @@ class ModelInfo:
     family: str | None = None
     # (package, file) of a GGUF file that serves without network where the package is installed.
     embedded: tuple[str, str] | None = None
+    # False where the user's own id or folder stands in model_id_or_path: it is looked for on the chosen hub only.
+    registered: bool = True
 
     @property
     def public_id(self) -> str:
@@ -682,7 +684,7 @@ def get_model_info(model_type: str | None, model_id_or_path: str | None = None) 
     """Return the entry of a key, or one made for a model that has none; a path or id given goes before the entry's."""
     if model_type is None:
         assert model_id_or_path is not None, 'resolve names a type or a path'
-        return ModelInfo(model_id_or_path=model_id_or_path, template=AUTO)
+        return ModelInfo(model_id_or_path=model_id_or_path, template=AUTO, registered=False)
     info = MODEL_MAPPING.get(model_type)
     if info is None:
         raise ConfigError(
@@ -691,7 +693,7 @@ def get_model_info(model_type: str | None, model_id_or_path: str | None = None) 
         )
     if model_id_or_path in (None, info.model_id_or_path, info.hf_model_id):
         return info
-    return replace(info, model_id_or_path=str(model_id_or_path), embedded=None)
+    return replace(info, model_id_or_path=str(model_id_or_path), embedded=None, registered=False)
 
 
 def check_model_dir(model_dir: Path) -> str | None:
@@ -757,13 +759,9 @@ class Weights:
 
 
 def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
-    """Return where a model may lie: its entry's id on each hub; an id that no entry has, on the chosen hub alone."""
-    own = any(
-        (info.model_id_or_path, info.hf_model_id) == (entry.model_id_or_path, entry.hf_model_id)
-        for entry in MODEL_MAPPING.values()
-    )
+    """Return where a model may be: the ids of a registered entry on each hub, any other id on the chosen hub only."""
     ids: dict[HubName, Sequence[str]] = {hub_name: (info.model_id_or_path,)}
-    if own:
+    if info.registered:
         ids = {'modelscope': (info.model_id_or_path,), 'huggingface': (info.hf_model_id,) if info.hf_model_id else ()}
     return hub.repos_of(hub_name, ids, revision=revision)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from utils import hub
 from utils.argument import SftArguments
 from utils.hub_clients import TOKEN_VARIABLES
 from utils.logger import logger
@@ -127,3 +128,10 @@ class PushCallback(TrainerCallback):
         if self.strategy == 'end':
             self._push(self.run_dir / f'checkpoint-{state.global_step}', state)
         self.pusher.finish()
+
+
+def push_while_training(args: SftArguments, run_dir: Path, data: dict[str, Any]) -> PushCallback:
+    """Return the callback that pushes the checkpoints of a run; `data` is what its model card says of the rows."""
+    token = hub.find_token(args.hub_token, args.hub)
+    assert token is not None, 'checked before'
+    return PushCallback(args, token, run_dir, data)

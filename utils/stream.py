@@ -14,7 +14,6 @@ from torch.utils.data import IterableDataset
 
 from utils import dist
 from utils.account import LEFT_OUT, Account
-from utils.argument import SftArguments
 from utils.convert import BadRow
 from utils.encoder import Encoder
 from utils.encoding import EncodingReport, PreparedData, encode_batch, encode_rows, length_statistics, log_report
@@ -164,15 +163,17 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return {'train': {'rows_read': self.rows_read}, **self.report.counts()}
 
 
-def prepare_stream(encoder: Encoder, sources: Streams, run_dir: Path, args: SftArguments) -> PreparedData:
+def prepare_stream(
+    encoder: Encoder, sources: Streams, run_dir: Path, *, val_rows: int, seed: int, samples: int
+) -> PreparedData:
     """Return the training stream and the held-out rows, encoded; shows some (sample.txt)."""
     report = EncodingReport()
-    val, _ = encode_rows(encoder, first_rows(sources, args.stream_val_rows), report)
+    val, _ = encode_rows(encoder, first_rows(sources, val_rows), report)
     statistics = {'validation': length_statistics(val)}
     log_report(report, statistics)
     served = {'served': served_by(parts[0] for parts in sources)}
-    stream = TrainingStream(encoder, sources, val_rows=args.stream_val_rows, seed=args.dataset_seed)
+    stream = TrainingStream(encoder, sources, val_rows=val_rows, seed=seed)
     if not (first := stream.first(_LOOKED_AT_ROWS)):
         raise ConfigError('no training row is left: all are left out, or held out for validation (--stream_val_rows).')
-    show_samples(encoder.tokenizer, first[: args.show_samples], run_dir)
+    show_samples(encoder.tokenizer, first[:samples], run_dir)
     return PreparedData(train=stream, val=val, summary={**statistics, **served}, at_end=stream.summary)

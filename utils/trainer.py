@@ -12,7 +12,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
 
-from utils import dist, hub
+from utils import dist
 from utils.argument import SftArguments
 from utils.callbacks import EvaluateAtEnd, Speedometer
 from utils.collator import NOT_FOR_THE_MODEL, Collator, split_rows
@@ -27,7 +27,6 @@ from utils.metrics import compute_loss_metrics, generation_metrics
 from utils.native.image_readers import Images
 from utils.packing import PackedRows, StepSampler
 from utils.preprocess import IGNORE_INDEX
-from utils.push_callback import PushCallback
 from utils.resolution import Decide, log_decision
 from utils.resolve import SFT_ARGS
 from utils.resume import ResumableTrainer
@@ -204,10 +203,6 @@ def build_trainer(
         decide=run.decide,
     )
     trainer.log_to(run.folder)
-    if args.push_to_hub:
-        token = hub.find_token(args.hub_token, args.hub)
-        assert token is not None, 'checked before'
-        trainer.add_callback(PushCallback(args, token, run.folder, data.summary))
     return trainer
 
 
