@@ -15,7 +15,7 @@ from tests.test_models_modern import PLAIN, SEEING, saved_model
 from utils.argument import SftArguments
 from utils.collator import Collator
 from utils.layout import exact_head, lay_end_to_end
-from utils.model import MODEL_MAPPING, LoadOptions
+from utils.model import MODEL_MAPPING, LoadOptions, open_entry
 from utils.scoring import Scorer
 from utils.tuner import prepare_model
 
@@ -41,7 +41,7 @@ def open_tiny(key: str, folder: Path) -> Any:
     """Return a tiny fp32 model of random weights of a key's class, through the key's own loader."""
     info = MODEL_MAPPING[key]
     folder = saved_model(key, folder) if key in PLAIN or key in SEEING else original_folder(key, folder)
-    model = info.get_function(folder, info, LoadOptions(torch_dtype=torch.float32))[0]
+    model = open_entry(folder, info, LoadOptions(torch_dtype=torch.float32))[0]
     for module in model.modules():  # some classes drop out by default
         for field in {'attention_dropout', 'residual_dropout'} & set(vars(module)):
             setattr(module, field, 0.0)

@@ -19,7 +19,7 @@ from utils import docs
 from utils.argument import SftArguments
 from utils.auto_encoder import AutoEncoder
 from utils.errors import ConfigError
-from utils.model import MODEL_MAPPING, LoadOptions, get_text_model_tokenizer, infer_model_type
+from utils.model import MODEL_MAPPING, LoadOptions, get_text_model_tokenizer, infer_model_type, open_entry
 from utils.preprocess import ADDED_END, AUTO, FULL_DIFFERS, RENDERED_DIFFERENTLY, Encoded, Message, Row
 from utils.tuner import find_targets, prepare_model
 
@@ -149,7 +149,7 @@ def train_and_merge(key: str, folder: Path, data: Path, *more: str) -> tuple[str
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0, key
     merged = AutoModelForCausalLM.from_pretrained(f'{checkpoint}-merged').eval()
     info, options = MODEL_MAPPING[key], LoadOptions(torch_dtype=torch.float32)
-    base, tokenizer = info.get_function(folder, info, options)
+    base, tokenizer = open_entry(folder, info, options)
     before = probe_logits(base.eval(), tokenizer)
     trained = probe_logits(PeftModel.from_pretrained(base, checkpoint).eval(), tokenizer)
     after = probe_logits(merged, tokenizer)
@@ -222,14 +222,14 @@ def test_packed_experts_open_to_their_values(tmp_path: Path) -> None:
     info, ids = MODEL_MAPPING['gpt-oss-20b'], torch.tensor([[1, 7, 9, 20, 33, 250]])
     options = LoadOptions(torch_dtype=torch.bfloat16)
     with torch.no_grad():
-        model, tokenizer = info.get_function(folder, info, options)
+        model, tokenizer = open_entry(folder, info, options)
         assert torch.equal(model(ids).logits, expected(ids).logits)
         model.save_pretrained(tmp_path / 'unpacked')
         tokenizer.save_pretrained(tmp_path / 'unpacked')
-        again = info.get_function(tmp_path / 'unpacked', info, options)[0]
+        again = open_entry(tmp_path / 'unpacked', info, options)[0]
         assert torch.equal(again(ids).logits, expected(ids).logits), 'saved, it opens as any model does'
     with pytest.raises(ConfigError, match='packed in 4 bits already'):
-        info.get_function(folder, info, replace(options, quantization_config='any'))
+        open_entry(folder, info, replace(options, quantization_config='any'))
 
 
 def test_targets_are_found_by_name_experts_included() -> None:
@@ -337,13 +337,13 @@ def test_the_language_model_alone_answers_as_the_whole_model(tmp_path: Path, sha
         make_tokenizer().save_pretrained(tmp_path / key)
         info, options = MODEL_MAPPING[key], LoadOptions(torch_dtype=torch.float32)
         assert info.get_function is get_text_model_tokenizer
-        alone = info.get_function(tmp_path / key, info, options)[0].eval()
+        alone = open_entry(tmp_path / key, info, options)[0].eval()
         assert type(alone).__name__ == type(whole).__name__.replace('ForConditionalGeneration', 'ForCausalLM')
         assert alone.generation_config.eos_token_id == [2, 4]
 
         alone.save_pretrained(tmp_path / f'{key}-alone')
         make_tokenizer().save_pretrained(tmp_path / f'{key}-alone')
-        again = info.get_function(tmp_path / f'{key}-alone', info, options)[0].eval()
+        again = open_entry(tmp_path / f'{key}-alone', info, options)[0].eval()
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / f'{key}-alone').eval()
         with torch.no_grad():
             expected = whole(input_ids=ids).logits

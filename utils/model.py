@@ -81,7 +81,8 @@ class ModelInfo:
     model_id_or_path: str
     hf_model_id: str | None = None
     revision: str = 'master'
-    get_function: GetFunction = get_model_tokenizer_default
+    # How it is opened; None: in the native class that its config.json names.
+    get_function: GetFunction | None = None
     # The native class that opens it, where `family` does not say.
     model_class: str | None = None
     lora_target_modules: tuple[str, ...] = QKV
@@ -989,13 +990,19 @@ def check_embedded(embedding: int, ids: Sequence[int], where: str) -> None:
         )
 
 
+def open_entry(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
+    """Return model and tokenizer of a folder, opened as the entry says."""
+    get_function = info.get_function or get_model_tokenizer_default
+    return get_function(model_dir, info, options)
+
+
 def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return model and tokenizer; the model's name_or_path is the public id, never a path of this machine's cache."""
     path = weights.path
     if path.is_file():
         with dist.local_main_first():
             path = dense_directory(path)
-    model, tokenizer = info.get_function(path, info, options)
+    model, tokenizer = open_entry(path, info, options)
     keep_trainable(model)
     model.config._name_or_path = model.name_or_path = info.public_id
     if (first := unembedded_from(model, tokenizer)) is not None:
