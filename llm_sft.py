@@ -71,7 +71,7 @@ def carry_out(
     from utils.preflight import FirstStepGate
     from utils.report import finish_run, stopped
     from utils.stream import prepare_stream
-    from utils.template_proof import ROWS, note_template, prove_template
+    from utils.template_proof import ROWS, note_template, note_thinking, prove_template
     from utils.trainer import build_trainer
     from utils.tuner import prepare_model
 
@@ -100,6 +100,7 @@ def carry_out(
     else:
         data = prepare_stream(encoder, rows, run.folder, args)
     check_rows_embedded(unembedded_from(model, tokenizer), data.train, data.val)
+    note_thinking(run, encoder, data.switched)
     asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
     model = prepare_model(model, args, run.decide)

@@ -342,6 +342,11 @@ class AutoEncoder(Encoder):
                 said['content'] = self._as_block(reasoning, tag[0]) + (said['content'] or '')
         return cast(Message, said)
 
+    @property
+    def switch(self) -> str | None:
+        """Return the setting with which the template renders replies that reason, as name=value; None where none is."""
+        return next((f'{name}={value}' for name, value in self._switch.items()), None)
+
     def settings_of(self, row: Row) -> Mapping[str, Any]:
         """Return the settings with which the template renders a row: its thinking switch where the reply needs it."""
         return self._switch if self._reasons(row.messages[-1]) else _NOTHING
@@ -405,7 +410,7 @@ class AutoEncoder(Encoder):
         if any('tool_calls' in message for message in row.messages) and not self.says_calls[with_tools]:
             notes.append(TOOL_CALL_AS_TEXT)
         settings = self._switch if reasons else _NOTHING
-        notes += [THINKING_SWITCH.format(switch=f'{name}={value}') for name, value in settings.items()]
+        notes += [THINKING_SWITCH.format(switch=self.switch)] if settings else []
         chat = _Chat(messages, tools, settings)
         if not self._spells_control(messages, tools):
             return chat, False, notes
@@ -560,8 +565,9 @@ class AutoEncoder(Encoder):
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         chats = []
         for row in rows:
-            context = row.messages[:-1]
-            chats.append(self._chat(row, context, reasons=self._reasons(row.messages[-1])))
+            context, reply = row.messages[:-1], row.messages[-1]
+            reasons = self.asks_to_think if _is_unknown(reply) else self._reasons(reply)
+            chats.append(self._chat(row, context, reasons=reasons))
         texts = self._render_all([chat for chat, _, _ in chats], prompt=True)
         return self._prompt_ids([(text, guarded) for text, (_, guarded, _) in zip(texts, chats, strict=True)])
 
@@ -728,6 +734,11 @@ class AutoEncoder(Encoder):
             return last
         between = prompt[last : match.start()]
         return match.end() if is_call or not between.strip() or self._frame.end.startswith(between) else last
+
+
+def _is_unknown(reply: Message) -> bool:
+    """Return whether a turn stands for a reply that the model is to give."""
+    return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 
 def _closing_tag(opening: str) -> str:

@@ -48,6 +48,8 @@ class Encoder:
     loss_scope: LossScope = 'last_round'
     # Ids at which generation stops, beside the tokenizer's own end of sequence.
     stop_ids: list[int]
+    # Whether a reply that is not known is asked for with the template's thinking switch; a known one decides itself.
+    asks_to_think = False
 
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
         """`printed` is the text of the template."""
@@ -55,6 +57,11 @@ class Encoder:
         self.text = TextTokenizer(tokenizer, printed=printed)
         self.max_length = max_length
         self.images = images
+
+    @property
+    def switch(self) -> str | None:
+        """Return the setting with which the template renders replies that reason, as name=value; None where none is."""
+        return None
 
     def identity(self) -> dict[str, Any]:
         """Return what, beside the tokenizer, decides which ids a row becomes."""

@@ -26,7 +26,7 @@ from utils.encoder import Encoder
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.mask_gate import NOTHING_TRAINED, show_samples, trains_nothing
-from utils.preprocess import CUT_PROMPT, CUT_REPLY, Encoded, Row, RowRefused
+from utils.preprocess import CUT_PROMPT, CUT_REPLY, THINKING_SWITCH, Encoded, Row, RowRefused
 from utils.reading import TRAIN, UNUSED, VAL, Plan, Tally, served_by
 
 BATCH_ROWS = 1024
@@ -47,6 +47,12 @@ class EncodingReport:
     def lines(self) -> list[str]:
         """Return one line per reason: how many rows, and where the first stand."""
         return [*self.left_out.lines('left out'), *self.noted.lines('noted')]
+
+    @property
+    def switched(self) -> int:
+        """Return how many rows were rendered with the template's thinking switch."""
+        begin = THINKING_SWITCH.partition('{')[0]
+        return sum(count for note, count in self.noted.counts.items() if note.startswith(begin))
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """Return the same as numbers, for files."""
@@ -168,6 +174,8 @@ class PreparedData:
     train: Any
     val: EncodedRows
     summary: dict[str, Any]
+    # How many rows were rendered with the template's thinking switch, of how many; of a stream, of its first ones.
+    switched: tuple[int, int] = (0, 0)
     # What is known of a stream at its end alone.
     at_end: Callable[[], dict[str, Any]] = dict
 
@@ -205,7 +213,8 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
     log_report(report, statistics)
     show_samples(encoder.tokenizer, [train[index] for index in range(min(samples, len(train)))], run_dir)
     summary = {**statistics, **report.counts(), 'served': served_by(plan.parts)}
-    return PreparedData(train=train, val=val, summary=summary)
+    switched = (report.switched, len(train) + len(val))
+    return PreparedData(train=train, val=val, summary=summary, switched=switched)
 
 
 def length_statistics(rows: EncodedRows) -> dict[str, float]:
