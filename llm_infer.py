@@ -81,6 +81,7 @@ def _act(
     from utils.auto_encoder import make_encoder
     from utils.generation import generation_config, served_config
     from utils.merge import merge_checkpoint
+    from utils.model import unembedded_from
     from utils.native.export import export_native
     from utils.template_proof import ask_as_trained, check_trained_template
     from utils.tuner import load_adapter
@@ -105,6 +106,7 @@ def _act(
         max_length=args.max_length,
         images=images,
         loss_scope=args.loss_scope,
+        embedding=unembedded_from(model, tokenizer),
     )
     if checkpoint is not None and record is not None:
         check_trained_template(encoder, record, checkpoint, typed='template_type' in done.typed)

@@ -63,7 +63,6 @@ def carry_out(
 
     from utils.auto_encoder import make_encoder
     from utils.before_after import BeforeAfter
-    from utils.encoded_rows import check_rows_embedded
     from utils.encoding import prepare_data
     from utils.end_token import warn_of_untrained_ends
     from utils.mask_gate import MASK_ROWS, prove_mask
@@ -88,6 +87,7 @@ def carry_out(
         max_length=args.max_length,
         images=images,
         loss_scope=args.loss_scope,
+        embedding=unembedded_from(model, tokenizer),
     )
     if args.sft_type == 'lora':
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
@@ -99,7 +99,6 @@ def carry_out(
         data = prepare_data(encoder, rows, run.folder, samples=args.show_samples)
     else:
         data = prepare_stream(encoder, rows, run.folder, args)
-    check_rows_embedded(unembedded_from(model, tokenizer), data.train, data.val)
     note_thinking(run, encoder, data.switched)
     asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)

@@ -840,8 +840,12 @@ def make_encoder(
     max_length: int,
     loss_scope: LossScope = 'last_round',
     images: Images | None = None,
+    embedding: int | None = None,
 ) -> Encoder:
-    """Return the encoder of a template. With auto, `system` counts only if the user typed it."""
+    """Return the encoder of a template. With auto, `system` counts only if the user typed it.
+
+    `embedding` is how many ids the model embeds where its tokenizer has more.
+    """
     template = TEMPLATE_MAPPING[template_type]
     options: dict[str, Any] = {'max_length': max_length, 'images': images}
     encoder: Encoder = (
@@ -849,4 +853,5 @@ def make_encoder(
         else TemplateEncoder(tokenizer, template, name=template_type, system=system, **options)
     )  # fmt: skip
     encoder.loss_scope = loss_scope
+    encoder.embed(embedding)
     return encoder

@@ -86,9 +86,20 @@ def encode_batch(
             report.left_out.add(NOTHING_TRAINED, row.origin)
             report.account.skip(row.written, LEFT_OUT)
             continue
+        _check_embedded(encoder, row, ids)
         for note in ids.notes:
             report.noted.add(note, row.origin)
         yield row, ids
+
+
+def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
+    """Raise ConfigError where a row holds an id that the model does not embed."""
+    if encoder.embedding is not None and (largest := max(ids.input_ids)) >= encoder.embedding:
+        raise ConfigError(
+            f'{row.origin}: the row holds {encoder.tokenizer.decode([largest])!r}, a token of id {largest}; the model '
+            f'embeds {encoder.embedding}. Leave out what spells this token, or take model and tokenizer from the same '
+            'place.'
+        )
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
