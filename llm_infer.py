@@ -81,8 +81,9 @@ def _act(
     from utils.auto_encoder import make_encoder
     from utils.generation import generation_config, served_config
     from utils.merge import merge_checkpoint
+    from utils.model import unembedded_from
     from utils.native.export import export_native
-    from utils.template_proof import check_trained_template
+    from utils.template_proof import ask_as_trained, check_trained_template
     from utils.tuner import load_adapter
 
     args, info = done.args, done.info
@@ -105,9 +106,11 @@ def _act(
         max_length=args.max_length,
         images=images,
         loss_scope=args.loss_scope,
+        embedding=unembedded_from(model, tokenizer),
     )
     if checkpoint is not None and record is not None:
         check_trained_template(encoder, record, checkpoint, typed='template_type' in done.typed)
+        ask_as_trained(encoder, record)
     config = generation_config(args, tokenizer, encoder.stop_ids, model.generation_config)
     if args.merge_lora_and_save:
         assert checkpoint is not None and record is not None, 'checked'

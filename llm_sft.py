@@ -63,7 +63,6 @@ def carry_out(
 
     from utils.auto_encoder import make_encoder
     from utils.before_after import BeforeAfter
-    from utils.encoded_rows import check_rows_embedded
     from utils.encoding import prepare_data
     from utils.end_token import warn_of_untrained_ends
     from utils.mask_gate import MASK_ROWS, prove_mask
@@ -72,7 +71,7 @@ def carry_out(
     from utils.push_callback import push_while_training
     from utils.report import finish_run, stopped
     from utils.stream import prepare_stream
-    from utils.template_proof import ROWS, note_template, prove_template
+    from utils.template_proof import ROWS, note_template, note_thinking, prove_template
     from utils.trainer import build_trainer
     from utils.tuner import prepare_model
 
@@ -89,6 +88,7 @@ def carry_out(
         max_length=args.max_length,
         images=images,
         loss_scope=args.loss_scope,
+        embedding=unembedded_from(model, tokenizer),
     )
     if args.sft_type == 'lora':
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
@@ -107,7 +107,7 @@ def carry_out(
             seed=args.dataset_seed,
             samples=args.show_samples,
         )
-    check_rows_embedded(unembedded_from(model, tokenizer), data.train, data.val)
+    note_thinking(run, encoder, data.switched)
     asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
     model = prepare_model(model, args, run.decide)

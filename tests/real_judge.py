@@ -23,7 +23,7 @@ Raw = dict[str, Any]
 MARKER = re.compile(
     r'<[|｜][^<>\s{}\'"]{1,40}[|｜]>|<(?:start|end)_of_(?:turn|utterance|image)>|<\|[a-z_]{2,20}>|<[a-z_]{2,20}\|>'
     r'|\[/?(?:INST|TOOL_CALLS|TOOL_CALL|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|THINK|ARGS|CALL_ID|gMASK)\]'
-    r'|<sop>|</?s>|<[be]os>|<extra_id_\d+>|\]~!?b\[?\]|\]!b\[|\[e~\[|\]<\]minimax\[>\['
+    r'|<SPECIAL_\d+>|</?(?:assistant|user|system)>|<sop>|</?s>|<[be]os>|<extra_id_\d+>|\]~!?b\[?\]|\]!b\[|\[e~\[|\]<\]minimax\[>\['
 )
 TAG = re.compile(r'</?(?:think|tool_call|tool_response|arg_key|arg_value)>')
 THINK = re.compile(r'</?(?:\w+:)?think>|\[/?THINK\]')
@@ -34,6 +34,8 @@ SWITCHES: tuple[Raw, ...] = (
 )  # fmt: skip
 # In no reply: a word of this kind in a trained span is text of somebody else.
 CALLS_AS_TEXT = 'no form for tool calls'
+WRITTEN_AS_BLOCK = 'no key for reasoning'
+LEFT_OUT = 'prints no reasoning'
 FOREIGN = re.compile(r'Zebra\w+')
 
 
@@ -228,19 +230,23 @@ class Case:
 
     def is_accounted_for(self, text: str, notes: str) -> bool:
         """Return whether a text is one of the judge's prompts and then reasoning, reply and calls, and no more."""
+        # Reasoning before a call that the template has no key for: the note says that it is written as a block.
+        block = bare(self.reasoning) if self.calls and self.needs_tags and WRITTEN_AS_BLOCK in notes else ''
         if re.search(CALLS_AS_TEXT, notes):
             whole = self.judge.try_text(with_calls_as_text(self.messages), None if 'tools' in notes else self.tools)
-            return bare(text) == bare(whole or '')
+            return block in bare(text) and bare(text).replace(block, '', 1) == bare(whole or '')
         for prompt in self.prompts():
             head, whole_text = self.judge.plain(prompt), self.judge.plain(text)
             if not whole_text.startswith(head):
                 continue
             rest = bare(whole_text[len(head) :])
-            left_out = bool(re.search(r'reasoning', notes)) and self.needs_tags
-            thoughts = [bare(self.reasoning)] + ([''] if left_out else [])
-            leads = {'', bare(self.lead())}
+            left_out = LEFT_OUT in notes and self.needs_tags
+            thoughts = [''] if left_out else [bare(self.reasoning)]
+            leads = {'', bare(self.lead()), bare(self.own_lead())}
             if self.calls:
-                if any(bare(whole).endswith(rest) for whole in self.wholes()) and self.all_said(rest):
+                after = rest.removeprefix(block)
+                is_whole = any(bare(whole).endswith(after) for whole in self.wholes()) and self.all_said(after)
+                if rest.startswith(block) and is_whole:
                     return True
             elif any(
                 rest in (lead + t + bare(self.content), t + lead + bare(self.content))
@@ -284,6 +290,15 @@ class Case:
         if prompt is None or full is None or not full.startswith(prompt) or 'Xyloph' not in full:
             return ''
         return full[len(prompt) : full.rindex('Xyloph')]
+
+    def own_lead(self) -> str:
+        """Return what the judge prints of this row between what the generation prompt has too and the reply."""
+        prompt, full, said = self.prompt or '', self.full or '', self.content.strip()
+        if not said or said not in full:
+            return ''
+        common = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(prompt))
+        marker = next((m for m in MARKER.finditer(full) if m.start() < common < m.end()), None)
+        return full[marker.start() if marker else common : full.rindex(said)]
 
     def note_is_true(self, note: str, encoded: Encoded, ours: str) -> bool | None:
         """Return whether a note is true for this row; None for a note that nothing here can check."""
@@ -334,6 +349,10 @@ def _reasoning_as_text(case: Case, encoded: Encoded, ours: str) -> bool:
     return case.reasons and (not case.reasoning or case.needs_tags)
 
 
+def _reasoning_left_out(case: Case, encoded: Encoded, ours: str) -> bool:
+    return bool(case.reasoning) and case.needs_tags and bare(case.reasoning) not in bare(ours)
+
+
 def _tools_ignored(case: Case, encoded: Encoded, ours: str) -> bool:
     chat = [{'role': 'user', 'content': 'q'}]
     with_tools = case.judge.try_text(chat, case.tools, prompt=True)
@@ -359,7 +378,8 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     (r'alters (?:or adds to )?the reply', _altered),
     (r'whole chat otherwise', _full_differs),
     (r'closes the think block', _switched),
-    (r'no key for reasoning|reasoning', _reasoning_as_text),
+    (WRITTEN_AS_BLOCK, _reasoning_as_text),
+    (LEFT_OUT, _reasoning_left_out),
     (r'no place for tools', _tools_ignored),
     (CALLS_AS_TEXT, _calls_as_text),
     (r'beside', _beside_calls),
@@ -465,9 +485,10 @@ def _judge_leaks(verdict: Verdict, case: Case, encoded: Encoded, count: int) -> 
     """A marker that was typed must stay text: as many control ids as where the text is another."""
     raw = json.loads(MARKER.sub('QQ', json.dumps(case.raw, ensure_ascii=False)))
     clean = Case(case.judge, raw)
-    wanted = [
-        sum(i in case.judge.special for i in case.judge.ids(text)) for text in (clean.full or '', *clean.wholes())
-    ]
+    # The generation prompt may have markers that the whole chat is printed without.
+    after_prompt = [f'{prompt}{clean.content}{clean.tail}' for prompt in clean.prompts()]
+    texts = (clean.full or '', *clean.wholes(), *after_prompt)
+    wanted = [sum(i in case.judge.special for i in case.judge.ids(text)) for text in texts]
     found = sum(i in case.judge.special for i in encoded.input_ids)
     # One more where the end of sequence is added.
     if found not in wanted and found - 1 not in wanted:
@@ -484,7 +505,7 @@ def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
         verdict.add('trained', f'text of another turn: {found[0]}: {trained!r}')
     if not case.calls and bare(case.content) not in bare(trained):
         verdict.add('trained', f'the reply is not all trained: {trained!r}')
-    said = {bare(case.content), bare(case.lead()) + bare(case.content)}
+    said = {bare(lead) + bare(case.content) for lead in ('', case.lead(), case.own_lead())}
     if not case.calls and not case.reasoning and not _spells_marker(case) and bare(trained) not in said:
         verdict.add('trained', f'more than the reply: {trained!r}')
     last = encoded.input_ids[stop - 1]

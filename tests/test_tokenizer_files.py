@@ -15,6 +15,7 @@ import llm_infer
 import llm_sft
 from tests.conftest import make_model, make_tokenizer, small_flags, write_jsonl
 from utils.argument import InferArguments
+from utils.auto_encoder import make_encoder
 from utils.errors import ConfigError
 from utils.generation import generate_batch, generation_config
 from utils.model import load_tokenizer
@@ -49,7 +50,83 @@ def test_a_row_with_a_token_that_is_not_embedded_is_named(larger: Path, tmp_path
     data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
     words = [*small_flags(larger, data, tmp_path / 'out'), '--dataset_test_ratio', '0.5', '--max_steps', '1']
     assert llm_sft.main(words) == 2
-    assert [line.startswith(f'{data}:10: the row holds a token of id') for line in problems()] == [True]
+    assert [line.startswith(f"{data}:10: the row holds '{LARGE}', a token of id 400; ") for line in problems()] == [
+        True
+    ]
+
+
+def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_path: Path, problems: Problems) -> None:
+    rows: list[Any] = [{'query': f'count {i}', 'response': 'yes'} for i in range(9)]
+    data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
+    words = [*small_flags(larger, data, tmp_path / 'out'), '--max_steps', '1']
+    assert llm_sft.main([*words, '--dry_run', 'true']) == 0
+    assert llm_sft.main(words) == 2
+    assert [f'{data}:10: the row holds' in line for line in problems()] == [True]
+
+
+@pytest.mark.parametrize('number', [3, 290])  # the first 256 rows are looked at before training
+def test_a_streamed_row_with_a_token_that_is_not_embedded_is_named(
+    number: int, larger: Path, tmp_path: Path, problems: Problems
+) -> None:
+    rows: list[Any] = [{'query': f'count {i}', 'response': 'yes'} for i in range(300)]
+    rows[number - 1] = {'query': 'see', 'response': f'no {LARGE}'}
+    data = write_jsonl(tmp_path / 'a.jsonl', rows)
+    words = [*small_flags(larger, data, tmp_path / 'out'), '--streaming', 'true', '--stream_val_rows', '2']
+    words += ['--dataset_test_ratio', '0', '--max_steps', '20', '--eval_steps', '30', '--batch_size', '16']
+    assert llm_sft.main(words) == 2
+    named = [line for line in problems() if 'the row holds' in line]
+    assert len(named) == 1 and named[0].startswith(f"{data}:{number}: the row holds '{LARGE}'")
+
+
+def test_a_row_to_answer_with_a_token_that_is_not_embedded_is_named(
+    larger: Path, data_file: Path, tmp_path: Path, problems: Problems
+) -> None:
+    data = write_jsonl(tmp_path / 'a.jsonl', [{'query': f'see {LARGE}', 'response': 'no'}])
+    words = ['--model_id_or_path', str(larger), '--template_type', 'auto', '--dataset', str(data)]
+    assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), '--dtype', 'fp32']) == 2
+    assert [line.startswith(f"{data}:1: the row holds '{LARGE}'") for line in problems()] == [True]
+
+
+def ends_in(end: str, call_end: str) -> Any:
+    """Return a tokenizer with one token too many, under a template whose replies and calls end so."""
+    source = (
+        "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+        "{%- for c in m.tool_calls or [] %}{{ 'CALL ' + c.function.name }}{% endfor %}"
+        f"{{{{ '{call_end}' if m.tool_calls else '{end}' }}}}{{% endfor %}}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(chat_template=source)
+    tokenizer.add_tokens([LARGE])
+    return tokenizer
+
+
+def encoder_of(tokenizer: Any) -> Any:
+    return make_encoder(
+        tokenizer, template_type='auto', system='', system_typed=False, max_length=-1, embedding=len(tokenizer) - 1
+    )
+
+
+def test_a_template_whose_replies_end_beyond_the_embedding_is_refused() -> None:
+    with pytest.raises(ConfigError, match=rf"template 'auto': a reply ends in '{LARGE}' \(id 400\), and the model"):
+        encoder_of(ends_in(LARGE, LARGE))
+
+
+def test_an_end_of_calls_beyond_the_embedding_stops_no_answer_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = ends_in('<|im_end|>', LARGE)
+    assert encoder_of(tokenizer).stop_ids == [tokenizer.convert_tokens_to_ids('<|im_end|>')]
+    assert f"'{LARGE}' (id 400) can end a turn and is beyond the 400 tokens" in caplog.text
+    whole = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=-1)
+    assert set(whole.stop_ids) == set(tokenizer.convert_tokens_to_ids(['<|im_end|>', LARGE]))
+
+
+def test_a_run_whose_template_ends_beyond_the_embedding_is_one_message(
+    data_file: Path, tmp_path: Path, problems: Problems
+) -> None:
+    tokenizer = ends_in(LARGE, LARGE)
+    make_model(vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path / 'base')
+    tokenizer.save_pretrained(tmp_path / 'base')
+    assert llm_sft.main(small_flags(tmp_path / 'base', data_file, tmp_path / 'out')) == 2
+    assert [line.startswith("template 'auto': a reply ends in") for line in problems()] == [True]
 
 
 def test_a_prompt_with_a_token_that_is_not_embedded_is_refused() -> None:

@@ -8,6 +8,7 @@ the reply, and the end of turn. All of it up to the end of turn carries loss.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,6 +30,7 @@ from utils.preprocess import (
     FULL_DIFFERS,
     MERGED_BOUNDARY,
     REASONING_AS_TEXT,
+    REASONING_LEFT_OUT,
     RENDERED_DIFFERENTLY,
     TEMPLATE_MAPPING,
     THINKING_SWITCH,
@@ -142,8 +144,13 @@ class AutoEncoder(Encoder):
         super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)
         self.system = system
         self._tails: dict[str, list[int]] = {}
-        self._frame = self._find_frame()
+        # By whether tools are listed: of two named templates, one renders the rows with tools.
+        frame = self._find_frame()
+        self._frames = {False: frame, True: frame}
         self.says_tools = self._prints_tools()
+        if isinstance(templates, dict) and self.says_tools:
+            with contextlib.suppress(ConfigError):  # where it says no plain chat, it refuses such rows too
+                self._frames[True] = self._find_frame(tools=[self._probe_tool()[1]])
         # What stands for the text of a turn that holds calls alone, and whether arguments are given as JSON text:
         # DeepSeek's templates print calls beside null only, and join the arguments to text.
         self._no_text: str | None = ''
@@ -154,7 +161,12 @@ class AutoEncoder(Encoder):
             self.says_calls = {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
             if any(self.says_calls.values()):
                 break
-        self._reasoning_keys = {is_call: self._find_reasoning_key(is_call=is_call) for is_call in (False, True)}
+        # By whether the turn calls, and whether tools are listed: another template may render those rows.
+        self._reasoning_keys = {
+            (is_call, with_tools): self._find_reasoning_key(is_call=is_call, with_tools=with_tools)
+            for is_call in (False, True)
+            for with_tools in (False, True)
+        }
         self._switch, self._opens = self._find_switch()
         # The token that opens the next turn after a reply and after a call: the end of turn where none is printed.
         self._next = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
@@ -214,13 +226,13 @@ class AutoEncoder(Encoder):
         call = {'type': 'function', 'id': 'probe0001', 'function': {'name': name, 'arguments': arguments}}
         return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
 
-    def _find_frame(self) -> _Frame:
+    def _find_frame(self, tools: Sequence[Any] | None = None) -> _Frame:
         """Return what the template prints around a reply. Raises ConfigError where it cannot serve at all."""
         reply = secrets.token_hex(8)
         messages = self._probe({'role': 'assistant', 'content': reply})
         try:
-            prompt = self._render(messages[:-1], prompt=True)
-            text = self._render(messages)
+            prompt = self._render(messages[:-1], tools, prompt=True)
+            text = self._render(messages, tools)
         except RowRefused as error:
             hint = 'Leave --system out, or choose' if self.system else 'Choose'
             raise ConfigError(
@@ -256,13 +268,13 @@ class AutoEncoder(Encoder):
         self.text.add_printed(text)
         return text.count(name) > listed.count(name)
 
-    def _find_reasoning_key(self, *, is_call: bool) -> str | None:
+    def _find_reasoning_key(self, *, is_call: bool, with_tools: bool) -> str | None:
         """Return the key of a turn under which the template prints reasoning, before a reply or before a call."""
         mark = secrets.token_hex(8)
         name, tool = self._probe_tool()
         turn: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': 'b'}
         for key in _REASONING_KEYS:
-            if mark in self._try(self._probe(cast(Message, {**turn, key: mark})), [tool] if is_call else None):
+            if mark in self._try(self._probe(cast(Message, {**turn, key: mark})), [tool] if with_tools else None):
                 return key
         return None
 
@@ -282,7 +294,7 @@ class AutoEncoder(Encoder):
             text = generation_prompt({name: value}) if name in self._source else plain
             if text and text != plain and (plain.startswith(text) or _OPEN_THINK.search(text)):
                 return {name: value}, _OPEN_THINK.search(text) is not None
-        return _NOTHING, self._frame.opens
+        return _NOTHING, self._frames[False].opens
 
     def _find_next_token(self, *, is_call: bool) -> str | None:
         """Return the control token that begins the turn after a reply, or after a call."""
@@ -304,14 +316,14 @@ class AutoEncoder(Encoder):
 
     def _find_stop_ids(self) -> list[int]:
         """Return the tokens that end a turn of the assistant's: after a reply, and after a call."""
-        ends = [(self._frame.end, False)]
+        ends = [(frame.end, False) for frame in self._frames.values()]
         name, tool = self._probe_tool()
         if any(self.says_calls.values()):
             text = self._try(self._probe(self._probe_call(name)), [tool])
             ends += [(text[text.rfind(name) :], True)] if name in text else []
         found = []
         for end, is_call in ends:
-            _, stop, added = self._split_end(end, is_call=is_call)
+            _, stop, added = self._split_end(end, self._frames[is_call], is_call=is_call)
             found.append(self.text.control_ids[stop] if added is None else added)
         return list(dict.fromkeys(found))
 
@@ -335,20 +347,25 @@ class AutoEncoder(Encoder):
             said['tool_calls'] = self._with_arguments(said['tool_calls'])
         if reasoning := message.get('reasoning'):
             tag = _THINK_SOURCE.search(self._source)
-            key = self._reasoning_keys['tool_calls' in said]
+            key = self._reasoning_keys['tool_calls' in said, with_tools]
             if key:
                 said[key] = reasoning
             elif tag and is_last and 'tool_calls' not in said:
                 said['content'] = self._as_block(reasoning, tag[0]) + (said['content'] or '')
         return cast(Message, said)
 
+    @property
+    def switch(self) -> str | None:
+        """Return the setting with which the template renders replies that reason, as name=value; None where none is."""
+        return next((f'{name}={value}' for name, value in self._switch.items()), None)
+
     def settings_of(self, row: Row) -> Mapping[str, Any]:
         """Return the settings with which the template renders a row: its thinking switch where the reply needs it."""
-        return self._switch if self._reasons(row.messages[-1]) else _NOTHING
+        return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
 
     def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
         """Return messages as they were written, each thing under the key and in the form that the template reads."""
-        with_tools = bool(row.tools) and self.says_tools
+        with_tools = self._lists_tools(row)
         made: list[Any] = []
         for message in messages:
             reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), None)
@@ -378,13 +395,17 @@ class AutoEncoder(Encoder):
         line = '\n' if f'{tag}\\n' in self._source or f'{tag}\n' in self._source else ''
         return f'{tag}{line}{reasoning}{line}{_closing_tag(tag)}{2 * line}'
 
-    def _key_of(self, reply: Message) -> str | None:
-        return self._reasoning_keys['tool_calls' in reply]
+    def _lists_tools(self, row: Row) -> bool:
+        return bool(row.tools) and self.says_tools
 
-    def _reasons(self, reply: Message) -> bool:
+    def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
+        """Return the key for the reasoning of a reply; calls that the template cannot say are text of it."""
+        return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
+
+    def _reasons(self, reply: Message, *, with_tools: bool) -> bool:
         """Return whether a reply brings reasoning that the template can say: in its key, or in a think block."""
         if reply.get('reasoning'):
-            return bool(self._key_of(reply) or _THINK_SOURCE.search(self._source))
+            return bool(self._key_of(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
         return _thinks(reply['content'], opened=self._opens)
 
     def _chat(self, row: Row, context: Sequence[Message], *, reasons: bool) -> tuple[_Chat, bool, list[str]]:
@@ -405,7 +426,7 @@ class AutoEncoder(Encoder):
         if any('tool_calls' in message for message in row.messages) and not self.says_calls[with_tools]:
             notes.append(TOOL_CALL_AS_TEXT)
         settings = self._switch if reasons else _NOTHING
-        notes += [THINKING_SWITCH.format(switch=f'{name}={value}') for name, value in settings.items()]
+        notes += [THINKING_SWITCH.format(switch=self.switch)] if settings else []
         chat = _Chat(messages, tools, settings)
         if not self._spells_control(messages, tools):
             return chat, False, notes
@@ -421,37 +442,46 @@ class AutoEncoder(Encoder):
     def _parts(self, rows: Sequence[Row]) -> list[_Parts]:
         chats = []
         for row in rows:
-            reasons = self._reasons(row.messages[-1])
+            reply, with_tools = row.messages[-1], self._lists_tools(row)
+            reasons = self._reasons(reply, with_tools=with_tools)
+            key = self._key_of(reply, with_tools=with_tools)
             chat, guarded, notes = self._chat(row, row.messages, reasons=reasons)
-            if row.messages[-1].get('reasoning') and reasons and not self._key_of(row.messages[-1]):
+            if reply.get('reasoning') and reasons and not key:
                 notes.append(REASONING_AS_TEXT)
-            chats.append((chat, guarded, notes, self._thought(row.messages[-1], guarded=guarded), reasons))
+            chats.append((chat, guarded, notes, reply.get('reasoning', ''), key, reasons))
         prompts = self._render_all([chat._replace(messages=chat.messages[:-1]) for chat, *_ in chats], prompt=True)
         fulls = self._render_all([chat for chat, *_ in chats], prompt=False)
-        return [
-            self._part(chat, prompt, full, guarded=guarded, notes=notes, thought=thought, reasons=reasons)
-            for (chat, guarded, notes, thought, reasons), prompt, full in zip(chats, prompts, fulls, strict=True)
-        ]
+        parts = []
+        for (chat, guarded, notes, reasoning, key, reasons), prompt, full in zip(chats, prompts, fulls, strict=True):
+            thought = self._thought(chat.messages[-1], reasoning, key, guarded=guarded)
+            part = self._part(
+                chat, prompt, full, guarded=guarded, notes=notes, thought=thought, key=key, reasons=reasons
+            )
+            if reasoning and _unspaced(reasoning) not in _unspaced(self.text.unguard(part.reply)):
+                notes.append(REASONING_LEFT_OUT)
+            parts.append(part)
+        return parts
 
-    def _thought(self, reply: Message, *, guarded: bool) -> str:
+    def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
         """Return the think block of a call whose template has no key for reasoning, '' elsewhere."""
         tag = _THINK_SOURCE.search(self._source)
-        if 'tool_calls' not in reply or self._key_of(reply) or tag is None or not reply.get('reasoning'):
+        if 'tool_calls' not in reply or key or tag is None or not reasoning:
             return ''
-        block = self._as_block(reply['reasoning'], tag[0])
+        block = self._as_block(reasoning, tag[0])
         return self.text.guard(block, reply=True) if guarded else block
 
     def _part(
-        self, chat: _Chat, prompt: str, full: str, *, guarded: bool, notes: list[str], thought: str, reasons: bool
-    ) -> _Parts:
-        last = chat.messages[-1]
+        self, chat: _Chat, prompt: str, full: str, *, guarded: bool, notes: list[str], thought: str, key: str | None,
+        reasons: bool,
+    ) -> _Parts:  # fmt: skip
+        last, frame = chat.messages[-1], self._frames[bool(chat.tools)]
         is_call = 'tool_calls' in last
         content = last['content'] if isinstance(last['content'], str) else ''
-        reasoning = str(last.get(self._key_of(last) or '') or '')
+        reasoning = str(last.get(key or '') or '')
         opens = _OPEN_THINK.search(prompt)
         if reasons and _CLOSED_THINK.search(prompt):
             raise RowRefused(CLOSED_THINKING)
-        follows = self._after_prompt(prompt, full)
+        follows = self._after_prompt(prompt, full, frame)
         if follows is not None and thought:
             follows = thought + follows
         if follows is not None and opens and not _BEGINS_CLOSING.match(follows):
@@ -460,11 +490,11 @@ class AutoEncoder(Encoder):
         if follows is None and is_call:
             raise RowRefused('the chat template prints the tool call apart from the generation prompt')
         if follows is None or not (is_said or is_call):
-            follows = self._as_written(prompt, content, reasons=reasons)
+            follows = self._as_written(prompt, content, frame, reasons=reasons)
         if full != prompt + follows:
             notes.append(RENDERED_DIFFERENTLY if full.startswith(prompt) else FULL_DIFFERS)
-        start = self._reply_end(follows, last, content)
-        before, stop, end = self._split_end(follows[start:], is_call=is_call)
+        start = self._reply_end(follows, last, content, frame)
+        before, stop, end = self._split_end(follows[start:], frame, is_call=is_call)
         if end is not None:
             notes.append(ADDED_END)
         cut = start + len(before) + len(stop)
@@ -472,7 +502,7 @@ class AutoEncoder(Encoder):
             chat=chat, prompt=prompt, reply=follows[:cut], rest=follows[cut:], end=end, guarded=guarded, notes=notes
         )
 
-    def _after_prompt(self, prompt: str, full: str) -> str | None:
+    def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
         """Return what the template prints after the generation prompt; None where that cannot be told.
 
         Templates may print a turn otherwise once it has a reply: without the think block that the generation prompt
@@ -480,7 +510,7 @@ class AutoEncoder(Encoder):
         """
         if full.startswith(prompt):
             return full[len(prompt) :]
-        alone = self._frame.alone
+        alone = frame.alone
         base = prompt[: len(prompt) - len(alone)]
         if prompt.endswith(alone) and full.startswith(base):
             return full[len(base) :]
@@ -518,9 +548,9 @@ class AutoEncoder(Encoder):
         line = '' if prompt.endswith('\n') else '\n'
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
-    def _as_written(self, prompt: str, content: str, *, reasons: bool) -> str:
+    def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
         """Return what follows the prompt where the template alters the reply: the reply as the row has it."""
-        lead = self._frame.lead
+        lead = frame.lead
         opens = _OPEN_THINK.search(prompt)
         if reasons:
             own = _BEGINS_THINKING.match(content)
@@ -528,24 +558,26 @@ class AutoEncoder(Encoder):
             content = content[own.end() :] if opens and own else content
         elif opens and not _BEGINS_CLOSING.match(lead):
             lead = self._closing(prompt)
-        return lead + content + self._frame.end
+        return lead + content + frame.end
 
-    def _reply_end(self, follows: str, last: Message, content: str) -> int:
+    def _reply_end(self, follows: str, last: Message, content: str, frame: _Frame) -> int:
         """Return where the reply, or the name of its last call, ends in what follows the prompt."""
         names = [str(call.get('function', call).get('name') or '') for call in last.get('tool_calls', ())]
         if names:
             return max(follows.rfind(name) + len(name) for name in names)
-        if follows.endswith(self._frame.end):
-            return len(follows) - len(self._frame.end)
+        if follows.endswith(frame.end):
+            return len(follows) - len(frame.end)
         at = follows.rfind(content.strip()) if content.strip() else -1
         return at + len(content.strip()) if at >= 0 else 0
 
-    def _split_end(self, end: str, *, is_call: bool) -> tuple[str, str, int | None]:
+    def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
         """Return what comes before the token that ends the turn, that token, and which to add where none is printed."""
         found = self.text.find_controls(end)
         if is_call:
             # Behind a call the last marker ends the turn, unless it only closes the call or text comes after it.
-            found = [m for m in found[-1:] if not (m[0].startswith('</') or end[m.end() :].strip())]
+            ends = {self.tokenizer.eos_token, *(m[0] for m in self.text.find_controls(frame.end)[:1])}
+            is_closing = [m[0].startswith('</') and m[0] not in ends for m in found[-1:]]
+            found = [m for m in found[-1:] if not (any(is_closing) or end[m.end() :].strip())]
         if found:
             return end[: found[0].start()], found[0][0], None
         following = self._next[is_call]
@@ -560,8 +592,10 @@ class AutoEncoder(Encoder):
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         chats = []
         for row in rows:
-            context = row.messages[:-1]
-            chats.append(self._chat(row, context, reasons=self._reasons(row.messages[-1])))
+            context, reply = row.messages[:-1], row.messages[-1]
+            known = self._reasons(reply, with_tools=self._lists_tools(row))
+            reasons = self.asks_to_think if _is_unknown(reply) else known
+            chats.append(self._chat(row, context, reasons=reasons))
         texts = self._render_all([chat for chat, _, _ in chats], prompt=True)
         return self._prompt_ids([(text, guarded) for text, (_, guarded, _) in zip(texts, chats, strict=True)])
 
@@ -684,11 +718,12 @@ class AutoEncoder(Encoder):
             return []
         first, last = printed
         start = min(self._turn_start(part, index), first)
-        spans = [(start, self._turn_end(prompt, last, is_call=is_call))]
+        frame = self._frames[bool(chat.tools)]
+        spans = [(start, self._turn_end(prompt, last, frame, is_call=is_call))]
         if is_call and message['content']:
             beside = self._find_printed(part, index, _replaced(message, text=True))
             if beside is not None and beside[0] >= spans[0][1]:
-                spans.append((beside[0], self._turn_end(prompt, beside[1], is_call=False)))
+                spans.append((beside[0], self._turn_end(prompt, beside[1], frame, is_call=False)))
         return spans
 
     def _turn_start(self, part: _Parts, index: int) -> int:
@@ -718,7 +753,7 @@ class AutoEncoder(Encoder):
         shared = len(_shared(prompt[first:][::-1], changed[first:][::-1]))
         return first, len(prompt) - shared
 
-    def _turn_end(self, prompt: str, last: int, *, is_call: bool) -> int:
+    def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
         """Return where the token that ends a turn ends in the prompt, the turn's own text ending at `last`."""
         stops = {*self.stop_ids, self.tokenizer.eos_token_id}
         match = self.text.find_control(prompt, last)
@@ -727,7 +762,12 @@ class AutoEncoder(Encoder):
         if match is None:
             return last
         between = prompt[last : match.start()]
-        return match.end() if is_call or not between.strip() or self._frame.end.startswith(between) else last
+        return match.end() if is_call or not between.strip() or frame.end.startswith(between) else last
+
+
+def _is_unknown(reply: Message) -> bool:
+    """Return whether a turn stands for a reply that the model is to give."""
+    return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 
 def _closing_tag(opening: str) -> str:
@@ -773,6 +813,11 @@ def _replaced(message: Message, *, text: bool = False) -> Message:
     return cast(Message, {**message, 'tool_calls': calls})
 
 
+def _unspaced(text: str) -> str:
+    """Return the text without blanks."""
+    return ''.join(text.split())
+
+
 def _common(left: Sequence[Any], right: Sequence[Any]) -> int:
     """Return how many items two sequences begin with alike."""
     if left == right[: len(left)]:
@@ -795,8 +840,12 @@ def make_encoder(
     max_length: int,
     loss_scope: LossScope = 'last_round',
     images: Images | None = None,
+    embedding: int | None = None,
 ) -> Encoder:
-    """Return the encoder of a template. With auto, `system` counts only if the user typed it."""
+    """Return the encoder of a template. With auto, `system` counts only if the user typed it.
+
+    `embedding` is how many ids the model embeds where its tokenizer has more.
+    """
     template = TEMPLATE_MAPPING[template_type]
     options: dict[str, Any] = {'max_length': max_length, 'images': images}
     encoder: Encoder = (
@@ -804,4 +853,5 @@ def make_encoder(
         else TemplateEncoder(tokenizer, template, name=template_type, system=system, **options)
     )  # fmt: skip
     encoder.loss_scope = loss_scope
+    encoder.embed(embedding)
     return encoder

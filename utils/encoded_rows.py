@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import ConfigError
 from utils.preprocess import Encoded
 
 # Values of all rows end to end, each kind with the positions where rows end: 32-bit ids and spans, and text as bytes.
@@ -106,14 +105,6 @@ class EncodedRows:
         """Return the number of tokens of each row, an array."""
         return self._ordered(np.diff(np.asarray(self.arrays['ids_ends']), prepend=0).astype(np.int32))
 
-    def place_of_id(self, first: int) -> str | None:
-        """Return where a row came from that holds an id of `first` or more; None where none does."""
-        ids = np.asarray(self.arrays['ids'])
-        if not len(ids) or ids.max() < first:
-            return None
-        row = int(np.searchsorted(np.asarray(self.arrays['ids_ends']), ids.argmax(), side='right'))
-        return str(self._slice('origins', row).tobytes(), 'utf-8')
-
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
         return [int(size) for size in self.sizes()]
@@ -138,18 +129,3 @@ class EncodedRows:
         """Return the same rows in the order of their length, the longest first."""
         order = np.argsort(-self.sizes(), kind='stable').astype(np.int32)
         return EncodedRows(self.arrays, self._ordered(np.arange(len(self), dtype=np.int32))[order])
-
-
-def check_rows_embedded(first: int | None, *sets: Any) -> None:
-    """Raise ConfigError where encoded rows hold an id that the model does not embed; None: it embeds all there are.
-
-    Sets of rows that are read as they come are left to whoever encodes them.
-    """
-    if first is None:
-        return
-    for rows in (rows for rows in sets if isinstance(rows, EncodedRows)):
-        if place := rows.place_of_id(first):
-            raise ConfigError(
-                f'{place}: the row holds a token of id {first} or more, which the model does not embed. Leave out what '
-                'spells this token, or take model and tokenizer from the same place.'
-            )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.logger import logger
 from utils.native.image_readers import Images
 from utils.preprocess import (
     CONTROL_TOKENS,
@@ -48,6 +49,10 @@ class Encoder:
     loss_scope: LossScope = 'last_round'
     # Ids at which generation stops, beside the tokenizer's own end of sequence.
     stop_ids: list[int]
+    # Whether a reply that is not known is asked for with the template's thinking switch; a known one decides itself.
+    asks_to_think = False
+    # How many ids the model embeds, where its tokenizer has more: rows that hold another are refused.
+    embedding: int | None = None
 
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
         """`printed` is the text of the template."""
@@ -56,13 +61,36 @@ class Encoder:
         self.max_length = max_length
         self.images = images
 
+    @property
+    def switch(self) -> str | None:
+        """Return the setting with which the template renders replies that reason, as name=value; None where none is."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """Return what, beside the tokenizer, decides which ids a row becomes."""
         # A chat template that can ask for the date may print another prompt tomorrow.
         today = time.strftime('%Y-%m-%d') if 'strftime_now' in str(self.tokenizer.chat_template) else None
         template = repr(TEMPLATE_MAPPING[self.name])
         return {'template': template, 'system': self.system, 'scope': self.loss_scope, 'max_length': self.max_length,
-                'today': today}  # fmt: skip
+                'today': today, 'embedding': self.embedding}  # fmt: skip
+
+    def embed(self, embedding: int | None) -> None:
+        """Take it that the model embeds so many ids alone; raises ConfigError where no end of turn is among them."""
+        self.embedding = embedding
+        beyond = [end for end in self.stop_ids if embedding is not None and end >= embedding]
+        if not beyond:
+            return
+        named = ', '.join(f'{self.tokenizer.decode([end])!r} (id {end})' for end in beyond)
+        self.stop_ids = [end for end in self.stop_ids if end not in beyond]
+        if not self.stop_ids:
+            raise ConfigError(
+                f"template '{self.name}': a reply ends in {named}, and the model embeds {embedding} tokens, this one "
+                'not among them. Choose another --template_type, or take model and tokenizer from the same place.'
+            )
+        logger.warning(
+            f"template '{self.name}': {named} can end a turn and is beyond the {embedding} tokens that the model "
+            'embeds: answers never stop there, and rows that hold it are refused'
+        )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Return each row's ids and trained span, cut to max_length from the front."""

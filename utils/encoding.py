@@ -26,7 +26,7 @@ from utils.encoder import Encoder
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.mask_gate import NOTHING_TRAINED, show_samples, trains_nothing
-from utils.preprocess import CUT_PROMPT, CUT_REPLY, Encoded, Row, RowRefused
+from utils.preprocess import CUT_PROMPT, CUT_REPLY, THINKING_SWITCH, Encoded, Row, RowRefused
 from utils.reading import TRAIN, UNUSED, VAL, Plan, Tally, served_by
 
 BATCH_ROWS = 1024
@@ -47,6 +47,12 @@ class EncodingReport:
     def lines(self) -> list[str]:
         """Return one line per reason: how many rows, and where the first stand."""
         return [*self.left_out.lines('left out'), *self.noted.lines('noted')]
+
+    @property
+    def switched(self) -> int:
+        """Return how many rows were rendered with the template's thinking switch."""
+        begin = THINKING_SWITCH.partition('{')[0]
+        return sum(count for note, count in self.noted.counts.items() if note.startswith(begin))
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """Return the same as numbers, for files."""
@@ -80,9 +86,20 @@ def encode_batch(
             report.left_out.add(NOTHING_TRAINED, row.origin)
             report.account.skip(row.written, LEFT_OUT)
             continue
+        _check_embedded(encoder, row, ids)
         for note in ids.notes:
             report.noted.add(note, row.origin)
         yield row, ids
+
+
+def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
+    """Raise ConfigError where a row holds an id that the model does not embed."""
+    if encoder.embedding is not None and (largest := max(ids.input_ids)) >= encoder.embedding:
+        raise ConfigError(
+            f'{row.origin}: the row holds {encoder.tokenizer.decode([largest])!r}, a token of id {largest}; the model '
+            f'embeds {encoder.embedding}. Leave out what spells this token, or take model and tokenizer from the same '
+            'place.'
+        )
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
@@ -168,6 +185,8 @@ class PreparedData:
     train: Any
     val: EncodedRows
     summary: dict[str, Any]
+    # How many rows were rendered with the template's thinking switch, of how many; of a stream, of its first ones.
+    switched: tuple[int, int] = (0, 0)
     # What is known of a stream at its end alone.
     at_end: Callable[[], dict[str, Any]] = dict
 
@@ -205,7 +224,8 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
     log_report(report, statistics)
     show_samples(encoder.tokenizer, [train[index] for index in range(min(samples, len(train)))], run_dir)
     summary = {**statistics, **report.counts(), 'served': served_by(plan.parts)}
-    return PreparedData(train=train, val=val, summary=summary)
+    switched = (report.switched, len(train) + len(val))
+    return PreparedData(train=train, val=val, summary=summary, switched=switched)
 
 
 def length_statistics(rows: EncodedRows) -> dict[str, float]:

@@ -91,6 +91,8 @@ def merge_checkpoint(
         if (run_dir / SFT_ARGS).is_file():
             record_proof(run_dir, 'merge', {**outcome, 'seconds': round(time.perf_counter() - started, 2)})
     serves = f'serve it: transformers serve {target}\n      or: vllm serve {target}'
+    if encoder.asks_to_think:
+        serves += f'\nask it with {encoder.switch} (chat_template_kwargs): its replies were trained so'
     if not encoder.tokenizer.chat_template:
         serves = 'serve it with llm_infer.py: no other program knows its template'
     return target, f'{outcome["says"]}\n{serves}'

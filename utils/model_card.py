@@ -58,6 +58,8 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
     losses = [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
     data = progress.get('data') or {}
     counts = [f'{part} {data[part].get("rows")} rows' for part in ('train', 'validation') if part in data]
+    switch = record.get('thinking')
+    thinking = f' Ask it with `{switch}` for its chat template: its replies were trained so.' if switch else ''
     card = Path(__file__).with_suffix('.md').read_text(encoding='utf-8')
     return card.format(
         name=name,
@@ -66,6 +68,7 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
         tags='lora, ' if adapter else '',
         what='A LoRA adapter for' if adapter else 'All weights, fine-tuned from',
         step=progress['step'],
+        thinking=thinking,
         sha256=base['sha256'],
         covers=base['covers'],
         data=': '.join(filter(None, (_name(record['dataset']), ', '.join(counts)))),

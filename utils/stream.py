@@ -136,10 +136,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         """Return a row of the last steps by the index that it carries."""
         return self._recent[index][0]
 
-    def first(self, count: int) -> list[dict[str, Any]]:
-        """Return the first rows of the stream, not shuffled, which counts nothing."""
+    def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
+        """Return the first rows of the stream, not shuffled; what happens to them is told to `report` alone."""
         rows = itertools.islice(self._rows(Tally(), Tally(), Account()), count)
-        return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), EncodingReport())]
+        return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), report or EncodingReport())]
 
     def lengths(self) -> list[int]:
         """Return the most tokens that a row can have, or where nothing limits them, those of the first rows."""
@@ -173,7 +173,14 @@ def prepare_stream(
     log_report(report, statistics)
     served = {'served': served_by(parts[0] for parts in sources)}
     stream = TrainingStream(encoder, sources, val_rows=val_rows, seed=seed)
-    if not (first := stream.first(_LOOKED_AT_ROWS)):
+    looked_at = EncodingReport()
+    if not (first := stream.first(_LOOKED_AT_ROWS, looked_at)):
         raise ConfigError('no training row is left: all are left out, or held out for validation (--stream_val_rows).')
     show_samples(encoder.tokenizer, first[:samples], run_dir)
-    return PreparedData(train=stream, val=val, summary={**statistics, **served}, at_end=stream.summary)
+    return PreparedData(
+        train=stream,
+        val=val,
+        summary={**statistics, **served},
+        switched=(looked_at.switched, len(first)),
+        at_end=stream.summary,
+    )

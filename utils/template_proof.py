@@ -34,6 +34,7 @@ from utils.preprocess import (
     RowRefused,
 )
 from utils.proofs import record_proof
+from utils.resolution import log_decision
 from utils.run_dir import Run, write_json
 from utils.text_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 
@@ -68,6 +69,31 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
     run.lock['template_sha256'] = sha256
     if dist.is_main():
         write_json(run.folder / LOCK_JSON, run.lock)
+
+
+def note_thinking(run: Run, encoder: Encoder, switched: tuple[int, int]) -> None:
+    """Decide and write down whether the model that is trained is asked with the template's thinking switch.
+
+    `switched` is how many of how many rows were rendered with it. Where none was, there is nothing to decide.
+    """
+    rows, of = switched
+    if rows:
+        run.decide('thinking', encoder.switch if 2 * rows > of else None, _how_many(rows, of, encoder.switch))
+        run.note(thinking_rows={'switched': rows, 'of': of})
+
+
+def _how_many(rows: int, of: int, switch: str | None) -> str:
+    return f'{rows} of {of} rows looked at have a reply that reasons, rendered with {switch}'
+
+
+def ask_as_trained(encoder: Encoder, record: Mapping[str, Any]) -> None:
+    """Have replies asked for with the template's thinking switch where most of the trained ones were rendered so."""
+    switch = record.get('thinking')
+    if switch is None or switch != encoder.switch:
+        return
+    encoder.asks_to_think = True
+    count = record['thinking_rows']
+    log_decision('thinking', switch, f'the run trained so: {_how_many(count["switched"], count["of"], switch)}')
 
 
 def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False) -> str:
