@@ -66,6 +66,7 @@ def carry_out(
     from utils.encoded_rows import check_rows_embedded
     from utils.encoding import prepare_data
     from utils.end_token import warn_of_untrained_ends
+    from utils.loss_proof import LossProof
     from utils.mask_gate import MASK_ROWS, prove_mask
     from utils.model import unembedded_from
     from utils.preflight import FirstStepGate
@@ -104,7 +105,9 @@ def carry_out(
     asked.ask_before(model, args)
     model = prepare_model(model, args, run.decide)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
-    prove_mask(data.spread(MASK_ROWS), data.summary, trainer.data_collator, encoder, run.folder)
+    checked = data.spread(MASK_ROWS)
+    prove_mask(checked, data.summary, trainer.data_collator, encoder, run.folder)
+    trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -107,6 +107,7 @@ LAYERS: list[list[str]] = [
         'merge',
         'secrecy',
         'machine_doctor',
+        'loss_proof',
         'preflight',
         'page',
         'svg',
