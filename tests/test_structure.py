@@ -73,6 +73,7 @@ LAYERS: list[list[str]] = [
         'loss',
         'norm',
         'gated',
+        'rotary',
         'scoring',
         'lora',
         'metrics',

@@ -21,7 +21,7 @@ from utils.encoding import PreparedData
 from utils.filler import Filled
 from utils.generation import generate_batch, generation_config
 from utils.guards import check_positions
-from utils.layout import exact_head, lay_end_to_end
+from utils.layout import exact_head, is_sharded, lay_end_to_end
 from utils.logger import logger
 from utils.metrics import compute_loss_metrics, generation_metrics
 from utils.native.image_readers import Images
@@ -242,7 +242,7 @@ def make_trainer(
         generation=generation,
         images=images,
         model=model,
-        scorer=Scorer(base, exact_head(base, args, decide)),
+        scorer=Scorer(base, exact_head(base, args, decide), splits=images is None and not is_sharded(base)),
         groups_by_length=args.group_by_length,
         args=training_arguments(args, folder, dtype=dtype, evaluates=len(data.val) > 0),
         train_dataset=train,
