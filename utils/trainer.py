@@ -137,7 +137,7 @@ class SftTrainer(ResumableTrainer):
             )
             width = max(1, *map(len, answers))  # at least one column: all answers may be empty
             padded = [ids + [IGNORE_INDEX] * (width - len(ids)) for ids in answers]
-            labels = pad_sequence(split_rows(inputs, 'labels'), batch_first=True, padding_value=IGNORE_INDEX)
+            labels = pad_sequence(_last_replies(inputs), batch_first=True, padding_value=IGNORE_INDEX)
             return None, torch.tensor(padded, dtype=torch.long, device=labels.device).view(-1, width), labels
         with self.accelerator.autocast():
             sums = self.scorer.by_row(model, inputs)
@@ -184,6 +184,19 @@ class SftTrainer(ResumableTrainer):
         if self.images is not None:
             self.images.save(folder)
         write_json(folder / SFT_ARGS, self.run_record)
+
+
+def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the ids of each row's last reply, which is what a prompt is answered with; those before are in the prompt.
+
+    Where the row marks it to carry no loss, it is what follows the prompt.
+    """
+    replies = []
+    of_rows = zip(split_rows(inputs, 'input_ids'), split_rows(inputs, 'labels'), inputs['prompt_lengths'], strict=True)
+    for ids, labels, prompt in of_rows:
+        trained = labels[prompt:]
+        replies.append(trained if (trained != IGNORE_INDEX).any() else ids[prompt:])
+    return replies
 
 
 def build_trainer(
