@@ -14,10 +14,11 @@ from tests.conftest import make_tokenizer
 from utils import mask_gate
 from utils.auto_encoder import make_encoder
 from utils.collator import Collator
+from utils.encoded_rows import EncodedRows
 from utils.encoding import EncodingReport, encode_rows
 from utils.errors import ConfigError
 from utils.mask_gate import NOTHING_TRAINED, prove_mask, show_samples
-from utils.preprocess import IGNORE_INDEX, Row
+from utils.preprocess import IGNORE_INDEX, Encoded, Row
 
 Run = Callable[..., Path]
 ENCODER = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)
@@ -125,6 +126,15 @@ def test_rows_in_one_batch_are_compared_each_with_its_own(pads: bool, tmp_path: 
     assert prove(Collator(5, pads=pads), tmp_path)['passed']
     with pytest.raises(ConfigError, match='a batch'):
         prove(Joins(5, pads=pads), tmp_path)
+
+
+def test_the_share_that_trains_is_the_share_of_labels() -> None:
+    """The first token of a row carries no loss, though a row without a prompt is trained from there on."""
+    encoded = EncodedRows()
+    for trained, earlier in (((0, 9), []), ((1, 9), []), ((6, 8), [(0, 3)]), ((0, 1), []), ((4, 9), [])):
+        encoded.append(Encoded(input_ids=list(range(10, 19)), trained=trained, prompt_length=0, earlier=earlier))
+    labels = Collator(5)(list(encoded))['labels']
+    assert encoded.trained_tokens() == int((labels != IGNORE_INDEX).sum()) == 8 + 8 + 4 + 0 + 5
 
 
 def test_a_row_in_which_nothing_is_trained_is_left_out_and_named() -> None:
