@@ -39,6 +39,10 @@ class LossProof(TrainerCallback):
     ) -> None:
         """Record the outcome; raises ConfigError where the trainer's loss is not that of the rows."""
         trainer, started = self.trainer, time.perf_counter()
+        # A forward pass without gradients before the first training step ends FSDP's processes with a SIGSEGV.
+        if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
+            logger.info('the loss is not compared with that of single rows: DeepSpeed or FSDP holds the model')
+            return
         trainer.model_wrapped.eval()
         trainer.in_preflight = True
         try:
