@@ -65,6 +65,7 @@ def carry_out(
     from utils.before_after import BeforeAfter
     from utils.encoding import prepare_data
     from utils.end_token import warn_of_untrained_ends
+    from utils.loss_proof import LossProof
     from utils.mask_gate import MASK_ROWS, prove_mask
     from utils.model import unembedded_from
     from utils.preflight import FirstStepGate
@@ -114,7 +115,9 @@ def carry_out(
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
     if args.push_to_hub:
         trainer.add_callback(push_while_training(args, run.folder, data.summary))
-    prove_mask(data.spread(MASK_ROWS), data.summary, trainer.data_collator, encoder, run.folder)
+    checked = data.spread(MASK_ROWS)
+    prove_mask(checked, data.summary, trainer.data_collator, encoder, run.folder)
+    trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

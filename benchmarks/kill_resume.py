@@ -164,7 +164,9 @@ def kill(ids: list[int]) -> bool:
 
 def run_folder(output: Path) -> Path | None:
     """Return the run folder under an output folder, None before it is made."""
-    return next(iter(sorted(output.glob('*/v*'))), None)
+    # A run tries the folder with one of a hidden name, which is gone while this looks.
+    models = [folder for folder in output.iterdir() if folder.is_dir() and not folder.name.startswith('.')]
+    return next(iter(sorted(run for model in models for run in model.glob('v*'))), None)
 
 
 def has_checkpoint(output: Path) -> bool:

@@ -130,6 +130,25 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
     assert torch.equal(hits, logits.argmax(-1) == targets)
 
 
+@pytest.mark.parametrize('loss_scale', [1024.0, 65536.0])
+@pytest.mark.parametrize('tokens', [64, 4096])
+def test_gradients_in_fp16_are_as_near_as_those_of_torch(tokens: int, loss_scale: float) -> None:
+    """The loss scale begins as 65536, which fp16 itself cannot hold, and has to reach gradients before they round."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 1000, bias=False).half()
+    plain = torch.randn(tokens, 64, dtype=torch.half, requires_grad=True)
+    ours = plain.detach().clone().requires_grad_()
+    exact = plain.detach().double().requires_grad_()
+    targets = torch.randint(0, 1000, (tokens,))
+    logits = {plain: linear(plain).float(), exact: exact @ linear.weight.double().t()}
+    for found in logits.values():
+        (torch.nn.functional.cross_entropy(found, targets, reduction='sum') / tokens * loss_scale).backward()
+    (loss.summed_loss(ours, targets, Head(linear), tokens) * loss_scale).backward()
+    assert ours.grad is not None and plain.grad is not None and exact.grad is not None
+    error, of_torch = (float((grad.double() - exact.grad).norm()) for grad in (ours.grad, plain.grad))
+    assert error <= 2 * of_torch, (error / float(exact.grad.norm()), of_torch / float(exact.grad.norm()))
+
+
 def test_a_head_of_another_kind_is_noticed() -> None:
     model = make_model()
     head = loss.find_head(model)

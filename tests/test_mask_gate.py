@@ -14,16 +14,20 @@ from tests.conftest import make_tokenizer
 from utils import mask_gate
 from utils.auto_encoder import make_encoder
 from utils.collator import Collator
+from utils.encoded_rows import EncodedRows
 from utils.encoding import EncodingReport, encode_rows
 from utils.errors import ConfigError
 from utils.mask_gate import NOTHING_TRAINED, prove_mask, show_samples
-from utils.preprocess import IGNORE_INDEX, Row
+from utils.preprocess import IGNORE_INDEX, Encoded, Row
 
 Run = Callable[..., Path]
 ENCODER = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)
 ROWS = [
     Row(
-        messages=[{'role': 'user', 'content': f'what is {i}?'}, {'role': 'assistant', 'content': f'the answer is {i}.'}]
+        messages=[
+            {'role': 'user', 'content': f'what is {i}?'},
+            {'role': 'assistant', 'content': f'the answer is {i}.' + ' yes yes yes' * (i == 1)},
+        ]
     )
     for i in range(3)
 ]
@@ -73,12 +77,32 @@ def change_token(labels: torch.Tensor) -> None:
     labels[0, int((labels[0] != IGNORE_INDEX).nonzero()[0])] += 1
 
 
+def shift_by_one(labels: torch.Tensor) -> None:
+    """Put the same tokens one place later: in their order they are what the row trains."""
+    labels.copy_(labels.roll(1, dims=1))
+
+
+def swap_rows(labels: torch.Tensor) -> None:
+    """Give two rows each other's labels. Alone, each row would keep its own."""
+    if len(labels) > 1:
+        labels[[0, 1]] = labels[[1, 0]]
+
+
+def train_padding(labels: torch.Tensor) -> None:
+    """Train a token behind the end of the shorter row."""
+    short = int((labels[:, -2:] == IGNORE_INDEX).all(dim=1).nonzero()[0]) if len(labels) > 1 else 0
+    labels[short, -1] = 5
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
         (drop_end, "the end of turn '<|im_end|>' carries no loss in a batch: the model would never learn to stop."),
         (train_prompt, 'a batch trains other tokens than its row says'),
         (change_token, 'a batch trains other tokens than its row says'),
+        (shift_by_one, 'a batch trains the tokens of its row at other places'),
+        (swap_rows, 'a batch trains'),
+        (train_padding, 'a batch trains other tokens than its row says'),
     ],
 )
 def test_a_batch_that_trains_other_tokens_stops_the_run(
@@ -88,6 +112,29 @@ def test_a_batch_that_trains_other_tokens_stops_the_run(
         prove(Mutated(change), tmp_path)
     proof = json.loads((tmp_path / 'proofs.json').read_text())['loss']
     assert proof['passed'] is False and message in proof['says']
+
+
+@pytest.mark.parametrize('pads', [True, False])
+def test_rows_in_one_batch_are_compared_each_with_its_own(pads: bool, tmp_path: Path) -> None:
+    class Joins(Collator):
+        """Gives the first row's ids to all rows of its length."""
+
+        def __call__(self, rows: Any) -> Any:
+            same = [row if len(row['input_ids']) != len(rows[0]['input_ids']) else rows[0] for row in rows]
+            return super().__call__(same)
+
+    assert prove(Collator(5, pads=pads), tmp_path)['passed']
+    with pytest.raises(ConfigError, match='a batch'):
+        prove(Joins(5, pads=pads), tmp_path)
+
+
+def test_the_share_that_trains_is_the_share_of_labels() -> None:
+    """The first token of a row carries no loss, though a row without a prompt is trained from there on."""
+    encoded = EncodedRows()
+    for trained, earlier in (((0, 9), []), ((1, 9), []), ((6, 8), [(0, 3)]), ((0, 1), []), ((4, 9), [])):
+        encoded.append(Encoded(input_ids=list(range(10, 19)), trained=trained, prompt_length=0, earlier=earlier))
+    labels = Collator(5)(list(encoded))['labels']
+    assert encoded.trained_tokens() == int((labels != IGNORE_INDEX).sum()) == 8 + 8 + 4 + 0 + 5
 
 
 def test_a_row_in_which_nothing_is_trained_is_left_out_and_named() -> None:

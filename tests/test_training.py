@@ -127,6 +127,34 @@ def test_evaluation_by_generation(run_sft: Run) -> None:
     assert (run / 'images' / 'eval_rouge-l.png').is_file()
 
 
+@pytest.mark.parametrize('scope', ['last_round', 'all_rounds'])
+def test_answers_are_scored_against_the_last_reply_alone(
+    scope: str, run_sft: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that gives each last reply word for word scores 100, whatever replies came before and carry loss."""
+    rows = [
+        [('user', f'hi {i}'), ('assistant', 'hello there, good day'), ('user', 'what is 6 times 7?')] for i in range(8)
+    ]
+    talks = [
+        {
+            'messages': [
+                *({'role': role, 'content': text} for role, text in row),
+                # One reply in two is marked to carry no loss: it is still what is to be answered.
+                {'role': 'assistant', 'content': 'the answer is 42.', 'weight': int(i % 2)},
+            ]
+        }
+        for i, row in enumerate(rows)
+    ]
+    flags = ['--dataset', str(write_jsonl(tmp_path / 'talks.jsonl', talks)), '--dataset_test_ratio', '0.5']
+    reply = make_tokenizer()('the answer is 42.', add_special_tokens=False)['input_ids']
+    monkeypatch.setattr(
+        'utils.trainer.generate_batch', lambda model, prompts, *args, **kwargs: [reply for _ in prompts]
+    )
+    run = run_sft(*flags, '--loss_scope', scope, '--predict_with_generate', 'true', '--max_steps', '1')
+    scores = next(entry for entry in history(run, 1) if 'eval_rouge-l' in entry)
+    assert scores['eval_rouge-l'] == scores['eval_bleu-4'] == 100
+
+
 def test_longest_rows_come_first_when_memory_is_tested(run_sft: Run, tmp_path: Path) -> None:
     from utils.encoding import EncodedRows
     from utils.preprocess import Encoded

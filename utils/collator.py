@@ -100,6 +100,22 @@ def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[s
     return [{} for _ in range(len(batches) - len(packs))] + laid
 
 
+def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, torch.Tensor]:
+    """Return the batch of some rows of a batch of text, laid out as it is, padded no further than they need."""
+    import torch
+
+    lengths = batch['row_lengths'].tolist()
+    if 'attention_mask' in batch:
+        width = max(lengths[index] for index in indices)
+        return {name: x[indices] if name in _OF_ROWS else x[indices, :width] for name, x in batch.items()}
+    taken = {}
+    for name, x in batch.items():
+        parts = x.split(1) if name in _OF_ROWS else x[0].split(lengths)
+        joined = torch.cat([parts[index] for index in indices])
+        taken[name] = joined if name in _OF_ROWS else joined[None]
+    return taken
+
+
 def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
     """Return one tensor of a batch as its rows, without padding."""
     lengths = batch['row_lengths'].tolist()

@@ -111,14 +111,18 @@ class EncodedRows:
 
     def trained_tokens(self) -> int:
         """Return the number of tokens that carry loss."""
+        return int(self._trained_by_span().sum(dtype=np.int64))
+
+    def _trained_by_span(self) -> Any:
+        """Return the number of predicted tokens of each span: nothing predicts the first token of a row."""
         spans = np.asarray(self.arrays['spans'])
-        return int(spans[1::2].sum(dtype=np.int64) - spans[::2].sum(dtype=np.int64))
+        return np.maximum(spans[1::2] - np.maximum(spans[::2], 1), 0)
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
         """Return the batches of `count` rows that ask for most memory: the longest, and those with most loss."""
-        spans, ends = np.asarray(self.arrays['spans']), np.asarray(self.arrays['spans_ends'])
+        ends = np.asarray(self.arrays['spans_ends'])
         firsts = np.concatenate([[0], ends[:-1] // 2]).astype(np.int64)
-        trained = self._ordered(np.add.reduceat(spans[1::2] - spans[::2], firsts)) if len(self) else []
+        trained = self._ordered(np.add.reduceat(self._trained_by_span(), firsts)) if len(self) else []
         by_length, by_loss = (
             heapq.nlargest(count, range(len(self)), key=weights.__getitem__) for weights in (self.sizes(), trained)
         )

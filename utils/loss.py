@@ -174,17 +174,18 @@ class _SummedLoss(torch.autograd.Function):
         grads = [g for g in (to_hidden, to_weight, to_bias) if g is not None]
         for grad in grads:
             grad.mul_(1.0 / (divisor * inner))
-        ctx.grads = to_hidden.to(hidden.dtype), to_weight, to_bias
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        # In fp16 these stay fp32 until the loss scale has reached them: most would be too small for fp16 before.
+        ctx.grads = to_hidden if kept != dtype else to_hidden.to(hidden.dtype), to_weight, to_bias
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return (total / divisor).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         to_hidden, to_weight, to_bias = ctx.grads
         ctx.grads = None  # a gradient that nothing else holds becomes that of the parameter as it is, without a copy
-        scale, (of_weight, of_bias) = grads[0], ctx.dtypes
+        scale, (of_hidden, of_weight, of_bias) = grads[0], ctx.dtypes
         return (
-            to_hidden * scale.to(to_hidden.dtype),
+            (to_hidden * scale.to(to_hidden.dtype)).to(of_hidden),
             None if to_weight is None else to_weight.mul_(scale).to(of_weight),
             None if to_bias is None else to_bias.mul_(scale).to(of_bias),
             None,

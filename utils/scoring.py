@@ -10,16 +10,23 @@ import torch
 import torch.nn.functional as F
 
 from utils.attention import laid_end_to_end
-from utils.collator import NOT_FOR_THE_MODEL
+from utils.collator import NOT_FOR_THE_MODEL, take_rows
 from utils.loss import Head, head_input, scored, summed_loss
 from utils.preprocess import IGNORE_INDEX
+from utils.rotary import depends_on_batch_from, forget_longer_batches, groups_of_rows
+
+Predictors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Scorer:
     """Scores batches of one model: by the head it is given, in chunks, or by logits as the model's class makes them."""
 
-    def __init__(self, base: Any, head: Head | None) -> None:
+    def __init__(self, base: Any, head: Head | None, *, splits: bool = True) -> None:
+        """Score batches of `base`; where it `splits`, rows that a longer one would change get a pass of their own."""
+        self.base = base
         self.head = head
+        # A sharded model computes as often on each process, so that none may split.
+        self.row_limit = depends_on_batch_from(base.config) if splits else None
         self.selects_logits = 'logits_to_keep' in inspect.signature(base.forward).parameters
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor], divisor: float) -> torch.Tensor:
@@ -41,10 +48,20 @@ class Scorer:
         sums = torch.zeros(len(batch['row_lengths']), 3, dtype=torch.float64, device=parts.device)
         return sums.index_add_(0, rows.to(parts.device), parts)
 
-    def _predictors(
-        self, model: Any, batch: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _predictors(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
         """Return what predicts the P trained tokens, (P, C) or logits (P, V), the tokens, and the row of each."""
+        if self.row_limit is None:
+            return self._in_one_pass(model, batch)
+        found: list[Predictors] = []
+        for indices in groups_of_rows(batch['row_lengths'].tolist(), self.row_limit):
+            forget_longer_batches(self.base)
+            # Processes meet in the first pass alone: the wrapper may exchange values there, and others split otherwise.
+            predictors, targets, rows = self._in_one_pass(self.base if found else model, take_rows(batch, indices))
+            found.append((predictors, targets, torch.tensor(indices, device=rows.device)[rows]))
+        parts = [torch.cat(part) for part in zip(*found, strict=True)]
+        return parts[0], parts[1], parts[2]
+
+    def _in_one_pass(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
         labels = F.pad(batch['labels'][:, 1:], (0, 1), value=IGNORE_INDEX)
         trained = labels != IGNORE_INDEX
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}

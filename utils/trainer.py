@@ -21,7 +21,7 @@ from utils.encoding import PreparedData
 from utils.filler import Filled
 from utils.generation import generate_batch, generation_config
 from utils.guards import check_positions
-from utils.layout import exact_head, lay_end_to_end
+from utils.layout import exact_head, is_sharded, lay_end_to_end
 from utils.logger import logger
 from utils.metrics import compute_loss_metrics, generation_metrics
 from utils.native.image_readers import Images
@@ -136,7 +136,7 @@ class SftTrainer(ResumableTrainer):
             )
             width = max(1, *map(len, answers))  # at least one column: all answers may be empty
             padded = [ids + [IGNORE_INDEX] * (width - len(ids)) for ids in answers]
-            labels = pad_sequence(split_rows(inputs, 'labels'), batch_first=True, padding_value=IGNORE_INDEX)
+            labels = pad_sequence(_last_replies(inputs), batch_first=True, padding_value=IGNORE_INDEX)
             return None, torch.tensor(padded, dtype=torch.long, device=labels.device).view(-1, width), labels
         with self.accelerator.autocast():
             sums = self.scorer.by_row(model, inputs)
@@ -183,6 +183,19 @@ class SftTrainer(ResumableTrainer):
         if self.images is not None:
             self.images.save(folder)
         write_json(folder / SFT_ARGS, self.run_record)
+
+
+def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the ids of each row's last reply, which is what a prompt is answered with; those before are in the prompt.
+
+    Where the row marks it to carry no loss, it is what follows the prompt.
+    """
+    replies = []
+    of_rows = zip(split_rows(inputs, 'input_ids'), split_rows(inputs, 'labels'), inputs['prompt_lengths'], strict=True)
+    for ids, labels, prompt in of_rows:
+        trained = labels[prompt:]
+        replies.append(trained if (trained != IGNORE_INDEX).any() else ids[prompt:])
+    return replies
 
 
 def build_trainer(
@@ -237,7 +250,7 @@ def make_trainer(
         generation=generation,
         images=images,
         model=model,
-        scorer=Scorer(base, exact_head(base, args, decide)),
+        scorer=Scorer(base, exact_head(base, args, decide), splits=images is None and not is_sharded(base)),
         groups_by_length=args.group_by_length,
         args=training_arguments(args, folder, dtype=dtype, evaluates=len(data.val) > 0),
         train_dataset=train,

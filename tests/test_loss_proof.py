@@ -1,0 +1,164 @@
+"""The loss that the trainer computes is that of each row by itself, or the run stops before its first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import make_model, make_tokenizer
+from utils import attention, collator, loss, trainer
+from utils.collator import Collator
+from utils.loss_proof import choose_rows, trained_places
+from utils.preprocess import IGNORE_INDEX
+from utils.scoring import Scorer
+from utils.trainer import SftTrainer
+
+Run = Callable[..., Path]
+Problems = Callable[[], list[str]]
+SHARPER = 4
+
+
+@pytest.fixture(scope='module')
+def sharp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose loss differs from token to token, as that of a trained one does."""
+    model = make_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if 'norm' not in name:
+                parameter.mul_(SHARPER)
+    folder = tmp_path_factory.mktemp('models') / 'sharp'
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+LAYOUTS = {
+    'joined': [],
+    'laid': ['--group_by_length', 'false'],
+    'packed': ['--packing', 'true', '--max_length', '80'],
+    'padded': ['--padding_free', 'false', '--chunked_loss', 'false'],
+    'all weights': ['--sft_type', 'full', '--only_save_model', 'true'],
+    'bf16': ['--dtype', 'bf16'],
+    'stream': ['--streaming', 'true', '--stream_val_rows', '4'],
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_the_loss_of_batches_is_that_of_rows(layout: str, sharp_model: Path, run_sft: Run) -> None:
+    run = run_sft('--model_id_or_path', str(sharp_model), '--max_steps', '1', *LAYOUTS[layout])
+    proof = json.loads((run / 'proofs.json').read_text())['loss_value']
+    assert proof['passed'] is True and proof['rows_checked'] == 4
+    assert 'in the plain forward pass' in proof['says']
+
+
+def roll_labels(patch: pytest.MonkeyPatch) -> None:
+    """Let each position be scored on the token it read, not on the next one."""
+    predictors = Scorer._predictors
+
+    def shifted(self: Scorer, model: Any, batch: dict[str, torch.Tensor]) -> Any:
+        return predictors(self, model, {**batch, 'labels': batch['labels'].roll(1, dims=1)})
+
+    patch.setattr(Scorer, '_predictors', shifted)
+
+
+def scale_loss(patch: pytest.MonkeyPatch) -> None:
+    plain = Scorer.loss
+    patch.setattr(Scorer, 'loss', lambda self, model, batch, divisor: plain(self, model, batch, divisor / 2))
+
+
+def lose_a_chunk(patch: pytest.MonkeyPatch) -> None:
+    """Leave the last positions of a batch out of the sum."""
+    plain = loss.summed_loss
+    cut = lambda hidden, targets, head, divisor: plain(hidden[:-3], targets[:-3], head, divisor)  # noqa: E731
+    patch.setattr('utils.scoring.summed_loss', cut)
+
+
+def go_on_counting_positions(patch: pytest.MonkeyPatch) -> None:
+    call = Collator.__call__
+
+    def counted(self: Collator, items: Any) -> Any:
+        batch = call(self, items)
+        return {**batch, 'position_ids': torch.arange(batch['input_ids'].shape[1])[None] ** 2}
+
+    patch.setattr(Collator, '__call__', counted)
+
+
+def let_rows_see_each_other(patch: pytest.MonkeyPatch) -> None:
+    from utils import scoring
+
+    patch.setattr(scoring, 'laid_end_to_end', lambda lengths: attention.laid_end_to_end([sum(lengths)]))
+
+
+def lose_a_row_of_a_joined_batch(patch: pytest.MonkeyPatch) -> None:
+    fewest = collator.fewest
+    patch.setattr(collator, 'fewest', lambda *args: [pack[: max(1, len(pack) - 1)] for pack in fewest(*args)])
+
+
+def count_too_many_tokens(patch: pytest.MonkeyPatch) -> None:
+    """Divide by the number of all tokens."""
+    count = SftTrainer._get_num_items_in_batch
+    patch.setattr(
+        SftTrainer,
+        '_get_num_items_in_batch',
+        lambda self, batches, device: count(self, batches, device) * 0 + sum(b['labels'].numel() for b in batches),
+    )
+
+
+def train_the_prompt(patch: pytest.MonkeyPatch) -> None:
+    """Change labels behind the batches that the gate of labels sees."""
+    loss_of = SftTrainer.compute_loss
+
+    def changed(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        ids = inputs['input_ids']
+        return loss_of(self, model, {**inputs, 'labels': torch.where(ids > 8, ids, IGNORE_INDEX)}, *args, **kwargs)
+
+    patch.setattr(trainer.SftTrainer, 'compute_loss', changed)
+
+
+FAULTS = [
+    roll_labels, scale_loss, lose_a_chunk, go_on_counting_positions, let_rows_see_each_other,
+    lose_a_row_of_a_joined_batch, count_too_many_tokens, train_the_prompt,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_trainer_that_computes_another_loss_stops_before_its_first_step(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    sharp_model: Path,
+    run_sft: Run,
+    problems: Problems,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    # Batches of four: two of two rows are joined.
+    run = run_sft('--model_id_or_path', str(sharp_model), '--batch_size', '4', expect=2)
+    (message,) = problems()
+    assert message.startswith('--padding_free, --chunked_loss: the trainer computes a loss of ')
+    assert 'the plain forward pass of one row at a time' in message
+    assert json.loads((run / 'proofs.json').read_text())['loss_value']['passed'] is False
+    assert not list(run.glob('checkpoint-*'))
+
+
+def row(length: int, trained: tuple[int, int], earlier: list[tuple[int, int]] | None = None) -> dict[str, Any]:
+    return {
+        'input_ids': list(range(length)),
+        'trained': trained,
+        'prompt_length': trained[0],
+        'earlier': earlier or [],
+        'row': 7,
+    }
+
+
+def test_rows_are_cut_to_their_last_tokens_and_spread_over_lengths() -> None:
+    rows = [row(n, (n // 2, n)) for n in (300, 5, 40, 1000, 9, 20)]
+    chosen = choose_rows(rows)
+    assert [len(item['input_ids']) for item in chosen] == [5, 9, 40, 256]
+    assert chosen[-1]['input_ids'] == list(range(44, 300)) and trained_places(chosen[-1]) == list(range(106, 256))
+    behind = row(1000, (10, 20))  # whose trained tokens are cut off
+    assert choose_rows([behind]) == [] and choose_rows([]) == []
+    assert trained_places(row(9, (6, 8), [(0, 3)])) == [1, 2, 6, 7]
