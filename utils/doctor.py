@@ -18,7 +18,7 @@ from utils.argument import SftArguments
 from utils.auto_encoder import make_encoder
 from utils.convert import BadRow, Filtered
 from utils.encoder import Encoder, cut_row
-from utils.encoding import EncodingReport, batches, encode_batch
+from utils.encoding import EncodedAgain, EncodingReport, batches, encode_batch
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.model import load_tokenizer, locate
@@ -202,10 +202,11 @@ class Doctor:
 
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> None:
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
+        again = EncodedAgain(self.encoder)
         try:
             for row, ids in encode_batch(self.encoder, rows, report):
                 cut = self.lengths.add(ids)
-                self.account.add(row, cut)
+                self.account.add(row, cut, again)
                 for note in {CUT_PROMPT, CUT_REPLY}.intersection(cut.notes):
                     self.defects.add(note, row.origin, columns[row.origin])
         except ConfigError as error:

@@ -17,7 +17,15 @@ from utils.account import LEFT_OUT, Account
 from utils.argument import SftArguments
 from utils.convert import BadRow
 from utils.encoder import Encoder
-from utils.encoding import EncodingReport, PreparedData, encode_batch, encode_rows, length_statistics, log_report
+from utils.encoding import (
+    EncodedAgain,
+    EncodingReport,
+    PreparedData,
+    encode_batch,
+    encode_rows,
+    length_statistics,
+    log_report,
+)
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.mask_gate import show_samples
@@ -121,8 +129,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 logger.info(f'a pass over the stream is done: {index} rows')
 
     def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
+        again = EncodedAgain(self.encoder)
         for source, row in encode_batch(self.encoder, rows, report):
-            report.account.add(source, row)
+            report.account.add(source, row, again)
             item = {**row.as_item(), 'row': self._given}
             self._recent[self._given] = (item, source.origin)
             self._recent.pop(self._given - _REMEMBERED_ROWS, None)
