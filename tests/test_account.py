@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -339,6 +340,15 @@ def test_a_system_text_without_a_place_is_not_used_though_the_question_repeats_i
     assert account.fields == {
         'user text': {'context': 5}, 'reply text': {'trained': 1}, 'system text': {'not used': 1},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize('max_length', [20, 40, 60])
+def test_what_is_cut_of_a_template_with_token_ids_is_exact(max_length: int) -> None:
+    by = encoder('llama', max_length=max_length)
+    raw = {'query': '0123456789' * 4, 'response': 'ok', 'history': [['9876543210' * 2, 'uv']]}
+    account = account_of(raw, by=by)
+    kept = by.tokenizer.decode(by.encode([EncodedAgain(by).convert(raw)])[0].input_ids)
+    assert account.fields['user text'].get('cut', 0) == 60 - len(re.findall('[0-9]', kept))
 
 
 def test_a_word_that_is_cut_off_is_not_taken_for_the_same_word_further_on() -> None:

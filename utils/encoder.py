@@ -294,6 +294,8 @@ class TemplateEncoder(Encoder):
                 texts += [self.text.unguard(piece), '']
             elif isinstance(piece, str):
                 texts[-1] += self.text.unguard(piece)
+            else:
+                texts[-1] += self.tokenizer.decode(piece)
         return texts
 
     def _notes(self, notes: list[str], row: Row) -> list[str]:
