@@ -212,11 +212,19 @@ def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
     arguments = _object_of(arguments)
     if not isinstance(arguments, dict):
         remarks.notes[ARGUMENTS_NOT_OBJECT] = None
+    said = {'name': function['name'], 'arguments': arguments}
     made: dict[str, Any] = {'type': 'function'}
     identity = call.get('id')
     if not _holds_nothing(identity):
         made['id'] = _text(identity, 'the id of a tool call')
-    return {**made, 'function': {'name': function['name'], 'arguments': arguments}}
+    made['function'] = _in_order_of(function, said)
+    return _in_order_of(wrapper, made)
+
+
+def _in_order_of(written: Mapping[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """Return the object with its keys in the order in which they were written, for templates that print it whole."""
+    places = {key: place for place, key in enumerate(written)}
+    return dict(sorted(made.items(), key=lambda item: places.get(item[0], -1 if item[0] == 'type' else len(places))))
 
 
 def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
