@@ -41,6 +41,7 @@ PARAMETERS_NOT_OBJECT = 'the parameters of a tool are text that is no JSON objec
 EMPTY_QUESTION = 'an empty question'
 SAME_ROLE_TWICE = {'user': 'a user turn after a user turn', 'assistant': 'an assistant turn after an assistant turn'}
 NO_LOSS_TOLD = 'a reply carries no loss, as the row says (`weight`, `loss` or `train`)'
+NOT_A_NUMBER = 'a cell is NaN or Infinity: read as missing'
 NO_USER_TURN = 'a reply to a system text alone, without a user turn'
 
 
@@ -371,6 +372,8 @@ def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *co
     """Return the row of these messages; `columns` are those that they were read from."""
     tools, images = _tools(row, remarks), _images(row)
     remarks.note_unused(row, (*columns, *_EVERYWHERE), 'column')
+    if any(value is not None and _is_missing(value) for value in row.values()):
+        remarks.notes[NOT_A_NUMBER] = None
     return Row(
         messages=_with_system(row, messages),
         tools=tools,
