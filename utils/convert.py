@@ -38,6 +38,7 @@ _LOSS_VALUES = {'0': False, '0.0': False, 'false': False, '1': True, '1.0': True
 # What may be said of a row that is used.
 ARGUMENTS_NOT_OBJECT = 'the arguments of a tool call are no JSON object: kept as they are'
 PARAMETERS_NOT_OBJECT = 'the parameters of a tool are text that is no JSON object: kept as they are'
+EMPTY_REPLY = 'an empty earlier reply: it never carries loss'
 EMPTY_QUESTION = 'an empty question'
 SAME_ROLE_TWICE = {'user': 'a user turn after a user turn', 'assistant': 'an assistant turn after an assistant turn'}
 NO_LOSS_TOLD = 'a reply carries no loss, as the row says (`weight`, `loss` or `train`)'
@@ -460,6 +461,9 @@ def _turn_notes(messages: Sequence[Message]) -> Iterable[str]:
         yield NO_LOSS_TOLD
     if any(message['role'] == 'user' and not message['content'].strip() for message in said):
         yield EMPTY_QUESTION
+    earlier = (message for message in said[:-1] if message['role'] == 'assistant')
+    if any(not message['content'].strip() and not message.keys() & {'tool_calls', 'reasoning'} for message in earlier):
+        yield EMPTY_REPLY
     for before, turn in itertools.pairwise(said):
         if turn['role'] == before['role'] and turn['role'] in SAME_ROLE_TWICE:
             yield SAME_ROLE_TWICE[turn['role']]
