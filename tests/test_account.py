@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from utils.account import Account, leaves
 from utils.auto_encoder import make_encoder
 from utils.convert import check_row, find_converter
 from utils.encoder import Encoder
-from utils.encoding import EncodingReport, encode_rows
-from utils.preprocess import Row
+from utils.encoding import EncodedAgain
+from utils.preprocess import LossScope, Row
 
 FULL = (
     '{% if tools %}{{ "<|im_start|>tools\n" + (tools | tojson) + "<|im_end|>\n" }}{% endif %}'
@@ -29,14 +31,29 @@ FULL = (
 )
 
 
-def encoder(template_type: str = 'auto', max_length: int = -1) -> Encoder:
+def encoder(template_type: str = 'auto', max_length: int = -1, scope: LossScope = 'last_round') -> Encoder:
     return make_encoder(
         make_tokenizer(chat_template=FULL), template_type=template_type, system=None, system_typed=False,
-        max_length=max_length,
+        max_length=max_length, loss_scope=scope,
     )  # fmt: skip
 
 
 ENCODER = encoder()
+AGAIN = EncodedAgain(ENCODER)
+
+
+class Changed(EncodedAgain):
+    """Encodes again with the same fault in the conversion."""
+
+    def __init__(self, by: Encoder, change: Callable[[Row], None] | None) -> None:
+        super().__init__(by)
+        self.change = change
+
+    def convert(self, written: Mapping[str, Any]) -> Row:
+        row = super().convert(written)
+        if self.change:
+            self.change(row)
+        return row
 
 
 def account_of(raw: dict[str, Any], *, by: Encoder = ENCODER, change: Callable[[Row], None] | None = None) -> Account:
@@ -46,9 +63,9 @@ def account_of(raw: dict[str, Any], *, by: Encoder = ENCODER, change: Callable[[
     if change:
         change(row)
     row.origin = 'row 1'
-    report = EncodingReport()
-    encode_rows(by, [row], report)
-    return report.account
+    account = Account()
+    account.add(row, by.encode([row])[0], Changed(by, change))
+    return account
 
 
 def total(account: Account) -> int:
@@ -159,14 +176,22 @@ def test_accounts_are_merged_and_rows_left_out_are_counted() -> None:
     assert account.fields['user text'] == {'context': 22, 'not drawn': 11}
 
 
-def random_row(rng: random.Random) -> tuple[dict[str, Any], set[str], dict[str, str]]:
-    """Return a row of some shape, the names of its extra keys, and its texts with their buckets."""
-    texts: dict[str, str] = {}
+def random_row(
+    rng: random.Random, *, scope: LossScope = 'last_round', longest: int = 13
+) -> tuple[dict[str, Any], set[str], list[tuple[str, str]]]:
+    """Return a row of some shape, the names of its extra keys, and its texts with their buckets.
+
+    Texts have up to `longest` letters; short ones stand inside others, and in what the template prints.
+    """
+    texts: list[tuple[str, str]] = []
     extra: set[str] = set()
+    earlier = 'trained' if scope == 'all_rounds' else 'context'
 
     def word(bucket: str) -> str:
-        made = ''.join(rng.choices('abcdefghijklmnopqrstuvwxyz', k=rng.randrange(8, 14)))
-        texts[made] = bucket
+        made = ''.join(rng.choices('abcdefghijklmnopqrstuvwxyz', k=rng.randrange(min(8, longest), longest + 1)))
+        if longest < 3 and rng.random() < 0.3:
+            made = rng.choice(['user', 'assistant', 'system', 'name', 'start', 'tools'])
+        texts.append((made, bucket))
         return made
 
     def turn(role: str, bucket: str, keys: tuple[str, str]) -> dict[str, Any]:
@@ -187,13 +212,13 @@ def random_row(rng: random.Random) -> tuple[dict[str, Any], set[str], dict[str, 
         row = {names[0]: word('context'), names[1]: word('trained')}
         if shape == 'instruction' and rng.random() < 0.5:
             row['input'] = word('context')
-        row['history'] = [[word('context'), word('context')] for _ in range(rng.randrange(3))]
+        row['history'] = [[word('context'), word(earlier)] for _ in range(rng.randrange(3))]
     else:
         keys = ('role', 'content') if shape == 'messages' else ('from', 'value')
         count = rng.randrange(1, 4)
         turns = []
         for number in range(count):
-            bucket = 'trained' if number == count - 1 else 'context'
+            bucket = 'trained' if number == count - 1 else earlier
             turns += [turn('user', 'context', keys), turn('assistant', bucket, keys)]
         row[shape] = json.dumps(turns) if rng.random() < 0.2 else turns
     if rng.random() < 0.3:
@@ -206,37 +231,139 @@ def random_row(rng: random.Random) -> tuple[dict[str, Any], set[str], dict[str, 
     return row, extra, texts
 
 
-def test_random_rows_are_accounted_for_in_full() -> None:
+def in_all(account: Account) -> Counter[str]:
+    """Return the characters of each bucket, of all labels together; what is read as structure left off."""
+    counted: Counter[str] = Counter()
+    for counts in account.fields.values():
+        counted.update(counts)
+    del counted['structure']
+    return counted
+
+
+@pytest.mark.parametrize('scope', ['last_round', 'all_rounds'])
+@pytest.mark.parametrize('longest', [13, 2], ids=['long', 'short'])
+def test_random_rows_are_accounted_for_in_full(longest: int, scope: LossScope) -> None:
     rng = random.Random(0)
     seen: set[str] = set()
+    by = encoder(scope=scope)
+    again = EncodedAgain(by)
     for _ in range(2000):
-        raw, extra, texts = random_row(rng)
+        raw, extra, texts = random_row(rng, scope=scope, longest=longest)
         converter = find_converter(raw)
         assert converter is not None
         row = converter(raw)
         row.origin = 'row 1'
-        ids = ENCODER.encode([row])[0]
+        ids = by.encode([row])[0]
         account = Account()
-        account.add(row, ids)
+        account.add(row, ids, again)
         assert set(account.unused) == extra, raw
         assert total(account) == sum(len(leaf.text) for leaf in leaves(raw))
-        start, end = ids.trained
-        shown = {
-            'trained': ENCODER.tokenizer.decode(ids.input_ids[start:end]),
-            'context': ENCODER.tokenizer.decode(ids.input_ids[:start]),
-        }
-        expected = dict.fromkeys(texts.values(), 0)
-        for text, bucket in texts.items():
+        shown = dict.fromkeys(('trained', 'context'), '')
+        position = 0
+        for start, end in [*ids.earlier, ids.trained]:
+            shown['context'] += by.tokenizer.decode(ids.input_ids[position:start])
+            shown['trained'] += by.tokenizer.decode(ids.input_ids[start:end])
+            position = end
+        expected: Counter[str] = Counter()
+        for text, bucket in texts:
             assert bucket == 'not used' or text in shown[bucket], raw
             expected[bucket] += len(text)
-        counted: dict[str, int] = {}
-        for counts in account.fields.values():
-            for bucket, count in counts.items():
-                counted[bucket] = counted.get(bucket, 0) + count
-        counted.pop('structure', None)
-        assert counted == expected, raw
-        seen |= set(counted)
+        assert in_all(account) == expected, raw
+        seen |= set(expected)
     assert seen == {'trained', 'context', 'not used'}
+
+
+def without_key(rng: random.Random) -> Callable[[Row], None]:
+    key = rng.choice(['name', 'reasoning', 'content', 'tools'])
+
+    def change(row: Row) -> None:
+        if key == 'tools':
+            row.tools = None
+        for message in row.messages[:-1]:
+            if key == 'content' and message['role'] != 'system':
+                message['content'] = '.'
+            elif key in ('name', 'reasoning'):
+                message.pop(key, None)  # type: ignore[misc]
+
+    return change
+
+
+def test_a_conversion_that_drops_a_field_is_seen_however_short_its_texts_are() -> None:
+    rng = random.Random(1)
+    named: Counter[str] = Counter()
+    for _ in range(1000):
+        raw, extra, _ = random_row(rng, longest=2)
+        change = without_key(rng)
+        whole, dropped = account_of(raw), account_of(raw, change=change)
+        row = EncodedAgain(ENCODER).convert(raw)
+        kept = EncodedAgain(ENCODER).convert(raw)
+        change(kept)
+        lost = text_of(row) - text_of(kept)
+        assert in_all(dropped)['not used'] - in_all(whole)['not used'] == lost, raw
+        named.update(set(dropped.unused) - extra)
+    assert {'message key `name`', 'message key `reasoning`', 'user text', 'reply text', 'tools'} <= set(named)
+
+
+def text_of(row: Row) -> int:
+    """Return how many characters of text a row has; a lone stop, and line ends between texts, aside."""
+    said = [message.get(key) or '' for message in row.messages for key in ('content', 'name', 'reasoning')]
+    said += [tool['function'][key] for tool in row.tools or [] for key in ('name', 'description')]
+    return sum(len(str(text).replace('\n', '')) for text in said if text != '.')
+
+
+@pytest.mark.parametrize(
+    ('raw', 'unused'),
+    [
+        # A name that is a role, which the template prints by itself.
+        ({'messages': [{'role': 'user', 'name': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'ho'}]},
+         {'message key `name`'}),
+        # Reasoning that is a word of the reply, and of the question.
+        ({'messages': [{'role': 'user', 'content': 'yes or no?'}, {'role': 'assistant', 'content': 'yes, it is',
+                                                                   'reasoning': 'yes'}]},
+         {'message key `reasoning`'}),
+        # The id of a call that is the number in its answer.
+        ({'messages': [{'role': 'user', 'content': 'what is 7?'}, {'role': 'assistant', 'content': '7', 'name': '7'}]},
+         {'message key `name`'}),
+        ({'system': 'a', 'messages': [{'role': 'user', 'content': 'a cat'}, {'role': 'assistant', 'content': 'a'}]},
+         set()),
+    ],
+)  # fmt: skip
+def test_a_text_that_stands_elsewhere_too_is_judged_by_its_own_place(raw: dict[str, Any], unused: set[str]) -> None:
+    plain = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)
+    account = account_of(raw, by=plain)
+    assert set(account.unused) == unused
+    assert total(account) == sum(len(leaf.text) for leaf in leaves(raw))
+
+
+def test_a_system_text_without_a_place_is_not_used_though_the_question_repeats_it() -> None:
+    account = account_of({'system': 'a', 'query': 'a cat', 'response': 'a'}, by=encoder('baichuan'))
+    assert account.fields == {
+        'user text': {'context': 5}, 'reply text': {'trained': 1}, 'system text': {'not used': 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('max_length', [20, 40, 60])
+def test_what_is_cut_of_a_template_with_token_ids_is_exact(max_length: int) -> None:
+    by = encoder('llama', max_length=max_length)
+    raw = {'query': '0123456789' * 4, 'response': 'ok', 'history': [['9876543210' * 2, 'uv']]}
+    account = account_of(raw, by=by)
+    kept = by.tokenizer.decode(by.encode([EncodedAgain(by).convert(raw)])[0].input_ids)
+    assert account.fields['user text'].get('cut', 0) == 60 - len(re.findall('[0-9]', kept))
+
+
+def test_a_word_that_is_cut_off_is_not_taken_for_the_same_word_further_on() -> None:
+    raw = {'history': [['go', 'went '], ['x' * 40, 'went']], 'query': 'go', 'response': 'went'}
+    account = account_of(raw, by=encoder(max_length=40))
+    assert account.fields['reply text'] == {'cut': 5, 'context': 4, 'trained': 4}
+
+
+def test_blanks_around_a_text_that_the_template_trims_are_told_apart() -> None:
+    trims = make_encoder(
+        make_tokenizer(chat_template=FULL.replace('{{ m.content }}', '{{ m.content.strip() }}')),
+        template_type='auto', system=None, system_typed=False, max_length=-1,
+    )  # fmt: skip
+    account = account_of({'query': ' user ', 'response': 'user'}, by=trims)
+    assert account.fields == {'user text': {'context': 4, 'trimmed': 2}, 'reply text': {'trained': 4}}
 
 
 def test_tools_that_the_template_leaves_out_are_not_used_though_a_call_repeats_their_words() -> None:
@@ -254,7 +381,7 @@ def test_tools_that_the_template_leaves_out_are_not_used_though_a_call_repeats_t
     row = check_row(converter(raw))
     encoder = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)
     account = Account()
-    account.add(row, encoder.encode([row])[0])
+    account.add(row, encoder.encode([row])[0], EncodedAgain(encoder))
     assert account.fields['tools'] == {
         'structure': len('function'),
         'not used': len('depth_of_lake' + 'tells the depth'),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import get_dataset
 from utils import data_file
 from utils.convert import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, BadRow, check_row, find_converter
 from utils.data_file import read_rows
@@ -351,3 +352,29 @@ def test_a_row_of_another_shape_is_told_by_its_columns(tmp_path: Path) -> None:
         'the row has another shape than the first row, from its columns messages',
         'columns are missing that the first row has: response',
     ]
+
+
+def test_numbers_of_json_are_text_as_they_were_written(tmp_path: Path) -> None:
+    said = ['1.10', '3.0', '1e22', '-0.50', '12345678901234567890', '1E-7']
+    for name, text in (
+        ('rows.jsonl', ''.join(f'{{"query": "a", "response": {number}}}\n' for number in said)),
+        ('rows.json', '[' + ', '.join(f'{{"query": "a", "response": {number}}}' for number in said) + ']'),
+    ):
+        (tmp_path / name).write_text(text)
+        rows = get_dataset([str(tmp_path / name)], test_ratio=0).train
+        assert [row.messages[-1]['content'] for row in rows] == said
+
+
+def test_an_empty_earlier_reply_is_noted() -> None:
+    turns = [
+        {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': ' '},
+        {'role': 'user', 'content': 'b'}, {'role': 'assistant', 'content': 'c'},
+    ]  # fmt: skip
+    assert 'an empty earlier reply: it never carries loss' in check_row(convert({'messages': turns})).notes
+
+
+def test_a_file_whose_name_holds_the_mark_of_a_count_is_read(tmp_path: Path) -> None:
+    file = tmp_path / 'set#1.jsonl'
+    file.write_text('{"query": "a", "response": "b"}\n' * 3)
+    assert len(get_dataset([str(file)], test_ratio=0).train) == 3
+    assert len(get_dataset([f'{file}#2'], test_ratio=0).train) == 2

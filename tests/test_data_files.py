@@ -234,6 +234,29 @@ def test_columns_in_capitals_or_with_blanks_are_told_as_such(tmp_path: Path) -> 
         plan_rows([str(file)])
 
 
+@pytest.mark.parametrize(
+    ('row', 'remedy'),
+    [
+        ({'prompt': 'a', 'completion': 'b'}, 'Rename prompt to query and completion to response.'),
+        ({'id': 1, 'question': 'a', 'answer': 'b'}, 'Rename question to query and answer to response.'),
+        (
+            {'text': 'a'},
+            'To train on text alone, write each row as {"query": "", "response": the text}, and choose --template_type',
+        ),
+        ({'x': 'a'}, 'Rename the columns of'),
+    ],
+)
+def test_columns_of_other_tools_are_told_with_their_names_here(
+    row: dict[str, Any], remedy: str, tmp_path: Path
+) -> None:
+    file = tmp_path / 'a.jsonl'
+    file.write_text(json.dumps(row) + '\n')
+    with pytest.raises(ConfigError) as raised:
+        plan_rows([str(file)])
+    assert f'{file}:1: columns {", ".join(row)} are no known shape. ' in str(raised.value)
+    assert remedy in str(raised.value)
+
+
 def test_asking_for_more_rows_than_there_are_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = write(tmp_path / 'a.jsonl')
     rows = get_dataset([f'{file}#500'], test_ratio=0.1)

@@ -115,3 +115,31 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) 
     (tmp_path / 'lock.json').write_text('{')
     assert llm_sft.main(['--from_run', str(tmp_path)]) == 2
     assert 'lock.json cannot be read as JSON' in problems()[-1]
+
+
+def test_relative_names_are_told_where_they_start_without_the_name_of_a_user(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problems: Problems
+) -> None:
+    import llm_infer
+
+    home = tmp_path / 'someone'
+    rows = [{'query': f'what is {i}?', 'response': f'it is {i}.'} for i in range(8)]
+    (home / 'work').mkdir(parents=True)
+    write_jsonl(home / 'work' / 'rows.jsonl', rows)
+    monkeypatch.setenv('HOME', str(home))
+    monkeypatch.chdir(home / 'work')
+    words = small_flags(first.parent.parent.parent / 'model', Path('rows.jsonl'), Path('out'))
+    assert llm_sft.main([*words, '--max_steps', '2']) == 0
+    run = next((home / 'work' / 'out').glob('*/*'))
+    lock = json.loads((run / 'lock.json').read_text())
+    assert lock['directory'] == '~/work' and 'rows.jsonl' in lock['command']
+    for name in ('lock.json', 'sft_args.json', 'run.json', 'report.html', 'answers.json'):
+        assert not (run / name).exists() or 'someone' not in (run / name).read_text(), name
+    monkeypatch.chdir(tmp_path)
+    told = 'The run was started in ~/work: run the command there.'
+    assert llm_sft.main(['--from_run', str(run)]) == 2
+    assert len(problems()) == 1 and 'rows.jsonl is not there' in problems()[0] and problems()[0].endswith(told)
+    assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-2')]) == 2
+    assert len(problems()) == 2 and problems()[1].endswith(told)
+    monkeypatch.chdir(home / 'work')
+    assert llm_sft.main(['--from_run', str(run)]) == 0

@@ -210,3 +210,17 @@ def test_an_earlier_call_is_trained_whole_where_its_turn_lacks_the_think_block_o
     row.messages[2]['role'] = 'tool'
     found = spans(encoder(AUTO, tokenizer).encode([row])[0], tokenizer)
     assert found == ['<call>{"name": "f", "arguments": {"at": "it"}}<|im_end|>', '</think>b<|im_end|>']
+
+
+@pytest.mark.parametrize('name', ['auto', 'chatml'])
+def test_an_empty_earlier_reply_carries_no_loss(name: str) -> None:
+    tokenizer = make_tokenizer()
+    encoder = make_encoder(
+        tokenizer, template_type=name, system='', system_typed=False, max_length=-1, loss_scope='all_rounds'
+    )
+    for content, count in (('', 0), (' ', 0), ('yo', 1)):
+        messages: list[Any] = [
+            {'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': content},
+            {'role': 'user', 'content': 'who?'}, {'role': 'assistant', 'content': 'me'},
+        ]  # fmt: skip
+        assert len(encoder.encode([Row(messages=messages)])[0].earlier) == count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import re
 from collections import Counter
 from importlib.util import find_spec
@@ -11,8 +13,15 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import make_tokenizer
 from tests.real_judge import MARKER, Judge, Verdict, judge_rows
 from tests.real_rows import Words, add_tokens, conversations, printed_tokens, with_template
+from utils.account import Account, leaves
+from utils.auto_encoder import AutoEncoder
+from utils.convert import BadRow
+from utils.encoding import EncodedAgain
+from utils.errors import ConfigError
+from utils.preprocess import Row, RowRefused
 
 pytestmark = pytest.mark.slow
 
@@ -144,3 +153,53 @@ def test_the_counts_say_that_rows_were_judged() -> None:
     assert statuses['refused by both'] <= 140
     assert sum(verdict.earlier for _, _, verdict in found) >= 1000
     assert sum(verdict.calls for _, _, verdict in found) >= 500
+
+
+def put(value: Any, path: tuple[str | int, ...], text: str) -> Any:
+    """Return nested data with another text at a path; JSON text on the way is read and written."""
+    if not path:
+        return text
+    whole = json.loads(value) if isinstance(value, str) else copy.deepcopy(value)
+    whole[path[0]] = put(whole[path[0]], path[1:], text)
+    return json.dumps(whole, ensure_ascii=False) if isinstance(value, str) else whole
+
+
+def printed_names(again: EncodedAgain, row: Row, raw: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """Return the names of texts that are not printed when a word of their own stands there, and of those refused."""
+    mark = 'zq98765qz'
+    gone, refused = set(), set()
+    for leaf in leaves(raw):
+        if leaf.kind not in ('text', 'identity') or not leaf.text.strip():
+            continue
+        encoded = again.encode(row, put(raw, leaf.path, mark))
+        if encoded is None:
+            refused.add(leaf.name)
+        elif mark not in ''.join(encoded.pieces):
+            gone.add(leaf.name)
+    return gone, refused
+
+
+def test_the_account_names_what_a_word_of_its_own_shows_not_to_be_printed() -> None:
+    judged_rows = used = 0
+    tried = [name for name in sources() if not name.endswith('_training')][::3]
+    for name in tried:
+        try:
+            encoder = AutoEncoder(make_tokenizer(chat_template=sources()[name]), system=None, max_length=-1)
+        except ConfigError:
+            continue
+        again = EncodedAgain(encoder)
+        for kind, raw in conversations(Words(), ['<|im_start|>']):
+            try:
+                row = again.convert(raw)
+                encoded = encoder.encode([row])[0]
+            except (BadRow, RowRefused):
+                continue
+            account = Account()
+            account.add(row, encoded, again)
+            gone, refused = printed_names(again, row, raw)
+            assert set(account.unused) - refused == gone - refused, (name, kind)
+            counted = sum(count for counts in account.fields.values() for count in counts.values())
+            assert counted == sum(len(leaf.text) for leaf in leaves(raw)), (name, kind)
+            judged_rows += 1
+            used += not account.unused
+    assert judged_rows >= 300 and 30 <= used < judged_rows

@@ -120,6 +120,33 @@ def test_what_is_left_out_is_counted_once_and_said_while_running(
     assert '20 rows left out: null response' in caplog.text
 
 
+def test_held_out_rows_of_a_stream_are_in_the_account_of_the_run(run_sft: Run, tmp_path: Path) -> None:
+    rows = [{'query': f'what is {i}?', 'response': f'the answer is {i}.'} for i in range(12)]
+    rows[1] = {'query': 'what is 1?', 'response': ''}
+    data = write_jsonl(tmp_path / 'a.jsonl', [{**row, 'note': 'unread'} for row in rows])
+    run = run_sft('--dataset', str(data), '--streaming', 'true', '--stream_val_rows', '3', '--max_steps', '4')
+    told = json.loads((run / 'run.json').read_text())['data']
+    assert told['validation']['rows'] == 3 and told['train']['rows_read'] == 8
+    # 0, 2 and 3 are held out, 1 is left out, the rest trains: each once, though passes go on.
+    sizes = [len(f'what is {i}?') for i in range(12)]
+    assert told['account']['fields']['user text'] == {'context': sum(sizes) - sizes[1], 'left out': sizes[1]}
+    assert told['account']['unused'] == {'column `note`': 11}
+    assert told['left_out'] == {'empty response': 1}
+
+
+def test_rows_left_out_of_a_validation_part_are_counted(run_sft: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = [{'query': f'what is {i}?', 'response': 'yes'} for i in range(8)]
+    held_out = [{'query': 'b', 'response': None}, {'query': 'v', 'response': 'no', 'note': 'n'}]
+    monkeypatch.setitem(dataset.DATASET_MAPPING, 'pair', lambda: (train, held_out))
+    run = run_sft('--dataset', 'pair', '--streaming', 'true', '--stream_val_rows', '3', '--max_steps', '2')
+    told = json.loads((run / 'run.json').read_text())['data']
+    assert told['validation']['rows'] == 1
+    assert told['left_out'] == {'null response': 1}
+    assert told['noted'] == {'column `note` is not used': 1}
+    assert told['account']['fields']['user text']['left out'] == 1
+    assert told['account']['unused'] == {'column `note`': 1}
+
+
 def test_a_stream_without_training_rows_ends_with_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='no training row is left'):
         next(iter(make([numbered(tmp_path / 'a.jsonl', 5)], val_rows=5)))

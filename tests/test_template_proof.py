@@ -243,6 +243,33 @@ def test_a_row_that_is_only_written_oddly_stops_no_run(kind: str, tmp_path: Path
     assert found['passed'] and found['equal'] + found.get('explained', 0) == 11, kind
 
 
+CALLS_WHOLE = CHATML.replace(
+    "message['content'] +", "(message['content'] or '') + (message.tool_calls | tojson if message.tool_calls else '') +"
+)
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        {'id': 'abcdefgh1', 'type': 'function', 'function': {'name': 'depth', 'arguments': '{"lake": "A"}'}},
+        {'function': {'arguments': {'lake': 'A'}, 'name': 'depth'}, 'type': 'function', 'id': 'abcdefgh1'},
+        {'function': {'name': 'depth', 'arguments': {}}, 'id': 'abcdefgh1'},
+        {'name': 'depth', 'arguments': {'lake': 'A'}},
+        {'type': 'function', 'function': {'name': 'depth'}},
+    ],
+)
+def test_calls_that_a_template_prints_whole_keep_the_order_of_their_keys(call: dict[str, Any], tmp_path: Path) -> None:
+    reply = {'role': 'assistant', 'content': '', 'tool_calls': [call]}
+    row = read({'messages': [{'role': 'user', 'content': 'how deep?'}, reply]})
+    row.origin = 'calls.jsonl:1'
+    by = encoder(chat_template=CALLS_WHOLE)
+    prove_template(by, [row], tmp_path)
+    assert proof(tmp_path)['passed']
+    shown = by.tokenizer.decode(by.encode([row])[0].input_ids)
+    keys = [key for key in call if key in ('type', 'id', 'function')]
+    assert sorted(keys, key=lambda key: shown.index(f'"{key}": ')) == keys
+
+
 def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:
     class Other(AutoEncoder):
         def _encode_prompts(self, rows: Any) -> list[list[int]]:

@@ -204,3 +204,9 @@ def test_resuming_on_other_base_weights_is_refused(
     make_tokenizer().save_pretrained(other)
     run_sft('--model_id_or_path', str(other), '--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
     assert 'the base weights differ' in problems()[0]
+
+
+def test_max_steps_below_1_trains_whole_epochs(run_sft: Run) -> None:
+    for steps, wanted in (('-1', 9), ('2', 2)):
+        run = run_sft('--max_steps', steps, '--num_train_epochs', '1')
+        assert json.loads((run / 'run.json').read_text())['steps'] == wanted

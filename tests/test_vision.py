@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -31,9 +32,10 @@ from tests.vision_models import (
     read_json,
     seeing_folder,
 )
+from utils.account import Account, leaves
 from utils.auto_encoder import AutoEncoder, make_encoder
 from utils.collator import Collator
-from utils.encoding import EncodingReport, encode_rows
+from utils.encoding import EncodedAgain, EncodingReport, encode_rows
 from utils.errors import ConfigError
 from utils.generation import generate_rows
 from utils.model import (
@@ -46,7 +48,7 @@ from utils.model import (
     locate,
 )
 from utils.native.image_readers import open_images
-from utils.preprocess import Row, RowRefused
+from utils.preprocess import LossScope, Row, RowRefused
 from utils.template_proof import prove_template
 from utils.tuner import prepare_model
 from utils.vision import find_towers
@@ -391,6 +393,66 @@ def test_a_model_that_sees_nothing_says_so(tmp_path: Path, tokenizer: Any) -> No
         '1 rows left out: the row has images, and the model sees none (test:1 [a.png])',
         '1 rows noted: image tags in the text, and the model sees no images: kept as plain text (test:1)',
     ]
+
+
+def picture_row(rng: random.Random) -> dict[str, Any]:
+    """Return a row with up to two pictures in one of the three forms, and perhaps a round before it."""
+
+    def word() -> str:
+        return rng.choice(['a', 'img', 'user', 'no', 'the answer', 'what is it', '.png'])
+
+    pictures = rng.sample(PICTURES, rng.randrange(3))
+    form = rng.choice(['tags', 'column', 'items'])
+    content: Any = ''.join(f'<img>{picture}</img>' for picture in pictures) + word()
+    if form == 'column':
+        content = '<img></img>' * len(pictures) + word()
+    if form == 'items':
+        content = [{'type': 'image', 'image': picture} for picture in pictures]
+        content.insert(rng.randrange(len(content) + 1), {'type': 'text', 'text': word()})
+    turns: list[dict[str, Any]] = []
+    if rng.random() < 0.5:
+        turns = [{'role': 'user', 'content': word()}, {'role': 'assistant', 'content': word()}]
+    turns += [{'role': 'user', 'content': content}, {'role': 'assistant', 'content': word()}]
+    return {'messages': turns, 'images': pictures if form == 'column' else []}
+
+
+@pytest.mark.parametrize('scope', ['last_round', 'all_rounds'])
+@pytest.mark.parametrize('key', KEYS)
+def test_random_rows_with_images_are_accounted_for_in_full(
+    key: str, scope: LossScope, folders: dict[str, Path]
+) -> None:
+    rng = random.Random(0)
+    _, _, encoder = open_seeing(folders[key])
+    encoder.loss_scope = scope
+    again = EncodedAgain(encoder)
+    pictured = 0
+    for _ in range(200):
+        raw = picture_row(rng)
+        row = again.convert(raw)
+        account = Account()
+        encoded = encoder.encode([row])[0]
+        account.add(row, encoded, again)
+        assert account.unused == {}, raw
+        counted = sum(count for counts in account.fields.values() for count in counts.values())
+        assert counted == sum(len(leaf.text) for leaf in leaves(raw))
+        replies = [len(turn['content']) for turn in raw['messages'] if turn['role'] == 'assistant']
+        trained = sum(replies) if scope == 'all_rounds' else replies[-1]
+        assert account.fields['reply text'].get('trained') == trained, raw
+        assert set(account.fields['user text']) <= {'context', 'structure'}, raw
+        assert account.fields.get('images', {}).keys() <= {'context'}, raw
+        pictured += bool(encoded.images)
+    assert pictured > 80
+
+
+def test_images_of_a_row_that_show_nothing_new_are_not_taken_for_text(folders: dict[str, Path]) -> None:
+    _, _, encoder = open_seeing(folders[QWEN3_VL])
+    raw = {'query': f'<img>{PICTURES[0]}</img>is it?', 'response': 'it', 'extra': PICTURES[0]}
+    again = EncodedAgain(encoder)
+    row = again.convert(raw)
+    account = Account()
+    account.add(row, encoder.encode([row])[0], again)
+    assert account.unused == {'column `extra`': 1}
+    assert account.fields['user text'] == {'context': len(raw['query'])}
 
 
 @pytest.mark.parametrize('workers', [0, 1])

@@ -78,8 +78,17 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function.get('arguments')
     is_missing = _is_empty(arguments) or (isinstance(arguments, str) and not arguments.strip())
     given = {} if is_missing else _with_object(function, 'arguments')['arguments']
-    made = {'type': 'function', 'function': {'name': function['name'], 'arguments': given}}
-    return made if _is_empty(call.get('id')) else {**made, 'id': str(call['id'])}
+    said = {key: given if key == 'arguments' else function[key] for key in function if key in ('name', 'arguments')}
+    keys = list(call) if 'function' in call else ['type', 'id', 'function']
+    made: dict[str, Any] = {} if 'type' in keys else {'type': 'function'}
+    for key in keys:
+        if key == 'function':
+            made['function'] = {**said, 'arguments': given}
+        elif key == 'id' and not _is_empty(call.get('id')):
+            made['id'] = str(call['id'])
+        elif key == 'type':
+            made['type'] = 'function'
+    return made
 
 
 def _text(content: Any) -> str:

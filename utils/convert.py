@@ -38,9 +38,11 @@ _LOSS_VALUES = {'0': False, '0.0': False, 'false': False, '1': True, '1.0': True
 # What may be said of a row that is used.
 ARGUMENTS_NOT_OBJECT = 'the arguments of a tool call are no JSON object: kept as they are'
 PARAMETERS_NOT_OBJECT = 'the parameters of a tool are text that is no JSON object: kept as they are'
+EMPTY_REPLY = 'an empty earlier reply: it never carries loss'
 EMPTY_QUESTION = 'an empty question'
 SAME_ROLE_TWICE = {'user': 'a user turn after a user turn', 'assistant': 'an assistant turn after an assistant turn'}
 NO_LOSS_TOLD = 'a reply carries no loss, as the row says (`weight`, `loss` or `train`)'
+NOT_A_NUMBER = 'a cell is NaN or Infinity: read as missing'
 NO_USER_TURN = 'a reply to a system text alone, without a user turn'
 
 
@@ -212,11 +214,19 @@ def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
     arguments = _object_of(arguments)
     if not isinstance(arguments, dict):
         remarks.notes[ARGUMENTS_NOT_OBJECT] = None
+    said = {'name': function['name'], 'arguments': arguments}
     made: dict[str, Any] = {'type': 'function'}
     identity = call.get('id')
     if not _holds_nothing(identity):
         made['id'] = _text(identity, 'the id of a tool call')
-    return {**made, 'function': {'name': function['name'], 'arguments': arguments}}
+    made['function'] = _in_order_of(function, said)
+    return _in_order_of(wrapper, made)
+
+
+def _in_order_of(written: Mapping[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """Return the object with its keys in the order in which they were written, for templates that print it whole."""
+    places = {key: place for place, key in enumerate(written)}
+    return dict(sorted(made.items(), key=lambda item: places.get(item[0], -1 if item[0] == 'type' else len(places))))
 
 
 def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
@@ -363,6 +373,8 @@ def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *co
     """Return the row of these messages; `columns` are those that they were read from."""
     tools, images = _tools(row, remarks), _images(row)
     remarks.note_unused(row, (*columns, *_EVERYWHERE), 'column')
+    if any(value is not None and _is_missing(value) for value in row.values()):
+        remarks.notes[NOT_A_NUMBER] = None
     return Row(
         messages=_with_system(row, messages),
         tools=tools,
@@ -449,6 +461,9 @@ def _turn_notes(messages: Sequence[Message]) -> Iterable[str]:
         yield NO_LOSS_TOLD
     if any(message['role'] == 'user' and not message['content'].strip() for message in said):
         yield EMPTY_QUESTION
+    earlier = (message for message in said[:-1] if message['role'] == 'assistant')
+    if any(not message['content'].strip() and not message.keys() & {'tool_calls', 'reasoning'} for message in earlier):
+        yield EMPTY_REPLY
     for before, turn in itertools.pairwise(said):
         if turn['role'] == before['role'] and turn['role'] in SAME_ROLE_TWICE:
             yield SAME_ROLE_TWICE[turn['role']]

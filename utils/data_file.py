@@ -32,6 +32,22 @@ _BLANK = re.compile(r'[ \t\r\n]*')
 _LONGEST_CUT = 12
 
 
+class WrittenNumber(float):
+    """A number of JSON that is text as it was written: 1.10 stays 1.10, and 1e22 is not 1e+22."""
+
+    def __new__(cls, written: str) -> WrittenNumber:
+        """Return the number that a text writes."""
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    written: str
+
+    def __str__(self) -> str:
+        """Return the text that was read."""
+        return self.written
+
+
 class Doubled(dict[str, Any]):
     """A row in which a JSON key stands twice in one object; the last one counts, as every JSON reader has it."""
 
@@ -204,7 +220,7 @@ class _JsonText:
         self.text, self.position, self.line = '', 0, 1
         self._decode = codecs.getincrementaldecoder('utf-8-sig')().decode
         self._objects = _JsonObjects()
-        self._parse = json.JSONDecoder(object_pairs_hook=self._objects).raw_decode
+        self._parse = json.JSONDecoder(object_pairs_hook=self._objects, parse_float=WrittenNumber).raw_decode
 
     def _fill(self) -> bool:
         block = self.source.block()
@@ -290,7 +306,7 @@ def read_objects(path: Path) -> Iterator[PlacedRow]:
 
 def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
     objects = _JsonObjects()
-    parse = json.JSONDecoder(object_pairs_hook=objects).decode
+    parse = json.JSONDecoder(object_pairs_hook=objects, parse_float=WrittenNumber).decode
     seen = False
     for number, line in source.lines(bad):
         if not line.strip():

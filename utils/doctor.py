@@ -18,11 +18,12 @@ from utils.argument import SftArguments
 from utils.auto_encoder import make_encoder
 from utils.convert import BadRow, Filtered
 from utils.encoder import Encoder, cut_row
-from utils.encoding import EncodingReport, batches, encode_batch
+from utils.encoding import EncodedAgain, EncodingReport, batches, encode_batch
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.model import load_tokenizer, locate
 from utils.native.gguf import dense_directory
+from utils.native.read import read_config
 from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row
 from utils.reading import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally, row_notes
 from utils.resolution import Resolution, run_name
@@ -33,6 +34,7 @@ DUPLICATE = 'duplicate row'
 CONFLICT = 'same prompt, another answer'
 LEAKED = 'validation row that is in the training set'
 EMPTY_EARLIER = 'empty earlier reply'
+PAST_POSITIONS = 'longer than the {} positions that config.json of the model states'
 MOJIBAKE = 'mojibake: UTF-8 that was read as another encoding'
 
 _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.msgpack', '*.h5')
@@ -135,8 +137,11 @@ def _reply_column(raw: dict[str, Any]) -> str:
 class Doctor:
     """Looks at rows as they come."""
 
-    def __init__(self, encoder: Encoder, max_length: int, stream: TextIO, seen: Seen) -> None:
-        self.encoder, self.seen = encoder, seen
+    def __init__(
+        self, encoder: Encoder, max_length: int, stream: TextIO, seen: Seen, positions: int | None = None
+    ) -> None:
+        """`positions` is how many tokens of a row the model says to have positions for; None: it does not say."""
+        self.encoder, self.seen, self.positions = encoder, seen, positions
         self.left_out, self.defects = Found('left_out', stream), Found('defect', stream)
         self.noted, self.filtered = Found('noted', stream, skip=[CONTROL_TOKENS]), Found('filtered', stream)
         self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
@@ -202,10 +207,13 @@ class Doctor:
 
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> None:
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
+        again = EncodedAgain(self.encoder)
         try:
             for row, ids in encode_batch(self.encoder, rows, report):
                 cut = self.lengths.add(ids)
-                self.account.add(row, cut)
+                self.account.add(row, cut, again)
+                if self.positions is not None and len(cut.input_ids) > self.positions:
+                    self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
                 for note in {CUT_PROMPT, CUT_REPLY}.intersection(cut.notes):
                     self.defects.add(note, row.origin, columns[row.origin])
         except ConfigError as error:
@@ -274,7 +282,8 @@ def check_dataset(done: Resolution[SftArguments]) -> int:
     report = Path(args.output_dir) / run_name(args) / 'dataset_report.json'
     report.parent.mkdir(parents=True, exist_ok=True)
     with report.with_suffix('.jsonl').open('w', encoding='utf-8') as stream, tempfile.TemporaryDirectory() as scratch:
-        doctor = Doctor(encoder, args.max_length, stream, Seen(Path(scratch) / 'seen.db'))
+        seen = Seen(Path(scratch) / 'seen.db')
+        doctor = Doctor(encoder, args.max_length, stream, seen, _positions(folder))
         for batch in batches(_plan(args, doctor).used()):
             doctor.look(batch)
     record = doctor.record(args)
@@ -282,6 +291,14 @@ def check_dataset(done: Resolution[SftArguments]) -> int:
     print('\n'.join(doctor.lines(record)))
     logger.info(f'report: {report}, every finding with its place: {report.with_suffix(".jsonl")}')
     return 0 if record['clean'] else 1
+
+
+def _positions(folder: Path) -> int | None:
+    """Return how many positions the model in a folder states, None where it states none."""
+    config = read_config(folder) if (folder / 'config.json').is_file() else {}
+    config = config.get('text_config') or config
+    stated = config.get('max_position_embeddings') or config.get('n_positions')
+    return stated if isinstance(stated, int) else None
 
 
 def _plan(args: SftArguments, doctor: Doctor) -> Plan:

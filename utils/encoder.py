@@ -146,8 +146,10 @@ class Encoder:
         raise NotImplementedError
 
     def carries_loss(self, reply: Message) -> bool:
-        """Return whether an earlier turn carries loss: as the row marks it, else as the scope says."""
-        return reply['role'] == 'assistant' and reply.get('loss', self.loss_scope == 'all_rounds')
+        """Return whether an earlier turn carries loss: as the row marks it, else by the scope; never an empty one."""
+        says_something = reply['content'].strip() or reply.keys() & {'tool_calls', 'reasoning'}
+        is_reply = reply['role'] == 'assistant' and bool(says_something)
+        return is_reply and reply.get('loss', self.loss_scope == 'all_rounds')
 
     def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:
         """Return whether any text of these messages or tools spells a control token, think tags of replies aside."""
@@ -322,6 +324,8 @@ class TemplateEncoder(Encoder):
                 texts += [self.text.unguard(piece), '']
             elif isinstance(piece, str):
                 texts[-1] += self.text.unguard(piece)
+            else:
+                texts[-1] += self.tokenizer.decode(piece)
         return texts
 
     def _notes(self, notes: list[str], row: Row) -> list[str]:

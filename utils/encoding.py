@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,7 +20,7 @@ import numpy as np
 from utils import dist
 from utils.account import LEFT_OUT, NOT_DRAWN, Account
 from utils.cache import kept
-from utils.convert import BadRow
+from utils.convert import BadRow, check_row, find_converter
 from utils.encoded_rows import EncodedRows
 from utils.encoder import Encoder
 from utils.errors import ConfigError
@@ -61,6 +61,33 @@ class EncodingReport:
             'noted': dict(self.noted.counts),
             'account': self.account.record(),
         }
+
+
+class EncodedAgain:
+    """Encodes rows once more with other data in them, which the account asks for where words alone cannot tell."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    @property
+    def printed(self) -> str:
+        """Return the text that the template prints by itself."""
+        return self.encoder.text.printed + (self.encoder.system or '')
+
+    def convert(self, written: Mapping[str, Any]) -> Row:
+        """Return the row of what was written; raises BadRow where it is none."""
+        converter = find_converter(written)
+        if converter is None:
+            raise BadRow('no known shape')
+        return check_row(converter(written))
+
+    def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
+        """Return a row encoded as if this had been written; None where it could not be trained then."""
+        try:
+            other = dataclasses.replace(self.convert(written), origin=row.origin, folder=row.folder)
+            return self.encoder.encode([other])[0]
+        except (BadRow, RowRefused, ConfigError):
+            return None
 
 
 def encode_batch(
@@ -104,11 +131,11 @@ def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
     """Return the encoded rows and the rows they came from; what was left out or noted is added to the report."""
-    encoded, kept_rows = EncodedRows(), []
+    encoded, kept_rows, again = EncodedRows(), [], EncodedAgain(encoder)
     for start in range(0, len(rows), BATCH_ROWS):
         for row, ids in encode_batch(encoder, rows[start : start + BATCH_ROWS], report):
             encoded.append(ids, row.origin)
-            report.account.add(row, ids)
+            report.account.add(row, ids, again)
             kept_rows.append(row)
     return encoded, kept_rows
 
@@ -146,13 +173,13 @@ def _drawn(plan: Plan, account: Account) -> Iterator[tuple[int, Row]]:
 
 def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
     """Encode the rows of a plan into files of a folder, a batch at a time, and write the report beside them."""
-    report = EncodingReport()
+    report, again = EncodingReport(), EncodedAgain(encoder)
     files = {TRAIN: ('train', EncodedRows()), VAL: ('val', EncodedRows())}
     for batch, result in _begun(encoder, batches(_drawn(plan, report.account))):
         uses = {id(row): use for use, row in batch}
         for row, ids in encode_batch(encoder, [row for _, row in batch], report, result):
             files[uses[id(row)]][1].append(ids, row.origin)
-            report.account.add(row, ids)
+            report.account.add(row, ids, again)
         for name, rows in files.values():
             rows.spill(folder, name)
     if not (folder / 'train.ids').stat().st_size:

@@ -15,6 +15,7 @@ from utils.errors import ConfigError, Problems
 from utils.json_file import read_json
 from utils.parser import Parsed, parse
 from utils.resolution import Resolution
+from utils.sources import abbreviated
 from utils.version import VERSION
 
 LOCK_JSON = 'lock.json'
@@ -82,6 +83,8 @@ def make_lock(done: Resolution[SftArguments], base_model: dict[str, str], data: 
     """Return what lock.json holds; the template's hash is added once the tokenizer is open."""
     return {
         'command': typed_words(done),
+        # Where relative names of the command start.
+        'directory': abbreviated(Path.cwd()),
         'processes': dist.world_size(),
         'base_model': base_model,
         'data': data,
@@ -98,6 +101,14 @@ def read_lock(run_dir: Path) -> dict[str, Any]:
     if wrong := [name for name, kind in kinds.items() if not isinstance(lock.get(name), kind)]:
         raise ConfigError(f'{run_dir / LOCK_JSON} does not say what {wrong[0]} was: it is not as written. {remedy}')
     return lock
+
+
+def started_in(run_dir: Path) -> str | None:
+    """Return the folder in which the command of a run was typed; None where its lock does not say."""
+    if not (run_dir / LOCK_JSON).is_file():
+        return None
+    said = read_json(run_dir / LOCK_JSON, remedy='Put back the one that the run wrote.').get('directory')
+    return said if isinstance(said, str) else None
 
 
 def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArguments]:

@@ -19,6 +19,7 @@ from utils.hub_clients import TOKEN_VARIABLES
 from utils.json_file import read_json
 from utils.leak_scan import find_secrets
 from utils.limits import is_of_bitsandbytes
+from utils.lock import started_in
 from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.resolution import Resolution
@@ -31,6 +32,14 @@ ADAPTER_CONFIG = 'adapter_config.json'
 _GIVE_CHECKPOINT = 'Give one of a run, output/<model>/vN-<time>/checkpoint-N.'
 
 
+def _started_in(args: Any) -> str | None:
+    """Return the folder in which the run was started that this one takes its data from."""
+    run_dir = getattr(args, 'from_run', None)
+    if checkpoint := getattr(args, 'ckpt_dir', None):
+        run_dir = Path(checkpoint).absolute().parent
+    return started_in(Path(run_dir)) if run_dir else None
+
+
 def check_machine_common(done: Resolution[Any]) -> None:
     """Add what the file system and the installed packages say against these arguments."""
     args, problems = done.args, done.problems
@@ -40,7 +49,7 @@ def check_machine_common(done: Resolution[Any]) -> None:
     if done.info is not None and args.model_id_or_path is not None and _is_path(args.model_id_or_path):
         _check_model_directory(done, done.info, Path(args.model_id_or_path))
     if args.reads_data:
-        for problem in check_sources(args.dataset):
+        for problem in check_sources(args.dataset, _started_in(args)):
             problems.add(problem)
     model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
     if model_is_here and not _reads_hub_data(args) and not getattr(args, 'push_to_hub', False):

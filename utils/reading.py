@@ -28,6 +28,13 @@ from utils.vision import state_of_images
 # The use of a row.
 UNUSED, TRAIN, VAL = range(3)
 _NAMED_PER_REASON = 3
+# Columns of other tools that mean what query and response mean.
+_SAME_BY_ANOTHER_NAME = (
+    ('prompt', 'completion'),
+    ('prompt', 'response'),
+    ('question', 'answer'),
+    ('question', 'response'),
+)
 
 # A row read: its place, its columns, and the conversation in it or what is wrong with it.
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
@@ -111,6 +118,14 @@ def _no_shape(name: str, columns: Sequence[str]) -> str:
     said = f'columns {", ".join(columns)} are no known shape. '
     if find_converter([column.strip().lower() for column in columns]):
         return f'{said}Write their names in lower case and without blanks.'
+    for names in _SAME_BY_ANOTHER_NAME:
+        if set(names) <= set(columns):
+            return f'{said}Rename {names[0]} to query and {names[1]} to response.'
+    if 'text' in columns:
+        return (
+            f'{said}To train on text alone, write each row as {{"query": "", "response": the text}}, and choose '
+            '--template_type default-generation.'
+        )
     return (
         f"{said}Known: {KNOWN_SHAPES}. Rename the columns of '{name}', or register a function in DATASET_MAPPING in "
         'utils/dataset.py.'

@@ -34,6 +34,8 @@ def parse_source(word: str) -> Source:
     name, mark, count = word.rpartition('#')
     if not mark:
         name, count = word, ''
+    if not count.isdecimal() and word.lower().endswith(SUFFIXES):
+        name, mark, count = word, '', ''  # the name of a file has this mark
     if mark and not (count.isdecimal() and len(count) < 19 and int(count) > 0):
         raise ConfigError(f"--dataset '{word}': after # comes how many rows to draw, 1 or more, got '{count}'.")
     sample = int(count) if mark else None
@@ -109,16 +111,37 @@ def _matching_files(source: Source) -> list[Path]:
     return files
 
 
-def check_sources(words: Sequence[str]) -> list[str]:
-    """Return what keeps data files from being read, and those that are named twice."""
+def _is_gone(source: Source | None, started_in: str | None) -> bool:
+    """Return whether a relative name of a run that was started in another folder finds nothing here."""
+    path = None if source is None else source.path
+    if started_in in (None, abbreviated(Path.cwd())) or path is None or path.is_absolute():
+        return False
+    return not path.exists() and not glob.glob(str(path), recursive=True)  # noqa: PTH207
+
+
+def abbreviated(path: Path) -> str:
+    """Return a path for records, which hold no name of a user: ~ for the home folder."""
+    home = Path.home()
+    return f'~/{path.relative_to(home)}' if path.is_relative_to(home) and home != home.parent else str(path)
+
+
+def check_sources(words: Sequence[str], started_in: str | None = None) -> list[str]:
+    """Return what keeps data files from being read, and those that are named twice.
+
+    `started_in` is the folder in which relative names were typed, where they come from the record of a run.
+    """
     problems: list[str] = []
     named: dict[Path, str] = {}
     for word in words:
+        source: Source | None = None
         try:
             source = parse_source(word)
             files = find_files(source) if source.path is not None else []
         except ConfigError as error:
-            problems += error.problems
+            hint = (
+                f' The run was started in {started_in}: run the command there.' if _is_gone(source, started_in) else ''
+            )
+            problems += [problem + hint for problem in error.problems]
             continue
         for file in files:
             if file.resolve() in named:

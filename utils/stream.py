@@ -16,7 +16,15 @@ from utils import dist
 from utils.account import LEFT_OUT, Account
 from utils.convert import BadRow
 from utils.encoder import Encoder
-from utils.encoding import EncodingReport, PreparedData, encode_batch, encode_rows, length_statistics, log_report
+from utils.encoding import (
+    EncodedAgain,
+    EncodingReport,
+    PreparedData,
+    encode_batch,
+    encode_rows,
+    length_statistics,
+    log_report,
+)
 from utils.errors import ConfigError
 from utils.logger import logger
 from utils.mask_gate import show_samples
@@ -67,6 +75,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self.unread_text = Account()
         self.report = EncodingReport(left_out=Announced(), noted=Tally())
         self.rows_read = 0
+        # What became of the held-out rows, which every process encodes.
+        self.held_out = EncodingReport()
         # The rows of the last steps, to be named when something is wrong with one.
         self._recent: dict[int, tuple[dict[str, Any], str]] = {}
         self._given = 0
@@ -120,8 +130,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 logger.info(f'a pass over the stream is done: {index} rows')
 
     def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
+        again = EncodedAgain(self.encoder)
         for source, row in encode_batch(self.encoder, rows, report):
-            report.account.add(source, row)
+            report.account.add(source, row, again)
             item = {**row.as_item(), 'row': self._given}
             self._recent[self._given] = (item, source.origin)
             self._recent.pop(self._given - _REMEMBERED_ROWS, None)
@@ -159,8 +170,33 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self.report.left_out.merge(self.unread)
         self.report.noted.merge(self.row_noted)
         self.report.account.merge(self.unread_text)
+        self.report.left_out.merge(self.held_out.left_out)
+        self.report.noted.merge(self.held_out.noted)
+        self.report.account.merge(self.held_out.account)
         log_report(self.report, {})
         return {'train': {'rows_read': self.rows_read}, **self.report.counts()}
+
+
+def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
+    """Return the first rows of each data set; what is left out of validation parts goes to the report.
+
+    Training reads all other parts from their beginning, and counts theirs.
+    """
+    for parts in sources:
+        if len(parts) == 1:
+            continue
+        rows = 0
+        for place, raw, row in parts[-1].read(hashlib.sha256()):
+            if rows == count:
+                break
+            if isinstance(row, BadRow):
+                report.left_out.add(str(row), place)
+                report.account.skip(raw, LEFT_OUT)
+                continue
+            rows += 1
+            for note in row_notes(row):
+                report.noted.add(note, place)
+    return first_rows(sources, count)
 
 
 def prepare_stream(
@@ -168,11 +204,12 @@ def prepare_stream(
 ) -> PreparedData:
     """Return the training stream and the held-out rows, encoded; shows some (sample.txt)."""
     report = EncodingReport()
-    val, _ = encode_rows(encoder, first_rows(sources, val_rows), report)
+    val, _ = encode_rows(encoder, _held_out(sources, val_rows, report), report)
     statistics = {'validation': length_statistics(val)}
     log_report(report, statistics)
     served = {'served': served_by(parts[0] for parts in sources)}
     stream = TrainingStream(encoder, sources, val_rows=val_rows, seed=seed)
+    stream.held_out = report
     looked_at = EncodingReport()
     if not (first := stream.first(_LOOKED_AT_ROWS, looked_at)):
         raise ConfigError('no training row is left: all are left out, or held out for validation (--stream_val_rows).')

@@ -66,6 +66,8 @@ class TextTokenizer:
         self._guarded = re.compile(f'{self._nonce}:([0-9]+);')
         # Stands for an image in the text of a turn.
         self.image = f'{self._nonce}:image;'
+        # What the template prints by itself, as far as it is known: its own text, and renderings of probes.
+        self.printed = printed
         self._learn_control(printed)
 
     def _learn_control(self, printed: str) -> None:
@@ -85,6 +87,7 @@ class TextTokenizer:
 
     def add_printed(self, printed: str) -> None:
         """Make added tokens control tokens that the template was seen to print."""
+        self.printed += printed
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         if any(spelling in printed and spelling not in self.control_ids for spelling in added):
             self._learn_control(printed + ''.join(self.control_ids))
