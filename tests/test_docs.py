@@ -241,11 +241,12 @@ def test_hooks_run_what_the_test_script_runs() -> None:
             assert command in script, hook['id']
 
 
-def test_the_container_installs_as_the_quick_start_does() -> None:
+def test_container_and_notebook_install_as_the_quick_start_does() -> None:
     container = (ROOT / 'Dockerfile').read_text(encoding='utf-8')
     install = re.search(r'^make_venv .*$', (ROOT / 'scripts/quickstart.sh').read_text(encoding='utf-8'), re.MULTILINE)
     assert install is not None
     assert install[0] in container
+    assert install[0] in notebook_cells()[0]
     assert 'source scripts/venv.sh' in container
     assert len(container.splitlines()) <= 14
 
