@@ -1,59 +1,291 @@
-"""The READMEs: generated blocks, the file tree, the links."""
+"""The pages: generated blocks, sizes, links, paths, commands, the two languages, and the notebook."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
+from collections import Counter
 from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
 
 from tests.conftest import ROOT
 from utils import docs
 from utils.argument import InferArguments, SftArguments
+from utils.model import ModelInfo
+from utils.parser import parse
+from utils.preprocess import Template
+
+README_BYTES = 9_000
+TRANSLATED = ('data.md', 'templates.md', 'flags.md', 'models.md')
+# Folders whose paths the pages name. Those in the first three are checked once the rooms are there.
+ROOMS = ('utils', 'tools', 'tests')
+FOLDERS = (*ROOMS, 'scripts', 'benchmarks', 'ds_config', 'docs')
+HAS_ROOMS = (ROOT / 'utils' / 'base').is_dir()
+_PATH = re.compile(rf'(?<![\w./-])((?:{"|".join(FOLDERS)})/[\w./<>*-]*\w/?)')
+_SEVERAL = re.compile(r'[<>*]')
 
 
-def test_generated_blocks_are_fresh_and_hold_every_flag() -> None:
+def pages() -> list[Path]:
+    found = docs.pages()
+    assert len(found) >= 20
+    return found
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def bash_lines(page: Path) -> list[str]:
+    """Return the commands of a page's bash blocks, comments and line continuations removed."""
+    blocks = re.findall(r'```bash\n(.*?)```', page.read_text(encoding='utf-8'), flags=re.DOTALL)
+    lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [shlex.join(line) for line in words if line]
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    text = re.sub(r'```.*?```', '', page.read_text(encoding='utf-8'), flags=re.DOTALL)
+    headings = re.findall(r'^#+ (.+)$', text, flags=re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def test_generated_blocks_are_fresh_and_each_is_on_a_page() -> None:
     assert docs.main(['--check']) == 0
+    found = Counter(name for p in pages() for name in re.findall(r'<!-- generated ([\w-]+) -->', p.read_text('utf-8')))
+    assert set(found) == set(docs.BLOCKS)
+    # Once in each language.
+    assert {found[name] for name in ('flags-common', 'flags-sft', 'flags-infer', 'models', 'template-names')} == {2}
+
+
+def test_a_stale_block_is_found_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / 'page.md'
+    monkeypatch.setattr(docs, 'ROOT', tmp_path)
+    monkeypatch.setattr(docs, 'pages', lambda: [page])
+    page.write_text('before\n<!-- generated template-names -->\nold\n<!-- end -->\nafter\n', encoding='utf-8')
+    assert docs.main(['--check']) == 1
+    assert docs.main(['--write']) == 0
+    assert docs.main(['--check']) == 0
+    text = page.read_text(encoding='utf-8')
+    assert '`chatml`' in text
+    assert 'old' not in text
+    assert text.startswith('before\n')
+    assert text.endswith('after\n')
+
+
+def test_every_flag_is_in_the_table_of_both_languages() -> None:
     flags = {f.name for cls in (SftArguments, InferArguments) for f in fields(cls)}
-    for name in docs.READMES:
+    for name in ('docs/flags.md', 'docs/cn/flags.md'):
         text = (ROOT / name).read_text(encoding='utf-8')
-        assert set(re.findall(r'<!-- generated ([\w-]+) -->', text)) == set(docs.BLOCKS)
-        assert flags <= set(re.findall(r'^\| `--(\w+)` \|', text, flags=re.MULTILINE))
-    assert len(flags) == 88
+        assert flags == set(re.findall(r'^\| `--(\w+)` \|', text, flags=re.MULTILINE))
 
 
-def test_file_tree_names_what_is_there() -> None:
-    there = {p.name for p in ROOT.iterdir() if p.name not in ('output', '__pycache__') and not p.name.startswith('.')}
-    for name in docs.READMES:
-        tree = (ROOT / name).read_text(encoding='utf-8').split('```\nllm_sft.py')[1].split('```')[0]
-        named = set(re.findall(r'[\w.-]+(?:\.py|\.txt)|\b\w+(?=/)', 'llm_sft.py' + tree))
-        missing = {n for n in there if n not in named} - {
-            'LICENSE',
-            'CHANGELOG.md',
-            'README.md',
-            'README_CN.md',
-            'pyproject.toml',
-        }
-        assert not missing, f'{name} does not name {missing}'
-        assert not {n for n in named if n.endswith(('.py', '.txt'))} - {p.name for p in ROOT.rglob('*.py')} - there
+@pytest.mark.parametrize('name', docs.READMES)
+def test_a_readme_is_short(name: str) -> None:
+    assert (ROOT / name).stat().st_size <= README_BYTES
 
 
-def test_links_and_pictures_exist() -> None:
+@pytest.mark.parametrize('name', docs.READMES)
+def test_a_readme_shows_output_and_status_on_its_first_screen(name: str) -> None:
+    screen = '\n'.join((ROOT / name).read_text(encoding='utf-8').splitlines()[:40])
+    for needed in ('scripts/quickstart.sh', '191 of 204', 'GPU', 'SmolLM2-135M', '2.13.0'):
+        assert needed in screen
+
+
+def test_links_and_anchors_resolve() -> None:
     checked = 0
-    for name in docs.READMES:
-        for target in re.findall(r'\]\((?!http)([^)#]+)\)', (ROOT / name).read_text(encoding='utf-8')):
-            assert (ROOT / target).exists(), f'{name}: {target}'
+    for page in pages():
+        text = page.read_text(encoding='utf-8')
+        for target in re.findall(r'\]\((?!https?:)([^)\s]+)\)', text):
+            file, _, anchor = target.partition('#')
+            there = (page.parent / file) if file else page
+            assert there.exists(), f'{named(page)}: {target}'
+            assert not anchor or anchor in slugs(there), f'{named(page)}: {target}'
             checked += 1
-    assert checked >= 3
+    assert checked >= 60
 
 
-def test_code_blocks_name_real_scripts_and_flags() -> None:
-    known = {f.name for cls in (SftArguments, InferArguments) for f in fields(cls)}
+def test_every_page_is_linked_from_a_readme() -> None:
+    linked = {
+        (page.parent / target.partition('#')[0]).resolve()
+        for page in pages()
+        for target in re.findall(r'\]\((?!https?:)([^)\s#]+)[^)]*\)', page.read_text(encoding='utf-8'))
+    }
+    missing = [named(page) for page in pages() if page.resolve() not in linked]
+    assert not missing
+
+
+def test_paths_that_pages_name_exist() -> None:
     checked = 0
-    for name in docs.READMES:
-        for block in re.findall(r'```bash\n(.*?)```', (ROOT / name).read_text(encoding='utf-8'), flags=re.DOTALL):
-            for script in re.findall(r'bash (scripts/\S+\.sh)', block):
-                assert (ROOT / script).is_file(), script
+    for page in pages():
+        text = re.sub(r'https?://\S+', '', page.read_text(encoding='utf-8'))
+        for path in _PATH.findall(text):
+            if _SEVERAL.search(path) or (path.startswith(ROOMS) and not HAS_ROOMS):
+                continue
+            places = [ROOT / path, page.parent / path]
+            assert any(place.exists() for place in places), f'{named(page)} names {path}'
+            checked += 1
+    assert checked >= 30
+
+
+def test_the_architecture_names_what_is_there() -> None:
+    text = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
+    folders = {
+        p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(('.', '_')) and p.name != 'output'
+    }
+    assert not {name for name in folders if f'{name}/' not in text}
+    if HAS_ROOMS:
+        rooms = {p.name for p in (ROOT / 'utils').iterdir() if (p / '__init__.py').is_file()}
+        assert rooms == set(re.findall(r'^\| `(\w+)`(?: \*)? \|', text, flags=re.MULTILINE))
+        # The important modules that stand in the row of a room.
+        for room, modules in re.findall(r'^\| `(\w+)`(?: \*)? \|[^|]*\|([^|]*)\|$', text, flags=re.MULTILINE):
+            for module in re.findall(r'`(\w+)/?`', modules):
+                places = (ROOT / 'utils' / room / f'{module}.py', ROOT / 'utils' / room / module)
+                assert any(place.exists() for place in places), f'{room}: {module}'
+
+
+def check_command(words: list[str]) -> bool:
+    """Parse what a command hands to one of the programs; False where it runs something else."""
+    for number, word in enumerate(words):
+        program = Path(word).name
+        given = words[number + 1 :]
+        if program == 'llm_sft.py' or (program in ('sft.sh', 'quickstart.sh') and word.startswith('scripts/')):
+            parsed = parse(SftArguments, given, program=program, about='')
+            assert not parsed.problems.found, parsed.problems.found
+            return True
+        if program == 'llm_infer.py':
+            answers = parse(InferArguments, given, program=program, about='')
+            assert not answers.problems.found, answers.problems.found
+            return True
+    return False
+
+
+def test_commands_on_pages_name_programs_and_flags_that_exist() -> None:
+    parsed = 0
+    for page in pages():
+        for line in bash_lines(page):
+            words = shlex.split(line)
+            for word in words:
+                if re.fullmatch(r'(?:scripts|benchmarks)/[\w/]+\.(?:sh|py)|llm_\w+\.py', word):
+                    assert (ROOT / word).is_file(), f'{named(page)}: {line}'
+            if '-m' in words[1:2] and words[2].startswith(ROOMS) and HAS_ROOMS:
+                module = ROOT / words[2].replace('.', '/')
+                places = (module.with_suffix('.py'), module / '__main__.py')
+                assert any(place.is_file() for place in places), f'{named(page)}: {line}'
+            parsed += check_command(words)
+    assert parsed >= 25
+
+
+def test_a_wrong_flag_in_a_command_is_found() -> None:
+    with pytest.raises(AssertionError, match='lora_r'):
+        check_command(shlex.split('torchrun --nproc_per_node 2 llm_sft.py --lora_r 8'))
+    with pytest.raises(AssertionError, match='learning_rate'):
+        check_command(shlex.split('python llm_infer.py --ckpt_dir x --learning_rate 1'))
+
+
+def test_both_languages_have_the_same_commands() -> None:
+    pairs = [(ROOT / name, ROOT / other) for name, other in [docs.READMES]]
+    pairs += [(ROOT / 'docs' / name, ROOT / 'docs' / 'cn' / name) for name in TRANSLATED]
+    for english, chinese in pairs:
+        assert bash_lines(english) == bash_lines(chinese), named(chinese)
+
+
+def test_both_languages_name_the_same_flags_and_tests() -> None:
+    pairs = [(ROOT / name, ROOT / other) for name, other in [docs.READMES]]
+    pairs += [(ROOT / 'docs' / name, ROOT / 'docs' / 'cn' / name) for name in TRANSLATED]
+    for english, chinese in pairs:
+        words = [set(re.findall(r'--\w+|\btest_\w+|#\d+\b', p.read_text(encoding='utf-8'))) for p in (english, chinese)]
+        assert words[0] == words[1], named(chinese)
+
+
+def test_tests_that_pages_name_exist() -> None:
+    code = '\n'.join(p.read_text(encoding='utf-8') for p in (ROOT / 'tests').rglob('test_*.py'))
+    defined = set(re.findall(r'def (test_\w+)', code))
+    files = {p.stem for p in (ROOT / 'tests').rglob('test_*.py')}
+    checked = 0
+    for page in pages():
+        text = page.read_text(encoding='utf-8')
+        for name in re.findall(r'`(test_\w+)`', text):
+            # The style guide's example of a name.
+            if name != 'test_user_tokens_are_never_trained_on':
+                assert name in defined | files, f'{named(page)}: {name}'
                 checked += 1
-            for flag in re.findall(r'--(\w+)', block):
-                assert flag in known, flag
-                checked += 1
-    assert checked > 20
+    assert checked >= 12
+
+
+def test_entries_of_the_contributing_page_are_entries() -> None:
+    text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+    made = [eval(f'{{{block}}}', {'ModelInfo': ModelInfo, 'Template': Template}) for block in blocks]
+    assert [next(iter(entry)) for entry in made] == ['my-model', 'my-data', 'my-template']
+    assert isinstance(made[0]['my-model'], ModelInfo)
+    assert made[1]['my-data']() == [{'query': 'ping', 'response': 'pong'}]
+    assert isinstance(made[2]['my-template'], Template)
+
+
+def test_hooks_run_what_the_test_script_runs() -> None:
+    config = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text(encoding='utf-8'))
+    hooks = [hook for repo in config['repos'] for hook in repo['hooks']]
+    assert [repo['repo'] for repo in config['repos']] == ['local']
+    assert len(hooks) >= 4
+    script = (ROOT / 'scripts' / 'test.sh').read_text(encoding='utf-8')
+    for hook in hooks:
+        assert hook['language'] == 'system'
+        command = hook['entry'].removeprefix('.venv/bin/')
+        if 'docs' not in command or HAS_ROOMS:
+            assert command in script, hook['id']
+
+
+def test_container_and_notebook_install_as_the_quick_start_does() -> None:
+    container = (ROOT / 'Dockerfile').read_text(encoding='utf-8')
+    install = re.search(r'^make_venv .*$', (ROOT / 'scripts/quickstart.sh').read_text(encoding='utf-8'), re.MULTILINE)
+    assert install is not None
+    assert install[0] in container
+    assert install[0] in notebook_cells()[0]
+    assert 'source scripts/venv.sh' in container
+    assert len(container.splitlines()) <= 14
+
+
+def notebook_cells() -> list[str]:
+    content = json.loads((ROOT / 'quickstart.ipynb').read_text(encoding='utf-8'))
+    assert (content['nbformat'], content['nbformat_minor']) == (4, 5)
+    for cell in content['cells']:
+        assert cell['cell_type'] in ('markdown', 'code')
+        assert cell['id']
+        assert cell['cell_type'] == 'markdown' or (cell['outputs'], cell['execution_count']) == ([], None)
+    return [''.join(cell['source']) for cell in content['cells'] if cell['cell_type'] == 'code']
+
+
+def test_the_notebook_trains_as_the_quick_start_does() -> None:
+    """Its flags are those of scripts/quickstart.sh, so that the figures of the README hold for it."""
+    script = (ROOT / 'scripts/quickstart.sh').read_text(encoding='utf-8').split("echo '2/3")[1].split('checkpoint=')[0]
+    script = script.split('llm_sft.py')[1].split('--output_dir')[0].replace('\\\n', ' ')
+    cell = next(cell for cell in notebook_cells() if 'llm_sft.py' in cell)
+    given = ''.join(re.findall(r"^    f?'(.*)'$", cell, flags=re.MULTILINE)).split('--output_dir')[0]
+    given = given.replace('{sql}', 'sql-demo#640').replace('{model}', '--model_type smollm2-135m-instruct')
+    assert shlex.split(given)[1:] == shlex.split(script)
+
+
+@pytest.mark.slow
+def test_the_cells_of_the_notebook_run(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('NOTEBOOK_MODEL', f'--model_id_or_path {model_dir}')
+    monkeypatch.setenv('NOTEBOOK_QUICK', 'true')
+    monkeypatch.setenv('NOTEBOOK_OUTPUT', str(tmp_path / 'out'))
+    before = dict(os.environ)
+    space: dict[str, object] = {}
+    for cell in notebook_cells():
+        exec(compile(cell, 'quickstart.ipynb', 'exec'), space)
+    assert dict(os.environ) == before
+    printed = capfd.readouterr().out
+    assert re.search(r'base model +\d of 2\b', printed)
+    assert re.search(r'fine-tuned +\d of [12]\b', printed)
+    assert 'first step: holds' in printed
+    assert re.search(r'report: .*report\.html', printed)

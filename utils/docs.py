@@ -1,4 +1,4 @@
-"""The generated parts of the READMEs: `python -m utils.docs --write` renews them, `--check` fails when stale."""
+"""The generated blocks of the pages: `python -m utils.docs --write` renews them, `--check` fails when one is stale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from utils.script_table import script_table
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ('README.md', 'README_CN.md')
-SCRIPTS_README = 'scripts/README.md'
 _COMMON = {f.name for f in dataclasses.fields(CommonArguments)}
 
 
@@ -79,9 +78,14 @@ def dataset_table() -> str:
     return '\n'.join(lines)
 
 
-def names() -> str:
-    """Return the registered templates and data sets in two lines."""
-    return f'Templates: {", ".join(TEMPLATE_MAPPING)}.\n\nData sets: {", ".join(DATASET_MAPPING)}, and any data file.'
+def template_names() -> str:
+    """Return the registered templates in one line."""
+    return ', '.join(f'`{name}`' for name in TEMPLATE_MAPPING)
+
+
+def dataset_names() -> str:
+    """Return the registered data sets in one line."""
+    return ', '.join(f'`{name}`' for name in DATASET_MAPPING)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -90,35 +94,43 @@ BLOCKS: dict[str, Callable[[], str]] = {
     'flags-infer': lambda: flag_table(InferArguments, common=False),
     'models': model_table,
     'datasets': dataset_table,
-    'names': names,
+    'dataset-names': dataset_names,
+    'template-names': template_names,
+    'scripts': script_table,
 }
 
 
-_OF_SCRIPTS: dict[str, Callable[[], str]] = {'scripts': script_table}
+def pages() -> list[Path]:
+    """Return every page of the project, the READMEs first."""
+    readmes = [ROOT / name for name in READMES]
+    others = [ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md', ROOT / 'scripts/README.md', ROOT / 'tests/README.md']
+    return [*readmes, *others, *sorted((ROOT / 'docs').rglob('*.md'))]
 
 
 def render(text: str) -> str:
     """Return a document with each `<!-- generated NAME -->` block renewed; raises KeyError for an unknown name."""
 
     def block(match: re.Match[str]) -> str:
-        return f'<!-- generated {match[1]} -->\n{(BLOCKS | _OF_SCRIPTS)[match[1]]()}\n<!-- end -->'
+        return f'<!-- generated {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->'
 
     return re.sub(r'<!-- generated ([\w-]+) -->\n.*?<!-- end -->', block, text, flags=re.DOTALL)
 
 
 def main(argv: list[str]) -> int:
-    """Renew or check the READMEs; returns the exit code."""
+    """Renew or check the pages; returns the exit code."""
     if argv not in (['--write'], ['--check']):
         print('usage: python -m utils.docs --write | --check', file=sys.stderr)
         return 2
     stale = []
-    for name in (*READMES, SCRIPTS_README):
-        path = ROOT / name
+    for path in pages():
         text = path.read_text(encoding='utf-8')
-        if (new := render(text)) != text:
-            stale.append(name)
-            if argv == ['--write']:
-                path.write_text(new, encoding='utf-8')
+        renewed = render(text)
+        if renewed == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if argv == ['--write']:
+            path.write_text(renewed, encoding='utf-8')
+
     if stale and argv == ['--check']:
         print(f'stale: {", ".join(stale)}. Run python -m utils.docs --write', file=sys.stderr)
         return 1
