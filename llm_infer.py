@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import dist
-from utils.argument import InferArguments
-from utils.errors import ConfigError
-from utils.logger import logger
-from utils.machine_check import check_machine_infer
+from utils.base import dist
+from utils.base.errors import ConfigError
+from utils.base.logger import logger
+from utils.cli.arguments import InferArguments
+from utils.cli.machine import check_machine_infer
+from utils.cli.parser import Parsed, parse
+from utils.cli.resolution import Resolution
+from utils.cli.resolve import resolve_infer
+from utils.loading.image_processors import open_images
 from utils.model import Weights, is_adapter, locate
-from utils.native.image_readers import open_images
-from utils.parser import Parsed, parse
-from utils.resolution import Resolution
-from utils.resolve import resolve_infer
-from utils.row_plan import rows_to_answer
-from utils.run_dir import check_base, fill_from_run, log_decisions, log_weights, open_checkpoint, result_path
-from utils.start import open_model, run_program, start_processes
+from utils.run.folder import check_base, fill_from_run, log_decisions, log_weights, open_checkpoint, result_path
+from utils.run.open_model import open_model, run_program, start_processes
+from utils.run.rows import rows_to_answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,14 +77,14 @@ def _act(
 ) -> None:
     from transformers import set_seed
 
-    from utils import answering
-    from utils.auto_encoder import make_encoder
-    from utils.generation import generation_config, served_config
-    from utils.merge import merge_checkpoint
+    from utils.encode.chat_template_encoder import make_encoder
+    from utils.export.merge import merge_checkpoint
+    from utils.infer import answers
+    from utils.infer.generation import generation_config, served_config
+    from utils.loading.save import export_native
     from utils.model import unembedded_from
-    from utils.native.export import export_native
-    from utils.template_proof import ask_as_trained, check_trained_template
-    from utils.tuner import load_adapter
+    from utils.proofs.template import ask_as_trained, check_trained_template
+    from utils.train.prepare import load_adapter
 
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
@@ -122,9 +122,9 @@ def _act(
     if args.save_generation_config and checkpoint is not None and dist.is_main():
         config.save_pretrained(checkpoint)
     if args.eval_human:
-        answering.chat(model, tokenizer, encoder, config, streams=args.use_streamer)
+        answers.chat(model, tokenizer, encoder, config, streams=args.use_streamer)
     else:
-        answering.answer_rows(model, tokenizer, encoder, config, rows, args=args, target=result_path(args))
+        answers.answer_rows(model, tokenizer, encoder, config, rows, args=args, target=result_path(args))
 
 
 if __name__ == '__main__':

@@ -8,19 +8,19 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from utils import dist
-from utils.argument import SftArguments
-from utils.lock import repeat
-from utils.machine_check import check_machine_sft
-from utils.machine_doctor import check_machine
-from utils.native.image_readers import open_images
-from utils.parser import parse
-from utils.reading import TRAIN, Plan, Streams, some_rows
-from utils.resolution import Resolution
-from utils.resolve import resolve_sft
-from utils.row_plan import lock_of, rows_of
-from utils.run_dir import Run, check_resumed_template, log_decisions, open_run
-from utils.start import open_model, run_program, start_processes
+from utils.base import dist
+from utils.checks.machine import check_machine
+from utils.cli.arguments import SftArguments
+from utils.cli.machine import check_machine_sft
+from utils.cli.parser import parse
+from utils.cli.resolution import Resolution
+from utils.cli.resolve import resolve_sft
+from utils.data.parts import TRAIN, Plan, Streams, some_rows
+from utils.loading.image_processors import open_images
+from utils.run.folder import Run, check_resumed_template, log_decisions, open_run
+from utils.run.lock import repeat
+from utils.run.open_model import open_model, run_program, start_processes
+from utils.run.rows import lock_of, rows_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +40,11 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
     done.problems.raise_if_any()
     args = done.args
     if args.check_dataset:
-        from utils.doctor import check_dataset
+        from utils.checks.dataset import check_dataset
 
         return check_dataset(done)
     if args.dry_run:
-        from utils.dry_run import dry_run
+        from utils.estimate.dry_run import dry_run
 
         return dry_run(done)
     log_decisions(done)
@@ -61,20 +61,20 @@ def carry_out(
     """Load the model, encode the rows, train, and write what the run shows of itself to its folder."""
     from transformers import set_seed
 
-    from utils.auto_encoder import make_encoder
-    from utils.before_after import BeforeAfter
-    from utils.encoding import prepare_data
-    from utils.end_token import warn_of_untrained_ends
-    from utils.loss_proof import LossProof
-    from utils.mask_gate import MASK_ROWS, prove_mask
+    from utils.data.encode_plan import prepare_data
+    from utils.data.stream import prepare_stream
+    from utils.encode.chat_template_encoder import make_encoder
+    from utils.export.push_queue import push_while_training
+    from utils.infer.before_after import BeforeAfter
     from utils.model import unembedded_from
-    from utils.preflight import FirstStepGate
-    from utils.push_callback import push_while_training
-    from utils.report import finish_run, stopped
-    from utils.stream import prepare_stream
-    from utils.template_proof import ROWS, note_template, note_thinking, prove_template
-    from utils.trainer import build_trainer
-    from utils.tuner import prepare_model
+    from utils.proofs.first_step import FirstStepGate
+    from utils.proofs.loss_mask import MASK_ROWS, prove_mask
+    from utils.proofs.loss_value import LossProof
+    from utils.proofs.template import ROWS, note_template, note_thinking, prove_template
+    from utils.report.finish import finish_run, stopped
+    from utils.train.end_token import warn_of_untrained_ends
+    from utils.train.prepare import prepare_model
+    from utils.train.trainer import build_trainer
 
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'

@@ -24,7 +24,7 @@ def _lora(targets: Any) -> Any:
 
 
 def _label_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    from utils.collator import row_labels
+    from utils.data.collator import row_labels
 
     return [{'input_ids': row['input_ids'], 'labels': row_labels(row)} for row in rows]
 
@@ -70,13 +70,13 @@ def trl(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, var
 def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, variant: str, steps: int, batch: int,
          accumulation: int, max_length: int, checkpointing: bool = False) -> Any:  # fmt: skip
     """Return this project's trainer: on its fast path, or padded with PEFT's layers and the class's logits."""
-    from utils.argument import SftArguments
-    from utils.encoding import EncodedRows, PreparedData
-    from utils.generation import generation_config
+    from utils.cli.arguments import SftArguments
+    from utils.data.encode_plan import EncodedRows, PreparedData
+    from utils.infer.generation import generation_config
     from utils.preprocess import Encoded
-    from utils.start import start_processes
-    from utils.trainer import make_trainer
-    from utils.tuner import prepare_model
+    from utils.run.open_model import start_processes
+    from utils.train.prepare import prepare_model
+    from utils.train.trainer import make_trainer
 
     fast = variant == 'fast'
     if fast:

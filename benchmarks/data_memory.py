@@ -38,11 +38,11 @@ def write_file(path: Path, count: int) -> None:
 
 def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
     """Run one task in this process; returns its peak in MB above the libraries, and its seconds."""
-    from utils.auto_encoder import make_encoder
-    from utils.doctor import Doctor, Seen
-    from utils.encoding import batches, prepare_data
+    from utils.checks.dataset import Doctor, Seen
+    from utils.data.encode_plan import batches, prepare_data
+    from utils.data.parts import plan_rows
+    from utils.encode.chat_template_encoder import make_encoder
     from utils.model import load_tokenizer
-    from utils.reading import plan_rows
 
     for library in ('torch', 'transformers', 'jinja2.sandbox', 'transformers.models.auto.tokenization_auto'):
         importlib.import_module(library)

@@ -21,13 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.auto_encoder import make_encoder
-from utils.encoder import Encoder
-from utils.encoding import EncodingReport, encode_rows, prepare_data
+from utils.data.encode_plan import EncodingReport, encode_rows, prepare_data
+from utils.data.parts import plan_rows
+from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.encoder import Encoder
+from utils.loading.gguf import dense_directory, find_packaged_file
 from utils.model import MODEL_MAPPING, load_tokenizer
-from utils.native.gguf import dense_directory, find_packaged_file
 from utils.preprocess import Row
-from utils.reading import plan_rows
 
 ROWS, ROUNDS = 52_000, 3
 WORDS = (

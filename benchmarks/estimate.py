@@ -109,9 +109,9 @@ def resident_mb(name: str) -> float:
 
 def estimated(case: dict[str, Any]) -> float:
     """Return the same by arithmetic alone, in MB."""
-    from utils.footprint import Batch, Mode, footprint
+    from utils.estimate.memory import Batch, Mode, footprint
+    from utils.estimate.model_shape import shape_of
     from utils.model import get_model_info
-    from utils.shapes import shape_of
 
     folder = folder_of(case['model'])
     shape = shape_of(folder, get_model_info(None, str(folder)))

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from train import model_folder
 
-from utils.generation import generate_rows
+from utils.infer.generation import generate_rows
 
 ROWS, TOKENS, ALONE, BOUND = 64, 64, 8, 4.0
 

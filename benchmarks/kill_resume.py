@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.argument import SftArguments, flag_types  # noqa: E402
-from utils.checkpoint import MANIFEST, all_checkpoints, damage, partial_name  # noqa: E402
+from utils.base.checkpoint import MANIFEST, all_checkpoints, damage, partial_name  # noqa: E402
+from utils.cli.arguments import SftArguments, flag_types  # noqa: E402
 
 STEPS = 16
 _PR_SET_PDEATHSIG = 1
@@ -114,7 +114,7 @@ def start(words: list[str], output: Path, processes: int) -> list[int]:
 def _train(words: list[str], output: Path, rank: int) -> int:
     """Train in this process; what it prints goes to a file, and so do the rows of each step."""
     import llm_sft
-    from utils.trainer import SftTrainer
+    from utils.train.trainer import SftTrainer
 
     log = os.open(output / f'log-{rank}.txt', os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
@@ -289,7 +289,8 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=0, help='of the moments; the machine decides what they hit')
     asked = parser.parse_args()
     import llm_sft  # noqa: F401
-    from utils import preflight, tuner  # noqa: F401  loaded once, before the forks
+    from utils.proofs import first_step  # noqa: F401  loaded once, before the forks
+    from utils.train import prepare  # noqa: F401  loaded once, before the forks
 
     began, chance = time.monotonic(), random.Random(asked.seed)
     modes = [name for name in asked.modes if is_known(name)]

@@ -140,8 +140,8 @@ def measure(folder: Path, dtype: str) -> bool:
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2
 
+    from utils.loading.legacy.gptq import packed_available
     from utils.model import load_model
-    from utils.native.gptq import packed_available
 
     assert transformers.models.qwen2.modeling_qwen2, 'imported before the baseline is taken'
     if '"gptq"' in (folder / 'config.json').read_text() and packed_available():

@@ -1,4 +1,4 @@
-"""Renews utils/model_sizes.json: python benchmarks/model_sizes.py
+"""Renews utils/estimate/model_sizes.json: python benchmarks/model_sizes.py
 
 Each shape in it holds the fields of a configuration as published, and what the real class counts with them. To add a
 model, add its configuration under `shapes` and its key under `models`, and run this. A model without an entry is
@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.estimate.model_shape import TABLE, Shape, shape_of
 from utils.model import MODEL_MAPPING
-from utils.shapes import TABLE, Shape, shape_of
 
 
 def count(config: dict[str, Any], model_type: str) -> Shape:

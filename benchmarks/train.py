@@ -56,8 +56,8 @@ def make_rows(case: dict[str, Any], vocabulary: int) -> list[dict[str, Any]]:
 
 def model_folder(name: str) -> Path:
     """Return the folder of the embedded SmolLM2, or of a 4-layer Llama with a vocabulary of 150,000, made once."""
+    from utils.loading.gguf import dense_directory, find_packaged_file
     from utils.model import MODEL_MAPPING
-    from utils.native.gguf import dense_directory, find_packaged_file
 
     embedded = MODEL_MAPPING['smollm2-135m-instruct'].embedded
     assert embedded is not None

@@ -10,7 +10,7 @@ python=.venv/bin/python
 out=output/quickstart
 answers=(--do_sample false --max_new_tokens 40 --show_dataset_sample -1 --infer_batch_size 64)
 # What the results depend on: the same code and flags give the same table, so they are not computed again.
-state=$(cat llm_*.py utils/*.py utils/native/*.py requirements.txt "${BASH_SOURCE[0]}" <(echo "$@") | sha256sum | cut -d' ' -f1)
+state=$({ find utils tools -type f \( -name '*.py' -o -name '*.json' \) -print0 | LC_ALL=C sort -z | xargs -0 cat; cat llm_*.py requirements.txt "${BASH_SOURCE[0]}"; echo "$@"; } | sha256sum | cut -d' ' -f1)
 
 if [[ "$(cat "$out/state" 2>/dev/null)" != "$state" ]]; then
     rm -rf "$out"
@@ -27,4 +27,4 @@ if [[ "$(cat "$out/state" 2>/dev/null)" != "$state" ]]; then
     "$python" llm_infer.py --ckpt_dir "$checkpoint" "${answers[@]}" --result_path "$out/after.jsonl" > "$out/after.txt"
     echo "$state" > "$out/state"
 fi
-"$python" -m utils.demo_report "$out"
+"$python" -m tools.quickstart_report "$out"

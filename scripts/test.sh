@@ -8,8 +8,8 @@ make_venv all requirements-all.txt
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
-mypy utils llm_sft.py llm_infer.py
+mypy utils tools llm_sft.py llm_infer.py
 find scripts .ci -name '*.sh' -print0 | xargs -0 shellcheck -x
 shellcheck .ci/run
-python -m utils.docs --check
+python -m tools.docs --check
 python -m pytest -q "$@"

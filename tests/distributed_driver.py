@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.collator import split_rows
-from utils.trainer import SftTrainer
+from utils.data.collator import split_rows
+from utils.train.trainer import SftTrainer
 
 plan = json.loads(Path(sys.argv[1]).read_text())
 rank = int(os.environ['RANK'])

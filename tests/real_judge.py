@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from utils.auto_encoder import make_encoder
-from utils.convert import BadRow, check_row, find_converter
-from utils.errors import ConfigError
+from utils.base.errors import ConfigError
+from utils.encode.chat_template_encoder import make_encoder
+from utils.formats.columns import BadRow, check_row, find_converter
 from utils.preprocess import Encoded, Row, RowRefused
 
 Raw = dict[str, Any]

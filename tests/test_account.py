@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_tokenizer
-from utils.account import Account, leaves
-from utils.auto_encoder import make_encoder
-from utils.convert import check_row, find_converter
-from utils.encoder import Encoder
-from utils.encoding import EncodedAgain
+from utils.data.encode_plan import EncodedAgain
+from utils.encode.account import Account, leaves
+from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.encoder import Encoder
+from utils.formats.columns import check_row, find_converter
 from utils.preprocess import LossScope, Row
 
 FULL = (

@@ -16,7 +16,7 @@ import pytest
 import llm_infer
 import llm_sft
 from tests.conftest import ROOT, make_model, make_tokenizer, run_program, small_flags, write_jsonl
-from utils.checkpoint import damage, last_checkpoint
+from utils.base.checkpoint import damage, last_checkpoint
 
 Problems = Callable[[], list[str]]
 Run = Callable[..., Path]
@@ -253,8 +253,8 @@ RULES = {
 
 @pytest.mark.parametrize('words', RULES, ids=' '.join)
 def test_rules_across_flags(words: tuple[str, ...], problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('utils.dist.has_gpu_device', lambda: False)
-    monkeypatch.setattr('utils.machine_check.has_package', lambda name: False)
+    monkeypatch.setattr('utils.base.dist.has_gpu_device', lambda: False)
+    monkeypatch.setattr('utils.cli.machine.has_package', lambda name: False)
     assert llm_sft.main(list(words)) == 2
     assert any(RULES[words] in line for line in problems()), problems()
 

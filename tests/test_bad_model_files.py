@@ -223,7 +223,7 @@ def test_quantised_weights_of_a_hub_are_found_once_they_are_there(
 ) -> None:
     folder = original_folder('qwen-7b-chat-int4', tmp_path)
     found = locate(get_model_info(None, str(folder)), revision='master')
-    monkeypatch.setattr('utils.run_dir.locate', lambda *_, **__: found)
+    monkeypatch.setattr('utils.run.folder.locate', lambda *_, **__: found)
     flags = [*small_flags(Path('me/gptq'), data_file, tmp_path / 'out'), '--template_type', 'default']
     assert llm_sft.main([*flags, '--sft_type', 'full']) == 2
     assert len(problems()) == 1 and "'gptq' " + GPTQ in problems()[0]
@@ -240,7 +240,7 @@ def test_quantised_model_without_its_library(
     # A native layout stays packed and trains ...
     assert llm_sft.main([*small_flags(exported, data_file, tmp_path / 'out'), *flags]) == 0
     monkeypatch.setattr('transformers.quantizers.quantizer_gptq.is_optimum_available', lambda: False)
-    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: False)
+    monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: False)
     # ... or says what it needs; the original layout is unpacked.
     assert llm_sft.main([*small_flags(exported, data_file, tmp_path / 'out'), *flags]) == 2
     assert len(problems()) == 1 and 'requires optimum (`pip install optimum`)' in problems()[0]

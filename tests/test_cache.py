@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import CHATML, ROOT, get_dataset, make_tokenizer, write_jsonl
-from utils import cache, dataset
-from utils.auto_encoder import make_encoder
-from utils.cache import cache_dir, kept
-from utils.encoding import EncodedRows, EncodingReport, PreparedData, encode_rows, prepare_data
-from utils.errors import ConfigError
+from utils import dataset
+from utils.base import cache
+from utils.base.cache import cache_dir, kept
+from utils.base.errors import ConfigError
+from utils.data.encode_plan import EncodedRows, EncodingReport, PreparedData, encode_rows, prepare_data
+from utils.data.parts import plan_rows
+from utils.encode.chat_template_encoder import make_encoder
 from utils.preprocess import Encoded
-from utils.reading import plan_rows
 
 ROWS = [{'query': f'what is {i}?', 'response': f'the answer is {i}.'} for i in range(40)]
 
@@ -71,7 +72,7 @@ def test_a_second_run_reuses_what_the_first_encoded(
     )
     first = prepare(file, tmp_path)
     assert 'reused' not in caplog.text and len(entries()) == 1
-    monkeypatch.setattr('utils.encoding.encode_batch', lambda *_: pytest.fail('encoded again'))
+    monkeypatch.setattr('utils.data.encode_plan.encode_batch', lambda *_: pytest.fail('encoded again'))
     second = prepare(file, tmp_path)
     assert f'reused: {cache_dir()}/{entries()[0]}' in caplog.text
     assert rows_of(second) == rows_of(first)
@@ -97,7 +98,7 @@ def test_whatever_decides_the_ids_decides_the_key(tmp_path: Path, monkeypatch: p
     write_jsonl(file, [*ROWS[:-1], {'query': 'what is 39?', 'response': 'the answer is 40.'}])
     prepare(file, tmp_path)
     assert len(entries()) == 14, 'one letter of one row'
-    monkeypatch.setattr('utils.encoding.version', lambda name: '0')
+    monkeypatch.setattr('utils.data.encode_plan.version', lambda name: '0')
     prepare(file, tmp_path)
     assert len(entries()) == 15, 'another library'
 
@@ -105,7 +106,7 @@ def test_whatever_decides_the_ids_decides_the_key(tmp_path: Path, monkeypatch: p
 def test_the_code_that_encodes_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_jsonl(tmp_path / 'a.jsonl', ROWS)
     shutil.copytree(ROOT / 'utils', tmp_path / 'utils')
-    monkeypatch.setattr('utils.encoding.__file__', str(tmp_path / 'utils' / 'encoding.py'))
+    monkeypatch.setattr('utils.data.encode_plan.__file__', str(tmp_path / 'utils' / 'encoding.py'))
     prepare(file, tmp_path)
     with (tmp_path / 'utils' / 'encoder.py').open('a') as stream:
         stream.write('# changed\n')

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_tokenizer
-from utils.auto_encoder import AutoEncoder, make_encoder
+from utils.encode.chat_template_encoder import AutoEncoder, make_encoder
 from utils.preprocess import (
     ADDED_END,
     REASONING_AS_TEXT,

@@ -13,7 +13,7 @@ import pytest
 
 import llm_sft
 from tests.conftest import CHATML, SPECIAL, make_model, make_tokenizer, small_flags, write_jsonl
-from utils.auto_encoder import make_encoder
+from utils.encode.chat_template_encoder import make_encoder
 from utils.preprocess import Row
 
 pytestmark = pytest.mark.slow

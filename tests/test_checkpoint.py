@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from utils.checkpoint import MANIFEST, all_checkpoints, damage, last_checkpoint, remove, rotate, seal
-from utils.limits import OPTIMIZERS, SCHEDULERS
-from utils.proofs import record_proof
-from utils.random_state import random_state, set_random_state
-from utils.tree_file import load_tree, save_tree
+from utils.base.checkpoint import MANIFEST, all_checkpoints, damage, last_checkpoint, remove, rotate, seal
+from utils.cli.ranges import OPTIMIZERS, SCHEDULERS
+from utils.run.proof_record import record_proof
+from utils.train.random_state import random_state, set_random_state
+from utils.train.state import load_tree, save_tree
 
 Run = Callable[..., Path]
 
@@ -112,7 +112,7 @@ def test_every_optimizer_goes_on_as_if_never_stopped(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize('name', SCHEDULERS)
 def test_every_schedule_goes_on_as_if_never_stopped(name: str, tmp_path: Path) -> None:
-    from utils.trainer_args import make_schedule
+    from utils.train.trainer_args import make_schedule
 
     def make() -> tuple[Any, Any]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import get_dataset
-from utils import data_file
-from utils.convert import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, BadRow, check_row, find_converter
-from utils.data_file import read_rows
+from utils.data.parts import TRAIN, plan_rows
+from utils.formats import data_file
+from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, BadRow, check_row, find_converter
+from utils.formats.data_file import read_rows
 from utils.preprocess import Message, Row, said
-from utils.reading import TRAIN, plan_rows
 
 ASKED = {'role': 'user', 'content': 'How deep?'}
 TOLD = {'role': 'assistant', 'content': 'Four metres.'}

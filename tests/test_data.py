@@ -11,10 +11,10 @@ import pytest
 
 from tests.conftest import get_dataset, write_jsonl
 from utils import dataset
-from utils.convert import BadRow, check_row, find_converter
-from utils.data_file import read_rows
+from utils.base.errors import ConfigError
 from utils.dataset import DATASET_MAPPING
-from utils.errors import ConfigError
+from utils.formats.columns import BadRow, check_row, find_converter
+from utils.formats.data_file import read_rows
 
 USER_A = {'role': 'user', 'content': 'a'}
 REPLY_B = {'role': 'assistant', 'content': 'b'}

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import get_dataset, write_jsonl
-from utils import data_file
-from utils.data_file import read_rows
-from utils.errors import ConfigError
-from utils.reading import plan_rows
-from utils.sources import check_sources, parse_source
+from utils.base.errors import ConfigError
+from utils.data.parts import plan_rows
+from utils.data.sources import check_sources, parse_source
+from utils.formats import data_file
+from utils.formats.data_file import read_rows
 
 ROWS = [{'query': f'q{i} 你好', 'response': f'r{i}\n"x"'} for i in range(50)]
 

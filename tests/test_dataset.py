@@ -14,11 +14,11 @@ import pytest
 
 from tests.conftest import get_dataset
 from tests.loopback_hub import Fault, LoopbackHub
-from utils.convert import BadRow, Filtered
-from utils.data_file import read_objects
+from utils.base.errors import ConfigError
 from utils.dataset import DATASET_MAPPING
-from utils.dataset_rows import HubDataset, Unwanted
-from utils.errors import ConfigError
+from utils.formats.columns import BadRow, Filtered
+from utils.formats.converters import HubDataset, Unwanted
+from utils.formats.data_file import read_objects
 
 Row = dict[str, Any]
 
@@ -440,7 +440,7 @@ def test_objects_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / 'a.jsonl'
     file.write_text('{"a": "}{"}{"a": 2}\n\n[{"a": 3},\n{"a": 4}]', encoding='utf-8')
     for block in (1, 7, 1 << 20):
-        monkeypatch.setattr('utils.data_file._BLOCK_BYTES', block)
+        monkeypatch.setattr('utils.formats.data_file._BLOCK_BYTES', block)
         found = list(read_objects(file))
         assert [row['a'] for _, row in found] == ['}{', 2, 3, 4]
         assert found[2][0] == f'{file}: object 3'
@@ -501,7 +501,7 @@ def test_a_broken_archive_of_pictures(loopback: LoopbackHub) -> None:
 
 
 def test_a_hub_that_fails_is_one_error(loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('utils.hub._WAITS', (0.0, 0.0))
+    monkeypatch.setattr('utils.hub.snapshot._WAITS', (0.0, 0.0))
     loopback.faults = [Fault('/api/datasets/', 500, 99)]
     with pytest.raises(ConfigError, match='could not be fetched in 3 attempts'):
         get_dataset(['alpaca-en'], hub='huggingface')

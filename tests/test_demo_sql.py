@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import re
 
-from utils import demo_sql
-from utils.demo_sql import held_out_rows, is_right, train_rows
+from utils.formats import demo_sql
+from utils.formats.demo_sql import held_out_rows, is_right, train_rows
 
 Row = dict[str, str]
 TRAIN, HELD = train_rows(), held_out_rows()

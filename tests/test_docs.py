@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from utils import docs
-from utils.argument import InferArguments, SftArguments
+from tools import docs
+from utils.cli.arguments import InferArguments, SftArguments
+from utils.cli.parser import parse
 from utils.model import ModelInfo
-from utils.parser import parse
 from utils.preprocess import Template
 
 README_BYTES = 9_000

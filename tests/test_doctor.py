@@ -15,8 +15,9 @@ import pytest
 import llm_sft
 from tests.conftest import ROOT, make_model, make_tokenizer, write_jsonl
 from tests.loopback_hub import LoopbackHub
-from utils import dataset, doctor
-from utils.doctor import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order
+from utils import dataset
+from utils.checks import dataset as dataset_check
+from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order
 from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY
 
 Plain = dict[str, Any]
@@ -327,9 +328,9 @@ def test_mojibake_is_told_from_words_of_other_languages() -> None:
         '你好，世界',
         '10 °C ± 5 £',
     ]
-    assert not [t for t in good if doctor._MOJIBAKE.search(t)]
+    assert not [t for t in good if dataset_check._MOJIBAKE.search(t)]
     bad = [t.encode().decode('latin-1') for t in good if not t.isascii()]
-    assert len(bad) == 8 and all(doctor._MOJIBAKE.search(t) for t in bad)
+    assert len(bad) == 8 and all(dataset_check._MOJIBAKE.search(t) for t in bad)
 
 
 def test_the_doctor_imports_no_torch_of_its_own(tokenizer_dir: Path, tmp_path: Path) -> None:

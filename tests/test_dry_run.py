@@ -13,7 +13,7 @@ import pytest
 import llm_sft
 from tests.conftest import small_flags, write_jsonl
 from tests.loopback_hub import LoopbackHub
-from utils.estimate import known_gpus
+from utils.estimate.gpus import known_gpus
 
 Run = Callable[..., Path]
 QLORA = ['--model_type', 'qwen-7b-chat', '--quantization_bit', '4', '--gradient_checkpointing', 'true']

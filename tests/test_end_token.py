@@ -9,7 +9,7 @@ import torch
 
 import llm_sft
 from tests.conftest import make_model, make_tokenizer, small_flags
-from utils.end_token import untrained_ids
+from utils.train.end_token import untrained_ids
 
 END = 4
 UNUSED = [f'<unused{n}>' for n in range(20)]

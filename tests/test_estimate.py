@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from utils.argument import SftArguments
-from utils.estimate import Machine, flops, gpus_that_fit, mode_of, optimizer_bytes
-from utils.footprint import Batch, Mode, footprint, lora_parameters
-from utils.limits import OPTIMIZERS
+from utils.cli.arguments import SftArguments
+from utils.cli.parser import parse
+from utils.cli.ranges import OPTIMIZERS
+from utils.cli.resolve import resolve_sft
+from utils.estimate.gpus import Machine, flops, gpus_that_fit, mode_of, optimizer_bytes
+from utils.estimate.memory import Batch, Mode, footprint, lora_parameters
+from utils.estimate.model_shape import TABLE, Shape, known_shape, measure, shape_of
 from utils.model import MODEL_MAPPING, get_model_info
-from utils.parser import parse
-from utils.resolve import resolve_sft
-from utils.shapes import TABLE, Shape, known_shape, measure, shape_of
 
 TABLE_CONTENT = json.loads(TABLE.read_text(encoding='utf-8'))
 # One of every class in the table that is small enough to be made in about a second.
@@ -156,11 +156,11 @@ def test_activations_are_what_autograd_saves(kind: str, method: str, laid: bool)
     import torch
     import transformers
 
-    from utils.attention import attend_by_rows
-    from utils.collator import Collator
-    from utils.loss import find_head
-    from utils.scoring import Scorer
-    from utils.tuner import prepare_model
+    from utils.data.collator import Collator
+    from utils.fast.attention import attend_by_rows
+    from utils.fast.chunked_loss import find_head
+    from utils.fast.scoring import Scorer
+    from utils.train.prepare import prepare_model
 
     config = getattr(transformers, f'{kind}Config')(
         vocab_size=50, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=6,

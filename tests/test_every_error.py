@@ -23,9 +23,10 @@ import pytest
 import llm_infer
 import llm_sft
 from tests.conftest import ROOT, make_model, make_tokenizer, small_flags
-from utils import compare, push, run_report
-from utils.argument import SftArguments
-from utils.errors import ConfigError
+from utils.base.errors import ConfigError
+from utils.cli.arguments import SftArguments
+from utils.export import push
+from utils.report import compare, html
 
 TOKENIZERS = ROOT / 'tests' / 'goldens' / 'tokenizers'
 DEEP, DIGITS = '[' * 200_000, '1' * 5000
@@ -85,7 +86,7 @@ class World:
         return llm_infer.main(list(map(str, words)))
 
     def lacks(self, *packages: str) -> None:
-        self.set.setattr('utils.machine_check.has_package', lambda name: name not in packages)
+        self.set.setattr('utils.cli.machine.has_package', lambda name: name not in packages)
 
 
 def write(folder: Path, name: str, content: str | bytes | None) -> Path:
@@ -212,7 +213,7 @@ def no_place_for_validation(world: World) -> int:
     def fails(*_: Any, **__: Any) -> None:
         raise MemoryError('Unable to allocate')
 
-    world.set.setattr('utils.trainer.SftTrainer.prediction_step', fails)
+    world.set.setattr('utils.train.trainer.SftTrainer.prediction_step', fails)
     return world.sft()
 
 
@@ -221,7 +222,7 @@ def full_disk(*words: str) -> Callable[[World], int]:
         def fails(*_: Any, **__: Any) -> None:
             raise OSError(28, 'No space left on device')
 
-        world.set.setattr('utils.resume.seal', fails)
+        world.set.setattr('utils.train.resumable.seal', fails)
         return world.sft(*words)
 
     return make
@@ -229,7 +230,7 @@ def full_disk(*words: str) -> Callable[[World], int]:
 
 def away(world: World) -> int:
     world.set.setenv('HF_TOKEN', 'hf-token')
-    world.set.setattr('utils.push._WAITS', (0,))
+    world.set.setattr('utils.export.push._WAITS', (0,))
     return pushed('', '', **PUSHES, hub='huggingface')(world)
 
 
@@ -459,13 +460,13 @@ PROGRAMS: dict[str, Row] = {
     'pushing to a hub that is away': (away, 'It is kept: push it again.'),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
-    'reporting on no run': (lambda w: run_report.main([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
+    'reporting on no run': (lambda w: html.main([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
-        lambda w: run_report.main([str(w.run('sft_args.json', '{}'))]),
+        lambda w: html.main([str(w.run('sft_args.json', '{}'))]),
         'does not say how a run was trained. Give a run',
     ),
     'reporting on a broken outcome': (
-        lambda w: run_report.main([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
+        lambda w: html.main([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
     ),
     'comparing with a list': (
         lambda w: compare.main([str(w.run('history.json', '{}')), str(w.first)]),
@@ -496,7 +497,7 @@ def two_shards(tmp: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from utils.native.read import read_state
+    from utils.loading.weight_files import read_state
 
     for shard in ('a.safetensors', 'b.safetensors'):
         save_file({'x': torch.ones(2)}, tmp / shard)
@@ -507,7 +508,7 @@ def two_shards(tmp: Path) -> None:
 
 def special_tokens(**settings: Any) -> Callable[[Path], Any]:
     def make(tmp: Path) -> Any:
-        from utils.native.sentencepiece_bpe import build_internlm_tokenizer
+        from utils.loading.legacy.tokenizers.sentencepiece import build_internlm_tokenizer
 
         shutil.copy(TOKENIZERS / 'internlm.model', tmp / 'tokenizer.model')
         return build_internlm_tokenizer(write(tmp, 'tokenizer_config.json', json.dumps(settings)))
@@ -518,20 +519,20 @@ def special_tokens(**settings: Any) -> Callable[[Path], Any]:
 def one_name_for_two(tmp: Path) -> Any:
     import torch
 
-    from utils.native.polylm import native_tensors
+    from utils.loading.legacy.families.polylm import native_tensors
 
     return native_tensors({'wte.weight': torch.ones(1, 1), 'transformer.wte.weight': torch.ones(1, 1)}, {})
 
 
 def image_token_of_another_model(tmp: Path) -> Any:
-    from utils.native.image_readers import ProcessorImages
+    from utils.loading.image_processors import ProcessorImages
 
     model: Any = SimpleNamespace(config=SimpleNamespace(image_token_id=7))
     return ProcessorImages(model, make_tokenizer(), tmp, None)
 
 
 def more_processes_than_gpus(tmp: Path) -> Any:
-    from utils.start import _take_gpus
+    from utils.run.open_model import _take_gpus
 
     os.environ['LOCAL_WORLD_SIZE'] = '4'
     return _take_gpus(2)
@@ -540,7 +541,7 @@ def more_processes_than_gpus(tmp: Path) -> Any:
 def sharded_in_half_precision(tmp: Path) -> Any:
     import torch
 
-    from utils.start import _fully_sharded
+    from utils.run.open_model import _fully_sharded
 
     return _fully_sharded(SftArguments(fsdp=True), torch.float32, torch.float16)
 
@@ -548,8 +549,8 @@ def sharded_in_half_precision(tmp: Path) -> Any:
 def flash_attention_on_a_cpu(tmp: Path) -> Any:
     import torch
 
-    from utils.resolution import log_decision
-    from utils.start import _uses_flash_attention
+    from utils.cli.resolution import log_decision
+    from utils.run.open_model import _uses_flash_attention
 
     return _uses_flash_attention(SftArguments(use_flash_attn=True), torch.float32, log_decision)
 
@@ -562,7 +563,7 @@ def directory_of_nothing(tmp: Path) -> Any:
 
 def dropout_on_experts(tmp: Path) -> Any:
     from tests.test_models_modern import make_modern
-    from utils.tuner import prepare_model
+    from utils.train.prepare import prepare_model
 
     targets = ['q_proj', 'experts.down_proj']
     return prepare_model(make_modern('qwen3-30b-a3b'), SftArguments(lora_target_modules=targets, lora_dropout_p=0.1))
@@ -570,7 +571,7 @@ def dropout_on_experts(tmp: Path) -> Any:
 
 def objects(content: bytes) -> Callable[[Path], Any]:
     def make(tmp: Path) -> Any:
-        from utils.data_file import read_objects
+        from utils.formats.data_file import read_objects
 
         return list(read_objects(write(tmp, 'a.json', content) / 'a.json'))
 
@@ -579,7 +580,7 @@ def objects(content: bytes) -> Callable[[Path], Any]:
 
 def archive(*, swells: bool) -> Callable[[Path], Any]:
     def make(tmp: Path) -> Any:
-        from utils.dataset_rows import _unpack_images
+        from utils.formats.converters import _unpack_images
 
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as opened_archive:

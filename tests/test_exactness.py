@@ -12,12 +12,12 @@ import torch
 
 from tests.test_models_2023 import PROVEN, original_folder
 from tests.test_models_modern import PLAIN, SEEING, saved_model
-from utils.argument import SftArguments
-from utils.collator import Collator
-from utils.layout import exact_head, lay_end_to_end
+from utils.cli.arguments import SftArguments
+from utils.data.collator import Collator
+from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.scoring import Scorer
 from utils.model import MODEL_MAPPING, LoadOptions, open_entry
-from utils.scoring import Scorer
-from utils.tuner import prepare_model
+from utils.train.prepare import prepare_model
 
 BOUND = 1e-5
 LENGTHS = (11, 3, 30, 17)
@@ -135,7 +135,7 @@ def test_a_row_does_not_change_with_its_neighbours(key: str, tmp_path: Path) -> 
 
 def logits_of(model: Any, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
     """Return the logits of each row of a batch laid end to end."""
-    from utils.attention import laid_end_to_end
+    from utils.fast.attention import laid_end_to_end
 
     batch = Collator(5, pads=False)(rows)
     lengths = batch['row_lengths'].tolist()

@@ -23,19 +23,19 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from tests.conftest import ROOT, make_model, make_tokenizer, write_jsonl
 from tests.test_exactness import make_rows, open_tiny, plain_gradients, prepared
-from utils import attention, loss
-from utils.attention import RowAttention, Rows, attend_in_groups
-from utils.collator import Collator, refill
-from utils.encoding import EncodedRows, PreparedData
-from utils.gated import _FusedGate, fuse_gates
-from utils.generation import generate_batch, generation_config
-from utils.layout import exact_head, lay_end_to_end
-from utils.loss import Head
-from utils.norm import _FusedNorm, fuse_norms
-from utils.packing import StepSampler, best_fit, fewest
+from utils.data.collator import Collator, refill
+from utils.data.encode_plan import EncodedRows, PreparedData
+from utils.data.packing import StepSampler, best_fit, fewest
+from utils.fast import attention, chunked_loss
+from utils.fast.attention import RowAttention, Rows, attend_in_groups
+from utils.fast.chunked_loss import Head
+from utils.fast.gated_mlp import _FusedGate, fuse_gates
+from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.norm import _FusedNorm, fuse_norms
+from utils.fast.scoring import Scorer
+from utils.infer.generation import generate_batch, generation_config
 from utils.preprocess import Encoded
-from utils.scoring import Scorer
-from utils.trainer import SftTrainer
+from utils.train.trainer import SftTrainer
 
 Run = Callable[..., Path]
 LENGTHS = (5, 1, 11, 8)
@@ -117,12 +117,12 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction='sum') / 7
     wanted = [hidden, *linear.parameters()]
     gradients = torch.autograd.grad(2 * expected, wanted)
-    monkeypatch.setattr(loss, '_CHUNK_LOGITS', 1600)  # 16 positions
+    monkeypatch.setattr(chunked_loss, '_CHUNK_LOGITS', 1600)  # 16 positions
     head = Head(linear, scale=scale, cap=cap)
     with Largest() as largest:
-        found = loss.summed_loss(hidden, targets, head, 7)
+        found = chunked_loss.summed_loss(hidden, targets, head, 7)
         ours = torch.autograd.grad(2 * found, wanted)
-        losses, hits = loss.scored(hidden, targets, head)
+        losses, hits = chunked_loss.scored(hidden, targets, head)
     assert largest.numel == 1600, 'logits of one chunk are the largest tensor'
     assert float((found - expected).abs()) < 1e-5
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(ours, gradients, strict=True))
@@ -143,7 +143,7 @@ def test_gradients_in_fp16_are_as_near_as_those_of_torch(tokens: int, loss_scale
     logits = {plain: linear(plain).float(), exact: exact @ linear.weight.double().t()}
     for found in logits.values():
         (torch.nn.functional.cross_entropy(found, targets, reduction='sum') / tokens * loss_scale).backward()
-    (loss.summed_loss(ours, targets, Head(linear), tokens) * loss_scale).backward()
+    (chunked_loss.summed_loss(ours, targets, Head(linear), tokens) * loss_scale).backward()
     assert ours.grad is not None and plain.grad is not None and exact.grad is not None
     error, of_torch = (float((grad.double() - exact.grad).norm()) for grad in (ours.grad, plain.grad))
     assert error <= 2 * of_torch, (error / float(exact.grad.norm()), of_torch / float(exact.grad.norm()))
@@ -151,11 +151,11 @@ def test_gradients_in_fp16_are_as_near_as_those_of_torch(tokens: int, loss_scale
 
 def test_a_head_of_another_kind_is_noticed() -> None:
     model = make_model()
-    head = loss.find_head(model)
+    head = chunked_loss.find_head(model)
     ids = torch.tensor([[7, 8, 9, 10]])
-    assert head is not None and loss.head_is_exact(model, head, ids)
+    assert head is not None and chunked_loss.head_is_exact(model, head, ids)
     model.lm_head.register_forward_hook(lambda module, args, out: out.tanh())
-    assert not loss.head_is_exact(model, head, ids)
+    assert not chunked_loss.head_is_exact(model, head, ids)
 
 
 def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
@@ -317,8 +317,8 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
 def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp_path: Path) -> None:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    from utils.collator import row_labels
-    from utils.trainer import make_trainer
+    from utils.data.collator import row_labels
+    from utils.train.trainer import make_trainer
 
     base = open_tiny(key, tmp_path / 'model')
     rows, tokenizer = make_rows(390), make_tokenizer()

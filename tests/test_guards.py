@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_model, make_tokenizer, write_jsonl
-from utils.checkpoint import all_checkpoints
-from utils.errors import ConfigError
-from utils.limits import SCHEDULERS
-from utils.trainer_args import count_warmup_steps, make_schedule
+from utils.base.checkpoint import all_checkpoints
+from utils.base.errors import ConfigError
+from utils.cli.ranges import SCHEDULERS
+from utils.train.trainer_args import count_warmup_steps, make_schedule
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
@@ -92,7 +92,7 @@ def test_a_validation_row_whose_loss_is_nan_stops_the_run(
 @pytest.fixture
 def gradients_times(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
     """Return a function that multiplies every gradient of the micro-batches from one step on."""
-    from utils.trainer import SftTrainer
+    from utils.train.trainer import SftTrainer
 
     def plan(factor: float, step: int) -> None:
         compute_loss = SftTrainer.compute_loss
@@ -149,7 +149,7 @@ def test_a_jump_of_the_loss_is_reported_with_its_row(
 
 
 def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: Path) -> None:
-    from utils.guards import Guard
+    from utils.train.guard import Guard
 
     trainer = SimpleNamespace(
         args=SimpleNamespace(fp16=True, output_dir=str(tmp_path)), signals=SimpleNamespace(signum=0), stop_agreed=False

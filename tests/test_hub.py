@@ -14,9 +14,9 @@ import pytest
 
 from tests.conftest import ROOT, run_program, small_flags
 from tests.loopback_hub import Fault, LoopbackHub
-from utils import hub
-from utils.errors import ConfigError
-from utils.hub_clients import HubName, Kind, Repo
+from utils.base.errors import ConfigError
+from utils.hub import snapshot as hub
+from utils.hub.clients import HubName, Kind, Repo
 from utils.model import get_model_info, locate
 
 HUBS: tuple[HubName, ...] = ('modelscope', 'huggingface')
@@ -85,7 +85,7 @@ def test_a_connection_cut_in_the_middle_of_a_file_is_resumed(hub_name: HubName, 
 def test_a_server_error_is_tried_again(
     hub_name: HubName, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('utils.hub._WAITS', (0.0, 0.0))
+    monkeypatch.setattr('utils.hub.snapshot._WAITS', (0.0, 0.0))
     loopback.add('model', 'owner/name', FILES)
     loopback.faults = [Fault('owner/name', 500), Fault('config.json', 500)]
     assert there(fetched(hub_name)[0]) == FILES

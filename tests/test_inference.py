@@ -17,10 +17,10 @@ from transformers import GenerationConfig, LlamaConfig
 
 import llm_infer
 from tests.conftest import make_tokenizer, write_jsonl
-from utils.auto_encoder import make_encoder
-from utils.chat import Chat, chat_in_terminal
-from utils.encoder import TemplateEncoder
-from utils.generation import generate_batch, generate_rows, generate_stream, generation_config, wanted_texts
+from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.encoder import TemplateEncoder
+from utils.infer.chat import Chat, chat_in_terminal
+from utils.infer.generation import generate_batch, generate_rows, generate_stream, generation_config, wanted_texts
 from utils.preprocess import TEMPLATE_MAPPING, Message, Row
 
 Run = Callable[..., Path]
@@ -58,7 +58,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(checkpoint: Path, tmp_path: P
 
 
 def test_batches_equal_one_by_one_generation(model_dir: Path, tokenizer: Any) -> None:
-    from utils.argument import InferArguments
+    from utils.cli.arguments import InferArguments
     from utils.model import load_model
 
     model = load_model(model_dir, torch_dtype=torch.float32).eval()
@@ -115,9 +115,9 @@ def test_strangers_get_the_logits_that_inference_uses(checkpoint: Path, model_di
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from utils.merge import probe_logits
+    from utils.export.merge import probe_logits
     from utils.model import load_model
-    from utils.tuner import load_adapter
+    from utils.train.prepare import load_adapter
 
     ours = probe_logits(load_adapter(load_model(model_dir, torch_dtype=torch.float32), checkpoint).eval(), tokenizer)
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -281,7 +281,7 @@ def test_a_line_that_is_no_utf_8_keeps_the_chat(
 
 
 def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any) -> None:
-    from utils.argument import InferArguments
+    from utils.cli.arguments import InferArguments
     from utils.model import load_model
 
     model = load_model(model_dir, torch_dtype=torch.float32).eval()

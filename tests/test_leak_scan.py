@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.leak_scan import find_secrets, scan_tree
+from utils.base.leak_scan import find_secrets, scan_tree
 
 SECRET = 'canary/+secret-0123456789'
 SECRETS = {'the variable X_TOKEN': SECRET}

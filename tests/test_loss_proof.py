@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from tests.conftest import make_model, make_tokenizer
-from utils import attention, collator, loss, trainer
-from utils.collator import Collator
-from utils.loss_proof import choose_rows, trained_places
+from utils.data import collator
+from utils.data.collator import Collator
+from utils.fast import attention, chunked_loss
+from utils.fast.scoring import Scorer
 from utils.preprocess import IGNORE_INDEX
-from utils.scoring import Scorer
-from utils.trainer import SftTrainer
+from utils.proofs.loss_value import choose_rows, trained_places
+from utils.train import trainer
+from utils.train.trainer import SftTrainer
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
@@ -73,9 +75,9 @@ def scale_loss(patch: pytest.MonkeyPatch) -> None:
 
 def lose_a_chunk(patch: pytest.MonkeyPatch) -> None:
     """Leave the last positions of a batch out of the sum."""
-    plain = loss.summed_loss
+    plain = chunked_loss.summed_loss
     cut = lambda hidden, targets, head, divisor: plain(hidden[:-3], targets[:-3], head, divisor)  # noqa: E731
-    patch.setattr('utils.scoring.summed_loss', cut)
+    patch.setattr('utils.fast.scoring.summed_loss', cut)
 
 
 def go_on_counting_positions(patch: pytest.MonkeyPatch) -> None:
@@ -89,7 +91,7 @@ def go_on_counting_positions(patch: pytest.MonkeyPatch) -> None:
 
 
 def let_rows_see_each_other(patch: pytest.MonkeyPatch) -> None:
-    from utils import scoring
+    from utils.fast import scoring
 
     patch.setattr(scoring, 'laid_end_to_end', lambda lengths: attention.laid_end_to_end([sum(lengths)]))
 

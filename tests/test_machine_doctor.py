@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import llm_sft
-from utils import machine_doctor
+from utils.checks import machine
 
 Problems = Callable[[], list[str]]
 
@@ -33,7 +33,7 @@ def test_what_fails_is_named_with_its_remedy(
 ) -> None:
     pins = tmp_path / 'requirements.txt'
     pins.write_text('torch==0.1\nnot-a-package==1.0\n')
-    monkeypatch.setattr(machine_doctor, '_PINS', pins)  # the workers of the all-reduce start beside it: no utils there
+    monkeypatch.setattr(machine, '_PINS', pins)  # the workers of the all-reduce start beside it: no utils there
     (tmp_path / 'file').touch()
     assert llm_sft.main(['--doctor', 'true', '--output_dir', str(tmp_path / 'out')]) == 1
     printed = capsys.readouterr().out

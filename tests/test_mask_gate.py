@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from tests.conftest import make_tokenizer
-from utils import mask_gate
-from utils.auto_encoder import make_encoder
-from utils.collator import Collator
-from utils.encoded_rows import EncodedRows
-from utils.encoding import EncodingReport, encode_rows
-from utils.errors import ConfigError
-from utils.mask_gate import NOTHING_TRAINED, prove_mask, show_samples
+from utils.base.errors import ConfigError
+from utils.data.collator import Collator
+from utils.data.encode_plan import EncodingReport, encode_rows
+from utils.data.encoded_rows import EncodedRows
+from utils.encode.chat_template_encoder import make_encoder
 from utils.preprocess import IGNORE_INDEX, Encoded, Row
+from utils.proofs import loss_mask
+from utils.proofs.loss_mask import NOTHING_TRAINED, prove_mask, show_samples
 
 Run = Callable[..., Path]
 ENCODER = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)
@@ -158,7 +158,7 @@ def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(
     assert shown.count('⟦the answer is') == 2 and '⟦the answer is 2.<|im_end|>⟧' in shown
     assert '⟦the answer is 2.<|im_end|>⟧' in caplog.text
     caplog.clear()
-    monkeypatch.setattr(mask_gate.sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(loss_mask.sys.stderr, 'isatty', lambda: True, raising=False)
     monkeypatch.delenv('NO_COLOR', raising=False)
     show_samples(ENCODER.tokenizer, [rows[0]], tmp_path)
     assert '\x1b[30;42mthe answer is 0.<|im_end|>\x1b[0m' in caplog.messages[-1]

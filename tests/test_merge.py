@@ -16,13 +16,20 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import llm_infer
 from tests.conftest import make_model, make_tokenizer
-from utils.auto_encoder import make_encoder
-from utils.errors import ConfigError
-from utils.jinja_template import serving_template
-from utils.merge import _share_of_adapter, merge_and_save, merge_checkpoint, probe_logits, put_in_place, verify_merged
-from utils.native.export import save_whole
+from utils.base.errors import ConfigError
+from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.jinja import serving_template
+from utils.export.merge import (
+    _share_of_adapter,
+    merge_and_save,
+    merge_checkpoint,
+    probe_logits,
+    put_in_place,
+    verify_merged,
+)
+from utils.loading.save import save_whole
 from utils.preprocess import TEMPLATE_MAPPING
-from utils.template_proof import probes
+from utils.proofs.template import probes
 
 Run = Callable[..., Path]
 # A folder, the merged model, its tokenizer, the logits of base + adapter and of the merged model.
@@ -137,7 +144,7 @@ def test_what_rounding_takes_of_an_adapter_is_said(
     bare, noise = torch.zeros(100), torch.randn(100, generator=torch.Generator().manual_seed(0))
     assert _share_of_adapter(bare, bare + 1, bare + 0.4) == pytest.approx(0.4)
     assert _share_of_adapter(bare, bare + 1e-3, noise) == _share_of_adapter(bare, bare, bare) == 1.0
-    monkeypatch.setattr('utils.merge._share_of_adapter', lambda *_: held)
+    monkeypatch.setattr('utils.export.merge._share_of_adapter', lambda *_: held)
     says = merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record={})
     assert (said or 'free head') in says and ('rounded' in says) == (said is not None)
 
@@ -158,7 +165,7 @@ def test_an_earlier_folder_stays_until_a_complete_one_is_there(tmp_path: Path, m
     target = tmp_path / 'checkpoint-1-merged'
     target.mkdir()
     (target / 'mark').touch()
-    monkeypatch.setattr('utils.merge.verify_merged', lambda *_: (1.0, 'it differs.'))
+    monkeypatch.setattr('utils.export.merge.verify_merged', lambda *_: (1.0, 'it differs.'))
     with pytest.raises(ConfigError, match='it differs. Nothing was put at'):
         merge_and_save(adapted(), make_tokenizer(), target, record={})
     assert [f.name for f in target.iterdir()] == ['mark']

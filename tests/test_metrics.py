@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.metrics import WordTokenizer, score_texts
-from utils.plot import plot_curves
+from utils.infer.scores import WordTokenizer, score_texts
+from utils.run.curves import plot_curves
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,13 @@ import pytest
 import llm_infer
 import llm_sft
 from tests.conftest import ROOT, make_model, make_tokenizer, small_flags
-from utils.argument import SftArguments
-from utils.auto_encoder import make_encoder
-from utils.errors import ConfigError
-from utils.merge import merge_and_save
+from utils.base.errors import ConfigError
+from utils.cli.arguments import SftArguments
+from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.image_slots import find_towers
+from utils.export.merge import merge_and_save
+from utils.loading.legacy.registry import FAMILIES
+from utils.loading.packed import packed_classes
 from utils.model import (
     MODEL_MAPPING,
     LoadOptions,
@@ -28,12 +31,9 @@ from utils.model import (
     load_tokenizer,
     locate,
 )
-from utils.native.packed import packed_classes
-from utils.native.registry import FAMILIES
 from utils.preprocess import TEMPLATE_MAPPING, Row
-from utils.start import open_model
-from utils.tuner import ALL, linear_names, prepare_model
-from utils.vision import find_towers
+from utils.run.open_model import open_model
+from utils.train.prepare import ALL, linear_names, prepare_model
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 QKV = ('q_proj', 'k_proj', 'v_proj')

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_tokenizer, small_flags, write_jsonl
-from utils import docs
-from utils.argument import SftArguments
-from utils.auto_encoder import AutoEncoder
-from utils.errors import ConfigError
+from tools import docs
+from utils.base.errors import ConfigError
+from utils.cli.arguments import SftArguments
+from utils.encode.chat_template_encoder import AutoEncoder
 from utils.model import MODEL_MAPPING, LoadOptions, get_text_model_tokenizer, infer_model_type, open_entry
 from utils.preprocess import ADDED_END, AUTO, FULL_DIFFERS, RENDERED_DIFFERENTLY, Encoded, Message, Row
-from utils.tuner import find_targets, prepare_model
+from utils.train.prepare import find_targets, prepare_model
 
 SMALL: dict[str, Any] = {
     'vocab_size': 400, 'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4,
@@ -135,7 +135,7 @@ def train_and_merge(key: str, folder: Path, data: Path, *more: str) -> tuple[str
 
     import llm_infer
     import llm_sft
-    from utils.merge import probe_logits
+    from utils.export.merge import probe_logits
 
     out = folder.parent / 'out'
     flags = ['--max_steps', '5', '--eval_steps', '2', '--save_steps', '5', '--learning_rate', '0.02']
@@ -315,7 +315,7 @@ def test_an_old_transformers_is_refused_before_anything_is_fetched(
     monkeypatch.setattr(
         'importlib.metadata.version', lambda name: '4.57.1' if name == 'transformers' else installed(name)
     )
-    monkeypatch.setattr('utils.hub.find', fetched)
+    monkeypatch.setattr('utils.hub.snapshot.find', fetched)
     main = importlib.import_module(program).main
     assert main(['--model_type', 'qwen3.5-4b', '--dataset', 'gone.jsonl']) == 2
     said = problems()
@@ -531,7 +531,7 @@ def test_inference_asks_as_the_template_does(tmp_path: Path, model_dir: Path, re
         prompts.append(tokenizer.decode(encoder.encode_prompts([row])[0]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('utils.answering.chat', seen)
+        patch.setattr('utils.infer.answers.chat', seen)
         for model in (['--ckpt_dir', str(checkpoint)], ['--model_id_or_path', str(folder)]):
             assert llm_infer.main([*model, '--eval_human', 'true', '--dtype', 'fp32']) == 0
     ask = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
-from utils.errors import ConfigError
-from utils.native.baichuan import BAICHUAN2_7B
-from utils.native.baichuan_4bits import BAICHUAN2_7B_4BITS, BAICHUAN2_13B_4BITS, unpack_state
-from utils.native.baichuan_13b import BAICHUAN2_13B, BAICHUAN_13B
-from utils.native.family import Config, Family, State
-from utils.native.modules.alibi import AlibiLlamaForCausalLM, alibi_slopes
-from utils.native.open import open_original
-from utils.native.read import read_config, read_state
+from utils.base.errors import ConfigError
+from utils.loading.legacy.classes.alibi import AlibiLlamaForCausalLM, alibi_slopes
+from utils.loading.legacy.families.baichuan import BAICHUAN2_7B
+from utils.loading.legacy.families.baichuan_4bits import BAICHUAN2_7B_4BITS, BAICHUAN2_13B_4BITS, unpack_state
+from utils.loading.legacy.families.baichuan_13b import BAICHUAN2_13B, BAICHUAN_13B
+from utils.loading.legacy.family import Config, Family, State
+from utils.loading.legacy.opening import open_original
+from utils.loading.weight_files import read_config, read_state
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 DENSE = {'baichuan_13b-a': BAICHUAN_13B, 'baichuan2_13b-a': BAICHUAN2_13B}
@@ -289,7 +289,7 @@ def pack(name: str, weight: Any, **settings: Any) -> tuple[dict[str, Any], Any]:
 def test_packed_weights_are_read_as_bitsandbytes_reads_them(
     shape: tuple[int, int], dtype: torch.dtype, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('utils.native.lazy._BLOCK', 3000)  # so that there are several parts, the last one short
+    monkeypatch.setattr('utils.loading.legacy.lazy._BLOCK', 3000)  # so that there are several parts, the last one short
     torch.manual_seed(0)
     entries, expected = pack('w.weight', torch.randn(shape, dtype=dtype), **settings)
     found = unpack_state({**entries, 'other': torch.ones(1)})

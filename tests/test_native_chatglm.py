@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
-from utils.errors import ConfigError
-from utils.native.chatglm2 import CHATGLM2, CHATGLM2_32K
-from utils.native.family import Config, Family, State
-from utils.native.open import open_original
+from utils.base.errors import ConfigError
+from utils.loading.legacy.families.chatglm2 import CHATGLM2, CHATGLM2_32K
+from utils.loading.legacy.family import Config, Family, State
+from utils.loading.legacy.opening import open_original
 
 GOLDEN = ROOT / 'tests' / 'goldens' / 'chatglm2-a'
 EXPECTED = load_file(GOLDEN / 'expected.safetensors')

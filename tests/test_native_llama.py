@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
-from utils.errors import ConfigError
+from utils.base.errors import ConfigError
+from utils.loading.legacy.families.baichuan import BAICHUAN2_7B, BAICHUAN_7B, normalise_rows
+from utils.loading.legacy.families.internlm import INTERNLM
+from utils.loading.legacy.families.polylm import POLYLM
+from utils.loading.legacy.families.xverse import XVERSE
+from utils.loading.legacy.family import Config, Family, State
+from utils.loading.legacy.opening import open_original
 from utils.model import load_model
-from utils.native.baichuan import BAICHUAN2_7B, BAICHUAN_7B, normalise_rows
-from utils.native.family import Config, Family, State
-from utils.native.internlm import INTERNLM
-from utils.native.open import open_original
-from utils.native.polylm import POLYLM
-from utils.native.xverse import XVERSE
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 # SeqGPT is a Bloom and Ziya2 a Llama: transformers opens their files as they are.

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from tests.conftest import ROOT
-from utils.errors import ConfigError
+from utils.base.errors import ConfigError
+from utils.loading.legacy import gptq
+from utils.loading.legacy.families.qwen import QWEN, QWEN_GPTQ
+from utils.loading.legacy.opening import open_original
+from utils.loading.packed import packed_classes
+from utils.loading.save import save_whole
 from utils.model import load_model
-from utils.native import gptq
-from utils.native.export import save_whole
-from utils.native.open import open_original
-from utils.native.packed import packed_classes
-from utils.native.qwen import QWEN, QWEN_GPTQ
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 PLAIN, PACKED = GOLDENS / 'qwen-a', GOLDENS / 'qwen_gptq-a'
@@ -38,7 +38,7 @@ SEQ = 64
 @pytest.fixture(autouse=True)
 def without_gptq_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have weights unpacked on load, whatever is installed here."""
-    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: False)
+    monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: False)
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -366,7 +366,7 @@ def test_damaged_quantised_layers_are_named(
     packed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: packed)
+    monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: packed)
     state = load_file(PACKED / 'model.safetensors')
     state = {k: v for k, v in state.items() if k != key} | ({key: tensor} if tensor is not None else {})
     with pytest.raises(ConfigError, match=message):
@@ -374,7 +374,7 @@ def test_damaged_quantised_layers_are_named(
 
 
 def test_packed_weights_stay_packed_where_the_libraries_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
+    monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: True)
     config, state = read_json(PACKED), load_file(PACKED / 'model.safetensors')
     kept = QWEN_GPTQ.config(config)['quantization_config']
     assert {name: kept[name] for name in config['quantization_config']} == config['quantization_config']
@@ -386,7 +386,7 @@ def test_packed_weights_stay_packed_where_the_libraries_are(monkeypatch: pytest.
     ]
     form = gptq.read_format(config, 'qwen_gptq')
     weights = gptq.dequantise(packed, form)
-    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: False)
+    monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: False)
     for key, weight in QWEN_GPTQ.tensors(state, config).items():
         assert torch.equal(weights[key][...].to(dtype=torch.float32), weight[...].to(dtype=torch.float32)), key
 
@@ -402,7 +402,7 @@ def test_packed_weights_compute_what_unpacked_ones_do(
     ids = load_file(PACKED / 'expected.safetensors')['input_ids']
     with torch.no_grad():
         expected = load_model(folder, torch_dtype=torch.float32)(ids).logits
-        monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
+        monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: True)
         for dtype in (torch.float32, torch.float16):
             model = load_model(folder, torch_dtype=dtype)
             assert sum(isinstance(layer, packed_classes()) for layer in model.modules()) == 14
@@ -410,7 +410,7 @@ def test_packed_weights_compute_what_unpacked_ones_do(
 
 
 def test_packed_golden_through_the_public_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
+    monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: True)
     expected = load_file(PACKED / 'expected.safetensors')
     for dtype, bound in ((None, 5e-2), (torch.float32, 1e-2)):  # the entry's own is fp16
         model = load_model(PACKED, model_type='qwen-7b-chat-int4', torch_dtype=dtype)
@@ -426,7 +426,7 @@ def test_what_is_saved_packed_opens_packed_to_the_same_logits(monkeypatch: pytes
     """gptqmodel rewrites zero points while loading: a folder that says the old format would be read wrongly."""
     from tests.conftest import make_tokenizer
 
-    monkeypatch.setattr('utils.native.qwen.packed_available', lambda: True)
+    monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: True)
     model, ids = load_model(PACKED, torch_dtype=torch.float32), tokens(20)[None]
     with torch.no_grad():
         expected = model(ids).logits

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
-from utils.errors import ConfigError
-from utils.native.family import Family, State
-from utils.native.images import BadImage, find_images, image_size, name_images, place_image, read_images, replace_tags
-from utils.native.open import open_original, open_saved
-from utils.native.qwen import QWEN, QWEN_GPTQ
-from utils.native.qwen_vl import QWEN_VL, QWEN_VL_GPTQ
+from utils.base.errors import ConfigError
+from utils.formats.images import BadImage, find_images, image_size, name_images, place_image, read_images, replace_tags
+from utils.loading.legacy.families.qwen import QWEN, QWEN_GPTQ
+from utils.loading.legacy.families.qwen_vl import QWEN_VL, QWEN_VL_GPTQ
+from utils.loading.legacy.family import Family, State
+from utils.loading.legacy.opening import open_original, open_saved
 
 GOLDEN = ROOT / 'tests' / 'goldens' / 'qwenvl-a'
 TOLERANCE = 1e-4
@@ -466,11 +466,15 @@ def pack(config: dict[str, Any], state: State, group: int = 8) -> tuple[dict[str
 def test_int4_is_unpacked_to_what_its_text_layers_stand_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import utils.native.gptq
-    import utils.native.qwen
-    import utils.native.qwen_vl
+    import utils.loading.legacy.families.qwen
+    import utils.loading.legacy.families.qwen_vl
+    import utils.loading.legacy.gptq
 
-    for module in (utils.native.gptq, utils.native.qwen, utils.native.qwen_vl):
+    for module in (
+        utils.loading.legacy.gptq,
+        utils.loading.legacy.families.qwen,
+        utils.loading.legacy.families.qwen_vl,
+    ):
         monkeypatch.setattr(module, 'packed_available', lambda: False)
     config = make_config()
     quantised, packed, plain = pack(config, make_state(config))
@@ -645,7 +649,7 @@ def test_files_that_are_no_usable_image_are_named(make: Callable[[Path], Any], s
     assert (error.value.path, path in error.value.reason) == (path, path == '')
     # As it comes out of a data-loader process: with a traceback before it, the kind alone kept.
     caught = (
-        f'Caught BadImage in DataLoader worker process 0.\nTraceback:\nutils.native.images.BadImage: {error.value}\n'
+        f'Caught BadImage in DataLoader worker process 0.\nTraceback:\nutils.formats.images.BadImage: {error.value}\n'
     )
     assert str(BadImage(caught)) == str(error.value)
     if make is not a_truncated_image:

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, TEXTS
-from utils.errors import ConfigError
-from utils.native.sentencepiece_bpe import (
+from utils.base.errors import ConfigError
+from utils.loading.legacy.tokenizers.sentencepiece import (
     build_baichuan_tokenizer,
     build_chatglm2_tokenizer,
     build_internlm_tokenizer,
     build_polylm_tokenizer,
 )
-from utils.native.tiktoken_bpe import build_qwen_tokenizer, build_qwen_vl_tokenizer, read_ranks
-from utils.native.xverse_tokenizer import build_xverse_tokenizer
+from utils.loading.legacy.tokenizers.tiktoken import build_qwen_tokenizer, build_qwen_vl_tokenizer, read_ranks
+from utils.loading.legacy.tokenizers.xverse import build_xverse_tokenizer
 
 GOLDENS = ROOT / 'tests' / 'goldens' / 'tokenizers'
 SYMBOLS = ['<eoh>', '<eoa>', '<|User|>', '<eoh>x']

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, make_model
-from utils.errors import ConfigError
+from utils.base.errors import ConfigError
 from utils.model import MODEL_MAPPING, load_model
-from utils.tuner import find_targets, load_adapter
+from utils.train.prepare import find_targets, load_adapter
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 QKV = ['q_proj', 'k_proj', 'v_proj']

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import make_model, write_jsonl
 from tests.test_resume import assert_equal
-from utils.encoding import EncodedRows
+from utils.data.encode_plan import EncodedRows
 from utils.preprocess import Encoded
 
 Run = Callable[..., Path]
@@ -57,7 +57,7 @@ def test_the_heaviest_batches_are_the_longest_rows_and_those_with_most_loss() ->
 def test_a_memory_error_without_a_word_is_told_too(
     step: str, said: str, run_sft: Run, problems: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from utils.trainer import SftTrainer
+    from utils.train.trainer import SftTrainer
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
@@ -77,7 +77,7 @@ def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two rows of 400 tokens take 0.9 GiB in this model; one row or half the tokens at most 0.6."""
-    from utils.preflight import FirstStepGate
+    from utils.proofs.first_step import FirstStepGate
 
     make_model(intermediate_size=32768).save_pretrained(tmp_path / 'wide')
     tokenizer.save_pretrained(tmp_path / 'wide')

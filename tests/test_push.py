@@ -17,8 +17,8 @@ import pytest
 
 from tests.conftest import run_program, small_flags
 from tests.loopback_hub import Fault, LoopbackHub
-from utils import push, push_callback
-from utils.hub_clients import TOKEN_VARIABLES, HubName
+from utils.export import push, push_queue
+from utils.hub.clients import TOKEN_VARIABLES, HubName
 
 Run = Callable[..., Path]
 TOKEN = 'ms-canary-0123456789'
@@ -142,7 +142,7 @@ def test_a_hub_that_refuses_never_stops_the_training(
     run = run_sft('--push_to_hub', 'true', '--max_steps', '1')
     assert (run / 'run.json').is_file()
     assert 'checkpoint-1 could not be pushed: checkpoint-1: DeniedError' in caplog.text
-    assert f'Push it again: python -m utils.push {run}' in caplog.text and TOKEN not in caplog.text
+    assert f'Push it again: python -m utils.export.push {run}' in caplog.text and TOKEN not in caplog.text
     loopback.token = TOKEN
     assert push.main([str(run)]) == 0
     assert set(loopback.repos[REPO]['files']) >= {*MODEL, *CARD}
@@ -151,13 +151,13 @@ def test_a_hub_that_refuses_never_stops_the_training(
 def test_a_hub_that_hangs_never_stops_the_training(
     run_sft: Run, loopback: LoopbackHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(push_callback, 'PUSH_SECONDS', 4.0)
+    monkeypatch.setattr(push_queue, 'PUSH_SECONDS', 4.0)
     loopback.hang_seconds = 60.0
     loopback.faults = [Fault('/', 'hang', 99)]
     run = run_sft('--push_to_hub', 'true', '--max_steps', '1')
     assert (run / 'run.json').is_file()
     assert 'checkpoint-1 was not pushed in 4 s: the hub hangs' in caplog.text
-    assert f'Push it again: python -m utils.push {run}' in caplog.text
+    assert f'Push it again: python -m utils.export.push {run}' in caplog.text
 
 
 @pytest.mark.parametrize('says', ["b'\\xff no text\\n'", "b''"])
@@ -170,7 +170,7 @@ def test_a_push_that_says_nothing_readable_never_stops_the_training(
     monkeypatch.setattr(sys, 'executable', str(program))
     folder = tmp_path / '.push' / 'checkpoint-1'
     folder.mkdir(parents=True)
-    pusher = push_callback.Pusher(tmp_path, dict(os.environ), keeps_all=False)
+    pusher = push_queue.Pusher(tmp_path, dict(os.environ), keeps_all=False)
     pusher.add(folder)
     finishing = threading.Thread(target=pusher.finish, daemon=True)
     finishing.start()

@@ -29,7 +29,7 @@ def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from utils.merge import probe_logits
+    from utils.export.merge import probe_logits
 
     flags = ('--quantization_bit', bits, '--dtype', 'fp32', '--eval_steps', '2', '--learning_rate', '0.02')
     run = run_sft(*flags)
@@ -60,9 +60,9 @@ def test_the_path_without_gradients_is_off_on_every_cpu(model_dir: Path) -> None
     """Where the CPU lacks avx512_bf16 the run above would pass without it."""
     import bitsandbytes
 
-    from utils.argument import SftArguments
+    from utils.cli.arguments import SftArguments
     from utils.model import get_model_info, locate
-    from utils.start import open_model
+    from utils.run.open_model import open_model
 
     info = get_model_info(None, str(model_dir))
     args = SftArguments(model_id_or_path=str(model_dir), quantization_bit=4, dtype='fp32')

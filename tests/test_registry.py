@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from utils.argument import SftArguments
-from utils.limits import OPTIMIZERS, SCHEDULERS
+from utils.cli.arguments import SftArguments
+from utils.cli.parser import parse
+from utils.cli.ranges import OPTIMIZERS, SCHEDULERS
+from utils.cli.resolution import Resolution
+from utils.cli.resolve import resolve_sft
 from utils.model import MODEL_MAPPING, get_model_info, infer_model_type, load_model, load_tokenizer
-from utils.parser import parse
 from utils.preprocess import TEMPLATE_MAPPING
-from utils.resolution import Resolution
-from utils.resolve import resolve_sft
 
 
 def resolved(*words: str) -> Resolution[SftArguments]:
@@ -117,8 +117,8 @@ def test_public_loaders_open_a_directory(model_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_embedded_model_opens_without_network_and_names_the_hub_id(tmp_path: Path) -> None:
+    from utils.loading.gguf import dense_directory, find_packaged_file
     from utils.model import LoadOptions, get_model_tokenizer, locate
-    from utils.native.gguf import dense_directory, find_packaged_file
 
     info = MODEL_MAPPING['smollm2-135m-instruct']
     if find_packaged_file(*info.embedded) is None:
@@ -136,7 +136,7 @@ def test_embedded_model_opens_without_network_and_names_the_hub_id(tmp_path: Pat
     assert dense_directory(weights.path) == made and not list(made.parent.glob('.aside-*'))
 
     # Template auto on the real tokenizer: ids of apply_chat_template, loss on the reply and its end alone.
-    from utils.auto_encoder import make_encoder
+    from utils.encode.chat_template_encoder import make_encoder
     from utils.preprocess import Row
 
     encoder = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=-1)

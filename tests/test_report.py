@@ -18,14 +18,14 @@ import torch
 
 import llm_sft
 from tests.conftest import small_flags
-from utils import compare, run_report
-from utils.argument import SftArguments
-from utils.auto_encoder import AutoEncoder
-from utils.generation import generate_batch, generation_config
+from utils.cli.arguments import SftArguments
+from utils.encode.chat_template_encoder import AutoEncoder
+from utils.infer.generation import generate_batch, generation_config
 from utils.model import load_model, load_tokenizer
 from utils.preprocess import Row
-from utils.svg import Series, chart
-from utils.tuner import load_adapter
+from utils.report import compare, html
+from utils.report.svg import Series, chart
+from utils.train.prepare import load_adapter
 
 Run = Callable[..., Path]
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
@@ -100,10 +100,10 @@ def test_a_report_is_made_again_from_the_folder(runs: tuple[Path, Path], capsys:
     report = runs[1] / 'report.html'
     before = report.read_text(encoding='utf-8')
     report.unlink()
-    assert run_report.main([str(runs[1])]) == 0
+    assert html.main([str(runs[1])]) == 0
     assert report.read_text(encoding='utf-8') == before
     (runs[1] / 'broken').mkdir()
-    assert run_report.main([str(runs[1] / 'broken')]) == 2
+    assert html.main([str(runs[1] / 'broken')]) == 2
 
 
 def test_points_that_are_not_finite_are_left_out_of_a_chart() -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, small_flags
-from utils.checkpoint import MANIFEST, PICKLE_SUFFIXES, all_checkpoints, damage
-from utils.errors import Problems as CollectedProblems
-from utils.run_dir import _check_resumed_optimizer
+from utils.base.checkpoint import MANIFEST, PICKLE_SUFFIXES, all_checkpoints, damage
+from utils.base.errors import Problems as CollectedProblems
+from utils.run.folder import _check_resumed_optimizer
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
@@ -47,7 +47,7 @@ def assert_equal(resumed: Path, whole: Path) -> None:
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that has this process signalled inside a step or inside the evaluation after it."""
-    from utils.trainer import SftTrainer
+    from utils.train.trainer import SftTrainer
 
     def plan(signum: int, *, step: int, during: str) -> None:
         original = getattr(SftTrainer, during)

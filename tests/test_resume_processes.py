@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from utils.checkpoint import all_checkpoints, damage
+from utils.base.checkpoint import all_checkpoints, damage
 
 pytestmark = pytest.mark.slow
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from utils.argument import SftArguments
-from utils.collator import Collator, row_labels, take_rows
-from utils.layout import exact_head, lay_end_to_end
+from utils.cli.arguments import SftArguments
+from utils.data.collator import Collator, row_labels, take_rows
+from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.rotary import depends_on_batch_from, groups_of_rows
+from utils.fast.scoring import Scorer
 from utils.preprocess import IGNORE_INDEX
-from utils.rotary import depends_on_batch_from, groups_of_rows
-from utils.scoring import Scorer
 
 LIMIT = 32
 COMMON = {

@@ -17,16 +17,16 @@ import torch
 import llm_infer
 import llm_sft
 from tests.conftest import ROOT, make_tokenizer, small_flags, write_jsonl
-from utils.argument import SftArguments
-from utils.errors import ConfigError
-from utils.errors import Problems as CollectedProblems
-from utils.guards import check_positions
-from utils.lock import flag_words
-from utils.machine_check import check_environment
-from utils.parser import parse
-from utils.run_dir import make_run_dir
-from utils.sources import find_files, parse_source
-from utils.version import VERSION
+from utils.base.errors import ConfigError
+from utils.base.errors import Problems as CollectedProblems
+from utils.base.version import VERSION
+from utils.cli.arguments import SftArguments
+from utils.cli.machine import check_environment
+from utils.cli.parser import parse
+from utils.data.sources import find_files, parse_source
+from utils.run.folder import make_run_dir
+from utils.run.lock import flag_words
+from utils.train.guard import check_positions
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
@@ -51,7 +51,7 @@ def test_arguments_are_recorded_as_used_and_served_so(
     best = {'type': (torch.bfloat16, 'the CPU multiplies it natively')}
     names = {'bf16': torch.bfloat16, 'fp32': torch.float32}
     monkeypatch.setattr(
-        'utils.start.pick_dtype', lambda name: (names[name], 'it was asked for') if name else best['type']
+        'utils.run.open_model.pick_dtype', lambda name: (names[name], 'it was asked for') if name else best['type']
     )
     assert llm_sft.main([*words, '--max_steps', '1']) == 0
     (run,) = (tmp_path / 'out').glob('*/*')
@@ -258,8 +258,8 @@ def test_values_that_begin_with_a_dash_survive(value: str) -> None:
 
 
 def test_a_resume_command_survives_a_dash() -> None:
-    from utils.report import resume_command
-    from utils.resolution import Resolution
+    from utils.cli.resolution import Resolution
+    from utils.report.finish import resume_command
 
     done: Any = Resolution(args=SftArguments(system='-short'), typed=frozenset({'system'}))
     command = resume_command(done, Path('-out/checkpoint-3'))
@@ -267,7 +267,7 @@ def test_a_resume_command_survives_a_dash() -> None:
 
 
 def test_a_checkout_names_its_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils import lock
+    from utils.run import lock
 
     monkeypatch.setattr(lock, '__file__', str(tmp_path / 'utils' / 'lock.py'))
     assert lock.toolkit() == {'version': VERSION}

@@ -14,11 +14,11 @@ import torch
 
 import llm_sft
 from tests.conftest import ROOT, small_flags
-from utils import dist
-from utils.argument import SftArguments
-from utils.errors import ConfigError
-from utils.native.registry import FAMILIES
-from utils.placement import Spread, place
+from utils.base import dist
+from utils.base.errors import ConfigError
+from utils.cli.arguments import SftArguments
+from utils.loading.devices import Spread, place
+from utils.loading.legacy.registry import FAMILIES
 
 GIB = 2**30
 ZERO_2, ZERO_3 = (('--deepspeed_config_path', str(ROOT / 'ds_config' / f'zero{stage}.json')) for stage in (2, 3))
@@ -104,7 +104,7 @@ def model_of(name: str) -> Any:
             'max_position_embeddings': 8192, 'rotary_pct': 1.0, 'scale_attn_weights': True,
         }  # fmt: skip
         family = FAMILIES['qwen']
-        from utils.native.open import _class
+        from utils.loading.legacy.opening import _class
 
         return lambda: _class(family.model_class)(_class(family.config_class)(**family.config(original)))
     config = {
@@ -213,7 +213,7 @@ def test_each_of_two_processes_spreads_over_its_half_of_four_gpus(
     rank: int, own: list[int], model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from utils.model import get_model_info
-    from utils.start import _device_map, _take_gpus
+    from utils.run.open_model import _device_map, _take_gpus
 
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)

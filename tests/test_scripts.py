@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from utils.argument import InferArguments, SftArguments
+from tools.script_table import read_script
+from utils.cli.arguments import InferArguments, SftArguments
+from utils.cli.parser import parse
+from utils.cli.resolution import Resolution
+from utils.cli.resolve import resolve_infer, resolve_sft
 from utils.model import MODEL_MAPPING, QKV
-from utils.parser import parse
 from utils.preprocess import AUTO
-from utils.resolution import Resolution
-from utils.resolve import resolve_infer, resolve_sft
-from utils.script_table import read_script
 
 SFT = sorted((ROOT / 'scripts').glob('*/*/sft.sh'))
 INFER = sorted((ROOT / 'scripts').glob('*/*/infer.sh'))

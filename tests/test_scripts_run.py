@@ -18,7 +18,7 @@ import pytest
 import llm_sft
 from tests.conftest import ROOT, write_jsonl
 from tests.test_scripts import SFT, Started, run_scripts
-from utils.hub_clients import Repo, connect
+from utils.hub.clients import Repo, connect
 from utils.model import MODEL_MAPPING
 
 # Of each mode, the script and the class that its checkpoint is of, as config.json names it.

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_model, make_tokenizer, run_program, small_flags
-from utils.argument import SftArguments
-from utils.leak_scan import find_secrets, scan_tree
-from utils.secrecy import home_paths, prove_secrecy
+from utils.base.leak_scan import find_secrets, scan_tree
+from utils.cli.arguments import SftArguments
+from utils.proofs.secrecy import home_paths, prove_secrecy
 
 CANARY = 'canary-7f3b9c2e5d81'
 HOLDERS = (

@@ -17,11 +17,12 @@ import torch
 
 from tests.conftest import ROOT, make_tokenizer, small_flags, write_jsonl
 from tests.test_training import history, weights
-from utils import dataset, stream
-from utils.auto_encoder import make_encoder
-from utils.errors import ConfigError
-from utils.reading import open_streams
-from utils.stream import TrainingStream, shuffled
+from utils import dataset
+from utils.base.errors import ConfigError
+from utils.data import stream
+from utils.data.parts import open_streams
+from utils.data.stream import TrainingStream, shuffled
+from utils.encode.chat_template_encoder import make_encoder
 
 Run = Callable[..., Path]
 TOKENIZER = make_tokenizer()

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import CHATML, SPECIAL, make_tokenizer
-from utils.auto_encoder import AutoEncoder, make_encoder
-from utils.encoder import Encoder
-from utils.errors import ConfigError
-from utils.mask_gate import show_row
+from utils.base.errors import ConfigError
+from utils.encode.chat_template_encoder import AutoEncoder, make_encoder
+from utils.encode.encoder import Encoder
 from utils.preprocess import (
     AUTO,
     CONTROL_TOKENS,
@@ -30,6 +29,7 @@ from utils.preprocess import (
     Message,
     Row,
 )
+from utils.proofs.loss_mask import show_row
 
 TOKENIZER = make_tokenizer()
 TOKENIZERS = (TOKENIZER, make_tokenizer(metaspace='first'), make_tokenizer(metaspace='always'))

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import AddedToken
 
 from tests.conftest import CHATML, make_tokenizer
-from utils.auto_encoder import AutoEncoder
-from utils.convert import check_row, find_converter
+from utils.encode.chat_template_encoder import AutoEncoder
+from utils.formats.columns import check_row, find_converter
 from utils.preprocess import FULL_DIFFERS, THINKING_SWITCH, TOOL_CALL_AS_TEXT, Row
-from utils.template_proof import prove_template
+from utils.proofs.template import prove_template
 
 ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 # Llama-2-chat, Mistral: a blank before the reply that the generation prompt has not.

@@ -13,12 +13,12 @@ import pytest
 import llm_infer
 from tests.conftest import CHATML, make_tokenizer
 from tests.test_models_modern import ENDS, template_tokenizer
-from utils.auto_encoder import AutoEncoder, make_encoder
-from utils.convert import check_row, find_converter
-from utils.encoder import Encoder, TemplateEncoder
-from utils.errors import ConfigError
+from utils.base.errors import ConfigError
+from utils.encode.chat_template_encoder import AutoEncoder, make_encoder
+from utils.encode.encoder import Encoder, TemplateEncoder
+from utils.formats.columns import check_row, find_converter
 from utils.preprocess import Row, Template
-from utils.template_proof import probes, prove_template, template_hash
+from utils.proofs.template import probes, prove_template, template_hash
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]

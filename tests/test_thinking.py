@@ -11,13 +11,13 @@ import pytest
 
 import llm_infer
 from tests.conftest import make_model, make_tokenizer, write_jsonl
-from utils import answering
-from utils.auto_encoder import make_encoder
-from utils.chat import Chat
-from utils.encoder import Encoder
-from utils.model_card import model_card
+from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.encoder import Encoder
+from utils.export.model_card import model_card
+from utils.infer import answers
+from utils.infer.chat import Chat
 from utils.preprocess import Row
-from utils.template_proof import ask_as_trained
+from utils.proofs.template import ask_as_trained
 
 SftRun = Callable[..., Path]
 # As DeepSeek-V3.1 and EXAONE 4 have it: closed, unless a variable opens it.
@@ -110,8 +110,8 @@ def asked_of(run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[st
         asked.extend(map(tokenizer.decode, prompts))
         return [[7] for _ in prompts]
 
-    monkeypatch.setattr(answering, 'generate_stream', stream)
-    monkeypatch.setattr(answering, 'generate_rows', batch)
+    monkeypatch.setattr(answers, 'generate_stream', stream)
+    monkeypatch.setattr(answers, 'generate_rows', batch)
     lines = iter(['is it 1?'])
 
     def typed(prompt: str) -> str:

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import llm_infer
 import llm_sft
 from tests.conftest import make_model, make_tokenizer, small_flags, write_jsonl
-from utils.argument import InferArguments
-from utils.auto_encoder import make_encoder
-from utils.errors import ConfigError
-from utils.generation import generate_batch, generation_config
+from utils.base.errors import ConfigError
+from utils.cli.arguments import InferArguments
+from utils.encode.chat_template_encoder import make_encoder
+from utils.infer.generation import generate_batch, generation_config
 from utils.model import load_tokenizer
 
 Problems = Callable[[], list[str]]

@@ -148,7 +148,7 @@ def test_answers_are_scored_against_the_last_reply_alone(
     flags = ['--dataset', str(write_jsonl(tmp_path / 'talks.jsonl', talks)), '--dataset_test_ratio', '0.5']
     reply = make_tokenizer()('the answer is 42.', add_special_tokens=False)['input_ids']
     monkeypatch.setattr(
-        'utils.trainer.generate_batch', lambda model, prompts, *args, **kwargs: [reply for _ in prompts]
+        'utils.train.trainer.generate_batch', lambda model, prompts, *args, **kwargs: [reply for _ in prompts]
     )
     run = run_sft(*flags, '--loss_scope', scope, '--predict_with_generate', 'true', '--max_steps', '1')
     scores = next(entry for entry in history(run, 1) if 'eval_rouge-l' in entry)
@@ -156,7 +156,7 @@ def test_answers_are_scored_against_the_last_reply_alone(
 
 
 def test_longest_rows_come_first_when_memory_is_tested(run_sft: Run, tmp_path: Path) -> None:
-    from utils.encoding import EncodedRows
+    from utils.data.encode_plan import EncodedRows
     from utils.preprocess import Encoded
 
     rows = EncodedRows()

@@ -32,12 +32,14 @@ from tests.vision_models import (
     read_json,
     seeing_folder,
 )
-from utils.account import Account, leaves
-from utils.auto_encoder import AutoEncoder, make_encoder
-from utils.collator import Collator
-from utils.encoding import EncodedAgain, EncodingReport, encode_rows
-from utils.errors import ConfigError
-from utils.generation import generate_rows
+from utils.base.errors import ConfigError
+from utils.data.collator import Collator
+from utils.data.encode_plan import EncodedAgain, EncodingReport, encode_rows
+from utils.encode.account import Account, leaves
+from utils.encode.chat_template_encoder import AutoEncoder, make_encoder
+from utils.encode.image_slots import find_towers
+from utils.infer.generation import generate_rows
+from utils.loading.image_processors import open_images
 from utils.model import (
     MODEL_MAPPING,
     LoadOptions,
@@ -47,11 +49,9 @@ from utils.model import (
     load_tokenizer,
     locate,
 )
-from utils.native.image_readers import open_images
 from utils.preprocess import LossScope, Row, RowRefused
-from utils.template_proof import prove_template
-from utils.tuner import prepare_model
-from utils.vision import find_towers
+from utils.proofs.template import prove_template
+from utils.train.prepare import prepare_model
 
 KEYS = (QWEN_VL, QWEN25_VL, QWEN3_VL)
 PICTURES = [str(GOLDENS / 'qwenvl-a' / name) for name in NAMES]
@@ -560,7 +560,7 @@ def test_full_training_leaves_the_tower_unless_told_otherwise(
 def test_gradients_reach_the_language_model_alone_or_the_tower_too(
     key: str, folders: dict[str, Path], rows_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from utils.argument import SftArguments
+    from utils.cli.arguments import SftArguments
 
     rows = get_dataset([str(rows_file)], test_ratio=0).train
     for frozen, wanted in ((True, ['ALL']), (True, ['q_proj']), (False, ['ALL']), (False, ['q_proj'])):

@@ -1,4 +1,4 @@
-"""Data sets: the registry. How they are read stands in utils/reading.py."""
+"""Data sets: the registry. How they are read stands in utils/data/parts.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from utils import demo_sql
-from utils.dataset_rows import (
+from utils.formats import demo_sql
+from utils.formats.converters import (
     HubDataset,
     ToRow,
     advertise,

@@ -11,18 +11,19 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from utils import dist, hub
-from utils.errors import ConfigError, did_you_mean, told
-from utils.fingerprint import Fingerprint, fingerprint
-from utils.hub_clients import HubName, Repo
-from utils.json_file import read_json
-from utils.logger import logger
-from utils.native.gguf import dense_directory, find_packaged_file
-from utils.native.packed import keep_trainable, loading_settings
-from utils.native.read import read_config
-from utils.placement import Spread, place
+from utils.base import dist
+from utils.base.errors import ConfigError, did_you_mean, told
+from utils.base.files import read_json
+from utils.base.logger import logger
+from utils.encode.image_slots import spare_towers
+from utils.hub import snapshot as hub
+from utils.hub.clients import HubName, Repo
+from utils.loading.devices import Spread, place
+from utils.loading.fingerprint import Fingerprint, fingerprint
+from utils.loading.gguf import dense_directory, find_packaged_file
+from utils.loading.packed import keep_trainable, loading_settings
+from utils.loading.weight_files import read_config
 from utils.preprocess import AUTO
-from utils.vision import spare_towers
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,7 @@ class ModelInfo:
     quantization: str | None = None
     # Python packages, with a version range where one is needed, e.g. 'transformers>=5.2'.
     requires: tuple[str, ...] = ()
-    # Key of FAMILIES in utils/native/registry.py for an original 2023 layout that config.json alone does not tell.
+    # Key of FAMILIES in utils/loading/legacy/registry.py for an original 2023 layout that config.json alone does not tell.
     family: str | None = None
     # (package, file) of a GGUF file that serves without network where the package is installed.
     embedded: tuple[str, str] | None = None
@@ -119,7 +120,7 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
-    from utils.native.read import read_state
+    from utils.loading.weight_files import read_state
 
     if 'text_config' not in read_config(model_dir):
         return get_model_tokenizer_default(model_dir, info, options)
@@ -835,7 +836,7 @@ def _open_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTr
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    from utils.native.open import make_generation_savable
+    from utils.loading.legacy.opening import make_generation_savable
 
     if problem := check_model_dir(model_dir):
         raise ConfigError(problem)
@@ -859,8 +860,8 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
     import transformers as t
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    from utils.native.open import check_loading, fitting, open_original, open_saved
-    from utils.native.registry import FAMILIES, find_family, find_saved
+    from utils.loading.legacy.opening import check_loading, fitting, open_original, open_saved
+    from utils.loading.legacy.registry import FAMILIES, find_family, find_saved
 
     config = read_config(model_dir)
     found = config['model_type']
@@ -917,7 +918,7 @@ def load_tokenizer(model_dir: str | Path, *, model_type: str | None = None) -> A
 def _open_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    from utils.native.registry import find_family, find_saved
+    from utils.loading.legacy.registry import find_family, find_saved
 
     config = read_config(model_dir) if (model_dir / 'config.json').is_file() else {}
     family = find_family(config, info.family)

@@ -1,0 +1,141 @@
+"""The generated blocks of the pages: `python -m tools.docs --write` renews them, `--check` fails when one is stale."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tools.script_table import script_table
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, flag_types
+from utils.cli.parser import describe_default, describe_type
+from utils.dataset import DATASET_MAPPING
+from utils.formats.converters import HubDataset
+from utils.loading.legacy.registry import FAMILIES
+from utils.model import MODEL_MAPPING, ModelInfo
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = ('README.md', 'README_CN.md')
+_COMMON = {f.name for f in dataclasses.fields(CommonArguments)}
+
+
+def _cell(text: str) -> str:
+    return text.replace('|', '\\|').replace('<', '&lt;')
+
+
+def flag_table(cls: type, *, common: bool) -> str:
+    """Return a Markdown table of a program's flags: those both programs share, or its own."""
+    types = flag_types(cls)
+    lines = ['| flag | takes | default | meaning |', '|---|---|---|---|']
+    for f in dataclasses.fields(cls):
+        if (f.name in _COMMON) == common:
+            cells = (describe_type(types[f.name]), describe_default(f), f.metadata['help'])
+            lines.append(f'| `--{f.name}` | ' + ' | '.join(map(_cell, cells)) + ' |')
+    return '\n'.join(lines)
+
+
+# Native from the start, and held against logits of the original code all the same.
+GOLDEN_NATIVE = frozenset({'ziya2-13b', 'ziya2-13b-chat', 'seqgpt-560m'})
+
+
+def proof(key: str, info: ModelInfo) -> str:
+    """Return what the tests prove of an entry, on small models of its class and on its own chat template."""
+    if info.family is not None or key in GOLDEN_NATIVE:
+        return 'golden logits of the original code'
+    known = info.template != AUTO or info.chat_template or info.embedded
+    return 'class and template' if known else 'class only'
+
+
+def native_class(info: ModelInfo) -> str:
+    """Return the name of the class that an entry is opened in."""
+    return FAMILIES[info.family].model_class.rpartition(':')[2] if info.family else str(info.model_class)
+
+
+def model_table() -> str:
+    """Return a Markdown table of MODEL_MAPPING."""
+    lines = ['| model_type | ModelScope | Hugging Face | class | template | LoRA targets | proven |', '|' + '---|' * 7]
+    for key, info in MODEL_MAPPING.items():
+        ids = (
+            info.model_id_or_path,
+            'the same' if info.hf_model_id == info.model_id_or_path else info.hf_model_id or '',
+        )
+        cells = (key, *ids, native_class(info), info.template, ', '.join(info.lora_target_modules), proof(key, info))
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def dataset_table() -> str:
+    """Return a Markdown table of the data sets of the hubs."""
+    lines = ['| dataset | ModelScope | Hugging Face | subsets | train; validation |', '|---|---|---|---|---|']
+    for name, entry in DATASET_MAPPING.items():
+        if isinstance(entry, HubDataset):
+            ids = ', now '.join((entry.id, *entry.moved))
+            splits = '; '.join(filter(None, (', '.join(entry.train), ', '.join(entry.val))))
+            lines.append(f'| {name} | {ids} | {entry.hf_id or ""} | {", ".join(entry.subsets)} | {splits} |')
+    return '\n'.join(lines)
+
+
+def template_names() -> str:
+    """Return the registered templates in one line."""
+    return ', '.join(f'`{name}`' for name in TEMPLATE_MAPPING)
+
+
+def dataset_names() -> str:
+    """Return the registered data sets in one line."""
+    return ', '.join(f'`{name}`' for name in DATASET_MAPPING)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    'flags-common': lambda: flag_table(SftArguments, common=True),
+    'flags-sft': lambda: flag_table(SftArguments, common=False),
+    'flags-infer': lambda: flag_table(InferArguments, common=False),
+    'models': model_table,
+    'datasets': dataset_table,
+    'dataset-names': dataset_names,
+    'template-names': template_names,
+    'scripts': script_table,
+}
+
+
+def pages() -> list[Path]:
+    """Return every page of the project, the READMEs first."""
+    readmes = [ROOT / name for name in READMES]
+    others = [ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md', ROOT / 'scripts/README.md', ROOT / 'tests/README.md']
+    return [*readmes, *others, *sorted((ROOT / 'docs').rglob('*.md'))]
+
+
+def render(text: str) -> str:
+    """Return a document with each `<!-- generated NAME -->` block renewed; raises KeyError for an unknown name."""
+
+    def block(match: re.Match[str]) -> str:
+        return f'<!-- generated {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->'
+
+    return re.sub(r'<!-- generated ([\w-]+) -->\n.*?<!-- end -->', block, text, flags=re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    """Renew or check the pages; returns the exit code."""
+    if argv not in (['--write'], ['--check']):
+        print('usage: python -m tools.docs --write | --check', file=sys.stderr)
+        return 2
+    stale = []
+    for path in pages():
+        text = path.read_text(encoding='utf-8')
+        renewed = render(text)
+        if renewed == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if argv == ['--write']:
+            path.write_text(renewed, encoding='utf-8')
+
+    if stale and argv == ['--check']:
+        print(f'stale: {", ".join(stale)}. Run python -m tools.docs --write', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

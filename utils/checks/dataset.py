@@ -1,0 +1,310 @@
+"""The data doctor: everything that is wrong with the data of a run, found without a model, in constant memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from utils.base.errors import ConfigError
+from utils.base.logger import logger
+from utils.cli.arguments import SftArguments
+from utils.cli.resolution import Resolution, run_name
+from utils.data.encode_plan import EncodedAgain, EncodingReport, batches, encode_batch
+from utils.data.parts import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally, row_notes
+from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
+from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.encoder import Encoder, cut_row
+from utils.formats.columns import BadRow, Filtered
+from utils.loading.gguf import dense_directory
+from utils.loading.weight_files import read_config
+from utils.model import load_tokenizer, locate
+from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row
+from utils.run.folder import write_json
+from utils.run.rows import plan_of
+
+DUPLICATE = 'duplicate row'
+CONFLICT = 'same prompt, another answer'
+LEAKED = 'validation row that is in the training set'
+EMPTY_EARLIER = 'empty earlier reply'
+PAST_POSITIONS = 'longer than the {} positions that config.json of the model states'
+MOJIBAKE = 'mojibake: UTF-8 that was read as another encoding'
+
+_WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.msgpack', '*.h5')
+_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output')
+_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', 'query', 'instruction', 'input', 'tools')
+_CONTROL = re.compile(r'<\|[A-Za-z_]{2,}\|>')
+# What bytes 80 to BF look like in Latin-1 and in Windows-1252: the second and later bytes of UTF-8.
+_LATER = '[\x80-\xbf' + bytes(i for i in range(0x80, 0xA0) if i not in b'\x81\x8d\x8f\x90\x9d').decode('cp1252') + ']'
+_MOJIBAKE = re.compile(f'[ÂÃ]{_LATER}|(?:[ÐÑ]{_LATER}){{2}}|[à-ï]{_LATER}{{2}}|ð{_LATER}{{3}}|\ufffd|锟斤拷|烫烫烫')
+_MAY_FOLLOW = {'': ('user',), 'user': ('assistant',), 'assistant': ('user', 'tool'), 'tool': ('assistant', 'tool')}
+
+
+class Found(Tally):
+    """A tally that also writes every row it counts to a file of JSON lines."""
+
+    def __init__(self, kind: str, stream: TextIO, skip: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.kind, self.stream, self.skip = kind, stream, skip
+
+    def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
+        """Count one row and write where it stands, in which column, and which row it repeats."""
+        if reason in self.skip:
+            return
+        super().add(reason, f'{place} {column}'.strip() + (f' of {of}' if of else ''))
+        match = re.fullmatch(r'(.*?):(?: row | object )?(\d+)', place)
+        where = {'file': match[1], 'line': int(match[2])} if match else {'file': place, 'line': None}
+        record = {'kind': self.kind, 'reason': reason, **where, 'column': column, **({'of': of} if of else {})}
+        self.stream.write(json.dumps(record, ensure_ascii=False) + '\n')
+
+
+class Seen:
+    """Where each row and each prompt was met first: hashes in a file, so that memory does not grow."""
+
+    def __init__(self, file: Path) -> None:
+        self._database = sqlite3.connect(file, isolation_level=None)
+        for statement in ('pragma journal_mode=off', 'pragma synchronous=off', 'begin',
+                          'create table seen (hash integer primary key, place text, use integer)'):  # fmt: skip
+            self._database.execute(statement)
+
+    def before(self, content: Any, place: str, use: int) -> tuple[str, int] | None:
+        """Return place and use of the same content met earlier; remembers it where it is new."""
+        digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, 'big', signed=True)
+        if self._database.execute('insert or ignore into seen values (?, ?, ?)', (key, place, use)).rowcount:
+            return None
+        found: tuple[str, int] = self._database.execute('select place, use from seen where hash = ?', (key,)).fetchone()
+        return found
+
+
+@dataclass(kw_only=True)
+class Lengths:
+    """Tokens per row, what max_length costs, and the trained share of what is left."""
+
+    max_length: int
+    tokenizer: Any
+    longest: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    histogram: Counter[int] = field(default_factory=Counter)
+
+    def add(self, row: Encoded) -> Encoded:
+        """Count an uncut row and return it as it is trained."""
+        length, cut = len(row.input_ids), cut_row(row, self.max_length, self.tokenizer)
+        lost = length - len(cut.input_ids)
+        trained = sum(end - start for start, end in (*cut.earlier, cut.trained))
+        self.counts.update(rows=1, tokens=length, rows_cut=int(lost > 0), tokens_lost=lost, trained=trained)
+        self.longest = max(self.longest, length)
+        self.histogram[(length - 1).bit_length()] += 1
+        return cut
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers for the report; a bar of the histogram is named by its longest row."""
+        counts = self.counts
+        return {
+            'mean': round(counts['tokens'] / max(counts['rows'], 1), 1),
+            'max': self.longest,
+            'rows_up_to': {str(2**bits): count for bits, count in sorted(self.histogram.items())},
+            'max_length': self.max_length,
+            **{name: counts[name] for name in ('tokens', 'rows_cut', 'tokens_lost')},
+            'trained_share': round(counts['trained'] / max(counts['tokens'] - counts['tokens_lost'], 1), 4),
+        }
+
+
+def wrong_order(messages: Sequence[Message]) -> str | None:
+    """Return what is wrong with the order of the roles, or None."""
+    before, called = '', False
+    for turn in messages[1:] if messages[0]['role'] == 'system' else messages:
+        role = turn['role']
+        if role not in _MAY_FOLLOW[before]:
+            return f'wrong role order: {role} ' + (f'after {before}' if before else 'at the start')
+        if role == 'tool' and before == 'assistant' and not called:
+            return 'wrong role order: tool without a call before it'
+        before, called = role, 'tool_calls' in turn
+    return None
+
+
+def _reply_column(raw: dict[str, Any]) -> str:
+    return next((column for column in _REPLY_COLUMNS if column in raw), '')
+
+
+class Doctor:
+    """Looks at rows as they come."""
+
+    def __init__(
+        self, encoder: Encoder, max_length: int, stream: TextIO, seen: Seen, positions: int | None = None
+    ) -> None:
+        """`positions` is how many tokens of a row the model says to have positions for; None: it does not say."""
+        self.encoder, self.seen, self.positions = encoder, seen, positions
+        self.left_out, self.defects = Found('left_out', stream), Found('defect', stream)
+        self.noted, self.filtered = Found('noted', stream, skip=[CONTROL_TOKENS]), Found('filtered', stream)
+        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
+        self.account = Account()
+        # What of the rows is not learnt by decision.
+        self.decisions: list[str] = []
+        self.rows: Counter[str] = Counter(dict.fromkeys(('read', 'kept', 'train', 'validation', 'not_drawn'), 0))
+
+    def bad_line(self, place: str, problem: str) -> None:
+        """Count a line or file that cannot be read."""
+        self.rows['read'] += 1
+        self.left_out.add(problem, place)
+
+    def look(self, batch: Sequence[tuple[int, ReadRow]]) -> None:
+        """Examine rows with their uses; those that are drawn are encoded too."""
+        encoded: list[Row] = []
+        columns: dict[str, str] = {}
+        for use, (place, raw, row) in batch:
+            self.rows['read'] += 1
+            if isinstance(row, BadRow):
+                found = self.filtered if isinstance(row, Filtered) else self.left_out
+                found.add(str(row), place, row.column or _reply_column(raw))
+                self.account.skip(raw, LEFT_OUT)
+                continue
+            self.rows['kept'] += 1
+            self.rows[{UNUSED: 'not_drawn', TRAIN: 'train', VAL: 'validation'}[use]] += 1
+            columns[place] = _reply_column(raw)
+            for note in row_notes(row):
+                self.noted.add(note, place, columns[place])
+            self._look_at_text(place, raw)
+            self._look_for_the_same(use, row, columns[place])
+            if problem := wrong_order(row.messages):
+                self.defects.add(problem, place, columns[place])
+                self.account.skip(raw, LEFT_OUT)
+            elif use != UNUSED:
+                encoded.append(row)
+            else:
+                self.account.skip(raw, NOT_DRAWN)
+            empty = (m for m in row.messages[:-1] if m['role'] == 'assistant' and 'tool_calls' not in m)
+            if any(not message['content'].strip() for message in empty):
+                self.defects.add(EMPTY_EARLIER, place, 'history' if raw.get('history') else columns[place])
+        self._measure(encoded, columns)
+
+    def _look_at_text(self, place: str, raw: dict[str, Any]) -> None:
+        for column in _TEXT_COLUMNS:
+            value = raw.get(column)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            if _MOJIBAKE.search(text):
+                self.defects.add(MOJIBAKE, place, column)
+            if _CONTROL.search(text) or self.encoder.text.has_control(text):
+                self.defects.add(CONTROL_TOKENS, place, column)
+
+    def _look_for_the_same(self, use: int, row: Row, column: str) -> None:
+        content = [row.messages, row.tools, row.images]
+        if first := self.seen.before(content, row.origin, use):
+            if {use, first[1]} == {TRAIN, VAL}:
+                here, there = (row.origin, first[0]) if use == VAL else (first[0], row.origin)
+                self.defects.add(LEAKED, here, column, of=there)
+            else:
+                self.defects.add(DUPLICATE, row.origin, column, of=first[0])
+        elif first := self.seen.before([row.messages[:-1], row.tools, row.images], row.origin, use):
+            self.defects.add(CONFLICT, row.origin, column, of=first[0])
+
+    def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> None:
+        report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
+        again = EncodedAgain(self.encoder)
+        try:
+            for row, ids in encode_batch(self.encoder, rows, report):
+                cut = self.lengths.add(ids)
+                self.account.add(row, cut, again)
+                if self.positions is not None and len(cut.input_ids) > self.positions:
+                    self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
+                for note in {CUT_PROMPT, CUT_REPLY}.intersection(cut.notes):
+                    self.defects.add(note, row.origin, columns[row.origin])
+        except ConfigError as error:
+            if len(rows) == 1:
+                reason = str(error).replace(rows[0].origin, '').lstrip(': ')
+                self.left_out.add(reason, rows[0].origin, columns[rows[0].origin])
+                self.account.skip(rows[0].written, LEFT_OUT)
+                return
+            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                self._measure(half, columns)
+
+    def record(self, args: SftArguments) -> dict[str, Any]:
+        """Return the report for dataset_report.json."""
+        kinds = {
+            kind: {reason: {'rows': n, 'first': found.places[reason]} for reason, n in found.counts.items()}
+            for kind, found in (
+                ('left_out', self.left_out),
+                ('defects', self.defects),
+                ('noted', self.noted),
+                ('filtered', self.filtered),
+            )
+        }
+        return {
+            'dataset': args.dataset,
+            'clean': bool(self.rows['kept']) and not (self.left_out or self.defects),
+            'rows': {**self.rows, 'filtered': len(self.filtered), 'left_out': len(self.left_out)},
+            **kinds,
+            'decisions': self.decisions,
+            'lengths': self.lengths.record(),
+            'account': self.account.record(),
+        }
+
+    def lines(self, record: dict[str, Any]) -> list[str]:
+        """Return the report as text."""
+        lengths = {name: value for name, value in record['lengths'].items() if name != 'rows_up_to'}
+        return [
+            'rows: ' + ', '.join(f'{name} {count}' for name, count in record['rows'].items()),
+            *self.filtered.lines('left out on purpose'),
+            *self.left_out.lines('left out'),
+            *self.defects.lines('suspect'),
+            *self.noted.lines('noted'),
+            *self.decisions,
+            'tokens per row: ' + ', '.join(f'up to {n}: {c}' for n, c in record['lengths']['rows_up_to'].items()),
+            'lengths: ' + ', '.join(f'{name} {value}' for name, value in lengths.items()),
+            *self.account.lines(),
+        ]
+
+
+def check_dataset(done: Resolution[SftArguments]) -> int:
+    """Read what the run would read and print what is wrong with it; returns 0 where nothing is, else 1.
+
+    Writes <output_dir>/<model>/dataset_report.json, and beside it every finding as a JSON line.
+    """
+    args, info = done.args, done.info
+    assert info is not None, 'resolved without problems'
+    weights = locate(info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
+    folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
+    encoder = make_encoder(
+        load_tokenizer(folder, model_type=args.model_type),
+        template_type=str(args.template_type),
+        system=args.system,
+        system_typed='system' in done.typed,
+        max_length=-1,
+        loss_scope=args.loss_scope,
+    )
+    report = Path(args.output_dir) / run_name(args) / 'dataset_report.json'
+    report.parent.mkdir(parents=True, exist_ok=True)
+    with report.with_suffix('.jsonl').open('w', encoding='utf-8') as stream, tempfile.TemporaryDirectory() as scratch:
+        seen = Seen(Path(scratch) / 'seen.db')
+        doctor = Doctor(encoder, args.max_length, stream, seen, _positions(folder))
+        for batch in batches(_plan(args, doctor).used()):
+            doctor.look(batch)
+    record = doctor.record(args)
+    write_json(report, record)
+    print('\n'.join(doctor.lines(record)))
+    logger.info(f'report: {report}, every finding with its place: {report.with_suffix(".jsonl")}')
+    return 0 if record['clean'] else 1
+
+
+def _positions(folder: Path) -> int | None:
+    """Return how many positions the model in a folder states, None where it states none."""
+    config = read_config(folder) if (folder / 'config.json').is_file() else {}
+    config = config.get('text_config') or config
+    stated = config.get('max_position_embeddings') or config.get('n_positions')
+    return stated if isinstance(stated, int) else None
+
+
+def _plan(args: SftArguments, doctor: Doctor) -> Plan:
+    """Return the plan of the run; lines that cannot be read are counted on the first reading alone."""
+    readings = [doctor.bad_line]
+    plan = plan_of(args, args.train_dataset_sample, bad=lambda place, problem: readings[0](place, problem))
+    readings[0] = lambda place, problem: None
+    doctor.decisions = plan.decisions(args.loss_scope)
+    return plan

@@ -1,0 +1,220 @@
+"""--doctor true: is this machine fit to train? Everything is tried, not merely looked up, and comes with its remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.cli.arguments import SftArguments
+from utils.cli.parser import Parsed
+from utils.hub.clients import TOKEN_VARIABLES, answers
+
+_PINS = Path(__file__).parents[2] / 'requirements.txt'
+_OPTIONAL = {
+    'bitsandbytes': 'for --quantization_bit and 8-bit optimizers',
+    'deepspeed': 'for --deepspeed_config_path',
+    'flash-attn': 'for --use_flash_attn true, on an NVIDIA GPU',
+}
+_DEADLINE_SECONDS = 120
+_SPARE_GIB = 10
+
+
+class Finding(NamedTuple):
+    """What was tried, whether it works (None: not needed for training as such), what was seen, and what to do."""
+
+    name: str
+    works: bool | None
+    says: str
+    remedy: str = ''
+
+
+def check_machine(parsed: Parsed[SftArguments]) -> int:
+    """Print every finding as it comes; returns 1 where something that training needs does not work, else 0."""
+    parsed.problems.raise_if_any()
+    failed = 0
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        'libraries': _libraries,
+        'device': _device,
+        '4-bit layer': _bitsandbytes,
+        'all-reduce': _all_reduce,
+        'disk': lambda: _disk(Path(parsed.args.output_dir)),
+        'hubs': _hubs,
+    }
+    for name, check in checks.items():
+        for finding in _guarded(name, check):
+            mark = {True: 'ok  ', False: 'FAIL', None: 'note'}[finding.works]
+            print(f'{mark} {finding.name}: {finding.says}' + (f'\n     -> {finding.remedy}' if finding.remedy else ''))
+            failed += finding.works is False
+    print('this machine can train' if not failed else f'{failed} checks failed')
+    return int(failed > 0)
+
+
+def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:  # whatever a broken installation raises is the finding
+        remedy = f'{sys.executable} -m pip install -r {_PINS.name}'
+        yield Finding(name, False, f'{type(error).__name__}: {error}', remedy)
+
+
+def _libraries() -> Iterator[Finding]:
+    wrong = []
+    for line in _PINS.read_text(encoding='utf-8').splitlines():
+        name, _, pinned = line.split('#')[0].strip().partition('==')
+        if not name or not pinned:
+            continue
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = 'missing'
+        if found.split('+')[0] != pinned:
+            wrong.append((f'{name} {found} (pinned {pinned})', found == 'missing'))
+    missing = any(absent for _, absent in wrong)
+    says = ', '.join(text for text, _ in wrong) or 'all pinned versions are installed'
+    remedy = f'{sys.executable} -m pip install -r {_PINS.name}' if wrong else ''
+    yield Finding('libraries', False if missing else None if wrong else True, says, remedy)
+    for name, use in _OPTIONAL.items():
+        try:
+            yield Finding(name, True, version(name))
+        except PackageNotFoundError:
+            yield Finding(name, None, f'not installed; {use}', f'{sys.executable} -m pip install {name}')
+
+
+def _device() -> Iterator[Finding]:
+    """Yield the device, and for each dtype whether a product and its gradient come out right."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        name = f'{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free'
+        yield Finding(f'device cuda:{index}', True, name)
+    if not count:
+        remedy = 'for an NVIDIA GPU install its driver and a CUDA build of torch' if shutil.which('nvidia-smi') else ''
+        says = f'no GPU; {torch.get_num_threads()} CPU threads, torch {torch.__version__}'
+        yield Finding('device', None, says, remedy)
+    device = 'cuda' if count else 'cpu'
+    torch.manual_seed(0)
+    left, right = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = f'{str(dtype).removeprefix("torch.")} on {device}'
+        factor = left.to(dtype, copy=True).requires_grad_()
+        started = time.perf_counter()
+        product = factor @ right.to(dtype)
+        (gradient,) = torch.autograd.grad(product.float().sum(), factor)
+        pairs = ((product.detach(), left @ right), (gradient, right.sum(dim=1).expand(64, 64)))
+        apart = max(float((found.float() - wanted).abs().max() / wanted.abs().max()) for found, wanted in pairs)
+        seconds = time.perf_counter() - started
+        works = apart < {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+        yield Finding(name, works, f'product and gradient are within {apart:.1e} of float32 ({seconds:.3f} s)')
+
+
+def _bitsandbytes() -> Iterator[Finding]:
+    """Yield whether a 4-bit layer computes, where bitsandbytes is installed."""
+    try:
+        version('bitsandbytes')
+    except PackageNotFoundError:
+        return
+    import bitsandbytes
+    import torch
+
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    plain = torch.nn.Linear(128, 64, bias=False)
+    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type='nf4', compute_dtype=torch.float32)
+    layer.load_state_dict(plain.state_dict())
+    layer, plain = layer.to(device), plain.to(device)
+    inputs = torch.randn(3, 128, device=device)
+    with torch.no_grad():
+        apart = float((layer(inputs) - plain(inputs)).abs().mean() / plain(inputs).abs().mean())
+    yield Finding('4-bit layer', apart < 0.2, f'its output is {100 * apart:.0f} % off that of the plain layer')
+
+
+def _all_reduce() -> Iterator[Finding]:
+    """Yield whether two processes of this machine add numbers over the backend that training would use."""
+    import torch
+
+    backend = 'nccl' if torch.cuda.is_available() and torch.cuda.device_count() > 1 else 'gloo'
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'}
+    command = [sys.executable, '-m', 'utils.checks.machine', backend]
+    started = time.perf_counter()
+    workers = [
+        subprocess.Popen(
+            command,
+            cwd=_PINS.parent,
+            env={**os.environ, **address, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    name = f'all-reduce of 2 processes over {backend}'
+    remedy = 'look at the firewall, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME'
+    try:
+        told = [worker.communicate(timeout=_DEADLINE_SECONDS) for worker in workers]
+    except subprocess.TimeoutExpired:
+        yield Finding(name, False, f'no answer within {_DEADLINE_SECONDS} s', remedy)
+        return
+    finally:
+        for worker in workers:
+            worker.kill()
+    seconds = time.perf_counter() - started
+    if all(out.strip() == '3.0' for out, _ in told):
+        yield Finding(name, True, f'right, in {seconds:.1f} s')
+    else:
+        last = next((error.strip().splitlines()[-1] for _, error in told if error.strip()), 'another sum')
+        yield Finding(name, False, last, remedy)
+
+
+def _disk(output_dir: Path) -> Iterator[Finding]:
+    """Yield whether a file can be written, made durable and renamed where runs go, and what space is left."""
+    existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.is_dir())
+    gib = shutil.disk_usage(existing).free / 2**30
+    try:
+        with tempfile.TemporaryDirectory(dir=existing) as name, (Path(name) / 'a').open('wb') as stream:
+            stream.write(bytes(1 << 20))
+            os.fsync(stream.fileno())
+            (Path(name) / 'a').rename(Path(name) / 'b')
+    except OSError as error:
+        yield Finding('disk', False, f'{existing}: {error}', 'give another --output_dir')
+        return
+    remedy = '' if gib >= _SPARE_GIB else 'make room or give another --output_dir: two checkpoints stand side by side'
+    yield Finding('disk', True if gib >= _SPARE_GIB else None, f'{gib:.1f} GiB free at {existing}', remedy)
+
+
+def _hubs() -> Iterator[Finding]:
+    for name in TOKEN_VARIABLES:
+        address, reached = answers(name)
+        remedy = '' if reached else 'needed for downloads and pushes alone: set HTTPS_PROXY, or use local directories'
+        says = f'{address} {"answers" if reached else "does not answer"}'
+        yield Finding(f'hub {name}', reached or None, says, remedy)
+
+
+def _worker(backend: str) -> None:
+    """Add 1 and 2 with the other process and print the sum."""
+    import torch
+    import torch.distributed
+
+    rank = int(os.environ['RANK'])
+    device = f'cuda:{rank}' if backend == 'nccl' else 'cpu'
+    torch.distributed.init_process_group(backend)
+    number = torch.tensor([float(rank + 1)], device=device)
+    torch.distributed.all_reduce(number)
+    print(number.item())
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    _worker(sys.argv[1])

@@ -1,0 +1,222 @@
+"""What the file system and the installed packages say against a command line. No network, no heavy import."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from utils.base import dist
+from utils.base.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpoints, damage, partial_name
+from utils.base.errors import ConfigError, Problems
+from utils.base.files import read_json
+from utils.base.leak_scan import find_secrets
+from utils.cli.arguments import InferArguments, SftArguments
+from utils.cli.parallel import check_deepspeed, check_processes
+from utils.cli.ranges import is_of_bitsandbytes
+from utils.cli.resolution import Resolution
+from utils.cli.resolve import quantized_problems
+from utils.data.sources import check_sources
+from utils.dataset import DATASET_MAPPING
+from utils.formats.converters import HubDataset
+from utils.hub import snapshot as hub
+from utils.hub.clients import TOKEN_VARIABLES
+from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
+from utils.run.lock import started_in
+
+TRAINER_STATE = 'trainer_state.json'
+ADAPTER_CONFIG = 'adapter_config.json'
+_GIVE_CHECKPOINT = 'Give one of a run, output/<model>/vN-<time>/checkpoint-N.'
+
+
+def _started_in(args: Any) -> str | None:
+    """Return the folder in which the run was started that this one takes its data from."""
+    run_dir = getattr(args, 'from_run', None)
+    if checkpoint := getattr(args, 'ckpt_dir', None):
+        run_dir = Path(checkpoint).absolute().parent
+    return started_in(Path(run_dir)) if run_dir else None
+
+
+def check_machine_common(done: Resolution[Any]) -> None:
+    """Add what the file system and the installed packages say against these arguments."""
+    args, problems = done.args, done.problems
+    for requirement in done.info.requires if done.info is not None else ():
+        if problem := missing_requirement(requirement):
+            problems.add(problem)
+    if done.info is not None and args.model_id_or_path is not None and _is_path(args.model_id_or_path):
+        _check_model_directory(done, done.info, Path(args.model_id_or_path))
+    if args.reads_data:
+        for problem in check_sources(args.dataset, _started_in(args)):
+            problems.add(problem)
+    model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
+    if model_is_here and not _reads_hub_data(args) and not getattr(args, 'push_to_hub', False):
+        done.without_effect(('hub',), 'model and data are here, and nothing is pushed')
+    if args.quantization_bit and not has_package('bitsandbytes'):
+        problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
+    if args.use_flash_attn and not has_package('flash_attn'):
+        problems.add(
+            '--use_flash_attn true needs flash-attn and an NVIDIA GPU: pip install flash-attn --no-build-isolation'
+        )
+
+
+def check_machine_infer(done: Resolution[InferArguments]) -> None:
+    """Add what the machine says against answering, chatting, merging or exporting."""
+    check_machine_common(done)
+    args, problems = done.args, done.problems
+    if args.result_path is not None and args.reads_data:
+        _check_writable('result_path', args.result_path, Path(args.result_path), problems)
+        if Path(args.result_path).is_dir():
+            problems.add(f'--result_path {args.result_path} is a folder. Give a file in it, e.g. answers.jsonl.')
+    if args.export_native and args.output_dir is not None:
+        _check_writable('output_dir', args.output_dir, Path(args.output_dir), problems)
+        if Path(args.output_dir).exists():
+            problems.add(f'--output_dir {args.output_dir} is there already, and is not replaced. Name a new folder.')
+
+
+def _check_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
+    if problem := check_model_dir(directory):
+        done.problems.add(problem)
+        return
+    done.info = replace(info, quantization=info.quantization or stored_quantization(directory))
+    for problem in quantized_problems(done.args, done.info):
+        done.problems.add(problem)
+    if done.args.template_type == AUTO and not has_chat_template(directory):
+        done.problems.add(
+            f'{directory} has no chat template of its own. Name one with --template_type: '
+            f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
+        )
+
+
+def _reads_hub_data(args: Any) -> bool:
+    return args.reads_data and any(isinstance(DATASET_MAPPING.get(w.split('#')[0]), HubDataset) for w in args.dataset)
+
+
+def _is_path(model_id_or_path: str) -> bool:
+    """Return whether this names a local directory: it is there, or it cannot be a hub id (owner/name)."""
+    return (
+        Path(model_id_or_path).exists()
+        or model_id_or_path.startswith(('/', '.', '~'))
+        or (model_id_or_path.count('/') != 1)
+    )
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Return whether a model directory brings a chat template, as a file or inside tokenizer_config.json."""
+    config = directory / 'tokenizer_config.json'
+    if (directory / 'chat_template.jinja').is_file() or (directory / 'chat_template.json').is_file():
+        return True
+    return config.is_file() and '"chat_template"' in config.read_text(encoding='utf-8', errors='replace')
+
+
+def check_machine_sft(done: Resolution[SftArguments]) -> None:
+    """Add what the machine says against a training run."""
+    check_machine_common(done)
+    args, problems = done.args, done.problems
+    _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
+    if args.resume_from_checkpoint is not None:
+        checkpoint = Path(args.resume_from_checkpoint)
+        _check_resume(checkpoint, args, problems)
+        done.warnings += [
+            f'{left} was being written when that run ended: it is not whole and can be deleted.'
+            for left in sorted(checkpoint.absolute().parent.glob(partial_name(Path('checkpoint-*')).name))
+        ]
+    if is_of_bitsandbytes(args.optim) and not has_package('bitsandbytes'):
+        problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')
+    if args.deepspeed_config_path is not None:
+        _check_deepspeed(Path(args.deepspeed_config_path), done)
+    check_processes(done)
+    if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl' and not dist.has_gpu_device():
+        problems.add(
+            '--ddp_backend nccl needs a GPU and this machine shows none. Use --ddp_backend gloo, or leave it out.'
+        )
+    elif 'ddp_backend' not in done.typed and dist.world_size() > 1 and not dist.has_gpu_device():
+        done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
+    if not (args.check_dataset or args.dry_run):
+        check_environment(os.environ, problems)
+    if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:
+        problems.add(f'--push_to_hub true needs a token: set the environment variable {TOKEN_VARIABLES[args.hub]}.')
+
+
+def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
+    """Add each variable named like a secret that is no text: the run folder could not be searched for it."""
+    for holder, secret in find_secrets(environment, {}).items():
+        try:
+            secret.encode()
+        except UnicodeEncodeError:
+            problems.add(
+                f'{holder} of the environment is not UTF-8, so the run folder cannot be searched for it. '
+                'Set it to text, or unset it.'
+            )
+
+
+def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> None:
+    """Add what keeps `target` from being made: a file or a folder of someone else where its folder should be."""
+    try:
+        existing = next(p for p in target.absolute().parents if p.exists())
+        if not existing.is_dir():
+            problems.add(f'--{flag} {given} cannot be made: {existing} is a file. Give another folder.')
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            problems.add(
+                f'--{flag} {given} cannot be written: {existing} is not writable for you. Give another folder.'
+            )
+        else:
+            # What permissions do not tell: file systems that take no folder (/proc), a quota.
+            tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
+    except OSError as error:  # a name that is too long is one already when it is looked for
+        problems.add(f'--{flag} {given} cannot be made: {error.strerror}. Give another folder.')
+
+
+def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
+    """Add what keeps a checkpoint from being resumed; its bytes are read by one process of a machine alone."""
+    given = f'--resume_from_checkpoint {checkpoint}'
+    has_deepspeed = any(checkpoint.glob(DEEPSPEED_STATES))
+    if not checkpoint.is_dir():
+        problems.add(f'{given} is not a directory. {_GIVE_CHECKPOINT}')
+    elif not (checkpoint / TRAINER_STATE).is_file():
+        problems.add(f'{given} is no checkpoint: it has no {TRAINER_STATE}. {_GIVE_CHECKPOINT}')
+    elif dist.local_rank() == 0 and (problem := damage(checkpoint)):
+        intact = [p for p in all_checkpoints(checkpoint.parent) if p != checkpoint and damage(p) is None]
+        problems.add(
+            f'{given} cannot be resumed from: {problem}. '
+            + (f'{intact[-1]} is whole.' if intact else 'There is no other one beside it.')
+        )
+    elif not (checkpoint / OPTIMIZER_STATE).is_file():
+        problems.add(
+            f'{given} has no optimizer state ({OPTIMIZER_STATE}): it was saved with '
+            '--only_save_model true and cannot be resumed. Train on from its weights as --model_id_or_path instead.'
+        )
+    elif has_deepspeed and args.deepspeed_config_path is None:
+        problems.add(f'{given} was written with DeepSpeed: add --deepspeed_config_path.')
+    elif is_adapter(checkpoint) != (args.sft_type == 'lora'):
+        kind = 'an adapter' if is_adapter(checkpoint) else 'whole weights'
+        problems.add(f'{given} holds {kind}, --sft_type is {args.sft_type}. Type the one it was trained with.')
+    elif args.sft_type == 'lora':
+        _check_resumed_rank(checkpoint, args, problems)
+
+
+def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
+    """Add a problem where the adapter to resume has another rank; its targets are compared once the model is open."""
+    config = read_json(checkpoint / ADAPTER_CONFIG, remedy=_GIVE_CHECKPOINT)
+    if config.get('r') != args.lora_rank:
+        problems.add(
+            f'--lora_rank {args.lora_rank}: the adapter in {checkpoint} has rank {config.get("r")}. '
+            f'Type --lora_rank {config.get("r")}, or start a new run: leave --resume_from_checkpoint out.'
+        )
+
+
+def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:
+    problems = done.problems
+    if not path.is_file():
+        problems.add(f'--deepspeed_config_path {path} is not a file (looked in {path.absolute().parent}).')
+    else:
+        try:
+            config = read_json(path, remedy='--deepspeed_config_path takes one such as ds_config/zero2.json.')
+            check_deepspeed(config, done)
+        except ConfigError as error:
+            problems.add(error.problems[0])
+    if not has_package('deepspeed'):
+        problems.add('--deepspeed_config_path needs DeepSpeed: pip install deepspeed')

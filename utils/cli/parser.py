@@ -1,0 +1,187 @@
+"""A command line of words, parsed into the arguments of its program; what is wrong is collected, not raised."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from utils.base.errors import Problems, did_you_mean
+from utils.base.logger import logger
+from utils.cli.arguments import CommonArguments, flag_types
+
+# Another spelling that users' scripts hold, and the flag it means.
+ALIASES = {'tuner_bankend': 'tuner_backend'}
+# Flags whose values add up where they are typed several times; of every other flag the last one counts.
+ADDING_UP = frozenset({'dataset'})
+# A negative number with an exponent, which argparse takes for a flag.
+_NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
+
+ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed(typing.Generic[ArgumentsT]):
+    """A command line: the values, the names that were typed, and what was wrong with it."""
+
+    args: ArgumentsT
+    typed: frozenset[str]
+    problems: Problems
+
+
+def _unwrap_optional(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
+    """Return the value that `words` mean for a flag; raises ValueError with a whole sentence."""
+    hint = _unwrap_optional(hint)
+    # How bytes that are no UTF-8 arrive: a text that can neither be tokenised nor be saved.
+    if any('\ud800' <= character <= '\udfff' for word in words for character in word):
+        # Not shown: it may be a token, which no log may hold.
+        raise ValueError(f'what --{name} was given is not UTF-8. Type it in a terminal that is set to UTF-8.')
+    if typing.get_origin(hint) is list:
+        values = [part for word in words for part in word.split(',') if part]
+        if not values:
+            raise ValueError(f'--{name} needs at least one value.')
+        return values
+    if hint is bool and not words:
+        return True
+    if len(words) != 1:
+        got = 'none' if not words else f'{len(words)}: {" ".join(words)}'
+        raise ValueError(f'--{name} takes one value, got {got}. Put a value with blanks in quotes.')
+    word = words[0]
+    if hint is bool:
+        if word.lower() not in ('true', 'false'):
+            raise ValueError(f"--{name} takes true or false, got '{word}'.")
+        return word.lower() == 'true'
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        for choice in choices:
+            if word == str(choice):
+                return choice
+        raise ValueError(f"--{name} takes {', '.join(map(str, choices))}, got '{word}'.")
+    kinds = {int: 'a whole number', float: 'a number'}
+    try:
+        return hint(word)
+    except ValueError:
+        raise ValueError(f"--{name} takes {kinds[hint]}, got '{word}'.") from None
+
+
+def describe_default(f: dataclasses.Field[Any]) -> str:
+    """Return a flag's default as it would be typed."""
+    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    if isinstance(value, list):
+        return ','.join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def describe_type(hint: Any) -> str:
+    """Return the words a flag takes, for --help and the README."""
+    hint = _unwrap_optional(hint)
+    if typing.get_origin(hint) is Literal:
+        return '|'.join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is list:
+        return 'name ...'
+    return {bool: 'true|false', int: 'int', float: 'float', str: 'text'}[hint]
+
+
+def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False)
+    hints = flag_types(cls)
+    spellings = {name: [other for other, target in ALIASES.items() if target == name] for name in hints}
+    for f in dataclasses.fields(cls):
+        parser.add_argument(
+            f'--{f.name}',
+            *(f'--{other}' for other in spellings[f.name]),
+            dest=f.name,
+            nargs='*',
+            action='append',
+            default=argparse.SUPPRESS,
+            metavar=describe_type(hints[f.name]),
+            help=f'{f.metadata["help"]} (default: {describe_default(f)})'.replace('%', '%%'),
+        )
+    return parser
+
+
+def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool, problems: Problems) -> None:
+    follows_unknown_flag = False
+    for word in words:
+        name = word.split('=')[0].lstrip('-')
+        if word.startswith('-'):
+            text = f"flag '{word.split('=')[0]}' is not known" + did_you_mean(name, known)
+            follows_unknown_flag = True
+        elif follows_unknown_flag:
+            continue  # a value of the unknown flag: naming the flag is enough
+        else:
+            text = f"the word '{word}' belongs to no flag. Flags are written --name value."
+        if ignore:
+            logger.warning(f'{text} It is ignored because ignore_args_error is true.')
+        else:
+            problems.add(text)
+
+
+def _negative_values_attached(argv: Sequence[str]) -> list[str]:
+    """Return the words with each negative number that has an exponent attached to its flag: --name=-1e-4."""
+    words: list[str] = []
+    for word in argv:
+        is_value = bool(words) and words[-1].startswith('--') and '=' not in words[-1]
+        if is_value and _NEGATIVE.fullmatch(word):
+            words[-1] += f'={word}'
+        else:
+            words.append(word)
+    return words
+
+
+def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the words before and after a bare `--`; all of them are after where there is none."""
+    if '--' not in argv:
+        return (), argv
+    position = list(argv).index('--')
+    return argv[:position], argv[position + 1 :]
+
+
+def _values_typed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the words typed after each flag, and the words that belong to none."""
+    namespace, unknown = parser.parse_known_args(_negative_values_attached(argv))
+    typed = {
+        name: list(itertools.chain(*times)) if name in ADDING_UP else times[-1]
+        for name, times in vars(namespace).items()
+    }
+    return typed, unknown
+
+
+def parse(
+    cls: type[ArgumentsT], argv: Sequence[str], *, program: str, about: str, earlier: Sequence[str] = ()
+) -> Parsed[ArgumentsT]:
+    """Return the parsed command line; problems are collected, not raised. Exits only for --help.
+
+    Words before a bare `--` are those of a script: a flag typed after it replaces the script's, also one that adds
+    up. `earlier` is another command line, whose flags count where `argv` does not type them.
+    """
+    parser = _build_parser(cls, program=program, about=about)
+    typed: dict[str, list[str]] = {}
+    unknown: list[str] = []
+    for words in (earlier, *_at_separator(argv)):
+        known, others = _values_typed(parser, words)
+        typed |= known
+        unknown += others
+    hints = flag_types(cls)
+    problems = Problems()
+    values: dict[str, Any] = {}
+    for name, given in typed.items():
+        try:
+            values[name] = _convert(name, given, hints[name])
+        except ValueError as error:
+            problems.add(str(error))
+    args = cls(**values)
+    _report_unknown(unknown, list(hints), ignore=args.ignore_args_error, problems=problems)
+    return Parsed(args=args, typed=frozenset(typed), problems=problems)

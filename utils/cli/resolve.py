@@ -1,0 +1,286 @@
+"""From what was typed to what is used: fills every None, checks every rule across flags, says why.
+
+Pure: no file, no network, no heavy import, so that a mistake is answered at once, all mistakes together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from utils.base import dist
+from utils.base.errors import ConfigError, did_you_mean
+from utils.cli.arguments import InferArguments, SftArguments
+from utils.cli.parallel import resolve_scale
+from utils.cli.parser import Parsed
+from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers
+from utils.cli.resolution import Resolution, run_name
+from utils.data.sources import parse_source
+from utils.model import ModelInfo, get_model_info, infer_model_type
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
+
+DEFAULT_MODEL_TYPE = 'qwen-7b-chat'
+SFT_ARGS = 'sft_args.json'
+
+# Settings of generation, not of training: a run that evaluates by loss never used them.
+GENERATION = ('max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
+_BNB_4BIT = ('bnb_4bit_comp_dtype', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant')
+_LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p', 'tuner_backend')
+HUB_FLAGS = ('hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token')
+
+
+def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
+    """Return the arguments of a training run with nothing left open; problems are collected, not raised."""
+    done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
+    _resolve_model(done)
+    check_common_numbers(done)
+    check_sft_numbers(done)
+    _resolve_datasets(done)
+    _resolve_streaming(done)
+    _resolve_quantization(done)
+    resolve_scale(done)
+    _resolve_tuning(done)
+    _resolve_schedule(done)
+    _check_layout(done)
+    _resolve_hub(done)
+    args = done.args
+    if args.predict_with_generate:
+        check_generation(done)
+    else:
+        done.without_effect(GENERATION, 'evaluation is by loss (no --predict_with_generate true)')
+    return done
+
+
+def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
+    """Return the arguments of llm_infer.py, its checkpoint's values already filled in by the caller."""
+    done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
+    _resolve_model(done)
+    check_common_numbers(done)
+    if done.args.reads_data:
+        _resolve_datasets(done)
+        if done.args.answers_whole_dataset(done.typed) and 'show_dataset_sample' not in done.typed:
+            done.decide('show_dataset_sample', -1, '--dataset is typed: all its rows are answered')
+        done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
+    if done.args.merge_lora_and_save and done.args.quantization_bit:
+        _merge_unquantised(done)
+    _resolve_quantization(done)
+    check_generation(done)
+    args, problems = done.args, done.problems
+    if dist.world_size() > 1 and not args.reads_data:
+        problems.add('chatting, merging and exporting are for one process: start them with python, not torchrun.')
+    if args.show_dataset_sample == 0 or args.show_dataset_sample < -1:
+        problems.add(f'--show_dataset_sample takes 1 or more, or -1 for all, got {args.show_dataset_sample}.')
+    if args.infer_batch_size < 1:
+        problems.add(f'--infer_batch_size takes 1 or more, got {args.infer_batch_size}.')
+    if args.export_native and (args.ckpt_dir is not None or args.output_dir is None or args.quantization_bit):
+        problems.add(
+            '--export_native true needs --output_dir and an untuned, unquantised model (--model_type or '
+            '--model_id_or_path). For a checkpoint use --merge_lora_and_save true.'
+        )
+    elif not args.export_native:
+        done.without_effect(('output_dir',), 'it is for --export_native true')
+    if args.merge_lora_and_save:
+        if args.ckpt_dir is None:
+            problems.add('--merge_lora_and_save true needs --ckpt_dir: without a checkpoint there is nothing to merge.')
+        elif args.sft_type == 'full':
+            problems.add('--merge_lora_and_save true: this checkpoint is of --sft_type full, its weights are whole.')
+    return done
+
+
+def _merge_unquantised(done: Resolution[InferArguments]) -> None:
+    bits = done.args.quantization_bit
+    if 'quantization_bit' in done.typed:
+        done.problems.add(
+            f'--merge_lora_and_save true cannot merge into {bits}-bit weights: rounding would swallow the adapter. '
+            'Leave --quantization_bit out: the merge goes through the unquantised base.'
+        )
+        return
+    done.decide('quantization_bit', 0, f'rounding to {bits} bits would swallow the adapter: the base is merged whole')
+
+
+def _resolve_model(done: Resolution[Any]) -> None:
+    args, problems = done.args, done.problems
+    if (
+        args.model_type is not None
+        and args.model_id_or_path is not None
+        and ({'model_type', 'model_id_or_path'} <= done.typed)
+    ):
+        problems.add(
+            f"both --model_type '{args.model_type}' and --model_id_or_path '{args.model_id_or_path}' are given: "
+            'each names the model by itself. Drop one of them.'
+        )
+        return
+    if args.model_type is None and args.model_id_or_path is None:
+        done.decide('model_type', DEFAULT_MODEL_TYPE, 'no model was named')
+    elif args.model_type is None and (found := infer_model_type(args.model_id_or_path)):
+        done.decide('model_type', found, f"'{args.model_id_or_path}' is the model of that entry")
+    if 'model_revision' in done.typed and (
+        'model_type' in done.typed or Path(str(args.model_id_or_path)).is_absolute()
+    ):
+        done.without_effect(('model_revision',), 'it counts only for a hub id in --model_id_or_path')
+    try:
+        done.info = get_model_info(args.model_type, args.model_id_or_path)
+    except ConfigError as error:
+        problems.add(error.problems[0])
+        _check_template_name(done)
+        return
+    if 'model_revision' not in done.typed and args.model_revision != done.info.revision:
+        done.decide('model_revision', done.info.revision, 'the model entry names it')
+    if args.dtype is None and done.info.torch_dtype is not None:
+        done.decide('dtype', done.info.torch_dtype, 'the model entry names it')
+    _resolve_template(done, done.info)
+
+
+def _check_template_name(done: Resolution[Any]) -> bool:
+    name = done.args.template_type
+    if name is None or name in TEMPLATE_MAPPING:
+        return True
+    done.problems.add(
+        f"template_type '{name}' is not registered{did_you_mean(name, TEMPLATE_MAPPING)} "
+        'To add one, edit TEMPLATE_MAPPING in utils/preprocess.py.'
+    )
+    return False
+
+
+def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
+    if not _check_template_name(done):
+        return
+    args = done.args
+    if args.template_type is None:
+        done.decide(
+            'template_type', info.template, 'the model entry names it' if args.model_type else 'no entry names one'
+        )
+    template = TEMPLATE_MAPPING[args.template_type]
+    if template is not None and not template.has_system:
+        done.without_effect(('system',), f"template '{args.template_type}' has no place for a system text")
+    if args.template_type == AUTO and 'system' not in done.typed:
+        done.decisions.append("system = the template's own default because template auto passes only a typed --system")
+
+
+def _resolve_datasets(done: Resolution[Any]) -> None:
+    seen: set[str] = set()
+    for word in done.args.dataset:
+        try:
+            source = parse_source(word)
+        except ConfigError as error:
+            done.problems.add(error.problems[0])
+            continue
+        if source.name in seen:
+            done.problems.add(f"--dataset names '{source.name}' twice: its rows would count double. Name it once.")
+        seen.add(source.name)
+
+
+def _resolve_streaming(done: Resolution[SftArguments]) -> None:
+    args, problems = done.args, done.problems
+    if not args.streaming:
+        done.without_effect(('stream_val_rows',), 'it is for --streaming true')
+        return
+    if args.max_steps < 1:
+        problems.add('--streaming true needs --max_steps: how long a stream is shows only at its end.')
+    if args.test_oom_error:
+        problems.add('--test_oom_error true sorts all rows, which --streaming true never has at once. Drop one.')
+    if args.packing:
+        problems.add('--packing true fills packs from all rows, which --streaming true never has at once. Drop one.')
+    for word in args.dataset:
+        if '#' in word:
+            problems.add(f"--dataset '{word}' draws from the whole set, which --streaming true never sees. Drop the #.")
+    unused = ('train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers', 'group_by_length')
+    done.without_effect(unused, 'with --streaming true the training process reads every row, first ones held out')
+    done.decide('dataloader_num_workers', 0, 'a stream is read by the training process')
+
+
+def _resolve_quantization(done: Resolution[Any]) -> None:
+    args = done.args
+    if args.quantization_bit != 4:
+        done.without_effect(_BNB_4BIT, 'it is for --quantization_bit 4')
+    elif args.bnb_4bit_comp_dtype is None and args.dtype is not None:
+        done.decide('bnb_4bit_comp_dtype', args.dtype, 'it follows --dtype')
+    for problem in quantized_problems(args, done.info):
+        done.problems.add(problem)
+    if args.quantization_bit and args.sft_type == 'full':
+        done.problems.add(
+            f'--quantization_bit {args.quantization_bit} needs --sft_type lora, got full: '
+            f'{args.quantization_bit}-bit weights cannot be trained. Drop one of them.'
+        )
+
+
+def quantized_problems(args: Any, info: ModelInfo | None) -> list[str]:
+    """Return what was asked for and cannot be done with weights that are stored quantised."""
+    if info is None or info.quantization is None:
+        return []
+    plain = 'Use the same model without int4 or int8.'
+    merges = getattr(args, 'merge_lora_and_save', False)
+    asked = {
+        f'--sft_type full cannot train. {plain}': args.sft_type == 'full' and not getattr(args, 'ckpt_dir', None),
+        '--fsdp true cannot shard. Use --deepspeed_config_path ds_config/zero2.json, or plain torchrun.': (
+            getattr(args, 'fsdp', False)
+        ),
+        # Baichuan2's are read to full width first, so that bitsandbytes can pack them anew.
+        f'--quantization_bit {args.quantization_bit} cannot quantise again. Leave it out, they stay packed.': (
+            args.quantization_bit and info.quantization != 'nf4'
+        ),
+        '--merge_lora_and_save true cannot merge into: rounding would swallow the adapter. Serve it as it is '
+        '(--ckpt_dir alone), or train on the same model without int4 or int8 and merge that.': merges,
+    }
+    stored = f"the weights of '{run_name(args)}' are stored quantised ({info.quantization}), which "
+    return [stored + what for what, applies in asked.items() if applies]
+
+
+def _resolve_tuning(done: Resolution[SftArguments]) -> None:
+    args = done.args
+    if args.learning_rate is None:
+        value = 1e-4 if args.sft_type == 'lora' else 2e-5
+        done.decide('learning_rate', value, f'sft_type is {args.sft_type}')
+    if args.sft_type == 'full':
+        done.without_effect(_LORA_ONLY, 'it is for --sft_type lora')
+    else:
+        if args.lora_target_modules is None and done.info is not None and args.model_type is not None:
+            done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
+    if args.only_save_model is None:
+        resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None
+        how = f'sft_type is {args.sft_type}' + (' with DeepSpeed' if args.deepspeed_config_path else '')
+        done.decide('only_save_model', not resumable, how)
+
+
+def _resolve_schedule(done: Resolution[SftArguments]) -> None:
+    args = done.args
+    if args.save_steps is None:
+        done.decide('save_steps', args.eval_steps, 'it follows --eval_steps')
+    elif args.save_steps % args.eval_steps and args.dataset_test_ratio > 0:
+        done.warnings.append(
+            f'--save_steps {args.save_steps} is no multiple of --eval_steps {args.eval_steps}: '
+            'only a checkpoint of a step that was evaluated can become the best.'
+        )
+    if args.eval_batch_size is None:
+        value, reason = (
+            (1, 'evaluation generates') if args.predict_with_generate else (args.batch_size, 'it follows --batch_size')
+        )
+        done.decide('eval_batch_size', value, reason)
+    if args.max_steps > 0:
+        done.without_effect(('num_train_epochs',), f'--max_steps {args.max_steps} wins')
+    if args.lr_scheduler_type == 'constant':
+        done.without_effect(('warmup_ratio',), '--lr_scheduler_type constant has no warm-up; constant_with_warmup has')
+    if 'ddp_backend' in done.typed and dist.world_size() == 1:
+        done.without_effect(('ddp_backend',), 'there is one process; start several with torchrun')
+
+
+def _check_layout(done: Resolution[SftArguments]) -> None:
+    args = done.args
+    if args.packing and args.padding_free is False:
+        done.problems.add('--packing true lays rows end to end, --padding_free false pads them. Drop one of them.')
+    if args.packing and args.max_length == -1:
+        done.problems.add('--packing true fills --max_length, and -1 is no limit to fill. Give a length.')
+    if args.test_oom_error:
+        done.without_effect(('group_by_length',), '--test_oom_error true sorts all rows by length')
+
+
+def _resolve_hub(done: Resolution[SftArguments]) -> None:
+    args = done.args
+    if not args.push_to_hub:
+        done.without_effect(HUB_FLAGS, 'nothing is pushed without --push_to_hub true')
+        return
+    if args.hub_model_id is None:
+        done.decide('hub_model_id', f'{run_name(args)}-{args.sft_type}', 'it is <model_type>-<sft_type>')
+    elif args.hub_model_id.count('/') > 1 or not all(args.hub_model_id.split('/')):
+        done.problems.add(f"--hub_model_id takes repo or user/repo, got '{args.hub_model_id}'.")

@@ -1,0 +1,620 @@
+"""The account of every character of the data: trained, context, cut, left out, or not used, by name.
+
+It reads rows as they were written, by itself: a field that conversion drops is still seen here, and not found in the
+text that was tokenised. A text that may stand elsewhere too, such as `a` or a name that is a role as well, is tied to
+its own place: the row is encoded once more with a mark in its place, and the mark is looked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG
+from utils.preprocess import TOOLS_IGNORED, Encoded, Row
+
+TRAINED, CONTEXT, CUT, TRIMMED, STRUCTURE = 'trained', 'context', 'cut', 'trimmed', 'structure'
+LEFT_OUT, NOT_DRAWN, NOT_USED = 'left out', 'not drawn', 'not used'
+
+_TEXTS = {
+    'system': 'system text', 'developer': 'system text', 'user': 'user text', 'human': 'user text',
+    'tool': 'tool results', 'observation': 'tool results', 'function': 'tool results',
+    'function_response': 'tool results', 'tool_response': 'tool results',
+    'function_call': 'tool calls', 'tool_call': 'tool calls',
+}  # fmt: skip
+_REASONING = ('reasoning_content', 'reasoning', 'thinking')
+_CALLS = ('tool_calls', 'function_call')
+# Templates print the role of a turn too.
+_ROLES = ('system', 'user', 'assistant', 'tool')
+_IDENTITIES = ('name', 'id', 'tool_call_id')
+_MARKS = ('weight', 'loss', 'train')
+_EVERYWHERE = ('system', 'tools', 'functions', 'images')
+# Keys of a tool whose texts decide how it is printed; few templates print the texts themselves.
+_OF_SCHEMAS = ('type', 'required')
+# The columns of each shape of a row; the first that fits counts.
+_SHAPES = (
+    ('messages',),
+    ('conversations',),
+    ('query', 'response', 'history'),
+    ('instruction', 'output', 'input', 'history'),
+)
+_SEPARATE = re.compile(rf'({OPEN_TAG}|{CLOSE_TAG}|<img>.*?</img>|\n)')
+
+
+_Path = tuple[str | int, ...]
+_Span = tuple[int, int]
+
+
+# Returns the pieces of a row's text with other texts at these paths; None where the row is refused then.
+_Rendering = Callable[[Sequence[tuple[_Path, str]]], tuple[str, ...] | None]
+
+# How many texts of a row are asked for one by one, where they cannot be asked for together.
+_MOST_ALONE = 16
+
+
+class _Leaf(NamedTuple):
+    """One text of a row: what it is, under which name it is missed, and its turn (-1: none)."""
+
+    label: str
+    name: str
+    text: str
+    turn: int
+    # 'text', 'identity', 'structure', 'image' or 'never'.
+    kind: str = 'text'
+    # The keys and positions that lead to it in the row; JSON text on the way is read.
+    path: _Path = ()
+
+
+class Again(Protocol):
+    """Encodes a row once more, as it would be if its data were others."""
+
+    @property
+    def printed(self) -> str:
+        """Return the text that the template prints by itself."""
+
+    def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
+        """Return the row encoded as if this had been written; None where it could not be trained then."""
+
+
+def _parsed(value: Any) -> Any:
+    """Return the list or object that a text writes as JSON; anything else as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list | dict) else value
+
+
+def _replaced(value: Any, path: _Path, text: str) -> Any:
+    """Return a nested value with another text at a path; JSON text on the way is written anew."""
+    if not path:
+        return text
+    whole = _parsed(value)
+    key, rest = path[0], path[1:]
+    if isinstance(whole, Mapping):
+        made: Any = {**whole, key: _replaced(whole[key], rest, text)}
+    else:
+        made = list(whole)
+        made[key] = _replaced(made[key], rest, text)
+    return json.dumps(made, ensure_ascii=False, default=str) if isinstance(value, str) else made
+
+
+def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
+    """Yield every text of a nested value with its path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _strings(item, (*path, name))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _strings(item, (*path, number))
+
+
+def _beside(value: Any) -> Iterator[str]:
+    """Yield what templates may print of a nested value beside its texts: keys, numbers, and the words of schemas."""
+    value = _parsed(value)
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            if key in _OF_SCHEMAS:
+                yield from (text for _, text in _strings(item, ()))
+            yield from _beside(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _beside(item)
+    elif not isinstance(value, str):
+        yield str(value)
+
+
+def _texts(value: Any, path: _Path, label: str, name: str, turn: int = -1, kind: str = 'text') -> Iterator[_Leaf]:
+    """Yield every text of a nested value as a leaf of one kind."""
+    for place, text in _strings(value, path):
+        yield _Leaf(label, name, text, turn, kind, place)
+
+
+def _unused(value: Any, path: _Path, name: str, turn: int = -1) -> Iterator[_Leaf]:
+    return _texts(value, path, name, name, turn, 'never')
+
+
+def _key_of(path: _Path) -> str:
+    """Return the nearest key on a path."""
+    return next((step for step in reversed(path) if isinstance(step, str)), '')
+
+
+def _of_tools(value: Any, path: _Path) -> Iterator[_Leaf]:
+    for place, text in _strings(_parsed(value), path):
+        key = _key_of(place)
+        nested = _parsed(text) if key == 'parameters' else text
+        if nested is text:
+            yield _Leaf('tools', 'tools', text, -1, STRUCTURE if key in _OF_SCHEMAS else 'text', place)
+        else:
+            yield from _of_tools(nested, place)
+
+
+def _of_calls(value: Any, path: _Path, turn: int) -> Iterator[_Leaf]:
+    calls = _parsed(value)
+    if isinstance(calls, list):
+        for number, call in enumerate(calls):
+            yield from _of_call(call, (*path, number), turn)
+    else:
+        yield from _of_call(calls, path, turn)
+
+
+def _of_call(call: Any, path: _Path, turn: int) -> Iterator[_Leaf]:
+    if not isinstance(call, Mapping):
+        yield from _texts(call, path, 'tool calls', 'tool calls', turn)
+        return
+    for key, item in call.items():
+        at = (*path, key)
+        name = f'tool call key `{key}`'
+        if key == 'function' and isinstance(item, Mapping):
+            yield from _of_call(item, at, turn)
+        elif key in ('name', 'arguments'):
+            yield from _texts(_parsed(item), at, 'tool calls', 'tool calls', turn)
+        elif key in ('id', 'type'):
+            yield from _texts(item, at, 'tool calls', name, turn, 'identity' if key == 'id' else STRUCTURE)
+        else:
+            yield from _unused(item, at, name, turn)
+
+
+def _of_content(value: Any, path: _Path, label: str, turn: int) -> Iterator[_Leaf]:
+    if label == 'tool calls':
+        yield from _of_calls(value, path, turn)
+    elif not isinstance(value, list):
+        yield from _texts(value, path, label, label, turn)
+    else:
+        for number, item in enumerate(value):
+            if isinstance(item, Mapping):
+                yield from _of_item(item, (*path, number), label, turn)
+            else:
+                yield from _unused(item, (*path, number), label, turn)
+
+
+def _of_item(item: Mapping[str, Any], path: _Path, label: str, turn: int) -> Iterator[_Leaf]:
+    """Yield the texts of an item of a content that is a list."""
+    image = 'image' if item.get('image') else 'path'
+    for key, part in item.items():
+        at = (*path, key)
+        if key == 'type':
+            yield from _texts(part, at, 'roles and types', key, turn, STRUCTURE)
+        elif key == 'text' and item.get('type') == 'text':
+            yield from _texts(part, at, label, label, turn)
+        elif key == image and item.get('type') == 'image':
+            yield from _texts(part, at, 'images', 'images', turn, 'image')
+        else:
+            yield from _unused(part, at, f'content item key `{key}`', turn)
+
+
+def _of_turn(
+    turn: Mapping[str, Any], path: _Path, number: int, keys: tuple[str, str], contents: tuple[str, str]
+) -> Iterator[_Leaf]:
+    role_key = next((key for key in keys if key in turn), keys[0])
+    content_key = next((key for key in contents if key in turn), contents[0])
+    label = _TEXTS.get(str(turn.get(role_key)).strip().lower(), 'reply text')
+    # The first key that holds anything counts.
+    reasoning = next((key for key in _REASONING if isinstance(turn.get(key), str) and turn[key].strip()), '')
+    for key, value in turn.items():
+        if value is None:
+            continue
+        name = f'message key `{key}`'
+        at = (*path, key)
+        if key == role_key:
+            yield _Leaf('roles and types', key, str(value), number, STRUCTURE, at)
+        elif key == content_key:
+            yield from _of_content(value, at, label, number)
+        elif key == reasoning:
+            yield _Leaf('reasoning', name, value, number, 'text', at)
+        elif key in _CALLS:
+            yield from _of_calls(value, at, number)
+        elif key in _IDENTITIES:
+            yield from _texts(value, at, name, name, number, 'identity')
+        elif key in _MARKS:
+            yield from _texts(value, at, 'roles and types', key, number, STRUCTURE)
+        else:
+            yield from _unused(value, at, name, number)
+
+
+def _of_history(history: Any) -> Iterator[_Leaf]:
+    if not isinstance(history, list | tuple):
+        yield from _unused(history, ('history',), 'column `history`')
+        return
+    for number, pair in enumerate(history):
+        said = pair if isinstance(pair, list | tuple) else [pair]
+        for half, (label, text) in enumerate(zip(('user text', 'reply text'), said, strict=False)):
+            yield from _texts(text, ('history', number, half), label, label, 2 * number + half)
+
+
+def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
+    """Yield every text of a row as it was written."""
+    shape = next((columns for columns in _SHAPES if all(c in raw for c in columns[:2])), ())
+    after = {'query': 'user text', 'instruction': 'user text', 'input': 'user text', 'response': 'reply text',
+             'output': 'reply text'}  # fmt: skip
+    history = _parsed(raw.get('history')) if 'history' in shape else None
+    last = len(history) if isinstance(history, list | tuple) else 0
+    if history is not None:
+        yield from _of_history(history)
+    has_tools = bool(_parsed(raw.get('tools')))
+    for column, value in raw.items():
+        at = (column,)
+        if column in shape and column in ('messages', 'conversations'):
+            keys, contents = ('role', 'from'), ('content', 'value')
+            if column == 'conversations':
+                keys, contents = ('from', 'role'), ('value', 'content')
+            turns = _parsed(value)
+            for number, turn in enumerate(turns if isinstance(turns, list | tuple) else [turns]):
+                if isinstance(turn, Mapping):
+                    yield from _of_turn(turn, (column, number), number, keys, contents)
+                else:
+                    yield from _unused(turn, (column, number), f'column `{column}`')
+        elif column in shape and column in after:
+            label = after[column]
+            yield from _texts(value, at, label, label, 2 * last + (label == 'reply text'))
+        elif column == 'system':
+            yield from _texts(value, at, 'system text', 'system text')
+        elif column == 'tools' or (column == 'functions' and not has_tools):
+            yield from _of_tools(value, at)
+        elif column == 'images':
+            yield from _texts(_parsed(value), at, 'images', 'images', -1, 'image')
+        elif column not in shape:
+            yield from _unused(value, at, f'column `{column}`')
+
+
+class _Text:
+    """The text that was tokenised, and where its parts begin."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.text = ''.join(encoded.pieces)
+        self.ends = list(accumulate(map(len, encoded.pieces)))
+        self.cut = encoded.cut
+        self.claimed: list[tuple[int, int]] = []
+        self.trained = [self.ends[i - 1] for i in range(1, len(encoded.pieces), 2)]
+
+    def find(self, text: str, start: int) -> tuple[int, int] | None:
+        """Return where a text stands, as it is or as JSON writes it."""
+        at = self.text.find(text, start)
+        if at >= 0:
+            return at, at + len(text)
+        if text.isalnum() and text.isascii():
+            return None
+        for ascii_only in (False, True):
+            shown = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+            at = self.text.find(shown, start) if shown != text else -1
+            if at >= 0:
+                return at, at + len(shown)
+        return None
+
+    def masked(self) -> str:
+        """Return the text without what leaves have claimed."""
+        parts, position = [], 0
+        for start, end in sorted(self.claimed):
+            parts += [self.text[position:start], '\0' * (end - max(start, position))]
+            position = max(position, end)
+        return ''.join([*parts, self.text[position:]])
+
+    def buckets(self, start: int, end: int, characters: int) -> dict[str, int]:
+        """Return how many of a leaf's characters, found here, are cut, context and trained."""
+        found: dict[str, int] = {}
+        position = start
+        if position < self.cut:
+            position = min(end, self.cut)
+            found[CUT] = position - start
+        while position < end:
+            piece = bisect_right(self.ends, position)
+            stop = min(end, self.ends[piece])
+            bucket = TRAINED if piece % 2 else CONTEXT
+            found[bucket] = found.get(bucket, 0) + stop - position
+            position = stop
+        if end - start != characters:
+            found = {bucket: count * characters // (end - start) for bucket, count in found.items()}
+            largest = max(found, key=lambda bucket: found[bucket])
+            found[largest] += characters - sum(found.values())
+        return found
+
+    def buckets_of(self, written: str, shown: str, at: _Span) -> dict[str, int]:
+        """Return the same of a text that is printed as `shown` is, with the blanks that are not printed."""
+        found = self.buckets(*at, len(shown))
+        if len(shown) < len(written):
+            found[TRIMMED] = len(written) - len(shown)
+        return found
+
+
+class _Place(NamedTuple):
+    """What became of a leaf's characters, where it was found whole, and from where it was looked for."""
+
+    leaf: _Leaf
+    buckets: dict[str, int]
+    at: _Span | None = None
+    start: int = 0
+    # Whether it was found only where it is not looked for: before that, or where another text stands.
+    is_elsewhere: bool = False
+
+
+def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
+    """Return the numbers of the places whose text may stand there for another reason than that it was written.
+
+    It stands elsewhere too, or inside another text, or the template prints these words by itself.
+    """
+    spans = sorted((*place.at, number) for number, place in enumerate(places) if place.at)
+    overlapping: set[int] = set()
+    reach, owner = 0, -1
+    for start, end, number in spans:
+        if start < reach:
+            overlapping |= {owner, number}
+        if end > reach:
+            reach, owner = end, number
+    found = []
+    for number, place in enumerate(places):
+        leaf, buckets, at, start = place.leaf, place.buckets, place.at, place.start
+        if leaf.kind not in ('text', 'identity') or not leaf.text.strip():
+            continue
+        if at is None:
+            # Found in parts, which may be words of something else.
+            if set(buckets) - {NOT_USED, TRIMMED, STRUCTURE}:
+                found.append(number)
+            continue
+        shown = text.text[at[0] : at[1]]
+        if (
+            place.is_elsewhere
+            or number in overlapping
+            or shown in printed
+            or text.text.find(shown, start) != text.text.rfind(shown)
+        ):
+            found.append(number)
+    return found
+
+
+def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tuple[str, ...] | None:
+    """Return the text of a row in which other texts stand at these paths, in its pieces; None where it is refused."""
+    written: Any = row.written
+    for path, text in changes:
+        written = _replaced(written, path, text)
+    encoded = again.encode(row, written)
+    return None if encoded is None else encoded.pieces
+
+
+def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
+    """Tie doubtful texts to their own places: what became of them is changed in the list.
+
+    A text stays as its words say where the row cannot be rendered with a mark in its place, or where the mark changes
+    more than its own place.
+    """
+    whole = [number for number in doubtful if places[number].at is not None]
+    marks = {number: _mark(number) for number in whole}
+    # Templates compare the id of a call with that of its result: equal ones stay equal at first.
+    first: dict[str, int] = {}
+    shared = {
+        number: _mark(
+            first.setdefault(places[number].leaf.text, number) if places[number].leaf.kind == 'identity' else number
+        )
+        for number in whole
+    }
+    spans = _marked(places, shared, text, render) if whole else {}
+    carried = Counter(shared.values())
+    if spans is not None and any(0 < len(found) < carried[mark] for mark, found in spans.items()):
+        spans, shared = _marked(places, marks, text, render), marks
+    if spans is not None:
+        for number in whole:
+            _move(places, number, spans[shared[number]], text)
+    alone = doubtful if spans is None else [number for number in doubtful if number not in marks]
+    for number in alone[:_MOST_ALONE]:
+        found = _marked(places, {number: _mark(number)}, text, render)
+        if found is not None:
+            _move(places, number, found[_mark(number)], text)
+
+
+def _mark(number: int) -> str:
+    """Return what stands for a text: 9 letters and digits, as the ids of calls must be under some templates."""
+    return f'zq{number:05d}qz'
+
+
+def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
+    """Set what became of a text to what its own place says, the first of these; nothing where there is none."""
+    leaf = places[number].leaf
+    if not spans:
+        places[number] = _Place(leaf, {NOT_USED: len(leaf.text)})
+        return
+    at = spans.pop(0) if len(spans) > 1 and leaf.kind == 'identity' else spans[0]
+    stripped = leaf.text.strip()
+    shown = stripped if text.text[at[0] : at[1]] == stripped else leaf.text
+    places[number] = _Place(leaf, text.buckets_of(leaf.text, shown, at), at)
+
+
+def _forms(text: str) -> list[str]:
+    """Return how a text may be printed: as it is, without blanks around it, or as JSON writes it."""
+    stripped = text.strip()
+    json_forms = [json.dumps(one, ensure_ascii=only)[1:-1] for one in (text, stripped) for only in (False, True)]
+    return list(dict.fromkeys([text, stripped, *json_forms]))
+
+
+def _marked(
+    places: Sequence[_Place], marks: Mapping[int, str], text: _Text, render: _Rendering
+) -> dict[str, list[_Span]] | None:
+    """Return where the texts that marks stood for stand in the row's own text; None where that cannot be told."""
+    pieces = render([(places[number].leaf.path, mark) for number, mark in marks.items()])
+    if pieces is None or any(mark in text.text for mark in marks.values()):
+        return None
+    forms = {mark: _forms(places[number].leaf.text) for number, mark in marks.items()}
+    spans: dict[str, list[_Span]] = {mark: [] for mark in forms}
+    before, *others = re.split(f'({"|".join(forms)})', ''.join(pieces))
+    if not text.text.startswith(before):
+        return None
+    position = len(before)
+    for mark, after in zip(others[::2], others[1::2], strict=True):
+        form = next((form for form in forms[mark] if text.text.startswith(form + after, position)), None)
+        if form is None:
+            return None
+        spans[mark].append((position, position + len(form)))
+        position += len(form) + len(after)
+    return spans if position == len(text.text) else None
+
+
+@dataclass(kw_only=True)
+class Account:
+    """Characters by label and bucket, and how many rows have what is not used."""
+
+    fields: dict[str, dict[str, int]] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+
+    def _count(self, label: str, bucket: str, characters: int) -> None:
+        if characters:
+            counts = self.fields.setdefault(label, {})
+            counts[bucket] = counts.get(bucket, 0) + characters
+
+    def skip(self, raw: Mapping[str, Any], reason: str) -> None:
+        """Count a row that is not encoded."""
+        for leaf in leaves(raw):
+            self._count(leaf.label, reason, len(leaf.text))
+
+    def add(self, row: Row, encoded: Encoded, again: Again) -> None:
+        """Count every character of a row as it was written by what became of it."""
+        text = _Text(encoded)
+        places = list(self._places(row, encoded, text))
+        printed = '\n'.join([again.printed, *_ROLES, *_beside(row.written)])
+        doubtful = _doubtful(places, text, printed)
+        if doubtful:
+            _tie(places, doubtful, text, functools.partial(_render, row, again))
+        missed: dict[str, None] = {}
+        for place in places:
+            self._settle(place.leaf, place.buckets, missed)
+        for name in missed:
+            self.unused[name] = self.unused.get(name, 0) + 1
+
+    def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
+        """Yield where the texts of a row stand by their words, in the order of the turns; identities last."""
+        found = list(leaves(row.written))
+        replies = sorted({leaf.turn for leaf in found if leaf.label in ('reply text', 'reasoning', 'tool calls')})
+        starts = dict(zip(replies, text.trained, strict=False)) if len(replies) == len(text.trained) else {}
+        if replies and text.trained:
+            starts[replies[-1]] = text.trained[-1]
+        later: list[_Leaf] = []
+        cursor = begin = 0
+        turn = -1
+        for leaf in sorted(found, key=lambda leaf: leaf.turn):
+            if leaf.turn != turn:
+                turn = leaf.turn
+                begin = max(cursor, starts.get(turn, 0))
+            if leaf.kind == 'identity':
+                later.append(leaf)
+                continue
+            if leaf.label == 'tools' and leaf.kind != STRUCTURE and TOOLS_IGNORED in encoded.notes:
+                # Their words may stand in the row all the same, in a call: that is not the tool.
+                yield _Place(leaf, {NOT_USED: len(leaf.text)} if leaf.text else {})
+                continue
+            place, end = self._place(leaf, text, 0 if leaf.turn < 0 else begin, has_images=bool(encoded.images))
+            cursor = max(cursor, end) if leaf.turn >= 0 else cursor
+            yield place
+        for leaf in later:
+            # Each takes a place of its own, so that one that is printed does not stand for one that is not.
+            shown = leaf.text.strip()
+            own = text.masked().find(shown) if shown else -1
+            at = own if own >= 0 or not shown else text.text.find(shown)
+            span = (at, at + len(shown)) if at >= 0 else None
+            if span:
+                text.claimed.append(span)
+            buckets = text.buckets(*span, len(leaf.text)) if span and own >= 0 else {NOT_USED: len(leaf.text)}
+            yield _Place(leaf, buckets, span, is_elsewhere=own < 0)
+
+    def _settle(self, leaf: _Leaf, buckets: dict[str, int], missed: dict[str, None]) -> None:
+        assert sum(buckets.values()) == len(leaf.text), 'the parts sum to the whole'
+        for bucket, count in buckets.items():
+            self._count(leaf.label, bucket, count)
+        if buckets.get(NOT_USED) and leaf.text.strip():
+            missed[leaf.name] = None
+
+    def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
+        """Return a leaf's characters by bucket, and where it ends in the text."""
+        size = len(leaf.text)
+        if leaf.kind == STRUCTURE:
+            return _Place(leaf, {STRUCTURE: size}), 0
+        if leaf.kind == 'never':
+            return _Place(leaf, {NOT_USED: size}), 0
+        if leaf.kind == 'image' and has_images:
+            return _Place(leaf, {CONTEXT: size}), 0
+        stripped = leaf.text.strip()
+        if not stripped:
+            return _Place(leaf, {TRIMMED: size} if size else {}), 0
+        for shown in (leaf.text, stripped):
+            at = text.find(shown, start)
+            if at is not None:
+                text.claimed.append(at)
+                return _Place(leaf, text.buckets_of(leaf.text, shown, at), at, start), at[1]
+        buckets, end = self._place_parts(leaf.text, text, start, has_images=has_images)
+        # It may stand before that, where a text before it was found too far on.
+        early = text.find(stripped, 0)
+        if early is not None:
+            text.claimed.append(early)
+        return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
+
+    def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
+        """Return the same of a text that does not stand there whole: by lines, and around think tags and images."""
+        buckets: dict[str, int] = {}
+        end = 0
+        for part in _SEPARATE.split(whole):
+            stripped = part.strip()
+            at = text.find(stripped, max(start, end)) if stripped else None
+            found = {TRIMMED: len(part) - len(stripped)}
+            if at is not None:
+                text.claimed.append(at)
+                end = at[1]
+                found |= text.buckets(*at, len(stripped))
+            elif stripped.startswith('<img>') and has_images:
+                found[CONTEXT] = len(stripped)
+            elif stripped and _SEPARATE.fullmatch(stripped):
+                found[STRUCTURE] = len(stripped)
+            else:
+                found[NOT_USED] = len(stripped)
+            for bucket, count in found.items():
+                buckets[bucket] = buckets.get(bucket, 0) + count
+        return {bucket: count for bucket, count in buckets.items() if count}, end
+
+    def merge(self, other: Account) -> None:
+        """Add what another account counted."""
+        for label, counts in other.fields.items():
+            for bucket, count in counts.items():
+                self._count(label, bucket, count)
+        for name, rows in other.unused.items():
+            self.unused[name] = self.unused.get(name, 0) + rows
+
+    def lines(self) -> list[str]:
+        """Return one line with the shares of each label, and one that names what is not used."""
+        shares = []
+        for label, counts in self.fields.items():
+            total = sum(counts.values())
+            parts = ', '.join(f'{bucket} {100 * count / total:.4g} %' for bucket, count in counts.items())
+            shares.append(f'{label}: {parts}')
+        names = ', '.join(f'{name} in {rows} row{"s" * (rows > 1)}' for name, rows in self.unused.items())
+        return [*(['text: ' + '; '.join(shares)] if shares else []), *([f'not used: {names}'] if names else [])]
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers for files."""
+        return {'fields': self.fields, 'unused': self.unused}

@@ -1,0 +1,857 @@
+"""Token ids of conversations under the tokenizer's own chat template (template `auto`).
+
+A row's ids are the ids of its prompt, which is what the template renders with the generation prompt, and of what
+follows it. So inference, here and on any server, starts exactly where training started. What follows is what the
+template prints after the generation prompt: what leads to the reply (a blank, a channel's name, an empty think block),
+the reply, and the end of turn. All of it up to the end of turn carries loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from utils.base.errors import ConfigError, told
+from utils.encode.encoder import Encoder, TemplateEncoder
+from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
+from utils.loading.image_processors import Images
+from utils.preprocess import (
+    ADDED_END,
+    AUTO,
+    CLOSED_THINKING,
+    CONTROL_TOKENS,
+    EARLIER_CHANGED,
+    EARLIER_MERGED,
+    FULL_DIFFERS,
+    MERGED_BOUNDARY,
+    REASONING_AS_TEXT,
+    REASONING_LEFT_OUT,
+    RENDERED_DIFFERENTLY,
+    TEMPLATE_MAPPING,
+    THINKING_SWITCH,
+    TOOL_CALL_AS_TEXT,
+    TOOLS_IGNORED,
+    Encoded,
+    LossScope,
+    Message,
+    Row,
+    RowRefused,
+    mark_pieces,
+    without_last,
+)
+
+_OPEN_THINK = re.compile(rf'({OPEN_TAG})\s*$')
+_CLOSED_THINK = re.compile(rf'(?:{CLOSE_TAG})\s*$')
+_BEGINS_CLOSING = re.compile(rf'\s*(?:{CLOSE_TAG})')
+_BEGINS_THINKING = re.compile(rf'\s*({OPEN_TAG})\s*')
+_EMPTY_BLOCK = re.compile(rf'\s*(?:{OPEN_TAG})\s*(?:{CLOSE_TAG})')
+# A reply whose think block the prompt opened: the closing tag stands at the end of its line, or alone.
+_CLOSES_LINE = re.compile(rf'(?:{CLOSE_TAG})[ \t]*(?:\n|$)|\n(?:{CLOSE_TAG})')
+_ANY_THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
+_THINK_SOURCE = re.compile(OPEN_TAG)
+# Keys under which templates look for the reasoning of a turn.
+_REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
+# Variables with which templates let a model think.
+_SWITCHES: tuple[tuple[str, Any], ...] = (
+    ('enable_thinking', True),
+    ('thinking', True),
+    ('reasoning', True),
+    ('think', True),
+    ('thinking_mode', 'thinking'),
+    ('thinking_mode', 'on'),
+    ('reasoning_effort', 'high'),
+)
+
+# No added token that a template prints is longer.
+_LONGEST_TAG = 64
+# Ends of prompts whose ids are remembered; templates have few, but one may end in the question itself.
+_TAILS_KEPT = 4096
+_NOTHING: Mapping[str, Any] = {}
+
+
+class _Chat(NamedTuple):
+    """What is rendered: messages in the template's form, tools, and the template's settings."""
+
+    messages: list[Message]
+    tools: Sequence[Any] | None
+    settings: Mapping[str, Any]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _Parts:
+    """A row as text: its prompt, what follows it up to the end of what carries loss, and the rest."""
+
+    chat: _Chat
+    prompt: str
+    reply: str
+    rest: str
+    # The end of turn to add where the template prints none.
+    end: int | None
+    # Whether stand-ins are in the text for control tokens that the row spells.
+    guarded: bool
+    notes: list[str]
+
+    @property
+    def text(self) -> str:
+        """Return all that the template prints."""
+        return self.prompt + self.reply + self.rest
+
+
+class _Frame(NamedTuple):
+    """What a template prints around the reply of a one-turn chat.
+
+    `lead` stands between prompt and reply, `end` after the reply. `alone` is how the prompt ends where the whole chat
+    is printed without it, as with a think block that the generation prompt alone opens.
+    """
+
+    lead: str
+    end: str
+    alone: str
+    # Whether the prompt ends in an open think block.
+    opens: bool
+
+
+class _Earlier(NamedTuple):
+    """An earlier reply that carries loss: its row, and where it begins and ends in the text of the prompt."""
+
+    row: int
+    start: int
+    end: int
+
+
+class AutoEncoder(Encoder):
+    """Encodes with the tokenizer's chat template. Loss covers the last reply, or each, and its end-of-turn token.
+
+    Encoding a row changes nothing here that another row could meet, but for a memory of token ids.
+    """
+
+    name = AUTO
+
+    def __init__(self, tokenizer: Any, *, system: str | None, max_length: int, images: Images | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                'template auto needs a chat template, and this tokenizer has none. '
+                f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
+            )
+        templates = tokenizer.chat_template
+        self._source = ''.join(templates.values()) if isinstance(templates, dict) else str(templates)
+        super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)
+        self.system = system
+        self._tails: dict[str, list[int]] = {}
+        # By whether tools are listed: of two named templates, one renders the rows with tools.
+        frame = self._find_frame()
+        self._frames = {False: frame, True: frame}
+        self.says_tools = self._prints_tools()
+        if isinstance(templates, dict) and self.says_tools:
+            with contextlib.suppress(ConfigError):  # where it says no plain chat, it refuses such rows too
+                self._frames[True] = self._find_frame(tools=[self._probe_tool()[1]])
+        # What stands for the text of a turn that holds calls alone, and whether arguments are given as JSON text:
+        # DeepSeek's templates print calls beside null only, and join the arguments to text.
+        self._no_text: str | None = ''
+        self._arguments_as_text = False
+        self.says_calls = {False: False, True: False}
+        for no_text, as_text in (('', False), (None, False), ('', True), (None, True)):
+            self._no_text, self._arguments_as_text = no_text, as_text
+            self.says_calls = {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
+            if any(self.says_calls.values()):
+                break
+        # By whether the turn calls, and whether tools are listed: another template may render those rows.
+        self._reasoning_keys = {
+            (is_call, with_tools): self._find_reasoning_key(is_call=is_call, with_tools=with_tools)
+            for is_call in (False, True)
+            for with_tools in (False, True)
+        }
+        self._switch, self._opens = self._find_switch()
+        # The token that opens the next turn after a reply and after a call: the end of turn where none is printed.
+        self._next = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
+        self.stop_ids = self._find_stop_ids()
+
+    # --- rendering
+
+    def _apply(self, chats: list[Any], tools: Sequence[Any] | None, prompt: bool, settings: Mapping[str, Any]) -> Any:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            render = self.tokenizer.apply_chat_template
+            return render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False, **settings)
+        except TemplateError as error:
+            raise RowRefused(f'the chat template refuses it: {error}') from error
+        except Exception as error:  # a template is someone's program, and fails as programs do
+            raise RowRefused(f'the chat template fails: {told(error)}') from error
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False,
+        settings: Mapping[str, Any] = _NOTHING,
+    ) -> str:  # fmt: skip
+        return str(self._apply(list(messages), tools, prompt, settings))
+
+    def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **options: Any) -> str:
+        """Return the rendering of a probe, '' where the template refuses it."""
+        try:
+            return self._render(messages, tools, **options)
+        except RowRefused:
+            return ''
+
+    def _render_all(self, chats: Sequence[_Chat], *, prompt: bool) -> list[str]:
+        """Return the rendering of each chat; those without tools and settings in one call, which is quicker."""
+        plain = [list(chat.messages) for chat in chats if not (chat.tools or chat.settings)]
+        texts = iter(self._apply(plain, None, prompt, _NOTHING) if plain else [])
+        return [
+            self._render(chat.messages, chat.tools, prompt=prompt, settings=chat.settings)
+            if chat.tools or chat.settings
+            else next(texts)
+            for chat in chats
+        ]
+
+    # --- what the template does, found once by rendering made-up chats
+
+    def _probe(self, *turns: Message, user: str = 'a') -> list[Message]:
+        begin: list[Message] = [{'role': 'system', 'content': self.system}] if self.system else []
+        return [*begin, {'role': 'user', 'content': user}, *turns]
+
+    def _probe_tool(self) -> tuple[str, dict[str, Any]]:
+        name = f'probe_{secrets.token_hex(4)}'
+        parameters = {'type': 'object', 'properties': {'a': {'type': 'string', 'description': 'a'}}}
+        return name, {'type': 'function', 'function': {'name': name, 'description': 'a', 'parameters': parameters}}
+
+    def _probe_call(self, name: str) -> Message:
+        # Mistral's templates demand ids of nine letters and digits.
+        arguments: Any = json.dumps({'a': '1'}) if self._arguments_as_text else {'a': '1'}
+        call = {'type': 'function', 'id': 'probe0001', 'function': {'name': name, 'arguments': arguments}}
+        return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
+
+    def _find_frame(self, tools: Sequence[Any] | None = None) -> _Frame:
+        """Return what the template prints around a reply. Raises ConfigError where it cannot serve at all."""
+        reply = secrets.token_hex(8)
+        messages = self._probe({'role': 'assistant', 'content': reply})
+        try:
+            prompt = self._render(messages[:-1], tools, prompt=True)
+            text = self._render(messages, tools)
+        except RowRefused as error:
+            hint = 'Leave --system out, or choose' if self.system else 'Choose'
+            raise ConfigError(
+                f'the chat template of this tokenizer fails on a one-turn chat: {error}. {hint} a --template_type.'
+            ) from error
+        if reply not in text:
+            raise ConfigError(
+                "the chat template of this tokenizer does not print the assistant's reply, so nothing could be "
+                'learnt. Choose a --template_type.'
+            )
+        self.text.add_printed(prompt + text)
+        start = text.rindex(reply)
+        common = self._common_length(prompt, text[:start])
+        return _Frame(
+            lead=text[common:start],
+            end=text[start + len(reply) :],
+            alone=prompt[common:],
+            opens=_OPEN_THINK.search(prompt) is not None,
+        )
+
+    def _prints_tools(self) -> bool:
+        name, tool = self._probe_tool()
+        text = self._try(self._probe(), [tool], prompt=True)
+        self.text.add_printed(text)
+        return name in text
+
+    def _prints_calls(self, *, with_tools: bool) -> bool:
+        """Return whether the template that renders rows with tools, or without, prints calls."""
+        name, tool = self._probe_tool()
+        tools = [tool] if with_tools else None
+        text = self._try(self._probe(self._probe_call(name)), tools)
+        listed = self._try(self._probe(), tools, prompt=True)
+        self.text.add_printed(text)
+        return text.count(name) > listed.count(name)
+
+    def _find_reasoning_key(self, *, is_call: bool, with_tools: bool) -> str | None:
+        """Return the key of a turn under which the template prints reasoning, before a reply or before a call."""
+        mark = secrets.token_hex(8)
+        name, tool = self._probe_tool()
+        turn: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': 'b'}
+        for key in _REASONING_KEYS:
+            if mark in self._try(self._probe(cast(Message, {**turn, key: mark})), [tool] if with_tools else None):
+                return key
+        return None
+
+    def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
+        """Return the setting that opens the think block which the generation prompt closes, if any.
+
+        Also whether the prompt of a reply that reasons ends in an open think block.
+        """
+        mark = secrets.token_hex(8)
+
+        def generation_prompt(settings: Mapping[str, Any]) -> str:
+            text = self._try(self._probe(user=mark), prompt=True, settings=settings)
+            return text[text.rfind(mark) + len(mark) :] if mark in text else ''
+
+        plain = generation_prompt(_NOTHING)
+        for name, value in _SWITCHES:
+            text = generation_prompt({name: value}) if name in self._source else plain
+            if text and text != plain and (plain.startswith(text) or _OPEN_THINK.search(text)):
+                return {name: value}, _OPEN_THINK.search(text) is not None
+        return _NOTHING, self._frames[False].opens
+
+    def _find_next_token(self, *, is_call: bool) -> str | None:
+        """Return the control token that begins the turn after a reply, or after a call."""
+        name, tool = self._probe_tool()
+        reply: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': secrets.token_hex(8)}
+        after: Message = {'role': 'user', 'content': 'a'}
+        if is_call:
+            after = {'role': 'tool', 'content': 'a', 'name': name, 'tool_call_id': 'probe0001'}
+        tools = [tool] if is_call else None
+        before = self._try(self._probe(reply), tools).rstrip()
+        text = self._try(self._probe(reply, after), tools)
+        if not before or not text.startswith(before):
+            return None
+        follows = text[len(before) :]
+        token = self.text.find_control(follows)
+        if token is None or follows[: token.start()].strip() or token[0] == self.tokenizer.bos_token:
+            return None
+        return token[0]
+
+    def _find_stop_ids(self) -> list[int]:
+        """Return the tokens that end a turn of the assistant's: after a reply, and after a call."""
+        ends = [(frame.end, False) for frame in self._frames.values()]
+        name, tool = self._probe_tool()
+        if any(self.says_calls.values()):
+            text = self._try(self._probe(self._probe_call(name)), [tool])
+            ends += [(text[text.rfind(name) :], True)] if name in text else []
+        found = []
+        for end, is_call in ends:
+            _, stop, added = self._split_end(end, self._frames[is_call], is_call=is_call)
+            found.append(self.text.control_ids[stop] if added is None else added)
+        return list(dict.fromkeys(found))
+
+    # --- from a row to text
+
+    def spoken(self, message: Message, *, with_tools: bool = False, is_last: bool = False) -> Message:
+        """Return the message in the form that the template can say; images among text as a list of items."""
+        if self.text.image in message['content']:
+            texts = message['content'].split(self.text.image)
+            items = [item for text in texts for item in ({'type': 'image'}, {'type': 'text', 'text': text})][1:]
+            shown = [item for item in items if item.get('text') != '']
+            return cast(Message, {**message, 'content': shown})
+        if not message.keys() & {'tool_calls', 'reasoning', 'loss'}:
+            return message
+        said: dict[str, Any] = {key: value for key, value in message.items() if key not in ('reasoning', 'loss')}
+        if 'tool_calls' in said and not self.says_calls[with_tools]:
+            calls = json.dumps([call.get('function', call) for call in said.pop('tool_calls')], ensure_ascii=False)
+            said['content'] = f'{said["content"]}\n{calls}' if said['content'] else calls
+        if 'tool_calls' in said:
+            said['content'] = said['content'] or self._no_text
+            said['tool_calls'] = self._with_arguments(said['tool_calls'])
+        if reasoning := message.get('reasoning'):
+            tag = _THINK_SOURCE.search(self._source)
+            key = self._reasoning_keys['tool_calls' in said, with_tools]
+            if key:
+                said[key] = reasoning
+            elif tag and is_last and 'tool_calls' not in said:
+                said['content'] = self._as_block(reasoning, tag[0]) + (said['content'] or '')
+        return cast(Message, said)
+
+    @property
+    def switch(self) -> str | None:
+        """Return the setting with which the template renders replies that reason, as name=value; None where none is."""
+        return next((f'{name}={value}' for name, value in self._switch.items()), None)
+
+    def settings_of(self, row: Row) -> Mapping[str, Any]:
+        """Return the settings with which the template renders a row: its thinking switch where the reply needs it."""
+        return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
+
+    def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
+        """Return messages as they were written, each thing under the key and in the form that the template reads."""
+        with_tools = self._lists_tools(row)
+        made: list[Any] = []
+        for message in messages:
+            reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), None)
+            said: dict[str, Any] = {k: v for k, v in message.items() if k not in _REASONING_KEYS}
+            if reasoning:
+                said['reasoning'] = reasoning
+            if isinstance(said['content'], str):
+                spoken = self.spoken(cast(Message, said), with_tools=with_tools, is_last=message is messages[-1])
+                said = dict(spoken)
+            made.append(said)
+        return made
+
+    def _with_arguments(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the calls with their arguments in the form that the template prints."""
+        if not self._arguments_as_text:
+            return calls
+        made = []
+        for call in calls:
+            function = call.get('function', call)
+            arguments = function.get('arguments')
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            made.append({**call, 'function': {**function, 'arguments': text}})
+        return made
+
+    def _as_block(self, reasoning: str, tag: str) -> str:
+        """Return reasoning as a think block, with line ends where the template has them."""
+        line = '\n' if f'{tag}\\n' in self._source or f'{tag}\n' in self._source else ''
+        return f'{tag}{line}{reasoning}{line}{_closing_tag(tag)}{2 * line}'
+
+    def _lists_tools(self, row: Row) -> bool:
+        return bool(row.tools) and self.says_tools
+
+    def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
+        """Return the key for the reasoning of a reply; calls that the template cannot say are text of it."""
+        return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
+
+    def _reasons(self, reply: Message, *, with_tools: bool) -> bool:
+        """Return whether a reply brings reasoning that the template can say: in its key, or in a think block."""
+        if reply.get('reasoning'):
+            return bool(self._key_of(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
+        return _thinks(reply['content'], opened=self._opens)
+
+    def _chat(self, row: Row, context: Sequence[Message], *, reasons: bool) -> tuple[_Chat, bool, list[str]]:
+        """Return what is rendered of a row, with stand-ins where it spells a control token, whether it does, and notes.
+
+        Stand-ins are put in wherever any text of the row spells one, so that prompt and whole row are read alike.
+        """
+        notes = []
+        tools = row.tools
+        if tools and not self.says_tools:
+            tools = None
+            notes.append(TOOLS_IGNORED)
+        with_tools = bool(tools)
+        last = row.messages[-1]
+        messages = [self.spoken(message, with_tools=with_tools, is_last=message is last) for message in context]
+        if self.system is not None and (not messages or messages[0]['role'] != 'system'):
+            messages.insert(0, {'role': 'system', 'content': self.system})
+        if any('tool_calls' in message for message in row.messages) and not self.says_calls[with_tools]:
+            notes.append(TOOL_CALL_AS_TEXT)
+        settings = self._switch if reasons else _NOTHING
+        notes += [THINKING_SWITCH.format(switch=self.switch)] if settings else []
+        chat = _Chat(messages, tools, settings)
+        if not self._spells_control(messages, tools):
+            return chat, False, notes
+        return self._guard(chat), True, [*notes, CONTROL_TOKENS]
+
+    def _guard(self, chat: _Chat) -> _Chat:
+        messages: list[Message] = []
+        for message in chat.messages:
+            guard = functools.partial(self.text.guard, reply=message['role'] == 'assistant')
+            messages.append(cast(Message, {**map_strings(message, guard), 'role': message['role']}))
+        return _Chat(messages, map_strings(chat.tools, self.text.guard), chat.settings)
+
+    def _parts(self, rows: Sequence[Row]) -> list[_Parts]:
+        chats = []
+        for row in rows:
+            reply, with_tools = row.messages[-1], self._lists_tools(row)
+            reasons = self._reasons(reply, with_tools=with_tools)
+            key = self._key_of(reply, with_tools=with_tools)
+            chat, guarded, notes = self._chat(row, row.messages, reasons=reasons)
+            if reply.get('reasoning') and reasons and not key:
+                notes.append(REASONING_AS_TEXT)
+            chats.append((chat, guarded, notes, reply.get('reasoning', ''), key, reasons))
+        prompts = self._render_all([chat._replace(messages=chat.messages[:-1]) for chat, *_ in chats], prompt=True)
+        fulls = self._render_all([chat for chat, *_ in chats], prompt=False)
+        parts = []
+        for (chat, guarded, notes, reasoning, key, reasons), prompt, full in zip(chats, prompts, fulls, strict=True):
+            thought = self._thought(chat.messages[-1], reasoning, key, guarded=guarded)
+            part = self._part(
+                chat, prompt, full, guarded=guarded, notes=notes, thought=thought, key=key, reasons=reasons
+            )
+            if reasoning and _unspaced(reasoning) not in _unspaced(self.text.unguard(part.reply)):
+                notes.append(REASONING_LEFT_OUT)
+            parts.append(part)
+        return parts
+
+    def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
+        """Return the think block of a call whose template has no key for reasoning, '' elsewhere."""
+        tag = _THINK_SOURCE.search(self._source)
+        if 'tool_calls' not in reply or key or tag is None or not reasoning:
+            return ''
+        block = self._as_block(reasoning, tag[0])
+        return self.text.guard(block, reply=True) if guarded else block
+
+    def _part(
+        self, chat: _Chat, prompt: str, full: str, *, guarded: bool, notes: list[str], thought: str, key: str | None,
+        reasons: bool,
+    ) -> _Parts:  # fmt: skip
+        last, frame = chat.messages[-1], self._frames[bool(chat.tools)]
+        is_call = 'tool_calls' in last
+        content = last['content'] if isinstance(last['content'], str) else ''
+        reasoning = str(last.get(key or '') or '')
+        opens = _OPEN_THINK.search(prompt)
+        if reasons and _CLOSED_THINK.search(prompt):
+            raise RowRefused(CLOSED_THINKING)
+        follows = self._after_prompt(prompt, full, frame)
+        if follows is not None and thought:
+            follows = thought + follows
+        if follows is not None and opens and not _BEGINS_CLOSING.match(follows):
+            follows = self._inside_block(prompt, follows, reasons=reasons)
+        is_said = follows is not None and _is_said(content, reasoning, follows, is_call=is_call, reasons=reasons)
+        if follows is None and is_call:
+            raise RowRefused('the chat template prints the tool call apart from the generation prompt')
+        if follows is None or not (is_said or is_call):
+            follows = self._as_written(prompt, content, frame, reasons=reasons)
+        if full != prompt + follows:
+            notes.append(RENDERED_DIFFERENTLY if full.startswith(prompt) else FULL_DIFFERS)
+        start = self._reply_end(follows, last, content, frame)
+        before, stop, end = self._split_end(follows[start:], frame, is_call=is_call)
+        if end is not None:
+            notes.append(ADDED_END)
+        cut = start + len(before) + len(stop)
+        return _Parts(
+            chat=chat, prompt=prompt, reply=follows[:cut], rest=follows[cut:], end=end, guarded=guarded, notes=notes
+        )
+
+    def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
+        """Return what the template prints after the generation prompt; None where that cannot be told.
+
+        Templates may print a turn otherwise once it has a reply: without the think block that the generation prompt
+        opens, or without the system text that they put into the last user turn.
+        """
+        if full.startswith(prompt):
+            return full[len(prompt) :]
+        alone = frame.alone
+        base = prompt[: len(prompt) - len(alone)]
+        if prompt.endswith(alone) and full.startswith(base):
+            return full[len(base) :]
+        common = self._common_length(prompt, full)
+        left = prompt[common:]
+        if _ANY_THINK_TAG.search(left) or not self.text.without_control(left).strip():
+            return full[common:]
+        anchor = prompt[self.text.last_control(prompt)[1] :]
+        at = full.rfind(anchor) if anchor.strip() else -1
+        return full[at + len(anchor) :] if at >= 0 else None
+
+    def _common_length(self, prompt: str, full: str) -> int:
+        """Return how much two renderings begin with alike, never ending inside of a tag such as <think> or </think>."""
+        common = len(_shared(prompt, full))
+        for text in (prompt, full):
+            for match in self.text.find_all(text[max(common - _LONGEST_TAG, 0) : common + _LONGEST_TAG]):
+                start = max(common - _LONGEST_TAG, 0) + match.start()
+                if start < common < start + len(match[0]):
+                    common = start
+        return common
+
+    def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
+        """Return what follows a prompt that opens a think block, which it goes on in, or closes."""
+        own = _BEGINS_THINKING.match(follows)
+        if own:
+            return follows[own.end() :]
+        return follows if reasons else self._closing(prompt) + follows
+
+    def _closing(self, prompt: str) -> str:
+        """Return what closes the think block that a prompt opens, before a reply that does not reason."""
+        opened = _OPEN_THINK.search(prompt)
+        assert opened is not None, 'the prompt opens a think block'
+        if not opened[1].startswith('<') or opened[1].startswith('<|'):
+            return _closing_tag(opened[1])
+        line = '' if prompt.endswith('\n') else '\n'
+        return f'{line}{_closing_tag(opened[1])}\n\n'
+
+    def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
+        """Return what follows the prompt where the template alters the reply: the reply as the row has it."""
+        lead = frame.lead
+        opens = _OPEN_THINK.search(prompt)
+        if reasons:
+            own = _BEGINS_THINKING.match(content)
+            lead = '' if _ANY_THINK_TAG.search(lead) else lead
+            content = content[own.end() :] if opens and own else content
+        elif opens and not _BEGINS_CLOSING.match(lead):
+            lead = self._closing(prompt)
+        return lead + content + frame.end
+
+    def _reply_end(self, follows: str, last: Message, content: str, frame: _Frame) -> int:
+        """Return where the reply, or the name of its last call, ends in what follows the prompt."""
+        names = [str(call.get('function', call).get('name') or '') for call in last.get('tool_calls', ())]
+        if names:
+            return max(follows.rfind(name) + len(name) for name in names)
+        if follows.endswith(frame.end):
+            return len(follows) - len(frame.end)
+        at = follows.rfind(content.strip()) if content.strip() else -1
+        return at + len(content.strip()) if at >= 0 else 0
+
+    def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
+        """Return what comes before the token that ends the turn, that token, and which to add where none is printed."""
+        found = self.text.find_controls(end)
+        if is_call:
+            # Behind a call the last marker ends the turn, unless it only closes the call or text comes after it.
+            ends = {self.tokenizer.eos_token, *(m[0] for m in self.text.find_controls(frame.end)[:1])}
+            is_closing = [m[0].startswith('</') and m[0] not in ends for m in found[-1:]]
+            found = [m for m in found[-1:] if not (any(is_closing) or end[m.end() :].strip())]
+        if found:
+            return end[: found[0].start()], found[0][0], None
+        following = self._next[is_call]
+        return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
+
+    # --- from text to ids
+
+    def _prompt_ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        plain = iter(self.text.ids([text for text, guarded in texts if not guarded]))
+        return [self.text.guarded_ids(text) if guarded else next(plain) for text, guarded in texts]
+
+    def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        chats = []
+        for row in rows:
+            context, reply = row.messages[:-1], row.messages[-1]
+            known = self._reasons(reply, with_tools=self._lists_tools(row))
+            reasons = self.asks_to_think if _is_unknown(reply) else known
+            chats.append(self._chat(row, context, reasons=reasons))
+        texts = self._render_all([chat for chat, _, _ in chats], prompt=True)
+        return self._prompt_ids([(text, guarded) for text, (_, guarded, _) in zip(texts, chats, strict=True)])
+
+    def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        parts = self._parts(rows)
+        plain = [part for part in parts if not part.guarded]
+        whole = iter(self.text.ids([part.text for part in plain]))
+        tails = self._learn_tails([part.prompt for part in plain])
+        encoded = []
+        for part in parts:
+            ids = self.text.guarded_ids(part.text) if part.guarded else next(whole)
+            length = 0 if part.guarded else self._prompt_length(part.prompt, ids, tails)
+            prompt = ids[:length] if length else self._prompt_ids([(part.prompt, part.guarded)])[0]
+            encoded.append(self._assemble(part, prompt, ids))
+        self._add_earlier(rows, parts, encoded)
+        return encoded
+
+    def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
+        """Return the ids of the ends of prompts, from their last control token on; those not met before are new."""
+        if len(self._tails) > _TAILS_KEPT:
+            self._tails = {}  # another thread may go on with the old one
+        known = self._tails
+        tails = list({prompt[self.text.last_control(prompt)[1] :] for prompt in prompts} - known.keys())
+        known.update(zip(tails, self.text.ids(tails), strict=True))
+        return known
+
+    def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
+        """Return how many ids of `whole` are those of the prompt alone; 0 where that is not certain.
+
+        Tokenizers cut text at added tokens before anything else, so ids up to the last one in the prompt cannot
+        depend on what follows. What stands after it, mostly a short `assistant`, is compared with its own ids.
+        """
+        count, start = self.text.last_control(prompt)
+        if count == 0:
+            return 0
+        control = self.text.control_set
+        position = -1
+        for _ in range(count):
+            position = next((i for i in range(position + 1, len(whole)) if whole[i] in control), len(whole))
+        tail = tails[prompt[start:]]
+        end = position + len(tail)
+        return end if whole[position:end] == tail else 0
+
+    def _assemble(self, part: _Parts, prompt: list[int], whole: list[int]) -> Encoded:
+        """Return the row from its text tokenised whole where that keeps the prompt apart, else in two pieces."""
+        ids, notes = whole, part.notes
+        if whole[: len(prompt)] != prompt:
+            ids = prompt + self.text.ids_after_control(part.reply + part.rest)
+            notes = notes if ids == whole else [*notes, MERGED_BOUNDARY]
+        if part.end is not None:
+            ids = [*ids, part.end]
+        return Encoded(
+            input_ids=ids,
+            trained=(len(prompt), self._trained_end(ids, part)),
+            prompt_length=len(prompt),
+            notes=notes,
+            pieces=(self.text.unguard(part.prompt), self.text.unguard(part.reply), part.rest),
+        )
+
+    def _trained_end(self, ids: list[int], part: _Parts) -> int:
+        """Return how many ids stand up to the end of turn: before it come as many control tokens as in the text."""
+        if part.end is not None or not part.rest:
+            return len(ids)
+        after = len(self.text.find_controls(part.rest))
+        position = len(ids)
+        for _ in range(after + 1):
+            position = next(i for i in range(position - 1, -1, -1) if ids[i] in self.text.control_set)
+        return position + 1
+
+    # --- earlier replies that carry loss
+
+    def _add_earlier(self, rows: Sequence[Row], parts: Sequence[_Parts], encoded: list[Encoded]) -> None:
+        """Add the spans of earlier replies that carry loss; take the last reply's away where the row marks it so."""
+        found: list[_Earlier] = []
+        for index, (source, part) in enumerate(zip(rows, parts, strict=True)):
+            wanted = [n for n, message in enumerate(source.messages[:-1]) if self.carries_loss(message)]
+            begin = len(part.chat.messages) - len(source.messages)
+            for number in wanted:
+                spans = self._find_earlier(part, begin + number)
+                found += [_Earlier(index, *span) for span in spans]
+                if not spans and EARLIER_CHANGED not in encoded[index].notes:
+                    encoded[index].notes.append(EARLIER_CHANGED)
+        texts = [(parts[f.row].prompt[:at], parts[f.row].guarded) for f in found for at in (f.start, f.end)]
+        borders = iter(self._prompt_ids(texts))
+        for earlier in found:
+            row = encoded[earlier.row]
+            before, whole = next(borders), next(borders)
+            start, end = _common(before, row.input_ids), _common(whole, row.input_ids)
+            if start < len(before):
+                start += 1
+                row.notes += [] if EARLIER_MERGED in row.notes else [EARLIER_MERGED]
+            if end > start:
+                row.earlier.append((start, end))
+        places: dict[int, list[tuple[int, int]]] = {}
+        for earlier in found:
+            span = self._unguarded_span(parts[earlier.row], (earlier.start, earlier.end))
+            places.setdefault(earlier.row, []).append(span)
+        for index, spans in places.items():
+            encoded[index] = mark_pieces(encoded[index], spans)
+        for index, source in enumerate(rows):
+            if source.messages[-1].get('loss') is False:
+                encoded[index] = without_last(encoded[index])
+
+    def _unguarded_span(self, part: _Parts, span: tuple[int, int]) -> tuple[int, int]:
+        if not part.guarded:
+            return span
+        start, end = (len(self.text.unguard(part.prompt[:at])) for at in span)
+        return start, end
+
+    def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
+        """Return where an earlier reply with its end of turn stands in the text of the prompt; [] where it does not.
+
+        The text beside calls is a span of its own where the template prints it after their results.
+        """
+        chat, prompt = part.chat, part.prompt
+        message = chat.messages[index]
+        is_call = 'tool_calls' in message
+        printed = self._find_printed(part, index, _replaced(message))
+        if printed is None:
+            return []
+        first, last = printed
+        start = min(self._turn_start(part, index), first)
+        frame = self._frames[bool(chat.tools)]
+        spans = [(start, self._turn_end(prompt, last, frame, is_call=is_call))]
+        if is_call and message['content']:
+            beside = self._find_printed(part, index, _replaced(message, text=True))
+            if beside is not None and beside[0] >= spans[0][1]:
+                spans.append((beside[0], self._turn_end(prompt, beside[1], frame, is_call=False)))
+        return spans
+
+    def _turn_start(self, part: _Parts, index: int) -> int:
+        """Return where an earlier turn begins in the prompt: where the generation prompt before it would end.
+
+        What the generation prompt has alone, as a think block that an earlier turn is printed without, is left off. A
+        large number where the history is printed otherwise too.
+        """
+        chat, prompt = part.chat, part.prompt
+        before = self._try(chat.messages[:index], chat.tools, prompt=True, settings=chat.settings)
+        history = self._try(chat.messages[:index], chat.tools, settings=chat.settings)
+        common = self._common_length(before, prompt)
+        return common if before and common >= len(history.rstrip()) else len(prompt)
+
+    def _find_printed(self, part: _Parts, index: int, other: Message) -> tuple[int, int] | None:
+        """Return where the template prints what a turn has and another in its place has not.
+
+        That is where the rendering with the other turn parts from the row's own, and meets it again.
+        """
+        chat, prompt = part.chat, part.prompt
+        messages = list(chat.messages[:-1])
+        messages[index] = other
+        changed = self._try(messages, chat.tools, prompt=True, settings=chat.settings)
+        if not changed or changed == prompt:
+            return None
+        first = len(_shared(prompt, changed))
+        shared = len(_shared(prompt[first:][::-1], changed[first:][::-1]))
+        return first, len(prompt) - shared
+
+    def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
+        """Return where the token that ends a turn ends in the prompt, the turn's own text ending at `last`."""
+        stops = {*self.stop_ids, self.tokenizer.eos_token_id}
+        match = self.text.find_control(prompt, last)
+        while is_call and match is not None and self.text.control_ids[match[0]] not in stops:
+            match = self.text.find_control(prompt, match.end())
+        if match is None:
+            return last
+        between = prompt[last : match.start()]
+        return match.end() if is_call or not between.strip() or frame.end.startswith(between) else last
+
+
+def _is_unknown(reply: Message) -> bool:
+    """Return whether a turn stands for a reply that the model is to give."""
+    return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
+
+
+def _closing_tag(opening: str) -> str:
+    """Return the tag that closes a think block."""
+    if opening == '<|START_THINKING|>':
+        return '<|END_THINKING|>'
+    return f'{opening[0]}/{opening[1:]}'
+
+
+def _thinks(content: str, *, opened: bool) -> bool:
+    """Return whether a reply brings a think block, whose opening tag may stand in the prompt."""
+    own = _BEGINS_THINKING.match(content)
+    if own:
+        return _closing_tag(own[1]) in content[own.end() :]
+    return opened and len(_ANY_THINK_TAG.findall(content)) == 1 and _CLOSES_LINE.search(content) is not None
+
+
+def _is_said(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
+    """Return whether all of a reply's text stands in what follows the prompt, to the letter but for think blocks."""
+    if not (reasons or is_call or reasoning):
+        return content in follows
+    pieces = [piece.strip() for piece in (*_ANY_THINK_TAG.split(content), reasoning)]
+    places = [follows.find(piece) for piece in pieces if piece]
+    # A template that closes a think block before the reply's own would teach to reason after the block.
+    begins_closed = _BEGINS_CLOSING.match(follows) or _EMPTY_BLOCK.match(follows)
+    return -1 not in places and not (reasons and begins_closed)
+
+
+def _replaced(message: Message, *, text: bool = False) -> Message:
+    """Return a turn that says something else in the same form; of a turn with calls, other arguments, or other text.
+
+    Names of calls stay: templates print them again with the results. No text begins or ends as the new one does.
+    """
+    mark = f'\ue000{secrets.token_hex(8)}\ue001'
+    if text or 'tool_calls' not in message:
+        return cast(Message, {**message, 'content': mark})
+    calls = []
+    for call in message['tool_calls']:
+        function = call.get('function', call)
+        arguments = function.get('arguments')
+        other = {**function, 'arguments': {**arguments, mark: mark} if isinstance(arguments, dict) else mark}
+        calls.append({**call, 'function': other} if 'function' in call else other)
+    return cast(Message, {**message, 'tool_calls': calls})
+
+
+def _unspaced(text: str) -> str:
+    """Return the text without blanks."""
+    return ''.join(text.split())
+
+
+def _common(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Return how many items two sequences begin with alike."""
+    if left == right[: len(left)]:
+        return len(left)
+    unlike = (index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(unlike, min(len(left), len(right)))
+
+
+def _shared(left: str, right: str) -> str:
+    """Return what two texts begin with alike."""
+    return left[: _common(left, right)]
+
+
+def make_encoder(
+    tokenizer: Any,
+    *,
+    template_type: str,
+    system: str,
+    system_typed: bool,
+    max_length: int,
+    loss_scope: LossScope = 'last_round',
+    images: Images | None = None,
+    embedding: int | None = None,
+) -> Encoder:
+    """Return the encoder of a template. With auto, `system` counts only if the user typed it.
+
+    `embedding` is how many ids the model embeds where its tokenizer has more.
+    """
+    template = TEMPLATE_MAPPING[template_type]
+    options: dict[str, Any] = {'max_length': max_length, 'images': images}
+    encoder: Encoder = (
+        AutoEncoder(tokenizer, system=system if system_typed else None, **options) if template is None
+        else TemplateEncoder(tokenizer, template, name=template_type, system=system, **options)
+    )  # fmt: skip
+    encoder.loss_scope = loss_scope
+    encoder.embed(embedding)
+    return encoder

@@ -1,0 +1,97 @@
+"""Images of a row among its token ids, and the towers of a model that see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from utils.formats.images import BadImage, find_images, name_images, place_image, replace_tags
+from utils.loading.image_processors import Images
+from utils.preprocess import Message, Row, RowRefused
+
+# The path of each image of a row and how many slots it takes.
+FoundImages = list[tuple[str, int]]
+
+
+def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
+    """Return where each place of the ids, its end included, lies once the slots are filled."""
+    counts = iter(found)
+    return [0, *accumulate(next(counts)[1] if token == slot else 1 for token in ids)]
+
+
+def find_towers(model: Any) -> list[str]:
+    """Return the names of the largest modules apart from the language model and its output head: what sees for it."""
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    language = {id(module) for part in parts if part is not None for module in part.modules()}
+    towers: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f'{tower}.') for tower in towers)
+        apart = all(id(child) not in language for child in module.modules())
+        if name and apart and not inside and any(True for _ in module.parameters()):
+            towers.append(name)
+    return towers
+
+
+def spare_towers(quantization: Any, build: Callable[[], Any]) -> None:
+    """Add what sees in a model, and its output head, to what bitsandbytes leaves alone; `build` needs no weights."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not isinstance(quantization, BitsAndBytesConfig):
+        return
+    with torch.device('meta'):
+        model = build()
+    if towers := find_towers(model):
+        head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        quantization.llm_int8_skip_modules = [*towers, *head]
+
+
+def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
+    """Return the row with a stand-in for each image tag of its questions, and the images' paths and slots.
+
+    Raises RowRefused for an image that cannot be used, and for images of a row where the model sees none.
+    """
+    if images is None:
+        if row.images:
+            raise RowRefused('the row has images, and the model sees none', row.images[0])
+        return row, []
+    try:
+        texts = name_images([turn['content'] for turn in row.messages if turn['role'] == 'user'], row.images)
+        paths = [place_image(path, row.folder) for text in texts for path in find_images(text)]
+        found = [(path, images.count(path)) for path in paths]
+    except BadImage as error:
+        raise RowRefused(f'an image {error.reason}', error.path) from error
+    if not found:
+        return row, []
+    marked = iter(replace_tags(text, stand_in) for text in texts)
+    turns = [Message(**{**m, 'content': next(marked)}) if m['role'] == 'user' else m for m in row.messages]
+    return replace(row, messages=turns), found
+
+
+def state_of_images(row: Row) -> bytes:
+    """Return what tells whether the files of a row's images are those of before: their sizes and times of change."""
+    texts = [turn['content'] for turn in row.messages if turn['role'] == 'user']
+    if not row.images and not any('</img>' in text for text in texts):
+        return b''
+    state: list[Any] = []
+    try:
+        for path in (path for text in name_images(texts, row.images) for path in find_images(text)):
+            about = Path(place_image(path, row.folder)).stat()
+            state.append((path, about.st_size, about.st_mtime_ns))
+    except (ValueError, OSError) as error:  # BadImage, or a path that no file can have
+        state.append(str(error))
+    return repr(state).encode()
+
+
+def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:
+    """Return the ids with each image's slot repeated for its features; raises RowRefused where a cut takes some."""
+    if ids.count(slot) != len(found):
+        raise RowRefused('the template does not print each image once')
+    counts = iter(found)
+    filled = [i for token in ids for i in ([token] * next(counts)[1] if token == slot else (token,))]
+    if max_length > 0 and len(filled) - max_length >= filled.index(slot):
+        raise RowRefused('longer than max_length, which would cut an image off: raise it, or lower --max_pixels')
+    return filled

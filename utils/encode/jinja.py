@@ -1,0 +1,84 @@
+"""A registered template as a chat template in Jinja, for the servers that a merged folder is put on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from jinja2.exceptions import TemplateError
+
+from utils.base.errors import ConfigError
+from utils.encode.encoder import Encoder, TemplateEncoder
+from utils.preprocess import Piece, Row
+
+# How a conversation is walked through: a system text first or none, then turns of user and assistant.
+_FRAME = """\
+{{%- if messages[0]['role'] == 'system' %}}{{%- set system = messages[0]['content'] %}}\
+{{%- set turns = messages[1:] %}}\
+{{%- else %}}{{%- set system = {system} %}}{{%- set turns = messages %}}{{%- endif %}}\
+{refuse}{prefix}{{%- for turn in turns %}}\
+{{%- if turn['role'] == 'user' %}}{prompt}\
+{{%- elif turn['role'] == 'assistant' %}}{{{{- turn['content'] }}}}\
+{{%- if loop.last %}}{suffix}{{%- else %}}{chat_sep}{{%- endif %}}\
+{{%- else %}}{{{{- raise_exception('this template can only say system, user and assistant') }}}}{{%- endif %}}\
+{{%- endfor %}}"""
+_SINGLE = "{%- if turns | length > 2 %}{{- raise_exception('this template is single-turn') }}{%- endif %}"
+_PLACES = {
+    '{{SYSTEM}}': 'system',
+    '{{QUERY}}': "turn['content']",
+    '{{ROUND}}': '(loop.index0 // 2 + 1)',
+}
+
+
+def jinja_of(encoder: TemplateEncoder) -> str:
+    """Return the template in Jinja; ids become the text of their tokens."""
+    tokenizer, template = encoder.tokenizer, encoder.template
+
+    def say(pieces: Iterable[Piece]) -> str:
+        texts = [
+            piece if isinstance(piece, str) else ''.join(tokenizer.decode([encoder.token_id(part)]) for part in piece)
+            for piece in pieces
+        ]
+        parts = re.split(f'({"|".join(map(re.escape, _PLACES))})', ''.join(texts))
+        said = [_PLACES.get(part) or json.dumps(part, ensure_ascii=False) for part in parts if part]
+        return ''.join(f'{{{{- {expression} }}}}' for expression in said)
+
+    return _FRAME.format(
+        system=json.dumps(encoder.system, ensure_ascii=False),
+        refuse=_SINGLE if template.chat_sep is None else '',
+        prefix=say(template.prefix),
+        prompt=say(template.prompt),
+        suffix=say(template.suffix),
+        chat_sep=say(template.chat_sep or ()),
+    )
+
+
+def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None, str]:
+    """Return the chat template that a server has to use, and how it stands to the trained one.
+
+    A registered template is put into Jinja and kept if it gives the prompts of inference, id for id, for all the rows
+    that it can say; else None: then only llm_infer.py serves what was trained.
+    """
+    if not isinstance(encoder, TemplateEncoder):
+        return encoder.tokenizer.chat_template, 'its chat template is the one it was trained with'
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.chat_template = jinja_of(encoder)
+    compared = 0
+    for row in rows:
+        try:
+            wanted = encoder.encode_prompts([row])[0]
+        except ConfigError:  # single-turn, or a role it cannot say
+            continue
+        try:
+            found = tokenizer.apply_chat_template(
+                row.messages[:-1], add_generation_prompt=True, return_dict=False, tokenize=True
+            )
+        except TemplateError as error:
+            return None, f"template '{encoder.name}' cannot be said in Jinja ({error})"
+        if found != wanted:
+            return None, f"template '{encoder.name}' in Jinja gives other ids ({row.origin})"
+        compared += 1
+    name = f"template '{encoder.name}' was put into its chat template: the same ids on {compared} conversations"
+    return tokenizer.chat_template, name

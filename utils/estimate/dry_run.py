@@ -1,0 +1,212 @@
+"""--dry_run true: what a run would decide, read, download and hold, found without starting it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from utils.base import dist
+from utils.base.errors import ConfigError
+from utils.cli.arguments import SftArguments
+from utils.cli.resolution import Resolution, run_name
+from utils.data.sources import parse_source
+from utils.dataset import DATASET_MAPPING
+from utils.estimate.gpus import UTILISATION, Machine, flops, gpus_that_fit, known_gpus, mode_of, need, seconds
+from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint, lora_parameters
+from utils.estimate.model_shape import Shape, known_shape, shape_of
+from utils.estimate.work import Work, plan_work
+from utils.formats.converters import HubDataset, choose_files
+from utils.hub import snapshot as hub
+from utils.hub.clients import Listed
+from utils.loading.gguf import dense_directory, find_packaged_file
+from utils.model import cpu_has_bf16, find_on_hub
+from utils.run.open_model import start_processes
+
+_ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits', 'peak')
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What is on this machine: the folder of the model where it is whole, and the files that are not there."""
+
+    model_dir: Path | None = None
+    where: str = ''
+    downloads: list[str] = field(default_factory=list)
+
+
+def dry_run(done: Resolution[SftArguments]) -> int:
+    """Print what the run would be. Makes no folder but in the cache; a hub is asked for names and cards alone.
+
+    Where no hub answers, files are not known by name, and tokens by their bound.
+    """
+    args, info = done.args, done.info
+    assert info is not None, 'resolved without problems'
+    start_processes('gloo')
+    found = _find_model(done)
+    shape = _shape(done, found)
+    data_is_here = _find_data(args, found)
+    machine = _machine()
+    if args.dtype is None:
+        native = machine.gpu or cpu_has_bf16()
+        reason = 'GPUs are assumed to have it' if machine.gpu else f'this CPU has {"" if native else "no "}bf16'
+        done.decide('dtype', 'bf16' if native else 'fp32', reason)
+    mode = None if shape is None else mode_of(args, info, shape, machine)
+    work = plan_work(done, found.model_dir, mode, data_is_here=data_is_here, sees=shape is not None and shape.tower > 0)
+    _show('decisions', [*done.decisions, *(f'warning: {text}' for text in done.warnings)])
+    _show('model', [found.where, *_about(args, shape, mode)])
+    _show('data', work.lines)
+    _show('would download', found.downloads or ['nothing: all files are here'])
+    if shape is not None and mode is not None:
+        _show(_device(mode), _memory(shape, mode, work.batch))
+        _show('GPUs that this fits on, an estimate', _fitting(shape, mode, work.batch))
+        _show('time, an estimate', _time(shape, mode, work))
+    return 0
+
+
+def _show(title: str, lines: Iterable[str]) -> None:
+    if dist.is_main():
+        print('\n'.join([title, *(f'  {line}' for line in lines)]))
+
+
+def _machine() -> Machine:
+    """Return how this run is started: with the GPUs it is given, or those it names where the machine has none."""
+    named = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip() not in ('', '-1')]
+    gpus = dist.visible_gpus() or len(named)
+    return Machine(processes=dist.world_size(), devices=max(1, gpus // dist.local_world_size()), gpu=gpus > 0)
+
+
+def _sizes(names: Sequence[str], files: dict[str, Listed]) -> str:
+    total = sum(files[name][0] or 0 for name in names)
+    return f'{len(names)} files, {total / GIB:.2f} GiB: {", ".join(names[:6])}{", ..." if len(names) > 6 else ""}'
+
+
+def _find_model(done: Resolution[SftArguments]) -> Found:
+    args, info = done.args, done.info
+    assert info is not None, 'resolved without problems'
+    if info.embedded and (packaged := find_packaged_file(*info.embedded)):
+        return Found(model_dir=dense_directory(packaged), where=f'{run_name(args)}: in the package {info.embedded[0]}')
+    if Path(info.model_id_or_path).is_dir():
+        return Found(model_dir=Path(info.model_id_or_path), where=f'{info.model_id_or_path}: a local directory')
+    try:
+        snapshot, names = find_on_hub(info, revision=args.model_revision, hub_name=args.hub)
+    except ConfigError as error:
+        ids = info.model_id_or_path if args.hub == 'modelscope' else info.hf_model_id or info.model_id_or_path
+        unknown = f'model {args.hub}:{ids}, its files not known by name: {error.problems[0].split(". ")[0]}'
+        return Found(where=f'{run_name(args)}: not on this machine', downloads=[unknown])
+    if absent := snapshot.to_fetch(names):
+        wanted = f'model {snapshot.repo}, {_sizes(absent, snapshot.files)}'
+        return Found(where=f'{run_name(args)}: not whole on this machine', downloads=[wanted])
+    folder = snapshot.client.cached(snapshot.repo, 'model')
+    return Found(model_dir=folder, where=f'{run_name(args)}: {snapshot.repo} in the cache')
+
+
+def _shape(done: Resolution[SftArguments], found: Found) -> Shape | None:
+    if found.model_dir is None or not (found.model_dir / 'config.json').is_file():
+        return known_shape(done.args.model_type)
+    assert done.info is not None, 'resolved without problems'
+    return shape_of(found.model_dir, done.info)
+
+
+def _find_data(args: SftArguments, found: Found) -> bool:
+    """Return whether all data is on this machine; what is not is added to the downloads."""
+    before = len(found.downloads)
+    for word in args.dataset:
+        entry = DATASET_MAPPING.get(parse_source(word).name)
+        if not isinstance(entry, HubDataset):
+            continue
+        try:
+            snapshot = hub.find(entry.repos(args.hub), 'dataset')
+            names = [name for chosen in choose_files(snapshot, entry).values() for name in chosen]
+        except ConfigError as error:
+            what = f'data set {word}: {entry.repos(args.hub)[0]}, its files not known by name: '
+            found.downloads.append(what + error.problems[0].split('. ')[0])
+            continue
+        if absent := snapshot.to_fetch(names):
+            found.downloads.append(f'data set {word}: {snapshot.repo}, {_sizes(absent, snapshot.files)}')
+    return len(found.downloads) == before
+
+
+def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[str]:
+    if shape is None or mode is None:
+        return [
+            'its size is not known: its config.json is not here, and utils/estimate/model_sizes.json has no entry for it'
+        ]
+    trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
+    total = shape.parameters + (0 if mode.full else trained)
+    lines = [
+        f'{shape.model_class}, {shape.parameters:,} parameters',
+        f'trained: {trained:,} of {total:,} ({100 * trained / total:.3g} %)'
+        + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else ''),
+    ]
+    if shape.attention == 'mixed':
+        lines.append('layers other than attention are counted as attention of their width: a lower bound')
+    if shape.tower:
+        trains = '' if args.freeze_vision else ' It trains with --freeze_vision false, which is not counted.'
+        lines.append(f'what sees: {shape.tower:,} parameters, counted as weights alone.{trains}')
+    return lines
+
+
+def _device(mode: Mode) -> str:
+    shared = {'zero2': ', ZeRO-2', 'zero3': ', ZeRO-3', 'fsdp': ', FSDP2', '': ''}[mode.sharding]
+    kind = 'a GPU' if mode.gpu else 'this CPU'
+    many = f', {mode.processes} processes' if mode.processes > 1 else ''
+    spread = f' of {mode.devices} that share the layers' if mode.devices > 1 else ''
+    return f'memory of {kind}{spread}{many}{shared}, GiB, an estimate'
+
+
+def _memory(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
+    off, on = (footprint(shape, replace(mode, checkpointing=value), batch) for value in (False, True))
+    asked = [' (as asked)' if mode.checkpointing is value else '' for value in (False, True)]
+    head = f'{"":12} {"without" + asked[0]:>20} {"with" + asked[1]:>20} gradient checkpointing'
+
+    def line(name: str) -> str:
+        return f'{name:12} {_gib(off, name):>20} {_gib(on, name):>20}'
+
+    on_cpu = [
+        'on a CPU the first-step gate holds one more copy of what is trained, and freed memory is kept for speed: the',
+        'process was measured to hold 1 to 21 % more than what lives (benchmarks/estimate.py --kept)',
+    ]
+    return [
+        head,
+        *map(line, _ITEMS),
+        'the peak is the most at once: not all of these are there together',
+        *([] if mode.gpu else on_cpu),
+    ]
+
+
+def _gib(found: Footprint, name: str) -> str:
+    value: int = getattr(found, name)
+    return f'{value / GIB:.2f}'
+
+
+def _fitting(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
+    each = mode.processes * mode.devices
+    lines = []
+    for value in (False, True):
+        asked = replace(mode, checkpointing=value, gpu=True)
+        names = ', '.join(gpus_that_fit(shape, asked, batch)) or 'none of those known'
+        how = f'with{"" if value else "out"} gradient checkpointing'
+        lines.append(f'{each} x, {how}, {need(footprint(shape, asked, batch)):.1f} GiB each: {names}')
+    return [*lines, 'counted with 1 GiB for the libraries of the device and 5 % between blocks']
+
+
+def _time(shape: Shape, mode: Mode, work: Work) -> list[str]:
+    if work.tokens is None:
+        return ['not known, as the tokens are not']
+    total = flops(shape, mode, work.tokens)
+    fits = gpus_that_fit(shape, mode, work.batch)
+    each = ', '.join(
+        f'{name} {_clock(seconds(total, tera, mode.processes))}' for name, _, tera in known_gpus() if name in fits
+    )
+    return [
+        f'{total:.3g} floating-point operations for {"" if work.counted else "at most "}{work.tokens:,} tokens',
+        f'at {UTILISATION:.0%} of the peak of a GPU, which is assumed and not measured: {each or "none fits"}',
+    ]
+
+
+def _clock(value: float) -> str:
+    if value < 1:
+        return 'under 1 s'
+    return f'{value / 3600:.1f} h' if value >= 3600 else f'{value / 60:.1f} min' if value >= 60 else f'{value:.0f} s'

@@ -1,0 +1,177 @@
+"""The numbers of a model that its memory follows from: counted on the real class without weights, kept in a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.loading.legacy.opening import build_empty
+from utils.loading.legacy.registry import find_family, find_saved
+from utils.loading.weight_files import read_config
+from utils.model import ModelInfo, get_text_model_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Linear layers by name: how many there are of each (in, out).
+Sizes = dict[str, dict[tuple[int, int], int]]
+TABLE = Path(__file__).with_name('model_sizes.json')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model in numbers; counts are of parameters, widths of elements per token."""
+
+    model_class: str
+    parameters: int
+    # Of these: the input embedding, an output head of its own, stacked experts, what sees.
+    embedding: int
+    head: int
+    experts: int
+    tower: int
+    # Parameters that one token is multiplied with, the head among them.
+    active: int
+    hidden: int
+    layers: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    # Widths of all layers together: what is normalised, and what goes into the MLPs' last layers.
+    normed: int
+    inner: int
+    gated: bool
+    # rows: may be laid end to end; padded; mixed: padded, with other layers beside attention; alibi: padded, with a
+    # bias by position; eager: padded, all scores kept.
+    attention: str
+    # Names of linear layers but the head and what sees: [how many, in, out] of each size.
+    linear: dict[str, list[list[int]]]
+    # Names of stacked expert parameters: [layers, experts, in, out].
+    stacked: dict[str, list[int]]
+
+    @property
+    def linear_parameters(self) -> int:
+        """Return the parameters of the linear layers."""
+        return sum(count * rows * columns for sizes in self.linear.values() for count, rows, columns in sizes)
+
+
+def known_shape(model_type: str | None) -> Shape | None:
+    """Return the shape of a registered model from the table; None where its size is not known."""
+    table = json.loads(TABLE.read_text(encoding='utf-8'))
+    name = table['models'].get(model_type)
+    return Shape(**table['shapes'][name]['shape']) if name else None
+
+
+def shape_of(model_dir: Path, info: ModelInfo) -> Shape:
+    """Return the shape of the model that a directory's config.json describes; no weight is read."""
+    import torch
+
+    with torch.device('meta'):
+        return measure(_empty(model_dir, info))
+
+
+def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
+    import transformers as t
+
+    config = read_config(model_dir)
+    if family := find_family(config, info.family) or find_saved(config):
+        return build_empty(family, model_dir)
+    native = t.AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    speaks, sees = t.MODEL_FOR_CAUSAL_LM_MAPPING, t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if info.get_function is get_text_model_tokenizer:
+        native = native.get_text_config()
+    cls = (speaks if type(native) in speaks or type(native) not in sees else sees)[type(native)]
+    return cls(native)
+
+
+def measure(model: PreTrainedModel) -> Shape:
+    """Return the shape of a model, whose weights need not be there."""
+    from utils.encode.image_slots import find_towers
+    from utils.train.prepare import expert_names
+
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings().weight
+    towers = find_towers(model)
+    seeing = [module for name, module in model.named_modules() if name in towers]
+    settings = config.to_dict()
+    heads = config.num_attention_heads
+    kv_heads = settings.get('num_key_value_heads') or heads
+    linear, normed = _layers(model, seeing, heads, kv_heads)
+    stacked = {
+        name: [count, *next(p.shape for n, p in model.named_parameters() if n.endswith(f'.{name}'))]
+        for name, count in expert_names(model).items()
+    }
+    experts = sum(count * n * rows * columns for count, n, rows, columns in stacked.values())
+    chosen = settings.get('num_experts_per_tok') or 0
+    share = chosen / next(iter(stacked.values()))[1] if stacked else 0.0
+    tower = sum(p.numel() for module in seeing for p in module.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    own_head = 0 if head.weight is embedding else head.weight.numel()
+    return Shape(
+        model_class=type(model).__name__,
+        parameters=total,
+        embedding=embedding.numel(),
+        head=own_head,
+        experts=experts,
+        tower=tower,
+        active=total - tower - (embedding.numel() if own_head else 0) - round(experts * (1 - share)),
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        vocabulary=embedding.shape[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=settings.get('head_dim') or config.hidden_size // heads,
+        normed=normed,
+        inner=_inner(settings, linear, stacked, chosen),
+        gated=any(name in linear for name in ('gate_proj', 'gate_up_proj', 'w1')) or bool(stacked),
+        attention=_attention(model),
+        linear={name: [[count, *size] for size, count in sizes.items()] for name, sizes in linear.items()},
+        stacked=stacked,
+    )
+
+
+def _layers(model: PreTrainedModel, seeing: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
+    """Return the linear layers but the head and what sees, and the width of all norms together."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    left_out = {id(part) for module in (*seeing, model.get_output_embeddings()) for part in module.modules()}
+    linear: Sizes = {}
+    normed = 0
+    for name, module in model.named_modules():
+        last = name.rpartition('.')[2]
+        if id(module) in left_out:
+            continue
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            rows, columns = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+            sizes = linear.setdefault(last, {})
+            sizes[rows, columns] = sizes.get((rows, columns), 0) + 1
+        elif 'norm' in type(module).__name__.lower():
+            normed += {'q_norm': heads, 'k_norm': kv_heads}.get(last, 1) * module.weight.numel()
+    return linear, normed
+
+
+def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]], k: int) -> int:
+    """Return the width that goes into the last layer of every MLP, of the chosen experts where there are some."""
+    dense = next((linear[n] for n in ('down_proj', 'w2', 'dense_4h_to_h') if n in linear), None)
+    if dense is None and 'c_fc' in linear:
+        dense = {(columns, rows): count for (rows, columns), count in linear['c_fc'].items()}
+    width = sum(count * rows for (rows, _), count in (dense or {}).items())
+    per_expert = settings.get('moe_intermediate_size') or settings.get('intermediate_size', 0)
+    return width + (k * per_expert * next(iter(stacked.values()))[0] if stacked else 0)
+
+
+def _attention(model: PreTrainedModel) -> str:
+    """Return how rows may be laid out, as `Shape.attention` says."""
+    from utils.fast.layout import why_padded
+    from utils.infer.generation import ATTENDING
+
+    if why_padded(model, longest=1) is None:
+        return 'rows'
+    if set(model.config.get_text_config().to_dict().get('layer_types') or ()) - ATTENDING:
+        return 'mixed'
+    if type(model).__name__.startswith('Alibi'):
+        return 'alibi'
+    return 'padded' if model._supports_sdpa else 'eager'

@@ -1,0 +1,229 @@
+"""Merging an adapter: written aside, reopened from disk as a stranger would, compared, and only then given its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.base.errors import ConfigError
+from utils.cli.resolve import SFT_ARGS
+from utils.encode.encoder import Encoder
+from utils.encode.jinja import serving_template
+from utils.infer.before_after import ANSWERS_JSON
+from utils.loading.image_processors import Images
+from utils.loading.save import save_whole
+from utils.model import load_model, load_tokenizer
+from utils.preprocess import Row
+from utils.proofs.template import probes
+from utils.run.folder import write_json
+from utils.run.proof_record import record_proof
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig
+
+# How far merged logits may lie from base + adapter, as a share of the largest logit: one rounding of the weights. In
+# bf16 that is much: the same weights computed in fp32 and in bf16 were up to 5 % apart on SmolLM2.
+_BOUND = {'float32': 1e-3, 'bfloat16': 1e-1, 'float16': 1e-2}
+# How far what is reopened may lie from what was merged: the same weights in the same kernels.
+_SAME = 1e-5
+# Shares of what the adapter does to logits: with less than the first it is lost, with less than the second not whole.
+_LOST, _WHOLE = 0.05, 0.9
+_TEXT = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
+
+
+def probe_logits(
+    model: Any, tokenizer: Any, images: Images | None = None, *, ids: list[int] | None = None
+) -> torch.Tensor:
+    """Return the model's logits, 1 x T x V, fp32 on the CPU: on ids, or a fixed text, after a picture where it sees."""
+    import torch
+
+    # Within the trained length, beyond which some models compute what plain classes do not (Qwen's dynamic NTK).
+    limit = getattr(model.config, 'max_position_embeddings', 1024)  # Bloom, of ALiBi, has no such limit
+    if ids is None and images is not None:
+        inputs = images.example(tokenizer, tokenizer(_TEXT, add_special_tokens=False)['input_ids'][:limit])
+    else:
+        ids = tokenizer(_TEXT, add_special_tokens=False)['input_ids'] if ids is None else ids
+        inputs = {'input_ids': torch.tensor([ids[:limit]])}
+    with torch.no_grad():
+        logits: torch.Tensor = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def user_rows(run_dir: Path) -> list[Row]:
+    """Return the rows that the run answered for its report; none where it was told to answer none."""
+    file = run_dir / ANSWERS_JSON
+    answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
+    return [Row(messages=a['messages'], tools=a['tools'], origin=f'{file}:{n}') for n, a in enumerate(answers, 1)]
+
+
+def merge_checkpoint(
+    model: Any,
+    encoder: Encoder,
+    config: GenerationConfig,
+    checkpoint: Path,
+    *,
+    record: dict[str, Any],
+    images: Images | None = None,
+) -> tuple[Path, str]:
+    """Merge a checkpoint's adapter into <checkpoint>-merged, ready to be served; returns it and what was proven."""
+    started = time.perf_counter()
+    if checkpoint.name in ('', '..'):  # which would name other folders
+        checkpoint = checkpoint.resolve()
+    target, run_dir = checkpoint.with_name(f'{checkpoint.name}-merged'), checkpoint.parent
+    rows = user_rows(run_dir)
+    encoder.tokenizer.chat_template, how_it_serves = serving_template(encoder, [*rows, *probes()])
+    outcome: dict[str, Any] = {'passed': False}
+    try:
+        texts = [encoded.input_ids for encoded in encoder.encode(rows)]
+        proven = merge_and_save(
+            model, encoder.tokenizer, target, record=record, images=images, texts=texts, config=config
+        )
+        outcome = {'passed': True, 'says': f'reopened from disk, {target.name} has {proven}; {how_it_serves}'}
+    except ConfigError as error:
+        outcome['says'] = error.problems[0]
+        raise
+    finally:
+        if (run_dir / SFT_ARGS).is_file():
+            record_proof(run_dir, 'merge', {**outcome, 'seconds': round(time.perf_counter() - started, 2)})
+    serves = f'serve it: transformers serve {target}\n      or: vllm serve {target}'
+    if encoder.asks_to_think:
+        serves += f'\nask it with {encoder.switch} (chat_template_kwargs): its replies were trained so'
+    if not encoder.tokenizer.chat_template:
+        serves = 'serve it with llm_infer.py: no other program knows its template'
+    return target, f'{outcome["says"]}\n{serves}'
+
+
+def merge_and_save(
+    model: Any,
+    tokenizer: Any,
+    target: Path,
+    *,
+    record: dict[str, Any],
+    images: Images | None = None,
+    texts: Sequence[list[int]] = (),
+    config: GenerationConfig | None = None,
+) -> str:
+    """Merge the adapter, save the whole model as `target`, and return in what it equals base + adapter.
+
+    Compared are the logits on a fixed text and on `texts`. Raises ConfigError, and leaves alone what is at `target`,
+    where the reopened folder differs by more than rounding does.
+    """
+    _recover(target)
+    probed = [None, *texts]
+    wanted = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
+    with model.disable_adapter():
+        bare = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
+    merged = model.merge_and_unload(safe_merge=True)
+    made = [probe_logits(merged, tokenizer, images, ids=ids) for ids in probed]
+    share = min(map(_share_of_adapter, bare, wanted, made))
+    merged.generation_config = config or merged.generation_config
+    aside = target.with_name(f'.{target.name}.aside')
+    shutil.rmtree(aside, ignore_errors=True)
+    save_whole(merged, tokenizer, aside, images)
+    write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
+    difference, fault = verify_merged(aside, merged, tokenizer, probed, wanted, made, images)
+    if share < _LOST:
+        fault = (
+            f'the merged model holds {share:.0%} of what the adapter does: merge with --dtype fp32, which loses none.'
+        )
+    if fault:
+        raise ConfigError(f'{fault} Nothing was put at {target}; the folder is {aside}.')
+    put_in_place(aside, target)
+    coarse = f'; {share:.0%} of what the adapter does, the rest is rounded away: --dtype fp32 keeps it'
+    return (
+        f'the logits of base + adapter on a fixed text and {len(texts)} of your rows (at most {difference:.3g} apart, '
+        f'the largest is {max(float(logits.abs().max()) for logits in wanted):.3g}), its vocabulary, generation '
+        f'settings and {"tied" if _is_tied(merged)[0] else "free"} head{coarse if share < _WHOLE else ""}'
+    )
+
+
+def verify_merged(
+    folder: Path,
+    merged: Any,
+    tokenizer: Any,
+    texts: Sequence[list[int] | None],
+    wanted: Sequence[torch.Tensor],
+    merged_logits: Sequence[torch.Tensor],
+    images: Images | None = None,
+) -> tuple[float, str | None]:
+    """Open a folder as a stranger would; returns the largest difference of its logits and what is wrong, or None."""
+    dtype = next(merged.parameters()).dtype
+    reopened = load_model(folder, torch_dtype=dtype).to(merged.device).eval()
+    found_tokenizer = load_tokenizer(folder)
+    bound, difference = _BOUND[str(dtype).removeprefix('torch.')], 0.0
+    kernels = {model.config._attn_implementation for model in (merged, reopened)}
+    for ids, logits, made in zip(texts, wanted, merged_logits, strict=True):
+        found = probe_logits(reopened, tokenizer, images, ids=ids)
+        for what, expected, allowed in (
+            ('base + adapter', logits, bound),
+            ('what was written', made, _SAME if len(kernels) == 1 else bound),
+        ):
+            largest, apart = float(expected.abs().max()), float((expected - found).abs().max())
+            if not apart <= allowed * largest:
+                return apart, (
+                    f'the merged model differs from {what}: its logits by up to {apart:.4g}, rounding explains '
+                    f'{allowed * largest:.4g}.'
+                )
+        difference = max(difference, float((logits - found).abs().max()))
+    if found_tokenizer.get_vocab() != tokenizer.get_vocab():
+        return difference, 'the merged folder has another vocabulary than the model was trained with.'
+    if found_tokenizer.chat_template != tokenizer.chat_template:
+        return difference, 'the merged folder has another chat template than the model was trained with.'
+    if _settings(reopened) != _settings(merged):
+        return difference, 'the merged folder has other generation settings than were written.'
+    if _is_tied(reopened) != _is_tied(merged):
+        return difference, 'the merged folder ties its output head otherwise than the model does.'
+    return difference, None
+
+
+def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float:
+    """Return how far logits went from the base's towards base + adapter's: 1 with the adapter in them, 0 without.
+
+    Rounding, which points anywhere, hardly moves that, unless the adapter does much less: then 1, as it is not known.
+    """
+    moved, error = tuned - bare, found - tuned
+    known = float(moved.norm()) > 0.1 * float(error.norm())
+    return float(((found - bare) * moved).sum() / moved.square().sum()) if known else 1.0
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    ours = ('eos_token_id', 'pad_token_id', 'bos_token_id', 'do_sample', 'max_new_tokens', 'temperature', 'top_k')
+    return {name: getattr(model.generation_config, name) for name in (*ours, 'top_p', 'repetition_penalty')}
+
+
+def _is_tied(model: Any) -> tuple[bool, bool]:
+    """Return whether head and embedding are one tensor, and whether config.json tells other programs so."""
+    head = model.get_output_embeddings()
+    shared = head is not None and head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    # A model that sees may say it for the whole alone.
+    settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
+    return shared, bool(settings.get('tie_word_embeddings'))
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f'.{target.name}.replaced')
+
+
+def _recover(target: Path) -> None:
+    """Give an earlier folder its name back where a replacement was cut off in the middle."""
+    if not target.exists() and _replaced(target).exists():
+        _replaced(target).rename(target)
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Give a complete folder its name. An earlier folder of that name is removed last, and put back on failure."""
+    earlier = _replaced(target)
+    if target.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        target.rename(earlier)
+    try:
+        aside.rename(target)
+    except OSError:
+        _recover(target)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""Pushing while training: nothing here can stop the training or hold it up for long."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from utils.base.logger import logger
+from utils.cli.arguments import SftArguments
+from utils.export.push import forget, set_aside
+from utils.hub import snapshot as hub
+from utils.hub.clients import TOKEN_VARIABLES
+
+ROOT = Path(__file__).resolve().parents[2]
+# A push that takes longer is ended. Only the end of the training waits for one.
+PUSH_SECONDS = 3600.0
+
+
+class Pusher:
+    """Pushes folders one after the other in programs of their own, which can be ended when a hub hangs."""
+
+    def __init__(self, run_dir: Path, environment: dict[str, str], *, keeps_all: bool) -> None:
+        self.run_dir, self.environment, self.keeps_all = run_dir, environment, keeps_all
+        # Folders that wait, the first of them perhaps under way; those that failed are tried after the next one.
+        self._waiting: list[Path] = []
+        self._failed: list[Path] = []
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, folder: Path) -> None:
+        """Push a folder after those that wait; where only the newest counts, those not under way are dropped."""
+        with self._lock:
+            self._waiting += [f for f in self._failed if f != folder] + [folder]
+            self._failed.clear()
+            if not self.keeps_all:
+                first = 1 if self._thread else 0
+                for old in self._waiting[first:-1]:
+                    forget(old)
+                del self._waiting[first:-1]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+            arrived = self._push(self._waiting[0])
+            with self._lock:
+                if arrived:
+                    self._waiting.pop(0)
+                else:  # a hub that is away now keeps no others waiting; they are tried at the next checkpoint
+                    self._failed, self._waiting = self._waiting, []
+
+    def _push(self, folder: Path) -> bool:
+        words = [sys.executable, '-m', 'utils.export.push', str(self.run_dir.absolute()), folder.name]
+        try:
+            # A session of its own: Ctrl-C is meant for the training. The token is in the environment, not in the words.
+            done = subprocess.run(
+                words, cwd=ROOT, env=self.environment, start_new_session=True, timeout=PUSH_SECONDS, check=False,
+                stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', errors='replace',
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            logger.warning(f'{folder.name} was not pushed in {PUSH_SECONDS:.0f} s: the hub hangs')
+            return False
+        except (OSError, ValueError) as error:  # a token with a zero byte, say
+            logger.warning(f'{folder.name} could not be pushed: {error}')
+            return False
+        said = [line for line in done.stderr.splitlines() if line.startswith(('pushed ', 'error: '))]
+        if done.returncode:
+            reason = (said or done.stderr.splitlines() or ['no reason given'])[-1].removeprefix('error: ')
+            logger.warning(f'{folder.name} could not be pushed: {reason}')
+            return False
+        logger.info(said[-1] if said else f'pushed {folder.name}')
+        return True
+
+    def finish(self) -> None:
+        """Wait for what is under way, and say how to push what did not arrive."""
+        while (thread := self._thread) is not None:
+            thread.join()
+        if self._failed:
+            logger.warning(f'not everything was pushed. Push it again: python -m utils.export.push {self.run_dir}')
+
+
+class PushCallback(TrainerCallback):
+    """Pushes by --push_hub_strategy. A hub that fails or hangs is reported and never stops the training."""
+
+    def __init__(self, args: SftArguments, token: str, run_dir: Path, data: dict[str, Any]) -> None:
+        self.strategy, self.run_dir, self.data = args.push_hub_strategy, run_dir, data
+        environment = {**os.environ, TOKEN_VARIABLES[args.hub]: token, 'RANK': '0', 'WORLD_SIZE': '1'}
+        self.pusher = Pusher(run_dir, environment, keeps_all=args.push_hub_strategy == 'all_checkpoints')
+        self._best: str | None = None
+
+    def _push(self, checkpoint: Path, state: TrainerState) -> None:
+        progress = {'step': state.global_step, 'log_history': state.log_history, 'data': self.data}
+        try:
+            self.pusher.add(set_aside(self.run_dir, checkpoint, strategy=self.strategy, progress=progress))
+        except OSError as error:  # the training is worth more than the push
+            logger.warning(f'{checkpoint} could not be set aside for pushing: {error}')
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Push what the strategy promises at each checkpoint."""
+        if not state.is_world_process_zero or self.strategy == 'end':
+            return
+        last = self.run_dir / f'checkpoint-{state.global_step}'
+        if self.strategy != 'push_best':
+            self._push(last, state)
+            return
+        best = Path(state.best_model_checkpoint or last)
+        if str(best) != self._best:
+            self._best = str(best)
+            self._push(best, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Push the last checkpoint where the strategy is `end`; wait for what is under way."""
+        if not state.is_world_process_zero:
+            return
+        if self.strategy == 'end':
+            self._push(self.run_dir / f'checkpoint-{state.global_step}', state)
+        self.pusher.finish()
+
+
+def push_while_training(args: SftArguments, run_dir: Path, data: dict[str, Any]) -> PushCallback:
+    """Return the callback that pushes the checkpoints of a run; `data` is what its model card says of the rows."""
+    token = hub.find_token(args.hub_token, args.hub)
+    assert token is not None, 'checked before'
+    return PushCallback(args, token, run_dir, data)

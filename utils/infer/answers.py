@@ -1,0 +1,99 @@
+"""The two ways to use a model: its answers to validation rows, and a chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.base import dist
+from utils.base.errors import ConfigError
+from utils.base.logger import logger
+from utils.cli.arguments import InferArguments
+from utils.data.encode_plan import EncodingReport, encode_rows
+from utils.data.parts import draw
+from utils.encode.encoder import Encoder
+from utils.infer.chat import Chat, chat_in_terminal
+from utils.infer.generation import generate_rows, generate_stream, wanted_texts
+from utils.infer.scores import score_texts
+from utils.preprocess import Row, said
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+
+def answer_rows(
+    model: Any,
+    tokenizer: Any,
+    encoder: Encoder,
+    config: GenerationConfig,
+    rows: Sequence[Row],
+    *,
+    args: InferArguments,
+    target: Path,
+) -> dict[str, float]:
+    """Answer rows, dealt out to the processes; rank 0 shows and writes all of them and returns the mean scores."""
+    chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
+    if len(chosen) < len(rows):
+        logger.info(f'{len(chosen)} of {len(rows)} rows are answered: --show_dataset_sample {len(chosen)}; -1 is all')
+    report = EncodingReport()
+    _, kept = encode_rows(encoder, chosen, report)
+    if not kept:
+        raise ConfigError('every validation row is left out: ' + '; '.join(report.lines()))
+    for line in report.lines():
+        logger.warning(line)
+    prompts = encoder.encode_prompts(kept)
+    mine = slice(dist.rank(), None, dist.world_size())
+    paths = [encoder.image_paths(row) for row in kept]
+    answers = [
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in dist.gather(
+            generate_rows(
+                model,
+                prompts[mine],
+                config,
+                batch_size=args.infer_batch_size,
+                images=encoder.images,
+                paths=paths[mine],
+                progress=lambda done: logger.info(f'answered {done} of {len(prompts[mine])} rows'),
+            )
+        )
+    ]
+    if not dist.is_main():
+        return {}
+    labels = wanted_texts(encoder, kept, config.eos_token_id)
+    _show_and_write(kept, answers, labels, target)
+    means = score_texts([a.strip() for a in answers], [label.strip() for label in labels])
+    logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
+    logger.info(f'written to {target}')
+    return means
+
+
+def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequence[str], target: Path) -> None:
+    with target.open('w', encoding='utf-8') as stream:
+        for row, answer, label in zip(rows, answers, labels, strict=True):
+            scores = score_texts([answer.strip()], [label.strip()])
+            content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
+            content |= {'images': row.images} if row.images else {}
+            stream.write(json.dumps(content, ensure_ascii=False) + '\n')
+            question = said(row.messages[-2]) if len(row.messages) > 1 else ''
+            print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
+
+
+def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
+    """Chat in the terminal until the user leaves."""
+
+    def say(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def answer(prompt: list[int], paths: Sequence[str]) -> str:
+        hear = say if streams else lambda part: None
+        text = generate_stream(model, tokenizer, prompt, config, hear, images=encoder.images, paths=paths)
+        if not streams:
+            say(text)
+        return text
+
+    chat_in_terminal(Chat(encoder, answer, say))

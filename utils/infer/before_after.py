@@ -1,0 +1,90 @@
+"""The answers of the untuned and of the tuned model to a few rows, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.base import dist
+from utils.base.logger import logger
+from utils.cli.arguments import SftArguments
+from utils.data.parts import TRAIN, VAL, Plan, Streams, some_rows
+from utils.encode.encoder import Encoder
+from utils.infer.generation import generate_batch, generation_config, wanted_texts
+from utils.preprocess import Row, RowRefused
+from utils.run.folder import write_json
+
+ANSWERS_JSON = 'answers.json'
+# Enough to see a change by, and little beside a run.
+_NEW_TOKENS = 64
+
+
+def sharded(args: SftArguments) -> bool:
+    """Return whether one process alone holds only a part of the weights and so cannot answer by itself."""
+    if args.fsdp or args.deepspeed_config_path is None:
+        return args.fsdp
+    config = json.loads(Path(args.deepspeed_config_path).read_text(encoding='utf-8'))
+    return bool(config.get('zero_optimization', {}).get('stage') == 3)
+
+
+class BeforeAfter:
+    """Asks the main process's model, greedily and in one batch. An adapter is switched off to ask the untuned one."""
+
+    def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
+        self.encoder = encoder
+        self.split = 'validation'
+        self.before: list[str] = []
+        settings = dataclasses.replace(args, max_new_tokens=_NEW_TOKENS, do_sample=False, repetition_penalty=1.0)
+        self.config = generation_config(settings, encoder.tokenizer, encoder.stop_ids, base)
+        self.rows: list[Row] = []
+        self.prompts: list[list[int]] = []
+        if args.report_samples and sharded(args):
+            logger.info('answers before and after tuning are left out: no process holds all weights')
+        elif dist.is_main():
+            chosen = some_rows(rows, VAL, args.report_samples)
+            if not chosen:
+                self.split, chosen = 'training', some_rows(rows, TRAIN, args.report_samples)
+            for row in (row for row in chosen if not row.images):
+                with contextlib.suppress(RowRefused):  # counted and named where rows are encoded
+                    self.prompts += encoder.encode_prompts([row])
+                    self.rows.append(row)
+
+    def ask(self, model: Any) -> list[str]:
+        """Return the model's answers; it is left in the mode it was in."""
+        if not self.rows:
+            return []
+        was_training = model.training
+        model.eval()
+        answers = generate_batch(model, self.prompts, self.config)
+        model.train(was_training)
+        return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+    def ask_before(self, model: Any, args: SftArguments) -> None:
+        """Ask the model before training, where training changes the weights themselves."""
+        if args.sft_type == 'full':
+            self.before = self.ask(model)
+
+    def write(self, model: Any, run_dir: Path) -> None:
+        """Ask the tuned model, as it is after the last step, and write answers.json."""
+        if not self.rows:
+            return
+        if not self.before:
+            with model.disable_adapter():
+                self.before = self.ask(model)
+        after = self.ask(model)
+        texts = wanted_texts(self.encoder, self.rows, self.config.eos_token_id)
+        content = [
+            {
+                'split': self.split,
+                'messages': row.messages,
+                'tools': row.tools,
+                'wanted': wanted,
+                'before': before,
+                'after': now,
+            }
+            for row, wanted, before, now in zip(self.rows, texts, self.before, after, strict=True)
+        ]
+        write_json(run_dir / ANSWERS_JSON, content)

@@ -1,0 +1,117 @@
+"""A chat in the terminal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+from utils.base.errors import ConfigError
+from utils.encode.encoder import Encoder
+from utils.preprocess import TEMPLATE_MAPPING, Message, Row, RowRefused
+
+HELP = (
+    '/clear forgets the conversation, /system TEXT sets the system prompt, /exit or Ctrl-D leaves, Ctrl-C stops a reply'
+)
+
+# Answers a prompt's ids and the files of its images, and shows the text as it comes, or at once.
+Answer = Callable[[list[int], Sequence[str]], str]
+
+
+class Chat:
+    """A conversation: what was said, and what to do with the next line."""
+
+    def __init__(self, encoder: Encoder, answer: Answer, say: Callable[[str], None]) -> None:
+        template = TEMPLATE_MAPPING[encoder.name]
+        self.keeps_history = template is None or template.chat_sep is not None
+        self.encoder, self.answer, self.say = encoder, answer, say
+        self.limit = encoder.max_length
+        # Cuts no ids, so that whole turns can be left out instead.
+        self._uncut = copy.copy(encoder)
+        self._uncut.max_length = -1
+        self.system: str | None = None
+        self.turns: list[Message] = []
+
+    def handle(self, line: str) -> bool:
+        """Act on one line; returns False when it leaves the chat."""
+        command, _, rest = line.strip().partition(' ')
+        if command == '/exit':
+            return False
+        if command == '/clear':
+            self.turns = []
+            self.say('(conversation cleared)\n')
+        elif command == '/system':
+            self.system, self.turns = rest.strip() or None, []
+            self.say('(system prompt set, conversation cleared)\n')
+        elif command.startswith('/') and ' ' not in line.strip() and command[1:].isalpha():
+            self.say(f'({command} is not known: {HELP})\n')
+        elif line.strip():
+            self._reply(line)
+        return True
+
+    def _row(self, query: str) -> Row:
+        system = [Message(role='system', content=self.system)] if self.system is not None else []
+        asked = Message(role='user', content=query)
+        # The encoder drops the last message, which in a training row is the reply.
+        return Row(messages=[*system, *self.turns, asked, Message(role='assistant', content='')], origin='chat')
+
+    def _prompt(self, query: str) -> list[int]:
+        """Return the ids of what was said and the query; the oldest questions go, with their replies, as need be.
+
+        Raises RowRefused where the query is too long by itself.
+        """
+        prompt = self._uncut.encode_prompts([self._row(query)])[0]
+        said, dropped = self.turns, 0
+        try:
+            while 0 < self.limit < len(prompt) and self.turns:
+                self.turns, dropped = self.turns[2:], dropped + 1
+                prompt = self._uncut.encode_prompts([self._row(query)])[0]
+            if 0 < self.limit < len(prompt):
+                raise RowRefused(
+                    f'this line has {len(prompt)} tokens with the template and the system text, --max_length is '
+                    f'{self.limit}: shorten it, or give a larger --max_length'
+                )
+        except RowRefused:
+            self.turns = said
+            raise
+        if dropped:
+            self.say(
+                f'(--max_length {self.limit} is reached: the oldest {dropped} of {len(said) // 2} questions left the '
+                'conversation with their replies)\n'
+            )
+        return prompt
+
+    def _reply(self, query: str) -> None:
+        try:
+            prompt = self._prompt(query)
+            text = self.answer(prompt, self.encoder.image_paths(self._row(query)))
+        except (ConfigError, RowRefused) as error:
+            self.say(f'({error})\n')
+            return
+        self.say('\n')
+        if self.keeps_history:
+            turns = [Message(role='user', content=query), Message(role='assistant', content=text)]
+            self.turns = [*self.turns, *turns]
+
+
+def chat_in_terminal(chat: Chat) -> None:
+    """Read lines until /exit or Ctrl-D."""
+    chat.say(f'{HELP}\n')
+    if chat.encoder.images is not None:
+        chat.say('(<img>path</img> in a line shows an image)\n')
+    if not chat.keeps_history:
+        chat.say(f"(template '{chat.encoder.name}' is single-turn: each line is a conversation of its own)\n")
+    while True:
+        try:
+            line = input('you> ')
+            line.encode()  # a C locale lets other bytes through, as halves of characters
+        except EOFError:
+            chat.say('\n')
+            return
+        except KeyboardInterrupt:
+            chat.say('\n(Ctrl-D or /exit leaves)\n')
+            continue
+        except UnicodeError:
+            chat.say('(this line is not UTF-8: have the terminal write that)\n')
+            continue
+        if not chat.handle(line):
+            return

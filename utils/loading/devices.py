@@ -1,0 +1,127 @@
+"""Which layer stands on which GPU where one process spreads a model over several."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from utils.base.errors import ConfigError
+from utils.base.logger import logger
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A request to spread a model: free bytes of each GPU, bytes per parameter, the same inside quantised layers."""
+
+    memory: Mapping[int, int]
+    parameter_bytes: float
+    linear_bytes: float
+    # False: what does not fit goes to the CPU or disk, where it can answer but not be trained.
+    must_fit: bool = True
+
+    def map(self, model: PreTrainedModel) -> dict[str, int] | str:
+        """Return a GPU for every block of a model (on the meta device); raises ConfigError where it does not fit."""
+        blocks = _blocks(model)
+        sizes = _sizes(model, blocks, self)
+        devices = list(self.memory)
+        placed = _cut(list(sizes.values()), [self.memory[device] for device in devices])
+        if placed is None and not self.must_fit:
+            return 'auto'
+        if placed is None:
+            gib = 2**30
+            raise ConfigError(
+                f'{type(model).__name__} needs {sum(sizes.values()) / gib:.1f} GiB on GPUs {devices} with '
+                f'{", ".join(f"{self.memory[d] / gib:.1f}" for d in devices)} GiB free: layers would be left on the '
+                'CPU or disk, where they cannot be trained. Use more GPUs, --quantization_bit 4, or DeepSpeed ZeRO-3.'
+            )
+        found = {name: devices[index] for name, index in zip(sizes, placed, strict=True)}
+        logger.info(f'blocks per GPU: {dict(Counter(found.values()))}')
+        return {name: found[owner] for name, owner in _owners(blocks).items()}
+
+
+def place(device_map: Any, make: Callable[[], PreTrainedModel]) -> Any:
+    """Return a device map as from_pretrained takes it; `make` builds the model without weights for a Spread."""
+    if not isinstance(device_map, Spread):
+        return device_map
+    import torch
+
+    with torch.device('meta'):
+        return device_map.map(make())
+
+
+def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Return the smallest modules that may stand on different GPUs, in the order of the class: no layer is split."""
+    whole = set(model._no_split_modules or ())
+
+    def walk(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+        owns = next(module.parameters(recurse=False), None) is not None
+        children = list(module.named_children())
+        if name and (owns or not children or type(module).__name__ in whole):
+            yield name, module
+            return
+        for child_name, child in children:
+            yield from walk(f'{name}.{child_name}' if name else child_name, child)
+
+    return dict(walk('', model))
+
+
+def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+    """Return for each block the one it stands with: itself, or the first that shares a parameter with it."""
+    first: dict[int, str] = {}
+    owners = {}
+    for name, module in blocks.items():
+        ids = [id(p) for p in module.parameters()]
+        owners[name] = next((first[i] for i in ids if i in first), name)
+        first.update({i: owners[name] for i in ids if i not in first})
+    return owners
+
+
+def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread: Spread) -> dict[str, int]:
+    import torch
+
+    head = model.get_output_embeddings()
+    width: dict[int, float] = {id(p): spread.parameter_bytes for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            width[id(module.weight)] = spread.linear_bytes
+    owners = _owners(blocks)
+    sizes = dict.fromkeys((name for name in blocks if owners[name] == name), 0)
+    counted: set[int] = set()
+    for name, module in blocks.items():
+        for parameter in module.parameters():
+            if id(parameter) not in counted:
+                counted.add(id(parameter))
+                sizes[owners[name]] += int(parameter.numel() * width[id(parameter)])
+    return sizes
+
+
+def _cut(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
+    """Return the index of the device of each block, None where they do not fit.
+
+    Devices take contiguous blocks, so that activations cross each border once. The sum of load^2 / capacity is the
+    least there is: every device is filled to about the same share.
+    """
+    sums = [0, *accumulate(sizes)]
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for capacity in capacities:
+        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for start, (cost, ends) in best.items():
+            for end in range(start, len(sizes) + 1):
+                load = sums[end] - sums[start]
+                if load > capacity:
+                    break
+                total = cost + load * load / capacity
+                if end not in reached or total < reached[end][0]:
+                    reached[end] = (total, (*ends, end))
+        best = reached
+    if len(sizes) not in best:
+        return None
+    ends = best[len(sizes)][1]
+    return [sum(end <= index for end in ends) for index in range(len(sizes))]

@@ -1,0 +1,264 @@
+"""Qwen-VL: a visual tower whose features take the place of the slots between two control tokens of a Qwen.
+
+Parameters of the tower bear the checkpoint's names. Saved with a model_type of our own, so that AutoModel refuses the
+folder instead of opening a Qwen2 that is blind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Qwen2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from utils.base.errors import ConfigError
+from utils.loading.legacy.classes.qwen_long import Qwen2ForCausalLM
+
+_EPS = 1e-6
+# Both are fixed in the original code: the learnt position table is 16 x 16, a head of the resampler is 128 wide.
+_TABLE = 256
+_POOL_HEAD = 128
+
+
+class QwenVLConfig(Qwen2Config):
+    """Qwen2Config with the tower's settings as the original config.json has them under `visual`."""
+
+    model_type = 'assay_qwen_vl'
+    visual: dict[str, Any] | None = None
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+
+
+def image_slots(ids: torch.Tensor, start: int) -> torch.Tensor:
+    """Return where ids (B, T) are slots, True strictly between `start` and the `start + 1` that closes it."""
+    opens, closes = ids == start, ids == start + 1
+    is_open = opens.cumsum(-1) > closes.cumsum(-1)
+    # A start that nothing closes, which a model may generate, opens no slots.
+    closed_later = closes.flip(-1).cumsum(-1).flip(-1) > 0
+    return is_open & closed_later & ~opens
+
+
+def resize_table(table: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a square table of positions (S * S, C) as one of `count` positions, by bicubic interpolation."""
+    source, target = math.isqrt(table.shape[0]), math.isqrt(count)
+    if source == target:
+        return table
+    grid = table.float().t().reshape(1, -1, source, source)
+    grid = F.interpolate(grid, size=(target, target), mode='bicubic', align_corners=False)
+    return grid.flatten(2)[0].t().to(table.dtype)
+
+
+class GroupedHeads(nn.Module):
+    """Self-attention over all patches; its fused projection is laid out head by head: (heads, (q, k, v), size)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fused = self.in_proj(x).unflatten(-1, (self.heads, 3, -1))
+        query, key, value = fused.permute(3, 0, 2, 1, 4)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        out: torch.Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
+        return out
+
+
+class VisualMLP(nn.Module):
+    """Two layers with the exact gelu between."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, inner)
+        self.c_proj = nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.c_proj(F.gelu(self.c_fc(x)))
+        return out
+
+
+class VisualBlock(GradientCheckpointingLayer):
+    """One pre-norm block of the tower."""
+
+    def __init__(self, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps=_EPS)
+        self.attn = GroupedHeads(width, heads)
+        self.ln_2 = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = VisualMLP(width, inner)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        out: torch.Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class VisualBlocks(nn.Module):
+    """The blocks one after the other."""
+
+    def __init__(self, count: int, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(VisualBlock(width, heads, inner) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class CrossHeads(nn.Module):
+    """Cross-attention with the parameter names of nn.MultiheadAttention.
+
+    That class never calls its own output layer, so an adapter on it would be trained for nothing; here it is called.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // _POOL_HEAD
+        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        query, key, value = (
+            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        seen = F.scaled_dot_product_attention(query, key, value)
+        out: torch.Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
+        return out
+
+
+class Resampler(nn.Module):
+    """Learnt queries that gather any number of patches into a fixed number of features."""
+
+    def __init__(self, queries: int, width: int, patch_width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(queries, width) * 0.02)
+        # Sines and cosines that the checkpoint stores and nothing trains.
+        self.register_buffer('pos_embed', torch.zeros(queries, width))
+        self.kv_proj = nn.Identity() if patch_width == width else nn.Linear(patch_width, width, bias=False)
+        self.attn = CrossHeads(width)
+        self.ln_q = nn.LayerNorm(width, eps=_EPS)
+        self.ln_kv = nn.LayerNorm(width, eps=_EPS)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return (images, queries, width); positions are added to queries and keys, not to values."""
+        table: torch.Tensor = self.get_buffer('pos_embed')
+        values = self.ln_kv(self.kv_proj(patches))
+        queries = (self.ln_q(self.query) + table).expand(len(patches), -1, -1)
+        out: torch.Tensor = self.attn(queries, values + resize_table(table, patches.shape[1]), values)
+        return out
+
+
+class VisualTower(nn.Module):
+    """What turns images into features of the language model's width."""
+
+    def __init__(self, visual: Mapping[str, Any]) -> None:
+        super().__init__()
+        width, out, patch = visual['width'], visual['output_dim'], visual['patch_size']
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.positional_embedding = nn.Parameter(torch.randn(_TABLE, width) * width**-0.5)
+        self.ln_pre = nn.LayerNorm(width, eps=_EPS)
+        self.transformer = VisualBlocks(visual['layers'], width, visual['heads'], int(width * visual['mlp_ratio']))
+        self.attn_pool = Resampler(visual['n_queries'], out, width)
+        self.ln_post = nn.LayerNorm(out, eps=_EPS)
+        self.proj = nn.Parameter(torch.randn(out, out) * out**-0.5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the features (images, n_queries, output_dim) of pixels (images, 3, side, side)."""
+        patches = self.conv1(pixels.to(self.conv1.weight)).flatten(2).transpose(1, 2)
+        patches = self.ln_pre(patches + resize_table(self.positional_embedding, patches.shape[1]))
+        out: torch.Tensor = self.ln_post(self.attn_pool(self.transformer(patches))) @ self.proj
+        return out
+
+
+class QwenVLForCausalLM(Qwen2ForCausalLM):
+    """The language model; `pixel_values` (images, 3, side, side) are in the order of their slots, row by row."""
+
+    config_class = QwenVLConfig
+    _no_split_modules = ('Qwen2DecoderLayer', 'VisualBlock', 'Resampler')
+
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__(config)
+        assert config.visual is not None, 'a Qwen-VL has a visual tower'
+        self.visual = VisualTower(config.visual)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what Qwen2ForCausalLM returns; raises ConfigError where images and slots do not fit each other."""
+        if input_ids is not None:
+            inputs_embeds = self._embed(input_ids, pixel_values)
+        elif pixel_values is not None:
+            raise ConfigError('pixel_values need input_ids: embeddings do not tell where the slots of an image are.')
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _embed(self, ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
+        """Return the embeddings (B, T, hidden) with image features in the slots."""
+        embeds: torch.Tensor = self.model.embed_tokens(ids)
+        slots = image_slots(ids, self.config.visual['image_start_id'])
+        self._check_count(int(slots.sum()), 0 if pixels is None else len(pixels))
+        if pixels is not None:
+            embeds = embeds.masked_scatter(slots[..., None], self.visual(pixels).to(embeds))
+        elif self.training and any(weight.requires_grad for weight in self.visual.parameters()):
+            # Distributed training waits for a gradient of every trained weight, also where a batch shows no image.
+            side = self.config.visual['image_size']
+            embeds = embeds + self.visual(embeds.new_zeros(1, 3, side, side)).mean().to(embeds) * 0
+        return embeds
+
+    def _check_count(self, slots: int, images: int) -> None:
+        """Raise ConfigError where the slots are not exactly those of the images."""
+        each = self.config.visual['n_queries']
+        if slots != images * each:
+            raise ConfigError(
+                f'{images} images fill {images} x {each} slots, the token ids hold {slots}: '
+                'each image needs its own tag, and a row must not be cut within one.'
+            )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the inputs with each row repeated; images of a row are repeated as a group, not one by one."""
+        pixels: torch.Tensor | None = model_kwargs.get('pixel_values')
+        if expand_size > 1 and pixels is not None and input_ids is not None:
+            slots = image_slots(input_ids, self.config.visual['image_start_id']).sum(-1)
+            self._check_count(int(slots.sum()), len(pixels))
+            groups = pixels.split((slots // self.config.visual['n_queries']).tolist())
+            pixels = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
+        rest = {name: value for name, value in model_kwargs.items() if name != 'pixel_values'}
+        ids, expanded = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **rest
+        )
+        return ids, {**expanded, 'pixel_values': pixels}

@@ -1,0 +1,149 @@
+"""Baichuan2-7B-Chat-4bits and -13B-: weights that bitsandbytes of 2023 packed, in a layout it no longer reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from utils.base.errors import ConfigError
+from utils.base.logger import logger
+from utils.loading.legacy.families.baichuan import BAICHUAN2_7B
+from utils.loading.legacy.families.baichuan_13b import BAICHUAN2_13B
+from utils.loading.legacy.family import Config, Family, State
+from utils.loading.legacy.lazy import LazyMatrix
+
+if TYPE_CHECKING:
+    import torch
+
+_DATA, _QUANT = '.data', '.quant_state'
+
+
+def _dense(original: Config) -> Config:
+    """Return a config.json as that of the full-width model, which the weights are once they are read."""
+    return {field: value for field, value in original.items() if field != 'quantization_config'}
+
+
+def _matches(original: Config, *, full_width: Family) -> bool:
+    quantization = original.get('quantization_config') or {}
+    return quantization.get('load_in_4bit') is True and full_width.matches(_dense(original))
+
+
+def unpack_state(state: State) -> State:
+    """Return the state with each `<name>.data` and `<name>.quant_state` replaced by the weight that they encode."""
+    unpacked: State = {}
+    for key, value in state.items():
+        if key.endswith(_DATA):
+            name = key.removesuffix(_DATA)
+            if name + _QUANT not in state:
+                raise ConfigError(f"tensor '{key}' has no '{name}{_QUANT}', so it cannot be read.")
+            unpacked[name] = cast('torch.Tensor', _weight(name, value, state[name + _QUANT]))
+        elif not key.endswith(_QUANT):
+            unpacked[key] = value.detach()
+        elif key.removesuffix(_QUANT) + _DATA not in state:
+            raise ConfigError(f"'{key}' has no tensor '{key.removesuffix(_QUANT)}{_DATA}' that it describes.")
+    packed = [weight for weight in unpacked.values() if isinstance(weight, Nf4Weight)]
+    if packed:
+        count = sum(weight.shape[0] * weight.shape[1] for weight in packed)
+        logger.warning(
+            f'the 4-bit weights are unpacked while loading: they take {count / 2**29:.3g} GiB in 16 bits instead of '
+            f'about {count / 2**31:.3g} GiB, unless --quantization_bit 4 packs them anew, layer by layer.'
+        )
+    return unpacked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nf4Weight(LazyMatrix):
+    """A packed weight, read exactly as the library that packed it computes it.
+
+    Two values share a byte, the first in the high half. Each is an entry of a table of 16, nf4's or fp4's, times the
+    scale of its block; scales are fp32, or entries of a table themselves, scaled by block again, plus an offset.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested: Any
+    values: torch.Tensor
+    block: int
+    size: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the weight."""
+        return self.size
+
+    def rows(self, which: slice) -> torch.Tensor:
+        """Return some rows in the dtype that was packed."""
+        import torch
+
+        columns = self.size[1]
+        begin, end = which.start * columns, which.stop * columns
+        start = begin // self.block * self.block  # whole blocks, which begin with a whole byte
+        # Every byte's two values: a table of 256 rows is read once per byte, not the table of 16 twice.
+        pairs = torch.cartesian_prod(self.values, self.values)
+        numbers = pairs[self.packed[start // 2 : -(-end // 2)].int()].flatten()[: end - start]
+        scales = self._scales(start // self.block, -(-end // self.block)).repeat_interleave(self.block)
+        part = (numbers * scales[: end - start])[begin - start :]
+        return part.to(self.dtype).view(-1, columns)
+
+    def _scales(self, first: int, last: int) -> torch.Tensor:
+        """Return the scales of some blocks, fp32."""
+        import torch
+
+        scales = self.absmax[first:last]
+        if self.nested is None:
+            return scales
+        offset, (outer, table, block, *_) = self.nested
+        coarse = outer[torch.arange(first, last) // block]
+        return cast('torch.Tensor', table[scales.int()] * coarse + offset)
+
+
+def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
+    """Return one weight from its two entries; raises ConfigError where they do not fit each other."""
+    layout = ConfigError(
+        f"'{name}{_QUANT}' is not laid out as bitsandbytes of 2023 does: it is damaged, or of another version."
+    )
+    try:
+        absmax, (rows, columns), dtype, block, nested, _, values = quant_state
+        count, blocks, needed = rows * columns, absmax.numel(), -(-rows * columns // block)
+    except (AttributeError, ArithmeticError, TypeError, ValueError):
+        raise layout from None
+    if (packed.numel(), blocks) != (-(-count // 2), needed):
+        raise ConfigError(
+            f"tensor '{name}{_DATA}' has {packed.numel()} bytes and {blocks} scales, which are not those of a weight "
+            f'of {(rows, columns)} in blocks of {block}: the file is damaged.'
+        )
+    weight = Nf4Weight(
+        packed=packed.flatten(), absmax=absmax, nested=nested, values=values, block=block, size=(rows, columns),
+        dtype=dtype,
+    )  # fmt: skip
+    try:
+        weight.rows(slice(rows - 1, rows))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        raise layout from None
+    return weight
+
+
+def native_config(original: Config, *, full_width: Family) -> dict[str, Any]:
+    """Return the configuration's arguments of the full-width model."""
+    return full_width.config(_dense(original))
+
+
+def native_tensors(state: State, original: Config, *, full_width: Family) -> State:
+    """Return the tensors of the full-width model."""
+    return full_width.tensors(unpack_state(state), _dense(original))
+
+
+def _packed(full_width: Family) -> Family:
+    return replace(
+        full_width,
+        name=f'{full_width.name}_4bits',
+        matches=partial(_matches, full_width=full_width),
+        config=partial(native_config, full_width=full_width),
+        tensors=partial(native_tensors, full_width=full_width),
+    )
+
+
+BAICHUAN2_7B_4BITS = _packed(BAICHUAN2_7B)
+BAICHUAN2_13B_4BITS = _packed(BAICHUAN2_13B)

@@ -1,0 +1,65 @@
+"""The families, and which one a directory is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from utils.loading.legacy.families.baichuan import BAICHUAN2_7B, BAICHUAN_7B
+from utils.loading.legacy.families.baichuan_4bits import BAICHUAN2_7B_4BITS, BAICHUAN2_13B_4BITS
+from utils.loading.legacy.families.baichuan_13b import BAICHUAN2_13B, BAICHUAN_13B
+from utils.loading.legacy.families.chatglm2 import CHATGLM2, CHATGLM2_32K
+from utils.loading.legacy.families.internlm import INTERNLM
+from utils.loading.legacy.families.polylm import POLYLM
+from utils.loading.legacy.families.qwen import QWEN, QWEN_GPTQ
+from utils.loading.legacy.families.qwen_vl import QWEN_VL, QWEN_VL_GPTQ
+from utils.loading.legacy.families.xverse import XVERSE
+from utils.loading.legacy.family import Family
+from utils.loading.legacy.tokenizers.sentencepiece import (
+    build_baichuan_tokenizer,
+    build_chatglm2_tokenizer,
+    build_internlm_tokenizer,
+    build_polylm_tokenizer,
+)
+from utils.loading.legacy.tokenizers.tiktoken import build_qwen_tokenizer, build_qwen_vl_tokenizer
+from utils.loading.legacy.tokenizers.xverse import build_xverse_tokenizer
+
+_MODEL = 'tokenizer.model'
+# Each family with the file its tokenizer is made from, and what makes it.
+_READ: tuple[tuple[str, Callable[[Path], Any], tuple[Family, ...]], ...] = (
+    ('qwen.tiktoken', build_qwen_tokenizer, (QWEN, QWEN_GPTQ)),
+    ('qwen.tiktoken', build_qwen_vl_tokenizer, (QWEN_VL, QWEN_VL_GPTQ)),
+    (_MODEL, build_internlm_tokenizer, (INTERNLM,)),
+    (
+        _MODEL,
+        build_baichuan_tokenizer,
+        (BAICHUAN_7B, BAICHUAN2_7B, BAICHUAN_13B, BAICHUAN2_13B, BAICHUAN2_7B_4BITS, BAICHUAN2_13B_4BITS),
+    ),
+    (_MODEL, build_chatglm2_tokenizer, (CHATGLM2, CHATGLM2_32K)),
+    (_MODEL, build_polylm_tokenizer, (POLYLM,)),
+    ('tokenizer.json', build_xverse_tokenizer, (XVERSE,)),
+)
+
+FAMILIES: dict[str, Family] = {
+    family.name: replace(family, tokenizer=build, vocabulary=file) for file, build, group in _READ for family in group
+}
+
+
+def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | None:
+    """Return the family by name, else the one whose original config.json this is; None for a native layout."""
+    if name is not None:
+        family = FAMILIES[name]
+        return family if config.get('model_type') == family.model_type else None
+    found = [f for f in FAMILIES.values() if f.model_type == config.get('model_type') and f.matches(config)]
+    return found[0] if len(found) == 1 else None
+
+
+def find_saved(config: Mapping[str, Any]) -> Family | None:
+    """Return the family whose class of ours wrote this config.json, None for every other."""
+    for family in FAMILIES.values():
+        is_ours = family.saved_model_type is not None and family.saved_model_type == config.get('model_type')
+        if is_ours and (family.saved_field is None or family.saved_field in config):
+            return family
+    return None

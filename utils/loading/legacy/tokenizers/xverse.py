@@ -1,0 +1,57 @@
+"""XVERSE's tokenizer.json of 2023, rewritten for the `tokenizers` of today."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.base.errors import ConfigError
+from utils.base.files import read_json
+from utils.loading.legacy.tokenizers.sentencepiece import added_token, common_options, read_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_STEPS = ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder')
+_SPECIAL_NAMES = ('unk_token', 'bos_token', 'eos_token', 'pad_token')
+
+
+def repair(content: Any) -> Any:
+    """Return a copy of a step of tokenizer.json in which each Metaspace, however deep, is written as today.
+
+    `add_prefix_space` became `prepend_scheme`; 0.23 reads neither `false` without it nor the old `str_rep`.
+    """
+    if isinstance(content, list):
+        return [repair(step) for step in content]
+    if not isinstance(content, dict):
+        return content
+    step = {name: repair(value) for name, value in content.items()}
+    if step.get('type') == 'Metaspace':
+        step.pop('str_rep', None)
+        prefixed = step.pop('add_prefix_space', True)
+        step.setdefault('prepend_scheme', 'always' if prefixed else 'never')
+    return step
+
+
+def build_xverse_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
+    """Return XVERSE's tokenizer; special tokens are those of tokenizer_config.json, else of special_tokens_map.json."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    path = model_dir / 'tokenizer.json'
+    content = read_json(path)
+    repaired = {**content, **{name: repair(content.get(name)) for name in _STEPS}}
+    try:
+        backend = Tokenizer.from_str(json.dumps(repaired))
+    except Exception as error:  # `tokenizers` raises plain Exception for whatever it cannot read
+        raise ConfigError(f'{path} cannot be read as a tokenizer: {error}. Download it again.') from None
+    settings = read_settings(model_dir)
+    named = {**read_settings(model_dir, 'special_tokens_map.json'), **settings}
+    tokens = {name: added_token(named.get(name), model_dir) for name in _SPECIAL_NAMES}
+    # By text only: how each is found in text is tokenizer.json's to say.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{name: token.content for name, token in tokens.items() if token is not None},
+        **common_options(settings),
+    )

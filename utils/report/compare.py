@@ -1,0 +1,100 @@
+"""`python -m utils.report RUN_A RUN_B`: what changed between two runs, and both curves, as text and as a page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from utils.base.errors import ConfigError
+from utils.base.logger import show_what_can_be_shown
+from utils.report.html import CURVES
+from utils.report.page import Markup, page, section, table
+from utils.report.svg import Series, chart
+from utils.run.read_back import RunFiles, read_run
+
+# Paths and times differ between any two runs and say nothing about them.
+_NOT_COMPARED = {'output_dir', 'resume_from_checkpoint', 'best_checkpoint', 'decisions', 'warnings'}
+
+Change = tuple[str, Any, Any]
+
+
+def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Return nested names joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            flat |= _flat(item, f'{prefix}{key}.')
+        elif key not in _NOT_COMPARED:
+            flat[f'{prefix}{key}'] = item
+    return flat
+
+
+def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
+    """Return (name, value in a, value in b) wherever they differ; None where a side lacks the name."""
+    left, right = _flat(a), _flat(b)
+    return [(key, left.get(key), right.get(key)) for key in sorted(left | right) if left.get(key) != right.get(key)]
+
+
+def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
+    """Return what differs in flags, data, versions and results; equal parts are empty."""
+
+    results = ('steps', 'seconds', 'train_tokens_per_second', 'peak_memory_gib', 'train_loss', 'last_evaluation')
+    return {
+        'flags': changes(a.arguments, b.arguments),
+        'data': changes(a.outcome.get('data', {}), b.outcome.get('data', {})),
+        'versions': changes(a.outcome.get('versions', {}), b.outcome.get('versions', {})),
+        'results': changes(
+            {name: a.outcome.get(name) for name in results}, {name: b.outcome.get(name) for name in results}
+        ),
+    }
+
+
+def render(a: RunFiles, b: RunFiles) -> str:
+    """Return the comparison as HTML, both runs in each chart."""
+    charts = []
+    for title, lines in CURVES:
+        for line, key in lines:
+            both = [Series(name=name, points=run.curve(key), colour=i) for i, name, run in ((1, 'A', a), (2, 'B', b))]
+            charts.append(chart(f'{title}: {line}' if len(lines) > 1 else title, both))
+    tables = [
+        section(f'Different {title}', table(['', 'A', 'B'], rows)) for title, rows in compare(a, b).items() if rows
+    ]
+    return page(
+        'Two runs compared',
+        Markup('<h1>Two runs compared</h1>'),
+        table(['', 'folder'], [['A', a.folder], ['B', b.folder]]),
+        section('Curves', Markup(f'<div class="charts">{"".join(charts)}</div>')),
+        *tables,
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Print what differs and write the page; returns the exit code."""
+    parser = argparse.ArgumentParser(prog='python -m utils.report', description='Compare two runs.')
+    parser.add_argument('run_a', type=Path, help='run folder')
+    parser.add_argument('run_b', type=Path, help='run folder')
+    parser.add_argument('--html', type=Path, default=Path('compare.html'), help='page to write (default: compare.html)')
+    words = parser.parse_args(argv)
+    try:
+        a, b = read_run(words.run_a), read_run(words.run_b)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for title, rows in compare(a, b).items():
+        print(f'{title}: ' + (f'{len(rows)} differ' if rows else 'the same'))
+        for name, left, right in rows:
+            print(f'  {name}: {left} -> {right}')
+    try:
+        words.html.write_text(render(a, b), encoding='utf-8')
+    except OSError as error:
+        print(f'{words.html} cannot be written: {error.strerror}. Name another file with --html.', file=sys.stderr)
+        return 2
+    print(f'curves: {words.html}')
+    return 0
+
+
+if __name__ == '__main__':
+    show_what_can_be_shown()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""report.html: one self-contained file that shows what a run did and what it proved.
+
+`python -m utils.report RUN_DIR` makes it again from the files of the run folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from utils.base.errors import ConfigError
+from utils.base.logger import show_what_can_be_shown
+from utils.preprocess import said
+from utils.report.page import Markup, block, figures, page, section, table, text
+from utils.report.svg import Series, chart
+from utils.run.lock import described
+from utils.run.read_back import RunFiles, read_run
+
+REPORT_HTML = 'report.html'
+
+# What is drawn: title, and each line's name and key in the history.
+CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ('loss', (('training', 'loss'), ('validation', 'eval_loss'))),
+    ('validation token accuracy', (('accuracy', 'eval_acc'),)),
+    ('validation ROUGE-L', (('ROUGE-L', 'eval_rouge-l'),)),
+    ('validation BLEU-4', (('BLEU-4', 'eval_bleu-4'),)),
+    ('gradient norm', (('gradient norm', 'grad_norm'),)),
+    ('learning rate', (('learning rate', 'learning_rate'),)),
+)
+
+
+def curves(run: RunFiles) -> Markup:
+    """Return every chart that the run has points for."""
+    drawn = [
+        chart(title, [Series(name=name, points=run.curve(key), colour=i) for i, (name, key) in enumerate(lines, 1)])
+        for title, lines in CURVES
+    ]
+    return Markup(f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else '')
+
+
+def _verdict(passed: bool | None) -> Markup:
+    if passed is None:
+        return Markup('<span class="word faint">not checked</span>')
+    word, colour = ('holds', 'good') if passed else ('fails', 'bad')
+    return Markup(f'<span class="word {colour}">{word}</span>')
+
+
+def _proofs(run: RunFiles) -> Markup:
+    rows = [
+        [name.replace('_', ' '), _verdict(outcome.get('passed')), outcome.get('says', '')]
+        for name, outcome in run.proofs.items()
+    ]
+    if not rows:
+        return Markup('')
+    seconds = sum(outcome.get('seconds', 0) for outcome in run.proofs.values())
+    cost = f'All of it took {seconds:.1f} s' + (f' of {run.outcome["seconds"]} s.' if 'seconds' in run.outcome else '.')
+    return Markup(table(['proof', 'outcome', 'what was checked'], rows) + f'<p class="faint">{text(cost)}</p>')
+
+
+def _answers(run: RunFiles) -> list[Markup]:
+    return [
+        Markup(
+            block(said(row['messages'][-2]) if len(row['messages']) > 1 else '')
+            + table(['', f'{row["split"]} row'], [[name, row[name]] for name in ('wanted', 'before', 'after')])
+        )
+        for row in run.answers
+    ]
+
+
+def _sample(sample: str) -> Markup:
+    """Return the decoded row with its trained parts marked."""
+    return block(Markup(text(sample.strip()).replace('⟦', '<mark>').replace('⟧', '</mark>'))) if sample else Markup('')
+
+
+def _data(run: RunFiles) -> list[Markup]:
+    data = run.outcome.get('data', {})
+    parts = {name: data[name] for name in ('train', 'validation') if name in data}
+    keys = list(next(iter(parts.values()), {}))
+    rows = [[name, *(part.get(key, '') for key in keys)] for name, part in parts.items()]
+    changed = [
+        [count, verb, reason]
+        for verb, name in (('left out', 'left_out'), ('noted, trained', 'noted'))
+        for reason, count in data.get(name, {}).items()
+    ]
+    if not rows:
+        return []
+    return [
+        table(['rows of', *(key.replace('_', ' ') for key in keys)], rows),
+        table(['rows', 'what happened', 'why'], changed)
+        if changed
+        else Markup('<p>No row was left out or altered.</p>'),
+        *_account(data.get('account', {})),
+    ]
+
+
+def _account(account: dict[str, Any]) -> list[Markup]:
+    """Return what became of every character of the rows."""
+    fields = account.get('fields', {})
+    if not fields:
+        return []
+    buckets = list(dict.fromkeys(bucket for counts in fields.values() for bucket in counts))
+    rows = [[label, *(counts.get(bucket, 0) for bucket in buckets)] for label, counts in fields.items()]
+    unused = [[name, count] for name, count in account.get('unused', {}).items()]
+    tables = [table(['characters of', *buckets], rows)]
+    return [*tables, table(['not used', 'rows'], unused)] if unused else tables
+
+
+def _tiles(run: RunFiles) -> Markup:
+    outcome, last = run.outcome, run.outcome.get('last_evaluation') or {}
+    pairs = (
+        ('steps', outcome.get('steps')),
+        ('training loss', outcome.get('train_loss')),
+        ('validation loss', last.get('eval_loss')),
+        ('token accuracy', last.get('eval_acc')),
+        ('ROUGE-L', last.get('eval_rouge-l')),
+        ('tokens per second', outcome.get('train_tokens_per_second')),
+        ('peak memory, GiB', outcome.get('peak_memory_gib')),
+        ('seconds', outcome.get('seconds')),
+    )
+    shown = [(name, f'{v:,.4g}' if isinstance(v, float) else v) for name, v in pairs if v is not None]
+    return figures(shown) if shown else Markup('')
+
+
+def _title(run: RunFiles) -> tuple[str, str]:
+    """Return what the report is headed with: the model, and in a line how and on what it was trained."""
+    arguments = run.arguments
+    method = 'all weights' if arguments['sft_type'] == 'full' else 'LoRA'
+    bits = f', {arguments["quantization_bit"]}-bit base' if arguments['quantization_bit'] else ''
+    name = arguments['model_type'] or arguments['model_id_or_path']
+    return name, f'{method}{bits} on {", ".join(arguments["dataset"])} · {run.folder.name}'
+
+
+def _versions(outcome: dict[str, Any]) -> list[tuple[str, str]]:
+    own = [('this toolkit', described(outcome['toolkit']))] if 'toolkit' in outcome else []
+    return [*own, *sorted(outcome.get('versions', {}).items())]
+
+
+def render(run: RunFiles) -> str:
+    """Return the report as HTML."""
+    name, how = _title(run)
+    outcome, best = run.outcome, run.outcome.get('best_checkpoint')
+    command = f'python llm_infer.py --ckpt_dir {best}'
+    repeat = f'python llm_sft.py --from_run {run.folder}'
+    commands = [command, f'{command} --eval_human true', f'{command} --merge_lora_and_save true', repeat]
+    return page(
+        f'{name}: {run.folder.name}',
+        Markup(f'<h1>{text(name)}</h1><p class="faint">{text(how)}</p>'),
+        _tiles(run),
+        section('What was proven', _proofs(run)),
+        section('Curves', curves(run)),
+        section('Before and after', *_answers(run)),
+        section('Use it and repeat it', *(map(block, commands) if best else [])),
+        section('Data', *_data(run)),
+        section('One row as it was trained (marked text carries loss)', _sample(run.sample)),
+        section('Decisions', *map(_line, outcome.get('decisions', []))),
+        section('Warnings', *map(_line, outcome.get('warnings', []))),
+        section('Arguments', _folded('every argument as used', sorted(run.arguments.items()))),
+        section('Versions', table(['library', 'version'], _versions(outcome))),
+    )
+
+
+def _line(line: str) -> Markup:
+    return Markup(f'<p>{text(line)}</p>')
+
+
+def _folded(title: str, rows: list[tuple[str, Any]]) -> Markup:
+    return Markup(f'<details><summary>{text(title)}</summary>{table(["argument", "value"], rows)}</details>')
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html from the files of a run folder; returns its path."""
+    target = run_dir / REPORT_HTML
+    target.write_text(render(read_run(run_dir)), encoding='utf-8')
+    return target
+
+
+def main(argv: list[str]) -> int:
+    """Make the report of one run folder again; returns the exit code."""
+    if len(argv) != 1:
+        print('usage: python -m utils.report RUN_DIR', file=sys.stderr)
+        return 2
+    try:
+        print(write_report(Path(argv[0])))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    show_what_can_be_shown()
+    sys.exit(main(sys.argv[1:]))

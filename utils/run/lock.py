@@ -1,0 +1,200 @@
+"""lock.json: what a run was made of, and the run made again from it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Collection, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from utils.base import dist
+from utils.base.errors import ConfigError, Problems
+from utils.base.files import read_json
+from utils.base.version import VERSION
+from utils.cli.arguments import SftArguments, flag_types
+from utils.cli.parser import Parsed, parse
+from utils.cli.resolution import Resolution
+from utils.data.sources import abbreviated
+
+LOCK_JSON = 'lock.json'
+# The libraries that decide the numbers; those that are not installed do not.
+_LIBRARIES = (
+    'torch', 'transformers', 'peft', 'accelerate', 'tokenizers', 'safetensors', 'numpy', 'jinja2', 'bitsandbytes',
+    'deepspeed', 'flash-attn', 'optimum', 'gptqmodel',
+)  # fmt: skip
+# What decides which rows train and which are held out.
+DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
+# Not part of a command that is to be repeated: a secret, and the run that was repeated.
+_NOT_REPEATED = ('hub_token', 'from_run')
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide the numbers."""
+    found = {'python': platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def toolkit() -> dict[str, Any]:
+    """Return the version of this toolkit, and of its git checkout, where it is one, the commit and any changes."""
+    root = Path(__file__).resolve().parents[2]
+    found: dict[str, Any] = {'version': VERSION}
+    if not (root / '.git').exists():
+        return found
+    try:
+        commit = _git(root, 'rev-parse', 'HEAD')
+        changed = _git(root, 'status', '--porcelain', '--untracked-files=no')
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else
+        return found
+    return {**found, 'commit': commit, 'changed_since': bool(changed)}
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ['git', '--no-optional-locks', '-C', str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def typed_words(done: Resolution[SftArguments], *left_out: str) -> list[str]:
+    """Return the flags that were typed, with their values, as words of a command line; secrets are left out."""
+    words: list[str] = []
+    for name in flag_types(SftArguments):
+        if name in done.typed and name not in (*_NOT_REPEATED, *left_out):
+            words += flag_words(name, getattr(done.args, name))
+    return words
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """Return a flag with its value as words of a command line; a value that begins with - stands behind a =."""
+    values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, bool):
+        values = [str(value).lower()]
+    if any(word.startswith('-') for word in values):
+        return [f'--{name}={",".join(values)}']  # only lists have several, and no item of one holds a comma
+    return [f'--{name}', *values]
+
+
+def make_lock(done: Resolution[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
+    """Return what lock.json holds; the template's hash is added once the tokenizer is open."""
+    return {
+        'command': typed_words(done),
+        # Where relative names of the command start.
+        'directory': abbreviated(Path.cwd()),
+        'processes': dist.world_size(),
+        'base_model': base_model,
+        'data': data,
+        'versions': versions(),
+        'toolkit': toolkit(),
+    }
+
+
+def read_lock(run_dir: Path) -> dict[str, Any]:
+    """Return the lock of a run folder; raises ConfigError where it has none that can be read."""
+    remedy = 'Give --from_run a run folder, output/<model>/vN-<time>.'
+    lock: dict[str, Any] = read_json(run_dir / LOCK_JSON, remedy=remedy)
+    kinds = {'command': list, 'processes': int, 'base_model': dict, 'data': dict, 'versions': dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(lock.get(name), kind)]:
+        raise ConfigError(f'{run_dir / LOCK_JSON} does not say what {wrong[0]} was: it is not as written. {remedy}')
+    return lock
+
+
+def started_in(run_dir: Path) -> str | None:
+    """Return the folder in which the command of a run was typed; None where its lock does not say."""
+    if not (run_dir / LOCK_JSON).is_file():
+        return None
+    said = read_json(run_dir / LOCK_JSON, remedy='Put back the one that the run wrote.').get('directory')
+    return said if isinstance(said, str) else None
+
+
+def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArguments]:
+    """Return the command line of the run in --from_run, followed by the words typed now, which win."""
+    if parsed.args.from_run is None:
+        return parsed
+    try:
+        lock = read_lock(Path(parsed.args.from_run))
+    except ConfigError as error:
+        parsed.problems.add(error.problems[0])
+        return parsed
+    return parse(SftArguments, words, program='llm_sft.py', about='', earlier=lock['command'])
+
+
+def check_repeated(done: Resolution[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
+    """Compare a lock with that of the run it repeats: other data or weights are problems, other versions warnings.
+
+    Whoever types --dataset or a model now wants another one.
+    """
+    if done.args.from_run is None:
+        return
+    earlier, problems = read_lock(Path(done.args.from_run)), Problems()
+    if not {'model_type', 'model_id_or_path', 'model_revision'} & set(typed_now):
+        _compare(problems, 'the base weights', earlier['base_model'], lock['base_model'], remedy='--model_id_or_path')
+    if not set(DATA_FLAGS) & set(typed_now):
+        for source in sorted({*earlier['data'], *lock['data']}):
+            then, now = earlier['data'].get(source, {}), lock['data'].get(source, {})
+            _compare(problems, f'the rows of {source}', then, now, remedy='--dataset')
+    problems.raise_if_any()
+    done.warnings += [
+        f'{name} is {now}, the run that is repeated had {then}: its numbers may differ.'
+        for name in sorted({*earlier['versions'], *lock['versions']})
+        if (now := lock['versions'].get(name)) != (then := earlier['versions'].get(name))
+    ]
+    if earlier.get('toolkit', lock['toolkit']) != lock['toolkit']:
+        done.warnings.append(
+            f'this toolkit is {described(lock["toolkit"])}, the run that is repeated was made by '
+            f'{described(earlier["toolkit"])}: its numbers may differ.'
+        )
+    if earlier['processes'] != lock['processes']:
+        done.warnings.append(
+            f'{lock["processes"]} processes train, the run that is repeated had {earlier["processes"]}: '
+            'the total batch is another one.'
+        )
+
+
+def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *, remedy: str) -> list[str]:
+    """Add a problem for each data set whose rows are not those of the run a checkpoint is of.
+
+    Returns a warning where the run's lock.json is not beside the checkpoint, so that nothing can be compared.
+    """
+    file = checkpoint.absolute().parent / LOCK_JSON
+    if not file.is_file():
+        return [f'{file} is not there: whether the data are those of the run is not checked.']
+    then = read_json(file, remedy='Put back the one that the run wrote.').get('data') or {}
+    for source in sorted({*then, *now}):
+        had, has = then.get(source, {}), now.get(source, {})
+        if had.get('sha256') != has.get('sha256'):
+            problems.add(
+                f'--dataset {source}: its rows are not those that {checkpoint.name} was trained with (sha256 '
+                f'{str(had.get("sha256"))[:12]}, now {str(has.get("sha256"))[:12]}, {had.get("rows", 0)} rows then and '
+                f'{has.get("rows", 0)} now). Put the data back, {remedy}.'
+            )
+    return []
+
+
+def described(found: dict[str, Any]) -> str:
+    """Return version, commit and whether files were changed since, in words."""
+    commit = f' at {found["commit"][:12]}' if 'commit' in found else ''
+    return f'{found["version"]}{commit}' + (' with changes' if found.get('changed_since') else '')
+
+
+def check_repeated_template(run_dir: Path, sha256: str) -> None:
+    """Raise ConfigError where the run in --from_run trained another template than this one."""
+    trained = read_lock(run_dir).get('template_sha256')
+    if trained not in (None, sha256):
+        raise ConfigError(
+            f'the template is not that of the run that is repeated (sha256 {trained[:12]}, now {sha256[:12]}). '
+            'Put it back, or type --template_type to train what is there now.'
+        )
+
+
+def _compare(problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str) -> None:
+    if then.get('sha256') != now.get('sha256'):
+        counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if 'rows' in {**then, **now} else ''
+        problems.add(
+            f'{what} are not those of the run that is repeated (sha256 {str(then.get("sha256"))[:12]}, now '
+            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there now.'
+        )

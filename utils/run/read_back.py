@@ -1,0 +1,51 @@
+"""A finished run read back from its folder: what the report shows and what two runs are compared by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.base.files import read_json
+from utils.infer.before_after import ANSWERS_JSON
+from utils.run.folder import RUN_JSON, read_arguments
+from utils.run.proof_record import PROOFS_JSON
+
+HISTORY_JSON = 'history.json'
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """What a run folder holds; parts that an older or stopped run lacks are empty."""
+
+    folder: Path
+    arguments: dict[str, Any]
+    outcome: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    proofs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    sample: str = ''
+
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """Return (step, value) for every entry of the history that has the key."""
+        return [(entry['step'], entry[key]) for entry in self.history if key in entry]
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Return the run of a folder; raises ConfigError where it is none."""
+
+    def read(name: str, kind: type) -> Any:
+        file = folder / name
+        return read_json(file, kind, remedy='Remove it, and the rest is shown.') if file.is_file() else kind()
+
+    arguments = read_arguments(folder)
+    sample = folder / 'sample.txt'
+    return RunFiles(
+        folder=folder,
+        arguments=arguments,
+        outcome=read(RUN_JSON, dict),
+        history=read(HISTORY_JSON, list),
+        proofs=read(PROOFS_JSON, dict),
+        answers=read(ANSWERS_JSON, list),
+        sample=sample.read_text(encoding='utf-8') if sample.is_file() else '',
+    )

@@ -1,0 +1,123 @@
+"""From the data flags of a command line to the rows that they name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.base.logger import logger
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
+from utils.cli.resolution import Resolution
+from utils.data.parts import UNUSED, VAL, Plan, Streams, first_rows, open_streams, plan_rows
+from utils.formats.data_file import OnBad, refuse
+from utils.preprocess import Row
+from utils.run.folder import log_decisions
+from utils.run.lock import DATA_FLAGS, check_same_data
+
+_INFER_REMEDY = 'or type --dataset to have all rows of a data set answered: which ones the run held out is not known'
+
+
+def rows_of(done: Resolution[SftArguments]) -> Plan | Streams:
+    """Return the rows of a training run: planned in a first pass, or opened as streams.
+
+    What is not learnt of planned rows is logged and added to the decisions, what is worth counting about them to the
+    warnings.
+    """
+    args = done.args
+    if args.streaming:
+        return open_streams(args.dataset, hub=args.hub)
+    plan = plan_of(args, args.train_dataset_sample)
+    learnt = Resolution(
+        args=args,
+        typed=done.typed,
+        decisions=plan.decisions(args.loss_scope),
+        warnings=plan.noted.lines('noted'),
+    )
+    log_decisions(learnt)
+    done.decisions += learnt.decisions
+    done.warnings += learnt.warnings
+    return plan
+
+
+def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
+    """Return which rows a run with these flags uses; `bad` is told of lines that cannot be read."""
+    return plan_rows(
+        args.dataset,
+        seed=args.dataset_seed,
+        test_ratio=args.dataset_test_ratio,
+        train_sample=train_sample,
+        hub=args.hub,
+        bad=bad,
+    )
+
+
+def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
+    """Return of each stream how many of its first rows were looked at, and a hash of them: what it holds out."""
+    found: dict[str, dict[str, Any]] = {}
+    for parts in sources:
+        rows = first_rows([parts], max(count, 1))
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps([row.messages, row.tools, row.images], default=str).encode())
+        found[parts[0].name] = {'rows': len(rows), 'sha256': digest.hexdigest()}
+    return found
+
+
+def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any]]:
+    """Return what lock.json holds of the data."""
+    return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
+
+
+def rows_to_answer(
+    done: Resolution[InferArguments], record: dict[str, Any] | None, checkpoint: Path | None
+) -> list[Row]:
+    """Return all rows of a typed --dataset, else the validation rows that the run of this record held out.
+
+    Of an untuned model without a typed one these are the rows a run would hold out. Raises ConfigError where the data
+    have changed since: then other rows would be drawn, among them some that were trained.
+    """
+    args = done.args
+    if args.answers_whole_dataset(done.typed):
+        if record is not None and set(args.dataset) & set(record['dataset']):
+            done.warnings.append(
+                'the run was trained on rows of this --dataset, and all its rows are answered. '
+                'Leave the flag out for those that the run held out.'
+            )
+        return _all_rows(args)
+    if record and record.get('streaming'):
+        streams = open_streams(args.dataset, hub=args.hub)
+        count = int(record['stream_val_rows'])
+        _check_data(done, record, checkpoint, streams_lock(streams, count))
+        return first_rows(streams, count)
+    plan = plan_of(args, int(record['train_dataset_sample']) if record else -1)
+    _check_data(done, record, checkpoint, plan.lock())
+    return [row for _, row in plan.rows(VAL)]
+
+
+def _all_rows(args: InferArguments) -> list[Row]:
+    """Return every row; of a data set that brings a validation split, the rows of that."""
+    plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
+    names = {part.name for part in plan.parts}
+    chosen = [part for part in plan.parts if f'{part.name} (validation)' not in names]
+    for part in chosen:
+        what = 'its validation split' if part.is_val else 'all of it'
+        logger.info(f'{part.name}: {what}, {len(part.uses) - part.uses.count(UNUSED)} rows')
+    for line in plan.left_out.lines('left out'):
+        logger.warning(line)
+    used = (read for part in chosen for use, read in part.used() if use != UNUSED)
+    return [row for _, _, row in used if isinstance(row, Row)]
+
+
+def _check_data(
+    done: Resolution[InferArguments],
+    record: dict[str, Any] | None,
+    checkpoint: Path | None,
+    now: dict[str, dict[str, Any]],
+) -> None:
+    known = [name for name in DATA_FLAGS if hasattr(done.args, name)]
+    if record is None or checkpoint is None or any(getattr(done.args, name) != record[name] for name in known):
+        return  # what was typed otherwise is warned about by its name
+    done.warnings += check_same_data(checkpoint, now, done.problems, remedy=_INFER_REMEDY)
+    done.problems.raise_if_any()

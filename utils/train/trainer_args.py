@@ -1,0 +1,93 @@
+"""From our arguments to the trainer's: the one place where its names stand; and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Seq2SeqTrainingArguments, get_scheduler
+
+from utils.base import dist
+from utils.cli.arguments import SftArguments
+
+
+def training_arguments(
+    args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
+) -> Seq2SeqTrainingArguments:
+    """Return the trainer's arguments. No token goes into them: they are written to the run folder."""
+    has_cuda = torch.cuda.is_available()
+    # Frozen bf16 weights compute in bf16 by themselves; fp32 weights and fp16 gradients need autocast. DeepSpeed takes
+    # its own precision from these two, and adapters in it.
+    autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
+    sharded = args.fsdp or args.deepspeed_config_path is not None
+    return Seq2SeqTrainingArguments(
+        output_dir=str(run_dir),
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.eval_batch_size or args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_train_epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        # One pass over weights and states without temporaries, which would be several times the largest weight.
+        optim='adamw_torch_fused' if args.optim == 'adamw_torch' and not sharded else args.optim,
+        learning_rate=args.learning_rate or 0.0,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_ratio,
+        predict_with_generate=args.predict_with_generate,
+        eval_strategy='steps' if evaluates else 'no',
+        eval_steps=args.eval_steps,
+        metric_for_best_model=('rouge-l' if args.predict_with_generate else 'loss') if evaluates else None,
+        greater_is_better=args.predict_with_generate,
+        save_strategy='steps',
+        save_steps=args.save_steps or args.eval_steps,
+        save_total_limit=None,  # the trainer's own deletes a checkpoint file by file under its name: see checkpoint.py
+        save_only_model=bool(args.only_save_model),
+        logging_steps=args.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        bf16=autocasts and dtype == torch.bfloat16,
+        fp16=autocasts and dtype == torch.float16,
+        use_cpu=not has_cuda,
+        seed=args.seed + dist.rank(),
+        data_seed=args.seed,
+        train_sampling_strategy='sequential' if args.test_oom_error else 'random',
+        dataloader_num_workers=args.dataloader_num_workers,
+        dataloader_pin_memory=has_cuda,
+        ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
+        # A tower that trains has no gradient from a batch without images.
+        ddp_find_unused_parameters=not args.freeze_vision if dist.world_size() > 1 else None,
+        deepspeed=args.deepspeed_config_path,
+        remove_unused_columns=False,
+        label_names=['labels'],
+        report_to='none',
+        disable_tqdm=not dist.is_main(),
+    )
+
+
+def count_warmup_steps(share: float, steps: int) -> int:
+    """Return in how many of the steps the learning rate rises: this share of them, rounded up, at most half."""
+    return min(math.ceil(share * steps), steps // 2)
+
+
+def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_ratio: float, steps: int) -> LambdaLR:
+    """Return a schedule whose every step trains: of w warm-up steps, step k (from 0) has (k + 1) / (w + 1) of the rate.
+
+    After the warm-up it is that of transformers. There the first step of a warm-up has rate 0: it changes no weight,
+    and a run of one step trains nothing.
+    """
+    warmup = 0 if name == 'constant' else count_warmup_steps(warmup_ratio, steps)
+    # The shape alone: making a schedule sets the rate of its optimizer.
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    shape = get_scheduler(name, stand_in, num_warmup_steps=warmup, num_training_steps=steps)
+    (after_warmup,) = shape.lr_lambdas
+
+    def share_of_rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return float(after_warmup(step))
+
+    return LambdaLR(optimizer, share_of_rate)
