@@ -16,10 +16,14 @@ from utils.cli.machine import check_machine_infer
 from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Resolution
 from utils.cli.resolve import resolve_infer
+from utils.loading.folder import is_adapter
 from utils.loading.image_processors import open_images
-from utils.model import Weights, is_adapter, locate
-from utils.run.folder import check_base, fill_from_run, log_decisions, log_weights, open_checkpoint, result_path
-from utils.run.open_model import open_model, run_program, start_processes
+from utils.loading.weights import Weights, locate
+from utils.run.folder import log_decisions, log_weights, result_path
+from utils.run.open_model import open_model
+from utils.run.processes import start_processes
+from utils.run.program import run_program
+from utils.run.record import check_base, fill_from_run, open_checkpoint
 from utils.run.rows import rows_to_answer
 
 
@@ -77,14 +81,15 @@ def _act(
 ) -> None:
     from transformers import set_seed
 
-    from utils.encode.chat_template_encoder import make_encoder
+    from utils.encode.make import make_encoder
     from utils.export.merge import merge_checkpoint
-    from utils.infer import answers
+    from utils.infer.answers import answer_rows
+    from utils.infer.chat import chat
     from utils.infer.generation import generation_config, served_config
+    from utils.loading.adapter import load_adapter
+    from utils.loading.opening import unembedded_from
     from utils.loading.save import export_native
-    from utils.model import unembedded_from
     from utils.proofs.template import ask_as_trained, check_trained_template
-    from utils.train.prepare import load_adapter
 
     args, info = done.args, done.info
     assert info is not None, 'resolved without problems'
@@ -122,9 +127,9 @@ def _act(
     if args.save_generation_config and checkpoint is not None and dist.is_main():
         config.save_pretrained(checkpoint)
     if args.eval_human:
-        answers.chat(model, tokenizer, encoder, config, streams=args.use_streamer)
+        chat(model, tokenizer, encoder, config, streams=args.use_streamer)
     else:
-        answers.answer_rows(model, tokenizer, encoder, config, rows, args=args, target=result_path(args))
+        answer_rows(model, tokenizer, encoder, config, rows, args=args, target=result_path(args))
 
 
 if __name__ == '__main__':

@@ -15,11 +15,15 @@ from utils.cli.machine import check_machine_sft
 from utils.cli.parser import parse
 from utils.cli.resolution import Resolution
 from utils.cli.resolve import resolve_sft
-from utils.data.parts import TRAIN, Plan, Streams, some_rows
+from utils.data.parts import TRAIN, Streams
+from utils.data.plan import Plan, some_rows
 from utils.loading.image_processors import open_images
-from utils.run.folder import Run, check_resumed_template, log_decisions, open_run
+from utils.run.folder import Run, log_decisions, open_run
 from utils.run.lock import repeat
-from utils.run.open_model import open_model, run_program, start_processes
+from utils.run.open_model import open_model
+from utils.run.processes import start_processes
+from utils.run.program import run_program
+from utils.run.record import check_resumed_template
 from utils.run.rows import lock_of, rows_of
 
 
@@ -63,10 +67,10 @@ def carry_out(
 
     from utils.data.encode_plan import prepare_data
     from utils.data.stream import prepare_stream
-    from utils.encode.chat_template_encoder import make_encoder
+    from utils.encode.make import make_encoder
     from utils.export.push_queue import push_while_training
     from utils.infer.before_after import BeforeAfter
-    from utils.model import unembedded_from
+    from utils.loading.opening import unembedded_from
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof

@@ -24,7 +24,7 @@ def _lora(targets: Any) -> Any:
 
 
 def _label_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    from utils.data.collator import row_labels
+    from utils.encode.encoded import row_labels
 
     return [{'input_ids': row['input_ids'], 'labels': row_labels(row)} for row in rows]
 
@@ -72,9 +72,9 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
     """Return this project's trainer: on its fast path, or padded with PEFT's layers and the class's logits."""
     from utils.cli.arguments import SftArguments
     from utils.data.encode_plan import EncodedRows, PreparedData
+    from utils.encode.encoded import Encoded
     from utils.infer.generation import generation_config
-    from utils.preprocess import Encoded
-    from utils.run.open_model import start_processes
+    from utils.run.processes import start_processes
     from utils.train.prepare import prepare_model
     from utils.train.trainer import make_trainer
 

@@ -40,8 +40,8 @@ def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
     """Run one task in this process; returns its peak in MB above the libraries, and its seconds."""
     from utils.checks.dataset import Doctor, Seen
     from utils.data.encode_plan import batches, prepare_data
-    from utils.data.parts import plan_rows
-    from utils.encode.chat_template_encoder import make_encoder
+    from utils.data.plan import plan_rows
+    from utils.encode.make import make_encoder
     from utils.model import load_tokenizer
 
     for library in ('torch', 'transformers', 'jinja2.sandbox', 'transformers.models.auto.tokenization_auto'):

@@ -21,13 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.data.encode_plan import EncodingReport, encode_rows, prepare_data
-from utils.data.parts import plan_rows
-from utils.encode.chat_template_encoder import make_encoder
+from utils.data.encode_plan import encode_rows, prepare_data
+from utils.data.plan import plan_rows
+from utils.data.tally import EncodingReport
 from utils.encode.encoder import Encoder
+from utils.encode.make import make_encoder
+from utils.formats.conversation import Row
 from utils.loading.gguf import dense_directory, find_packaged_file
 from utils.model import MODEL_MAPPING, load_tokenizer
-from utils.preprocess import Row
 
 ROWS, ROUNDS = 52_000, 3
 WORDS = (

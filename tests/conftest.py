@@ -21,8 +21,10 @@ from tests.error_sites import Recorder  # noqa: E402
 from tests.loopback_hub import LoopbackHub  # noqa: E402
 from utils.base.errors import ConfigError, Problems  # noqa: E402
 from utils.base.logger import set_up_logging  # noqa: E402
-from utils.data.parts import TRAIN, VAL, Tally, plan_rows, served_by  # noqa: E402
-from utils.preprocess import Row  # noqa: E402
+from utils.data.parts import TRAIN, VAL  # noqa: E402
+from utils.data.plan import plan_rows, served_by  # noqa: E402
+from utils.data.tally import Tally  # noqa: E402
+from utils.formats.conversation import Row  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.encode.chat_template_encoder import make_encoder
-from utils.formats.columns import BadRow, check_row, find_converter
-from utils.preprocess import Encoded, Row, RowRefused
+from utils.encode.encoded import Encoded, RowRefused
+from utils.encode.make import make_encoder
+from utils.formats.columns import check_row, find_converter
+from utils.formats.conversation import BadRow, Row
 
 Raw = dict[str, Any]
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_tokenizer
+from utils.base.names import LossScope
 from utils.data.encode_plan import EncodedAgain
 from utils.encode.account import Account, leaves
-from utils.encode.chat_template_encoder import make_encoder
 from utils.encode.encoder import Encoder
+from utils.encode.make import make_encoder
 from utils.formats.columns import check_row, find_converter
-from utils.preprocess import LossScope, Row
+from utils.formats.conversation import Row
 
 FULL = (
     '{% if tools %}{{ "<|im_start|>tools\n" + (tools | tojson) + "<|im_end|>\n" }}{% endif %}'

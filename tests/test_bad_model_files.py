@@ -14,7 +14,8 @@ import llm_infer
 import llm_sft
 from tests.conftest import make_model, make_tokenizer, small_flags
 from tests.test_models_2023 import change_config, original_folder
-from utils.model import get_model_info, locate
+from utils.loading.weights import locate
+from utils.model import get_model_info
 
 Problems = Callable[[], list[str]]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_tokenizer
-from utils.encode.chat_template_encoder import AutoEncoder, make_encoder
-from utils.preprocess import (
+from utils.encode.chat_template_encoder import AutoEncoder
+from utils.encode.encoded import (
     ADDED_END,
     REASONING_AS_TEXT,
     REASONING_LEFT_OUT,
@@ -16,8 +16,9 @@ from utils.preprocess import (
     TOOL_CALL_AS_TEXT,
     TOOLS_IGNORED,
     Encoded,
-    Row,
 )
+from utils.encode.make import make_encoder
+from utils.formats.conversation import Row
 
 TOOL = {
     'type': 'function',

@@ -13,8 +13,8 @@ import pytest
 
 import llm_sft
 from tests.conftest import CHATML, SPECIAL, make_model, make_tokenizer, small_flags, write_jsonl
-from utils.encode.chat_template_encoder import make_encoder
-from utils.preprocess import Row
+from utils.encode.make import make_encoder
+from utils.formats.conversation import Row
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,8 @@ from safetensors import safe_open
 
 from utils.base.checkpoint import MANIFEST, all_checkpoints, damage, last_checkpoint, remove, rotate, seal
 from utils.cli.ranges import OPTIMIZERS, SCHEDULERS
-from utils.run.proof_record import record_proof
-from utils.train.random_state import random_state, set_random_state
-from utils.train.state import load_tree, save_tree
+from utils.run.record import record_proof
+from utils.train.state import load_tree, random_state, save_tree, set_random_state
 
 Run = Callable[..., Path]
 

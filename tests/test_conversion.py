@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import get_dataset
-from utils.data.parts import TRAIN, plan_rows
+from utils.data.parts import TRAIN
+from utils.data.plan import plan_rows
 from utils.formats import data_file
-from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, BadRow, check_row, find_converter
+from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, check_row, find_converter
+from utils.formats.conversation import BadRow, Message, Row, said
 from utils.formats.data_file import read_rows
-from utils.preprocess import Message, Row, said
 
 ASKED = {'role': 'user', 'content': 'How deep?'}
 TOLD = {'role': 'assistant', 'content': 'Four metres.'}

@@ -13,7 +13,8 @@ from tests.conftest import get_dataset, write_jsonl
 from utils import dataset
 from utils.base.errors import ConfigError
 from utils.dataset import DATASET_MAPPING
-from utils.formats.columns import BadRow, check_row, find_converter
+from utils.formats.columns import check_row, find_converter
+from utils.formats.conversation import BadRow
 from utils.formats.data_file import read_rows
 
 USER_A = {'role': 'user', 'content': 'a'}

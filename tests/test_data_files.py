@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import get_dataset, write_jsonl
 from utils.base.errors import ConfigError
-from utils.data.parts import plan_rows
+from utils.data.plan import plan_rows
 from utils.data.sources import check_sources, parse_source
 from utils.formats import data_file
 from utils.formats.data_file import read_rows

@@ -16,9 +16,10 @@ from tests.conftest import get_dataset
 from tests.loopback_hub import Fault, LoopbackHub
 from utils.base.errors import ConfigError
 from utils.dataset import DATASET_MAPPING
-from utils.formats.columns import BadRow, Filtered
-from utils.formats.converters import HubDataset, Unwanted
+from utils.formats.conversation import BadRow, Filtered
+from utils.formats.converters import Unwanted
 from utils.formats.data_file import read_objects
+from utils.formats.hub_dataset import HubDataset
 
 Row = dict[str, Any]
 

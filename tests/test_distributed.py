@@ -259,7 +259,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_from_its_checkpoint_on_two_mac
 
 
 def test_fillers_even_out_the_shares() -> None:
-    from utils.data.filler import Filled
+    from utils.data.encoded_rows import Filled
 
     rows = Filled(['a', 'b', 'c', 'd', 'e'], 4, 9)
     assert len(rows) == 8 and rows[4] == 'e'

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tools import docs
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.parser import parse
-from utils.model import ModelInfo
+from utils.loading.info import ModelInfo
 from utils.preprocess import Template
 
 README_BYTES = 9_000

@@ -18,7 +18,7 @@ from tests.loopback_hub import LoopbackHub
 from utils import dataset
 from utils.checks import dataset as dataset_check
 from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order
-from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY
+from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY
 
 Plain = dict[str, Any]
 MAX_LENGTH = 400

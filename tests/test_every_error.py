@@ -532,7 +532,7 @@ def image_token_of_another_model(tmp: Path) -> Any:
 
 
 def more_processes_than_gpus(tmp: Path) -> Any:
-    from utils.run.open_model import _take_gpus
+    from utils.run.processes import _take_gpus
 
     os.environ['LOCAL_WORLD_SIZE'] = '4'
     return _take_gpus(2)
@@ -580,7 +580,7 @@ def objects(content: bytes) -> Callable[[Path], Any]:
 
 def archive(*, swells: bool) -> Callable[[Path], Any]:
     def make(tmp: Path) -> Any:
-        from utils.formats.converters import _unpack_images
+        from utils.formats.hub_dataset import _unpack_images
 
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as opened_archive:

@@ -16,7 +16,9 @@ from utils.cli.arguments import SftArguments
 from utils.data.collator import Collator
 from utils.fast.layout import exact_head, lay_end_to_end
 from utils.fast.scoring import Scorer
-from utils.model import MODEL_MAPPING, LoadOptions, open_entry
+from utils.loading.info import LoadOptions
+from utils.loading.opening import open_entry
+from utils.model import MODEL_MAPPING
 from utils.train.prepare import prepare_model
 
 BOUND = 1e-5

@@ -26,6 +26,7 @@ from tests.test_exactness import make_rows, open_tiny, plain_gradients, prepared
 from utils.data.collator import Collator, refill
 from utils.data.encode_plan import EncodedRows, PreparedData
 from utils.data.packing import StepSampler, best_fit, fewest
+from utils.encode.encoded import Encoded
 from utils.fast import attention, chunked_loss
 from utils.fast.attention import RowAttention, Rows, attend_in_groups
 from utils.fast.chunked_loss import Head
@@ -34,7 +35,6 @@ from utils.fast.layout import exact_head, lay_end_to_end
 from utils.fast.norm import _FusedNorm, fuse_norms
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
-from utils.preprocess import Encoded
 from utils.train.trainer import SftTrainer
 
 Run = Callable[..., Path]
@@ -317,7 +317,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
 def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp_path: Path) -> None:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    from utils.data.collator import row_labels
+    from utils.encode.encoded import row_labels
     from utils.train.trainer import make_trainer
 
     base = open_tiny(key, tmp_path / 'model')

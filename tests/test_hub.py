@@ -15,9 +15,11 @@ import pytest
 from tests.conftest import ROOT, run_program, small_flags
 from tests.loopback_hub import Fault, LoopbackHub
 from utils.base.errors import ConfigError
+from utils.base.names import HubName, Kind
 from utils.hub import snapshot as hub
-from utils.hub.clients import HubName, Kind, Repo
-from utils.model import get_model_info, locate
+from utils.hub.clients import Repo
+from utils.loading.weights import locate
+from utils.model import get_model_info
 
 HUBS: tuple[HubName, ...] = ('modelscope', 'huggingface')
 FILES = {

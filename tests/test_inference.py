@@ -17,11 +17,12 @@ from transformers import GenerationConfig, LlamaConfig
 
 import llm_infer
 from tests.conftest import make_tokenizer, write_jsonl
-from utils.encode.chat_template_encoder import make_encoder
-from utils.encode.encoder import TemplateEncoder
+from utils.encode.make import make_encoder
+from utils.encode.template_encoder import TemplateEncoder
+from utils.formats.conversation import Message, Row
 from utils.infer.chat import Chat, chat_in_terminal
 from utils.infer.generation import generate_batch, generate_rows, generate_stream, generation_config, wanted_texts
-from utils.preprocess import TEMPLATE_MAPPING, Message, Row
+from utils.preprocess import TEMPLATE_MAPPING
 
 Run = Callable[..., Path]
 GREEDY = ('--do_sample', 'false', '--max_new_tokens', '8')
@@ -116,8 +117,8 @@ def test_strangers_get_the_logits_that_inference_uses(checkpoint: Path, model_di
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from utils.export.merge import probe_logits
+    from utils.loading.adapter import load_adapter
     from utils.model import load_model
-    from utils.train.prepare import load_adapter
 
     ours = probe_logits(load_adapter(load_model(model_dir, torch_dtype=torch.float32), checkpoint).eval(), tokenizer)
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)

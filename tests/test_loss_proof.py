@@ -13,9 +13,9 @@ import torch
 from tests.conftest import make_model, make_tokenizer
 from utils.data import collator
 from utils.data.collator import Collator
+from utils.encode.encoded import IGNORE_INDEX
 from utils.fast import attention, chunked_loss
 from utils.fast.scoring import Scorer
-from utils.preprocess import IGNORE_INDEX
 from utils.proofs.loss_value import choose_rows, trained_places
 from utils.train import trainer
 from utils.train.trainer import SftTrainer

@@ -16,10 +16,12 @@ from tests.conftest import CHATML, make_tokenizer, write_jsonl
 from tests.test_template import FOREIGN_IDS, TEXT, TOKENIZER, TOKENIZERS, TOOLS_TEMPLATE, chat
 from utils.data.collator import Collator
 from utils.data.encode_plan import EncodedRows
-from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.encoded import CONTROL_TOKENS, EARLIER_CHANGED, EARLIER_MERGED, RowRefused
 from utils.encode.encoder import Encoder
-from utils.preprocess import AUTO, CONTROL_TOKENS, EARLIER_CHANGED, EARLIER_MERGED, TEMPLATE_MAPPING, Row, RowRefused
-from utils.proofs.loss_mask import show_row
+from utils.encode.make import make_encoder
+from utils.encode.show import show_row
+from utils.formats.conversation import Row
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 MULTI_TURN = [name for name, t in TEMPLATE_MAPPING.items() if t is None or t.chat_sep is not None]
 

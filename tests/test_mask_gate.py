@@ -13,12 +13,15 @@ import torch
 from tests.conftest import make_tokenizer
 from utils.base.errors import ConfigError
 from utils.data.collator import Collator
-from utils.data.encode_plan import EncodingReport, encode_rows
+from utils.data.encode_plan import encode_rows
 from utils.data.encoded_rows import EncodedRows
-from utils.encode.chat_template_encoder import make_encoder
-from utils.preprocess import IGNORE_INDEX, Encoded, Row
+from utils.data.tally import EncodingReport
+from utils.encode.encoded import IGNORE_INDEX, NOTHING_TRAINED, Encoded
+from utils.encode.make import make_encoder
+from utils.encode.show import show_samples
+from utils.formats.conversation import Row
 from utils.proofs import loss_mask
-from utils.proofs.loss_mask import NOTHING_TRAINED, prove_mask, show_samples
+from utils.proofs.loss_mask import prove_mask
 
 Run = Callable[..., Path]
 ENCODER = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, GenerationConfig
 import llm_infer
 from tests.conftest import make_model, make_tokenizer
 from utils.base.errors import ConfigError
-from utils.encode.chat_template_encoder import make_encoder
 from utils.encode.jinja import serving_template
+from utils.encode.make import make_encoder
 from utils.export.merge import (
     _share_of_adapter,
     merge_and_save,

@@ -16,24 +16,19 @@ import llm_sft
 from tests.conftest import ROOT, make_model, make_tokenizer, small_flags
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
-from utils.encode.chat_template_encoder import make_encoder
-from utils.encode.image_slots import find_towers
+from utils.encode.make import make_encoder
 from utils.export.merge import merge_and_save
+from utils.formats.conversation import Row
+from utils.loading.info import LoadOptions, ModelInfo
+from utils.loading.layers import ALL, find_towers, linear_names
 from utils.loading.legacy.registry import FAMILIES
+from utils.loading.opening import get_model_tokenizer
 from utils.loading.packed import packed_classes
-from utils.model import (
-    MODEL_MAPPING,
-    LoadOptions,
-    ModelInfo,
-    get_model_info,
-    get_model_tokenizer,
-    load_model,
-    load_tokenizer,
-    locate,
-)
-from utils.preprocess import TEMPLATE_MAPPING, Row
+from utils.loading.weights import locate
+from utils.model import MODEL_MAPPING, get_model_info, load_model, load_tokenizer
+from utils.preprocess import TEMPLATE_MAPPING
 from utils.run.open_model import open_model
-from utils.train.prepare import ALL, linear_names, prepare_model
+from utils.train.prepare import prepare_model
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 QKV = ('q_proj', 'k_proj', 'v_proj')

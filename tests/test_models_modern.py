@@ -19,8 +19,12 @@ from tools import docs
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.encode.chat_template_encoder import AutoEncoder
-from utils.model import MODEL_MAPPING, LoadOptions, get_text_model_tokenizer, infer_model_type, open_entry
-from utils.preprocess import ADDED_END, AUTO, FULL_DIFFERS, RENDERED_DIFFERENTLY, Encoded, Message, Row
+from utils.encode.encoded import ADDED_END, FULL_DIFFERS, RENDERED_DIFFERENTLY, Encoded
+from utils.formats.conversation import Message, Row
+from utils.loading.info import LoadOptions
+from utils.loading.opening import get_text_model_tokenizer, open_entry
+from utils.model import MODEL_MAPPING, infer_model_type
+from utils.preprocess import AUTO
 from utils.train.prepare import find_targets, prepare_model
 
 SMALL: dict[str, Any] = {
@@ -531,7 +535,7 @@ def test_inference_asks_as_the_template_does(tmp_path: Path, model_dir: Path, re
         prompts.append(tokenizer.decode(encoder.encode_prompts([row])[0]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('utils.infer.answers.chat', seen)
+        patch.setattr('utils.infer.chat.chat', seen)
         for model in (['--ckpt_dir', str(checkpoint)], ['--model_id_or_path', str(folder)]):
             assert llm_infer.main([*model, '--eval_human', 'true', '--dtype', 'fp32']) == 0
     ask = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'

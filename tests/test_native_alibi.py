@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
 from utils.base.errors import ConfigError
+from utils.loading.folder import read_config
 from utils.loading.legacy.classes.alibi import AlibiLlamaForCausalLM, alibi_slopes
 from utils.loading.legacy.families.baichuan import BAICHUAN2_7B
 from utils.loading.legacy.families.baichuan_4bits import BAICHUAN2_7B_4BITS, BAICHUAN2_13B_4BITS, unpack_state
 from utils.loading.legacy.families.baichuan_13b import BAICHUAN2_13B, BAICHUAN_13B
 from utils.loading.legacy.family import Config, Family, State
 from utils.loading.legacy.opening import open_original
-from utils.loading.weight_files import read_config, read_state
+from utils.loading.weight_files import read_state
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 DENSE = {'baichuan_13b-a': BAICHUAN_13B, 'baichuan2_13b-a': BAICHUAN2_13B}

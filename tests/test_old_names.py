@@ -10,8 +10,9 @@ import pytest
 
 from tests.conftest import ROOT, make_model
 from utils.base.errors import ConfigError
+from utils.loading.adapter import load_adapter
 from utils.model import MODEL_MAPPING, load_model
-from utils.train.prepare import find_targets, load_adapter
+from utils.train.prepare import find_targets
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 QKV = ['q_proj', 'k_proj', 'v_proj']

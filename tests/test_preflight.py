@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import make_model, write_jsonl
 from tests.test_resume import assert_equal
 from utils.data.encode_plan import EncodedRows
-from utils.preprocess import Encoded
+from utils.encode.encoded import Encoded
 
 Run = Callable[..., Path]
 MODES = {

@@ -17,8 +17,9 @@ import pytest
 
 from tests.conftest import run_program, small_flags
 from tests.loopback_hub import Fault, LoopbackHub
+from utils.base.names import HubName
 from utils.export import push, push_queue
-from utils.hub.clients import TOKEN_VARIABLES, HubName
+from utils.hub.clients import TOKEN_VARIABLES
 
 Run = Callable[..., Path]
 TOKEN = 'ms-canary-0123456789'

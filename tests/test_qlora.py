@@ -61,7 +61,8 @@ def test_the_path_without_gradients_is_off_on_every_cpu(model_dir: Path) -> None
     import bitsandbytes
 
     from utils.cli.arguments import SftArguments
-    from utils.model import get_model_info, locate
+    from utils.loading.weights import locate
+    from utils.model import get_model_info
     from utils.run.open_model import open_model
 
     info = get_model_info(None, str(model_dir))

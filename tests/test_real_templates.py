@@ -20,8 +20,8 @@ from utils.base.errors import ConfigError
 from utils.data.encode_plan import EncodedAgain
 from utils.encode.account import Account, leaves
 from utils.encode.chat_template_encoder import AutoEncoder
-from utils.formats.columns import BadRow
-from utils.preprocess import Row, RowRefused
+from utils.encode.encoded import RowRefused
+from utils.formats.conversation import BadRow, Row
 
 pytestmark = pytest.mark.slow
 

@@ -118,7 +118,9 @@ def test_public_loaders_open_a_directory(model_dir: Path) -> None:
 @pytest.mark.slow
 def test_embedded_model_opens_without_network_and_names_the_hub_id(tmp_path: Path) -> None:
     from utils.loading.gguf import dense_directory, find_packaged_file
-    from utils.model import LoadOptions, get_model_tokenizer, locate
+    from utils.loading.info import LoadOptions
+    from utils.loading.opening import get_model_tokenizer
+    from utils.loading.weights import locate
 
     info = MODEL_MAPPING['smollm2-135m-instruct']
     if find_packaged_file(*info.embedded) is None:
@@ -136,8 +138,8 @@ def test_embedded_model_opens_without_network_and_names_the_hub_id(tmp_path: Pat
     assert dense_directory(weights.path) == made and not list(made.parent.glob('.aside-*'))
 
     # Template auto on the real tokenizer: ids of apply_chat_template, loss on the reply and its end alone.
-    from utils.encode.chat_template_encoder import make_encoder
-    from utils.preprocess import Row
+    from utils.encode.make import make_encoder
+    from utils.formats.conversation import Row
 
     encoder = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=-1)
     compared = 0

@@ -20,12 +20,12 @@ import llm_sft
 from tests.conftest import small_flags
 from utils.cli.arguments import SftArguments
 from utils.encode.chat_template_encoder import AutoEncoder
+from utils.formats.conversation import Row
 from utils.infer.generation import generate_batch, generation_config
+from utils.loading.adapter import load_adapter
 from utils.model import load_model, load_tokenizer
-from utils.preprocess import Row
 from utils.report import compare, html
 from utils.report.svg import Series, chart
-from utils.train.prepare import load_adapter
 
 Run = Callable[..., Path]
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')

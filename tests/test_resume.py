@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import ROOT, small_flags
 from utils.base.checkpoint import MANIFEST, PICKLE_SUFFIXES, all_checkpoints, damage
 from utils.base.errors import Problems as CollectedProblems
-from utils.run.folder import _check_resumed_optimizer
+from utils.run.record import _check_resumed_optimizer
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]

@@ -10,11 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from utils.cli.arguments import SftArguments
-from utils.data.collator import Collator, row_labels, take_rows
+from utils.data.collator import Collator, take_rows
+from utils.encode.encoded import IGNORE_INDEX, row_labels
 from utils.fast.layout import exact_head, lay_end_to_end
 from utils.fast.rotary import depends_on_batch_from, groups_of_rows
 from utils.fast.scoring import Scorer
-from utils.preprocess import IGNORE_INDEX
 
 LIMIT = 32
 COMMON = {

@@ -267,16 +267,17 @@ def test_a_resume_command_survives_a_dash() -> None:
 
 
 def test_a_checkout_names_its_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils.run import lock
+    from utils.base import packages
+    from utils.run.lock import described
 
-    monkeypatch.setattr(lock, '__file__', str(tmp_path / 'utils' / 'lock.py'))
-    assert lock.toolkit() == {'version': VERSION}
+    monkeypatch.setattr(packages, '__file__', str(tmp_path / 'utils' / 'base' / 'packages.py'))
+    assert packages.toolkit() == {'version': VERSION}
     git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b']
     for words in (['init', '-q'], ['add', '-A'], ['commit', '-qm', 'x']):
         (tmp_path / 'file').write_text('a')
         subprocess.run([*git, *words], check=True)
-    clean = lock.toolkit()
+    clean = packages.toolkit()
     assert len(clean['commit']) == 40 and clean['changed_since'] is False
     (tmp_path / 'file').write_text('b')
-    assert lock.toolkit() == {**clean, 'changed_since': True}
-    assert lock.described(lock.toolkit()) == f'{VERSION} at {clean["commit"][:12]} with changes'
+    assert packages.toolkit() == {**clean, 'changed_since': True}
+    assert described(packages.toolkit()) == f'{VERSION} at {clean["commit"][:12]} with changes'

@@ -213,7 +213,8 @@ def test_each_of_two_processes_spreads_over_its_half_of_four_gpus(
     rank: int, own: list[int], model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from utils.model import get_model_info
-    from utils.run.open_model import _device_map, _take_gpus
+    from utils.run.open_model import _device_map
+    from utils.run.processes import _take_gpus
 
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)

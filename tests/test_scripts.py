@@ -18,7 +18,8 @@ from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.parser import parse
 from utils.cli.resolution import Resolution
 from utils.cli.resolve import resolve_infer, resolve_sft
-from utils.model import MODEL_MAPPING, QKV
+from utils.loading.info import QKV
+from utils.model import MODEL_MAPPING
 from utils.preprocess import AUTO
 
 SFT = sorted((ROOT / 'scripts').glob('*/*/sft.sh'))

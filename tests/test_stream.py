@@ -22,7 +22,7 @@ from utils.base.errors import ConfigError
 from utils.data import stream
 from utils.data.parts import open_streams
 from utils.data.stream import TrainingStream, shuffled
-from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.make import make_encoder
 
 Run = Callable[..., Path]
 TOKENIZER = make_tokenizer()

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import CHATML, SPECIAL, make_tokenizer
 from utils.base.errors import ConfigError
-from utils.encode.chat_template_encoder import AutoEncoder, make_encoder
-from utils.encode.encoder import Encoder
-from utils.preprocess import (
-    AUTO,
+from utils.encode.chat_template_encoder import AutoEncoder
+from utils.encode.encoded import (
     CONTROL_TOKENS,
     CUT_PROMPT,
     CUT_REPLY,
@@ -23,13 +21,14 @@ from utils.preprocess import (
     MERGED_BOUNDARY,
     RENDERED_DIFFERENTLY,
     SYSTEM_IGNORED,
-    TEMPLATE_MAPPING,
     TOOL_CALL_AS_TEXT,
     TOOLS_IGNORED,
-    Message,
-    Row,
 )
-from utils.proofs.loss_mask import show_row
+from utils.encode.encoder import Encoder
+from utils.encode.make import make_encoder
+from utils.encode.show import show_row
+from utils.formats.conversation import Message, Row
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 TOKENIZER = make_tokenizer()
 TOKENIZERS = (TOKENIZER, make_tokenizer(metaspace='first'), make_tokenizer(metaspace='always'))

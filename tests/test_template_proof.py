@@ -14,10 +14,13 @@ import llm_infer
 from tests.conftest import CHATML, make_tokenizer
 from tests.test_models_modern import ENDS, template_tokenizer
 from utils.base.errors import ConfigError
-from utils.encode.chat_template_encoder import AutoEncoder, make_encoder
-from utils.encode.encoder import Encoder, TemplateEncoder
+from utils.encode.chat_template_encoder import AutoEncoder
+from utils.encode.encoder import Encoder
+from utils.encode.make import make_encoder
+from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.columns import check_row, find_converter
-from utils.preprocess import Row, Template
+from utils.formats.conversation import Row
+from utils.preprocess import Template
 from utils.proofs.template import probes, prove_template, template_hash
 
 Run = Callable[..., Path]

@@ -11,12 +11,12 @@ import pytest
 
 import llm_infer
 from tests.conftest import make_model, make_tokenizer, write_jsonl
-from utils.encode.chat_template_encoder import make_encoder
 from utils.encode.encoder import Encoder
+from utils.encode.make import make_encoder
 from utils.export.model_card import model_card
+from utils.formats.conversation import Row
 from utils.infer import answers
 from utils.infer.chat import Chat
-from utils.preprocess import Row
 from utils.proofs.template import ask_as_trained
 
 SftRun = Callable[..., Path]

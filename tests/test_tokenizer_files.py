@@ -16,7 +16,7 @@ import llm_sft
 from tests.conftest import make_model, make_tokenizer, small_flags, write_jsonl
 from utils.base.errors import ConfigError
 from utils.cli.arguments import InferArguments
-from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.make import make_encoder
 from utils.infer.generation import generate_batch, generation_config
 from utils.model import load_tokenizer
 

@@ -157,7 +157,7 @@ def test_answers_are_scored_against_the_last_reply_alone(
 
 def test_longest_rows_come_first_when_memory_is_tested(run_sft: Run, tmp_path: Path) -> None:
     from utils.data.encode_plan import EncodedRows
-    from utils.preprocess import Encoded
+    from utils.encode.encoded import Encoded
 
     rows = EncodedRows()
     for n in (3, 9, 5, 1):

@@ -33,23 +33,22 @@ from tests.vision_models import (
     seeing_folder,
 )
 from utils.base.errors import ConfigError
+from utils.base.names import LossScope
 from utils.data.collator import Collator
-from utils.data.encode_plan import EncodedAgain, EncodingReport, encode_rows
+from utils.data.encode_plan import EncodedAgain, encode_rows
+from utils.data.tally import EncodingReport
 from utils.encode.account import Account, leaves
-from utils.encode.chat_template_encoder import AutoEncoder, make_encoder
-from utils.encode.image_slots import find_towers
+from utils.encode.chat_template_encoder import AutoEncoder
+from utils.encode.encoded import RowRefused
+from utils.encode.make import make_encoder
+from utils.formats.conversation import Row
 from utils.infer.generation import generate_rows
 from utils.loading.image_processors import open_images
-from utils.model import (
-    MODEL_MAPPING,
-    LoadOptions,
-    get_model_info,
-    get_model_tokenizer,
-    load_model,
-    load_tokenizer,
-    locate,
-)
-from utils.preprocess import LossScope, Row, RowRefused
+from utils.loading.info import LoadOptions
+from utils.loading.layers import find_towers
+from utils.loading.opening import get_model_tokenizer
+from utils.loading.weights import locate
+from utils.model import MODEL_MAPPING, get_model_info, load_model, load_tokenizer
 from utils.proofs.template import prove_template
 from utils.train.prepare import prepare_model
 

@@ -12,9 +12,10 @@ from tools.script_table import script_table
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, flag_types
 from utils.cli.parser import describe_default, describe_type
 from utils.dataset import DATASET_MAPPING
-from utils.formats.converters import HubDataset
+from utils.formats.hub_dataset import HubDataset
+from utils.loading.info import ModelInfo
 from utils.loading.legacy.registry import FAMILIES
-from utils.model import MODEL_MAPPING, ModelInfo
+from utils.model import MODEL_MAPPING
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,6 @@ from typing import Any
 
 from utils.formats import demo_sql
 from utils.formats.converters import (
-    HubDataset,
     ToRow,
     advertise,
     agent,
@@ -26,6 +25,7 @@ from utils.formats.converters import (
     with_answer,
     without_history,
 )
+from utils.formats.hub_dataset import HubDataset
 
 RawRows = Iterable[Mapping[str, Any]]
 # A function without arguments that returns one data set, or a pair (train, validation).

@@ -19,3 +19,10 @@ def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict, *
     if not isinstance(content, kind):
         raise ConfigError(f'{path} holds a {type(content).__name__}, where a {kind.__name__} must be. {remedy}')
     return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, readable and in UTF-8, whole or not at all."""
+    aside = path.with_name(f'.{path.name}.aside')
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    aside.replace(path)

@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from utils.base.errors import ConfigError
+from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Resolution, run_name
-from utils.data.encode_plan import EncodedAgain, EncodingReport, batches, encode_batch
-from utils.data.parts import TRAIN, UNUSED, VAL, Plan, ReadRow, Tally, row_notes
+from utils.data.encode_plan import EncodedAgain, batches, encode_batch
+from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
+from utils.data.plan import Plan
+from utils.data.tally import EncodingReport, Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.chat_template_encoder import make_encoder
+from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded
 from utils.encode.encoder import Encoder, cut_row
-from utils.formats.columns import BadRow, Filtered
+from utils.encode.make import make_encoder
+from utils.formats.conversation import BadRow, Filtered, Message, Row
+from utils.loading.folder import read_config
 from utils.loading.gguf import dense_directory
-from utils.loading.weight_files import read_config
-from utils.model import load_tokenizer, locate
-from utils.preprocess import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded, Message, Row
-from utils.run.folder import write_json
+from utils.loading.weights import locate
+from utils.model import load_tokenizer
 from utils.run.rows import plan_of
 
 DUPLICATE = 'duplicate row'

@@ -8,12 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from utils.hub.clients import HubName
-from utils.preprocess import LossScope
-
-SftType = Literal['lora', 'full']
-DtypeName = Literal['bf16', 'fp16', 'fp32']
-PushStrategy = Literal['end', 'push_best', 'push_last', 'checkpoint', 'all_checkpoints']
+from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftType
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -221,3 +216,8 @@ def flag_types(cls: type) -> dict[str, Any]:
 def to_dict(args: CommonArguments) -> dict[str, Any]:
     """Return every argument by name, secrets left out."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != 'hub_token'}
+
+
+# Settings of generation, not of training: a run that evaluates by loss never used them.
+GENERATION = ('max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
+HUB_FLAGS = ('hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token')

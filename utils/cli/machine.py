@@ -14,6 +14,7 @@ from utils.base.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpo
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
+from utils.base.packages import has_package, missing_requirement
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
@@ -21,10 +22,11 @@ from utils.cli.resolution import Resolution
 from utils.cli.resolve import quantized_problems
 from utils.data.sources import check_sources
 from utils.dataset import DATASET_MAPPING
-from utils.formats.converters import HubDataset
+from utils.formats.hub_dataset import HubDataset
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
-from utils.model import ModelInfo, check_model_dir, has_package, is_adapter, missing_requirement, stored_quantization
+from utils.loading.folder import check_model_dir, has_chat_template, is_adapter, stored_quantization
+from utils.loading.info import ModelInfo
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.run.lock import started_in
 
@@ -102,14 +104,6 @@ def _is_path(model_id_or_path: str) -> bool:
         or model_id_or_path.startswith(('/', '.', '~'))
         or (model_id_or_path.count('/') != 1)
     )
-
-
-def has_chat_template(directory: Path) -> bool:
-    """Return whether a model directory brings a chat template, as a file or inside tokenizer_config.json."""
-    config = directory / 'tokenizer_config.json'
-    if (directory / 'chat_template.jinja').is_file() or (directory / 'chat_template.json').is_file():
-        return True
-    return config.is_file() and '"chat_template"' in config.read_text(encoding='utf-8', errors='replace')
 
 
 def check_machine_sft(done: Resolution[SftArguments]) -> None:

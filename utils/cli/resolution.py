@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from utils.base.errors import Problems
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments
-from utils.model import ModelInfo
+from utils.loading.info import ModelInfo
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 

@@ -11,23 +11,20 @@ from typing import Any
 
 from utils.base import dist
 from utils.base.errors import ConfigError, did_you_mean
-from utils.cli.arguments import InferArguments, SftArguments
+from utils.cli.arguments import GENERATION, HUB_FLAGS, InferArguments, SftArguments
 from utils.cli.parallel import resolve_scale
 from utils.cli.parser import Parsed
 from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers
 from utils.cli.resolution import Resolution, run_name
 from utils.data.sources import parse_source
-from utils.model import ModelInfo, get_model_info, infer_model_type
+from utils.loading.info import ModelInfo
+from utils.model import get_model_info, infer_model_type
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 DEFAULT_MODEL_TYPE = 'qwen-7b-chat'
-SFT_ARGS = 'sft_args.json'
 
-# Settings of generation, not of training: a run that evaluates by loss never used them.
-GENERATION = ('max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
 _BNB_4BIT = ('bnb_4bit_comp_dtype', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant')
 _LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p', 'tuner_backend')
-HUB_FLAGS = ('hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token')
 
 
 def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:

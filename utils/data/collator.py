@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.data.packing import fewest
+from utils.encode.encoded import IGNORE_INDEX, row_labels
 from utils.loading.image_processors import Images
-from utils.preprocess import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
@@ -15,18 +15,6 @@ if TYPE_CHECKING:
 # What a batch holds beside the model's own inputs.
 _OF_ROWS = frozenset({'row_lengths', 'prompt_lengths', 'rows'})
 NOT_FOR_THE_MODEL = _OF_ROWS | {'labels'}
-
-
-def row_labels(row: dict[str, Any]) -> list[int]:
-    """Return the row's ids where it is trained, IGNORE_INDEX elsewhere and at position 0, which nothing predicts.
-
-    So the number of labels is the number of predictions, and a mean over them is over what is really trained.
-    """
-    ids = row['input_ids']
-    labels = [IGNORE_INDEX] * len(ids)
-    for start, end in (*row.get('earlier', ()), row['trained']):
-        labels[max(start, 1) : end] = ids[max(start, 1) : end]
-    return labels
 
 
 class Collator:

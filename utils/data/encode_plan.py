@@ -9,58 +9,37 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.base import dist
 from utils.base.cache import kept
 from utils.base.errors import ConfigError
-from utils.base.logger import logger
-from utils.data.encoded_rows import EncodedRows
-from utils.data.parts import TRAIN, UNUSED, VAL, Plan, Tally, served_by
+from utils.data.encoded_rows import EncodedRows, length_statistics
+from utils.data.parts import TRAIN, UNUSED, VAL
+from utils.data.plan import Plan, served_by
+from utils.data.tally import EncodingReport, Tally, log_report
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
+from utils.encode.encoded import (
+    NOTHING_TRAINED,
+    Encoded,
+    RowRefused,
+    trains_nothing,
+)
 from utils.encode.encoder import Encoder
-from utils.formats.columns import BadRow, check_row, find_converter
-from utils.preprocess import CUT_PROMPT, CUT_REPLY, THINKING_SWITCH, Encoded, Row, RowRefused
-from utils.proofs.loss_mask import NOTHING_TRAINED, show_samples, trains_nothing
+from utils.encode.show import show_samples
+from utils.formats.columns import check_row, find_converter
+from utils.formats.conversation import BadRow, Row
 
 BATCH_ROWS = 1024
 # Batches in work at once: while the tokenizer, which needs no Python, has one, the next is rendered.
 _AT_ONCE = 2
 _REPORT = 'report.json'
-
-
-@dataclass(kw_only=True)
-class EncodingReport:
-    """What happened to rows on the way: `left_out` are gone, `noted` are trained."""
-
-    left_out: Tally = field(default_factory=Tally)
-    noted: Tally = field(default_factory=Tally)
-    # What became of every character of the rows as they were written.
-    account: Account = field(default_factory=Account)
-
-    def lines(self) -> list[str]:
-        """Return one line per reason: how many rows, and where the first stand."""
-        return [*self.left_out.lines('left out'), *self.noted.lines('noted')]
-
-    @property
-    def switched(self) -> int:
-        """Return how many rows were rendered with the template's thinking switch."""
-        begin = THINKING_SWITCH.partition('{')[0]
-        return sum(count for note, count in self.noted.counts.items() if note.startswith(begin))
-
-    def counts(self) -> dict[str, dict[str, Any]]:
-        """Return the same as numbers, for files."""
-        return {
-            'left_out': dict(self.left_out.counts),
-            'noted': dict(self.noted.counts),
-            'account': self.account.record(),
-        }
+# The code that decides which ids a row becomes, as globs in utils/.
+_DECIDES_IDS = ('preprocess.py', 'formats/*.py', 'encode/*.py', 'data/*.py', 'loading/image_processors.py')
 
 
 class EncodedAgain:
@@ -196,7 +175,8 @@ def _key(encoder: Encoder, plan: Plan) -> str:
         if encoder.images is not None:
             encoder.images.save(Path(name))
         files = sorted(Path(name).rglob('*'))
-        code = sorted(Path(__file__).parent.rglob('*.py'))
+        utils = Path(__file__).parents[1]
+        code = [file for part in _DECIDES_IDS for file in sorted(utils.glob(part))]
         for file in (f for f in [*files, *code] if f.is_file()):
             digest.update(f'{file.name}:{file.stat().st_size}\n'.encode())
             digest.update(file.read_bytes())
@@ -253,33 +233,3 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
     summary = {**statistics, **report.counts(), 'served': served_by(plan.parts)}
     switched = (report.switched, len(train) + len(val))
     return PreparedData(train=train, val=val, summary=summary, switched=switched)
-
-
-def length_statistics(rows: EncodedRows) -> dict[str, float]:
-    """Return tokens per row (min, median, mean, p95, max), in all, and the share of them that is trained."""
-    sizes = np.sort(rows.sizes())
-    if not len(sizes):
-        return {'rows': 0}
-    tokens = int(sizes.sum(dtype=np.int64))
-    return {
-        'rows': len(sizes),
-        'min': int(sizes[0]),
-        'median': int(sizes[len(sizes) // 2]),
-        'mean': round(tokens / len(sizes), 1),
-        'p95': int(sizes[int(0.95 * (len(sizes) - 1))]),
-        'max': int(sizes[-1]),
-        'tokens': tokens,
-        'trained_share': round(rows.trained_tokens() / tokens, 4),
-    }
-
-
-def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:
-    """Log what the data is and what happened to it."""
-    for name, numbers in statistics.items():
-        logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
-    for line in report.account.lines():
-        logger.info(line)
-    for line in report.lines():
-        logger.warning(line)
-    if CUT_REPLY in report.noted.counts or CUT_PROMPT in report.noted.counts:
-        logger.warning('a larger --max_length (-1: no limit) keeps these rows whole')

@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.preprocess import Encoded
+from utils.encode.encoded import Encoded
 
 # Values of all rows end to end, each kind with the positions where rows end: 32-bit ids and spans, and text as bytes.
 _RAGGED = {'ids': 'i', 'spans': 'i', 'images': 'B', 'origins': 'B'}
@@ -133,3 +133,57 @@ class EncodedRows:
         """Return the same rows in the order of their length, the longest first."""
         order = np.argsort(-self.sizes(), kind='stable').astype(np.int32)
         return EncodedRows(self.arrays, self._ordered(np.arange(len(self), dtype=np.int32))[order])
+
+
+class Filled(Sequence[dict[str, Any]]):
+    """A map-style data set and as many filler rows as make its length a multiple of `share`.
+
+    Without them a distributed sampler starts over at its first rows, which would be trained twice in an epoch.
+    """
+
+    def __init__(self, rows: Any, share: int, pad_token_id: int) -> None:
+        self.rows, self.size = rows, -(-len(rows) // share) * share
+        # One token, no label: its loss is the sum over nothing.
+        self.filler = {'input_ids': [pad_token_id], 'trained': (0, 0), 'prompt_length': 0}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each row."""
+        return [*self.rows.lengths(), *[1] * (self.size - len(self.rows))]
+
+    def origin(self, index: int) -> str:
+        """Return where a row came from."""
+        return 'filler' if index < 0 else str(self.rows.origin(index))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row by the index that it carries."""
+        return self.filler if index < 0 else dict(self.rows.row(index))
+
+    def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
+        """Return the batches of `count` items that ask for most memory."""
+        batches: list[list[dict[str, Any]]] = self.rows.heaviest(count)
+        return batches
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a row, or the filler behind the last one."""
+        return self.rows[index] if index < len(self.rows) else self.filler
+
+
+def length_statistics(rows: EncodedRows) -> dict[str, float]:
+    """Return tokens per row (min, median, mean, p95, max), in all, and the share of them that is trained."""
+    sizes = np.sort(rows.sizes())
+    if not len(sizes):
+        return {'rows': 0}
+    tokens = int(sizes.sum(dtype=np.int64))
+    return {
+        'rows': len(sizes),
+        'min': int(sizes[0]),
+        'median': int(sizes[len(sizes) // 2]),
+        'mean': round(tokens / len(sizes), 1),
+        'p95': int(sizes[int(0.95 * (len(sizes) - 1))]),
+        'max': int(sizes[-1]),
+        'tokens': tokens,
+        'trained_share': round(rows.trained_tokens() / tokens, 4),
+    }

@@ -15,21 +15,15 @@ from torch.utils.data import IterableDataset
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
-from utils.data.encode_plan import (
-    EncodedAgain,
-    EncodingReport,
-    PreparedData,
-    encode_batch,
-    encode_rows,
-    length_statistics,
-    log_report,
-)
-from utils.data.parts import Part, Streams, Tally, first_rows, row_notes, served_by
+from utils.data.encode_plan import EncodedAgain, PreparedData, encode_batch, encode_rows
+from utils.data.encoded_rows import length_statistics
+from utils.data.parts import Part, Streams, first_rows, row_notes
+from utils.data.plan import served_by
+from utils.data.tally import EncodingReport, Tally, log_report
 from utils.encode.account import LEFT_OUT, Account
 from utils.encode.encoder import Encoder
-from utils.formats.columns import BadRow
-from utils.preprocess import Row
-from utils.proofs.loss_mask import show_samples
+from utils.encode.show import show_samples
+from utils.formats.conversation import BadRow, Row
 
 SHUFFLE_ROWS = 10_000
 _BATCH_ROWS, _LOOKED_AT_ROWS, _REMEMBERED_ROWS = 64, 256, 16_384

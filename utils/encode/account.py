@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
+from utils.encode.encoded import TOOLS_IGNORED, Encoded
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG
-from utils.preprocess import TOOLS_IGNORED, Encoded, Row
+from utils.formats.conversation import Row
 
 TRAINED, CONTEXT, CUT, TRIMMED, STRUCTURE = 'trained', 'context', 'cut', 'trimmed', 'structure'
 LEFT_OUT, NOT_DRAWN, NOT_USED = 'left out', 'not drawn', 'not used'

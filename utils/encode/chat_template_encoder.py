@@ -18,12 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from utils.base.errors import ConfigError, told
-from utils.encode.encoder import Encoder, TemplateEncoder
-from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
-from utils.loading.image_processors import Images
-from utils.preprocess import (
+from utils.encode.encoded import (
     ADDED_END,
-    AUTO,
     CLOSED_THINKING,
     CONTROL_TOKENS,
     EARLIER_CHANGED,
@@ -33,18 +29,19 @@ from utils.preprocess import (
     REASONING_AS_TEXT,
     REASONING_LEFT_OUT,
     RENDERED_DIFFERENTLY,
-    TEMPLATE_MAPPING,
     THINKING_SWITCH,
     TOOL_CALL_AS_TEXT,
     TOOLS_IGNORED,
     Encoded,
-    LossScope,
-    Message,
-    Row,
     RowRefused,
     mark_pieces,
     without_last,
 )
+from utils.encode.encoder import Encoder
+from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
+from utils.formats.conversation import Message, Row
+from utils.loading.image_processors import Images
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 _OPEN_THINK = re.compile(rf'({OPEN_TAG})\s*$')
 _CLOSED_THINK = re.compile(rf'(?:{CLOSE_TAG})\s*$')
@@ -829,29 +826,3 @@ def _common(left: Sequence[Any], right: Sequence[Any]) -> int:
 def _shared(left: str, right: str) -> str:
     """Return what two texts begin with alike."""
     return left[: _common(left, right)]
-
-
-def make_encoder(
-    tokenizer: Any,
-    *,
-    template_type: str,
-    system: str,
-    system_typed: bool,
-    max_length: int,
-    loss_scope: LossScope = 'last_round',
-    images: Images | None = None,
-    embedding: int | None = None,
-) -> Encoder:
-    """Return the encoder of a template. With auto, `system` counts only if the user typed it.
-
-    `embedding` is how many ids the model embeds where its tokenizer has more.
-    """
-    template = TEMPLATE_MAPPING[template_type]
-    options: dict[str, Any] = {'max_length': max_length, 'images': images}
-    encoder: Encoder = (
-        AutoEncoder(tokenizer, system=system if system_typed else None, **options) if template is None
-        else TemplateEncoder(tokenizer, template, name=template_type, system=system, **options)
-    )  # fmt: skip
-    encoder.loss_scope = loss_scope
-    encoder.embed(embedding)
-    return encoder

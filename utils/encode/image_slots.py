@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
+from utils.encode.encoded import RowRefused
+from utils.formats.conversation import Message, Row
 from utils.formats.images import BadImage, find_images, name_images, place_image, replace_tags
 from utils.loading.image_processors import Images
-from utils.preprocess import Message, Row, RowRefused
 
 # The path of each image of a row and how many slots it takes.
 FoundImages = list[tuple[str, int]]
@@ -20,33 +18,6 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
     """Return where each place of the ids, its end included, lies once the slots are filled."""
     counts = iter(found)
     return [0, *accumulate(next(counts)[1] if token == slot else 1 for token in ids)]
-
-
-def find_towers(model: Any) -> list[str]:
-    """Return the names of the largest modules apart from the language model and its output head: what sees for it."""
-    parts = (model.get_decoder(), model.get_output_embeddings())
-    language = {id(module) for part in parts if part is not None for module in part.modules()}
-    towers: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f'{tower}.') for tower in towers)
-        apart = all(id(child) not in language for child in module.modules())
-        if name and apart and not inside and any(True for _ in module.parameters()):
-            towers.append(name)
-    return towers
-
-
-def spare_towers(quantization: Any, build: Callable[[], Any]) -> None:
-    """Add what sees in a model, and its output head, to what bitsandbytes leaves alone; `build` needs no weights."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if not isinstance(quantization, BitsAndBytesConfig):
-        return
-    with torch.device('meta'):
-        model = build()
-    if towers := find_towers(model):
-        head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-        quantization.llm_int8_skip_modules = [*towers, *head]
 
 
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
@@ -69,21 +40,6 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
     marked = iter(replace_tags(text, stand_in) for text in texts)
     turns = [Message(**{**m, 'content': next(marked)}) if m['role'] == 'user' else m for m in row.messages]
     return replace(row, messages=turns), found
-
-
-def state_of_images(row: Row) -> bytes:
-    """Return what tells whether the files of a row's images are those of before: their sizes and times of change."""
-    texts = [turn['content'] for turn in row.messages if turn['role'] == 'user']
-    if not row.images and not any('</img>' in text for text in texts):
-        return b''
-    state: list[Any] = []
-    try:
-        for path in (path for text in name_images(texts, row.images) for path in find_images(text)):
-            about = Path(place_image(path, row.folder)).stat()
-            state.append((path, about.st_size, about.st_mtime_ns))
-    except (ValueError, OSError) as error:  # BadImage, or a path that no file can have
-        state.append(str(error))
-    return repr(state).encode()
 
 
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Sequence
 from jinja2.exceptions import TemplateError
 
 from utils.base.errors import ConfigError
-from utils.encode.encoder import Encoder, TemplateEncoder
-from utils.preprocess import Piece, Row
+from utils.encode.encoder import Encoder
+from utils.encode.template_encoder import TemplateEncoder
+from utils.formats.conversation import Row
+from utils.preprocess import Piece
 
 # How a conversation is walked through: a system text first or none, then turns of user and assistant.
 _FRAME = """\

@@ -17,12 +17,14 @@ from utils.estimate.gpus import UTILISATION, Machine, flops, gpus_that_fit, know
 from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint, lora_parameters
 from utils.estimate.model_shape import Shape, known_shape, shape_of
 from utils.estimate.work import Work, plan_work
-from utils.formats.converters import HubDataset, choose_files
+from utils.formats.hub_dataset import HubDataset
+from utils.formats.hub_splits import choose_files
 from utils.hub import snapshot as hub
 from utils.hub.clients import Listed
+from utils.loading.devices import cpu_has_bf16
 from utils.loading.gguf import dense_directory, find_packaged_file
-from utils.model import cpu_has_bf16, find_on_hub
-from utils.run.open_model import start_processes
+from utils.loading.weights import find_on_hub
+from utils.run.processes import start_processes
 
 _ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits', 'peak')
 
@@ -131,7 +133,8 @@ def _find_data(args: SftArguments, found: Found) -> bool:
 def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[str]:
     if shape is None or mode is None:
         return [
-            'its size is not known: its config.json is not here, and utils/estimate/model_sizes.json has no entry for it'
+            'its size is not known: its config.json is not here, and utils/estimate/model_sizes.json has no entry '
+            'for it'
         ]
     trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
     total = shape.parameters + (0 if mode.full else trained)

@@ -10,8 +10,8 @@ from typing import Any
 from utils.cli.arguments import SftArguments
 from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint
 from utils.estimate.model_shape import Shape
-from utils.model import ModelInfo
-from utils.train.prepare import ALL, native_names
+from utils.loading.info import ModelInfo
+from utils.loading.layers import ALL, native_names
 
 # What a GPU needs beside tensors: the context and workspaces of the libraries, and what lies between blocks in use.
 _CONTEXT, _FRAGMENTED = GIB, 0.05

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.loading.folder import read_config
+from utils.loading.info import ModelInfo
 from utils.loading.legacy.opening import build_empty
 from utils.loading.legacy.registry import find_family, find_saved
-from utils.loading.weight_files import read_config
-from utils.model import ModelInfo, get_text_model_tokenizer
+from utils.loading.opening import get_text_model_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,8 +89,7 @@ def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
 
 def measure(model: PreTrainedModel) -> Shape:
     """Return the shape of a model, whose weights need not be there."""
-    from utils.encode.image_slots import find_towers
-    from utils.train.prepare import expert_names
+    from utils.loading.layers import expert_names, find_towers
 
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     embedding = model.get_input_embeddings().weight
@@ -166,7 +166,7 @@ def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]
 def _attention(model: PreTrainedModel) -> str:
     """Return how rows may be laid out, as `Shape.attention` says."""
     from utils.fast.layout import why_padded
-    from utils.infer.generation import ATTENDING
+    from utils.loading.layers import ATTENDING
 
     if why_padded(model, longest=1) is None:
         return 'rows'

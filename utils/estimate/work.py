@@ -9,15 +9,15 @@ from typing import Any
 from utils.base import dist
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Resolution
-from utils.data.collator import row_labels
 from utils.data.encode_plan import encode_plan
 from utils.data.packing import PackedRows
-from utils.data.parts import TRAIN, VAL, Plan
-from utils.encode.chat_template_encoder import make_encoder
+from utils.data.parts import TRAIN, VAL
+from utils.data.plan import Plan
+from utils.encode.encoded import IGNORE_INDEX, row_labels
+from utils.encode.make import make_encoder
 from utils.estimate.gpus import longest_batch
 from utils.estimate.memory import Batch, Mode
 from utils.model import load_tokenizer
-from utils.preprocess import IGNORE_INDEX
 from utils.run.rows import plan_of
 
 

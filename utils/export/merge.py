@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
-from utils.cli.resolve import SFT_ARGS
+from utils.base.files import write_json
+from utils.base.names import SFT_ARGS
 from utils.encode.encoder import Encoder
 from utils.encode.jinja import serving_template
-from utils.infer.before_after import ANSWERS_JSON
+from utils.formats.conversation import Row
 from utils.loading.image_processors import Images
 from utils.loading.save import save_whole
 from utils.model import load_model, load_tokenizer
-from utils.preprocess import Row
 from utils.proofs.template import probes
-from utils.run.folder import write_json
-from utils.run.proof_record import record_proof
+from utils.run.record import ANSWERS_JSON, record_proof
 
 if TYPE_CHECKING:
     import torch

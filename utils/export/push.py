@@ -15,14 +15,14 @@ from typing import Any
 
 from utils.base.checkpoint import all_checkpoints
 from utils.base.errors import ConfigError
-from utils.base.files import read_json
+from utils.base.files import read_json, write_json
 from utils.base.leak_scan import scan_for_push
 from utils.base.logger import logger, set_up_logging
 from utils.export.model_card import model_card
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
 from utils.run.curves import plot_curves
-from utils.run.folder import RUN_JSON, read_arguments, write_json
+from utils.run.record import RUN_JSON, read_arguments
 
 # What is pushed of a checkpoint: what opens the model. Never the optimizer, the trainer's state or sft_args.json.
 PUSHED = (

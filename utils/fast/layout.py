@@ -11,7 +11,7 @@ from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Decide, log_decision
 from utils.fast.attention import attend_by_rows, laid_end_to_end
 from utils.fast.chunked_loss import Head, find_head, head_is_exact
-from utils.infer.generation import ATTENDING
+from utils.loading.layers import ATTENDING, is_sharded
 
 
 def lay_end_to_end(model: Any, args: SftArguments, *, longest: int, decide: Decide = log_decision) -> bool:
@@ -41,14 +41,6 @@ def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) ->
         return head
     decide('chunked_loss', False, f'{type(model).__name__} computes its logits in a way of its own')
     return None
-
-
-def is_sharded(model: Any) -> bool:
-    """Return whether weights lie in pieces on several processes (ZeRO-3, FSDP)."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    first = next(model.parameters()).data
-    return type(first) is not torch.Tensor or first.numel() == 0 or bool(is_deepspeed_zero3_enabled())
 
 
 def why_padded(model: Any, longest: int) -> str | None:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from utils.data.collator import NOT_FOR_THE_MODEL, take_rows
+from utils.encode.encoded import IGNORE_INDEX
 from utils.fast.attention import laid_end_to_end
 from utils.fast.chunked_loss import Head, head_input, scored, summed_loss
 from utils.fast.rotary import depends_on_batch_from, forget_longer_batches, groups_of_rows
-from utils.preprocess import IGNORE_INDEX
 
 Predictors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

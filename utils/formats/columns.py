@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from utils.preprocess import Message, Row
+from utils.formats.conversation import BadRow, Message, Row
 
 # Names of roles in lower case.
 _ROLES = {
@@ -44,18 +44,6 @@ SAME_ROLE_TWICE = {'user': 'a user turn after a user turn', 'assistant': 'an ass
 NO_LOSS_TOLD = 'a reply carries no loss, as the row says (`weight`, `loss` or `train`)'
 NOT_A_NUMBER = 'a cell is NaN or Infinity: read as missing'
 NO_USER_TURN = 'a reply to a system text alone, without a user turn'
-
-
-class BadRow(ValueError):
-    """A row that cannot be trained on; its text is the reason under which the row is counted."""
-
-    def __init__(self, reason: str, column: str = '') -> None:
-        super().__init__(reason)
-        self.column = column
-
-
-class Filtered(BadRow):
-    """A row that the entry of its data set leaves out on purpose, which is no defect."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
+from utils.formats.conversation import Row
 
 if TYPE_CHECKING:
     import torch
@@ -149,3 +150,18 @@ def _read_image(path: str, side: int) -> torch.Tensor:
     pixels = torch.from_numpy(square).permute(2, 0, 1).float().div(255)
     mean, std = (torch.tensor(values)[:, None, None] for values in (_MEAN, _STD))
     return pixels.sub(mean).div(std)
+
+
+def state_of_images(row: Row) -> bytes:
+    """Return what tells whether the files of a row's images are those of before: their sizes and times of change."""
+    texts = [turn['content'] for turn in row.messages if turn['role'] == 'user']
+    if not row.images and not any('</img>' in text for text in texts):
+        return b''
+    state: list[Any] = []
+    try:
+        for path in (path for text in name_images(texts, row.images) for path in find_images(text)):
+            about = Path(place_image(path, row.folder)).stat()
+            state.append((path, about.st_size, about.st_mtime_ns))
+    except (ValueError, OSError) as error:  # BadImage, or a path that no file can have
+        state.append(str(error))
+    return repr(state).encode()

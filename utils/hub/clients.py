@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-HubName = Literal['modelscope', 'huggingface']
-Kind = Literal['model', 'dataset']
+from utils.base.names import HubName, Kind
+
 # What a hub says of a file: its size, and what identifies its content.
 Listed = tuple[int | None, str]
 

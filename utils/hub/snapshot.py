@@ -16,18 +16,8 @@ from typing import TypeVar
 from utils.base.cache import cache_dir
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
-from utils.hub.clients import (
-    TOKEN_VARIABLES,
-    Client,
-    DeniedError,
-    GoneError,
-    HubName,
-    Kind,
-    Listed,
-    Repo,
-    UnreachableError,
-    connect,
-)
+from utils.base.names import HubName, Kind
+from utils.hub.clients import TOKEN_VARIABLES, Client, DeniedError, GoneError, Listed, Repo, UnreachableError, connect
 
 T = TypeVar('T')
 

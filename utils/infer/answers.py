@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,13 @@ from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.cli.arguments import InferArguments
-from utils.data.encode_plan import EncodingReport, encode_rows
-from utils.data.parts import draw
+from utils.data.encode_plan import encode_rows
+from utils.data.plan import draw
+from utils.data.tally import EncodingReport
 from utils.encode.encoder import Encoder
-from utils.infer.chat import Chat, chat_in_terminal
-from utils.infer.generation import generate_rows, generate_stream, wanted_texts
+from utils.formats.conversation import Row, said
+from utils.infer.generation import generate_rows, wanted_texts
 from utils.infer.scores import score_texts
-from utils.preprocess import Row, said
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -80,20 +79,3 @@ def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequenc
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
             question = said(row.messages[-2]) if len(row.messages) > 1 else ''
             print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
-
-
-def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
-    """Chat in the terminal until the user leaves."""
-
-    def say(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def answer(prompt: list[int], paths: Sequence[str]) -> str:
-        hear = say if streams else lambda part: None
-        text = generate_stream(model, tokenizer, prompt, config, hear, images=encoder.images, paths=paths)
-        if not streams:
-            say(text)
-        return text
-
-    chat_in_terminal(Chat(encoder, answer, say))

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from utils.base import dist
+from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
-from utils.data.parts import TRAIN, VAL, Plan, Streams, some_rows
+from utils.data.parts import TRAIN, VAL, Streams
+from utils.data.plan import Plan, some_rows
+from utils.encode.encoded import RowRefused
 from utils.encode.encoder import Encoder
+from utils.formats.conversation import Row
 from utils.infer.generation import generate_batch, generation_config, wanted_texts
-from utils.preprocess import Row, RowRefused
-from utils.run.folder import write_json
+from utils.run.record import ANSWERS_JSON
 
-ANSWERS_JSON = 'answers.json'
 # Enough to see a change by, and little beside a run.
 _NEW_TOKENS = 64
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
+from utils.encode.encoded import RowRefused
 from utils.encode.encoder import Encoder
-from utils.preprocess import TEMPLATE_MAPPING, Message, Row, RowRefused
+from utils.formats.conversation import Message, Row
+from utils.infer.generation import generate_stream
+from utils.preprocess import TEMPLATE_MAPPING
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 HELP = (
     '/clear forgets the conversation, /system TEXT sets the system prompt, /exit or Ctrl-D leaves, Ctrl-C stops a reply'
@@ -115,3 +123,20 @@ def chat_in_terminal(chat: Chat) -> None:
             continue
         if not chat.handle(line):
             return
+
+
+def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
+    """Chat in the terminal until the user leaves."""
+
+    def say(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def answer(prompt: list[int], paths: Sequence[str]) -> str:
+        hear = say if streams else lambda part: None
+        text = generate_stream(model, tokenizer, prompt, config, hear, images=encoder.images, paths=paths)
+        if not streams:
+            say(text)
+        return text
+
+    chat_in_terminal(Chat(encoder, answer, say))

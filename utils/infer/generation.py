@@ -7,20 +7,17 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from utils.cli.arguments import CommonArguments
-from utils.cli.resolve import GENERATION
+from utils.cli.arguments import GENERATION, CommonArguments
 from utils.loading.image_processors import Images
-from utils.model import check_embedded
+from utils.loading.layers import ATTENDING
+from utils.loading.opening import check_embedded
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from utils.encode.encoder import Encoder
-    from utils.preprocess import Row
+    from utils.formats.conversation import Row
 
-
-# Layers that attend and nothing else: what they know of earlier tokens is keys and values.
-ATTENDING = frozenset({'full_attention', 'sliding_attention'})
 
 # The flags that count where answers are sampled alone.
 _SAMPLING = ('temperature', 'top_k', 'top_p')

@@ -5,10 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import EvalPrediction
 
 _CHINESE = re.compile(r'[\u3400-\u9fff]')
 _WORD = re.compile(r'\w+|[^\w\s]')
@@ -61,25 +57,3 @@ def score_texts(answers: Sequence[str], labels: Sequence[str]) -> dict[str, floa
         'bleu-4': fmean(_bleu_4(answer, label) for answer, label in words),
     }
     return {name: round(100 * value, 4) for name, value in means.items()}
-
-
-def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return loss and token accuracy over all validation tokens."""
-    import numpy as np
-
-    loss, hits, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    return {'loss': float(loss / tokens), 'acc': float(hits / tokens)}
-
-
-def generation_metrics(tokenizer: Any) -> Any:
-    """Return a function that scores generated ids against labels with ROUGE and BLEU."""
-
-    import numpy as np
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        def texts(rows: Any) -> list[str]:
-            return [tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip() for row in rows]
-
-        return score_texts(texts(np.asarray(prediction.predictions)), texts(np.asarray(prediction.label_ids)))
-
-    return compute

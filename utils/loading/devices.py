@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
@@ -125,3 +126,26 @@ def _cut(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
         return None
     ends = best[len(sizes)][1]
     return [sum(end <= index for end in ends) for index in range(len(sizes))]
+
+
+def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
+    """Return the torch dtype of a name, or the device's best, and the reason."""
+    import torch
+
+    names = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+    if name is not None:
+        return names[name], 'it was asked for'
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, 'the GPU supports it'
+        return torch.float16, 'the GPU has no bf16'
+    if cpu_has_bf16():
+        return torch.bfloat16, 'the CPU multiplies it natively'
+    return torch.float32, 'the CPU has no native bf16'
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether /proc/cpuinfo lists bf16 arithmetic (x86: avx512_bf16 or amx_bf16; Arm: bf16)."""
+    cpuinfo = Path('/proc/cpuinfo')
+    words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return bool(words & {'avx512_bf16', 'amx_bf16', 'bf16'})

@@ -14,12 +14,6 @@ _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _LISTS = '.quant_state'
 
 
-def read_config(model_dir: Path) -> dict[str, Any]:
-    """Return config.json of a directory; raises ConfigError where it is not an object."""
-    content: dict[str, Any] = read_json(model_dir / 'config.json')
-    return content
-
-
 def weight_files(model_dir: Path) -> list[Path]:
     """Return the weight files of a directory: those of its index, else the single file."""
     for name in _SINGLE:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from utils.preprocess import Row
+from utils.formats.conversation import Row
 
 REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 

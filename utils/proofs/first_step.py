@@ -21,10 +21,10 @@ from transformers.trainer_utils import EvalPrediction
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
-from utils.preprocess import Encoded, cut_front
-from utils.run.proof_record import record_proof
+from utils.encode.encoded import Encoded, cut_front
+from utils.run.record import record_proof
 from utils.train.callbacks import peak_memory_gib
-from utils.train.random_state import random_state, set_random_state
+from utils.train.state import random_state, set_random_state
 from utils.train.trainer import SftTrainer
 
 _SCRATCH = '.preflight'

@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
+from utils.encode.encoded import IGNORE_INDEX, NOTHING_TRAINED, spans_of
 from utils.encode.encoder import Encoder
-from utils.preprocess import IGNORE_INDEX
-from utils.run.proof_record import record_proof
+from utils.run.record import record_proof
 
-NOTHING_TRAINED = 'no token of it carries loss, so nothing would be learnt from it'
 # How many rows are collated and compared.
 MASK_ROWS = 64
 # Rows of one batch: a fault that mixes rows up does not show in a batch of one.
 _BATCH_ROWS = 4
-# Black on green, and back: what is trained, in a terminal.
-_COLOURS = ('\x1b[30;42m', '\x1b[0m')
-MARKS = ('⟦', '⟧')
-
-Spans = Sequence[tuple[int, int]]
-
-
-def spans_of(row: dict[str, Any]) -> Spans:
-    """Return the half-open spans of a row that carry loss, in their order."""
-    return [*row.get('earlier', ()), row['trained']]
-
-
-def trains_nothing(spans: Spans) -> bool:
-    """Return whether no position is predicted: none is before the first one."""
-    return not any(end > max(start, 1) for start, end in spans)
-
-
-def show_row(tokenizer: Any, row: dict[str, Any], marks: tuple[str, str] = MARKS) -> str:
-    """Return the row decoded, each trained span between the marks."""
-    ids, text, position = row['input_ids'], '', 0
-    for start, end in spans_of(row):
-        before, trained = (tokenizer.decode(part) if part else '' for part in (ids[position:start], ids[start:end]))
-        text += f'{before}{marks[0]}{trained}{marks[1]}'
-        position = end
-    return text + (tokenizer.decode(ids[position:]) if ids[position:] else '')
-
-
-def show_samples(tokenizer: Any, rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Log rows with their trained parts in colour, or marked where there is no terminal; write them to sample.txt."""
-    coloured = sys.stderr.isatty() and 'NO_COLOR' not in os.environ
-    for row in rows:
-        how = 'the trained part in colour' if coloured else 'the trained part between ⟦ and ⟧'
-        logger.info(f'one row, {how}:\n{show_row(tokenizer, row, _COLOURS if coloured else MARKS)}')
-    if dist.is_main():
-        text = ''.join(show_row(tokenizer, row) + '\n' for row in rows)
-        (run_dir / 'sample.txt').write_text(text, encoding='utf-8')
 
 
 def prove_mask(

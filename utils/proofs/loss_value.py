@@ -14,9 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
-from utils.preprocess import Encoded, cut_front
-from utils.proofs.loss_mask import spans_of, trains_nothing
-from utils.run.proof_record import record_proof
+from utils.encode.encoded import Encoded, cut_front, spans_of, trains_nothing
+from utils.run.record import record_proof
 from utils.train.trainer import SftTrainer
 
 # So few rows of so many tokens show a wrong shift, mask, position, scale or count, and cost next to nothing.

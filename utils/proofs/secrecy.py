@@ -13,7 +13,7 @@ from utils.base.checkpoint import PICKLE_SUFFIXES
 from utils.base.leak_scan import find_secrets, scan_tree
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
-from utils.run.proof_record import record_proof
+from utils.run.record import record_proof
 
 # What DeepSpeed writes by itself, in its own format: the one exception, and named.
 _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')

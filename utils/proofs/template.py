@@ -15,28 +15,29 @@ from typing import Any, Literal
 
 from utils.base import dist
 from utils.base.errors import ConfigError
+from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.resolution import log_decision
 from utils.encode.chat_template_encoder import AutoEncoder
-from utils.encode.encoder import Encoder, TemplateEncoder
-from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
-from utils.loading.image_processors import Images
-from utils.preprocess import (
+from utils.encode.encoded import (
     ADDED_END,
-    AUTO,
     CONTROL_TOKENS,
     FULL_DIFFERS,
     MERGED_BOUNDARY,
     RENDERED_DIFFERENTLY,
-    TEMPLATE_MAPPING,
     Encoded,
-    Row,
     RowRefused,
 )
+from utils.encode.encoder import Encoder
+from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
+from utils.encode.template_encoder import TemplateEncoder
+from utils.formats.conversation import Row
+from utils.loading.image_processors import Images
+from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.proofs.as_written import REASONING_KEYS, messages_as_written, tools_as_written
-from utils.run.folder import Run, write_json
+from utils.run.folder import Run
 from utils.run.lock import LOCK_JSON, check_repeated_template
-from utils.run.proof_record import record_proof
+from utils.run.record import record_proof
 
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 # Rows of the user's, spread over the set, that are checked.

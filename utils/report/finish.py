@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 from utils.base import dist
 from utils.base.checkpoint import last_checkpoint
 from utils.base.errors import Stopped
+from utils.base.files import write_json
 from utils.base.logger import logger
+from utils.base.packages import versions
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Resolution
 from utils.proofs.secrecy import prove_secrecy
 from utils.report.html import write_report
 from utils.run.curves import plot_curves
-from utils.run.folder import RUN_JSON, Run, write_json
-from utils.run.lock import flag_words, typed_words, versions
+from utils.run.folder import Run
+from utils.run.lock import flag_words, typed_words
 from utils.run.read_back import HISTORY_JSON
+from utils.run.record import RUN_JSON
 from utils.train.callbacks import peak_memory_gib
 
 if TYPE_CHECKING:

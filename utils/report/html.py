@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.logger import show_what_can_be_shown
-from utils.preprocess import said
+from utils.formats.conversation import said
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.svg import Series, chart
 from utils.run.lock import described

@@ -2,62 +2,24 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Collection, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from utils.base import dist
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
-from utils.base.version import VERSION
+from utils.base.packages import toolkit, versions
 from utils.cli.arguments import SftArguments, flag_types
 from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Resolution
 from utils.data.sources import abbreviated
 
 LOCK_JSON = 'lock.json'
-# The libraries that decide the numbers; those that are not installed do not.
-_LIBRARIES = (
-    'torch', 'transformers', 'peft', 'accelerate', 'tokenizers', 'safetensors', 'numpy', 'jinja2', 'bitsandbytes',
-    'deepspeed', 'flash-attn', 'optimum', 'gptqmodel',
-)  # fmt: skip
 # What decides which rows train and which are held out.
 DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
 # Not part of a command that is to be repeated: a secret, and the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that decide the numbers."""
-    found = {'python': platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def toolkit() -> dict[str, Any]:
-    """Return the version of this toolkit, and of its git checkout, where it is one, the commit and any changes."""
-    root = Path(__file__).resolve().parents[2]
-    found: dict[str, Any] = {'version': VERSION}
-    if not (root / '.git').exists():
-        return found
-    try:
-        commit = _git(root, 'rev-parse', 'HEAD')
-        changed = _git(root, 'status', '--porcelain', '--untracked-files=no')
-    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else
-        return found
-    return {**found, 'commit': commit, 'changed_since': bool(changed)}
-
-
-def _git(root: Path, *words: str) -> str:
-    command = ['git', '--no-optional-locks', '-C', str(root), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def typed_words(done: Resolution[SftArguments], *left_out: str) -> list[str]:

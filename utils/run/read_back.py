@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.files import read_json
-from utils.infer.before_after import ANSWERS_JSON
-from utils.run.folder import RUN_JSON, read_arguments
-from utils.run.proof_record import PROOFS_JSON
+from utils.run.record import ANSWERS_JSON, PROOFS_JSON, RUN_JSON, read_arguments
 
 HISTORY_JSON = 'history.json'
 

@@ -10,9 +10,10 @@ from typing import Any
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.resolution import Resolution
-from utils.data.parts import UNUSED, VAL, Plan, Streams, first_rows, open_streams, plan_rows
+from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
+from utils.data.plan import Plan, plan_rows
+from utils.formats.conversation import Row
 from utils.formats.data_file import OnBad, refuse
-from utils.preprocess import Row
 from utils.run.folder import log_decisions
 from utils.run.lock import DATA_FLAGS, check_same_data
 

@@ -29,10 +29,9 @@ from utils.base.files import read_json
 from utils.base.logger import logger
 from utils.data.collator import refill
 from utils.model import load_model
-from utils.run.proof_record import record_proof
+from utils.run.record import record_proof
 from utils.train.guard import Guard
-from utils.train.random_state import random_state, set_random_state
-from utils.train.state import load_tree, save_tree
+from utils.train.state import load_tree, random_state, save_tree, set_random_state
 from utils.train.stop import StopSignals, ignore_signals
 from utils.train.trainer_args import make_schedule
 

@@ -13,25 +13,27 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
 
 from utils.base import dist
+from utils.base.files import write_json
 from utils.base.logger import logger
+from utils.base.names import SFT_ARGS
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Decide, log_decision
-from utils.cli.resolve import SFT_ARGS
 from utils.data.collator import NOT_FOR_THE_MODEL, Collator, split_rows
 from utils.data.encode_plan import PreparedData
-from utils.data.filler import Filled
+from utils.data.encoded_rows import Filled
 from utils.data.packing import PackedRows, StepSampler
 from utils.data.stream import TrainingStream
+from utils.encode.encoded import IGNORE_INDEX
 from utils.encode.encoder import Encoder
-from utils.fast.layout import exact_head, is_sharded, lay_end_to_end
+from utils.fast.layout import exact_head, lay_end_to_end
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
-from utils.infer.scores import compute_loss_metrics, generation_metrics
 from utils.loading.image_processors import Images
-from utils.preprocess import IGNORE_INDEX
-from utils.run.folder import Run, write_json
+from utils.loading.layers import is_sharded
+from utils.run.folder import Run
 from utils.train.callbacks import EvaluateAtEnd, Speedometer
 from utils.train.guard import check_positions
+from utils.train.metrics import compute_loss_metrics, generation_metrics
 from utils.train.resumable import ResumableTrainer
 from utils.train.trainer_args import training_arguments
 

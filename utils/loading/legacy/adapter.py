@@ -11,9 +11,10 @@ from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
+from utils.loading.folder import read_config
 from utils.loading.legacy.family import Family, State
 from utils.loading.legacy.registry import find_family
-from utils.loading.weight_files import read_config, read_file
+from utils.loading.weight_files import read_file
 
 _FILE, _OLD_FILE, _CONFIG = 'adapter_model.safetensors', 'adapter_model.bin', 'adapter_config.json'
 _PREFIX = 'base_model.model.'

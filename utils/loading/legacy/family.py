@@ -30,8 +30,8 @@ class Family:
 
     `config` returns the native configuration's arguments and raises ConfigError, naming the field, for what no native
     class can do exactly. `tensors` returns every native tensor from all original ones; an original key that it does
-    not know must raise ConfigError (see `map_each`). `modules` are 'module:class' in utils/loading/legacy/classes/ where
-    transformers has no equal class.
+    not know must raise ConfigError (see `map_each`). `modules` are 'module:class' in utils/loading/legacy/classes/
+    where transformers has no equal class.
     """
 
     name: str

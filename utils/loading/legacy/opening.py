@@ -10,11 +10,12 @@ from typing import Any
 from utils.base.errors import ConfigError, told
 from utils.base.files import read_json
 from utils.base.logger import logger
-from utils.encode.image_slots import spare_towers
 from utils.loading.devices import place
+from utils.loading.folder import read_config
+from utils.loading.layers import spare_towers
 from utils.loading.legacy.family import Family
 from utils.loading.legacy.lazy import computed
-from utils.loading.weight_files import read_config, read_state
+from utils.loading.weight_files import read_state
 
 _NAMED = 5
 

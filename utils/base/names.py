@@ -1,0 +1,20 @@
+"""The closed choices that flags take, and names of files that several rooms read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SftType = Literal['lora', 'full']
+DtypeName = Literal['bf16', 'fp16', 'fp32']
+PushStrategy = Literal['end', 'push_best', 'push_last', 'checkpoint', 'all_checkpoints']
+
+
+# The replies that carry loss.
+LossScope = Literal['last_round', 'all_rounds']
+
+
+HubName = Literal['modelscope', 'huggingface']
+Kind = Literal['model', 'dataset']
+
+
+SFT_ARGS = 'sft_args.json'

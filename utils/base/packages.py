@@ -1,0 +1,69 @@
+"""Which packages are installed, and their versions."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from utils.base.version import VERSION
+
+# The libraries that decide the numbers; those that are not installed do not.
+_LIBRARIES = (
+    'torch', 'transformers', 'peft', 'accelerate', 'tokenizers', 'safetensors', 'numpy', 'jinja2', 'bitsandbytes',
+    'deepspeed', 'flash-attn', 'optimum', 'gptqmodel',
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide the numbers."""
+    found = {'python': platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def toolkit() -> dict[str, Any]:
+    """Return the version of this toolkit, and of its git checkout, where it is one, the commit and any changes."""
+    root = Path(__file__).resolve().parents[2]
+    found: dict[str, Any] = {'version': VERSION}
+    if not (root / '.git').exists():
+        return found
+    try:
+        commit = _git(root, 'rev-parse', 'HEAD')
+        changed = _git(root, 'status', '--porcelain', '--untracked-files=no')
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else
+        return found
+    return {**found, 'commit': commit, 'changed_since': bool(changed)}
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ['git', '--no-optional-locks', '-C', str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def missing_requirement(requirement: str) -> str | None:
+    """Return what keeps an entry's requirement from being met, and the remedy; or None."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.requirements import Requirement
+
+    wanted = Requirement(requirement)
+    try:
+        found = version(wanted.name)
+    except PackageNotFoundError:
+        return f'this model needs {requirement}, which is not installed: pip install "{requirement}"'
+    if wanted.specifier.contains(found, prereleases=True):
+        return None
+    return f'this model needs {requirement}, found {found}: pip install "{requirement}"'
+
+
+def has_package(name: str) -> bool:
+    """Return whether a package is installed, without importing it."""
+    return importlib.util.find_spec(name) is not None

@@ -1,0 +1,83 @@
+"""Counts of rows: read, skipped and why, their lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.base.logger import logger
+from utils.encode.account import Account
+from utils.encode.encoded import CUT_PROMPT, CUT_REPLY, THINKING_SWITCH
+
+_NAMED_PER_REASON = 3
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Rows counted by reason, and the places of the first of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, place: str) -> None:
+        """Count one row."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if self.counts[reason] <= _NAMED_PER_REASON:
+            self.places.setdefault(reason, []).append(place)
+
+    def merge(self, other: Tally) -> None:
+        """Add what another tally counted."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.places[reason] = [*self.places.get(reason, ()), *other.places[reason]][:_NAMED_PER_REASON]
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def lines(self, verb: str) -> list[str]:
+        """Return one line per reason: how many rows, and where the first stand."""
+        return [
+            f'{count} rows {verb}: {reason} ({", ".join(self.places[reason])}'
+            f'{", ..." if count > _NAMED_PER_REASON else ""})'
+            for reason, count in self.counts.items()
+        ]
+
+
+@dataclass(kw_only=True)
+class EncodingReport:
+    """What happened to rows on the way: `left_out` are gone, `noted` are trained."""
+
+    left_out: Tally = field(default_factory=Tally)
+    noted: Tally = field(default_factory=Tally)
+    # What became of every character of the rows as they were written.
+    account: Account = field(default_factory=Account)
+
+    def lines(self) -> list[str]:
+        """Return one line per reason: how many rows, and where the first stand."""
+        return [*self.left_out.lines('left out'), *self.noted.lines('noted')]
+
+    @property
+    def switched(self) -> int:
+        """Return how many rows were rendered with the template's thinking switch."""
+        begin = THINKING_SWITCH.partition('{')[0]
+        return sum(count for note, count in self.noted.counts.items() if note.startswith(begin))
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Return the same as numbers, for files."""
+        return {
+            'left_out': dict(self.left_out.counts),
+            'noted': dict(self.noted.counts),
+            'account': self.account.record(),
+        }
+
+
+def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:
+    """Log what the data is and what happened to it."""
+    for name, numbers in statistics.items():
+        logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
+    for line in report.account.lines():
+        logger.info(line)
+    for line in report.lines():
+        logger.warning(line)
+    if CUT_REPLY in report.noted.counts or CUT_PROMPT in report.noted.counts:
+        logger.warning('a larger --max_length (-1: no limit) keeps these rows whole')

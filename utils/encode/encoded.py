@@ -1,0 +1,130 @@
+"""A row as token ids: which of them carry loss, the notes about it, and why a row is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+IGNORE_INDEX = -100
+
+
+class RowRefused(ValueError):
+    """A row that cannot be encoded: `reason`, under which it is counted, and `detail`, what in the row it is."""
+
+    def __init__(self, reason: str, detail: str = '') -> None:
+        super().__init__(f'{reason} [{detail}]' if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+# What may happen to a row while it is encoded: counted, and named with the first rows it happened to.
+MERGED_BOUNDARY = 'a token would merge across the start of the reply: the reply is tokenised by itself'
+CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
+RENDERED_DIFFERENTLY = 'the chat template alters the reply (blanks, a think block): trained as written'
+FULL_DIFFERS = (
+    'the chat template prints the whole chat otherwise than the generation prompt: trained after the generation prompt'
+)
+THINKING_SWITCH = 'the reply reasons and the generation prompt closes the think block: rendered with {switch}'
+CLOSED_THINKING = 'the reply reasons, and the generation prompt closes the think block, which no setting opens'
+REASONING_AS_TEXT = 'the chat template has no key for reasoning: written as a think block before the reply'
+REASONING_LEFT_OUT = 'the chat template prints no reasoning before the reply: it is left out'
+ADDED_END = 'the chat template prints no end of turn: the token that ends it is added'
+TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
+TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
+SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
+TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
+EARLIER_CHANGED = 'the chat template does not print an earlier reply: no loss on that reply'
+EARLIER_MERGED = 'a token merges across the start of an earlier reply: no loss on that token'
+NO_LOSS_MARKED = 'every reply of it is marked to carry no loss (weight, loss or train)'
+CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
+CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
+
+
+@dataclass(kw_only=True, slots=True)
+class Encoded:
+    """A row as ids. `trained` is the half-open span that carries loss; `prompt_length` ids came before the reply.
+
+    With loss on all rounds, `earlier` are the spans of the replies before it, in their order.
+    """
+
+    input_ids: list[int]
+    trained: tuple[int, int]
+    prompt_length: int
+    notes: list[str] = field(default_factory=list)
+    images: tuple[str, ...] = ()
+    earlier: list[tuple[int, int]] = field(default_factory=list)
+    # The text that was tokenised, cut where loss begins and ends: context, trained, context, trained, ...
+    pieces: tuple[str, ...] = ()
+    # How many characters of that text were lost at its front.
+    cut: int = 0
+
+    def as_item(self) -> dict[str, Any]:
+        """Return the row as a data set gives it; `earlier` and `images` only where it has any."""
+        item = {'input_ids': self.input_ids, 'trained': self.trained, 'prompt_length': self.prompt_length}
+        extra = {'earlier': self.earlier, 'images': self.images}
+        return {**item, **{name: value for name, value in extra.items() if value}}
+
+
+def cut_front(row: Encoded, max_length: int) -> Encoded:
+    """Return the row with its last `max_length` ids (-1: all), its spans moved and the cut noted."""
+    surplus = len(row.input_ids) - max_length
+    if max_length < 0 or surplus <= 0:
+        return row
+    start, end = row.trained
+    return Encoded(
+        input_ids=row.input_ids[surplus:],
+        trained=(max(start - surplus, 0), end - surplus),
+        prompt_length=max(row.prompt_length - surplus, 0),
+        notes=[*row.notes, CUT_REPLY if surplus > row.prompt_length else CUT_PROMPT],
+        images=row.images,
+        pieces=row.pieces,
+        earlier=[(max(start - surplus, 0), end - surplus) for start, end in row.earlier if end > surplus],
+    )
+
+
+def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
+    """Return the row with the text of earlier replies, at these places of its prompt, marked as trained."""
+    prompt, *others = row.pieces
+    pieces: list[str] = []
+    position = 0
+    for start, end in spans:
+        pieces += [prompt[position:start], prompt[start:end]]
+        position = end
+    return dataclasses.replace(row, pieces=(*pieces, prompt[position:], *others))
+
+
+def without_last(row: Encoded) -> Encoded:
+    """Return the row with no loss on its last reply; raises RowRefused where no other reply carries any."""
+    if not row.earlier:
+        raise RowRefused(NO_LOSS_MARKED)
+    *pieces, prompt, reply, rest = row.pieces
+    return dataclasses.replace(
+        row, trained=row.earlier[-1], earlier=row.earlier[:-1], pieces=(*pieces, prompt + reply + rest)
+    )
+
+
+def row_labels(row: dict[str, Any]) -> list[int]:
+    """Return the row's ids where it is trained, IGNORE_INDEX elsewhere and at position 0, which nothing predicts.
+
+    So the number of labels is the number of predictions, and a mean over them is over what is really trained.
+    """
+    ids = row['input_ids']
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in (*row.get('earlier', ()), row['trained']):
+        labels[max(start, 1) : end] = ids[max(start, 1) : end]
+    return labels
+
+
+NOTHING_TRAINED = 'no token of it carries loss, so nothing would be learnt from it'
+Spans = Sequence[tuple[int, int]]
+
+
+def spans_of(row: dict[str, Any]) -> Spans:
+    """Return the half-open spans of a row that carry loss, in their order."""
+    return [*row.get('earlier', ()), row['trained']]
+
+
+def trains_nothing(spans: Spans) -> bool:
+    """Return whether no position is predicted: none is before the first one."""
+    return not any(end > max(start, 1) for start, end in spans)

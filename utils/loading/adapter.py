@@ -1,0 +1,31 @@
+"""How an adapter is loaded onto its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.base.errors import ConfigError, told
+from utils.loading.layers import linear_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None, family: str | None = None) -> Any:
+    """Return the base model with a checkpoint's adapter on it; raises ConfigError where they do not fit."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    from utils.loading.legacy.adapter import native_adapter
+
+    try:
+        with native_adapter(checkpoint, linear_names(model), base, family) as folder:
+            return PeftModel.from_pretrained(model, str(folder))
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise ConfigError(
+            f'the adapter in {checkpoint} cannot be put on {type(model).__name__} {model.name_or_path}: '
+            f'{told(error)[:300]} It is damaged, or was trained on another base model.'
+        ) from error
