@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.error_sites import Recorder  # noqa: E402
-from tests.loopback_hub import LoopbackHub  # noqa: E402
+from tests.support.error_sites import Recorder  # noqa: E402
+from tests.support.loopback_hub import LoopbackHub  # noqa: E402
 from utils.base.errors import ConfigError, Problems  # noqa: E402
 from utils.base.logger import set_up_logging  # noqa: E402
 from utils.data.parts import TRAIN, VAL  # noqa: E402

@@ -1,0 +1,143 @@
+"""--dry_run: nothing is made, nothing is fetched, and what it says is what a run then does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm_sft
+from tests.conftest import small_flags, write_jsonl
+from tests.support.loopback_hub import LoopbackHub
+from utils.estimate.gpus import known_gpus
+
+Run = Callable[..., Path]
+QLORA = ['--model_type', 'qwen-7b-chat', '--quantization_bit', '4', '--gradient_checkpointing', 'true']
+
+
+def dry(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]]:
+    """Return what a dry run prints, line by line under its titles."""
+    capsys.readouterr()
+    assert llm_sft.main([*words, '--dry_run', 'true']) == 0
+    printed: dict[str, list[str]] = {}
+    title = ''
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith('  '):
+            printed[title].append(line.strip())
+        else:
+            title = line
+            printed[title] = []
+    return printed
+
+
+def test_a_dry_run_says_what_the_run_then_does(
+    model_dir: Path, data_file: Path, tmp_path: Path, run_sft: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ['--max_steps', '-1', '--num_train_epochs', '2', '--gradient_accumulation_steps', '3']
+    said = dry(capsys, *small_flags(model_dir, data_file, tmp_path / 'output'), *flags)
+    assert not (tmp_path / 'output').exists(), 'no run folder'
+    assert said['would download'] == ['nothing: all files are here']
+    assert 'learning_rate = 0.0001 because sft_type is lora' not in said['decisions'], 'it was typed'
+    run = run_sft(*flags)
+    (state,) = run.glob('checkpoint-12/trainer_state.json')
+    assert json.loads(state.read_text())['global_step'] == 12
+    data = json.loads((run / 'run.json').read_text())['data']
+    train = data['train']
+    longest = train['max']
+    trained = round(train['trained_share'] * train['tokens'])
+    assert said['data'][:3] == [
+        f'{train["rows"]} training rows, {data["validation"]["rows"]} validation, 0 left out',
+        f'{train["tokens"]:,} training tokens an epoch, {trained:,} of them trained; the longest row has {longest}',
+        '12 optimizer steps of 6 rows (batch 2 x accumulation 3 x processes 1)',
+    ]
+    assert said['model'][1] == 'LlamaForCausalLM, 44,192 parameters'
+    adapter = int(said['model'][2].split()[1].replace(',', ''))
+    stored = json.loads((run / 'checkpoint-12' / 'adapter_config.json').read_text())
+    assert sorted(stored['target_modules']) == ['k_proj', 'q_proj', 'v_proj']
+    assert adapter == 2 * 8 * ((32 + 32) + 2 * (32 + 16)), 'two layers, rank 8: q, and k and v of half the width'
+    (memory,) = (lines for title, lines in said.items() if title.startswith('memory of this CPU'))
+    assert [line.split()[0] for line in memory[1:8]] == [
+        'weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits', 'peak',
+    ]  # fmt: skip
+    assert 'without (as asked)' in memory[0]
+    (fits,) = (lines for title, lines in said.items() if title.startswith('GPUs'))
+    assert fits[0].endswith(', '.join(name for name, _, _ in known_gpus())), 'a tiny model fits on each'
+
+
+def test_a_model_that_is_not_here_is_planned_without_network(
+    data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(Path.home().rglob('*.safetensors'))
+    said = dry(capsys, *QLORA, '--dataset', str(data_file), '--max_length', '1024')
+    assert said['model'][:2] == ['qwen-7b-chat: not on this machine', 'Qwen2ForCausalLM, 7,721,324,544 parameters']
+    assert said['data'] == [
+        '39 training rows, 1 validation; tokens are not counted: the tokenizer is not here',
+        '3 optimizer steps of 16 rows (batch 1 x accumulation 16 x processes 1); at most 39,936 tokens',
+        'memory is counted for rows of 1024 tokens, each token trained',
+    ]
+    (download,) = said['would download']
+    assert download.startswith('model modelscope:qwen/Qwen-7B-Chat, its files not known by name: ')
+    (memory,) = (lines for title, lines in said.items() if title.startswith('memory'))
+    assert re.split(r' +', memory[1])[:2] == ['weights', '5.43'] and 'with (as asked)' in memory[0]
+    assert said['time, an estimate'][0].endswith('floating-point operations for at most 39,936 tokens')
+    assert not list(tmp_path.iterdir()) and sorted(Path.home().rglob('*.safetensors')) == before
+
+
+def test_what_would_be_downloaded_is_named_and_not_fetched(
+    loopback: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loopback.add('model', 'qwen/Qwen-7B-Chat', {'config.json': b'{}', 'model.safetensors': bytes(2**20)})
+    loopback.add('dataset', 'AI-ModelScope/blossom-math-v2', {'train.jsonl': b'{}' * 100, 'README.md': b'x'})
+    said = dry(capsys, *QLORA, '--dataset', 'blossom-math-zh', '--output_dir', str(tmp_path / 'output'))
+    model, data = said['would download']
+    assert model.startswith('model modelscope:qwen/Qwen-7B-Chat@master, 2 files, 0.00 GiB: ')
+    assert set(model.split(': ')[1].split(', ')) == {'config.json', 'model.safetensors'}
+    assert (
+        data
+        == 'data set blossom-math-zh: modelscope:AI-ModelScope/blossom-math-v2@master, 1 files, 0.00 GiB: train.jsonl'
+    )
+    assert [path.rpartition('=')[2] for path in loopback.fetched()] == ['README.md'], (
+        'the card, which says what is read'
+    )
+    assert not (tmp_path / 'output').exists()
+    assert said['data'][0] == 'at most 20000 training rows: data that is not here cannot be counted'
+    assert said['data'][1].startswith('1250 optimizer steps of 16 rows')
+
+
+def test_a_model_of_unknown_size_is_called_so(
+    tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = dry(capsys, '--model_type', 'ziya2-13b', '--dataset', str(data_file))
+    assert said['model'][1].startswith('its size is not known')
+    assert set(said) == {'decisions', 'model', 'data', 'would download'}
+
+
+def test_gpus_that_are_named_are_planned_for(
+    model_dir: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1')
+    said = dry(capsys, *small_flags(model_dir, data_file, tmp_path / 'output'))
+    assert any(title.startswith('memory of a GPU of 2 that share the layers') for title in said)
+    (fits,) = (lines for title, lines in said.items() if title.startswith('GPUs'))
+    assert fits[0].startswith('2 x, without gradient checkpointing, ')
+
+
+def test_padding_and_packs_are_counted(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[Any] = [{'query': 'a', 'response': 'b ' * n} for n in (2, 3, 40, 4, 5, 6, 7, 8, 9, 10)]
+    flags = small_flags(model_dir, write_jsonl(tmp_path / 'rows.jsonl', rows), tmp_path / 'output')
+    laid = dry(capsys, *flags)['data'][-1]
+    padded = dry(capsys, *flags, '--padding_free', 'false')['data'][-1]
+    packed = dry(capsys, *flags, '--packing', 'true', '--max_length', '200')['data']
+    first, second = (int(line.split()[3]) for line in (laid, padded))
+    assert second > first and second % 2 == 0 and ' with padding' in padded
+    assert re.search(r', in \d packs$', packed[0]) and int(packed[-1].split()[3]) > second
