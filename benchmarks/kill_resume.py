@@ -61,7 +61,8 @@ class Outcome:
 
 def make_inputs(folder: Path) -> None:
     """Write a tiny model, rows and a DeepSpeed configuration."""
-    from tests.conftest import make_model, make_tokenizer, write_jsonl
+    from tests.support.runs import write_jsonl
+    from tests.support.tiny_models import make_model, make_tokenizer
 
     make_model().save_pretrained(folder / 'tiny')
     make_tokenizer().save_pretrained(folder / 'tiny')

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import llm_sft
-from tests.conftest import ROOT, make_model, make_tokenizer, write_jsonl
 from tests.support.loopback_hub import LoopbackHub
+from tests.support.runs import ROOT, write_jsonl
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils import dataset
 from utils.checks import dataset as dataset_check
 from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order

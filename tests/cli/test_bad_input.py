@@ -15,7 +15,8 @@ import pytest
 
 import llm_infer
 import llm_sft
-from tests.conftest import ROOT, make_model, make_tokenizer, run_program, small_flags, write_jsonl
+from tests.support.runs import ROOT, run_program, small_flags, write_jsonl
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.checkpoint import damage, last_checkpoint
 
 Problems = Callable[[], list[str]]

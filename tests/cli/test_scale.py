@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import llm_sft
-from tests.conftest import ROOT, small_flags
+from tests.support.runs import ROOT, small_flags
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments

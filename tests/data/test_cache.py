@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import CHATML, ROOT, get_dataset, make_tokenizer, write_jsonl
+from tests.support.runs import ROOT, get_dataset, write_jsonl
+from tests.support.tiny_models import CHATML, make_tokenizer
 from utils import dataset
 from utils.base import cache
 from utils.base.cache import cache_dir, kept
@@ -175,7 +176,7 @@ def test_what_fails_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_process_killed_while_writing_leaves_no_entry_and_is_cleared_away(tmp_path: Path) -> None:
     code = (
-        'import os, signal\nfrom utils.cache import kept\n'
+        'import os, signal\nfrom utils.base.cache import kept\n'
         "kept('data-x', lambda f: ((f / 'half').write_text('x'), os.kill(os.getpid(), signal.SIGKILL)))"
     )
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT, make_tokenizer, small_flags, write_jsonl
-from tests.train.test_training import history, weights
+from tests.support.runs import ROOT, history, small_flags, weights, write_jsonl
+from tests.support.tiny_models import make_tokenizer
 from utils import dataset
 from utils.base.errors import ConfigError
 from utils.data import stream

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_tokenizer
+from tests.support.tiny_models import make_tokenizer
 from utils.base.names import LossScope
 from utils.data.encode_plan import EncodedAgain
 from utils.encode.account import Account, leaves

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_tokenizer
+from tests.support.tiny_models import make_tokenizer
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import (
     ADDED_END,

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import CHATML, make_tokenizer, write_jsonl
-from tests.encode.test_template import FOREIGN_IDS, TEXT, TOKENIZER, TOKENIZERS, TOOLS_TEMPLATE, chat
+from tests.support.runs import write_jsonl
+from tests.support.templates import FOREIGN_IDS, TEXT, TOKENIZER, TOKENIZERS, TOOLS_TEMPLATE, chat
+from tests.support.tiny_models import CHATML, make_tokenizer
 from utils.data.collator import Collator
 from utils.data.encode_plan import EncodedRows
 from utils.encode.encoded import CONTROL_TOKENS, EARLIER_CHANGED, EARLIER_MERGED, RowRefused

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_tokenizer
 from tests.support.real_judge import MARKER, Judge, Verdict, judge_rows
 from tests.support.real_rows import Words, add_tokens, conversations, printed_tokens, with_template
+from tests.support.tiny_models import make_tokenizer
 from utils.base.errors import ConfigError
 from utils.data.encode_plan import EncodedAgain
 from utils.encode.account import Account, leaves

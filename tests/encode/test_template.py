@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import CHATML, SPECIAL, make_tokenizer
+from tests.support.templates import FOREIGN_IDS, GOLDEN, TEXT, TOKENIZER, TOKENIZERS, TOOLS_TEMPLATE, chat
+from tests.support.tiny_models import CHATML, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import (
@@ -27,20 +28,9 @@ from utils.encode.encoded import (
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.encode.show import show_row
-from utils.formats.conversation import Message, Row
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
-TOKENIZER = make_tokenizer()
-TOKENIZERS = (TOKENIZER, make_tokenizer(metaspace='first'), make_tokenizer(metaspace='always'))
 REGISTERED = [name for name, template in TEMPLATE_MAPPING.items() if template is not None]
-
-
-def chat(*texts: str, system: str | None = None) -> Row:
-    """Return a row of alternating user and assistant turns."""
-    roles = ('user', 'assistant')
-    messages: list[Message] = [{'role': roles[i % 2], 'content': text} for i, text in enumerate(texts)]
-    head: list[Message] = [{'role': 'system', 'content': system}] if system is not None else []
-    return Row(messages=[*head, *messages], origin='test:1')
 
 
 def encoder(name: str, tokenizer: Any = TOKENIZER, max_length: int = -1, system: str | None = None) -> Encoder:
@@ -51,30 +41,6 @@ def encoder(name: str, tokenizer: Any = TOKENIZER, max_length: int = -1, system:
         system_typed=system is not None,
         max_length=max_length,
     )
-
-
-GOLDEN = {
-    'default': 'be kind\n\n### Human:\nhi\n\n### Assistant:\nyo\n\n### Human:\nwho?\n\n### Assistant:\n[me</s>]',
-    'chatml': (
-        '<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n'
-        '<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\n[me<|im_end|><|endoftext|>]'
-    ),
-    'baichuan': '#195#hi#196#yo#195#who?#196#[me</s>]',
-    'chatglm2': '#64790##64792#[Round 1]\n\n问：hi\n\n答：yo\n\n[Round 2]\n\n问：who?\n\n答：[me</s>]',
-    'llama': '<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhi [/INST] yo </s><s>[INST] who? [/INST] [me</s>]',
-    'openbuddy': 'be kind\n\nUser: hi\nAssistant: yo\nUser: who?\nAssistant: [me</s>]',
-    'openbuddy-llama': 'be kind\n\nUser: hi\nAssistant: yo\nUser: who?\nAssistant: [me</s>]',
-    'internlm': '<s><|User|>:hi<eoh>\n<|Bot|>:yo<eoa>\n<|User|>:who?<eoh>\n<|Bot|>:[me<eoa></s>]',
-    'xverse': 'Human: hi\n\nAssistant: yo</s>Human: who?\n\nAssistant: [me</s>]',
-    'ziya': '<s><human>:hi\n<bot>:yo\n<human>:who?\n<bot>:[me</s>]',
-    'auto': (
-        '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n<|im_start|>user\nwho?<|im_end|>\n'
-        '<|im_start|>assistant\n[me<|im_end|>]\n'
-    ),
-    'default-generation': '[me</s>]',
-    'chatglm2-generation': '#64790##64792#[me</s>]',
-}
-FOREIGN_IDS = (195, 196, 64790, 64792)
 
 
 def readable(row: Any) -> str:
@@ -101,16 +67,6 @@ def test_golden_text_of_every_template() -> None:
         single = template is not None and template.chat_sep is None
         row = chat('', 'me') if single else chat('hi', 'yo', 'who?', 'me')
         assert readable(encoder(name).encode([row])[0]) == expected, name
-
-
-TEXT = st.lists(
-    st.sampled_from(
-        [*SPECIAL, '{{QUERY}}', '{{SYSTEM}}', '{{ROUND}}', '{{ system }}', ' ', '\n', '\n\n', 'a', 'answer', '你好',
-         '1', '[/INST]', '### Human:', '</', 's>', '<|im_', 'end|>', '\u200b', '\ue000', '\\', '"']
-    ),
-    min_size=1,
-    max_size=6,
-).map(''.join)  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None)
@@ -264,15 +220,6 @@ def test_what_a_template_has_no_place_for_is_noted() -> None:
     encoded = encoder(AUTO).encode([called])[0]
     assert encoded.notes == [TOOL_CALL_AS_TEXT]
     assert TOKENIZER.decode(encoded.input_ids).endswith('assistant\n[{"name": "f", "arguments": {}}]<|im_end|>\n')
-
-
-TOOLS_TEMPLATE = (
-    '{% if tools %}{{ "tools: " + (tools | tojson) + "\n" }}{% endif %}'
-    '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" }}'
-    '{% if m.tool_calls %}{% for c in m.tool_calls %}{{ "<call>" + (c.function | tojson) + "</call>" }}{% endfor %}'
-    '{% else %}{{ m.content }}{% endif %}{{ "<|im_end|>\n" }}{% endfor %}'
-    '{% if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}'
-)
 
 
 def test_a_template_that_says_tool_calls_is_given_them() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from tests.conftest import CHATML, make_tokenizer
+from tests.support.tiny_models import CHATML, make_tokenizer
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import FULL_DIFFERS, THINKING_SWITCH, TOOL_CALL_AS_TEXT
 from utils.formats.columns import check_row, find_converter

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import llm_infer
-from tests.conftest import make_model, make_tokenizer, write_jsonl
+from tests.support.runs import write_jsonl
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.export.model_card import model_card

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import llm_infer
 import llm_sft
-from tests.conftest import get_dataset, make_tokenizer, small_flags, write_jsonl
+from tests.support.runs import get_dataset, small_flags, write_jsonl
+from tests.support.tiny_models import make_tokenizer
 from tests.support.vision_models import (
     GOLDENS,
     NAMES,

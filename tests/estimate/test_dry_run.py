@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import llm_sft
-from tests.conftest import small_flags, write_jsonl
 from tests.support.loopback_hub import LoopbackHub
+from tests.support.runs import small_flags, write_jsonl
 from utils.estimate.gpus import known_gpus
 
 Run = Callable[..., Path]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from utils.cli.arguments import SftArguments
 from utils.cli.parser import parse
 from utils.cli.ranges import OPTIMIZERS

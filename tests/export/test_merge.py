@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import llm_infer
-from tests.conftest import make_model, make_tokenizer
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.encode.jinja import serving_template
 from utils.encode.make import make_encoder

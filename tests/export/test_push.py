@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run_program, small_flags
 from tests.support.loopback_hub import Fault, LoopbackHub
+from tests.support.runs import run_program, small_flags
 from utils.base.names import HubName
 from utils.export import push, push_queue
 from utils.hub.clients import TOKEN_VARIABLES

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import copy
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.loading.legacy.test_models_2023 import PROVEN, original_folder
-from tests.programs.test_models_modern import PLAIN, SEEING, saved_model
+from tests.support.exactness import LENGTHS, make_rows, open_tiny, plain_gradients, prepared
+from tests.support.modern_models import PLAIN, SEEING
+from tests.support.old_models import PROVEN
 from utils.cli.arguments import SftArguments
 from utils.data.collator import Collator
 from utils.fast.layout import exact_head, lay_end_to_end
 from utils.fast.scoring import Scorer
-from utils.loading.info import LoadOptions
-from utils.loading.opening import open_entry
 from utils.model import MODEL_MAPPING
-from utils.train.prepare import prepare_model
 
 BOUND = 1e-5
-LENGTHS = (11, 3, 30, 17)
 # Classes whose rows stay padded, and the word of the reason that is logged.
 PADDED = {
     'AlibiLlamaForCausalLM': 'ALiBi',
@@ -37,53 +33,6 @@ PADDED = {
 }
 # One key of each way in which a full-width model comes to a native class.
 SOURCES = [key for key in (*PLAIN, *SEEING, *PROVEN) if MODEL_MAPPING[key].quantization is None]
-
-
-def open_tiny(key: str, folder: Path) -> Any:
-    """Return a tiny fp32 model of random weights of a key's class, through the key's own loader."""
-    info = MODEL_MAPPING[key]
-    folder = saved_model(key, folder) if key in PLAIN or key in SEEING else original_folder(key, folder)
-    model = open_entry(folder, info, LoadOptions(torch_dtype=torch.float32))[0]
-    for module in model.modules():  # some classes drop out by default
-        for field in {'attention_dropout', 'residual_dropout'} & set(vars(module)):
-            setattr(module, field, 0.0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(0.6)  # with larger weights the toys amplify rounding more than any real model
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    return model
-
-
-def make_rows(size: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return rows of different lengths; the second half of each is trained, one row wholly."""
-    rng = random.Random(seed)
-    spans = [(n // 2, n) for n in LENGTHS[:-1]] + [(0, LENGTHS[-1])]
-    return [
-        {'input_ids': [rng.randrange(6, size) for _ in range(n)], 'trained': span, 'prompt_length': span[0]}
-        for n, span in zip(LENGTHS, spans, strict=True)
-    ]
-
-
-def plain_gradients(model: Any, rows: list[dict[str, Any]], divisor: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return loss and gradients as transformers computes them: padded rows, its own loss."""
-    batch = Collator(5, pads=True)(rows)
-    inputs = {name: batch[name] for name in ('input_ids', 'attention_mask', 'labels')}
-    model.zero_grad()
-    loss = model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
-    loss.backward()
-    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def prepared(model: Any, key: str, kind: str, **flags: Any) -> tuple[Any, SftArguments]:
-    """Return the model with adapters that are not zero, or all weights trained."""
-    args = SftArguments(sft_type=kind, lora_target_modules=list(MODEL_MAPPING[key].lora_target_modules), **flags)
-    torch.manual_seed(1)
-    tuned = prepare_model(model, args)
-    for name, parameter in tuned.named_parameters():
-        if 'lora_B' in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return tuned.train(), args
 
 
 @pytest.mark.parametrize('key', SOURCES)

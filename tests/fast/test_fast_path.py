@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from tests.conftest import ROOT, make_model, make_tokenizer, write_jsonl
-from tests.fast.test_exactness import make_rows, open_tiny, plain_gradients, prepared
+from tests.support.exactness import make_rows, open_tiny, plain_gradients, prepared
+from tests.support.runs import ROOT, write_jsonl
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.data.collator import Collator, refill
 from utils.data.encode_plan import EncodedRows, PreparedData
 from utils.data.packing import StepSampler, best_fit, fewest
@@ -499,7 +500,7 @@ def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_pa
 
 # Makes as many shapes twice as oneDNN keeps kernels for at most where nobody sets it, and says when it starts again.
 MANY_SHAPES = """
-from utils.start import start_processes
+from utils.run.processes import start_processes
 start_processes('gloo')
 import torch
 weight = torch.zeros(8, 8).to_mkldnn()

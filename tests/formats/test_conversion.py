@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import get_dataset
+from tests.support.runs import get_dataset
 from utils.data.parts import TRAIN
 from utils.data.plan import plan_rows
 from utils.formats import data_file

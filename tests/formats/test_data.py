@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import get_dataset, write_jsonl
+from tests.support.runs import get_dataset, write_jsonl
 from utils import dataset
 from utils.base.errors import ConfigError
 from utils.dataset import DATASET_MAPPING

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import get_dataset, write_jsonl
+from tests.support.runs import get_dataset, write_jsonl
 from utils.base.errors import ConfigError
 from utils.data.plan import plan_rows
 from utils.data.sources import check_sources, parse_source

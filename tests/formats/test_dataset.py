@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import get_dataset
 from tests.support.loopback_hub import Fault, LoopbackHub
+from tests.support.runs import get_dataset
 from utils.base.errors import ConfigError
 from utils.dataset import DATASET_MAPPING
 from utils.formats.conversation import BadRow, Filtered

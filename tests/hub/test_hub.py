@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_program, small_flags
 from tests.support.loopback_hub import Fault, LoopbackHub
+from tests.support.runs import ROOT, run_program, small_flags
 from utils.base.errors import ConfigError
 from utils.base.names import HubName, Kind
 from utils.hub import snapshot as hub
@@ -208,7 +208,7 @@ def test_shards_fetched_by_another_program_are_counted(loopback: LoopbackHub, mo
 def test_processes_of_one_machine_fetch_once(hub_name: HubName, loopback: LoopbackHub) -> None:
     loopback.add('model', 'owner/name', FILES)
     code = (
-        'from utils import hub; from utils.hub_clients import Repo\n'
+        'from utils.hub import snapshot as hub; from utils.hub.clients import Repo\n'
         f'found = hub.find([Repo(hub={hub_name!r}, id="owner/name")], "model"); found.fetch(list(found.files))'
     )
     started = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stderr=subprocess.DEVNULL) for _ in range(3)]

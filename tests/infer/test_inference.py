@@ -16,7 +16,8 @@ from tokenizers import decoders
 from transformers import GenerationConfig, LlamaConfig
 
 import llm_infer
-from tests.conftest import make_tokenizer, write_jsonl
+from tests.support.runs import write_jsonl
+from tests.support.tiny_models import make_tokenizer
 from utils.encode.make import make_encoder
 from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.conversation import Message, Row

@@ -12,8 +12,9 @@ import pytest
 
 import llm_infer
 import llm_sft
-from tests.conftest import make_model, make_tokenizer, small_flags
-from tests.loading.legacy.test_models_2023 import change_config, original_folder
+from tests.support.old_models import change_config, original_folder
+from tests.support.runs import small_flags
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.loading.weights import locate
 from utils.model import get_model_info
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, make_model
+from tests.support.runs import ROOT
+from tests.support.tiny_models import make_model
 from utils.base.errors import ConfigError
 from utils.loading.adapter import load_adapter
 from utils.model import MODEL_MAPPING, load_model

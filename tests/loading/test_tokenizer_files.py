@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import llm_infer
 import llm_sft
-from tests.conftest import make_model, make_tokenizer, small_flags, write_jsonl
+from tests.support.runs import small_flags, write_jsonl
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.cli.arguments import InferArguments
 from utils.encode.make import make_encoder

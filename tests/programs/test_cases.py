@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import llm_sft
-from tests.conftest import CHATML, SPECIAL, make_model, make_tokenizer, small_flags, write_jsonl
+from tests.support.runs import small_flags, write_jsonl
+from tests.support.tiny_models import CHATML, SPECIAL, make_model, make_tokenizer
 from utils.encode.make import make_encoder
 from utils.formats.conversation import Row
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import llm_infer
 import llm_sft
-from tests.conftest import ROOT, small_flags, write_jsonl
+from tests.support.runs import ROOT, small_flags, write_jsonl
 
 pytestmark = pytest.mark.slow
 

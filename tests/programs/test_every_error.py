@@ -22,7 +22,8 @@ import pytest
 
 import llm_infer
 import llm_sft
-from tests.conftest import ROOT, make_model, make_tokenizer, small_flags
+from tests.support.runs import ROOT, small_flags
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.export import push
@@ -562,7 +563,7 @@ def directory_of_nothing(tmp: Path) -> Any:
 
 
 def dropout_on_experts(tmp: Path) -> Any:
-    from tests.programs.test_models_modern import make_modern
+    from tests.support.modern_models import make_modern
     from utils.train.prepare import prepare_model
 
     targets = ['q_proj', 'experts.down_proj']

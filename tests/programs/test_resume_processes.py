@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from utils.base.checkpoint import all_checkpoints, damage
 
 pytestmark = pytest.mark.slow
@@ -22,8 +22,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import llm_sft
 from benchmarks.kill_resume import STEPS, base_flags, compare, facts, run_folder, start, wait
-from utils import preflight, tuner
-from utils.trainer import SftTrainer
+from utils.proofs import first_step
+from utils.train import prepare
+from utils.train.trainer import SftTrainer
 
 folder = Path(sys.argv[2])
 base = [*base_flags(folder), '--lora_dropout_p', '0.1']

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import llm_sft
-from tests.conftest import ROOT, write_jsonl
-from tests.repository.test_scripts import SFT, Started, run_scripts
+from tests.support.runs import ROOT, write_jsonl
+from tests.support.script_runs import SFT, Started, run_scripts
 from utils.hub.clients import Repo, connect
 from utils.model import MODEL_MAPPING
 

@@ -14,8 +14,9 @@ import pytest
 
 import llm_infer
 import llm_sft
-from tests.conftest import make_model, make_tokenizer, small_flags
-from tests.loading.legacy.test_models_2023 import original_folder
+from tests.support.old_models import original_folder
+from tests.support.runs import small_flags
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.model import load_model, load_tokenizer
 
 Problems = Callable[[], list[str]]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_model, write_jsonl
-from tests.train.test_resume import assert_equal
+from tests.support.runs import assert_equal, write_jsonl
+from tests.support.tiny_models import make_model
 from utils.data.encode_plan import EncodedRows
 from utils.encode.encoded import Encoded
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import make_tokenizer
+from tests.support.tiny_models import make_tokenizer
 from utils.base.errors import ConfigError
 from utils.data.collator import Collator
 from utils.data.encode_plan import encode_rows

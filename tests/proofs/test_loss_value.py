@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import make_model, make_tokenizer
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.data import collator
 from utils.data.collator import Collator
 from utils.encode.encoded import IGNORE_INDEX

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_model, make_tokenizer, run_program, small_flags
+from tests.support.runs import run_program, small_flags
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.leak_scan import find_secrets, scan_tree
 from utils.cli.arguments import SftArguments
 from utils.proofs.secrecy import home_paths, prove_secrecy

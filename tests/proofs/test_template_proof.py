@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import llm_infer
-from tests.conftest import CHATML, make_tokenizer
-from tests.programs.test_models_modern import ENDS, template_tokenizer
+from tests.support.modern_models import ENDS, template_tokenizer
+from tests.support.tiny_models import CHATML, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoder import Encoder

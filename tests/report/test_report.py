@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import llm_sft
-from tests.conftest import small_flags
+from tests.support.runs import small_flags
 from utils.cli.arguments import SftArguments
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.formats.conversation import Row

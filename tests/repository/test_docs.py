@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from tools import docs
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.parser import parse

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 
 # Finds every package but those that are hidden, as if they were not installed, and runs programs one after the other.
 HIDING = """

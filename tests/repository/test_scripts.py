@@ -6,13 +6,14 @@ import json
 import os
 import re
 import subprocess
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
+from tests.support.script_runs import MACHINES, SFT, Started, run_scripts
 from tools.script_table import read_script
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.parser import parse
@@ -22,59 +23,8 @@ from utils.loading.info import QKV
 from utils.model import MODEL_MAPPING
 from utils.preprocess import AUTO
 
-SFT = sorted((ROOT / 'scripts').glob('*/*/sft.sh'))
 INFER = sorted((ROOT / 'scripts').glob('*/*/infer.sh'))
-# The file it writes is its caller's name for the run; in it the program, the GPUs it sees, and its arguments.
-STAND_IN = """#!/bin/sh
-printf '%s\\0' "${0##*/}" "${CUDA_VISIBLE_DEVICES-}" "$@" > "$RECORD"
-"""
-# Started from a foreign folder, one bash for all.
-DRIVER = 'for s in "$@"; do RECORD="$RECORDS/${s//\\//_}" bash "$s" $WORDS || echo "$s" >> "$RECORDS/failed"; done'
-MACHINES = {'NNODES': '2', 'NODE_RANK': '1', 'MASTER_ADDR': '10.0.0.1'}
 VARIANTS = {'plain': {}, 'four': {'NPROC_PER_NODE': '4'}, 'machines': {**MACHINES, 'CUDA_VISIBLE_DEVICES': '6,7'}}
-
-
-@dataclass(frozen=True)
-class Started:
-    """What a script would run: the program, the GPUs it would see, how many processes, and the flags."""
-
-    program: str
-    gpus: list[str]
-    launcher: list[str]
-    flags: list[str]
-
-    @property
-    def processes(self) -> int:
-        """Return how many processes there are on all machines."""
-        if self.program == 'python':
-            return 1
-        machines = int(self.launcher[self.launcher.index('--nnodes') + 1]) if '--nnodes' in self.launcher else 1
-        return machines * int(self.launcher[self.launcher.index('--nproc_per_node') + 1])
-
-
-def run_scripts(folder: Path, scripts: list[Path], words: str, **env: str) -> dict[Path, Started]:
-    """Return what each of these scripts would run, given the same words."""
-    for name in ('python', 'torchrun'):
-        (folder / name).write_text(STAND_IN)
-        (folder / name).chmod(0o755)
-    records = folder / 'records'
-    records.mkdir()
-    own = {k: v for k, v in os.environ.items() if k not in ('CUDA_VISIBLE_DEVICES', 'NPROC_PER_NODE', *MACHINES)}
-    path = f'{folder}:{os.environ["PATH"]}'
-    subprocess.run(
-        ['bash', '-c', DRIVER, 'bash', *map(str, scripts)],
-        # An environment that is active, so that the stand-ins come first.
-        cwd=folder, check=True,
-        env={**own, 'VIRTUAL_ENV': str(folder), 'PATH': path, 'RECORDS': str(records), 'WORDS': words, **env},
-    )  # fmt: skip
-    assert not (records / 'failed').exists(), (records / 'failed').read_text()
-    found = {}
-    for script in scripts:
-        program, gpus, *said = (records / str(script).replace('/', '_')).read_text().split('\0')[:-1]
-        start = next(i for i, word in enumerate(said) if word.endswith('.py'))
-        assert said[start] == {'sft.sh': 'llm_sft.py', 'infer.sh': 'llm_infer.py'}[script.name]
-        found[script] = Started(program, [g for g in gpus.split(',') if g], said[:start], said[start + 1 :])
-    return found
 
 
 @pytest.fixture(scope='module')

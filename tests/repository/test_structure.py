@@ -6,7 +6,7 @@ import ast
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 
 # A module imports only from lower layers, or from those before it in layers 4 to 6. Layers 0-3: standard library only.
 LAYERS: list[list[str]] = [

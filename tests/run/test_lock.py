@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 import llm_sft
-from tests.conftest import make_model, make_tokenizer, small_flags, write_jsonl
+from tests.support.runs import small_flags, write_jsonl
+from tests.support.tiny_models import make_model, make_tokenizer
 
 Problems = Callable[[], list[str]]
 

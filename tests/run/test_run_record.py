@@ -16,7 +16,8 @@ import torch
 
 import llm_infer
 import llm_sft
-from tests.conftest import ROOT, make_tokenizer, small_flags, write_jsonl
+from tests.support.runs import ROOT, small_flags, write_jsonl
+from tests.support.tiny_models import make_tokenizer
 from utils.base.errors import ConfigError
 from utils.base.errors import Problems as CollectedProblems
 from utils.base.version import VERSION
@@ -199,7 +200,7 @@ def test_rows_past_learnt_positions_are_refused_before_training(
 
 
 def test_rows_past_the_length_of_rotary_positions_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    from tests.conftest import make_model
+    from tests.support.tiny_models import make_model
 
     model = make_model()
     check_positions(model, 512)

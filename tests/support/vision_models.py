@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, make_tokenizer, write_jsonl
+from tests.support.runs import ROOT, write_jsonl
+from tests.support.tiny_models import make_tokenizer
 
 GOLDENS = ROOT / 'tests' / 'goldens'
 QWEN_VL, QWEN25_VL, QWEN3_VL = 'qwen-vl-chat', 'qwen2.5-vl-3b-instruct', 'qwen3-vl-2b-instruct'
@@ -77,7 +78,7 @@ def make_seeing_model(key: str, tokenizer: Any) -> Any:
 def seeing_folder(key: str, folder: Path) -> Path:
     """Write a tiny checkpoint of a registered model that sees, named as on the hub; returns its folder."""
     if key == QWEN_VL:
-        from tests.loading.legacy.test_models_2023 import original_folder
+        from tests.support.old_models import original_folder
 
         return original_folder(key, folder)
     from utils.model import MODEL_MAPPING

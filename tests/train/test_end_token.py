@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import llm_sft
-from tests.conftest import make_model, make_tokenizer, small_flags
+from tests.support.runs import small_flags
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.train.end_token import untrained_ids
 
 END = 4

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import make_model, make_tokenizer, write_jsonl
+from tests.support.runs import write_jsonl
+from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.checkpoint import all_checkpoints
 from utils.base.errors import ConfigError
 from utils.cli.ranges import SCHEDULERS

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, small_flags
+from tests.support.runs import ROOT, assert_equal, hashes, log_lines, small_flags
 from utils.base.checkpoint import MANIFEST, PICKLE_SUFFIXES, all_checkpoints, damage
 from utils.base.errors import Problems as CollectedProblems
 from utils.run.record import _check_resumed_optimizer
@@ -23,25 +23,6 @@ from utils.run.record import _check_resumed_optimizer
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
 SCRATCH_FLAGS = ('--eval_steps', '2', '--save_total_limit', '-1', '--lora_dropout_p', '0.1')
-
-
-def log_lines(checkpoint: Path) -> list[dict[str, Any]]:
-    """Return the log lines stored in a checkpoint, without timings."""
-    state = json.loads((checkpoint / 'trainer_state.json').read_text())
-    return [{k: v for k, v in e.items() if 'runtime' not in k and 'second' not in k} for e in state['log_history']]
-
-
-def hashes(checkpoint: Path) -> dict[str, str]:
-    """Return the sha256 of weights, optimizer and process states."""
-    files = json.loads((checkpoint / MANIFEST).read_text())['files']
-    found = {name: entry['sha256'] for name, entry in files.items() if name.endswith('.safetensors')}
-    assert {'optimizer.safetensors', 'process_states.safetensors'} < set(found)
-    return found
-
-
-def assert_equal(resumed: Path, whole: Path) -> None:
-    assert log_lines(resumed) == log_lines(whole)
-    assert hashes(resumed) == hashes(whole)
 
 
 @pytest.fixture
@@ -125,7 +106,7 @@ def test_a_signal_at_a_step_that_is_not_logged_loses_no_loss(
 def test_a_second_signal_quits_at_once_and_an_echo_does_not() -> None:
     code = (
         'import os, signal, sys, time\n'
-        'from utils.stop import StopSignals\n'
+        'from utils.train.stop import StopSignals\n'
         'me = os.getpid()\n'
         'with StopSignals() as stop:\n'
         '    os.kill(me, signal.SIGTERM); os.kill(me, signal.SIGTERM)\n'
@@ -209,7 +190,7 @@ def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pyte
 DISK_FULL = """
 import resource, sys
 import llm_sft
-from utils.trainer import SftTrainer
+from utils.train.trainer import SftTrainer
 
 write, limited_from = SftTrainer.write_checkpoint, sys.argv[1]
 

@@ -5,27 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.conftest import make_model, make_tokenizer, write_jsonl
+from tests.support.runs import history, weights, write_jsonl
+from tests.support.tiny_models import make_model, make_tokenizer
 
 Run = Callable[..., Path]
-
-
-def history(run: Path, step: int) -> list[dict[str, Any]]:
-    """Return the log lines stored in a checkpoint, without timings."""
-    state = json.loads((run / f'checkpoint-{step}' / 'trainer_state.json').read_text())
-    return [{k: v for k, v in e.items() if 'runtime' not in k and 'second' not in k} for e in state['log_history']]
-
-
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = run / f'checkpoint-{step}'
-    file = folder / 'adapter_model.safetensors'
-    return load_file(file if file.is_file() else folder / 'model.safetensors')
 
 
 def test_run_folder_holds_what_is_promised(run_sft: Run) -> None:

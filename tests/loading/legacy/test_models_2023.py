@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,175 +10,28 @@ import pytest
 
 import llm_infer
 import llm_sft
-from tests.conftest import ROOT, make_model, make_tokenizer, small_flags
+from tests.support.old_models import FACTS, KEYS, PROVEN, SOURCES, original_folder
+from tests.support.runs import small_flags
+from tests.support.tiny_models import make_tokenizer
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.encode.make import make_encoder
 from utils.export.merge import merge_and_save
 from utils.formats.conversation import Row
-from utils.loading.info import LoadOptions, ModelInfo
+from utils.loading.info import LoadOptions
 from utils.loading.layers import ALL, find_towers, linear_names
-from utils.loading.legacy.registry import FAMILIES
 from utils.loading.opening import get_model_tokenizer
 from utils.loading.packed import packed_classes
 from utils.loading.weights import locate
 from utils.model import MODEL_MAPPING, get_model_info, load_model, load_tokenizer
-from utils.preprocess import TEMPLATE_MAPPING
 from utils.run.open_model import open_model
 from utils.train.prepare import prepare_model
 
-GOLDENS = ROOT / 'tests' / 'goldens'
 QKV = ('q_proj', 'k_proj', 'v_proj')
-SENTENCEPIECE = {'tokenizer.model': 'internlm.model'}
-BAICHUAN = {'tokenizer.model': 'baichuan.model'}
-# Family -> the checkpoint it is tried with and the vocabulary files beside it, by the names the hub has.
-SOURCES: dict[str, tuple[str, dict[str, str]]] = {
-    'qwen': ('qwen-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
-    'qwen_gptq': ('qwen_gptq-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
-    'qwen_vl': ('qwenvl-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
-    'qwen_vl_gptq': ('qwenvl-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
-    'baichuan_7b': ('baichuan7b-a', BAICHUAN),
-    'baichuan2_7b': ('baichuan2_7b-a', BAICHUAN),
-    'baichuan_13b': ('baichuan_13b-a', BAICHUAN),
-    'baichuan2_13b': ('baichuan2_13b-a', BAICHUAN),
-    'baichuan2_7b_4bits': ('baichuan2_13b_4bits-a', BAICHUAN),
-    'baichuan2_13b_4bits': ('baichuan2_13b_4bits-a', BAICHUAN),
-    'internlm': ('internlm-a', SENTENCEPIECE),
-    'chatglm2': ('chatglm2-a', SENTENCEPIECE),
-    'chatglm2_32k': ('chatglm2-a', SENTENCEPIECE),
-    'polylm': ('polylm-a', BAICHUAN),
-    'xverse': ('xverse-a', {}),
-}
 
-FACTS = {entry['model_type']: entry for entry in json.loads((GOLDENS / 'models_2023.json').read_text())}
 # Of the 47, those that are registered.
 REGISTERED = 47
-KEYS = [key for key in FACTS if key in MODEL_MAPPING]
-# One key of each family, where a family has several sizes.
-PROVEN = (
-    'qwen-7b', 'qwen-7b-chat-int4', 'qwen-7b-chat-int8', 'baichuan-7b', 'baichuan-13b', 'baichuan2-7b', 'baichuan2-13b',
-    'baichuan2-7b-chat-int4', 'baichuan2-13b-chat-int4', 'chatglm2-6b', 'chatglm2-6b-32k', 'internlm-7b',
-    'internlm-7b-chat-8k', 'xverse-7b', 'polylm-13b', 'seqgpt-560m', 'ziya2-13b', 'llama2-7b', 'mistral-7b',
-    'qwen-vl', 'qwen-vl-chat-int4',
-)  # fmt: skip
 OUR_CLASSES = {'baichuan-13b', 'baichuan2-13b', 'baichuan2-13b-chat-int4', 'qwen-vl'}
-
-
-def original_folder(key: str, folder: Path) -> Path:
-    """Write a toy checkpoint of a model's family in its original layout, with the hub's vocabulary files."""
-    info = MODEL_MAPPING[key]
-    folder = folder / info.model_id_or_path.split('/')[1]
-    if info.family is None:
-        return native_folder(info, folder)
-    golden, vocabulary = SOURCES[info.family]
-    copy_golden(golden, folder)
-    if key.endswith('int8'):
-        write_int8(folder)
-    with change_config(folder) as config:
-        if info.family == 'baichuan2_7b_4bits':  # told from the 13B, whose positions are ALiBi, by this field
-            config['max_position_embeddings'] = config.pop('model_max_length')
-        if key == 'chatglm2-6b-32k':
-            config['rope_ratio'] = 4
-        if key == 'internlm-7b-chat-8k':
-            config['rotary'] = {'base': 10000, 'type': 'dynamic'}
-    for name, source in vocabulary.items():
-        shutil.copy(GOLDENS / 'tokenizers' / source, folder / name)
-    family = FAMILIES[info.family]
-    if not vocabulary:
-        make_tokenizer(chat_template=None).save_pretrained(folder)
-    assert family.tokenizer is not None
-    tokenizer = family.tokenizer(folder)
-    if golden == 'qwenvl-a':
-        move_image_tags(folder, tokenizer.convert_tokens_to_ids('<img>'), packed=info.quantization is not None)
-    widen(folder, template_size(info, len(tokenizer)))
-    return folder
-
-
-def copy_golden(name: str, folder: Path) -> None:
-    shutil.copytree(GOLDENS / name, folder)
-    (folder / 'expected.safetensors').unlink()
-
-
-@contextlib.contextmanager
-def change_config(folder: Path) -> Iterator[dict[str, Any]]:
-    config = json.loads((folder / 'config.json').read_text())
-    yield config
-    (folder / 'config.json').write_text(json.dumps(config))
-
-
-def write_int8(folder: Path) -> None:
-    """Put 8-bit layers in the place of a checkpoint's 4-bit ones."""
-    from tests.loading.legacy.test_native_qwen import gptq_checkpoint
-
-    eight, _ = gptq_checkpoint(folder.with_name('int8'), bits=8, group=32, act_order=True)
-    for name in ('config.json', 'model.safetensors'):
-        shutil.move(eight / name, folder / name)
-
-
-def native_folder(info: ModelInfo, folder: Path) -> Path:
-    import transformers as t
-
-    name = info.model_id_or_path.lower()
-    if 'mistral' in name:
-        small = {'vocab_size': 400, 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4}
-        t.MistralForCausalLM(t.MistralConfig(**small, intermediate_size=64, num_key_value_heads=2)).save_pretrained(
-            folder
-        )
-    elif 'seqgpt' in name or 'ziya2' in name:
-        copy_golden('seqgpt-a' if 'seqgpt' in name else 'ziya2-a', folder)
-        widen(folder, 400)
-    else:
-        make_model().save_pretrained(folder)
-    make_tokenizer(chat_template=None).save_pretrained(folder)
-    return folder
-
-
-def move_image_tags(folder: Path, start: int, *, packed: bool) -> None:
-    """Give the toy Qwen-VL the ids that its toy tokenizer has for image tags; `packed`: and its text in 4 bits."""
-    from safetensors.torch import load_file, save_file
-
-    from tests.loading.legacy.test_native_qwen_vl import pack_text
-
-    config = json.loads((folder / 'config.json').read_text())
-    config['visual']['image_start_id'] = start
-    if packed:
-        config, state, _ = pack_text(config, load_file(folder / 'model.safetensors'), group=16)
-        save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / 'model.safetensors')
-    (folder / 'config.json').write_text(json.dumps(config))
-
-
-def template_size(info: ModelInfo, tokens: int) -> int:
-    """Return how many rows an embedding needs for the tokenizer and for the ids that the template names."""
-    template = TEMPLATE_MAPPING[info.template]
-    assert template is not None
-    pieces = (*template.prefix, *template.prompt, *(template.chat_sep or ()), *template.suffix)
-    named = [i for piece in pieces if isinstance(piece, tuple) for i in piece if isinstance(i, int)]
-    return max([tokens, *(i + 1 for i in named)]) + 7
-
-
-def widen(folder: Path, size: int) -> None:
-    """Give the checkpoint's vocabulary `size` rows, the new ones random and small."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    config = json.loads((folder / 'config.json').read_text())
-    old = config.get('padded_vocab_size') or config['vocab_size']
-    is_bin = (folder / 'pytorch_model.bin').is_file()
-    file = folder / ('pytorch_model.bin' if is_bin else 'model.safetensors')
-    state: dict[str, Any] = torch.load(file, weights_only=True) if is_bin else load_file(file)
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in state.items():
-        if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[0] == old and size > old:
-            new = 0.02 * torch.randn((size - old, tensor.shape[1]), generator=generator)
-            state[name] = torch.cat([tensor, new.to(tensor.dtype)])
-    for name in ('vocab_size', 'padded_vocab_size'):
-        if name in config:
-            config[name] = max(size, old)
-    (folder / 'config.json').write_text(json.dumps(config))
-    if is_bin:
-        torch.save(state, file)
-    else:
-        save_file(state, file)
 
 
 def test_entries_are_those_of_the_facts() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from utils.base.errors import ConfigError
 from utils.loading.folder import read_config
 from utils.loading.legacy.classes.alibi import AlibiLlamaForCausalLM, alibi_slopes

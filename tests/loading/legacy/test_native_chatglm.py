@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from utils.base.errors import ConfigError
 from utils.loading.legacy.families.chatglm2 import CHATGLM2, CHATGLM2_32K
 from utils.loading.legacy.family import Config, Family, State

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT
+from tests.support.old_models import NATIVE
+from tests.support.runs import ROOT
 from utils.base.errors import ConfigError
 from utils.loading.legacy.families.baichuan import BAICHUAN2_7B, BAICHUAN_7B, normalise_rows
 from utils.loading.legacy.families.internlm import INTERNLM
@@ -23,8 +24,6 @@ from utils.loading.legacy.opening import open_original
 from utils.model import load_model
 
 GOLDENS = ROOT / 'tests' / 'goldens'
-# SeqGPT is a Bloom and Ziya2 a Llama: transformers opens their files as they are.
-NATIVE = {'seqgpt-a': 'BloomForCausalLM', 'ziya2-a': 'LlamaForCausalLM'}
 FAMILIES = {
     'internlm-a': INTERNLM, 'xverse-a': XVERSE, 'baichuan7b-a': BAICHUAN_7B, 'baichuan2_7b-a': BAICHUAN2_7B,
     'polylm-a': POLYLM,

@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from tests.conftest import ROOT
+from tests.support.old_models import (
+    PACKED,
+    PLAIN,
+    gptq_checkpoint,
+    quantised,
+    random_state,
+    read_json,
+    write_checkpoint,
+)
 from utils.base.errors import ConfigError
 from utils.loading.legacy import gptq
 from utils.loading.legacy.families.qwen import QWEN, QWEN_GPTQ
@@ -22,8 +30,6 @@ from utils.loading.packed import packed_classes
 from utils.loading.save import save_whole
 from utils.model import load_model
 
-GOLDENS = ROOT / 'tests' / 'goldens'
-PLAIN, PACKED = GOLDENS / 'qwen-a', GOLDENS / 'qwen_gptq-a'
 OLD_NAMES = {
     'hidden_size': 'n_embd',
     'num_hidden_layers': 'n_layer',
@@ -39,39 +45,6 @@ SEQ = 64
 def without_gptq_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have weights unpacked on load, whatever is installed here."""
     monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: False)
-
-
-def read_json(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / 'config.json').read_text())
-    return config
-
-
-def write_checkpoint(folder: Path, config: Mapping[str, Any], state: dict[str, torch.Tensor]) -> Path:
-    folder.mkdir()
-    (folder / 'config.json').write_text(json.dumps(config))
-    save_file(state, folder / 'model.safetensors')
-    return folder
-
-
-def random_state(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return random weights in the original layout."""
-    torch.manual_seed(seed)
-    hidden, width, vocab = config['hidden_size'], config['intermediate_size'] // 2, config['vocab_size']
-    shapes: dict[str, tuple[int, ...]] = {
-        'transformer.wte.weight': (vocab, hidden), 'transformer.ln_f.weight': (hidden,),
-        'lm_head.weight': (vocab, hidden),
-    }  # fmt: skip
-    for i in range(config['num_hidden_layers']):
-        for name, shape in {
-            'ln_1.weight': (hidden,), 'ln_2.weight': (hidden,), 'attn.c_attn.weight': (3 * hidden, hidden),
-            'attn.c_attn.bias': (3 * hidden,), 'attn.c_proj.weight': (hidden, hidden), 'mlp.w1.weight': (width, hidden),
-            'mlp.w2.weight': (width, hidden), 'mlp.c_proj.weight': (hidden, width),
-        }.items():  # fmt: skip
-            shapes[f'transformer.h.{i}.{name}'] = shape
-    return {
-        name: 1 + 0.1 * torch.randn(shape) if 'ln_' in name else torch.randn(shape) / shape[-1] ** 0.5
-        for name, shape in shapes.items()
-    }
 
 
 def reference(
@@ -245,38 +218,6 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, key: str, tensor: tor
         open_original(QWEN, write_checkpoint(tmp_path / 'a', read_json(PLAIN), state), dtype=torch.float32)
 
 
-def pack(integers: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
-    """Return the integers packed along an axis into int32, lowest bits first, by viewing bytes as words."""
-    moved = integers.movedim(axis, -1).to(torch.uint8)
-    if bits == 4:
-        moved = moved[..., 0::2] | (moved[..., 1::2] << 4)
-    return moved.contiguous().view(torch.int32).movedim(-1, axis).contiguous()
-
-
-def quantised(
-    outputs: int,
-    inputs: int,
-    *,
-    bits: int,
-    group: int,
-    symmetric: bool = True,
-    act_order: bool = False,
-    offset: int = 1,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return random GPTQ tensors of a layer and the weight they stand for, (outputs, inputs) in fp32."""
-    groups, top = inputs // group, 2**bits
-    integers = torch.randint(top, (inputs, outputs))
-    zeros = torch.full((groups, outputs), top // 2) if symmetric else torch.randint(1, top, (groups, outputs))
-    # Weights of about the same size whatever the bits.
-    scales = ((torch.rand(groups, outputs) * 0.3 + 0.02) / top).half()
-    index = torch.arange(inputs) // group
-    if act_order:
-        index = index[torch.randperm(inputs)]
-    weight = torch.stack([(integers[i] - zeros[g]) * scales[g].float() for i, g in enumerate(index.tolist())], dim=1)
-    tensors = {'qweight': pack(integers, bits, 0), 'qzeros': pack(zeros - offset, bits, 1), 'scales': scales}
-    return {**tensors, 'g_idx': index.to(torch.int32)}, weight
-
-
 GRID = [(b, s, a, o) for b in (4, 8) for s in (True, False) for a in (True, False) for o in (1, 0)]
 
 
@@ -315,23 +256,6 @@ def test_quantised_weights_are_unpacked_on_load_after_a_warning(caplog: pytest.L
     for dtype in (torch.float16, torch.bfloat16):
         half = open_original(QWEN_GPTQ, PACKED, dtype=dtype)
         assert torch.equal(half.model.layers[0].self_attn.q_proj.weight, expected['q_proj0_dequant'].to(dtype))
-
-
-def gptq_checkpoint(folder: Path, *, bits: int, group: int, act_order: bool) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Write a quantised checkpoint with random weights; returns it and the plain state it stands for."""
-    config = read_json(PACKED)
-    settings = config['quantization_config'] | {'bits': bits, 'group_size': group, 'desc_act': act_order, 'sym': False}
-    plain, stored = random_state(config, seed=3), {}
-    for key, tensor in dict(plain).items():
-        if tensor.dim() == 2 and '.h.' in key:
-            layer = key.removesuffix('.weight')
-            rows = tensor.shape[1] if group == -1 else group
-            tensors, plain[key] = quantised(*tensor.shape, bits=bits, group=rows, symmetric=False, act_order=act_order)
-            stored |= {f'{layer}.{name}': value for name, value in tensors.items()}
-            stored.setdefault(f'{layer}.bias', torch.zeros(tensor.shape[0]).half())
-        else:
-            stored[key] = plain[key] = tensor.half() if key.endswith('.bias') else tensor
-    return write_checkpoint(folder, config | {'quantization_config': settings}, stored), plain
 
 
 @pytest.mark.parametrize(('bits', 'group', 'act_order'), [(8, 16, True), (4, -1, False), (4, 32, True)])
@@ -424,7 +348,7 @@ def test_packed_golden_through_the_public_path(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_saved_packed_opens_packed_to_the_same_logits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """gptqmodel rewrites zero points while loading: a folder that says the old format would be read wrongly."""
-    from tests.conftest import make_tokenizer
+    from tests.support.tiny_models import make_tokenizer
 
     monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: True)
     model, ids = load_model(PACKED, torch_dtype=torch.float32), tokens(20)[None]

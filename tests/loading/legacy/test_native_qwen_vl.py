@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT
+from tests.support.old_models import pack_text
+from tests.support.runs import ROOT
 from utils.base.errors import ConfigError
 from utils.formats.images import BadImage, find_images, image_size, name_images, place_image, read_images, replace_tags
 from utils.loading.legacy.families.qwen import QWEN, QWEN_GPTQ
@@ -436,31 +437,6 @@ def test_beams_keep_the_images_of_their_row(tmp_path: Path) -> None:
 
 
 # GPTQ
-
-
-def pack_text(config: dict[str, Any], state: State, group: int = 8) -> tuple[dict[str, Any], State, State]:
-    """Return config.json and tensors of random 4-bit text layers, and the plain tensors they stand for."""
-    torch.manual_seed(1)
-    packed, plain = {}, dict(state)
-    for key in state:
-        if not key.startswith('transformer.h.') or '.ln_' in key or not key.endswith('.weight'):
-            packed[key] = state[key]
-            continue
-        layer, (outputs, inputs) = key.removesuffix('.weight'), state[key].shape
-        integers, zeros = torch.randint(16, (inputs, outputs)), torch.randint(15, (inputs // group, outputs))
-        scales = (torch.rand(inputs // group, outputs) * 0.02).half()
-        groups = torch.arange(inputs) // group
-        plain[key] = ((integers - zeros[groups] - 1) * scales[groups].float()).t()
-        words = sum(integers.view(-1, 8, outputs)[:, n] << (4 * n) for n in range(8))
-        zero_words = sum(zeros.view(inputs // group, -1, 8)[:, :, n] << (4 * n) for n in range(8))
-        packed |= {
-            f'{layer}.qweight': torch.as_tensor(words).to(torch.int32), f'{layer}.scales': scales,
-            f'{layer}.qzeros': torch.as_tensor(zero_words).to(torch.int32), f'{layer}.g_idx': groups.to(torch.int32),
-        }  # fmt: skip
-        if '.attn.c_attn' not in layer:
-            packed[f'{layer}.bias'] = torch.zeros(outputs).half()
-    settings = {'quant_method': 'gptq', 'bits': 4, 'group_size': group, 'desc_act': False, 'sym': True}
-    return {**config, 'quantization_config': settings}, packed, plain
 
 
 def test_int4_is_unpacked_to_what_its_text_layers_stand_for(

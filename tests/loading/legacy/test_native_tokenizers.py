@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TEXTS
+from tests.support.runs import ROOT
+from tests.support.tiny_models import TEXTS
 from utils.base.errors import ConfigError
 from utils.loading.legacy.tokenizers.sentencepiece import (
     build_baichuan_tokenizer,
