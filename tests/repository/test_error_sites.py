@@ -1,8 +1,9 @@
 """Every message for users has a test that makes it speak. A row of the table is a message and the name of its test.
 
-A new message: write a test that reaches it (a row of tests/programs/test_every_error.py is the
-shortest), then `python -m pytest tests/programs/test_every_error.py --record-errors` adds the row. What cannot be
-reached is deleted from the code. A row is held against the code here, and against what its test reached in every run that passes it (conftest.py).
+A new message: write a test that reaches it (a row of tests/programs/test_every_error.py is the shortest), then
+`python -m pytest tests/programs/test_every_error.py --record-errors` adds the row. What cannot be reached is deleted
+from the code. A row is held against the code here, and against what its test reached in every run that passes it
+(conftest.py).
 """
 
 from __future__ import annotations

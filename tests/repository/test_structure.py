@@ -1,171 +1,138 @@
-"""The shape of the project itself: layers, names, what importing costs, what is never done."""
+"""The shape of the project itself: rooms, what importing costs, what is never done."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
 from tests.support.runs import ROOT
 
-# A module imports only from lower layers, or from those before it in layers 4 to 6. Layers 0-3: standard library only.
-LAYERS: list[list[str]] = [
-    ['errors', 'json_file', 'dist', 'logger', 'cache', 'version'],
-    [
-        'preprocess',
-        'native.images',
-        'native.image_readers',
-        'vision',
-        'text_tokenizer',
-        'account',
-        'encoder',
-        'auto_encoder',
-        'as_written',
-        'fingerprint',
-        'placement',
-        'checkpoint',
-        'data_file',
-        'convert',
-        'demo_sql',
-        'native.gguf',
-        'hub_clients',
-        'hub',
-        'leak_scan',
-        'native.family',
-        'native.read',
-        'native.lazy',
-        'native.open',
-        'native.packed',
-        'native.export',
-        'native.sentencepiece_bpe',
-        'native.tiktoken_bpe',
-        'native.xverse_tokenizer',
-        'native.modules.alibi',
-        'native.modules.qwen_long',
-        'native.modules.qwen_vl',
-        'native.internlm',
-        'native.xverse',
-        'native.baichuan',
-        'native.baichuan_13b',
-        'native.baichuan_4bits',
-        'native.chatglm2',
-        'native.polylm',
-        'native.gptq',
-        'native.qwen',
-        'native.qwen_vl',
-        'native.registry',
-        'native.adapter',
-    ],
-    ['model', 'dataset_rows', 'dataset', 'sources', 'reading'],
-    ['argument', 'parser', 'resolution', 'limits', 'scale', 'resolve', 'lock', 'machine_check'],
-    [
-        'run_dir',
-        'row_plan',
-        'proofs',
-        'mask_gate',
-        'encoded_rows',
-        'encoding',
-        'packing',
-        'stream',
-        'collator',
-        'filler',
-        'attention',
-        'loss',
-        'norm',
-        'gated',
-        'rotary',
-        'scoring',
-        'lora',
-        'metrics',
-        'generation',
-        'layout',
-        'tuner',
-        'shapes',
-        'footprint',
-        'estimate',
-        'chat',
-        'plot',
-        'model_card',
-        'push',
-        'script_table',
-        'work_plan',
-        'docs',
-        'start',
-        'answering',
-        'tree_file',
-        'random_state',
-        'stop',
-        'guards',
-        'end_token',
-    ],
-    ['trainer_args', 'callbacks', 'push_callback', 'resume', 'trainer'],
-    [
-        'doctor',
-        'dry_run',
-        'before_after',
-        'template_proof',
-        'jinja_template',
-        'merge',
-        'secrecy',
-        'machine_doctor',
-        'loss_proof',
-        'preflight',
-        'page',
-        'svg',
-        'run_files',
-        'run_report',
-        'report',
-        'compare',
-        'demo_report',
-    ],
-]
+# Each room of utils/, from the lowest up, and the rooms that it may import, whole programs included. A registry is a
+# room of its own. A room imports only rooms that stand before it here.
+ROOMS = {
+    'base': '',
+    'preprocess': '',
+    'hub': 'base',
+    'formats': 'base hub',
+    'dataset': 'formats',
+    'loading': 'base hub formats',
+    'model': 'base preprocess loading',
+    'encode': 'base preprocess formats loading',
+    'data': 'base formats dataset loading encode',
+    'cli': 'base preprocess hub formats dataset loading model data',
+    'fast': 'base loading encode data cli',
+    'run': 'base formats loading data cli',
+    'infer': 'base preprocess formats loading encode data cli run',
+    'estimate': 'base hub formats dataset loading model encode data cli fast run',
+    'checks': 'base hub formats loading model encode data cli run',
+    'train': 'base loading model encode data cli fast run infer',
+    'proofs': 'base preprocess formats loading encode cli run train',
+    'export': 'base hub formats loading model encode cli run proofs',
+    'report': 'base formats cli run train proofs',
+}
+# The registries that users edit; nothing else stands in the root of utils/.
+REGISTRIES = {'dataset', 'model', 'preprocess'}
+# Rooms whose modules import the standard library alone until they are used. Beside them: the modules of data that a
+# command line needs. What is not light: the native classes of 2023, numpy and torch in the rooms behind.
+LIGHT = {'base', 'preprocess', 'hub', 'formats', 'dataset', 'loading', 'model', 'cli', 'run'}
+LIGHT_OF_DATA = {'utils.data.parts', 'utils.data.plan', 'utils.data.sources', 'utils.data.tally'}
+NOT_LIGHT = 'utils.loading.legacy.classes.'
 FORBIDDEN = (
     'trust_remote_code=True', 'pickle.load', 'pickle.dump', 'torch.save', 'weights_only=False', 'eval(', 'exec(',
 )  # fmt: skip
-LEVEL = {name: (level, position) for level, names in enumerate(LAYERS) for position, name in enumerate(names)}
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
-    files = (ROOT / 'utils').rglob('*.py')
-    found = {'.'.join(f.relative_to(ROOT / 'utils').with_suffix('').parts): f for f in files}
-    return {name: f for name, f in found.items() if not name.endswith('__init__')}
+    """Return the modules of utils by their dotted names, the empty __init__ files left out."""
+    files = [file for file in (ROOT / 'utils').rglob('*.py') if file.name != '__init__.py']
+    return {'.'.join(file.relative_to(ROOT).with_suffix('').parts): file for file in files}
+
+
+def room_of(module: str) -> str:
+    """Return the room of a module: the first name after utils."""
+    return module.split('.')[1]
 
 
 def imports(path: Path, *, module_level: bool) -> list[str]:
     """Return the modules a file imports, those only for type checkers left out."""
     tree = ast.parse(path.read_text(encoding='utf-8'))
-    nodes = tree.body if module_level else ast.walk(tree)
+    checking = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == 'TYPE_CHECKING']
+    for_types = {id(node) for block in checking for node in ast.walk(block)}
     found: list[str] = []
-    for node in nodes:
+    for node in tree.body if module_level else ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [f'utils.{a.name}' for a in node.names] if node.module == 'utils' else [node.module]
+            inner = [f'{node.module}.{alias.name}' for alias in node.names]
+            found += [name if name in modules() else node.module for name in inner]
     return found
 
 
-def test_every_module_has_a_layer_and_imports_downwards() -> None:
-    assert set(modules()) == set(LEVEL), 'each module stands in exactly one layer'
-    checked = 0
+def test_the_table_of_rooms_has_no_circle() -> None:
+    before: set[str] = set()
+    for room, allowed in ROOMS.items():
+        assert set(allowed.split()) <= before, f'{room} imports a room above it'
+        before.add(room)
+
+
+def test_every_module_lies_in_a_room_and_imports_as_the_table_says() -> None:
+    used: dict[str, set[str]] = {room: set() for room in ROOMS}
     for name, path in modules().items():
+        room = room_of(name)
+        assert room in ROOMS, f'{name} lies in no room'
         for imported in imports(path, module_level=False):
-            if imported.startswith('utils.'):
-                target = imported.removeprefix('utils.')
-                assert LEVEL[target] < LEVEL[name], f'{name} imports {target}'
-                checked += 1
-    assert checked > 80
+            if imported.startswith('utils.') and room_of(imported) != room:
+                assert room_of(imported) in ROOMS[room].split(), f'{name} imports {imported}'
+                used[room].add(room_of(imported))
+    assert {room: ' '.join(sorted(found)) for room, found in used.items()} == {
+        room: ' '.join(sorted(allowed.split())) for room, allowed in ROOMS.items()
+    }, 'the table names no import that is not there'
 
 
-def test_low_layers_import_the_standard_library_alone() -> None:
+def test_modules_import_each_other_in_no_circle() -> None:
+    left = {name: set(imports(path, module_level=False)) & set(modules()) for name, path in modules().items()}
+    assert len(left) > 120
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f'a circle among {sorted(left)}'
+
+
+def test_the_root_of_utils_holds_the_registries_alone() -> None:
+    assert {file.stem for file in (ROOT / 'utils').glob('*.py')} == {'__init__', *REGISTRIES}
+    assert not [file for file in (ROOT / 'utils').iterdir() if file.is_file() and file.suffix != '.py']
+
+
+def test_light_rooms_import_the_standard_library_alone() -> None:
     checked = 0
     for name, path in modules().items():
-        light = LEVEL[name][0] <= 3 and not name.startswith('native.modules.')
-        if light or name in ('start', 'run_dir', 'docs'):
-            for imported in imports(path, module_level=True):
-                top = imported.split('.')[0]
-                assert top == 'utils' or top in sys.stdlib_module_names, f'{name} imports {imported}'
-                checked += 1
-    assert checked > 80
+        if name.startswith(NOT_LIGHT) or not (room_of(name) in LIGHT or name in LIGHT_OF_DATA):
+            continue
+        for imported in imports(path, module_level=True):
+            top = imported.split('.')[0]
+            assert top in ('utils', *sys.stdlib_module_names), f'{name} imports {imported}'
+            checked += 1
+    assert checked > 400
+
+
+def test_tests_import_no_other_test() -> None:
+    files = [*(ROOT / 'tests').rglob('*.py')]
+    assert len(files) > 70
+    for file in files:
+        for imported in imports(file, module_level=False):
+            parts = imported.split('.')
+            assert parts[0] != 'tests' or parts[1] == 'support', f'{file} imports {imported}'
+
+
+def test_every_room_has_tests() -> None:
+    rooms = {file.relative_to(ROOT / 'tests').parts[0] for file in (ROOT / 'tests').rglob('test_*.py')}
+    assert set(ROOMS) - REGISTRIES <= rooms
+    assert not [*(ROOT / 'tests').glob('test_*.py')], 'each test file lies in the room that it tests'
 
 
 def test_importing_does_nothing() -> None:

@@ -22,7 +22,7 @@ STATES = {'ConfigError', 'UnreadableRow', 'BadImage', 'refuse', 'bad', 'bad_imag
 
 
 class Site(NamedTuple):
-    """A call that states a problem: its file, its lines, and a key that survives moved lines."""
+    """A call that states a problem: its file, its lines, and a key that survives moved lines and moved functions."""
 
     file: str
     first: int
@@ -50,10 +50,14 @@ def sites() -> list[Site]:
     keys: Counter[str] = Counter()
     for path in sorted([*(ROOT / 'utils').rglob('*.py'), *ROOT.glob('llm_*.py')]):
         file = path.relative_to(ROOT).as_posix()
-        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if _states_problem(n)]
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        calls = [n for n in ast.walk(tree) if _states_problem(n)]
         for call in sorted(calls, key=lambda n: (n.lineno, n.col_offset)):
             assert isinstance(call, ast.Call), 'filtered'
-            key = f'{file}: {_text(call)[:_KEY_LENGTH].strip()}'
+            around = [f for f in functions if f.lineno <= call.lineno <= (f.end_lineno or 0)]
+            inside = '.'.join(f.name for f in sorted(around, key=lambda f: f.lineno))
+            key = f'{inside}: {_text(call)[:_KEY_LENGTH].strip()}'
             keys[key] += 1
             key += f' [{keys[key]}]' if keys[key] > 1 else ''
             found.append(Site(file, call.lineno, call.end_lineno or call.lineno, key))
