@@ -27,7 +27,7 @@ from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.export import push
-from utils.report import compare, html
+from utils.report.__main__ import main as report
 
 TOKENIZERS = ROOT / 'tests' / 'goldens' / 'tokenizers'
 DEEP, DIGITS = '[' * 200_000, '1' * 5000
@@ -461,20 +461,20 @@ PROGRAMS: dict[str, Row] = {
     'pushing to a hub that is away': (away, 'It is kept: push it again.'),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
-    'reporting on no run': (lambda w: html.main([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
+    'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
-        lambda w: html.main([str(w.run('sft_args.json', '{}'))]),
+        lambda w: report([str(w.run('sft_args.json', '{}'))]),
         'does not say how a run was trained. Give a run',
     ),
     'reporting on a broken outcome': (
-        lambda w: html.main([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
+        lambda w: report([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
     ),
     'comparing with a list': (
-        lambda w: compare.main([str(w.run('history.json', '{}')), str(w.first)]),
+        lambda w: report([str(w.run('history.json', '{}')), str(w.first)]),
         'history.json holds a dict, where a list',
     ),
     'comparing into a file': (
-        lambda w: compare.main([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
+        lambda w: report([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
         'a.html cannot be written: Not a directory. Name another file with --html.',
     ),
 }  # fmt: skip

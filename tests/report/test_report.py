@@ -24,7 +24,7 @@ from utils.formats.conversation import Row
 from utils.infer.generation import generate_batch, generation_config
 from utils.loading.adapter import load_adapter
 from utils.model import load_model, load_tokenizer
-from utils.report import compare, html
+from utils.report.__main__ import main as report
 from utils.report.svg import Series, chart
 
 Run = Callable[..., Path]
@@ -84,12 +84,12 @@ def test_answers_are_those_of_the_untuned_and_of_the_tuned_model(
 
 def test_two_runs_are_compared(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / 'both.html'
-    assert compare.main([*map(str, runs), '--html', str(target)]) == 0
+    assert report([*map(str, runs), '--html', str(target)]) == 0
     printed = capsys.readouterr().out
     assert '  learning_rate: 0.01 -> 0.03\n' in printed and '  sft_type: lora -> full\n' in printed
     assert 'versions: the same' in printed
     assert target.read_text(encoding='utf-8').count('class="line2"') >= 3
-    assert compare.main([str(tmp_path), str(runs[0])]) == 2
+    assert report([str(tmp_path), str(runs[0])]) == 2
     assert (
         f'{tmp_path}/sft_args.json cannot be read as JSON: No such file or directory. Give a run folder'
         in capsys.readouterr().err
@@ -100,10 +100,10 @@ def test_a_report_is_made_again_from_the_folder(runs: tuple[Path, Path], capsys:
     report = runs[1] / 'report.html'
     before = report.read_text(encoding='utf-8')
     report.unlink()
-    assert html.main([str(runs[1])]) == 0
+    assert report([str(runs[1])]) == 0
     assert report.read_text(encoding='utf-8') == before
     (runs[1] / 'broken').mkdir()
-    assert html.main([str(runs[1] / 'broken')]) == 2
+    assert report([str(runs[1] / 'broken')]) == 2
 
 
 def test_points_that_are_not_finite_are_left_out_of_a_chart() -> None:

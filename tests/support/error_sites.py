@@ -110,5 +110,5 @@ class Recorder:
         kept = {key: test for key, test in read_table().items() if f'{key}: {test}' not in self.untrue()}
         found = {key: [test for test in tests if test in self.passed] for key, tests in self.reached.items()}
         rows = {site.key: kept.get(site.key) or next(iter(found.get(site.key, [])), None) for site in sites()}
-        table = {key: test for key, test in rows.items() if test}
+        table = {key: rows[key] for key in sorted(rows) if rows[key]}
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')

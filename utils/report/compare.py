@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.base.logger import show_what_can_be_shown
 from utils.report.html import CURVES
 from utils.report.page import Markup, page, section, table
 from utils.report.svg import Series, chart
@@ -70,31 +67,15 @@ def render(a: RunFiles, b: RunFiles) -> str:
     )
 
 
-def main(argv: list[str]) -> int:
-    """Print what differs and write the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog='python -m utils.report', description='Compare two runs.')
-    parser.add_argument('run_a', type=Path, help='run folder')
-    parser.add_argument('run_b', type=Path, help='run folder')
-    parser.add_argument('--html', type=Path, default=Path('compare.html'), help='page to write (default: compare.html)')
-    words = parser.parse_args(argv)
-    try:
-        a, b = read_run(words.run_a), read_run(words.run_b)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+def compare_runs(run_a: Path, run_b: Path, target: Path) -> None:
+    """Print what differs between two run folders and write the page; raises ConfigError where one cannot be read."""
+    a, b = read_run(run_a), read_run(run_b)
     for title, rows in compare(a, b).items():
         print(f'{title}: ' + (f'{len(rows)} differ' if rows else 'the same'))
         for name, left, right in rows:
             print(f'  {name}: {left} -> {right}')
     try:
-        words.html.write_text(render(a, b), encoding='utf-8')
+        target.write_text(render(a, b), encoding='utf-8')
     except OSError as error:
-        print(f'{words.html} cannot be written: {error.strerror}. Name another file with --html.', file=sys.stderr)
-        return 2
-    print(f'curves: {words.html}')
-    return 0
-
-
-if __name__ == '__main__':
-    show_what_can_be_shown()
-    sys.exit(main(sys.argv[1:]))
+        raise ConfigError(f'{target} cannot be written: {error.strerror}. Name another file with --html.') from error
+    print(f'curves: {target}')

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from utils.base.errors import ConfigError
-from utils.base.logger import show_what_can_be_shown
 from utils.formats.conversation import said
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.svg import Series, chart
@@ -173,21 +170,3 @@ def write_report(run_dir: Path) -> Path:
     target = run_dir / REPORT_HTML
     target.write_text(render(read_run(run_dir)), encoding='utf-8')
     return target
-
-
-def main(argv: list[str]) -> int:
-    """Make the report of one run folder again; returns the exit code."""
-    if len(argv) != 1:
-        print('usage: python -m utils.report RUN_DIR', file=sys.stderr)
-        return 2
-    try:
-        print(write_report(Path(argv[0])))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == '__main__':
-    show_what_can_be_shown()
-    sys.exit(main(sys.argv[1:]))

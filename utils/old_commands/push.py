@@ -1,0 +1,11 @@
+"""`python -m utils.push RUN` of earlier versions: names `python -m utils.export.push RUN` and does its work."""
+
+from __future__ import annotations
+
+import sys
+
+from utils.export.push import main
+
+if __name__ == '__main__':
+    print('python -m utils.push is now: python -m utils.export.push RUN', file=sys.stderr)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,11 @@
+"""`python -m utils.run_report RUN` of earlier versions: names `python -m utils.report RUN` and does its work."""
+
+from __future__ import annotations
+
+import sys
+
+from utils.report.__main__ import main
+
+if __name__ == '__main__':
+    print('python -m utils.run_report is now: python -m utils.report RUN', file=sys.stderr)
+    sys.exit(main(sys.argv[1:]))

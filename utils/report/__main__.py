@@ -1,0 +1,40 @@
+"""`python -m utils.report RUN [OTHER]`: the page of a run, or what changed between two runs, as text and as a page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.base.errors import ConfigError
+from utils.base.logger import show_what_can_be_shown
+from utils.report.compare import compare_runs
+from utils.report.html import write_report
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write report.html of one run again, or compare two runs; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='python -m utils.report', description='Write the page of a run again, or compare two runs.'
+    )
+    parser.add_argument('run', type=Path, help='run folder')
+    parser.add_argument('other', type=Path, nargs='?', help='another run folder, to compare with')
+    parser.add_argument(
+        '--html', type=Path, default=Path('compare.html'), help='page of the comparison (default: compare.html)'
+    )
+    words = parser.parse_args(argv)
+    try:
+        if words.other is None:
+            print(write_report(words.run))
+        else:
+            compare_runs(words.run, words.other, words.html)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    show_what_can_be_shown()
+    sys.exit(main(sys.argv[1:]))
