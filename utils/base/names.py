@@ -18,3 +18,4 @@ Kind = Literal['model', 'dataset']
 
 
 SFT_ARGS = 'sft_args.json'
+LOCK_JSON = 'lock.json'

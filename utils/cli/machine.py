@@ -14,6 +14,7 @@ from utils.base.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpo
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
+from utils.base.names import LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.parallel import check_deepspeed, check_processes
@@ -28,11 +29,18 @@ from utils.hub.clients import TOKEN_VARIABLES
 from utils.loading.folder import check_model_dir, has_chat_template, is_adapter, stored_quantization
 from utils.loading.info import ModelInfo
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
-from utils.run.lock import started_in
 
 TRAINER_STATE = 'trainer_state.json'
 ADAPTER_CONFIG = 'adapter_config.json'
 _GIVE_CHECKPOINT = 'Give one of a run, output/<model>/vN-<time>/checkpoint-N.'
+
+
+def started_in(run_dir: Path) -> str | None:
+    """Return the folder in which the command of a run was typed; None where its lock does not say."""
+    if not (run_dir / LOCK_JSON).is_file():
+        return None
+    said = read_json(run_dir / LOCK_JSON, remedy='Put back the one that the run wrote.').get('directory')
+    return said if isinstance(said, str) else None
 
 
 def _started_in(args: Any) -> str | None:

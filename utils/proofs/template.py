@@ -17,6 +17,7 @@ from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
+from utils.base.names import LOCK_JSON
 from utils.cli.resolution import log_decision
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import (
@@ -36,7 +37,7 @@ from utils.loading.image_processors import Images
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.proofs.as_written import REASONING_KEYS, messages_as_written, tools_as_written
 from utils.run.folder import Run
-from utils.run.lock import LOCK_JSON, check_repeated_template
+from utils.run.lock import check_repeated_template
 from utils.run.record import record_proof
 
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']

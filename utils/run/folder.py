@@ -14,11 +14,11 @@ from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
-from utils.base.names import SFT_ARGS
+from utils.base.names import LOCK_JSON, SFT_ARGS
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.resolution import Resolution, decision, run_name
 from utils.loading.weights import Weights, locate
-from utils.run.lock import LOCK_JSON, check_repeated, make_lock
+from utils.run.lock import check_repeated, make_lock
 from utils.run.record import check_resumed, run_record
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from utils.base import dist
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
+from utils.base.names import LOCK_JSON
 from utils.base.packages import toolkit, versions
 from utils.cli.arguments import SftArguments, flag_types
 from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Resolution
 from utils.data.sources import abbreviated
 
-LOCK_JSON = 'lock.json'
 # What decides which rows train and which are held out.
 DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
 # Not part of a command that is to be repeated: a secret, and the run that was repeated.
@@ -63,14 +63,6 @@ def read_lock(run_dir: Path) -> dict[str, Any]:
     if wrong := [name for name, kind in kinds.items() if not isinstance(lock.get(name), kind)]:
         raise ConfigError(f'{run_dir / LOCK_JSON} does not say what {wrong[0]} was: it is not as written. {remedy}')
     return lock
-
-
-def started_in(run_dir: Path) -> str | None:
-    """Return the folder in which the command of a run was typed; None where its lock does not say."""
-    if not (run_dir / LOCK_JSON).is_file():
-        return None
-    said = read_json(run_dir / LOCK_JSON, remedy='Put back the one that the run wrote.').get('directory')
-    return said if isinstance(said, str) else None
 
 
 def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArguments]:
