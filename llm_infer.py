@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from utils.base import dist
-from utils.base.errors import ConfigError
+from utils.base.errors import ConfigError, Problems
 from utils.base.logger import logger
 from utils.cli.arguments import InferArguments
-from utils.cli.machine import check_machine_infer
+from utils.cli.machine import settle_infer
 from utils.cli.parser import Parsed, parse
-from utils.cli.resolution import Resolution
+from utils.cli.resolution import Ready
 from utils.cli.resolve import resolve_infer
 from utils.loading.folder import is_adapter
 from utils.loading.image_processors import open_images
-from utils.loading.weights import Weights, locate
-from utils.run.folder import log_decisions, log_weights, result_path
-from utils.run.open_model import open_model
+from utils.loading.weights import Weights
+from utils.run.folder import log_decisions, result_path
+from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
 from utils.run.record import check_base, fill_from_run, open_checkpoint
@@ -44,10 +44,9 @@ def infer(parsed: Parsed[InferArguments]) -> None:
         parsed = fill_from_run(parsed, record, warnings)
     elif not parsed.typed & {'model_type', 'model_id_or_path'}:
         parsed.problems.add('give --ckpt_dir, or name an untuned model with --model_type or --model_id_or_path.')
-    done = resolve_infer(parsed)
-    check_machine_infer(done)
-    done.problems.raise_if_any()
-    done.warnings += warnings
+    resolved = resolve_infer(parsed)
+    resolved.warnings += warnings
+    done = settle_infer(resolved)
     if record is not None and 'dtype' not in done.typed and 'dtype' in record.get('asked', {}):
         done.decide('dtype', done.args.dtype, 'the run was trained in it')
     log_decisions(done)
@@ -61,19 +60,18 @@ def infer(parsed: Parsed[InferArguments]) -> None:
             )
 
     start_processes('gloo')
-    assert done.info is not None, 'resolved without problems'
-    weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
+    weights = find_weights(done)
     if checkpoint is not None and record is not None and is_adapter(checkpoint):
-        check_base(record, weights.record(done.info), done.problems)
-        done.problems.raise_if_any()
+        problems = Problems()
+        check_base(record, weights.record(done.info), problems)
+        problems.raise_if_any()
     for line in done.warnings[logged:]:
         logger.warning(line)
-    log_weights(weights)
     _act(done, weights, checkpoint, record, rows)
 
 
 def _act(
-    done: Resolution[InferArguments],
+    done: Ready[InferArguments],
     weights: Weights,
     checkpoint: Path | None,
     record: dict[str, Any] | None,
@@ -81,18 +79,15 @@ def _act(
 ) -> None:
     from transformers import set_seed
 
-    from utils.encode.make import make_encoder
     from utils.export.merge import merge_checkpoint
     from utils.infer.answers import answer_rows
     from utils.infer.chat import chat
     from utils.infer.generation import generation_config, served_config
     from utils.loading.adapter import load_adapter
-    from utils.loading.opening import unembedded_from
     from utils.loading.save import export_native
     from utils.proofs.template import ask_as_trained, check_trained_template
 
     args, info = done.args, done.info
-    assert info is not None, 'resolved without problems'
     set_seed(args.seed + dist.rank())
     model, tokenizer, _ = open_model(args, info, weights, trains=False)
     images = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
@@ -103,16 +98,8 @@ def _act(
         export_native(model, tokenizer, Path(str(args.output_dir)), images)
         logger.info(f'written: {args.output_dir}, for AutoModelForCausalLM or --model_id_or_path')
         return
-    encoder = make_encoder(
-        tokenizer,
-        template_type=str(args.template_type),
-        system=args.system,
-        system_typed='system' in done.typed or bool(record and record['system_typed']),
-        max_length=args.max_length,
-        images=images,
-        loss_scope=args.loss_scope,
-        embedding=unembedded_from(model, tokenizer),
-    )
+    system_typed = 'system' in done.typed or bool(record and record['system_typed'])
+    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
     if checkpoint is not None and record is not None:
         check_trained_template(encoder, record, checkpoint, typed='template_type' in done.typed)
         ask_as_trained(encoder, record)

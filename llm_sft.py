@@ -11,16 +11,16 @@ from pathlib import Path
 from utils.base import dist
 from utils.checks.machine import check_machine
 from utils.cli.arguments import SftArguments
-from utils.cli.machine import check_machine_sft
+from utils.cli.machine import settle_sft
 from utils.cli.parser import parse
-from utils.cli.resolution import Resolution
+from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import resolve_sft
 from utils.data.parts import TRAIN, Streams
 from utils.data.plan import Plan, some_rows
 from utils.loading.image_processors import open_images
 from utils.run.folder import Run, log_decisions, open_run
 from utils.run.lock import repeat
-from utils.run.open_model import open_model
+from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
 from utils.run.record import check_resumed_template
@@ -37,11 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(lambda: train(resolve_sft(whole), parsed.typed))
 
 
-def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
+def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int:
     """Train as resolved; returns the exit code. What can be wrong is found before anything heavy is imported."""
     started = time.time()
-    check_machine_sft(done)
-    done.problems.raise_if_any()
+    done = settle_sft(resolved)
     args = done.args
     if args.check_dataset:
         from utils.checks.dataset import check_dataset
@@ -54,23 +53,21 @@ def train(done: Resolution[SftArguments], typed_now: Collection[str]) -> int:
     log_decisions(done)
     rows = rows_of(done)
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
-    run = open_run(done, lock_of(rows, args), typed_now)
+    run = open_run(done, find_weights(done), lock_of(rows, args), typed_now)
     carry_out(done, run, rows, typed_now, started=started)
     return 0
 
 
 def carry_out(
-    done: Resolution[SftArguments], run: Run, rows: Plan | Streams, typed_now: Collection[str], *, started: float
+    done: Ready[SftArguments], run: Run, rows: Plan | Streams, typed_now: Collection[str], *, started: float
 ) -> None:
     """Load the model, encode the rows, train, and write what the run shows of itself to its folder."""
     from transformers import set_seed
 
     from utils.data.encode_plan import prepare_data
     from utils.data.stream import prepare_stream
-    from utils.encode.make import make_encoder
     from utils.export.push_queue import push_while_training
     from utils.infer.before_after import BeforeAfter
-    from utils.loading.opening import unembedded_from
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
@@ -80,21 +77,12 @@ def carry_out(
     from utils.train.prepare import prepare_model
     from utils.train.trainer import build_trainer
 
-    args, info = done.args, done.info
-    assert info is not None, 'resolved without problems'
+    args = done.args
     set_seed(args.seed)
-    model, tokenizer, dtype = open_model(args, info, run.weights, trains=True, decide=run.decide)
+    model, tokenizer, dtype = open_model(args, done.info, run.weights, trains=True, decide=run.decide)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
-    encoder = make_encoder(
-        tokenizer,
-        template_type=str(args.template_type),
-        system=args.system,
-        system_typed='system' in done.typed,
-        max_length=args.max_length,
-        images=images,
-        loss_scope=args.loss_scope,
-        embedding=unembedded_from(model, tokenizer),
-    )
+    system_typed = 'system' in done.typed
+    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
     if args.sft_type == 'lora':
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
     note_template(run, encoder, None if 'template_type' in typed_now else args.from_run)

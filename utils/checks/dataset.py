@@ -17,7 +17,7 @@ from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
-from utils.cli.resolution import Resolution, run_name
+from utils.cli.resolution import Ready, run_name
 from utils.data.encode_plan import EncodedAgain, batches, encode_batch
 from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
@@ -25,12 +25,12 @@ from utils.data.tally import EncodingReport, Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
 from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded
 from utils.encode.encoder import Encoder, cut_row
-from utils.encode.make import make_encoder
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.loading.folder import read_config
 from utils.loading.gguf import dense_directory
 from utils.loading.weights import locate
 from utils.model import load_tokenizer
+from utils.run.open_model import open_encoder
 from utils.run.rows import plan_of
 
 DUPLICATE = 'duplicate row'
@@ -265,23 +265,16 @@ class Doctor:
         ]
 
 
-def check_dataset(done: Resolution[SftArguments]) -> int:
+def check_dataset(done: Ready[SftArguments]) -> int:
     """Read what the run would read and print what is wrong with it; returns 0 where nothing is, else 1.
 
     Writes <output_dir>/<model>/dataset_report.json, and beside it every finding as a JSON line.
     """
-    args, info = done.args, done.info
-    assert info is not None, 'resolved without problems'
-    weights = locate(info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
+    args = done.args
+    weights = locate(done.info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
-    encoder = make_encoder(
-        load_tokenizer(folder, model_type=args.model_type),
-        template_type=str(args.template_type),
-        system=args.system,
-        system_typed='system' in done.typed,
-        max_length=-1,
-        loss_scope=args.loss_scope,
-    )
+    tokenizer = load_tokenizer(folder, model_type=args.model_type)
+    encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, cuts=False)
     report = Path(args.output_dir) / run_name(args) / 'dataset_report.json'
     report.parent.mkdir(parents=True, exist_ok=True)
     with report.with_suffix('.jsonl').open('w', encoding='utf-8') as stream, tempfile.TemporaryDirectory() as scratch:

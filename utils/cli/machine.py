@@ -1,4 +1,4 @@
-"""What the file system and the installed packages say against a command line. No network, no heavy import."""
+"""A resolved command line completed on this machine: its files, packages and processes. No network, no heavy import."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from utils.base.leak_scan import find_secrets
 from utils.base.names import LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
 from utils.cli.arguments import InferArguments, SftArguments
+from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
-from utils.cli.resolution import Resolution
+from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import quantized_problems
 from utils.data.sources import check_sources
 from utils.dataset import DATASET_MAPPING
@@ -51,14 +52,14 @@ def _started_in(args: Any) -> str | None:
     return started_in(Path(run_dir)) if run_dir else None
 
 
-def check_machine_common(done: Resolution[Any]) -> None:
-    """Add what the file system and the installed packages say against these arguments."""
+def _settle(done: Resolution[Any]) -> None:
+    """Add what the file system and the installed packages say of these arguments."""
     args, problems = done.args, done.problems
     for requirement in done.info.requires if done.info is not None else ():
         if problem := missing_requirement(requirement):
             problems.add(problem)
     if done.info is not None and args.model_id_or_path is not None and _is_path(args.model_id_or_path):
-        _check_model_directory(done, done.info, Path(args.model_id_or_path))
+        _settle_model_directory(done, done.info, Path(args.model_id_or_path))
     if args.reads_data:
         for problem in check_sources(args.dataset, _started_in(args)):
             problems.add(problem)
@@ -73,9 +74,9 @@ def check_machine_common(done: Resolution[Any]) -> None:
         )
 
 
-def check_machine_infer(done: Resolution[InferArguments]) -> None:
-    """Add what the machine says against answering, chatting, merging or exporting."""
-    check_machine_common(done)
+def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
+    """Return what llm_infer.py acts on; raises ConfigError with everything that is wrong with the command line."""
+    _settle(done)
     args, problems = done.args, done.problems
     if args.result_path is not None and args.reads_data:
         _check_writable('result_path', args.result_path, Path(args.result_path), problems)
@@ -85,9 +86,11 @@ def check_machine_infer(done: Resolution[InferArguments]) -> None:
         _check_writable('output_dir', args.output_dir, Path(args.output_dir), problems)
         if Path(args.output_dir).exists():
             problems.add(f'--output_dir {args.output_dir} is there already, and is not replaced. Name a new folder.')
+    return done.checked()
 
 
-def _check_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
+def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
+    """Add what is wrong with a model folder, and to the entry how its weights are stored."""
     if problem := check_model_dir(directory):
         done.problems.add(problem)
         return
@@ -114,9 +117,9 @@ def _is_path(model_id_or_path: str) -> bool:
     )
 
 
-def check_machine_sft(done: Resolution[SftArguments]) -> None:
-    """Add what the machine says against a training run."""
-    check_machine_common(done)
+def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
+    """Return what llm_sft.py acts on; raises ConfigError with everything that is wrong with the command line."""
+    _settle(done)
     args, problems = done.args, done.problems
     _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
     if args.resume_from_checkpoint is not None:
@@ -141,6 +144,7 @@ def check_machine_sft(done: Resolution[SftArguments]) -> None:
         check_environment(os.environ, problems)
     if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:
         problems.add(f'--push_to_hub true needs a token: set the environment variable {TOKEN_VARIABLES[args.hub]}.')
+    return done.checked()
 
 
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
@@ -216,8 +220,7 @@ def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:
         problems.add(f'--deepspeed_config_path {path} is not a file (looked in {path.absolute().parent}).')
     else:
         try:
-            config = read_json(path, remedy='--deepspeed_config_path takes one such as ds_config/zero2.json.')
-            check_deepspeed(config, done)
+            check_deepspeed(read_zero(path), done)
         except ConfigError as error:
             problems.add(error.problems[0])
     if not has_package('deepspeed'):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from utils.base import dist
 from utils.cli.arguments import SftArguments
+from utils.cli.deepspeed import ZeroConfig
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Resolution
 
@@ -71,17 +71,13 @@ def check_processes(done: Resolution[SftArguments]) -> None:
         )
 
 
-def check_deepspeed(config: dict[str, Any], done: Resolution[SftArguments]) -> None:
-    """Add what the content of a DeepSpeed configuration says against these arguments."""
+def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
+    """Add what a DeepSpeed configuration says against these arguments."""
     args, problems = done.args, done.problems
-    zero = config.get('zero_optimization', {})
     path = f'--deepspeed_config_path {args.deepspeed_config_path}'
-    if not isinstance(zero, dict):
-        problems.add(f'{path} sets zero_optimization {zero!r}, where DeepSpeed takes an object such as {{"stage": 2}}.')
-        return
-    if zero.get('stage') == 3 and (args.quantization_bit or (done.info is not None and done.info.quantization)):
+    if zero.stage == 3 and (args.quantization_bit or (done.info is not None and done.info.quantization)):
         problems.add(f'{path} is ZeRO stage 3, which does not shard quantised weights. Use ds_config/zero2.json.')
-    if 'offload_optimizer' in zero and 'optimizer' not in config and args.optim not in _OFFLOADED:
+    if zero.offloads_optimizer and 'optimizer' not in zero.content and args.optim not in _OFFLOADED:
         problems.add(f'{path} offloads the optimizer, which --optim {args.optim} cannot. Use adamw_torch.')
     if args.resume_from_checkpoint is not None:
         shards = len(list(Path(args.resume_from_checkpoint).glob('global_step*/*optim_states.pt')))
@@ -97,5 +93,5 @@ def check_deepspeed(config: dict[str, Any], done: Resolution[SftArguments]) -> N
         'gradient_clipping': ('max_grad_norm', args.max_grad_norm),
     }
     for name, (flag, value) in ours.items():
-        if config.get(name, 'auto') not in ('auto', value):
-            problems.add(f"{path} sets {name} {config[name]}, --{flag} is {value}. Write 'auto' there.")
+        if zero.content.get(name, 'auto') not in ('auto', value):
+            problems.add(f"{path} sets {name} {zero.content[name]}, --{flag} is {value}. Write 'auto' there.")

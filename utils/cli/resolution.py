@@ -16,20 +16,39 @@ ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 
 
 @dataclass(kw_only=True)
-class Resolution(Generic[ArgumentsT]):
-    """Arguments ready for use, the model's entry, and each automatic decision with its reason."""
+class Decided(Generic[ArgumentsT]):
+    """Arguments, which of them were typed, and each automatic decision with its reason."""
 
     args: ArgumentsT
     typed: frozenset[str]
-    info: ModelInfo | None = None
     decisions: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    problems: Problems = field(default_factory=Problems)
 
     def decide(self, name: str, value: Any, reason: str) -> None:
         """Set an argument and record why it has this value."""
         setattr(self.args, name, value)
         self.decisions.append(decision(name, value, reason))
+
+
+@dataclass(kw_only=True)
+class Ready(Decided[ArgumentsT]):
+    """A command line without problems: what a program acts on."""
+
+    info: ModelInfo
+
+
+@dataclass(kw_only=True)
+class Resolution(Decided[ArgumentsT]):
+    """A command line on the way to being ready: the model's entry once it is known, and what is wrong so far."""
+
+    info: ModelInfo | None = None
+    problems: Problems = field(default_factory=Problems)
+
+    def checked(self) -> Ready[ArgumentsT]:
+        """Return what a program acts on; raises ConfigError with all problems where there are any."""
+        self.problems.raise_if_any()
+        assert self.info is not None, 'a model that is not known is a problem'
+        return Ready(args=self.args, typed=self.typed, info=self.info, decisions=self.decisions, warnings=self.warnings)
 
     def without_effect(self, names: tuple[str, ...], reason: str) -> None:
         """Warn about each of these flags that was typed."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
-from utils.cli.resolution import Resolution, run_name
+from utils.cli.resolution import Ready, run_name
 from utils.data.sources import parse_source
 from utils.dataset import DATASET_MAPPING
 from utils.estimate.gpus import UTILISATION, Machine, flops, gpus_that_fit, known_gpus, mode_of, need, seconds
@@ -38,13 +38,12 @@ class Found:
     downloads: list[str] = field(default_factory=list)
 
 
-def dry_run(done: Resolution[SftArguments]) -> int:
+def dry_run(done: Ready[SftArguments]) -> int:
     """Print what the run would be. Makes no folder but in the cache; a hub is asked for names and cards alone.
 
     Where no hub answers, files are not known by name, and tokens by their bound.
     """
     args, info = done.args, done.info
-    assert info is not None, 'resolved without problems'
     start_processes('gloo')
     found = _find_model(done)
     shape = _shape(done, found)
@@ -84,9 +83,8 @@ def _sizes(names: Sequence[str], files: dict[str, Listed]) -> str:
     return f'{len(names)} files, {total / GIB:.2f} GiB: {", ".join(names[:6])}{", ..." if len(names) > 6 else ""}'
 
 
-def _find_model(done: Resolution[SftArguments]) -> Found:
+def _find_model(done: Ready[SftArguments]) -> Found:
     args, info = done.args, done.info
-    assert info is not None, 'resolved without problems'
     if info.embedded and (packaged := find_packaged_file(*info.embedded)):
         return Found(model_dir=dense_directory(packaged), where=f'{run_name(args)}: in the package {info.embedded[0]}')
     if Path(info.model_id_or_path).is_dir():
@@ -104,10 +102,9 @@ def _find_model(done: Resolution[SftArguments]) -> Found:
     return Found(model_dir=folder, where=f'{run_name(args)}: {snapshot.repo} in the cache')
 
 
-def _shape(done: Resolution[SftArguments], found: Found) -> Shape | None:
+def _shape(done: Ready[SftArguments], found: Found) -> Shape | None:
     if found.model_dir is None or not (found.model_dir / 'config.json').is_file():
         return known_shape(done.args.model_type)
-    assert done.info is not None, 'resolved without problems'
     return shape_of(found.model_dir, done.info)
 
 

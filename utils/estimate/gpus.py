@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from utils.cli.arguments import SftArguments
+from utils.cli.deepspeed import ZeroConfig, read_zero
 from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint
 from utils.estimate.model_shape import Shape
 from utils.loading.info import ModelInfo
@@ -34,10 +34,12 @@ class Machine:
 
 def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine) -> Mode:
     """Return what of resolved arguments decides the memory of a run."""
-    packed, zero = _packing(args, info), _zero(args.deepspeed_config_path)
-    sharding = 'fsdp' if args.fsdp else f'zero{zero["stage"]}' if zero.get('stage') in (2, 3) else ''
+    packed = _packing(args, info)
+    zero = read_zero(args.deepspeed_config_path) if args.deepspeed_config_path else ZeroConfig(content={})
+    sharding = f'zero{zero.stage}' if zero.stage in (2, 3) else ''
+    if args.fsdp:
+        sharding = 'fsdp'
     whole = sharding not in ('fsdp', 'zero3')
-    offload = [name for name in ('offload_optimizer', 'offload_param') if (zero.get(name) or {}).get('device') == 'cpu']
     return Mode(
         full=args.sft_type == 'full',
         compute=_WIDTHS[args.dtype or 'bf16'],
@@ -54,8 +56,8 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         chunked=args.chunked_loss and whole,
         gpu=machine.gpu,
         sharding=sharding,
-        offloads_optimizer='offload_optimizer' in offload,
-        offloads_weights='offload_param' in offload,
+        offloads_optimizer=zero.offloads_optimizer,
+        offloads_weights=zero.offloads_weights,
         processes=machine.processes,
         devices=machine.devices,
     )
@@ -74,12 +76,6 @@ def _packing(args: SftArguments, info: ModelInfo) -> str:
     if args.quantization_bit == 4:
         return 'nf4x2' if args.bnb_4bit_use_double_quant else 'nf4'
     return 'nf4' if info.quantization else ''
-
-
-def _zero(path: str | None) -> dict[str, Any]:
-    content = json.loads(Path(path).read_text(encoding='utf-8')) if path else {}
-    found: dict[str, Any] = content.get('zero_optimization', {})
-    return found
 
 
 def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:

@@ -8,16 +8,16 @@ from typing import Any
 
 from utils.base import dist
 from utils.cli.arguments import SftArguments
-from utils.cli.resolution import Resolution
+from utils.cli.resolution import Ready
 from utils.data.encode_plan import encode_plan
 from utils.data.packing import PackedRows
 from utils.data.parts import TRAIN, VAL
 from utils.data.plan import Plan
 from utils.encode.encoded import IGNORE_INDEX, row_labels
-from utils.encode.make import make_encoder
 from utils.estimate.gpus import longest_batch
 from utils.estimate.memory import Batch, Mode
 from utils.model import load_tokenizer
+from utils.run.open_model import open_encoder
 from utils.run.rows import plan_of
 
 
@@ -32,7 +32,7 @@ class Work:
 
 
 def plan_work(
-    done: Resolution[SftArguments], model_dir: Path | None, mode: Mode | None, *, data_is_here: bool, sees: bool
+    done: Ready[SftArguments], model_dir: Path | None, mode: Mode | None, *, data_is_here: bool, sees: bool
 ) -> Work:
     """Return what a run would go through, its rows encoded where data and tokenizer are here, else its bound."""
     args = done.args
@@ -68,17 +68,11 @@ def _bounded(args: SftArguments, rows: int | None, said: str) -> Work:
     )
 
 
-def _encoded(done: Resolution[SftArguments], plan: Plan, model_dir: Path, *, padded: bool) -> Work:
+def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: bool) -> Work:
     """Return the work of data that is here, encoded as the run would, into the same cache."""
     args = done.args
-    encoder = make_encoder(
-        load_tokenizer(model_dir, model_type=args.model_type),
-        template_type=str(args.template_type),
-        system=args.system,
-        system_typed='system' in done.typed,
-        max_length=args.max_length,
-        loss_scope=args.loss_scope,
-    )
+    tokenizer = load_tokenizer(model_dir, model_type=args.model_type)
+    encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed)
     train, val, report = encode_plan(encoder, plan)
     rows: Any = PackedRows(train, args.max_length) if args.packing else train
     batches = [[row for item in batch for row in item.get('rows', [item])] for batch in rows.heaviest(args.batch_size)]

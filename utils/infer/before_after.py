@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from utils.base import dist
 from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
+from utils.cli.deepspeed import shards_weights
 from utils.data.parts import TRAIN, VAL, Streams
 from utils.data.plan import Plan, some_rows
 from utils.encode.encoded import RowRefused
@@ -22,14 +22,6 @@ from utils.run.record import ANSWERS_JSON
 
 # Enough to see a change by, and little beside a run.
 _NEW_TOKENS = 64
-
-
-def sharded(args: SftArguments) -> bool:
-    """Return whether one process alone holds only a part of the weights and so cannot answer by itself."""
-    if args.fsdp or args.deepspeed_config_path is None:
-        return args.fsdp
-    config = json.loads(Path(args.deepspeed_config_path).read_text(encoding='utf-8'))
-    return bool(config.get('zero_optimization', {}).get('stage') == 3)
 
 
 class BeforeAfter:
@@ -43,7 +35,7 @@ class BeforeAfter:
         self.config = generation_config(settings, encoder.tokenizer, encoder.stop_ids, base)
         self.rows: list[Row] = []
         self.prompts: list[list[int]] = []
-        if args.report_samples and sharded(args):
+        if args.report_samples and shards_weights(args):
             logger.info('answers before and after tuning are left out: no process holds all weights')
         elif dist.is_main():
             chosen = some_rows(rows, VAL, args.report_samples)

@@ -15,7 +15,7 @@ from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.base.packages import versions
 from utils.cli.arguments import SftArguments
-from utils.cli.resolution import Resolution
+from utils.cli.resolution import Ready
 from utils.proofs.secrecy import prove_secrecy
 from utils.report.html import write_report
 from utils.run.curves import plot_curves
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from utils.train.trainer import SftTrainer
 
 
-def resume_command(done: Resolution[SftArguments], checkpoint: Path) -> str:
+def resume_command(done: Ready[SftArguments], checkpoint: Path) -> str:
     """Return the command line that goes on from a checkpoint: the flags that were typed, the hub token left out."""
     words = [*typed_words(done, 'resume_from_checkpoint'), *flag_words('resume_from_checkpoint', checkpoint)]
     machines = dist.world_size() // dist.local_world_size()
@@ -40,7 +40,7 @@ def resume_command(done: Resolution[SftArguments], checkpoint: Path) -> str:
     return shlex.join([*launcher.split(), 'llm_sft.py', *words])
 
 
-def stopped(trainer: SftTrainer, run_dir: Path, done: Resolution[SftArguments]) -> Stopped:
+def stopped(trainer: SftTrainer, run_dir: Path, done: Ready[SftArguments]) -> Stopped:
     """Return what to raise after a signal: where the run stands and how to go on."""
     signum = trainer.signals.signum or signal.SIGTERM  # another process was told, this one was not
     checkpoint = run_dir / f'checkpoint-{trainer.state.global_step}'

@@ -16,8 +16,8 @@ from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.base.names import LOCK_JSON, SFT_ARGS
 from utils.cli.arguments import InferArguments, SftArguments
-from utils.cli.resolution import Resolution, decision, run_name
-from utils.loading.weights import Weights, locate
+from utils.cli.resolution import Decided, Ready, decision, run_name
+from utils.loading.weights import Weights
 from utils.run.lock import check_repeated, make_lock
 from utils.run.record import check_resumed, run_record
 
@@ -51,14 +51,13 @@ class Run:
         self.note(**{name: value})
 
 
-def open_run(done: Resolution[SftArguments], data: dict[str, Any], typed_now: Collection[str] = frozenset()) -> Run:
+def open_run(
+    done: Ready[SftArguments], weights: Weights, data: dict[str, Any], typed_now: Collection[str] = frozenset()
+) -> Run:
     """Return a new run, its folder made by rank 0 and known to all; logs what it finds out on the way."""
-    args, info = done.args, done.info
-    assert info is not None, 'resolved without problems'
+    args = done.args
     logged = len(done.warnings)
-    weights = locate(info, revision=args.model_revision, hub_name=args.hub)
-    log_weights(weights)
-    record = run_record(args, system_typed='system' in done.typed, base_model=weights.record(info))
+    record = run_record(args, system_typed='system' in done.typed, base_model=weights.record(done.info))
     lock = make_lock(done, record['base_model'], data)
     check_repeated(done, lock, typed_now)
     if args.resume_from_checkpoint:
@@ -81,12 +80,7 @@ def open_run(done: Resolution[SftArguments], data: dict[str, Any], typed_now: Co
     return run
 
 
-def log_weights(weights: Weights) -> None:
-    """Log where the base weights are, and why."""
-    logger.info(f'base weights = {weights.path} because {weights.reason}')
-
-
-def log_decisions(done: Resolution[Any]) -> None:
+def log_decisions(done: Decided[Any]) -> None:
     """Log each automatic decision with its reason, and what the user should know, before anything is fetched."""
     for line in done.decisions:
         logger.info(line)

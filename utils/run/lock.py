@@ -13,7 +13,7 @@ from utils.base.names import LOCK_JSON
 from utils.base.packages import toolkit, versions
 from utils.cli.arguments import SftArguments, flag_types
 from utils.cli.parser import Parsed, parse
-from utils.cli.resolution import Resolution
+from utils.cli.resolution import Ready
 from utils.data.sources import abbreviated
 
 # What decides which rows train and which are held out.
@@ -22,7 +22,7 @@ DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sa
 _NOT_REPEATED = ('hub_token', 'from_run')
 
 
-def typed_words(done: Resolution[SftArguments], *left_out: str) -> list[str]:
+def typed_words(done: Ready[SftArguments], *left_out: str) -> list[str]:
     """Return the flags that were typed, with their values, as words of a command line; secrets are left out."""
     words: list[str] = []
     for name in flag_types(SftArguments):
@@ -41,7 +41,7 @@ def flag_words(name: str, value: Any) -> list[str]:
     return [f'--{name}', *values]
 
 
-def make_lock(done: Resolution[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
+def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
     """Return what lock.json holds; the template's hash is added once the tokenizer is open."""
     return {
         'command': typed_words(done),
@@ -77,7 +77,7 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     return parse(SftArguments, words, program='llm_sft.py', about='', earlier=lock['command'])
 
 
-def check_repeated(done: Resolution[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
+def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
     """Compare a lock with that of the run it repeats: other data or weights are problems, other versions warnings.
 
     Whoever types --dataset or a model now wants another one.

@@ -1,12 +1,10 @@
-"""The first heavy step of both programs: processes, random state, and the model opened as the arguments say."""
+"""The first heavy step of both programs: base weights found, the model and its encoder opened as the arguments say."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base import dist
@@ -14,16 +12,54 @@ from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.packages import has_package
 from utils.cli.arguments import CommonArguments, SftArguments
-from utils.cli.resolution import Decide, log_decision
+from utils.cli.deepspeed import read_zero
+from utils.cli.resolution import Decide, Ready, log_decision
 from utils.cli.resolve import quantized_problems
+from utils.encode.make import make_encoder
 from utils.loading.devices import Spread, pick_dtype
 from utils.loading.folder import stored_quantization
 from utils.loading.info import LoadOptions, ModelInfo
-from utils.loading.opening import get_model_tokenizer
-from utils.loading.weights import Weights
+from utils.loading.opening import get_model_tokenizer, unembedded_from
+from utils.loading.weights import Weights, locate
 
 if TYPE_CHECKING:
     import torch
+
+    from utils.encode.encoder import Encoder
+    from utils.loading.image_processors import Images
+
+
+def find_weights(done: Ready[Any]) -> Weights:
+    """Return where the base weights are, downloaded where they are missing; logs it."""
+    weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
+    logger.info(f'base weights = {weights.path} because {weights.reason}')
+    return weights
+
+
+def open_encoder(
+    args: CommonArguments,
+    tokenizer: Any,
+    *,
+    system_typed: bool,
+    model: Any = None,
+    images: Images | None = None,
+    cuts: bool = True,
+) -> Encoder:
+    """Return the encoder that these arguments ask for.
+
+    Where the model is given, rows with ids that it does not embed are refused. `cuts`: rows longer than --max_length
+    are cut to it.
+    """
+    return make_encoder(
+        tokenizer,
+        template_type=str(args.template_type),
+        system=args.system,
+        system_typed=system_typed,
+        max_length=args.max_length if cuts else -1,
+        images=images,
+        loss_scope=args.loss_scope,
+        embedding=None if model is None else unembedded_from(model, tokenizer),
+    )
 
 
 def open_model(
@@ -97,16 +133,21 @@ def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype)
 
 
 def _zero_3(args: CommonArguments) -> Any:
-    path = _deepspeed_path(args)
-    config = json.loads(Path(path).read_text(encoding='utf-8')) if path else {}
-    if not isinstance(args, SftArguments) or config.get('zero_optimization', {}).get('stage') != 3:
+    """Return the configuration by which transformers shards weights as it reads them, None without ZeRO stage 3."""
+    if not isinstance(args, SftArguments) or args.deepspeed_config_path is None:
+        return None
+    zero = read_zero(args.deepspeed_config_path)
+    if zero.stage != 3:
         return None
     from transformers.integrations import HfDeepSpeedConfig
 
-    batch = args.batch_size, args.gradient_accumulation_steps
-    config.update(train_micro_batch_size_per_gpu=batch[0], gradient_accumulation_steps=batch[1])
-    config['train_batch_size'] = batch[0] * batch[1] * dist.world_size()
-    return HfDeepSpeedConfig(config)
+    batch, accumulation = args.batch_size, args.gradient_accumulation_steps
+    sizes = {
+        'train_micro_batch_size_per_gpu': batch,
+        'gradient_accumulation_steps': accumulation,
+        'train_batch_size': batch * accumulation * dist.world_size(),
+    }
+    return HfDeepSpeedConfig({**zero.content, **sizes})
 
 
 def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype, decide: Decide) -> bool:

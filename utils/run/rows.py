@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from utils.base.errors import Problems
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
-from utils.cli.resolution import Resolution
+from utils.cli.resolution import Decided, Ready
 from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
 from utils.data.plan import Plan, plan_rows
 from utils.formats.conversation import Row
@@ -20,7 +21,7 @@ from utils.run.lock import DATA_FLAGS, check_same_data
 _INFER_REMEDY = 'or type --dataset to have all rows of a data set answered: which ones the run held out is not known'
 
 
-def rows_of(done: Resolution[SftArguments]) -> Plan | Streams:
+def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """Return the rows of a training run: planned in a first pass, or opened as streams.
 
     What is not learnt of planned rows is logged and added to the decisions, what is worth counting about them to the
@@ -30,7 +31,7 @@ def rows_of(done: Resolution[SftArguments]) -> Plan | Streams:
     if args.streaming:
         return open_streams(args.dataset, hub=args.hub)
     plan = plan_of(args, args.train_dataset_sample)
-    learnt = Resolution(
+    learnt = Decided(
         args=args,
         typed=done.typed,
         decisions=plan.decisions(args.loss_scope),
@@ -71,9 +72,7 @@ def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
 
 
-def rows_to_answer(
-    done: Resolution[InferArguments], record: dict[str, Any] | None, checkpoint: Path | None
-) -> list[Row]:
+def rows_to_answer(done: Ready[InferArguments], record: dict[str, Any] | None, checkpoint: Path | None) -> list[Row]:
     """Return all rows of a typed --dataset, else the validation rows that the run of this record held out.
 
     Of an untuned model without a typed one these are the rows a run would hold out. Raises ConfigError where the data
@@ -112,7 +111,7 @@ def _all_rows(args: InferArguments) -> list[Row]:
 
 
 def _check_data(
-    done: Resolution[InferArguments],
+    done: Ready[InferArguments],
     record: dict[str, Any] | None,
     checkpoint: Path | None,
     now: dict[str, dict[str, Any]],
@@ -120,5 +119,6 @@ def _check_data(
     known = [name for name in DATA_FLAGS if hasattr(done.args, name)]
     if record is None or checkpoint is None or any(getattr(done.args, name) != record[name] for name in known):
         return  # what was typed otherwise is warned about by its name
-    done.warnings += check_same_data(checkpoint, now, done.problems, remedy=_INFER_REMEDY)
-    done.problems.raise_if_any()
+    problems = Problems()
+    done.warnings += check_same_data(checkpoint, now, problems, remedy=_INFER_REMEDY)
+    problems.raise_if_any()

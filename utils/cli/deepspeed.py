@@ -1,0 +1,52 @@
+"""What a DeepSpeed configuration says about sharding and offloading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.base.errors import ConfigError
+from utils.base.files import read_json
+from utils.cli.arguments import SftArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """The part of a DeepSpeed configuration that this project reads, and the whole as it stands in the file."""
+
+    # 0: nothing is sharded; 1: optimizer states; 2: gradients too; 3: weights too.
+    stage: int = 0
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+    content: Mapping[str, Any]
+
+
+def read_zero(path: str | Path) -> ZeroConfig:
+    """Return what a configuration file says; raises ConfigError where it is none that DeepSpeed takes."""
+    content = read_json(Path(path), remedy='--deepspeed_config_path takes one such as ds_config/zero2.json.')
+    zero = content.get('zero_optimization', {})
+    if not isinstance(zero, dict):
+        raise ConfigError(
+            f'--deepspeed_config_path {path} sets zero_optimization {zero!r}, where DeepSpeed takes an object such as '
+            '{"stage": 2}. Write one.'
+        )
+    return ZeroConfig(
+        stage=int(zero.get('stage', 0)),
+        offloads_optimizer=_offloads(zero, 'offload_optimizer'),
+        offloads_weights=_offloads(zero, 'offload_param'),
+        content=content,
+    )
+
+
+def _offloads(zero: Mapping[str, Any], name: str) -> bool:
+    settings = zero.get(name)
+    return isinstance(settings, dict) and settings.get('device', 'cpu') != 'none'
+
+
+def shards_weights(args: SftArguments) -> bool:
+    """Return whether one process alone holds only a part of the weights (FSDP2, ZeRO-3)."""
+    if args.fsdp:
+        return True
+    return args.deepspeed_config_path is not None and read_zero(args.deepspeed_config_path).stage == 3
