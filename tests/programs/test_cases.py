@@ -120,7 +120,7 @@ def go(tmp_path: Path) -> Callable[..., Done]:
         tokenizer = make_tokenizer(chat_template=template)
         special = [token for token in SPECIAL[3:] if token not in ordinary]
         if ordinary:
-            tokenizer = plain_tokenizer(template, special)
+            tokenizer = make_tokenizer(chat_template=template, control=special)
         tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in (*TAGS, *ordinary)])
         folder = tmp_path / 'model'
         make_model(vocab_size=len(tokenizer)).save_pretrained(folder)
@@ -143,18 +143,6 @@ def go(tmp_path: Path) -> Callable[..., Done]:
         )
 
     return run
-
-
-def plain_tokenizer(template: str, special: list[str]) -> Any:
-    """Return the toy tokenizer with these control tokens alone."""
-    import tests.conftest as made
-
-    before = list(made.SPECIAL)
-    try:
-        made.SPECIAL[3:] = special
-        return make_tokenizer(chat_template=template)
-    finally:
-        made.SPECIAL[:] = before
 
 
 Go = Callable[..., Done]

@@ -223,7 +223,7 @@ def full_disk(*words: str) -> Callable[[World], int]:
         def fails(*_: Any, **__: Any) -> None:
             raise OSError(28, 'No space left on device')
 
-        world.set.setattr('utils.train.resumable.seal', fails)
+        world.set.setattr('utils.train.checkpoints.seal', fails)
         return world.sft(*words)
 
     return make

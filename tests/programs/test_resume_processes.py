@@ -24,11 +24,12 @@ import llm_sft
 from benchmarks.kill_resume import STEPS, base_flags, compare, facts, run_folder, start, wait
 from utils.proofs import first_step
 from utils.train import prepare
+from utils.train.checkpoints import Checkpoints
 from utils.train.trainer import SftTrainer
 
 folder = Path(sys.argv[2])
 base = [*base_flags(folder), '--lora_dropout_p', '0.1']
-step, write, compute_loss = SftTrainer.training_step, SftTrainer.write_checkpoint, SftTrainer.compute_loss
+step, write, compute_loss = SftTrainer.training_step, Checkpoints.write, SftTrainer.compute_loss
 codes = {}
 
 def run(name, *flags):
@@ -57,9 +58,9 @@ SftTrainer.training_step = signalled
 run('stopped')
 SftTrainer.training_step = step
 run('resumed', '--resume_from_checkpoint', str(run_folder(folder / 'stopped') / 'checkpoint-8'))
-SftTrainer.write_checkpoint = limited
+Checkpoints.write = limited
 run('full')
-SftTrainer.write_checkpoint, SftTrainer.compute_loss = write, poisoned
+Checkpoints.write, SftTrainer.compute_loss = write, poisoned
 run('poisoned')
 whole = facts(folder / 'whole', 2)
 found = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SPECIAL = ['<unk>', '<s>', '</s>', '<|im_start|>', '<|im_end|>', '<|endoftext|>', '<eoh>', '<eoa>']
+PLAIN = ['<unk>', '<s>', '</s>']
+CONTROL = ['<|im_start|>', '<|im_end|>', '<|endoftext|>', '<eoh>', '<eoa>']
+SPECIAL = [*PLAIN, *CONTROL]
 TEXTS = [
     'you are a helpful assistant!\n\n### Human:\nwhat is the answer?\n\n### Assistant:\nthe answer is 42.',
     '[INST] <<SYS>>\nsystem\n<</SYS>>\n\nuser question [/INST] assistant reply',
@@ -18,8 +21,14 @@ TEXTS = [
 ]
 
 
-def make_tokenizer(*, chat_template: str | None = CHATML, vocab_size: int = 400, metaspace: str | None = None) -> Any:
-    """Return a BPE tokenizer trained on a few sentences, with the control tokens of several templates.
+def make_tokenizer(
+    *,
+    chat_template: str | None = CHATML,
+    vocab_size: int = 400,
+    metaspace: str | None = None,
+    control: Sequence[str] = CONTROL,
+) -> Any:
+    """Return a BPE tokenizer trained on a few sentences, with the control tokens of several templates, or others.
 
     Byte-level as GPT-2's; with `metaspace` ('first', 'always') blanks become ▁ as Llama's do, one put before the text.
     """
@@ -37,7 +46,7 @@ def make_tokenizer(*, chat_template: str | None = CHATML, vocab_size: int = 400,
         TEXTS,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=SPECIAL,
+            special_tokens=[*PLAIN, *control],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -45,7 +54,7 @@ def make_tokenizer(*, chat_template: str | None = CHATML, vocab_size: int = 400,
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='<|endoftext|>'
     )
-    tokenizer.add_special_tokens({'additional_special_tokens': SPECIAL[3:]})
+    tokenizer.add_special_tokens({'additional_special_tokens': list(control)})
     tokenizer.chat_template = chat_template
     return tokenizer
 

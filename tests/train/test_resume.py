@@ -190,16 +190,16 @@ def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pyte
 DISK_FULL = """
 import resource, sys
 import llm_sft
-from utils.train.trainer import SftTrainer
+from utils.train.checkpoints import Checkpoints
 
-write, limited_from = SftTrainer.write_checkpoint, sys.argv[1]
+write, limited_from = Checkpoints.write, sys.argv[1]
 
 def limited(self, checkpoint, **keywords):
     if checkpoint.name == limited_from:
         resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
     return write(self, checkpoint, **keywords)
 
-SftTrainer.write_checkpoint = limited
+Checkpoints.write = limited
 sys.exit(llm_sft.main(sys.argv[2:]))
 """
 

@@ -103,7 +103,8 @@ class FirstStepGate(TrainerCallback):
                 for weight, kept in zip(weights, copies, strict=True):
                     weight.copy_(kept)
             trainer.optimizer.state.clear()
-            trainer._load_optimizer_and_scheduler(self.resumed_from)
+            if self.resumed_from is not None:
+                trainer.checkpoints.load_optimizer(Path(self.resumed_from))
         if scaler is not None:
             scaler.load_state_dict(scale)
         trainer.model_wrapped.zero_grad()
@@ -211,11 +212,11 @@ class FirstStepGate(TrainerCallback):
     def _save(self, scratch: Path) -> int:
         """Write one checkpoint; returns its bytes."""
         trainer, checkpoint = self.trainer, scratch / 'checkpoint-0'
-        if failure := trainer.write_checkpoint(checkpoint, resumable=not trainer.args.save_only_model):
+        if failure := trainer.checkpoints.write(checkpoint, resumable=not trainer.args.save_only_model):
             folder = trainer.args.output_dir
             raise ConfigError(f'a checkpoint cannot be written to {folder}: {failure}. Make room, or name another.')
         size = dist.from_all(sum(p.stat().st_size for p in checkpoint.rglob('*')) if dist.is_main() else 0)[0]
-        held = trainer.save_total_limit + 1 if trainer.save_total_limit > 0 else 2
+        held = trainer.checkpoints.limit + 1 if trainer.checkpoints.limit > 0 else 2
         free = shutil.disk_usage(scratch.parent).free + size
         if free < held * size:
             logger.warning(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from utils.train.trainer import SftTrainer
 
 
 class EvaluateAtEnd(TrainerCallback):
@@ -21,6 +24,23 @@ class EvaluateAtEnd(TrainerCallback):
         if state.global_step >= state.max_steps and str(args.eval_strategy.value) == 'steps':
             control.should_evaluate = True
         return control
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler of a step's rows which epoch begins.
+
+    A resumed epoch's sampler lies inside samplers that skip and deal out batches, which do not pass this on.
+    """
+
+    def __init__(self, trainer: SftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch: the whole part of the epochs that are done."""
+        if self.trainer.order is not None:
+            self.trainer.order.set_epoch(int(state.epoch or 0))
 
 
 class Speedometer(TrainerCallback):
