@@ -135,10 +135,9 @@ def test_paths_that_pages_name_exist() -> None:
 
 def test_the_architecture_names_what_is_there() -> None:
     text = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
-    folders = {
-        p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(('.', '_')) and p.name != 'output'
-    }
-    assert not {name for name in folders if f'{name}/' not in text}
+    assert not [name for name in FOLDERS if f'{name}/' not in text]
+    files = {*re.findall(r'[\w.-]+\.(?:py|ipynb)', text.split('```')[1]), 'Dockerfile'}
+    assert not [name for name in files if not (ROOT / name).is_file()]
     if HAS_ROOMS:
         rooms = {p.name for p in (ROOT / 'utils').iterdir() if (p / '__init__.py').is_file()}
         assert rooms == set(re.findall(r'^\| `(\w+)`(?: \*)? \|', text, flags=re.MULTILINE))
