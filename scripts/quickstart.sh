@@ -10,7 +10,11 @@ python=.venv/bin/python
 out=output/quickstart
 answers=(--do_sample false --max_new_tokens 40 --show_dataset_sample -1 --infer_batch_size 64)
 # What the results depend on: the same code and flags give the same table, so they are not computed again.
-state=$({ find utils tools -type f \( -name '*.py' -o -name '*.json' \) -print0 | LC_ALL=C sort -z | xargs -0 cat; cat llm_*.py requirements.txt "${BASH_SOURCE[0]}"; echo "$@"; } | sha256sum | cut -d' ' -f1)
+state=$({
+    find utils tools -type f \( -name '*.py' -o -name '*.json' \) -print0 | LC_ALL=C sort -z | xargs -0 cat
+    cat llm_*.py requirements.txt constraints.txt "${BASH_SOURCE[0]}"
+    echo "$@"
+} | sha256sum | cut -d' ' -f1)
 
 if [[ "$(cat "$out/state" 2>/dev/null)" != "$state" ]]; then
     rm -rf "$out"

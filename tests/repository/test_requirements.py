@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from tests.support.runs import ROOT
 
 # Finds every package but those that are hidden, as if they were not installed, and runs programs one after the other.
@@ -35,7 +38,22 @@ for program, words in programs:
 
 
 def named(file: str) -> set[str]:
-    return set(re.findall(r'^([\w-]+)==', (ROOT / file).read_text(encoding='utf-8'), flags=re.MULTILINE))
+    """Return the packages that a requirements file names."""
+    return set(re.findall(r'^([\w-]+)[=><~]', (ROOT / file).read_text(encoding='utf-8'), flags=re.MULTILINE))
+
+
+def test_the_exact_set_lies_in_the_ranges() -> None:
+    exact = dict(re.findall(r'^([\w.-]+)==(\S+)$', (ROOT / 'constraints.txt').read_text(), flags=re.MULTILINE))
+    versions = {canonicalize_name(name): version for name, version in exact.items()}
+    checked = 0
+    for file in ('requirements.txt', 'requirements-all.txt'):
+        for line in (ROOT / file).read_text(encoding='utf-8').splitlines():
+            if line.startswith(('#', '-r')):
+                continue
+            wanted = Requirement(line)
+            assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)]), line
+            checked += 1
+    assert checked >= 28 and len(versions) > 100, 'what packages need of others is fixed too'
 
 
 def test_training_and_answering_need_no_optional_library(model_dir: Path, data_file: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from utils.cli.arguments import SftArguments
 from utils.cli.parser import Parsed
 from utils.hub.clients import TOKEN_VARIABLES, answers
 
-_PINS = Path(__file__).parents[2] / 'requirements.txt'
+_REQUIRED = Path(__file__).parents[2] / 'requirements.txt'
 _OPTIONAL = {
     'bitsandbytes': 'for --quantization_bit and 8-bit optimizers',
     'deepspeed': 'for --deepspeed_config_path',
@@ -62,25 +62,27 @@ def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
     try:
         yield from check()
     except Exception as error:  # whatever a broken installation raises is the finding
-        remedy = f'{sys.executable} -m pip install -r {_PINS.name}'
+        remedy = f'{sys.executable} -m pip install -r {_REQUIRED.name}'
         yield Finding(name, False, f'{type(error).__name__}: {error}', remedy)
 
 
 def _libraries() -> Iterator[Finding]:
+    """Yield whether the needed libraries are here in versions that the tests ran with, and the optional ones."""
+    from packaging.requirements import Requirement
+
     wrong = []
-    for line in _PINS.read_text(encoding='utf-8').splitlines():
-        name, _, pinned = line.split('#')[0].strip().partition('==')
-        if not name or not pinned:
-            continue
+    lines = [line.split('#')[0].strip() for line in _REQUIRED.read_text(encoding='utf-8').splitlines()]
+    for wanted in map(Requirement, filter(None, lines)):
         try:
-            found = version(name)
+            found = version(wanted.name)
         except PackageNotFoundError:
             found = 'missing'
-        if found.split('+')[0] != pinned:
-            wrong.append((f'{name} {found} (pinned {pinned})', found == 'missing'))
+        is_missing = found == 'missing'
+        if is_missing or not wanted.specifier.contains(found, prereleases=True):
+            wrong.append((f'{wanted.name} {found} (tested with {wanted.specifier})', is_missing))
     missing = any(absent for _, absent in wrong)
-    says = ', '.join(text for text, _ in wrong) or 'all pinned versions are installed'
-    remedy = f'{sys.executable} -m pip install -r {_PINS.name}' if wrong else ''
+    says = ', '.join(text for text, _ in wrong) or 'all are of versions that the tests ran with'
+    remedy = f'{sys.executable} -m pip install -r {_REQUIRED.name}' if wrong else ''
     yield Finding('libraries', False if missing else None if wrong else True, says, remedy)
     for name, use in _OPTIONAL.items():
         try:
@@ -152,7 +154,7 @@ def _all_reduce() -> Iterator[Finding]:
     workers = [
         subprocess.Popen(
             command,
-            cwd=_PINS.parent,
+            cwd=_REQUIRED.parent,
             env={**os.environ, **address, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
