@@ -29,10 +29,10 @@ from utils.data.encode_plan import EncodedRows, PreparedData
 from utils.data.packing import StepSampler, best_fit, fewest
 from utils.encode.encoded import Encoded
 from utils.fast import attention, chunked_loss
-from utils.fast.attention import RowAttention, Rows, attend_in_groups
+from utils.fast.attention import RowAttention, RowMask, attend_in_groups
 from utils.fast.chunked_loss import Head
 from utils.fast.gated_mlp import _FusedGate, fuse_gates
-from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.norm import _FusedNorm, fuse_norms
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
@@ -70,13 +70,13 @@ def by_definition(
 def test_attention_by_rows_is_attention(
     window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, '_BLOCK', 4)  # rows of several blocks, the weights of some of them kept
-    monkeypatch.setattr(attention, '_KEPT_KEYS', 6)
+    monkeypatch.setattr(attention, 'QUERY_BLOCK', 4)  # rows of several blocks, the weights of some of them kept
+    monkeypatch.setattr(attention, 'KEPT_KEYS', 6)
     torch.manual_seed(0)
     shapes = [(6, 25, 8), (2, 25, 8), (2, 25, 5), *([(6,)] if sinks else [])]
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
     sink = inputs[3] if sinks else None
-    rows = Rows(LENGTHS, window)
+    rows = RowMask(LENGTHS, window)
     expected = by_definition(*inputs[:3], window, cap, sink)
     ways = [RowAttention.apply(*inputs[:3], sink, rows, 0.3, cap)]
     if cap is None and sink is None:
@@ -90,7 +90,7 @@ def test_attention_by_rows_is_attention(
 
 
 def test_groups_hold_rows_of_like_length() -> None:
-    groups = list(Rows((5, 40, 9, 30, 4), None).groups())
+    groups = list(RowMask((5, 40, 9, 30, 4), None).groups())
     assert groups == [[(5, 40), (54, 30)], [(45, 9), (0, 5)], [(84, 4)]]
 
 
@@ -118,7 +118,7 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction='sum') / 7
     wanted = [hidden, *linear.parameters()]
     gradients = torch.autograd.grad(2 * expected, wanted)
-    monkeypatch.setattr(chunked_loss, '_CHUNK_LOGITS', 1600)  # 16 positions
+    monkeypatch.setattr(chunked_loss, 'CHUNK_LOGITS', 1600)  # 16 positions
     head = Head(linear, scale=scale, cap=cap)
     with Largest() as largest:
         found = chunked_loss.summed_loss(hidden, targets, head, 7)
@@ -164,7 +164,7 @@ def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
     words = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False, 'lora_dropout_p': 0.0}
     plain, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora', **words)
     swift, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora')
-    assert sum(type(m).__name__ == 'SwiftLinear' for m in swift.modules()) == 14
+    assert sum(type(m).__name__ == 'FusedLinear' for m in swift.modules()) == 14
     assert (swift(x).logits - plain(x).logits).abs().max() < 1e-6
     with swift.disable_adapter(), plain.disable_adapter():
         assert torch.equal(swift(x).logits, plain(x).logits)
@@ -305,7 +305,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
         with torch.autocast('cpu', torch.bfloat16):
             _, found = plain_gradients(plain, rows, count)
         base = fast.get_base_model()
-        assert lay_end_to_end(base, args, longest=30)
+        assert use_padding_free(base, args, longest=30)
         Scorer(base, exact_head(base, args)).loss(fast, Collator(5, pads=False)(rows), count).backward()
         ours = {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}
         for name, gradients in (('plain', found), ('fast', ours)):
@@ -531,6 +531,6 @@ def test_packing_needs_a_model_that_can(run_sft: Run, tmp_path: Path, problems: 
     BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=4)).save_pretrained(tmp_path / 'm')
     make_tokenizer().save_pretrained(tmp_path / 'm')
     run_sft('--model_id_or_path', str(tmp_path / 'm'), '--packing', 'true', expect=2)
-    assert '--packing true cannot be had: the attention of BloomForCausalLM' in problems()[0]
+    assert '--packing true is not possible: the attention of BloomForCausalLM' in problems()[0]
     run_sft('--packing', 'true', '--max_length', '-1', '--padding_free', 'false', expect=2)
     assert len(problems()) == 3

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 from utils.cli.arguments import SftArguments
 from utils.data.collator import Collator, take_rows
 from utils.encode.encoded import IGNORE_INDEX, row_labels
-from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.rotary import depends_on_batch_from, groups_of_rows
 from utils.fast.scoring import Scorer
 
@@ -76,7 +76,7 @@ def test_a_row_is_scored_and_trained_as_it_is_alone(kind: str, pads: bool) -> No
     with torch.no_grad():
         expected = [by_definition(model, row) for row in rows]
     args = SftArguments(padding_free=False if pads else None)
-    assert lay_end_to_end(model, args, longest=60) is not pads
+    assert use_padding_free(model, args, longest=60) is not pads
     scorer, collate = Scorer(model, exact_head(model, args)), Collator(0, pads=pads)
     # The rows in one batch, and in batches after one that was longer.
     for batches in ([rows], [rows[1:2], rows[3:4], rows[:1], rows[4:]]):

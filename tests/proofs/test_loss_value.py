@@ -93,7 +93,7 @@ def go_on_counting_positions(patch: pytest.MonkeyPatch) -> None:
 def let_rows_see_each_other(patch: pytest.MonkeyPatch) -> None:
     from utils.fast import scoring
 
-    patch.setattr(scoring, 'laid_end_to_end', lambda lengths: attention.laid_end_to_end([sum(lengths)]))
+    patch.setattr(scoring, 'concatenated_rows', lambda lengths: attention.concatenated_rows([sum(lengths)]))
 
 
 def lose_a_row_of_a_joined_batch(patch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.estimate.model_shape import Shape
+from utils.fast.constants import CHUNK_LOGITS, KEPT_KEYS, QUERY_BLOCK
 
 GIB = 2**30
 # Bytes per weight of a linear layer: 4 bits with an fp32 scale for 64 weights, or with 8-bit scales that have an fp32
@@ -21,8 +22,6 @@ PACKED = {
     'gptq4': 0.5 + 2.5 / 128,
     'gptq8': 1.0 + 3 / 128,
 }
-# Of this project's code: logits of a chunk (loss.py); queries of a block, keys whose weights are kept (attention.py).
-_CHUNK_LOGITS, _BLOCK, _KEPT_KEYS = 2**23, 128, 384
 # What a CPU takes beside tensors: kernels compiled at their first use, 12 to 48 MB in benchmarks/estimate.py.
 _KERNELS = 2**25
 # DeepSpeed's defaults: parameters that ZeRO-3 keeps gathered; those that ZeRO-2 gathers at once after a step.
@@ -186,8 +185,8 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
 def _kept(longest: int) -> int:
     """Return the keys per token whose weights a CPU keeps, where all rows are as long."""
-    blocks = ((start, min(start + _BLOCK, longest)) for start in range(0, min(longest, _KEPT_KEYS), _BLOCK))
-    return sum((end - start) * end for start, end in blocks if end <= _KEPT_KEYS) // longest
+    blocks = ((start, min(start + QUERY_BLOCK, longest)) for start in range(0, min(longest, KEPT_KEYS), QUERY_BLOCK))
+    return sum((end - start) * end for start, end in blocks if end <= KEPT_KEYS) // longest
 
 
 def _inputs(shape: Shape, mode: Mode) -> int:
@@ -209,7 +208,7 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     c, table = mode.compute, shape.vocabulary * shape.hidden
     if not mode.chunked:
         return batch.trained * shape.vocabulary * (2 * c + 8), 0
-    rows = min(batch.trained, max(16, _CHUNK_LOGITS // shape.vocabulary))
+    rows = min(batch.trained, max(16, CHUNK_LOGITS // shape.vocabulary))
     chunk = rows * shape.vocabulary * (4 if c == 4 else 4 + c)
     hidden = 3 * batch.trained * shape.hidden * c
     if not mode.full:
@@ -226,7 +225,7 @@ def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
     mlp = 3 * shape.inner // layers * c * batch.tokens
     attention = batch.tokens * shape.head_dim * (shape.heads * c + 8 * shape.kv_heads)
     if not mode.gpu and mode.laid:
-        attention += 4 * c * min(_BLOCK, batch.longest) * batch.longest * shape.heads
+        attention += 4 * c * min(QUERY_BLOCK, batch.longest) * batch.longest * shape.heads
     largest = max((i * o for sizes in shape.linear.values() for _, i, o in sizes), default=0)
     weight = largest * (c + 4) if mode.full else largest * c if mode.packed else 0
     return max(mlp, attention) + weight

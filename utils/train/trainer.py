@@ -25,7 +25,7 @@ from utils.data.packing import PackedRows, StepSampler
 from utils.data.stream import TrainingStream
 from utils.encode.encoded import IGNORE_INDEX
 from utils.encode.encoder import Encoder
-from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
 from utils.loading.image_processors import Images
@@ -358,7 +358,7 @@ def make_trainer(
     base = model.get_base_model() if args.sft_type == 'lora' else model
     longest = max([*data.train.lengths(), *data.val.lengths()])
     check_positions(base, longest)
-    laid = lay_end_to_end(base, args, longest=longest, decide=decide)
+    laid = use_padding_free(base, args, longest=longest, decide=decide)
     train: Any = data.train.longest_first() if args.test_oom_error else data.train
     if args.packing:
         train = PackedRows(data.train, args.max_length)
