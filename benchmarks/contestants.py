@@ -76,7 +76,7 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
     from utils.infer.generation import generation_config
     from utils.run.processes import start_processes
     from utils.train.prepare import prepare_model
-    from utils.train.trainer import make_trainer
+    from utils.train.trainer import TrainerSetup, make_trainer
 
     fast = variant == 'fast'
     if fast:
@@ -95,7 +95,11 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
         train.append(Encoded(**row))
     data = PreparedData(train=train, val=EncodedRows(), summary={})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return make_trainer(
-        args, Path(output), prepare_model(model, args), tokenizer, data, dtype=torch.bfloat16,
-        record={}, generation=generation_config(args, tokenizer, []),
-    )  # fmt: skip
+    setup = TrainerSetup(
+        folder=Path(output),
+        tokenizer=tokenizer,
+        dtype=torch.bfloat16,
+        record={},
+        generation=generation_config(args, tokenizer, []),
+    )
+    return make_trainer(args, prepare_model(model, args), data, setup)

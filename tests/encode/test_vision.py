@@ -591,7 +591,7 @@ def test_layers_of_the_tower_are_named_where_they_are_frozen(
     flags = ['--lora_target_modules', 'in_proj', 'c_proj', '--max_steps', '1']
     train(folders[QWEN_VL], rows_file, tmp_path / 'out', *flags, expect=2)
     assert len(problems()) == 1 and problems()[0].startswith("--lora_target_modules 'in_proj' matches no linear layer")
-    assert problems()[0].endswith('It is one of what sees: add --freeze_vision false.')
+    assert problems()[0].endswith('It belongs to the vision tower: add --freeze_vision false.')
     checkpoint = train(folders[QWEN_VL], rows_file, tmp_path / 'out', *flags, '--freeze_vision', 'false')
     names = {name.split('.lora_')[0].rsplit('.', 1)[1] for name in load_file(checkpoint / 'adapter_model.safetensors')}
     assert names == {'in_proj', 'c_proj', 'o_proj', 'down_proj'}

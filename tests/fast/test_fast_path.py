@@ -319,7 +319,7 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     from utils.encode.encoded import row_labels
-    from utils.train.trainer import make_trainer
+    from utils.train.trainer import TrainerSetup, make_trainer
 
     base = open_tiny(key, tmp_path / 'model')
     rows, tokenizer = make_rows(390), make_tokenizer()
@@ -343,10 +343,14 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
     train = EncodedRows()
     for row in rows:
         train.append(Encoded(**row))
-    make_trainer(
-        args, tmp_path / 'fast', fast, tokenizer, PreparedData(train=train, val=EncodedRows(), summary={}),
-        dtype=torch.float32, record={}, generation=generation_config(args, tokenizer, []),
-    ).train()  # fmt: skip
+    setup = TrainerSetup(
+        folder=tmp_path / 'fast',
+        tokenizer=tokenizer,
+        dtype=torch.float32,
+        record={},
+        generation=generation_config(args, tokenizer, []),
+    )
+    make_trainer(args, fast, PreparedData(train=train, val=EncodedRows(), summary={}), setup).train()
     start = dict(prepared(base, key, kind)[0].named_parameters())
     expected, moved = dict(plain.named_parameters()), 0.0
     for name, parameter in fast.named_parameters():

@@ -337,7 +337,9 @@ def test_a_prompt_past_the_learnt_positions_is_one_message_before_training(tmp_p
     data = write_jsonl(tmp_path / 'rows.jsonl', rows)
     words = [*small_flags(folder, data, tmp_path / 'output'), '--max_length', '-1', '--dataset_test_ratio', '0']
     assert llm_sft.main(words) == 2
-    assert len(problems()) == 1 and problems()[0].startswith('--max_length 64 is the most')
+    assert len(problems()) == 1 and problems()[0].startswith(
+        '--max_length: GPT2LMHeadModel has positions for 64 tokens'
+    )
     assert 'the longest row has 414 tokens' in problems()[0]
     assert llm_sft.main([*words, '--check_dataset', 'true']) == 0
     report = json.loads((tmp_path / 'output' / 'gpt2' / 'dataset_report.json').read_text())

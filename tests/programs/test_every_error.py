@@ -401,7 +401,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a model of no layers': (
         lambda w: w.sft(model=config(w, num_hidden_layers=0)),
-        'LlamaForCausalLM has no layer that LoRA could be put on. Use --sft_type full.',
+        '--sft_type lora: LlamaForCausalLM has no layer for LoRA. Use --sft_type full.',
     ),
     'no chat template': (bare_tokenizer, 'has no chat template of its own. Name one with --template_type: '),
     'a chat template cut off': (opened('chat_template.jinja', '{% for'), 'fails on a one-turn chat'),
@@ -609,7 +609,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32 or DeepSpeed.'),
     'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs an NVIDIA GPU of compute capability 8'),
     'a directory of nothing': (directory_of_nothing, 'has no config.json, so its architecture is unknown.'),
-    'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 cannot be had on expert parameters'),
+    'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 is not possible on expert parameters'),
     'an object cut off': (objects(b'{"a": 1}\n{"b": '), 'a.json:2: the JSON is broken in the row that'),
     'an object that is none': (
         objects(b'{"a": 1}, 3'), 'a.json: object 2: it must be an object with columns, got a int.',

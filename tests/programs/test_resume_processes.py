@@ -129,7 +129,7 @@ def test_the_rows_of_another_process_are_named(driven: tuple[Path, dict[str, Any
     assert text.count('step 4: the loss is not a finite number for ') == 1 and 'Traceback' not in text
     seen = [json.loads(line) for line in (folder / 'poisoned' / 'rows-1.jsonl').read_text().splitlines()]
     rows = {index for step, indices in seen if step == 3 for index in indices}
-    named = text.split('step 4: the loss is not a finite number for ')[1].split('. Look')[0].split(', ')
+    named = text.split('step 4: the loss is not a finite number for ')[1].split('. Check')[0].split(', ')
     assert len(rows) == len(named) == 4
     assert [p.name for p in all_checkpoints(run_of(folder, 'poisoned'))] == ['checkpoint-2']
 

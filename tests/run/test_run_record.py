@@ -171,8 +171,8 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     )
     run_sft(*resumed, '--lora_target_modules', 'q_proj', expect=2)
     assert problems()[-1] == (
-        f'--lora_target_modules q_proj: the adapter in {run / "checkpoint-1"} is on k_proj,q_proj,v_proj. Type '
-        '--lora_target_modules k_proj,q_proj,v_proj, or start a new run: leave --resume_from_checkpoint out.'
+        f'--lora_target_modules q_proj: the adapter in {run / "checkpoint-1"} is on k_proj,q_proj,v_proj. Use '
+        '--lora_target_modules k_proj,q_proj,v_proj, or remove --resume_from_checkpoint to start a new run.'
     )
     template = model / 'chat_template.jinja'
     template.write_text(template.read_text().replace("{{ '\n' }}", "{{ '\n\n' }}"))
@@ -195,7 +195,7 @@ def test_rows_past_learnt_positions_are_refused_before_training(
     flags = ('--model_id_or_path', str(tmp_path / 'gpt2'), '--dataset', str(data), '--max_steps', '1')
     run_sft(*flags, expect=2)
     assert len(problems()) == 1
-    assert problems()[0].startswith('--max_length 64 is the most that GPT2LMHeadModel has positions for (')
+    assert problems()[0].startswith('--max_length: GPT2LMHeadModel has positions for 64 tokens (')
     assert (run_sft(*flags, '--max_length', '64') / 'run.json').is_file()
 
 

@@ -55,7 +55,7 @@ def test_a_row_whose_loss_is_nan_stops_the_run_and_is_named(
     (message,) = problems()
     step = re.match(r'step (\d+): the loss is not a finite number for ', message)
     assert step is not None and int(step[1]) > 1, message
-    assert message[step.end() :].startswith(f'{data}:21. Look at these rows.'), 'one row of the four of a step'
+    assert message[step.end() :].startswith(f'{data}:21. Check these rows.'), 'one row of the four of a step'
     last = all_checkpoints(run)[-1]
     assert last.name == f'checkpoint-{int(step[1]) - 1}'
     assert message.endswith(f'Nothing of this step is saved; the last good checkpoint: {last}.')
@@ -85,7 +85,7 @@ def test_a_validation_row_whose_loss_is_nan_stops_the_run(
     flags = ('--model_id_or_path', str(poisoned_model), '--dataset', 'two-parts', '--max_steps', '3')
     run = run_sft(*flags, '--save_steps', '1', '--save_total_limit', '-1', expect=2)
     assert problems()[0].startswith(
-        'step 3: the validation loss is not a finite number for two-parts (validation): row 3. Look at these rows.'
+        'step 3: the validation loss is not a finite number for two-parts (validation): row 3. Check these rows.'
     )
     assert [p.name for p in all_checkpoints(run)] == ['checkpoint-1', 'checkpoint-2']
 
@@ -115,7 +115,7 @@ def test_gradients_that_are_infinite_stop_the_run(
     gradients_times(math.inf, 3)
     run = run_sft(*SAVED_EACH_STEP, expect=2)
     (message,) = problems()
-    assert re.match(r'step 3: the loss is finite, its gradients are not \(norm (inf|nan)\)\. ', message)
+    assert re.match(r'step 3: the loss is finite, but its gradients are not \(norm (inf|nan)\)\. ', message)
     assert message.count(f'{data_file}:') == 4, 'all rows of the step'
     assert [p.name for p in all_checkpoints(run)] == ['checkpoint-1', 'checkpoint-2']
 
@@ -146,7 +146,10 @@ def test_a_jump_of_the_loss_is_reported_with_its_row(
     )  # fmt: skip
     (spike,) = json.loads((run / 'run.json').read_text())['loss_spikes']
     assert spike['rows'] == [f'{data}:8'] and spike['step'] > 20 and spike['loss'] > 2 * spike['usual']
-    assert f'step {spike["step"]}: the loss jumped to ' in caplog.text and f'Highest in: {data}:8' in caplog.text
+    assert (
+        f'step {spike["step"]}: the loss jumped to ' in caplog.text
+        and f'Check the rows with the highest loss: {data}:8' in caplog.text
+    )
 
 
 def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: P
     for number in range(20, 39):
         guard.norm = math.inf
         guard.judge(f'step {number}')
-    with pytest.raises(ConfigError, match='step 39: gradients overflow in fp16 whatever the loss scale, 20 steps in a'):
+    with pytest.raises(ConfigError, match='step 39: gradients overflow in fp16 at every loss scale, 20 steps in a'):
         guard.judge('step 39')
     guard.losses = [torch.tensor(math.nan)]
     with pytest.raises(ConfigError, match='step 40: the loss is not a finite number'):
@@ -210,7 +213,7 @@ def test_weights_that_stay_as_they_were_are_no_success(
     """Rates so small that adding a step to a weight rounds it away."""
     rate = '1e-60' if kind == 'lora' else '1e-30'
     run = run_sft('--sft_type', kind, '--learning_rate', rate, '--only_save_model', 'false', expect=2)
-    assert problems()[0].startswith(f'--learning_rate {float(rate)}: the weights after 6 steps are those the run began')
+    assert problems()[0].startswith(f'--learning_rate {float(rate)}: the weights after 6 steps are bitwise identical')
     assert 'best checkpoint' not in caplog.text and not (run / 'run.json').exists()
 
 

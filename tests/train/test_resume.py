@@ -116,7 +116,7 @@ def test_a_second_signal_quits_at_once_and_an_echo_does_not() -> None:
     )
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, 'alive\n')
-    assert done.stderr.strip() == 'finishing this step and writing a checkpoint; once more quits at once'
+    assert done.stderr.strip() == 'finishing this step and writing a checkpoint; a second signal quits at once'
 
 
 def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> None:
@@ -140,7 +140,7 @@ def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> 
 def test_a_run_that_has_ended_is_not_resumed(run_sft: Run, problems: Problems) -> None:
     run = run_sft('--max_steps', '3')
     run_sft('--max_steps', '3', '--resume_from_checkpoint', str(run / 'checkpoint-3'), expect=2)
-    assert 'is of step 3 and this run ends at step 3: nothing is left to train' in problems()[0]
+    assert 'is of step 3 and this run ends at step 3: no step is left to train' in problems()[0]
 
 
 def test_one_checkpoint_is_left_of_a_limit_of_one(run_sft: Run) -> None:
@@ -183,7 +183,7 @@ def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pyte
     assert f'{run / ".checkpoint-9.partial"} was being written when that run ended' in caplog.text
     assert json.loads((run / 'proofs.json').read_text())['checkpoints'] == {
         'passed': True, 'pickled_by_deepspeed': [],
-        'says': 'checkpoint-3 got its name once it was whole on the disk, with the sha256 of each of its files',
+        'says': 'checkpoint-3 was renamed into place once it was complete on disk, with the sha256 of each file',
     }  # fmt: skip
 
 
@@ -221,8 +221,8 @@ def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_p
     assert damage(run / 'checkpoint-3') is None
     assert len(re.findall(r'(?<!I/O )error: ', done.stderr)) == 1
     assert re.search(
-        rf'{run}/checkpoint-6 could not be written: .*File too large.*Nothing older was touched: the last complete '
-        rf'checkpoint is {run}/checkpoint-3\. .* GiB are free there\. Make room, then go on with '
+        rf'{run}/checkpoint-6 could not be written: .*File too large.*Nothing older was changed: the last complete '
+        rf'checkpoint is {run}/checkpoint-3\. .* GiB are free there\. Free disk space, then use '
         rf'--resume_from_checkpoint {run}/checkpoint-3$',
         done.stderr,
         flags=re.MULTILINE,

@@ -1,4 +1,4 @@
-"""What happens between steps: a last evaluation, and honest counts of tokens, seconds and memory."""
+"""Callbacks of the trainer between steps: a last evaluation, the order of rows, and counts of tokens and seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class EvaluateAtEnd(TrainerCallback):
-    """Evaluates the last step too, so that the last checkpoint can be the best."""
+    """Evaluates after the last step too, so that the last checkpoint can be the best."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -27,9 +27,10 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class EpochOrder(TrainerCallback):
-    """Tells the sampler of a step's rows which epoch begins.
+    """Sets the epoch of the sampler that orders the rows of a step.
 
-    A resumed epoch's sampler lies inside samplers that skip and deal out batches, which do not pass this on.
+    In a resumed epoch this sampler is wrapped in samplers that skip and distribute batches, and they do not pass the
+    epoch on.
     """
 
     def __init__(self, trainer: SftTrainer) -> None:
@@ -38,13 +39,13 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the epoch: the whole part of the epochs that are done."""
+        """Set the epoch to the number of complete epochs."""
         if self.trainer.order is not None:
             self.trainer.order.set_epoch(int(state.epoch or 0))
 
 
 class Speedometer(TrainerCallback):
-    """Counts real tokens (padding is none) and the seconds of training steps, evaluation and saving left out."""
+    """Counts non-padding tokens and the seconds spent in training steps, excluding evaluation and saving."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -57,16 +58,17 @@ class Speedometer(TrainerCallback):
         self._pending += int(inputs['row_lengths'].sum())
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the first step out: it pays for warm-up."""
+        """Start without a time, so that the first step, which warms up, is not counted."""
         self._since = None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Close a step."""
+        """Add the tokens and seconds of the step."""
         now = time.perf_counter()
         if self._since is not None:
             self.seconds += now - self._since
             self.tokens += self._pending
-        self._pending, self._since = 0, now
+        self._pending = 0
+        self._since = now
 
     def _restart(self, *args: Any, **kwargs: Any) -> None:
         self._since = time.perf_counter()
@@ -74,15 +76,16 @@ class Speedometer(TrainerCallback):
     on_evaluate = on_save = on_log = _restart
 
     def tokens_per_second(self) -> float | None:
-        """Return real tokens per second of this process, None after a single step."""
+        """Return non-padding tokens per second of this process, None after a single step."""
         return round(self.tokens / self.seconds, 1) if self.seconds else None
 
 
 def peak_memory_gib() -> float:
-    """Return the peak of GPU memory, or of the process's resident memory where there is no GPU."""
+    """Return the peak of GPU memory over all GPUs, or of resident memory if there is no GPU, in GiB."""
     if torch.cuda.is_available():
         peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     else:
         # ru_maxrss is in KiB on Linux and in bytes on macOS.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        unit = 1 if sys.platform == 'darwin' else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return round(peak / 2**30, 3)
