@@ -139,12 +139,12 @@ def test_a_chat_asks_as_most_rows_were_trained(
     record = record_of(run)
     assert record['thinking'] == switch
     assert record['thinking_rows'] == {'switched': reasoning, 'of': reasoning + plain}
-    reason = f'{reasoning} of {reasoning + plain} rows looked at have a reply that reasons, rendered with {SWITCH}'
+    reason = f'{reasoning} of {reasoning + plain} checked rows have a reply with reasoning, rendered with {SWITCH}'
     assert f'thinking = {switch} because {reason}' in caplog.text
     caplog.clear()
     asked = asked_of(run, monkeypatch, '--eval_human', 'true')
     assert [text[text.index('<|im_start|>assistant') :] for text in asked] == [prompt]
-    assert (f'thinking = {SWITCH} because the run trained so: {reason}' in caplog.text) is (switch is not None)
+    assert (f'thinking = {SWITCH} because the run was trained with it: {reason}' in caplog.text) is (switch is not None)
 
 
 def test_the_prompt_of_a_chat_begins_what_was_trained(train: SftRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -447,7 +447,7 @@ PROGRAMS: dict[str, Row] = {
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, where a dict must be. Give --from_run a run'),
     'a lock of nothing': (repeated('{}'), 'lock.json does not say what command was: it is not as written.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
-    'a full disk before the first step': (full_disk(), 'a checkpoint cannot be written to '),
+    'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
         full_disk('--preflight', 'false'),
         'the last complete checkpoint is none yet.',

@@ -99,7 +99,7 @@ def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
     run = run_sft(*flags, expect=2)
     (message,) = problems()
     found = re.match(
-        r'the heaviest batch \(2 rows of up to (\d+) tokens\) does not fit into memory: .*allocate.* '
+        r'--batch_size: the heaviest batch \(2 rows of up to (\d+) tokens\) does not fit into memory: .*allocate.* '
         # Whether recomputing is enough here depends on what the allocator has kept.
         r'Tried just now: --batch_size 1: fits; --gradient_checkpointing true: (?:fits|does not fit); '
         r'--max_length (\d+): fits\. '

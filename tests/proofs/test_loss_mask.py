@@ -50,8 +50,8 @@ def test_labels_of_batches_are_what_is_trained(tmp_path: Path) -> None:
     proof = prove(Collator(5), tmp_path)
     assert proof['passed'] and proof['rows_checked'] == 3
     assert proof['says'] == (
-        '3 rows train 40 % of 60 tokens; in batches of 3 of them exactly these carry loss, each end of turn among '
-        'them; 2 rows were left out because none of their tokens does'
+        '3 rows train 40 % of 60 tokens; in batches of 3 rows exactly the marked tokens carry loss, each end of turn '
+        'among them; 2 rows were skipped because none of their tokens carries loss'
     )
 
 
@@ -101,11 +101,11 @@ def train_padding(labels: torch.Tensor) -> None:
     ('change', 'message'),
     [
         (drop_end, "the end of turn '<|im_end|>' carries no loss in a batch: the model would never learn to stop."),
-        (train_prompt, 'a batch trains other tokens than its row says'),
-        (change_token, 'a batch trains other tokens than its row says'),
-        (shift_by_one, 'a batch trains the tokens of its row at other places'),
+        (train_prompt, 'a batch trains other tokens than its row marks'),
+        (change_token, 'a batch trains other tokens than its row marks'),
+        (shift_by_one, 'a batch trains the tokens of its row at other positions'),
         (swap_rows, 'a batch trains'),
-        (train_padding, 'a batch trains other tokens than its row says'),
+        (train_padding, 'a batch trains other tokens than its row marks'),
     ],
 )
 def test_a_batch_that_trains_other_tokens_stops_the_run(

@@ -65,7 +65,7 @@ def test_what_is_planted_is_found(name: str, tmp_path: Path) -> None:
     args = SftArguments(hub_token=CANARY, model_id_or_path=f'{Path.home()}/typed/model', dataset=['a.jsonl#5'])
     (tmp_path / 'fine.json').write_text(f'{{"x": "{Path.home()}/typed/model/config.json"}}')
     passed, says = prove(tmp_path, args)
-    assert passed and says.startswith('1 files, archives and metadata opened, hold none of ')
+    assert passed and says.startswith('1 files, archives and metadata opened, contain none of ')
     plant, message = PLANTS[name]
     plant(tmp_path)
     passed, says = prove(tmp_path, args)
@@ -79,4 +79,4 @@ def test_deepspeeds_own_state_is_excepted_and_named(tmp_path: Path) -> None:
     prove_secrecy(tmp_path, SftArguments())
     proof = json.loads((tmp_path / 'proofs.json').read_text())['secrecy']
     assert proof['passed'] and proof['excepted'] == ['checkpoint-3/global_step3/mp_rank_00_model_states.pt']
-    assert 'excepted are 1 files in which DeepSpeed keeps its state' in proof['says']
+    assert '1 files with the state of DeepSpeed are excepted' in proof['says']

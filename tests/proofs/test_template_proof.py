@@ -54,7 +54,7 @@ def test_equal_ids_are_said(tmp_path: Path) -> None:
     assert proof(tmp_path) == {
         'passed': True,
         'says': "11 of 11 conversations (1 of your rows, 10 probes) give the ids of the tokenizer's own chat template; "
-        'in all of them the prompt of inference begins what is trained and the end of turn carries loss',
+        'in all of them the trained text begins with the prompt of inference and the end of turn carries loss',
         'equal': 11,
     }  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_a_blank_changed_in_what_is_rendered_stops(tmp_path: Path) -> None:
             return changed[0] if isinstance(found, str) else changed
 
     message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
-    assert "the ids are not those of the tokenizer's chat template, and no counted reason explains it" in message
+    assert "the ids differ from those of the tokenizer's chat template, and no counted reason explains it" in message
     assert "is ' ' (228), the chat template has '\\n' (206)" in message
 
 
@@ -142,7 +142,10 @@ def test_an_end_token_without_loss_stops(tmp_path: Path) -> None:
             return super()._trained_end(ids, part) - 1
 
     message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
-    assert "qa.jsonl:1: the end of turn '<|im_end|>' carries no loss: the model would never learn to stop." in message
+    assert (
+        "qa.jsonl:1: template auto: the end of turn '<|im_end|>' carries no loss: the model would never learn to stop."
+        in message
+    )
 
 
 # Prints everything that a turn may hold.
@@ -279,7 +282,7 @@ def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:
             return [[*ids[:-1], 5] for ids in super()._encode_prompts(rows)]
 
     message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
-    assert 'the prompt that inference gives is not how the trained row begins: token' in message
+    assert 'the prompt of inference is not the beginning of the trained row: token' in message
 
 
 # ---- the stored hash ----
@@ -298,7 +301,9 @@ def test_inference_refuses_a_chat_template_changed_since(run_sft: Run, model_dir
         file.write_text(before.replace('<|im_start|>assistant\n', '<|im_start|>assistant \n'))
         assert llm_infer.main(words) == 2
         assert 'the chat template of this tokenizer has changed since checkpoint-1 was trained' in problems()[0]
-        assert f'take the trained one from {checkpoint}/chat_template.jinja' in problems()[0]
+        assert (
+            f'Copy the trained one from {checkpoint}/chat_template.jinja, or add --template_type auto' in problems()[0]
+        )
         assert llm_infer.main([*words, '--template_type', 'auto']) == 0
     finally:
         file.write_text(before)

@@ -235,7 +235,7 @@ def test_an_unwritable_disk_shows_before_the_first_step(model_dir: Path, data_fi
     done = run_on_a_full_disk(small_flags(model_dir, data_file, tmp_path / 'full'), 'checkpoint-0')
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-3000:]
     (run,) = (tmp_path / 'full').glob('*/*')
-    assert f'error: a checkpoint cannot be written to {run}: ' in done.stderr and 'File too large' in done.stderr
+    assert f'error: {run}: a checkpoint cannot be written: ' in done.stderr and 'File too large' in done.stderr
     assert not [p for p in run.iterdir() if 'checkpoint' in p.name or p.name == '.preflight']
 
 
