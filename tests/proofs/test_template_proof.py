@@ -193,7 +193,7 @@ def test_a_field_that_conversion_or_encoding_loses_stops(key: str, tmp_path: Pat
         else:
             message.pop(key, None)  # type: ignore[misc]
     ours = AutoEncoder(make_tokenizer(chat_template=WHOLE), system=None, max_length=-1)
-    with pytest.raises(ConfigError, match='the ids are not those'):
+    with pytest.raises(ConfigError, match='the ids differ from those'):
         prove_template(ours, [row], tmp_path)
 
 
