@@ -10,15 +10,10 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from utils.base import dist
-from utils.base.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-
-    from utils.train.trainer import SftTrainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A scheduler and torchrun may both forward the same signal: within this time a second one is ignored.
@@ -74,47 +69,3 @@ def _start_worker(init_fn: Callable[[int], None] | None, worker_id: int) -> None
     ignore_signals()
     if init_fn is not None:
         init_fn(worker_id)
-
-
-class EvaluationCutError(Exception):
-    """Raised to end an evaluation early because the run stops; the resumed run repeats the evaluation."""
-
-
-class StopCallback(TrainerCallback):
-    """Ends the run after the step in which all processes know of a signal; ends an evaluation early."""
-
-    def __init__(self, trainer: SftTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Raise ConfigError if the resumed run has no step left: the training loop would add one step."""
-        if state.global_step >= state.max_steps:
-            raise ConfigError(
-                f'--resume_from_checkpoint: the checkpoint is of step {state.global_step} and this run ends at step '
-                f'{state.max_steps}: no step is left to train. Raise --max_steps or --num_train_epochs.'
-            )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Request a checkpoint and the end of training; the resumed run makes up for an evaluation that is due."""
-        trainer = self.trainer
-        if trainer.stop_agreed and state.global_step < state.max_steps:
-            trainer.evaluation_pending = control.should_evaluate
-            control.should_evaluate = False
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """End an evaluation early once a process has a signal, except a repeated one and that of the last step."""
-        trainer = self.trainer
-        if trainer.evaluation_pending or state.global_step >= state.max_steps:
-            return
-        trainer.stop_agreed = dist.sums([trainer.signals.signum])[0] > 0
-        if trainer.stop_agreed:
-            raise EvaluationCutError
