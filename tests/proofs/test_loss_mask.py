@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,7 +160,7 @@ def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(
     assert shown.count('⟦the answer is') == 2 and '⟦the answer is 2.<|im_end|>⟧' in shown
     assert '⟦the answer is 2.<|im_end|>⟧' in caplog.text
     caplog.clear()
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr('utils.encode.show.sys.stderr.isatty', lambda: True, raising=False)
     monkeypatch.delenv('NO_COLOR', raising=False)
     show_samples(ENCODER.tokenizer, [rows[0]], tmp_path)
     assert '\x1b[30;42mthe answer is 0.<|im_end|>\x1b[0m' in caplog.messages[-1]
