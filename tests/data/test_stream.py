@@ -118,7 +118,7 @@ def test_what_is_left_out_is_counted_once_and_said_while_running(
     kept = 7 * 2 + 53 * 3
     assert account['fields'] == {'reply text': {'trained': 60}, 'user text': {'context': kept, 'left out': left_out}}
     assert account['unused'] == {}
-    assert '20 rows left out: null response' in caplog.text
+    assert '20 rows skipped: null response' in caplog.text
 
 
 def test_held_out_rows_of_a_stream_are_in_the_account_of_the_run(run_sft: Run, tmp_path: Path) -> None:

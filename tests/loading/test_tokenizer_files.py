@@ -51,9 +51,7 @@ def test_a_row_with_a_token_that_is_not_embedded_is_named(larger: Path, tmp_path
     data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
     words = [*small_flags(larger, data, tmp_path / 'out'), '--dataset_test_ratio', '0.5', '--max_steps', '1']
     assert llm_sft.main(words) == 2
-    assert [line.startswith(f"{data}:10: the row holds '{LARGE}', a token of id 400; ") for line in problems()] == [
-        True
-    ]
+    assert [line.startswith(f"{data}:10: the token '{LARGE}' has the id 400, ") for line in problems()] == [True]
 
 
 def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_path: Path, problems: Problems) -> None:

@@ -270,13 +270,13 @@ PROGRAMS: dict[str, Row] = {
     'a seed below 0': (lambda w: w.sft('--seed', '-1'), '--seed takes a whole number from 0 to 4294967295, got -1.'),
     'a seed too large': (lambda w: w.sft('--seed', str(2**40)), '--seed takes a whole number from 0 to'),
     'a count of odd digits': (lambda w: w.sft('--dataset', 'sql-demo#²'), "1 or more, got '²'"),
-    'a count without end': (lambda w: w.sft('--dataset', f'sql-demo#{DIGITS}'), 'after # comes how many rows'),
+    'a count without end': (lambda w: w.sft('--dataset', f'sql-demo#{DIGITS}'), 'the number of rows after #'),
     'bytes in a flag': (lambda w: w.sft('--system', 'a\udcff'), 'what --system was given is not UTF-8.'),
     'a list of nothing': (lambda w: w.sft('--dataset'), '--dataset needs at least one value.'),
     'neither true nor false': (lambda w: w.sft('--packing', 'maybe'), "--packing takes true or false, got 'maybe'."),
     'one file by two names': (
         lambda w: w.sft('--dataset', w.data, w.data.parent / '.' / '..' / w.data.parent.name / w.data.name),
-        'its rows would count double. Name it once.',
+        'so its rows would be used twice. Remove one of the two.',
     ),
     'a package that is not there': (not_installed, 'which is not installed: pip install "transformers>=5.2.0"'),
     'a share below 0': (lambda w: w.sft('--dataset_test_ratio', '-0.1'), 'takes a share from 0 to below 1, got -0.1.'),
@@ -305,7 +305,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a stream that is held out': (
         lambda w: w.sft('--streaming', 'true', '--stream_val_rows', '100'),
-        'all are left out, or held out for validation (--stream_val_rows).',
+        'all rows are skipped or held out for validation. Lower --stream_val_rows,',
     ),
     'bitsandbytes is not there': (
         lambda w: (w.lacks('bitsandbytes'), w.sft('--optim', 'adamw_8bit'))[1],
@@ -367,7 +367,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a picture of no name': (
         rows('a.jsonl', json.dumps({'query': '<img></img>', 'response': 'b', 'images': ['a\0b']})),
-        '1 rows left out: the row has images, and the model sees none (',
+        '1 rows skipped: the row has images, and the model sees none (',
     ),
     'one column twice': (rows('a.csv', 'query,query,response\na,b,c\n'), "a.csv:1: the header names 'query' twice."),
     'a folder named as a file': (folder_named_as_a_file, 'a.jsonl cannot be read: Is a directory.'),

@@ -20,7 +20,7 @@ from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Decide, log_decision
 from utils.data.collator import NOT_FOR_THE_MODEL, Collator, refill, split_rows
 from utils.data.encode_plan import PreparedData
-from utils.data.encoded_rows import Filled
+from utils.data.encoded_rows import EncodedRows, Filled, IndexedRows, TrainRows
 from utils.data.packing import PackedRows, StepSampler
 from utils.data.stream import TrainingStream
 from utils.encode.encoded import IGNORE_INDEX
@@ -54,6 +54,9 @@ class SftTrainer(Seq2SeqTrainer):
     micro-batch, _get_grad_norm, the optimizer. Each method of the base class that is replaced is marked with
     @overrides, which compares it with the library's.
     """
+
+    # The library has no types.
+    train_dataset: TrainRows
 
     def __init__(
         self,
@@ -341,6 +344,23 @@ def build_trainer(
     return trainer
 
 
+def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> IndexedRows:
+    """Return the training rows as the flags ask for them: sorted, packed, in equal numbers for all processes."""
+    arranged: IndexedRows = rows
+    if args.test_oom_error:
+        arranged = rows.longest_first()
+
+    if args.packing:
+        packed = PackedRows(rows, args.max_length)
+        full = len(rows.ids) / len(packed) / args.max_length
+        logger.info(f'packing: {len(rows)} rows in {len(packed)} packs, {full:.1%} of --max_length full')
+        arranged = packed
+
+    if dist.world_size() > 1:
+        arranged = Filled(arranged, args.batch_size * dist.world_size(), pad_token_id)
+    return arranged
+
+
 def make_trainer(
     args: SftArguments,
     folder: Path,
@@ -359,13 +379,9 @@ def make_trainer(
     longest = max([*data.train.lengths(), *data.val.lengths()])
     check_positions(base, longest)
     laid = lay_end_to_end(base, args, longest=longest, decide=decide)
-    train: Any = data.train.longest_first() if args.test_oom_error else data.train
-    if args.packing:
-        train = PackedRows(data.train, args.max_length)
-        full = len(data.train.ids) / len(train) / args.max_length
-        logger.info(f'packing: {len(data.train)} rows in {len(train)} packs, {full:.1%} of --max_length full')
-    if dist.world_size() > 1 and not args.streaming:
-        train = Filled(train, args.batch_size * dist.world_size(), tokenizer.pad_token_id)
+    train: TrainRows = data.train
+    if isinstance(data.train, EncodedRows):
+        train = _arranged(data.train, args, tokenizer.pad_token_id)
     return SftTrainer(
         run_record=record,
         save_total_limit=args.save_total_limit,
