@@ -153,7 +153,7 @@ def test_output_dir_under_a_file(model_dir: Path, data_file: Path, tmp_path: Pat
     (tmp_path / 'file').write_text('')
     assert sft(model_dir, data_file, tmp_path / 'file' / 'out') == 2
     assert problems() == [
-        f'--output_dir {tmp_path}/file/out cannot be made: {tmp_path}/file is a file. Give another folder.'
+        f'--output_dir {tmp_path}/file/out cannot be created: {tmp_path}/file is a file. Give another folder.'
     ]
 
 
@@ -225,7 +225,7 @@ def test_help_and_errors_never_import_torch() -> None:
 
 
 RULES = {
-    ('--model_type', 'llama2-7b', '--model_id_or_path', 'x/y'): 'each names the model by itself',
+    ('--model_type', 'llama2-7b', '--model_id_or_path', 'x/y'): 'both name a model. Remove --model_type or --model_id',
     ('--quantization_bit', '4', '--sft_type', 'full', '--model_type', 'llama2-7b'): '4-bit weights cannot be trained',
     ('--quantization_bit', '5'): "takes 0, 4, 8, got '5'",
     ('--max_length', '1'): '--max_length 1 leaves no room',
@@ -233,17 +233,17 @@ RULES = {
     ('--max_steps', 'ten'): "--max_steps takes a whole number, got 'ten'",
     ('--learning_rate', 'nan'): '--learning_rate takes a number above 0, got nan',
     ('--dataset_test_ratio', '1'): 'a share from 0 to below 1',
-    ('--dataset', 'sql-demo', 'sql-demo'): "names 'sql-demo' twice",
+    ('--dataset', 'sql-demo', 'sql-demo'): "'sql-demo' is named twice",
     ('--dataset', 'sql-demo#0'): 'the number of rows after # must be 1 or more',
     ('--dataset', 'data.txt'): 'is neither a registered data set nor a .json',
     ('--lr_scheduler_type', 'cosin'): "did you mean 'cosine'",
     ('--train_dataset_sample', '0'): '1 or more, or -1 for all',
-    ('--temperature', '0', '--predict_with_generate', 'true'): 'for greedy decoding --do_sample false',
+    ('--temperature', '0', '--predict_with_generate', 'true'): 'for greedy decoding use --do_sample false',
     ('--push_to_hub', 'true'): 'needs a token: set the environment variable MODELSCOPE_API_TOKEN',
     ('--push_to_hub', 'true', '--hub', 'huggingface'): 'needs a token: set the environment variable HF_TOKEN',
     ('--hub', 'hugingface'): "takes modelscope, huggingface, got 'hugingface'",
     ('--push_to_hub', 'true', '--hub_model_id', 'a/b/c'): 'takes repo or user/repo',
-    ('--ddp_backend', 'nccl'): 'needs a GPU and this machine shows none',
+    ('--ddp_backend', 'nccl'): 'needs a GPU, and this machine shows none',
     ('--use_flash_attn', 'true'): 'needs flash-attn',
     ('--deepspeed_config_path', 'nowhere.json'): 'is not a file',
     ('--resume_from_checkpoint', 'nowhere'): 'is not a directory',
