@@ -114,11 +114,11 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
                 f'{dist.world_size()}. Start the command with {shards} processes.'
             )
 
-    typed_here = {
+    from_flags = {
         'train_micro_batch_size_per_gpu': ('batch_size', args.batch_size),
         'gradient_accumulation_steps': ('gradient_accumulation_steps', args.gradient_accumulation_steps),
         'gradient_clipping': ('max_grad_norm', args.max_grad_norm),
     }
-    for name, (flag, value) in typed_here.items():
+    for name, (flag, value) in from_flags.items():
         if zero.content.get(name, 'auto') not in ('auto', value):
             problems.add(f"{path} sets {name} {zero.content[name]}, and --{flag} is {value}. Write 'auto' in the file.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.base import dist
 from utils.base.cache import kept
@@ -41,6 +41,7 @@ _REPORT = 'report.json'
 _DECIDES_IDS = ('preprocess.py', 'formats/*.py', 'encode/*.py', 'data/*.py', 'loading/image_processors.py')
 # Rows with their uses.
 _Batch = list[tuple[int, Row]]
+T = TypeVar('T')
 
 
 class EncodedAgain:
@@ -134,7 +135,7 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -
     return encoded, kept_rows
 
 
-def batches(rows: Iterable[Any], size: int = BATCH_ROWS) -> Iterator[list[Any]]:
+def batches(rows: Iterable[T], size: int = BATCH_ROWS) -> Iterator[list[T]]:
     """Yield the items in lists of `size`; the last list may be shorter."""
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
