@@ -259,4 +259,4 @@ def test_merging_into_quantised_weights_says_what_to_do_instead(
     checkpoint = next((tmp_path / 'out').glob('*/*/checkpoint-1'))
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 2
     assert len(problems()) == 1
-    assert 'Serve it as it is (--ckpt_dir alone), or train on the same model without int4' in problems()[0]
+    assert 'Remove --merge_lora_and_save to serve base and adapter, or train on the same model without int4' in problems()[0]
