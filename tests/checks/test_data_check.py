@@ -335,5 +335,5 @@ def test_mojibake_is_told_from_words_of_other_languages() -> None:
 
 
 def test_the_doctor_imports_no_torch_of_its_own(tokenizer_dir: Path, tmp_path: Path) -> None:
-    code = "import sys, utils.doctor; sys.exit('torch' in sys.modules)"
+    code = "import sys, utils.checks.dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False).returncode == 0

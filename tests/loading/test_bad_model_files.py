@@ -225,7 +225,7 @@ def test_quantised_weights_of_a_hub_are_found_once_they_are_there(
 ) -> None:
     folder = original_folder('qwen-7b-chat-int4', tmp_path)
     found = locate(get_model_info(None, str(folder)), revision='master')
-    monkeypatch.setattr('utils.run.folder.locate', lambda *_, **__: found)
+    monkeypatch.setattr('utils.run.open_model.locate', lambda *_, **__: found)
     flags = [*small_flags(Path('me/gptq'), data_file, tmp_path / 'out'), '--template_type', 'default']
     assert llm_sft.main([*flags, '--sft_type', 'full']) == 2
     assert len(problems()) == 1 and "'gptq'" + GPTQ in problems()[0]
@@ -259,4 +259,7 @@ def test_merging_into_quantised_weights_says_what_to_do_instead(
     checkpoint = next((tmp_path / 'out').glob('*/*/checkpoint-1'))
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 2
     assert len(problems()) == 1
-    assert 'Remove --merge_lora_and_save to serve base and adapter, or train on the same model without int4' in problems()[0]
+    assert (
+        'Remove --merge_lora_and_save to serve base and adapter, or train on the same model without int4'
+        in problems()[0]
+    )

@@ -60,7 +60,7 @@ class Session:
         plan.write_text(json.dumps({'runs': runs, 'notes': str(self.folder), 'fail': fail}))
         command = [sys.executable, '-m', 'torch.distributed.run', *launcher]
         return subprocess.Popen(
-            [*command, str(ROOT / 'tests' / 'distributed_driver.py'), str(plan)],
+            [*command, str(ROOT / 'tests' / 'support' / 'distributed_driver.py'), str(plan)],
             cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
         )  # fmt: skip

@@ -120,7 +120,7 @@ def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_pat
     plan.write_text(json.dumps({'runs': runs, 'notes': str(tmp_path), 'fail': None}))
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', *started['lora_ddp'].launcher,
-         str(ROOT / 'tests' / 'distributed_driver.py'), str(plan)],
+         str(ROOT / 'tests' / 'support' / 'distributed_driver.py'), str(plan)],
         cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -43,8 +43,10 @@ def started_in(run_dir: Path) -> str | None:
     """Return the folder in which a run was started; None where its lock.json does not say."""
     if not (run_dir / LOCK_JSON).is_file():
         return None
-    lock = read_json(run_dir / LOCK_JSON, remedy='Restore the file that the run wrote.')
-    directory = lock.get('directory')
+    try:
+        directory = read_json(run_dir / LOCK_JSON).get('directory')
+    except ConfigError:  # the code that needs the lock reports it
+        return None
     return directory if isinstance(directory, str) else None
 
 
