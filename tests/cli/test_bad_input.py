@@ -62,8 +62,8 @@ DATA = {
     'latin.jsonl': (b'{"query": "a", "response": "b"}\n{"query": "\xe9"}\n', 'latin.jsonl:2: byte 0xe9 is not UTF-8'),
     'broken.jsonl': (b'{"query": "a", "response": "b"}\n{"query": "c", \n', 'broken.jsonl:2: this line is not JSON'),
     'list.jsonl': (b'[1, 2]\n', 'list.jsonl:1: a row must be an object with named columns, got list'),
-    'columns.jsonl': (b'{"question": "a", "answer": "b"}\n', 'columns question, answer are no known shape'),
-    'columns.csv': (b'question,answer\na,b\n', 'columns question, answer are no known shape'),
+    'columns.jsonl': (b'{"question": "a", "answer": "b"}\n', 'unknown columns question, answer.'),
+    'columns.csv': (b'question,answer\na,b\n', 'unknown columns question, answer.'),
     'cells.csv': (b'query,response\na,b\nc\n', 'cells.csv:3: this row does not have 2 cells'),
     'broken.parquet': (b'PAR1 nothing', 'the parquet file cannot be read'),
     'empties.jsonl': (b'{"query": "a", "response": ""}\n', 'no training row is left'),
@@ -101,7 +101,7 @@ def test_bad_rows_are_left_out_counted_and_named(
         'columns are missing that the first row has: response': 1, 'history is text that is not JSON': 1,
     }  # fmt: skip
     assert counted['train']['rows'] + counted['validation']['rows'] == 10
-    assert f'2 rows left out: empty response ({data}:12, {data}:17)' in caplog.text
+    assert f'2 rows skipped: empty response ({data}:12, {data}:17)' in caplog.text
 
 
 def test_history_with_a_single_turn_template(model_dir: Path, tmp_path: Path, problems: Problems) -> None:
@@ -130,8 +130,9 @@ def test_every_sample_left_out_by_the_template(tmp_path: Path, data_file: Path, 
     )
     make_tokenizer(chat_template=picky).save_pretrained(folder)
     assert sft(folder, data_file, tmp_path / 'out') == 2
-    assert 'every training row is left out' in problems()[0]
-    assert '40 rows left out: the chat template refuses it: no questions' in problems()[0]
+    assert (
+        'every training row was skipped: 40 rows skipped: the chat template refuses it: no questions' in problems()[0]
+    )
 
 
 @pytest.mark.parametrize(('missing', 'trains'), [('pad_token', True), ('eos_token', False)])
@@ -152,7 +153,7 @@ def test_output_dir_under_a_file(model_dir: Path, data_file: Path, tmp_path: Pat
     (tmp_path / 'file').write_text('')
     assert sft(model_dir, data_file, tmp_path / 'file' / 'out') == 2
     assert problems() == [
-        f'--output_dir {tmp_path}/file/out cannot be made: {tmp_path}/file is a file. Give another folder.'
+        f'--output_dir {tmp_path}/file/out cannot be created: {tmp_path}/file is a file. Give another folder.'
     ]
 
 
@@ -224,7 +225,7 @@ def test_help_and_errors_never_import_torch() -> None:
 
 
 RULES = {
-    ('--model_type', 'llama2-7b', '--model_id_or_path', 'x/y'): 'each names the model by itself',
+    ('--model_type', 'llama2-7b', '--model_id_or_path', 'x/y'): 'both name a model. Remove --model_type or --model_id',
     ('--quantization_bit', '4', '--sft_type', 'full', '--model_type', 'llama2-7b'): '4-bit weights cannot be trained',
     ('--quantization_bit', '5'): "takes 0, 4, 8, got '5'",
     ('--max_length', '1'): '--max_length 1 leaves no room',
@@ -232,17 +233,17 @@ RULES = {
     ('--max_steps', 'ten'): "--max_steps takes a whole number, got 'ten'",
     ('--learning_rate', 'nan'): '--learning_rate takes a number above 0, got nan',
     ('--dataset_test_ratio', '1'): 'a share from 0 to below 1',
-    ('--dataset', 'sql-demo', 'sql-demo'): "names 'sql-demo' twice",
-    ('--dataset', 'sql-demo#0'): 'after # comes how many rows to draw',
-    ('--dataset', 'data.txt'): 'is neither registered nor a .json',
+    ('--dataset', 'sql-demo', 'sql-demo'): "'sql-demo' is named twice",
+    ('--dataset', 'sql-demo#0'): 'the number of rows after # must be 1 or more',
+    ('--dataset', 'data.txt'): 'is neither a registered data set nor a .json',
     ('--lr_scheduler_type', 'cosin'): "did you mean 'cosine'",
     ('--train_dataset_sample', '0'): '1 or more, or -1 for all',
-    ('--temperature', '0', '--predict_with_generate', 'true'): 'for greedy decoding --do_sample false',
+    ('--temperature', '0', '--predict_with_generate', 'true'): 'for greedy decoding use --do_sample false',
     ('--push_to_hub', 'true'): 'needs a token: set the environment variable MODELSCOPE_API_TOKEN',
     ('--push_to_hub', 'true', '--hub', 'huggingface'): 'needs a token: set the environment variable HF_TOKEN',
     ('--hub', 'hugingface'): "takes modelscope, huggingface, got 'hugingface'",
     ('--push_to_hub', 'true', '--hub_model_id', 'a/b/c'): 'takes repo or user/repo',
-    ('--ddp_backend', 'nccl'): 'needs a GPU and this machine shows none',
+    ('--ddp_backend', 'nccl'): 'needs a GPU, and this machine shows none',
     ('--use_flash_attn', 'true'): 'needs flash-attn',
     ('--deepspeed_config_path', 'nowhere.json'): 'is not a file',
     ('--resume_from_checkpoint', 'nowhere'): 'is not a directory',

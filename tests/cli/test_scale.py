@@ -25,28 +25,33 @@ ZERO_2, ZERO_3 = (('--deepspeed_config_path', str(ROOT / 'ds_config' / f'zero{st
 QLORA, FSDP = ('--quantization_bit', '4'), ('--fsdp', 'true')
 REFUSED = [
     # GPUs, processes per machine (0: not under torchrun), flags, what the message says
-    (0, 0, FSDP, 'Start it with: torchrun --nproc_per_node 2 llm_sft.py'),
-    (4, 0, ZERO_2, 'Start it with: torchrun --nproc_per_node 4 llm_sft.py'),
-    (0, 1, FSDP, 'shards over 2 or more processes'),
-    (0, 2, (*FSDP, *ZERO_2), 'both shard the model. Drop one'),
+    (0, 0, FSDP, 'Start the command with: torchrun --nproc_per_node 2 llm_sft.py'),
+    (4, 0, ZERO_2, 'Start the command with: torchrun --nproc_per_node 4 llm_sft.py'),
+    (0, 1, FSDP, 'needs 2 or more processes, got 1'),
+    (0, 2, (*FSDP, *ZERO_2), 'both shard the model. Remove one'),
     (0, 2, (*FSDP, *QLORA), 'cannot shard quantised weights. Use --deepspeed_config_path ds_config/zero2.json'),
     (
         0,
         2,
         (*FSDP, '--model_id_or_path', 'qwen/Qwen-7B-Chat-Int4'),
-        "the weights of 'qwen-7b-chat-int4' are stored quantised (gptq), which --fsdp true cannot shard",
+        "--fsdp true: the weights of 'qwen-7b-chat-int4' are stored quantised (gptq) and cannot be sharded",
     ),
-    (0, 2, (*FSDP, '--dtype', 'fp16'), 'Use bf16 or fp32'),
-    (0, 2, (*FSDP, '--only_save_model', 'false'), 'or use ds_config/zero3.json'),
+    (0, 2, (*FSDP, '--dtype', 'fp16'), 'Use --dtype bf16 or fp32'),
+    (
+        0,
+        2,
+        (*FSDP, '--only_save_model', 'false'),
+        'or use --deepspeed_config_path ds_config/zero3.json instead of --fsdp',
+    ),
     (0, 2, (*FSDP, '--resume_from_checkpoint', '.'), 'cannot be resumed'),
-    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'adamw_8bit'), 'Use adamw_torch with --fsdp true'),
-    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'ademamix'), 'Use adamw_torch with --fsdp true'),
+    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'adamw_8bit'), 'Use --optim adamw_torch with --fsdp true'),
+    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'ademamix'), 'Use --optim adamw_torch with --fsdp true'),
     (0, 2, (*ZERO_3, *QLORA), 'does not shard quantised weights. Use ds_config/zero2.json'),
-    (0, 2, (*ZERO_3, '--resume_from_checkpoint', '.'), 'the optimizer of 0 DeepSpeed processes, here are 2'),
-    (4, 2, ZERO_2, 'needs one GPU per process, here each of 2 processes has 2 of the 4 GPUs. Use --nproc_per_node 4'),
+    (0, 2, (*ZERO_3, '--resume_from_checkpoint', '.'), 'holds no optimizer state of DeepSpeed'),
+    (4, 2, ZERO_2, 'needs one GPU per process, and each of 2 processes has 2 of the 4 GPUs. Use --nproc_per_node 4'),
     (4, 2, FSDP, 'needs one GPU per process'),
-    (4, 2, QLORA, 'cannot spread over several GPUs in several processes'),
-    (2, 4, (), '4 processes for 2 GPUs: each needs its own. Use --nproc_per_node 2'),
+    (4, 2, QLORA, 'cannot use several GPUs in each of several processes'),
+    (2, 4, (), '4 processes for 2 GPUs, and each process needs its own GPU. Use --nproc_per_node 2'),
     (2, 2, (*QLORA, '--ddp_backend', 'gloo'), '--ddp_backend gloo with --quantization_bit 4 on GPUs'),
     (0, 2, (*QLORA, '--sft_type', 'full'), '4-bit weights cannot be trained'),
 ]
@@ -75,9 +80,27 @@ def test_deepspeed_values_that_contradict_the_flags_are_named(
     config.write_text(json.dumps({'zero_optimization': zero, 'gradient_accumulation_steps': 7}))
     flags = ['--deepspeed_config_path', str(config), '--optim', 'adafactor']
     assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), *flags]) == 2
-    assert any("sets gradient_accumulation_steps 7, --gradient_accumulation_steps is 2. Write 'auto'" in p
+    assert any("sets gradient_accumulation_steps 7, and --gradient_accumulation_steps is 2. Write 'auto'" in p
                for p in problems())  # fmt: skip
-    assert any('offloads the optimizer, which --optim adafactor cannot' in line for line in problems())
+    assert any('offloads the optimizer, and --optim adafactor cannot run there' in line for line in problems())
+
+
+def test_a_deepspeed_checkpoint_of_another_number_of_processes_is_refused(
+    model_dir: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    problems: Callable[[], list[str]],
+) -> None:  # fmt: skip
+    states = tmp_path / 'checkpoint-1' / 'global_step1'
+    states.mkdir(parents=True)
+    for rank in range(3):
+        (states / f'zero_pp_rank_{rank}_mp_rank_00_optim_states.pt').touch()
+    world = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2'}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr('os._exit', lambda code: None)
+    flags = [*ZERO_2, '--resume_from_checkpoint', str(states.parent)]
+    assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), *flags]) == 2
+    said = 'holds the optimizer state of 3 DeepSpeed processes, and this run has 2. Start the command with 3 processes.'
+    assert any(said in line for line in problems()), problems()
 
 
 def test_deepspeed_configurations_leave_to_the_trainer_what_it_knows() -> None:

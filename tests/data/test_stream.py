@@ -118,7 +118,7 @@ def test_what_is_left_out_is_counted_once_and_said_while_running(
     kept = 7 * 2 + 53 * 3
     assert account['fields'] == {'reply text': {'trained': 60}, 'user text': {'context': kept, 'left out': left_out}}
     assert account['unused'] == {}
-    assert '20 rows left out: null response' in caplog.text
+    assert '20 rows skipped: null response' in caplog.text
 
 
 def test_held_out_rows_of_a_stream_are_in_the_account_of_the_run(run_sft: Run, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_drawing_from_a_stream_is_refused_and_flags_without_effect_are_named(
     run_sft: Run, data_file: Path, problems: Callable[[], list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
     run_sft(*STREAM, '--dataset', f'{data_file}#5', expect=2)
-    assert 'draws from the whole set, which --streaming true never sees' in problems()[0]
+    assert '# draws from all rows, and --streaming true never holds all rows. Remove # and' in problems()[0]
     run_sft(*STREAM, '--max_steps', '1', '--train_dataset_sample', '5')
     for name in ('train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers'):
         assert f'--{name} has no effect' in caplog.text

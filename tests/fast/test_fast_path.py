@@ -26,7 +26,7 @@ from tests.support.runs import ROOT, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.data.collator import Collator, refill
 from utils.data.encode_plan import EncodedRows, PreparedData
-from utils.data.packing import StepSampler, best_fit, fewest
+from utils.data.packing import StepSampler, best_fit, pack_evenly
 from utils.encode.encoded import Encoded
 from utils.fast import attention, chunked_loss
 from utils.fast.attention import RowAttention, RowMask, attend_in_groups
@@ -370,10 +370,10 @@ def test_packs_hold_every_row_once_and_are_nearly_full() -> None:
 
 
 def test_fewest_packs_are_filled_alike_where_that_fits() -> None:
-    assert fewest([6, 5, 4, 3], 12) == [[0, 3], [1, 2]]
+    assert pack_evenly([6, 5, 4, 3], 12) == [[0, 3], [1, 2]]
     lengths = [5, 5, 4, 4, 3, 3, 3]
-    assert fewest(lengths, 9) == best_fit(lengths, 9) == [[0, 2], [1, 3], [4, 5, 6]]
-    assert fewest([5], 2) == [[0]]
+    assert pack_evenly(lengths, 9) == best_fit(lengths, 9) == [[0, 2], [1, 3], [4, 5, 6]]
+    assert pack_evenly([5], 2) == [[0]]
 
 
 def test_micro_batches_of_a_step_are_joined_up_to_the_heaviest() -> None:

@@ -261,7 +261,7 @@ def test_a_plan_counts_what_is_not_used_and_what_is_odd(tmp_path: Path) -> None:
     noted = plan_rows([file]).noted
     assert noted.counts == {
         'column `id` is not used': 2,
-        'the JSON key `by` stands twice in an object: the last counts': 1,
+        'the JSON key `by` occurs twice in an object: the last value is used': 1,
         'column `note` is not used': 1,
         'an empty question': 1,
     }
@@ -277,7 +277,7 @@ def test_a_json_key_that_stands_twice_is_told_at_its_row_alone(tmp_path: Path, m
             read = list(read_rows(Path(file)))
             assert [row for _, row in read] == [{'query': 'c', 'response': 'b'}, {'query': 'd', 'response': 'e'}]
             assert plan_rows([file], test_ratio=0).noted.counts == {
-                'the JSON key `query` stands twice in an object: the last counts': 1
+                'the JSON key `query` occurs twice in an object: the last value is used': 1
             }
 
 

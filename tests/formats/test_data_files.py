@@ -198,28 +198,28 @@ def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) 
     (tmp_path / 'mixed' / 'notes.txt').write_text('x')
     file = write(tmp_path / 'a.jsonl')
     words = {
-        f'{tmp_path}/*.csv': 'matches no file (looked from ',
-        f'{tmp_path}/bare': 'bare holds no .json, .jsonl, .csv (each also .gz) or .parquet file',
-        f'{tmp_path}/mixed/*': f'matches {tmp_path}/mixed/notes.txt, which is no .json',
+        f'{tmp_path}/*.csv': 'the pattern matches no file (looked from ',
+        f'{tmp_path}/bare': 'bare holds no .json, .jsonl, .csv (each also .gz) or .parquet file, and the folders in',
+        f'{tmp_path}/mixed/*': f'the pattern matches {tmp_path}/mixed/notes.txt, which is not a .json',
         f'{tmp_path}/gone/': f'data folder {tmp_path}/gone is not there (looked in {tmp_path}).',
-        f'{tmp_path}/*.jsonl': f'names {file} again, after ',
-        f'{tmp_path}/./a.jsonl': f'names {tmp_path}/a.jsonl again, after ',
+        f'{tmp_path}/*.jsonl': f' already names {file}, so its rows would be used twice.',
+        f'{tmp_path}/./a.jsonl': f' already names {tmp_path}/a.jsonl, so its rows would be used twice.',
     }
     problems = check_sources([str(file), *words])
     assert len(problems) == len(words) == 6
     for problem, part in zip(problems, words.values(), strict=True):
         assert part in problem
-    with pytest.raises(ConfigError, match='neither registered nor a .json'):
+    with pytest.raises(ConfigError, match='neither a registered data set nor a .json'):
         parse_source('data.txt')
 
 
 def test_what_is_not_offered_is_said_with_what_to_do(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe.jsonl')
     words = {
-        str(tmp_path / 'pipe.jsonl'): 'pipe.jsonl is a pipe or a device, which gives its rows only once. Write them to',
+        str(tmp_path / 'pipe.jsonl'): 'pipe.jsonl is a pipe or a device, which can be read only once. Write its',
         'tatsu-lab/alpaca': 'is not there (looked in ',
-        'org/alpaca-v1.5': 'download this one and give its files, e.g. hf download org/alpaca-v1.5 --repo-type dataset',
-        'https://example.org/a.jsonl?x=1': 'is a URL, and rows are not fetched from the web. Download the file',
+        'org/alpaca-v1.5': 'Download any other one and give its files, e.g. hf download org/alpaca-v1.5 --repo',
+        'https://example.org/a.jsonl?x=1': 'this is a URL, and rows are not fetched from the web. Download the file',
     }
     problems = check_sources(list(words))
     for problem, part in zip(problems, words.values(), strict=True):
@@ -241,7 +241,7 @@ def test_columns_in_capitals_or_with_blanks_are_told_as_such(tmp_path: Path) -> 
         ({'id': 1, 'question': 'a', 'answer': 'b'}, 'Rename question to query and answer to response.'),
         (
             {'text': 'a'},
-            'To train on text alone, write each row as {"query": "", "response": the text}, and choose --template_type',
+            'To train on plain text, write each row as {"query": "", "response": the text}, and choose --template_type',
         ),
         ({'x': 'a'}, 'Rename the columns of'),
     ],
@@ -253,7 +253,7 @@ def test_columns_of_other_tools_are_told_with_their_names_here(
     file.write_text(json.dumps(row) + '\n')
     with pytest.raises(ConfigError) as raised:
         plan_rows([str(file)])
-    assert f'{file}:1: columns {", ".join(row)} are no known shape. ' in str(raised.value)
+    assert f'{file}:1: unknown columns {", ".join(row)}. ' in str(raised.value)
     assert remedy in str(raised.value)
 
 
@@ -284,5 +284,5 @@ def test_a_registered_function_whose_rows_change_is_refused(monkeypatch: pytest.
             return iter(ROWS[: self.count])
 
     monkeypatch.setitem(dataset.DATASET_MAPPING, 'mine', Shrinking)
-    with pytest.raises(ConfigError, match="data set 'mine' gave other rows when it was read a second time"):
+    with pytest.raises(ConfigError, match="data set 'mine': the second read returned other rows than the first"):
         get_dataset(['mine'])

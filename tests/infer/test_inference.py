@@ -109,7 +109,7 @@ def test_rows_of_which_none_can_be_answered_are_one_error(
     file = write_jsonl(tmp_path / 'a.jsonl', [{'query': 'a', 'response': 'b', 'images': ['a.png']}] * 9)
     words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--dataset_test_ratio', '0.5']
     assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), *GREEDY]) == 2
-    assert problems()[0].startswith('every validation row is left out: 4 rows left out: the row has images, and the')
+    assert problems()[0].startswith('every validation row is left out: 4 rows skipped: the row has images, and the')
     assert not (tmp_path / 'r.jsonl').exists()
 
 

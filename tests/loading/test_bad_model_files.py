@@ -200,10 +200,10 @@ def test_native_directory_of_other_shapes(tmp_path: Path, data_file: Path, probl
     assert 'model.layers.0.mlp.up_proj.weight' in problems()[0]
 
 
-GPTQ = 'are stored quantised (gptq), which '
+GPTQ = ' are stored quantised (gptq) and cannot be '
 REFUSED = {
-    ('--sft_type', 'full'): '--sft_type full cannot train. Use the same model without int4 or int8.',
-    ('--quantization_bit', '4'): '--quantization_bit 4 cannot quantise again. Leave it out, they stay packed.',
+    ('--sft_type', 'full'): 'trained. Use --sft_type lora, or the same model without int4 or int8.',
+    ('--quantization_bit', '4'): 'quantised again. Remove --quantization_bit: the weights stay quantised.',
 }
 
 
@@ -228,7 +228,7 @@ def test_quantised_weights_of_a_hub_are_found_once_they_are_there(
     monkeypatch.setattr('utils.run.open_model.locate', lambda *_, **__: found)
     flags = [*small_flags(Path('me/gptq'), data_file, tmp_path / 'out'), '--template_type', 'default']
     assert llm_sft.main([*flags, '--sft_type', 'full']) == 2
-    assert len(problems()) == 1 and "'gptq' " + GPTQ in problems()[0]
+    assert len(problems()) == 1 and "'gptq'" + GPTQ in problems()[0]
 
 
 def test_quantised_model_without_its_library(
@@ -259,4 +259,7 @@ def test_merging_into_quantised_weights_says_what_to_do_instead(
     checkpoint = next((tmp_path / 'out').glob('*/*/checkpoint-1'))
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 2
     assert len(problems()) == 1
-    assert 'Serve it as it is (--ckpt_dir alone), or train on the same model without int4' in problems()[0]
+    assert (
+        'Remove --merge_lora_and_save to serve base and adapter, or train on the same model without int4'
+        in problems()[0]
+    )

@@ -51,9 +51,7 @@ def test_a_row_with_a_token_that_is_not_embedded_is_named(larger: Path, tmp_path
     data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
     words = [*small_flags(larger, data, tmp_path / 'out'), '--dataset_test_ratio', '0.5', '--max_steps', '1']
     assert llm_sft.main(words) == 2
-    assert [line.startswith(f"{data}:10: the row holds '{LARGE}', a token of id 400; ") for line in problems()] == [
-        True
-    ]
+    assert [line.startswith(f"{data}:10: the token '{LARGE}' has the id 400, ") for line in problems()] == [True]
 
 
 def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_path: Path, problems: Problems) -> None:
@@ -62,7 +60,7 @@ def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_pat
     words = [*small_flags(larger, data, tmp_path / 'out'), '--max_steps', '1']
     assert llm_sft.main([*words, '--dry_run', 'true']) == 0
     assert llm_sft.main(words) == 2
-    assert [f'{data}:10: the row holds' in line for line in problems()] == [True]
+    assert [f'{data}:10: the token ' in line for line in problems()] == [True]
 
 
 @pytest.mark.parametrize('number', [3, 290])  # the first 256 rows are looked at before training
@@ -75,8 +73,8 @@ def test_a_streamed_row_with_a_token_that_is_not_embedded_is_named(
     words = [*small_flags(larger, data, tmp_path / 'out'), '--streaming', 'true', '--stream_val_rows', '2']
     words += ['--dataset_test_ratio', '0', '--max_steps', '20', '--eval_steps', '30', '--batch_size', '16']
     assert llm_sft.main(words) == 2
-    named = [line for line in problems() if 'the row holds' in line]
-    assert len(named) == 1 and named[0].startswith(f"{data}:{number}: the row holds '{LARGE}'")
+    named = [line for line in problems() if 'the token ' in line]
+    assert len(named) == 1 and named[0].startswith(f"{data}:{number}: the token '{LARGE}' has the id 400, ")
 
 
 def test_a_row_to_answer_with_a_token_that_is_not_embedded_is_named(
@@ -85,7 +83,7 @@ def test_a_row_to_answer_with_a_token_that_is_not_embedded_is_named(
     data = write_jsonl(tmp_path / 'a.jsonl', [{'query': f'see {LARGE}', 'response': 'no'}])
     words = ['--model_id_or_path', str(larger), '--template_type', 'auto', '--dataset', str(data)]
     assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), '--dtype', 'fp32']) == 2
-    assert [line.startswith(f"{data}:1: the row holds '{LARGE}'") for line in problems()] == [True]
+    assert [line.startswith(f"{data}:1: the token '{LARGE}' has the id 400, ") for line in problems()] == [True]
 
 
 def ends_in(end: str, call_end: str) -> Any:

@@ -270,13 +270,13 @@ PROGRAMS: dict[str, Row] = {
     'a seed below 0': (lambda w: w.sft('--seed', '-1'), '--seed takes a whole number from 0 to 4294967295, got -1.'),
     'a seed too large': (lambda w: w.sft('--seed', str(2**40)), '--seed takes a whole number from 0 to'),
     'a count of odd digits': (lambda w: w.sft('--dataset', 'sql-demo#²'), "1 or more, got '²'"),
-    'a count without end': (lambda w: w.sft('--dataset', f'sql-demo#{DIGITS}'), 'after # comes how many rows'),
-    'bytes in a flag': (lambda w: w.sft('--system', 'a\udcff'), 'what --system was given is not UTF-8.'),
+    'a count without end': (lambda w: w.sft('--dataset', f'sql-demo#{DIGITS}'), 'the number of rows after #'),
+    'bytes in a flag': (lambda w: w.sft('--system', 'a\udcff'), '--system: the value is not UTF-8.'),
     'a list of nothing': (lambda w: w.sft('--dataset'), '--dataset needs at least one value.'),
     'neither true nor false': (lambda w: w.sft('--packing', 'maybe'), "--packing takes true or false, got 'maybe'."),
     'one file by two names': (
         lambda w: w.sft('--dataset', w.data, w.data.parent / '.' / '..' / w.data.parent.name / w.data.name),
-        'its rows would count double. Name it once.',
+        'so its rows would be used twice. Remove one of the two.',
     ),
     'a package that is not there': (not_installed, 'which is not installed: pip install "transformers>=5.2.0"'),
     'a share below 0': (lambda w: w.sft('--dataset_test_ratio', '-0.1'), 'takes a share from 0 to below 1, got -0.1.'),
@@ -288,24 +288,24 @@ PROGRAMS: dict[str, Row] = {
     ),
     'merging nothing': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--merge_lora_and_save', 'true'),
-        'needs --ckpt_dir: without a checkpoint there is nothing to merge.',
+        'without a checkpoint there is nothing to merge. Add --ckpt_dir.',
     ),
     'merging whole weights': (
-        lambda w: w.infer('--ckpt_dir', w.whole(), '--merge_lora_and_save', 'true'), 'its weights are whole.',
+        lambda w: w.infer('--ckpt_dir', w.whole(), '--merge_lora_and_save', 'true'), 'the checkpoint needs no merging.',
     ),
     'merging into 4 bits': (
         lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--merge_lora_and_save', 'true', '--quantization_bit', '4'),
-        'cannot merge into 4-bit weights: rounding would swallow the adapter. Leave --quantization_bit out',
+        'rounding to 4 bits would lose the adapter. Remove --quantization_bit',
     ),
-    'chatting in two processes': (of_two_processes('--eval_human', 'true'), 'start them with python, not torchrun.'),
-    'merging in two processes': (of_two_processes('--merge_lora_and_save', 'true'), 'are for one process'),
+    'chatting in two processes': (of_two_processes('--eval_human', 'true'), 'Start the command with python, not'),
+    'merging in two processes': (of_two_processes('--merge_lora_and_save', 'true'), 'run in one process'),
     'packing a stream': (
         lambda w: w.sft('--packing', 'true', '--streaming', 'true'),
-        '--packing true fills packs from all rows, which --streaming true never has at once. Drop one.',
+        '--packing true chooses from all rows, and --streaming true never holds all rows. Remove --packing or',
     ),
     'a stream that is held out': (
         lambda w: w.sft('--streaming', 'true', '--stream_val_rows', '100'),
-        'all are left out, or held out for validation (--stream_val_rows).',
+        'all rows are skipped or held out for validation. Lower --stream_val_rows,',
     ),
     'bitsandbytes is not there': (
         lambda w: (w.lacks('bitsandbytes'), w.sft('--optim', 'adamw_8bit'))[1],
@@ -316,7 +316,7 @@ PROGRAMS: dict[str, Row] = {
         'no validation row to answer: the run held none out.',
     ),
     # where files are to be written
-    'a folder of someone else': (not_writable, 'is not writable for you. Give another folder.'),
+    'a folder of someone else': (not_writable, 'you have no write permission for '),
     'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB takes a number of GiB, got 'plenty'."),
     'answers under a file': (
         lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--result_path', w.data / 'a.jsonl'), 'qa.jsonl is a file.',
@@ -330,7 +330,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'export into what is there': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--export_native', 'true', '--output_dir', w.tmp),
-        'is there already, and is not replaced. Name a new folder.',
+        'exists already and is not replaced. Name a new folder.',
     ),
     # DeepSpeed's configuration
     'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, where a dict must be. --deepspeed_config_path'),
@@ -338,7 +338,7 @@ PROGRAMS: dict[str, Row] = {
     'no UTF-8 for DeepSpeed': (deepspeed(LATIN), 'ds.json cannot be read as JSON: '),
     'brackets for DeepSpeed': (deepspeed(DEEP), 'ds.json cannot be read as JSON: maximum recursion'),
     'a number for DeepSpeed': (
-        deepspeed('{"zero_optimization": 3}'), 'sets zero_optimization 3, where DeepSpeed takes',
+        deepspeed('{"zero_optimization": 3}'), 'zero_optimization must be an object, got 3. Write',
     ),
     # rows
     'a number without end': (rows('a.jsonl', f'{{"query": "a", "response": {DIGITS}}}'), 'a.jsonl:1: this line is not'),
@@ -367,7 +367,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a picture of no name': (
         rows('a.jsonl', json.dumps({'query': '<img></img>', 'response': 'b', 'images': ['a\0b']})),
-        '1 rows left out: the row has images, and the model sees none (',
+        '1 rows skipped: the row has images, and the model sees none (',
     ),
     'one column twice': (rows('a.csv', 'query,query,response\na,b,c\n'), "a.csv:1: the header names 'query' twice."),
     'a folder named as a file': (folder_named_as_a_file, 'a.jsonl cannot be read: Is a directory.'),
@@ -403,7 +403,7 @@ PROGRAMS: dict[str, Row] = {
         lambda w: w.sft(model=config(w, num_hidden_layers=0)),
         '--sft_type lora: LlamaForCausalLM has no layer for LoRA. Use --sft_type full.',
     ),
-    'no chat template': (bare_tokenizer, 'has no chat template of its own. Name one with --template_type: '),
+    'no chat template': (bare_tokenizer, 'has no chat template. Choose one with --template_type: '),
     'a chat template cut off': (opened('chat_template.jinja', '{% for'), 'fails on a one-turn chat'),
     'a chat template that fails': (
         opened('chat_template.jinja', '{{ 1 / 0 }}'),
@@ -441,9 +441,9 @@ PROGRAMS: dict[str, Row] = {
     ),
     'resuming an adapter whole': (
         lambda w: w.sft('--resume_from_checkpoint', w.checkpoint(), '--sft_type', 'full'),
-        'holds an adapter, --sft_type is full.',
+        'holds an adapter, and --sft_type is full. Use --sft_type lora',
     ),
-    'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed: add --deepspeed_config_path.'),
+    'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed. Add --deepspeed_config_path.'),
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, where a dict must be. Give --from_run a run'),
     'a lock of nothing': (repeated('{}'), 'lock.json does not say what command was: it is not as written.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),

@@ -99,8 +99,8 @@ def let_rows_see_each_other(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_a_row_of_a_joined_batch(patch: pytest.MonkeyPatch) -> None:
-    fewest = collator.fewest
-    patch.setattr(collator, 'fewest', lambda *args: [pack[: max(1, len(pack) - 1)] for pack in fewest(*args)])
+    pack_evenly = collator.pack_evenly
+    patch.setattr(collator, 'pack_evenly', lambda *args: [pack[: max(1, len(pack) - 1)] for pack in pack_evenly(*args)])
 
 
 def count_too_many_tokens(patch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     run_sft(*resumed, '--lora_rank', '4', expect=2)
     assert problems()[-1] == (
         f'--lora_rank 4: the adapter in {run / "checkpoint-1"} has rank 8. '
-        'Type --lora_rank 8, or start a new run: leave --resume_from_checkpoint out.'
+        'Use --lora_rank 8, or remove --resume_from_checkpoint to start a new run.'
     )
     run_sft(*resumed, '--lora_target_modules', 'q_proj', expect=2)
     assert problems()[-1] == (

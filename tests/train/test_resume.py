@@ -128,7 +128,7 @@ def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> 
         run_sft('--max_steps', '8', '--resume_from_checkpoint', str(checkpoint), expect=2)
         assert problems()[-1] == (
             f'--resume_from_checkpoint {checkpoint} cannot be resumed from: {name} is corrupted: its bytes are not '
-            f'those that were written (sha256 differs). {run / "checkpoint-3"} is whole.'
+            f'those that were written (sha256 differs). Use {run / "checkpoint-3"}, which is intact.'
         )
         (checkpoint / name).write_bytes(whole)
     (checkpoint / MANIFEST).unlink()

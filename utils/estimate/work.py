@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from utils.base import dist
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready
 from utils.data.encode_plan import encode_plan
+from utils.data.encoded_rows import IndexedRows
 from utils.data.packing import PackedRows
 from utils.data.parts import TRAIN, VAL
 from utils.data.plan import Plan
@@ -74,7 +74,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
     tokenizer = load_tokenizer(model_dir, model_type=args.model_type)
     encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed)
     train, val, report = encode_plan(encoder, plan)
-    rows: Any = PackedRows(train, args.max_length) if args.packing else train
+    rows: IndexedRows = PackedRows(train, args.max_length) if args.packing else train
     batches = [[row for item in batch for row in item.get('rows', [item])] for batch in rows.heaviest(args.batch_size)]
     lengths = [[len(row['input_ids']) for row in batch] for batch in batches]
     trained = [sum(label != IGNORE_INDEX for row in batch for label in row_labels(row)) for batch in batches]

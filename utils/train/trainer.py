@@ -21,7 +21,7 @@ from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Decide, log_decision
 from utils.data.collator import NOT_FOR_THE_MODEL, Collator, refill, split_rows
 from utils.data.encode_plan import PreparedData
-from utils.data.encoded_rows import Filled
+from utils.data.encoded_rows import EncodedRows, Filled, IndexedRows, TrainRows
 from utils.data.packing import PackedRows, StepSampler
 from utils.data.stream import TrainingStream
 from utils.encode.encoded import IGNORE_INDEX
@@ -55,6 +55,9 @@ class SftTrainer(Seq2SeqTrainer):
     micro-batch, _get_grad_norm, the optimizer. Each method of the base class that is replaced is marked with
     @overrides, which compares it with the library's.
     """
+
+    # The library has no types.
+    train_dataset: TrainRows
 
     def __init__(
         self,
@@ -359,6 +362,23 @@ def build_trainer(
     return trainer
 
 
+def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> IndexedRows:
+    """Return the training rows as the flags ask for them: sorted, packed, in equal numbers for all processes."""
+    arranged: IndexedRows = rows
+    if args.test_oom_error:
+        arranged = rows.longest_first()
+
+    if args.packing:
+        packed = PackedRows(rows, args.max_length)
+        fill = len(rows.ids) / len(packed) / args.max_length
+        logger.info(f'packing: {len(rows)} rows in {len(packed)} packs, {fill:.1%} of --max_length filled')
+        arranged = packed
+
+    if dist.world_size() > 1:
+        arranged = Filled(arranged, args.batch_size * dist.world_size(), pad_token_id)
+    return arranged
+
+
 def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: TrainerSetup) -> SftTrainer:
     """Return a trainer without logs; its batches are padded or concatenated, as the model allows."""
     base = model.get_base_model() if args.sft_type == 'lora' else model
@@ -366,7 +386,9 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     check_positions(base, longest)
     is_concatenated = use_padding_free(base, args, longest=longest, decide=setup.decide)
     pad_id = setup.tokenizer.pad_token_id
-    train = _train_rows(args, data.train, pad_id)
+    train: TrainRows = data.train
+    if isinstance(data.train, EncodedRows):
+        train = _arranged(data.train, args, pad_id)
     head = exact_head(base, args, setup.decide)
 
     return SftTrainer(
@@ -384,15 +406,3 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         processing_class=setup.tokenizer,
         compute_metrics=generation_metrics(setup.tokenizer) if args.predict_with_generate else compute_loss_metrics,
     )
-
-
-def _train_rows(args: SftArguments, rows: Any, pad_id: int) -> Any:
-    """Return the training rows: in order of length, as packs, or with rows that fill up the last batch."""
-    train = rows.longest_first() if args.test_oom_error else rows
-    if args.packing:
-        train = PackedRows(rows, args.max_length)
-        fill = len(rows.ids) / len(train) / args.max_length
-        logger.info(f'packing: {len(rows)} rows in {len(train)} packs, {fill:.1%} of --max_length filled')
-    if dist.world_size() > 1 and not args.streaming:
-        train = Filled(train, args.batch_size * dist.world_size(), pad_id)
-    return train
