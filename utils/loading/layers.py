@@ -28,6 +28,7 @@ def is_sharded(model: Any) -> bool:
     return type(first) is not torch.Tensor or first.numel() == 0 or bool(is_deepspeed_zero3_enabled())
 
 
+# The value of --lora_target_modules that means all linear layers.
 ALL = 'ALL'
 
 # Layer names of the fused 2023 layouts, which recipes use -> the native layers.
@@ -108,7 +109,7 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
         new = _OLD_NAMES.get(name) or _OLD_NAMES.get(name.rpartition('.')[2], ())
         replaceable = bool(new) and set(new) <= set(names)
 
-        # The vision tower of Qwen-VL has its own c_proj: such a name is kept and replaced.
+        # The vision tower of Qwen-VL has layers named c_proj: the name stays, and the native names are added.
         if name in names or not replaceable:
             native.append(name)
 

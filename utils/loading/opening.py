@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 # What the libraries raise for files that are damaged or of another model, and for a missing package.
-_DAMAGE = (
+_LIBRARY_ERRORS = (
     ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
     RuntimeError,
 )  # fmt: skip
@@ -73,7 +73,7 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
         cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         keywords = options.keywords(lambda: cls(config))
         model, found = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **keywords)
-    except (*_DAMAGE, StrictDataclassError) as error:
+    except (*_LIBRARY_ERRORS, StrictDataclassError) as error:
         raise ConfigError(f'the language model in {model_dir} cannot be opened: {told(error)}') from error
 
     if names := sorted(found['missing_keys']):
@@ -130,7 +130,7 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
             f'the model in {model_dir} cannot be opened: a .bin file in it holds more than tensors. '
             'That would be code, which is never run. Use the safetensors files of this model.'
         ) from None
-    except (*_DAMAGE, SafetensorError, StrictDataclassError) as error:
+    except (*_LIBRARY_ERRORS, SafetensorError, StrictDataclassError) as error:
         raise ConfigError(f'the model in {model_dir} cannot be opened: {told(error)}') from error
 
     make_generation_savable(model)
@@ -147,11 +147,12 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
     config = read_config(model_dir)
     model_type = config['model_type']
 
-    named = FAMILIES.get(info.family or '')
-    if named and CONFIG_MAPPING_NAMES.get(model_type) != named.config_class and model_type not in named.model_types:
+    expected = FAMILIES.get(info.family or '')
+    native = CONFIG_MAPPING_NAMES.get(model_type)
+    if expected and native != expected.config_class and model_type not in expected.model_types:
         raise ConfigError(
-            f"{model_dir}: config.json has model_type '{model_type}', which is neither family {named.name} "
-            f'({" or ".join(named.model_types)}) nor the native class of it. Pass the matching --model_type.'
+            f"{model_dir}: config.json has model_type '{model_type}', which is neither family {expected.name} "
+            f'({" or ".join(expected.model_types)}) nor the native class of it. Pass the matching --model_type.'
         )
 
     if family := find_family(config, info.family):
@@ -221,7 +222,7 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
         if family and family.tokenizer and family.vocabulary and (model_dir / family.vocabulary).is_file():
             tokenizer = family.tokenizer(model_dir)
         else:
-            tokenizer = _as_its_file_says(opener.from_pretrained(model_dir, trust_remote_code=False), model_dir)
+            tokenizer = _match_tokenizer_file(opener.from_pretrained(model_dir, trust_remote_code=False), model_dir)
 
         processor_template = model_dir / 'chat_template.json'  # where processors of 2024 stored it
         if not tokenizer.chat_template and processor_template.is_file():
@@ -244,7 +245,7 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
     return tokenizer
 
 
-def _as_its_file_says(tokenizer: Any, model_dir: Path) -> Any:
+def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
     """Return the tokenizer, or the one that tokenizer.json describes if the two encode texts differently.
 
     Some classes of transformers 5 take only the vocabulary from the file and build the rules themselves. LlamaTokenizer
@@ -319,8 +320,8 @@ def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions)
 
     if max(tokenizer.eos_token_id, tokenizer.pad_token_id) >= first:
         raise ConfigError(
-            f'the tokenizer has {len(tokenizer)} tokens, the model embeds {first}: they do not belong together. '
-            'Use the model and the tokenizer of one repository or folder.'
+            f'{path}: the tokenizer has {len(tokenizer)} tokens, the model embeds {first}: they do not belong '
+            'together. Use the model and the tokenizer of one repository or folder.'
         )
 
     logger.warning(

@@ -100,7 +100,7 @@ def drop_unsupported_attention(cls: Any, options: dict[str, Any]) -> dict[str, A
     if options.get('attn_implementation') != 'flash_attention_2' or cls._supports_flash_attn:
         return options
 
-    logger.info(f'attention is its own default because {cls.__name__} takes no flash attention')
+    logger.info(f'attn_implementation = default because {cls.__name__} takes no flash attention')
     return {**options, 'attn_implementation': None}
 
 

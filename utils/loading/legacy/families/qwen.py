@@ -134,8 +134,8 @@ def rename_text(key: str, tensor: Any, family: str) -> dict[str, Any]:
         raise unknown_key(key, family)
 
     fused = len(natives) > 1
-    has_this = name in ('weight', *TENSORS) or (name == 'bias' and fused)
-    if not has_this:
+    is_known = name in ('weight', *TENSORS) or (name == 'bias' and fused)
+    if not is_known:
         raise unknown_key(key, family)
 
     parts = split_fused(key, tensor, len(natives)) if fused else [tensor]
