@@ -389,7 +389,7 @@ PROGRAMS: dict[str, Row] = {
     'packed experts packed again': (
         lambda w: w.sft('--quantization_bit', '4', '--template_type', 'default',
                         model=config(w, quantization_config={'quant_method': 'mxfp4'}).rename(w.tmp / 'gpt-oss-20b')),
-        'cannot quantise gpt-oss: its experts are packed in 4 bits already. Leave it out.',
+        'cannot quantise gpt-oss: its experts are packed in 4 bits already. Remove --quantization_bit.',
     ),
     'weights without one layer': (
         lambda w: w.sft(model=config(w, num_hidden_layers=3)),
