@@ -49,7 +49,7 @@ def test_remote_code_class_that_is_not_native(data_file: Path, tmp_path: Path, p
     (folder / 'modeling_homemade.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")\n')
     assert sft(folder, data_file, tmp_path / 'out') == 2
     assert len(problems()) == 1
-    assert "model_type 'homemade' is no native class of transformers. It asks for code of its own" in problems()[0]
+    assert "model_type 'homemade' is not a native class of transformers. It asks for code of its own" in problems()[0]
     assert not (tmp_path / 'ran').exists()
 
 

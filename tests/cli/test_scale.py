@@ -17,7 +17,7 @@ from tests.support.runs import ROOT, small_flags
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
-from utils.loading.devices import Spread, place
+from utils.loading.devices import Spread, resolve_device_map
 from utils.loading.legacy.registry import FAMILIES
 
 GIB = 2**30
@@ -172,7 +172,7 @@ def test_layers_are_spread_evenly_and_whole(name: str) -> None:
         for linear in (2.0, 0.5):
             memory = dict.fromkeys(range(gpus), 160 * GIB // gpus)
             spread = Spread(memory=memory, parameter_bytes=2, linear_bytes=linear)
-            found = place(spread, make)
+            found = resolve_device_map(spread, make)
             assert whole <= set(found), 'no layer is split'
             check_device_map(model, found)  # accelerate's own: every parameter has a place
             layers = [found[key] for key in sorted(whole, key=lambda k: int(k.rsplit('.', 1)[-1]))]
@@ -192,7 +192,7 @@ def test_layers_are_spread_evenly_and_whole(name: str) -> None:
 
 def test_larger_gpus_get_more_layers() -> None:
     memory = {0: 24 * GIB, 1: 24 * GIB, 2: 80 * GIB}
-    found = place(Spread(memory=memory, parameter_bytes=2, linear_bytes=2), model_of('qwen-14b'))
+    found = resolve_device_map(Spread(memory=memory, parameter_bytes=2, linear_bytes=2), model_of('qwen-14b'))
     count = [sum(at == gpu and '.layers.' in name for name, at in found.items()) for gpu in memory]
     assert sum(count) == 40 and count[2] > 2 * count[1] and count[0] < count[1], 'the embedding takes room on the first'
 
@@ -200,11 +200,11 @@ def test_larger_gpus_get_more_layers() -> None:
 def test_a_model_that_does_not_fit_is_refused_for_training_and_offloaded_for_answers() -> None:
     spread = Spread(memory={0: 6 * GIB, 1: 6 * GIB}, parameter_bytes=2, linear_bytes=2)
     with pytest.raises(ConfigError, match=r'needs 12\.6 GiB on GPUs \[0, 1\] .*cannot be trained'):
-        place(spread, model_of('llama2-7b'))
-    assert place(Spread(memory=spread.memory, parameter_bytes=2, linear_bytes=2, must_fit=False),
+        resolve_device_map(spread, model_of('llama2-7b'))
+    assert resolve_device_map(Spread(memory=spread.memory, parameter_bytes=2, linear_bytes=2, must_fit=False),
                  model_of('llama2-7b')) == 'auto'  # fmt: skip
     quantised = Spread(memory=spread.memory, parameter_bytes=2, linear_bytes=0.5)
-    assert set(place(quantised, model_of('llama2-7b')).values()) == {0, 1}
+    assert set(resolve_device_map(quantised, model_of('llama2-7b')).values()) == {0, 1}
 
 
 @pytest.mark.parametrize(('gpus', 'processes'), [(8, 2), (8, 4), (4, 2), (8, 8), (5, 2)])
@@ -216,7 +216,7 @@ def test_processes_have_gpus_of_their_own(gpus: int, processes: int, monkeypatch
         own = dist.own_gpus(gpus)
         assert len(own) == gpus // processes
         memory = dict.fromkeys(own, 40 * GIB)
-        placed = place(Spread(memory=memory, parameter_bytes=2, linear_bytes=2), model_of('llama2-7b'))
+        placed = resolve_device_map(Spread(memory=memory, parameter_bytes=2, linear_bytes=2), model_of('llama2-7b'))
         assert set(placed.values()) == set(own)
         taken += own
     assert len(taken) == len(set(taken)) and max(taken) < gpus

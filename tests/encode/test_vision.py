@@ -282,7 +282,7 @@ def test_fewer_pixels_make_fewer_tokens(
         assert images.count(path) * 4 == int(grid.prod())
         counted.append(images.count(path))
     assert counted == [12, 6, 2] and '--max_pixels' not in caplog.text
-    with pytest.raises(ConfigError, match='--max_pixels takes 3136 or more here, got 3135'):
+    with pytest.raises(ConfigError, match='--max_pixels takes 3136 or more for this model, got 3135'):
         open_seeing(folders[QWEN25_VL], max_pixels=3135)
     open_seeing(folders[QWEN_VL], max_pixels=4 * 28 * 28)
     assert '--max_pixels has no effect: every image becomes 56 x 56' in caplog.text

@@ -140,7 +140,7 @@ def test_an_end_that_is_not_embedded_is_refused(
     file = larger / 'tokenizer_config.json'
     file.write_text(json.dumps({**json.loads(file.read_text()), 'eos_token': LARGE}))
     assert llm_sft.main(small_flags(larger, data_file, tmp_path / 'out')) == 2
-    assert 'they are not of one model' in problems()[0]
+    assert 'they do not belong together' in problems()[0]
 
 
 TEXTS = ['    return x', '\n    a\n\n\tb ', 'a\n    b', ' a  b ', '你好 world 42']
@@ -185,5 +185,5 @@ def test_gguf_is_said_not_to_be_read(folder: bool, tmp_path: Path, data_file: Pa
     file = tmp_path / 'model-Q4.gguf'
     file.write_bytes(b'GGUF')
     assert llm_sft.main(small_flags(tmp_path if folder else file, data_file, tmp_path / 'out')) == 2
-    assert len(problems()) == 1 and 'GGUF is a format to run models, which is not read.' in problems()[0]
+    assert len(problems()) == 1 and 'GGUF is a format for inference and is not read.' in problems()[0]
     assert 'gguf_file=' in problems()[0]

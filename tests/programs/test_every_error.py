@@ -389,7 +389,7 @@ PROGRAMS: dict[str, Row] = {
     'packed experts packed again': (
         lambda w: w.sft('--quantization_bit', '4', '--template_type', 'default',
                         model=config(w, quantization_config={'quant_method': 'mxfp4'}).rename(w.tmp / 'gpt-oss-20b')),
-        'cannot quantise gpt-oss: its experts are packed in 4 bits already. Leave it out.',
+        'cannot quantise gpt-oss: its experts are packed in 4 bits already. Remove --quantization_bit.',
     ),
     'weights without one layer': (
         lambda w: w.sft(model=config(w, num_hidden_layers=3)),
@@ -604,7 +604,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'a token to add that is null': (
         special_tokens(bos_token=None, add_bos_token=True), 'asks to add bos_token, which it sets to null.',
     ),
-    'an image token of another model': (image_token_of_another_model, "the model's is 7: they are not of one model."),
+    'an image token of another model': (image_token_of_another_model, "the model's is 7: they do not belong together."),
     'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs: each needs its own. Start 2.'),
     'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32 or DeepSpeed.'),
     'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs an NVIDIA GPU of compute capability 8'),
