@@ -278,7 +278,7 @@ PROGRAMS: dict[str, Row] = {
         lambda w: w.sft('--dataset', w.data, w.data.parent / '.' / '..' / w.data.parent.name / w.data.name),
         'its rows would count double. Name it once.',
     ),
-    'a package that is not there': (not_installed, 'which is not installed: pip install "transformers>=5.2.0"'),
+    'a package that is not there': (not_installed, 'which is not installed. Run: pip install "transformers>=5.2.0"'),
     'a share below 0': (lambda w: w.sft('--dataset_test_ratio', '-0.1'), 'takes a share from 0 to below 1, got -0.1.'),
     'a share above 1': (lambda w: w.sft('--dataset_test_ratio', '1.5'), 'takes a share from 0 to below 1, got 1.5.'),
     'no rows to show': (lambda w: w.infer('--show_dataset_sample', '0'), '--show_dataset_sample takes 1 or more, or'),
@@ -317,7 +317,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     # where files are to be written
     'a folder of someone else': (not_writable, 'is not writable for you. Give another folder.'),
-    'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB takes a number of GiB, got 'plenty'."),
+    'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB: this variable takes a number of GiB, got 'plenty'. Set"),
     'answers under a file': (
         lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--result_path', w.data / 'a.jsonl'), 'qa.jsonl is a file.',
     ),
@@ -333,7 +333,7 @@ PROGRAMS: dict[str, Row] = {
         'is there already, and is not replaced. Name a new folder.',
     ),
     # DeepSpeed's configuration
-    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, where a dict must be. --deepspeed_config_path'),
+    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, but a dict is expected. --deepspeed_config_path'),
     'half a file for DeepSpeed': (deepspeed('{'), 'ds.json cannot be read as JSON: Expecting'),
     'no UTF-8 for DeepSpeed': (deepspeed(LATIN), 'ds.json cannot be read as JSON: '),
     'brackets for DeepSpeed': (deepspeed(DEEP), 'ds.json cannot be read as JSON: maximum recursion'),
@@ -444,7 +444,7 @@ PROGRAMS: dict[str, Row] = {
         'holds an adapter, --sft_type is full.',
     ),
     'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed: add --deepspeed_config_path.'),
-    'a lock that is a list': (repeated('[]'), 'lock.json holds a list, where a dict must be. Give --from_run a run'),
+    'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
     'a lock of nothing': (repeated('{}'), 'lock.json does not say what command was: it is not as written.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
     'a full disk before the first step': (full_disk(), 'a checkpoint cannot be written to '),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base import dist
-from utils.base.cache import kept
+from utils.base.cache import cached_folder
 from utils.base.errors import ConfigError
 from utils.data.encoded_rows import EncodedRows, length_statistics
 from utils.data.parts import TRAIN, UNUSED, VAL
@@ -214,7 +214,7 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
     """Return the rows of training and validation encoded, from the cache where they are, and what happened to rows."""
     name = f'data-{_key(encoder, plan)[:40]}'
     with dist.local_main_first():
-        folder = kept(name, lambda aside: encode_to_files(encoder, plan, aside))
+        folder = cached_folder(name, lambda aside: encode_to_files(encoder, plan, aside))
     train, val = EncodedRows.map(folder, 'train'), EncodedRows.map(folder, 'val')
     stored = json.loads((folder / _REPORT).read_text(encoding='utf-8'))
     report = EncodingReport(

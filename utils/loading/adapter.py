@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.loading.layers import linear_names
 
 if TYPE_CHECKING:
@@ -27,5 +27,5 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = N
     except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(
             f'the adapter in {checkpoint} cannot be put on {type(model).__name__} {model.name_or_path}: '
-            f'{told(error)[:300]} It is damaged, or was trained on another base model.'
+            f'{error_text(error)[:300]} It is damaged, or was trained on another base model.'
         ) from error

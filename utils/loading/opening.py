@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from utils.base import dist
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.base.files import read_json
 from utils.base.logger import logger
 from utils.loading.devices import place
@@ -64,7 +64,7 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
             None, config=config, state_dict=state, output_loading_info=True, **options.keywords(lambda: cls(config))
         )
     except (*_DAMAGE, StrictDataclassError) as error:
-        raise ConfigError(f'the language model in {model_dir} cannot be opened: {told(error)}') from error
+        raise ConfigError(f'the language model in {model_dir} cannot be opened: {error_text(error)}') from error
     if names := sorted(found['missing_keys']):
         raise ConfigError(
             f'{model_dir} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}. Get it whole.'
@@ -115,7 +115,7 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
             'That would be code, which is never run. Get the model as safetensors.'
         ) from None
     except (*_DAMAGE, SafetensorError, StrictDataclassError) as error:
-        raise ConfigError(f'the model in {model_dir} cannot be opened: {told(error)}') from error
+        raise ConfigError(f'the model in {model_dir} cannot be opened: {error_text(error)}') from error
     make_generation_savable(model)
     return model
 
@@ -185,7 +185,7 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
             tokenizer.chat_template = read_json(legacy)['chat_template']
         tokenizer('a')  # settings that are wrong show at the first text
     except Exception as error:  # the libraries raise whatever they stumble over in a damaged file
-        raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {told(error)}') from error
+        raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {error_text(error)}') from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f'the tokenizer in {model_dir} has no eos_token, so a reply would have no end to learn. '
