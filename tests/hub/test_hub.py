@@ -111,10 +111,10 @@ def test_a_hub_that_refuses_one_file_ends_the_download(hub_name: HubName, loopba
     loopback.add('model', 'owner/name', FILES)
     loopback.faults = [Fault('model.safetensors', 403, 99)]
     with pytest.raises(
-        ConfigError, match=f'model {hub_name}:owner/name@(master|main): the download broke off: '
+        ConfigError, match=f'model {hub_name}:owner/name@(master|main): the download stopped: '
     ) as caught:
         fetched(hub_name)
-    assert str(caught.value).endswith('What came is kept: the same command goes on from there.')
+    assert str(caught.value).endswith('Downloaded files are kept: run the same command again to continue.')
 
 
 @pytest.mark.parametrize('hub_name', HUBS)
@@ -123,7 +123,7 @@ def test_a_file_that_goes_between_listing_and_download_is_named(hub_name: HubNam
     snapshot = hub.find([Repo(hub=hub_name, id='owner/name')], 'dataset')
     loopback.add('dataset', 'owner/name', {name: data for name, data in FILES.items() if name != 'config.json'})
     with pytest.raises(
-        ConfigError, match=r'config\.json(: .*404| is not what the hub lists, or was not delivered \(1 files\))'
+        ConfigError, match=r'config\.json(: .*404| is missing or differs from the list of the hub \(1 files\))'
     ):
         snapshot.fetch(list(snapshot.files))
 
@@ -160,7 +160,9 @@ def test_without_network_the_cache_serves_or_one_error_says_what_to_do(
     assert again == folder and not snapshot.online
     assert f'{hub_name} cannot be reached ([Errno 111] Connection refused): dataset {hub_name}:owner' in caplog.text
     (folder / 'model.safetensors').unlink()
-    with pytest.raises(ConfigError, match=r'1 files of dataset owner/name are not whole in .*first model\.safetens'):
+    with pytest.raises(
+        ConfigError, match=r'1 files of dataset owner/name are missing or incomplete in .*first is model\.safetens'
+    ):
         fetched(hub_name, kind='dataset')
     with pytest.raises(ConfigError) as caught:
         fetched(hub_name, 'owner/other', kind='dataset')
