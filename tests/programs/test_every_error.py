@@ -370,7 +370,7 @@ PROGRAMS: dict[str, Row] = {
         '1 rows left out: the row has images, and the model sees none (',
     ),
     'one column twice': (rows('a.csv', 'query,query,response\na,b,c\n'), "a.csv:1: the header names 'query' twice."),
-    'a folder named as a file': (folder_named_as_a_file, 'a.jsonl cannot be read: Is a directory.'),
+    'a folder named as a file': (folder_named_as_a_file, 'a.jsonl: the data file cannot be read: Is a directory.'),
     # the model's directory
     'a file as a model': (lambda w: w.sft(model=w.data), 'qa.jsonl is a file.'),
     'config.json is a list': (opened('config.json', '[]'), 'config.json holds a list, where a dict must be.'),
@@ -612,11 +612,11 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 cannot be had on expert parameters'),
     'an object cut off': (objects(b'{"a": 1}\n{"b": '), 'a.json:2: the JSON is broken in the row that'),
     'an object that is none': (
-        objects(b'{"a": 1}, 3'), 'a.json: object 2: it must be an object with columns, got a int.',
+        objects(b'{"a": 1}, 3'), 'a.json: object 2: expected an object with named columns, got int.',
     ),
     'an object with a number without end': (objects(b'{"a": ' + b'1' * 5000 + b'}'), 'a.json:1: the JSON is broken'),
-    'pictures that swell': (archive(swells=True), 'unpacked it would be over 50 times its size'),
-    'pictures with a password': (archive(swells=False), 'a.zip is no whole zip file: '),
+    'pictures that swell': (archive(swells=True), 'the archive expands to more than 50 times its size'),
+    'pictures with a password': (archive(swells=False), 'a.zip: the zip file is damaged or encrypted: '),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING, RawRows
 from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
 from utils.formats.conversation import BadRow, Row
-from utils.formats.data_file import Doubled, OnBad, UnreadableRow, read_rows, refuse, signature
+from utils.formats.data_file import OnBad, RowWithRepeatedKeys, UnreadableRow, read_rows, refuse, signature
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.images import state_of_images
 
@@ -42,7 +42,7 @@ ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 def _placed(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """Yield the rows of a registered data set with their places, or why its entry drops them."""
     if isinstance(rows, RowStream):
-        placed = rows.placed()
+        placed = rows.with_locations()
     else:
         placed = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
     for place, row in placed:
@@ -74,9 +74,9 @@ def _converted(
             yield place, raw, problem
             continue
         row.origin, row.folder = place, folder
-        if isinstance(raw, Doubled):
+        if isinstance(raw, RowWithRepeatedKeys):
             row.notes += tuple(
-                f'the JSON key `{key}` stands twice in an object: the last counts' for key in raw.keys_twice
+                f'the JSON key `{key}` stands twice in an object: the last counts' for key in raw.repeated_keys
             )
         yield place, raw, row
 
@@ -183,7 +183,7 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
                 rows = read_rows(file, bad=bad, known=known, digest=digest)
                 yield from _converted(rows, str(file), folder=str(file.absolute().parent))
             except UnreadableRow as error:  # where the caller notes it, the rest of this file is passed over
-                bad(error.place, error.problem)
+                bad(error.location, error.problem)
 
     return [Part(name=source.name, read=read)]
 

@@ -561,7 +561,7 @@ def test_paths_start_at_the_data_file_and_stay_in_its_folder(monkeypatch: pytest
             place_image(path, '/data')
     for path in ('https://example.org/a.png', 'file:///a.png', 'data:image/png;base64,AAAA'):
         for folder in ('/data', None):
-            with pytest.raises(BadImage, match='nothing is downloaded'):
+            with pytest.raises(BadImage, match='images are not downloaded'):
                 place_image(path, folder)
 
 
