@@ -56,7 +56,7 @@ class _Remarks:
     def note_unused(self, values: Mapping[str, Any], used: Collection[str], what: str) -> None:
         """Add the keys outside `used` whose value is not empty."""
         for key, value in values.items():
-            if key not in used and not _holds_nothing(value):
+            if key not in used and not _is_empty(value):
                 self.unused[f'{what} `{key}`'] = None
 
 
@@ -65,11 +65,12 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
-def _holds_nothing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
+    """Return whether a value is missing, blank text, or a list or object of such values."""
     if isinstance(value, Mapping):
-        return all(map(_holds_nothing, value.values()))
+        return all(map(_is_empty, value.values()))
     if isinstance(value, list | tuple):
-        return all(map(_holds_nothing, value))
+        return all(map(_is_empty, value))
     return _is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
@@ -88,7 +89,7 @@ def _text(value: Any, what: str, column: str = '') -> str:
     return str(value)
 
 
-def _json(value: Any, column: str) -> Any:
+def _parse_json(value: Any, column: str) -> Any:
     """Return a list or object; JSON text is parsed, because CSV files can hold only text."""
     if not isinstance(value, str):
         return value
@@ -101,7 +102,7 @@ def _json(value: Any, column: str) -> Any:
         raise BadRow(f'{column} is text that is not JSON', column) from None
 
 
-def _object_of(value: Any) -> Any:
+def _parse_object(value: Any) -> Any:
     """Return the JSON object in a text; any other value is returned unchanged."""
     if not isinstance(value, str):
         return value
@@ -136,7 +137,7 @@ def _images(row: Mapping[str, Any]) -> list[str]:
     images = _cell(row, 'images')
     if isinstance(images, str) and not images.lstrip().startswith('['):
         images = [images] if images else []
-    images = _json(images, 'images') or []
+    images = _parse_json(images, 'images') or []
     if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
         raise BadRow('images is neither a path nor a list of paths', 'images')
     return images
@@ -169,7 +170,7 @@ def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get('parameters'), str):
         return wrapped
 
-    parameters = _object_of(function['parameters'])
+    parameters = _parse_object(function['parameters'])
     if isinstance(parameters, str):
         remarks.notes[PARAMETERS_NOT_OBJECT] = None
     return {**wrapped, 'function': {**function, 'parameters': parameters}}
@@ -177,7 +178,7 @@ def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
 
 def _tools(row: Mapping[str, Any], remarks: _Remarks) -> list[Any] | None:
     """Return the tools of a row, or the functions of a row in the older format."""
-    given = {column: _json(_cell(row, column), column) for column in ('tools', 'functions')}
+    given = {column: _parse_json(_cell(row, column), column) for column in ('tools', 'functions')}
     column = 'tools' if given['tools'] else 'functions'
     tools = given[column]
     if not tools:
@@ -208,13 +209,13 @@ def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
     arguments = function.get('arguments')
     if _is_missing(arguments) or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
-    arguments = _object_of(arguments)
+    arguments = _parse_object(arguments)
     if not isinstance(arguments, dict):
         remarks.notes[ARGUMENTS_NOT_OBJECT] = None
 
     made: dict[str, Any] = {'type': 'function'}
     call_id = call.get('id')
-    if not _holds_nothing(call_id):
+    if not _is_empty(call_id):
         made['id'] = _text(call_id, 'the id of a tool call')
     made['function'] = _in_order_of(function, {'name': function['name'], 'arguments': arguments})
     return _in_order_of(wrapper, made)
@@ -259,7 +260,7 @@ def _loss(turn: Mapping[str, Any]) -> tuple[str, bool] | None:
     found: dict[str, bool] = {}
     for key in _LOSS_KEYS:
         value = turn.get(key)
-        if _holds_nothing(value):
+        if _is_empty(value):
             continue
 
         carries = _LOSS_VALUES.get(str(value).strip().lower()) if isinstance(value, str | int | float) else None
@@ -285,7 +286,7 @@ class _Turn:
     def first(self, keys: Sequence[str]) -> Any:
         """Return the value of the first key that is not empty, None if all are."""
         for key in keys:
-            if not _holds_nothing(self.turn.get(key)):
+            if not _is_empty(self.turn.get(key)):
                 self.used.add(key)
                 value = self.turn[key]
                 # Another key with the same value is no loss of data.
@@ -295,9 +296,9 @@ class _Turn:
 
     def calls(self) -> list[dict[str, Any]]:
         """Return the tool calls of an assistant turn, [] if it has none."""
-        calls = _json(self.first(['tool_calls']), 'tool_calls')
+        calls = _parse_json(self.first(['tool_calls']), 'tool_calls')
         if not calls:
-            calls = _json(self.first(['function_call']), 'function_call')
+            calls = _parse_json(self.first(['function_call']), 'function_call')
         return _calls(calls, self.column, self.remarks) if calls else []
 
     def message(self, role: str, role_key: str, content_key: str) -> Message:
@@ -349,7 +350,7 @@ def _turns(
     turns: Any, remarks: _Remarks, *, column: str, role_keys: Sequence[str], content_keys: Sequence[str]
 ) -> list[Message]:
     """Return the messages of a column. Of several keys for the same field, the first that a turn has is read."""
-    turns = _json(turns, column)
+    turns = _parse_json(turns, column)
     if not isinstance(turns, list) or not turns:
         raise BadRow(f'{column} is not a list of turns', column)
 
@@ -368,7 +369,7 @@ def _turns(
 def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """Return the messages with the text of the system column, if any, as their first turn."""
     value = _cell(row, 'system')
-    system = '' if _holds_nothing(value) else _text(value, 'system')
+    system = '' if _is_empty(value) else _text(value, 'system')
     if not system:
         return messages
 
@@ -416,7 +417,7 @@ def _from_conversations(row: Mapping[str, Any]) -> Row:
 
 
 def _history(row: Mapping[str, Any]) -> list[Message]:
-    history = _json(_cell(row, 'history'), 'history') or []
+    history = _parse_json(_cell(row, 'history'), 'history') or []
     if not isinstance(history, list | tuple):
         raise BadRow('history is not a list of [query, response] pairs', 'history')
 

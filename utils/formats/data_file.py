@@ -424,10 +424,8 @@ def _read_parquet(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield (
-                        f'{source.path}: row {number}',
-                        {name: _without_null_keys(value) for name, value in row.items()},
-                    )
+                    cells = {name: _without_null_keys(value) for name, value in row.items()}
+                    yield f'{source.path}: row {number}', cells
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(
             f'{source.path}: the parquet file cannot be read after row {number}: {error}. {_DOWNLOAD_AGAIN}'

@@ -91,7 +91,7 @@ class Snapshot:
     def _absent(self, folder: Path, names: Sequence[str]) -> list[str]:
         """Return the files that are missing, or whose size differs from that on the hub."""
         absent = []
-        for name in names:
+        for name in dict.fromkeys(names):
             path = folder / name
             size, _ = self.files[name]
             if not path.is_file() or size not in (None, path.stat().st_size):
