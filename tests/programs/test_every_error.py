@@ -373,7 +373,7 @@ PROGRAMS: dict[str, Row] = {
     'a folder named as a file': (folder_named_as_a_file, 'a.jsonl: the data file cannot be read: Is a directory.'),
     # the model's directory
     'a file as a model': (lambda w: w.sft(model=w.data), 'qa.jsonl is a file.'),
-    'config.json is a list': (opened('config.json', '[]'), 'config.json holds a list, where a dict must be.'),
+    'config.json is a list': (opened('config.json', '[]'), 'config.json holds a list, but a dict is expected.'),
     'config.json in brackets': (opened('config.json', DEEP), 'config.json cannot be read as JSON: maximum recursion'),
     'config.json without a type': (opened('config.json', '{}'), 'config.json names no model_type'),
     'a width in words': (lambda w: w.sft(model=config(w, hidden_size='wide')), "'hidden_size' expected int, got str"),
@@ -427,7 +427,7 @@ PROGRAMS: dict[str, Row] = {
         without_bos, "template 'ziya' needs bos_token_id, which the tokenizer does not have.",
     ),
     # a run and its checkpoints
-    'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, where a dict must be.'),
+    'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, but a dict is expected.'),
     'arguments are nothing': (answers('sft_args.json', '{}'), 'has no sft_args.json beside it, or an empty one'),
     'arguments are no UTF-8': (answers('sft_args.json', LATIN), 'sft_args.json cannot be read as JSON: '),
     'an adapter cut off': (answers('adapter_model.safetensors', b'1234'), 'It is damaged, or was trained on another'),
@@ -471,7 +471,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'comparing with a list': (
         lambda w: report([str(w.run('history.json', '{}')), str(w.first)]),
-        'history.json holds a dict, where a list',
+        'history.json holds a dict, but a list',
     ),
     'comparing into a file': (
         lambda w: report([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
