@@ -579,9 +579,9 @@ def png_of_size(path: Path, width: int, height: int) -> Path:
     """Write a small PNG that claims many pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack_text('>I', len(body)) + kind + body + struct.pack_text('>I', zlib.crc32(kind + body))
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
 
-    header = struct.pack_text('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     data = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
     path.write_bytes(b'\x89PNG\r\n\x1a\n' + data)
     return path
@@ -608,10 +608,10 @@ def a_program(folder: Path) -> Path:
         (a_text, 'cannot be read'),
         (a_truncated_image, 'cannot be read'),
         (a_program, 'cannot identify'),
-        (lambda folder: folder / 'gone.png', 'is not there'),
-        (lambda folder: folder, 'is not there'),
-        (lambda folder: 'a\0b.png', 'is not there'),
-        (lambda folder: '', 'is not there'),
+        (lambda folder: folder / 'gone.png', 'does not exist'),
+        (lambda folder: folder, 'does not exist'),
+        (lambda folder: 'a\0b.png', 'does not exist'),
+        (lambda folder: '', 'does not exist'),
         (lambda folder: png_of_size(folder / 'large.png', 9500, 9500), '9500 x 9500 pixels'),
         (lambda folder: png_of_size(folder / 'huge.png', 60000, 60000), 'too large to decode'),
     ],
