@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.base.logger import show_what_can_be_shown
+from utils.base.logger import replace_unprintable
 from utils.formats.demo_sql import is_right
 
 
@@ -68,5 +68,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == '__main__':
-    show_what_can_be_shown()
+    replace_unprintable()
     sys.exit(main(Path(sys.argv[1])))

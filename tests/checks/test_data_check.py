@@ -167,7 +167,7 @@ def plant_csv(file: Path, rng: random.Random) -> Found:
     rows = [f'"{text(rng)}","two\nlines {text(rng)}"' for _ in range(9)]
     rows.insert(spoilt := rng.randint(1, 9), '"only one"')
     file.write_text('\n'.join(['query,response', *rows]) + '\n', encoding='utf-8')
-    return {(str(file), 2 + 2 * spoilt, 'this row does not have 2 cells', '')}
+    return {(str(file), 2 + 2 * spoilt, 'the number of cells in this row is 1, but the header has 2', '')}
 
 
 def plant_leak(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> Found:

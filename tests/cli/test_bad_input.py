@@ -64,7 +64,7 @@ DATA = {
     'list.jsonl': (b'[1, 2]\n', 'list.jsonl:1: a row must be an object with named columns, got list'),
     'columns.jsonl': (b'{"question": "a", "answer": "b"}\n', 'unknown columns question, answer.'),
     'columns.csv': (b'question,answer\na,b\n', 'unknown columns question, answer.'),
-    'cells.csv': (b'query,response\na,b\nc\n', 'cells.csv:3: this row does not have 2 cells'),
+    'cells.csv': (b'query,response\na,b\nc\n', 'cells.csv:3: the number of cells in this row is 1'),
     'broken.parquet': (b'PAR1 nothing', 'the parquet file cannot be read'),
     'empties.jsonl': (b'{"query": "a", "response": ""}\n', 'no training row is left'),
     'nulls.jsonl': (b'{"query": "a", "response": null}\n', 'no training row is left'),

@@ -335,7 +335,7 @@ def test_images_are_read_from_every_shape_of_row(tmp_path: Path) -> None:
         assert len(rows.train) == len(rows.left_out) == 1 and next(iter(rows.left_out.counts)).startswith(reason)
     video = {'messages': [{'role': 'user', 'content': [{'type': 'video', 'video': 'a.mp4'}]}, turns[1]]}
     rows = get_dataset([str(write_jsonl(tmp_path / 'bad.jsonl', [{'messages': turns}, video]))], test_ratio=0)
-    assert next(iter(rows.left_out.counts)) == 'user turn has an item of type video, known are text and image'
+    assert next(iter(rows.left_out.counts)) == 'user turn has an item of type video; known types are text and image'
 
 
 def make_bad_pictures(folder: Path) -> dict[str, str]:
@@ -347,12 +347,12 @@ def make_bad_pictures(folder: Path) -> dict[str, str]:
     Image.new('1', (9500, 9500)).save(folder / 'huge.png')
     Image.new('1', (3, 1000)).save(folder / 'narrow.png')
     said = {
-        '<img>gone.png</img>': 'an image is not there, or is not a file',
-        '<img>text.png</img>': 'an image cannot be read: it is damaged or none of',
+        '<img>gone.png</img>': 'an image does not exist or is not a file',
+        '<img>text.png</img>': 'an image cannot be read: it is damaged, or its format is not one of',
         '<img>huge.png</img>': 'an image is too large',
         '<img>narrow.png</img>': 'an image is too narrow',
         '<img>../outside.png</img>': 'an image leaves the folder of its data file',
-        '<img>https://example.org/a.png</img>': 'an image is an address: nothing is downloaded here',
+        '<img>https://example.org/a.png</img>': 'an image is a URL, and images are not downloaded',
         'no tag': 'an image has no tag: the row has more images than tags',
         '<img></img><img></img>': 'an image is missing: the row has fewer images than empty tags',
     }
@@ -466,7 +466,9 @@ def test_a_picture_damaged_after_its_header_stops_the_run_by_name(
     words = [*small_flags(folders[QWEN_VL], file, tmp_path / 'out'), '--dataloader_num_workers', str(workers)]
     assert llm_sft.main(words) == 2
     assert len(problems()) == 1
-    assert problems()[0].startswith(f"image '{tmp_path}/data/cut.png' cannot be read: it is damaged or none of")
+    assert problems()[0].startswith(
+        f"image '{tmp_path}/data/cut.png' cannot be read: it is damaged, or its format is not one of"
+    )
     assert 'Traceback' not in problems()[0]
 
 
@@ -680,7 +682,7 @@ def test_pictures_are_shown_in_the_chat(
         assert llm_infer.main(['--model_id_or_path', str(folders[key]), *flags]) == 0
         shown = capsys.readouterr().out
         assert '<img>path</img> in a line shows an image' in shown
-        assert '(an image is not there, or is not a file [gone.png])' in shown
+        assert '(an image does not exist or is not a file [gone.png])' in shown
         assert f"(image '{tmp_path}/cut.png' cannot be read" in shown
         assert shown.count('(') == 4
 

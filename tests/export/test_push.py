@@ -183,7 +183,7 @@ def test_a_push_that_says_nothing_readable_never_stops_the_training(
 @pytest.mark.parametrize(
     ('planted', 'finding'),
     [
-        (f'{{"note": "{TOKEN}"}}', 'what the token of this push holds'),
+        (f'{{"note": "{TOKEN}"}}', 'the value of the token of this push'),
         ('-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA0123', 'a private key'),
     ],
 )

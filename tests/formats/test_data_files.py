@@ -74,7 +74,7 @@ def test_a_gzip_that_swells_beyond_reason_is_refused(tmp_path: Path, monkeypatch
     for name, text in (('lines.jsonl.gz', line * 200), ('one.json.gz', '[' + ' ' * 20_000_000)):
         bomb = tmp_path / name
         bomb.write_bytes(gzip.compress(text.encode(), 9))
-        with pytest.raises(ConfigError, match=f'{name} unpacks to more than 100 times its size'):
+        with pytest.raises(ConfigError, match=f'{name}: the file expands to more than 100 times its size'):
             list(read_rows(bomb))
 
 
@@ -82,7 +82,7 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(data_file, '_MAX_ROW_BYTES', 1 << 20)
     endless = tmp_path / 'endless.jsonl'
     endless.write_bytes(b'{"query": "a"}\n{"query": "' + b'x' * (1 << 21))
-    with pytest.raises(ConfigError, match='endless.jsonl:2: a line of more than 1 MiB is no row'):
+    with pytest.raises(ConfigError, match='endless.jsonl:2: this line exceeds 1 MiB'):
         list(read_rows(endless))
 
 
@@ -94,14 +94,14 @@ BROKEN = {
     'french.jsonl': (FRENCH.encode('cp1252'), 'e.g. iconv -f WINDOWS-1252 -t UTF-8 french.jsonl.'),
     'wide.jsonl': (FRENCH.encode('utf-16'), 'e.g. iconv -f UTF-16 -t UTF-8 wide.jsonl.'),
     'wide.csv': ('query,response\na,b\n'.encode('utf-16'), 'e.g. iconv -f UTF-16 -t UTF-8 wide.csv.'),
-    'packed.jsonl': (gzip.compress(b'{"query": "a"}\n' * 9), 'is packed with gzip: rename it to packed.jsonl.gz.'),
-    'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is packed with gzip: rename it to packed.json.gz.'),
-    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: JSON over several lines'),
-    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: JSON over several lines'),
-    'array.jsonl': (b'[{"query": "a"}]\n', 'got list. An array of rows belongs in a .json file: rename it.'),
+    'packed.jsonl': (gzip.compress(b'{"query": "a"}\n' * 9), 'is compressed with gzip: rename it to packed.jsonl.gz.'),
+    'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is compressed with gzip: rename it to packed.json.gz.'),
+    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: the JSON value spans several lines'),
+    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: the JSON value spans several lines'),
+    'array.jsonl': (b'[{"query": "a"}]\n', 'got list. Rename the file to .json if it holds an array of rows.'),
     'semicolons.csv': (b'query;response\na;b\n', 'semicolons.csv:1: the header is separated by semicolons, not by'),
     'tabs.csv': (b'query\tresponse\na\tb\n', 'tabs.csv:1: the header is separated by tabs, not by commas'),
-    'trailing.csv': (b'query,response,,\na,b,,\n', 'trailing.csv:1: cells of the header are empty'),
+    'trailing.csv': (b'query,response,,\na,b,,\n', 'trailing.csv:1: several cells of the header are empty'),
     'cut.jsonl.gz': (gzip.compress(b'{"query": "a"}\n' * 9)[:-9], 'the gzip file is broken after'),
     'none.jsonl.gz': (b'{"query": "a"}\n', 'the gzip file is broken after 0 bytes'),
     'after.json': (b'[{"query": "a"}]\n{"query": "b"}', 'after.json:2: something follows the end of the JSON array'),
@@ -150,7 +150,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(change: str, tmp_path: 
         file.unlink()
         if change == 'replace':
             write(file, ROWS * 40)
-    with pytest.raises(ConfigError, match='changed while it was read' if change != 'remove' else 'cannot be read'):
+    with pytest.raises(ConfigError, match='changed while being read' if change != 'remove' else 'cannot be read'):
         list(rows)
 
 
@@ -158,7 +158,7 @@ def test_a_file_that_changes_between_the_two_readings_is_refused(tmp_path: Path)
     file = write(tmp_path / 'a.jsonl')
     plan = plan_rows([str(file)])
     write(file, [{'query': 'other', 'response': 'row'}] * 50)
-    with pytest.raises(ConfigError, match='changed while it was read'):
+    with pytest.raises(ConfigError, match='changed while being read'):
         list(plan.rows(1, 2))
 
 

@@ -246,7 +246,7 @@ def test_replies_of_weight_0_carry_no_loss(go: Go) -> None:
     assert done.sample.count('BADREPLY') == 3 and 'WRONGLAST' not in done.sample
     marked = 'every reply of it is marked to carry no loss (weight, loss or train)'
     assert done.data['left_out'] == {marked: 1} and done.report['left_out'][marked]['rows'] == 1
-    told = 'a reply carries no loss, as the row says (`weight`, `loss` or `train`)'
+    told = 'a reply carries no loss because the row says so (`weight`, `loss` or `train`)'
     assert done.report['noted'][told]['rows'] == 4 and done.check == 1
     assert done.share('reply text') == {'context': 24, 'trained': 15, 'left out': 9}
 
@@ -320,7 +320,7 @@ def test_dates_in_calls_of_parquet_are_a_reason_with_file_and_row(go: Go, tmp_pa
     data = tmp_path / 'dates.parquet'
     pq.write_table(pa.Table.from_pylist(rows), data)
     done = go(data, QWEN)
-    reason = 'tool_calls holds a datetime, which JSON cannot say'
+    reason = 'tool_calls holds a datetime, which JSON cannot represent'
     assert done.data['left_out'] == {reason: 1} and done.check == 1
     assert done.report['left_out'][reason]['first'] == [f'{data}: row 1 tool_calls']
 

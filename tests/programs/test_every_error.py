@@ -278,7 +278,7 @@ PROGRAMS: dict[str, Row] = {
         lambda w: w.sft('--dataset', w.data, w.data.parent / '.' / '..' / w.data.parent.name / w.data.name),
         'so its rows would be used twice. Remove one of the two.',
     ),
-    'a package that is not there': (not_installed, 'which is not installed: pip install "transformers>=5.2.0"'),
+    'a package that is not there': (not_installed, 'which is not installed. Run: pip install "transformers>=5.2.0"'),
     'a share below 0': (lambda w: w.sft('--dataset_test_ratio', '-0.1'), 'takes a share from 0 to below 1, got -0.1.'),
     'a share above 1': (lambda w: w.sft('--dataset_test_ratio', '1.5'), 'takes a share from 0 to below 1, got 1.5.'),
     'no rows to show': (lambda w: w.infer('--show_dataset_sample', '0'), '--show_dataset_sample takes 1 or more, or'),
@@ -317,7 +317,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     # where files are to be written
     'a folder of someone else': (not_writable, 'you have no write permission for '),
-    'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB takes a number of GiB, got 'plenty'."),
+    'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB: this variable takes a number of GiB, got 'plenty'. Set"),
     'answers under a file': (
         lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--result_path', w.data / 'a.jsonl'), 'qa.jsonl is a file.',
     ),
@@ -333,7 +333,7 @@ PROGRAMS: dict[str, Row] = {
         'exists already and is not replaced. Name a new folder.',
     ),
     # DeepSpeed's configuration
-    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, where a dict must be. --deepspeed_config_path'),
+    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, but a dict is expected. --deepspeed_config_path'),
     'half a file for DeepSpeed': (deepspeed('{'), 'ds.json cannot be read as JSON: Expecting'),
     'no UTF-8 for DeepSpeed': (deepspeed(LATIN), 'ds.json cannot be read as JSON: '),
     'brackets for DeepSpeed': (deepspeed(DEEP), 'ds.json cannot be read as JSON: maximum recursion'),
@@ -370,10 +370,10 @@ PROGRAMS: dict[str, Row] = {
         '1 rows skipped: the row has images, and the model sees none (',
     ),
     'one column twice': (rows('a.csv', 'query,query,response\na,b,c\n'), "a.csv:1: the header names 'query' twice."),
-    'a folder named as a file': (folder_named_as_a_file, 'a.jsonl cannot be read: Is a directory.'),
+    'a folder named as a file': (folder_named_as_a_file, 'a.jsonl: the data file cannot be read: Is a directory.'),
     # the model's directory
     'a file as a model': (lambda w: w.sft(model=w.data), 'qa.jsonl is a file.'),
-    'config.json is a list': (opened('config.json', '[]'), 'config.json holds a list, where a dict must be.'),
+    'config.json is a list': (opened('config.json', '[]'), 'config.json holds a list, but a dict is expected.'),
     'config.json in brackets': (opened('config.json', DEEP), 'config.json cannot be read as JSON: maximum recursion'),
     'config.json without a type': (opened('config.json', '{}'), 'config.json names no model_type'),
     'a width in words': (lambda w: w.sft(model=config(w, hidden_size='wide')), "'hidden_size' expected int, got str"),
@@ -427,7 +427,7 @@ PROGRAMS: dict[str, Row] = {
         without_bos, "template 'ziya' needs bos_token_id, which the tokenizer does not have.",
     ),
     # a run and its checkpoints
-    'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, where a dict must be.'),
+    'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, but a dict is expected.'),
     'arguments are nothing': (answers('sft_args.json', '{}'), 'has no sft_args.json beside it, or an empty one'),
     'arguments are no UTF-8': (answers('sft_args.json', LATIN), 'sft_args.json cannot be read as JSON: '),
     'an adapter cut off': (answers('adapter_model.safetensors', b'1234'), 'It is damaged, or was trained on another'),
@@ -444,7 +444,7 @@ PROGRAMS: dict[str, Row] = {
         'holds an adapter, and --sft_type is full. Use --sft_type lora',
     ),
     'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed. Add --deepspeed_config_path.'),
-    'a lock that is a list': (repeated('[]'), 'lock.json holds a list, where a dict must be. Give --from_run a run'),
+    'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
     'a lock of nothing': (repeated('{}'), 'lock.json does not say what command was: it is not as written.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
@@ -471,7 +471,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'comparing with a list': (
         lambda w: report([str(w.run('history.json', '{}')), str(w.first)]),
-        'history.json holds a dict, where a list',
+        'history.json holds a dict, but a list',
     ),
     'comparing into a file': (
         lambda w: report([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
@@ -612,11 +612,11 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 is not possible on expert parameters'),
     'an object cut off': (objects(b'{"a": 1}\n{"b": '), 'a.json:2: the JSON is broken in the row that'),
     'an object that is none': (
-        objects(b'{"a": 1}, 3'), 'a.json: object 2: it must be an object with columns, got a int.',
+        objects(b'{"a": 1}, 3'), 'a.json: object 2: expected an object with named columns, got int.',
     ),
     'an object with a number without end': (objects(b'{"a": ' + b'1' * 5000 + b'}'), 'a.json:1: the JSON is broken'),
-    'pictures that swell': (archive(swells=True), 'unpacked it would be over 50 times its size'),
-    'pictures with a password': (archive(swells=False), 'a.zip is no whole zip file: '),
+    'pictures that swell': (archive(swells=True), 'the archive expands to more than 50 times its size'),
+    'pictures with a password': (archive(swells=False), 'a.zip: the zip file is damaged or encrypted: '),
 }  # fmt: skip
 
 

@@ -232,7 +232,9 @@ def test_an_old_transformers_is_refused_before_anything_is_fetched(
     main = importlib.import_module(program).main
     assert main(['--model_type', 'qwen3.5-4b', '--dataset', 'gone.jsonl']) == 2
     said = problems()
-    assert 'this model needs transformers>=5.2.0, found 4.57.1: pip install "transformers>=5.2.0"' in said
+    assert (
+        'this model needs transformers>=5.2.0, but 4.57.1 is installed. Run: pip install "transformers>=5.2.0"' in said
+    )
     assert len(said) == 2, 'all problems at once'
 
 

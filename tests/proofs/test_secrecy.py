@@ -50,7 +50,10 @@ def prove(folder: Path, args: SftArguments) -> tuple[bool, str]:
 
 Plant = Callable[[Path], None]
 PLANTS: dict[str, tuple[Plant, str]] = {
-    'a token': (lambda f: f.joinpath('a.txt').write_text(f'key: {CANARY}\n') and None, 'a.txt: what --hub_token holds'),
+    'a token': (
+        lambda f: f.joinpath('a.txt').write_text(f'key: {CANARY}\n') and None,
+        'a.txt: the value of --hub_token',
+    ),
     'a pickle': (lambda f: f.joinpath('a').write_bytes(pickle.dumps([1])) and None, 'a: a pickle'),
     'a pickle by name': (lambda f: f.joinpath('optimizer.pt').touch(), 'optimizer.pt: a pickle by its name'),
     'a home path': (

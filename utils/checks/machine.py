@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from utils.cli.arguments import SftArguments
 from utils.cli.parser import Parsed
-from utils.hub.clients import TOKEN_VARIABLES, answers
+from utils.hub.clients import TOKEN_VARIABLES, ping
 
 _PINS = Path(__file__).parents[2] / 'requirements.txt'
 _OPTIONAL = {
@@ -196,7 +196,7 @@ def _disk(output_dir: Path) -> Iterator[Finding]:
 
 def _hubs() -> Iterator[Finding]:
     for name in TOKEN_VARIABLES:
-        address, reached = answers(name)
+        address, reached = ping(name)
         remedy = '' if reached else 'needed for downloads and pushes alone: set HTTPS_PROXY, or use local directories'
         says = f'{address} {"answers" if reached else "does not answer"}'
         yield Finding(f'hub {name}', reached or None, says, remedy)

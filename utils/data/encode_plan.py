@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.base import dist
-from utils.base.cache import kept
+from utils.base.cache import cached_folder
 from utils.base.errors import ConfigError
 from utils.data.encoded_rows import EncodedRows, length_statistics
 from utils.data.parts import TRAIN, UNUSED, VAL
@@ -236,7 +236,7 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
     """Return the encoded training and validation rows, from the cache if possible, and what happened to the rows."""
     name = f'data-{_key(encoder, plan)[:40]}'
     with dist.local_main_first():
-        folder = kept(name, lambda unfinished: encode_to_files(encoder, plan, unfinished))
+        folder = cached_folder(name, lambda unfinished: encode_to_files(encoder, plan, unfinished))
     train = EncodedRows.map(folder, 'train')
     val = EncodedRows.map(folder, 'val')
 

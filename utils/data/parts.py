@@ -21,7 +21,7 @@ from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING, RawRows
 from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
 from utils.formats.conversation import BadRow, Row
-from utils.formats.data_file import Doubled, OnBad, UnreadableRow, read_rows, refuse, signature
+from utils.formats.data_file import OnBad, RowWithRepeatedKeys, UnreadableRow, read_rows, refuse, signature
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.images import state_of_images
 
@@ -42,7 +42,7 @@ ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """Yield each row of a registered data set with its location, or the reason why its entry drops the row."""
     if isinstance(rows, RowStream):
-        located = rows.placed()
+        located = rows.with_locations()
     else:
         located = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
 
@@ -79,9 +79,9 @@ def _converted(
 
         row.origin = location
         row.folder = folder
-        if isinstance(raw, Doubled):
+        if isinstance(raw, RowWithRepeatedKeys):
             row.notes += tuple(
-                f'the JSON key `{key}` occurs twice in an object: the last value is used' for key in raw.keys_twice
+                f'the JSON key `{key}` occurs twice in an object: the last value is used' for key in raw.repeated_keys
             )
         yield location, raw, row
 
@@ -199,7 +199,7 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
                 rows = read_rows(file, bad=bad, known=known, digest=digest)
                 yield from _converted(rows, str(file), folder=str(file.absolute().parent))
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
-                bad(error.place, error.problem)
+                bad(error.location, error.problem)
 
     return [Part(name=source.name, read=read)]
 

@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.encode.encoded import (
     ADDED_END,
     CLOSED_THINKING,
@@ -180,7 +180,7 @@ class AutoEncoder(Encoder):
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
         except Exception as error:  # a template is someone's program, and fails as programs do
-            raise RowRefused(f'the chat template fails: {told(error)}') from error
+            raise RowRefused(f'the chat template fails: {error_text(error)}') from error
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False,

@@ -15,7 +15,7 @@ from utils.data.encode_plan import encode_rows
 from utils.data.plan import draw
 from utils.data.tally import EncodingReport
 from utils.encode.encoder import Encoder
-from utils.formats.conversation import Row, said
+from utils.formats.conversation import Row, message_text
 from utils.infer.generation import generate_rows, wanted_texts
 from utils.infer.scores import score_texts
 
@@ -77,5 +77,5 @@ def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequenc
             content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
             content |= {'images': row.images} if row.images else {}
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
-            question = said(row.messages[-2]) if len(row.messages) > 1 else ''
+            question = message_text(row.messages[-2]) if len(row.messages) > 1 else ''
             print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')

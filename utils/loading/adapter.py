@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.loading.layers import linear_names
 
 if TYPE_CHECKING:
@@ -30,6 +30,6 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = N
     except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(
             f'{checkpoint}: the adapter cannot be loaded onto {type(model).__name__} {model.name_or_path}: '
-            f'{told(error)[:300]} It is damaged, or was trained on another base model. Copy the checkpoint again, or '
-            'name its base model with --model_id_or_path.'
+            f'{error_text(error)[:300]} It is damaged, or was trained on another base model. Copy the checkpoint again, '
+            'or name its base model with --model_id_or_path.'
         ) from error

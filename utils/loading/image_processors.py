@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.base.logger import logger
 from utils.formats.images import bad_image, image_size, open_upright, read_images
 
@@ -111,7 +111,7 @@ class ProcessorImages(Images):
             # The other backend resizes differently, so training and inference could see different pixels.
             self._processor = AutoImageProcessor.from_pretrained(model_dir, backend='pil', trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ConfigError(f'the image processor in {model_dir} cannot be opened: {told(error)}') from error
+            raise ConfigError(f'the image processor in {model_dir} cannot be opened: {error_text(error)}') from error
 
         if max_pixels is not None:
             size = self._processor.size

@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from utils.base import dist
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.base.files import read_json
 from utils.base.logger import logger
 from utils.loading.devices import resolve_device_map
@@ -74,7 +74,7 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
         keywords = options.keywords(lambda: cls(config))
         model, found = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **keywords)
     except (*_LIBRARY_ERRORS, StrictDataclassError) as error:
-        raise ConfigError(f'the language model in {model_dir} cannot be opened: {told(error)}') from error
+        raise ConfigError(f'the language model in {model_dir} cannot be opened: {error_text(error)}') from error
 
     if names := sorted(found['missing_keys']):
         raise ConfigError(
@@ -131,7 +131,7 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
             'That would be code, which is never run. Use the safetensors files of this model.'
         ) from None
     except (*_LIBRARY_ERRORS, SafetensorError, StrictDataclassError) as error:
-        raise ConfigError(f'the model in {model_dir} cannot be opened: {told(error)}') from error
+        raise ConfigError(f'the model in {model_dir} cannot be opened: {error_text(error)}') from error
 
     make_generation_savable(model)
     return model
@@ -230,7 +230,7 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
 
         tokenizer('a')  # wrong settings raise only when a text is encoded
     except Exception as error:  # the libraries raise many types for a damaged file
-        raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {told(error)}') from error
+        raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {error_text(error)}') from error
 
     if tokenizer.eos_token_id is None:
         raise ConfigError(

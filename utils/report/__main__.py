@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.base.errors import ConfigError
-from utils.base.logger import show_what_can_be_shown
+from utils.base.logger import replace_unprintable
 from utils.report.compare import compare_runs
 from utils.report.html import write_report
 
@@ -36,5 +36,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-    show_what_can_be_shown()
+    replace_unprintable()
     sys.exit(main(sys.argv[1:]))

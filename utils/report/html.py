@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils.formats.conversation import said
+from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.svg import Series, chart
 from utils.run.lock import described
@@ -58,7 +58,7 @@ def _proofs(run: RunFiles) -> Markup:
 def _answers(run: RunFiles) -> list[Markup]:
     return [
         Markup(
-            block(said(row['messages'][-2]) if len(row['messages']) > 1 else '')
+            block(message_text(row['messages'][-2]) if len(row['messages']) > 1 else '')
             + table(['', f'{row["split"]} row'], [[name, row[name]] for name in ('wanted', 'before', 'after')])
         )
         for row in run.answers

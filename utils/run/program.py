@@ -26,9 +26,9 @@ def run_program(story: Callable[[], int | None]) -> int:
 
     2: something the user can fix, every problem listed; 128 + n: ended by signal n (130 Ctrl-C, 143 SIGTERM).
     """
-    from utils.base.logger import set_up_logging, show_what_can_be_shown
+    from utils.base.logger import replace_unprintable, set_up_logging
 
-    show_what_can_be_shown()
+    replace_unprintable()
     set_up_logging()
     # Read once, when the library is imported: no usage figures are sent.
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')

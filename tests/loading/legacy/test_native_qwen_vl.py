@@ -561,7 +561,7 @@ def test_paths_start_at_the_data_file_and_stay_in_its_folder(monkeypatch: pytest
             place_image(path, '/data')
     for path in ('https://example.org/a.png', 'file:///a.png', 'data:image/png;base64,AAAA'):
         for folder in ('/data', None):
-            with pytest.raises(BadImage, match='nothing is downloaded'):
+            with pytest.raises(BadImage, match='images are not downloaded'):
                 place_image(path, folder)
 
 
@@ -608,10 +608,10 @@ def a_program(folder: Path) -> Path:
         (a_text, 'cannot be read'),
         (a_truncated_image, 'cannot be read'),
         (a_program, 'cannot identify'),
-        (lambda folder: folder / 'gone.png', 'is not there'),
-        (lambda folder: folder, 'is not there'),
-        (lambda folder: 'a\0b.png', 'is not there'),
-        (lambda folder: '', 'is not there'),
+        (lambda folder: folder / 'gone.png', 'does not exist'),
+        (lambda folder: folder, 'does not exist'),
+        (lambda folder: 'a\0b.png', 'does not exist'),
+        (lambda folder: '', 'does not exist'),
         (lambda folder: png_of_size(folder / 'large.png', 9500, 9500), '9500 x 9500 pixels'),
         (lambda folder: png_of_size(folder / 'huge.png', 60000, 60000), 'too large to decode'),
     ],

@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.base.files import read_json
 from utils.base.logger import logger
 from utils.loading.devices import resolve_device_map
@@ -40,7 +40,7 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
     try:
         config = _class(family.config_class)(**family.config(original))
     except (ArithmeticError, LookupError, TypeError) as error:
-        raise ConfigError(f'{model_dir}/config.json does not fit family {family.name}: {told(error)}') from error
+        raise ConfigError(f'{model_dir}/config.json does not fit family {family.name}: {error_text(error)}') from error
 
     exclude_towers(options.get('quantization_config'), lambda: _class(family.model_class)(deepcopy(config)))
 
