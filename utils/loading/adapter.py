@@ -30,6 +30,6 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = N
     except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(
             f'{checkpoint}: the adapter cannot be loaded onto {type(model).__name__} {model.name_or_path}: '
-            f'{error_text(error)[:300]} It is damaged, or was trained on another base model. Copy the checkpoint again, '
+            f'{error_text(error)[:300]} It is damaged, or was trained on another base model. Copy the checkpoint again '
             'or name its base model with --model_id_or_path.'
         ) from error
