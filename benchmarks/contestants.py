@@ -74,7 +74,11 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
     from utils.data.encode_plan import EncodedRows, PreparedData
     from utils.encode.encoded import Encoded
     from utils.infer.generation import generation_config
+    from utils.loading.fingerprint import Fingerprint
+    from utils.loading.weights import Weights
+    from utils.run.folder import Run
     from utils.run.processes import start_processes
+    from utils.run.record import RunRecord
     from utils.train.prepare import prepare_model
     from utils.train.trainer import make_trainer
 
@@ -95,7 +99,10 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
         train.append(Encoded(**row))
     data = PreparedData(train=train, val=EncodedRows(), summary={})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    Path(output).mkdir(parents=True, exist_ok=True)
+    weights = Weights(path=Path(output), reason='', fingerprint=Fingerprint(sha256='', covers=''))
+    run = Run(folder=Path(output), record=RunRecord(), weights=weights)
     return make_trainer(
-        args, Path(output), prepare_model(model, args), tokenizer, data, dtype=torch.bfloat16,
-        record={}, generation=generation_config(args, tokenizer, []),
+        args, run, prepare_model(model, args), tokenizer, data, dtype=torch.bfloat16,
+        generation=generation_config(args, tokenizer, []),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from tests.support.exactness import make_rows, open_tiny, plain_gradients, prepared
+from tests.support.exactness import bare_run, make_rows, open_tiny, plain_gradients, prepared
 from tests.support.runs import ROOT, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.data.collator import Collator, refill
@@ -344,8 +344,8 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
     for row in rows:
         train.append(Encoded(**row))
     make_trainer(
-        args, tmp_path / 'fast', fast, tokenizer, PreparedData(train=train, val=EncodedRows(), summary={}),
-        dtype=torch.float32, record={}, generation=generation_config(args, tokenizer, []),
+        args, bare_run(tmp_path / 'fast'), fast, tokenizer, PreparedData(train=train, val=EncodedRows(), summary={}),
+        dtype=torch.float32, generation=generation_config(args, tokenizer, []),
     ).train()  # fmt: skip
     start = dict(prepared(base, key, kind)[0].named_parameters())
     expected, moved = dict(plain.named_parameters()), 0.0

@@ -428,7 +428,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     # a run and its checkpoints
     'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, where a dict must be.'),
-    'arguments are nothing': (answers('sft_args.json', '{}'), 'has no sft_args.json beside it, or an empty one'),
+    'arguments are nothing': (answers('sft_args.json', '{}'), 'has an sft_args.json with content'),
     'arguments are no UTF-8': (answers('sft_args.json', LATIN), 'sft_args.json cannot be read as JSON: '),
     'an adapter cut off': (answers('adapter_model.safetensors', b'1234'), 'It is damaged, or was trained on another'),
     'an adapter of nothing': (answers('adapter_config.json', '{}'), "KeyError: 'peft_type' It is damaged, or"),
@@ -464,7 +464,7 @@ PROGRAMS: dict[str, Row] = {
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
         lambda w: report([str(w.run('sft_args.json', '{}'))]),
-        'does not say how a run was trained. Give a run',
+        'it does not say how a run was trained. Give a run',
     ),
     'reporting on a broken outcome': (
         lambda w: report([str(w.run('run.json', LATIN))]), 'run.json cannot be read',

@@ -146,15 +146,15 @@ def test_a_typed_data_set_is_answered_whole(
         target = tmp_path / f'{count}.out'
         assert llm_infer.main([*serve, '--dataset', str(data), '--result_path', str(target)]) == 0
         assert answered(target) == [row['response'] for row in made_rows(count)]
-    assert 'is there already: it is replaced' not in caplog.text
+    assert 'exists and is replaced' not in caplog.text
     words = [*serve, '--dataset', str(data), '--result_path', str(target), '--show_dataset_sample', '4']
     assert llm_infer.main(words) == 0
     assert len(answered(target)) == 4
     assert '4 of 30 rows are answered: --show_dataset_sample 4; -1 is all' in caplog.text
-    assert f'--result_path {target} is there already: it is replaced.' in caplog.text
-    assert 'the run was trained on rows of this --dataset' not in caplog.text
+    assert f'--result_path {target} exists and is replaced.' in caplog.text
+    assert 'the run was trained on rows of it' not in caplog.text
     assert llm_infer.main([*serve, '--dataset', str(data_file), '--show_dataset_sample', '1']) == 0
-    assert 'the run was trained on rows of this --dataset' in caplog.text
+    assert '--dataset: the run was trained on rows of it, and all its rows' in caplog.text
 
 
 def test_another_chat_template_or_adapter_is_refused_on_resuming(
@@ -216,7 +216,7 @@ def test_output_folders_that_cannot_be_made_are_one_message(
         assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), '--output_dir', str(folder)]) == 2
         assert problems()[-1].startswith(f'--output_dir {folder} cannot be ')
     assert len(problems()) == 3
-    with pytest.raises(ConfigError, match='--output_dir .* cannot be made or written: File name too long. Give'):
+    with pytest.raises(ConfigError, match='--output_dir .*: cannot create or write it: File name too long. Give'):
         make_run_dir(tmp_path, 'n' * 300)
     assert not list(tmp_path.iterdir())
 

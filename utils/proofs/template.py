@@ -38,7 +38,7 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.proofs.as_written import REASONING_KEYS, messages_as_written, tools_as_written
 from utils.run.folder import Run
 from utils.run.lock import check_repeated_template
-from utils.run.record import record_proof
+from utils.run.record import RunRecord, Trained, record_proof
 
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 # Rows of the user's, spread over the set, that are checked.
@@ -88,13 +88,13 @@ def _how_many(rows: int, of: int, switch: str | None) -> str:
     return f'{rows} of {of} rows looked at have a reply that reasons, rendered with {switch}'
 
 
-def ask_as_trained(encoder: Encoder, record: Mapping[str, Any]) -> None:
+def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
     """Have replies asked for with the template's thinking switch where most of the trained ones were rendered so."""
-    switch = record.get('thinking')
-    if switch is None or switch != encoder.switch:
+    switch = record.thinking
+    count = record.thinking_rows
+    if switch is None or count is None or switch != encoder.switch:
         return
     encoder.asks_to_think = True
-    count = record['thinking_rows']
     log_decision('thinking', switch, f'the run trained so: {_how_many(count["switched"], count["of"], switch)}')
 
 
@@ -310,10 +310,12 @@ def _sentence(name: str, own: bool, counts: Counter[Verdict], rows: int, first: 
     return f'{told}{explained}{refused}{holds}'
 
 
-def check_trained_template(encoder: Encoder, record: dict[str, Any], checkpoint: Path, *, typed: bool) -> None:
+def check_trained_template(encoder: Encoder, trained: Trained, *, typed: bool) -> None:
     """Raise ConfigError where the template that serves is not the one trained; only warn where it was typed."""
-    trained, serves = record.get('template_sha256'), template_hash(encoder)
-    if trained is None or trained == serves or record.get('template_type') != encoder.name:
+    checkpoint = trained.checkpoint
+    then = trained.record.template_sha256
+    now = template_hash(encoder)
+    if then is None or then == now or trained.record.flags.get('template_type') != encoder.name:
         return
     if encoder.name == AUTO:
         what = 'the chat template of this tokenizer'
@@ -323,7 +325,7 @@ def check_trained_template(encoder: Encoder, record: dict[str, Any], checkpoint:
     else:
         what, remedy = f"the entry '{encoder.name}' of TEMPLATE_MAPPING", 'put the entry back as it was'
     text = (
-        f'{what} has changed since {checkpoint.name} was trained (sha256 {trained[:12]}, now {serves[:12]}): '
+        f'{what} has changed since {checkpoint.name} was trained (sha256 {then[:12]}, now {now[:12]}): '
         f'answers would be to prompts it never saw. To fix it, {remedy}; or type --template_type to go on all the same.'
     )
     if not typed:

@@ -23,15 +23,15 @@ from utils.base.checkpoint import (
     seal,
 )
 from utils.base.errors import ConfigError
-from utils.base.files import read_json, write_json
+from utils.base.files import read_json
 from utils.base.logger import logger
-from utils.base.names import SFT_ARGS
 from utils.model import load_model
 from utils.run.record import record_proof
 from utils.train.state import load_tree, random_state, save_tree, set_random_state
 
 if TYPE_CHECKING:
     from utils.loading.image_processors import Images
+    from utils.run.folder import Run
     from utils.train.trainer import SftTrainer
 
 # What flags say of a group of weights; the rate of the step is made from the first.
@@ -76,10 +76,10 @@ def check_targets(model: PeftModel, checkpoint: Path) -> None:
 class Checkpoints:
     """Writes the checkpoints of a trainer, and puts a trainer back to where one was written."""
 
-    def __init__(self, trainer: SftTrainer, *, record: dict[str, Any], images: Images | None, limit: int) -> None:
+    def __init__(self, trainer: SftTrainer, *, run: Run, images: Images | None, limit: int) -> None:
         self.trainer = trainer
-        # What sft_args.json says.
-        self.record = record
+        # Its record may change until the training starts.
+        self.run = run
         self.images = images
         # How many checkpoints stay; the best one always does.
         self.limit = limit
@@ -160,7 +160,7 @@ class Checkpoints:
         trainer.processing_class.save_pretrained(folder)
         if self.images is not None:
             self.images.save(folder)
-        write_json(folder / SFT_ARGS, self.record)
+        self.run.record.write(folder)
 
     def _write_optimizer(self, folder: Path) -> None:
         """Write optimizer, schedule and loss scale; what DeepSpeed keeps goes into DeepSpeed's own files."""

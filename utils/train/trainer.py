@@ -17,7 +17,6 @@ from utils.base import dist
 from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
-from utils.cli.resolution import Decide, log_decision
 from utils.data.collator import NOT_FOR_THE_MODEL, Collator, refill, split_rows
 from utils.data.encode_plan import PreparedData
 from utils.data.encoded_rows import Filled
@@ -58,7 +57,7 @@ class SftTrainer(Seq2SeqTrainer):
     def __init__(
         self,
         *,
-        run_record: dict[str, Any],
+        run: Run,
         save_total_limit: int,
         generation: GenerationConfig,
         scorer: Scorer,
@@ -71,7 +70,7 @@ class SftTrainer(Seq2SeqTrainer):
         self.groups_by_length = groups_by_length
         self.images = images
         self.generation = generation
-        self.checkpoints = Checkpoints(self, record=run_record, images=images, limit=save_total_limit)
+        self.checkpoints = Checkpoints(self, run=run, images=images, limit=save_total_limit)
         self.signals = StopSignals()
         self.guard = Guard(self)
         self.speedometer = Speedometer()
@@ -327,15 +326,13 @@ def build_trainer(
     generation = generation_config(args, encoder.tokenizer, encoder.stop_ids, model.generation_config)
     trainer = make_trainer(
         args,
-        run.folder,
+        run,
         model,
         encoder.tokenizer,
         data,
         dtype=dtype,
-        record=run.record,
         generation=generation,
         images=encoder.images,
-        decide=run.decide,
     )
     trainer.log_to(run.folder)
     return trainer
@@ -343,22 +340,20 @@ def build_trainer(
 
 def make_trainer(
     args: SftArguments,
-    folder: Path,
+    run: Run,
     model: Any,
     tokenizer: Any,
     data: PreparedData,
     *,
     dtype: torch.dtype,
-    record: dict[str, Any],
     generation: GenerationConfig,
     images: Images | None = None,
-    decide: Decide = log_decision,
 ) -> SftTrainer:
-    """Return a trainer that writes checkpoints to `folder`, its batches laid out as the model allows."""
+    """Return a trainer that writes checkpoints to the run folder, its batches laid out as the model allows."""
     base = model.get_base_model() if args.sft_type == 'lora' else model
     longest = max([*data.train.lengths(), *data.val.lengths()])
     check_positions(base, longest)
-    laid = lay_end_to_end(base, args, longest=longest, decide=decide)
+    laid = lay_end_to_end(base, args, longest=longest, decide=run.decide)
     train: Any = data.train.longest_first() if args.test_oom_error else data.train
     if args.packing:
         train = PackedRows(data.train, args.max_length)
@@ -367,14 +362,14 @@ def make_trainer(
     if dist.world_size() > 1 and not args.streaming:
         train = Filled(train, args.batch_size * dist.world_size(), tokenizer.pad_token_id)
     return SftTrainer(
-        run_record=record,
+        run=run,
         save_total_limit=args.save_total_limit,
         generation=generation,
         images=images,
         model=model,
-        scorer=Scorer(base, exact_head(base, args, decide), splits=images is None and not is_sharded(base)),
+        scorer=Scorer(base, exact_head(base, args, run.decide), splits=images is None and not is_sharded(base)),
         groups_by_length=args.group_by_length,
-        args=training_arguments(args, folder, dtype=dtype, evaluates=len(data.val) > 0),
+        args=training_arguments(args, run.folder, dtype=dtype, evaluates=len(data.val) > 0),
         train_dataset=train,
         eval_dataset=data.val.longest_first() if len(data.val) else None,
         data_collator=Collator(tokenizer.pad_token_id, images, pads=not laid),
