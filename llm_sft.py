@@ -24,7 +24,7 @@ from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
 from utils.run.record import check_resumed_template
-from utils.run.rows import lock_of, rows_of
+from utils.run.rows import keep_held_out, lock_of, rows_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +54,7 @@ def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int
     rows = rows_of(done)
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
     run = open_run(done, find_weights(done), lock_of(rows, args), typed_now)
+    keep_held_out(rows, run.folder)
     carry_out(done, run, rows, typed_now, started=started)
     return 0
 

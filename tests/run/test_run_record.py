@@ -121,8 +121,39 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     assert llm_infer.main(serve) == 0
     assert answered(run / 'checkpoint-2' / 'infer_result-2.jsonl') == held_out
     (run / 'lock.json').unlink()
+    (run / 'held_out.json').unlink()
     assert llm_infer.main(serve) == 0
     assert 'lock.json is not there: whether the data are those of the run is not checked.' in caplog.text
+
+
+def test_held_out_rows_are_found_without_planning(
+    run_sft: Run, tmp_path: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / 'mine.jsonl', made_rows(30))
+    run = run_sft('--dataset', str(data), '--max_steps', '1', '--dataset_test_ratio', '0.2')
+    serve = ['--ckpt_dir', str(run / 'checkpoint-1'), *GREEDY]
+
+    def plan_of(*_: Any, **__: Any) -> Any:
+        raise ConfigError('planned')
+
+    with monkeypatch.context() as patched:
+        patched.setattr('utils.run.rows.plan_of', plan_of)
+        assert llm_infer.main(serve) == 0
+        assert llm_infer.main([*serve, '--dataset_test_ratio', '0.3']) == 2
+        assert problems()[-1] == 'planned', 'other flags hold out other rows'
+    quick = answered(run / 'checkpoint-1' / 'infer_result.jsonl')
+    assert len(quick) == 6
+
+    kept = run / 'held_out.json'
+    content = kept.read_text(encoding='utf-8')
+    kept.unlink()  # as in the folder of an older run
+    assert llm_infer.main(serve) == 0
+    assert answered(run / 'checkpoint-1' / 'infer_result-2.jsonl') == quick
+
+    kept.write_text(content, encoding='utf-8')
+    write_jsonl(data, made_rows(30, first=1))
+    assert llm_infer.main(serve) == 2
+    assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
 
 
 def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, problems: Problems) -> None:

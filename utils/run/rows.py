@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from utils.base import dist
 from utils.base.errors import Problems
+from utils.base.files import read_json, write_json
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready
+from utils.data.held_out import held_out, read_held_out
 from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
 from utils.data.plan import Plan, plan_rows
 from utils.formats.conversation import Row
@@ -18,6 +23,7 @@ from utils.run.folder import log_decisions
 from utils.run.lock import DATA_FLAGS, check_same_data
 from utils.run.record import Trained
 
+HELD_OUT_JSON = 'held_out.json'
 _INFER_REMEDY = 'or type --dataset to have all rows of a data set answered: which ones the run held out is not known'
 
 
@@ -72,6 +78,12 @@ def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
 
 
+def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
+    """Write held_out.json, which spares a later llm_infer.py the first pass; a stream holds out its first rows."""
+    if isinstance(rows, Plan) and dist.is_main():
+        write_json(run_dir / HELD_OUT_JSON, held_out(rows))
+
+
 def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
     """Return all rows of a typed --dataset, else the validation rows that the run held out.
 
@@ -94,9 +106,22 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
         _check_data(done, trained, streams_lock(streams, count))
         return first_rows(streams, count)
 
+    if trained is not None and _same_data_flags(done, trained):
+        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset)
+        if rows is not None:
+            return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
     _check_data(done, trained, plan.lock())
     return [row for _, row in plan.rows(VAL)]
+
+
+def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
+    """Return the rows that held_out.json names; None in an older run, or where its files have changed."""
+    file = run_dir / HELD_OUT_JSON
+    if not file.is_file():
+        return None
+    kept = read_json(file, remedy='Remove the file: the rows are then found by reading all data.')
+    return read_held_out(kept, words)
 
 
 def _all_rows(args: InferArguments) -> list[Row]:
