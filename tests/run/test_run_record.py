@@ -123,7 +123,7 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     (run / 'lock.json').unlink()
     (run / 'held_out.json').unlink()
     assert llm_infer.main(serve) == 0
-    assert 'lock.json is not there: whether the data are those of the run is not checked.' in caplog.text
+    assert 'lock.json is missing: whether the data are those of the run is not checked.' in caplog.text
 
 
 def test_held_out_rows_are_found_without_planning(
