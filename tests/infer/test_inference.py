@@ -100,7 +100,7 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(
     lines = iter(['/ħ', '/exit'])
     monkeypatch.setattr('builtins.input', lambda prompt: next(lines))
     assert llm_infer.main([*words, '--eval_human', 'true']) == 0
-    assert b'(/? is not known' in shown.getvalue()
+    assert b'(/?: unknown command' in shown.getvalue()
 
 
 def test_rows_of_which_none_can_be_answered_are_one_error(
@@ -212,7 +212,7 @@ def test_chat_keeps_history_and_obeys_commands(tokenizer: Any) -> None:
         turn.format('system', 'kind') + turn.format('user', 'hi') + end,
         turn.format('system', 'kind') + turn.format('user', 'x') + end,
     ]
-    assert any('/nope is not known' in text for text in said)
+    assert any('/nope: unknown command' in text for text in said)
     assert not chat.handle('/exit')
 
 
