@@ -114,7 +114,7 @@ def chat_in_terminal(chat: Chat) -> None:
     if chat.encoder.images is not None:
         chat.say('(<img>path</img> in a line shows an image)\n')
     if not chat.keeps_history:
-        chat.say(f"(template '{chat.encoder.name}' is single-turn: each line is a conversation of its own)\n")
+        chat.say(f"(template '{chat.encoder.name}' is single-turn: each line starts a new conversation)\n")
     while True:
         try:
             line = input('you> ')

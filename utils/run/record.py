@@ -93,7 +93,7 @@ class RunRecord:
             before = self.flags.get(name)
             decided = self.with_flags(**{name: value})
 
-        return replace(decided, asked={name: before, **self.asked})
+        return replace(decided, asked={**self.asked, name: self.asked.get(name, before)})
 
 
 @dataclass(frozen=True, kw_only=True)
