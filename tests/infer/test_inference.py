@@ -237,7 +237,7 @@ def test_a_chat_past_max_length_drops_whole_oldest_turns(template: str, tokenize
     for n in range(4):
         assert chat.handle(f'count {n}')
     assert prompts == wanted
-    dropped = [text for text in said if 'left the conversation' in text]
+    dropped = [text for text in said if 'were dropped with' in text]
     assert dropped == [
         f'(--max_length {limit} is reached: the oldest 1 of 2 questions were dropped with their replies)\n',
         f'(--max_length {limit} is reached: the oldest 1 of 2 questions were dropped with their replies)\n',
