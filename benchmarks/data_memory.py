@@ -1,9 +1,9 @@
-"""Peak anonymous memory, above the imported libraries, of the data doctor and of encoding, at two sizes of data.
+"""Peak anonymous memory, above the imported libraries, of the data check and of encoding, at two data sizes.
 
 python benchmarks/data_memory.py [SMALL LARGE]   (default: 100000 1000000 rows; allow 20 minutes)
 
-Memory-mapped files can be dropped by the system at any time and do not count (RssAnon in /proc/self/status). Every
-measurement is a process of its own.
+Memory-mapped files do not count, because the system can drop them at any time (RssAnon in /proc/self/status). Every
+measurement is a separate process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DISTINCT, BOUND = 10_000, 1.15
 
 
 def write_file(path: Path, count: int) -> None:
-    """Write alpaca rows, each with a number of its own, so that none repeats another."""
+    """Write alpaca rows, each with its own number, so that no two rows are equal."""
     rows = [(row.messages[0]['content'], row.messages[1]['content']) for row in make_rows(DISTINCT)]
     with path.open('w', encoding='utf-8') as stream:
         for index in range(count):
@@ -37,7 +37,7 @@ def write_file(path: Path, count: int) -> None:
 
 
 def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
-    """Run one task in this process; returns its peak in MB above the libraries, and its seconds."""
+    """Run one task in this process; return its peak memory above the libraries in MB, and its seconds."""
     from utils.checks.dataset import Doctor, Seen
     from utils.data.encode_plan import batches, prepare_data
     from utils.data.plan import plan_rows

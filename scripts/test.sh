@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold: lint, types, shell scripts, generated docs, all tests. Makes .venv on first use.
+# Every check: lint, types, shell scripts, generated pages, all tests. Creates .venv on first use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh

@@ -171,10 +171,13 @@ def test_checkpoints_that_are_none(tmp_path: Path, run_sft: Run, problems: Probl
     said = problems()
     assert len(said) == 5
     assert 'is not a directory' in said[0]
-    assert 'is no checkpoint: it has neither adapter_config.json nor config.json.' in said[1]
+    assert (
+        'is not a checkpoint: it holds neither adapter_config.json nor config.json. Give a folder checkpoint-N'
+        in said[1]
+    )
     assert f'It is a run folder: give {run}/checkpoint-1.' in said[2]
     assert f'It is a run folder: give {run}/checkpoint-10.' in said[3]
-    assert 'has no sft_args.json beside it' in said[4]
+    assert 'neither it nor its parent folder has an sft_args.json with content' in said[4]
 
 
 def test_truncated_weights(tmp_path: Path, model_dir: Path, data_file: Path, problems: Problems) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from utils.formats.conversation import Row
 from utils.infer import answers
 from utils.infer.chat import Chat
 from utils.proofs.template import ask_as_trained
+from utils.run.record import RunRecord
 
 SftRun = Callable[..., Path]
 # As DeepSeek-V3.1 and EXAONE 4 have it: closed, unless a variable opens it.
@@ -180,7 +182,7 @@ def test_a_stream_decides_by_its_first_rows(train: SftRun) -> None:
 
 def test_every_turn_of_a_chat_is_asked_with_the_switch() -> None:
     coder = encoder()
-    ask_as_trained(coder, {'thinking': SWITCH, 'thinking_rows': {'switched': 2, 'of': 2}})
+    ask_as_trained(coder, RunRecord(thinking=SWITCH, thinking_rows={'switched': 2, 'of': 2}))
     asked: list[str] = []
 
     def answer(prompt: list[int], images: Sequence[str]) -> str:
@@ -198,7 +200,7 @@ def test_every_turn_of_a_chat_is_asked_with_the_switch() -> None:
 @pytest.mark.parametrize('record', [{}, {'thinking': None}, {'thinking': 'thinking=True', 'thinking_rows': {}}])
 def test_a_run_that_did_not_train_so_is_asked_plainly(record: dict[str, Any]) -> None:
     coder = encoder()
-    ask_as_trained(coder, record)
+    ask_as_trained(coder, RunRecord.from_json(record))
     assert not coder.asks_to_think
 
 
@@ -211,7 +213,7 @@ def test_the_merged_folder_and_the_card_say_how_to_ask(
     assert f'ask it with {SWITCH} (chat_template_kwargs)' in caplog.text
     merged = run / f'{checkpoint.name}-merged'
     assert json.loads((merged / 'sft_args.json').read_text())['thinking'] == SWITCH
-    card = model_card('a/b', record_of(run), {'step': 1, 'log_history': []}, [])
+    card = model_card('a/b', RunRecord.read(run), {'step': 1, 'log_history': []}, [])
     assert f'Ask it with `{SWITCH}` for its chat template' in card
-    plain = {**record_of(run), 'thinking': None}
+    plain = replace(RunRecord.read(run), thinking=None)
     assert 'Ask it with' not in model_card('a/b', plain, {'step': 1, 'log_history': []}, [])

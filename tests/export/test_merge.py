@@ -30,6 +30,7 @@ from utils.export.merge import (
 from utils.loading.save import save_whole
 from utils.preprocess import TEMPLATE_MAPPING
 from utils.proofs.template import probes
+from utils.run.record import RunRecord
 
 Run = Callable[..., Path]
 # A folder, the merged model, its tokenizer, the logits of base + adapter and of the merged model.
@@ -130,10 +131,10 @@ def test_a_small_adapter_that_is_lost_is_noticed_below_rounding(
         with pytest.raises(
             ConfigError, match='the merged model holds 0% of what the adapter does: merge with --dtype fp32'
         ):
-            merge_and_save(model, make_tokenizer(), tmp_path / 'm', record={})
+            merge_and_save(model, make_tokenizer(), tmp_path / 'm', record=RunRecord())
         assert not (tmp_path / 'm').exists()
     else:
-        merge_and_save(model, make_tokenizer(), tmp_path / 'm', record={})
+        merge_and_save(model, make_tokenizer(), tmp_path / 'm', record=RunRecord())
         assert (tmp_path / 'm').is_dir()
 
 
@@ -145,7 +146,7 @@ def test_what_rounding_takes_of_an_adapter_is_said(
     assert _share_of_adapter(bare, bare + 1, bare + 0.4) == pytest.approx(0.4)
     assert _share_of_adapter(bare, bare + 1e-3, noise) == _share_of_adapter(bare, bare, bare) == 1.0
     monkeypatch.setattr('utils.export.merge._share_of_adapter', lambda *_: held)
-    says = merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record={})
+    says = merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record=RunRecord())
     assert (said or 'free head') in says and ('rounded' in says) == (said is not None)
 
 
@@ -167,10 +168,10 @@ def test_an_earlier_folder_stays_until_a_complete_one_is_there(tmp_path: Path, m
     (target / 'mark').touch()
     monkeypatch.setattr('utils.export.merge.verify_merged', lambda *_: (1.0, 'it differs.'))
     with pytest.raises(ConfigError, match='it differs. Nothing was put at'):
-        merge_and_save(adapted(), make_tokenizer(), target, record={})
+        merge_and_save(adapted(), make_tokenizer(), target, record=RunRecord())
     assert [f.name for f in target.iterdir()] == ['mark']
     monkeypatch.undo()
-    merge_and_save(adapted(), make_tokenizer(), target, record={})
+    merge_and_save(adapted(), make_tokenizer(), target, record=RunRecord())
     assert (target / 'model.safetensors').is_file() and not (target / 'mark').exists()
     assert sorted(f.name for f in tmp_path.iterdir()) == ['checkpoint-1-merged'], 'nothing is left beside it'
 
@@ -249,7 +250,7 @@ def test_a_registered_template_is_carried_in_jinja_with_the_same_ids(name: str) 
 def test_the_merged_folder_of_a_registered_template_carries_it(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     encoder = make_encoder(tokenizer, template_type='chatml', system='be kind', system_typed=False, max_length=-1)
-    target, says = merge_checkpoint(adapted(), encoder, CONFIG, tmp_path / 'checkpoint-1', record={})
+    target, says = merge_checkpoint(adapted(), encoder, CONFIG, tmp_path / 'checkpoint-1', record=RunRecord())
     assert "template 'chatml' was put into its chat template" in says
     served = AutoTokenizer.from_pretrained(target)
     for row in (row for row in probes() if 'tool_calls' not in row.messages[-1]):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from tests.support.exactness import make_rows, open_tiny, plain_gradients, prepared
+from tests.support.exactness import bare_run, make_rows, open_tiny, plain_gradients, prepared
 from tests.support.runs import ROOT, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.data.collator import Collator, refill
@@ -344,10 +344,9 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
     for row in rows:
         train.append(Encoded(**row))
     setup = TrainerSetup(
-        folder=tmp_path / 'fast',
+        run=bare_run(tmp_path / 'fast'),
         tokenizer=tokenizer,
         dtype=torch.float32,
-        record={},
         generation=generation_config(args, tokenizer, []),
     )
     make_trainer(args, fast, PreparedData(train=train, val=EncodedRows(), summary={}), setup).train()

@@ -100,7 +100,7 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(
     lines = iter(['/ħ', '/exit'])
     monkeypatch.setattr('builtins.input', lambda prompt: next(lines))
     assert llm_infer.main([*words, '--eval_human', 'true']) == 0
-    assert b'(/? is not known' in shown.getvalue()
+    assert b'(/?: unknown command' in shown.getvalue()
 
 
 def test_rows_of_which_none_can_be_answered_are_one_error(
@@ -109,7 +109,9 @@ def test_rows_of_which_none_can_be_answered_are_one_error(
     file = write_jsonl(tmp_path / 'a.jsonl', [{'query': 'a', 'response': 'b', 'images': ['a.png']}] * 9)
     words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--dataset_test_ratio', '0.5']
     assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), *GREEDY]) == 2
-    assert problems()[0].startswith('every validation row is left out: 4 rows skipped: the row has images, and the')
+    assert problems()[0].startswith(
+        '--dataset: every validation row is skipped: 4 rows skipped: the row has images, and the'
+    )
     assert not (tmp_path / 'r.jsonl').exists()
 
 
@@ -210,7 +212,7 @@ def test_chat_keeps_history_and_obeys_commands(tokenizer: Any) -> None:
         turn.format('system', 'kind') + turn.format('user', 'hi') + end,
         turn.format('system', 'kind') + turn.format('user', 'x') + end,
     ]
-    assert any('/nope is not known' in text for text in said)
+    assert any('/nope: unknown command' in text for text in said)
     assert not chat.handle('/exit')
 
 
@@ -235,13 +237,18 @@ def test_a_chat_past_max_length_drops_whole_oldest_turns(template: str, tokenize
     for n in range(4):
         assert chat.handle(f'count {n}')
     assert prompts == wanted
-    dropped = [text for text in said if 'left the conversation' in text]
+    dropped = [text for text in said if 'were dropped with' in text]
     assert dropped == [
-        f'(--max_length {limit} is reached: the oldest 1 of 2 questions left the conversation with their replies)\n',
-        f'(--max_length {limit} is reached: the oldest 1 of 2 questions left the conversation with their replies)\n',
+        f'(--max_length {limit} is reached: the oldest 1 of 2 questions were dropped with their replies)\n',
+        f'(--max_length {limit} is reached: the oldest 1 of 2 questions were dropped with their replies)\n',
     ]
     chat.handle('count ' * 80)
-    assert len(prompts) == 4 and f'--max_length is {limit}: shorten it' in said[-1] and len(chat.turns) == 4
+    assert (
+        len(prompts) == 4
+        and f'--max_length {limit}: this line has ' in said[-1]
+        and 'Shorten it' in said[-1]
+        and len(chat.turns) == 4
+    )
     assert encoder.max_length == limit
 
 
@@ -278,7 +285,7 @@ def test_a_line_that_is_no_utf_8_keeps_the_chat(
     encoder = TemplateEncoder(tokenizer, TEMPLATE_MAPPING['default'], name='default', system='', max_length=99)
     chat_in_terminal(Chat(encoder, lambda prompt, paths: 'yes', lambda text: print(text, end='')))
     out = capsys.readouterr().out
-    assert out.count('(this line is not UTF-8: have the terminal write that)') == 2
+    assert out.count('(this line is not UTF-8. Set the terminal to UTF-8)') == 2
     assert out.index('(conversation cleared)') > out.rindex('UTF-8')
 
 

@@ -428,7 +428,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     # a run and its checkpoints
     'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, but a dict is expected.'),
-    'arguments are nothing': (answers('sft_args.json', '{}'), 'has no sft_args.json beside it, or an empty one'),
+    'arguments are nothing': (answers('sft_args.json', '{}'), 'has an sft_args.json with content'),
     'arguments are no UTF-8': (answers('sft_args.json', LATIN), 'sft_args.json cannot be read as JSON: '),
     'an adapter cut off': (answers('adapter_model.safetensors', b'1234'), 'It is damaged, or was trained on another'),
     'an adapter of nothing': (answers('adapter_config.json', '{}'), "KeyError: 'peft_type' It is damaged, or"),
@@ -445,7 +445,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed. Add --deepspeed_config_path.'),
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
-    'a lock of nothing': (repeated('{}'), 'lock.json does not say what command was: it is not as written.'),
+    'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has another type than a run writes.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
@@ -464,7 +464,7 @@ PROGRAMS: dict[str, Row] = {
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
         lambda w: report([str(w.run('sft_args.json', '{}'))]),
-        'does not say how a run was trained. Give a run',
+        'it does not say how a run was trained. Give a run',
     ),
     'reporting on a broken outcome': (
         lambda w: report([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
@@ -605,8 +605,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
         special_tokens(bos_token=None, add_bos_token=True), 'asks to add bos_token, which it sets to null.',
     ),
     'an image token of another model': (image_token_of_another_model, "the model's is 7: they do not belong together."),
-    'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs: each needs its own. Start 2.'),
-    'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32 or DeepSpeed.'),
+    'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs, and each needs its own. Start 2'),
+    'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32 or --deepspeed'),
     'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs an NVIDIA GPU of compute capability 8'),
     'a directory of nothing': (directory_of_nothing, 'has no config.json, so its architecture is unknown.'),
     'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 is not possible on expert parameters'),

@@ -38,7 +38,7 @@ REGISTRIES = {'dataset', 'model', 'preprocess'}
 # Rooms whose modules import the standard library alone until they are used. Beside them: the modules of data that a
 # command line needs. What is not light: the native classes of 2023, numpy and torch in the rooms behind.
 LIGHT = {'base', 'preprocess', 'hub', 'formats', 'dataset', 'loading', 'model', 'cli', 'run'}
-LIGHT_OF_DATA = {'utils.data.parts', 'utils.data.plan', 'utils.data.sources', 'utils.data.tally'}
+LIGHT_OF_DATA = {'utils.data.held_out', 'utils.data.parts', 'utils.data.plan', 'utils.data.sources', 'utils.data.tally'}
 NOT_LIGHT = 'utils.loading.legacy.classes.'
 FORBIDDEN = (
     'trust_remote_code=True', 'pickle.load', 'pickle.dump', 'torch.save', 'weights_only=False', 'eval(', 'exec(',

@@ -62,7 +62,7 @@ def test_other_data_is_refused_unless_it_is_typed(first: Path, problems: Problem
     try:
         data.write_text(before.replace('it is 7.', 'it is 8.'))
         assert again(first)[0] == 2
-        assert problems()[0].startswith(f'the rows of {data} are not those of the run that is repeated (sha256 ')
+        assert problems()[0].startswith(f'--from_run: the rows of {data} are not those of the repeated run (sha256 ')
         assert problems()[0].endswith(
             '20 then and 20 now). Put them back, or type --dataset to train on what is there now.'
         )
@@ -77,7 +77,7 @@ def test_other_weights_are_refused(first: Path, problems: Problems) -> None:
     try:
         weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         assert again(first)[0] == 2
-        assert problems()[0].startswith('the base weights are not those of the run that is repeated (sha256 ')
+        assert problems()[0].startswith('--from_run: the base weights are not those of the repeated run (sha256 ')
     finally:
         weights.write_bytes(before)
 
@@ -88,7 +88,7 @@ def test_another_template_is_refused(first: Path, problems: Problems) -> None:
     try:
         template.write_text(before.replace("{{ '\n' }}", "{{ '\n\n' }}"))
         assert again(first)[0] == 2
-        assert problems()[0].startswith('the template is not that of the run that is repeated (sha256 ')
+        assert problems()[0].startswith(f'--from_run {first}: the template has changed since (sha256 ')
         assert again(first, '--template_type', 'auto', '--max_steps', '1')[0] == 0
     finally:
         template.write_text(before)
@@ -102,9 +102,9 @@ def test_other_versions_are_told(first: Path, tmp_path: Path, caplog: pytest.Log
     lock['versions'] |= {'torch': '1.0', 'gone': '2.0'}
     (copy / 'lock.json').write_text(json.dumps({**lock, 'processes': 2}))
     assert again(copy, '--max_steps', '1', '--output_dir', str(tmp_path))[0] == 0
-    assert 'the run that is repeated had 1.0: its numbers may differ.' in caplog.text
-    assert 'gone is None, the run that is repeated had 2.0' in caplog.text
-    assert '1 processes train, the run that is repeated had 2: the total batch is another one.' in caplog.text
+    assert 'the repeated run had 1.0: the numbers may differ.' in caplog.text
+    assert 'gone is None, the repeated run had 2.0' in caplog.text
+    assert '1 processes train, the repeated run had 2: the total batch size differs.' in caplog.text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) -> None:

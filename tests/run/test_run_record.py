@@ -121,8 +121,39 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     assert llm_infer.main(serve) == 0
     assert answered(run / 'checkpoint-2' / 'infer_result-2.jsonl') == held_out
     (run / 'lock.json').unlink()
+    (run / 'held_out.json').unlink()
     assert llm_infer.main(serve) == 0
-    assert 'lock.json is not there: whether the data are those of the run is not checked.' in caplog.text
+    assert 'lock.json is missing: whether the data are those of the run is not checked.' in caplog.text
+
+
+def test_held_out_rows_are_found_without_planning(
+    run_sft: Run, tmp_path: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / 'mine.jsonl', made_rows(30))
+    run = run_sft('--dataset', str(data), '--max_steps', '1', '--dataset_test_ratio', '0.2')
+    serve = ['--ckpt_dir', str(run / 'checkpoint-1'), *GREEDY]
+
+    def plan_of(*_: Any, **__: Any) -> Any:
+        raise ConfigError('planned')
+
+    with monkeypatch.context() as patched:
+        patched.setattr('utils.run.rows.plan_of', plan_of)
+        assert llm_infer.main(serve) == 0
+        assert llm_infer.main([*serve, '--dataset_test_ratio', '0.3']) == 2
+        assert problems()[-1] == 'planned', 'other flags hold out other rows'
+    quick = answered(run / 'checkpoint-1' / 'infer_result.jsonl')
+    assert len(quick) == 6
+
+    kept = run / 'held_out.json'
+    content = kept.read_text(encoding='utf-8')
+    kept.unlink()  # as in the folder of an older run
+    assert llm_infer.main(serve) == 0
+    assert answered(run / 'checkpoint-1' / 'infer_result-2.jsonl') == quick
+
+    kept.write_text(content, encoding='utf-8')
+    write_jsonl(data, made_rows(30, first=1))
+    assert llm_infer.main(serve) == 2
+    assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
 
 
 def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, problems: Problems) -> None:
@@ -146,15 +177,15 @@ def test_a_typed_data_set_is_answered_whole(
         target = tmp_path / f'{count}.out'
         assert llm_infer.main([*serve, '--dataset', str(data), '--result_path', str(target)]) == 0
         assert answered(target) == [row['response'] for row in made_rows(count)]
-    assert 'is there already: it is replaced' not in caplog.text
+    assert 'exists and is replaced' not in caplog.text
     words = [*serve, '--dataset', str(data), '--result_path', str(target), '--show_dataset_sample', '4']
     assert llm_infer.main(words) == 0
     assert len(answered(target)) == 4
     assert '4 of 30 rows are answered: --show_dataset_sample 4; -1 is all' in caplog.text
-    assert f'--result_path {target} is there already: it is replaced.' in caplog.text
-    assert 'the run was trained on rows of this --dataset' not in caplog.text
+    assert f'--result_path {target} exists and is replaced.' in caplog.text
+    assert 'the run was trained on rows of it' not in caplog.text
     assert llm_infer.main([*serve, '--dataset', str(data_file), '--show_dataset_sample', '1']) == 0
-    assert 'the run was trained on rows of this --dataset' in caplog.text
+    assert '--dataset: the run was trained on rows of it, and all its rows' in caplog.text
 
 
 def test_another_chat_template_or_adapter_is_refused_on_resuming(
@@ -216,7 +247,7 @@ def test_output_folders_that_cannot_be_made_are_one_message(
         assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), '--output_dir', str(folder)]) == 2
         assert problems()[-1].startswith(f'--output_dir {folder} cannot be ')
     assert len(problems()) == 3
-    with pytest.raises(ConfigError, match='--output_dir .* cannot be made or written: File name too long. Give'):
+    with pytest.raises(ConfigError, match='--output_dir .*: cannot create or write it: File name too long. Give'):
         make_run_dir(tmp_path, 'n' * 300)
     assert not list(tmp_path.iterdir())
 

@@ -12,9 +12,13 @@ from tests.support.modern_models import PLAIN, SEEING, saved_model
 from tests.support.old_models import original_folder
 from utils.cli.arguments import SftArguments
 from utils.data.collator import Collator
+from utils.loading.fingerprint import Fingerprint
 from utils.loading.info import LoadOptions
 from utils.loading.opening import open_entry
+from utils.loading.weights import Weights
 from utils.model import MODEL_MAPPING
+from utils.run.folder import Run
+from utils.run.record import RunRecord
 from utils.train.prepare import prepare_model
 
 LENGTHS = (11, 3, 30, 17)
@@ -54,6 +58,13 @@ def plain_gradients(model: Any, rows: list[dict[str, Any]], divisor: int) -> tup
     loss = model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
     loss.backward()
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def bare_run(folder: Path) -> Run:
+    """Return a run in a new folder, for a trainer without a command line."""
+    folder.mkdir()
+    weights = Weights(path=folder, reason='', fingerprint=Fingerprint(sha256='', covers='whole'))
+    return Run(folder=folder, record=RunRecord(), weights=weights)
 
 
 def prepared(model: Any, key: str, kind: str, **flags: Any) -> tuple[Any, SftArguments]:

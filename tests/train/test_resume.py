@@ -270,7 +270,7 @@ def test_another_optimizer_is_refused_on_resuming(run_sft: Run, problems: Proble
     resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-3'))
     run_sft('--optim', 'sgd', *resumed, expect=2)
     assert problems() == [
-        '--optim sgd: the optimizer that is resumed was made with adamw_torch and is put back as it was. '
+        '--optim sgd: the state of the resumed optimizer was written with --optim adamw_torch. '
         'Type --optim adamw_torch, or start a new run: leave --resume_from_checkpoint out.'
     ]
     assert (run_sft('--optim', 'adamw_torch_fused', *resumed) / 'run.json').is_file()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
@@ -21,7 +23,15 @@ from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING, RawRows
 from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
 from utils.formats.conversation import BadRow, Row
-from utils.formats.data_file import OnBad, RowWithRepeatedKeys, UnreadableRow, read_rows, refuse, signature
+from utils.formats.data_file import (
+    OnBad,
+    RowWithRepeatedKeys,
+    Signature,
+    UnreadableRow,
+    read_rows,
+    refuse,
+    signature,
+)
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.images import state_of_images
 
@@ -128,6 +138,11 @@ class Part:
     # The hub, id and revision that it was downloaded from; empty for files.
     served: str = ''
     uses: bytearray = field(default_factory=bytearray)
+    # The local files of the part, each as it was when the part was opened; none of a registered data set.
+    files: Sequence[tuple[Path, Signature]] = ()
+    has_images: bool = False
+    # Positions, among all rows read, of the rows that cannot be trained on.
+    unusable: array[int] = field(default_factory=lambda: array('Q'))
     # Hash of what the first pass read.
     content: str = ''
     # Replies before the last one that are not marked to carry loss, and the number of rows with such a reply.
@@ -138,9 +153,10 @@ class Part:
         """Read the part once and mark every row that can be trained on. Updates the tallies and the hash."""
         use = VAL if self.is_val else TRAIN
         content = hashlib.sha256()
-        for location, _, row in self.read(content):
+        for position, (location, _, row) in enumerate(self.read(content)):
             if isinstance(row, BadRow):
                 left_out.add(str(row), location)
+                self.unusable.append(position)
                 continue
 
             self.uses.append(use)
@@ -150,6 +166,7 @@ class Part:
             earlier = sum(m['role'] == 'assistant' and not m.get('loss') for m in row.messages[:-1])
             self.earlier_replies += earlier
             self.rows_with_earlier += bool(earlier)
+            self.has_images |= bool(row.images)
             content.update(state_of_images(row))
 
         self.content = content.hexdigest()
@@ -201,7 +218,27 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
-    return [Part(name=source.name, read=read)]
+    return [Part(name=source.name, read=read, files=files)]
+
+
+def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
+    """Return the rows at these positions among all rows of the files; only they are converted and checked."""
+    found: list[Row | BadRow] = []
+    start = 0
+    for file, known in files:
+        is_wanted = start in positions
+        placed: list[tuple[str, dict[str, Any] | BadRow]] = []
+        count = 0
+        for place, raw in read_rows(file, known=known):
+            # The first row of a file tells how all of its rows are converted.
+            if count == 0 or start + count in positions:
+                placed.append((place, raw))
+            count += 1
+
+        rows = [row for _, _, row in _converted(placed, str(file), folder=str(file.absolute().parent))]
+        found += rows if is_wanted else rows[1:]
+        start += count
+    return found
 
 
 def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
-from utils.base.files import write_json
 from utils.base.names import SFT_ARGS
 from utils.encode.encoder import Encoder
 from utils.encode.jinja import serving_template
@@ -19,7 +18,7 @@ from utils.loading.image_processors import Images
 from utils.loading.save import save_whole
 from utils.model import load_model, load_tokenizer
 from utils.proofs.template import probes
-from utils.run.record import ANSWERS_JSON, record_proof
+from utils.run.record import ANSWERS_JSON, RunRecord, record_proof
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +65,7 @@ def merge_checkpoint(
     config: GenerationConfig,
     checkpoint: Path,
     *,
-    record: dict[str, Any],
+    record: RunRecord,
     images: Images | None = None,
 ) -> tuple[Path, str]:
     """Merge a checkpoint's adapter into <checkpoint>-merged, ready to be served; returns it and what was proven."""
@@ -102,7 +101,7 @@ def merge_and_save(
     tokenizer: Any,
     target: Path,
     *,
-    record: dict[str, Any],
+    record: RunRecord,
     images: Images | None = None,
     texts: Sequence[list[int]] = (),
     config: GenerationConfig | None = None,
@@ -124,7 +123,7 @@ def merge_and_save(
     aside = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(aside, ignore_errors=True)
     save_whole(merged, tokenizer, aside, images)
-    write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
+    record.with_flags(sft_type='full').write(aside)
     difference, fault = verify_merged(aside, merged, tokenizer, probed, wanted, made, images)
     if share < _LOST:
         fault = (

@@ -22,7 +22,7 @@ from utils.export.model_card import model_card
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
 from utils.run.curves import plot_curves
-from utils.run.record import RUN_JSON, read_arguments
+from utils.run.record import RUN_JSON, RunRecord, read_run_record
 
 # What is pushed of a checkpoint: what opens the model. Never the optimizer, the trainer's state or sft_args.json.
 PUSHED = (
@@ -71,14 +71,15 @@ def forget(folder: Path) -> None:
 
 def push_one(run_dir: Path, folder: Path) -> None:
     """Write the model card, look for what must not leave, and push; raises ConfigError where that stops it."""
-    record = read_arguments(run_dir)
+    record = read_run_record(run_dir)
+    flags = record.flags
     progress = read_json(folder.with_suffix('.json'), remedy=_DAMAGED)
-    token = hub.find_token(None, record['hub'])
+    token = hub.find_token(None, flags['hub'])
     if token is None:
-        raise ConfigError(f'pushing needs a token: set the environment variable {TOKEN_VARIABLES[record["hub"]]}.')
+        raise ConfigError(f'pushing needs a token: set the environment variable {TOKEN_VARIABLES[flags["hub"]]}.')
     history = [{k: v for k, v in e.items() if k in ('step', *CURVES)} for e in progress['log_history']]
     pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images')]
-    name = record['hub_model_id'].rsplit('/', 1)[-1]
+    name = flags['hub_model_id'].rsplit('/', 1)[-1]
     card = model_card(name, record, progress, pictures)
     (folder / 'README.md').write_text(card, encoding='utf-8')
     (run_dir / 'README.md').write_text(card, encoding='utf-8')
@@ -91,10 +92,10 @@ def push_one(run_dir: Path, folder: Path) -> None:
         try:
             repo = hub.push_folder(
                 folder,
-                repo=record['hub_model_id'],
-                hub=record['hub'],
+                repo=flags['hub_model_id'],
+                hub=flags['hub'],
                 token=token,
-                private=record['hub_private_repo'],
+                private=flags['hub_private_repo'],
                 message=f'Upload {folder.name}',
             )
             break
@@ -107,7 +108,7 @@ def push_one(run_dir: Path, folder: Path) -> None:
             logger.warning(f'{folder.name}: {type(error).__name__}: {told[0]}; trying again in {wait} s')
             time.sleep(wait)
     forget(folder)
-    logger.info(f'pushed {folder.name} to {record["hub"]}:{repo}')
+    logger.info(f'pushed {folder.name} to {flags["hub"]}:{repo}')
 
 
 def _outcome(run_dir: Path) -> dict[str, Any]:
@@ -116,12 +117,13 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
     return read_json(file, remedy=_DAMAGED) if file.is_file() else {}
 
 
-def _promised(run_dir: Path, record: dict[str, Any]) -> list[Path]:
+def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
     """Return the checkpoints that the strategy promises and that are still there, the newest last."""
     there = all_checkpoints(run_dir)
-    if record['push_hub_strategy'] == 'all_checkpoints':
+    strategy = record.flags['push_hub_strategy']
+    if strategy == 'all_checkpoints':
         return there
-    if record['push_hub_strategy'] == 'push_best' and (found := _outcome(run_dir).get('best_checkpoint')):
+    if strategy == 'push_best' and (found := _outcome(run_dir).get('best_checkpoint')):
         best = Path(found).name
         return [p for p in there if p.name == best] or there[-1:]
     return there[-1:]
@@ -129,8 +131,8 @@ def _promised(run_dir: Path, record: dict[str, Any]) -> list[Path]:
 
 def push_again(run_dir: Path) -> None:
     """Push what the run's strategy promises: what is set aside still, else what its checkpoints hold."""
-    record = read_arguments(run_dir)
-    if not record.get('hub_model_id'):
+    record = read_run_record(run_dir)
+    if not record.flags.get('hub_model_id'):
         raise ConfigError(f'{run_dir} was trained without --push_to_hub true, so it names no repository.')
     folders = waiting(run_dir)
     if not folders:
@@ -138,7 +140,9 @@ def push_again(run_dir: Path) -> None:
         for checkpoint in _promised(run_dir, record):
             state = read_json(checkpoint / 'trainer_state.json', remedy=_DAMAGED)
             progress = {'step': state['global_step'], 'log_history': state['log_history'], 'data': run.get('data')}
-            folders.append(set_aside(run_dir, checkpoint, strategy=record['push_hub_strategy'], progress=progress))
+            folders.append(
+                set_aside(run_dir, checkpoint, strategy=record.flags['push_hub_strategy'], progress=progress)
+            )
     if not folders:
         raise ConfigError(f'{run_dir} has no checkpoint to push.')
     for folder in folders:

@@ -38,7 +38,7 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.proofs.as_written import REASONING_KEYS, messages_as_written, tools_as_written
 from utils.run.folder import Run
 from utils.run.lock import check_repeated_template
-from utils.run.record import record_proof
+from utils.run.record import RunRecord, Trained, record_proof
 
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 # How many rows of the user are checked, spread over the data.
@@ -93,13 +93,13 @@ def _thinking_reason(rows: int, total: int, switch: str | None) -> str:
     return f'{rows} of {total} checked rows have a reply with reasoning, rendered with {switch}'
 
 
-def ask_as_trained(encoder: Encoder, record: Mapping[str, Any]) -> None:
+def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
     """Use the template's thinking switch in prompts if most of the trained replies were rendered with it."""
-    switch = record.get('thinking')
-    if switch is None or switch != encoder.switch:
+    switch = record.thinking
+    count = record.thinking_rows
+    if switch is None or count is None or switch != encoder.switch:
         return
     encoder.asks_to_think = True
-    count = record['thinking_rows']
     reason = _thinking_reason(count['switched'], count['of'], switch)
     log_decision('thinking', switch, f'the run was trained with it: {reason}')
 
@@ -354,11 +354,12 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
     return f'{equal}{explained}{refused}{holds}'
 
 
-def check_trained_template(encoder: Encoder, record: dict[str, Any], checkpoint: Path, *, typed: bool) -> None:
+def check_trained_template(encoder: Encoder, trained: Trained, *, typed: bool) -> None:
     """Raise ConfigError if the template of inference is not the trained one; only warn if --template_type was typed."""
-    trained = record.get('template_sha256')
+    checkpoint = trained.checkpoint
+    then = trained.record.template_sha256
     present = template_hash(encoder)
-    if trained is None or trained == present or record.get('template_type') != encoder.name:
+    if then is None or then == present or trained.record.flags.get('template_type') != encoder.name:
         return
 
     if encoder.name != AUTO:
@@ -372,7 +373,7 @@ def check_trained_template(encoder: Encoder, record: dict[str, Any], checkpoint:
             remedy = f'Copy the trained one from {checkpoint / "chat_template.jinja"}'
     message = (
         f'--template_type {encoder.name}: {what} has changed since {checkpoint.name} was trained (sha256 '
-        f'{trained[:12]}, now {present[:12]}), so the model would get prompts that it was not trained on. {remedy}, or '
+        f'{then[:12]}, now {present[:12]}), so the model would get prompts that it was not trained on. {remedy}, or '
         f'add --template_type {encoder.name} to continue anyway.'
     )
     if not typed:

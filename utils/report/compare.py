@@ -39,7 +39,7 @@ def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
 
     results = ('steps', 'seconds', 'train_tokens_per_second', 'peak_memory_gib', 'train_loss', 'last_evaluation')
     return {
-        'flags': changes(a.arguments, b.arguments),
+        'flags': changes(a.record.to_json(), b.record.to_json()),
         'data': changes(a.outcome.get('data', {}), b.outcome.get('data', {})),
         'versions': changes(a.outcome.get('versions', {}), b.outcome.get('versions', {})),
         'results': changes(

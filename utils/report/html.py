@@ -121,11 +121,11 @@ def _tiles(run: RunFiles) -> Markup:
 
 def _title(run: RunFiles) -> tuple[str, str]:
     """Return what the report is headed with: the model, and in a line how and on what it was trained."""
-    arguments = run.arguments
-    method = 'all weights' if arguments['sft_type'] == 'full' else 'LoRA'
-    bits = f', {arguments["quantization_bit"]}-bit base' if arguments['quantization_bit'] else ''
-    name = arguments['model_type'] or arguments['model_id_or_path']
-    return name, f'{method}{bits} on {", ".join(arguments["dataset"])} · {run.folder.name}'
+    flags = run.record.flags
+    method = 'all weights' if flags['sft_type'] == 'full' else 'LoRA'
+    bits = f', {flags["quantization_bit"]}-bit base' if flags['quantization_bit'] else ''
+    name = flags['model_type'] or flags['model_id_or_path']
+    return name, f'{method}{bits} on {", ".join(flags["dataset"])} · {run.folder.name}'
 
 
 def _versions(outcome: dict[str, Any]) -> list[tuple[str, str]]:
@@ -152,7 +152,7 @@ def render(run: RunFiles) -> str:
         section('One row as it was trained (marked text carries loss)', _sample(run.sample)),
         section('Decisions', *map(_line, outcome.get('decisions', []))),
         section('Warnings', *map(_line, outcome.get('warnings', []))),
-        section('Arguments', _folded('every argument as used', sorted(run.arguments.items()))),
+        section('Arguments', _folded('every argument as used', sorted(run.record.to_json().items()))),
         section('Versions', table(['library', 'version'], _versions(outcome))),
     )
 

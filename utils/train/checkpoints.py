@@ -23,15 +23,15 @@ from utils.base.checkpoint import (
     seal,
 )
 from utils.base.errors import ConfigError
-from utils.base.files import read_json, write_json
+from utils.base.files import read_json
 from utils.base.logger import logger
-from utils.base.names import SFT_ARGS
 from utils.model import load_model
 from utils.run.record import record_proof
 from utils.train.state import load_tree, random_state, save_tree, set_random_state
 
 if TYPE_CHECKING:
     from utils.loading.image_processors import Images
+    from utils.run.folder import Run
     from utils.train.trainer import SftTrainer
 
 # The settings of a parameter group that come from flags; the learning rate of a step is computed from the first.
@@ -81,10 +81,10 @@ def _targets(adapter_config: dict[str, Any]) -> list[str]:
 class Checkpoints:
     """Writes the checkpoints of a trainer, and restores a trainer from one."""
 
-    def __init__(self, trainer: SftTrainer, *, record: dict[str, Any], images: Images | None, limit: int) -> None:
+    def __init__(self, trainer: SftTrainer, *, run: Run, images: Images | None, limit: int) -> None:
         self.trainer = trainer
-        # The content of sft_args.json.
-        self.record = record
+        # Its record may change until the training starts.
+        self.run = run
         self.images = images
         # How many checkpoints are kept; the best one is always kept.
         self.limit = limit
@@ -172,7 +172,7 @@ class Checkpoints:
         trainer.processing_class.save_pretrained(folder)
         if self.images is not None:
             self.images.save(folder)
-        write_json(folder / SFT_ARGS, self.record)
+        self.run.record.write(folder)
 
     def _write_optimizer(self, folder: Path) -> None:
         """Write optimizer, schedule and loss scale; DeepSpeed writes its part to its own files."""

@@ -18,7 +18,6 @@ from utils.base import dist
 from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
-from utils.cli.resolution import Decide, log_decision
 from utils.data.collator import NOT_FOR_THE_MODEL, Collator, refill, split_rows
 from utils.data.encode_plan import PreparedData
 from utils.data.encoded_rows import EncodedRows, Filled, IndexedRows, TrainRows
@@ -62,7 +61,7 @@ class SftTrainer(Seq2SeqTrainer):
     def __init__(
         self,
         *,
-        run_record: dict[str, Any],
+        run: Run,
         save_total_limit: int,
         generation: GenerationConfig,
         scorer: Scorer,
@@ -75,7 +74,7 @@ class SftTrainer(Seq2SeqTrainer):
         self.groups_by_length = groups_by_length
         self.images = images
         self.generation = generation
-        self.checkpoints = Checkpoints(self, record=run_record, images=images, limit=save_total_limit)
+        self.checkpoints = Checkpoints(self, run=run, images=images, limit=save_total_limit)
         self.signals = StopSignals()
         self.guard = Guard(self)
         self.speedometer = Speedometer()
@@ -333,15 +332,12 @@ def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 class TrainerSetup:
     """What a trainer needs besides the flags, the model and the data."""
 
-    # Where checkpoints are written.
-    folder: Path
+    # Whose folder and record checkpoints are written to.
+    run: Run
     tokenizer: Any
     dtype: torch.dtype
-    # The content of sft_args.json, which each checkpoint gets too.
-    record: dict[str, Any]
     generation: GenerationConfig
     images: Images | None = None
-    decide: Decide = log_decision
 
 
 def build_trainer(
@@ -349,13 +345,11 @@ def build_trainer(
 ) -> SftTrainer:
     """Return the trainer of a run, which logs to the run folder."""
     setup = TrainerSetup(
-        folder=run.folder,
+        run=run,
         tokenizer=encoder.tokenizer,
         dtype=dtype,
-        record=run.record,
         generation=generation_config(args, encoder.tokenizer, encoder.stop_ids, model.generation_config),
         images=encoder.images,
-        decide=run.decide,
     )
     trainer = make_trainer(args, model, data, setup)
     trainer.log_to(run.folder)
@@ -384,22 +378,22 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     base = model.get_base_model() if args.sft_type == 'lora' else model
     longest = max([*data.train.lengths(), *data.val.lengths()])
     check_positions(base, longest)
-    is_concatenated = use_padding_free(base, args, longest=longest, decide=setup.decide)
+    is_concatenated = use_padding_free(base, args, longest=longest, decide=setup.run.decide)
     pad_id = setup.tokenizer.pad_token_id
     train: TrainRows = data.train
     if isinstance(data.train, EncodedRows):
         train = _arranged(data.train, args, pad_id)
-    head = exact_head(base, args, setup.decide)
+    head = exact_head(base, args, setup.run.decide)
 
     return SftTrainer(
-        run_record=setup.record,
+        run=setup.run,
         save_total_limit=args.save_total_limit,
         generation=setup.generation,
         images=setup.images,
         model=model,
         scorer=Scorer(base, head, splits=setup.images is None and not is_sharded(base)),
         groups_by_length=args.group_by_length,
-        args=training_arguments(args, setup.folder, dtype=setup.dtype, evaluates=len(data.val) > 0),
+        args=training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0),
         train_dataset=train,
         eval_dataset=data.val.longest_first() if len(data.val) else None,
         data_collator=Collator(pad_id, setup.images, pads=not is_concatenated),

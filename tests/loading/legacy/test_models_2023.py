@@ -25,6 +25,7 @@ from utils.loading.packed import packed_classes
 from utils.loading.weights import locate
 from utils.model import MODEL_MAPPING, get_model_info, load_model, load_tokenizer
 from utils.run.open_model import open_model
+from utils.run.record import RunRecord
 from utils.train.prepare import prepare_model
 
 QKV = ('q_proj', 'k_proj', 'v_proj')
@@ -144,7 +145,7 @@ def test_family_trains_reloads_and_merges(key: str, tmp_path: Path) -> None:
     if MODEL_MAPPING[key].quantization == 'gptq':  # see test_model_trains_and_answers: merging is refused
         return
     merged = tmp_path / 'merged'
-    merge_and_save(tuned, tokenizer, merged, record={})
+    merge_and_save(tuned, tokenizer, merged, record=RunRecord())
     if key in OUR_CLASSES:
         with pytest.raises(ValueError, match='assay_'):
             AutoModelForCausalLM.from_pretrained(merged)
