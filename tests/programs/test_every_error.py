@@ -455,10 +455,10 @@ PROGRAMS: dict[str, Row] = {
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
     # what is run on a run folder
     'pushing no run': (lambda w: push.main([str(w.tmp)]), 'sft_args.json cannot be read as JSON: No such file'),
-    'pushing what names no hub': (pushed('', ''), 'was trained without --push_to_hub true, so it names no repository.'),
+    'pushing what names no hub': (pushed('', ''), 'names no repository, because it was trained without --push_to_hub'),
     'pushing nothing': (pushed('checkpoint-1', None, **PUSHES), 'has no checkpoint to push.'),
     'pushing without a token': (pushed('', '', **PUSHES), 'set the environment variable MODELSCOPE_API_TOKEN.'),
-    'pushing to a hub that is away': (away, 'It is kept: push it again.'),
+    'pushing to a hub that is away': (away, 'The folder is kept: run python -m utils.export.push '),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
@@ -475,7 +475,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'comparing into a file': (
         lambda w: report([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
-        'a.html cannot be written: Not a directory. Name another file with --html.',
+        'a.html cannot be written: Not a directory. Name another file.',
     ),
 }  # fmt: skip
 
