@@ -1,4 +1,4 @@
-"""Checkpoints: states kept bit for bit without pickle, folders whole or absent, damage named."""
+"""Checkpoints: states are kept bitwise without pickle, folders are complete or absent, and damage is named."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_a_tree_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    nan = torch.tensor([0x7FC12345, 0x7F800001], dtype=torch.int32).view(torch.float32)  # NaN with bits of their own
+    nan = torch.tensor([0x7FC12345, 0x7F800001], dtype=torch.int32).view(torch.float32)  # two NaN values
     tree = {
         0: {'step': torch.tensor(3.0), 'exp_avg': torch.randn(3, 4).t(), 'empty': torch.empty(0, 2)},
         7: {'state1': torch.arange(256, dtype=torch.uint8), 'code': torch.randn(4).bfloat16(), 'half': nan.half()},
@@ -72,7 +72,7 @@ def test_what_json_cannot_say_is_refused(stranger: Any, tmp_path: Path) -> None:
         save_tree(tmp_path / 'state.safetensors', {'a': [stranger]})
 
 
-# They need a GPU, whatever they are given.
+# They need a GPU for any input.
 _PAGED = tuple(name for name in OPTIMIZERS if name.startswith('paged'))
 
 
@@ -136,7 +136,7 @@ def test_random_generators_come_back_from_a_file(tmp_path: Path) -> None:
     def draw() -> list[Any]:
         return [random.random(), random.gauss(0, 1), float(np.random.normal()), torch.randn(3).tolist()]
 
-    draw()  # leaves a second normal number waiting in Python's and NumPy's generators
+    draw()  # Python's and NumPy's generators now hold a second normal number
     save_tree(tmp_path / 'state.safetensors', random_state())
     expected = [draw(), draw()]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""What users get wrong: one clear message each, exit code 2 or a counted report, nothing lost, no traceback."""
+"""Mistakes of users: one clear message each, exit code 2 or a counted report, no lost data, no traceback."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytes
 
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_names_the_checkpoint(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
-    """As a terminal does it: every process of the group gets the signal, the data worker too."""
+    """Like a terminal, send the signal to every process of the group, also to the data worker."""
     words = small_flags(model_dir, data_file, tmp_path / 'out')
     process = subprocess.Popen(
         [sys.executable, str(ROOT / 'llm_sft.py'), *words, '--max_steps', '100000', '--save_steps', '3',
@@ -303,7 +303,7 @@ def test_a_missing_library_is_one_line_with_the_interpreter(
     words = ['--model_id_or_path', str(model_dir), '--dataset', str(data_file)]
     if program == 'llm_sft.py':
         words = small_flags(model_dir, data_file, tmp_path / 'out')
-    # -S: the standard library alone, as with an interpreter of an environment that is not activated.
+    # -S: only the standard library, like an interpreter whose environment is not activated.
     done = subprocess.run(
         [sys.executable, '-S', str(ROOT / program), *words], capture_output=True, text=True, check=False, cwd=ROOT
     )

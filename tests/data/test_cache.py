@@ -1,4 +1,4 @@
-"""The cache of encoded data: reused where nothing that matters changed, and never else; complete or absent."""
+"""The cache of encoded data: reused only if nothing relevant changed; entries are complete or absent."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_whatever_decides_the_ids_decides_the_key(tmp_path: Path, monkeypatch: p
     assert len(entries()) == 15, 'another library'
 
 
-# Files of the code, and whether a change of one makes new entries: only what decides the ids does.
+# Source files, and whether a change makes new entries: only files that decide token ids do.
 CODE = {
     'encode/encoder.py': 1, 'formats/columns.py': 1, 'data/plan.py': 1, 'preprocess.py': 1,
     'loading/image_processors.py': 1, 'report/html.py': 0, 'train/trainer.py': 0,

@@ -1,4 +1,4 @@
-"""Streaming: each row once a pass, processes share them out, a resumed run goes on where the other stopped."""
+"""Streaming: each row once per pass, divided among processes; a resumed run continues where the other stopped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(words: list[str], *, val_rows: int = 0, seed: int = 1) -> TrainingStrea
 
 
 def names(rows: Iterator[dict[str, Any]], count: int) -> list[str]:
-    """Return which rows come first, by their questions."""
+    """Return the questions of the first rows."""
     taken = (TOKENIZER.decode(row['input_ids']) for row in islice(rows, count))
     return [text.split('user\n')[1].split('<|im_end|>')[0] for text in taken]
 
@@ -65,7 +65,7 @@ def test_processes_share_the_rows_out(tmp_path: Path, monkeypatch: pytest.Monkey
     for rank in ('0', '1'):
         monkeypatch.setenv('RANK', rank)
         shares.append(names(iter(make(words)), 75))
-    # 75 rows are odd: in the second pass the processes change places, and still no row is seen twice or missed.
+    # 75 rows are odd: in the second pass the processes swap rows, and no row is repeated or missed.
     first = shares[0][:38] + shares[1][:37]
     assert sorted(first) == sorted(f'q{i}' for i in range(75))
     assert sorted(shares[0][38:] + shares[1][37:]) == sorted(first)
@@ -128,7 +128,7 @@ def test_held_out_rows_of_a_stream_are_in_the_account_of_the_run(run_sft: Run, t
     run = run_sft('--dataset', str(data), '--streaming', 'true', '--stream_val_rows', '3', '--max_steps', '4')
     told = json.loads((run / 'run.json').read_text())['data']
     assert told['validation']['rows'] == 3 and told['train']['rows_read'] == 8
-    # 0, 2 and 3 are held out, 1 is left out, the rest trains: each once, though passes go on.
+    # 0, 2 and 3 are held out, 1 is skipped, the others are trained: each once per pass.
     sizes = [len(f'what is {i}?') for i in range(12)]
     assert told['account']['fields']['user text'] == {'context': sum(sizes) - sizes[1], 'left out': sizes[1]}
     assert told['account']['unused'] == {'column `note`': 11}
@@ -171,7 +171,7 @@ def test_a_streamed_run_learns_and_its_validation_rows_are_the_first(run_sft: Ru
 
 def test_a_resumed_stream_equals_the_uninterrupted_one(run_sft: Run) -> None:
     flags = (*STREAM, '--max_steps', '14', '--eval_steps', '7', '--lora_dropout_p', '0.1')
-    whole = run_sft(*flags)  # 14 steps of 4 rows: the second pass over 36 rows is under way
+    whole = run_sft(*flags)  # 14 steps of 4 rows: the second pass over 36 rows has begun
     resumed = run_sft(*flags, '--resume_from_checkpoint', str(whole / 'checkpoint-7'))
     assert history(resumed, 14) == history(whole, 14)
     expected = weights(whole, 14)

@@ -187,7 +187,7 @@ def test_a_run_trains_every_reply_and_inference_takes_the_scope_from_the_run(
     assert json.loads((run / 'sft_args.json').read_text())['loss_scope'] == 'all_rounds'
 
 
-# The generation prompt opens a think block, which the last reply closes and earlier ones lack.
+# The generation prompt opens a think block. The last reply closes it; earlier replies have none.
 OPENING = (
     '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" }}'
     '{% if m.role == "assistant" and loop.last %}{{ "</think>" }}{% endif %}{{ m.content }}'
@@ -197,7 +197,7 @@ OPENING = (
 
 
 def test_tags_that_begin_alike_are_never_cut_in_two() -> None:
-    """<think> of the generation prompt and </think> of the whole chat share their first character."""
+    """The <think> of the generation prompt and the </think> of the whole chat share their first character."""
     tokenizer = make_tokenizer(chat_template=OPENING)
     tokenizer.add_tokens(['<think>', '</think>'])
     row = encoder(AUTO, tokenizer).encode([chat('hi', 'yo', 'who?', 'me')])[0]

@@ -1,4 +1,4 @@
-"""The thinking switch of a chat template whose generation prompt closes the think block: asked as it was trained."""
+"""The thinking switch of templates whose generation prompt closes the think block: inference asks as in training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.infer.chat import Chat
 from utils.proofs.template import ask_as_trained
 
 SftRun = Callable[..., Path]
-# As DeepSeek-V3.1 and EXAONE 4 have it: closed, unless a variable opens it.
+# Like DeepSeek-V3.1 and EXAONE 4: closed, unless a variable opens it.
 SWITCHED = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{%- if m.role == 'assistant' and loop.last %}"
@@ -36,7 +36,7 @@ SWITCH = 'enable_thinking=True'
 
 @pytest.fixture
 def switched_dir(tmp_path: Path) -> Path:
-    """Return a model whose template closes the think block unless it is told not to."""
+    """Return a model whose template closes the think block unless a variable opens it."""
     folder = tmp_path / 'switched'
     tokenizer = make_tokenizer(chat_template=SWITCHED)
     make_model(vocab_size=len(tokenizer)).save_pretrained(folder)
@@ -45,7 +45,7 @@ def switched_dir(tmp_path: Path) -> Path:
 
 
 def rows_of(reasoning: int, plain: int) -> list[dict[str, Any]]:
-    """Return rows with reasoning and, after them, rows without."""
+    """Return rows with reasoning, followed by rows without."""
     rows = []
     for number in range(reasoning + plain):
         reply = {'role': 'assistant', 'content': f'yes {number}'}
@@ -99,7 +99,7 @@ def train(run_sft: SftRun, switched_dir: Path, tmp_path: Path) -> Callable[..., 
 
 
 def asked_of(run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[str]:
-    """Return the prompts that llm_infer.py asks the run's checkpoint, as text: in a chat, or of rows."""
+    """Return the prompts that llm_infer.py sends to the run's checkpoint, as text: in a chat, or for rows."""
     tokenizer = make_tokenizer(chat_template=SWITCHED)
     asked: list[str] = []
 

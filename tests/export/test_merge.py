@@ -50,7 +50,7 @@ def adapted() -> Any:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Saved:
-    """Return a folder as merging writes it."""
+    """Return a folder written by merging."""
     model, tokenizer = adapted(), make_tokenizer()
     wanted = [probe_logits(model, tokenizer, ids=ids) for ids in TEXTS]
     assert float((wanted[0] - probe_logits(make_model().eval(), tokenizer)).abs().max()) > 0.01

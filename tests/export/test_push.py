@@ -1,4 +1,4 @@
-"""Pushing, with the real clients of both hubs against a server on the loopback interface."""
+"""Pushing with the real clients of both hubs to a server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.hub.clients import TOKEN_VARIABLES
 Run = Callable[..., Path]
 TOKEN = 'ms-canary-0123456789'
 REPO = 'someone/tiny-llama-lora'
-# What opens the model, in a checkpoint of these runs.
+# The files of a checkpoint that open the model.
 MODEL = ('adapter_config.json', 'adapter_model.safetensors', 'chat_template.jinja', 'tokenizer.json',
          'tokenizer_config.json')  # fmt: skip
 CARD = ('README.md', 'images/eval_loss.png', 'images/loss.png')
@@ -81,7 +81,7 @@ def test_each_strategy_leaves_exactly_its_files(
 
 @pytest.fixture(scope='module')
 def trained(model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of two checkpoints that was to be pushed and was not, for each test to copy."""
+    """Return a run with two checkpoints that was not pushed yet; each test copies it."""
     import llm_sft
 
     out = tmp_path_factory.mktemp('trained')
@@ -201,7 +201,7 @@ def test_a_secret_in_the_tree_stops_the_push(
 
 
 def everything_in(data: bytes) -> bytes:
-    """Return data with what is inside it, where it is a zip file."""
+    """Return data, and for a zip file also its unpacked content."""
     if not data.startswith(b'PK\x03\x04'):
         return data
     with zipfile.ZipFile(io.BytesIO(data)) as archive:

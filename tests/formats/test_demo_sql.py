@@ -1,4 +1,4 @@
-"""The demonstration data: shape, separation of its two halves, and what counts as right."""
+"""The demonstration data: its layout, the separation of its two halves, and which answers are right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def names(row: Row) -> tuple[str, list[str]]:
 
 
 def blanked(row: Row) -> str:
-    """The question with the names and values of the row taken out."""
+    """Return the question without the names and values of the row."""
     table, columns = names(row)
     question = row['query'].splitlines()[-1]
     values = re.findall(r"'(\w+)%?'|\b(\d+(?:\.\d+)?)\b", row['response'])
@@ -30,7 +30,7 @@ def blanked(row: Row) -> str:
 
 
 def mutations(row: Row) -> list[str]:
-    """Wrong variants of the row's SQL: column, aggregate, comparison, value, order, limit, parts left out."""
+    """Return wrong variants of the row's SQL: column, aggregate, comparison, value, order, limit, missing parts."""
     sql, (_, columns) = row['response'], names(row)
     found = []
     for column in columns:

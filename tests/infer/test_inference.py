@@ -1,4 +1,4 @@
-"""llm_infer.py on what llm_sft.py left: answers, chat, merge, and the logits that strangers get."""
+"""llm_infer.py on checkpoints of llm_sft.py: answers, chat, merge, and the logits that other programs get."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_chat_in_the_terminal_streams_and_leaves_at_the_end_of_input(
 def test_a_line_that_is_no_utf_8_keeps_the_chat(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The second as a C locale reads it.
+    # The second is what a C locale makes of the first.
     lines = iter([UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'invalid start byte'), 'a\udcff', '/clear'])
 
     def read(prompt: str) -> str:
@@ -325,7 +325,7 @@ STREAMED = {
 
 
 class Typist:
-    """Generates what it is told to, one id at a time."""
+    """A model that generates the given ids, one at a time."""
 
     device = 'cpu'
     config = LlamaConfig(vocab_size=400)
@@ -346,7 +346,7 @@ class Typist:
 def test_what_is_streamed_is_the_whole_answer(case: str, metaspace: str | None, clean_up: bool) -> None:
     tokenizer = make_tokenizer(metaspace=metaspace)
     tokenizer.clean_up_tokenization_spaces = clean_up
-    if metaspace is not None:  # the rest of how Llama's decode
+    if metaspace is not None:  # the other decoder steps of Llama's tokenizer
         decoder = decoders.Sequence(
             [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
         )

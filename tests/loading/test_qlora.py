@@ -1,4 +1,4 @@
-"""LoRA on 4- and 8-bit weights: gradients after an evaluation, resuming, and merging on the dense base."""
+"""LoRA on 4- and 8-bit weights: gradients after an evaluation, resuming, and merging into the dense base."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
 
 
 def test_the_path_without_gradients_is_off_on_every_cpu(model_dir: Path) -> None:
-    """Where the CPU lacks avx512_bf16 the run above would pass without it."""
+    """On a CPU without avx512_bf16 the run above would pass without the workaround."""
     import bitsandbytes
 
     from utils.cli.arguments import SftArguments

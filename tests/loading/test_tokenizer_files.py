@@ -1,4 +1,4 @@
-"""Tokenizers as folders bring them: larger than the embedding, or another than their class makes of them."""
+"""Tokenizers in model folders: larger than the embedding, or different from what their class makes of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGE = '<image_soft_token>'
 
 @pytest.fixture
 def larger(tmp_path: Path) -> Path:
-    """Return a model whose tokenizer has one token more than it embeds, as Gemma 3's text models have."""
+    """Return a model whose tokenizer has one token more than the embedding, as in Gemma 3's text models."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([LARGE])
     folder = tmp_path / 'larger'
@@ -65,7 +65,7 @@ def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_pat
     assert [f'{data}:10: the row holds' in line for line in problems()] == [True]
 
 
-@pytest.mark.parametrize('number', [3, 290])  # the first 256 rows are looked at before training
+@pytest.mark.parametrize('number', [3, 290])  # the first 256 rows are checked before training
 def test_a_streamed_row_with_a_token_that_is_not_embedded_is_named(
     number: int, larger: Path, tmp_path: Path, problems: Problems
 ) -> None:
@@ -89,7 +89,7 @@ def test_a_row_to_answer_with_a_token_that_is_not_embedded_is_named(
 
 
 def ends_in(end: str, call_end: str) -> Any:
-    """Return a tokenizer with one token too many, under a template whose replies and calls end so."""
+    """Return a tokenizer with one token too many, and a template with these ends of replies and calls."""
     source = (
         "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
         "{%- for c in m.tool_calls or [] %}{{ 'CALL ' + c.function.name }}{% endfor %}"
@@ -149,7 +149,7 @@ TEXTS = ['    return x', '\n    a\n\n\tb ', 'a\n    b', ' a  b ', '你好 world 
 
 
 def llama_folder(folder: Path) -> Any:
-    """Write a tokenizer of which the class that its config names makes another; returns it as the file has it."""
+    """Write a tokenizer that the class named in its config would change. Returns it as the file defines it."""
     tokenizer = make_tokenizer(metaspace='first')
     tokenizer.save_pretrained(folder)
     file = folder / 'tokenizer_config.json'

@@ -1,4 +1,4 @@
-"""The first-step gate finds what would fail later, and leaves no trace in the numbers."""
+"""The first-step gate finds what would fail later, and does not change the results of the run."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
     (message,) = problems()
     found = re.match(
         r'the heaviest batch \(2 rows of up to (\d+) tokens\) does not fit into memory: .*allocate.* '
-        # Whether recomputing is enough here depends on what the allocator has kept.
+        # Whether gradient checkpointing is enough here depends on the memory that the allocator keeps.
         r'Tried just now: --batch_size 1: fits; --gradient_checkpointing true: (?:fits|does not fit); '
         r'--max_length (\d+): fits\. '
         r'A smaller --batch_size with more --gradient_accumulation_steps trains the same\.$',

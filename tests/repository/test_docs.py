@@ -22,7 +22,7 @@ from utils.preprocess import Template
 
 README_BYTES = 9_000
 TRANSLATED = ('data.md', 'templates.md', 'flags.md', 'models.md')
-# Folders whose paths the pages name. Those in the first three are checked once the rooms are there.
+# Folders whose paths the pages name.
 ROOMS = ('utils', 'tools', 'tests')
 FOLDERS = (*ROOMS, 'scripts', 'benchmarks', 'ds_config', 'docs')
 HAS_ROOMS = (ROOT / 'utils' / 'base').is_dir()
@@ -59,7 +59,7 @@ def test_generated_blocks_are_fresh_and_each_is_on_a_page() -> None:
     assert docs.main(['--check']) == 0
     found = Counter(name for p in pages() for name in re.findall(r'<!-- generated ([\w-]+) -->', p.read_text('utf-8')))
     assert set(found) == set(docs.BLOCKS)
-    # Once in each language.
+    # Files that exist once in each language.
     assert {found[name] for name in ('flags-common', 'flags-sft', 'flags-infer', 'models', 'template-names')} == {2}
 
 
@@ -141,7 +141,7 @@ def test_the_architecture_names_what_is_there() -> None:
     if HAS_ROOMS:
         rooms = {p.name for p in (ROOT / 'utils').iterdir() if (p / '__init__.py').is_file()}
         assert rooms == set(re.findall(r'^\| `(\w+)`(?: \*)? \|', text, flags=re.MULTILINE))
-        # The important modules that stand in the row of a room.
+        # The important modules in the row of a room.
         for room, modules in re.findall(r'^\| `(\w+)`(?: \*)? \|[^|]*\|([^|]*)\|$', text, flags=re.MULTILINE):
             for module in re.findall(r'`(\w+)/?`', modules):
                 places = (ROOT / 'utils' / room / f'{module}.py', ROOT / 'utils' / room / module)
@@ -149,7 +149,7 @@ def test_the_architecture_names_what_is_there() -> None:
 
 
 def check_command(words: list[str]) -> bool:
-    """Parse what a command hands to one of the programs; False where it runs something else."""
+    """Parse the arguments of a command for one of the programs; return False if it runs something else."""
     for number, word in enumerate(words):
         program = Path(word).name
         given = words[number + 1 :]
@@ -261,7 +261,7 @@ def notebook_cells() -> list[str]:
 
 
 def test_the_notebook_trains_as_the_quick_start_does() -> None:
-    """Its flags are those of scripts/quickstart.sh, so that the figures of the README hold for it."""
+    """Its flags equal those of scripts/quickstart.sh, so the figures of the README apply to it."""
     script = (ROOT / 'scripts/quickstart.sh').read_text(encoding='utf-8').split("echo '2/3")[1].split('checkpoint=')[0]
     script = script.split('llm_sft.py')[1].split('--output_dir')[0].replace('\\\n', ' ')
     cell = next(cell for cell in notebook_cells() if 'llm_sft.py' in cell)

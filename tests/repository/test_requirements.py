@@ -1,4 +1,4 @@
-"""What requirements.txt installs is enough: nothing of requirements-all.txt is needed before it is asked for."""
+"""requirements.txt is enough: packages of requirements-all.txt are imported only by the flags that need them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.support.runs import ROOT
 
-# Finds every package but those that are hidden, as if they were not installed, and runs programs one after the other.
+# Hides some packages, as if they were not installed, and runs programs one after the other.
 HIDING = """
 import importlib.machinery, json, sys
 hidden, programs = set(json.loads(sys.argv[1])), json.loads(sys.argv[2])

@@ -1,4 +1,4 @@
-"""lock.json and --from_run: a run is made again to the bit, and what changed in between is named."""
+"""lock.json and --from_run: a repeated run is bitwise identical, and whatever changed in between is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Problems = Callable[[], list[str]]
 
 @pytest.fixture(scope='module')
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run whose model and data may be changed; its folder is below a folder of its own."""
+    """Return a run whose model and data may be changed; its folder has a separate parent folder."""
     folder = tmp_path_factory.mktemp('lock')
     make_model().save_pretrained(folder / 'model')
     make_tokenizer().save_pretrained(folder / 'model')

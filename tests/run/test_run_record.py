@@ -1,4 +1,4 @@
-"""What a run records of itself, and what is compared with it when it is resumed or served."""
+"""The record of a run, and what is compared with it when the run is resumed or served."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def answered(path: Path) -> list[str]:
 def test_arguments_are_recorded_as_used_and_served_so(
     model_dir: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine whose best type is bf16, and served on one whose best is fp32."""
+    """The run is trained on a machine with bf16 and served on one without."""
     words = small_flags(model_dir, data_file, tmp_path / 'out')
     at = words.index('--dtype')
     del words[at : at + 2]

@@ -1,4 +1,4 @@
-"""Runs that are stopped, cut off or refused: what they leave behind, and that they go on to the same bits."""
+"""Runs that are stopped, interrupted or refused: the files that remain, and bitwise identical resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCRATCH_FLAGS = ('--eval_steps', '2', '--save_total_limit', '-1', '--lora_dropou
 
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that has this process signalled inside a step or inside the evaluation after it."""
+    """Return a function that sends this process a signal inside a step or inside the evaluation after it."""
     from utils.train.trainer import SftTrainer
 
     def plan(signum: int, *, step: int, during: str) -> None:
@@ -57,7 +57,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Step 4 is evaluated: before that the run stops, and the resumed one makes up for it."""
+    """Step 4 has an evaluation. The run stops before it, and the resumed run does it."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     whole = run_sft(*SCRATCH_FLAGS)
     with monkeypatch.context() as patch:
@@ -158,7 +158,7 @@ def test_no_run_folder_holds_a_pickle(sft_type: str, run_sft: Run) -> None:
 
 
 def test_weights_saved_in_another_layout_are_resumed(run_sft: Run, tmp_path: Path, tokenizer: Any) -> None:
-    """A mixture's experts are held as one tensor and saved one by one."""
+    """The experts of a mixture are one tensor in memory and separate tensors in the file."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -205,7 +205,7 @@ sys.exit(llm_sft.main(sys.argv[2:]))
 
 
 def run_on_a_full_disk(words: list[str], limited_from: str) -> subprocess.CompletedProcess[str]:
-    """Train in a process that may write no file above 16 KiB from the given checkpoint on."""
+    """Train in a process that cannot write a file above 16 KiB from the given checkpoint on."""
     return subprocess.run(
         [sys.executable, '-c', DISK_FULL, limited_from, *words],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
@@ -240,7 +240,7 @@ def test_an_unwritable_disk_shows_before_the_first_step(model_dir: Path, data_fi
 
 
 def test_optimizer_flags_typed_on_resuming_are_used(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
-    """With a constant schedule the rate of each step is what was typed; decay acts on weights, so they differ."""
+    """With a constant schedule the rate of each step is the typed one; weight decay changes weights, so they differ."""
     flags = ('--lr_scheduler_type', 'constant', '--learning_rate', '0.01', '--weight_decay', '0')
     run = run_sft(*flags)
     resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-3'))

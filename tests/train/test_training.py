@@ -1,4 +1,4 @@
-"""Training through the program itself, on tiny models: curves fall, runs resume, layouts agree."""
+"""Training with the program itself on tiny models: losses fall, runs resume, batch layouts agree."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_evaluation_by_generation(run_sft: Run) -> None:
 def test_answers_are_scored_against_the_last_reply_alone(
     scope: str, run_sft: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that gives each last reply word for word scores 100, whatever replies came before and carry loss."""
+    """A model that repeats each last reply word for word scores 100, even if earlier replies carry loss."""
     rows = [
         [('user', f'hi {i}'), ('assistant', 'hello there, good day'), ('user', 'what is 6 times 7?')] for i in range(8)
     ]
@@ -126,7 +126,7 @@ def test_answers_are_scored_against_the_last_reply_alone(
         {
             'messages': [
                 *({'role': role, 'content': text} for role, text in row),
-                # One reply in two is marked to carry no loss: it is still what is to be answered.
+                # Every second reply is marked to carry no loss; it is still the reference for the answer.
                 {'role': 'assistant', 'content': 'the answer is 42.', 'weight': int(i % 2)},
             ]
         }
