@@ -22,10 +22,9 @@ from utils.preprocess import Template
 
 README_BYTES = 9_000
 TRANSLATED = ('data.md', 'templates.md', 'flags.md', 'models.md')
-# Folders whose paths the pages name.
-ROOMS = ('utils', 'tools', 'tests')
-FOLDERS = (*ROOMS, 'scripts', 'benchmarks', 'ds_config', 'docs')
-HAS_ROOMS = (ROOT / 'utils' / 'base').is_dir()
+# Folders with modules, and all folders whose paths the pages name.
+MODULES = ('utils', 'tools', 'tests')
+FOLDERS = (*MODULES, 'scripts', 'benchmarks', 'ds_config', 'docs')
 _PATH = re.compile(rf'(?<![\w./-])((?:{"|".join(FOLDERS)})/[\w./<>*-]*\w/?)')
 _SEVERAL = re.compile(r'[<>*]')
 
@@ -125,7 +124,7 @@ def test_paths_that_pages_name_exist() -> None:
     for page in pages():
         text = re.sub(r'https?://\S+', '', page.read_text(encoding='utf-8'))
         for path in _PATH.findall(text):
-            if _SEVERAL.search(path) or (path.startswith(ROOMS) and not HAS_ROOMS):
+            if _SEVERAL.search(path):
                 continue
             places = [ROOT / path, page.parent / path]
             assert any(place.exists() for place in places), f'{named(page)} names {path}'
@@ -138,14 +137,14 @@ def test_the_architecture_names_what_is_there() -> None:
     assert not [name for name in FOLDERS if f'{name}/' not in text]
     files = {*re.findall(r'[\w.-]+\.(?:py|ipynb)', text.split('```')[1]), 'Dockerfile'}
     assert not [name for name in files if not (ROOT / name).is_file()]
-    if HAS_ROOMS:
-        rooms = {p.name for p in (ROOT / 'utils').iterdir() if (p / '__init__.py').is_file()}
-        assert rooms == set(re.findall(r'^\| `(\w+)`(?: \*)? \|', text, flags=re.MULTILINE))
-        # The important modules in the row of a room.
-        for room, modules in re.findall(r'^\| `(\w+)`(?: \*)? \|[^|]*\|([^|]*)\|$', text, flags=re.MULTILINE):
-            for module in re.findall(r'`(\w+)/?`', modules):
-                places = (ROOT / 'utils' / room / f'{module}.py', ROOT / 'utils' / room / module)
-                assert any(place.exists() for place in places), f'{room}: {module}'
+
+    rooms = {p.name for p in (ROOT / 'utils').iterdir() if (p / '__init__.py').is_file()}
+    assert rooms == set(re.findall(r'^\| `(\w+)`(?: \*)? \|', text, flags=re.MULTILINE))
+    # The important modules in the row of a room.
+    for room, modules in re.findall(r'^\| `(\w+)`(?: \*)? \|[^|]*\|([^|]*)\|$', text, flags=re.MULTILINE):
+        for module in re.findall(r'`(\w+)/?`', modules):
+            places = (ROOT / 'utils' / room / f'{module}.py', ROOT / 'utils' / room / module)
+            assert any(place.exists() for place in places), f'{room}: {module}'
 
 
 def check_command(words: list[str]) -> bool:
@@ -172,7 +171,7 @@ def test_commands_on_pages_name_programs_and_flags_that_exist() -> None:
             for word in words:
                 if re.fullmatch(r'(?:scripts|benchmarks)/[\w/]+\.(?:sh|py)|llm_\w+\.py', word):
                     assert (ROOT / word).is_file(), f'{named(page)}: {line}'
-            if '-m' in words[1:2] and words[2].startswith(ROOMS) and HAS_ROOMS:
+            if '-m' in words[1:2] and words[2].startswith(MODULES):
                 module = ROOT / words[2].replace('.', '/')
                 places = (module.with_suffix('.py'), module / '__main__.py')
                 assert any(place.is_file() for place in places), f'{named(page)}: {line}'
@@ -236,8 +235,7 @@ def test_hooks_run_what_the_test_script_runs() -> None:
     for hook in hooks:
         assert hook['language'] == 'system'
         command = hook['entry'].removeprefix('.venv/bin/')
-        if 'docs' not in command or HAS_ROOMS:
-            assert command in script, hook['id']
+        assert command in script, hook['id']
 
 
 def test_container_and_notebook_install_as_the_quick_start_does() -> None:
