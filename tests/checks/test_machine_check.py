@@ -13,6 +13,8 @@ from utils.checks import machine
 Problems = Callable[[], list[str]]
 
 
+@pytest.mark.processes
+@pytest.mark.optional
 def test_a_machine_that_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert llm_sft.main(['--doctor', 'true', '--output_dir', str(tmp_path / 'new')]) == 0
     printed = capsys.readouterr().out

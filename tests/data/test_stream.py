@@ -201,6 +201,7 @@ def test_drawing_from_a_stream_is_refused_and_flags_without_effect_are_named(
         assert f'--{name} has no effect' in caplog.text
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_processes_train_on_the_rows_of_one(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     runs = []

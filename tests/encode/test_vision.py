@@ -625,6 +625,7 @@ def test_a_batch_answers_as_its_rows_do_alone(key: str, folders: dict[str, Path]
     assert alone[:4] != alone[4:8], 'what the pictures show matters'
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize('key', KEYS)
 @pytest.mark.parametrize('bits', [4, 8])
 def test_bitsandbytes_leaves_the_tower_and_the_head_alone(

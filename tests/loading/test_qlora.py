@@ -13,6 +13,7 @@ import torch
 import llm_infer
 
 pytest.importorskip('bitsandbytes')
+pytestmark = pytest.mark.optional
 Run = Callable[..., Path]
 
 

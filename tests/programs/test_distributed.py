@@ -19,7 +19,7 @@ import llm_infer
 import llm_sft
 from tests.support.runs import ROOT, small_flags, write_jsonl
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.optional]
 
 ZERO_2 = ['--deepspeed_config_path', 'ds_config/zero2.json', '--only_save_model', 'false']
 ZERO_3 = ['--deepspeed_config_path', 'ds_config/zero3.json', '--only_save_model', 'false']
@@ -60,7 +60,7 @@ class Session:
         plan.write_text(json.dumps({'runs': runs, 'notes': str(self.folder), 'fail': fail}))
         command = [sys.executable, '-m', 'torch.distributed.run', *launcher]
         return subprocess.Popen(
-            [*command, str(ROOT / 'tests' / 'distributed_driver.py'), str(plan)],
+            [*command, str(ROOT / 'tests' / 'support' / 'distributed_driver.py'), str(plan)],
             cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
         )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from tests.support.runs import ROOT
 from utils.base.checkpoint import all_checkpoints, damage
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 DRIVER = """
 import json, math, os, resource, signal, sys

@@ -97,6 +97,8 @@ def test_there_is_one_of_every_mode() -> None:
     assert all(script.is_file() for script in SCRIPTS.values()) and len(ALONE) == 6 and len(TOGETHER) == 10
 
 
+@pytest.mark.slow
+@pytest.mark.optional
 def test_scripts_of_one_process_train(started: dict[str, Started], tmp_path: Path) -> None:
     pytest.importorskip('bitsandbytes')
     for mode in ALONE:
@@ -106,6 +108,8 @@ def test_scripts_of_one_process_train(started: dict[str, Started], tmp_path: Pat
         check_run(output, mode)
 
 
+@pytest.mark.processes
+@pytest.mark.optional
 @pytest.mark.slow
 def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_path: Path) -> None:
     """The programs run one after another in one launch of two processes: importing the libraries takes longest."""
@@ -120,7 +124,7 @@ def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_pat
     plan.write_text(json.dumps({'runs': runs, 'notes': str(tmp_path), 'fail': None}))
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', *started['lora_ddp'].launcher,
-         str(ROOT / 'tests' / 'distributed_driver.py'), str(plan)],
+         str(ROOT / 'tests' / 'support' / 'distributed_driver.py'), str(plan)],
         cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -164,6 +164,7 @@ def ends(settings: Any) -> list[int]:
     return settings.eos_token_id if isinstance(settings.eos_token_id, list) else []
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize('bits', [4, 8])
 @pytest.mark.parametrize('key', [key for key in PROVEN if MODEL_MAPPING[key].quantization != 'gptq'])
 def test_family_is_packed_on_load_and_trains(key: str, bits: int, tmp_path: Path) -> None:
@@ -182,6 +183,7 @@ def test_family_is_packed_on_load_and_trains(key: str, bits: int, tmp_path: Path
     check_it_trains(prepare_model(model, args))
 
 
+@pytest.mark.optional
 def test_the_4_bits_of_2023_are_packed_anew_by_the_program(
     tmp_path: Path, data_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,6 +229,7 @@ def test_a_tensor_that_a_native_class_does_not_know_is_named(tmp_path: Path, cap
     assert f'1 tensors of {folder} are not used by LlamaForCausalLM: model.layers.0.extra.weight' in caplog.text
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize('dtype', ['fp16', 'fp32'])
 @pytest.mark.parametrize('key', ['qwen-7b-chat-int4', 'qwen-7b-chat-int8'])
 def test_gptq_weights_stay_packed_and_train(key: str, dtype: str, tmp_path: Path) -> None:

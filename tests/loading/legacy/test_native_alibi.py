@@ -276,6 +276,7 @@ def pack(name: str, weight: Any, **settings: Any) -> tuple[dict[str, Any], Any]:
 
 
 # On a CPU, bitsandbytes misreads blocks that are longer than a row.
+@pytest.mark.optional
 @pytest.mark.parametrize(
     ('shape', 'settings'),
     [
@@ -336,6 +337,7 @@ def test_the_4_bits_of_7b_are_the_rotary_model(tmp_path: Path) -> None:
     assert torch.equal(logits_of(found, batch()[0]), logits_of(expected, batch()[0]))
 
 
+@pytest.mark.optional
 def test_the_4_bits_opened_in_4_bits_stay_near() -> None:
     bitsandbytes = pytest.importorskip('bitsandbytes')
     from transformers import BitsAndBytesConfig

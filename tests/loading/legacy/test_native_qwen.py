@@ -315,6 +315,7 @@ def test_packed_weights_stay_packed_where_the_libraries_are(monkeypatch: pytest.
         assert torch.equal(weights[key][...].to(dtype=torch.float32), weight[...].to(dtype=torch.float32)), key
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize(
     ('bits', 'group', 'act_order'),
     [(4, 16, False), (4, 32, True), (4, -1, False), (8, 32, True), (8, -1, False), (8, 16, False)],
@@ -333,6 +334,7 @@ def test_packed_weights_compute_what_unpacked_ones_do(
             torch.testing.assert_close(model(ids).logits.float(), expected, atol=5e-2, rtol=0)
 
 
+@pytest.mark.optional
 def test_packed_golden_through_the_public_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: True)
     expected = load_file(PACKED / 'expected.safetensors')
@@ -346,6 +348,7 @@ def test_packed_golden_through_the_public_path(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(generate(model, expected['input_ids'][:, :16]), expected['generated'])
 
 
+@pytest.mark.optional
 def test_what_is_saved_packed_opens_packed_to_the_same_logits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """gptqmodel rewrites zero points while loading: a folder that still states the old format would be read wrongly."""
     from tests.support.tiny_models import make_tokenizer
