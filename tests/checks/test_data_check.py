@@ -198,7 +198,11 @@ def short(reason: str, wanted: Found) -> str:
     return max((r for _, _, r, _ in wanted if reason.startswith(r)), key=len, default=reason)
 
 
-@pytest.mark.parametrize('seed', range(20))
+# The others are slow.
+SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 20))]
+
+
+@pytest.mark.parametrize('seed', SEEDS)
 def test_every_planted_defect_is_named_by_line_and_nothing_else(
     seed: int, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

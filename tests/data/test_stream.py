@@ -121,6 +121,7 @@ def test_what_is_left_out_is_counted_once_and_said_while_running(
     assert '20 rows left out: null response' in caplog.text
 
 
+@pytest.mark.slow
 def test_held_out_rows_of_a_stream_are_in_the_account_of_the_run(run_sft: Run, tmp_path: Path) -> None:
     rows = [{'query': f'what is {i}?', 'response': f'the answer is {i}.'} for i in range(12)]
     rows[1] = {'query': 'what is 1?', 'response': ''}
@@ -135,6 +136,7 @@ def test_held_out_rows_of_a_stream_are_in_the_account_of_the_run(run_sft: Run, t
     assert told['left_out'] == {'empty response': 1}
 
 
+@pytest.mark.slow
 def test_rows_left_out_of_a_validation_part_are_counted(run_sft: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     train = [{'query': f'what is {i}?', 'response': 'yes'} for i in range(8)]
     held_out = [{'query': 'b', 'response': None}, {'query': 'v', 'response': 'no', 'note': 'n'}]
@@ -156,6 +158,7 @@ def test_a_stream_without_training_rows_ends_with_an_error(tmp_path: Path) -> No
 STREAM = ('--streaming', 'true', '--stream_val_rows', '4')
 
 
+@pytest.mark.slow
 def test_a_streamed_run_learns_and_its_validation_rows_are_the_first(run_sft: Run) -> None:
     import llm_infer
 
@@ -169,6 +172,7 @@ def test_a_streamed_run_learns_and_its_validation_rows_are_the_first(run_sft: Ru
     assert [row['messages'][-1]['content'] for row in answered] == [f'what is {i} and {i}?' for i in range(4)]
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_equals_the_uninterrupted_one(run_sft: Run) -> None:
     flags = (*STREAM, '--max_steps', '14', '--eval_steps', '7', '--lora_dropout_p', '0.1')
     whole = run_sft(*flags)  # 14 steps of 4 rows: the second pass over 36 rows has begun
@@ -191,6 +195,7 @@ def test_what_a_stream_cannot_do(words: tuple[str, ...], run_sft: Run, problems:
     assert len(problems()) == 1 and RULES[words] in problems()[0]
 
 
+@pytest.mark.slow
 def test_drawing_from_a_stream_is_refused_and_flags_without_effect_are_named(
     run_sft: Run, data_file: Path, problems: Callable[[], list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -168,6 +168,7 @@ def test_several_spans_are_kept_compactly_and_become_labels() -> None:
     assert TOKENIZER.decode(labels[0][labels[0] != -100]) == 'yo<|im_end|>me<|im_end|><|endoftext|>'
 
 
+@pytest.mark.slow
 def test_a_run_trains_every_reply_and_inference_takes_the_scope_from_the_run(
     run_sft: Callable[..., Path], tmp_path: Path
 ) -> None:

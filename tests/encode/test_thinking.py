@@ -127,6 +127,7 @@ def asked_of(run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[st
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('reasoning', 'plain', 'switch', 'prompt'),
     [(9, 0, SWITCH, OPENED), (9, 3, SWITCH, OPENED), (3, 9, None, CLOSED)],
@@ -147,6 +148,7 @@ def test_a_chat_asks_as_most_rows_were_trained(
     assert (f'thinking = {SWITCH} because the run trained so: {reason}' in caplog.text) is (switch is not None)
 
 
+@pytest.mark.slow
 def test_the_prompt_of_a_chat_begins_what_was_trained(train: SftRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(9, 0)
     trained = encoder().encode([row('yes 1', reasoning='count 1')])[0]
@@ -156,6 +158,7 @@ def test_the_prompt_of_a_chat_begins_what_was_trained(train: SftRun, monkeypatch
     assert answered and all(text.endswith(OPENED) for text in answered)
 
 
+@pytest.mark.slow
 def test_data_without_reasoning_changes_nothing(train: SftRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(0, 12)
     assert not record_of(run).keys() & {'thinking', 'thinking_rows'}
@@ -164,6 +167,7 @@ def test_data_without_reasoning_changes_nothing(train: SftRun, monkeypatch: pyte
     assert all(text.endswith(CLOSED) for text in asked_of(run, monkeypatch))
 
 
+@pytest.mark.slow
 def test_a_labelled_row_decides_by_its_own_reasoning(
     train: SftRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +177,7 @@ def test_a_labelled_row_decides_by_its_own_reasoning(
     assert sorted(text[text.index('<|im_start|>assistant') :] for text in asked) == sorted([OPENED, CLOSED])
 
 
+@pytest.mark.slow
 def test_a_stream_decides_by_its_first_rows(train: SftRun) -> None:
     record = record_of(train(9, 2, '--streaming', 'true', '--stream_val_rows', '1', '--dataset_test_ratio', '0'))
     assert record['thinking'] == SWITCH and record['thinking_rows'] == {'switched': 8, 'of': 10}
@@ -202,6 +207,7 @@ def test_a_run_that_did_not_train_so_is_asked_plainly(record: dict[str, Any]) ->
     assert not coder.asks_to_think
 
 
+@pytest.mark.slow
 def test_the_merged_folder_and_the_card_say_how_to_ask(
     train: SftRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -455,6 +455,7 @@ def test_images_of_a_row_that_show_nothing_new_are_not_taken_for_text(folders: d
     assert account.fields['user text'] == {'context': len(raw['query'])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_picture_damaged_after_its_header_stops_the_run_by_name(
     workers: int, tmp_path: Path, folders: dict[str, Path], problems: Any
@@ -539,6 +540,7 @@ def test_lora_learns_what_pictures_show_and_answers_by_them(key: str, folders: d
     assert [r['answer'] for r in again] == [r['answer'] for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key', KEYS)
 def test_full_training_leaves_the_tower_unless_told_otherwise(
     key: str, folders: dict[str, Path], rows_file: Path, tmp_path: Path
@@ -556,6 +558,7 @@ def test_full_training_leaves_the_tower_unless_told_otherwise(
         assert len((checkpoint / 'infer_result.jsonl').read_text().splitlines()) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key', [QWEN25_VL, QWEN3_VL])
 def test_gradients_reach_the_language_model_alone_or_the_tower_too(
     key: str, folders: dict[str, Path], rows_file: Path, caplog: pytest.LogCaptureFixture
@@ -585,6 +588,7 @@ def test_gradients_reach_the_language_model_alone_or_the_tower_too(
         assert said is (not frozen and wanted == ['q_proj'])
 
 
+@pytest.mark.slow
 def test_layers_of_the_tower_are_named_where_they_are_frozen(
     folders: dict[str, Path], rows_file: Path, tmp_path: Path, problems: Any
 ) -> None:
@@ -625,6 +629,7 @@ def test_a_batch_answers_as_its_rows_do_alone(key: str, folders: dict[str, Path]
     assert alone[:4] != alone[4:8], 'what the pictures show matters'
 
 
+@pytest.mark.slow
 @pytest.mark.optional
 @pytest.mark.parametrize('key', KEYS)
 @pytest.mark.parametrize('bits', [4, 8])
@@ -650,6 +655,7 @@ def test_bitsandbytes_leaves_the_tower_and_the_head_alone(
     assert found[-1] < found[0]
 
 
+@pytest.mark.slow
 def test_evaluation_by_generation_sees_the_pictures(folders: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     for key in (QWEN_VL, QWEN25_VL):
         flags = [
@@ -667,6 +673,7 @@ def test_evaluation_by_generation_sees_the_pictures(folders: dict[str, Path], ro
         assert scores[0] == pytest.approx(mean, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_pictures_are_shown_in_the_chat(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -686,6 +693,7 @@ def test_pictures_are_shown_in_the_chat(
         assert shown.count('(') == 4
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_registered_sees_too(folders: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / 'my-own-vl'
     shutil.copytree(folders[QWEN3_VL], folder)
@@ -706,6 +714,7 @@ def test_a_folder_that_is_not_registered_sees_too(folders: dict[str, Path], rows
     train(folder, rows_file, tmp_path / 'gone', '--max_steps', '2', expect=2)
 
 
+@pytest.mark.slow
 def test_an_exported_qwen_vl_sees_and_is_no_plain_model(
     folders: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def dry(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]]
     return printed
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_the_run_then_does(
     model_dir: Path, data_file: Path, tmp_path: Path, run_sft: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -187,6 +187,7 @@ def test_a_replacement_cut_off_in_the_middle_loses_nothing(tmp_path: Path) -> No
     assert (target / 'mark').is_file()
 
 
+@pytest.mark.slow
 def test_merging_a_run_compares_its_own_rows_and_says_how_to_serve(
     run_sft: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -203,6 +204,7 @@ def test_merging_a_run_compares_its_own_rows_and_says_how_to_serve(
 BASE_SETTINGS = {'eos_token_id': [2, 5, 7], 'pad_token_id': 5, 'do_sample': True, 'temperature': 0.6, 'top_k': 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('typed', 'changed'), [((), {}), (('--temperature', '0.2'), {'temperature': 0.2})])
 def test_a_merged_folder_keeps_the_ends_and_the_sampling_of_its_base(
     typed: tuple[str, ...], changed: dict[str, float], run_sft: Run, model_dir: Path, tmp_path: Path
@@ -220,6 +222,7 @@ def test_a_merged_folder_keeps_the_ends_and_the_sampling_of_its_base(
     assert json.loads((checkpoint / 'generation_config.json').read_text())['eos_token_id'] == [2, 4, 5, 7]
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_sample_is_saved_as_such(run_sft: Run, model_dir: Path, tmp_path: Path) -> None:
     base = tmp_path / 'base'
     shutil.copytree(model_dir, base)

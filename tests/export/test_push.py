@@ -59,6 +59,7 @@ def check_hub(loopback: LoopbackHub, run: Path, strategy: str) -> None:
     assert not list(run.rglob('.ms_upload_cache'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('strategy', 'hub'),
     [
@@ -136,6 +137,7 @@ def test_a_server_error_is_tried_again(hub: HubName, trained: Path, tmp_path: Pa
     check_hub(loopback, run, 'push_last')
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_never_stops_the_training(
     run_sft: Run, loopback: LoopbackHub, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,6 +154,7 @@ def test_a_hub_that_refuses_never_stops_the_training(
     assert set(loopback.repos[REPO]['files']) >= {*MODEL, *CARD}
 
 
+@pytest.mark.slow
 def test_a_hub_that_hangs_never_stops_the_training(
     run_sft: Run, loopback: LoopbackHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +211,7 @@ def everything_in(data: bytes) -> bytes:
         return data + b''.join(everything_in(archive.read(name)) for name in archive.namelist())
 
 
+@pytest.mark.slow
 def test_canaries_are_found_nowhere(
     model_dir: Path, data_file: Path, tmp_path: Path, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

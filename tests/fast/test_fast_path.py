@@ -313,6 +313,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
     assert sum(errors['fast']) <= 1.05 * sum(errors['plain']), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['lora', 'full'])
 @pytest.mark.parametrize('key', ['llama3.2-1b-instruct', 'qwen3-30b-a3b', 'baichuan-13b'])
 def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp_path: Path) -> None:
@@ -394,6 +395,7 @@ def test_micro_batches_of_a_step_are_joined_up_to_the_heaviest() -> None:
     assert refill(batches, 8)[0] is not batches[0] and refill(batches[:2], 9) == batches[:2]
 
 
+@pytest.mark.slow
 def test_joined_micro_batches_give_the_same_training(run_sft: Run, tmp_path: Path) -> None:
     rows = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in (90, 3, 12, 9, 4, 20, 7, 31)]
     common = (
@@ -466,6 +468,7 @@ def first_step(run: Path) -> tuple[float, float]:
     return entry['loss'], entry['grad_norm']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bits', ['0', pytest.param('4', marks=pytest.mark.optional)])
 def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_path: Path, bits: str) -> None:
     if bits == '4':
@@ -511,6 +514,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
 @pytest.mark.parametrize('chosen', [None, '1024'])
 def test_kernels_of_shapes_long_past_are_given_up(chosen: str | None) -> None:
@@ -525,6 +529,7 @@ def test_kernels_of_shapes_long_past_are_given_up(chosen: str | None) -> None:
     assert made[1] == (0 if chosen else pytest.approx(made[0], abs=1))
 
 
+@pytest.mark.slow
 def test_packing_needs_a_model_that_can(run_sft: Run, tmp_path: Path, problems: Callable[[], list[str]]) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 

@@ -204,6 +204,7 @@ def test_shards_fetched_by_another_program_are_counted(loopback: LoopbackHub, mo
         fetched('modelscope')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('hub_name', HUBS)
 def test_processes_of_one_machine_fetch_once(hub_name: HubName, loopback: LoopbackHub) -> None:
     loopback.add('model', 'owner/name', FILES)

@@ -88,6 +88,7 @@ def test_untuned_model_serves_without_a_checkpoint(model_dir: Path, data_file: P
     assert len(results(target)) == 5
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_a_character_shows_a_question_mark(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_a_checkpoint_is_merged_from_within(checkpoint: Path, monkeypatch: pytes
     assert (checkpoint.with_name('checkpoint-9-merged') / 'model.safetensors').is_file()
 
 
+@pytest.mark.slow
 def test_merged_folder_answers_as_the_adapter_does(checkpoint: Path) -> None:
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), *GREEDY]) == 0
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0
@@ -151,6 +153,7 @@ def test_merged_folder_answers_as_the_adapter_does(checkpoint: Path) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_full_checkpoint_serves_its_own_weights(run_sft: Run) -> None:
     run = run_sft('--sft_type', 'full', '--max_steps', '3')
     assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-3'), *GREEDY]) == 0
@@ -175,6 +178,7 @@ def test_another_base_model_typed_is_refused(checkpoint: Path, problems: Callabl
     assert any("--model_type 'llama2-7b' is not the base model of this checkpoint" in line for line in problems())
 
 
+@pytest.mark.slow
 def test_flags_not_typed_come_from_the_run_and_contradictions_are_warned_about(
     run_sft: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -301,6 +305,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any
     assert answer == ''.join(said[:-1])
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_answers_rows_with_tools(run_sft: Run, tmp_path: Path) -> None:
     turns = [
         {'from': 'human', 'value': 'what is the weather?'},

@@ -231,6 +231,7 @@ def test_quantised_weights_of_a_hub_are_found_once_they_are_there(
     assert len(problems()) == 1 and "'gptq' " + GPTQ in problems()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.optional
 def test_quantised_model_without_its_library(
     tmp_path: Path, data_file: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch, caplog: Any
@@ -251,6 +252,7 @@ def test_quantised_model_without_its_library(
     assert 'the 4-bit GPTQ weights are unpacked while loading' in caplog.text
 
 
+@pytest.mark.slow
 def test_merging_into_quantised_weights_says_what_to_do_instead(
     tmp_path: Path, data_file: Path, problems: Problems
 ) -> None:

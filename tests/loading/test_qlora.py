@@ -22,6 +22,7 @@ def history(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if 'runtime' not in k and 'second' not in k} for e in state['log_history']]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bits', ['4', '8'])
 def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
     bits: str, run_sft: Run, model_dir: Path, tokenizer: Any, problems: Callable[[], list[str]],

@@ -36,6 +36,7 @@ def larger(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_embedding_trains_and_answers(
     larger: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_row_with_a_token_that_is_not_embedded_is_named(larger: Path, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_path: Path, problems: Problems) -> None:
     rows: list[Any] = [{'query': f'count {i}', 'response': 'yes'} for i in range(9)]
     data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
@@ -79,6 +81,7 @@ def test_a_streamed_row_with_a_token_that_is_not_embedded_is_named(
     assert len(named) == 1 and named[0].startswith(f"{data}:{number}: the row holds '{LARGE}'")
 
 
+@pytest.mark.slow
 def test_a_row_to_answer_with_a_token_that_is_not_embedded_is_named(
     larger: Path, data_file: Path, tmp_path: Path, problems: Problems
 ) -> None:
@@ -130,6 +133,7 @@ def test_a_run_whose_template_ends_beyond_the_embedding_is_one_message(
     assert [line.startswith("template 'auto': a reply ends in") for line in problems()] == [True]
 
 
+@pytest.mark.slow
 def test_a_prompt_with_a_token_that_is_not_embedded_is_refused() -> None:
     config = generation_config(InferArguments(do_sample=False, max_new_tokens=2), make_tokenizer(), [])
     with pytest.raises(ConfigError, match='a prompt: it holds the token of id 400, the model embeds 400'):

@@ -651,6 +651,7 @@ def test_every_message_of_the_scripts_is_among_these() -> None:
     assert {message.partition('$')[0] for message in said} == set(SCRIPTS) and len(files) > 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words', SCRIPTS)
 def test_scripts_answer_with_one_message(words: str, tmp_path: Path) -> None:
     command, variables, python = SCRIPTS[words]

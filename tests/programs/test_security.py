@@ -82,6 +82,7 @@ def test_the_traps_would_leave_a_mark(tmp_path: Path) -> None:
         assert mark.exists()
 
 
+@pytest.mark.slow
 def test_code_of_a_checkpoint_is_not_run_and_not_passed_on(
     trapped: tuple[Path, Path], data_file: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_chat_template_cannot_reach_the_system(tmp_path: Path, data_file: Path
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_pickles_in_a_checkpoint_are_not_run(
     trapped: tuple[Path, Path], data_file: Path, tmp_path: Path, problems: Problems
 ) -> None:
@@ -133,6 +135,7 @@ def test_pickles_in_a_checkpoint_are_not_run(
     assert not mark.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('targets', [['q_proj'], ['c_attn']])
 def test_pickles_in_an_adapter_are_not_run(
     targets: list[str], data_file: Path, tmp_path: Path, problems: Problems
@@ -164,6 +167,7 @@ def zipped_pickle(content: Any) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_pickles_in_what_a_run_resumes_from_are_not_run(
     model_dir: Path, data_file: Path, tmp_path: Path, problems: Problems
 ) -> None:

@@ -25,6 +25,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', MODES)
 def test_a_run_is_the_same_bits_with_and_without_it(mode: str, run_sft: Run) -> None:
     tried, plain = (run_sft(*MODES[mode], '--preflight', value) for value in ('true', 'false'))

@@ -168,6 +168,7 @@ def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(
     assert '\x1b' not in (tmp_path / 'sample.txt').read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_the_number_of_samples_is_the_users(run_sft: Run) -> None:
     run = run_sft('--show_samples', '3', '--max_steps', '1')
     assert (run / 'sample.txt').read_text(encoding='utf-8').count('⟦') == 3

@@ -22,6 +22,7 @@ HOLDERS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_canary_in_every_holder_is_found_nowhere(data_file: Path, tmp_path: Path) -> None:
     """Search the folder of a run, its output, archives and metadata for each spelling of a secret."""
     home = tmp_path / 'home'

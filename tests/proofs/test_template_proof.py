@@ -285,6 +285,7 @@ def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:
 # ---- the stored hash ----
 
 
+@pytest.mark.slow
 def test_inference_refuses_a_chat_template_changed_since(run_sft: Run, model_dir: Path, problems: Problems) -> None:
     run = run_sft('--max_steps', '1')
     checkpoint = run / 'checkpoint-1'

@@ -11,6 +11,7 @@ import pytest
 from tests.support.runs import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('old', 'new', 'runs'),
     [

@@ -58,6 +58,7 @@ def test_a_report_holds_what_the_run_knows(runs: tuple[Path, Path]) -> None:
     assert page.count('<polyline') >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('index', [0, 1])
 def test_answers_are_those_of_the_untuned_and_of_the_tuned_model(
     runs: tuple[Path, Path], index: int, model_dir: Path
@@ -162,6 +163,7 @@ def served(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium found: apt-get install chromium')
 @pytest.mark.parametrize('width', [400, 1400])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.runs import ROOT
 
 # Hides some packages, as if they were not installed, and runs programs one after the other.
@@ -38,6 +40,7 @@ def named(file: str) -> set[str]:
     return set(re.findall(r'^([\w-]+)==', (ROOT / file).read_text(encoding='utf-8'), flags=re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_training_and_answering_need_no_optional_library(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     hidden = named('requirements-all.txt') | {'torchao'}  # torchao comes with gptqmodel
     assert {'deepspeed', 'bitsandbytes', 'gptqmodel', 'optimum', 'trl'} <= hidden

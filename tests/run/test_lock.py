@@ -107,6 +107,7 @@ def test_other_versions_are_told(first: Path, tmp_path: Path, caplog: pytest.Log
     assert '1 processes train, the run that is repeated had 2: the total batch is another one.' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) -> None:
     assert llm_sft.main(['--from_run', str(tmp_path)]) == 2
     assert (
@@ -118,6 +119,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) 
     assert 'lock.json cannot be read as JSON' in problems()[-1]
 
 
+@pytest.mark.slow
 def test_relative_names_are_told_where_they_start_without_the_name_of_a_user(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problems: Problems
 ) -> None:

@@ -42,6 +42,7 @@ def answered(path: Path) -> list[str]:
     return [json.loads(line)['label'] for line in path.read_text(encoding='utf-8').splitlines()]
 
 
+@pytest.mark.slow
 def test_arguments_are_recorded_as_used_and_served_so(
     model_dir: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,7 @@ def test_arguments_are_recorded_as_used_and_served_so(
     assert '--dtype fp32 is not what the run was trained with (bf16).' in caplog.text
 
 
+@pytest.mark.slow
 def test_decisions_are_told_before_anything_is_fetched(
     model_dir: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +101,7 @@ def test_decisions_are_told_before_anything_is_fetched(
     assert caplog.text.index('template_type = auto because') < caplog.text.index('fetched')
 
 
+@pytest.mark.slow
 def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     run_sft: Run, tmp_path: Path, problems: Problems, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -125,6 +128,7 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     assert 'lock.json is not there: whether the data are those of the run is not checked.' in caplog.text
 
 
+@pytest.mark.slow
 def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, problems: Problems) -> None:
     data = write_jsonl(tmp_path / 'mine.jsonl', made_rows(20))
     flags = ('--dataset', str(data), '--max_steps', '1', '--streaming', 'true', '--stream_val_rows', '3')
@@ -136,6 +140,7 @@ def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, pr
     assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
 
 
+@pytest.mark.slow
 def test_a_typed_data_set_is_answered_whole(
     run_sft: Run, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +162,7 @@ def test_a_typed_data_set_is_answered_whole(
     assert 'the run was trained on rows of this --dataset' in caplog.text
 
 
+@pytest.mark.slow
 def test_another_chat_template_or_adapter_is_refused_on_resuming(
     run_sft: Run, tmp_path: Path, model_dir: Path, problems: Problems
 ) -> None:
@@ -182,6 +188,7 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     )
 
 
+@pytest.mark.slow
 def test_rows_past_learnt_positions_are_refused_before_training(
     run_sft: Run, tmp_path: Path, problems: Problems
 ) -> None:
@@ -239,6 +246,7 @@ def test_a_secret_that_is_not_utf_8_is_one_message() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_report_is_shown_on_a_terminal_of_another_encoding(model_dir: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / '数据.jsonl', [{'query': '你好', 'response': '世界'}] * 4)
     words = [*small_flags(model_dir, data, tmp_path / 'out'), '--check_dataset', 'true']

@@ -51,6 +51,7 @@ def test_rows_beyond_the_tokenizer_are_unused() -> None:
     assert untrained_ids(head, make_tokenizer(), [2, END]) == [END]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('flags', 'warned'), [((), 1), (('--sft_type', 'full'), 0)])
 def test_a_lora_run_warns_with_the_remedy(
     flags: tuple[str, ...], warned: int, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

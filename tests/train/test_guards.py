@@ -63,6 +63,7 @@ def test_a_row_whose_loss_is_nan_stops_the_run_and_is_named(
     assert not (run / 'run.json').exists()
 
 
+@pytest.mark.slow
 def test_the_first_step_gate_finds_a_long_row_whose_loss_is_nan(
     poisoned_model: Path, run_sft: Run, tmp_path: Path, problems: Problems
 ) -> None:
@@ -77,6 +78,7 @@ def test_the_first_step_gate_finds_a_long_row_whose_loss_is_nan(
     assert len(problems()) == 2
 
 
+@pytest.mark.slow
 def test_a_validation_row_whose_loss_is_nan_stops_the_run(
     poisoned_model: Path, run_sft: Run, tmp_path: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +122,7 @@ def test_gradients_that_are_infinite_stop_the_run(
     assert [p.name for p in all_checkpoints(run)] == ['checkpoint-1', 'checkpoint-2']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step', [1, 4])
 def test_gradients_that_are_zero_stop_the_run(
     step: int, run_sft: Run, gradients_times: Callable[[float, int], None], problems: Problems
@@ -133,6 +136,7 @@ def test_gradients_that_are_zero_stop_the_run(
     assert len(all_checkpoints(run)) == step - 1
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_loss_is_reported_with_its_row(
     run_sft: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,6 +191,7 @@ def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: P
         guard.judge('step 40')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [1, 5, 12, 16])
 def test_one_epoch_of_few_rows_trains(rows: int, run_sft: Run, tmp_path: Path) -> None:
     """With default flags these rows are one optimizer step, which a warm-up from 0 would waste."""
@@ -203,6 +208,7 @@ def test_one_epoch_of_few_rows_trains(rows: int, run_sft: Run, tmp_path: Path) -
     assert rates == [0.01]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['lora', 'full'])
 def test_weights_that_stay_as_they_were_are_no_success(
     kind: str, run_sft: Run, problems: Problems, caplog: pytest.LogCaptureFixture
@@ -214,6 +220,7 @@ def test_weights_that_stay_as_they_were_are_no_success(
     assert 'best checkpoint' not in caplog.text and not (run / 'run.json').exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_end_on_steps_that_change_no_bit(run_sft: Run) -> None:
     run = run_sft('--max_steps', '6')
     resumed = ('--learning_rate', '1e-60', '--resume_from_checkpoint', str(run / 'checkpoint-3'))

@@ -46,6 +46,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('during', ['training_step', 'prediction_step'])
 @pytest.mark.parametrize(('signum', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
@@ -84,12 +85,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert sum('eval_loss' in line for line in log_lines(resumed / 'checkpoint-6')) == 3
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_lets_the_run_end(run_sft: Run, signal_at: Callable[..., None]) -> None:
     signal_at(signal.SIGTERM, step=6, during='training_step')
     run = run_sft(*SCRATCH_FLAGS)
     assert (run / 'run.json').is_file()
 
 
+@pytest.mark.slow
 def test_a_signal_at_a_step_that_is_not_logged_loses_no_loss(
     run_sft: Run, signal_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +106,7 @@ def test_a_signal_at_a_step_that_is_not_logged_loses_no_loss(
     assert [line['step'] for line in log_lines(whole / 'checkpoint-8') if 'loss' in line] == [1, 4, 8]
 
 
+@pytest.mark.slow
 def test_a_second_signal_quits_at_once_and_an_echo_does_not() -> None:
     code = (
         'import os, signal, sys, time\n'
@@ -119,6 +123,7 @@ def test_a_second_signal_quits_at_once_and_an_echo_does_not() -> None:
     assert done.stderr.strip() == 'finishing this step and writing a checkpoint; once more quits at once'
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> None:
     run = run_sft('--save_total_limit', '-1')
     checkpoint = run / 'checkpoint-6'
@@ -137,18 +142,21 @@ def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> 
     assert len(problems()) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_not_resumed(run_sft: Run, problems: Problems) -> None:
     run = run_sft('--max_steps', '3')
     run_sft('--max_steps', '3', '--resume_from_checkpoint', str(run / 'checkpoint-3'), expect=2)
     assert 'is of step 3 and this run ends at step 3: nothing is left to train' in problems()[0]
 
 
+@pytest.mark.slow
 def test_one_checkpoint_is_left_of_a_limit_of_one(run_sft: Run) -> None:
     run = run_sft('--save_total_limit', '1', '--learning_rate', '0.5', '--eval_steps', '2')
     best = json.loads((run / 'run.json').read_text())['best_checkpoint']
     assert [str(p) for p in all_checkpoints(run)] == [best]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sft_type', ['lora', 'full'])
 def test_no_run_folder_holds_a_pickle(sft_type: str, run_sft: Run) -> None:
     run = run_sft('--sft_type', sft_type, '--only_save_model', 'false', '--max_steps', '3')
@@ -157,6 +165,7 @@ def test_no_run_folder_holds_a_pickle(sft_type: str, run_sft: Run) -> None:
     assert not [p for p in files if p.read_bytes()[:2] in (b'\x80\x02', b'\x80\x04', b'PK')]
 
 
+@pytest.mark.slow
 def test_weights_saved_in_another_layout_are_resumed(run_sft: Run, tmp_path: Path, tokenizer: Any) -> None:
     """The experts of a mixture are one tensor in memory and separate tensors in the file."""
     import torch
@@ -176,6 +185,7 @@ def test_weights_saved_in_another_layout_are_resumed(run_sft: Run, tmp_path: Pat
     assert_equal(resumed / 'checkpoint-6', whole / 'checkpoint-6')
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     run = run_sft('--max_steps', '3')
     (run / '.checkpoint-9.partial').mkdir()
@@ -212,6 +222,7 @@ def run_on_a_full_disk(words: list[str], limited_from: str) -> subprocess.Comple
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_path: Path, run_sft: Run) -> None:
     words = [*small_flags(model_dir, data_file, tmp_path / 'full'), '--save_total_limit', '1']
     done = run_on_a_full_disk(words, 'checkpoint-6')
@@ -239,6 +250,7 @@ def test_an_unwritable_disk_shows_before_the_first_step(model_dir: Path, data_fi
     assert not [p for p in run.iterdir() if 'checkpoint' in p.name or p.name == '.preflight']
 
 
+@pytest.mark.slow
 def test_optimizer_flags_typed_on_resuming_are_used(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     """With a constant schedule the rate of each step is the typed one; weight decay changes weights, so they differ."""
     flags = ('--lr_scheduler_type', 'constant', '--learning_rate', '0.01', '--weight_decay', '0')
@@ -256,6 +268,7 @@ def test_optimizer_flags_typed_on_resuming_are_used(run_sft: Run, caplog: pytest
     assert len(set(ends.values())) == 4
 
 
+@pytest.mark.slow
 def test_the_rate_after_resuming_is_that_of_the_schedule_typed_now(run_sft: Run) -> None:
     run = run_sft('--lr_scheduler_type', 'constant', '--learning_rate', '0.01')
     resumed = run_sft(
@@ -265,6 +278,7 @@ def test_the_rate_after_resuming_is_that_of_the_schedule_typed_now(run_sft: Run)
     assert rates[3:] == pytest.approx([0.01 * (6 - step) / 6 for step in (3, 4, 5)])
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_refused_on_resuming(run_sft: Run, problems: Problems) -> None:
     run = run_sft('--max_steps', '3')
     resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-3'))

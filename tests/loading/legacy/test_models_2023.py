@@ -118,6 +118,7 @@ def check_it_trains(tuned: Any) -> list[Any]:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key', PROVEN)
 def test_family_trains_reloads_and_merges(key: str, tmp_path: Path) -> None:
     import torch
@@ -164,6 +165,7 @@ def ends(settings: Any) -> list[int]:
     return settings.eos_token_id if isinstance(settings.eos_token_id, list) else []
 
 
+@pytest.mark.slow
 @pytest.mark.optional
 @pytest.mark.parametrize('bits', [4, 8])
 @pytest.mark.parametrize('key', [key for key in PROVEN if MODEL_MAPPING[key].quantization != 'gptq'])
@@ -183,6 +185,7 @@ def test_family_is_packed_on_load_and_trains(key: str, bits: int, tmp_path: Path
     check_it_trains(prepare_model(model, args))
 
 
+@pytest.mark.slow
 @pytest.mark.optional
 def test_the_4_bits_of_2023_are_packed_anew_by_the_program(
     tmp_path: Path, data_file: Path, caplog: pytest.LogCaptureFixture
@@ -229,6 +232,7 @@ def test_a_tensor_that_a_native_class_does_not_know_is_named(tmp_path: Path, cap
     assert f'1 tensors of {folder} are not used by LlamaForCausalLM: model.layers.0.extra.weight' in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.optional
 @pytest.mark.parametrize('dtype', ['fp16', 'fp32'])
 @pytest.mark.parametrize('key', ['qwen-7b-chat-int4', 'qwen-7b-chat-int8'])
