@@ -457,7 +457,7 @@ PROGRAMS: dict[str, Row] = {
     'pushing no run': (lambda w: push.main([str(w.tmp)]), 'sft_args.json cannot be read as JSON: No such file'),
     'pushing what names no hub': (pushed('', ''), 'names no repository, because it was trained without --push_to_hub'),
     'pushing nothing': (pushed('checkpoint-1', None, **PUSHES), 'has no checkpoint to push.'),
-    'pushing without a token': (pushed('', '', **PUSHES), 'set the environment variable MODELSCOPE_API_TOKEN.'),
+    'pushing without a token': (pushed('', '', **PUSHES), 'Set the environment variable MODELSCOPE_API_TOKEN.'),
     'pushing to a hub that is away': (away, 'The folder is kept: run python -m utils.export.push '),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
