@@ -262,7 +262,8 @@ def test_images_and_origins_are_mapped_as_they_were_held(tmp_path: Path) -> None
     assert mapped[5]['images'] == ('bild ü.png', 'b.png') and 'images' not in mapped[0]
     assert mapped.origin(5) == 'daten ü.jsonl:5' and mapped.longest_first().origin(0) == 'daten ü.jsonl:6'
     longest, most_trained = mapped.heaviest(1)
-    assert (longest[0]['row'], most_trained[0]['row']) == (6, 5)
+    # Nothing predicts the first token of a row, so the earlier reply of row 5 counts for nothing.
+    assert (longest[0]['row'], most_trained[0]['row']) == (6, 2)
 
 
 def test_the_state_of_image_files_is_part_of_the_key(tmp_path: Path) -> None:

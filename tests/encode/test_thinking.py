@@ -111,7 +111,7 @@ def asked_of(run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[st
         asked.extend(map(tokenizer.decode, prompts))
         return [[7] for _ in prompts]
 
-    monkeypatch.setattr(answers, 'generate_stream', stream)
+    monkeypatch.setattr('utils.infer.chat.generate_stream', stream)
     monkeypatch.setattr(answers, 'generate_rows', batch)
     lines = iter(['is it 1?'])
 

@@ -225,7 +225,7 @@ def test_quantised_weights_of_a_hub_are_found_once_they_are_there(
 ) -> None:
     folder = original_folder('qwen-7b-chat-int4', tmp_path)
     found = locate(get_model_info(None, str(folder)), revision='master')
-    monkeypatch.setattr('utils.run.folder.locate', lambda *_, **__: found)
+    monkeypatch.setattr('utils.run.open_model.locate', lambda *_, **__: found)
     flags = [*small_flags(Path('me/gptq'), data_file, tmp_path / 'out'), '--template_type', 'default']
     assert llm_sft.main([*flags, '--sft_type', 'full']) == 2
     assert len(problems()) == 1 and "'gptq' " + GPTQ in problems()[0]

@@ -20,7 +20,6 @@ from utils.encode.encoded import IGNORE_INDEX, NOTHING_TRAINED, Encoded
 from utils.encode.make import make_encoder
 from utils.encode.show import show_samples
 from utils.formats.conversation import Row
-from utils.proofs import loss_mask
 from utils.proofs.loss_mask import prove_mask
 
 Run = Callable[..., Path]
@@ -161,7 +160,7 @@ def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(
     assert shown.count('⟦the answer is') == 2 and '⟦the answer is 2.<|im_end|>⟧' in shown
     assert '⟦the answer is 2.<|im_end|>⟧' in caplog.text
     caplog.clear()
-    monkeypatch.setattr(loss_mask.sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr('utils.encode.show.sys.stderr.isatty', lambda: True, raising=False)
     monkeypatch.delenv('NO_COLOR', raising=False)
     show_samples(ENCODER.tokenizer, [rows[0]], tmp_path)
     assert '\x1b[30;42mthe answer is 0.<|im_end|>\x1b[0m' in caplog.messages[-1]

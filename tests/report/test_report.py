@@ -98,11 +98,11 @@ def test_two_runs_are_compared(runs: tuple[Path, Path], tmp_path: Path, capsys: 
 
 
 def test_a_report_is_made_again_from_the_folder(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    report = runs[1] / 'report.html'
-    before = report.read_text(encoding='utf-8')
-    report.unlink()
+    page = runs[1] / 'report.html'
+    before = page.read_text(encoding='utf-8')
+    page.unlink()
     assert report([str(runs[1])]) == 0
-    assert report.read_text(encoding='utf-8') == before
+    assert page.read_text(encoding='utf-8') == before
     (runs[1] / 'broken').mkdir()
     assert report([str(runs[1] / 'broken')]) == 2
 

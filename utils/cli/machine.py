@@ -40,7 +40,10 @@ def started_in(run_dir: Path) -> str | None:
     """Return the folder in which the command of a run was typed; None where its lock does not say."""
     if not (run_dir / LOCK_JSON).is_file():
         return None
-    said = read_json(run_dir / LOCK_JSON, remedy='Put back the one that the run wrote.').get('directory')
+    try:
+        said = read_json(run_dir / LOCK_JSON).get('directory')
+    except ConfigError:  # whoever needs the lock reports it
+        return None
     return said if isinstance(said, str) else None
 
 

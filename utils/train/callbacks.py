@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from utils.base import dist
+from utils.base.errors import ConfigError
+
 if TYPE_CHECKING:
     from utils.train.trainer import SftTrainer
 
@@ -76,6 +79,49 @@ class Speedometer(TrainerCallback):
     def tokens_per_second(self) -> float | None:
         """Return real tokens per second of this process, None after a single step."""
         return round(self.tokens / self.seconds, 1) if self.seconds else None
+
+
+class EvaluationCutError(Exception):
+    """An evaluation given up because the run is to stop; it is made up for on resuming."""
+
+
+class StopCallback(TrainerCallback):
+    """Ends the run at the step at which all processes know of a signal; cuts an evaluation off."""
+
+    def __init__(self, trainer: SftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse to go on with a run that has ended: the loop would train one step more."""
+        if state.global_step >= state.max_steps:
+            raise ConfigError(
+                f'the checkpoint to resume from is of step {state.global_step} and this run ends at step '
+                f'{state.max_steps}: nothing is left to train. Raise --max_steps or --num_train_epochs.'
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end; an evaluation that is due is left to the resumed run."""
+        trainer = self.trainer
+        if trainer.stop_agreed and state.global_step < state.max_steps:
+            trainer.evaluation_pending = control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give an evaluation up once a process was told to stop; one that is made up for, and the last, is finished."""
+        trainer = self.trainer
+        if trainer.evaluation_pending or state.global_step >= state.max_steps:
+            return
+        trainer.stop_agreed = dist.sums([trainer.signals.signum])[0] > 0
+        if trainer.stop_agreed:
+            raise EvaluationCutError
 
 
 def peak_memory_gib() -> float:

@@ -31,13 +31,13 @@ from utils.infer.generation import generate_batch, generation_config
 from utils.loading.image_processors import Images
 from utils.loading.layers import is_sharded
 from utils.run.folder import Run
-from utils.train.callbacks import EpochOrder, EvaluateAtEnd, Speedometer
+from utils.train.callbacks import EpochOrder, EvaluateAtEnd, EvaluationCutError, Speedometer, StopCallback
 from utils.train.checkpoints import Checkpoints
 from utils.train.guard import Guard, check_positions
 from utils.train.metrics import compute_loss_metrics, generation_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
-from utils.train.stop import EvaluationCutError, StopCallback, StopSignals, deaf_to_signals
+from utils.train.stop import StopSignals, deaf_to_signals
 from utils.train.trainer_args import make_schedule, training_arguments
 
 if TYPE_CHECKING:

@@ -579,9 +579,9 @@ def png_of_size(path: Path, width: int, height: int) -> Path:
     """Write a small PNG that claims many pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack_text('>I', len(body)) + kind + body + struct.pack_text('>I', zlib.crc32(kind + body))
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
 
-    header = struct.pack_text('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     data = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
     path.write_bytes(b'\x89PNG\r\n\x1a\n' + data)
     return path
