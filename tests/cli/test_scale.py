@@ -136,6 +136,7 @@ def bytes_of(model: Any, names: set[str] | None, *, linear: float) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama2-7b', 'llama2-70b', 'qwen-14b', 'qwen2.5-7b', 'qwen2.5-3b'])
 def test_layers_are_spread_evenly_and_whole(name: str) -> None:
     from accelerate.utils import check_device_map

@@ -241,6 +241,7 @@ def in_all(account: Account) -> Counter[str]:
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scope', ['last_round', 'all_rounds'])
 @pytest.mark.parametrize('longest', [13, 2], ids=['long', 'short'])
 def test_random_rows_are_accounted_for_in_full(longest: int, scope: LossScope) -> None:

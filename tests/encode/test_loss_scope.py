@@ -65,23 +65,26 @@ def test_the_default_is_the_last_round_alone() -> None:
         assert coder.encode([chat('hi', 'yo', 'who?', 'me')])[0].earlier == []
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(TEXT, min_size=6, max_size=6), system=st.none() | TEXT)
 def test_the_prompt_of_every_round_is_a_prefix_and_every_span_is_its_reply(
     texts: list[str], system: str | None
 ) -> None:
     checked = 0
+    # A blank earlier reply is never trained.
+    earlier = [text for text in (texts[1], texts[3]) if text.strip()]
     for tokenizer, name in itertools.product(TOKENIZERS, MULTI_TURN):
         coder = encoder(name, tokenizer)
         row = coder.encode([chat(*texts, system=system)])[0]
-        assert len(row.earlier) == 2 or EARLIER_CHANGED in row.notes
+        assert len(row.earlier) == len(earlier) or EARLIER_CHANGED in row.notes
         rounds = {(start, end) for start, end in (*row.earlier, row.trained)}
         prompts = [coder.encode_prompts([chat(*texts[:n], system=system)])[0] for n in (2, 4, 6)]
         starts = {len(prompt) for prompt in prompts if row.input_ids[: len(prompt)] == prompt}
         assert {start for start, _ in rounds} <= starts or EARLIER_MERGED in row.notes
         assert row.trained[0] == len(prompts[-1]) and row.input_ids[: len(prompts[-1])] == prompts[-1]
         if name != AUTO:
-            for (start, end), text in zip(row.earlier, (texts[1], texts[3]), strict=True):
+            for (start, end), text in zip(row.earlier, earlier, strict=True):
                 assert row.input_ids[start : end - coder._round_end] == coder.text.ids([text], inert=True)[0]
         checked += 1
     assert checked == 33

@@ -63,6 +63,7 @@ def test_counts_shape_and_determinism() -> None:
         assert 3 <= len(names(row)[1]) <= 5
 
 
+@pytest.mark.slow
 def test_reference_is_right_and_finds_rows() -> None:
     for row in TRAIN[::8] + HELD:
         assert is_right(row, row['response'])

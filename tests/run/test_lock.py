@@ -36,6 +36,7 @@ def again(run: Path, *words: str) -> tuple[int, Path]:
     return code, made.pop() if made else run
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_to_the_bit(first: Path) -> None:
     lock = json.loads((first / 'lock.json').read_text())
     assert 'ms-never-in-a-lock' not in json.dumps(lock) and '--lora_rank' in lock['command']

@@ -242,6 +242,7 @@ def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_p
     assert_equal(resumed / 'checkpoint-6', run_sft() / 'checkpoint-6')
 
 
+@pytest.mark.slow
 def test_an_unwritable_disk_shows_before_the_first_step(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     done = run_on_a_full_disk(small_flags(model_dir, data_file, tmp_path / 'full'), 'checkpoint-0')
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-3000:]
