@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 
+import pytest
+
 from utils.formats import demo_sql
 from utils.formats.demo_sql import held_out_rows, is_right, train_rows
 
