@@ -1,4 +1,4 @@
-"""Peak anonymous memory, above the imported libraries, of the data check and of encoding, at two data sizes.
+"""Peak anonymous memory, above the imported libraries, of the data check and of encoding, at two sizes of data.
 
 python benchmarks/data_memory.py [SMALL LARGE]   (default: 100000 1000000 rows; allow 20 minutes)
 
@@ -37,8 +37,8 @@ def write_file(path: Path, count: int) -> None:
 
 
 def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
-    """Run one task in this process; return its peak memory above the libraries in MB, and its seconds."""
-    from utils.checks.dataset import Doctor, Seen
+    """Run one task in this process; returns its peak in MB above the libraries, and its seconds."""
+    from utils.checks.dataset import DataCheck, Seen
     from utils.data.encode_plan import batches, prepare_data
     from utils.data.plan import plan_rows
     from utils.encode.make import make_encoder
@@ -65,9 +65,9 @@ def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
             prepare_data(encoder, plan, Path(name))
         else:
             with (Path(name) / 'findings.jsonl').open('w', encoding='utf-8') as stream:
-                doctor = Doctor(encoder, 2048, stream, Seen(Path(name) / 'seen.db'))
+                check = DataCheck(encoder, 2048, stream, Seen(Path(name) / 'seen.db'))
                 for batch in batches(plan.used()):
-                    doctor.look(batch)
+                    check.examine(batch)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
@@ -85,7 +85,7 @@ def main() -> None:
         files = [Path(folder) / f'{size}.jsonl' for size in sizes]
         for file, size in zip(files, sizes, strict=True):
             write_file(file, size)
-        for task in ('doctor', 'encoding'):
+        for task in ('data check', 'encoding'):
             peaks = []
             for file, size in zip(files, sizes, strict=True):
                 words = [sys.executable, __file__, '--measure', task, str(file), str(directory)]

@@ -1,4 +1,4 @@
-"""What must not leave is found wherever it hides, and nothing is found in what a run makes."""
+"""Secrets and pickles are found wherever they hide, and nothing is found in the files of a run."""
 
 from __future__ import annotations
 

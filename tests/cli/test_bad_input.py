@@ -1,4 +1,4 @@
-"""What users get wrong: one clear message each, exit code 2 or a counted report, nothing lost, no traceback."""
+"""Mistakes of users: one clear message each, exit code 2 or a counted report, no lost data, no traceback."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def test_data_file_that_is_not_there(model_dir: Path, tmp_path: Path, problems: 
     assert problems() == [f'data file {tmp_path}/gone.jsonl is not there (looked in {tmp_path}).']
 
 
+@pytest.mark.slow
 def test_bad_rows_are_left_out_counted_and_named(
     run_sft: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,6 +111,7 @@ def test_history_with_a_single_turn_template(model_dir: Path, tmp_path: Path, pr
     assert "h.jsonl:1 has history, template 'default-generation' is single-turn" in problems()[0]
 
 
+@pytest.mark.slow
 def test_reply_that_loses_its_beginning_is_kept_counted_and_named(
     run_sft: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +159,7 @@ def test_output_dir_under_a_file(model_dir: Path, data_file: Path, tmp_path: Pat
     ]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_none(tmp_path: Path, run_sft: Run, problems: Problems) -> None:
     assert llm_infer.main(['--ckpt_dir', str(tmp_path / 'gone')]) == 2
     assert llm_infer.main(['--ckpt_dir', str(tmp_path)]) == 2
@@ -207,6 +210,7 @@ def test_all_problems_come_together() -> None:
         assert part in done.stderr, part
 
 
+@pytest.mark.slow
 def test_help_and_errors_never_import_torch() -> None:
     code = (
         'import sys, {0}\n'
@@ -269,6 +273,7 @@ def test_unknown_words_can_be_ignored(run_sft: Run, caplog: pytest.LogCaptureFix
     assert "flag '-f' is not known" in caplog.text
 
 
+@pytest.mark.slow
 def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     flags = ('--bnb_4bit_quant_type', 'fp4', '--hub_private_repo', 'false', '--top_k', '5', '--hub', 'modelscope')
     run_sft('--max_steps', '1', *flags, '--lr_scheduler_type', 'constant', '--warmup_ratio', '0.1')
@@ -278,7 +283,7 @@ def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytes
 
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_names_the_checkpoint(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
-    """As a terminal does it: every process of the group gets the signal, the data worker too."""
+    """Like a terminal, send the signal to every process of the group, also to the data worker."""
     words = small_flags(model_dir, data_file, tmp_path / 'out')
     process = subprocess.Popen(
         [sys.executable, str(ROOT / 'llm_sft.py'), *words, '--max_steps', '100000', '--save_steps', '3',
@@ -307,7 +312,7 @@ def test_a_missing_library_is_one_line_with_the_interpreter(
     words = ['--model_id_or_path', str(model_dir), '--dataset', str(data_file)]
     if program == 'llm_sft.py':
         words = small_flags(model_dir, data_file, tmp_path / 'out')
-    # -S: the standard library alone, as with an interpreter of an environment that is not activated.
+    # -S: only the standard library, like an interpreter whose environment is not activated.
     done = subprocess.run(
         [sys.executable, '-S', str(ROOT / program), *words], capture_output=True, text=True, check=False, cwd=ROOT
     )

@@ -1,4 +1,4 @@
-"""Which modes go together, and which layer stands on which GPU; GPUs are pretended by their sizes."""
+"""Which modes can be combined, and which layer goes to which GPU; GPUs are simulated by their memory sizes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_deepspeed_configurations_leave_to_the_trainer_what_it_knows() -> None:
 
 
 def model_of(name: str) -> Any:
-    """Return a function that builds a class at the size of a published model."""
+    """Return a function that builds a model class at the size of a published model."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     llama = {'vocab_size': 32000, 'tie_word_embeddings': False}
@@ -149,7 +149,7 @@ def model_of(name: str) -> Any:
 
 
 def bytes_of(model: Any, names: set[str] | None, *, linear: float) -> float:
-    """Return the bytes of the parameters below these names, each shared one once."""
+    """Return the bytes of the parameters below these names; shared ones count once."""
     head = model.get_output_embeddings()
     quantised = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return sum(
@@ -159,6 +159,7 @@ def bytes_of(model: Any, names: set[str] | None, *, linear: float) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama2-7b', 'llama2-70b', 'qwen-14b', 'qwen2.5-7b', 'qwen2.5-3b'])
 def test_layers_are_spread_evenly_and_whole(name: str) -> None:
     from accelerate.utils import check_device_map
@@ -174,7 +175,7 @@ def test_layers_are_spread_evenly_and_whole(name: str) -> None:
             spread = Spread(memory=memory, parameter_bytes=2, linear_bytes=linear)
             found = resolve_device_map(spread, make)
             assert whole <= set(found), 'no layer is split'
-            check_device_map(model, found)  # accelerate's own: every parameter has a place
+            check_device_map(model, found)  # accelerate's own check: every parameter has a device
             layers = [found[key] for key in sorted(whole, key=lambda k: int(k.rsplit('.', 1)[-1]))]
             assert all(0 <= b - a <= 1 for a, b in pairwise(layers)), 'neighbours stand together'
             if model.config.get_text_config().tie_word_embeddings:

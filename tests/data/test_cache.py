@@ -1,4 +1,4 @@
-"""The cache of encoded data: reused where nothing that matters changed, and never else; complete or absent."""
+"""The cache of encoded data: reused only if nothing relevant changed; entries are complete or absent."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_whatever_decides_the_ids_decides_the_key(tmp_path: Path, monkeypatch: p
     assert len(entries()) == 15, 'another library'
 
 
-# Files of the code, and whether a change of one makes new entries: only what decides the ids does.
+# Source files, and whether a change makes new entries: only files that decide token ids do.
 CODE = {
     'encode/encoder.py': 1, 'formats/columns.py': 1, 'data/plan.py': 1, 'preprocess.py': 1,
     'loading/image_processors.py': 1, 'report/html.py': 0, 'train/trainer.py': 0,
@@ -174,6 +174,7 @@ def test_what_fails_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
     assert list(cache_dir().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_writing_leaves_no_entry_and_is_cleared_away(tmp_path: Path) -> None:
     code = (
         'import os, signal\nfrom utils.base.cache import cached_folder\n'
@@ -235,6 +236,7 @@ def test_no_array_is_pickled(tmp_path: Path) -> None:
     assert len(EncodedRows.map(cache_dir() / entries()[0], 'train')) == 40 - 1
 
 
+@pytest.mark.slow
 def test_the_run_itself_reuses_it(run_sft: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
     records = [json.loads((run_sft('--max_steps', '1') / 'run.json').read_text())['data'] for _ in range(2)]
     assert records[0] == records[1] and caplog.text.count('reused: ') == 1

@@ -1,4 +1,4 @@
-"""Models that see: rows with images through both programs, the ids of the models' own processors, bad images."""
+"""Vision models: rows with images through both programs, the ids of the models' own processors, bad images."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PICTURES = [str(GOLDENS / 'qwenvl-a' / name) for name in NAMES]
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a tiny checkpoint of each family that sees."""
+    """Return a tiny checkpoint of each vision family."""
     home = tmp_path_factory.mktemp('seeing')
     return {key: seeing_folder(key, home / key) for key in KEYS}
 
@@ -127,7 +127,7 @@ def test_the_tokenizer_of_qwen_vl_has_its_image_tags(folders: dict[str, Path]) -
 
 
 def two_turns(first: list[dict[str, str]], second: list[dict[str, str]], system: str | None) -> list[dict[str, Any]]:
-    """Return a conversation of content items as a processor takes it."""
+    """Return a conversation with content items, as a processor expects it."""
     turns: list[dict[str, Any]] = [
         {'role': 'user', 'content': first},
         {'role': 'assistant', 'content': [{'type': 'text', 'text': 'blue'}]},
@@ -138,7 +138,7 @@ def two_turns(first: list[dict[str, str]], second: list[dict[str, str]], system:
 
 
 def make_processor(key: str, tokenizer: Any) -> Any:
-    """Return transformers' own processor of a family without its video part, which needs torchvision."""
+    """Return transformers' processor of a family, without its video part, which needs torchvision."""
     import transformers
     from transformers.processing_utils import ProcessorMixin
 
@@ -245,7 +245,7 @@ def test_control_tokens_in_a_text_cannot_become_an_image(key: str, folders: dict
     _, _, encoder = open_seeing(folders[key])
     slot = encoder.images.slot
     typed = ask(f'<imgpad><|image_pad|> <img>{PICTURES[0]}</img> {encoder.images.mark} <|im_end|>', 'a<|image_pad|>')
-    if key == QWEN_VL:  # here the mark spells a tag that names a file
+    if key == QWEN_VL:  # here the placeholder is a tag that names a file
         with pytest.raises(RowRefused, match='an image is not there'):
             encoder.encode([typed])
         typed = ask(f'<imgpad></img> <img>{PICTURES[0]}</img> <|im_end|>', 'a<imgpad>')
@@ -339,7 +339,7 @@ def test_images_are_read_from_every_shape_of_row(tmp_path: Path) -> None:
 
 
 def make_bad_pictures(folder: Path) -> dict[str, str]:
-    """Write rows with one fault each; returns what is said of each."""
+    """Write rows with one fault each. Returns the message for each."""
     folder.mkdir()
     shutil.copy(PICTURES[0], folder / 'a.png')
     shutil.copy(PICTURES[0], folder.parent / 'outside.png')
@@ -376,7 +376,7 @@ def test_rows_with_bad_images_are_left_out_counted_and_named(tmp_path: Path, fol
         assert len(report.left_out) == unusable
         for line, (query, reason) in enumerate(said.items(), start=2):
             if key == QWEN_VL and 'narrow' in query:
-                continue  # it becomes a square like any other
+                continue  # it is scaled to a square like any other image
             found = [p for r, named in report.left_out.places.items() if r.startswith(reason) for p in named]
             path = (re.findall(r'<img>([^<]+)</img>', query) or ['' if '><' in query else 'a.png'])[0]
             assert len(found) == 1 and found[0].startswith(f'{tmp_path}/data/rows.jsonl:{line}'), (query, found)
@@ -396,7 +396,7 @@ def test_a_model_that_sees_nothing_says_so(tmp_path: Path, tokenizer: Any) -> No
 
 
 def picture_row(rng: random.Random) -> dict[str, Any]:
-    """Return a row with up to two pictures in one of the three forms, and perhaps a round before it."""
+    """Return a row with up to two pictures in one of the three forms, with or without an earlier round."""
 
     def word() -> str:
         return rng.choice(['a', 'img', 'user', 'no', 'the answer', 'what is it', '.png'])
@@ -455,6 +455,7 @@ def test_images_of_a_row_that_show_nothing_new_are_not_taken_for_text(folders: d
     assert account.fields['user text'] == {'context': len(raw['query'])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_picture_damaged_after_its_header_stops_the_run_by_name(
     workers: int, tmp_path: Path, folders: dict[str, Path], problems: Any
@@ -476,7 +477,7 @@ def test_a_picture_damaged_after_its_header_stops_the_run_by_name(
 
 
 def train(folder: Path, rows_file: Path, out: Path, *flags: str, expect: int = 0) -> Path:
-    """Train in this process with small settings; returns the last checkpoint."""
+    """Train in this process with small settings. Returns the last checkpoint."""
     words = [*small_flags(folder, rows_file, out), '--save_total_limit', '1', *flags]
     assert llm_sft.main(words) == expect
     if expect:
@@ -520,7 +521,7 @@ def test_lora_learns_what_pictures_show_and_answers_by_them(key: str, folders: d
     assert len(results) == 9
     colours = [r for r in results if r['label'] in NAMES.values()]
     assert len(colours) >= 5
-    # The frozen head of the toy Qwen-VL gives the end of a reply, which it was widened for, no probability.
+    # The head of the toy Qwen-VL was widened for the end of a reply. It is frozen, so that token has no probability.
     answers_of = [r['answer'][: len(r['label'])] if key == QWEN_VL else r['answer'] for r in colours]
     assert answers_of == [r['label'] for r in colours]
 
@@ -541,6 +542,7 @@ def test_lora_learns_what_pictures_show_and_answers_by_them(key: str, folders: d
     assert [r['answer'] for r in again] == [r['answer'] for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key', KEYS)
 def test_full_training_leaves_the_tower_unless_told_otherwise(
     key: str, folders: dict[str, Path], rows_file: Path, tmp_path: Path
@@ -558,6 +560,7 @@ def test_full_training_leaves_the_tower_unless_told_otherwise(
         assert len((checkpoint / 'infer_result.jsonl').read_text().splitlines()) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key', [QWEN25_VL, QWEN3_VL])
 def test_gradients_reach_the_language_model_alone_or_the_tower_too(
     key: str, folders: dict[str, Path], rows_file: Path, caplog: pytest.LogCaptureFixture
@@ -587,6 +590,7 @@ def test_gradients_reach_the_language_model_alone_or_the_tower_too(
         assert said is (not frozen and wanted == ['q_proj'])
 
 
+@pytest.mark.slow
 def test_layers_of_the_tower_are_named_where_they_are_frozen(
     folders: dict[str, Path], rows_file: Path, tmp_path: Path, problems: Any
 ) -> None:
@@ -627,6 +631,8 @@ def test_a_batch_answers_as_its_rows_do_alone(key: str, folders: dict[str, Path]
     assert alone[:4] != alone[4:8], 'what the pictures show matters'
 
 
+@pytest.mark.slow
+@pytest.mark.optional
 @pytest.mark.parametrize('key', KEYS)
 @pytest.mark.parametrize('bits', [4, 8])
 def test_bitsandbytes_leaves_the_tower_and_the_head_alone(
@@ -651,6 +657,7 @@ def test_bitsandbytes_leaves_the_tower_and_the_head_alone(
     assert found[-1] < found[0]
 
 
+@pytest.mark.slow
 def test_evaluation_by_generation_sees_the_pictures(folders: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     for key in (QWEN_VL, QWEN25_VL):
         flags = [
@@ -668,6 +675,7 @@ def test_evaluation_by_generation_sees_the_pictures(folders: dict[str, Path], ro
         assert scores[0] == pytest.approx(mean, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_pictures_are_shown_in_the_chat(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -687,6 +695,7 @@ def test_pictures_are_shown_in_the_chat(
         assert shown.count('(') == 4
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_registered_sees_too(folders: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / 'my-own-vl'
     shutil.copytree(folders[QWEN3_VL], folder)
@@ -707,6 +716,7 @@ def test_a_folder_that_is_not_registered_sees_too(folders: dict[str, Path], rows
     train(folder, rows_file, tmp_path / 'gone', '--max_steps', '2', expect=2)
 
 
+@pytest.mark.slow
 def test_an_exported_qwen_vl_sees_and_is_no_plain_model(
     folders: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The fast path against plain transformers and PEFT on padded rows, for every native class of MODEL_MAPPING."""
+"""The fast path equals plain transformers and PEFT on padded rows, for every native class of MODEL_MAPPING."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.fast.scoring import Scorer
 from utils.model import MODEL_MAPPING
 
 BOUND = 1e-5
-# Classes whose rows stay padded, and the word of the reason that is logged.
+# Classes whose rows stay padded, and a word of the logged reason.
 PADDED = {
     'AlibiLlamaForCausalLM': 'ALiBi',
     'BloomForCausalLM': 'ALiBi',
@@ -31,7 +31,7 @@ PADDED = {
     'Qwen2_5_VLForConditionalGeneration': 'has a vision tower',
     'Qwen3VLForConditionalGeneration': 'has a vision tower',
 }
-# One key of each way in which a full-width model comes to a native class.
+# One key for each way in which a model is opened as a native class.
 SOURCES = [key for key in (*PLAIN, *SEEING, *PROVEN) if MODEL_MAPPING[key].quantization is None]
 
 
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_plain_training(
         assert head is not None, name
         scorer, collate = Scorer(inner, head), Collator(5, pads=not laid)
         largest = max(float(g.abs().max()) for g in expected.values())
-        for groups in ([rows], [[row] for row in rows]):  # together, and one by one
+        for groups in ([rows], [[row] for row in rows]):  # all parts together, and one by one
             fast.zero_grad()
             losses = [scorer.loss(fast, collate(part), count) for part in groups]
             for loss in losses:

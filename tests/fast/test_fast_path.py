@@ -1,4 +1,4 @@
-"""The parts of the fast path: attention by rows, the head in chunks, adapters in one step, packs and orders."""
+"""The parts of the fast path: attention by rows, the head in chunks, fused adapters, packs and row order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHARPER = 8
 def by_definition(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, cap: float | None, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return attention (T, H, D) of rows of LENGTHS, each by itself over its whole matrix of scores."""
+    """Return attention (T, H, D) of rows of LENGTHS, each row alone with its full matrix of scores."""
     outs = []
     k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
     for q_row, k_row, v_row in zip(*(x.split(LENGTHS, dim=1) for x in (q, k, v)), strict=True):
@@ -70,7 +70,7 @@ def by_definition(
 def test_attention_by_rows_is_attention(
     window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, 'QUERY_BLOCK', 4)  # rows of several blocks, the weights of some of them kept
+    monkeypatch.setattr(attention, 'QUERY_BLOCK', 4)  # rows of several blocks; the weights of some blocks are kept
     monkeypatch.setattr(attention, 'KEPT_KEYS', 6)
     torch.manual_seed(0)
     shapes = [(6, 25, 8), (2, 25, 8), (2, 25, 5), *([(6,)] if sinks else [])]
@@ -95,7 +95,7 @@ def test_groups_hold_rows_of_like_length() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+    """Records the largest tensor that any operation makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
 @pytest.mark.parametrize('loss_scale', [1024.0, 65536.0])
 @pytest.mark.parametrize('tokens', [64, 4096])
 def test_gradients_in_fp16_are_as_near_as_those_of_torch(tokens: int, loss_scale: float) -> None:
-    """The loss scale begins as 65536, which fp16 itself cannot hold, and has to reach gradients before they round."""
+    """The loss scale starts at 65536, which fp16 cannot hold, and must be applied before gradients are rounded."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 1000, bias=False).half()
     plain = torch.randn(tokens, 64, dtype=torch.half, requires_grad=True)
@@ -177,7 +177,7 @@ def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
 
 
 class MeanRMSNorm(Olmo2RMSNorm):
-    """Something else under the same name."""
+    """A different class with the same name."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x - x.mean(-1, keepdim=True))
@@ -206,7 +206,7 @@ def test_norms_in_one_step_are_those_of_their_classes(dtype: torch.dtype) -> Non
         found = torch.autograd.grad(fused(x), [x, fused.weight], direction)
         for ours, theirs in zip(found, wanted, strict=True):
             assert (ours - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * theirs.abs().max()
-        low = torch.randn(2, 7, 48, dtype=torch.bfloat16)  # what layers with fp32 weights get under autocast
+        low = torch.randn(2, 7, 48, dtype=torch.bfloat16)  # the input that layers with fp32 weights get under autocast
         assert plain(low).dtype == fused(low).dtype and torch.equal(plain(low), fused(low))
         frozen = copy.deepcopy(fused).requires_grad_(False)
         frozen(x).sum().backward()
@@ -255,7 +255,7 @@ def test_gated_blocks_in_one_step_are_those_of_their_classes(kind: str, dtype: t
 
 
 class ScaledMLP(LlamaMLP):
-    """Something else under the same names."""
+    """A different class with the same attribute names."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 0.5
@@ -287,7 +287,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
     errors: dict[str, list[float]] = {'plain': [], 'fast': []}
 
     def sharp(seed: int) -> Any:
-        """Return a model whose attention chooses, as that of trained ones does: its scores spread over several."""
+        """Return a model whose attention scores vary widely, as in trained models."""
         model = make_model(seed=seed)
         for name, parameter in model.named_parameters():
             if 'q_proj' in name or 'k_proj' in name:
@@ -313,6 +313,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
     assert sum(errors['fast']) <= 1.05 * sum(errors['plain']), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['lora', 'full'])
 @pytest.mark.parametrize('key', ['llama3.2-1b-instruct', 'qwen3-30b-a3b', 'baichuan-13b'])
 def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp_path: Path) -> None:
@@ -397,6 +398,7 @@ def test_micro_batches_of_a_step_are_joined_up_to_the_heaviest() -> None:
     assert refill(batches, 8)[0] is not batches[0] and refill(batches[:2], 9) == batches[:2]
 
 
+@pytest.mark.slow
 def test_joined_micro_batches_give_the_same_training(run_sft: Run, tmp_path: Path) -> None:
     rows = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in (90, 3, 12, 9, 4, 20, 7, 31)]
     common = (
@@ -470,7 +472,8 @@ def first_step(run: Path) -> tuple[float, float]:
     return entry['loss'], entry['grad_norm']
 
 
-@pytest.mark.parametrize('bits', ['0', '4'])
+@pytest.mark.slow
+@pytest.mark.parametrize('bits', ['0', pytest.param('4', marks=pytest.mark.optional)])
 def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_path: Path, bits: str) -> None:
     if bits == '4':
         pytest.importorskip('bitsandbytes')
@@ -502,7 +505,7 @@ def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_pa
         assert values == pytest.approx(found[0], abs=1e-5)
 
 
-# Makes as many shapes twice as oneDNN keeps kernels for at most where nobody sets it, and says when it starts again.
+# Runs as many shapes as oneDNN keeps kernels for by default, twice, and prints when the second round starts.
 MANY_SHAPES = """
 from utils.run.processes import start_processes
 start_processes('gloo')
@@ -515,6 +518,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
 @pytest.mark.parametrize('chosen', [None, '1024'])
 def test_kernels_of_shapes_long_past_are_given_up(chosen: str | None) -> None:
@@ -529,6 +533,7 @@ def test_kernels_of_shapes_long_past_are_given_up(chosen: str | None) -> None:
     assert made[1] == (0 if chosen else pytest.approx(made[0], abs=1))
 
 
+@pytest.mark.slow
 def test_packing_needs_a_model_that_can(run_sft: Run, tmp_path: Path, problems: Callable[[], list[str]]) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 

@@ -1,4 +1,4 @@
-"""Conversion keeps all that a row says of its turns, and names what it does not use."""
+"""Conversion keeps everything that a row says about its turns, and names what it does not use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def turns(*messages: dict[str, Any], **columns: Any) -> Row:
 
 
 def reply(**keys: Any) -> Message:
-    """Return what conversion makes of an assistant turn with these keys, the last of its row."""
+    """Return the converted form of an assistant turn with these keys, the last turn of its row."""
     return turns(ASKED, {'role': 'assistant', **keys}).messages[-1]
 
 

@@ -1,4 +1,4 @@
-"""Data: shapes on literal rows, places of rows, sampling and splitting."""
+"""Data: column layouts on literal rows, locations of rows, sampling and splitting."""
 
 from __future__ import annotations
 

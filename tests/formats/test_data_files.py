@@ -1,4 +1,4 @@
-"""Data files of every kind and number: read in constant memory, refused where they are not what they seem."""
+"""Data files of every kind: read in constant memory, refused if their content is not what their name says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 35 data sets of the hubs: literal rows of each in its source's shape, and each from a hub into rows of ours."""
+"""The 35 data sets of the hubs: literal rows of each in its source's layout, and each from a hub to converted rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.formats.hub_dataset import HubDataset
 
 Row = dict[str, Any]
 
-# Stands in the lists below for a row that is left out by choice.
+# In the lists below: a row that is skipped on purpose.
 OTHER: Any = object()
 NAMES = [name for name, entry in DATASET_MAPPING.items() if isinstance(entry, HubDataset)]
 
@@ -84,7 +84,7 @@ LAW: Row = {'type': '法规', 'title': '民法', 'chapter1': '总则', 'chapter2
 LABEL = '任务：情感分类\n句子：好\n类别：negative，positive\n输出：'
 PAIR_LABEL = '任务：自然语言推理\n句子一：a\n句子二：b\n类别：neutral，entailment，contradiction\n输出：'
 
-# Rows in the shape of the source, and what becomes of them.
+# Rows in the layout of the source, and the converted rows.
 LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | bool | None]]] = {
     **dict.fromkeys(
         ('alpaca-en', 'multi-alpaca-all', 'instinwild-en', 'instinwild-zh', 'cot-en', 'cot-zh', 'gpt4all-en', 'code-en',
@@ -220,12 +220,12 @@ def test_literal_rows_of_each_of_the_35_entries() -> None:
     assert checked == 164
 
 
-# How a source lays its files out: rows to the files of a repository.
+# The file layout of a source: from rows to the files of a repository.
 Layout = Callable[[str, HubDataset, list[Row]], dict[str, bytes]]
 
 
 def wanted_row(entry: HubDataset, row: Row) -> Any:
-    """Return what an entry makes of a row, None where it drops it for whatever reason."""
+    """Return what an entry makes of a row, None if it drops it."""
     try:
         return entry.to_row(row)
     except Unwanted:
@@ -322,7 +322,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def source_rows(name: str) -> list[Row]:
-    """Return the literal rows of an entry with the columns of the first, whose values files of its layout can hold."""
+    """Return the literal rows of an entry with the columns of the first and values that its file layout can hold."""
     rows = [dict(row) for row, _ in LITERAL[name]]
     return [{column: row.get(column) for column in rows[0]} for row in rows]
 
@@ -336,7 +336,7 @@ def test_every_entry_loads_from_the_hub_in_its_source_shape(name: str, loopback:
         rows = [r for r in rows if all(v is None or isinstance(v, str | int) for v in r.values())]
     served = entry.moved[0] if entry.moved else entry.id
     loopback.add('dataset', served, LAYOUTS[name](name, entry, rows))
-    # What a file of this layout keeps of a row; CSV knows text alone.
+    # What a file of this layout keeps of a row; CSV holds only text.
     kept = [wanted_row(entry, row) for row in rows]
     parts = len(entry.subsets) * len(entry.train)
     found = get_dataset([name], test_ratio=0.0)

@@ -1,4 +1,4 @@
-"""Models and data from both hubs, with the real clients: whole, once, resumed, and clear about what cannot be had."""
+"""Models and data from both hubs, with the real clients: complete, downloaded once, resumed, with clear errors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_model_that_is_gone_comes_from_the_other_hub_but_never_under_another_i
 
 @pytest.mark.parametrize('hub_name', HUBS)
 def test_a_connection_cut_in_the_middle_of_a_file_is_resumed(hub_name: HubName, loopback: LoopbackHub) -> None:
-    # Hugging Face's client keeps what came in blocks of 10 MB.
+    # Hugging Face's client keeps what it received in blocks of 10 MB.
     files = {**FILES, 'model.safetensors': bytes(range(256)) * 96_000}
     loopback.add('model', 'owner/name', files)
     loopback.faults = [Fault('model.safetensors', 'cut')]
@@ -208,6 +208,7 @@ def test_shards_fetched_by_another_program_are_counted(loopback: LoopbackHub, mo
         fetched('modelscope')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('hub_name', HUBS)
 def test_processes_of_one_machine_fetch_once(hub_name: HubName, loopback: LoopbackHub) -> None:
     loopback.add('model', 'owner/name', FILES)

@@ -1,4 +1,4 @@
-"""Tokenizers as folders bring them: larger than the embedding, or another than their class makes of them."""
+"""Tokenizers in model folders: larger than the embedding, or different from what their class makes of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGE = '<image_soft_token>'
 
 @pytest.fixture
 def larger(tmp_path: Path) -> Path:
-    """Return a model whose tokenizer has one token more than it embeds, as Gemma 3's text models have."""
+    """Return a model whose tokenizer has one token more than the embedding, as in Gemma 3's text models."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([LARGE])
     folder = tmp_path / 'larger'
@@ -36,6 +36,7 @@ def larger(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_embedding_trains_and_answers(
     larger: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -54,6 +55,7 @@ def test_a_row_with_a_token_that_is_not_embedded_is_named(larger: Path, tmp_path
     assert [line.startswith(f"{data}:10: the token '{LARGE}' has the id 400, ") for line in problems()] == [True]
 
 
+@pytest.mark.slow
 def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_path: Path, problems: Problems) -> None:
     rows: list[Any] = [{'query': f'count {i}', 'response': 'yes'} for i in range(9)]
     data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
@@ -63,7 +65,7 @@ def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_pat
     assert [f'{data}:10: the token ' in line for line in problems()] == [True]
 
 
-@pytest.mark.parametrize('number', [3, 290])  # the first 256 rows are looked at before training
+@pytest.mark.parametrize('number', [3, 290])  # the first 256 rows are checked before training
 def test_a_streamed_row_with_a_token_that_is_not_embedded_is_named(
     number: int, larger: Path, tmp_path: Path, problems: Problems
 ) -> None:
@@ -77,6 +79,7 @@ def test_a_streamed_row_with_a_token_that_is_not_embedded_is_named(
     assert len(named) == 1 and named[0].startswith(f"{data}:{number}: the token '{LARGE}' has the id 400, ")
 
 
+@pytest.mark.slow
 def test_a_row_to_answer_with_a_token_that_is_not_embedded_is_named(
     larger: Path, data_file: Path, tmp_path: Path, problems: Problems
 ) -> None:
@@ -87,7 +90,7 @@ def test_a_row_to_answer_with_a_token_that_is_not_embedded_is_named(
 
 
 def ends_in(end: str, call_end: str) -> Any:
-    """Return a tokenizer with one token too many, under a template whose replies and calls end so."""
+    """Return a tokenizer with one token too many, and a template with these ends of replies and calls."""
     source = (
         "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
         "{%- for c in m.tool_calls or [] %}{{ 'CALL ' + c.function.name }}{% endfor %}"
@@ -128,6 +131,7 @@ def test_a_run_whose_template_ends_beyond_the_embedding_is_one_message(
     assert [line.startswith("template 'auto': a reply ends in") for line in problems()] == [True]
 
 
+@pytest.mark.slow
 def test_a_prompt_with_a_token_that_is_not_embedded_is_refused() -> None:
     config = generation_config(InferArguments(do_sample=False, max_new_tokens=2), make_tokenizer(), [])
     with pytest.raises(ConfigError, match='a prompt: it holds the token of id 400, the model embeds 400'):
@@ -147,7 +151,7 @@ TEXTS = ['    return x', '\n    a\n\n\tb ', 'a\n    b', ' a  b ', '你好 world 
 
 
 def llama_folder(folder: Path) -> Any:
-    """Write a tokenizer of which the class that its config names makes another; returns it as the file has it."""
+    """Write a tokenizer that the class named in its config would change. Returns it as the file defines it."""
     tokenizer = make_tokenizer(metaspace='first')
     tokenizer.save_pretrained(folder)
     file = folder / 'tokenizer_config.json'

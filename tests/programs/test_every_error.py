@@ -1,4 +1,4 @@
-"""Bad inputs, one row each: how it is made, and the words that answer it. No traceback, nothing written half.
+"""Bad inputs, one row each: how to make it, and a part of its message. No traceback, no half-written file.
 
 A new message for users needs a row here or a test elsewhere; tests/repository/test_error_sites.py says which have none.
 """
@@ -36,7 +36,7 @@ LATIN = b'\xff'
 
 @dataclass(kw_only=True)
 class World:
-    """What a row may use and damage: copies of a model, of data and of a finished run, and the programs."""
+    """What a row may use and damage: copies of a model, of data and of a finished run; and the programs."""
 
     tmp: Path
     source: Path
@@ -48,7 +48,7 @@ class World:
         return self.tmp / 'out'
 
     def model(self, name: str = '', content: str | bytes | None = '') -> Path:
-        """Return a copy of the model's directory with a file written anew, or removed (None)."""
+        """Return a copy of the model's directory with one file replaced, or removed (None)."""
         return write(copied(self.source / 'model', self.tmp / 'model'), name, content)
 
     def file(self, name: str, content: str | bytes) -> Path:
@@ -56,7 +56,7 @@ class World:
 
     @property
     def first(self) -> Path:
-        """Return the run that is copied; it is not to be changed."""
+        """Return the run that tests copy; it must not be changed."""
         return next(self.source.glob('out/*/*'))
 
     def run(self, name: str = '', content: str | bytes | None = '') -> Path:
@@ -261,7 +261,7 @@ def pushed(name: str, content: str | bytes | None, **fields: Any) -> Callable[[W
 
 PUSHES: dict[str, Any] = {'hub_model_id': 'me/it', 'push_hub_strategy': 'push_best'}
 
-# The two programs as they are called: each ends with exit code 2 and this among what it says.
+# The two programs: each call ends with exit code 2 and a message with this part.
 PROGRAMS: dict[str, Row] = {
     # flags
     'no checkpoint and no model': (lambda w: w.infer(), 'give --ckpt_dir, or name an untuned model'),
@@ -315,7 +315,7 @@ PROGRAMS: dict[str, Row] = {
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--dataset', w.data, '--dataset_test_ratio', '0'),
         'no validation row to answer: the run held none out.',
     ),
-    # where files are to be written
+    # output folders
     'a folder of someone else': (not_writable, 'you have no write permission for '),
     'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB: this variable takes a number of GiB, got 'plenty'. Set"),
     'answers under a file': (
@@ -453,12 +453,12 @@ PROGRAMS: dict[str, Row] = {
         'the last complete checkpoint is none yet.',
     ),
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
-    # what is run on a run folder
+    # commands on a run folder
     'pushing no run': (lambda w: push.main([str(w.tmp)]), 'sft_args.json cannot be read as JSON: No such file'),
-    'pushing what names no hub': (pushed('', ''), 'was trained without --push_to_hub true, so it names no repository.'),
+    'pushing what names no hub': (pushed('', ''), 'names no repository, because it was trained without --push_to_hub'),
     'pushing nothing': (pushed('checkpoint-1', None, **PUSHES), 'has no checkpoint to push.'),
-    'pushing without a token': (pushed('', '', **PUSHES), 'set the environment variable MODELSCOPE_API_TOKEN.'),
-    'pushing to a hub that is away': (away, 'It is kept: push it again.'),
+    'pushing without a token': (pushed('', '', **PUSHES), 'Set the environment variable MODELSCOPE_API_TOKEN.'),
+    'pushing to a hub that is away': (away, 'The folder is kept: run python -m utils.export.push '),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
@@ -475,7 +475,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'comparing into a file': (
         lambda w: report([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
-        'a.html cannot be written: Not a directory. Name another file with --html.',
+        'a.html cannot be written: Not a directory. Name another file.',
     ),
 }  # fmt: skip
 
@@ -587,7 +587,7 @@ def archive(*, swells: bool) -> Callable[[Path], Any]:
         with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as opened_archive:
             opened_archive.writestr('a.png', bytes(60_000_000 if swells else 10))
         content = packed.getvalue()
-        if not swells:  # the bit that says: a password is needed
+        if not swells:  # the bit that means: a password is needed
             content = content.replace(b'PK\x03\x04\x14\0\0', b'PK\x03\x04\x14\0\1').replace(
                 b'PK\x01\x02\x14\3\x14\0\0', b'PK\x01\x02\x14\3\x14\0\1'
             )
@@ -596,7 +596,7 @@ def archive(*, swells: bool) -> Callable[[Path], Any]:
     return make
 
 
-# What no command line of a machine without a GPU or network reaches: the function that a program would call.
+# Messages that no command line reaches without GPU or network: call the function that the program would call.
 FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'one tensor in two shards': (two_shards, "b.safetensors: tensor 'x' is in another shard too."),
     'one name for two tensors': (one_name_for_two, "holds 'transformer.wte.weight' twice, the second time as"),
@@ -630,7 +630,7 @@ def test_functions_raise_one_message(name: str, tmp_path: Path, monkeypatch: pyt
 
 
 SFT_ON_TWO = ROOT / 'scripts' / 'qwen_7b_chat' / 'lora_ddp' / 'sft.sh'
-# What scripts say of themselves -> the command, variables, and what `python3` is (a shell's line).
+# Message of a script -> the command, variables, and the shell line that replaces `python3`.
 SCRIPTS: dict[str, tuple[str, dict[str, str], str]] = {
     'usage: infer.sh CHECKPOINT [FLAGS]': (f'bash {SFT_ON_TWO.with_name("infer.sh")}', {}, ''),
     'the number of this machine, 0 on the first': (f'bash {SFT_ON_TWO}', {'NNODES': '2'}, ''),
@@ -651,6 +651,7 @@ def test_every_message_of_the_scripts_is_among_these() -> None:
     assert {message.partition('$')[0] for message in said} == set(SCRIPTS) and len(files) > 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words', SCRIPTS)
 def test_scripts_answer_with_one_message(words: str, tmp_path: Path) -> None:
     command, variables, python = SCRIPTS[words]

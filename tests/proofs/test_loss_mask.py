@@ -1,4 +1,4 @@
-"""What carries loss: rows that teach nothing are kept out, and a batch that trains other tokens stops the run."""
+"""The loss mask: rows without a trained token are skipped, and a batch that trains other tokens stops the run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_labels_of_batches_are_what_is_trained(tmp_path: Path) -> None:
 
 
 class Mutated(Collator):
-    """Makes batches as training does, and changes their labels."""
+    """A collator that makes batches as training does, then changes their labels."""
 
     def __init__(self, change: Callable[[torch.Tensor], None]) -> None:
         super().__init__(5)
@@ -80,18 +80,18 @@ def change_token(labels: torch.Tensor) -> None:
 
 
 def shift_by_one(labels: torch.Tensor) -> None:
-    """Put the same tokens one place later: in their order they are what the row trains."""
+    """Shift the trained tokens by one position: their values and order stay as the row states."""
     labels.copy_(labels.roll(1, dims=1))
 
 
 def swap_rows(labels: torch.Tensor) -> None:
-    """Give two rows each other's labels. Alone, each row would keep its own."""
+    """Exchange the labels of two rows. A row alone in its batch would keep its own."""
     if len(labels) > 1:
         labels[[0, 1]] = labels[[1, 0]]
 
 
 def train_padding(labels: torch.Tensor) -> None:
-    """Train a token behind the end of the shorter row."""
+    """Train a token after the end of the shorter row."""
     short = int((labels[:, -2:] == IGNORE_INDEX).all(dim=1).nonzero()[0]) if len(labels) > 1 else 0
     labels[short, -1] = 5
 
@@ -119,7 +119,7 @@ def test_a_batch_that_trains_other_tokens_stops_the_run(
 @pytest.mark.parametrize('pads', [True, False])
 def test_rows_in_one_batch_are_compared_each_with_its_own(pads: bool, tmp_path: Path) -> None:
     class Joins(Collator):
-        """Gives the first row's ids to all rows of its length."""
+        """An encoder that gives the ids of the first row to all rows of its length."""
 
         def __call__(self, rows: Any) -> Any:
             same = [row if len(row['input_ids']) != len(rows[0]['input_ids']) else rows[0] for row in rows]
@@ -131,7 +131,7 @@ def test_rows_in_one_batch_are_compared_each_with_its_own(pads: bool, tmp_path: 
 
 
 def test_the_share_that_trains_is_the_share_of_labels() -> None:
-    """The first token of a row carries no loss, though a row without a prompt is trained from there on."""
+    """The first token of a row has no loss, although a row without a prompt is trained from there on."""
     encoded = EncodedRows()
     for trained, earlier in (((0, 9), []), ((1, 9), []), ((6, 8), [(0, 3)]), ((0, 1), []), ((4, 9), [])):
         encoded.append(Encoded(input_ids=list(range(10, 19)), trained=trained, prompt_length=0, earlier=earlier))
@@ -143,7 +143,7 @@ def test_a_row_in_which_nothing_is_trained_is_left_out_and_named() -> None:
     encoder = make_encoder(
         make_tokenizer(), template_type='default-generation', system='', system_typed=False, max_length=-1
     )
-    # One token, the end: it stands first, where nothing predicts it.
+    # Only the end token: it is the first token, which nothing predicts.
     empty = Row(messages=[{'role': 'user', 'content': ''}, {'role': 'assistant', 'content': ''}], origin='qa.jsonl:7')
     report = EncodingReport()
     encoded, kept = encode_rows(encoder, [empty, ROWS[0]], report)
@@ -167,6 +167,7 @@ def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(
     assert '\x1b' not in (tmp_path / 'sample.txt').read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_the_number_of_samples_is_the_users(run_sft: Run) -> None:
     run = run_sft('--show_samples', '3', '--max_steps', '1')
     assert (run / 'sample.txt').read_text(encoding='utf-8').count('⟦') == 3

@@ -1,4 +1,4 @@
-"""The loss that the trainer computes is that of each row by itself, or the run stops before its first step."""
+"""The loss of the trainer equals that of the rows one by one, or the run stops before its first step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARPER = 4
 
 @pytest.fixture(scope='module')
 def sharp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model whose loss differs from token to token, as that of a trained one does."""
+    """Return a model whose loss differs from token to token, as in a trained model."""
     model = make_model()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def scale_loss(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_a_chunk(patch: pytest.MonkeyPatch) -> None:
-    """Leave the last positions of a batch out of the sum."""
+    """Omit the last positions of a batch from the sum."""
     plain = chunked_loss.summed_loss
     cut = lambda hidden, targets, head, divisor: plain(hidden[:-3], targets[:-3], head, divisor)  # noqa: E731
     patch.setattr('utils.fast.scoring.summed_loss', cut)
@@ -114,7 +114,7 @@ def count_too_many_tokens(patch: pytest.MonkeyPatch) -> None:
 
 
 def train_the_prompt(patch: pytest.MonkeyPatch) -> None:
-    """Change labels behind the batches that the gate of labels sees."""
+    """Change labels of later batches than those that the loss-mask check reads."""
     loss_of = SftTrainer.compute_loss
 
     def changed(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +181,6 @@ def test_rows_are_cut_to_their_last_tokens_and_spread_over_lengths() -> None:
     chosen = choose_rows(rows)
     assert [len(item['input_ids']) for item in chosen] == [5, 9, 40, 256]
     assert chosen[-1]['input_ids'] == list(range(44, 300)) and trained_positions(chosen[-1]) == list(range(106, 256))
-    behind = row(1000, (10, 20))  # whose trained tokens are cut off
+    behind = row(1000, (10, 20))  # its trained tokens are cut off
     assert choose_rows([behind]) == [] and choose_rows([]) == []
     assert trained_positions(row(9, (6, 8), [(0, 3)])) == [1, 2, 6, 7]

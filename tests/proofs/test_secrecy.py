@@ -1,4 +1,4 @@
-"""What a run leaves on the disk and says: no secret of any flag, variable or configuration, no pickle, no home path."""
+"""The files and the output of a run hold no secret of a flag, variable or configuration, no pickle, no home path."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ HOLDERS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_canary_in_every_holder_is_found_nowhere(data_file: Path, tmp_path: Path) -> None:
-    """The run of a user: its folder, what it prints, archives and metadata are searched for each spelling."""
+    """Search the folder of a run, its output, archives and metadata for each spelling of a secret."""
     home = tmp_path / 'home'
     model = home / 'models' / 'tiny'
     make_model().save_pretrained(model)

@@ -1,4 +1,4 @@
-"""The template proof: what it says, what stops a run, and that each of its mutations is caught by its own message."""
+"""The template proof: its report, what stops a run, and that each mutation is found with its own message."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_registered_template_equals_the_chat_template_until_one_blank_changes(
     )
 
 
-# ---- mutations: the encoder says something else than the template ----
+# ---- mutations: the encoder differs from the template ----
 
 
 def stops(ours: Encoder, tmp_path: Path) -> str:
@@ -148,7 +148,7 @@ def test_an_end_token_without_loss_stops(tmp_path: Path) -> None:
     )
 
 
-# Prints everything that a turn may hold.
+# A template that prints every key that a turn may have.
 WHOLE = (
     '{% for t in tools or [] %}{{ t.function.name + " " + t.function.description + "\n" }}{% endfor %}'
     '{% for m in messages %}{{ "<|im_start|>" + m.role + (" " + m.name if m.name else "") }}'
@@ -180,7 +180,7 @@ def test_a_row_with_calls_names_and_reasoning_gives_the_ids_of_the_chat_template
 
 @pytest.mark.parametrize('key', ['reasoning', 'name', 'tool_call_id', 'tool_calls', 'content', 'id', 'tools'])
 def test_a_field_that_conversion_or_encoding_loses_stops(key: str, tmp_path: Path) -> None:
-    """The proof reads the row as it was written: what is lost on the way to the encoder is a difference."""
+    """The proof reads the row as it was written, so text that is lost before the encoder is a difference."""
     row = read(CALLING)
     if key == 'tools':
         row.tools = [{'type': 'function', 'function': {'name': 'depth', 'description': '', 'parameters': {}}}]
@@ -206,7 +206,7 @@ def calling(function: dict[str, Any]) -> dict[str, Any]:
 
 
 PARTS = [{'type': 'text', 'text': 'how '}, {'type': 'text', 'text': 'deep?'}]
-# As Qwen3's, it prints the text of a turn alone, and here a key that conversion names as not used.
+# Like Qwen3's, it prints only the text of a turn, and here also a key that conversion reports as not used.
 TEXT_ALONE = (
     '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" + (m.plan or "") }}'
     '{{ m.content if m.content is string else "" }}{{ "<|im_end|>\n" }}{% endfor %}'
@@ -288,6 +288,7 @@ def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:
 # ---- the stored hash ----
 
 
+@pytest.mark.slow
 def test_inference_refuses_a_chat_template_changed_since(run_sft: Run, model_dir: Path, problems: Problems) -> None:
     run = run_sft('--max_steps', '1')
     checkpoint = run / 'checkpoint-1'

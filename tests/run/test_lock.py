@@ -1,4 +1,4 @@
-"""lock.json and --from_run: a run is made again to the bit, and what changed in between is named."""
+"""lock.json and --from_run: a repeated run is bitwise identical, and whatever changed in between is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Problems = Callable[[], list[str]]
 
 @pytest.fixture(scope='module')
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run whose model and data may be changed; its folder is below a folder of its own."""
+    """Return a run whose model and data may be changed; its folder has a separate parent folder."""
     folder = tmp_path_factory.mktemp('lock')
     make_model().save_pretrained(folder / 'model')
     make_tokenizer().save_pretrained(folder / 'model')
@@ -36,6 +36,7 @@ def again(run: Path, *words: str) -> tuple[int, Path]:
     return code, made.pop() if made else run
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_to_the_bit(first: Path) -> None:
     lock = json.loads((first / 'lock.json').read_text())
     assert 'ms-never-in-a-lock' not in json.dumps(lock) and '--lora_rank' in lock['command']
@@ -107,6 +108,7 @@ def test_other_versions_are_told(first: Path, tmp_path: Path, caplog: pytest.Log
     assert '1 processes train, the repeated run had 2: the total batch size differs.' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) -> None:
     assert llm_sft.main(['--from_run', str(tmp_path)]) == 2
     assert (
@@ -118,6 +120,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) 
     assert 'lock.json cannot be read as JSON' in problems()[-1]
 
 
+@pytest.mark.slow
 def test_relative_names_are_told_where_they_start_without_the_name_of_a_user(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problems: Problems
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a run records of itself, and what is compared with it when it is resumed or served."""
+"""The record of a run, and what is compared with it when the run is resumed or served."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def answered(path: Path) -> list[str]:
     return [json.loads(line)['label'] for line in path.read_text(encoding='utf-8').splitlines()]
 
 
+@pytest.mark.slow
 def test_arguments_are_recorded_as_used_and_served_so(
     model_dir: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine whose best type is bf16, and served on one whose best is fp32."""
+    """The run is trained on a machine with bf16 and served on one without."""
     words = small_flags(model_dir, data_file, tmp_path / 'out')
     at = words.index('--dtype')
     del words[at : at + 2]
@@ -83,6 +84,7 @@ def test_arguments_are_recorded_as_used_and_served_so(
     assert '--dtype fp32 is not what the run was trained with (bf16).' in caplog.text
 
 
+@pytest.mark.slow
 def test_decisions_are_told_before_anything_is_fetched(
     model_dir: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +101,7 @@ def test_decisions_are_told_before_anything_is_fetched(
     assert caplog.text.index('template_type = auto because') < caplog.text.index('fetched')
 
 
+@pytest.mark.slow
 def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     run_sft: Run, tmp_path: Path, problems: Problems, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -156,6 +159,7 @@ def test_held_out_rows_are_found_without_planning(
     assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
 
 
+@pytest.mark.slow
 def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, problems: Problems) -> None:
     data = write_jsonl(tmp_path / 'mine.jsonl', made_rows(20))
     flags = ('--dataset', str(data), '--max_steps', '1', '--streaming', 'true', '--stream_val_rows', '3')
@@ -167,6 +171,7 @@ def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, pr
     assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
 
 
+@pytest.mark.slow
 def test_a_typed_data_set_is_answered_whole(
     run_sft: Run, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,6 +193,7 @@ def test_a_typed_data_set_is_answered_whole(
     assert '--dataset: the run was trained on rows of it, and all its rows' in caplog.text
 
 
+@pytest.mark.slow
 def test_another_chat_template_or_adapter_is_refused_on_resuming(
     run_sft: Run, tmp_path: Path, model_dir: Path, problems: Problems
 ) -> None:
@@ -213,6 +219,7 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     )
 
 
+@pytest.mark.slow
 def test_rows_past_learnt_positions_are_refused_before_training(
     run_sft: Run, tmp_path: Path, problems: Problems
 ) -> None:
@@ -270,6 +277,7 @@ def test_a_secret_that_is_not_utf_8_is_one_message() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_report_is_shown_on_a_terminal_of_another_encoding(model_dir: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / '数据.jsonl', [{'query': '你好', 'response': '世界'}] * 4)
     words = [*small_flags(model_dir, data, tmp_path / 'out'), '--check_dataset', 'true']

@@ -1,4 +1,4 @@
-"""Numbers that mean nothing stop a run, and say where they come from."""
+"""NaN, infinity and zero gradients stop a run, and the message names their source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAVED_EACH_STEP = ('--save_steps', '1', '--save_total_limit', '-1')
 
 @pytest.fixture(scope='module')
 def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model whose logits are NaN from the first 'Q' of a row on, which no other row has."""
+    """Return a model whose logits are NaN from the first 'Q' of a row on; only one row has a 'Q'."""
     tokenizer, model = make_tokenizer(), make_model()
     (token,) = set(tokenizer('Q', add_special_tokens=False)['input_ids'])
     with torch.no_grad():
@@ -63,6 +63,7 @@ def test_a_row_whose_loss_is_nan_stops_the_run_and_is_named(
     assert not (run / 'run.json').exists()
 
 
+@pytest.mark.slow
 def test_the_first_step_gate_finds_a_long_row_whose_loss_is_nan(
     poisoned_model: Path, run_sft: Run, tmp_path: Path, problems: Problems
 ) -> None:
@@ -77,6 +78,7 @@ def test_the_first_step_gate_finds_a_long_row_whose_loss_is_nan(
     assert len(problems()) == 2
 
 
+@pytest.mark.slow
 def test_a_validation_row_whose_loss_is_nan_stops_the_run(
     poisoned_model: Path, run_sft: Run, tmp_path: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +94,7 @@ def test_a_validation_row_whose_loss_is_nan_stops_the_run(
 
 @pytest.fixture
 def gradients_times(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
-    """Return a function that multiplies every gradient of the micro-batches from one step on."""
+    """Return a function that multiplies every gradient from one step on."""
     from utils.train.trainer import SftTrainer
 
     def plan(factor: float, step: int) -> None:
@@ -120,6 +122,7 @@ def test_gradients_that_are_infinite_stop_the_run(
     assert [p.name for p in all_checkpoints(run)] == ['checkpoint-1', 'checkpoint-2']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step', [1, 4])
 def test_gradients_that_are_zero_stop_the_run(
     step: int, run_sft: Run, gradients_times: Callable[[float, int], None], problems: Problems
@@ -133,6 +136,7 @@ def test_gradients_that_are_zero_stop_the_run(
     assert len(all_checkpoints(run)) == step - 1
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_loss_is_reported_with_its_row(
     run_sft: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -190,9 +194,10 @@ def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: P
         guard.judge('step 40')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [1, 5, 12, 16])
 def test_one_epoch_of_few_rows_trains(rows: int, run_sft: Run, tmp_path: Path) -> None:
-    """With default flags so many rows are one optimizer step, which a rise from 0 would waste."""
+    """With default flags these rows are one optimizer step, which a warm-up from 0 would waste."""
     data = write_jsonl(tmp_path / 'few.jsonl', rows_with(None, rows))
     run = run_sft(
         '--dataset', str(data), '--dataset_test_ratio', '0', '--max_steps', '-1', '--batch_size', '1',
@@ -206,17 +211,19 @@ def test_one_epoch_of_few_rows_trains(rows: int, run_sft: Run, tmp_path: Path) -
     assert rates == [0.01]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['lora', 'full'])
 def test_weights_that_stay_as_they_were_are_no_success(
     kind: str, run_sft: Run, problems: Problems, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rates so small that adding a step to a weight rounds it away."""
+    """Learning rates so small that rounding removes the change of a weight."""
     rate = '1e-60' if kind == 'lora' else '1e-30'
     run = run_sft('--sft_type', kind, '--learning_rate', rate, '--only_save_model', 'false', expect=2)
     assert problems()[0].startswith(f'--learning_rate {float(rate)}: the weights after 6 steps are bitwise identical')
     assert 'best checkpoint' not in caplog.text and not (run / 'run.json').exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_end_on_steps_that_change_no_bit(run_sft: Run) -> None:
     run = run_sft('--max_steps', '6')
     resumed = ('--learning_rate', '1e-60', '--resume_from_checkpoint', str(run / 'checkpoint-3'))
