@@ -214,7 +214,13 @@ class _Check:
         reasoning = (str(written.get(key) or '') for key in REASONING_KEYS)
         said = [written['content'], *(text for text in reasoning if _bare(text) in _bare(full))]
         is_whole = all(_bare(text) in _bare(ours) for text in said if isinstance(text, str))
-        return ours.startswith(prompt) and _without_blocks(full).endswith(_without_blocks(follows)) and (
+        # A template that prints a closed block after every chat leaves nothing outside of blocks.
+        plain = _without_blocks if _without_blocks(follows) else _bare
+        before, reply, after = plain(full).rpartition(plain(follows))
+        # Where an end is added, what the template prints after every chat is skipped: the prompt has it too.
+        is_left = not after or (ADDED_END in notes and after in plain(prompt))
+        is_printed = bool(before or reply) and is_left
+        return ours.startswith(prompt) and is_printed and (
             is_whole or 'tool_calls' in written
         ) and self._spells(ours, notes)  # fmt: skip
 
