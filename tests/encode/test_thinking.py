@@ -16,7 +16,7 @@ from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.export.model_card import model_card
 from utils.formats.conversation import Row
-from utils.infer import answers
+from utils.infer import answers, chat
 from utils.infer.chat import Chat
 from utils.proofs.template import ask_as_trained
 
@@ -111,7 +111,7 @@ def asked_of(run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[st
         asked.extend(map(tokenizer.decode, prompts))
         return [[7] for _ in prompts]
 
-    monkeypatch.setattr(answers, 'generate_stream', stream)
+    monkeypatch.setattr(chat, 'generate_stream', stream)
     monkeypatch.setattr(answers, 'generate_rows', batch)
     lines = iter(['is it 1?'])
 
