@@ -353,7 +353,8 @@ def _typed_control(case: Case, encoded: Encoded, ours: str) -> bool:
 
 
 def _added_end(case: Case, encoded: Encoded, ours: str) -> bool:
-    no_end = MARKER.search(case.tail) is None or case.tail.strip().startswith(case.judge.tokenizer.eos_token)
+    tail = case.tail.removesuffix(case.trailing())
+    no_end = MARKER.search(tail) is None or tail.strip().startswith(case.judge.tokenizer.eos_token)
     return (
         encoded.input_ids[-1] in (case.judge.eos, case.next_token())
         and no_end
