@@ -108,7 +108,7 @@ def test_bad_rows_are_left_out_counted_and_named(
 def test_history_with_a_single_turn_template(model_dir: Path, tmp_path: Path, problems: Problems) -> None:
     data = write_jsonl(tmp_path / 'h.jsonl', [{**GOOD, 'history': [['a', 'b']]}] * 3)
     assert sft(model_dir, data, tmp_path / 'out', '--template_type', 'default-generation') == 2
-    assert "h.jsonl:1 has history, template 'default-generation' is single-turn" in problems()[0]
+    assert "h.jsonl:1: the row has history, and template 'default-generation' is single-turn" in problems()[0]
 
 
 @pytest.mark.slow

@@ -191,12 +191,14 @@ def test_templates_that_cannot_serve_are_refused() -> None:
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{{ m['content'] }}{% endfor %}"
     )
-    with pytest.raises(ConfigError, match='no system role. Leave --system out'):
+    with pytest.raises(ConfigError, match='no system role. Run without --system'):
         encoder(AUTO, make_tokenizer(chat_template=refuses), system='x')
 
 
 def test_history_with_a_single_turn_template_is_refused() -> None:
-    with pytest.raises(ConfigError, match="test:1 has history, template 'default-generation' is single-turn"):
+    with pytest.raises(
+        ConfigError, match="test:1: the row has history, and template 'default-generation' is single-turn"
+    ):
         encoder('default-generation').encode([chat('a', 'b', 'c', 'd')])
 
 

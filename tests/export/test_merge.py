@@ -247,14 +247,14 @@ def test_a_registered_template_is_carried_in_jinja_with_the_same_ids(name: str) 
         assert jinja is None and 'in Jinja gives other ids (probe: one turn)' in how
         return
     conversations = 7 if TEMPLATE_MAPPING[name].chat_sep is None else 10
-    assert how == f"template '{name}' was put into its chat template: the same ids on {conversations} conversations"
+    assert how == f"template '{name}' was written into its chat template: the same ids on {conversations} conversations"
 
 
 def test_the_merged_folder_of_a_registered_template_carries_it(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     encoder = make_encoder(tokenizer, template_type='chatml', system='be kind', system_typed=False, max_length=-1)
     target, says = merge_checkpoint(adapted(), encoder, CONFIG, tmp_path / 'checkpoint-1', record=RunRecord())
-    assert "template 'chatml' was put into its chat template" in says
+    assert "template 'chatml' was written into its chat template" in says
     served = AutoTokenizer.from_pretrained(target)
     for row in (row for row in probes() if 'tool_calls' not in row.messages[-1]):
         ids = served.apply_chat_template(row.messages[:-1], add_generation_prompt=True, return_dict=False)

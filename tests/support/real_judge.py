@@ -24,11 +24,13 @@ Raw = dict[str, Any]
 MARKER = re.compile(
     r'<[|｜][^<>\s{}\'"]{1,40}[|｜]>|<(?:start|end)_of_(?:turn|utterance|image)>|<\|[a-z_]{2,20}>|<[a-z_]{2,20}\|>'
     r'|\[/?(?:INST|TOOL_CALLS|TOOL_CALL|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|THINK|ARGS|CALL_ID|gMASK)\]'
-    r'|<SPECIAL_\d+>|</?(?:assistant|user|system)>|<sop>|</?s>|<[be]os>|<extra_id_\d+>|\]~!?b\[?\]|\]!b\[|\[e~\[|\]<\]minimax\[>\['
+    r'|<SPECIAL_\d+>|</?(?:assistant|user|system)>|<sop>|<sep>|</?s>|<[be]os>|<extra_id_\d+>|\]~!?b\[?\]|\]!b\[|\[e~\[|\]<\]minimax\[>\['
+    r'|\[\|[a-z_]+\|\]|</?seed:(?:bos|eos|pad|tool_call|cot_budget_reflect)>|<(?:begin|beginning|end)_of_(?:document|sentence)>'
 )
-TAG = re.compile(r'</?(?:think|tool_call|tool_response|arg_key|arg_value)>')
-THINK = re.compile(r'</?(?:\w+:)?think>|\[/?THINK\]')
-REASONS = ('reasoning_content', 'reasoning', 'thinking')
+TAG = re.compile(r'</?(?:(?:\w+:)?think(?::\w+)?|tool_call|tool_response|arg_key|arg_value)>')
+THINK = re.compile(r'</?(?:\w+:)?think(?::\w+)?>|\[/?THINK\]')
+THINK_TOKEN = re.compile(rf'{THINK.pattern}|<\|(?:START|END)_THINKING\|>')
+REASONS = ('reasoning_content', 'reasoning', 'thinking', 'tool_plan')
 SWITCHES: tuple[Raw, ...] = (
     {'enable_thinking': True}, {'thinking': True}, {'enable_thinking': False}, {'thinking_mode': 'thinking'},
     {'think': True}, {'reasoning_effort': 'high'}, {'thinking_mode': 'on'}, {'reasoning': True},
@@ -112,6 +114,7 @@ class Judge:
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder
         self.special = {i for i, token in added.items() if token.special or MARKER.fullmatch(token.content)}
+        self.tags = {i for i, token in added.items() if THINK_TOKEN.fullmatch(token.content)}
         self.active = {i: token.content for i, token in added.items()}
         self.eos = self.tokenizer.eos_token_id
         # Tokenizers with a dummy prefix do not restore the blanks of a text: there only the ids check blanks.
@@ -229,6 +232,20 @@ class Case:
         said = self.content.rstrip()
         return [full[: full.rindex(said) + len(said)] + end] if said and said in full else []
 
+    def opener(self) -> str | None:
+        """Return the marker with which the judge begins a chat: no turn ends at it."""
+        text = self.judge.try_text([{'role': 'user', 'content': 'q'}], None, prompt=True) or ''
+        ends = (self.judge.tokenizer.bos_token, self.judge.tokenizer.eos_token)
+        opener = next((m[0] for m in MARKER.finditer(text) if m[0] not in ends), None)
+        # Kimi-K3 opens the parts of a turn with it too.
+        return None if opener is not None and opener in self.own_lead() + self.lead() else opener
+
+    def trailing(self) -> str:
+        """Return what the judge prints after every chat with these tools: from the next turn's opening marker on."""
+        chat = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'Xyloph'}]
+        after, opener = (self.judge.try_text(chat, self.tools) or '').rpartition('Xyloph')[2], self.opener()
+        return after[after.index(opener) :] if opener is not None and opener in after else ''
+
     def is_accounted_for(self, text: str, notes: str) -> bool:
         """Return whether a text is one of the judge's prompts, then reasoning, reply and calls, and nothing else."""
         # Reasoning before a call, without a key in the template: the note says that it is written as a block.
@@ -244,18 +261,31 @@ class Case:
             left_out = LEFT_OUT in notes and self.needs_tags
             thoughts = [''] if left_out else [bare(self.reasoning)]
             leads = {'', bare(self.lead()), bare(self.own_lead())}
+            trailing = bare(self.trailing())
             if self.calls:
                 after = rest.removeprefix(block)
-                is_whole = any(bare(whole).endswith(after) for whole in self.wholes()) and self.all_said(after)
+                wholes = [bare(whole) for whole in self.wholes()]
+                wholes += [whole.removesuffix(trailing) for whole in wholes]
+                is_whole = any(whole.endswith(after) for whole in wholes) and self.all_said(after)
                 if rest.startswith(block) and is_whole:
                     return True
-            elif any(
-                rest in (lead + t + bare(self.content), t + lead + bare(self.content))
+                continue
+            said = {
+                text
                 for lead in leads
-                for t in thoughts
-            ):
+                for thought in thoughts
+                for text in (lead + thought + bare(self.content), thought + lead + bare(self.content))
+            }
+            if self.reasoning:
+                said |= set(map(self.from_reasoning, self.wholes()))
+            if rest in said or rest.removesuffix(trailing) in said:
                 return True
         return False
+
+    def from_reasoning(self, whole: str) -> str:
+        """Return what the judge prints from the reasoning of the last reply on, bare."""
+        reasoning, text = bare(self.reasoning), bare(whole)
+        return text[text.rindex(reasoning) :] if reasoning in text else ''
 
     def all_said(self, rest: str) -> bool:
         """Return whether a bare text contains the content and the call names of the judge's rendering."""
@@ -323,11 +353,12 @@ def _typed_control(case: Case, encoded: Encoded, ours: str) -> bool:
 
 
 def _added_end(case: Case, encoded: Encoded, ours: str) -> bool:
-    no_end = MARKER.search(case.tail) is None or case.tail.strip().startswith(case.judge.tokenizer.eos_token)
+    tail = case.tail.removesuffix(case.trailing())
+    no_end = MARKER.search(tail) is None or tail.strip().startswith(case.judge.tokenizer.eos_token)
     return (
         encoded.input_ids[-1] in (case.judge.eos, case.next_token())
         and no_end
-        and not (case.full or '').rstrip().endswith(case.judge.tokenizer.eos_token)
+        and not (case.full or '').removesuffix(case.trailing()).rstrip().endswith(case.judge.tokenizer.eos_token)
     )
 
 
@@ -338,7 +369,14 @@ def _altered(case: Case, encoded: Encoded, ours: str) -> bool:
 
 
 def _full_differs(case: Case, encoded: Encoded, ours: str) -> bool:
-    return not (case.full or '').startswith(case.prompt or '')
+    # The thinking switch renders both otherwise.
+    for switch in ({}, *SWITCHES):
+        full = case.judge.try_text(case.messages, case.tools, **switch) or ''
+        prompt = case.judge.try_text(case.messages[:-1], case.tools, prompt=True, **switch)
+        begins = prompt is not None and case.judge.plain(ours).startswith(case.judge.plain(prompt))
+        if begins and not full.startswith(prompt or ''):
+            return True
+    return False
 
 
 def _switched(case: Case, encoded: Encoded, ours: str) -> bool:
@@ -486,16 +524,25 @@ def _judge_leaks(verdict: Verdict, case: Case, encoded: Encoded, count: int) -> 
     """A typed marker must stay text: there are as many control ids as with another text in its place."""
     raw = json.loads(MARKER.sub('QQ', json.dumps(case.raw, ensure_ascii=False)))
     clean = Case(case.judge, raw)
-    # The generation prompt may have markers that the whole chat does not have.
-    after_prompt = [f'{prompt}{clean.content}{clean.tail}' for prompt in clean.prompts()]
+    # The generation prompt may have markers that the whole chat is printed without.
+    after_prompt = [
+        f'{prompt}{lead}{clean.content}{clean.tail}'
+        for prompt in clean.prompts()
+        for lead in {'', clean.lead(), clean.own_lead()}
+    ]
     texts = (clean.full or '', *clean.wholes(), *after_prompt)
-    wanted = [sum(i in case.judge.special for i in case.judge.ids(text)) for text in texts]
-    found = sum(i in case.judge.special for i in encoded.input_ids)
-    # One more if the end of sequence is added.
-    if found not in wanted and found - 1 not in wanted:
+    # Think tags are counted in the prompt: a reply may bring its own, and an open block is closed.
+    control = case.judge.special - case.judge.tags
+    wanted = [sum(i in control for i in case.judge.ids(text)) for text in texts]
+    found = sum(i in control for i in encoded.input_ids)
+    # One more where the end of sequence is added.
+    is_added = encoded.input_ids[-1] in (case.judge.eos, clean.next_token())
+    if found not in wanted and not (is_added and found - 1 in wanted):
         verdict.add('leak', f'{found} control ids, the template prints {wanted[0]}')
-    if not (found in wanted or encoded.input_ids[-1] in (case.judge.eos, clean.next_token())):
-        verdict.add('leak', f'{found} control ids, the template prints {wanted[0]}')
+    tags = sum(i in case.judge.tags for i in encoded.input_ids[: encoded.prompt_length])
+    printed = [sum(i in case.judge.tags for i in case.judge.ids(prompt)) for prompt in clean.prompts()]
+    if tags not in printed:
+        verdict.add('leak', f'{tags} think tags in the prompt, the template prints {printed[0]}')
 
 
 def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
@@ -506,10 +553,19 @@ def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
         verdict.add('trained', f'text of another turn: {found[0]}: {trained!r}')
     if not case.calls and bare(case.content) not in bare(trained):
         verdict.add('trained', f'the reply is not all trained: {trained!r}')
-    said = {bare(lead) + bare(case.content) for lead in ('', case.lead(), case.own_lead())}
+    # The end of turn may have text between its markers.
+    end = bare(case.tail.partition(judge.tokenizer.eos_token)[0]) if judge.tokenizer.eos_token in case.tail else ''
+    leads = ('', case.lead(), case.own_lead())
+    said = {bare(lead) + bare(case.content) + after for lead in leads for after in ('', end)}
     if not case.calls and not case.reasoning and not _spells_marker(case) and bare(trained) not in said:
         verdict.add('trained', f'more than the reply: {trained!r}')
     last = encoded.input_ids[stop - 1]
+    opener = case.opener()
+    said = city(case.calls[-1]) if case.calls else case.content.strip()
+    if opener is not None and opener in trained[trained.rfind(said) :] and not _spells_marker(case):
+        is_added = judge.active.get(last) == opener and last == case.next_token()
+        if not (is_added and trained.count(opener) == 1):
+            verdict.add('end', f'it goes on into another turn: {trained[-80:]!r}')
     if last not in judge.special and last != judge.eos:
         verdict.add('end', f'the last trained token is no stop: {trained[-60:]!r}')
     if case.calls and case.renders:
@@ -517,8 +573,11 @@ def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
         for call in case.calls:
             if city(call) not in trained:
                 verdict.add('call', f'{city(call)} is not trained: {trained!r}')
-        full = (case.full or '').rstrip()
+        full = case.full or ''
         after = full[full.rindex(city(case.calls[-1])) :]
+        if opener is not None and opener in after and opener != judge.tokenizer.eos_token:
+            after = after[: after.index(opener)]
+        after = after.rstrip()
         ends = [m for m in MARKER.finditer(after) if m.end() == len(after)]
         if ends and judge.active.get(last) != ends[0][0] and last != judge.eos:
             verdict.add('call', f'its stop {ends[0][0]} is not the last trained token: {trained[-80:]!r}')

@@ -225,10 +225,18 @@ class _Check:
             # The text is the template's own, and only the boundaries between tokens differ.
             return ours == full and self._decodes_to(ours, notes)
 
-        reply = ours[len(prompt) :]
-        if not ours.startswith(prompt) or not _without_blocks(full).endswith(_without_blocks(reply)):
+        if not ours.startswith(prompt) or not self._is_printed_last(ours[len(prompt) :], full, prompt, notes):
             return False
         return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
+
+    def _is_printed_last(self, follows: str, full: str, prompt: str, notes: set[str]) -> bool:
+        """Return whether a rendering prints what follows our prompt, think blocks apart, and nothing more after it."""
+        # A template that prints a closed block after every chat leaves nothing outside of blocks.
+        plain = _without_blocks if _without_blocks(follows) else _bare
+        before, reply, after = plain(full).rpartition(plain(follows))
+        # If an end is added, what the template prints after every chat is skipped: the prompt has it too.
+        is_last = not after or (ADDED_END in notes and after in plain(prompt))
+        return bool(before or reply) and is_last
 
     def _has_whole_reply(self, ours: str, full: str) -> bool:
         """Return whether the text has the whole last message as written, with reasoning that the template prints."""
