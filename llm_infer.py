@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Use a model: answer the validation rows, chat, or merge an adapter. Every step is one call into utils/."""
+"""Use a model: answer the validation rows, chat, merge an adapter, or export. Every step is one call into utils/."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.base import dist
 from utils.base.errors import ConfigError, Problems
@@ -17,14 +18,20 @@ from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready
 from utils.cli.resolve import resolve_infer
 from utils.loading.folder import is_adapter
-from utils.loading.image_processors import open_images
+from utils.loading.image_processors import Images, open_images
 from utils.loading.weights import Weights
 from utils.run.folder import log_decisions, result_path
 from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
-from utils.run.record import check_base, fill_from_run, open_checkpoint
+from utils.run.record import Trained, check_base, fill_from_run, open_checkpoint
 from utils.run.rows import rows_to_answer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from utils.encode.encoder import Encoder
+    from utils.formats.conversation import Row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,88 +42,155 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def infer(parsed: Parsed[InferArguments]) -> None:
-    """Do what the arguments ask; the trained run supplies those that were not typed."""
-    checkpoint = Path(parsed.args.ckpt_dir) if parsed.args.ckpt_dir else None
-    record: dict[str, Any] | None = None
-    warnings: list[str] = []
-    if checkpoint is not None:
-        record = open_checkpoint(checkpoint, parsed.problems)
-        parsed = fill_from_run(parsed, record, warnings)
-    elif not parsed.typed & {'model_type', 'model_id_or_path'}:
-        parsed.problems.add('give --ckpt_dir, or name an untuned model with --model_type or --model_id_or_path.')
-    resolved = resolve_infer(parsed)
-    resolved.warnings += warnings
-    done = settle_infer(resolved)
-    if record is not None and 'dtype' not in done.typed and 'dtype' in record.get('asked', {}):
-        done.decide('dtype', done.args.dtype, 'the run was trained in it')
+    """Do what the arguments ask for. What can be wrong is found before anything heavy is imported."""
+    done, trained = resolve(parsed)
+    args = done.args
     log_decisions(done)
     logged = len(done.warnings)
-    rows = None
-    if done.args.reads_data:
-        rows = rows_to_answer(done, record, checkpoint)
-        if not rows:
-            raise ConfigError(
-                'no validation row to answer: the run held none out. Use --eval_human true, or other data.'
-            )
+    rows = find_rows(done, trained) if args.reads_data else []
 
     start_processes('gloo')
     weights = find_weights(done)
-    if checkpoint is not None and record is not None and is_adapter(checkpoint):
-        problems = Problems()
-        check_base(record, weights.record(done.info), problems)
-        problems.raise_if_any()
+    check_weights(done, trained, weights)
     for line in done.warnings[logged:]:
         logger.warning(line)
-    _act(done, weights, checkpoint, record, rows)
+
+    if args.export_native:
+        export(done, weights)
+        return
+    served = open_served(done, trained, weights)
+    if args.merge_lora_and_save:
+        assert trained is not None, 'checked'
+        merge(done, trained, served)
+        return
+    apply_settings(done, trained, served)
+    if args.eval_human:
+        chat(done, served)
+    else:
+        answer(done, served, rows)
 
 
-def _act(
-    done: Ready[InferArguments],
-    weights: Weights,
-    checkpoint: Path | None,
-    record: dict[str, Any] | None,
-    rows: Any,
-) -> None:
+def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trained | None]:
+    """Return arguments ready for use, those not typed taken from the trained run, and that run with its checkpoint."""
+    trained: Trained | None = None
+    warnings: list[str] = []
+    if parsed.args.ckpt_dir:
+        trained = open_checkpoint(Path(parsed.args.ckpt_dir), parsed.problems)
+        parsed = fill_from_run(parsed, trained, warnings)
+    elif not parsed.typed & {'model_type', 'model_id_or_path'}:
+        parsed.problems.add('give --ckpt_dir, or name an untuned model with --model_type or --model_id_or_path.')
+
+    resolved = resolve_infer(parsed)
+    resolved.warnings += warnings
+    done = settle_infer(resolved)
+    if trained is not None and 'dtype' not in done.typed and 'dtype' in trained.record.asked:
+        done.decide('dtype', done.args.dtype, 'the run was trained in it')
+    return done, trained
+
+
+def find_rows(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
+    """Return the rows to answer; raises ConfigError if there are none."""
+    rows = rows_to_answer(done, trained)
+    if not rows:
+        raise ConfigError('no validation row to answer: the run held none out. Use --eval_human true, or other data.')
+    return rows
+
+
+def check_weights(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> None:
+    """Raise ConfigError where an adapter was trained on other base weights."""
+    if trained is None or not is_adapter(trained.checkpoint):
+        return
+    problems = Problems()
+    check_base(trained.record, weights.record(done.info), problems)
+    problems.raise_if_any()
+
+
+def export(done: Ready[InferArguments], weights: Weights) -> None:
+    """Write the untuned model as a plain folder of its native class."""
+    from utils.loading.save import export_native
+
+    args = done.args
+    model, tokenizer, _ = open_model(args, done.info, weights, trains=False)
+    images = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
+    export_native(model.eval(), tokenizer, Path(str(args.output_dir)), images)
+    logger.info(f'written: {args.output_dir}, for AutoModelForCausalLM or --model_id_or_path')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model that answers, with its adapter on, and what its prompts and answers need."""
+
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    config: GenerationConfig
+
+
+def open_served(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> Served:
+    """Open the model with the checkpoint's adapter, and its encoder; raises ConfigError for another template."""
     from transformers import set_seed
 
-    from utils.export.merge import merge_checkpoint
-    from utils.infer.answers import answer_rows
-    from utils.infer.chat import chat
-    from utils.infer.generation import generation_config, served_config
+    from utils.infer.generation import generation_config
     from utils.loading.adapter import load_adapter
-    from utils.loading.save import export_native
     from utils.proofs.template import ask_as_trained, check_trained_template
 
-    args, info = done.args, done.info
+    args = done.args
     set_seed(args.seed + dist.rank())
-    model, tokenizer, _ = open_model(args, info, weights, trains=False)
-    images = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
-    if checkpoint is not None and is_adapter(checkpoint):
-        model = load_adapter(model, checkpoint, weights.path, info.family)
+    model, tokenizer, _ = open_model(args, done.info, weights, trains=False)
+    images: Images | None = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
+    if trained is not None and is_adapter(trained.checkpoint):
+        model = load_adapter(model, trained.checkpoint, weights.path, done.info.family)
     model.eval()
-    if args.export_native:
-        export_native(model, tokenizer, Path(str(args.output_dir)), images)
-        logger.info(f'written: {args.output_dir}, for AutoModelForCausalLM or --model_id_or_path')
-        return
-    system_typed = 'system' in done.typed or bool(record and record['system_typed'])
+
+    system_typed = 'system' in done.typed or (trained is not None and trained.record.system_typed)
     encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
-    if checkpoint is not None and record is not None:
-        check_trained_template(encoder, record, checkpoint, typed='template_type' in done.typed)
-        ask_as_trained(encoder, record)
+    if trained is not None:
+        check_trained_template(encoder, trained, typed='template_type' in done.typed)
+        ask_as_trained(encoder, trained.record)
     config = generation_config(args, tokenizer, encoder.stop_ids, model.generation_config)
-    if args.merge_lora_and_save:
-        assert checkpoint is not None and record is not None, 'checked'
-        served = served_config(model.generation_config, config, args, done.typed)
-        target, proven = merge_checkpoint(model, encoder, served, checkpoint, record=record, images=images)
-        logger.info(f'merged: {target}: {proven}\nnext: python llm_infer.py --ckpt_dir {target}')
-        return
-    model.generation_config = config
-    if args.save_generation_config and checkpoint is not None and dist.is_main():
-        config.save_pretrained(checkpoint)
-    if args.eval_human:
-        chat(model, tokenizer, encoder, config, streams=args.use_streamer)
-    else:
-        answer_rows(model, tokenizer, encoder, config, rows, args=args, target=result_path(args))
+    return Served(model=model, tokenizer=tokenizer, encoder=encoder, config=config)
+
+
+def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> None:
+    """Merge the adapter into its base model, as a folder next to the checkpoint."""
+    from utils.export.merge import merge_checkpoint
+    from utils.infer.generation import served_config
+
+    model = served.model
+    config = served_config(model.generation_config, served.config, done.args, done.typed)
+    target, proven = merge_checkpoint(
+        model, served.encoder, config, trained.checkpoint, record=trained.record, images=served.encoder.images
+    )
+    logger.info(f'merged: {target}: {proven}\nnext: python llm_infer.py --ckpt_dir {target}')
+
+
+def apply_settings(done: Ready[InferArguments], trained: Trained | None, served: Served) -> None:
+    """Give the model its generation settings; --save_generation_config also writes them to the checkpoint."""
+    served.model.generation_config = served.config
+    if done.args.save_generation_config and trained is not None and dist.is_main():
+        served.config.save_pretrained(trained.checkpoint)
+
+
+def chat(done: Ready[InferArguments], served: Served) -> None:
+    """Chat in the terminal until the user leaves."""
+    from utils.infer.chat import chat as chat_until_left
+
+    chat_until_left(served.model, served.tokenizer, served.encoder, served.config, streams=done.args.use_streamer)
+
+
+def answer(done: Ready[InferArguments], served: Served, rows: Sequence[Row]) -> None:
+    """Answer the rows, show and write the answers with their scores."""
+    from utils.infer.answers import answer_rows
+
+    answer_rows(
+        served.model,
+        served.tokenizer,
+        served.encoder,
+        served.config,
+        rows,
+        args=done.args,
+        target=result_path(done.args),
+    )
 
 
 if __name__ == '__main__':

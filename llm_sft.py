@@ -24,7 +24,7 @@ from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
 from utils.run.record import check_resumed_template
-from utils.run.rows import lock_of, rows_of
+from utils.run.rows import keep_held_out, lock_of, rows_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int:
-    """Train as resolved; returns the exit code. What can be wrong is found before anything heavy is imported."""
+    """Train as resolved; returns the exit code. Arguments, files and data are checked before any heavy import."""
     started = time.time()
     done = settle_sft(resolved)
     args = done.args
+
     if args.check_dataset:
         from utils.checks.dataset import check_dataset
 
@@ -50,10 +51,13 @@ def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int
         from utils.estimate.dry_run import dry_run
 
         return dry_run(done)
+
     log_decisions(done)
     rows = rows_of(done)
+
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
     run = open_run(done, find_weights(done), lock_of(rows, args), typed_now)
+    keep_held_out(rows, run.folder)
     carry_out(done, run, rows, typed_now, started=started)
     return 0
 
@@ -61,7 +65,7 @@ def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int
 def carry_out(
     done: Ready[SftArguments], run: Run, rows: Plan | Streams, typed_now: Collection[str], *, started: float
 ) -> None:
-    """Load the model, encode the rows, train, and write what the run shows of itself to its folder."""
+    """Load the model, encode the rows, train, and write the proofs and the report to the run folder."""
     from transformers import set_seed
 
     from utils.data.encode_plan import prepare_data
@@ -85,10 +89,12 @@ def carry_out(
     encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
     if args.sft_type == 'lora':
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
+
     note_template(run, encoder, None if 'template_type' in typed_now else args.from_run)
     if args.resume_from_checkpoint is not None:
         check_resumed_template(Path(args.resume_from_checkpoint), run.record)
     prove_template(encoder, some_rows(rows, TRAIN, ROWS), run.folder)
+
     if isinstance(rows, Plan):
         data = prepare_data(encoder, rows, run.folder, samples=args.show_samples)
     else:
@@ -101,20 +107,25 @@ def carry_out(
             samples=args.show_samples,
         )
     note_thinking(run, encoder, data.switched)
+
     asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
+
     model = prepare_model(model, args, run.decide)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
     if args.push_to_hub:
         trainer.add_callback(push_while_training(args, run.folder, data.summary))
+
     checked = data.spread(MASK_ROWS)
     prove_mask(checked, data.summary, trainer.data_collator, encoder, run.folder)
     trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
+
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stopped:
         raise stopped(trainer, run.folder, done)
+
     summary = data.final()
     if dist.is_main():
         finish_run(args, trainer, run, started=started, data=summary, asked=asked)

@@ -31,7 +31,7 @@ def _label_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plain(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, steps: int, batch: int,
           accumulation: int, **_: Any) -> Any:  # fmt: skip
-    """Return transformers' Trainer with PEFT and its collator that pads."""
+    """Return transformers' Trainer with PEFT and its padding collator."""
     from peft import get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -46,7 +46,7 @@ def plain(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, s
 
 def trl(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, variant: str, steps: int, batch: int,
         accumulation: int, max_length: int) -> Any:  # fmt: skip
-    """Return TRL's SFTTrainer on tokenised rows; packing fills max_length, so a step is what the rows fill."""
+    """Return TRL's SFTTrainer on tokenised rows; with packing, a step is all packs that the rows fill."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -69,14 +69,18 @@ def trl(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, var
 
 def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, variant: str, steps: int, batch: int,
          accumulation: int, max_length: int, checkpointing: bool = False) -> Any:  # fmt: skip
-    """Return this project's trainer: on its fast path, or padded with PEFT's layers and the class's logits."""
+    """Return this project's trainer: on its fast path, or padded, with PEFT's layers and the class's own logits."""
     from utils.cli.arguments import SftArguments
     from utils.data.encode_plan import EncodedRows, PreparedData
     from utils.encode.encoded import Encoded
     from utils.infer.generation import generation_config
+    from utils.loading.fingerprint import Fingerprint
+    from utils.loading.weights import Weights
+    from utils.run.folder import Run
     from utils.run.processes import start_processes
+    from utils.run.record import RunRecord
     from utils.train.prepare import prepare_model
-    from utils.train.trainer import make_trainer
+    from utils.train.trainer import TrainerSetup, make_trainer
 
     fast = variant == 'fast'
     if fast:
@@ -95,7 +99,13 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
         train.append(Encoded(**row))
     data = PreparedData(train=train, val=EncodedRows(), summary={})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return make_trainer(
-        args, Path(output), prepare_model(model, args), tokenizer, data, dtype=torch.bfloat16,
-        record={}, generation=generation_config(args, tokenizer, []),
-    )  # fmt: skip
+    Path(output).mkdir(parents=True, exist_ok=True)
+    weights = Weights(path=Path(output), reason='', fingerprint=Fingerprint(sha256='', covers=''))
+    run = Run(folder=Path(output), record=RunRecord(), weights=weights)
+    setup = TrainerSetup(
+        run=run,
+        tokenizer=tokenizer,
+        dtype=torch.bfloat16,
+        generation=generation_config(args, tokenizer, []),
+    )
+    return make_trainer(args, prepare_model(model, args), data, setup)

@@ -1,9 +1,9 @@
-"""Peak anonymous memory, above the imported libraries, of the data doctor and of encoding, at two sizes of data.
+"""Peak anonymous memory, above the imported libraries, of the data check and of encoding, at two sizes of data.
 
 python benchmarks/data_memory.py [SMALL LARGE]   (default: 100000 1000000 rows; allow 20 minutes)
 
-Memory-mapped files can be dropped by the system at any time and do not count (RssAnon in /proc/self/status). Every
-measurement is a process of its own.
+Memory-mapped files do not count, because the system can drop them at any time (RssAnon in /proc/self/status). Every
+measurement is a separate process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DISTINCT, BOUND = 10_000, 1.15
 
 
 def write_file(path: Path, count: int) -> None:
-    """Write alpaca rows, each with a number of its own, so that none repeats another."""
+    """Write alpaca rows, each with its own number, so that no two rows are equal."""
     rows = [(row.messages[0]['content'], row.messages[1]['content']) for row in make_rows(DISTINCT)]
     with path.open('w', encoding='utf-8') as stream:
         for index in range(count):
@@ -38,7 +38,7 @@ def write_file(path: Path, count: int) -> None:
 
 def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
     """Run one task in this process; returns its peak in MB above the libraries, and its seconds."""
-    from utils.checks.dataset import Doctor, Seen
+    from utils.checks.dataset import DataCheck, Seen
     from utils.data.encode_plan import batches, prepare_data
     from utils.data.plan import plan_rows
     from utils.encode.make import make_encoder
@@ -65,9 +65,9 @@ def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
             prepare_data(encoder, plan, Path(name))
         else:
             with (Path(name) / 'findings.jsonl').open('w', encoding='utf-8') as stream:
-                doctor = Doctor(encoder, 2048, stream, Seen(Path(name) / 'seen.db'))
+                check = DataCheck(encoder, 2048, stream, Seen(Path(name) / 'seen.db'))
                 for batch in batches(plan.used()):
-                    doctor.look(batch)
+                    check.examine(batch)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
@@ -85,7 +85,7 @@ def main() -> None:
         files = [Path(folder) / f'{size}.jsonl' for size in sizes]
         for file, size in zip(files, sizes, strict=True):
             write_file(file, size)
-        for task in ('doctor', 'encoding'):
+        for task in ('data check', 'encoding'):
             peaks = []
             for file, size in zip(files, sizes, strict=True):
                 words = [sys.executable, __file__, '--measure', task, str(file), str(directory)]

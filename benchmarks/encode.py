@@ -1,9 +1,9 @@
-"""Encoding 52,000 rows of the alpaca kind against the bare tokenizer on the same text, and against `datasets.map`.
+"""Encoding 52,000 alpaca-like rows, compared with the bare tokenizer on the same text and with `datasets.map`.
 
 python benchmarks/encode.py [TOKENIZER_DIR]   (default: the embedded model's)
 
-Seconds that pass decide; they hold on an idle machine alone. Beside them stand the processor seconds of all threads,
-which other programs disturb less: what two processors share out takes half as long there.
+The bounds are on wall seconds, which are valid only on an idle machine. The processor seconds of all threads are shown
+too, because other programs disturb them less: work shared by two processors takes half as many wall seconds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def make_rows(count: int) -> list[Row]:
 
 
 def tokenizer_directory() -> Path:
-    """Return the directory of the tokenizer that is measured: the one given, or the embedded model's."""
+    """Return the directory of the tokenizer to measure: the one given, or the embedded model's."""
     if len(sys.argv) > 1 and Path(sys.argv[1]).is_dir():
         return Path(sys.argv[1])
     embedded = MODEL_MAPPING['smollm2-135m-instruct'].embedded
@@ -67,13 +67,13 @@ def tokenizer_directory() -> Path:
 
 
 def bare(tokenizer: Any, texts: list[str]) -> None:
-    """Tokenise rendered text, which is the least that can be done."""
+    """Tokenise rendered text: the lower bound of any encoding."""
     for first in range(0, ROWS, 1024):
         tokenizer(texts[first : first + 1024], add_special_tokens=False)
 
 
 def plain_map(tokenizer: Any, file: Path, folder: Path) -> None:
-    """Do what most scripts do: read the file with `datasets` and map apply_chat_template over its rows."""
+    """Read the file with `datasets` and map apply_chat_template over its rows, as most scripts do."""
     import datasets
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
@@ -86,13 +86,13 @@ def plain_map(tokenizer: Any, file: Path, folder: Path) -> None:
 
 
 def ours(encoder: Encoder, file: Path, folder: Path) -> None:
-    """Do what a run does: plan the file's rows and encode them, or find them in the cache."""
+    """Plan the file's rows and encode them, or find them in the cache, as a run does."""
     data = prepare_data(encoder, plan_rows([str(file)], test_ratio=0.01), folder)
     assert len(data.train) + len(data.val) == ROWS
 
 
 def timed(act: Callable[[], None]) -> tuple[float, float]:
-    """Return the seconds that it takes, and the processor seconds of all its threads."""
+    """Return the wall seconds of a call, and the processor seconds of all threads."""
     start, worked = time.perf_counter(), time.process_time()
     act()
     return time.perf_counter() - start, time.process_time() - worked

@@ -1,11 +1,12 @@
-"""The memory that the estimator predicts beside what a training step takes on a CPU: 12 settings fixed beforehand.
+"""The estimated memory of a training step compared with the memory measured on a CPU, in 12 settings.
 
-3 models x LoRA, full x gradient checkpointing off, on; two optimizer steps of two batches each, as the trainer takes
-them. Each setting is a process of its own. Measured is the peak of resident memory (VmHWM), of which the kernel keeps
-count, from the beginning of training (opening a model is another matter: load_memory.py), above what the same process
-holds after it trained a model of 2 layers the same way: libraries and tokenizer are none of it.
-glibc is told to return what is freed (MALLOC_ variables), so that tensors are measured that live, not what the
-allocator keeps for the next ones. llm_sft.py on a CPU lets it keep them, for speed: --kept measures that instead.
+The settings are 3 models x (LoRA, full) x gradient checkpointing (off, on). Each takes two optimizer steps of two
+batches, in a separate process. The measured figure is the peak of resident memory as the kernel counts it (VmHWM),
+from the start of training; load_memory.py measures how a model is opened. The memory that the same process holds after
+it trained a model of 2 layers is subtracted: libraries and tokenizer do not count.
+
+MALLOC_ variables make glibc return freed memory, so that only live tensors are measured. llm_sft.py on a CPU keeps
+freed memory for speed; --kept measures that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BATCH, ACCUMULATION, ALLOWED = 4, 2, 0.15
 QKV = ['q_proj', 'k_proj', 'v_proj']
 # Name, tokens per row, LoRA targets.
 MODELS: dict[str, tuple[int, Any]] = {'smollm2': (96, QKV), '150k': (128, 'all-linear'), 'qwen3': (96, 'all-linear')}
-# Returned at once when freed, so that what is resident is what lives.
+# Freed memory is returned at once, so that only live tensors are resident.
 RETURNED = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '65536'}
 
 
@@ -45,7 +46,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 def folder_of(name: str) -> Path:
-    """Return the folder of a model; qwen3: 6 layers of Qwen3's class, made once."""
+    """Return the folder of a model; 'qwen3' has 6 layers of Qwen3's class and is made once."""
     if name != 'qwen3':
         return model_folder(name)
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -67,7 +68,7 @@ def train(case: dict[str, Any], folder: Path, tokenizer: Any, length: int) -> No
 
     class CountAnew(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts again: man 5 proc
+            Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM: man 5 proc
 
     full = case['setting'] == 'full'
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if full else torch.bfloat16)
@@ -108,7 +109,7 @@ def resident_mb(name: str) -> float:
 
 
 def estimated(case: dict[str, Any]) -> float:
-    """Return the same by arithmetic alone, in MB."""
+    """Return the estimated peak, in MB."""
     from utils.estimate.memory import Batch, Mode, footprint
     from utils.estimate.model_shape import shape_of
     from utils.model import get_model_info
@@ -127,7 +128,7 @@ def estimated(case: dict[str, Any]) -> float:
 
 
 def run(case: dict[str, Any], environment: dict[str, str]) -> float:
-    """Return what a process of its own measures."""
+    """Return what a separate process measures."""
     words = [sys.executable, __file__, '--worker', json.dumps(case)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
     settings = {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
@@ -151,10 +152,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Measure every setting, write and print the table; returns 1 where one is off by more than is allowed."""
+    """Measure every setting, write and print the table; return 1 if an estimate is off by more than is allowed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--worker', help=argparse.SUPPRESS)
-    parser.add_argument('--kept', action='store_true', help='with what the allocator keeps; prints, writes nothing')
+    parser.add_argument(
+        '--kept', action='store_true', help='count memory that the allocator keeps; print, write no file'
+    )
     options = parser.parse_args()
     if options.worker:
         print(f'RESULT {measure(json.loads(options.worker))}')

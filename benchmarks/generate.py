@@ -1,4 +1,4 @@
-"""Answering 64 rows with 64 new tokens each, in batches against one by one: python benchmarks/generate.py"""
+"""Answer 64 rows with 64 new tokens each, in batches and one by one: python benchmarks/generate.py"""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ROWS, TOKENS, ALONE, BOUND = 64, 64, 8, 4.0
 
 
 def main() -> None:
-    """Print tokens per second of both and their ratio; one by one is measured on every eighth row."""
+    """Print tokens per second of both and their ratio; only every eighth row is answered one by one."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(model_folder('smollm2'), dtype=torch.bfloat16).eval()
-    # A token that the model does not produce: every answer has the same length.
+    # The model does not produce this token, so every answer has the same length.
     config = GenerationConfig(
         max_new_tokens=TOKENS, do_sample=False, eos_token_id=[49_151], pad_token_id=2, bos_token_id=1
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Kill runs with SIGKILL at random moments, resume them, and compare with runs never stopped: bit for bit.
+"""Kill runs with SIGKILL at random moments, resume them, and compare them bit by bit with runs that were not stopped.
 
-Each run is a fork of this process, which has the libraries loaded, so a kill costs a second and not a start-up.
+Each run is a fork of this process, which has loaded the libraries, so that a run starts within a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utils.cli.arguments import SftArguments, flag_types  # noqa: E402
 
 STEPS = 16
 _PR_SET_PDEATHSIG = 1
-# One row per mode: how many processes, and the flags that make it. A flag this checkout does not know skips the mode.
+# Number of processes and flags of each mode. A mode is skipped if this checkout does not have one of its flags.
 MODES: dict[str, tuple[int, str]] = {
     'lora': (1, '--lora_dropout_p 0.1'),
     'lora, worker, log every 3': (1, '--lora_dropout_p 0.1 --dataloader_num_workers 1 --logging_steps 3'),
@@ -50,7 +50,7 @@ DEEPSPEED = {
 
 @dataclass
 class Outcome:
-    """What happened to the kills of one mode."""
+    """Counts of the kills of one mode."""
 
     kills: int = 0
     equal: int = 0
@@ -72,8 +72,8 @@ def make_inputs(folder: Path) -> None:
 
 
 def base_flags(folder: Path) -> list[str]:
-    """Make the inputs of runs in `folder`; return flags of a run that saves and evaluates often."""
-    # In a fork of its own: the tokenizer's threads, once started here, would be missing in every later fork.
+    """Make the inputs of runs in `folder`; return the flags of a run that saves and evaluates often."""
+    # In a separate fork: the tokenizer's threads, once started in this process, would be missing in every later fork.
     child = os.fork()
     if child == 0:
         try:
@@ -83,7 +83,7 @@ def base_flags(folder: Path) -> list[str]:
             os._exit(1)
         os._exit(0)
     assert wait([child]) == [0]
-    os.environ['TORCH_EXTENSIONS_DIR'] = str(folder / 'extensions')  # what DeepSpeed compiles at its first run
+    os.environ['TORCH_EXTENSIONS_DIR'] = str(folder / 'extensions')  # DeepSpeed compiles into it at its first run
     return (
         f'--model_id_or_path {folder / "tiny"} --dataset {folder / "rows.jsonl"} --dtype fp32 --learning_rate 0.01 '
         '--dataset_test_ratio 0.1 --batch_size 2 --gradient_accumulation_steps 2 --logging_steps 1 --eval_steps 4 '
@@ -113,7 +113,7 @@ def start(words: list[str], output: Path, processes: int) -> list[int]:
 
 
 def _train(words: list[str], output: Path, rank: int) -> int:
-    """Train in this process; what it prints goes to a file, and so do the rows of each step."""
+    """Train in this process; write its output and the rows of each step to files."""
     import llm_sft
     from utils.train.trainer import SftTrainer
 
@@ -144,7 +144,7 @@ def wait(ids: list[int]) -> list[int]:
 
 
 def run_until(ids: list[int], ready: Callable[[], bool], seconds: float) -> float | None:
-    """Wait for a run to be ready and `seconds` more; returns when it was ready, None where it ended before."""
+    """Wait until a run is ready and `seconds` more; return when it was ready, None if it ended before."""
     began = time.monotonic()
     was_ready = None
     while was_ready is None or time.monotonic() - began < was_ready + seconds:
@@ -165,7 +165,7 @@ def kill(ids: list[int]) -> bool:
 
 def run_folder(output: Path) -> Path | None:
     """Return the run folder under an output folder, None before it is made."""
-    # A run tries the folder with one of a hidden name, which is gone while this looks.
+    # A run tests the folder by writing a hidden entry, which may disappear during the listing.
     models = [folder for folder in output.iterdir() if folder.is_dir() and not folder.name.startswith('.')]
     return next(iter(sorted(run for model in models for run in model.glob('v*'))), None)
 
@@ -177,7 +177,7 @@ def has_checkpoint(output: Path) -> bool:
 
 
 def facts(output: Path, processes: int) -> dict[str, Any]:
-    """Return what has to be equal: log lines, the hashes of the last checkpoint's states, the rows of each step."""
+    """Return what must be equal: log lines, hashes of the last checkpoint's states, the rows of each step."""
     run = run_folder(output)
     assert run is not None
     last = all_checkpoints(run)[-1]
@@ -198,7 +198,7 @@ def facts(output: Path, processes: int) -> dict[str, Any]:
 
 
 def compare(whole: dict[str, Any], resumed: dict[str, Any], step: int) -> list[str]:
-    """Return what differs between a run never stopped and one resumed from `step`."""
+    """Return the differences between an uninterrupted run and one resumed from `step`."""
     differences = [f'log line {a} is {b}' for a, b in zip(whole['history'], resumed['history'], strict=False) if a != b]
     if len(whole['history']) != len(resumed['history']):
         differences.append(f'{len(whole["history"])} log lines are {len(resumed["history"])}')
@@ -212,7 +212,7 @@ def compare(whole: dict[str, Any], resumed: dict[str, Any], step: int) -> list[s
 
 
 def is_known(name: str) -> bool:
-    """Return whether this checkout has the flags of a mode; says so where it has not."""
+    """Return whether this checkout has the flags of a mode; print which ones are missing."""
     unknown = {w for w in MODES[name][1].split() if w.startswith('--')} - {f'--{n}' for n in flag_types(SftArguments)}
     if unknown:
         print(f'{name}: skipped, there is no {", ".join(sorted(unknown))}')
@@ -236,13 +236,13 @@ def run_mode(name: str, kills: int, folder: Path, base: list[str], chance: rando
     while outcome.kills < kills:
         killed = place / f'kill-{time.monotonic_ns()}'
         ids = start(words, killed / 'killed', processes)
-        # Four in five fall among the checkpoints, the others anywhere: most of so short a run is its start.
+        # Four in five kills fall after the first checkpoint, the others anywhere: most of a short run is its start.
         if chance.random() < 0.8:
             moment = chance.uniform(0, seconds - until_saved)
             run_until(ids, lambda place=killed: has_checkpoint(place / 'killed'), moment)  # type: ignore[misc]
         else:
             run_until(ids, lambda: True, chance.uniform(0, seconds))
-        if kill(ids):  # else it had ended before
+        if kill(ids):  # otherwise the run had ended before
             _resume_once(killed, words, processes, whole, outcome)
     print(
         f'{name}: {outcome.equal} of {outcome.kills} equal; killed before the first checkpoint '
@@ -254,10 +254,10 @@ def run_mode(name: str, kills: int, folder: Path, base: list[str], chance: rando
 
 
 def _resume_once(place: Path, words: list[str], processes: int, whole: dict[str, Any], outcome: Outcome) -> None:
-    """Resume a killed run from its last checkpoint, or start it anew where there is none, and compare."""
+    """Resume a killed run from its last checkpoint, or start it again if there is none, and compare."""
     outcome.kills += 1
     for lock in Path(os.environ['TORCH_EXTENSIONS_DIR']).rglob('lock'):
-        lock.unlink()  # torch waits for ever for one whose owner was killed while it loaded what is compiled
+        lock.unlink()  # torch waits forever for the lock of a process that was killed while it loaded an extension
     run = run_folder(place / 'killed')
     checkpoints = all_checkpoints(run) if run else []
     outcome.while_saving += bool(run and list(run.glob(partial_name(run / 'checkpoint-*').name)))
@@ -269,7 +269,7 @@ def _resume_once(place: Path, words: list[str], processes: int, whole: dict[str,
     else:
         outcome.before_first_checkpoint += 1
     if step == STEPS:
-        # Only the closing words were lost: the checkpoint itself is what has to be equal.
+        # The run was killed after its last checkpoint, so only that checkpoint is compared.
         differences = compare(whole, facts(place / 'killed', processes), STEPS)
     else:
         codes = wait(start([*words, *resume], place / 'resumed', processes))
@@ -283,11 +283,13 @@ def _resume_once(place: Path, words: list[str], processes: int, whole: dict[str,
 
 
 def main() -> int:
-    """Run the modes asked for; 0 where every resumed run was equal."""
+    """Run the chosen modes; return 0 if every resumed run was equal."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--kills', type=int, default=30, help='in all, shared out over the modes')
+    parser.add_argument('--kills', type=int, default=30, help='number of kills, shared among the modes')
     parser.add_argument('--modes', nargs='*', default=list(MODES), choices=list(MODES))
-    parser.add_argument('--seed', type=int, default=0, help='of the moments; the machine decides what they hit')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='seed of the random moments; what a kill interrupts depends on the machine'
+    )
     asked = parser.parse_args()
     import llm_sft  # noqa: F401
     from utils.proofs import first_step  # noqa: F401  loaded once, before the forks

@@ -1,6 +1,6 @@
 """Peak anonymous memory while a checkpoint in an original 2023 layout is opened: load_memory.py [kind [dtype]]
 
-Memory-mapped files can be dropped by the system at any time and do not count (RssAnon in /proc/self/status).
+Memory-mapped files do not count, because the system can drop them at any time (RssAnon in /proc/self/status).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def qwen() -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
 
 
 def baichuan2() -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
-    """Return the same of a Baichuan2-7B with its whole vocabulary, whose head is normalised."""
+    """Return shapes and config.json of a smaller Baichuan2-7B with its whole vocabulary and its normalised head."""
     vocab = 125696
     shapes: dict[str, tuple[int, ...]] = {
         'model.embed_tokens.weight': (vocab, HIDDEN), 'model.norm.weight': (HIDDEN,), 'lm_head.weight': (vocab, HIDDEN)
@@ -70,7 +70,7 @@ def baichuan2() -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
 
 
 def pack_gptq(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dict[str, Any]:
-    """Return int8 tensors of the layers in GPTQ's layout, groups of 128; the other tensors in fp16."""
+    """Return the layers as int8 tensors in GPTQ's layout, in groups of 128; the other tensors in fp16."""
     import torch
 
     settings = {'bits': 8, 'group_size': 128, 'quant_method': 'gptq', 'desc_act': False, 'sym': True}
@@ -90,7 +90,7 @@ def pack_gptq(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dic
 
 
 def pack_nf4(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dict[str, Any]:
-    """Return the layers packed as the 4-bit files of 2023 are; the other tensors in fp16."""
+    """Return the layers packed like the 4-bit files of 2023; the other tensors in fp16."""
     import torch
 
     config['quantization_config'] = {'load_in_4bit': True}
@@ -135,7 +135,7 @@ def write_checkpoint(folder: Path, kind: str) -> None:
 
 
 def measure(folder: Path, dtype: str) -> bool:
-    """Print the model's size and the peak above the imported libraries; return whether it is within the bound."""
+    """Print the model's size and the peak above the imported libraries; return whether the peak is within the bound."""
     import torch
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2
@@ -168,7 +168,7 @@ def measure(folder: Path, dtype: str) -> bool:
 
 
 def main() -> int:
-    """Measure one kind, or each in a process of its own."""
+    """Measure one kind, or all kinds, each in a separate process."""
     if len(sys.argv) == 1:
         import subprocess
 
@@ -176,7 +176,7 @@ def main() -> int:
         return max(process.returncode for process in done)
     kind, dtype = sys.argv[1], (sys.argv[2] if len(sys.argv) > 2 else 'bfloat16')
     with tempfile.TemporaryDirectory() as name:
-        # Written by another process, so that its memory is none of this one's.
+        # Written by another process, whose memory does not count here.
         write_in_child(Path(name), kind)
         size = sum(file.stat().st_size for file in Path(name).iterdir()) / 2**20
         print(f'{kind}: {size:.0f} MB on disk as {KINDS[kind]}', flush=True)
@@ -184,7 +184,7 @@ def main() -> int:
 
 
 def write_in_child(folder: Path, kind: str) -> None:
-    """Write a checkpoint in a process of its own."""
+    """Write a checkpoint in a separate process."""
     import multiprocessing
 
     child = multiprocessing.get_context('spawn').Process(target=write_checkpoint, args=(folder, kind))

@@ -1,8 +1,8 @@
-"""Renews utils/estimate/model_sizes.json: python benchmarks/model_sizes.py
+"""Regenerate utils/estimate/model_sizes.json: python benchmarks/model_sizes.py
 
-Each shape in it holds the fields of a configuration as published, and what the real class counts with them. To add a
-model, add its configuration under `shapes` and its key under `models`, and run this. A model without an entry is
-reported as of unknown size.
+Each shape holds the fields of a published configuration, and the counts of the real class with that configuration. To
+add a model, add its configuration under `shapes` and its key under `models`, and run this program. The size of a model
+without an entry is reported as unknown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from utils.model import MODEL_MAPPING
 
 
 def count(config: dict[str, Any], model_type: str) -> Shape:
-    """Return what the class of a registered model counts with this configuration."""
+    """Return the shape that the class of a registered model has with this configuration."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / 'config.json').write_text(json.dumps(config), encoding='utf-8')
         return shape_of(Path(folder), MODEL_MAPPING[model_type])

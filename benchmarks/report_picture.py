@@ -1,4 +1,4 @@
-"""The picture in the READMEs: what the first screen of a run's report.html shows, as SVG.
+"""The picture in the READMEs: the first screen of a run's report.html, as SVG.
 
 `python benchmarks/report_picture.py RUN_DIR` writes docs/img/report.svg from the files of the run folder.
 """
@@ -88,7 +88,7 @@ def losses(history: list[dict[str, Any]], y: float) -> list[str]:
 
 
 def answers(row: dict[str, Any], y: float) -> list[str]:
-    """Return one validation row with the answers of the untuned and the tuned model."""
+    """Return one validation row with the answers before and after training."""
     parts = [text(390, y, 'Before and after', size=16, weight=600)]
     y += 22
     for name in ('asked', 'wanted', 'before', 'after'):

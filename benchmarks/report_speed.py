@@ -18,7 +18,7 @@ def _rounds(taken: Taken, **wanted: Any) -> Taken:
 
 
 def table(content: dict[str, Any], middle: Callable[[list[float]], float]) -> str:
-    """Return the results in Markdown: medians, and each beside plain Trainer + PEFT."""
+    """Return the results in Markdown: medians, and the ratio of each to plain Trainer + PEFT."""
     taken, about = content['taken'], content['machine']
     lines = [', '.join(f'{name} {value}' for name, value in about.items()), '']
     for threads in (2, 1):
@@ -56,7 +56,7 @@ def table(content: dict[str, Any], middle: Callable[[list[float]], float]) -> st
 
 
 def pictures(content: dict[str, Any], target: Path) -> None:
-    """Write speed by contestant, and growth with length and rows, as pictures beside `target`."""
+    """Write speed by contestant, and growth with length and rows, as a picture next to `target`."""
     import matplotlib
 
     matplotlib.use('Agg')

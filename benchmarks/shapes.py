@@ -1,6 +1,6 @@
-"""Memory of training on rows of ever new lengths, with the kernels that this project lets oneDNN keep and with all.
+"""Memory of training on rows whose lengths never repeat, with this project's limit on oneDNN kernels and without.
 
-Usage: python benchmarks/shapes.py [--batches 80]. Each measurement is a process of its own; they take turns.
+Usage: python benchmarks/shapes.py [--batches 80]. Each measurement is a separate process; they take turns.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import time
 
 import train
 
-# What oneDNN keeps where nobody sets it.
+# oneDNN's own default.
 ITS_OWN = '1024'
 ROWS = 5
 
 
 def measure(batches: int) -> None:
-    """Print tokens per second and peak memory of batches whose rows have alpaca's lengths, no two alike."""
+    """Print tokens per second and peak memory of batches with alpaca lengths, no two of the same shape."""
     case = {'model': 'smollm2', 'length': 16, 'rows': 4, 'batch': 1, 'accumulation': 1, 'steps': 2, 'threads': 2,
             'setting': 'lora_qkv', 'contestant': 'fast'}  # fmt: skip
     lengths = train.alpaca_lengths(ROWS * batches, seed=3)

@@ -1,9 +1,9 @@
-"""What benchmarks/train.py compares."""
+"""The trainers and settings that benchmarks/train.py compares."""
 
 from __future__ import annotations
 
 CONTESTANTS = ('plain', 'trl', 'trl_packing', 'padded', 'fast')
-# Those that are measured in every setting.
+# The trainers measured in every setting.
 ESSENTIAL = ('plain', 'trl_packing', 'fast')
 NAMES = {
     'plain': 'Trainer + PEFT', 'trl': 'TRL SFTTrainer', 'trl_packing': 'TRL SFTTrainer, packing',

@@ -17,7 +17,7 @@ RUNS = 7
 
 
 def seconds(*words: str) -> float:
-    """Return the median wall seconds of a command over RUNS runs, one unmeasured run before them."""
+    """Return the median wall seconds of a command over RUNS runs, after one run that is not measured."""
     times = []
     for _ in range(RUNS + 1):
         start = time.perf_counter()
@@ -27,7 +27,7 @@ def seconds(*words: str) -> float:
 
 
 def until_first_step(model: Path) -> tuple[float, float]:
-    """Return the seconds from the command to the first step without its trial, and those of the trial; caches warm."""
+    """Return the seconds from the command to the first step without the preflight, and those of the preflight."""
     with tempfile.TemporaryDirectory() as output:
         words = [
             sys.executable, 'llm_sft.py', '--model_id_or_path', str(model), '--dataset', 'sql-demo', '--max_steps', '1',
@@ -59,7 +59,7 @@ def main() -> None:
     took, trial = (statistics.median(each) for each in zip(*(until_first_step(folder) for _ in range(3)), strict=True))
     verdict = 'ok' if took <= 6 else 'TOO SLOW'
     print(f'{"llm_sft.py":<14} {"first step of SmolLM2-135M":<48} {took:.3f} s (bound 6 s) {verdict}')
-    print(f'{"":<14} {"the trial of the first step (--preflight)":<48} {trial:.3f} s more')
+    print(f'{"":<14} {"the preflight before it (--preflight)":<48} {trial:.3f} s more')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""Training speed and memory, ours beside plain Trainer + PEFT and TRL. Run by benchmarks/run.sh; see --help.
+"""Training speed and memory, compared with plain Trainer + PEFT and TRL. Run by benchmarks/run.sh; see --help.
 
-Each measurement is a process of its own, contestants take turns (A B C A B C ...), medians are shown. What is in the
-results file already is not measured again, so an interrupted benchmark goes on where it stood.
+Each measurement is a separate process, contestants take turns (A B C A B C ...), and medians are shown. Measurements
+that are already in the results file are not repeated, so an interrupted benchmark continues where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH, ACCUMULATION, MAX_LENGTH = 4, 4, 1024
 
 
 def alpaca_lengths(count: int, seed: int) -> list[tuple[int, int]]:
-    """Return (prompt, reply) lengths in tokens, spread as those of alpaca rows: most short, a few long."""
+    """Return (prompt, reply) lengths in tokens, distributed like alpaca rows: most short, a few long."""
     rng = random.Random(seed)
     return [
         (36 + int(rng.lognormvariate(2.9, 0.6)), min(600, max(3, int(rng.lognormvariate(4.0, 1.0)))))
@@ -39,7 +39,7 @@ def alpaca_lengths(count: int, seed: int) -> list[tuple[int, int]]:
 
 
 def make_rows(case: dict[str, Any], vocabulary: int) -> list[dict[str, Any]]:
-    """Return rows of random ids: what they say does not matter for speed."""
+    """Return rows of random ids; the speed does not depend on their content."""
     rng = random.Random(1)
     lengths = [(case['length'] // 4, case['length'] - case['length'] // 4)] * case['rows']
     if case['length'] == 0:
@@ -79,13 +79,13 @@ def model_folder(name: str) -> Path:
 
 
 def peak_mib() -> int:
-    """Return the peak of resident memory of this process."""
+    """Return the peak of resident memory of this process, in MiB."""
     lines = Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) // 1024
 
 
 def matmul_limit() -> float:
-    """Return what this machine multiplies in bf16, in GFLOP/s on the threads in use."""
+    """Return the speed of a bf16 matrix product on this machine with the threads in use, in GFLOP/s."""
     import torch
 
     a = torch.randn(2048, 2048).bfloat16()
@@ -118,7 +118,7 @@ def build(case: dict[str, Any], folder: Path, rows: list[dict[str, Any]], output
 
 
 def measure(case: dict[str, Any]) -> dict[str, float]:
-    """Return what one training run of a contestant takes, the first step apart; runs in a process of its own."""
+    """Train with one contestant in this process and return its speed and memory; the first step counts separately."""
     import torch
 
     torch.set_num_threads(case['threads'])
@@ -143,14 +143,14 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
         trainer = build(case, folder, rows, output)
         trainer.add_callback(Marks())
         trainer.train()
-    # Every step sees all rows once: rows are one step's rows.
+    # The rows fill exactly one step, so every step trains all of them once.
     tokens = sum(len(row['input_ids']) for row in rows) * case['steps']
     trained = sum(row['trained'][1] - row['trained'][0] for row in rows) * case['steps']
     wall, cpu = marks[-1][0] - marks[1][0], marks[-1][1] - marks[1][1]
     embeddings = vocabulary * trainer.model.config.hidden_size
     tables = 1 if trainer.model.config.tie_word_embeddings else 2
     body = sum(p.numel() for p in trainer.model.parameters()) - tables * embeddings
-    # Multiplications that training needs: forward, and backward to activations; to weights too where all are trained.
+    # Products per parameter and token: forward, backward to activations, and backward to weights in full training.
     flops = (tokens * body + trained * embeddings) * (6 if case['setting'] == 'full' else 4)
     return {
         'tokens_per_second': tokens / wall,
@@ -164,11 +164,11 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
 
 def cases(quick: bool) -> list[dict[str, Any]]:
-    """Return every measurement, contestants in turn."""
+    """Return every measurement; contestants take turns."""
     base = {'model': 'smollm2', 'length': 0, 'rows': BATCH * ACCUMULATION, 'batch': BATCH,
             'accumulation': ACCUMULATION}  # fmt: skip
     rounds: list[dict[str, Any]] = [
-        # The quick one is measured over more steps, to about the same seconds.
+        # The fastest one is measured over more steps, for about the same seconds.
         {**base, 'threads': threads, 'setting': setting, 'contestant': contestant, 'round': number,
          'steps': 3 if contestant == 'fast' else 1}
         for threads in ((2,) if quick else (2, 1))
@@ -191,12 +191,12 @@ def cases(quick: bool) -> list[dict[str, Any]]:
     vocabulary = [
         {**one, 'model': '150k', 'length': 4096, 'contestant': contestant} for contestant in ('plain', 'fast')
     ]
-    # One thread last: it takes longest.
+    # Cases with one thread come last, because they take longest.
     return sorted([*rounds, *vocabulary, *growth, *by_rows], key=lambda case: case['threads'] == 1)
 
 
 def run_case(case: dict[str, Any]) -> dict[str, float]:
-    """Return the measurement of a case, taken in a fresh process with its number of threads."""
+    """Return the measurement of a case, from a new process with the case's number of threads."""
     threads = str(case['threads'])
     environment = {
         **os.environ, 'OMP_NUM_THREADS': threads, 'MKL_NUM_THREADS': threads, 'HF_HUB_OFFLINE': '1',
@@ -212,7 +212,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the machine and the versions that the figures depend on."""
     cpu = [x for x in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines() if x.startswith('model name')]
     names = ('torch', 'transformers', 'peft', 'accelerate', 'trl')
     return {
@@ -225,9 +225,9 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Take what is missing, write the results file, the table and the pictures."""
+    """Take the missing measurements; write the results file, the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--quick', action='store_true', help='LoRA on q, k, v and the large vocabulary alone')
+    parser.add_argument('--quick', action='store_true', help='only LoRA on q, k, v, and the large vocabulary')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

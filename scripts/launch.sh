@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the scripts that start several processes, on this machine or on several.
+# Sourced by the scripts that start several processes, on one machine or on several.
 
-# launch N PROGRAM FLAGS...: N processes here. On several machines start the same script on each with NNODES (how many
-# machines), NODE_RANK (0, 1, ...) and MASTER_ADDR (a name or address of machine 0) set; MASTER_PORT if 29500 is taken.
+# launch N PROGRAM FLAGS...: starts N processes on this machine. For several machines, start the same script on each of
+# them and set NNODES (number of machines), NODE_RANK (0, 1, ...) and MASTER_ADDR (name or address of machine 0);
+# also MASTER_PORT if port 29500 is taken.
 launch() {
     local where=(--standalone)
     if [[ ${NNODES:-1} -gt 1 ]]; then

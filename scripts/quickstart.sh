@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh machine to a tuned model: installs, asks the base model, fine-tunes it, asks again, compares.
-# Needs no network after the install. Flags are handed to llm_sft.py, e.g. --num_train_epochs 2.
+# From a new machine to a tuned model: installs, asks the base model, fine-tunes it, asks again, compares.
+# Needs no network after the installation. Flags are passed to llm_sft.py, e.g. --num_train_epochs 2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -9,7 +9,7 @@ make_venv run requirements.txt
 python=.venv/bin/python
 out=output/quickstart
 answers=(--do_sample false --max_new_tokens 40 --show_dataset_sample -1 --infer_batch_size 64)
-# What the results depend on: the same code and flags give the same table, so they are not computed again.
+# A hash of what the results depend on: for the same code and flags they are not computed again.
 state=$({
     find utils tools -type f \( -name '*.py' -o -name '*.json' \) -print0 | LC_ALL=C sort -z | xargs -0 cat
     cat llm_*.py requirements.txt constraints.txt "${BASH_SOURCE[0]}"

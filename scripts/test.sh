@@ -1,8 +1,19 @@
 #!/usr/bin/env bash
-# Everything that must hold: lint, types, shell scripts, generated docs, all tests. Makes .venv on first use.
+# Lint, types, shell scripts, generated parts of the pages, tests. Makes .venv on first use.
+#
+#   bash scripts/test.sh [--quick] [WORD ...]
+#
+# --quick runs only the tests that take seconds, in one process and without optional libraries: 3 minutes on 2 CPU cores.
+# The words go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
+
+only=()
+if [[ ${1:-} == --quick ]]; then
+    shift
+    only=(-m 'not slow and not processes and not optional and not gpu')
+fi
 make_venv all requirements-all.txt
 
 export PATH="$PWD/.venv/bin:$PATH"
@@ -12,4 +23,4 @@ mypy utils tools llm_sft.py llm_infer.py
 find scripts .ci -name '*.sh' -print0 | xargs -0 shellcheck -x
 shellcheck .ci/run
 python -m tools.docs --check
-python -m pytest -q "$@"
+python -m pytest -q "${only[@]}" "$@"

@@ -21,9 +21,7 @@ from utils.base.logger import set_up_logging
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        '--record-errors', action='store_true', help='write down which test reaches which message for users'
-    )
+    parser.addoption('--record-errors', action='store_true', help='record which test reaches which message for users')
 
 
 RECORDER = pytest.StashKey[Recorder]()
@@ -31,7 +29,7 @@ RECORDER = pytest.StashKey[Recorder]()
 
 @pytest.fixture(scope='session', autouse=True)
 def messages_reached(pytestconfig: pytest.Config) -> Iterator[None]:
-    """Note the messages for users that tests reach: into the table where that was asked for, else held against it."""
+    """Record the messages for users that tests reach. Write them to the table with --record-errors, else compare."""
     recorder = pytestconfig.stash[RECORDER] = Recorder()
     recorder.watch(ConfigError, '__init__')
     recorder.watch(Problems, 'add')
@@ -53,7 +51,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(autouse=True)
 def hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Give each test an empty home and cache, no hub and no token, and let caplog see the log."""
+    """Give each test an empty home and cache, no hub and no token, and make the log visible to caplog."""
     home = tmp_path_factory.mktemp('home')
     for name, value in {
         'HOME': str(home),
@@ -73,7 +71,7 @@ def hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope='session')
 def loopback_server() -> Iterator[LoopbackHub]:
-    """Return the one server of both hubs."""
+    """Return the server that stands for both hubs."""
     server = LoopbackHub()
     yield server
     server.close()
@@ -81,7 +79,7 @@ def loopback_server() -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def loopback(loopback_server: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
-    """Return both hubs, empty, reached by this process and those it starts."""
+    """Return both hubs, empty, reachable from this process and its children."""
     import huggingface_hub.constants
 
     loopback_server.reset(token='')
@@ -89,10 +87,10 @@ def loopback(loopback_server: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> L
         'MODELSCOPE_ENDPOINT': loopback_server.url,
         'HF_ENDPOINT': loopback_server.url,
         'HF_HUB_OFFLINE': '0',
-        'HF_HUB_DISABLE_XET': '1',  # its protocol is not spoken here
+        'HF_HUB_DISABLE_XET': '1',  # the server does not implement its protocol
     }.items():
         monkeypatch.setenv(name, value)
-    # Read once, when the library is imported.
+    # The library reads these only once, when it is imported.
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True)
     return loopback_server
@@ -141,7 +139,7 @@ def run_sft(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., P
 
 @pytest.fixture
 def problems() -> Iterator[Callable[[], list[str]]]:
-    """Return a function that gives the error lines logged so far."""
+    """Return a function that returns the error lines logged so far."""
     logger = logging.getLogger('assay')
 
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""The generated blocks of the pages: `python -m tools.docs --write` renews them, `--check` fails when one is stale."""
+"""The generated blocks of the pages: `python -m tools.docs --write` updates them, `--check` fails if one is stale."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _cell(text: str) -> str:
 
 
 def flag_table(cls: type, *, common: bool) -> str:
-    """Return a Markdown table of a program's flags: those both programs share, or its own."""
+    """Return a Markdown table of a program's flags: those that both programs share, or its own."""
     types = flag_types(cls)
     lines = ['| flag | takes | default | meaning |', '|---|---|---|---|']
     for f in dataclasses.fields(cls):
@@ -38,12 +38,12 @@ def flag_table(cls: type, *, common: bool) -> str:
     return '\n'.join(lines)
 
 
-# Native from the start, and held against logits of the original code all the same.
+# Native from the start, but also compared with logits of the original code.
 GOLDEN_NATIVE = frozenset({'ziya2-13b', 'ziya2-13b-chat', 'seqgpt-560m'})
 
 
 def proof(key: str, info: ModelInfo) -> str:
-    """Return what the tests prove of an entry, on small models of its class and on its own chat template."""
+    """Return what the tests prove about an entry, with small models of its class and its own chat template."""
     if info.family is not None or key in GOLDEN_NATIVE:
         return 'golden logits of the original code'
     known = info.template != AUTO or info.chat_template or info.embedded
@@ -69,7 +69,7 @@ def model_table() -> str:
 
 
 def dataset_table() -> str:
-    """Return a Markdown table of the data sets of the hubs."""
+    """Return a Markdown table of the registered data sets on the hubs."""
     lines = ['| dataset | ModelScope | Hugging Face | subsets | train; validation |', '|---|---|---|---|---|']
     for name, entry in DATASET_MAPPING.items():
         if isinstance(entry, HubDataset):
@@ -109,7 +109,7 @@ def pages() -> list[Path]:
 
 
 def render(text: str) -> str:
-    """Return a document with each `<!-- generated NAME -->` block renewed; raises KeyError for an unknown name."""
+    """Return a document with each `<!-- generated NAME -->` block updated; raises KeyError for an unknown name."""
 
     def block(match: re.Match[str]) -> str:
         return f'<!-- generated {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->'
@@ -118,19 +118,19 @@ def render(text: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Renew or check the pages; returns the exit code."""
+    """Update or check the pages; returns the exit code."""
     if argv not in (['--write'], ['--check']):
         print('usage: python -m tools.docs --write | --check', file=sys.stderr)
         return 2
     stale = []
     for path in pages():
         text = path.read_text(encoding='utf-8')
-        renewed = render(text)
-        if renewed == text:
+        updated = render(text)
+        if updated == text:
             continue
         stale.append(str(path.relative_to(ROOT)))
         if argv == ['--write']:
-            path.write_text(renewed, encoding='utf-8')
+            path.write_text(updated, encoding='utf-8')
 
     if stale and argv == ['--check']:
         print(f'stale: {", ".join(stale)}. Run python -m tools.docs --write', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the quick start shows at its end: held-out questions before and after, and where to go on."""
+"""The summary at the end of the quick start: held-out questions before and after training, and what to run next."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.base.logger import show_what_can_be_shown
+from utils.base.logger import replace_unprintable
 from utils.formats.demo_sql import is_right
 
 
@@ -33,7 +33,7 @@ def table(before: list[bool], after: list[bool]) -> str:
 
 
 def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: list[bool]) -> str:
-    """Return questions with the wanted answer and both models': two got right and one got wrong, where there is one."""
+    """Return questions with the reference and both answers: two right ones and a wrong one, if there is one."""
     wrong = [i for i, ok in enumerate(right) if not ok]
     chosen = [i for i, ok in enumerate(right) if ok][: 3 - bool(wrong)] + wrong[:1]
     blocks = []
@@ -48,25 +48,28 @@ def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: l
 
 def main(folder: Path) -> int:
     """Print the comparison of a quick-start folder; returns the exit code."""
-    before, after = _read(folder / 'before.jsonl'), _read(folder / 'after.jsonl')
-    right_before, right_after = [_is_right(r) for r in before], [_is_right(r) for r in after]
+    before = _read(folder / 'before.jsonl')
+    after = _read(folder / 'after.jsonl')
+    right_before = [_is_right(row) for row in before]
+    right_after = [_is_right(row) for row in after]
     run = next(folder.glob('*/v0-*/run.json'))
-    record = json.loads(run.read_text(encoding='utf-8'))
+    outcome = json.loads(run.read_text(encoding='utf-8'))
+
     print(table(right_before, right_after))
-    print('An answer is right when its SQL, run on SQLite, gives what the reference gives. Tables, columns, values and')
-    print('sentences of these questions never occur in the training rows.\n')
+    print('An answer is right if its SQL returns the same as the reference on SQLite. The tables, columns, values and')
+    print('sentences of these questions do not occur in the training rows.\n')
     print(examples(before, after, right_after) + '\n')
     print(
-        f'training   {record["steps"]} steps in {record["seconds"]:.0f} s, '
-        f'{record["train_tokens_per_second"]:.0f} tokens/s, peak memory {record["peak_memory_gib"]} GiB'
+        f'training   {outcome["steps"]} steps in {outcome["seconds"]:.0f} s, '
+        f'{outcome["train_tokens_per_second"]:.0f} tokens/s, peak memory {outcome["peak_memory_gib"]} GiB'
     )
     print(f'curves     {run.parent / "images"}')
-    print(f'checkpoint {record["best_checkpoint"]}')
-    print(f'chat       .venv/bin/python llm_infer.py --ckpt_dir {record["best_checkpoint"]} --eval_human true')
+    print(f'checkpoint {outcome["best_checkpoint"]}')
+    print(f'chat       .venv/bin/python llm_infer.py --ckpt_dir {outcome["best_checkpoint"]} --eval_human true')
     print(f'again      rm -r {folder}; bash scripts/quickstart.sh')
     return 0
 
 
 if __name__ == '__main__':
-    show_what_can_be_shown()
+    replace_unprintable()
     sys.exit(main(Path(sys.argv[1])))

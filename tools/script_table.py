@@ -1,4 +1,4 @@
-"""The table in scripts/README.md: each script's model, mode, hardware, effective batch, and the memory estimated."""
+"""The table in scripts/README.md: model, mode, hardware, effective batch and estimated memory of each script."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """What an sft.sh says without being run: its header, the flags, and how it is started."""
+    """An sft.sh, read without running it: its header, its flags, and how it is started."""
 
     folder: Path
     header: str
@@ -28,7 +28,7 @@ class Script:
 
 
 def read_script(path: Path) -> Script:
-    """Return what a script under scripts/ says; sums that spread a batch over processes are done."""
+    """Return a script under scripts/; computes the expressions that divide a batch among processes."""
     text = path.read_text(encoding='utf-8')
     processes = int(found[1]) if (found := re.search(r'NPROC_PER_NODE:-(\d+)', text)) else 1
     gpus = found[1].split(',') if (found := re.search(r'CUDA_VISIBLE_DEVICES:-([\d,]+)', text)) else []
@@ -40,7 +40,7 @@ def read_script(path: Path) -> Script:
 
 
 def _memory(done: Resolution[SftArguments], machine: Machine) -> str:
-    """Return the GiB of each device: on a GPU with what it needs beside tensors."""
+    """Return the GiB of each device; on a GPU including what is not a tensor."""
     shape = known_shape(done.args.model_type)
     if shape is None or done.info is None:
         return 'unknown'

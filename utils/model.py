@@ -1,115 +1,71 @@
-"""Models: the registry, and how a model and its tokenizer are opened."""
+"""The registry of models, and the functions that look a model up and open it from a folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError, did_you_mean
 from utils.loading.devices import pick_dtype
-from utils.loading.info import QKV, LoadOptions, ModelInfo
+from utils.loading.info import QKV, GetFunction, LoadOptions, ModelInfo
 from utils.loading.opening import get_text_model_tokenizer, get_unpacked_model_tokenizer, read_model, read_tokenizer
 from utils.loading.packed import keep_trainable
 from utils.preprocess import AUTO
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-_STD = (*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+# These repositories hold the weights twice: as .safetensors and as .bin.
+_NO_BIN = (r'.+\.bin$',)
+
+# The layers that LoRA is put on. The experts of a mixture are stacked in parameters: LoRA is put on them only by name.
+# Where PEFT takes gate_proj, up_proj and down_proj for these parameters, LoRA is put on the attention only.
+_ATTENTION = (*QKV, 'o_proj')
+_STANDARD = (*_ATTENTION, 'gate_proj', 'up_proj', 'down_proj')
+_FUSED_MLP = (*_ATTENTION, 'gate_up_proj', 'down_proj')
+_GATED_DELTA = (*_STANDARD, 'in_proj_qkv', 'in_proj_z', 'in_proj_a', 'in_proj_b', 'out_proj')
+_LATENT_ATTENTION = ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')
+
+# These repositories hold the weights a second time, in the layout of their author.
+_NO_ORIGINAL = ('original/.*', 'consolidated.*')
 
 
-def _family(
+def _entries(
     model_class: str,
     *,
     since: str,
-    targets: tuple[str, ...] = _STD,
+    models: Mapping[str, str | tuple[str, str]],
+    targets: tuple[str, ...] = _STANDARD,
     ignore: tuple[str, ...] = (),
     chat_template: str | None = None,
-) -> ModelInfo:
-    """Return what the entries of a family share; `since`: the first transformers that opens it."""
-    return ModelInfo(
-        model_id_or_path='',
-        model_class=model_class,
-        lora_target_modules=targets,
-        template=AUTO,
-        ignore_file_pattern=ignore,
-        requires=(f'transformers>={since}',),
-        chat_template=chat_template,
-    )
+    get_function: GetFunction | None = None,
+) -> dict[str, ModelInfo]:
+    """Return the entries of models that share everything except their ids.
 
+    `models` has one id per key where both hubs use the same id, else (ModelScope id, Hugging Face id). `since` is the
+    first version of transformers that opens the class.
+    """
+    entries = {}
 
-def _of(family: ModelInfo, model_id: str, hf_model_id: str | None = None) -> ModelInfo:
-    """Return the entry of one model of a family; the Hugging Face id is the same where none is given."""
-    return replace(family, model_id_or_path=model_id, hf_model_id=hf_model_id or model_id)
+    for key, ids in models.items():
+        model_id, hf_model_id = (ids, ids) if isinstance(ids, str) else ids
+        entries[key] = ModelInfo(
+            model_id_or_path=model_id,
+            hf_model_id=hf_model_id,
+            model_class=model_class,
+            lora_target_modules=targets,
+            template=AUTO,
+            ignore_file_pattern=ignore,
+            requires=(f'transformers>={since}',),
+            chat_template=chat_template,
+            get_function=get_function,
+        )
 
+    return entries
 
-_NO_BIN = (r'.+\.bin$',)
-
-# A second copy of the weights in the layout of its author.
-_NO_ORIGINAL = ('original/.*', 'consolidated.*')
-_ATTENTION = (*QKV, 'o_proj')
-_GATED_DELTA = (*_STD, 'in_proj_qkv', 'in_proj_z', 'in_proj_a', 'in_proj_b', 'out_proj')
-_FUSED_MLP = (*_ATTENTION, 'gate_up_proj', 'down_proj')
-_MLA = ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')
-
-# Families of models that bring their own chat template. Stacked experts are parameters, no linear layers: LoRA is on
-# them only by name. Where PEFT takes gate_proj, up_proj and down_proj for the experts, it is on the attention alone.
-_QWEN2 = _family('Qwen2ForCausalLM', since='4.37')
-_QWEN2_5 = replace(_QWEN2, chat_template='qwen2_5')
-_QWEN2_5_VL = _family('Qwen2_5_VLForConditionalGeneration', since='4.49', chat_template='qwen2_5_vl')
-_QWEN3_VL = _family('Qwen3VLForConditionalGeneration', since='4.57', chat_template='qwen3_vl')
-_QWEN3_OTHER = _family('Qwen3ForCausalLM', since='4.51')
-_QWEN3 = replace(_QWEN3_OTHER, chat_template='qwen3')
-_QWEN3_INSTRUCT = replace(_QWEN3_OTHER, chat_template='qwen3_instruct_2507')
-_QWEN3_MOE_OTHER = _family('Qwen3MoeForCausalLM', since='4.51', targets=_ATTENTION)
-_QWEN3_MOE = replace(_QWEN3_MOE_OTHER, chat_template='qwen3')
-_QWEN3_NEXT = _family(
-    'Qwen3NextForCausalLM', since='4.57', targets=(*_ATTENTION, 'in_proj_qkvz', 'in_proj_ba', 'out_proj')
-)
-_QWEN3_5 = _family('Qwen3_5ForCausalLM', since='5.2.0', targets=_GATED_DELTA, chat_template='qwen3_5_think')
-_QWEN3_5_SMALL = replace(_QWEN3_5, chat_template='qwen3_5_nothink')
-_QWEN3_6 = replace(_QWEN3_5, chat_template='qwen3_6')
-_QWEN3_8 = replace(_QWEN3_5, chat_template='qwen3_8')
-_QWEN3_5_MOE = replace(_QWEN3_5, model_class='Qwen3_5MoeForCausalLM')
-_QWEN3_6_MOE = replace(_QWEN3_5_MOE, chat_template='qwen3_6')
-_LLAMA3_1 = _family('LlamaForCausalLM', since='4.43', ignore=_NO_ORIGINAL, chat_template='llama3_1')
-_LLAMA3_2 = replace(_LLAMA3_1, chat_template='llama3_2')
-_LLAMA3_3 = replace(_LLAMA3_1, chat_template=None)
-_R1_QWEN = replace(_QWEN2, chat_template='deepseek_r1_distill')
-_R1_LLAMA = _family('LlamaForCausalLM', since='4.43', chat_template='deepseek_r1_distill')
-_GEMMA2 = _family('Gemma2ForCausalLM', since='4.42', chat_template='gemma')
-_GEMMA3_TEXT = _family('Gemma3ForCausalLM', since='4.49', chat_template='gemma3')
-_GEMMA3 = replace(_GEMMA3_TEXT, get_function=get_text_model_tokenizer)
-_GEMMA4_UNIFIED = replace(_family('Gemma4UnifiedForCausalLM', since='5.10.1'), get_function=get_text_model_tokenizer)
-_GEMMA4 = replace(_GEMMA4_UNIFIED, model_class='Gemma4ForCausalLM', chat_template='gemma4_v5')
-_MISTRAL_7B = _family('MistralForCausalLM', since='4.34', ignore=_NO_ORIGINAL)
-_MISTRAL = _family('MistralForCausalLM', since='4.43', ignore=_NO_ORIGINAL)
-_MINISTRAL = _family('MistralForCausalLM', since='4.46', ignore=_NO_ORIGINAL)
-_GPT_OSS = replace(
-    _family('GptOssForCausalLM', since='4.55', targets=_ATTENTION, ignore=('original/.*', 'metal/.*')),
-    get_function=get_unpacked_model_tokenizer,
-    chat_template='gptoss',
-)
-_PHI4 = _family('Phi3ForCausalLM', since='4.36', targets=('qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj'))
-_GLM4 = _family('Glm4ForCausalLM', since='4.51', targets=_FUSED_MLP)
-_GLM4_5 = _family('Glm4MoeForCausalLM', since='4.54', targets=_ATTENTION, chat_template='glm4moe')
-_GLM4_7 = _family('Glm4MoeLiteForCausalLM', since='5.0', targets=_MLA)
-_INTERNLM3 = _family('LlamaForCausalLM', since='4.48')
-_SMOLLM2 = _family('LlamaForCausalLM', since='4.37')
-_SMOLLM3 = _family('SmolLM3ForCausalLM', since='4.53')
-_LFM2_5 = _family(
-    'Lfm2ForCausalLM',
-    since='4.54',
-    targets=(*QKV, 'out_proj', 'in_proj', 'w1', 'w2', 'w3'),
-    chat_template='lfm2_2_5_v2',
-)
-_GRANITE = _family('GraniteForCausalLM', since='4.45')
-_HUNYUAN = _family('HunYuanDenseV1ForCausalLM', since='4.55')
-_ERNIE = _family('Ernie4_5ForCausalLM', since='4.54')
-_MINICPM5 = _family('LlamaForCausalLM', since='5.6')
-_YI = _family('LlamaForCausalLM', since='4.34')
-_SEED_OSS = _family('SeedOssForCausalLM', since='4.56')
 
 MODEL_MAPPING: dict[str, ModelInfo] = {
     'qwen-7b': ModelInfo(
@@ -404,165 +360,500 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
         lora_target_modules=('query_key_value',),
         template='default-generation',
     ),
-    # From here on: models that bring their own chat template.
-    'qwen2.5-0.5b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-0.5B-Instruct'),
-    'qwen2.5-1.5b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-1.5B-Instruct'),
-    'qwen2.5-3b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-3B-Instruct'),
-    'qwen2.5-7b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-7B-Instruct'),
-    'qwen2.5-14b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-14B-Instruct'),
-    'qwen2.5-32b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-32B-Instruct'),
-    'qwen2.5-72b-instruct': _of(_QWEN2_5, 'Qwen/Qwen2.5-72B-Instruct'),
-    'qwen2.5-coder-0.5b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-0.5B-Instruct'),
-    'qwen2.5-coder-1.5b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-1.5B-Instruct'),
-    'qwen2.5-coder-3b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-3B-Instruct'),
-    'qwen2.5-coder-7b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-7B-Instruct'),
-    'qwen2.5-coder-14b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-14B-Instruct'),
-    'qwen2.5-coder-32b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Coder-32B-Instruct'),
-    'qwen2.5-math-1.5b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-1.5B-Instruct'),
-    'qwen2.5-math-7b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-7B-Instruct'),
-    'qwen2.5-math-72b-instruct': _of(_QWEN2, 'Qwen/Qwen2.5-Math-72B-Instruct'),
-    'qwen2.5-vl-3b-instruct': _of(_QWEN2_5_VL, 'Qwen/Qwen2.5-VL-3B-Instruct'),
-    'qwen2.5-vl-7b-instruct': _of(_QWEN2_5_VL, 'Qwen/Qwen2.5-VL-7B-Instruct'),
-    'qwen2.5-vl-32b-instruct': _of(_QWEN2_5_VL, 'Qwen/Qwen2.5-VL-32B-Instruct'),
-    'qwen2.5-vl-72b-instruct': _of(_QWEN2_5_VL, 'Qwen/Qwen2.5-VL-72B-Instruct'),
-    'qwen3-vl-2b-instruct': _of(_QWEN3_VL, 'Qwen/Qwen3-VL-2B-Instruct'),
-    'qwen3-vl-4b-instruct': _of(_QWEN3_VL, 'Qwen/Qwen3-VL-4B-Instruct'),
-    'qwen3-vl-8b-instruct': _of(_QWEN3_VL, 'Qwen/Qwen3-VL-8B-Instruct'),
-    'qwen3-vl-32b-instruct': _of(_QWEN3_VL, 'Qwen/Qwen3-VL-32B-Instruct'),
-    'qwen3-0.6b': _of(_QWEN3, 'Qwen/Qwen3-0.6B'),
-    'qwen3-1.7b': _of(_QWEN3, 'Qwen/Qwen3-1.7B'),
-    'qwen3-4b': _of(_QWEN3, 'Qwen/Qwen3-4B'),
-    'qwen3-8b': _of(_QWEN3, 'Qwen/Qwen3-8B'),
-    'qwen3-14b': _of(_QWEN3, 'Qwen/Qwen3-14B'),
-    'qwen3-32b': _of(_QWEN3, 'Qwen/Qwen3-32B'),
-    'qwen3-4b-instruct-2507': _of(_QWEN3_INSTRUCT, 'Qwen/Qwen3-4B-Instruct-2507'),
-    'qwen3-4b-thinking-2507': _of(_QWEN3_OTHER, 'Qwen/Qwen3-4B-Thinking-2507'),
-    'qwen3-30b-a3b': _of(_QWEN3_MOE, 'Qwen/Qwen3-30B-A3B'),
-    'qwen3-30b-a3b-instruct-2507': _of(_QWEN3_MOE_OTHER, 'Qwen/Qwen3-30B-A3B-Instruct-2507'),
-    'qwen3-30b-a3b-thinking-2507': _of(_QWEN3_MOE_OTHER, 'Qwen/Qwen3-30B-A3B-Thinking-2507'),
-    'qwen3-coder-30b-a3b-instruct': _of(_QWEN3_MOE_OTHER, 'Qwen/Qwen3-Coder-30B-A3B-Instruct'),
-    'qwen3-next-80b-a3b-instruct': _of(_QWEN3_NEXT, 'Qwen/Qwen3-Next-80B-A3B-Instruct'),
-    'qwen3-next-80b-a3b-thinking': _of(_QWEN3_NEXT, 'Qwen/Qwen3-Next-80B-A3B-Thinking'),
-    'qwen3.5-0.8b': _of(_QWEN3_5_SMALL, 'Qwen/Qwen3.5-0.8B'),
-    'qwen3.5-2b': _of(_QWEN3_5_SMALL, 'Qwen/Qwen3.5-2B'),
-    'qwen3.5-4b': _of(_QWEN3_5, 'Qwen/Qwen3.5-4B'),
-    'qwen3.5-9b': _of(_QWEN3_5, 'Qwen/Qwen3.5-9B'),
-    'qwen3.5-27b': _of(_QWEN3_5, 'Qwen/Qwen3.5-27B'),
-    'qwen3.5-35b-a3b': _of(_QWEN3_5_MOE, 'Qwen/Qwen3.5-35B-A3B'),
-    'qwen3.6-27b': _of(_QWEN3_6, 'Qwen/Qwen3.6-27B'),
-    'qwen3.6-35b-a3b': _of(_QWEN3_6_MOE, 'Qwen/Qwen3.6-35B-A3B'),
-    'qwen3.8-27b': _of(_QWEN3_8, 'Qwen/Qwen3.8-27B'),
-    'llama3.1-8b-instruct': _of(
-        _LLAMA3_1, 'LLM-Research/Meta-Llama-3.1-8B-Instruct', 'meta-llama/Meta-Llama-3.1-8B-Instruct'
+    # Models that bring their own chat template: template `auto` uses it.
+    **_entries(
+        'Qwen2ForCausalLM',
+        since='4.37',
+        chat_template='qwen2_5',
+        models={
+            'qwen2.5-0.5b-instruct': 'Qwen/Qwen2.5-0.5B-Instruct',
+            'qwen2.5-1.5b-instruct': 'Qwen/Qwen2.5-1.5B-Instruct',
+            'qwen2.5-3b-instruct': 'Qwen/Qwen2.5-3B-Instruct',
+            'qwen2.5-7b-instruct': 'Qwen/Qwen2.5-7B-Instruct',
+            'qwen2.5-14b-instruct': 'Qwen/Qwen2.5-14B-Instruct',
+            'qwen2.5-32b-instruct': 'Qwen/Qwen2.5-32B-Instruct',
+            'qwen2.5-72b-instruct': 'Qwen/Qwen2.5-72B-Instruct',
+        },
     ),
-    'llama3.1-70b-instruct': _of(
-        _LLAMA3_1, 'LLM-Research/Meta-Llama-3.1-70B-Instruct', 'meta-llama/Meta-Llama-3.1-70B-Instruct'
+    **_entries(
+        'Qwen2ForCausalLM',
+        since='4.37',
+        models={
+            'qwen2.5-coder-0.5b-instruct': 'Qwen/Qwen2.5-Coder-0.5B-Instruct',
+            'qwen2.5-coder-1.5b-instruct': 'Qwen/Qwen2.5-Coder-1.5B-Instruct',
+            'qwen2.5-coder-3b-instruct': 'Qwen/Qwen2.5-Coder-3B-Instruct',
+            'qwen2.5-coder-7b-instruct': 'Qwen/Qwen2.5-Coder-7B-Instruct',
+            'qwen2.5-coder-14b-instruct': 'Qwen/Qwen2.5-Coder-14B-Instruct',
+            'qwen2.5-coder-32b-instruct': 'Qwen/Qwen2.5-Coder-32B-Instruct',
+            'qwen2.5-math-1.5b-instruct': 'Qwen/Qwen2.5-Math-1.5B-Instruct',
+            'qwen2.5-math-7b-instruct': 'Qwen/Qwen2.5-Math-7B-Instruct',
+            'qwen2.5-math-72b-instruct': 'Qwen/Qwen2.5-Math-72B-Instruct',
+        },
     ),
-    'llama3.2-1b-instruct': _of(_LLAMA3_2, 'LLM-Research/Llama-3.2-1B-Instruct', 'meta-llama/Llama-3.2-1B-Instruct'),
-    'llama3.2-3b-instruct': _of(_LLAMA3_2, 'LLM-Research/Llama-3.2-3B-Instruct', 'meta-llama/Llama-3.2-3B-Instruct'),
-    'llama3.3-70b-instruct': _of(_LLAMA3_3, 'LLM-Research/Llama-3.3-70B-Instruct', 'meta-llama/Llama-3.3-70B-Instruct'),
-    'deepseek-r1-distill-qwen-1.5b': _of(_R1_QWEN, 'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B'),
-    'deepseek-r1-distill-qwen-7b': _of(_R1_QWEN, 'deepseek-ai/DeepSeek-R1-Distill-Qwen-7B'),
-    'deepseek-r1-distill-qwen-14b': _of(_R1_QWEN, 'deepseek-ai/DeepSeek-R1-Distill-Qwen-14B'),
-    'deepseek-r1-distill-qwen-32b': _of(_R1_QWEN, 'deepseek-ai/DeepSeek-R1-Distill-Qwen-32B'),
-    'deepseek-r1-distill-llama-8b': _of(_R1_LLAMA, 'deepseek-ai/DeepSeek-R1-Distill-Llama-8B'),
-    'deepseek-r1-distill-llama-70b': _of(_R1_LLAMA, 'deepseek-ai/DeepSeek-R1-Distill-Llama-70B'),
-    'gemma2-2b-it': _of(_GEMMA2, 'LLM-Research/gemma-2-2b-it', 'google/gemma-2-2b-it'),
-    'gemma2-9b-it': _of(_GEMMA2, 'LLM-Research/gemma-2-9b-it', 'google/gemma-2-9b-it'),
-    'gemma2-27b-it': _of(_GEMMA2, 'LLM-Research/gemma-2-27b-it', 'google/gemma-2-27b-it'),
-    'gemma3-1b-it': _of(_GEMMA3_TEXT, 'LLM-Research/gemma-3-1b-it', 'google/gemma-3-1b-it'),
-    'gemma3-4b-it': _of(_GEMMA3, 'LLM-Research/gemma-3-4b-it', 'google/gemma-3-4b-it'),
-    'gemma3-12b-it': _of(_GEMMA3, 'LLM-Research/gemma-3-12b-it', 'google/gemma-3-12b-it'),
-    'gemma3-27b-it': _of(_GEMMA3, 'LLM-Research/gemma-3-27b-it', 'google/gemma-3-27b-it'),
-    'gemma4-e2b-it': _of(_GEMMA4, 'google/gemma-4-E2B-it'),
-    'gemma4-e4b-it': _of(_GEMMA4, 'google/gemma-4-E4B-it'),
-    'gemma4-12b-it': _of(_GEMMA4_UNIFIED, 'google/gemma-4-12B-it'),
-    'gemma4-26b-a4b-it': _of(_GEMMA4, 'google/gemma-4-26B-A4B-it'),
-    'gemma4-31b-it': _of(_GEMMA4, 'google/gemma-4-31B-it'),
-    'mistral-7b-instruct-v0.3': _of(
-        _MISTRAL_7B, 'LLM-Research/Mistral-7B-Instruct-v0.3', 'mistralai/Mistral-7B-Instruct-v0.3'
+    **_entries(
+        'Qwen2_5_VLForConditionalGeneration',
+        since='4.49',
+        chat_template='qwen2_5_vl',
+        models={
+            'qwen2.5-vl-3b-instruct': 'Qwen/Qwen2.5-VL-3B-Instruct',
+            'qwen2.5-vl-7b-instruct': 'Qwen/Qwen2.5-VL-7B-Instruct',
+            'qwen2.5-vl-32b-instruct': 'Qwen/Qwen2.5-VL-32B-Instruct',
+            'qwen2.5-vl-72b-instruct': 'Qwen/Qwen2.5-VL-72B-Instruct',
+        },
     ),
-    'mistral-nemo-12b-instruct': _of(
-        _MISTRAL, 'AI-ModelScope/Mistral-Nemo-Instruct-2407', 'mistralai/Mistral-Nemo-Instruct-2407'
+    **_entries(
+        'Qwen3VLForConditionalGeneration',
+        since='4.57',
+        chat_template='qwen3_vl',
+        models={
+            'qwen3-vl-2b-instruct': 'Qwen/Qwen3-VL-2B-Instruct',
+            'qwen3-vl-4b-instruct': 'Qwen/Qwen3-VL-4B-Instruct',
+            'qwen3-vl-8b-instruct': 'Qwen/Qwen3-VL-8B-Instruct',
+            'qwen3-vl-32b-instruct': 'Qwen/Qwen3-VL-32B-Instruct',
+        },
     ),
-    'mistral-small-24b-instruct': _of(_MISTRAL, 'mistralai/Mistral-Small-24B-Instruct-2501'),
-    'ministral-8b-instruct': _of(
-        _MINISTRAL, 'AI-ModelScope/Ministral-8B-Instruct-2410', 'mistralai/Ministral-8B-Instruct-2410'
+    **_entries(
+        'Qwen3ForCausalLM',
+        since='4.51',
+        chat_template='qwen3',
+        models={
+            'qwen3-0.6b': 'Qwen/Qwen3-0.6B',
+            'qwen3-1.7b': 'Qwen/Qwen3-1.7B',
+            'qwen3-4b': 'Qwen/Qwen3-4B',
+            'qwen3-8b': 'Qwen/Qwen3-8B',
+            'qwen3-14b': 'Qwen/Qwen3-14B',
+            'qwen3-32b': 'Qwen/Qwen3-32B',
+        },
     ),
-    'gpt-oss-20b': _of(_GPT_OSS, 'openai-mirror/gpt-oss-20b', 'openai/gpt-oss-20b'),
-    'gpt-oss-120b': _of(_GPT_OSS, 'openai-mirror/gpt-oss-120b', 'openai/gpt-oss-120b'),
-    'phi4-14b': _of(_PHI4, 'LLM-Research/phi-4', 'microsoft/phi-4'),
-    'phi4-mini-instruct': _of(_PHI4, 'LLM-Research/Phi-4-mini-instruct', 'microsoft/Phi-4-mini-instruct'),
-    'glm-4-9b-0414': _of(_GLM4, 'ZhipuAI/GLM-4-9B-0414', 'zai-org/GLM-4-9B-0414'),
-    'glm-4-32b-0414': _of(_GLM4, 'ZhipuAI/GLM-4-32B-0414', 'zai-org/GLM-4-32B-0414'),
-    'glm-z1-9b-0414': _of(_GLM4, 'ZhipuAI/GLM-Z1-9B-0414', 'zai-org/GLM-Z1-9B-0414'),
-    'glm-4.5-air': _of(_GLM4_5, 'ZhipuAI/GLM-4.5-Air', 'zai-org/GLM-4.5-Air'),
-    'glm-4.7-flash': _of(_GLM4_7, 'ZhipuAI/GLM-4.7-Flash', 'zai-org/GLM-4.7-Flash'),
-    'internlm3-8b-instruct': _of(
-        _INTERNLM3, 'Shanghai_AI_Laboratory/internlm3-8b-instruct', 'internlm/internlm3-8b-instruct'
+    **_entries(
+        'Qwen3ForCausalLM',
+        since='4.51',
+        chat_template='qwen3_instruct_2507',
+        models={
+            'qwen3-4b-instruct-2507': 'Qwen/Qwen3-4B-Instruct-2507',
+        },
     ),
-    'smollm2-360m-instruct': _of(_SMOLLM2, 'HuggingFaceTB/SmolLM2-360M-Instruct'),
-    'smollm2-1.7b-instruct': _of(_SMOLLM2, 'HuggingFaceTB/SmolLM2-1.7B-Instruct'),
-    'smollm3-3b': _of(_SMOLLM3, 'HuggingFaceTB/SmolLM3-3B'),
-    'lfm2.5-1.2b-instruct': _of(_LFM2_5, 'LiquidAI/LFM2.5-1.2B-Instruct'),
-    'granite3.3-2b-instruct': _of(
-        _GRANITE, 'AI-ModelScope/granite-3.3-2b-instruct', 'ibm-granite/granite-3.3-2b-instruct'
+    **_entries(
+        'Qwen3ForCausalLM',
+        since='4.51',
+        models={
+            'qwen3-4b-thinking-2507': 'Qwen/Qwen3-4B-Thinking-2507',
+        },
     ),
-    'granite3.3-8b-instruct': _of(
-        _GRANITE, 'AI-ModelScope/granite-3.3-8b-instruct', 'ibm-granite/granite-3.3-8b-instruct'
+    **_entries(
+        'Qwen3MoeForCausalLM',
+        since='4.51',
+        targets=_ATTENTION,
+        chat_template='qwen3',
+        models={
+            'qwen3-30b-a3b': 'Qwen/Qwen3-30B-A3B',
+        },
     ),
-    'hunyuan-0.5b-instruct': _of(_HUNYUAN, 'Tencent-Hunyuan/Hunyuan-0.5B-Instruct', 'tencent/Hunyuan-0.5B-Instruct'),
-    'hunyuan-1.8b-instruct': _of(_HUNYUAN, 'Tencent-Hunyuan/Hunyuan-1.8B-Instruct', 'tencent/Hunyuan-1.8B-Instruct'),
-    'hunyuan-4b-instruct': _of(_HUNYUAN, 'Tencent-Hunyuan/Hunyuan-4B-Instruct', 'tencent/Hunyuan-4B-Instruct'),
-    'hunyuan-7b-instruct': _of(_HUNYUAN, 'Tencent-Hunyuan/Hunyuan-7B-Instruct', 'tencent/Hunyuan-7B-Instruct'),
-    'ernie4.5-0.3b': _of(_ERNIE, 'PaddlePaddle/ERNIE-4.5-0.3B-PT', 'baidu/ERNIE-4.5-0.3B-PT'),
-    'minicpm5-1b': _of(_MINICPM5, 'OpenBMB/MiniCPM5-1B', 'openbmb/MiniCPM5-1B'),
-    'minicpm5-2b': _of(_MINICPM5, 'OpenBMB/MiniCPM5-2B', 'openbmb/MiniCPM5-2B'),
-    'yi1.5-6b-chat': _of(_YI, '01ai/Yi-1.5-6B-Chat', '01-ai/Yi-1.5-6B-Chat'),
-    'yi1.5-9b-chat': _of(_YI, '01ai/Yi-1.5-9B-Chat', '01-ai/Yi-1.5-9B-Chat'),
-    'yi1.5-34b-chat': _of(_YI, '01ai/Yi-1.5-34B-Chat', '01-ai/Yi-1.5-34B-Chat'),
-    'seed-oss-36b-instruct': _of(_SEED_OSS, 'ByteDance-Seed/Seed-OSS-36B-Instruct'),
+    **_entries(
+        'Qwen3MoeForCausalLM',
+        since='4.51',
+        targets=_ATTENTION,
+        models={
+            'qwen3-30b-a3b-instruct-2507': 'Qwen/Qwen3-30B-A3B-Instruct-2507',
+            'qwen3-30b-a3b-thinking-2507': 'Qwen/Qwen3-30B-A3B-Thinking-2507',
+            'qwen3-coder-30b-a3b-instruct': 'Qwen/Qwen3-Coder-30B-A3B-Instruct',
+        },
+    ),
+    **_entries(
+        'Qwen3NextForCausalLM',
+        since='4.57',
+        targets=(*_ATTENTION, 'in_proj_qkvz', 'in_proj_ba', 'out_proj'),
+        models={
+            'qwen3-next-80b-a3b-instruct': 'Qwen/Qwen3-Next-80B-A3B-Instruct',
+            'qwen3-next-80b-a3b-thinking': 'Qwen/Qwen3-Next-80B-A3B-Thinking',
+        },
+    ),
+    **_entries(
+        'Qwen3_5ForCausalLM',
+        since='5.2.0',
+        targets=_GATED_DELTA,
+        chat_template='qwen3_5_nothink',
+        models={
+            'qwen3.5-0.8b': 'Qwen/Qwen3.5-0.8B',
+            'qwen3.5-2b': 'Qwen/Qwen3.5-2B',
+        },
+    ),
+    **_entries(
+        'Qwen3_5ForCausalLM',
+        since='5.2.0',
+        targets=_GATED_DELTA,
+        chat_template='qwen3_5_think',
+        models={
+            'qwen3.5-4b': 'Qwen/Qwen3.5-4B',
+            'qwen3.5-9b': 'Qwen/Qwen3.5-9B',
+            'qwen3.5-27b': 'Qwen/Qwen3.5-27B',
+        },
+    ),
+    **_entries(
+        'Qwen3_5MoeForCausalLM',
+        since='5.2.0',
+        targets=_GATED_DELTA,
+        chat_template='qwen3_5_think',
+        models={
+            'qwen3.5-35b-a3b': 'Qwen/Qwen3.5-35B-A3B',
+        },
+    ),
+    **_entries(
+        'Qwen3_5ForCausalLM',
+        since='5.2.0',
+        targets=_GATED_DELTA,
+        chat_template='qwen3_6',
+        models={
+            'qwen3.6-27b': 'Qwen/Qwen3.6-27B',
+        },
+    ),
+    **_entries(
+        'Qwen3_5MoeForCausalLM',
+        since='5.2.0',
+        targets=_GATED_DELTA,
+        chat_template='qwen3_6',
+        models={
+            'qwen3.6-35b-a3b': 'Qwen/Qwen3.6-35B-A3B',
+        },
+    ),
+    **_entries(
+        'Qwen3_5ForCausalLM',
+        since='5.2.0',
+        targets=_GATED_DELTA,
+        chat_template='qwen3_8',
+        models={
+            'qwen3.8-27b': 'Qwen/Qwen3.8-27B',
+        },
+    ),
+    **_entries(
+        'LlamaForCausalLM',
+        since='4.43',
+        ignore=_NO_ORIGINAL,
+        chat_template='llama3_1',
+        models={
+            'llama3.1-8b-instruct': (
+                'LLM-Research/Meta-Llama-3.1-8B-Instruct',
+                'meta-llama/Meta-Llama-3.1-8B-Instruct',
+            ),
+            'llama3.1-70b-instruct': (
+                'LLM-Research/Meta-Llama-3.1-70B-Instruct',
+                'meta-llama/Meta-Llama-3.1-70B-Instruct',
+            ),
+        },
+    ),
+    **_entries(
+        'LlamaForCausalLM',
+        since='4.43',
+        ignore=_NO_ORIGINAL,
+        chat_template='llama3_2',
+        models={
+            'llama3.2-1b-instruct': ('LLM-Research/Llama-3.2-1B-Instruct', 'meta-llama/Llama-3.2-1B-Instruct'),
+            'llama3.2-3b-instruct': ('LLM-Research/Llama-3.2-3B-Instruct', 'meta-llama/Llama-3.2-3B-Instruct'),
+        },
+    ),
+    **_entries(
+        'LlamaForCausalLM',
+        since='4.43',
+        ignore=_NO_ORIGINAL,
+        models={
+            'llama3.3-70b-instruct': ('LLM-Research/Llama-3.3-70B-Instruct', 'meta-llama/Llama-3.3-70B-Instruct'),
+        },
+    ),
+    **_entries(
+        'Qwen2ForCausalLM',
+        since='4.37',
+        chat_template='deepseek_r1_distill',
+        models={
+            'deepseek-r1-distill-qwen-1.5b': 'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B',
+            'deepseek-r1-distill-qwen-7b': 'deepseek-ai/DeepSeek-R1-Distill-Qwen-7B',
+            'deepseek-r1-distill-qwen-14b': 'deepseek-ai/DeepSeek-R1-Distill-Qwen-14B',
+            'deepseek-r1-distill-qwen-32b': 'deepseek-ai/DeepSeek-R1-Distill-Qwen-32B',
+        },
+    ),
+    **_entries(
+        'LlamaForCausalLM',
+        since='4.43',
+        chat_template='deepseek_r1_distill',
+        models={
+            'deepseek-r1-distill-llama-8b': 'deepseek-ai/DeepSeek-R1-Distill-Llama-8B',
+            'deepseek-r1-distill-llama-70b': 'deepseek-ai/DeepSeek-R1-Distill-Llama-70B',
+        },
+    ),
+    **_entries(
+        'Gemma2ForCausalLM',
+        since='4.42',
+        chat_template='gemma',
+        models={
+            'gemma2-2b-it': ('LLM-Research/gemma-2-2b-it', 'google/gemma-2-2b-it'),
+            'gemma2-9b-it': ('LLM-Research/gemma-2-9b-it', 'google/gemma-2-9b-it'),
+            'gemma2-27b-it': ('LLM-Research/gemma-2-27b-it', 'google/gemma-2-27b-it'),
+        },
+    ),
+    **_entries(
+        'Gemma3ForCausalLM',
+        since='4.49',
+        chat_template='gemma3',
+        models={
+            'gemma3-1b-it': ('LLM-Research/gemma-3-1b-it', 'google/gemma-3-1b-it'),
+        },
+    ),
+    **_entries(
+        'Gemma3ForCausalLM',
+        since='4.49',
+        chat_template='gemma3',
+        get_function=get_text_model_tokenizer,
+        models={
+            'gemma3-4b-it': ('LLM-Research/gemma-3-4b-it', 'google/gemma-3-4b-it'),
+            'gemma3-12b-it': ('LLM-Research/gemma-3-12b-it', 'google/gemma-3-12b-it'),
+            'gemma3-27b-it': ('LLM-Research/gemma-3-27b-it', 'google/gemma-3-27b-it'),
+        },
+    ),
+    **_entries(
+        'Gemma4ForCausalLM',
+        since='5.10.1',
+        chat_template='gemma4_v5',
+        get_function=get_text_model_tokenizer,
+        models={
+            'gemma4-e2b-it': 'google/gemma-4-E2B-it',
+            'gemma4-e4b-it': 'google/gemma-4-E4B-it',
+        },
+    ),
+    **_entries(
+        'Gemma4UnifiedForCausalLM',
+        since='5.10.1',
+        get_function=get_text_model_tokenizer,
+        models={
+            'gemma4-12b-it': 'google/gemma-4-12B-it',
+        },
+    ),
+    **_entries(
+        'Gemma4ForCausalLM',
+        since='5.10.1',
+        chat_template='gemma4_v5',
+        get_function=get_text_model_tokenizer,
+        models={
+            'gemma4-26b-a4b-it': 'google/gemma-4-26B-A4B-it',
+            'gemma4-31b-it': 'google/gemma-4-31B-it',
+        },
+    ),
+    **_entries(
+        'MistralForCausalLM',
+        since='4.34',
+        ignore=_NO_ORIGINAL,
+        models={
+            'mistral-7b-instruct-v0.3': ('LLM-Research/Mistral-7B-Instruct-v0.3', 'mistralai/Mistral-7B-Instruct-v0.3'),
+        },
+    ),
+    **_entries(
+        'MistralForCausalLM',
+        since='4.43',
+        ignore=_NO_ORIGINAL,
+        models={
+            'mistral-nemo-12b-instruct': (
+                'AI-ModelScope/Mistral-Nemo-Instruct-2407',
+                'mistralai/Mistral-Nemo-Instruct-2407',
+            ),
+            'mistral-small-24b-instruct': 'mistralai/Mistral-Small-24B-Instruct-2501',
+        },
+    ),
+    **_entries(
+        'MistralForCausalLM',
+        since='4.46',
+        ignore=_NO_ORIGINAL,
+        models={
+            'ministral-8b-instruct': (
+                'AI-ModelScope/Ministral-8B-Instruct-2410',
+                'mistralai/Ministral-8B-Instruct-2410',
+            ),
+        },
+    ),
+    **_entries(
+        'GptOssForCausalLM',
+        since='4.55',
+        targets=_ATTENTION,
+        ignore=('original/.*', 'metal/.*'),
+        chat_template='gptoss',
+        get_function=get_unpacked_model_tokenizer,
+        models={
+            'gpt-oss-20b': ('openai-mirror/gpt-oss-20b', 'openai/gpt-oss-20b'),
+            'gpt-oss-120b': ('openai-mirror/gpt-oss-120b', 'openai/gpt-oss-120b'),
+        },
+    ),
+    **_entries(
+        'Phi3ForCausalLM',
+        since='4.36',
+        targets=('qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj'),
+        models={
+            'phi4-14b': ('LLM-Research/phi-4', 'microsoft/phi-4'),
+            'phi4-mini-instruct': ('LLM-Research/Phi-4-mini-instruct', 'microsoft/Phi-4-mini-instruct'),
+        },
+    ),
+    **_entries(
+        'Glm4ForCausalLM',
+        since='4.51',
+        targets=_FUSED_MLP,
+        models={
+            'glm-4-9b-0414': ('ZhipuAI/GLM-4-9B-0414', 'zai-org/GLM-4-9B-0414'),
+            'glm-4-32b-0414': ('ZhipuAI/GLM-4-32B-0414', 'zai-org/GLM-4-32B-0414'),
+            'glm-z1-9b-0414': ('ZhipuAI/GLM-Z1-9B-0414', 'zai-org/GLM-Z1-9B-0414'),
+        },
+    ),
+    **_entries(
+        'Glm4MoeForCausalLM',
+        since='4.54',
+        targets=_ATTENTION,
+        chat_template='glm4moe',
+        models={
+            'glm-4.5-air': ('ZhipuAI/GLM-4.5-Air', 'zai-org/GLM-4.5-Air'),
+        },
+    ),
+    **_entries(
+        'Glm4MoeLiteForCausalLM',
+        since='5.0',
+        targets=_LATENT_ATTENTION,
+        models={
+            'glm-4.7-flash': ('ZhipuAI/GLM-4.7-Flash', 'zai-org/GLM-4.7-Flash'),
+        },
+    ),
+    **_entries(
+        'LlamaForCausalLM',
+        since='4.48',
+        models={
+            'internlm3-8b-instruct': ('Shanghai_AI_Laboratory/internlm3-8b-instruct', 'internlm/internlm3-8b-instruct'),
+        },
+    ),
+    **_entries(
+        'LlamaForCausalLM',
+        since='4.37',
+        models={
+            'smollm2-360m-instruct': 'HuggingFaceTB/SmolLM2-360M-Instruct',
+            'smollm2-1.7b-instruct': 'HuggingFaceTB/SmolLM2-1.7B-Instruct',
+        },
+    ),
+    **_entries(
+        'SmolLM3ForCausalLM',
+        since='4.53',
+        models={
+            'smollm3-3b': 'HuggingFaceTB/SmolLM3-3B',
+        },
+    ),
+    **_entries(
+        'Lfm2ForCausalLM',
+        since='4.54',
+        targets=(*QKV, 'out_proj', 'in_proj', 'w1', 'w2', 'w3'),
+        chat_template='lfm2_2_5_v2',
+        models={
+            'lfm2.5-1.2b-instruct': 'LiquidAI/LFM2.5-1.2B-Instruct',
+        },
+    ),
+    **_entries(
+        'GraniteForCausalLM',
+        since='4.45',
+        models={
+            'granite3.3-2b-instruct': ('AI-ModelScope/granite-3.3-2b-instruct', 'ibm-granite/granite-3.3-2b-instruct'),
+            'granite3.3-8b-instruct': ('AI-ModelScope/granite-3.3-8b-instruct', 'ibm-granite/granite-3.3-8b-instruct'),
+        },
+    ),
+    **_entries(
+        'HunYuanDenseV1ForCausalLM',
+        since='4.55',
+        models={
+            'hunyuan-0.5b-instruct': ('Tencent-Hunyuan/Hunyuan-0.5B-Instruct', 'tencent/Hunyuan-0.5B-Instruct'),
+            'hunyuan-1.8b-instruct': ('Tencent-Hunyuan/Hunyuan-1.8B-Instruct', 'tencent/Hunyuan-1.8B-Instruct'),
+            'hunyuan-4b-instruct': ('Tencent-Hunyuan/Hunyuan-4B-Instruct', 'tencent/Hunyuan-4B-Instruct'),
+            'hunyuan-7b-instruct': ('Tencent-Hunyuan/Hunyuan-7B-Instruct', 'tencent/Hunyuan-7B-Instruct'),
+        },
+    ),
+    **_entries(
+        'Ernie4_5ForCausalLM',
+        since='4.54',
+        models={
+            'ernie4.5-0.3b': ('PaddlePaddle/ERNIE-4.5-0.3B-PT', 'baidu/ERNIE-4.5-0.3B-PT'),
+        },
+    ),
+    **_entries(
+        'LlamaForCausalLM',
+        since='5.6',
+        models={
+            'minicpm5-1b': ('OpenBMB/MiniCPM5-1B', 'openbmb/MiniCPM5-1B'),
+            'minicpm5-2b': ('OpenBMB/MiniCPM5-2B', 'openbmb/MiniCPM5-2B'),
+        },
+    ),
+    **_entries(
+        'LlamaForCausalLM',
+        since='4.34',
+        models={
+            'yi1.5-6b-chat': ('01ai/Yi-1.5-6B-Chat', '01-ai/Yi-1.5-6B-Chat'),
+            'yi1.5-9b-chat': ('01ai/Yi-1.5-9B-Chat', '01-ai/Yi-1.5-9B-Chat'),
+            'yi1.5-34b-chat': ('01ai/Yi-1.5-34B-Chat', '01-ai/Yi-1.5-34B-Chat'),
+        },
+    ),
+    **_entries(
+        'SeedOssForCausalLM',
+        since='4.56',
+        models={
+            'seed-oss-36b-instruct': 'ByteDance-Seed/Seed-OSS-36B-Instruct',
+        },
+    ),
 }
 
 
 def infer_model_type(model_id_or_path: str) -> str | None:
-    """Return the key whose hub id, or its last part for a local directory, this is; None where none matches."""
+    """Return the key of the entry with this hub id, or with this folder name; None if no entry matches."""
     path = Path(model_id_or_path)
-    # A cache of Hugging Face: models--owner--name/snapshots/<commit>; ModelScope's writes a dot as three underscores.
-    cached = path.parent.parent.name.rpartition('--')[2] if path.parent.name == 'snapshots' else path.name
-    name = cached.replace('___', '.').lower()
+    folder = path.name
+
+    # The cache of Hugging Face stores a model in models--owner--name/snapshots/<commit>.
+    if path.parent.name == 'snapshots':
+        folder = path.parent.parent.name.rpartition('--')[2]
+
+    # The cache of ModelScope writes a dot as three underscores.
+    name = folder.replace('___', '.').lower()
+
     for key, info in MODEL_MAPPING.items():
-        ids = [i for i in (info.model_id_or_path, info.hf_model_id) if i]
-        if model_id_or_path in ids or name in [i.rsplit('/', 1)[-1].lower() for i in ids]:
+        ids = [hub_id for hub_id in (info.model_id_or_path, info.hf_model_id) if hub_id]
+        names = [hub_id.rsplit('/', 1)[-1].lower() for hub_id in ids]
+        if model_id_or_path in ids or name in names:
             return key
+
     return None
 
 
 def get_model_info(model_type: str | None, model_id_or_path: str | None = None) -> ModelInfo:
-    """Return the entry of a key, or one made for a model that has none; a path or id given goes before the entry's."""
+    """Return the entry of a key, with `model_id_or_path` in place of the entry's id if it is another one.
+
+    Without a key, return an unregistered entry of `model_id_or_path`. Raises ConfigError for an unknown key.
+    """
     if model_type is None:
         assert model_id_or_path is not None, 'resolve names a type or a path'
         return ModelInfo(model_id_or_path=model_id_or_path, template=AUTO, registered=False)
+
     info = MODEL_MAPPING.get(model_type)
     if info is None:
         raise ConfigError(
             f"model_type '{model_type}' is not registered{did_you_mean(model_type, MODEL_MAPPING)} "
             'To add one, edit MODEL_MAPPING in utils/model.py.'
         )
+
     if model_id_or_path in (None, info.model_id_or_path, info.hf_model_id):
         return info
+
     return replace(info, model_id_or_path=str(model_id_or_path), embedded=None, registered=False)
 
 
-def load_model(model_dir: str | Path, *, model_type: str | None = None, torch_dtype: Any = None) -> PreTrainedModel:
-    """Return the model of a directory in its native class, in `torch_dtype` or the device's best."""
+def load_model(
+    model_dir: str | Path, *, model_type: str | None = None, torch_dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Return the model of a folder in its native class, in `torch_dtype` or the best dtype of the device."""
     info = get_model_info(model_type, str(model_dir))
     dtype = torch_dtype or pick_dtype(info.torch_dtype)[0]
+
     model = read_model(Path(model_dir), info, LoadOptions(torch_dtype=dtype))
     keep_trainable(model)
+
     return model
 
 
 def load_tokenizer(model_dir: str | Path, *, model_type: str | None = None) -> Any:
-    """Return the tokenizer of a directory, with a pad token. Runs no code from the directory."""
+    """Return the tokenizer of a folder, with a pad token. Runs no code from the folder."""
     return read_tokenizer(Path(model_dir), get_model_info(model_type, str(model_dir)))

@@ -1,8 +1,8 @@
-"""Chat templates: from a conversation to token ids and the span of them that is trained.
+"""The registry of chat templates, which turn a conversation into token ids.
 
-The ids of a row are always `prompt + reply + end`, and the prompt alone is what inference feeds the model: the
-prompt used at inference is a prefix of what was trained, whatever the template. Text that comes from data is
-tokenised with special tokens inert, so no row can write a control token.
+The ids of a row are always `prompt + reply + end`, and inference feeds exactly `prompt` to the model. So the prompt of
+inference is a prefix of the trained ids, for every template. Text from data is tokenised with special tokens disabled,
+so no row can contain a control token.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Piece = str | tuple[int | str, ...]
 class Template:
     """The text around a conversation.
 
-    A string is text with placeholders ({{SYSTEM}} in prefix; {{QUERY}} and {{ROUND}}, from 1, in prompt); a tuple
-    holds token ids or names of tokenizer attributes. `chat_sep` joins rounds; None is a single-turn template.
+    A string is text with placeholders: {{SYSTEM}} in `prefix`, {{QUERY}} and {{ROUND}} (counted from 1) in `prompt`. A
+    tuple holds token ids or names of tokenizer attributes. `chat_sep` joins rounds; None means a single-turn template.
     """
 
     prefix: tuple[Piece, ...]
@@ -27,7 +27,7 @@ class Template:
 
     @property
     def has_system(self) -> bool:
-        """Return whether the template has a place for a system text."""
+        """Return whether the template has a placeholder for a system text."""
         return any(isinstance(piece, str) and '{{SYSTEM}}' in piece for piece in self.prefix)
 
 
@@ -36,8 +36,7 @@ _OPENBUDDY = Template(
     prefix=('{{SYSTEM}}\n\n',), prompt=('User: {{QUERY}}\nAssistant: ',), chat_sep=('\n',), suffix=_EOS
 )
 
-
-# The name of the template that is not text of ours: the tokenizer's own.
+# The name of the tokenizer's own chat template, which has no entry of text here.
 AUTO = 'auto'
 
 TEMPLATE_MAPPING: dict[str, Template | None] = {

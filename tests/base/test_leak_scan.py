@@ -1,4 +1,4 @@
-"""What must not leave is found wherever it hides, and nothing is found in what a run makes."""
+"""Secrets and pickles are found wherever they hide, and nothing is found in the files of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.base.leak_scan import find_secrets, scan_tree
 
 SECRET = 'canary/+secret-0123456789'
 SECRETS = {'the variable X_TOKEN': SECRET}
-HOLDS = 'what the variable X_TOKEN holds'
+HOLDS = 'the value of the variable X_TOKEN'
 
 
 def zipped(name: str, data: bytes) -> bytes:
@@ -75,8 +75,8 @@ PLANTED = {
     'p.txt': (b'ms-01234567-89ab-cdef-0123-456789abcdef', 'p.txt: a ModelScope token'),
     'q.txt': (b'ghp_' + b'0aZ9' * 9, 'q.txt: a GitHub token'),
     'r.txt': (b'AKIA' + b'ABCD2345' * 2, 'r.txt: an AWS key'),
-    's.gz': (gzip.compress(b'b')[:10] + b'\xff' * 50, 's.gz: an archive that cannot be looked into'),
-    's.zip': (zipped('a', b'b')[:-12], 's.zip: an archive that cannot be looked into'),
+    's.gz': (gzip.compress(b'b')[:10] + b'\xff' * 50, 's.gz: an archive that cannot be read'),
+    's.zip': (zipped('a', b'b')[:-12], 's.zip: an archive that cannot be read'),
 }  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def test_a_password_that_is_a_word_of_the_vocabulary_is_no_leak(name: str, tmp_p
     secrets = find_secrets({'POSTGRES_PASSWORD': 'password', 'OTHER_PASSWORD': 'password1'}, {})
     assert scan_tree(tmp_path, secrets) == []
     (tmp_path / 'sample.txt').write_text('the password is password')
-    assert scan_tree(tmp_path, secrets) == ['sample.txt: what the variable POSTGRES_PASSWORD holds']
+    assert scan_tree(tmp_path, secrets) == ['sample.txt: the value of the variable POSTGRES_PASSWORD']
 
 
 LEAKS_BESIDE_WORDS = {
@@ -154,10 +154,10 @@ def test_a_password_beside_the_words_is_found(case: str, tmp_path: Path) -> None
     name, content = LEAKS_BESIDE_WORDS[case]
     (tmp_path / name).write_text(json.dumps(content))
     secrets = find_secrets({'POSTGRES_PASSWORD': 'password'}, {})
-    assert scan_tree(tmp_path, secrets) == [f'{name}: what the variable POSTGRES_PASSWORD holds']
+    assert scan_tree(tmp_path, secrets) == [f'{name}: the value of the variable POSTGRES_PASSWORD']
 
 
 def test_a_variable_that_is_no_utf_8_is_looked_for(tmp_path: Path) -> None:
     secrets = find_secrets({'X_TOKEN': b'\xff\xfe-canary-in-latin'.decode('utf-8', 'surrogateescape')}, {})
     (tmp_path / 'a.txt').write_bytes(b'x\xff\xfe-canary-in-latin')
-    assert scan_tree(tmp_path, secrets) == ['a.txt: what the variable X_TOKEN holds']
+    assert scan_tree(tmp_path, secrets) == ['a.txt: the value of the variable X_TOKEN']

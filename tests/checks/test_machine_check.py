@@ -1,4 +1,4 @@
-"""--doctor true: what works is tried, what does not is named with its remedy, and the exit code tells which."""
+"""The machine check (--doctor true): it tries everything, names a remedy for what fails, and sets the exit code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from utils.checks import machine
 Problems = Callable[[], list[str]]
 
 
+@pytest.mark.processes
+@pytest.mark.optional
 def test_a_machine_that_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert llm_sft.main(['--doctor', 'true', '--output_dir', str(tmp_path / 'new')]) == 0
     printed = capsys.readouterr().out
@@ -24,7 +26,7 @@ def test_a_machine_that_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[
     ):
         assert line in printed
     assert f'GiB free at {tmp_path}\n' in printed and not (tmp_path / 'new').exists()
-    assert 'note hub modelscope: http://127.0.0.1:9 does not answer\n     -> needed for downloads' in printed
+    assert 'note hub modelscope: http://127.0.0.1:9 does not answer\n     -> needed only for downloads' in printed
     assert printed.endswith('this machine can train\n')
 
 
@@ -33,7 +35,7 @@ def test_what_fails_is_named_with_its_remedy(
 ) -> None:
     pins = tmp_path / 'requirements.txt'
     pins.write_text('# libraries\ntorch>=0.1,<0.2\nnot-a-package==1.0\n')
-    monkeypatch.setattr(machine, '_REQUIRED', pins)  # the workers of the all-reduce start beside it: no utils there
+    monkeypatch.setattr(machine, '_REQUIRED', pins)  # the all-reduce workers start in its folder, which has no utils
     (tmp_path / 'file').touch()
     assert llm_sft.main(['--doctor', 'true', '--output_dir', str(tmp_path / 'out')]) == 1
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Registries and what is inferred from names; resolve and its decisions."""
+"""Registries, inference of model types from names, and the decisions of resolve."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_embedded_model_opens_without_network_and_names_the_hub_id(tmp_path: Pat
     made = dense_directory(weights.path)
     assert dense_directory(weights.path) == made and not list(made.parent.glob('.aside-*'))
 
-    # Template auto on the real tokenizer: ids of apply_chat_template, loss on the reply and its end alone.
+    # Template auto on the real tokenizer: ids of apply_chat_template, loss only on the reply and its end.
     from utils.encode.make import make_encoder
     from utils.formats.conversation import Row
 

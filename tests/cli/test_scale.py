@@ -1,4 +1,4 @@
-"""Which modes go together, and which layer stands on which GPU; GPUs are pretended by their sizes."""
+"""Which modes can be combined, and which layer goes to which GPU; GPUs are simulated by their memory sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.runs import ROOT, small_flags
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
-from utils.loading.devices import Spread, place
+from utils.loading.devices import Spread, resolve_device_map
 from utils.loading.legacy.registry import FAMILIES
 
 GIB = 2**30
@@ -25,28 +25,33 @@ ZERO_2, ZERO_3 = (('--deepspeed_config_path', str(ROOT / 'ds_config' / f'zero{st
 QLORA, FSDP = ('--quantization_bit', '4'), ('--fsdp', 'true')
 REFUSED = [
     # GPUs, processes per machine (0: not under torchrun), flags, what the message says
-    (0, 0, FSDP, 'Start it with: torchrun --nproc_per_node 2 llm_sft.py'),
-    (4, 0, ZERO_2, 'Start it with: torchrun --nproc_per_node 4 llm_sft.py'),
-    (0, 1, FSDP, 'shards over 2 or more processes'),
-    (0, 2, (*FSDP, *ZERO_2), 'both shard the model. Drop one'),
+    (0, 0, FSDP, 'Start the command with: torchrun --nproc_per_node 2 llm_sft.py'),
+    (4, 0, ZERO_2, 'Start the command with: torchrun --nproc_per_node 4 llm_sft.py'),
+    (0, 1, FSDP, 'needs 2 or more processes, got 1'),
+    (0, 2, (*FSDP, *ZERO_2), 'both shard the model. Remove one'),
     (0, 2, (*FSDP, *QLORA), 'cannot shard quantised weights. Use --deepspeed_config_path ds_config/zero2.json'),
     (
         0,
         2,
         (*FSDP, '--model_id_or_path', 'qwen/Qwen-7B-Chat-Int4'),
-        "the weights of 'qwen-7b-chat-int4' are stored quantised (gptq), which --fsdp true cannot shard",
+        "--fsdp true: the weights of 'qwen-7b-chat-int4' are stored quantised (gptq) and cannot be sharded",
     ),
-    (0, 2, (*FSDP, '--dtype', 'fp16'), 'Use bf16 or fp32'),
-    (0, 2, (*FSDP, '--only_save_model', 'false'), 'or use ds_config/zero3.json'),
+    (0, 2, (*FSDP, '--dtype', 'fp16'), 'Use --dtype bf16 or fp32'),
+    (
+        0,
+        2,
+        (*FSDP, '--only_save_model', 'false'),
+        'or use --deepspeed_config_path ds_config/zero3.json instead of --fsdp',
+    ),
     (0, 2, (*FSDP, '--resume_from_checkpoint', '.'), 'cannot be resumed'),
-    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'adamw_8bit'), 'Use adamw_torch with --fsdp true'),
-    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'ademamix'), 'Use adamw_torch with --fsdp true'),
+    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'adamw_8bit'), 'Use --optim adamw_torch with --fsdp true'),
+    (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'ademamix'), 'Use --optim adamw_torch with --fsdp true'),
     (0, 2, (*ZERO_3, *QLORA), 'does not shard quantised weights. Use ds_config/zero2.json'),
-    (0, 2, (*ZERO_3, '--resume_from_checkpoint', '.'), 'the optimizer of 0 DeepSpeed processes, here are 2'),
-    (4, 2, ZERO_2, 'needs one GPU per process, here each of 2 processes has 2 of the 4 GPUs. Use --nproc_per_node 4'),
+    (0, 2, (*ZERO_3, '--resume_from_checkpoint', '.'), 'holds no optimizer state of DeepSpeed'),
+    (4, 2, ZERO_2, 'needs one GPU per process, and each of 2 processes has 2 of the 4 GPUs. Use --nproc_per_node 4'),
     (4, 2, FSDP, 'needs one GPU per process'),
-    (4, 2, QLORA, 'cannot spread over several GPUs in several processes'),
-    (2, 4, (), '4 processes for 2 GPUs: each needs its own. Use --nproc_per_node 2'),
+    (4, 2, QLORA, 'cannot use several GPUs in each of several processes'),
+    (2, 4, (), '4 processes for 2 GPUs, and each process needs its own GPU. Use --nproc_per_node 2'),
     (2, 2, (*QLORA, '--ddp_backend', 'gloo'), '--ddp_backend gloo with --quantization_bit 4 on GPUs'),
     (0, 2, (*QLORA, '--sft_type', 'full'), '4-bit weights cannot be trained'),
 ]
@@ -75,9 +80,27 @@ def test_deepspeed_values_that_contradict_the_flags_are_named(
     config.write_text(json.dumps({'zero_optimization': zero, 'gradient_accumulation_steps': 7}))
     flags = ['--deepspeed_config_path', str(config), '--optim', 'adafactor']
     assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), *flags]) == 2
-    assert any("sets gradient_accumulation_steps 7, --gradient_accumulation_steps is 2. Write 'auto'" in p
+    assert any("sets gradient_accumulation_steps 7, and --gradient_accumulation_steps is 2. Write 'auto'" in p
                for p in problems())  # fmt: skip
-    assert any('offloads the optimizer, which --optim adafactor cannot' in line for line in problems())
+    assert any('offloads the optimizer, and --optim adafactor cannot run there' in line for line in problems())
+
+
+def test_a_deepspeed_checkpoint_of_another_number_of_processes_is_refused(
+    model_dir: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    problems: Callable[[], list[str]],
+) -> None:  # fmt: skip
+    states = tmp_path / 'checkpoint-1' / 'global_step1'
+    states.mkdir(parents=True)
+    for rank in range(3):
+        (states / f'zero_pp_rank_{rank}_mp_rank_00_optim_states.pt').touch()
+    world = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2'}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr('os._exit', lambda code: None)
+    flags = [*ZERO_2, '--resume_from_checkpoint', str(states.parent)]
+    assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), *flags]) == 2
+    said = 'holds the optimizer state of 3 DeepSpeed processes, and this run has 2. Start the command with 3 processes.'
+    assert any(said in line for line in problems()), problems()
 
 
 def test_deepspeed_configurations_leave_to_the_trainer_what_it_knows() -> None:
@@ -92,7 +115,7 @@ def test_deepspeed_configurations_leave_to_the_trainer_what_it_knows() -> None:
 
 
 def model_of(name: str) -> Any:
-    """Return a function that builds a class at the size of a published model."""
+    """Return a function that builds a model class at the size of a published model."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     llama = {'vocab_size': 32000, 'tie_word_embeddings': False}
@@ -126,7 +149,7 @@ def model_of(name: str) -> Any:
 
 
 def bytes_of(model: Any, names: set[str] | None, *, linear: float) -> float:
-    """Return the bytes of the parameters below these names, each shared one once."""
+    """Return the bytes of the parameters below these names; shared ones count once."""
     head = model.get_output_embeddings()
     quantised = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return sum(
@@ -136,6 +159,7 @@ def bytes_of(model: Any, names: set[str] | None, *, linear: float) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama2-7b', 'llama2-70b', 'qwen-14b', 'qwen2.5-7b', 'qwen2.5-3b'])
 def test_layers_are_spread_evenly_and_whole(name: str) -> None:
     from accelerate.utils import check_device_map
@@ -149,9 +173,9 @@ def test_layers_are_spread_evenly_and_whole(name: str) -> None:
         for linear in (2.0, 0.5):
             memory = dict.fromkeys(range(gpus), 160 * GIB // gpus)
             spread = Spread(memory=memory, parameter_bytes=2, linear_bytes=linear)
-            found = place(spread, make)
+            found = resolve_device_map(spread, make)
             assert whole <= set(found), 'no layer is split'
-            check_device_map(model, found)  # accelerate's own: every parameter has a place
+            check_device_map(model, found)  # accelerate's own check: every parameter has a device
             layers = [found[key] for key in sorted(whole, key=lambda k: int(k.rsplit('.', 1)[-1]))]
             assert all(0 <= b - a <= 1 for a, b in pairwise(layers)), 'neighbours stand together'
             if model.config.get_text_config().tie_word_embeddings:
@@ -169,7 +193,7 @@ def test_layers_are_spread_evenly_and_whole(name: str) -> None:
 
 def test_larger_gpus_get_more_layers() -> None:
     memory = {0: 24 * GIB, 1: 24 * GIB, 2: 80 * GIB}
-    found = place(Spread(memory=memory, parameter_bytes=2, linear_bytes=2), model_of('qwen-14b'))
+    found = resolve_device_map(Spread(memory=memory, parameter_bytes=2, linear_bytes=2), model_of('qwen-14b'))
     count = [sum(at == gpu and '.layers.' in name for name, at in found.items()) for gpu in memory]
     assert sum(count) == 40 and count[2] > 2 * count[1] and count[0] < count[1], 'the embedding takes room on the first'
 
@@ -177,11 +201,11 @@ def test_larger_gpus_get_more_layers() -> None:
 def test_a_model_that_does_not_fit_is_refused_for_training_and_offloaded_for_answers() -> None:
     spread = Spread(memory={0: 6 * GIB, 1: 6 * GIB}, parameter_bytes=2, linear_bytes=2)
     with pytest.raises(ConfigError, match=r'needs 12\.6 GiB on GPUs \[0, 1\] .*cannot be trained'):
-        place(spread, model_of('llama2-7b'))
-    assert place(Spread(memory=spread.memory, parameter_bytes=2, linear_bytes=2, must_fit=False),
+        resolve_device_map(spread, model_of('llama2-7b'))
+    assert resolve_device_map(Spread(memory=spread.memory, parameter_bytes=2, linear_bytes=2, must_fit=False),
                  model_of('llama2-7b')) == 'auto'  # fmt: skip
     quantised = Spread(memory=spread.memory, parameter_bytes=2, linear_bytes=0.5)
-    assert set(place(quantised, model_of('llama2-7b')).values()) == {0, 1}
+    assert set(resolve_device_map(quantised, model_of('llama2-7b')).values()) == {0, 1}
 
 
 @pytest.mark.parametrize(('gpus', 'processes'), [(8, 2), (8, 4), (4, 2), (8, 8), (5, 2)])
@@ -193,7 +217,7 @@ def test_processes_have_gpus_of_their_own(gpus: int, processes: int, monkeypatch
         own = dist.own_gpus(gpus)
         assert len(own) == gpus // processes
         memory = dict.fromkeys(own, 40 * GIB)
-        placed = place(Spread(memory=memory, parameter_bytes=2, linear_bytes=2), model_of('llama2-7b'))
+        placed = resolve_device_map(Spread(memory=memory, parameter_bytes=2, linear_bytes=2), model_of('llama2-7b'))
         assert set(placed.values()) == set(own)
         taken += own
     assert len(taken) == len(set(taken)) and max(taken) < gpus

@@ -1,4 +1,4 @@
-"""The account of every character: exact on made-up rows, complete on random ones, and not blind to a dropped field."""
+"""The account of every character: exact on made-up rows, complete on random ones, and it notices a dropped field."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ AGAIN = EncodedAgain(ENCODER)
 
 
 class Changed(EncodedAgain):
-    """Encodes again with the same fault in the conversion."""
+    """An encoder that encodes again with the same fault in the conversion."""
 
     def __init__(self, by: Encoder, change: Callable[[Row], None] | None) -> None:
         super().__init__(by)
@@ -180,9 +180,9 @@ def test_accounts_are_merged_and_rows_left_out_are_counted() -> None:
 def random_row(
     rng: random.Random, *, scope: LossScope = 'last_round', longest: int = 13
 ) -> tuple[dict[str, Any], set[str], list[tuple[str, str]]]:
-    """Return a row of some shape, the names of its extra keys, and its texts with their buckets.
+    """Return a row of a random layout, the names of its extra keys, and its texts with their buckets.
 
-    Texts have up to `longest` letters; short ones stand inside others, and in what the template prints.
+    Texts have up to `longest` letters; short ones occur inside others and inside the template's own text.
     """
     texts: list[tuple[str, str]] = []
     extra: set[str] = set()
@@ -233,7 +233,7 @@ def random_row(
 
 
 def in_all(account: Account) -> Counter[str]:
-    """Return the characters of each bucket, of all labels together; what is read as structure left off."""
+    """Return the characters of each bucket, summed over all labels, without those that are read as structure."""
     counted: Counter[str] = Counter()
     for counts in account.fields.values():
         counted.update(counts)
@@ -241,6 +241,7 @@ def in_all(account: Account) -> Counter[str]:
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scope', ['last_round', 'all_rounds'])
 @pytest.mark.parametrize('longest', [13, 2], ids=['long', 'short'])
 def test_random_rows_are_accounted_for_in_full(longest: int, scope: LossScope) -> None:
@@ -306,7 +307,7 @@ def test_a_conversion_that_drops_a_field_is_seen_however_short_its_texts_are() -
 
 
 def text_of(row: Row) -> int:
-    """Return how many characters of text a row has; a lone stop, and line ends between texts, aside."""
+    """Return the number of text characters of a row, without a lone full stop and line ends between texts."""
     said = [message.get(key) or '' for message in row.messages for key in ('content', 'name', 'reasoning')]
     said += [tool['function'][key] for tool in row.tools or [] for key in ('name', 'description')]
     return sum(len(str(text).replace('\n', '')) for text in said if text != '.')
@@ -315,14 +316,14 @@ def text_of(row: Row) -> int:
 @pytest.mark.parametrize(
     ('raw', 'unused'),
     [
-        # A name that is a role, which the template prints by itself.
+        # A name that equals a role, which the template prints anyway.
         ({'messages': [{'role': 'user', 'name': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'ho'}]},
          {'message key `name`'}),
-        # Reasoning that is a word of the reply, and of the question.
+        # Reasoning that also occurs in the reply and in the question.
         ({'messages': [{'role': 'user', 'content': 'yes or no?'}, {'role': 'assistant', 'content': 'yes, it is',
                                                                    'reasoning': 'yes'}]},
          {'message key `reasoning`'}),
-        # The id of a call that is the number in its answer.
+        # The id of a call that equals the number in its result.
         ({'messages': [{'role': 'user', 'content': 'what is 7?'}, {'role': 'assistant', 'content': '7', 'name': '7'}]},
          {'message key `name`'}),
         ({'system': 'a', 'messages': [{'role': 'user', 'content': 'a cat'}, {'role': 'assistant', 'content': 'a'}]},

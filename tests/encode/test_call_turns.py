@@ -1,4 +1,4 @@
-"""Turns that call tools: where they end, what of their reasoning is kept, and which named template renders them."""
+"""Turns that call tools: where they end, which reasoning is kept, and which named template renders them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CALL = {'type': 'function', 'id': 'a1b2c3d4e', 'function': {'name': 'get_sky', '
 ASKED: dict[str, Any] = {'role': 'user', 'content': 'is it blue?'}
 CALLED = 'CALL get_sky city=Oslo'
 
-# A turn as most templates print it; {end} is what ends it, {call} a call.
+# A turn as most templates print it, with its {end} and a {call}.
 TURNS = (
     "{{%- for m in messages %}}{{{{ '<|im_start|>' + m.role + '\\n' }}}}"
     "{reasoning}{{{{- m.content or '' }}}}"
@@ -41,7 +41,7 @@ SAYS_CALL = (
 
 
 def template(*, end: str = '<|im_end|>\\n', call: str = SAYS_CALL, reasoning: str = '') -> str:
-    """Return a chat template that lists tools and whose turns end and call so."""
+    """Return a chat template that lists tools, with this end of turn and this form of calls."""
     turns = TURNS.format(end=f"{{{{- '{end}' }}}}", call=call, reasoning=reasoning)
     return "{%- for t in tools or [] %}{{ 'TOOL ' + t.function.name + '\\n' }}{% endfor %}" + turns
 
@@ -65,7 +65,7 @@ def calls(**others: Any) -> dict[str, Any]:
 
 
 def text_of(coder: AutoEncoder, found: Encoded) -> tuple[str, str]:
-    """Return the text that is trained, and what comes after it."""
+    """Return the trained text and the text after it."""
     decode, end = coder.tokenizer.decode, found.trained[1]
     return decode(found.input_ids[found.trained[0] : end]), decode(found.input_ids[end:])
 
@@ -89,7 +89,7 @@ def test_a_marker_that_only_closes_a_call_does_not_end_the_turn() -> None:
 
 
 def test_reasoning_before_calls_that_are_text_is_written_once() -> None:
-    # As DeepSeek-R1's distills: text up to the closing tag is cut away, calls and reasoning have no form.
+    # Like DeepSeek-R1's distills: text up to the closing tag is removed; calls and reasoning are not supported.
     cut = "{%- set text = (m.content or '').split('</think>')[-1] %}{{- text if m.role == 'assistant' else m.content }}"
     source = template(call='').replace("{{- m.content or '' }}", cut)
     source = source.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
@@ -119,7 +119,7 @@ PLAIN = TURNS.format(end="{{- '<|im_end|>\\n' }}", call='', reasoning='')
 
 
 def named(**options: str) -> dict[str, str]:
-    """Return a default template that knows neither tools nor calls, and one for rows with tools."""
+    """Return a default template without tools and calls, and a second template for rows with tools."""
     return {'default': PLAIN, 'tool_use': template(**options)}
 
 

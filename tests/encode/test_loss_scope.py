@@ -65,23 +65,26 @@ def test_the_default_is_the_last_round_alone() -> None:
         assert coder.encode([chat('hi', 'yo', 'who?', 'me')])[0].earlier == []
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(TEXT, min_size=6, max_size=6), system=st.none() | TEXT)
 def test_the_prompt_of_every_round_is_a_prefix_and_every_span_is_its_reply(
     texts: list[str], system: str | None
 ) -> None:
     checked = 0
+    # A blank earlier reply is never trained.
+    earlier = [text for text in (texts[1], texts[3]) if text.strip()]
     for tokenizer, name in itertools.product(TOKENIZERS, MULTI_TURN):
         coder = encoder(name, tokenizer)
         row = coder.encode([chat(*texts, system=system)])[0]
-        assert len(row.earlier) == 2 or EARLIER_CHANGED in row.notes
+        assert len(row.earlier) == len(earlier) or EARLIER_CHANGED in row.notes
         rounds = {(start, end) for start, end in (*row.earlier, row.trained)}
         prompts = [coder.encode_prompts([chat(*texts[:n], system=system)])[0] for n in (2, 4, 6)]
         starts = {len(prompt) for prompt in prompts if row.input_ids[: len(prompt)] == prompt}
         assert {start for start, _ in rounds} <= starts or EARLIER_MERGED in row.notes
         assert row.trained[0] == len(prompts[-1]) and row.input_ids[: len(prompts[-1])] == prompts[-1]
         if name != AUTO:
-            for (start, end), text in zip(row.earlier, (texts[1], texts[3]), strict=True):
+            for (start, end), text in zip(row.earlier, earlier, strict=True):
                 assert row.input_ids[start : end - coder._round_end] == coder.text.ids([text], inert=True)[0]
         checked += 1
     assert checked == 33
@@ -168,6 +171,7 @@ def test_several_spans_are_kept_compactly_and_become_labels() -> None:
     assert TOKENIZER.decode(labels[0][labels[0] != -100]) == 'yo<|im_end|>me<|im_end|><|endoftext|>'
 
 
+@pytest.mark.slow
 def test_a_run_trains_every_reply_and_inference_takes_the_scope_from_the_run(
     run_sft: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -187,7 +191,7 @@ def test_a_run_trains_every_reply_and_inference_takes_the_scope_from_the_run(
     assert json.loads((run / 'sft_args.json').read_text())['loss_scope'] == 'all_rounds'
 
 
-# The generation prompt opens a think block, which the last reply closes and earlier ones lack.
+# The generation prompt opens a think block. The last reply closes it; earlier replies have none.
 OPENING = (
     '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" }}'
     '{% if m.role == "assistant" and loop.last %}{{ "</think>" }}{% endif %}{{ m.content }}'
@@ -197,7 +201,7 @@ OPENING = (
 
 
 def test_tags_that_begin_alike_are_never_cut_in_two() -> None:
-    """<think> of the generation prompt and </think> of the whole chat share their first character."""
+    """The <think> of the generation prompt and the </think> of the whole chat share their first character."""
     tokenizer = make_tokenizer(chat_template=OPENING)
     tokenizer.add_tokens(['<think>', '</think>'])
     row = encoder(AUTO, tokenizer).encode([chat('hi', 'yo', 'who?', 'me')])[0]

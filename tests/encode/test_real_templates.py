@@ -35,7 +35,7 @@ def _package(name: str) -> Path:
 
 @functools.cache
 def sources() -> dict[str, str]:
-    """Return the chat templates of trl by name, found without importing it."""
+    """Return the chat templates of trl by name, without importing trl."""
     folder = _package('trl') / 'chat_templates'
     return {path.stem: path.read_text(encoding='utf-8') for path in sorted(folder.glob('*.jinja'))}
 
@@ -48,7 +48,7 @@ def names() -> list[str]:
 
 @functools.cache
 def backend(vocabulary: str) -> Any:
-    """Return the vocabulary as its package holds it: DeepSeek's tokenizer.json, Qwen's ranks."""
+    """Return the vocabulary from its package: DeepSeek's tokenizer.json, Qwen's ranks."""
     from tokenizers import Tokenizer
 
     if vocabulary == 'deepseek':
@@ -59,7 +59,7 @@ def backend(vocabulary: str) -> Any:
 
 
 def printed(source: str) -> str:
-    """Return what a template prints of a chat with a call, or without where it refuses one."""
+    """Return what a template prints for a chat with a call, or without a call if it refuses one."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     chat = [row['messages'] for _, row in conversations(Words(), [])]
@@ -77,7 +77,7 @@ def printed(source: str) -> str:
 
 @functools.cache
 def tokenizer(vocabulary: str, special: bool, use: str) -> Any:
-    """Return a real vocabulary with the control tokens of all templates; each `use` has one of its own."""
+    """Return a real vocabulary with the control tokens of all templates, one instance per `use`."""
     from transformers import PreTrainedTokenizerFast
 
     eos = '<｜end▁of▁sentence｜>' if vocabulary == 'deepseek' else '<|endoftext|>'
@@ -88,7 +88,7 @@ def tokenizer(vocabulary: str, special: bool, use: str) -> Any:
 
 
 def pair(name: str, special: bool, use: str) -> Any:
-    """Return the vocabulary under the template; its end of sequence is what the template prints after a reply."""
+    """Return the vocabulary with the template; its end of sequence is what the template prints after a reply."""
     source = sources()[name]
     vocabulary = 'deepseek' if name.startswith('deepseek') or sorted(sources()).index(name) % 2 else 'qwen'
     base = tokenizer(vocabulary, special, use)
@@ -115,7 +115,7 @@ def everything() -> list[tuple[str, bool, Verdict]]:
     return [(n, s, verdict) for n in names() for s in (True, False) for verdict in judged(n, s)[0]]
 
 
-# What a problem is about, and what must hold instead.
+# The subject of a problem, and what must hold instead.
 KINDS = {
     'ids': "ids are the judge's, or a true reason explains them",
     'note': 'every note is true for its row',
@@ -135,7 +135,7 @@ KINDS = {
 def test_a_template_on_a_real_vocabulary_does_to_raw_rows_what_transformers_does(name: str, special: bool) -> None:
     verdicts, refused = judged(name, special)
     if refused is not None:
-        # Vision templates whose content is a list of parts: a text is not printed by transformers either.
+        # Vision templates that expect a list of parts as content: transformers does not print a text either.
         assert re.sub('_training$', '', name) in {'idefics3', 'llava_next', 'smolvlm'}, refused
         return
     problems = [problem for verdict in verdicts for problem in verdict.problems]
@@ -156,7 +156,7 @@ def test_the_counts_say_that_rows_were_judged() -> None:
 
 
 def put(value: Any, path: tuple[str | int, ...], text: str) -> Any:
-    """Return nested data with another text at a path; JSON text on the way is read and written."""
+    """Return nested data with the text at a path replaced; JSON text on the path is parsed and written again."""
     if not path:
         return text
     whole = json.loads(value) if isinstance(value, str) else copy.deepcopy(value)
@@ -165,7 +165,7 @@ def put(value: Any, path: tuple[str | int, ...], text: str) -> Any:
 
 
 def printed_names(again: EncodedAgain, row: Row, raw: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """Return the names of texts that are not printed when a word of their own stands there, and of those refused."""
+    """Return the names of texts whose unique word is not printed, and the names of texts that are refused."""
     mark = 'zq98765qz'
     gone, refused = set(), set()
     for leaf in leaves(raw):

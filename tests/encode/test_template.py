@@ -44,7 +44,7 @@ def encoder(name: str, tokenizer: Any = TOKENIZER, max_length: int = -1, system:
 
 
 def readable(row: Any) -> str:
-    """Return ids as text with the trained span in brackets and ids that are no text of ours as #id#."""
+    """Return ids as text, with the trained span in brackets and ids outside the tokenizer's text as #id#."""
 
     def text(ids: list[int]) -> str:
         out, run = '', []
@@ -144,7 +144,7 @@ def test_auto_passes_a_typed_system_and_a_rows_own_wins() -> None:
 
 
 def test_merged_boundary_is_noted_and_keeps_the_prefix() -> None:
-    # Without a newline token of its own before it, a reply that starts with a newline merges with the prompt's.
+    # If the prompt does not end with a separate newline token, a reply that starts with a newline merges with it.
     tokenizer = make_tokenizer(chat_template=CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n\n'"))
     coder = encoder(AUTO, tokenizer)
     row = chat('hi', '\n\nx')
@@ -191,12 +191,14 @@ def test_templates_that_cannot_serve_are_refused() -> None:
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{{ m['content'] }}{% endfor %}"
     )
-    with pytest.raises(ConfigError, match='no system role. Leave --system out'):
+    with pytest.raises(ConfigError, match='no system role. Run without --system'):
         encoder(AUTO, make_tokenizer(chat_template=refuses), system='x')
 
 
 def test_history_with_a_single_turn_template_is_refused() -> None:
-    with pytest.raises(ConfigError, match="test:1 has history, template 'default-generation' is single-turn"):
+    with pytest.raises(
+        ConfigError, match="test:1: the row has history, and template 'default-generation' is single-turn"
+    ):
         encoder('default-generation').encode([chat('a', 'b', 'c', 'd')])
 
 

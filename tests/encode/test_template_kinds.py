@@ -1,4 +1,4 @@
-"""What released chat templates do, each in one minimal template: the prompt of inference begins what is trained."""
+"""Peculiarities of released chat templates, each in a minimal one: the inference prompt is a prefix of training."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from utils.formats.conversation import Row
 from utils.proofs.template import prove_template
 
 ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-# Llama-2-chat, Mistral: a blank before the reply that the generation prompt has not.
+# Llama-2-chat, Mistral: a blank before the reply that the generation prompt does not have.
 LEADING_BLANK = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
-# Mistral-Nemo: the system text stands in the last message, where that is a user's.
+# Mistral-Nemo: the system text is put into the last message if that is from the user.
 SYSTEM_LAST = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set chat = messages[1:] %}"
     "{% else %}{% set chat = messages %}{% endif %}{% for m in chat %}{% if m.role == 'user' %}"
     "{{ '[INST]' + (system + '\n' if system is defined and loop.last else '') + m.content + '[/INST]' }}"
     '{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}'
 )
-# Gemma 4: an empty channel in the generation prompt, which a reply in the chat is printed without.
+# Gemma 4: an empty channel in the generation prompt, which replies in the chat do not have.
 EMPTY_CHANNEL = CHATML.replace(
     "{{ '<|im_start|>assistant\n' }}{% endif %}", "{{ '<|im_start|>assistant\n<eoh>thought\n<eoa>' }}{% endif %}"
 )
@@ -51,7 +51,7 @@ KINDS = {
 
 
 def read(*texts: str, system: str = '', **more: Any) -> Row:
-    """Return a row of alternating turns as a run reads it; `more` are keys of the last reply."""
+    """Return a row of alternating turns as a run reads it; `more` are extra keys of the last reply."""
     turns: list[dict[str, Any]] = [
         {'role': 'assistant' if number % 2 else 'user', 'content': text} for number, text in enumerate(texts)
     ]
@@ -91,7 +91,7 @@ def test_prompts_begin_what_is_trained_in_batches_of_all_kinds_of_rows(kind: str
 
 
 def shown(by: AutoEncoder, row: Row) -> tuple[str, str]:
-    """Return the prompt and what carries loss, as text."""
+    """Return the prompt and the trained part as text."""
     encoded = by.encode([row])[0]
     start, end = encoded.trained
     return by.tokenizer.decode(encoded.input_ids[:start]), by.tokenizer.decode(encoded.input_ids[start:end])
@@ -151,7 +151,7 @@ PHI = (
 
 
 def test_typed_control_tokens_leave_tokens_that_take_blanks_as_they_are() -> None:
-    """Phi-3's markers take the line end after them; a row that types one gets the same template ids."""
+    """Phi-3's markers include the line end after them; a row that contains one gets the same template ids."""
     markers = ('<|user|>', '<|assistant|>', '<|end|>')
     by = encoder(PHI, *(AddedToken(marker, special=True, normalized=False, rstrip=True) for marker in markers))
     plain, typed = (by.encode([read(query, 'yo')])[0].input_ids for query in ('hi', 'hi <|end|> there'))

@@ -1,9 +1,10 @@
-"""The thinking switch of a chat template whose generation prompt closes the think block: asked as it was trained."""
+"""The thinking switch of templates whose generation prompt closes the think block: inference asks as in training."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from utils.formats.conversation import Row
 from utils.infer import answers
 from utils.infer.chat import Chat
 from utils.proofs.template import ask_as_trained
+from utils.run.record import RunRecord
 
 SftRun = Callable[..., Path]
-# As DeepSeek-V3.1 and EXAONE 4 have it: closed, unless a variable opens it.
+# Like DeepSeek-V3.1 and EXAONE 4: closed, unless a variable opens it.
 SWITCHED = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{%- if m.role == 'assistant' and loop.last %}"
@@ -36,7 +38,7 @@ SWITCH = 'enable_thinking=True'
 
 @pytest.fixture
 def switched_dir(tmp_path: Path) -> Path:
-    """Return a model whose template closes the think block unless it is told not to."""
+    """Return a model whose template closes the think block unless a variable opens it."""
     folder = tmp_path / 'switched'
     tokenizer = make_tokenizer(chat_template=SWITCHED)
     make_model(vocab_size=len(tokenizer)).save_pretrained(folder)
@@ -45,7 +47,7 @@ def switched_dir(tmp_path: Path) -> Path:
 
 
 def rows_of(reasoning: int, plain: int) -> list[dict[str, Any]]:
-    """Return rows with reasoning and, after them, rows without."""
+    """Return rows with reasoning, followed by rows without."""
     rows = []
     for number in range(reasoning + plain):
         reply = {'role': 'assistant', 'content': f'yes {number}'}
@@ -99,7 +101,7 @@ def train(run_sft: SftRun, switched_dir: Path, tmp_path: Path) -> Callable[..., 
 
 
 def asked_of(run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[str]:
-    """Return the prompts that llm_infer.py asks the run's checkpoint, as text: in a chat, or of rows."""
+    """Return the prompts that llm_infer.py sends to the run's checkpoint, as text: in a chat, or for rows."""
     tokenizer = make_tokenizer(chat_template=SWITCHED)
     asked: list[str] = []
 
@@ -111,7 +113,7 @@ def asked_of(run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[st
         asked.extend(map(tokenizer.decode, prompts))
         return [[7] for _ in prompts]
 
-    monkeypatch.setattr(answers, 'generate_stream', stream)
+    monkeypatch.setattr('utils.infer.chat.generate_stream', stream)
     monkeypatch.setattr(answers, 'generate_rows', batch)
     lines = iter(['is it 1?'])
 
@@ -127,6 +129,7 @@ def asked_of(run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[st
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('reasoning', 'plain', 'switch', 'prompt'),
     [(9, 0, SWITCH, OPENED), (9, 3, SWITCH, OPENED), (3, 9, None, CLOSED)],
@@ -139,14 +142,15 @@ def test_a_chat_asks_as_most_rows_were_trained(
     record = record_of(run)
     assert record['thinking'] == switch
     assert record['thinking_rows'] == {'switched': reasoning, 'of': reasoning + plain}
-    reason = f'{reasoning} of {reasoning + plain} rows looked at have a reply that reasons, rendered with {SWITCH}'
+    reason = f'{reasoning} of {reasoning + plain} checked rows have a reply with reasoning, rendered with {SWITCH}'
     assert f'thinking = {switch} because {reason}' in caplog.text
     caplog.clear()
     asked = asked_of(run, monkeypatch, '--eval_human', 'true')
     assert [text[text.index('<|im_start|>assistant') :] for text in asked] == [prompt]
-    assert (f'thinking = {SWITCH} because the run trained so: {reason}' in caplog.text) is (switch is not None)
+    assert (f'thinking = {SWITCH} because the run was trained with it: {reason}' in caplog.text) is (switch is not None)
 
 
+@pytest.mark.slow
 def test_the_prompt_of_a_chat_begins_what_was_trained(train: SftRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(9, 0)
     trained = encoder().encode([row('yes 1', reasoning='count 1')])[0]
@@ -156,6 +160,7 @@ def test_the_prompt_of_a_chat_begins_what_was_trained(train: SftRun, monkeypatch
     assert answered and all(text.endswith(OPENED) for text in answered)
 
 
+@pytest.mark.slow
 def test_data_without_reasoning_changes_nothing(train: SftRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(0, 12)
     assert not record_of(run).keys() & {'thinking', 'thinking_rows'}
@@ -164,6 +169,7 @@ def test_data_without_reasoning_changes_nothing(train: SftRun, monkeypatch: pyte
     assert all(text.endswith(CLOSED) for text in asked_of(run, monkeypatch))
 
 
+@pytest.mark.slow
 def test_a_labelled_row_decides_by_its_own_reasoning(
     train: SftRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +179,7 @@ def test_a_labelled_row_decides_by_its_own_reasoning(
     assert sorted(text[text.index('<|im_start|>assistant') :] for text in asked) == sorted([OPENED, CLOSED])
 
 
+@pytest.mark.slow
 def test_a_stream_decides_by_its_first_rows(train: SftRun) -> None:
     record = record_of(train(9, 2, '--streaming', 'true', '--stream_val_rows', '1', '--dataset_test_ratio', '0'))
     assert record['thinking'] == SWITCH and record['thinking_rows'] == {'switched': 8, 'of': 10}
@@ -180,7 +187,7 @@ def test_a_stream_decides_by_its_first_rows(train: SftRun) -> None:
 
 def test_every_turn_of_a_chat_is_asked_with_the_switch() -> None:
     coder = encoder()
-    ask_as_trained(coder, {'thinking': SWITCH, 'thinking_rows': {'switched': 2, 'of': 2}})
+    ask_as_trained(coder, RunRecord(thinking=SWITCH, thinking_rows={'switched': 2, 'of': 2}))
     asked: list[str] = []
 
     def answer(prompt: list[int], images: Sequence[str]) -> str:
@@ -198,10 +205,11 @@ def test_every_turn_of_a_chat_is_asked_with_the_switch() -> None:
 @pytest.mark.parametrize('record', [{}, {'thinking': None}, {'thinking': 'thinking=True', 'thinking_rows': {}}])
 def test_a_run_that_did_not_train_so_is_asked_plainly(record: dict[str, Any]) -> None:
     coder = encoder()
-    ask_as_trained(coder, record)
+    ask_as_trained(coder, RunRecord.from_json(record))
     assert not coder.asks_to_think
 
 
+@pytest.mark.slow
 def test_the_merged_folder_and_the_card_say_how_to_ask(
     train: SftRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,7 +219,7 @@ def test_the_merged_folder_and_the_card_say_how_to_ask(
     assert f'ask it with {SWITCH} (chat_template_kwargs)' in caplog.text
     merged = run / f'{checkpoint.name}-merged'
     assert json.loads((merged / 'sft_args.json').read_text())['thinking'] == SWITCH
-    card = model_card('a/b', record_of(run), {'step': 1, 'log_history': []}, [])
+    card = model_card('a/b', RunRecord.read(run), {'step': 1, 'log_history': []}, [])
     assert f'Ask it with `{SWITCH}` for its chat template' in card
-    plain = {**record_of(run), 'thinking': None}
+    plain = replace(RunRecord.read(run), thinking=None)
     assert 'Ask it with' not in model_card('a/b', plain, {'step': 1, 'log_history': []}, [])

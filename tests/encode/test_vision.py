@@ -1,4 +1,4 @@
-"""Models that see: rows with images through both programs, the ids of the models' own processors, bad images."""
+"""Vision models: rows with images through both programs, the ids of the models' own processors, bad images."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PICTURES = [str(GOLDENS / 'qwenvl-a' / name) for name in NAMES]
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a tiny checkpoint of each family that sees."""
+    """Return a tiny checkpoint of each vision family."""
     home = tmp_path_factory.mktemp('seeing')
     return {key: seeing_folder(key, home / key) for key in KEYS}
 
@@ -127,7 +127,7 @@ def test_the_tokenizer_of_qwen_vl_has_its_image_tags(folders: dict[str, Path]) -
 
 
 def two_turns(first: list[dict[str, str]], second: list[dict[str, str]], system: str | None) -> list[dict[str, Any]]:
-    """Return a conversation of content items as a processor takes it."""
+    """Return a conversation with content items, as a processor expects it."""
     turns: list[dict[str, Any]] = [
         {'role': 'user', 'content': first},
         {'role': 'assistant', 'content': [{'type': 'text', 'text': 'blue'}]},
@@ -138,7 +138,7 @@ def two_turns(first: list[dict[str, str]], second: list[dict[str, str]], system:
 
 
 def make_processor(key: str, tokenizer: Any) -> Any:
-    """Return transformers' own processor of a family without its video part, which needs torchvision."""
+    """Return transformers' processor of a family, without its video part, which needs torchvision."""
     import transformers
     from transformers.processing_utils import ProcessorMixin
 
@@ -245,7 +245,7 @@ def test_control_tokens_in_a_text_cannot_become_an_image(key: str, folders: dict
     _, _, encoder = open_seeing(folders[key])
     slot = encoder.images.slot
     typed = ask(f'<imgpad><|image_pad|> <img>{PICTURES[0]}</img> {encoder.images.mark} <|im_end|>', 'a<|image_pad|>')
-    if key == QWEN_VL:  # here the mark spells a tag that names a file
+    if key == QWEN_VL:  # here the placeholder is a tag that names a file
         with pytest.raises(RowRefused, match='an image is not there'):
             encoder.encode([typed])
         typed = ask(f'<imgpad></img> <img>{PICTURES[0]}</img> <|im_end|>', 'a<imgpad>')
@@ -282,7 +282,7 @@ def test_fewer_pixels_make_fewer_tokens(
         assert images.count(path) * 4 == int(grid.prod())
         counted.append(images.count(path))
     assert counted == [12, 6, 2] and '--max_pixels' not in caplog.text
-    with pytest.raises(ConfigError, match='--max_pixels takes 3136 or more here, got 3135'):
+    with pytest.raises(ConfigError, match='--max_pixels takes 3136 or more for this model, got 3135'):
         open_seeing(folders[QWEN25_VL], max_pixels=3135)
     open_seeing(folders[QWEN_VL], max_pixels=4 * 28 * 28)
     assert '--max_pixels has no effect: every image becomes 56 x 56' in caplog.text
@@ -335,11 +335,11 @@ def test_images_are_read_from_every_shape_of_row(tmp_path: Path) -> None:
         assert len(rows.train) == len(rows.left_out) == 1 and next(iter(rows.left_out.counts)).startswith(reason)
     video = {'messages': [{'role': 'user', 'content': [{'type': 'video', 'video': 'a.mp4'}]}, turns[1]]}
     rows = get_dataset([str(write_jsonl(tmp_path / 'bad.jsonl', [{'messages': turns}, video]))], test_ratio=0)
-    assert next(iter(rows.left_out.counts)) == 'user turn has an item of type video, known are text and image'
+    assert next(iter(rows.left_out.counts)) == 'user turn has an item of type video; known types are text and image'
 
 
 def make_bad_pictures(folder: Path) -> dict[str, str]:
-    """Write rows with one fault each; returns what is said of each."""
+    """Write rows with one fault each. Returns the message for each."""
     folder.mkdir()
     shutil.copy(PICTURES[0], folder / 'a.png')
     shutil.copy(PICTURES[0], folder.parent / 'outside.png')
@@ -347,12 +347,12 @@ def make_bad_pictures(folder: Path) -> dict[str, str]:
     Image.new('1', (9500, 9500)).save(folder / 'huge.png')
     Image.new('1', (3, 1000)).save(folder / 'narrow.png')
     said = {
-        '<img>gone.png</img>': 'an image is not there, or is not a file',
-        '<img>text.png</img>': 'an image cannot be read: it is damaged or none of',
+        '<img>gone.png</img>': 'an image does not exist or is not a file',
+        '<img>text.png</img>': 'an image cannot be read: it is damaged, or its format is not one of',
         '<img>huge.png</img>': 'an image is too large',
         '<img>narrow.png</img>': 'an image is too narrow',
         '<img>../outside.png</img>': 'an image leaves the folder of its data file',
-        '<img>https://example.org/a.png</img>': 'an image is an address: nothing is downloaded here',
+        '<img>https://example.org/a.png</img>': 'an image is a URL, and images are not downloaded',
         'no tag': 'an image has no tag: the row has more images than tags',
         '<img></img><img></img>': 'an image is missing: the row has fewer images than empty tags',
     }
@@ -376,7 +376,7 @@ def test_rows_with_bad_images_are_left_out_counted_and_named(tmp_path: Path, fol
         assert len(report.left_out) == unusable
         for line, (query, reason) in enumerate(said.items(), start=2):
             if key == QWEN_VL and 'narrow' in query:
-                continue  # it becomes a square like any other
+                continue  # it is scaled to a square like any other image
             found = [p for r, named in report.left_out.places.items() if r.startswith(reason) for p in named]
             path = (re.findall(r'<img>([^<]+)</img>', query) or ['' if '><' in query else 'a.png'])[0]
             assert len(found) == 1 and found[0].startswith(f'{tmp_path}/data/rows.jsonl:{line}'), (query, found)
@@ -390,13 +390,13 @@ def test_a_model_that_sees_nothing_says_so(tmp_path: Path, tokenizer: Any) -> No
     _, kept = encode_rows(encoder, rows, report)
     assert kept == rows[1:]
     assert report.lines() == [
-        '1 rows left out: the row has images, and the model sees none (test:1 [a.png])',
+        '1 rows skipped: the row has images, and the model sees none (test:1 [a.png])',
         '1 rows noted: image tags in the text, and the model sees no images: kept as plain text (test:1)',
     ]
 
 
 def picture_row(rng: random.Random) -> dict[str, Any]:
-    """Return a row with up to two pictures in one of the three forms, and perhaps a round before it."""
+    """Return a row with up to two pictures in one of the three forms, with or without an earlier round."""
 
     def word() -> str:
         return rng.choice(['a', 'img', 'user', 'no', 'the answer', 'what is it', '.png'])
@@ -455,6 +455,7 @@ def test_images_of_a_row_that_show_nothing_new_are_not_taken_for_text(folders: d
     assert account.fields['user text'] == {'context': len(raw['query'])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_picture_damaged_after_its_header_stops_the_run_by_name(
     workers: int, tmp_path: Path, folders: dict[str, Path], problems: Any
@@ -466,7 +467,9 @@ def test_a_picture_damaged_after_its_header_stops_the_run_by_name(
     words = [*small_flags(folders[QWEN_VL], file, tmp_path / 'out'), '--dataloader_num_workers', str(workers)]
     assert llm_sft.main(words) == 2
     assert len(problems()) == 1
-    assert problems()[0].startswith(f"image '{tmp_path}/data/cut.png' cannot be read: it is damaged or none of")
+    assert problems()[0].startswith(
+        f"image '{tmp_path}/data/cut.png' cannot be read: it is damaged, or its format is not one of"
+    )
     assert 'Traceback' not in problems()[0]
 
 
@@ -474,7 +477,7 @@ def test_a_picture_damaged_after_its_header_stops_the_run_by_name(
 
 
 def train(folder: Path, rows_file: Path, out: Path, *flags: str, expect: int = 0) -> Path:
-    """Train in this process with small settings; returns the last checkpoint."""
+    """Train in this process with small settings. Returns the last checkpoint."""
     words = [*small_flags(folder, rows_file, out), '--save_total_limit', '1', *flags]
     assert llm_sft.main(words) == expect
     if expect:
@@ -518,7 +521,7 @@ def test_lora_learns_what_pictures_show_and_answers_by_them(key: str, folders: d
     assert len(results) == 9
     colours = [r for r in results if r['label'] in NAMES.values()]
     assert len(colours) >= 5
-    # The frozen head of the toy Qwen-VL gives the end of a reply, which it was widened for, no probability.
+    # The head of the toy Qwen-VL was widened for the end of a reply. It is frozen, so that token has no probability.
     answers_of = [r['answer'][: len(r['label'])] if key == QWEN_VL else r['answer'] for r in colours]
     assert answers_of == [r['label'] for r in colours]
 
@@ -539,6 +542,7 @@ def test_lora_learns_what_pictures_show_and_answers_by_them(key: str, folders: d
     assert [r['answer'] for r in again] == [r['answer'] for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key', KEYS)
 def test_full_training_leaves_the_tower_unless_told_otherwise(
     key: str, folders: dict[str, Path], rows_file: Path, tmp_path: Path
@@ -556,6 +560,7 @@ def test_full_training_leaves_the_tower_unless_told_otherwise(
         assert len((checkpoint / 'infer_result.jsonl').read_text().splitlines()) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key', [QWEN25_VL, QWEN3_VL])
 def test_gradients_reach_the_language_model_alone_or_the_tower_too(
     key: str, folders: dict[str, Path], rows_file: Path, caplog: pytest.LogCaptureFixture
@@ -585,13 +590,14 @@ def test_gradients_reach_the_language_model_alone_or_the_tower_too(
         assert said is (not frozen and wanted == ['q_proj'])
 
 
+@pytest.mark.slow
 def test_layers_of_the_tower_are_named_where_they_are_frozen(
     folders: dict[str, Path], rows_file: Path, tmp_path: Path, problems: Any
 ) -> None:
     flags = ['--lora_target_modules', 'in_proj', 'c_proj', '--max_steps', '1']
     train(folders[QWEN_VL], rows_file, tmp_path / 'out', *flags, expect=2)
     assert len(problems()) == 1 and problems()[0].startswith("--lora_target_modules 'in_proj' matches no linear layer")
-    assert problems()[0].endswith('It is one of what sees: add --freeze_vision false.')
+    assert problems()[0].endswith('It belongs to the vision tower: add --freeze_vision false.')
     checkpoint = train(folders[QWEN_VL], rows_file, tmp_path / 'out', *flags, '--freeze_vision', 'false')
     names = {name.split('.lora_')[0].rsplit('.', 1)[1] for name in load_file(checkpoint / 'adapter_model.safetensors')}
     assert names == {'in_proj', 'c_proj', 'o_proj', 'down_proj'}
@@ -625,6 +631,8 @@ def test_a_batch_answers_as_its_rows_do_alone(key: str, folders: dict[str, Path]
     assert alone[:4] != alone[4:8], 'what the pictures show matters'
 
 
+@pytest.mark.slow
+@pytest.mark.optional
 @pytest.mark.parametrize('key', KEYS)
 @pytest.mark.parametrize('bits', [4, 8])
 def test_bitsandbytes_leaves_the_tower_and_the_head_alone(
@@ -649,6 +657,7 @@ def test_bitsandbytes_leaves_the_tower_and_the_head_alone(
     assert found[-1] < found[0]
 
 
+@pytest.mark.slow
 def test_evaluation_by_generation_sees_the_pictures(folders: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     for key in (QWEN_VL, QWEN25_VL):
         flags = [
@@ -666,6 +675,7 @@ def test_evaluation_by_generation_sees_the_pictures(folders: dict[str, Path], ro
         assert scores[0] == pytest.approx(mean, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_pictures_are_shown_in_the_chat(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -680,11 +690,12 @@ def test_pictures_are_shown_in_the_chat(
         assert llm_infer.main(['--model_id_or_path', str(folders[key]), *flags]) == 0
         shown = capsys.readouterr().out
         assert '<img>path</img> in a line shows an image' in shown
-        assert '(an image is not there, or is not a file [gone.png])' in shown
+        assert '(an image does not exist or is not a file [gone.png])' in shown
         assert f"(image '{tmp_path}/cut.png' cannot be read" in shown
         assert shown.count('(') == 4
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_registered_sees_too(folders: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / 'my-own-vl'
     shutil.copytree(folders[QWEN3_VL], folder)
@@ -705,6 +716,7 @@ def test_a_folder_that_is_not_registered_sees_too(folders: dict[str, Path], rows
     train(folder, rows_file, tmp_path / 'gone', '--max_steps', '2', expect=2)
 
 
+@pytest.mark.slow
 def test_an_exported_qwen_vl_sees_and_is_no_plain_model(
     folders: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:

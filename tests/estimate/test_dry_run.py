@@ -1,4 +1,4 @@
-"""--dry_run: nothing is made, nothing is fetched, and what it says is what a run then does."""
+"""--dry_run: it makes no folder, downloads nothing, and what it prints is what the run then does."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def dry(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]]
     return printed
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_the_run_then_does(
     model_dir: Path, data_file: Path, tmp_path: Path, run_sft: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,7 +51,7 @@ def test_a_dry_run_says_what_the_run_then_does(
     longest = train['max']
     trained = round(train['trained_share'] * train['tokens'])
     assert said['data'][:3] == [
-        f'{train["rows"]} training rows, {data["validation"]["rows"]} validation, 0 left out',
+        f'{train["rows"]} training rows, {data["validation"]["rows"]} validation, 0 skipped',
         f'{train["tokens"]:,} training tokens an epoch, {trained:,} of them trained; the longest row has {longest}',
         '12 optimizer steps of 6 rows (batch 2 x accumulation 3 x processes 1)',
     ]
@@ -81,7 +82,7 @@ def test_a_model_that_is_not_here_is_planned_without_network(
         'memory is counted for rows of 1024 tokens, each token trained',
     ]
     (download,) = said['would download']
-    assert download.startswith('model modelscope:qwen/Qwen-7B-Chat, its files not known by name: ')
+    assert download.startswith('model modelscope:qwen/Qwen-7B-Chat, files unknown: ')
     (memory,) = (lines for title, lines in said.items() if title.startswith('memory'))
     assert re.split(r' +', memory[1])[:2] == ['weights', '5.43'] and 'with (as asked)' in memory[0]
     assert said['time, an estimate'][0].endswith('floating-point operations for at most 39,936 tokens')
@@ -102,7 +103,7 @@ def test_what_would_be_downloaded_is_named_and_not_fetched(
         == 'data set blossom-math-zh: modelscope:AI-ModelScope/blossom-math-v2@master, 1 files, 0.00 GiB: train.jsonl'
     )
     assert [path.rpartition('=')[2] for path in loopback.fetched()] == ['README.md'], (
-        'the card, which says what is read'
+        'only the card, which says what is read'
     )
     assert not (tmp_path / 'output').exists()
     assert said['data'][0] == 'at most 20000 training rows: data that is not here cannot be counted'
@@ -135,9 +136,9 @@ def test_gpus_that_are_named_are_planned_for(
 def test_padding_and_packs_are_counted(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[Any] = [{'query': 'a', 'response': 'b ' * n} for n in (2, 3, 40, 4, 5, 6, 7, 8, 9, 10)]
     flags = small_flags(model_dir, write_jsonl(tmp_path / 'rows.jsonl', rows), tmp_path / 'output')
-    laid = dry(capsys, *flags)['data'][-1]
+    concatenated = dry(capsys, *flags)['data'][-1]
     padded = dry(capsys, *flags, '--padding_free', 'false')['data'][-1]
     packed = dry(capsys, *flags, '--packing', 'true', '--max_length', '200')['data']
-    first, second = (int(line.split()[3]) for line in (laid, padded))
+    first, second = (int(line.split()[3]) for line in (concatenated, padded))
     assert second > first and second % 2 == 0 and ' with padding' in padded
     assert re.search(r', in \d packs$', packed[0]) and int(packed[-1].split()[3]) > second

@@ -1,4 +1,4 @@
-"""The estimate of memory: its table against the real classes, its arithmetic by hand, what autograd really saves."""
+"""The memory estimate: its table against the real classes, its arithmetic, and what autograd really saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REBUILT = (
     'smollm2-135m', 'qwen-7b', 'chatglm2-6b', 'baichuan2-13b', 'mistral-nemo-12b', 'seqgpt-560m', 'polylm-13b',
     'qwen3-0.6b', 'qwen3.5-4b', 'gemma3-1b', 'gpt-oss-20b', 'phi4-mini', 'qwen2.5-vl-7b', 'qwen3-30b-a3b', 'qwen-vl',
 )  # fmt: skip
-# Parameters as the makers of these models, or the pages of their weights, count them.
+# Parameter counts that the makers of these models published.
 PUBLISHED = {
     'smollm2-135m-instruct': 134_515_008, 'qwen-7b-chat': 7_721_324_544, 'qwen-14b': 14_167_290_880,
     'llama2-7b': 6_738_415_616, 'llama2-13b-chat': 13_015_864_320, 'llama2-70b-chat': 68_976_648_192,
@@ -140,19 +140,19 @@ def test_modes_come_from_flags() -> None:
     assert mode('--model_type', 'qwen-7b-chat-int8').packed == 'gptq8'
     assert mode('--model_type', 'baichuan2-7b-chat-int4').packed == 'nf4'
     assert mode('--lora_target_modules', 'c_attn', 'mlp.c_proj').targets == ('q_proj', 'k_proj', 'v_proj', 'down_proj')
-    assert not mode('--model_type', 'qwen-vl').laid and not mode('--padding_free', 'false').laid
+    assert not mode('--model_type', 'qwen-vl').padding_free and not mode('--padding_free', 'false').padding_free
     sharded = mode('--deepspeed_config_path', str(ROOT / 'ds_config' / 'zero3_offload.json'))
     assert (sharded.sharding, sharded.offloads_optimizer, sharded.offloads_weights) == ('zero3', True, True)
-    assert not sharded.laid and not sharded.chunked and not sharded.fused
+    assert not sharded.padding_free and not sharded.chunked and not sharded.fused
     spread = mode(machine=Machine(processes=2, devices=3))
     assert (spread.processes, spread.devices) == (2, 3)
 
 
-@pytest.mark.parametrize('laid', [True, False])
+@pytest.mark.parametrize('padding_free', [True, False])
 @pytest.mark.parametrize('method', ['q_proj,k_proj,v_proj', 'ALL', 'full'])
 @pytest.mark.parametrize('kind', ['Llama', 'Qwen3'])
-def test_activations_are_what_autograd_saves(kind: str, method: str, laid: bool) -> None:
-    """Counted with hooks on a forward pass of the real class, through the paths that training takes."""
+def test_activations_are_what_autograd_saves(kind: str, method: str, padding_free: bool) -> None:
+    """Counts them with hooks on a forward pass of the real class, through the code that training uses."""
     import torch
     import transformers
 
@@ -169,7 +169,7 @@ def test_activations_are_what_autograd_saves(kind: str, method: str, laid: bool)
     full = method == 'full'
     model = getattr(transformers, f'{kind}ForCausalLM')(config).to(torch.float32 if full else torch.bfloat16)
     shape = measure(model)
-    if laid:
+    if padding_free:
         attend_by_rows(model)
     args = SftArguments(sft_type='full' if full else 'lora', lora_target_modules=method.split(','))
     prepared = prepare_model(model, args).train()
@@ -187,9 +187,9 @@ def test_activations_are_what_autograd_saves(kind: str, method: str, laid: bool)
 
     autocast = torch.autocast('cpu', dtype=torch.bfloat16) if full else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), autocast:
-        Scorer(model, find_head(model)).loss(prepared, Collator(0, pads=not laid)(rows), 1.0)
+        Scorer(model, find_head(model)).loss(prepared, Collator(0, pads=not padding_free)(rows), 1.0)
     targets = () if full else tuple(shape.linear) if method == 'ALL' else tuple(method.split(','))
-    mode = Mode(full=full, compute=2, targets=targets, laid=laid, gpu=False)
+    mode = Mode(full=full, compute=2, targets=targets, padding_free=padding_free, gpu=False)
     predicted = footprint(shape, mode, Batch(tokens=80, longest=40, trained=60)).activations
     assert predicted == pytest.approx(sum(sizes.values()), rel=0.04)
 
@@ -201,7 +201,7 @@ def test_the_shape_of_a_directory_needs_no_weights(model_dir: Path, tmp_path: Pa
 
 
 def test_the_measured_peaks_are_met() -> None:
-    """What benchmarks/estimate.py measured, beside the arithmetic of today where the table has the model."""
+    """Compares the measurements of benchmarks/estimate.py with the current arithmetic, if the table has the model."""
     content = json.loads((ROOT / 'benchmarks' / 'results' / 'estimate.json').read_text())
     assert len({json.dumps(row['case']) for row in content['rows']}) == 12 and content['allowed'] == 0.15
     again = 0

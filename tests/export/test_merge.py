@@ -1,4 +1,4 @@
-"""A merged folder: what is compared before it gets its name, and that each mutation of it is refused by its message."""
+"""A merged folder is compared before it is renamed into place, and each mutation of it is refused with its message."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from utils.export.merge import (
 from utils.loading.save import save_whole
 from utils.preprocess import TEMPLATE_MAPPING
 from utils.proofs.template import probes
+from utils.run.record import RunRecord
 
 Run = Callable[..., Path]
 # A folder, the merged model, its tokenizer, the logits of base + adapter and of the merged model.
@@ -50,7 +51,7 @@ def adapted() -> Any:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Saved:
-    """Return a folder as merging writes it."""
+    """Return a folder written by merging."""
     model, tokenizer = adapted(), make_tokenizer()
     wanted = [probe_logits(model, tokenizer, ids=ids) for ids in TEXTS]
     assert float((wanted[0] - probe_logits(make_model().eval(), tokenizer)).abs().max()) > 0.01
@@ -79,7 +80,7 @@ def swap_two_numbers(folder: Path) -> None:
     weights = load_file(file)
     weight = weights['model.layers.0.self_attn.k_proj.weight']
     order = weight[0].argsort()
-    small, great = int(order[len(order) // 2]), int(order[len(order) // 2 + 2])  # little apart
+    small, great = int(order[len(order) // 2]), int(order[len(order) // 2 + 2])  # close in value
     weight[0, [small, great]] = weight[0, [great, small]]
     save_file(weights, file, metadata={'format': 'pt'})
 
@@ -108,7 +109,7 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     'two numbers of a weight swapped': (swap_two_numbers, 'differs from what was written: its logits by up to'),
     'head tied': (
         change_json('config.json', tie_word_embeddings=True),
-        'ties its output head otherwise',
+        'the output head is tied in the model or in the merged folder, but not in both',
     ),
     'no stop token': (change_json('generation_config.json', eos_token_id=2), 'has other generation settings'),
     'template': (change_template, 'has another chat template'),
@@ -128,16 +129,16 @@ def test_a_small_adapter_that_is_lost_is_noticed_below_rounding(
     if lost:
         monkeypatch.setattr(LoraModel, 'merge_and_unload', lambda self, **_: self.unload())
         with pytest.raises(
-            ConfigError, match='the merged model holds 0% of what the adapter does: merge with --dtype fp32'
+            ConfigError, match='the merged model keeps 0% of what the adapter does: .* Merge with --dtype fp32'
         ):
-            merge_and_save(model, make_tokenizer(), tmp_path / 'm', record={})
+            merge_and_save(model, make_tokenizer(), tmp_path / 'm', record=RunRecord())
         assert not (tmp_path / 'm').exists()
     else:
-        merge_and_save(model, make_tokenizer(), tmp_path / 'm', record={})
+        merge_and_save(model, make_tokenizer(), tmp_path / 'm', record=RunRecord())
         assert (tmp_path / 'm').is_dir()
 
 
-@pytest.mark.parametrize(('held', 'said'), [(1.0, None), (0.8, '; 80% of what the adapter does, the rest is rounded')])
+@pytest.mark.parametrize(('held', 'said'), [(1.0, None), (0.8, '; 80% of what the adapter does: the rest was')])
 def test_what_rounding_takes_of_an_adapter_is_said(
     held: float, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,8 +146,8 @@ def test_what_rounding_takes_of_an_adapter_is_said(
     assert _share_of_adapter(bare, bare + 1, bare + 0.4) == pytest.approx(0.4)
     assert _share_of_adapter(bare, bare + 1e-3, noise) == _share_of_adapter(bare, bare, bare) == 1.0
     monkeypatch.setattr('utils.export.merge._share_of_adapter', lambda *_: held)
-    says = merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record={})
-    assert (said or 'free head') in says and ('rounded' in says) == (said is not None)
+    says = merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record=RunRecord())
+    assert (said or 'separate head') in says and ('rounded' in says) == (said is not None)
 
 
 def test_an_untouched_folder_passes(saved: Saved) -> None:
@@ -166,13 +167,13 @@ def test_an_earlier_folder_stays_until_a_complete_one_is_there(tmp_path: Path, m
     target.mkdir()
     (target / 'mark').touch()
     monkeypatch.setattr('utils.export.merge.verify_merged', lambda *_: (1.0, 'it differs.'))
-    with pytest.raises(ConfigError, match='it differs. Nothing was put at'):
-        merge_and_save(adapted(), make_tokenizer(), target, record={})
+    with pytest.raises(ConfigError, match='-merged: not written: it differs. The rejected folder is '):
+        merge_and_save(adapted(), make_tokenizer(), target, record=RunRecord())
     assert [f.name for f in target.iterdir()] == ['mark']
     monkeypatch.undo()
-    merge_and_save(adapted(), make_tokenizer(), target, record={})
+    merge_and_save(adapted(), make_tokenizer(), target, record=RunRecord())
     assert (target / 'model.safetensors').is_file() and not (target / 'mark').exists()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ['checkpoint-1-merged'], 'nothing is left beside it'
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['checkpoint-1-merged'], 'no temporary folder remains'
 
 
 def test_a_replacement_cut_off_in_the_middle_loses_nothing(tmp_path: Path) -> None:
@@ -181,12 +182,13 @@ def test_a_replacement_cut_off_in_the_middle_loses_nothing(tmp_path: Path) -> No
     (earlier / 'mark').touch()
     with pytest.raises(FileNotFoundError):
         put_in_place(tmp_path / 'gone', target)
-    assert (target / 'mark').is_file(), 'what the cut left under another name has its own again'
+    assert (target / 'mark').is_file(), 'the earlier folder has its name again'
     with pytest.raises(FileNotFoundError):
         put_in_place(tmp_path / 'gone', target)
     assert (target / 'mark').is_file()
 
 
+@pytest.mark.slow
 def test_merging_a_run_compares_its_own_rows_and_says_how_to_serve(
     run_sft: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -203,6 +205,7 @@ def test_merging_a_run_compares_its_own_rows_and_says_how_to_serve(
 BASE_SETTINGS = {'eos_token_id': [2, 5, 7], 'pad_token_id': 5, 'do_sample': True, 'temperature': 0.6, 'top_k': 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('typed', 'changed'), [((), {}), (('--temperature', '0.2'), {'temperature': 0.2})])
 def test_a_merged_folder_keeps_the_ends_and_the_sampling_of_its_base(
     typed: tuple[str, ...], changed: dict[str, float], run_sft: Run, model_dir: Path, tmp_path: Path
@@ -220,6 +223,7 @@ def test_a_merged_folder_keeps_the_ends_and_the_sampling_of_its_base(
     assert json.loads((checkpoint / 'generation_config.json').read_text())['eos_token_id'] == [2, 4, 5, 7]
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_sample_is_saved_as_such(run_sft: Run, model_dir: Path, tmp_path: Path) -> None:
     base = tmp_path / 'base'
     shutil.copytree(model_dir, base)
@@ -236,21 +240,21 @@ SERVED = [name for name, template in TEMPLATE_MAPPING.items() if template is not
 
 @pytest.mark.parametrize('name', SERVED)
 def test_a_registered_template_is_carried_in_jinja_with_the_same_ids(name: str) -> None:
-    # Ids 195 and 196, as Baichuan's template has them, are text of this tokenizer: no Jinja can say them.
+    # Baichuan's template has ids 195 and 196, which are ordinary text in this tokenizer: Jinja cannot produce them.
     encoder = make_encoder(make_tokenizer(), template_type=name, system='be kind', system_typed=False, max_length=-1)
     jinja, how = serving_template(encoder, probes())
     if name == 'baichuan':
         assert jinja is None and 'in Jinja gives other ids (probe: one turn)' in how
         return
     conversations = 7 if TEMPLATE_MAPPING[name].chat_sep is None else 10
-    assert how == f"template '{name}' was put into its chat template: the same ids on {conversations} conversations"
+    assert how == f"template '{name}' was written into its chat template: the same ids on {conversations} conversations"
 
 
 def test_the_merged_folder_of_a_registered_template_carries_it(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     encoder = make_encoder(tokenizer, template_type='chatml', system='be kind', system_typed=False, max_length=-1)
-    target, says = merge_checkpoint(adapted(), encoder, CONFIG, tmp_path / 'checkpoint-1', record={})
-    assert "template 'chatml' was put into its chat template" in says
+    target, says = merge_checkpoint(adapted(), encoder, CONFIG, tmp_path / 'checkpoint-1', record=RunRecord())
+    assert "template 'chatml' was written into its chat template" in says
     served = AutoTokenizer.from_pretrained(target)
     for row in (row for row in probes() if 'tool_calls' not in row.messages[-1]):
         ids = served.apply_chat_template(row.messages[:-1], add_generation_prompt=True, return_dict=False)

@@ -1,4 +1,4 @@
-"""Pushing, with the real clients of both hubs against a server on the loopback interface."""
+"""Pushing with the real clients of both hubs to a server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.hub.clients import TOKEN_VARIABLES
 Run = Callable[..., Path]
 TOKEN = 'ms-canary-0123456789'
 REPO = 'someone/tiny-llama-lora'
-# What opens the model, in a checkpoint of these runs.
+# The files of a checkpoint that open the model.
 MODEL = ('adapter_config.json', 'adapter_model.safetensors', 'chat_template.jinja', 'tokenizer.json',
          'tokenizer_config.json')  # fmt: skip
 CARD = ('README.md', 'images/eval_loss.png', 'images/loss.png')
@@ -59,6 +59,7 @@ def check_hub(loopback: LoopbackHub, run: Path, strategy: str) -> None:
     assert not list(run.rglob('.ms_upload_cache'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('strategy', 'hub'),
     [
@@ -81,7 +82,7 @@ def test_each_strategy_leaves_exactly_its_files(
 
 @pytest.fixture(scope='module')
 def trained(model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of two checkpoints that was to be pushed and was not, for each test to copy."""
+    """Return a run with two checkpoints that was not pushed yet; each test copies it."""
     import llm_sft
 
     out = tmp_path_factory.mktemp('trained')
@@ -136,6 +137,7 @@ def test_a_server_error_is_tried_again(hub: HubName, trained: Path, tmp_path: Pa
     check_hub(loopback, run, 'push_last')
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_never_stops_the_training(
     run_sft: Run, loopback: LoopbackHub, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,12 +145,16 @@ def test_a_hub_that_refuses_never_stops_the_training(
     run = run_sft('--push_to_hub', 'true', '--max_steps', '1')
     assert (run / 'run.json').is_file()
     assert 'checkpoint-1 could not be pushed: checkpoint-1: DeniedError' in caplog.text
-    assert f'Push it again: python -m utils.export.push {run}' in caplog.text and TOKEN not in caplog.text
+    assert (
+        f'not all checkpoints were pushed. Run python -m utils.export.push {run}' in caplog.text
+        and TOKEN not in caplog.text
+    )
     loopback.token = TOKEN
     assert push.main([str(run)]) == 0
     assert set(loopback.repos[REPO]['files']) >= {*MODEL, *CARD}
 
 
+@pytest.mark.slow
 def test_a_hub_that_hangs_never_stops_the_training(
     run_sft: Run, loopback: LoopbackHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,8 +163,8 @@ def test_a_hub_that_hangs_never_stops_the_training(
     loopback.faults = [Fault('/', 'hang', 99)]
     run = run_sft('--push_to_hub', 'true', '--max_steps', '1')
     assert (run / 'run.json').is_file()
-    assert 'checkpoint-1 was not pushed in 4 s: the hub hangs' in caplog.text
-    assert f'Push it again: python -m utils.export.push {run}' in caplog.text
+    assert 'checkpoint-1 was not pushed in 4 s: the hub does not answer' in caplog.text
+    assert f'not all checkpoints were pushed. Run python -m utils.export.push {run}' in caplog.text
 
 
 @pytest.mark.parametrize('says', ["b'\\xff no text\\n'", "b''"])
@@ -183,7 +189,7 @@ def test_a_push_that_says_nothing_readable_never_stops_the_training(
 @pytest.mark.parametrize(
     ('planted', 'finding'),
     [
-        (f'{{"note": "{TOKEN}"}}', 'what the token of this push holds'),
+        (f'{{"note": "{TOKEN}"}}', 'the value of the token of this push'),
         ('-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA0123', 'a private key'),
     ],
 )
@@ -198,13 +204,14 @@ def test_a_secret_in_the_tree_stops_the_push(
 
 
 def everything_in(data: bytes) -> bytes:
-    """Return data with what is inside it, where it is a zip file."""
+    """Return data, and for a zip file also its unpacked content."""
     if not data.startswith(b'PK\x03\x04'):
         return data
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         return data + b''.join(everything_in(archive.read(name)) for name in archive.namelist())
 
 
+@pytest.mark.slow
 def test_canaries_are_found_nowhere(
     model_dir: Path, data_file: Path, tmp_path: Path, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The fast path against plain transformers and PEFT on padded rows, for every native class of MODEL_MAPPING."""
+"""The fast path equals plain transformers and PEFT on padded rows, for every native class of MODEL_MAPPING."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.support.modern_models import PLAIN, SEEING
 from tests.support.old_models import PROVEN
 from utils.cli.arguments import SftArguments
 from utils.data.collator import Collator
-from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.scoring import Scorer
 from utils.model import MODEL_MAPPING
 
 BOUND = 1e-5
-# Classes whose rows stay padded, and the word of the reason that is logged.
+# Classes whose rows stay padded, and a word of the logged reason.
 PADDED = {
     'AlibiLlamaForCausalLM': 'ALiBi',
     'BloomForCausalLM': 'ALiBi',
@@ -27,11 +27,11 @@ PADDED = {
     'Qwen3_5ForCausalLM': 'linear_attention',
     'Qwen3_5MoeForCausalLM': 'linear_attention',
     'Lfm2ForCausalLM': 'conv',
-    'QwenVLForCausalLM': 'sees images',
-    'Qwen2_5_VLForConditionalGeneration': 'sees images',
-    'Qwen3VLForConditionalGeneration': 'sees images',
+    'QwenVLForCausalLM': 'has a vision tower',
+    'Qwen2_5_VLForConditionalGeneration': 'has a vision tower',
+    'Qwen3VLForConditionalGeneration': 'has a vision tower',
 }
-# One key of each way in which a full-width model comes to a native class.
+# One key for each way in which a model is opened as a native class.
 SOURCES = [key for key in (*PLAIN, *SEEING, *PROVEN) if MODEL_MAPPING[key].quantization is None]
 
 
@@ -49,14 +49,14 @@ def test_loss_and_gradients_are_those_of_plain_training(
         fast, args = prepared(copy.deepcopy(base), key, kind)
         inner = fast.get_base_model() if kind == 'lora' else fast
         with caplog.at_level('INFO'):
-            laid = lay_end_to_end(inner, args, longest=max(LENGTHS))
+            laid = use_padding_free(inner, args, longest=max(LENGTHS))
         assert laid == (name not in PADDED), caplog.text
         assert laid or PADDED[name] in caplog.text
         head = exact_head(inner, args)
         assert head is not None, name
         scorer, collate = Scorer(inner, head), Collator(5, pads=not laid)
         largest = max(float(g.abs().max()) for g in expected.values())
-        for groups in ([rows], [[row] for row in rows]):  # together, and one by one
+        for groups in ([rows], [[row] for row in rows]):  # all parts together, and one by one
             fast.zero_grad()
             losses = [scorer.loss(fast, collate(part), count) for part in groups]
             for loss in losses:
@@ -72,7 +72,7 @@ def test_loss_and_gradients_are_those_of_plain_training(
 def test_a_row_does_not_change_with_its_neighbours(key: str, tmp_path: Path) -> None:
     model = open_tiny(key, tmp_path / 'model').eval()
     args = SftArguments()
-    if not lay_end_to_end(model, args, longest=max(LENGTHS)):
+    if not use_padding_free(model, args, longest=max(LENGTHS)):
         assert type(model).__name__ in PADDED
         return
     rows = make_rows(model.get_input_embeddings().weight.shape[0])
@@ -85,13 +85,13 @@ def test_a_row_does_not_change_with_its_neighbours(key: str, tmp_path: Path) -> 
 
 
 def logits_of(model: Any, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
-    """Return the logits of each row of a batch laid end to end."""
-    from utils.fast.attention import laid_end_to_end
+    """Return the logits of each row of a batch of concatenated rows."""
+    from utils.fast.attention import concatenated_rows
 
     batch = Collator(5, pads=False)(rows)
     lengths = batch['row_lengths'].tolist()
     keep = torch.arange(sum(lengths))
-    with laid_end_to_end(lengths):
+    with concatenated_rows(lengths):
         logits = model(
             input_ids=batch['input_ids'], position_ids=batch['position_ids'], use_cache=False, logits_to_keep=keep
         ).logits

@@ -1,4 +1,4 @@
-"""The parts of the fast path: attention by rows, the head in chunks, adapters in one step, packs and orders."""
+"""The parts of the fast path: attention by rows, the head in chunks, fused adapters, packs and row order."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from tests.support.exactness import make_rows, open_tiny, plain_gradients, prepared
+from tests.support.exactness import bare_run, make_rows, open_tiny, plain_gradients, prepared
 from tests.support.runs import ROOT, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.data.collator import Collator, refill
 from utils.data.encode_plan import EncodedRows, PreparedData
-from utils.data.packing import StepSampler, best_fit, fewest
+from utils.data.packing import StepSampler, best_fit, pack_evenly
 from utils.encode.encoded import Encoded
 from utils.fast import attention, chunked_loss
-from utils.fast.attention import RowAttention, Rows, attend_in_groups
+from utils.fast.attention import RowAttention, RowMask, attend_in_groups
 from utils.fast.chunked_loss import Head
 from utils.fast.gated_mlp import _FusedGate, fuse_gates
-from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.norm import _FusedNorm, fuse_norms
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
@@ -46,7 +46,7 @@ SHARPER = 8
 def by_definition(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, cap: float | None, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return attention (T, H, D) of rows of LENGTHS, each by itself over its whole matrix of scores."""
+    """Return attention (T, H, D) of rows of LENGTHS, each row alone with its full matrix of scores."""
     outs = []
     k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
     for q_row, k_row, v_row in zip(*(x.split(LENGTHS, dim=1) for x in (q, k, v)), strict=True):
@@ -70,13 +70,13 @@ def by_definition(
 def test_attention_by_rows_is_attention(
     window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, '_BLOCK', 4)  # rows of several blocks, the weights of some of them kept
-    monkeypatch.setattr(attention, '_KEPT_KEYS', 6)
+    monkeypatch.setattr(attention, 'QUERY_BLOCK', 4)  # rows of several blocks; the weights of some blocks are kept
+    monkeypatch.setattr(attention, 'KEPT_KEYS', 6)
     torch.manual_seed(0)
     shapes = [(6, 25, 8), (2, 25, 8), (2, 25, 5), *([(6,)] if sinks else [])]
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
     sink = inputs[3] if sinks else None
-    rows = Rows(LENGTHS, window)
+    rows = RowMask(LENGTHS, window)
     expected = by_definition(*inputs[:3], window, cap, sink)
     ways = [RowAttention.apply(*inputs[:3], sink, rows, 0.3, cap)]
     if cap is None and sink is None:
@@ -90,12 +90,12 @@ def test_attention_by_rows_is_attention(
 
 
 def test_groups_hold_rows_of_like_length() -> None:
-    groups = list(Rows((5, 40, 9, 30, 4), None).groups())
+    groups = list(RowMask((5, 40, 9, 30, 4), None).groups())
     assert groups == [[(5, 40), (54, 30)], [(45, 9), (0, 5)], [(84, 4)]]
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+    """Records the largest tensor that any operation makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction='sum') / 7
     wanted = [hidden, *linear.parameters()]
     gradients = torch.autograd.grad(2 * expected, wanted)
-    monkeypatch.setattr(chunked_loss, '_CHUNK_LOGITS', 1600)  # 16 positions
+    monkeypatch.setattr(chunked_loss, 'CHUNK_LOGITS', 1600)  # 16 positions
     head = Head(linear, scale=scale, cap=cap)
     with Largest() as largest:
         found = chunked_loss.summed_loss(hidden, targets, head, 7)
@@ -134,7 +134,7 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
 @pytest.mark.parametrize('loss_scale', [1024.0, 65536.0])
 @pytest.mark.parametrize('tokens', [64, 4096])
 def test_gradients_in_fp16_are_as_near_as_those_of_torch(tokens: int, loss_scale: float) -> None:
-    """The loss scale begins as 65536, which fp16 itself cannot hold, and has to reach gradients before they round."""
+    """The loss scale starts at 65536, which fp16 cannot hold, and must be applied before gradients are rounded."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 1000, bias=False).half()
     plain = torch.randn(tokens, 64, dtype=torch.half, requires_grad=True)
@@ -164,7 +164,7 @@ def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
     words = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False, 'lora_dropout_p': 0.0}
     plain, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora', **words)
     swift, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora')
-    assert sum(type(m).__name__ == 'SwiftLinear' for m in swift.modules()) == 14
+    assert sum(type(m).__name__ == 'FusedLinear' for m in swift.modules()) == 14
     assert (swift(x).logits - plain(x).logits).abs().max() < 1e-6
     with swift.disable_adapter(), plain.disable_adapter():
         assert torch.equal(swift(x).logits, plain(x).logits)
@@ -177,7 +177,7 @@ def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
 
 
 class MeanRMSNorm(Olmo2RMSNorm):
-    """Something else under the same name."""
+    """A different class with the same name."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x - x.mean(-1, keepdim=True))
@@ -206,7 +206,7 @@ def test_norms_in_one_step_are_those_of_their_classes(dtype: torch.dtype) -> Non
         found = torch.autograd.grad(fused(x), [x, fused.weight], direction)
         for ours, theirs in zip(found, wanted, strict=True):
             assert (ours - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * theirs.abs().max()
-        low = torch.randn(2, 7, 48, dtype=torch.bfloat16)  # what layers with fp32 weights get under autocast
+        low = torch.randn(2, 7, 48, dtype=torch.bfloat16)  # the input that layers with fp32 weights get under autocast
         assert plain(low).dtype == fused(low).dtype and torch.equal(plain(low), fused(low))
         frozen = copy.deepcopy(fused).requires_grad_(False)
         frozen(x).sum().backward()
@@ -255,7 +255,7 @@ def test_gated_blocks_in_one_step_are_those_of_their_classes(kind: str, dtype: t
 
 
 class ScaledMLP(LlamaMLP):
-    """Something else under the same names."""
+    """A different class with the same attribute names."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 0.5
@@ -287,7 +287,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
     errors: dict[str, list[float]] = {'plain': [], 'fast': []}
 
     def sharp(seed: int) -> Any:
-        """Return a model whose attention chooses, as that of trained ones does: its scores spread over several."""
+        """Return a model whose attention scores vary widely, as in trained models."""
         model = make_model(seed=seed)
         for name, parameter in model.named_parameters():
             if 'q_proj' in name or 'k_proj' in name:
@@ -305,7 +305,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
         with torch.autocast('cpu', torch.bfloat16):
             _, found = plain_gradients(plain, rows, count)
         base = fast.get_base_model()
-        assert lay_end_to_end(base, args, longest=30)
+        assert use_padding_free(base, args, longest=30)
         Scorer(base, exact_head(base, args)).loss(fast, Collator(5, pads=False)(rows), count).backward()
         ours = {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}
         for name, gradients in (('plain', found), ('fast', ours)):
@@ -313,13 +313,14 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
     assert sum(errors['fast']) <= 1.05 * sum(errors['plain']), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['lora', 'full'])
 @pytest.mark.parametrize('key', ['llama3.2-1b-instruct', 'qwen3-30b-a3b', 'baichuan-13b'])
 def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp_path: Path) -> None:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     from utils.encode.encoded import row_labels
-    from utils.train.trainer import make_trainer
+    from utils.train.trainer import TrainerSetup, make_trainer
 
     base = open_tiny(key, tmp_path / 'model')
     rows, tokenizer = make_rows(390), make_tokenizer()
@@ -343,10 +344,13 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
     train = EncodedRows()
     for row in rows:
         train.append(Encoded(**row))
-    make_trainer(
-        args, tmp_path / 'fast', fast, tokenizer, PreparedData(train=train, val=EncodedRows(), summary={}),
-        dtype=torch.float32, record={}, generation=generation_config(args, tokenizer, []),
-    ).train()  # fmt: skip
+    setup = TrainerSetup(
+        run=bare_run(tmp_path / 'fast'),
+        tokenizer=tokenizer,
+        dtype=torch.float32,
+        generation=generation_config(args, tokenizer, []),
+    )
+    make_trainer(args, fast, PreparedData(train=train, val=EncodedRows(), summary={}), setup).train()
     start = dict(prepared(base, key, kind)[0].named_parameters())
     expected, moved = dict(plain.named_parameters()), 0.0
     for name, parameter in fast.named_parameters():
@@ -366,10 +370,10 @@ def test_packs_hold_every_row_once_and_are_nearly_full() -> None:
 
 
 def test_fewest_packs_are_filled_alike_where_that_fits() -> None:
-    assert fewest([6, 5, 4, 3], 12) == [[0, 3], [1, 2]]
+    assert pack_evenly([6, 5, 4, 3], 12) == [[0, 3], [1, 2]]
     lengths = [5, 5, 4, 4, 3, 3, 3]
-    assert fewest(lengths, 9) == best_fit(lengths, 9) == [[0, 2], [1, 3], [4, 5, 6]]
-    assert fewest([5], 2) == [[0]]
+    assert pack_evenly(lengths, 9) == best_fit(lengths, 9) == [[0, 2], [1, 3], [4, 5, 6]]
+    assert pack_evenly([5], 2) == [[0]]
 
 
 def test_micro_batches_of_a_step_are_joined_up_to_the_heaviest() -> None:
@@ -394,6 +398,7 @@ def test_micro_batches_of_a_step_are_joined_up_to_the_heaviest() -> None:
     assert refill(batches, 8)[0] is not batches[0] and refill(batches[:2], 9) == batches[:2]
 
 
+@pytest.mark.slow
 def test_joined_micro_batches_give_the_same_training(run_sft: Run, tmp_path: Path) -> None:
     rows = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in (90, 3, 12, 9, 4, 20, 7, 31)]
     common = (
@@ -404,7 +409,8 @@ def test_joined_micro_batches_give_the_same_training(run_sft: Run, tmp_path: Pat
     plain = SftTrainer.compute_loss
 
     def counted(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        calls.append(inputs['input_ids'].shape[1])
+        if not self.in_preflight:
+            calls.append(inputs['input_ids'].shape[1])
         return plain(self, model, inputs, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -466,7 +472,8 @@ def first_step(run: Path) -> tuple[float, float]:
     return entry['loss'], entry['grad_norm']
 
 
-@pytest.mark.parametrize('bits', ['0', '4'])
+@pytest.mark.slow
+@pytest.mark.parametrize('bits', ['0', pytest.param('4', marks=pytest.mark.optional)])
 def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_path: Path, bits: str) -> None:
     if bits == '4':
         pytest.importorskip('bitsandbytes')
@@ -498,7 +505,7 @@ def test_packed_padded_and_laid_out_rows_give_the_same_step(run_sft: Run, tmp_pa
         assert values == pytest.approx(found[0], abs=1e-5)
 
 
-# Makes as many shapes twice as oneDNN keeps kernels for at most where nobody sets it, and says when it starts again.
+# Runs as many shapes as oneDNN keeps kernels for by default, twice, and prints when the second round starts.
 MANY_SHAPES = """
 from utils.run.processes import start_processes
 start_processes('gloo')
@@ -511,6 +518,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
 @pytest.mark.parametrize('chosen', [None, '1024'])
 def test_kernels_of_shapes_long_past_are_given_up(chosen: str | None) -> None:
@@ -525,12 +533,13 @@ def test_kernels_of_shapes_long_past_are_given_up(chosen: str | None) -> None:
     assert made[1] == (0 if chosen else pytest.approx(made[0], abs=1))
 
 
+@pytest.mark.slow
 def test_packing_needs_a_model_that_can(run_sft: Run, tmp_path: Path, problems: Callable[[], list[str]]) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=4)).save_pretrained(tmp_path / 'm')
     make_tokenizer().save_pretrained(tmp_path / 'm')
     run_sft('--model_id_or_path', str(tmp_path / 'm'), '--packing', 'true', expect=2)
-    assert '--packing true cannot be had: the attention of BloomForCausalLM' in problems()[0]
+    assert '--packing true is not possible: the attention of BloomForCausalLM' in problems()[0]
     run_sft('--packing', 'true', '--max_length', '-1', '--padding_free', 'false', expect=2)
     assert len(problems()) == 3

@@ -1,4 +1,4 @@
-"""Rotary embeddings that look at the longest row of a batch: each row is trained as it is alone."""
+"""Rotary embeddings that depend on the longest row of a batch: each row is trained as if it were alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 from utils.cli.arguments import SftArguments
 from utils.data.collator import Collator, take_rows
 from utils.encode.encoded import IGNORE_INDEX, row_labels
-from utils.fast.layout import exact_head, lay_end_to_end
+from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.rotary import depends_on_batch_from, groups_of_rows
 from utils.fast.scoring import Scorer
 
@@ -61,7 +61,7 @@ def make_rows() -> list[dict[str, Any]]:
 
 
 def by_definition(model: Any, row: dict[str, Any]) -> tuple[float, int]:
-    """Return the summed loss of a row, which a model that has seen nothing yet computes on its ids alone."""
+    """Return the summed loss of a row, computed on its ids alone by a fresh model."""
     fresh = copy.deepcopy(model)
     labels = torch.tensor(row_labels(row))[1:]
     log_p = fresh(input_ids=torch.tensor([row['input_ids']]), use_cache=False).logits[0, :-1].log_softmax(-1)
@@ -76,9 +76,9 @@ def test_a_row_is_scored_and_trained_as_it_is_alone(kind: str, pads: bool) -> No
     with torch.no_grad():
         expected = [by_definition(model, row) for row in rows]
     args = SftArguments(padding_free=False if pads else None)
-    assert lay_end_to_end(model, args, longest=60) is not pads
+    assert use_padding_free(model, args, longest=60) is not pads
     scorer, collate = Scorer(model, exact_head(model, args)), Collator(0, pads=pads)
-    # The rows in one batch, and in batches after one that was longer.
+    # The rows in one batch, and in batches that follow a longer one.
     for batches in ([rows], [rows[1:2], rows[3:4], rows[:1], rows[4:]]):
         found = torch.cat([scorer.by_row(model, collate(batch)) for batch in batches])
         wanted = [expected[row['row']] for batch in batches for row in batch]

@@ -1,4 +1,4 @@
-"""Conversion keeps all that a row says of its turns, and names what it does not use."""
+"""Conversion keeps everything that a row says about its turns, and names what it does not use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.data.parts import TRAIN
 from utils.data.plan import plan_rows
 from utils.formats import data_file
 from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, check_row, find_converter
-from utils.formats.conversation import BadRow, Message, Row, said
+from utils.formats.conversation import BadRow, Message, Row, message_text
 from utils.formats.data_file import read_rows
 
 ASKED = {'role': 'user', 'content': 'How deep?'}
@@ -34,7 +34,7 @@ def turns(*messages: dict[str, Any], **columns: Any) -> Row:
 
 
 def reply(**keys: Any) -> Message:
-    """Return what conversion makes of an assistant turn with these keys, the last of its row."""
+    """Return the converted form of an assistant turn with these keys, the last turn of its row."""
     return turns(ASKED, {'role': 'assistant', **keys}).messages[-1]
 
 
@@ -51,7 +51,7 @@ def test_text_beside_calls_stays_and_calls_alone_have_no_text() -> None:
 
 def test_a_row_that_ends_in_a_call_has_a_reply() -> None:
     row = turns(ASKED, {'role': 'assistant', 'content': '', 'tool_calls': [CALL]})
-    assert said(row.messages[-1]) == '[{"name": "measure", "arguments": {"lake": "Ohrid"}}]'
+    assert message_text(row.messages[-1]) == '[{"name": "measure", "arguments": {"lake": "Ohrid"}}]'
     with pytest.raises(BadRow, match='empty response'):
         turns(ASKED, {'role': 'assistant', 'content': '', 'tool_calls': []})
 
@@ -134,7 +134,7 @@ def test_a_message_decides_its_own_loss() -> None:
         for value in (1, 1.0, True, '1', '1.0', 'true'):
             assert reply(content='4', **{key: value})['loss'] is True
         assert 'loss' not in reply(content='4', **{key: None})
-        with pytest.raises(BadRow, match=f"`{key}` is '0.5'; known are 0, 1, true and false"):
+        with pytest.raises(BadRow, match=f"`{key}` is '0.5'; known values are 0, 1, true and false"):
             reply(content='4', **{key: 0.5})
     with pytest.raises(BadRow, match='`weight` and `train` contradict'):
         reply(content='4', weight=1, train=False)
@@ -150,7 +150,7 @@ def test_a_system_column_is_the_system_turn_of_every_shape() -> None:
     assert turns(ASKED, TOLD, system='Be brief.').messages == [system, ASKED, TOLD]
     assert turns(system, ASKED, TOLD, system='Be brief.').messages == [system, ASKED, TOLD]
     assert turns(ASKED, TOLD, system=None).messages == [ASKED, TOLD]
-    with pytest.raises(BadRow, match='a system column and a system turn that says something else'):
+    with pytest.raises(BadRow, match='a system column and a system turn that differ'):
         turns(system, ASKED, TOLD, system='Be long.')
 
 
@@ -202,9 +202,9 @@ def test_numbers_that_json_does_not_know_are_missing() -> None:
 )
 def test_values_that_json_cannot_say_are_a_reason(value: Any, kind: str) -> None:
     call = {'function': {'name': 'measure', 'arguments': {'day': [value]}}}
-    with pytest.raises(BadRow, match=f'tool_calls holds a {kind}, which JSON cannot say'):
+    with pytest.raises(BadRow, match=f'tool_calls holds a {kind}, which JSON cannot represent'):
         reply(content=None, tool_calls=[call])
-    with pytest.raises(BadRow, match=f'tools holds a {kind}, which JSON cannot say'):
+    with pytest.raises(BadRow, match=f'tools holds a {kind}, which JSON cannot represent'):
         turns(ASKED, TOLD, tools=[{'name': 'f', 'parameters': {'default': value}}])
     with pytest.raises(BadRow, match='holds NaN or Infinity'):
         reply(content=None, tool_calls=[{'function': {'name': 'measure', 'arguments': {'depth': float('nan')}}}])
@@ -231,7 +231,7 @@ def test_an_odd_order_is_noted() -> None:
     assert turns(ASKED, ASKED, TOLD).notes == ('a user turn after a user turn',)
     assert turns(ASKED, TOLD, TOLD).notes == ('an assistant turn after an assistant turn',)
     assert turns({'role': 'system', 'content': 's'}, TOLD).notes == (
-        'a reply to a system text alone, without a user turn',
+        'a reply directly after the system text, without a user turn',
     )
 
 
@@ -261,7 +261,7 @@ def test_a_plan_counts_what_is_not_used_and_what_is_odd(tmp_path: Path) -> None:
     noted = plan_rows([file]).noted
     assert noted.counts == {
         'column `id` is not used': 2,
-        'the JSON key `by` stands twice in an object: the last counts': 1,
+        'the JSON key `by` occurs twice in an object: the last value is used': 1,
         'column `note` is not used': 1,
         'an empty question': 1,
     }
@@ -277,7 +277,7 @@ def test_a_json_key_that_stands_twice_is_told_at_its_row_alone(tmp_path: Path, m
             read = list(read_rows(Path(file)))
             assert [row for _, row in read] == [{'query': 'c', 'response': 'b'}, {'query': 'd', 'response': 'e'}]
             assert plan_rows([file], test_ratio=0).noted.counts == {
-                'the JSON key `query` stands twice in an object: the last counts': 1
+                'the JSON key `query` occurs twice in an object: the last value is used': 1
             }
 
 
@@ -338,7 +338,7 @@ def test_a_date_in_the_arguments_of_parquet_is_a_reason_with_its_row(tmp_path: P
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'a.parquet')
     left_out = plan_rows([str(tmp_path / 'a.parquet')], test_ratio=0).left_out
     assert left_out.places == {
-        'tool_calls holds a date, which JSON cannot say': [f'{tmp_path / "a.parquet"}: row 2'],
+        'tool_calls holds a date, which JSON cannot represent': [f'{tmp_path / "a.parquet"}: row 2'],
     }
 
 

@@ -1,4 +1,4 @@
-"""Data: shapes on literal rows, places of rows, sampling and splitting."""
+"""Data: column layouts on literal rows, locations of rows, sampling and splitting."""
 
 from __future__ import annotations
 
@@ -190,5 +190,5 @@ def test_registered_data_sets_load() -> None:
 def test_unknown_names_get_the_closest() -> None:
     with pytest.raises(ConfigError, match="'blosom-math-zh' is not registered: did you mean 'blossom-math-zh'"):
         get_dataset(['blosom-math-zh'])
-    with pytest.raises(ConfigError, match="dataset 'sql-dem' is not registered: did you mean 'sql-demo'"):
+    with pytest.raises(ConfigError, match="--dataset 'sql-dem' is not registered: did you mean 'sql-demo'"):
         get_dataset(['sql-dem'])

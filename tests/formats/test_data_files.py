@@ -1,4 +1,4 @@
-"""Data files of every kind and number: read in constant memory, refused where they are not what they seem."""
+"""Data files of every kind: read in constant memory, refused if their content is not what their name says."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_gzip_that_swells_beyond_reason_is_refused(tmp_path: Path, monkeypatch
     for name, text in (('lines.jsonl.gz', line * 200), ('one.json.gz', '[' + ' ' * 20_000_000)):
         bomb = tmp_path / name
         bomb.write_bytes(gzip.compress(text.encode(), 9))
-        with pytest.raises(ConfigError, match=f'{name} unpacks to more than 100 times its size'):
+        with pytest.raises(ConfigError, match=f'{name}: the file expands to more than 100 times its size'):
             list(read_rows(bomb))
 
 
@@ -82,7 +82,7 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(data_file, '_MAX_ROW_BYTES', 1 << 20)
     endless = tmp_path / 'endless.jsonl'
     endless.write_bytes(b'{"query": "a"}\n{"query": "' + b'x' * (1 << 21))
-    with pytest.raises(ConfigError, match='endless.jsonl:2: a line of more than 1 MiB is no row'):
+    with pytest.raises(ConfigError, match='endless.jsonl:2: this line exceeds 1 MiB'):
         list(read_rows(endless))
 
 
@@ -94,14 +94,14 @@ BROKEN = {
     'french.jsonl': (FRENCH.encode('cp1252'), 'e.g. iconv -f WINDOWS-1252 -t UTF-8 french.jsonl.'),
     'wide.jsonl': (FRENCH.encode('utf-16'), 'e.g. iconv -f UTF-16 -t UTF-8 wide.jsonl.'),
     'wide.csv': ('query,response\na,b\n'.encode('utf-16'), 'e.g. iconv -f UTF-16 -t UTF-8 wide.csv.'),
-    'packed.jsonl': (gzip.compress(b'{"query": "a"}\n' * 9), 'is packed with gzip: rename it to packed.jsonl.gz.'),
-    'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is packed with gzip: rename it to packed.json.gz.'),
-    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: JSON over several lines'),
-    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: JSON over several lines'),
-    'array.jsonl': (b'[{"query": "a"}]\n', 'got list. An array of rows belongs in a .json file: rename it.'),
+    'packed.jsonl': (gzip.compress(b'{"query": "a"}\n' * 9), 'is compressed with gzip: rename it to packed.jsonl.gz.'),
+    'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is compressed with gzip: rename it to packed.json.gz.'),
+    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: the JSON value spans several lines'),
+    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: the JSON value spans several lines'),
+    'array.jsonl': (b'[{"query": "a"}]\n', 'got list. Rename the file to .json if it holds an array of rows.'),
     'semicolons.csv': (b'query;response\na;b\n', 'semicolons.csv:1: the header is separated by semicolons, not by'),
     'tabs.csv': (b'query\tresponse\na\tb\n', 'tabs.csv:1: the header is separated by tabs, not by commas'),
-    'trailing.csv': (b'query,response,,\na,b,,\n', 'trailing.csv:1: cells of the header are empty'),
+    'trailing.csv': (b'query,response,,\na,b,,\n', 'trailing.csv:1: several cells of the header are empty'),
     'cut.jsonl.gz': (gzip.compress(b'{"query": "a"}\n' * 9)[:-9], 'the gzip file is broken after'),
     'none.jsonl.gz': (b'{"query": "a"}\n', 'the gzip file is broken after 0 bytes'),
     'after.json': (b'[{"query": "a"}]\n{"query": "b"}', 'after.json:2: something follows the end of the JSON array'),
@@ -150,7 +150,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(change: str, tmp_path: 
         file.unlink()
         if change == 'replace':
             write(file, ROWS * 40)
-    with pytest.raises(ConfigError, match='changed while it was read' if change != 'remove' else 'cannot be read'):
+    with pytest.raises(ConfigError, match='changed while being read' if change != 'remove' else 'cannot be read'):
         list(rows)
 
 
@@ -158,7 +158,7 @@ def test_a_file_that_changes_between_the_two_readings_is_refused(tmp_path: Path)
     file = write(tmp_path / 'a.jsonl')
     plan = plan_rows([str(file)])
     write(file, [{'query': 'other', 'response': 'row'}] * 50)
-    with pytest.raises(ConfigError, match='changed while it was read'):
+    with pytest.raises(ConfigError, match='changed while being read'):
         list(plan.rows(1, 2))
 
 
@@ -198,28 +198,28 @@ def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) 
     (tmp_path / 'mixed' / 'notes.txt').write_text('x')
     file = write(tmp_path / 'a.jsonl')
     words = {
-        f'{tmp_path}/*.csv': 'matches no file (looked from ',
-        f'{tmp_path}/bare': 'bare holds no .json, .jsonl, .csv (each also .gz) or .parquet file',
-        f'{tmp_path}/mixed/*': f'matches {tmp_path}/mixed/notes.txt, which is no .json',
+        f'{tmp_path}/*.csv': 'the pattern matches no file (looked from ',
+        f'{tmp_path}/bare': 'bare holds no .json, .jsonl, .csv (each also .gz) or .parquet file, and the folders in',
+        f'{tmp_path}/mixed/*': f'the pattern matches {tmp_path}/mixed/notes.txt, which is not a .json',
         f'{tmp_path}/gone/': f'data folder {tmp_path}/gone is not there (looked in {tmp_path}).',
-        f'{tmp_path}/*.jsonl': f'names {file} again, after ',
-        f'{tmp_path}/./a.jsonl': f'names {tmp_path}/a.jsonl again, after ',
+        f'{tmp_path}/*.jsonl': f' already names {file}, so its rows would be used twice.',
+        f'{tmp_path}/./a.jsonl': f' already names {tmp_path}/a.jsonl, so its rows would be used twice.',
     }
     problems = check_sources([str(file), *words])
     assert len(problems) == len(words) == 6
     for problem, part in zip(problems, words.values(), strict=True):
         assert part in problem
-    with pytest.raises(ConfigError, match='neither registered nor a .json'):
+    with pytest.raises(ConfigError, match='neither a registered data set nor a .json'):
         parse_source('data.txt')
 
 
 def test_what_is_not_offered_is_said_with_what_to_do(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe.jsonl')
     words = {
-        str(tmp_path / 'pipe.jsonl'): 'pipe.jsonl is a pipe or a device, which gives its rows only once. Write them to',
+        str(tmp_path / 'pipe.jsonl'): 'pipe.jsonl is a pipe or a device, which can be read only once. Write its',
         'tatsu-lab/alpaca': 'is not there (looked in ',
-        'org/alpaca-v1.5': 'download this one and give its files, e.g. hf download org/alpaca-v1.5 --repo-type dataset',
-        'https://example.org/a.jsonl?x=1': 'is a URL, and rows are not fetched from the web. Download the file',
+        'org/alpaca-v1.5': 'Download any other one and give its files, e.g. hf download org/alpaca-v1.5 --repo',
+        'https://example.org/a.jsonl?x=1': 'this is a URL, and rows are not fetched from the web. Download the file',
     }
     problems = check_sources(list(words))
     for problem, part in zip(problems, words.values(), strict=True):
@@ -241,7 +241,7 @@ def test_columns_in_capitals_or_with_blanks_are_told_as_such(tmp_path: Path) -> 
         ({'id': 1, 'question': 'a', 'answer': 'b'}, 'Rename question to query and answer to response.'),
         (
             {'text': 'a'},
-            'To train on text alone, write each row as {"query": "", "response": the text}, and choose --template_type',
+            'To train on plain text, write each row as {"query": "", "response": the text}, and choose --template_type',
         ),
         ({'x': 'a'}, 'Rename the columns of'),
     ],
@@ -253,7 +253,7 @@ def test_columns_of_other_tools_are_told_with_their_names_here(
     file.write_text(json.dumps(row) + '\n')
     with pytest.raises(ConfigError) as raised:
         plan_rows([str(file)])
-    assert f'{file}:1: columns {", ".join(row)} are no known shape. ' in str(raised.value)
+    assert f'{file}:1: unknown columns {", ".join(row)}. ' in str(raised.value)
     assert remedy in str(raised.value)
 
 
@@ -284,5 +284,5 @@ def test_a_registered_function_whose_rows_change_is_refused(monkeypatch: pytest.
             return iter(ROWS[: self.count])
 
     monkeypatch.setitem(dataset.DATASET_MAPPING, 'mine', Shrinking)
-    with pytest.raises(ConfigError, match="data set 'mine' gave other rows when it was read a second time"):
+    with pytest.raises(ConfigError, match="data set 'mine': the second read returned other rows than the first"):
         get_dataset(['mine'])

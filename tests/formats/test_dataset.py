@@ -1,4 +1,4 @@
-"""The 35 data sets of the hubs: literal rows of each in its source's shape, and each from a hub into rows of ours."""
+"""The 35 data sets of the hubs: literal rows of each in its source's layout, and each from a hub to converted rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.formats.hub_dataset import HubDataset
 
 Row = dict[str, Any]
 
-# Stands in the lists below for a row that is left out by choice.
+# In the lists below: a row that is skipped on purpose.
 OTHER: Any = object()
 NAMES = [name for name, entry in DATASET_MAPPING.items() if isinstance(entry, HubDataset)]
 
@@ -84,7 +84,7 @@ LAW: Row = {'type': '法规', 'title': '民法', 'chapter1': '总则', 'chapter2
 LABEL = '任务：情感分类\n句子：好\n类别：negative，positive\n输出：'
 PAIR_LABEL = '任务：自然语言推理\n句子一：a\n句子二：b\n类别：neutral，entailment，contradiction\n输出：'
 
-# Rows in the shape of the source, and what becomes of them.
+# Rows in the layout of the source, and the converted rows.
 LITERAL: dict[str, list[tuple[Mapping[str, Any], Row | bool | None]]] = {
     **dict.fromkeys(
         ('alpaca-en', 'multi-alpaca-all', 'instinwild-en', 'instinwild-zh', 'cot-en', 'cot-zh', 'gpt4all-en', 'code-en',
@@ -220,12 +220,12 @@ def test_literal_rows_of_each_of_the_35_entries() -> None:
     assert checked == 164
 
 
-# How a source lays its files out: rows to the files of a repository.
+# The file layout of a source: from rows to the files of a repository.
 Layout = Callable[[str, HubDataset, list[Row]], dict[str, bytes]]
 
 
 def wanted_row(entry: HubDataset, row: Row) -> Any:
-    """Return what an entry makes of a row, None where it drops it for whatever reason."""
+    """Return what an entry makes of a row, None if it drops it."""
     try:
         return entry.to_row(row)
     except Unwanted:
@@ -322,7 +322,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def source_rows(name: str) -> list[Row]:
-    """Return the literal rows of an entry with the columns of the first, whose values files of its layout can hold."""
+    """Return the literal rows of an entry with the columns of the first and values that its file layout can hold."""
     rows = [dict(row) for row, _ in LITERAL[name]]
     return [{column: row.get(column) for column in rows[0]} for row in rows]
 
@@ -336,7 +336,7 @@ def test_every_entry_loads_from_the_hub_in_its_source_shape(name: str, loopback:
         rows = [r for r in rows if all(v is None or isinstance(v, str | int) for v in r.values())]
     served = entry.moved[0] if entry.moved else entry.id
     loopback.add('dataset', served, LAYOUTS[name](name, entry, rows))
-    # What a file of this layout keeps of a row; CSV knows text alone.
+    # What a file of this layout keeps of a row; CSV holds only text.
     kept = [wanted_row(entry, row) for row in rows]
     parts = len(entry.subsets) * len(entry.train)
     found = get_dataset([name], test_ratio=0.0)
@@ -395,7 +395,7 @@ def test_the_mini_set_draws_the_same_rows_each_time(loopback: LoopbackHub) -> No
     train, val, _ = replace(entry, take=7).load('modelscope')
     drawn = [row['query'] for row in train]
     assert len(drawn) == 7 and drawn == [row['query'] for row in train] and val is not None
-    assert sum(isinstance(row, BadRow) for _, row in train.placed()) == 50 and len(list(val)) == 25
+    assert sum(isinstance(row, BadRow) for _, row in train.with_locations()) == 50 and len(list(val)) == 25
 
 
 def test_bytes_of_a_parquet_cell_become_a_file(loopback: LoopbackHub) -> None:
@@ -412,8 +412,8 @@ def test_an_image_outside_the_folder_of_its_data_is_refused_by_name(loopback: Lo
         '../1.jpg': 'an image leaves the folder of its data file',
         'pictures/../../1.jpg': 'an image leaves the folder of its data file',
         '/etc/1.jpg': 'an image has an absolute path',
-        'https://a.b/1.jpg': 'an image is an address',
-        'a</img><img>/etc/1.jpg': 'an image has an absolute path, or a tag in it',
+        'https://a.b/1.jpg': 'an image is a URL',
+        'a</img><img>/etc/1.jpg': 'an image has an absolute path or contains a tag',
     }
     rows = [{'image': path, 'caption': 'a cat'} for path in ('pictures/1.jpg', *outside, 'a/../2.jpg')]
     files = {f'{split}.jsonl': as_lines(rows) for split in ('train', 'validation')}
@@ -433,7 +433,7 @@ def test_rows_that_a_filter_leaves_out_are_told_from_broken_ones(loopback: Loopb
     loopback.add('dataset', 'wyj123456/firefly', {'a.jsonl': as_lines(rows)})
     entry = DATASET_MAPPING['firefly-all-zh']
     assert isinstance(entry, HubDataset)
-    kinds = [type(row) for _, row in entry.load('modelscope')[0].placed()]
+    kinds = [type(row) for _, row in entry.load('modelscope')[0].with_locations()]
     assert kinds == [dict, Filtered, BadRow, BadRow]
 
 
@@ -449,13 +449,17 @@ def test_objects_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match='the JSON is broken in the row that starts at line 1'):
         list(read_objects(file))
     file.write_text('{"a": 1} 2')
-    with pytest.raises(ConfigError, match='object 2: it must be an object with columns, got a int'):
+    with pytest.raises(ConfigError, match='object 2: expected an object with named columns, got int'):
         list(read_objects(file))
 
 
 GONE = {
-    ('sharegpt-en', 'swift/sharegpt', 'common-en/train.jsonl'): "split 'train' of subset 'computer-en' is not there",
-    ('jd-zh', 'DAMO_NLP/jd', 'train.csv'): "split 'validation' of subset 'default' is not there any more",
+    (
+        'sharegpt-en',
+        'swift/sharegpt',
+        'common-en/train.jsonl',
+    ): "split 'train' of subset 'computer-en' no longer",
+    ('jd-zh', 'DAMO_NLP/jd', 'train.csv'): "split 'validation' of subset 'default' no longer exists",
 }
 
 
@@ -465,7 +469,7 @@ def test_a_subset_or_split_that_is_gone(case: tuple[str, str, str], loopback: Lo
     loopback.add('dataset', repo, {file: b'a,b\n1,2\n'})
     with pytest.raises(ConfigError, match=GONE[case]) as caught:
         get_dataset([name])
-    assert f'What is there: {file}' in str(caught.value)
+    assert f'Found: {file}' in str(caught.value)
 
 
 @pytest.mark.parametrize('head', ['configs: 3', 'configs: [3]', 'a: 2023-99-99', '{'])
@@ -481,7 +485,7 @@ def test_columns_that_changed_are_named(loopback: LoopbackHub) -> None:
     with pytest.raises(ConfigError) as caught:
         get_dataset(['blossom-math-zh'])
     said = str(caught.value)
-    assert 'columns are question, output; input, answer is missing, expected are input, output, answer' in said
+    assert 'missing columns: input, answer. The file has question, output, expected are input, output, answer.' in said
     assert '/train.csv:2: ' in said
 
 
@@ -497,7 +501,7 @@ def test_a_broken_archive_of_pictures(loopback: LoopbackHub) -> None:
     for split in ('train', 'validation'):
         files |= {f'{split}.csv': b'image:FILE,caption\n1.jpg,a cat\n', f'{split}.zip': b'PK\x03\x04 no more'}
     loopback.add('dataset', 'modelscope/coco_2014_caption', files)
-    with pytest.raises(ConfigError, match=r'train\.zip is no whole zip file'):
+    with pytest.raises(ConfigError, match=r'train\.zip: the zip file is damaged or encrypted'):
         get_dataset(['coco-en'])
 
 

@@ -1,9 +1,11 @@
-"""The demonstration data: shape, separation of its two halves, and what counts as right."""
+"""The demonstration data: its layout, the separation of its two halves, and which answers are right."""
 
 from __future__ import annotations
 
 import random
 import re
+
+import pytest
 
 from utils.formats import demo_sql
 from utils.formats.demo_sql import held_out_rows, is_right, train_rows
@@ -19,7 +21,7 @@ def names(row: Row) -> tuple[str, list[str]]:
 
 
 def blanked(row: Row) -> str:
-    """The question with the names and values of the row taken out."""
+    """Return the question without the names and values of the row."""
     table, columns = names(row)
     question = row['query'].splitlines()[-1]
     values = re.findall(r"'(\w+)%?'|\b(\d+(?:\.\d+)?)\b", row['response'])
@@ -30,7 +32,7 @@ def blanked(row: Row) -> str:
 
 
 def mutations(row: Row) -> list[str]:
-    """Wrong variants of the row's SQL: column, aggregate, comparison, value, order, limit, parts left out."""
+    """Return wrong variants of the row's SQL: column, aggregate, comparison, value, order, limit, missing parts."""
     sql, (_, columns) = row['response'], names(row)
     found = []
     for column in columns:
@@ -63,6 +65,7 @@ def test_counts_shape_and_determinism() -> None:
         assert 3 <= len(names(row)[1]) <= 5
 
 
+@pytest.mark.slow
 def test_reference_is_right_and_finds_rows() -> None:
     for row in TRAIN[::8] + HELD:
         assert is_right(row, row['response'])

@@ -1,4 +1,4 @@
-"""llm_infer.py on what llm_sft.py left: answers, chat, merge, and the logits that strangers get."""
+"""llm_infer.py on checkpoints of llm_sft.py: answers, chat, merge, and the logits that other programs get."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ def test_untuned_model_serves_without_a_checkpoint(model_dir: Path, data_file: P
     assert len(results(target)) == 5
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_a_character_shows_a_question_mark(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +101,7 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(
     lines = iter(['/ħ', '/exit'])
     monkeypatch.setattr('builtins.input', lambda prompt: next(lines))
     assert llm_infer.main([*words, '--eval_human', 'true']) == 0
-    assert b'(/? is not known' in shown.getvalue()
+    assert b'(/?: unknown command' in shown.getvalue()
 
 
 def test_rows_of_which_none_can_be_answered_are_one_error(
@@ -109,7 +110,9 @@ def test_rows_of_which_none_can_be_answered_are_one_error(
     file = write_jsonl(tmp_path / 'a.jsonl', [{'query': 'a', 'response': 'b', 'images': ['a.png']}] * 9)
     words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--dataset_test_ratio', '0.5']
     assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), *GREEDY]) == 2
-    assert problems()[0].startswith('every validation row is left out: 4 rows left out: the row has images, and the')
+    assert problems()[0].startswith(
+        '--dataset: every validation row is skipped: 4 rows skipped: the row has images, and the'
+    )
     assert not (tmp_path / 'r.jsonl').exists()
 
 
@@ -142,6 +145,7 @@ def test_a_checkpoint_is_merged_from_within(checkpoint: Path, monkeypatch: pytes
     assert (checkpoint.with_name('checkpoint-9-merged') / 'model.safetensors').is_file()
 
 
+@pytest.mark.slow
 def test_merged_folder_answers_as_the_adapter_does(checkpoint: Path) -> None:
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), *GREEDY]) == 0
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0
@@ -151,6 +155,7 @@ def test_merged_folder_answers_as_the_adapter_does(checkpoint: Path) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_full_checkpoint_serves_its_own_weights(run_sft: Run) -> None:
     run = run_sft('--sft_type', 'full', '--max_steps', '3')
     assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-3'), *GREEDY]) == 0
@@ -175,6 +180,7 @@ def test_another_base_model_typed_is_refused(checkpoint: Path, problems: Callabl
     assert any("--model_type 'llama2-7b' is not the base model of this checkpoint" in line for line in problems())
 
 
+@pytest.mark.slow
 def test_flags_not_typed_come_from_the_run_and_contradictions_are_warned_about(
     run_sft: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,7 +216,7 @@ def test_chat_keeps_history_and_obeys_commands(tokenizer: Any) -> None:
         turn.format('system', 'kind') + turn.format('user', 'hi') + end,
         turn.format('system', 'kind') + turn.format('user', 'x') + end,
     ]
-    assert any('/nope is not known' in text for text in said)
+    assert any('/nope: unknown command' in text for text in said)
     assert not chat.handle('/exit')
 
 
@@ -235,13 +241,18 @@ def test_a_chat_past_max_length_drops_whole_oldest_turns(template: str, tokenize
     for n in range(4):
         assert chat.handle(f'count {n}')
     assert prompts == wanted
-    dropped = [text for text in said if 'left the conversation' in text]
+    dropped = [text for text in said if 'were dropped with' in text]
     assert dropped == [
-        f'(--max_length {limit} is reached: the oldest 1 of 2 questions left the conversation with their replies)\n',
-        f'(--max_length {limit} is reached: the oldest 1 of 2 questions left the conversation with their replies)\n',
+        f'(--max_length {limit} is reached: the oldest 1 of 2 questions were dropped with their replies)\n',
+        f'(--max_length {limit} is reached: the oldest 1 of 2 questions were dropped with their replies)\n',
     ]
     chat.handle('count ' * 80)
-    assert len(prompts) == 4 and f'--max_length is {limit}: shorten it' in said[-1] and len(chat.turns) == 4
+    assert (
+        len(prompts) == 4
+        and f'--max_length {limit}: this line has ' in said[-1]
+        and 'Shorten it' in said[-1]
+        and len(chat.turns) == 4
+    )
     assert encoder.max_length == limit
 
 
@@ -265,7 +276,7 @@ def test_chat_in_the_terminal_streams_and_leaves_at_the_end_of_input(
 def test_a_line_that_is_no_utf_8_keeps_the_chat(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The second as a C locale reads it.
+    # The second is what a C locale makes of the first.
     lines = iter([UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'invalid start byte'), 'a\udcff', '/clear'])
 
     def read(prompt: str) -> str:
@@ -278,7 +289,7 @@ def test_a_line_that_is_no_utf_8_keeps_the_chat(
     encoder = TemplateEncoder(tokenizer, TEMPLATE_MAPPING['default'], name='default', system='', max_length=99)
     chat_in_terminal(Chat(encoder, lambda prompt, paths: 'yes', lambda text: print(text, end='')))
     out = capsys.readouterr().out
-    assert out.count('(this line is not UTF-8: have the terminal write that)') == 2
+    assert out.count('(this line is not UTF-8. Set the terminal to UTF-8)') == 2
     assert out.index('(conversation cleared)') > out.rindex('UTF-8')
 
 
@@ -301,6 +312,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_chat(model_dir: Path, tokenizer: Any
     assert answer == ''.join(said[:-1])
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_answers_rows_with_tools(run_sft: Run, tmp_path: Path) -> None:
     turns = [
         {'from': 'human', 'value': 'what is the weather?'},
@@ -325,7 +337,7 @@ STREAMED = {
 
 
 class Typist:
-    """Generates what it is told to, one id at a time."""
+    """A model that generates the given ids, one at a time."""
 
     device = 'cpu'
     config = LlamaConfig(vocab_size=400)
@@ -346,7 +358,7 @@ class Typist:
 def test_what_is_streamed_is_the_whole_answer(case: str, metaspace: str | None, clean_up: bool) -> None:
     tokenizer = make_tokenizer(metaspace=metaspace)
     tokenizer.clean_up_tokenization_spaces = clean_up
-    if metaspace is not None:  # the rest of how Llama's decode
+    if metaspace is not None:  # the other decoder steps of Llama's tokenizer
         decoder = decoders.Sequence(
             [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
         )

@@ -1,4 +1,4 @@
-"""Model directories that are damaged, of another model, or cannot do what is asked: one clear message, exit code 2."""
+"""Model directories that are damaged, of another model, or unsuitable: one clear message, exit code 2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Problems = Callable[[], list[str]]
 
 
 def shard(folder: Path, suffix: str) -> list[Path]:
-    """Cut the weights of a folder into two files with an index; returns the files."""
+    """Split the weights of a folder into two files with an index. Returns the files."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -175,7 +175,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     no_heads: 'config.json does not fit family qwen: ',
     width_in_words: 'config.json does not fit family qwen: ',
     config_of_another_size: '2 mismatched tensors:',
-    tokenizer_of_another_model: 'tokens, the model embeds 400: they are not of one model.',
+    tokenizer_of_another_model: 'tokens, the model embeds 400: they do not belong together.',
     truncated_vocabulary: 'qwen.tiktoken',
 }
 
@@ -200,10 +200,10 @@ def test_native_directory_of_other_shapes(tmp_path: Path, data_file: Path, probl
     assert 'model.layers.0.mlp.up_proj.weight' in problems()[0]
 
 
-GPTQ = 'are stored quantised (gptq), which '
+GPTQ = ' are stored quantised (gptq) and cannot be '
 REFUSED = {
-    ('--sft_type', 'full'): '--sft_type full cannot train. Use the same model without int4 or int8.',
-    ('--quantization_bit', '4'): '--quantization_bit 4 cannot quantise again. Leave it out, they stay packed.',
+    ('--sft_type', 'full'): 'trained. Use --sft_type lora, or the same model without int4 or int8.',
+    ('--quantization_bit', '4'): 'quantised again. Remove --quantization_bit: the weights stay quantised.',
 }
 
 
@@ -212,7 +212,7 @@ REFUSED = {
 def test_quantised_weights_cannot_be_trained_or_quantised_again(
     name: str, words: tuple[str, ...], tmp_path: Path, data_file: Path, problems: Problems
 ) -> None:
-    """Said before anything is loaded, whether an entry or config.json alone tells it."""
+    """The message comes before anything is loaded, if the entry knows it and if only config.json does."""
     folder = original_folder('qwen-7b-chat-int4', tmp_path).rename(tmp_path / name)
     flags = [*small_flags(folder, data_file, tmp_path / 'out'), '--template_type', 'default', *words]
     assert llm_sft.main(flags) == 2
@@ -225,12 +225,14 @@ def test_quantised_weights_of_a_hub_are_found_once_they_are_there(
 ) -> None:
     folder = original_folder('qwen-7b-chat-int4', tmp_path)
     found = locate(get_model_info(None, str(folder)), revision='master')
-    monkeypatch.setattr('utils.run.folder.locate', lambda *_, **__: found)
+    monkeypatch.setattr('utils.run.open_model.locate', lambda *_, **__: found)
     flags = [*small_flags(Path('me/gptq'), data_file, tmp_path / 'out'), '--template_type', 'default']
     assert llm_sft.main([*flags, '--sft_type', 'full']) == 2
-    assert len(problems()) == 1 and "'gptq' " + GPTQ in problems()[0]
+    assert len(problems()) == 1 and "'gptq'" + GPTQ in problems()[0]
 
 
+@pytest.mark.slow
+@pytest.mark.optional
 def test_quantised_model_without_its_library(
     tmp_path: Path, data_file: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -239,17 +241,18 @@ def test_quantised_model_without_its_library(
     words = ['--model_id_or_path', str(original), '--export_native', 'true', '--output_dir', str(exported)]
     assert llm_infer.main(words) == 0
     flags = ['--template_type', 'default', '--max_steps', '2', '--max_length', '60']
-    # A native layout stays packed and trains ...
+    # A native layout stays packed and can be trained,
     assert llm_sft.main([*small_flags(exported, data_file, tmp_path / 'out'), *flags]) == 0
     monkeypatch.setattr('transformers.quantizers.quantizer_gptq.is_optimum_available', lambda: False)
     monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: False)
-    # ... or says what it needs; the original layout is unpacked.
+    # or the message names what it needs; the original layout is unpacked.
     assert llm_sft.main([*small_flags(exported, data_file, tmp_path / 'out'), *flags]) == 2
     assert len(problems()) == 1 and 'requires optimum (`pip install optimum`)' in problems()[0]
     assert llm_sft.main([*small_flags(original, data_file, tmp_path / 'out'), *flags]) == 0
     assert 'the 4-bit GPTQ weights are unpacked while loading' in caplog.text
 
 
+@pytest.mark.slow
 def test_merging_into_quantised_weights_says_what_to_do_instead(
     tmp_path: Path, data_file: Path, problems: Problems
 ) -> None:
@@ -259,4 +262,7 @@ def test_merging_into_quantised_weights_says_what_to_do_instead(
     checkpoint = next((tmp_path / 'out').glob('*/*/checkpoint-1'))
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 2
     assert len(problems()) == 1
-    assert 'Serve it as it is (--ckpt_dir alone), or train on the same model without int4' in problems()[0]
+    assert (
+        'Remove --merge_lora_and_save to serve base and adapter, or train on the same model without int4'
+        in problems()[0]
+    )

@@ -29,14 +29,14 @@ def test_old_names_are_aliases_of_native_ones() -> None:
     )
     assert find_targets(model, ['ALL']) == (sorted([*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj']), [])
     assert find_targets(model, ['q_proj', 'c_attn']) == (QKV, [])
-    # With the parent that tells Qwen's two apart.
+    # With the parent module, which distinguishes Qwen's two c_proj layers.
     assert find_targets(model, ['attn.c_proj', 'mlp.w2', 'mlp.c_proj']) == (['o_proj', 'gate_proj', 'down_proj'], [])
     with pytest.raises(ConfigError, match="'c_attm' matches no linear layer of LlamaForCausalLM"):
         find_targets(model, ['c_attm'])
 
 
 def save_old_adapter(folder: Path, modules: dict[str, tuple[int, int]], *, suffix: str) -> dict[str, tuple[Any, Any]]:
-    """Write an adapter with the names of an original layout; returns its (A, B) by module."""
+    """Write an adapter with the names of an original layout. Returns its (A, B) by module."""
     import torch
     from safetensors.torch import save_file
 
@@ -108,8 +108,11 @@ def test_a_tensor_that_is_no_half_of_a_lora_is_named(tmp_path: Path) -> None:
     whole = load_file(file)
     matrix_a, matrix_b = whole
     for content, named in (
-        ({**whole, 'base_model.model.lm_head.weight': torch.ones(3)}, "'base_model.model.lm_head.weight' is no half"),
-        ({matrix_b: whole[matrix_b]}, 'is no half of a LoRA'),
+        (
+            {**whole, 'base_model.model.lm_head.weight': torch.ones(3)},
+            "'base_model.model.lm_head.weight' is neither a lora_A",
+        ),
+        ({matrix_b: whole[matrix_b]}, 'is neither a lora_A nor a lora_B'),
         ({matrix_a: whole[matrix_a]}, 'without its lora_B'),
     ):
         save_file(content, file)

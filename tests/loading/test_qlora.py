@@ -1,4 +1,4 @@
-"""LoRA on 4- and 8-bit weights: gradients after an evaluation, resuming, and merging on the dense base."""
+"""LoRA on 4- and 8-bit weights: gradients after an evaluation, resuming, and merging into the dense base."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import llm_infer
 
 pytest.importorskip('bitsandbytes')
+pytestmark = pytest.mark.optional
 Run = Callable[..., Path]
 
 
@@ -21,6 +22,7 @@ def history(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if 'runtime' not in k and 'second' not in k} for e in state['log_history']]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bits', ['4', '8'])
 def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
     bits: str, run_sft: Run, model_dir: Path, tokenizer: Any, problems: Callable[[], list[str]],
@@ -45,7 +47,7 @@ def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
     assert llm_infer.main([*words, '--quantization_bit', bits]) == 2
     assert problems()[0].endswith('Leave --quantization_bit out: the merge goes through the unquantised base.')
     assert llm_infer.main(words) == 0
-    assert f'quantization_bit = 0 because rounding to {bits} bits would swallow the adapter' in caplog.text
+    assert f'quantization_bit = 0 because rounding to {bits} bits would lose the adapter' in caplog.text
 
     dense = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     untuned = probe_logits(dense, tokenizer)
@@ -57,7 +59,7 @@ def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
 
 
 def test_the_path_without_gradients_is_off_on_every_cpu(model_dir: Path) -> None:
-    """Where the CPU lacks avx512_bf16 the run above would pass without it."""
+    """On a CPU without avx512_bf16 the run above would pass without the workaround."""
     import bitsandbytes
 
     from utils.cli.arguments import SftArguments

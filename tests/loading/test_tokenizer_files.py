@@ -1,4 +1,4 @@
-"""Tokenizers as folders bring them: larger than the embedding, or another than their class makes of them."""
+"""Tokenizers in model folders: larger than the embedding, or different from what their class makes of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGE = '<image_soft_token>'
 
 @pytest.fixture
 def larger(tmp_path: Path) -> Path:
-    """Return a model whose tokenizer has one token more than it embeds, as Gemma 3's text models have."""
+    """Return a model whose tokenizer has one token more than the embedding, as in Gemma 3's text models."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([LARGE])
     folder = tmp_path / 'larger'
@@ -36,6 +36,7 @@ def larger(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_embedding_trains_and_answers(
     larger: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -51,21 +52,20 @@ def test_a_row_with_a_token_that_is_not_embedded_is_named(larger: Path, tmp_path
     data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
     words = [*small_flags(larger, data, tmp_path / 'out'), '--dataset_test_ratio', '0.5', '--max_steps', '1']
     assert llm_sft.main(words) == 2
-    assert [line.startswith(f"{data}:10: the row holds '{LARGE}', a token of id 400; ") for line in problems()] == [
-        True
-    ]
+    assert [line.startswith(f"{data}:10: the token '{LARGE}' has the id 400, ") for line in problems()] == [True]
 
 
+@pytest.mark.slow
 def test_encoded_rows_of_a_cache_are_refused_as_others_are(larger: Path, tmp_path: Path, problems: Problems) -> None:
     rows: list[Any] = [{'query': f'count {i}', 'response': 'yes'} for i in range(9)]
     data = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': f'see {LARGE}', 'response': 'no'}])
     words = [*small_flags(larger, data, tmp_path / 'out'), '--max_steps', '1']
     assert llm_sft.main([*words, '--dry_run', 'true']) == 0
     assert llm_sft.main(words) == 2
-    assert [f'{data}:10: the row holds' in line for line in problems()] == [True]
+    assert [f'{data}:10: the token ' in line for line in problems()] == [True]
 
 
-@pytest.mark.parametrize('number', [3, 290])  # the first 256 rows are looked at before training
+@pytest.mark.parametrize('number', [3, 290])  # the first 256 rows are checked before training
 def test_a_streamed_row_with_a_token_that_is_not_embedded_is_named(
     number: int, larger: Path, tmp_path: Path, problems: Problems
 ) -> None:
@@ -75,21 +75,22 @@ def test_a_streamed_row_with_a_token_that_is_not_embedded_is_named(
     words = [*small_flags(larger, data, tmp_path / 'out'), '--streaming', 'true', '--stream_val_rows', '2']
     words += ['--dataset_test_ratio', '0', '--max_steps', '20', '--eval_steps', '30', '--batch_size', '16']
     assert llm_sft.main(words) == 2
-    named = [line for line in problems() if 'the row holds' in line]
-    assert len(named) == 1 and named[0].startswith(f"{data}:{number}: the row holds '{LARGE}'")
+    named = [line for line in problems() if 'the token ' in line]
+    assert len(named) == 1 and named[0].startswith(f"{data}:{number}: the token '{LARGE}' has the id 400, ")
 
 
+@pytest.mark.slow
 def test_a_row_to_answer_with_a_token_that_is_not_embedded_is_named(
     larger: Path, data_file: Path, tmp_path: Path, problems: Problems
 ) -> None:
     data = write_jsonl(tmp_path / 'a.jsonl', [{'query': f'see {LARGE}', 'response': 'no'}])
     words = ['--model_id_or_path', str(larger), '--template_type', 'auto', '--dataset', str(data)]
     assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), '--dtype', 'fp32']) == 2
-    assert [line.startswith(f"{data}:1: the row holds '{LARGE}'") for line in problems()] == [True]
+    assert [line.startswith(f"{data}:1: the token '{LARGE}' has the id 400, ") for line in problems()] == [True]
 
 
 def ends_in(end: str, call_end: str) -> Any:
-    """Return a tokenizer with one token too many, under a template whose replies and calls end so."""
+    """Return a tokenizer with one token too many, and a template with these ends of replies and calls."""
     source = (
         "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
         "{%- for c in m.tool_calls or [] %}{{ 'CALL ' + c.function.name }}{% endfor %}"
@@ -130,6 +131,7 @@ def test_a_run_whose_template_ends_beyond_the_embedding_is_one_message(
     assert [line.startswith("template 'auto': a reply ends in") for line in problems()] == [True]
 
 
+@pytest.mark.slow
 def test_a_prompt_with_a_token_that_is_not_embedded_is_refused() -> None:
     config = generation_config(InferArguments(do_sample=False, max_new_tokens=2), make_tokenizer(), [])
     with pytest.raises(ConfigError, match='a prompt: it holds the token of id 400, the model embeds 400'):
@@ -142,14 +144,14 @@ def test_an_end_that_is_not_embedded_is_refused(
     file = larger / 'tokenizer_config.json'
     file.write_text(json.dumps({**json.loads(file.read_text()), 'eos_token': LARGE}))
     assert llm_sft.main(small_flags(larger, data_file, tmp_path / 'out')) == 2
-    assert 'they are not of one model' in problems()[0]
+    assert 'they do not belong together' in problems()[0]
 
 
 TEXTS = ['    return x', '\n    a\n\n\tb ', 'a\n    b', ' a  b ', '你好 world 42']
 
 
 def llama_folder(folder: Path) -> Any:
-    """Write a tokenizer of which the class that its config names makes another; returns it as the file has it."""
+    """Write a tokenizer that the class named in its config would change. Returns it as the file defines it."""
     tokenizer = make_tokenizer(metaspace='first')
     tokenizer.save_pretrained(folder)
     file = folder / 'tokenizer_config.json'
@@ -187,5 +189,5 @@ def test_gguf_is_said_not_to_be_read(folder: bool, tmp_path: Path, data_file: Pa
     file = tmp_path / 'model-Q4.gguf'
     file.write_bytes(b'GGUF')
     assert llm_sft.main(small_flags(tmp_path if folder else file, data_file, tmp_path / 'out')) == 2
-    assert len(problems()) == 1 and 'GGUF is a format to run models, which is not read.' in problems()[0]
+    assert len(problems()) == 1 and 'GGUF is a format for inference and is not read.' in problems()[0]
     assert 'gguf_file=' in problems()[0]

@@ -1,4 +1,4 @@
-"""Rows that people bring, through a whole run and through --check_dataset: what is trained, and what is said of it."""
+"""Rows as users write them, in a whole run and in --check_dataset: what is trained, and what is reported."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ CALLS = (
     "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}{{ '\n</tool_call>' }}{% endfor %}"
 )
 CLOSE = "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-# Prints calls as Qwen2.5 does, and neither names nor ids.
+# Prints calls like Qwen2.5, and neither names nor ids.
 QWEN = TOOLS + '{% for m in messages %}' + TURN + "{{ m.content or '' }}" + CALLS + CLOSE
-# Prints reasoning in a think block as Qwen3 does.
+# Prints reasoning in a think block like Qwen3.
 THINKS = (
     TOOLS + '{% for m in messages %}' + TURN
     + "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
     + "{{ m.content or '' }}" + CALLS + CLOSE
 )  # fmt: skip
-# Demands ids of nine characters, and prints them with the name of a tool turn, as Mistral does.
+# Requires ids of nine characters, and prints them with the name of a tool turn, like Mistral.
 NINE = (
     TOOLS + '{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id is undefined or c.id | length != 9 %}'
     "{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}{% endfor %}"
@@ -48,7 +48,7 @@ NINE = (
     + "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.id + (c.function | tojson) }}{% endfor %}"
     + "{% if m.tool_call_id %}{{ '[to ' + m.tool_call_id + ' of ' + (m.name or '') + ']' }}{% endif %}" + CLOSE
 )  # fmt: skip
-# Markers that are ordinary added tokens, as DeepSeek has them.
+# Markers that are ordinary added tokens, as in DeepSeek.
 R1 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
     "{% else %}{{ '<｜Assistant｜>' + m.content + '</s>' }}{% endif %}{% endfor %}"
@@ -92,7 +92,7 @@ OPENAI = [
 
 @dataclass(kw_only=True)
 class Done:
-    """What a run and the check of its data left."""
+    """The files of a run and of the check of its data."""
 
     sample: str
     data: Raw
@@ -101,7 +101,7 @@ class Done:
     noted: str
 
     def trained(self) -> list[str]:
-        """Return the spans that carry loss, of all rows in their order."""
+        """Return the trained spans of all rows in order."""
         return [part.partition('⟧')[0] for part in self.sample.split('⟦')[1:]]
 
     def share(self, label: str) -> Raw:
@@ -112,7 +112,7 @@ class Done:
 
 @pytest.fixture
 def go(tmp_path: Path) -> Callable[..., Done]:
-    """Return a function that trains on rows for two steps, then checks them, under a chat template."""
+    """Return a function that trains on rows for two steps with a chat template, then checks the rows."""
 
     def run(rows: list[Raw] | Path, template: str, *, ordinary: tuple[str, ...] = ()) -> Done:
         from tokenizers import AddedToken
@@ -246,7 +246,7 @@ def test_replies_of_weight_0_carry_no_loss(go: Go) -> None:
     assert done.sample.count('BADREPLY') == 3 and 'WRONGLAST' not in done.sample
     marked = 'every reply of it is marked to carry no loss (weight, loss or train)'
     assert done.data['left_out'] == {marked: 1} and done.report['left_out'][marked]['rows'] == 1
-    told = 'a reply carries no loss, as the row says (`weight`, `loss` or `train`)'
+    told = 'a reply carries no loss because the row says so (`weight`, `loss` or `train`)'
     assert done.report['noted'][told]['rows'] == 4 and done.check == 1
     assert done.share('reply text') == {'context': 24, 'trained': 15, 'left out': 9}
 
@@ -320,7 +320,7 @@ def test_dates_in_calls_of_parquet_are_a_reason_with_file_and_row(go: Go, tmp_pa
     data = tmp_path / 'dates.parquet'
     pq.write_table(pa.Table.from_pylist(rows), data)
     done = go(data, QWEN)
-    reason = 'tool_calls holds a datetime, which JSON cannot say'
+    reason = 'tool_calls holds a datetime, which JSON cannot represent'
     assert done.data['left_out'] == {reason: 1} and done.check == 1
     assert done.report['left_out'][reason]['first'] == [f'{data}: row 1 tool_calls']
 
@@ -337,7 +337,9 @@ def test_a_prompt_past_the_learnt_positions_is_one_message_before_training(tmp_p
     data = write_jsonl(tmp_path / 'rows.jsonl', rows)
     words = [*small_flags(folder, data, tmp_path / 'output'), '--max_length', '-1', '--dataset_test_ratio', '0']
     assert llm_sft.main(words) == 2
-    assert len(problems()) == 1 and problems()[0].startswith('--max_length 64 is the most')
+    assert len(problems()) == 1 and problems()[0].startswith(
+        '--max_length: GPT2LMHeadModel has positions for 64 tokens'
+    )
     assert 'the longest row has 414 tokens' in problems()[0]
     assert llm_sft.main([*words, '--check_dataset', 'true']) == 0
     report = json.loads((tmp_path / 'output' / 'gpt2' / 'dataset_report.json').read_text())

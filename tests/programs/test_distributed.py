@@ -1,4 +1,4 @@
-"""Two gloo processes stand for two devices: every mode gives the numbers of one process and checkpoints for anyone."""
+"""Two gloo processes stand for two devices: every mode gives the numbers of one process and ordinary checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import llm_infer
 import llm_sft
 from tests.support.runs import ROOT, small_flags, write_jsonl
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.optional]
 
 ZERO_2 = ['--deepspeed_config_path', 'ds_config/zero2.json', '--only_save_model', 'false']
 ZERO_3 = ['--deepspeed_config_path', 'ds_config/zero3.json', '--only_save_model', 'false']
@@ -29,38 +29,38 @@ GREEDY = ['--do_sample', 'false', '--max_new_tokens', '8', '--infer_batch_size',
 
 
 class Session:
-    """The folder of one launch: its plan, what its ranks noted, what it printed."""
+    """The folder of one launch: its plan, the notes of its ranks, its output."""
 
     def __init__(self, folder: Path, model_dir: Path) -> None:
-        # 40 training rows for equal shares; 7 for validation, which 2 processes of batch size 2 cannot share equally.
+        # 40 training rows give equal shares. 7 validation rows do not, for 2 processes of batch size 2.
         rows = [{'query': f'what is {i} and {i % 7}?', 'response': f'it is {i}.' + ' yes' * (i % 5)} for i in range(47)]
         self.folder = folder
         self.flags = small_flags(model_dir, write_jsonl(folder / 'qa.jsonl', rows), folder / 'out')
-        # Micro-batches of one process would be joined otherwise, and rounding would differ from those of two.
+        # One process would join micro-batches differently than two, and rounding would differ.
         self.flags += ['--dataset_test_ratio', '0.15', '--group_by_length', 'false']
         long = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in ((90, 3, 12, 9, 4, 20, 7, 31) * 6)[:47]]
         self.mixed = ['--dataset', write_jsonl(folder / 'mixed.jsonl', long).as_posix(), '--batch_size', '1']
 
     def words(self, name: str, *flags: str) -> list[str]:
-        """Return the words of a run that writes under `name`."""
+        """Return the command line of a run that writes to `name`."""
         return [*self.flags, '--output_dir', str(self.folder / name), '--gradient_accumulation_steps', '1', *flags]
 
     def run_folder(self, name: str) -> Path:
-        """Return the one run folder under `name`, written by all ranks together."""
+        """Return the only run folder in `name`; all ranks wrote it together."""
         (folder,) = (self.folder / name).glob('*/*')
         return folder
 
     def resume(self, name: str) -> list[str]:
-        """Return the flags that go on from the third step of a run."""
+        """Return the flags that resume a run from its third step."""
         return ['--resume_from_checkpoint', f'glob:{self.folder}/{name}/*/*/checkpoint-3']
 
     def start(self, runs: list[list[Any]], *launcher: str, fail: list[Any] | None = None) -> subprocess.Popen[str]:
-        """Start torchrun on a plan."""
+        """Start torchrun with a plan."""
         plan = self.folder / f'plan-{len(runs)}.json'
         plan.write_text(json.dumps({'runs': runs, 'notes': str(self.folder), 'fail': fail}))
         command = [sys.executable, '-m', 'torch.distributed.run', *launcher]
         return subprocess.Popen(
-            [*command, str(ROOT / 'tests' / 'distributed_driver.py'), str(plan)],
+            [*command, str(ROOT / 'tests' / 'support' / 'distributed_driver.py'), str(plan)],
             cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
         )  # fmt: skip
@@ -71,7 +71,7 @@ class Session:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Return what a launch printed on standard error; it is over within 500 seconds on a busy machine."""
+    """Return the standard error of a launch; it ends within 500 seconds, also on a busy machine."""
     try:
         return process.communicate(timeout=500)[1]
     finally:
@@ -102,7 +102,7 @@ def session(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Sessio
     """Return a session in which one process and two have trained in every mode."""
     session = Session(tmp_path_factory.mktemp('distributed'), model_dir)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun has it: sums over more threads round otherwise
+    torch.set_num_threads(1)  # as torchrun sets it: sums over more threads round differently
     with pytest.MonkeyPatch.context() as patch:
         for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
             patch.delenv(name, raising=False)
@@ -193,7 +193,7 @@ def test_resumed_runs_equal_the_uninterrupted_ones(session: Session, sft_type: s
 
 
 def test_only_fsdp_shards_parameters_as_dtensors(session: Session) -> None:
-    """Loss equality alone would not tell: a trainer that falls back to DDP on a CPU gives the same losses."""
+    """Equal losses would not prove it: a trainer that falls back to DDP on a CPU gives the same losses."""
     for number, mode in enumerate([*MODES, *MODES]):
         assert any('DTensor' in name for name in session.notes(number)[0]['parameters']) == (mode == 'fsdp'), mode
 

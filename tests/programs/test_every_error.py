@@ -1,4 +1,4 @@
-"""Bad inputs, one row each: how it is made, and the words that answer it. No traceback, nothing written half.
+"""Bad inputs, one row each: how to make it, and a part of its message. No traceback, no half-written file.
 
 A new message for users needs a row here or a test elsewhere; tests/repository/test_error_sites.py says which have none.
 """
@@ -36,7 +36,7 @@ LATIN = b'\xff'
 
 @dataclass(kw_only=True)
 class World:
-    """What a row may use and damage: copies of a model, of data and of a finished run, and the programs."""
+    """What a row may use and damage: copies of a model, of data and of a finished run; and the programs."""
 
     tmp: Path
     source: Path
@@ -48,7 +48,7 @@ class World:
         return self.tmp / 'out'
 
     def model(self, name: str = '', content: str | bytes | None = '') -> Path:
-        """Return a copy of the model's directory with a file written anew, or removed (None)."""
+        """Return a copy of the model's directory with one file replaced, or removed (None)."""
         return write(copied(self.source / 'model', self.tmp / 'model'), name, content)
 
     def file(self, name: str, content: str | bytes) -> Path:
@@ -56,7 +56,7 @@ class World:
 
     @property
     def first(self) -> Path:
-        """Return the run that is copied; it is not to be changed."""
+        """Return the run that tests copy; it must not be changed."""
         return next(self.source.glob('out/*/*'))
 
     def run(self, name: str = '', content: str | bytes | None = '') -> Path:
@@ -261,7 +261,7 @@ def pushed(name: str, content: str | bytes | None, **fields: Any) -> Callable[[W
 
 PUSHES: dict[str, Any] = {'hub_model_id': 'me/it', 'push_hub_strategy': 'push_best'}
 
-# The two programs as they are called: each ends with exit code 2 and this among what it says.
+# The two programs: each call ends with exit code 2 and a message with this part.
 PROGRAMS: dict[str, Row] = {
     # flags
     'no checkpoint and no model': (lambda w: w.infer(), 'give --ckpt_dir, or name an untuned model'),
@@ -270,15 +270,15 @@ PROGRAMS: dict[str, Row] = {
     'a seed below 0': (lambda w: w.sft('--seed', '-1'), '--seed takes a whole number from 0 to 4294967295, got -1.'),
     'a seed too large': (lambda w: w.sft('--seed', str(2**40)), '--seed takes a whole number from 0 to'),
     'a count of odd digits': (lambda w: w.sft('--dataset', 'sql-demo#²'), "1 or more, got '²'"),
-    'a count without end': (lambda w: w.sft('--dataset', f'sql-demo#{DIGITS}'), 'after # comes how many rows'),
-    'bytes in a flag': (lambda w: w.sft('--system', 'a\udcff'), 'what --system was given is not UTF-8.'),
+    'a count without end': (lambda w: w.sft('--dataset', f'sql-demo#{DIGITS}'), 'the number of rows after #'),
+    'bytes in a flag': (lambda w: w.sft('--system', 'a\udcff'), '--system: the value is not UTF-8.'),
     'a list of nothing': (lambda w: w.sft('--dataset'), '--dataset needs at least one value.'),
     'neither true nor false': (lambda w: w.sft('--packing', 'maybe'), "--packing takes true or false, got 'maybe'."),
     'one file by two names': (
         lambda w: w.sft('--dataset', w.data, w.data.parent / '.' / '..' / w.data.parent.name / w.data.name),
-        'its rows would count double. Name it once.',
+        'so its rows would be used twice. Remove one of the two.',
     ),
-    'a package that is not there': (not_installed, 'which is not installed: pip install "transformers>=5.2.0"'),
+    'a package that is not there': (not_installed, 'which is not installed. Run: pip install "transformers>=5.2.0"'),
     'a share below 0': (lambda w: w.sft('--dataset_test_ratio', '-0.1'), 'takes a share from 0 to below 1, got -0.1.'),
     'a share above 1': (lambda w: w.sft('--dataset_test_ratio', '1.5'), 'takes a share from 0 to below 1, got 1.5.'),
     'no rows to show': (lambda w: w.infer('--show_dataset_sample', '0'), '--show_dataset_sample takes 1 or more, or'),
@@ -288,24 +288,24 @@ PROGRAMS: dict[str, Row] = {
     ),
     'merging nothing': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--merge_lora_and_save', 'true'),
-        'needs --ckpt_dir: without a checkpoint there is nothing to merge.',
+        'without a checkpoint there is nothing to merge. Add --ckpt_dir.',
     ),
     'merging whole weights': (
-        lambda w: w.infer('--ckpt_dir', w.whole(), '--merge_lora_and_save', 'true'), 'its weights are whole.',
+        lambda w: w.infer('--ckpt_dir', w.whole(), '--merge_lora_and_save', 'true'), 'the checkpoint needs no merging.',
     ),
     'merging into 4 bits': (
         lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--merge_lora_and_save', 'true', '--quantization_bit', '4'),
-        'cannot merge into 4-bit weights: rounding would swallow the adapter. Leave --quantization_bit out',
+        'rounding to 4 bits would lose the adapter. Remove --quantization_bit',
     ),
-    'chatting in two processes': (of_two_processes('--eval_human', 'true'), 'start them with python, not torchrun.'),
-    'merging in two processes': (of_two_processes('--merge_lora_and_save', 'true'), 'are for one process'),
+    'chatting in two processes': (of_two_processes('--eval_human', 'true'), 'Start the command with python, not'),
+    'merging in two processes': (of_two_processes('--merge_lora_and_save', 'true'), 'run in one process'),
     'packing a stream': (
         lambda w: w.sft('--packing', 'true', '--streaming', 'true'),
-        '--packing true fills packs from all rows, which --streaming true never has at once. Drop one.',
+        '--packing true chooses from all rows, and --streaming true never holds all rows. Remove --packing or',
     ),
     'a stream that is held out': (
         lambda w: w.sft('--streaming', 'true', '--stream_val_rows', '100'),
-        'all are left out, or held out for validation (--stream_val_rows).',
+        'all rows are skipped or held out for validation. Lower --stream_val_rows,',
     ),
     'bitsandbytes is not there': (
         lambda w: (w.lacks('bitsandbytes'), w.sft('--optim', 'adamw_8bit'))[1],
@@ -315,9 +315,9 @@ PROGRAMS: dict[str, Row] = {
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--dataset', w.data, '--dataset_test_ratio', '0'),
         'no validation row to answer: the run held none out.',
     ),
-    # where files are to be written
-    'a folder of someone else': (not_writable, 'is not writable for you. Give another folder.'),
-    'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB takes a number of GiB, got 'plenty'."),
+    # output folders
+    'a folder of someone else': (not_writable, 'you have no write permission for '),
+    'a cache of words': (cache_of_words, "ASSAY_CACHE_GIB: this variable takes a number of GiB, got 'plenty'. Set"),
     'answers under a file': (
         lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--result_path', w.data / 'a.jsonl'), 'qa.jsonl is a file.',
     ),
@@ -330,15 +330,15 @@ PROGRAMS: dict[str, Row] = {
     ),
     'export into what is there': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--export_native', 'true', '--output_dir', w.tmp),
-        'is there already, and is not replaced. Name a new folder.',
+        'exists already and is not replaced. Name a new folder.',
     ),
     # DeepSpeed's configuration
-    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, where a dict must be. --deepspeed_config_path'),
+    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, but a dict is expected. --deepspeed_config_path'),
     'half a file for DeepSpeed': (deepspeed('{'), 'ds.json cannot be read as JSON: Expecting'),
     'no UTF-8 for DeepSpeed': (deepspeed(LATIN), 'ds.json cannot be read as JSON: '),
     'brackets for DeepSpeed': (deepspeed(DEEP), 'ds.json cannot be read as JSON: maximum recursion'),
     'a number for DeepSpeed': (
-        deepspeed('{"zero_optimization": 3}'), 'sets zero_optimization 3, where DeepSpeed takes',
+        deepspeed('{"zero_optimization": 3}'), 'zero_optimization must be an object, got 3. Write',
     ),
     # rows
     'a number without end': (rows('a.jsonl', f'{{"query": "a", "response": {DIGITS}}}'), 'a.jsonl:1: this line is not'),
@@ -367,13 +367,13 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a picture of no name': (
         rows('a.jsonl', json.dumps({'query': '<img></img>', 'response': 'b', 'images': ['a\0b']})),
-        '1 rows left out: the row has images, and the model sees none (',
+        '1 rows skipped: the row has images, and the model sees none (',
     ),
     'one column twice': (rows('a.csv', 'query,query,response\na,b,c\n'), "a.csv:1: the header names 'query' twice."),
-    'a folder named as a file': (folder_named_as_a_file, 'a.jsonl cannot be read: Is a directory.'),
+    'a folder named as a file': (folder_named_as_a_file, 'a.jsonl: the data file cannot be read: Is a directory.'),
     # the model's directory
     'a file as a model': (lambda w: w.sft(model=w.data), 'qa.jsonl is a file.'),
-    'config.json is a list': (opened('config.json', '[]'), 'config.json holds a list, where a dict must be.'),
+    'config.json is a list': (opened('config.json', '[]'), 'config.json holds a list, but a dict is expected.'),
     'config.json in brackets': (opened('config.json', DEEP), 'config.json cannot be read as JSON: maximum recursion'),
     'config.json without a type': (opened('config.json', '{}'), 'config.json names no model_type'),
     'a width in words': (lambda w: w.sft(model=config(w, hidden_size='wide')), "'hidden_size' expected int, got str"),
@@ -389,7 +389,7 @@ PROGRAMS: dict[str, Row] = {
     'packed experts packed again': (
         lambda w: w.sft('--quantization_bit', '4', '--template_type', 'default',
                         model=config(w, quantization_config={'quant_method': 'mxfp4'}).rename(w.tmp / 'gpt-oss-20b')),
-        'cannot quantise gpt-oss: its experts are packed in 4 bits already. Leave it out.',
+        'cannot quantise gpt-oss: its experts are packed in 4 bits already. Remove --quantization_bit.',
     ),
     'weights without one layer': (
         lambda w: w.sft(model=config(w, num_hidden_layers=3)),
@@ -401,9 +401,9 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a model of no layers': (
         lambda w: w.sft(model=config(w, num_hidden_layers=0)),
-        'LlamaForCausalLM has no layer that LoRA could be put on. Use --sft_type full.',
+        '--sft_type lora: LlamaForCausalLM has no layer for LoRA. Use --sft_type full.',
     ),
-    'no chat template': (bare_tokenizer, 'has no chat template of its own. Name one with --template_type: '),
+    'no chat template': (bare_tokenizer, 'has no chat template. Choose one with --template_type: '),
     'a chat template cut off': (opened('chat_template.jinja', '{% for'), 'fails on a one-turn chat'),
     'a chat template that fails': (
         opened('chat_template.jinja', '{{ 1 / 0 }}'),
@@ -427,8 +427,8 @@ PROGRAMS: dict[str, Row] = {
         without_bos, "template 'ziya' needs bos_token_id, which the tokenizer does not have.",
     ),
     # a run and its checkpoints
-    'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, where a dict must be.'),
-    'arguments are nothing': (answers('sft_args.json', '{}'), 'has no sft_args.json beside it, or an empty one'),
+    'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, but a dict is expected.'),
+    'arguments are nothing': (answers('sft_args.json', '{}'), 'has an sft_args.json with content'),
     'arguments are no UTF-8': (answers('sft_args.json', LATIN), 'sft_args.json cannot be read as JSON: '),
     'an adapter cut off': (answers('adapter_model.safetensors', b'1234'), 'It is damaged, or was trained on another'),
     'an adapter of nothing': (answers('adapter_config.json', '{}'), "KeyError: 'peft_type' It is damaged, or"),
@@ -441,41 +441,41 @@ PROGRAMS: dict[str, Row] = {
     ),
     'resuming an adapter whole': (
         lambda w: w.sft('--resume_from_checkpoint', w.checkpoint(), '--sft_type', 'full'),
-        'holds an adapter, --sft_type is full.',
+        'holds an adapter, and --sft_type is full. Use --sft_type lora',
     ),
-    'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed: add --deepspeed_config_path.'),
-    'a lock that is a list': (repeated('[]'), 'lock.json holds a list, where a dict must be. Give --from_run a run'),
-    'a lock of nothing': (repeated('{}'), 'lock.json does not say what command was: it is not as written.'),
+    'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed. Add --deepspeed_config_path.'),
+    'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
+    'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has another type than a run writes.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
-    'a full disk before the first step': (full_disk(), 'a checkpoint cannot be written to '),
+    'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
         full_disk('--preflight', 'false'),
         'the last complete checkpoint is none yet.',
     ),
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
-    # what is run on a run folder
+    # commands on a run folder
     'pushing no run': (lambda w: push.main([str(w.tmp)]), 'sft_args.json cannot be read as JSON: No such file'),
-    'pushing what names no hub': (pushed('', ''), 'was trained without --push_to_hub true, so it names no repository.'),
+    'pushing what names no hub': (pushed('', ''), 'names no repository, because it was trained without --push_to_hub'),
     'pushing nothing': (pushed('checkpoint-1', None, **PUSHES), 'has no checkpoint to push.'),
-    'pushing without a token': (pushed('', '', **PUSHES), 'set the environment variable MODELSCOPE_API_TOKEN.'),
-    'pushing to a hub that is away': (away, 'It is kept: push it again.'),
+    'pushing without a token': (pushed('', '', **PUSHES), 'Set the environment variable MODELSCOPE_API_TOKEN.'),
+    'pushing to a hub that is away': (away, 'The folder is kept: run python -m utils.export.push '),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
         lambda w: report([str(w.run('sft_args.json', '{}'))]),
-        'does not say how a run was trained. Give a run',
+        'it does not say how a run was trained. Give a run',
     ),
     'reporting on a broken outcome': (
         lambda w: report([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
     ),
     'comparing with a list': (
         lambda w: report([str(w.run('history.json', '{}')), str(w.first)]),
-        'history.json holds a dict, where a list',
+        'history.json holds a dict, but a list',
     ),
     'comparing into a file': (
         lambda w: report([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
-        'a.html cannot be written: Not a directory. Name another file with --html.',
+        'a.html cannot be written: Not a directory. Name another file.',
     ),
 }  # fmt: skip
 
@@ -587,7 +587,7 @@ def archive(*, swells: bool) -> Callable[[Path], Any]:
         with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as opened_archive:
             opened_archive.writestr('a.png', bytes(60_000_000 if swells else 10))
         content = packed.getvalue()
-        if not swells:  # the bit that says: a password is needed
+        if not swells:  # the bit that means: a password is needed
             content = content.replace(b'PK\x03\x04\x14\0\0', b'PK\x03\x04\x14\0\1').replace(
                 b'PK\x01\x02\x14\3\x14\0\0', b'PK\x01\x02\x14\3\x14\0\1'
             )
@@ -596,7 +596,7 @@ def archive(*, swells: bool) -> Callable[[Path], Any]:
     return make
 
 
-# What no command line of a machine without a GPU or network reaches: the function that a program would call.
+# Messages that no command line reaches without GPU or network: call the function that the program would call.
 FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'one tensor in two shards': (two_shards, "b.safetensors: tensor 'x' is in another shard too."),
     'one name for two tensors': (one_name_for_two, "holds 'transformer.wte.weight' twice, the second time as"),
@@ -604,19 +604,19 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'a token to add that is null': (
         special_tokens(bos_token=None, add_bos_token=True), 'asks to add bos_token, which it sets to null.',
     ),
-    'an image token of another model': (image_token_of_another_model, "the model's is 7: they are not of one model."),
-    'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs: each needs its own. Start 2.'),
-    'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32 or DeepSpeed.'),
+    'an image token of another model': (image_token_of_another_model, "the model's is 7: they do not belong together."),
+    'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs, and each needs its own. Start 2'),
+    'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32 or --deepspeed'),
     'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs an NVIDIA GPU of compute capability 8'),
     'a directory of nothing': (directory_of_nothing, 'has no config.json, so its architecture is unknown.'),
-    'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 cannot be had on expert parameters'),
+    'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 is not possible on expert parameters'),
     'an object cut off': (objects(b'{"a": 1}\n{"b": '), 'a.json:2: the JSON is broken in the row that'),
     'an object that is none': (
-        objects(b'{"a": 1}, 3'), 'a.json: object 2: it must be an object with columns, got a int.',
+        objects(b'{"a": 1}, 3'), 'a.json: object 2: expected an object with named columns, got int.',
     ),
     'an object with a number without end': (objects(b'{"a": ' + b'1' * 5000 + b'}'), 'a.json:1: the JSON is broken'),
-    'pictures that swell': (archive(swells=True), 'unpacked it would be over 50 times its size'),
-    'pictures with a password': (archive(swells=False), 'a.zip is no whole zip file: '),
+    'pictures that swell': (archive(swells=True), 'the archive expands to more than 50 times its size'),
+    'pictures with a password': (archive(swells=False), 'a.zip: the zip file is damaged or encrypted: '),
 }  # fmt: skip
 
 
@@ -630,7 +630,7 @@ def test_functions_raise_one_message(name: str, tmp_path: Path, monkeypatch: pyt
 
 
 SFT_ON_TWO = ROOT / 'scripts' / 'qwen_7b_chat' / 'lora_ddp' / 'sft.sh'
-# What scripts say of themselves -> the command, variables, and what `python3` is (a shell's line).
+# Message of a script -> the command, variables, and the shell line that replaces `python3`.
 SCRIPTS: dict[str, tuple[str, dict[str, str], str]] = {
     'usage: infer.sh CHECKPOINT [FLAGS]': (f'bash {SFT_ON_TWO.with_name("infer.sh")}', {}, ''),
     'the number of this machine, 0 on the first': (f'bash {SFT_ON_TWO}', {'NNODES': '2'}, ''),
@@ -651,6 +651,7 @@ def test_every_message_of_the_scripts_is_among_these() -> None:
     assert {message.partition('$')[0] for message in said} == set(SCRIPTS) and len(files) > 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words', SCRIPTS)
 def test_scripts_answer_with_one_message(words: str, tmp_path: Path) -> None:
     command, variables, python = SCRIPTS[words]

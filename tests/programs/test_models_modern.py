@@ -1,4 +1,4 @@
-"""Models that bring their own chat template: every native class trains with its entry, every template is read right."""
+"""Models with their own chat template: every native class trains with its entry, every template is read correctly."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from utils.train.prepare import find_targets, prepare_model
 
 
 def train_and_merge(key: str, folder: Path, data: Path, *more: str) -> tuple[str, dict[str, Any], list[str]]:
-    """Train 5 steps and merge by the programs themselves; returns class, adapter config and names of its tensors.
+    """Train 5 steps and merge with the programs. Returns class, adapter config and names of its tensors.
 
-    Checks that the loss falls and that the merged folder, opened by plain transformers, is base + adapter.
+    Checks that the loss falls and that the merged folder, opened by plain transformers, equals base + adapter.
     """
     import torch
     from peft import PeftModel
@@ -155,7 +155,7 @@ def test_targets_are_found_by_name_experts_included() -> None:
     with pytest.raises(ConfigError, match=f"'mlp.expert.gate_up_proj' matches no linear .* did you mean '{up}'"):
         find_targets(model, ['q_proj', 'mlp.expert.gate_up_proj'])
     args = SftArguments(lora_target_modules=[up], lora_dropout_p=0.1)
-    with pytest.raises(ConfigError, match=rf'--lora_dropout_p 0.1 cannot be had on expert parameters \({up}\)'):
+    with pytest.raises(ConfigError, match=rf'--lora_dropout_p 0.1 is not possible on expert parameters \({up}\)'):
         prepare_model(model, args)
 
 
@@ -163,7 +163,7 @@ def test_names_that_peft_would_put_on_the_experts_are_not_put_there(caplog: pyte
     model, checked = make_modern('qwen3-next-80b-a3b-instruct'), 0
     modules, parameters = find_targets(model, ['ALL'])
     assert 'in_proj_ba' in modules and not parameters and not {'gate_proj', 'up_proj', 'down_proj'} & set(modules)
-    assert 'ALL leaves out down_proj, gate_proj, up_proj' in caplog.text
+    assert 'ALL skips down_proj, gate_proj, up_proj' in caplog.text
     with pytest.raises(ConfigError, match='up_proj: on Qwen3NextForCausalLM PEFT puts these names on the experts'):
         find_targets(model, ['q_proj', 'up_proj'])
     for key in PLAIN:
@@ -232,7 +232,9 @@ def test_an_old_transformers_is_refused_before_anything_is_fetched(
     main = importlib.import_module(program).main
     assert main(['--model_type', 'qwen3.5-4b', '--dataset', 'gone.jsonl']) == 2
     said = problems()
-    assert 'this model needs transformers>=5.2.0, found 4.57.1: pip install "transformers>=5.2.0"' in said
+    assert (
+        'this model needs transformers>=5.2.0, but 4.57.1 is installed. Run: pip install "transformers>=5.2.0"' in said
+    )
     assert len(said) == 2, 'all problems at once'
 
 
@@ -283,8 +285,8 @@ def test_a_checkpoint_without_its_language_model_is_refused(tmp_path: Path) -> N
         get_text_model_tokenizer(tmp_path, MODEL_MAPPING[key], LoadOptions(torch_dtype=torch.float32))
 
 
-# What is trained between the generation prompt and the reply: what the template prints there, or what closes the
-# think block that its generation prompt opens.
+# The text that is trained between the generation prompt and the reply: what the template prints there, or what closes
+# the think block that its generation prompt opens.
 LEADS = {
     'deepseek_r1_distill': '</think>\n\n', 'deepseekv3': '</think>\n\n', 'glm4moe': '\n<think></think>\n',
     'gptoss': '<|channel|>final<|message|>', 'muse_glimmer': ' to=user<|message|>',
@@ -293,10 +295,10 @@ LEADS = {
     'qwen3_6': '\n</think>\n\n', 'qwen3_8': '\n</think>\n\n',
 }  # fmt: skip
 THINKING = [name for name, lead in LEADS.items() if 'think' in lead]
-# These open a think block at inference and print none, or another, around a reply: the ids differ, which is noted.
+# These open a think block at inference but print none, or another, around a reply: the difference is noted.
 UNLIKE_THEIR_PROMPT = {'deepseek_r1_distill', 'deepseekv3', *(name for name in LEADS if name.startswith('nemotron'))}
 NOTES = {**{name: [FULL_DIFFERS] for name in UNLIKE_THEIR_PROMPT}, 'glm4moe': [ADDED_END]}
-# Vision models whose content is a list of parts, never a text.
+# Vision models whose content is always a list of parts, never a text.
 NEED_PARTS = {'idefics3', 'llava_next', 'smolvlm'}
 NO_SYSTEM = {'gemma'}
 CHATS: list[list[str]] = [
@@ -313,18 +315,18 @@ def conversation(texts: list[str], system: str | None = None) -> list[Message]:
 
 
 def conversations(name: str) -> list[list[Message]]:
-    """Return the chats that a template is tried with, with and without a system text where it has a place for one."""
+    """Return the chats for testing a template; some have a system text if the template supports it."""
     return [conversation(texts, s) for s in (None, *(['be brief'] if name not in NO_SYSTEM else [])) for texts in CHATS]
 
 
 def ids_of(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Return what transformers gives for a chat; GLM's template prints no end, so the next turn's token is added."""
+    """Return what transformers renders for a chat; GLM's template prints no end, so the next turn's token is added."""
     ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)['input_ids']
     return ids + [tokenizer.convert_tokens_to_ids('<|user|>')] * ('[gMASK]' in tokenizer.chat_template)
 
 
 def check_row(name: str, tokenizer: Any, messages: list[Message], said: str) -> Encoded:
-    """Check that a row is the generation prompt, and after it `said` and the end, which alone carry loss."""
+    """Check that a row is the generation prompt, then `said` and the end, and that only these two are trained."""
     encoder = AutoEncoder(tokenizer, system=None, max_length=-1)
     row = Row(messages=messages, origin='test:1')
     encoded = encoder.encode([row])[0]
@@ -364,7 +366,7 @@ def test_a_reply_that_reasons_takes_the_place_of_the_empty_think_block(name: str
         opened = '<think>\n' if name.startswith(('deepseek', 'nemotron', 'qwen3_')) else ''
         opening = '\n' if name == 'glm4moe' else ''
         encoded = check_row(name, tokenizer, thought, opening + (reasoning + answer).removeprefix(opened))
-        # DeepSeek's template drops reasoning, Qwen3.8's reads it from a field of its own.
+        # DeepSeek's template drops reasoning; Qwen3.8's reads it from a separate field.
         own: Any = [*messages[:-1], {'role': 'assistant', 'content': answer, 'reasoning_content': 'because'}]
         whole = ids_of(tokenizer, own if name == 'qwen3_8' else thought)
         assert (encoded.input_ids == whole) != name.startswith('deepseek')

@@ -1,4 +1,4 @@
-"""Two processes that are killed, stopped, cut off or poisoned together. One driver process forks all the runs."""
+"""Two processes that are killed, stopped, interrupted or given NaN together. One driver process forks all runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.support.runs import ROOT
 from utils.base.checkpoint import all_checkpoints, damage
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 DRIVER = """
 import json, math, os, resource, signal, sys
@@ -72,13 +72,13 @@ found = {
 """
 
 
-# A process that is forked after torch started threads would wait for them for ever.
+# A process that is forked after torch started threads would wait for them forever.
 ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
 @pytest.fixture(scope='module')
 def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of all the runs, and what the driver found."""
+    """Return the folder of all runs, and the results of the driver."""
     folder = tmp_path_factory.mktemp('runs')
     done = subprocess.run(
         [sys.executable, '-c', DRIVER, str(ROOT), str(folder)],
@@ -89,7 +89,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 
 def log(folder: Path, name: str) -> str:
-    """Return what the first process printed; without torchrun, which ends it, the other one says the same later."""
+    """Return the output of the first process. Without torchrun, the other one prints the same later."""
     return (folder / name / 'log-0.txt').read_text()
 
 
@@ -129,13 +129,13 @@ def test_the_rows_of_another_process_are_named(driven: tuple[Path, dict[str, Any
     assert text.count('step 4: the loss is not a finite number for ') == 1 and 'Traceback' not in text
     seen = [json.loads(line) for line in (folder / 'poisoned' / 'rows-1.jsonl').read_text().splitlines()]
     rows = {index for step, indices in seen if step == 3 for index in indices}
-    named = text.split('step 4: the loss is not a finite number for ')[1].split('. Look')[0].split(', ')
+    named = text.split('step 4: the loss is not a finite number for ')[1].split('. Check')[0].split(', ')
     assert len(rows) == len(named) == 4
     assert [p.name for p in all_checkpoints(run_of(folder, 'poisoned'))] == ['checkpoint-2']
 
 
 def test_killed_runs_go_on_to_the_same_bits() -> None:
-    """Few kills of three modes; benchmarks/kill_resume.py has more of both."""
+    """A few kills of three modes; benchmarks/kill_resume.py has more kills and modes."""
     done = subprocess.run(
         [sys.executable, 'benchmarks/kill_resume.py', '--kills', '4', '--modes', 'lora, worker, log every 3', 'full',
          'lora, 2 processes'],

@@ -1,7 +1,7 @@
-"""One script of each mode trains for real: a tiny checkpoint lies where its model would, "$@" makes the run short.
+"""One script of each mode trains for real: a tiny checkpoint replaces its model, and added flags make the run short.
 
-There is no GPU, so what needs one is as on any machine without: `mp` modes, which spread layers over GPUs, hold them
-all on the CPU; processes talk over gloo.
+There is no GPU, so the modes behave as on any CPU machine: `mp` modes, which spread layers over GPUs, hold them
+all on the CPU, and processes communicate over gloo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.script_runs import SFT, Started, run_scripts
 from utils.hub.clients import Repo, connect
 from utils.model import MODEL_MAPPING
 
-# Of each mode, the script and the class that its checkpoint is of, as config.json names it.
+# For each mode, its script and the class of its checkpoint, as config.json names it.
 ONE_OF_EACH = {
     'lora': ('llama2_7b_chat', 'llama'),
     'qlora': ('llama2_7b_chat', 'llama'),
@@ -50,7 +50,7 @@ TOGETHER = [mode for mode in ONE_OF_EACH if 'ddp' in mode]
 
 
 def place_checkpoint(folder_name: str, kind: str, tokenizer: Any) -> None:
-    """Put a tiny checkpoint where the hub's client keeps the files of this model."""
+    """Put a tiny checkpoint into the hub client's cache of this model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -72,7 +72,7 @@ def place_checkpoint(folder_name: str, kind: str, tokenizer: Any) -> None:
 
 @pytest.fixture
 def started(tmp_path: Path, tokenizer: Any) -> dict[str, Started]:
-    """Return what the script of each mode starts with two processes and the words of a short run."""
+    """Return the command that the script of each mode starts, for two processes and a short run."""
     for model, kind in dict.fromkeys(ONE_OF_EACH.values()):
         place_checkpoint(model, kind, tokenizer)
     rows = [{'query': f'what is {i}?', 'response': f'it is {i}.' + ' yes' * (i % 5)} for i in range(12)]
@@ -84,7 +84,7 @@ def started(tmp_path: Path, tokenizer: Any) -> dict[str, Started]:
 
 
 def check_run(folder: Path, mode: str) -> None:
-    """See that a run of this mode trained two steps and left what it trains."""
+    """Check that a run of this mode trained two steps and saved what it trains."""
     (state,) = folder.glob('*/*/checkpoint-2/trainer_state.json')
     found = json.loads(state.read_text())
     assert found['global_step'] == 2 and any(entry.get('loss', 0) > 1 for entry in found['log_history']), mode
@@ -97,6 +97,8 @@ def test_there_is_one_of_every_mode() -> None:
     assert all(script.is_file() for script in SCRIPTS.values()) and len(ALONE) == 6 and len(TOGETHER) == 10
 
 
+@pytest.mark.slow
+@pytest.mark.optional
 def test_scripts_of_one_process_train(started: dict[str, Started], tmp_path: Path) -> None:
     pytest.importorskip('bitsandbytes')
     for mode in ALONE:
@@ -106,9 +108,11 @@ def test_scripts_of_one_process_train(started: dict[str, Started], tmp_path: Pat
         check_run(output, mode)
 
 
+@pytest.mark.processes
+@pytest.mark.optional
 @pytest.mark.slow
 def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_path: Path) -> None:
-    """The programs run one after another in two processes of one launch: importing the libraries takes longest."""
+    """The programs run one after another in one launch of two processes: importing the libraries takes longest."""
     pytest.importorskip('bitsandbytes')
     pytest.importorskip('deepspeed')
     runs: list[list[Any]] = []
@@ -120,7 +124,7 @@ def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_pat
     plan.write_text(json.dumps({'runs': runs, 'notes': str(tmp_path), 'fail': None}))
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', *started['lora_ddp'].launcher,
-         str(ROOT / 'tests' / 'distributed_driver.py'), str(plan)],
+         str(ROOT / 'tests' / 'support' / 'distributed_driver.py'), str(plan)],
         cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -133,7 +137,7 @@ def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_pat
 
 @pytest.mark.slow
 def test_a_script_runs_as_it_is_from_any_folder(started: dict[str, Started], tmp_path: Path) -> None:
-    """Nothing stands in here for python or for the script."""
+    """Here the real script runs the real python."""
     words = [word for name, value in SHORT.items() for word in (f'--{name}', str(value))]
     words += ['--dataset', str(tmp_path / 'rows.jsonl'), '--output_dir', str(tmp_path / 'lora')]
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'

@@ -1,4 +1,4 @@
-"""Code and pickles that lie in a checkpoint are never run, by any path that opens it."""
+"""Code and pickles in a checkpoint are never executed, on any path that opens it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def code(mark: Path) -> str:
 
 
 def trap(folder: Path, mark: Path) -> None:
-    """Plant files of code that leave a mark, what asks for them, and a chat template that tries to."""
+    """Plant code files that leave a mark, configurations that refer to them, and a chat template that tries to."""
     names = [f'{kind}_trap.py' for kind in ('modeling', 'tokenization', 'configuration', 'processing')]
-    # Under the names of the originals too, and of what Python itself looks for.
+    # Also under the names of the original files, and of files that Python itself looks for.
     names += ['modeling_qwen.py', 'tokenization_qwen.py', 'configuration_qwen.py', 'qwen_generation_utils.py']
     names += ['setup.py', 'conftest.py', 'sitecustomize.py', '__init__.py', 'custom_generate/generate.py']
     for name in names:
@@ -59,7 +59,7 @@ def trap(folder: Path, mark: Path) -> None:
 
 @pytest.fixture(params=['native', 'original'])
 def trapped(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    """Return a booby-trapped folder, in a native layout or an original one, and the mark its traps would leave."""
+    """Return a folder with traps, in a native or an original layout, and the mark that the traps would leave."""
     mark = tmp_path / 'mark'
     if request.param == 'original':
         folder = original_folder('qwen-7b', tmp_path)
@@ -72,7 +72,7 @@ def trapped(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]
 
 
 def test_the_traps_would_leave_a_mark(tmp_path: Path) -> None:
-    """Run each as only a test may, so that an absent mark below means something."""
+    """Trigger each trap on purpose. This proves that an absent mark in the tests below means something."""
     for number, setting_off in enumerate((
         lambda mark: exec(code(mark)),
         lambda mark: pickle.loads(pickle.dumps(Bomb(mark))),
@@ -82,6 +82,7 @@ def test_the_traps_would_leave_a_mark(tmp_path: Path) -> None:
         assert mark.exists()
 
 
+@pytest.mark.slow
 def test_code_of_a_checkpoint_is_not_run_and_not_passed_on(
     trapped: tuple[Path, Path], data_file: Path, tmp_path: Path
 ) -> None:
@@ -91,7 +92,7 @@ def test_code_of_a_checkpoint_is_not_run_and_not_passed_on(
     words = small_flags(folder, data_file, tmp_path / 'out')
     assert llm_sft.main([*words, '--max_steps', '1', '--template_type', 'default']) == 0
     checkpoint = next((tmp_path / 'out').glob('*/*/checkpoint-1'))
-    # A checkpoint may come from anyone as well.
+    # A checkpoint can also come from a stranger.
     trap(checkpoint, mark)
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--do_sample', 'false', '--max_new_tokens', '2']) == 0
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']) == 0
@@ -117,6 +118,7 @@ def test_a_chat_template_cannot_reach_the_system(tmp_path: Path, data_file: Path
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_pickles_in_a_checkpoint_are_not_run(
     trapped: tuple[Path, Path], data_file: Path, tmp_path: Path, problems: Problems
 ) -> None:
@@ -133,11 +135,12 @@ def test_pickles_in_a_checkpoint_are_not_run(
     assert not mark.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('targets', [['q_proj'], ['c_attn']])
 def test_pickles_in_an_adapter_are_not_run(
     targets: list[str], data_file: Path, tmp_path: Path, problems: Problems
 ) -> None:
-    """A native adapter is read by PEFT, one of a fused layout here."""
+    """PEFT reads a native adapter; this project reads one of a fused layout."""
     folder, mark = original_folder('qwen-7b', tmp_path), tmp_path / 'mark'
     words = [*small_flags(folder, data_file, tmp_path / 'out'), '--max_steps', '1', '--template_type', 'default']
     assert llm_sft.main(words) == 0
@@ -155,7 +158,7 @@ def test_pickles_in_an_adapter_are_not_run(
 
 
 def zipped_pickle(content: Any) -> bytes:
-    """Return an archive as torch.save writes it, whose pickle is this."""
+    """Return an archive as torch.save writes it, with this pickle."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, 'w') as archive:
         archive.writestr('archive/data.pkl', pickle.dumps(content))
@@ -164,6 +167,7 @@ def zipped_pickle(content: Any) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_pickles_in_what_a_run_resumes_from_are_not_run(
     model_dir: Path, data_file: Path, tmp_path: Path, problems: Problems
 ) -> None:
@@ -176,7 +180,7 @@ def test_pickles_in_what_a_run_resumes_from_are_not_run(
         kept = (checkpoint / name).read_bytes() if (checkpoint / name).is_file() else None
         for content in (pickle.dumps(Bomb(mark)), zipped_pickle(Bomb(mark))):
             (checkpoint / name).write_bytes(content)
-            # Refused where the file is read at all, gone on without it where it is not.
+            # Refused if the file is read; ignored if it is not.
             assert llm_sft.main([*words, '--max_steps', '2', '--resume_from_checkpoint', str(checkpoint)]) in (0, 2)
             assert not mark.exists(), name
             planted += 1

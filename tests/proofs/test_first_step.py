@@ -1,4 +1,4 @@
-"""The first-step gate finds what would fail later, and leaves no trace in the numbers."""
+"""The first-step gate finds what would fail later, and does not change the results of the run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', MODES)
 def test_a_run_is_the_same_bits_with_and_without_it(mode: str, run_sft: Run) -> None:
     tried, plain = (run_sft(*MODES[mode], '--preflight', value) for value in ('true', 'false'))
@@ -99,8 +100,8 @@ def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
     run = run_sft(*flags, expect=2)
     (message,) = problems()
     found = re.match(
-        r'the heaviest batch \(2 rows of up to (\d+) tokens\) does not fit into memory: .*allocate.* '
-        # Whether recomputing is enough here depends on what the allocator has kept.
+        r'--batch_size: the heaviest batch \(2 rows of up to (\d+) tokens\) does not fit into memory: .*allocate.* '
+        # Whether gradient checkpointing is enough here depends on the memory that the allocator keeps.
         r'Tried just now: --batch_size 1: fits; --gradient_checkpointing true: (?:fits|does not fit); '
         r'--max_length (\d+): fits\. '
         r'A smaller --batch_size with more --gradient_accumulation_steps trains the same\.$',

@@ -1,4 +1,4 @@
-"""What carries loss: rows that teach nothing are kept out, and a batch that trains other tokens stops the run."""
+"""The loss mask: rows without a trained token are skipped, and a batch that trains other tokens stops the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from utils.encode.encoded import IGNORE_INDEX, NOTHING_TRAINED, Encoded
 from utils.encode.make import make_encoder
 from utils.encode.show import show_samples
 from utils.formats.conversation import Row
-from utils.proofs import loss_mask
 from utils.proofs.loss_mask import prove_mask
 
 Run = Callable[..., Path]
@@ -50,13 +49,13 @@ def test_labels_of_batches_are_what_is_trained(tmp_path: Path) -> None:
     proof = prove(Collator(5), tmp_path)
     assert proof['passed'] and proof['rows_checked'] == 3
     assert proof['says'] == (
-        '3 rows train 40 % of 60 tokens; in batches of 3 of them exactly these carry loss, each end of turn among '
-        'them; 2 rows were left out because none of their tokens does'
+        '3 rows train 40 % of 60 tokens; in batches of 3 rows exactly the marked tokens carry loss, each end of turn '
+        'among them; 2 rows were skipped because none of their tokens carries loss'
     )
 
 
 class Mutated(Collator):
-    """Makes batches as training does, and changes their labels."""
+    """A collator that makes batches as training does, then changes their labels."""
 
     def __init__(self, change: Callable[[torch.Tensor], None]) -> None:
         super().__init__(5)
@@ -81,18 +80,18 @@ def change_token(labels: torch.Tensor) -> None:
 
 
 def shift_by_one(labels: torch.Tensor) -> None:
-    """Put the same tokens one place later: in their order they are what the row trains."""
+    """Shift the trained tokens by one position: their values and order stay as the row states."""
     labels.copy_(labels.roll(1, dims=1))
 
 
 def swap_rows(labels: torch.Tensor) -> None:
-    """Give two rows each other's labels. Alone, each row would keep its own."""
+    """Exchange the labels of two rows. A row alone in its batch would keep its own."""
     if len(labels) > 1:
         labels[[0, 1]] = labels[[1, 0]]
 
 
 def train_padding(labels: torch.Tensor) -> None:
-    """Train a token behind the end of the shorter row."""
+    """Train a token after the end of the shorter row."""
     short = int((labels[:, -2:] == IGNORE_INDEX).all(dim=1).nonzero()[0]) if len(labels) > 1 else 0
     labels[short, -1] = 5
 
@@ -101,11 +100,11 @@ def train_padding(labels: torch.Tensor) -> None:
     ('change', 'message'),
     [
         (drop_end, "the end of turn '<|im_end|>' carries no loss in a batch: the model would never learn to stop."),
-        (train_prompt, 'a batch trains other tokens than its row says'),
-        (change_token, 'a batch trains other tokens than its row says'),
-        (shift_by_one, 'a batch trains the tokens of its row at other places'),
+        (train_prompt, 'a batch trains other tokens than its row marks'),
+        (change_token, 'a batch trains other tokens than its row marks'),
+        (shift_by_one, 'a batch trains the tokens of its row at other positions'),
         (swap_rows, 'a batch trains'),
-        (train_padding, 'a batch trains other tokens than its row says'),
+        (train_padding, 'a batch trains other tokens than its row marks'),
     ],
 )
 def test_a_batch_that_trains_other_tokens_stops_the_run(
@@ -120,7 +119,7 @@ def test_a_batch_that_trains_other_tokens_stops_the_run(
 @pytest.mark.parametrize('pads', [True, False])
 def test_rows_in_one_batch_are_compared_each_with_its_own(pads: bool, tmp_path: Path) -> None:
     class Joins(Collator):
-        """Gives the first row's ids to all rows of its length."""
+        """An encoder that gives the ids of the first row to all rows of its length."""
 
         def __call__(self, rows: Any) -> Any:
             same = [row if len(row['input_ids']) != len(rows[0]['input_ids']) else rows[0] for row in rows]
@@ -132,7 +131,7 @@ def test_rows_in_one_batch_are_compared_each_with_its_own(pads: bool, tmp_path: 
 
 
 def test_the_share_that_trains_is_the_share_of_labels() -> None:
-    """The first token of a row carries no loss, though a row without a prompt is trained from there on."""
+    """The first token of a row has no loss, although a row without a prompt is trained from there on."""
     encoded = EncodedRows()
     for trained, earlier in (((0, 9), []), ((1, 9), []), ((6, 8), [(0, 3)]), ((0, 1), []), ((4, 9), [])):
         encoded.append(Encoded(input_ids=list(range(10, 19)), trained=trained, prompt_length=0, earlier=earlier))
@@ -144,12 +143,12 @@ def test_a_row_in_which_nothing_is_trained_is_left_out_and_named() -> None:
     encoder = make_encoder(
         make_tokenizer(), template_type='default-generation', system='', system_typed=False, max_length=-1
     )
-    # One token, the end: it stands first, where nothing predicts it.
+    # Only the end token: it is the first token, which nothing predicts.
     empty = Row(messages=[{'role': 'user', 'content': ''}, {'role': 'assistant', 'content': ''}], origin='qa.jsonl:7')
     report = EncodingReport()
     encoded, kept = encode_rows(encoder, [empty, ROWS[0]], report)
     assert len(encoded) == 1 and kept == [ROWS[0]]
-    assert report.lines() == [f'1 rows left out: {NOTHING_TRAINED} (qa.jsonl:7)']
+    assert report.lines() == [f'1 rows skipped: {NOTHING_TRAINED} (qa.jsonl:7)']
 
 
 def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(
@@ -161,13 +160,14 @@ def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(
     assert shown.count('⟦the answer is') == 2 and '⟦the answer is 2.<|im_end|>⟧' in shown
     assert '⟦the answer is 2.<|im_end|>⟧' in caplog.text
     caplog.clear()
-    monkeypatch.setattr(loss_mask.sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr('utils.encode.show.sys.stderr.isatty', lambda: True, raising=False)
     monkeypatch.delenv('NO_COLOR', raising=False)
     show_samples(ENCODER.tokenizer, [rows[0]], tmp_path)
     assert '\x1b[30;42mthe answer is 0.<|im_end|>\x1b[0m' in caplog.messages[-1]
     assert '\x1b' not in (tmp_path / 'sample.txt').read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_the_number_of_samples_is_the_users(run_sft: Run) -> None:
     run = run_sft('--show_samples', '3', '--max_steps', '1')
     assert (run / 'sample.txt').read_text(encoding='utf-8').count('⟦') == 3

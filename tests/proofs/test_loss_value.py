@@ -1,14 +1,16 @@
-"""The loss that the trainer computes is that of each row by itself, or the run stops before its first step."""
+"""The loss of the trainer equals that of the rows one by one, or the run stops before its first step."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.data import collator
@@ -16,7 +18,7 @@ from utils.data.collator import Collator
 from utils.encode.encoded import IGNORE_INDEX
 from utils.fast import attention, chunked_loss
 from utils.fast.scoring import Scorer
-from utils.proofs.loss_value import choose_rows, trained_places
+from utils.proofs.loss_value import LossProof, choose_rows, trained_positions
 from utils.train import trainer
 from utils.train.trainer import SftTrainer
 
@@ -27,7 +29,7 @@ SHARPER = 4
 
 @pytest.fixture(scope='module')
 def sharp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model whose loss differs from token to token, as that of a trained one does."""
+    """Return a model whose loss differs from token to token, as in a trained model."""
     model = make_model()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -74,7 +76,7 @@ def scale_loss(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_a_chunk(patch: pytest.MonkeyPatch) -> None:
-    """Leave the last positions of a batch out of the sum."""
+    """Omit the last positions of a batch from the sum."""
     plain = chunked_loss.summed_loss
     cut = lambda hidden, targets, head, divisor: plain(hidden[:-3], targets[:-3], head, divisor)  # noqa: E731
     patch.setattr('utils.fast.scoring.summed_loss', cut)
@@ -93,12 +95,12 @@ def go_on_counting_positions(patch: pytest.MonkeyPatch) -> None:
 def let_rows_see_each_other(patch: pytest.MonkeyPatch) -> None:
     from utils.fast import scoring
 
-    patch.setattr(scoring, 'laid_end_to_end', lambda lengths: attention.laid_end_to_end([sum(lengths)]))
+    patch.setattr(scoring, 'concatenated_rows', lambda lengths: attention.concatenated_rows([sum(lengths)]))
 
 
 def lose_a_row_of_a_joined_batch(patch: pytest.MonkeyPatch) -> None:
-    fewest = collator.fewest
-    patch.setattr(collator, 'fewest', lambda *args: [pack[: max(1, len(pack) - 1)] for pack in fewest(*args)])
+    pack_evenly = collator.pack_evenly
+    patch.setattr(collator, 'pack_evenly', lambda *args: [pack[: max(1, len(pack) - 1)] for pack in pack_evenly(*args)])
 
 
 def count_too_many_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,7 @@ def count_too_many_tokens(patch: pytest.MonkeyPatch) -> None:
 
 
 def train_the_prompt(patch: pytest.MonkeyPatch) -> None:
-    """Change labels behind the batches that the gate of labels sees."""
+    """Change labels of later batches than those that the loss-mask check reads."""
     loss_of = SftTrainer.compute_loss
 
     def changed(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +148,24 @@ def test_a_trainer_that_computes_another_loss_stops_before_its_first_step(
     assert not list(run.glob('checkpoint-*'))
 
 
+@pytest.mark.parametrize('backend', ['is_deepspeed_enabled', 'is_distributed_loading_by_transformers'])
+def test_a_sharded_model_is_not_compared(backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A forward pass before the first step crashes FSDP, so the proof only logs why it is skipped."""
+    flags = {'is_deepspeed_enabled': False, 'is_distributed_loading_by_transformers': False}
+    args: Any = SimpleNamespace(output_dir=str(tmp_path))
+    # The stand-in has no model: any use of it raises AttributeError.
+    sharded: Any = SimpleNamespace(**{**flags, backend: True})
+    whole: Any = SimpleNamespace(**flags)
+    rows = [row(9, (6, 8))]
+
+    with caplog.at_level('INFO'):
+        LossProof(sharded, rows).on_train_begin(args, TrainerState(), TrainerControl())
+    assert 'loss value: not compared with single rows, because DeepSpeed or FSDP shards the model' in caplog.text
+    assert not list(tmp_path.iterdir()), 'no outcome is recorded'
+    with pytest.raises(AttributeError, match='model_wrapped'):
+        LossProof(whole, rows).on_train_begin(args, TrainerState(), TrainerControl())
+
+
 def row(length: int, trained: tuple[int, int], earlier: list[tuple[int, int]] | None = None) -> dict[str, Any]:
     return {
         'input_ids': list(range(length)),
@@ -160,7 +180,7 @@ def test_rows_are_cut_to_their_last_tokens_and_spread_over_lengths() -> None:
     rows = [row(n, (n // 2, n)) for n in (300, 5, 40, 1000, 9, 20)]
     chosen = choose_rows(rows)
     assert [len(item['input_ids']) for item in chosen] == [5, 9, 40, 256]
-    assert chosen[-1]['input_ids'] == list(range(44, 300)) and trained_places(chosen[-1]) == list(range(106, 256))
-    behind = row(1000, (10, 20))  # whose trained tokens are cut off
+    assert chosen[-1]['input_ids'] == list(range(44, 300)) and trained_positions(chosen[-1]) == list(range(106, 256))
+    behind = row(1000, (10, 20))  # its trained tokens are cut off
     assert choose_rows([behind]) == [] and choose_rows([]) == []
-    assert trained_places(row(9, (6, 8), [(0, 3)])) == [1, 2, 6, 7]
+    assert trained_positions(row(9, (6, 8), [(0, 3)])) == [1, 2, 6, 7]

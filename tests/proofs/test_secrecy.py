@@ -1,4 +1,4 @@
-"""What a run leaves on the disk and says: no secret of any flag, variable or configuration, no pickle, no home path."""
+"""The files and the output of a run hold no secret of a flag, variable or configuration, no pickle, no home path."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ HOLDERS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_canary_in_every_holder_is_found_nowhere(data_file: Path, tmp_path: Path) -> None:
-    """The run of a user: its folder, what it prints, archives and metadata are searched for each spelling."""
+    """Search the folder of a run, its output, archives and metadata for each spelling of a secret."""
     home = tmp_path / 'home'
     model = home / 'models' / 'tiny'
     make_model().save_pretrained(model)
@@ -50,7 +51,10 @@ def prove(folder: Path, args: SftArguments) -> tuple[bool, str]:
 
 Plant = Callable[[Path], None]
 PLANTS: dict[str, tuple[Plant, str]] = {
-    'a token': (lambda f: f.joinpath('a.txt').write_text(f'key: {CANARY}\n') and None, 'a.txt: what --hub_token holds'),
+    'a token': (
+        lambda f: f.joinpath('a.txt').write_text(f'key: {CANARY}\n') and None,
+        'a.txt: the value of --hub_token',
+    ),
     'a pickle': (lambda f: f.joinpath('a').write_bytes(pickle.dumps([1])) and None, 'a: a pickle'),
     'a pickle by name': (lambda f: f.joinpath('optimizer.pt').touch(), 'optimizer.pt: a pickle by its name'),
     'a home path': (
@@ -65,7 +69,7 @@ def test_what_is_planted_is_found(name: str, tmp_path: Path) -> None:
     args = SftArguments(hub_token=CANARY, model_id_or_path=f'{Path.home()}/typed/model', dataset=['a.jsonl#5'])
     (tmp_path / 'fine.json').write_text(f'{{"x": "{Path.home()}/typed/model/config.json"}}')
     passed, says = prove(tmp_path, args)
-    assert passed and says.startswith('1 files, archives and metadata opened, hold none of ')
+    assert passed and says.startswith('1 files, archives and metadata opened, contain none of ')
     plant, message = PLANTS[name]
     plant(tmp_path)
     passed, says = prove(tmp_path, args)
@@ -79,4 +83,4 @@ def test_deepspeeds_own_state_is_excepted_and_named(tmp_path: Path) -> None:
     prove_secrecy(tmp_path, SftArguments())
     proof = json.loads((tmp_path / 'proofs.json').read_text())['secrecy']
     assert proof['passed'] and proof['excepted'] == ['checkpoint-3/global_step3/mp_rank_00_model_states.pt']
-    assert 'excepted are 1 files in which DeepSpeed keeps its state' in proof['says']
+    assert '1 files with the state of DeepSpeed are excepted' in proof['says']

@@ -1,4 +1,4 @@
-"""The template proof: what it says, what stops a run, and that each of its mutations is caught by its own message."""
+"""The template proof: its report, what stops a run, and that each mutation is found with its own message."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_equal_ids_are_said(tmp_path: Path) -> None:
     assert proof(tmp_path) == {
         'passed': True,
         'says': "11 of 11 conversations (1 of your rows, 10 probes) give the ids of the tokenizer's own chat template; "
-        'in all of them the prompt of inference begins what is trained and the end of turn carries loss',
+        'in all of them the trained text begins with the prompt of inference and the end of turn carries loss',
         'equal': 11,
     }  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_a_registered_template_equals_the_chat_template_until_one_blank_changes(
     )
 
 
-# ---- mutations: the encoder says something else than the template ----
+# ---- mutations: the encoder differs from the template ----
 
 
 def stops(ours: Encoder, tmp_path: Path) -> str:
@@ -122,7 +122,7 @@ def test_a_blank_changed_in_what_is_rendered_stops(tmp_path: Path) -> None:
             return changed[0] if isinstance(found, str) else changed
 
     message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
-    assert "the ids are not those of the tokenizer's chat template, and no counted reason explains it" in message
+    assert "the ids differ from those of the tokenizer's chat template, and no counted reason explains it" in message
     assert "is ' ' (228), the chat template has '\\n' (206)" in message
 
 
@@ -142,10 +142,13 @@ def test_an_end_token_without_loss_stops(tmp_path: Path) -> None:
             return super()._trained_end(ids, part) - 1
 
     message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
-    assert "qa.jsonl:1: the end of turn '<|im_end|>' carries no loss: the model would never learn to stop." in message
+    assert (
+        "qa.jsonl:1: template auto: the end of turn '<|im_end|>' carries no loss: the model would never learn to stop."
+        in message
+    )
 
 
-# Prints everything that a turn may hold.
+# A template that prints every key that a turn may have.
 WHOLE = (
     '{% for t in tools or [] %}{{ t.function.name + " " + t.function.description + "\n" }}{% endfor %}'
     '{% for m in messages %}{{ "<|im_start|>" + m.role + (" " + m.name if m.name else "") }}'
@@ -177,7 +180,7 @@ def test_a_row_with_calls_names_and_reasoning_gives_the_ids_of_the_chat_template
 
 @pytest.mark.parametrize('key', ['reasoning', 'name', 'tool_call_id', 'tool_calls', 'content', 'id', 'tools'])
 def test_a_field_that_conversion_or_encoding_loses_stops(key: str, tmp_path: Path) -> None:
-    """The proof reads the row as it was written: what is lost on the way to the encoder is a difference."""
+    """The proof reads the row as it was written, so text that is lost before the encoder is a difference."""
     row = read(CALLING)
     if key == 'tools':
         row.tools = [{'type': 'function', 'function': {'name': 'depth', 'description': '', 'parameters': {}}}]
@@ -190,7 +193,7 @@ def test_a_field_that_conversion_or_encoding_loses_stops(key: str, tmp_path: Pat
         else:
             message.pop(key, None)  # type: ignore[misc]
     ours = AutoEncoder(make_tokenizer(chat_template=WHOLE), system=None, max_length=-1)
-    with pytest.raises(ConfigError, match='the ids are not those'):
+    with pytest.raises(ConfigError, match='the ids differ from those'):
         prove_template(ours, [row], tmp_path)
 
 
@@ -203,7 +206,7 @@ def calling(function: dict[str, Any]) -> dict[str, Any]:
 
 
 PARTS = [{'type': 'text', 'text': 'how '}, {'type': 'text', 'text': 'deep?'}]
-# As Qwen3's, it prints the text of a turn alone, and here a key that conversion names as not used.
+# Like Qwen3's, it prints only the text of a turn, and here also a key that conversion reports as not used.
 TEXT_ALONE = (
     '{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" + (m.plan or "") }}'
     '{{ m.content if m.content is string else "" }}{{ "<|im_end|>\n" }}{% endfor %}'
@@ -279,12 +282,13 @@ def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:
             return [[*ids[:-1], 5] for ids in super()._encode_prompts(rows)]
 
     message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
-    assert 'the prompt that inference gives is not how the trained row begins: token' in message
+    assert 'the prompt of inference is not the beginning of the trained row: token' in message
 
 
 # ---- the stored hash ----
 
 
+@pytest.mark.slow
 def test_inference_refuses_a_chat_template_changed_since(run_sft: Run, model_dir: Path, problems: Problems) -> None:
     run = run_sft('--max_steps', '1')
     checkpoint = run / 'checkpoint-1'
@@ -298,7 +302,9 @@ def test_inference_refuses_a_chat_template_changed_since(run_sft: Run, model_dir
         file.write_text(before.replace('<|im_start|>assistant\n', '<|im_start|>assistant \n'))
         assert llm_infer.main(words) == 2
         assert 'the chat template of this tokenizer has changed since checkpoint-1 was trained' in problems()[0]
-        assert f'take the trained one from {checkpoint}/chat_template.jinja' in problems()[0]
+        assert (
+            f'Copy the trained one from {checkpoint}/chat_template.jinja, or add --template_type auto' in problems()[0]
+        )
         assert llm_infer.main([*words, '--template_type', 'auto']) == 0
     finally:
         file.write_text(before)

@@ -1,4 +1,4 @@
-"""Commands of earlier versions: they do the work of the new ones, and name them."""
+"""Commands of earlier versions do the work of the new ones, and name them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from tests.support.runs import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('old', 'new', 'runs'),
     [

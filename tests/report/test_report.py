@@ -1,4 +1,4 @@
-"""report.html and the comparison of two runs: what they show, and how a real browser shows it."""
+"""report.html and the comparison of two runs: their content, and their layout in a real browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shuti
 
 @pytest.fixture(scope='module')
 def runs(model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return two runs with reports: an adapter, and all weights."""
+    """Return two runs with reports: LoRA, and full fine-tuning."""
     output = tmp_path_factory.mktemp('runs')
     words = [*small_flags(model_dir, data_file, output), '--report_samples', '2']
     assert llm_sft.main([*words, '--system', '<be & kind>']) == 0
@@ -58,6 +58,7 @@ def test_a_report_holds_what_the_run_knows(runs: tuple[Path, Path]) -> None:
     assert page.count('<polyline') >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('index', [0, 1])
 def test_answers_are_those_of_the_untuned_and_of_the_tuned_model(
     runs: tuple[Path, Path], index: int, model_dir: Path
@@ -97,11 +98,11 @@ def test_two_runs_are_compared(runs: tuple[Path, Path], tmp_path: Path, capsys: 
 
 
 def test_a_report_is_made_again_from_the_folder(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    report = runs[1] / 'report.html'
-    before = report.read_text(encoding='utf-8')
-    report.unlink()
+    page = runs[1] / 'report.html'
+    before = page.read_text(encoding='utf-8')
+    page.unlink()
     assert report([str(runs[1])]) == 0
-    assert report.read_text(encoding='utf-8') == before
+    assert page.read_text(encoding='utf-8') == before
     (runs[1] / 'broken').mkdir()
     assert report([str(runs[1] / 'broken')]) == 2
 
@@ -114,7 +115,7 @@ def test_points_that_are_not_finite_are_left_out_of_a_chart() -> None:
 
 # ---- in a browser ----
 
-# Measures a page from outside: the page itself may run no script.
+# Measures a page from an outer page, because the page itself may not run scripts.
 PROBE = """<!doctype html><title>measuring</title><iframe id=f style="border:0;width:WIDTHpx;height:30000px"></iframe>
 <pre id=o></pre><script>
 const frame = document.getElementById('f');
@@ -146,7 +147,7 @@ frame.src = 'report.html';
 
 @pytest.fixture(scope='module')
 def served(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Return the address and folder of a loopback server with the report: pages of one origin may be measured."""
+    """Return the address and folder of a loopback server with the report: a page may measure others of its origin."""
     folder = tmp_path_factory.mktemp('served')
     shutil.copy(runs[0] / 'report.html', folder)
     for width in (400, 1400):
@@ -162,6 +163,7 @@ def served(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium found: apt-get install chromium')
 @pytest.mark.parametrize('width', [400, 1400])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])

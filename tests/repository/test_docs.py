@@ -22,10 +22,9 @@ from utils.preprocess import Template
 
 README_BYTES = 9_000
 TRANSLATED = ('data.md', 'templates.md', 'flags.md', 'models.md')
-# Folders whose paths the pages name. Those in the first three are checked once the rooms are there.
-ROOMS = ('utils', 'tools', 'tests')
-FOLDERS = (*ROOMS, 'scripts', 'benchmarks', 'ds_config', 'docs')
-HAS_ROOMS = (ROOT / 'utils' / 'base').is_dir()
+# Folders with modules, and all folders whose paths the pages name.
+MODULES = ('utils', 'tools', 'tests')
+FOLDERS = (*MODULES, 'scripts', 'benchmarks', 'ds_config', 'docs')
 _PATH = re.compile(rf'(?<![\w./-])((?:{"|".join(FOLDERS)})/[\w./<>*-]*\w/?)')
 _SEVERAL = re.compile(r'[<>*]')
 
@@ -59,7 +58,7 @@ def test_generated_blocks_are_fresh_and_each_is_on_a_page() -> None:
     assert docs.main(['--check']) == 0
     found = Counter(name for p in pages() for name in re.findall(r'<!-- generated ([\w-]+) -->', p.read_text('utf-8')))
     assert set(found) == set(docs.BLOCKS)
-    # Once in each language.
+    # Files that exist once in each language.
     assert {found[name] for name in ('flags-common', 'flags-sft', 'flags-infer', 'models', 'template-names')} == {2}
 
 
@@ -125,7 +124,7 @@ def test_paths_that_pages_name_exist() -> None:
     for page in pages():
         text = re.sub(r'https?://\S+', '', page.read_text(encoding='utf-8'))
         for path in _PATH.findall(text):
-            if _SEVERAL.search(path) or (path.startswith(ROOMS) and not HAS_ROOMS):
+            if _SEVERAL.search(path):
                 continue
             places = [ROOT / path, page.parent / path]
             assert any(place.exists() for place in places), f'{named(page)} names {path}'
@@ -138,18 +137,18 @@ def test_the_architecture_names_what_is_there() -> None:
     assert not [name for name in FOLDERS if f'{name}/' not in text]
     files = {*re.findall(r'[\w.-]+\.(?:py|ipynb)', text.split('```')[1]), 'Dockerfile'}
     assert not [name for name in files if not (ROOT / name).is_file()]
-    if HAS_ROOMS:
-        rooms = {p.name for p in (ROOT / 'utils').iterdir() if (p / '__init__.py').is_file()}
-        assert rooms == set(re.findall(r'^\| `(\w+)`(?: \*)? \|', text, flags=re.MULTILINE))
-        # The important modules that stand in the row of a room.
-        for room, modules in re.findall(r'^\| `(\w+)`(?: \*)? \|[^|]*\|([^|]*)\|$', text, flags=re.MULTILINE):
-            for module in re.findall(r'`(\w+)/?`', modules):
-                places = (ROOT / 'utils' / room / f'{module}.py', ROOT / 'utils' / room / module)
-                assert any(place.exists() for place in places), f'{room}: {module}'
+
+    rooms = {p.name for p in (ROOT / 'utils').iterdir() if (p / '__init__.py').is_file()}
+    assert rooms == set(re.findall(r'^\| `(\w+)`(?: \*)? \|', text, flags=re.MULTILINE))
+    # The important modules in the row of a room.
+    for room, modules in re.findall(r'^\| `(\w+)`(?: \*)? \|[^|]*\|([^|]*)\|$', text, flags=re.MULTILINE):
+        for module in re.findall(r'`(\w+)/?`', modules):
+            places = (ROOT / 'utils' / room / f'{module}.py', ROOT / 'utils' / room / module)
+            assert any(place.exists() for place in places), f'{room}: {module}'
 
 
 def check_command(words: list[str]) -> bool:
-    """Parse what a command hands to one of the programs; False where it runs something else."""
+    """Parse the arguments of a command for one of the programs; return False if it runs something else."""
     for number, word in enumerate(words):
         program = Path(word).name
         given = words[number + 1 :]
@@ -172,7 +171,7 @@ def test_commands_on_pages_name_programs_and_flags_that_exist() -> None:
             for word in words:
                 if re.fullmatch(r'(?:scripts|benchmarks)/[\w/]+\.(?:sh|py)|llm_\w+\.py', word):
                     assert (ROOT / word).is_file(), f'{named(page)}: {line}'
-            if '-m' in words[1:2] and words[2].startswith(ROOMS) and HAS_ROOMS:
+            if '-m' in words[1:2] and words[2].startswith(MODULES):
                 module = ROOT / words[2].replace('.', '/')
                 places = (module.with_suffix('.py'), module / '__main__.py')
                 assert any(place.is_file() for place in places), f'{named(page)}: {line}'
@@ -236,8 +235,7 @@ def test_hooks_run_what_the_test_script_runs() -> None:
     for hook in hooks:
         assert hook['language'] == 'system'
         command = hook['entry'].removeprefix('.venv/bin/')
-        if 'docs' not in command or HAS_ROOMS:
-            assert command in script, hook['id']
+        assert command in script, hook['id']
 
 
 def test_container_and_notebook_install_as_the_quick_start_does() -> None:
@@ -261,7 +259,7 @@ def notebook_cells() -> list[str]:
 
 
 def test_the_notebook_trains_as_the_quick_start_does() -> None:
-    """Its flags are those of scripts/quickstart.sh, so that the figures of the README hold for it."""
+    """Its flags equal those of scripts/quickstart.sh, so the figures of the README apply to it."""
     script = (ROOT / 'scripts/quickstart.sh').read_text(encoding='utf-8').split("echo '2/3")[1].split('checkpoint=')[0]
     script = script.split('llm_sft.py')[1].split('--output_dir')[0].replace('\\\n', ' ')
     cell = next(cell for cell in notebook_cells() if 'llm_sft.py' in cell)

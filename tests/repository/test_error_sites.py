@@ -1,8 +1,8 @@
-"""Every message for users has a test that makes it speak. A row of the table is a message and the name of its test.
+"""Every message for users has a test that triggers it. A row of the table is a message and the name of its test.
 
-A new message: write a test that reaches it (a row of tests/programs/test_every_error.py is the shortest), then
-`python -m pytest tests/programs/test_every_error.py --record-errors` adds the row. What cannot be reached is deleted
-from the code. A row is held against the code here, and against what its test reached in every run that passes it
+For a new message, write a test that reaches it (a row of tests/programs/test_every_error.py is shortest), then
+`python -m pytest tests/programs/test_every_error.py --record-errors` adds the row. Delete a message that cannot be
+reached. A row is compared with the code here, and in every test run with the messages that its test reached
 (conftest.py).
 """
 

@@ -1,4 +1,4 @@
-"""What requirements.txt installs is enough: nothing of requirements-all.txt is needed before it is asked for."""
+"""requirements.txt is enough: packages of requirements-all.txt are imported only by the flags that need them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.support.runs import ROOT
 
-# Finds every package but those that are hidden, as if they were not installed, and runs programs one after the other.
+# Hides some packages, as if they were not installed, and runs programs one after the other.
 HIDING = """
 import importlib.machinery, json, sys
 hidden, programs = set(json.loads(sys.argv[1])), json.loads(sys.argv[2])
@@ -56,6 +57,7 @@ def test_the_exact_set_lies_in_the_ranges() -> None:
     assert checked >= 28 and len(versions) > 100, 'what packages need of others is fixed too'
 
 
+@pytest.mark.slow
 def test_training_and_answering_need_no_optional_library(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     hidden = named('requirements-all.txt') | {'torchao'}  # torchao comes with gptqmodel
     assert {'deepspeed', 'bitsandbytes', 'gptqmodel', 'optimum', 'trl'} <= hidden

@@ -29,12 +29,12 @@ VARIANTS = {'plain': {}, 'four': {'NPROC_PER_NODE': '4'}, 'machines': {**MACHINE
 
 @pytest.fixture(scope='module')
 def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, Started]]:
-    """Return what every sft.sh would run, by variant of the environment."""
+    """Return the command of every sft.sh, for each variant of the environment."""
     return {name: run_scripts(tmp_path_factory.mktemp(name), SFT, '--seed 7', **env) for name, env in VARIANTS.items()}
 
 
 def resolved(flags: list[str]) -> tuple[frozenset[str], Resolution[SftArguments]]:
-    """Return which flags were typed, and what they resolve to."""
+    """Return the typed flags and the resolved arguments."""
     parsed = parse(SftArguments, flags, program='x', about='x')
     return parsed.typed, resolve_sft(parsed)
 
@@ -84,7 +84,7 @@ def test_a_data_set_typed_after_a_script_replaces_its_own(tmp_path: Path) -> Non
 
 
 def mode_of(found: Started, done: Resolution[SftArguments]) -> str:
-    """Return the folder name that a command line calls for."""
+    """Return the folder name that follows from a command line."""
     args, info = done.args, done.info
     assert info is not None
     packed = bool(args.quantization_bit) or info.quantization is not None
@@ -184,7 +184,7 @@ def test_infer_scripts_take_a_checkpoint_and_more_flags(tmp_path: Path) -> None:
 
 
 def test_arguments_golden_list() -> None:
-    """Flags and defaults are a promise: a change here is made on purpose."""
+    """Flags and defaults are a promise to users: change them only on purpose."""
     golden = json.loads((ROOT / 'tests' / 'golden_arguments.json').read_text())
     found: dict[str, dict[str, Any]] = {
         cls.__name__: {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}

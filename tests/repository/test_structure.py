@@ -1,4 +1,4 @@
-"""The shape of the project itself: rooms, what importing costs, what is never done."""
+"""The structure of the project: rooms, cost of imports, and forbidden constructs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.support.runs import ROOT
 
-# Each room of utils/, from the lowest up, and the rooms that it may import, whole programs included. A registry is a
-# room of its own. A room imports only rooms that stand before it here.
+# The rooms of utils/, from the lowest to the highest, and the rooms that each may import. A registry counts as a
+# room. A room imports only rooms that are listed before it.
 ROOMS = {
     'base': '',
     'preprocess': '',
@@ -33,12 +33,12 @@ ROOMS = {
     'report': 'base formats cli run train proofs',
     'old_commands': 'export report',
 }
-# The registries that users edit; nothing else stands in the root of utils/.
+# The registries that users edit; nothing else is in the root of utils/.
 REGISTRIES = {'dataset', 'model', 'preprocess'}
-# Rooms whose modules import the standard library alone until they are used. Beside them: the modules of data that a
-# command line needs. What is not light: the native classes of 2023, numpy and torch in the rooms behind.
+# Rooms whose modules import only the standard library at module level, and the modules of data that a
+# command line needs. Exceptions are the native classes of 2023, which need torch.
 LIGHT = {'base', 'preprocess', 'hub', 'formats', 'dataset', 'loading', 'model', 'cli', 'run'}
-LIGHT_OF_DATA = {'utils.data.parts', 'utils.data.plan', 'utils.data.sources', 'utils.data.tally'}
+LIGHT_OF_DATA = {'utils.data.held_out', 'utils.data.parts', 'utils.data.plan', 'utils.data.sources', 'utils.data.tally'}
 NOT_LIGHT = 'utils.loading.legacy.classes.'
 FORBIDDEN = (
     'trust_remote_code=True', 'pickle.load', 'pickle.dump', 'torch.save', 'weights_only=False', 'eval(', 'exec(',
@@ -47,7 +47,7 @@ FORBIDDEN = (
 
 @functools.cache
 def modules() -> dict[str, Path]:
-    """Return the modules of utils by their dotted names, the empty __init__ files left out."""
+    """Return the modules of utils by their dotted names, without the empty __init__ files."""
     files = [file for file in (ROOT / 'utils').rglob('*.py') if file.name != '__init__.py']
     return {'.'.join(file.relative_to(ROOT).with_suffix('').parts): file for file in files}
 
@@ -58,7 +58,7 @@ def room_of(module: str) -> str:
 
 
 def imports(path: Path, *, module_level: bool) -> list[str]:
-    """Return the modules a file imports, those only for type checkers left out."""
+    """Return the modules that a file imports, without those only for type checkers."""
     tree = ast.parse(path.read_text(encoding='utf-8'))
     checking = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == 'TYPE_CHECKING']
     for_types = {id(node) for block in checking for node in ast.walk(block)}
@@ -137,7 +137,7 @@ def test_every_room_has_tests() -> None:
 
 
 def test_importing_does_nothing() -> None:
-    """Module bodies hold definitions, imports and constants; no statement that acts."""
+    """Module bodies hold definitions, imports and constants, and no statement with an effect."""
     allowed = (
         ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If,
     )  # fmt: skip

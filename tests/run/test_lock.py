@@ -1,4 +1,4 @@
-"""lock.json and --from_run: a run is made again to the bit, and what changed in between is named."""
+"""lock.json and --from_run: a repeated run is bitwise identical, and whatever changed in between is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Problems = Callable[[], list[str]]
 
 @pytest.fixture(scope='module')
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run whose model and data may be changed; its folder is below a folder of its own."""
+    """Return a run whose model and data may be changed; its folder has a separate parent folder."""
     folder = tmp_path_factory.mktemp('lock')
     make_model().save_pretrained(folder / 'model')
     make_tokenizer().save_pretrained(folder / 'model')
@@ -36,6 +36,7 @@ def again(run: Path, *words: str) -> tuple[int, Path]:
     return code, made.pop() if made else run
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_to_the_bit(first: Path) -> None:
     lock = json.loads((first / 'lock.json').read_text())
     assert 'ms-never-in-a-lock' not in json.dumps(lock) and '--lora_rank' in lock['command']
@@ -62,7 +63,7 @@ def test_other_data_is_refused_unless_it_is_typed(first: Path, problems: Problem
     try:
         data.write_text(before.replace('it is 7.', 'it is 8.'))
         assert again(first)[0] == 2
-        assert problems()[0].startswith(f'the rows of {data} are not those of the run that is repeated (sha256 ')
+        assert problems()[0].startswith(f'--from_run: the rows of {data} are not those of the repeated run (sha256 ')
         assert problems()[0].endswith(
             '20 then and 20 now). Put them back, or type --dataset to train on what is there now.'
         )
@@ -77,7 +78,7 @@ def test_other_weights_are_refused(first: Path, problems: Problems) -> None:
     try:
         weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         assert again(first)[0] == 2
-        assert problems()[0].startswith('the base weights are not those of the run that is repeated (sha256 ')
+        assert problems()[0].startswith('--from_run: the base weights are not those of the repeated run (sha256 ')
     finally:
         weights.write_bytes(before)
 
@@ -88,7 +89,7 @@ def test_another_template_is_refused(first: Path, problems: Problems) -> None:
     try:
         template.write_text(before.replace("{{ '\n' }}", "{{ '\n\n' }}"))
         assert again(first)[0] == 2
-        assert problems()[0].startswith('the template is not that of the run that is repeated (sha256 ')
+        assert problems()[0].startswith(f'--from_run {first}: the template has changed since (sha256 ')
         assert again(first, '--template_type', 'auto', '--max_steps', '1')[0] == 0
     finally:
         template.write_text(before)
@@ -102,11 +103,12 @@ def test_other_versions_are_told(first: Path, tmp_path: Path, caplog: pytest.Log
     lock['versions'] |= {'torch': '1.0', 'gone': '2.0'}
     (copy / 'lock.json').write_text(json.dumps({**lock, 'processes': 2}))
     assert again(copy, '--max_steps', '1', '--output_dir', str(tmp_path))[0] == 0
-    assert 'the run that is repeated had 1.0: its numbers may differ.' in caplog.text
-    assert 'gone is None, the run that is repeated had 2.0' in caplog.text
-    assert '1 processes train, the run that is repeated had 2: the total batch is another one.' in caplog.text
+    assert 'the repeated run had 1.0: the numbers may differ.' in caplog.text
+    assert 'gone is None, the repeated run had 2.0' in caplog.text
+    assert '1 processes train, the repeated run had 2: the total batch size differs.' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) -> None:
     assert llm_sft.main(['--from_run', str(tmp_path)]) == 2
     assert (
@@ -118,6 +120,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, problems: Problems) 
     assert 'lock.json cannot be read as JSON' in problems()[-1]
 
 
+@pytest.mark.slow
 def test_relative_names_are_told_where_they_start_without_the_name_of_a_user(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problems: Problems
 ) -> None:

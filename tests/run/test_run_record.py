@@ -1,4 +1,4 @@
-"""What a run records of itself, and what is compared with it when it is resumed or served."""
+"""The record of a run, and what is compared with it when the run is resumed or served."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def answered(path: Path) -> list[str]:
     return [json.loads(line)['label'] for line in path.read_text(encoding='utf-8').splitlines()]
 
 
+@pytest.mark.slow
 def test_arguments_are_recorded_as_used_and_served_so(
     model_dir: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine whose best type is bf16, and served on one whose best is fp32."""
+    """The run is trained on a machine with bf16 and served on one without."""
     words = small_flags(model_dir, data_file, tmp_path / 'out')
     at = words.index('--dtype')
     del words[at : at + 2]
@@ -83,6 +84,7 @@ def test_arguments_are_recorded_as_used_and_served_so(
     assert '--dtype fp32 is not what the run was trained with (bf16).' in caplog.text
 
 
+@pytest.mark.slow
 def test_decisions_are_told_before_anything_is_fetched(
     model_dir: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +101,7 @@ def test_decisions_are_told_before_anything_is_fetched(
     assert caplog.text.index('template_type = auto because') < caplog.text.index('fetched')
 
 
+@pytest.mark.slow
 def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     run_sft: Run, tmp_path: Path, problems: Problems, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -121,10 +124,42 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     assert llm_infer.main(serve) == 0
     assert answered(run / 'checkpoint-2' / 'infer_result-2.jsonl') == held_out
     (run / 'lock.json').unlink()
+    (run / 'held_out.json').unlink()
     assert llm_infer.main(serve) == 0
-    assert 'lock.json is not there: whether the data are those of the run is not checked.' in caplog.text
+    assert 'lock.json is missing: whether the data are those of the run is not checked.' in caplog.text
 
 
+def test_held_out_rows_are_found_without_planning(
+    run_sft: Run, tmp_path: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / 'mine.jsonl', made_rows(30))
+    run = run_sft('--dataset', str(data), '--max_steps', '1', '--dataset_test_ratio', '0.2')
+    serve = ['--ckpt_dir', str(run / 'checkpoint-1'), *GREEDY]
+
+    def plan_of(*_: Any, **__: Any) -> Any:
+        raise ConfigError('planned')
+
+    with monkeypatch.context() as patched:
+        patched.setattr('utils.run.rows.plan_of', plan_of)
+        assert llm_infer.main(serve) == 0
+        assert llm_infer.main([*serve, '--dataset_test_ratio', '0.3']) == 2
+        assert problems()[-1] == 'planned', 'other flags hold out other rows'
+    quick = answered(run / 'checkpoint-1' / 'infer_result.jsonl')
+    assert len(quick) == 6
+
+    kept = run / 'held_out.json'
+    content = kept.read_text(encoding='utf-8')
+    kept.unlink()  # as in the folder of an older run
+    assert llm_infer.main(serve) == 0
+    assert answered(run / 'checkpoint-1' / 'infer_result-2.jsonl') == quick
+
+    kept.write_text(content, encoding='utf-8')
+    write_jsonl(data, made_rows(30, first=1))
+    assert llm_infer.main(serve) == 2
+    assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
+
+
+@pytest.mark.slow
 def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, problems: Problems) -> None:
     data = write_jsonl(tmp_path / 'mine.jsonl', made_rows(20))
     flags = ('--dataset', str(data), '--max_steps', '1', '--streaming', 'true', '--stream_val_rows', '3')
@@ -136,6 +171,7 @@ def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, pr
     assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
 
 
+@pytest.mark.slow
 def test_a_typed_data_set_is_answered_whole(
     run_sft: Run, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,17 +182,18 @@ def test_a_typed_data_set_is_answered_whole(
         target = tmp_path / f'{count}.out'
         assert llm_infer.main([*serve, '--dataset', str(data), '--result_path', str(target)]) == 0
         assert answered(target) == [row['response'] for row in made_rows(count)]
-    assert 'is there already: it is replaced' not in caplog.text
+    assert 'exists and is replaced' not in caplog.text
     words = [*serve, '--dataset', str(data), '--result_path', str(target), '--show_dataset_sample', '4']
     assert llm_infer.main(words) == 0
     assert len(answered(target)) == 4
     assert '4 of 30 rows are answered: --show_dataset_sample 4; -1 is all' in caplog.text
-    assert f'--result_path {target} is there already: it is replaced.' in caplog.text
-    assert 'the run was trained on rows of this --dataset' not in caplog.text
+    assert f'--result_path {target} exists and is replaced.' in caplog.text
+    assert 'the run was trained on rows of it' not in caplog.text
     assert llm_infer.main([*serve, '--dataset', str(data_file), '--show_dataset_sample', '1']) == 0
-    assert 'the run was trained on rows of this --dataset' in caplog.text
+    assert '--dataset: the run was trained on rows of it, and all its rows' in caplog.text
 
 
+@pytest.mark.slow
 def test_another_chat_template_or_adapter_is_refused_on_resuming(
     run_sft: Run, tmp_path: Path, model_dir: Path, problems: Problems
 ) -> None:
@@ -167,12 +204,12 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     run_sft(*resumed, '--lora_rank', '4', expect=2)
     assert problems()[-1] == (
         f'--lora_rank 4: the adapter in {run / "checkpoint-1"} has rank 8. '
-        'Type --lora_rank 8, or start a new run: leave --resume_from_checkpoint out.'
+        'Use --lora_rank 8, or remove --resume_from_checkpoint to start a new run.'
     )
     run_sft(*resumed, '--lora_target_modules', 'q_proj', expect=2)
     assert problems()[-1] == (
-        f'--lora_target_modules q_proj: the adapter in {run / "checkpoint-1"} is on k_proj,q_proj,v_proj. Type '
-        '--lora_target_modules k_proj,q_proj,v_proj, or start a new run: leave --resume_from_checkpoint out.'
+        f'--lora_target_modules q_proj: the adapter in {run / "checkpoint-1"} is on k_proj,q_proj,v_proj. Use '
+        '--lora_target_modules k_proj,q_proj,v_proj, or remove --resume_from_checkpoint to start a new run.'
     )
     template = model / 'chat_template.jinja'
     template.write_text(template.read_text().replace("{{ '\n' }}", "{{ '\n\n' }}"))
@@ -182,6 +219,7 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     )
 
 
+@pytest.mark.slow
 def test_rows_past_learnt_positions_are_refused_before_training(
     run_sft: Run, tmp_path: Path, problems: Problems
 ) -> None:
@@ -195,7 +233,7 @@ def test_rows_past_learnt_positions_are_refused_before_training(
     flags = ('--model_id_or_path', str(tmp_path / 'gpt2'), '--dataset', str(data), '--max_steps', '1')
     run_sft(*flags, expect=2)
     assert len(problems()) == 1
-    assert problems()[0].startswith('--max_length 64 is the most that GPT2LMHeadModel has positions for (')
+    assert problems()[0].startswith('--max_length: GPT2LMHeadModel has positions for 64 tokens (')
     assert (run_sft(*flags, '--max_length', '64') / 'run.json').is_file()
 
 
@@ -216,7 +254,7 @@ def test_output_folders_that_cannot_be_made_are_one_message(
         assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), '--output_dir', str(folder)]) == 2
         assert problems()[-1].startswith(f'--output_dir {folder} cannot be ')
     assert len(problems()) == 3
-    with pytest.raises(ConfigError, match='--output_dir .* cannot be made or written: File name too long. Give'):
+    with pytest.raises(ConfigError, match='--output_dir .*: cannot create or write it: File name too long. Give'):
         make_run_dir(tmp_path, 'n' * 300)
     assert not list(tmp_path.iterdir())
 
@@ -239,6 +277,7 @@ def test_a_secret_that_is_not_utf_8_is_one_message() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_report_is_shown_on_a_terminal_of_another_encoding(model_dir: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / '数据.jsonl', [{'query': '你好', 'response': '世界'}] * 4)
     words = [*small_flags(model_dir, data, tmp_path / 'out'), '--check_dataset', 'true']

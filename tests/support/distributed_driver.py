@@ -1,4 +1,4 @@
-"""Runs the programs one after another in the processes that torchrun started, and notes what each rank saw.
+"""Runs the programs one after another in the processes that torchrun started, and records what each rank saw.
 
 Argument: a JSON file {"runs": [[program, words], ...], "notes": folder, "fail": [run, rank, step, how] or null}.
 A word that starts with `glob:` stands for the one path that matches.
@@ -27,7 +27,7 @@ seen: dict[str, Any] = {}
 
 
 def noted_loss(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Return the trainer's loss; notes batches, rows and parameter classes; dies or fails where the plan says so."""
+    """Return the trainer's loss. Record batches, rows and parameter classes; die or fail where the plan says so."""
     if self.in_preflight:
         return plain_loss(self, model, inputs, *args, **kwargs)
     seen['batches'] += 1
@@ -43,7 +43,7 @@ def noted_loss(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any,
 
 
 def expand(word: str) -> str:
-    """Return the word, or the one path its pattern matches."""
+    """Return the word, or the only path that its pattern matches."""
     if not word.startswith('glob:'):
         return word
     (path,) = Path('/').glob(word.removeprefix('glob:/'))
@@ -51,14 +51,14 @@ def expand(word: str) -> str:
 
 
 def main() -> int:
-    """Run everything; returns the first exit code that is not 0."""
+    """Run everything. Returns the first exit code that is not 0."""
     import deepspeed
     import torch
     from accelerate.state import AcceleratorState, PartialState
 
-    # DeepSpeed would first compile collectives over shared memory, for a minute; gloo has them too.
+    # DeepSpeed would compile collectives over shared memory for a minute; gloo has them already.
     deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
-    # One process group for all runs: a second one would meet the first one's keys in torchrun's store.
+    # One process group for all runs: a second one would find the keys of the first in torchrun's store.
     torch.distributed.destroy_process_group = lambda *args: None
     SftTrainer.compute_loss = noted_loss  # type: ignore[method-assign]
     for number, (program, words) in enumerate(plan['runs']):

@@ -1,7 +1,7 @@
-"""Every place in the code that tells a user what is wrong, and the test that makes it speak.
+"""Every call in the code that states a problem to the user, and the test that triggers it.
 
-tests/error_sites.json names a test for each place. `pytest --record-errors` adds the places that the tests it runs
-reach; every run holds the rows of the tests that it ran against what they reached.
+tests/support/error_sites.json names a test for each call. `pytest --record-errors` adds the calls that its tests
+reach; every test run compares the rows of its tests with the calls that they reached.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name('error_sites.json')
 _KEY_LENGTH = 70
-# What makes or raises a ConfigError, or collects its text. A file's own functions that end in one are among them.
+# Names of calls that make a ConfigError or collect its text, including helper functions of single files.
 STATES = {'ConfigError', 'UnreadableRow', 'BadImage', 'refuse', 'bad', 'bad_image', 'unknown_key', 'problems.add'}
 
 
@@ -38,14 +38,14 @@ def _states_problem(node: ast.AST) -> bool:
 
 
 def _text(node: ast.Call) -> str:
-    """Return the words of the call that are fixed, or, where there are hardly any, the call itself."""
+    """Return the constant words of the call, or the call itself if it has hardly any."""
     constants = [c.value for argument in node.args for c in ast.walk(argument) if isinstance(c, ast.Constant)]
     text = ' '.join(' '.join(c for c in constants if isinstance(c, str)).split())
     return text if len(text) > 12 else ' '.join(ast.unparse(node).split())
 
 
 def sites() -> list[Site]:
-    """Return every place, in the order of files and lines."""
+    """Return every call, ordered by file and line."""
     found: list[Site] = []
     keys: Counter[str] = Counter()
     for path in sorted([*(ROOT / 'utils').rglob('*.py'), *ROOT.glob('llm_*.py')]):
@@ -65,13 +65,13 @@ def sites() -> list[Site]:
 
 
 def read_table() -> dict[str, str]:
-    """Return the test of each place."""
+    """Return the test of each call."""
     table: dict[str, str] = json.loads(TABLE.read_text(encoding='utf-8'))
     return table
 
 
 class Recorder:
-    """Notes, while tests run in this process, which of them reaches which place."""
+    """Records which test reaches which call, while the tests run in this process."""
 
     def __init__(self) -> None:
         self.reached: dict[str, list[str]] = {}
@@ -81,19 +81,19 @@ class Recorder:
             self._by_file.setdefault(str(ROOT / site.file), []).append(site)
 
     def watch(self, owner: Any, name: str) -> None:
-        """Note each call of a method before it runs."""
+        """Record each call of a method before it runs."""
         real = getattr(owner, name)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             test, _, phase = os.environ.get('PYTEST_CURRENT_TEST', '').rpartition(' (')
-            if phase == 'call)':  # what fixtures reach depends on which tests run
+            if phase == 'call)':  # the calls that fixtures reach depend on which tests run
                 self._note(sys._getframe(1), test)
             return real(*args, **kwargs)
 
         setattr(owner, name, noted)
 
     def _note(self, frame: Any, test: str) -> None:
-        while frame is not None:  # a place may speak through a function that raises for it
+        while frame is not None:  # the problem may be stated by a function that the call uses
             for site in self._by_file.get(frame.f_code.co_filename, []):
                 tests = self.reached.setdefault(site.key, [])
                 if site.first <= frame.f_lineno <= site.last and test not in tests:
@@ -101,12 +101,12 @@ class Recorder:
             frame = frame.f_back
 
     def untrue(self) -> list[str]:
-        """Return the rows whose test passed in this run and did not reach the place."""
+        """Return the rows whose test passed in this run without reaching the call."""
         rows = read_table().items()
         return [f'{key}: {test}' for key, test in rows if test in self.passed and test not in self.reached.get(key, [])]
 
     def write(self) -> None:
-        """Add what passed tests reached to the table; rows that are untrue or of places that are gone are dropped."""
+        """Add what passed tests reached to the table. Remove rows that are wrong or whose call no longer exists."""
         kept = {key: test for key, test in read_table().items() if f'{key}: {test}' not in self.untrue()}
         found = {key: [test for test in tests if test in self.passed] for key, tests in self.reached.items()}
         rows = {site.key: kept.get(site.key) or next(iter(found.get(site.key, [])), None) for site in sites()}

@@ -1,4 +1,4 @@
-"""Both hubs on the loopback interface, for the real clients: files in memory, requests kept, faults on demand."""
+"""Both hubs on the loopback interface for the real clients: files in memory, recorded requests, faults on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Files = dict[str, bytes]
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose path holds `part`: a status, 'cut' or 'hang'."""
+    """The fault of the next `times` requests whose path contains `part`: a status, 'cut' or 'hang'."""
 
     part: str
     kind: int | str
@@ -43,7 +43,7 @@ def _sha(data: bytes) -> str:
 
 
 class LoopbackHub:
-    """Repositories by kind and id, the files in them, the requests seen, and the token that is let in."""
+    """Repositories by kind and id, their files, the requests received, and the accepted token."""
 
     def __init__(self, *, user: str = 'someone') -> None:
         self.user = user
@@ -98,7 +98,7 @@ class LoopbackHub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def reset(self, *, token: str) -> None:
-        """Forget everything and let only this token in."""
+        """Remove everything and accept only this token."""
         self.token = token
         self.repos: dict[str, dict[str, Any]] = {}
         self.datasets: dict[str, dict[str, Any]] = {}
@@ -114,7 +114,7 @@ class LoopbackHub:
         (self.datasets if kind == 'dataset' else self.repos)[repo_id] = {'files': dict(files)}
 
     def next_fault(self, method: str, path: str) -> int | str | None:
-        """Return what goes wrong with this request, once."""
+        """Return the fault of this request and count it down."""
         for fault in self.faults:
             if fault.part in path and fault.times and (fault.kind != 'cut' or method == 'GET'):
                 fault.times -= 1

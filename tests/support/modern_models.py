@@ -44,13 +44,13 @@ GEMMA4_EXPERTS = {
     'top_k_experts': 2,
     'moe_intermediate_size': 16,
 }
-# The two last of four layers take key and value from those before.
+# The last two of four layers reuse key and value of earlier layers.
 PER_LAYER = {
     'num_hidden_layers': 4, 'layer_types': ['sliding_attention', 'full_attention'] * 2, 'num_kv_shared_layers': 2,
     'vocab_size_per_layer_input': 400, 'hidden_size_per_layer_input': 8,
 }  # fmt: skip
 GEMMA4_TOWER = {**TOWER, 'num_key_value_heads': 4, 'head_dim': 8}
-# Key of an entry -> its model_type, and what its configuration holds beside SMALL.
+# Key of an entry -> its model_type, and the fields of its configuration besides SMALL.
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     'qwen2.5-0.5b-instruct': ('qwen2', {}),
     'qwen3-0.6b': ('qwen3', {}),
@@ -73,7 +73,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     'ernie4.5-0.3b': ('ernie4_5', {}),
     'seed-oss-36b-instruct': ('seed_oss', {}),
 }
-# The same for those with towers: model_type, configurations of text and vision.
+# The same for vision models: model_type, configurations of text and vision.
 SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     'qwen3.5-0.8b': ('qwen3_5', {**SMALL, **DELTA}, QWEN_TOWER),
     'qwen3.5-35b-a3b': (
@@ -89,7 +89,7 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def make_modern(key: str) -> Any:
-    """Return a 2-layer model of an entry's class with random weights, towers and all."""
+    """Return a 2-layer model of an entry's class with random weights, including towers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -104,14 +104,14 @@ def make_modern(key: str) -> Any:
 
 
 def saved_model(key: str, parent: Path) -> Path:
-    """Return a folder, named as the hub's, with a small model of an entry's class and the toy tokenizer."""
+    """Return a folder, named like the hub's, with a small model of an entry's class and the toy tokenizer."""
     folder = parent / key / MODEL_MAPPING[key].public_id.split('/')[1]
     make_modern(key).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
-# Chat templates of the hub as the package trl ships them: the end that a reply is trained to give.
+# Chat templates of the hub that the package trl ships: the end that a reply is trained to give.
 ENDS = {
     'cohere': '<|END_OF_TURN_TOKEN|>', 'cohere2': '<|END_RESPONSE|>', 'deepseek_r1_distill': '<｜end▁of▁sentence｜>',
     'deepseekv3': '<｜end▁of▁sentence｜>', 'diffusion_gemma': '<turn|>', 'gemma': '<end_of_turn>',
@@ -131,7 +131,7 @@ CONTROL = re.compile(
 
 
 def template_folder() -> Path:
-    """Return where trl keeps its chat templates, found without importing it."""
+    """Return the folder of trl's chat templates, without importing trl."""
     spec = find_spec('trl')
     if spec is None or spec.origin is None:
         pytest.skip('the chat templates come with trl: pip install --no-deps trl==1.16.0')
@@ -139,7 +139,7 @@ def template_folder() -> Path:
 
 
 def template_tokenizer(name: str) -> Any:
-    """Return the toy tokenizer with a chat template of trl, its control tokens, and think tags as Qwen3 has them."""
+    """Return the toy tokenizer with a chat template of trl, its control tokens, and think tags as in Qwen3."""
     source = (template_folder() / f'{name}.jinja').read_text(encoding='utf-8')
     tokenizer = make_tokenizer(chat_template=source)
     tokenizer.add_special_tokens({'additional_special_tokens': sorted(set(CONTROL.findall(source)))})

@@ -23,7 +23,7 @@ from utils.preprocess import TEMPLATE_MAPPING
 GOLDENS = ROOT / 'tests' / 'goldens'
 SENTENCEPIECE = {'tokenizer.model': 'internlm.model'}
 BAICHUAN = {'tokenizer.model': 'baichuan.model'}
-# Family -> the checkpoint it is tried with and the vocabulary files beside it, by the names the hub has.
+# Family -> the checkpoint for its tests and the vocabulary files next to it, by the names on the hub.
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     'qwen': ('qwen-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
     'qwen_gptq': ('qwen_gptq-a', {'qwen.tiktoken': 'qwen.tiktoken'}),
@@ -43,7 +43,7 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
 }
 FACTS = {entry['model_type']: entry for entry in json.loads((GOLDENS / 'models_2023.json').read_text())}
 KEYS = [key for key in FACTS if key in MODEL_MAPPING]
-# One key of each family, where a family has several sizes.
+# One key of each family that has several sizes.
 PROVEN = (
     'qwen-7b', 'qwen-7b-chat-int4', 'qwen-7b-chat-int8', 'baichuan-7b', 'baichuan-13b', 'baichuan2-7b', 'baichuan2-13b',
     'baichuan2-7b-chat-int4', 'baichuan2-13b-chat-int4', 'chatglm2-6b', 'chatglm2-6b-32k', 'internlm-7b',
@@ -63,7 +63,7 @@ def original_folder(key: str, folder: Path) -> Path:
     if key.endswith('int8'):
         write_int8(folder)
     with change_config(folder) as config:
-        if info.family == 'baichuan2_7b_4bits':  # told from the 13B, whose positions are ALiBi, by this field
+        if info.family == 'baichuan2_7b_4bits':  # this field distinguishes it from the 13B, which uses ALiBi
             config['max_position_embeddings'] = config.pop('model_max_length')
         if key == 'chatglm2-6b-32k':
             config['rope_ratio'] = 4
@@ -95,7 +95,7 @@ def change_config(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_int8(folder: Path) -> None:
-    """Put 8-bit layers in the place of a checkpoint's 4-bit ones."""
+    """Replace the 4-bit layers of a checkpoint by 8-bit ones."""
 
     eight, _ = gptq_checkpoint(folder.with_name('int8'), bits=8, group=32, act_order=True)
     for name in ('config.json', 'model.safetensors'):
@@ -121,7 +121,7 @@ def native_folder(info: ModelInfo, folder: Path) -> Path:
 
 
 def move_image_tags(folder: Path, start: int, *, packed: bool) -> None:
-    """Give the toy Qwen-VL the ids that its toy tokenizer has for image tags; `packed`: and its text in 4 bits."""
+    """Give the toy Qwen-VL the image tag ids of its toy tokenizer and, with `packed`, 4-bit text layers."""
     from safetensors.torch import save_file
 
     config = json.loads((folder / 'config.json').read_text())
@@ -142,7 +142,7 @@ def template_size(info: ModelInfo, tokens: int) -> int:
 
 
 def widen(folder: Path, size: int) -> None:
-    """Give the checkpoint's vocabulary `size` rows, the new ones random and small."""
+    """Give the checkpoint's vocabulary `size` rows; new rows are random and small."""
     import torch
     from safetensors.torch import save_file
 
@@ -204,7 +204,7 @@ def random_state(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Te
 
 
 def pack(integers: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
-    """Return the integers packed along an axis into int32, lowest bits first, by viewing bytes as words."""
+    """Return the integers packed along an axis into int32, lowest bits first."""
     moved = integers.movedim(axis, -1).to(torch.uint8)
     if bits == 4:
         moved = moved[..., 0::2] | (moved[..., 1::2] << 4)
@@ -221,11 +221,11 @@ def quantised(
     act_order: bool = False,
     offset: int = 1,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return random GPTQ tensors of a layer and the weight they stand for, (outputs, inputs) in fp32."""
+    """Return random GPTQ tensors of a layer and the weight that they encode, (outputs, inputs) in fp32."""
     groups, top = inputs // group, 2**bits
     integers = torch.randint(top, (inputs, outputs))
     zeros = torch.full((groups, outputs), top // 2) if symmetric else torch.randint(1, top, (groups, outputs))
-    # Weights of about the same size whatever the bits.
+    # Weights of about the same size for any number of bits.
     scales = ((torch.rand(groups, outputs) * 0.3 + 0.02) / top).half()
     index = torch.arange(inputs) // group
     if act_order:
@@ -236,7 +236,7 @@ def quantised(
 
 
 def gptq_checkpoint(folder: Path, *, bits: int, group: int, act_order: bool) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Write a quantised checkpoint with random weights; returns it and the plain state it stands for."""
+    """Write a quantised checkpoint with random weights. Returns it and the plain state that it encodes."""
     config = read_json(PACKED)
     settings = config['quantization_config'] | {'bits': bits, 'group_size': group, 'desc_act': act_order, 'sym': False}
     plain, stored = random_state(config, seed=3), {}
@@ -253,7 +253,7 @@ def gptq_checkpoint(folder: Path, *, bits: int, group: int, act_order: bool) -> 
 
 
 def pack_text(config: dict[str, Any], state: State, group: int = 8) -> tuple[dict[str, Any], State, State]:
-    """Return config.json and tensors of random 4-bit text layers, and the plain tensors they stand for."""
+    """Return config.json and tensors of random 4-bit text layers, and the plain tensors that they encode."""
     torch.manual_seed(1)
     packed, plain = {}, dict(state)
     for key in state:
@@ -277,5 +277,5 @@ def pack_text(config: dict[str, Any], state: State, group: int = 8) -> tuple[dic
     return {**config, 'quantization_config': settings}, packed, plain
 
 
-# SeqGPT is a Bloom and Ziya2 a Llama: transformers opens their files as they are.
+# SeqGPT is a Bloom and Ziya2 a Llama: transformers opens their files directly.
 NATIVE = {'seqgpt-a': 'BloomForCausalLM', 'ziya2-a': 'LlamaForCausalLM'}

@@ -1,6 +1,6 @@
-"""A judge of encoded rows that knows nothing of how they are encoded: transformers' rendering of the raw messages.
+"""A judge of encoded rows that does not use the encoder: it compares with transformers' rendering of the raw messages.
 
-A note of the encoder is believed only where its own check here finds it true, and no note excuses another difference.
+A note of the encoder counts only if the check here finds it true, and a note excuses only its own difference.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from utils.formats.conversation import BadRow, Row
 
 Raw = dict[str, Any]
 
-# What chat templates print as one token; think and tool tags are ordinary added tokens, as Qwen3 has them.
+# Texts that chat templates print as one token; think and tool tags are ordinary added tokens, as in Qwen3.
 MARKER = re.compile(
     r'<[|｜][^<>\s{}\'"]{1,40}[|｜]>|<(?:start|end)_of_(?:turn|utterance|image)>|<\|[a-z_]{2,20}>|<[a-z_]{2,20}\|>'
     r'|\[/?(?:INST|TOOL_CALLS|TOOL_CALL|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|THINK|ARGS|CALL_ID|gMASK)\]'
-    r'|<SPECIAL_\d+>|</?(?:assistant|user|system)>|<sop>|</?s>|<[be]os>|<extra_id_\d+>|\]~!?b\[?\]|\]!b\[|\[e~\[|\]<\]minimax\[>\['
+    r'|<SPECIAL_\d+>|</?(?:assistant|user|system)>|<sop>|<sep>|</?s>|<[be]os>|<extra_id_\d+>|\]~!?b\[?\]|\]!b\[|\[e~\[|\]<\]minimax\[>\['
+    r'|\[\|[a-z_]+\|\]|</?seed:(?:bos|eos|pad|tool_call|cot_budget_reflect)>|<(?:begin|beginning|end)_of_(?:document|sentence)>'
 )
-TAG = re.compile(r'</?(?:think|tool_call|tool_response|arg_key|arg_value)>')
-THINK = re.compile(r'</?(?:\w+:)?think>|\[/?THINK\]')
-REASONS = ('reasoning_content', 'reasoning', 'thinking')
+TAG = re.compile(r'</?(?:(?:\w+:)?think(?::\w+)?|tool_call|tool_response|arg_key|arg_value)>')
+THINK = re.compile(r'</?(?:\w+:)?think(?::\w+)?>|\[/?THINK\]')
+THINK_TOKEN = re.compile(rf'{THINK.pattern}|<\|(?:START|END)_THINKING\|>')
+REASONS = ('reasoning_content', 'reasoning', 'thinking', 'tool_plan')
 SWITCHES: tuple[Raw, ...] = (
     {'enable_thinking': True}, {'thinking': True}, {'enable_thinking': False}, {'thinking_mode': 'thinking'},
     {'think': True}, {'reasoning_effort': 'high'}, {'thinking_mode': 'on'}, {'reasoning': True},
 )  # fmt: skip
-# In no reply: a word of this kind in a trained span is text of somebody else.
+# Replies never contain these: such a word in a trained span comes from another part of the row.
 CALLS_AS_TEXT = 'no form for tool calls'
 WRITTEN_AS_BLOCK = 'no key for reasoning'
 LEFT_OUT = 'prints no reasoning'
@@ -41,7 +43,7 @@ FOREIGN = re.compile(r'Zebra\w+')
 
 
 def parsed(raw: Raw) -> list[Raw]:
-    """Return the messages as the judge is given them: arguments that are JSON text as the object that they spell."""
+    """Return the messages for the judge: arguments given as JSON text become objects."""
     messages = copy.deepcopy(raw['messages'])
     for message in messages:
         for call in message.get('tool_calls') or []:
@@ -81,7 +83,7 @@ def under_key(messages: list[Raw], key: str) -> list[Raw]:
 
 
 def city(call: Raw) -> str:
-    """Return the argument of a call that stands nowhere else in a row."""
+    """Return an argument of a call that occurs nowhere else in a row."""
     arguments = call['function']['arguments']
     return str((json.loads(arguments) if isinstance(arguments, str) else arguments)['city'])
 
@@ -105,25 +107,26 @@ def bare(text: str) -> str:
 
 @dataclasses.dataclass
 class Judge:
-    """A tokenizer that the encoder never sees, with the template under judgement."""
+    """A tokenizer that the encoder never sees, with the template under test."""
 
     tokenizer: Any
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder
         self.special = {i for i, token in added.items() if token.special or MARKER.fullmatch(token.content)}
+        self.tags = {i for i, token in added.items() if THINK_TOKEN.fullmatch(token.content)}
         self.active = {i: token.content for i, token in added.items()}
         self.eos = self.tokenizer.eos_token_id
-        # Tokenizers with a dummy prefix do not give back the blanks of a text: there blanks are left to the ids.
+        # Tokenizers with a dummy prefix do not restore the blanks of a text: there only the ids check blanks.
         sample = f'a{self.tokenizer.eos_token}b\n c'
         self.is_exact = self.decode(self.ids(sample)) == sample
 
     def plain(self, text: str) -> str:
-        """Return the text in the form in which decoded ids can be compared with it."""
+        """Return the text in a form that can be compared with decoded ids."""
         return text if self.is_exact else ''.join(text.split())
 
     def text(self, messages: list[Raw], tools: Any, *, prompt: bool = False, **switches: Any) -> str:
-        """Return transformers' own rendering; raises what the template raises."""
+        """Return transformers' own rendering. Raises what the template raises."""
         return str(
             self.tokenizer.apply_chat_template(
                 copy.deepcopy(messages), tools=copy.deepcopy(tools), tokenize=False, add_generation_prompt=prompt,
@@ -147,7 +150,7 @@ class Judge:
 
 @dataclasses.dataclass
 class Verdict:
-    """What the judge found of one row."""
+    """The findings of the judge for one row."""
 
     kind: str
     status: str = ''
@@ -161,13 +164,13 @@ class Verdict:
 
 
 class Case:
-    """One raw row: what the judge renders of it, and how far an encoded row agrees."""
+    """One raw row: the judge's rendering, and its comparison with an encoded row."""
 
     def __init__(self, judge: Judge, raw: Raw) -> None:
         self.judge, self.raw, self.tools = judge, raw, raw.get('tools')
         self.messages = parsed(raw)
         if judge.try_text(self.messages, self.tools) is None:
-            # DeepSeek-V3 and R1 join the arguments to text: they ask for JSON text.
+            # DeepSeek-V3 and R1 concatenate the arguments with text, so they need JSON text.
             as_text = with_arguments_as_text(self.messages)
             self.messages = self.messages if judge.try_text(as_text, self.tools) is None else as_text
         self.last = self.messages[-1]
@@ -176,7 +179,7 @@ class Case:
         self.calls = self.last.get('tool_calls') or []
         self.full = judge.try_text(self.messages, self.tools)
         reasons = [m[key] for m in self.messages for key in REASONS if key in m]
-        # The reasoning of the last reply decides; earlier ones are left out by most templates.
+        # The reasoning of the last reply decides; most templates omit earlier reasoning.
         self.needs_tags = False
         if self.full is not None and self.reasoning and self.reasoning not in self.full:
             moved = [under_key(self.messages, key) for key in REASONS]
@@ -189,7 +192,7 @@ class Case:
 
     @property
     def renders(self) -> bool:
-        """Return whether the template prints the whole row, its reply and its calls with it."""
+        """Return whether the template prints the whole row, including its reply and its calls."""
         if self.full is None or self.prompt is None:
             return False
         if self.calls:
@@ -204,7 +207,7 @@ class Case:
         return full[full.rindex(said) + len(said) :] if said and said in full else ''
 
     def prompts(self) -> list[str]:
-        """Return the generation prompts that a server may send: as it is, and under each switch."""
+        """Return the generation prompts that a server may send: without a switch, and with each switch."""
         found = [self.prompt or '']
         for switch in SWITCHES:
             text = self.judge.try_text(self.messages[:-1], self.tools, prompt=True, **switch)
@@ -213,12 +216,12 @@ class Case:
         return found
 
     def wholes(self) -> list[str]:
-        """Return the whole renderings under each switch."""
+        """Return the whole renderings with each switch."""
         texts = [self.judge.try_text(self.messages, self.tools, **switch) for switch in ({}, *SWITCHES)]
         return [text for text in texts if text is not None]
 
     def is_text_of(self, text: str) -> bool:
-        """Return whether a text is the judge's rendering, an added end of sequence aside."""
+        """Return whether a text is the judge's rendering, with or without an added end of sequence."""
         full = self.full or ''
         texts = [full]
         for end in self.ends():
@@ -229,9 +232,23 @@ class Case:
         said = self.content.rstrip()
         return [full[: full.rindex(said) + len(said)] + end] if said and said in full else []
 
+    def opener(self) -> str | None:
+        """Return the marker with which the judge begins a chat: no turn ends at it."""
+        text = self.judge.try_text([{'role': 'user', 'content': 'q'}], None, prompt=True) or ''
+        ends = (self.judge.tokenizer.bos_token, self.judge.tokenizer.eos_token)
+        opener = next((m[0] for m in MARKER.finditer(text) if m[0] not in ends), None)
+        # Kimi-K3 opens the parts of a turn with it too.
+        return None if opener is not None and opener in self.own_lead() + self.lead() else opener
+
+    def trailing(self) -> str:
+        """Return what the judge prints after every chat with these tools: from the next turn's opening marker on."""
+        chat = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'Xyloph'}]
+        after, opener = (self.judge.try_text(chat, self.tools) or '').rpartition('Xyloph')[2], self.opener()
+        return after[after.index(opener) :] if opener is not None and opener in after else ''
+
     def is_accounted_for(self, text: str, notes: str) -> bool:
-        """Return whether a text is one of the judge's prompts and then reasoning, reply and calls, and no more."""
-        # Reasoning before a call that the template has no key for: the note says that it is written as a block.
+        """Return whether a text is one of the judge's prompts, then reasoning, reply and calls, and nothing else."""
+        # Reasoning before a call, without a key in the template: the note says that it is written as a block.
         block = bare(self.reasoning) if self.calls and self.needs_tags and WRITTEN_AS_BLOCK in notes else ''
         if re.search(CALLS_AS_TEXT, notes):
             whole = self.judge.try_text(with_calls_as_text(self.messages), None if 'tools' in notes else self.tools)
@@ -244,28 +261,41 @@ class Case:
             left_out = LEFT_OUT in notes and self.needs_tags
             thoughts = [''] if left_out else [bare(self.reasoning)]
             leads = {'', bare(self.lead()), bare(self.own_lead())}
+            trailing = bare(self.trailing())
             if self.calls:
                 after = rest.removeprefix(block)
-                is_whole = any(bare(whole).endswith(after) for whole in self.wholes()) and self.all_said(after)
+                wholes = [bare(whole) for whole in self.wholes()]
+                wholes += [whole.removesuffix(trailing) for whole in wholes]
+                is_whole = any(whole.endswith(after) for whole in wholes) and self.all_said(after)
                 if rest.startswith(block) and is_whole:
                     return True
-            elif any(
-                rest in (lead + t + bare(self.content), t + lead + bare(self.content))
+                continue
+            said = {
+                text
                 for lead in leads
-                for t in thoughts
-            ):
+                for thought in thoughts
+                for text in (lead + thought + bare(self.content), thought + lead + bare(self.content))
+            }
+            if self.reasoning:
+                said |= set(map(self.from_reasoning, self.wholes()))
+            if rest in said or rest.removesuffix(trailing) in said:
                 return True
         return False
 
+    def from_reasoning(self, whole: str) -> str:
+        """Return what the judge prints from the reasoning of the last reply on, bare."""
+        reasoning, text = bare(self.reasoning), bare(whole)
+        return text[text.rindex(reasoning) :] if reasoning in text else ''
+
     def all_said(self, rest: str) -> bool:
-        """Return whether a bare text holds the content and the call names that the judge's rendering holds."""
+        """Return whether a bare text contains the content and the call names of the judge's rendering."""
         full = bare(self.full or '')
         return all(
             bare(part) in rest for part in (self.content, self.reasoning, *map(city, self.calls)) if bare(part) in full
         )
 
     def next_token(self) -> int | None:
-        """Return the marker with which the judge begins the turn after a reply, or after a call, if there is one."""
+        """Return the marker that begins the turn after a reply or call in the judge's rendering, if there is one."""
         reply: Raw = {'role': 'assistant', 'content': 'Xyloph'}
         after: Raw = {'role': 'user', 'content': 'q'}
         if self.calls:
@@ -279,7 +309,7 @@ class Case:
         return next((tokens[content] for content in tokens if follows.startswith(content)), None)
 
     def ends(self) -> list[str]:
-        """Return the texts of the tokens that may be added where no end is printed."""
+        """Return the texts of the tokens that may be added if the template prints no end."""
         following = self.next_token()
         named = [self.judge.tokenizer.eos_token]
         return named if following is None else [*named, self.judge.active[following]]
@@ -293,7 +323,7 @@ class Case:
         return full[len(prompt) : full.rindex('Xyloph')]
 
     def own_lead(self) -> str:
-        """Return what the judge prints of this row between what the generation prompt has too and the reply."""
+        """Return what the judge prints for this row between the shared prompt and the reply."""
         prompt, full, said = self.prompt or '', self.full or '', self.content.strip()
         if not said or said not in full:
             return ''
@@ -302,7 +332,7 @@ class Case:
         return full[marker.start() if marker else common : full.rindex(said)]
 
     def note_is_true(self, note: str, encoded: Encoded, ours: str) -> bool | None:
-        """Return whether a note is true for this row; None for a note that nothing here can check."""
+        """Return whether a note is true for this row; None if no check exists for it."""
         for pattern, check in CHECKS:
             if re.search(pattern, note):
                 return check(self, encoded, ours)
@@ -323,11 +353,12 @@ def _typed_control(case: Case, encoded: Encoded, ours: str) -> bool:
 
 
 def _added_end(case: Case, encoded: Encoded, ours: str) -> bool:
-    no_end = MARKER.search(case.tail) is None or case.tail.strip().startswith(case.judge.tokenizer.eos_token)
+    tail = case.tail.removesuffix(case.trailing())
+    no_end = MARKER.search(tail) is None or tail.strip().startswith(case.judge.tokenizer.eos_token)
     return (
         encoded.input_ids[-1] in (case.judge.eos, case.next_token())
         and no_end
-        and not (case.full or '').rstrip().endswith(case.judge.tokenizer.eos_token)
+        and not (case.full or '').removesuffix(case.trailing()).rstrip().endswith(case.judge.tokenizer.eos_token)
     )
 
 
@@ -338,7 +369,14 @@ def _altered(case: Case, encoded: Encoded, ours: str) -> bool:
 
 
 def _full_differs(case: Case, encoded: Encoded, ours: str) -> bool:
-    return not (case.full or '').startswith(case.prompt or '')
+    # The thinking switch renders both otherwise.
+    for switch in ({}, *SWITCHES):
+        full = case.judge.try_text(case.messages, case.tools, **switch) or ''
+        prompt = case.judge.try_text(case.messages[:-1], case.tools, prompt=True, **switch)
+        begins = prompt is not None and case.judge.plain(ours).startswith(case.judge.plain(prompt))
+        if begins and not full.startswith(prompt or ''):
+            return True
+    return False
 
 
 def _switched(case: Case, encoded: Encoded, ours: str) -> bool:
@@ -371,7 +409,7 @@ def _beside_calls(case: Case, encoded: Encoded, ours: str) -> bool:
     return any(text not in (case.full or '') for text in texts)
 
 
-# What a note says, and what must then be so.
+# A note, and the condition that must then hold.
 CHECKS: tuple[tuple[str, Check], ...] = (
     (r'token would merge', _merges),
     (r'control tokens typed', _typed_control),
@@ -388,7 +426,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
 
 
 def row_of(raw: Raw) -> Row:
-    """Return a raw row as the product reads it; raises BadRow."""
+    """Return a raw row as the programs read it. Raises BadRow."""
     converter = find_converter(set(raw))
     assert converter is not None
     return check_row(converter(copy.deepcopy(raw)))
@@ -402,7 +440,7 @@ def encoder_for(tokenizer: Any, scope: Any = 'last_round') -> Any:
 
 
 def judge_rows(tokenizer: Any, judge: Judge, raws: list[tuple[str, Raw]]) -> tuple[list[Verdict], str | None]:
-    """Return a verdict on each row, and why no encoder could be made, if so."""
+    """Return a verdict on each row, and the reason if no encoder could be made."""
     try:
         encoder = encoder_for(tokenizer)
     except ConfigError as error:
@@ -468,7 +506,7 @@ def _judge_ids(verdict: Verdict, case: Case, encoded: Encoded) -> None:
 
 
 def _judge_prompt(verdict: Verdict, case: Case, encoded: Encoded, prompt: list[int]) -> None:
-    """The prompt of inference is the generation prompt, and what the template prints before a reply at most."""
+    """The inference prompt is the generation prompt, plus at most what the template prints before a reply."""
     if case.prompt is None or re.search(CALLS_AS_TEXT, ' '.join(encoded.notes)):
         return
     plain, ours = case.judge.plain, case.judge.plain(case.judge.decode(prompt))
@@ -483,19 +521,28 @@ def _spells_marker(case: Case) -> bool:
 
 
 def _judge_leaks(verdict: Verdict, case: Case, encoded: Encoded, count: int) -> None:
-    """A marker that was typed must stay text: as many control ids as where the text is another."""
+    """A typed marker must stay text: there are as many control ids as with another text in its place."""
     raw = json.loads(MARKER.sub('QQ', json.dumps(case.raw, ensure_ascii=False)))
     clean = Case(case.judge, raw)
     # The generation prompt may have markers that the whole chat is printed without.
-    after_prompt = [f'{prompt}{clean.content}{clean.tail}' for prompt in clean.prompts()]
+    after_prompt = [
+        f'{prompt}{lead}{clean.content}{clean.tail}'
+        for prompt in clean.prompts()
+        for lead in {'', clean.lead(), clean.own_lead()}
+    ]
     texts = (clean.full or '', *clean.wholes(), *after_prompt)
-    wanted = [sum(i in case.judge.special for i in case.judge.ids(text)) for text in texts]
-    found = sum(i in case.judge.special for i in encoded.input_ids)
+    # Think tags are counted in the prompt: a reply may bring its own, and an open block is closed.
+    control = case.judge.special - case.judge.tags
+    wanted = [sum(i in control for i in case.judge.ids(text)) for text in texts]
+    found = sum(i in control for i in encoded.input_ids)
     # One more where the end of sequence is added.
-    if found not in wanted and found - 1 not in wanted:
+    is_added = encoded.input_ids[-1] in (case.judge.eos, clean.next_token())
+    if found not in wanted and not (is_added and found - 1 in wanted):
         verdict.add('leak', f'{found} control ids, the template prints {wanted[0]}')
-    if not (found in wanted or encoded.input_ids[-1] in (case.judge.eos, clean.next_token())):
-        verdict.add('leak', f'{found} control ids, the template prints {wanted[0]}')
+    tags = sum(i in case.judge.tags for i in encoded.input_ids[: encoded.prompt_length])
+    printed = [sum(i in case.judge.tags for i in case.judge.ids(prompt)) for prompt in clean.prompts()]
+    if tags not in printed:
+        verdict.add('leak', f'{tags} think tags in the prompt, the template prints {printed[0]}')
 
 
 def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
@@ -506,10 +553,19 @@ def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
         verdict.add('trained', f'text of another turn: {found[0]}: {trained!r}')
     if not case.calls and bare(case.content) not in bare(trained):
         verdict.add('trained', f'the reply is not all trained: {trained!r}')
-    said = {bare(lead) + bare(case.content) for lead in ('', case.lead(), case.own_lead())}
+    # The end of turn may have text between its markers.
+    end = bare(case.tail.partition(judge.tokenizer.eos_token)[0]) if judge.tokenizer.eos_token in case.tail else ''
+    leads = ('', case.lead(), case.own_lead())
+    said = {bare(lead) + bare(case.content) + after for lead in leads for after in ('', end)}
     if not case.calls and not case.reasoning and not _spells_marker(case) and bare(trained) not in said:
         verdict.add('trained', f'more than the reply: {trained!r}')
     last = encoded.input_ids[stop - 1]
+    opener = case.opener()
+    said = city(case.calls[-1]) if case.calls else case.content.strip()
+    if opener is not None and opener in trained[trained.rfind(said) :] and not _spells_marker(case):
+        is_added = judge.active.get(last) == opener and last == case.next_token()
+        if not (is_added and trained.count(opener) == 1):
+            verdict.add('end', f'it goes on into another turn: {trained[-80:]!r}')
     if last not in judge.special and last != judge.eos:
         verdict.add('end', f'the last trained token is no stop: {trained[-60:]!r}')
     if case.calls and case.renders:
@@ -517,15 +573,18 @@ def _judge_trained(verdict: Verdict, case: Case, encoded: Encoded) -> None:
         for call in case.calls:
             if city(call) not in trained:
                 verdict.add('call', f'{city(call)} is not trained: {trained!r}')
-        full = (case.full or '').rstrip()
+        full = case.full or ''
         after = full[full.rindex(city(case.calls[-1])) :]
+        if opener is not None and opener in after and opener != judge.tokenizer.eos_token:
+            after = after[: after.index(opener)]
+        after = after.rstrip()
         ends = [m for m in MARKER.finditer(after) if m.end() == len(after)]
         if ends and judge.active.get(last) != ends[0][0] and last != judge.eos:
             verdict.add('call', f'its stop {ends[0][0]} is not the last trained token: {trained[-80:]!r}')
 
 
 def _judge_mixed(tokenizer: Any, judge: Judge, kept: list[tuple[Verdict, Case, Row, Encoded]]) -> None:
-    """Rows of all kinds through one encoder in both orders: each keeps its ids, and its prompt begins them."""
+    """Encode rows of all kinds with one encoder in both orders: each keeps its ids, and its prompt is their prefix."""
     for name, part in (('in order', kept), ('in reverse', kept[::-1])):
         encoder = encoder_for(tokenizer)
         encoded = encoder.encode([row for _, _, row, _ in part])
@@ -558,7 +617,7 @@ def _judge_rounds(tokenizer: Any, judge: Judge, kept: list[tuple[Verdict, Case, 
             if not said:
                 continue
             verdict.earlier += 1
-            # Text beside a call may be printed after the call's result, in a span of its own.
+            # Text next to a call may be printed after the call's result, in a separate span.
             span = next((s for s in spans if said[-1] in s), None)
             if span is None or not all(any(text in s for s in spans) for text in said):
                 verdict.add('rounds', f'no loss on {said!r}')

@@ -34,7 +34,7 @@ CHINESE = ('天气很好，我们去公园吧。', '你好，世界！', '答案
 
 
 class Words:
-    """Texts for rows: fixed without a seed, else varied. What is not a reply holds a word that no reply holds."""
+    """Texts for rows: fixed without a seed, else varied. Other texts than replies have a word that no reply has."""
 
     def __init__(self, seed: int | None = None) -> None:
         self.random = random.Random(seed)
@@ -60,7 +60,7 @@ def call(name: str, arguments: Any, ident: str) -> Raw:
 
 
 def conversations(words: Words, markers: Sequence[str]) -> list[tuple[str, Raw]]:
-    """Return one raw row of each kind; `markers` are control tokens that somebody typed."""
+    """Return one raw row of each kind; `markers` are control tokens that a user typed."""
     number = words.random.randrange(100, 999) if words.varied else 100
     weather = call('get_weather', {'city': f'Oslo{number}', 'days': 2}, 'a1b2c3d4e')
     traffic = call('get_traffic', {'city': f'Port{number}', 'note': 'Köln'}, 'f5g6h7i8j')
@@ -133,7 +133,7 @@ def conversations(words: Words, markers: Sequence[str]) -> list[tuple[str, Raw]]
 
 
 def printed_tokens(sources: Sequence[str], render: Any) -> tuple[list[str], list[str]]:
-    """Return the markers and the tags that templates spell or print, `render(source)` being what one prints."""
+    """Return the markers and tags in the sources and outputs of templates; `render(source)` gives the output."""
     texts = [text for source in sources for text in (source, render(source))]
     markers = {found[0] for text in texts for found in MARKER.finditer(text)}
     tags = {found[0] for text in texts for found in TAG.finditer(text)}
@@ -141,7 +141,7 @@ def printed_tokens(sources: Sequence[str], render: Any) -> tuple[list[str], list
 
 
 def add_tokens(tokenizer: Any, markers: Sequence[str], tags: Sequence[str], *, special: bool) -> None:
-    """Add what the vocabulary lacks; the tags are ordinary added tokens in either variant."""
+    """Add missing tokens to the vocabulary; the tags are ordinary added tokens in both variants."""
     from tokenizers import AddedToken
 
     there = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -152,7 +152,7 @@ def add_tokens(tokenizer: Any, markers: Sequence[str], tags: Sequence[str], *, s
 
 
 def with_template(tokenizer: Any, source: str, *, bos: str, eos: str) -> Any:
-    """Return the tokenizer under a chat template, sharing its vocabulary."""
+    """Return the tokenizer with a chat template; it shares the vocabulary."""
     copied = copy.copy(tokenizer)
     copied._special_tokens_map = dict(tokenizer._special_tokens_map)
     copied.chat_template = source

@@ -1,4 +1,4 @@
-"""Rows, flags and programs of small runs, and what is read back of them."""
+"""Rows, flags and programs of small runs, and readers of their files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    """Write rows as JSON lines; returns the path."""
+    """Write rows as JSON lines. Returns the path."""
     path.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows), encoding='utf-8')
     return path
 
 
 @dataclass(kw_only=True)
 class Rows:
-    """The rows that a plan chooses, how many were left out, and what served each data set of a hub."""
+    """The rows that a plan chooses, the skipped ones by reason, and the id that served each data set of a hub."""
 
     train: list[Row]
     val: list[Row]
@@ -39,14 +39,14 @@ class Rows:
 
 
 def get_dataset(words: list[str], **options: Any) -> Rows:
-    """Return the rows that plan_rows chooses with these options, held in memory."""
+    """Return the rows that plan_rows chooses with these options, in memory."""
     plan = plan_rows(words, **options)
     chosen = {use: [row for _, row in plan.rows(use)] for use in (TRAIN, VAL)}
     return Rows(train=chosen[TRAIN], val=chosen[VAL], left_out=plan.left_out, served=served_by(plan.parts))
 
 
 def small_flags(model_dir: Path, data_file: Path, output: Path) -> list[str]:
-    """Return flags of a run that takes about a second; later ones win over them."""
+    """Return flags of a run that takes about a second; flags after them override them."""
     flags = {
         'model_id_or_path': model_dir, 'dataset': data_file, 'output_dir': output, 'dtype': 'fp32',
         'dataset_test_ratio': 0.1, 'batch_size': 2, 'gradient_accumulation_steps': 2, 'learning_rate': 0.01,
@@ -57,7 +57,7 @@ def small_flags(model_dir: Path, data_file: Path, output: Path) -> list[str]:
 
 
 def run_program(name: str, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the two programs as users do; returns what it printed and its exit code."""
+    """Run one of the two programs as a user does. Returns its output and exit code."""
     return subprocess.run(
         [sys.executable, str(ROOT / name), *flags],
         capture_output=True,

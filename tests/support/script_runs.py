@@ -10,11 +10,11 @@ from pathlib import Path
 from tests.support.runs import ROOT
 
 SFT = sorted((ROOT / 'scripts').glob('*/*/sft.sh'))
-# The file it writes is its caller's name for the run; in it the program, the GPUs it sees, and its arguments.
+# Writes the program, the visible GPUs and the arguments to a file that the caller names for the run.
 STAND_IN = """#!/bin/sh
 printf '%s\\0' "${0##*/}" "${CUDA_VISIBLE_DEVICES-}" "$@" > "$RECORD"
 """
-# Started from a foreign folder, one bash for all.
+# Started from another folder, in one bash for all scripts.
 DRIVER = 'for s in "$@"; do RECORD="$RECORDS/${s//\\//_}" bash "$s" $WORDS || echo "$s" >> "$RECORDS/failed"; done'
 MACHINES = {'NNODES': '2', 'NODE_RANK': '1', 'MASTER_ADDR': '10.0.0.1'}
 
@@ -30,7 +30,7 @@ class Started:
 
     @property
     def processes(self) -> int:
-        """Return how many processes there are on all machines."""
+        """Return the number of processes on all machines."""
         if self.program == 'python':
             return 1
         machines = int(self.launcher[self.launcher.index('--nnodes') + 1]) if '--nnodes' in self.launcher else 1
@@ -38,7 +38,7 @@ class Started:
 
 
 def run_scripts(folder: Path, scripts: list[Path], words: str, **env: str) -> dict[Path, Started]:
-    """Return what each of these scripts would run, given the same words."""
+    """Return what each of these scripts would run with the same added words."""
     for name in ('python', 'torchrun'):
         (folder / name).write_text(STAND_IN)
         (folder / name).chmod(0o755)
@@ -48,7 +48,7 @@ def run_scripts(folder: Path, scripts: list[Path], words: str, **env: str) -> di
     path = f'{folder}:{os.environ["PATH"]}'
     subprocess.run(
         ['bash', '-c', DRIVER, 'bash', *map(str, scripts)],
-        # An environment that is active, so that the stand-ins come first.
+        # An activated environment, so that the stand-ins come first in PATH.
         cwd=folder, check=True,
         env={**own, 'VIRTUAL_ENV': str(folder), 'PATH': path, 'RECORDS': str(records), 'WORDS': words, **env},
     )  # fmt: skip

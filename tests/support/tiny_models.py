@@ -28,9 +28,9 @@ def make_tokenizer(
     metaspace: str | None = None,
     control: Sequence[str] = CONTROL,
 ) -> Any:
-    """Return a BPE tokenizer trained on a few sentences, with the control tokens of several templates, or others.
+    """Return a BPE tokenizer trained on a few sentences, with the control tokens of several templates or other ones.
 
-    Byte-level as GPT-2's; with `metaspace` ('first', 'always') blanks become ▁ as Llama's do, one put before the text.
+    Byte-level like GPT-2's. With `metaspace` ('first', 'always') blanks become ▁ as in Llama, with one before the text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -60,7 +60,7 @@ def make_tokenizer(
 
 
 def make_model(*, seed: int = 0, vocab_size: int = 400, layers: int = 2, intermediate_size: int = 64) -> Any:
-    """Return a 2-layer Llama of random weights, fp32."""
+    """Return a 2-layer Llama with random fp32 weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""Tiny models that see, in the layouts of the hub, and rows about two pictures."""
+"""Tiny vision models in the layouts of the hub, and rows about two pictures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def chat_template(key: str) -> str:
 
 
 def make_seeing_tokenizer(key: str) -> Any:
-    """Return the toy tokenizer with the control tokens and the chat template of a model that sees."""
+    """Return the toy tokenizer with the control tokens and the chat template of a vision model."""
     tokenizer = make_tokenizer(chat_template=chat_template(key))
     tokenizer.add_special_tokens({'additional_special_tokens': SPECIAL})
     return tokenizer
@@ -56,7 +56,7 @@ def make_image_processor() -> Any:
 
 
 def make_seeing_model(key: str, tokenizer: Any) -> Any:
-    """Return a model of an entry's class with random weights, 2 layers in text and tower."""
+    """Return a model of an entry's class with random weights and 2 layers each in text and tower."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -76,7 +76,7 @@ def make_seeing_model(key: str, tokenizer: Any) -> Any:
 
 
 def seeing_folder(key: str, folder: Path) -> Path:
-    """Write a tiny checkpoint of a registered model that sees, named as on the hub; returns its folder."""
+    """Write a tiny checkpoint of a registered vision model, named as on the hub. Returns its folder."""
     if key == QWEN_VL:
         from tests.support.old_models import original_folder
 
@@ -91,12 +91,12 @@ def seeing_folder(key: str, folder: Path) -> Path:
     return folder
 
 
-# What the pictures are to be called, which only who sees them can tell.
+# The answers about the pictures, which only a model that uses the pixels can give.
 NAMES = {'a.png': 'blue', 'b.png': 'yellow'}
 
 
 def picture_rows(folder: Path) -> Path:
-    """Write both pictures and a file of rows in every shape about them, some without a picture; returns the file."""
+    """Write both pictures and a file of rows about them, in every layout, some without a picture. Returns the file."""
     (folder / 'pictures').mkdir(parents=True)
     for name in NAMES:
         shutil.copy(GOLDENS / 'qwenvl-a' / name, folder / 'pictures' / name)

@@ -1,4 +1,4 @@
-"""Whether the base model ever learnt the token that ends a reply."""
+"""The check whether the base model ever learned the token that ends a reply."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNUSED = [f'<unused{n}>' for n in range(20)]
 
 
 def base(kind: str, *, learnt: bool, tied: bool = False) -> tuple[torch.nn.Linear, object]:
-    """Return the head and the tokenizer of a base that has unused tokens; its end of turn is learnt or is not."""
+    """Return the head and the tokenizer of a base with unused tokens; its end of turn is learned or not."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(UNUSED)
     head = torch.nn.Linear(32, len(tokenizer), bias=False)
@@ -51,6 +51,7 @@ def test_rows_beyond_the_tokenizer_are_unused() -> None:
     assert untrained_ids(head, make_tokenizer(), [2, END]) == [END]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('flags', 'warned'), [((), 1), (('--sft_type', 'full'), 0)])
 def test_a_lora_run_warns_with_the_remedy(
     flags: tuple[str, ...], warned: int, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -1,4 +1,4 @@
-"""Numbers that mean nothing stop a run, and say where they come from."""
+"""NaN, infinity and zero gradients stop a run, and the message names their source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAVED_EACH_STEP = ('--save_steps', '1', '--save_total_limit', '-1')
 
 @pytest.fixture(scope='module')
 def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model whose logits are NaN from the first 'Q' of a row on, which no other row has."""
+    """Return a model whose logits are NaN from the first 'Q' of a row on; only one row has a 'Q'."""
     tokenizer, model = make_tokenizer(), make_model()
     (token,) = set(tokenizer('Q', add_special_tokens=False)['input_ids'])
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_a_row_whose_loss_is_nan_stops_the_run_and_is_named(
     (message,) = problems()
     step = re.match(r'step (\d+): the loss is not a finite number for ', message)
     assert step is not None and int(step[1]) > 1, message
-    assert message[step.end() :].startswith(f'{data}:21. Look at these rows.'), 'one row of the four of a step'
+    assert message[step.end() :].startswith(f'{data}:21. Check these rows.'), 'one row of the four of a step'
     last = all_checkpoints(run)[-1]
     assert last.name == f'checkpoint-{int(step[1]) - 1}'
     assert message.endswith(f'Nothing of this step is saved; the last good checkpoint: {last}.')
@@ -63,6 +63,7 @@ def test_a_row_whose_loss_is_nan_stops_the_run_and_is_named(
     assert not (run / 'run.json').exists()
 
 
+@pytest.mark.slow
 def test_the_first_step_gate_finds_a_long_row_whose_loss_is_nan(
     poisoned_model: Path, run_sft: Run, tmp_path: Path, problems: Problems
 ) -> None:
@@ -77,6 +78,7 @@ def test_the_first_step_gate_finds_a_long_row_whose_loss_is_nan(
     assert len(problems()) == 2
 
 
+@pytest.mark.slow
 def test_a_validation_row_whose_loss_is_nan_stops_the_run(
     poisoned_model: Path, run_sft: Run, tmp_path: Path, problems: Problems, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,14 +87,14 @@ def test_a_validation_row_whose_loss_is_nan_stops_the_run(
     flags = ('--model_id_or_path', str(poisoned_model), '--dataset', 'two-parts', '--max_steps', '3')
     run = run_sft(*flags, '--save_steps', '1', '--save_total_limit', '-1', expect=2)
     assert problems()[0].startswith(
-        'step 3: the validation loss is not a finite number for two-parts (validation): row 3. Look at these rows.'
+        'step 3: the validation loss is not a finite number for two-parts (validation): row 3. Check these rows.'
     )
     assert [p.name for p in all_checkpoints(run)] == ['checkpoint-1', 'checkpoint-2']
 
 
 @pytest.fixture
 def gradients_times(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
-    """Return a function that multiplies every gradient of the micro-batches from one step on."""
+    """Return a function that multiplies every gradient from one step on."""
     from utils.train.trainer import SftTrainer
 
     def plan(factor: float, step: int) -> None:
@@ -115,11 +117,12 @@ def test_gradients_that_are_infinite_stop_the_run(
     gradients_times(math.inf, 3)
     run = run_sft(*SAVED_EACH_STEP, expect=2)
     (message,) = problems()
-    assert re.match(r'step 3: the loss is finite, its gradients are not \(norm (inf|nan)\)\. ', message)
+    assert re.match(r'step 3: the loss is finite, but its gradients are not \(norm (inf|nan)\)\. ', message)
     assert message.count(f'{data_file}:') == 4, 'all rows of the step'
     assert [p.name for p in all_checkpoints(run)] == ['checkpoint-1', 'checkpoint-2']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step', [1, 4])
 def test_gradients_that_are_zero_stop_the_run(
     step: int, run_sft: Run, gradients_times: Callable[[float, int], None], problems: Problems
@@ -133,6 +136,7 @@ def test_gradients_that_are_zero_stop_the_run(
     assert len(all_checkpoints(run)) == step - 1
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_loss_is_reported_with_its_row(
     run_sft: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,7 +150,10 @@ def test_a_jump_of_the_loss_is_reported_with_its_row(
     )  # fmt: skip
     (spike,) = json.loads((run / 'run.json').read_text())['loss_spikes']
     assert spike['rows'] == [f'{data}:8'] and spike['step'] > 20 and spike['loss'] > 2 * spike['usual']
-    assert f'step {spike["step"]}: the loss jumped to ' in caplog.text and f'Highest in: {data}:8' in caplog.text
+    assert (
+        f'step {spike["step"]}: the loss jumped to ' in caplog.text
+        and f'Check the rows with the highest loss: {data}:8' in caplog.text
+    )
 
 
 def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: Path) -> None:
@@ -180,16 +187,17 @@ def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: P
     for number in range(20, 39):
         guard.norm = math.inf
         guard.judge(f'step {number}')
-    with pytest.raises(ConfigError, match='step 39: gradients overflow in fp16 whatever the loss scale, 20 steps in a'):
+    with pytest.raises(ConfigError, match='step 39: gradients overflow in fp16 at every loss scale, 20 steps in a'):
         guard.judge('step 39')
     guard.losses = [torch.tensor(math.nan)]
     with pytest.raises(ConfigError, match='step 40: the loss is not a finite number'):
         guard.judge('step 40')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [1, 5, 12, 16])
 def test_one_epoch_of_few_rows_trains(rows: int, run_sft: Run, tmp_path: Path) -> None:
-    """With default flags so many rows are one optimizer step, which a rise from 0 would waste."""
+    """With default flags these rows are one optimizer step, which a warm-up from 0 would waste."""
     data = write_jsonl(tmp_path / 'few.jsonl', rows_with(None, rows))
     run = run_sft(
         '--dataset', str(data), '--dataset_test_ratio', '0', '--max_steps', '-1', '--batch_size', '1',
@@ -203,17 +211,19 @@ def test_one_epoch_of_few_rows_trains(rows: int, run_sft: Run, tmp_path: Path) -
     assert rates == [0.01]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['lora', 'full'])
 def test_weights_that_stay_as_they_were_are_no_success(
     kind: str, run_sft: Run, problems: Problems, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rates so small that adding a step to a weight rounds it away."""
+    """Learning rates so small that rounding removes the change of a weight."""
     rate = '1e-60' if kind == 'lora' else '1e-30'
     run = run_sft('--sft_type', kind, '--learning_rate', rate, '--only_save_model', 'false', expect=2)
-    assert problems()[0].startswith(f'--learning_rate {float(rate)}: the weights after 6 steps are those the run began')
+    assert problems()[0].startswith(f'--learning_rate {float(rate)}: the weights after 6 steps are bitwise identical')
     assert 'best checkpoint' not in caplog.text and not (run / 'run.json').exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_end_on_steps_that_change_no_bit(run_sft: Run) -> None:
     run = run_sft('--max_steps', '6')
     resumed = ('--learning_rate', '1e-60', '--resume_from_checkpoint', str(run / 'checkpoint-3'))

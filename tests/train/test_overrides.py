@@ -13,7 +13,7 @@ from utils.train import trainer as module
 from utils.train.overrides import overrides
 from utils.train.trainer import SftTrainer
 
-# What of the library's trainer is replaced. Adding a line here is a cost: each release of the library may change it.
+# Methods of the library's trainer that are replaced. Each costs care: a release of the library may change it.
 PUBLIC = {
     'train', 'evaluate', 'compute_loss', 'training_step', 'prediction_step', 'evaluation_loop', 'create_scheduler',
     'get_batch_samples', 'get_train_dataloader', 'get_eval_dataloader',
@@ -22,7 +22,7 @@ PRIVATE = {
     '_get_train_sampler', '_get_grad_norm', '_determine_best_metric', '_save_checkpoint', '_save',
     '_load_from_checkpoint', '_load_optimizer_and_scheduler', '_load_rng_state',
 }  # fmt: skip
-# Methods and attributes of the library's trainer that are used without being replaced, private ones.
+# Private methods and attributes of the library's trainer that are used without being replaced.
 USED = {
     '_clip_grad_norm', '_prepare_inputs', '_tr_loss', '_globalstep_last_logged', '_train_batch_size',
     '_created_lr_scheduler',
@@ -57,7 +57,7 @@ def test_a_method_that_the_library_renames_fails_when_the_class_is_made(
 
 @pytest.fixture(autouse=True)
 def put_back(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Keep the class of this module the one that other modules hold, whatever a test made of it."""
+    """Restore the class of the module, so that other modules keep using the same one."""
     kept = dict(vars(module))
     yield
     vars(module).update(kept)

@@ -1,4 +1,4 @@
-"""Runs that are stopped, cut off or refused: what they leave behind, and that they go on to the same bits."""
+"""Runs that are stopped, interrupted or refused: the files that remain, and bitwise identical resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCRATCH_FLAGS = ('--eval_steps', '2', '--save_total_limit', '-1', '--lora_dropou
 
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that has this process signalled inside a step or inside the evaluation after it."""
+    """Return a function that sends this process a signal inside a step or inside the evaluation after it."""
     from utils.train.trainer import SftTrainer
 
     def plan(signum: int, *, step: int, during: str) -> None:
@@ -46,6 +46,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('during', ['training_step', 'prediction_step'])
 @pytest.mark.parametrize(('signum', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
@@ -57,7 +58,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Step 4 is evaluated: before that the run stops, and the resumed one makes up for it."""
+    """Step 4 has an evaluation. The run stops before it, and the resumed run does it."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     whole = run_sft(*SCRATCH_FLAGS)
     with monkeypatch.context() as patch:
@@ -84,12 +85,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert sum('eval_loss' in line for line in log_lines(resumed / 'checkpoint-6')) == 3
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_lets_the_run_end(run_sft: Run, signal_at: Callable[..., None]) -> None:
     signal_at(signal.SIGTERM, step=6, during='training_step')
     run = run_sft(*SCRATCH_FLAGS)
     assert (run / 'run.json').is_file()
 
 
+@pytest.mark.slow
 def test_a_signal_at_a_step_that_is_not_logged_loses_no_loss(
     run_sft: Run, signal_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +106,7 @@ def test_a_signal_at_a_step_that_is_not_logged_loses_no_loss(
     assert [line['step'] for line in log_lines(whole / 'checkpoint-8') if 'loss' in line] == [1, 4, 8]
 
 
+@pytest.mark.slow
 def test_a_second_signal_quits_at_once_and_an_echo_does_not() -> None:
     code = (
         'import os, signal, sys, time\n'
@@ -116,9 +120,10 @@ def test_a_second_signal_quits_at_once_and_an_echo_does_not() -> None:
     )
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, 'alive\n')
-    assert done.stderr.strip() == 'finishing this step and writing a checkpoint; once more quits at once'
+    assert done.stderr.strip() == 'finishing this step and writing a checkpoint; a second signal quits at once'
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> None:
     run = run_sft('--save_total_limit', '-1')
     checkpoint = run / 'checkpoint-6'
@@ -128,7 +133,7 @@ def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> 
         run_sft('--max_steps', '8', '--resume_from_checkpoint', str(checkpoint), expect=2)
         assert problems()[-1] == (
             f'--resume_from_checkpoint {checkpoint} cannot be resumed from: {name} is corrupted: its bytes are not '
-            f'those that were written (sha256 differs). {run / "checkpoint-3"} is whole.'
+            f'those that were written (sha256 differs). Use {run / "checkpoint-3"}, which is intact.'
         )
         (checkpoint / name).write_bytes(whole)
     (checkpoint / MANIFEST).unlink()
@@ -137,18 +142,21 @@ def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> 
     assert len(problems()) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_not_resumed(run_sft: Run, problems: Problems) -> None:
     run = run_sft('--max_steps', '3')
     run_sft('--max_steps', '3', '--resume_from_checkpoint', str(run / 'checkpoint-3'), expect=2)
-    assert 'is of step 3 and this run ends at step 3: nothing is left to train' in problems()[0]
+    assert 'is of step 3 and this run ends at step 3: no step is left to train' in problems()[0]
 
 
+@pytest.mark.slow
 def test_one_checkpoint_is_left_of_a_limit_of_one(run_sft: Run) -> None:
     run = run_sft('--save_total_limit', '1', '--learning_rate', '0.5', '--eval_steps', '2')
     best = json.loads((run / 'run.json').read_text())['best_checkpoint']
     assert [str(p) for p in all_checkpoints(run)] == [best]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sft_type', ['lora', 'full'])
 def test_no_run_folder_holds_a_pickle(sft_type: str, run_sft: Run) -> None:
     run = run_sft('--sft_type', sft_type, '--only_save_model', 'false', '--max_steps', '3')
@@ -157,8 +165,9 @@ def test_no_run_folder_holds_a_pickle(sft_type: str, run_sft: Run) -> None:
     assert not [p for p in files if p.read_bytes()[:2] in (b'\x80\x02', b'\x80\x04', b'PK')]
 
 
+@pytest.mark.slow
 def test_weights_saved_in_another_layout_are_resumed(run_sft: Run, tmp_path: Path, tokenizer: Any) -> None:
-    """A mixture's experts are held as one tensor and saved one by one."""
+    """The experts of a mixture are one tensor in memory and separate tensors in the file."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -176,6 +185,7 @@ def test_weights_saved_in_another_layout_are_resumed(run_sft: Run, tmp_path: Pat
     assert_equal(resumed / 'checkpoint-6', whole / 'checkpoint-6')
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     run = run_sft('--max_steps', '3')
     (run / '.checkpoint-9.partial').mkdir()
@@ -183,7 +193,7 @@ def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pyte
     assert f'{run / ".checkpoint-9.partial"} was being written when that run ended' in caplog.text
     assert json.loads((run / 'proofs.json').read_text())['checkpoints'] == {
         'passed': True, 'pickled_by_deepspeed': [],
-        'says': 'checkpoint-3 got its name once it was whole on the disk, with the sha256 of each of its files',
+        'says': 'checkpoint-3 was renamed into place once it was complete on disk, with the sha256 of each file',
     }  # fmt: skip
 
 
@@ -205,13 +215,14 @@ sys.exit(llm_sft.main(sys.argv[2:]))
 
 
 def run_on_a_full_disk(words: list[str], limited_from: str) -> subprocess.CompletedProcess[str]:
-    """Train in a process that may write no file above 16 KiB from the given checkpoint on."""
+    """Train in a process that cannot write a file above 16 KiB from the given checkpoint on."""
     return subprocess.run(
         [sys.executable, '-c', DISK_FULL, limited_from, *words],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_path: Path, run_sft: Run) -> None:
     words = [*small_flags(model_dir, data_file, tmp_path / 'full'), '--save_total_limit', '1']
     done = run_on_a_full_disk(words, 'checkpoint-6')
@@ -221,8 +232,8 @@ def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_p
     assert damage(run / 'checkpoint-3') is None
     assert len(re.findall(r'(?<!I/O )error: ', done.stderr)) == 1
     assert re.search(
-        rf'{run}/checkpoint-6 could not be written: .*File too large.*Nothing older was touched: the last complete '
-        rf'checkpoint is {run}/checkpoint-3\. .* GiB are free there\. Make room, then go on with '
+        rf'{run}/checkpoint-6 could not be written: .*File too large.*Nothing older was changed: the last complete '
+        rf'checkpoint is {run}/checkpoint-3\. .* GiB are free there\. Free disk space, then use '
         rf'--resume_from_checkpoint {run}/checkpoint-3$',
         done.stderr,
         flags=re.MULTILINE,
@@ -231,16 +242,18 @@ def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_p
     assert_equal(resumed / 'checkpoint-6', run_sft() / 'checkpoint-6')
 
 
+@pytest.mark.slow
 def test_an_unwritable_disk_shows_before_the_first_step(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     done = run_on_a_full_disk(small_flags(model_dir, data_file, tmp_path / 'full'), 'checkpoint-0')
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-3000:]
     (run,) = (tmp_path / 'full').glob('*/*')
-    assert f'error: a checkpoint cannot be written to {run}: ' in done.stderr and 'File too large' in done.stderr
+    assert f'error: {run}: a checkpoint cannot be written: ' in done.stderr and 'File too large' in done.stderr
     assert not [p for p in run.iterdir() if 'checkpoint' in p.name or p.name == '.preflight']
 
 
+@pytest.mark.slow
 def test_optimizer_flags_typed_on_resuming_are_used(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
-    """With a constant schedule the rate of each step is what was typed; decay acts on weights, so they differ."""
+    """With a constant schedule the rate of each step is the typed one; weight decay changes weights, so they differ."""
     flags = ('--lr_scheduler_type', 'constant', '--learning_rate', '0.01', '--weight_decay', '0')
     run = run_sft(*flags)
     resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-3'))
@@ -256,6 +269,7 @@ def test_optimizer_flags_typed_on_resuming_are_used(run_sft: Run, caplog: pytest
     assert len(set(ends.values())) == 4
 
 
+@pytest.mark.slow
 def test_the_rate_after_resuming_is_that_of_the_schedule_typed_now(run_sft: Run) -> None:
     run = run_sft('--lr_scheduler_type', 'constant', '--learning_rate', '0.01')
     resumed = run_sft(
@@ -265,12 +279,13 @@ def test_the_rate_after_resuming_is_that_of_the_schedule_typed_now(run_sft: Run)
     assert rates[3:] == pytest.approx([0.01 * (6 - step) / 6 for step in (3, 4, 5)])
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_refused_on_resuming(run_sft: Run, problems: Problems) -> None:
     run = run_sft('--max_steps', '3')
     resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-3'))
     run_sft('--optim', 'sgd', *resumed, expect=2)
     assert problems() == [
-        '--optim sgd: the optimizer that is resumed was made with adamw_torch and is put back as it was. '
+        '--optim sgd: the state of the resumed optimizer was written with --optim adamw_torch. '
         'Type --optim adamw_torch, or start a new run: leave --resume_from_checkpoint out.'
     ]
     assert (run_sft('--optim', 'adamw_torch_fused', *resumed) / 'run.json').is_file()

@@ -1,4 +1,4 @@
-"""Training through the program itself, on tiny models: curves fall, runs resume, layouts agree."""
+"""Training with the program itself on tiny models: losses fall, runs resume, batch layouts agree."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ def test_run_folder_holds_what_is_promised(run_sft: Run) -> None:
     assert (run / 'training_args.json').is_file()
 
 
+@pytest.mark.slow
 def test_folders_count_up(run_sft: Run) -> None:
     names = [run_sft('--max_steps', '1').name.split('-')[0] for _ in range(2)]
     assert names == ['v0', 'v1']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sft_type', ['lora', 'full'])
 def test_resumed_run_equals_the_uninterrupted_one(run_sft: Run, sft_type: str) -> None:
     flags = ('--sft_type', sft_type, '--only_save_model', 'false', '--lora_dropout_p', '0.1')
@@ -66,6 +68,7 @@ def first_step(run: Path) -> tuple[float, float]:
     return entry['loss'], entry['grad_norm']
 
 
+@pytest.mark.slow
 def test_batch_layouts_give_the_same_loss_and_gradients(run_sft: Run, tmp_path: Path) -> None:
     rows = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in (3, 40, 9, 60)]
     data = write_jsonl(tmp_path / 'four.jsonl', rows)
@@ -83,6 +86,7 @@ def test_batch_layouts_give_the_same_loss_and_gradients(run_sft: Run, tmp_path: 
         assert norm == pytest.approx(found[0][1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_validation_loss_is_the_same_whatever_the_batch(run_sft: Run) -> None:
     found = []
     for size in ('1', '3'):
@@ -92,6 +96,7 @@ def test_validation_loss_is_the_same_whatever_the_batch(run_sft: Run) -> None:
     assert found[0]['eval_acc'] == found[1]['eval_acc']
 
 
+@pytest.mark.slow
 def test_pretraining_rows_train(run_sft: Run, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / 'text.jsonl', [{'query': '', 'response': 'the answer is 42. ' * 3}] * 20)
     run = run_sft('--dataset', str(data), '--template_type', 'default-generation')
@@ -99,6 +104,7 @@ def test_pretraining_rows_train(run_sft: Run, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(run_sft: Run) -> None:
     plain, checkpointed = (
         run_sft('--max_steps', '3', '--gradient_checkpointing', value) for value in ('false', 'true')
@@ -107,6 +113,7 @@ def test_gradient_checkpointing_changes_nothing(run_sft: Run) -> None:
     assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-6
 
 
+@pytest.mark.slow
 def test_evaluation_by_generation(run_sft: Run) -> None:
     run = run_sft('--predict_with_generate', 'true', '--max_new_tokens', '8', '--do_sample', 'false')
     entry = next(e for e in history(run, 6) if 'eval_rouge-l' in e)
@@ -114,11 +121,12 @@ def test_evaluation_by_generation(run_sft: Run) -> None:
     assert (run / 'images' / 'eval_rouge-l.png').is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scope', ['last_round', 'all_rounds'])
 def test_answers_are_scored_against_the_last_reply_alone(
     scope: str, run_sft: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that gives each last reply word for word scores 100, whatever replies came before and carry loss."""
+    """A model that repeats each last reply word for word scores 100, even if earlier replies carry loss."""
     rows = [
         [('user', f'hi {i}'), ('assistant', 'hello there, good day'), ('user', 'what is 6 times 7?')] for i in range(8)
     ]
@@ -126,7 +134,7 @@ def test_answers_are_scored_against_the_last_reply_alone(
         {
             'messages': [
                 *({'role': role, 'content': text} for role, text in row),
-                # One reply in two is marked to carry no loss: it is still what is to be answered.
+                # Every second reply is marked to carry no loss; it is still the reference for the answer.
                 {'role': 'assistant', 'content': 'the answer is 42.', 'weight': int(i % 2)},
             ]
         }
@@ -142,6 +150,7 @@ def test_answers_are_scored_against_the_last_reply_alone(
     assert scores['eval_rouge-l'] == scores['eval_bleu-4'] == 100
 
 
+@pytest.mark.slow
 def test_longest_rows_come_first_when_memory_is_tested(run_sft: Run, tmp_path: Path) -> None:
     from utils.data.encode_plan import EncodedRows
     from utils.encode.encoded import Encoded
@@ -155,6 +164,7 @@ def test_longest_rows_come_first_when_memory_is_tested(run_sft: Run, tmp_path: P
     assert (run / 'checkpoint-1').is_dir()
 
 
+@pytest.mark.slow
 def test_only_save_model_leaves_nothing_to_resume(run_sft: Run, problems: Callable[[], list[str]]) -> None:
     run = run_sft('--only_save_model', 'true', '--max_steps', '1')
     assert not (run / 'checkpoint-1' / 'optimizer.safetensors').exists()
@@ -162,6 +172,7 @@ def test_only_save_model_leaves_nothing_to_resume(run_sft: Run, problems: Callab
     assert any('has no optimizer state' in line for line in problems())
 
 
+@pytest.mark.slow
 def test_lora_all_reaches_every_linear_layer_but_the_head(run_sft: Run) -> None:
     run = run_sft('--lora_target_modules', 'ALL', '--max_steps', '1')
     targets = json.loads((run / 'checkpoint-1' / 'adapter_config.json').read_text())['target_modules']
@@ -173,6 +184,7 @@ def test_unknown_lora_target_names_the_near_ones(run_sft: Run, problems: Callabl
     assert any("'q_prj' matches no linear layer" in line and "'q_proj'" in line for line in problems())
 
 
+@pytest.mark.slow
 def test_resuming_with_other_arguments_is_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     run = run_sft('--max_steps', '3', '--eval_steps', '2')
     caplog.clear()
@@ -182,6 +194,7 @@ def test_resuming_with_other_arguments_is_warned_about(run_sft: Run, caplog: pyt
     assert caplog.text.count('the run that is resumed had') == 1
 
 
+@pytest.mark.slow
 def test_resuming_on_other_base_weights_is_refused(
     run_sft: Run, tmp_path: Path, problems: Callable[[], list[str]]
 ) -> None:
@@ -193,6 +206,7 @@ def test_resuming_on_other_base_weights_is_refused(
     assert 'the base weights differ' in problems()[0]
 
 
+@pytest.mark.slow
 def test_max_steps_below_1_trains_whole_epochs(run_sft: Run) -> None:
     for steps, wanted in (('-1', 9), ('2', 2)):
         run = run_sft('--max_steps', steps, '--num_train_epochs', '1')

@@ -1,4 +1,4 @@
-"""Files made once per machine and reused: complete or absent, checked when opened, bounded in size."""
+"""Files made once per machine and reused: complete or absent, verified when opened, limited in total size."""
 
 from __future__ import annotations
 
@@ -15,44 +15,51 @@ from utils.base.errors import ConfigError
 from utils.base.logger import logger
 
 _SUMS = 'sha256.json'
-_ASIDE = '.aside-'
+_TEMPORARY = '.aside-'
 _DEFAULT_GIB = 20.0
+_DAY_SECONDS = 86400
 
 
 def cache_dir() -> Path:
-    """Return the folder for files made once per machine: $ASSAY_CACHE, else assay/ in the user's cache."""
+    """Return the folder for files made once per machine: $ASSAY_CACHE, or else assay/ in the user's cache."""
     named = os.environ.get('ASSAY_CACHE')
-    return Path(named) if named else Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'assay'
+    if named:
+        return Path(named)
+
+    user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(user_cache) / 'assay'
 
 
-def kept(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the cache folder `<kind>-<key>`, made on the first call and wherever a file of it is not as written.
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the cache folder `<kind>-<key>`; it is made if it is absent or damaged.
 
-    `make` fills a folder aside, which is then renamed: no one sees half of it. Folders of the kind that were not used
-    for longest are removed when all of them exceed $ASSAY_CACHE_GIB (20 where it is not set).
+    `make` fills a temporary folder, which is renamed into place, so no process sees a partial one. When all folders
+    of the kind together exceed $ASSAY_CACHE_GIB, the least recently used ones are removed.
     """
     target = cache_dir() / name
     if _is_whole(target):
         os.utime(target)
         logger.info(f'reused: {target}')
         return target
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=_ASIDE))
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY))
         try:
-            make(aside)
-            sums = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-            (aside / _SUMS).write_text(json.dumps(sums), encoding='utf-8')
+            make(temporary)
+            sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+            (temporary / _SUMS).write_text(json.dumps(sums), encoding='utf-8')
+
             if not _is_whole(target):  # another process may have been first
                 shutil.rmtree(target, ignore_errors=True)
-                aside.rename(target)
+                temporary.rename(target)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        _bound(target)
+            shutil.rmtree(temporary, ignore_errors=True)
+        _remove_surplus(target)
     except OSError as error:
         raise ConfigError(
-            f'the cache folder {target.parent} cannot be written: {error.strerror}. '
-            'Name another with the environment variable ASSAY_CACHE.'
+            f'{target.parent}: the cache folder cannot be written: {error.strerror}. '
+            'Set the environment variable ASSAY_CACHE to another folder.'
         ) from error
     return target
 
@@ -68,13 +75,15 @@ def _sha256(file: Path) -> str:
 def _is_whole(folder: Path) -> bool:
     if not folder.is_dir():
         return False
+
     try:
         sums = json.loads((folder / _SUMS).read_text(encoding='utf-8'))
         whole = all(_sha256(folder / name) == wanted for name, wanted in sums.items())
     except (OSError, ValueError, AttributeError):
         whole = False
+
     if not whole:
-        logger.warning(f'{folder} is damaged: it is made anew')
+        logger.warning(f'{folder}: this cache folder is damaged. It is made again.')
     return whole
 
 
@@ -83,19 +92,23 @@ def _limit_gib() -> float:
     try:
         return float(given) if given else _DEFAULT_GIB
     except ValueError:
-        raise ConfigError(f"the environment variable ASSAY_CACHE_GIB takes a number of GiB, got '{given}'.") from None
+        raise ConfigError(
+            f"ASSAY_CACHE_GIB: this variable takes a number of GiB, got '{given}'. Set a number, or unset the variable."
+        ) from None
 
 
-def _bound(newest: Path) -> None:
-    """Remove what was not used for longest, and what a killed process left aside."""
-    limit = _limit_gib() * 2**30
+def _remove_surplus(newest: Path) -> None:
+    """Remove the least recently used folders above the limit, and temporary ones of killed processes."""
     kind = newest.name.partition('-')[0]
     folders = sorted(newest.parent.glob(f'{kind}-*'), key=lambda f: f.stat().st_mtime, reverse=True)
+    bytes_left = _limit_gib() * 2**30
+
     for folder in [newest, *(f for f in folders if f != newest)]:
-        limit -= sum(file.stat().st_size for file in folder.iterdir())
-        if limit < 0 and folder != newest:
+        bytes_left -= sum(file.stat().st_size for file in folder.iterdir())
+        if bytes_left < 0 and folder != newest:
             logger.info(f'removed from the cache: {folder}')
             shutil.rmtree(folder, ignore_errors=True)
-    for folder in newest.parent.glob(f'{_ASIDE}*'):
-        if folder.stat().st_mtime < time.time() - 86400:
+
+    for folder in newest.parent.glob(f'{_TEMPORARY}*'):
+        if folder.stat().st_mtime < time.time() - _DAY_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)

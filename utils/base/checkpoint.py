@@ -1,4 +1,4 @@
-"""Checkpoints as folders: complete or absent, and known to be whole by a manifest. Standard library only."""
+"""Checkpoint folders: complete or absent, and verified by a manifest. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MANIFEST = 'manifest.json'
 OPTIMIZER_STATE = 'optimizer.safetensors'
 PROCESS_STATES = 'process_states.safetensors'
 DEEPSPEED_STATES = 'global_step*'
-# DeepSpeed alone writes such files, and proofs.json names them.
+# Only DeepSpeed writes such files, and proofs.json names them.
 PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.pkl')
 _PREFIX = 'checkpoint-'
-# llm_infer.py rewrites it with the settings it answered with; training never reads it.
+# llm_infer.py overwrites this file with the settings of its answers; training never reads it.
 _MAY_CHANGE = 'generation_config.json'
 
 
 def partial_name(checkpoint: Path) -> Path:
-    """Return the name under which a checkpoint is written before it is complete."""
+    """Return the path under which a checkpoint is written before it is complete."""
     return checkpoint.with_name(f'.{checkpoint.name}.partial')
 
 
@@ -33,7 +33,7 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run, None before the first."""
+    """Return the newest checkpoint of a run, None if it has none."""
     return next(reversed(all_checkpoints(run_dir)), None)
 
 
@@ -46,13 +46,13 @@ def _sha256(path: Path) -> str:
 
 
 def _hashes(files: Collection[Path]) -> list[str]:
-    """Return the sha256 of each file; large files are hashed side by side, since hashing releases the lock."""
+    """Return the sha256 of each file. Threads hash large files at the same time, because hashing releases the GIL."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(_sha256, files))
 
 
 def _sync(path: Path) -> None:
-    """Have the system write a file or folder out to the disk."""
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -61,16 +61,19 @@ def _sync(path: Path) -> None:
 
 
 def seal(partial: Path, checkpoint: Path) -> None:
-    """Write the manifest of a finished folder, bring all of it to the disk, give it its name."""
-    files = sorted(p for p in partial.rglob('*') if p.is_file() and p.name != _MAY_CHANGE)
-    for path in [p for p in partial.rglob('*') if p.is_file()]:
+    """Write the manifest of a finished folder, flush everything to the disk, then rename the folder into place."""
+    all_files = [p for p in partial.rglob('*') if p.is_file()]
+    for path in all_files:
         _sync(path)
+
+    files = sorted(p for p in all_files if p.name != _MAY_CHANGE)
     entries = {
         str(path.relative_to(partial)): {'bytes': path.stat().st_size, 'sha256': digest}
         for path, digest in zip(files, _hashes(files), strict=True)
     }
     manifest = partial / MANIFEST
     manifest.write_text(json.dumps({'files': entries}, indent=1) + '\n', encoding='utf-8')
+
     for path in [manifest, *(p for p in partial.rglob('*') if p.is_dir()), partial]:
         _sync(path)
     partial.rename(checkpoint)
@@ -78,7 +81,7 @@ def seal(partial: Path, checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return what makes a checkpoint unfit to go on from: no manifest, or the first file that is not as written."""
+    """Return why a checkpoint must not be used: no manifest, or the first file that differs from it. None if whole."""
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files'].items()
         files = {checkpoint / name: (entry['bytes'], entry['sha256']) for name, entry in entries}
@@ -86,11 +89,13 @@ def damage(checkpoint: Path) -> str | None:
         return f'it has no {MANIFEST}, which is written last: it is incomplete'
     except (ValueError, KeyError, TypeError, AttributeError):
         return f'its {MANIFEST} cannot be read: it is corrupted'
+
     for path, (size, _) in files.items():
         if not path.is_file():
             return f'{path.name} is missing'
         if path.stat().st_size != size:
             return f'{path.name} has {path.stat().st_size} bytes, it was written with {size}'
+
     for (path, (_, wanted)), digest in zip(files.items(), _hashes(files), strict=True):
         if digest != wanted:
             return f'{path.name} is corrupted: its bytes are not those that were written (sha256 differs)'
@@ -98,18 +103,21 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint: it loses its name first, so that it is never there in part."""
-    gone = folder.with_name(f'.{folder.name.removeprefix(".")}.removed')
-    folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    """Delete a checkpoint. It is renamed first, so no process finds a partly deleted one under its name."""
+    renamed = folder.with_name(f'.{folder.name.removeprefix(".")}.removed')
+    folder.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def rotate(run_dir: Path, *, limit: int, best: str | None, keep_last: bool = True) -> None:
-    """Delete the oldest checkpoints until `limit` are left (0 or below: all stay); the best and the last are kept."""
+    """Delete the oldest checkpoints until `limit` remain; the best and the last are kept. 0 or below keeps all."""
     found = all_checkpoints(run_dir)
-    kept = {p for p in found if best is not None and p.resolve() == Path(best).resolve()}
-    if keep_last or not kept:
-        kept.update(found[-1:])
-    surplus = len(found) - max(limit, len(kept)) if limit > 0 else 0
-    for checkpoint in [p for p in found if p not in kept][: max(surplus, 0)]:
+    protected = {p for p in found if best is not None and p.resolve() == Path(best).resolve()}
+    if keep_last or not protected:
+        protected.update(found[-1:])
+
+    if limit <= 0:
+        return
+    surplus = max(len(found) - max(limit, len(protected)), 0)
+    for checkpoint in [p for p in found if p not in protected][:surplus]:
         remove(checkpoint)

@@ -1,4 +1,4 @@
-"""Rank and world size from the environment that torchrun sets, without importing torch; what ranks tell each other."""
+"""Rank and world size from the environment that torchrun sets, without importing torch; exchange between ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar('T')
 
-# The device files of NVIDIA on Linux, of NVIDIA under WSL and of ROCm, whose torch build calls RCCL 'nccl'.
+# NVIDIA on Linux, NVIDIA under WSL, and ROCm, whose torch build gives RCCL the name 'nccl'.
 _GPU_DEVICE_FILES = ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd')
 
 
@@ -39,7 +39,7 @@ def local_world_size() -> int:
 
 
 def started_by_torchrun() -> bool:
-    """Return whether a launcher set this process's rank."""
+    """Return whether torchrun or another launcher set the rank of this process."""
     return 'RANK' in os.environ
 
 
@@ -49,14 +49,15 @@ def is_main() -> bool:
 
 
 def has_gpu_device() -> bool:
-    """Return whether the machine shows a GPU that nccl can serve; reads device files only."""
+    """Return whether the machine has a GPU that nccl supports; looks only for device files."""
     return any(Path(name).exists() for name in _GPU_DEVICE_FILES)
 
 
 def visible_gpus() -> int:
-    """Return how many GPUs this process may use, by CUDA_VISIBLE_DEVICES or else the device files."""
+    """Return how many GPUs this process may use, from CUDA_VISIBLE_DEVICES or else from the device files."""
     if not has_gpu_device():
         return 0
+
     listed = os.environ.get('CUDA_VISIBLE_DEVICES')
     if listed is not None:
         return len([name for name in listed.split(',') if name.strip() not in ('', '-1')])
@@ -64,20 +65,21 @@ def visible_gpus() -> int:
 
 
 def own_gpus(gpus: int) -> range:
-    """Return the devices of this process: those of its machine dealt out in equal parts that do not overlap."""
+    """Return the device indices of this process: the machine's GPUs in equal, disjoint parts, one per process."""
     share = gpus // local_world_size()
     return range(local_rank() * share, (local_rank() + 1) * share)
 
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """Run the body on the first process of each machine, then on the others: one download, one conversion."""
+    """Run the body on the first process of each machine, then on the others, so that it downloads or converts once."""
     if world_size() == 1:
         yield
         return
+
     import torch.distributed
 
-    # A group of its own: a download may take longer than a training step is ever waited for.
+    # A separate group, because a download may take longer than the timeout of a training step.
     group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=1))
     if local_rank() != 0:
         torch.distributed.barrier(group)
@@ -87,22 +89,28 @@ def local_main_first() -> Iterator[None]:
 
 
 def gather(mine: list[T]) -> list[T]:
-    """Return, on every rank, the items of all ranks where rank r holds items r, r + world, ... of the whole."""
+    """Return, on every rank, the items of all ranks in order; rank r holds items r, r + world, ... of them."""
     parts = from_all(mine)
-    return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
+    world = len(parts)
+    count = sum(len(part) for part in parts)
+    return [parts[index % world][index // world] for index in range(count)]
 
 
 def report_failure(message: str, trace: str = '') -> None:
-    """Leave the reason for torchrun's summary, which names the rank that failed first."""
-    if file := os.environ.get('TORCHELASTIC_ERROR_FILE'):
-        extra = {'py_callstack': trace, 'timestamp': str(int(time.time()))}
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(json.dumps({'message': {'message': message, 'extraInfo': extra}}), encoding='utf-8')
+    """Write the error file that torchrun reads for its summary, which names the rank that failed first."""
+    file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if not file:
+        return
+
+    extra = {'py_callstack': trace, 'timestamp': str(int(time.time()))}
+    content = {'message': {'message': message, 'extraInfo': extra}}
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(json.dumps(content), encoding='utf-8')
 
 
 @functools.cache
 def _cpu_group() -> Any:
-    """Return the group that exchanges CPU values: asking a GPU's group for them would wait for the GPU."""
+    """Return the group that exchanges CPU values; an nccl group would wait for the GPU."""
     import torch.distributed
 
     backend = torch.distributed.get_backend()
@@ -110,9 +118,10 @@ def _cpu_group() -> Any:
 
 
 def from_all(value: T) -> list[T]:
-    """Return every process's `value`, in the order of ranks; all processes have to call it."""
+    """Return the `value` of every process, in rank order. A collective: every process must call it."""
     if world_size() == 1:
         return [value]
+
     import torch.distributed
 
     values: list[Any] = [None] * world_size()
@@ -121,14 +130,15 @@ def from_all(value: T) -> list[T]:
 
 
 def first_failure(failure: str | None) -> str | None:
-    """Return the first process's failure, None where no process has one; all have to call it."""
+    """Return the failure of the lowest rank that has one, else None. A collective: every process must call it."""
     return next((found for found in from_all(failure) if found), None)
 
 
 def sums(values: Sequence[float]) -> list[float]:
-    """Return the sums of each value over all processes; all have to call it. Waits for no GPU."""
+    """Return the sum of each value over all processes, without waiting for a GPU. Every process must call it."""
     if world_size() == 1:
         return list(values)
+
     import torch.distributed
 
     total = torch.tensor(values, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What the user can fix: one exception, one collector, and the nearest names."""
+"""Errors that the user can correct: the exception, a collector of problems, and suggestions of close names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 class ConfigError(ValueError):
-    """A mistake the user can correct. Carries every problem found, each a whole sentence."""
+    """A mistake that the user can correct. `problems` holds every problem found, each as a full message."""
 
     def __init__(self, *problems: str) -> None:
         assert problems, 'a ConfigError states at least one problem'
@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 class Stopped(Exception):
-    """A run that ended early because a signal asked for it; its exit code is 128 + the signal's number."""
+    """A run ended early by a signal. The exit code is 128 + the number of the signal."""
 
     def __init__(self, message: str, *, signum: int) -> None:
         self.code = 128 + signum
@@ -26,30 +26,30 @@ class Stopped(Exception):
 
 @dataclass
 class Problems:
-    """Collects problems so that all of one command line are reported together."""
+    """The problems of one command line, collected so that all are reported together."""
 
     found: list[str] = field(default_factory=list)
 
     def add(self, problem: str) -> None:
-        """Append one problem, once."""
+        """Append a problem, unless it is in the list already."""
         if problem not in self.found:
             self.found.append(problem)
 
     def raise_if_any(self) -> None:
-        """Raise one ConfigError with everything found so far."""
+        """Raise one ConfigError with all problems found so far; do nothing if there are none."""
         if self.found:
             raise ConfigError(*self.found)
 
 
-def told(error: Exception) -> str:
-    """Return in one line what an exception says; its kind too where its text alone would say little."""
+def error_text(error: Exception) -> str:
+    """Return the message of an exception in one line, after its type where the message alone is not clear."""
     text = ' '.join(str(error).split())
-    speaks = text and isinstance(error, OSError | ValueError | RuntimeError)
-    return text if speaks else f'{type(error).__name__}: {text}'
+    is_clear = text and isinstance(error, OSError | ValueError | RuntimeError)
+    return text if is_clear else f'{type(error).__name__}: {text}'
 
 
 def close_names(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
-    """Return the known names nearest to `name`, best first; case and `_`/`-` are ignored."""
+    """Return the known names closest to `name`, best first. Case is ignored, and `_` equals `-`."""
     folded: dict[str, str] = {}
     for candidate in known:
         folded.setdefault(candidate.lower().replace('_', '-'), candidate)
@@ -58,6 +58,6 @@ def close_names(name: str, known: Iterable[str], *, count: int = 3) -> list[str]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `: did you mean 'x' or 'y'?`, or `.` where nothing is near."""
+    """Return `: did you mean 'x' or 'y'?`, or `.` if no name is close."""
     names = close_names(name, known)
     return f': did you mean {" or ".join(repr(n) for n in names)}?' if names else '.'

@@ -1,6 +1,6 @@
-"""What must not leave the machine: tokens, private keys and pickles, looked for in every byte of a folder.
+"""Scan a folder for what must not leave the machine: tokens, private keys and pickles.
 
-Archives are opened, also inside each other; what cannot be looked into is a finding too.
+Every byte is scanned. Archives are opened, also nested ones. An archive that cannot be scanned is a finding too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMES = re.compile(
     r'(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(?:$|_)', re.I
 )
 _SHORTEST_SECRET = 8
-# What each begins with, and what follows: a search for a fixed beginning goes through gigabytes in seconds.
+# The fixed beginnings of each secret, and a pattern for the rest. The search for a fixed beginning is fast.
 _PATTERNS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
     'a private key': ((b'-----BEGIN ',), rb'[A-Z0-9 ]*PRIVATE KEY-----(?:\s|\\[nr])*[A-Za-z0-9+/]{16}'),
     'a Hugging Face token': ((b'hf_',), rb'[A-Za-z0-9]{30}'),
@@ -38,26 +38,26 @@ _PATTERNS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
     'an API key': ((b'sk-',), rb'(?:proj-|ant-)?[A-Za-z0-9_]{32}'),
     'a Slack token': ((b'xoxb-', b'xoxp-', b'xoxa-', b'xoxr-', b'xoxs-'), rb'[0-9]{8,}-[A-Za-z0-9-]{10}'),
 }
-_DEEPEST = 4
-_UNPACKED_BYTES = 1 << 30
-# What stands for a blank, or for none, in front of a vocabulary's words: SentencePiece, byte-level BPE, WordPiece.
+_MAX_DEPTH = 4
+_MAX_UNPACKED_BYTES = 1 << 30
+# The marks before the words of a vocabulary: SentencePiece and byte-level BPE mark a blank, WordPiece its absence.
 _WORD_MARKS = re.compile(r'^(?:▁|Ġ|##)')
 _PICKLE_SUFFIXES = ('.pkl', '.pickle', '.joblib')
-# Opcodes of the old text protocols that name something to be imported.
-_IMPORTS = {'GLOBAL', 'INST', 'STACK_GLOBAL'}
+# Opcodes of the old text protocols that import a name.
+_IMPORT_OPCODES = {'GLOBAL', 'INST', 'STACK_GLOBAL'}
 
 Bytes = bytes | mmap.mmap
 
 
 def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]) -> dict[str, str]:
-    """Return secrets by what holds them: variables named like one, and what was typed."""
+    """Return the secrets by name: the values of variables that are named like one, and typed values."""
     named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
     named |= {name: value for name, value in typed.items() if value}
     return {name: value for name, value in named.items() if len(value) >= _SHORTEST_SECRET}
 
 
 def scan_tree(folder: Path, secrets: Mapping[str, str]) -> list[str]:
-    """Return one line per finding, with the file and what it is, never its text."""
+    """Return one line per finding: the file and the kind of secret, never its text."""
     scan = _Scan(secrets)
     for path in sorted(p for p in folder.rglob('*') if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -72,50 +72,65 @@ class _Scan:
     def __init__(self, secrets: Mapping[str, str]) -> None:
         self.found: list[str] = []
         self.unpacked = 0
-        self.known = [(f'what {name} holds', value, s) for name, value in secrets.items() for s in _spellings(value)]
+        # (kind of finding, secret, one encoding of the secret)
+        self.known = [
+            (f'the value of {name}', secret, encoded)
+            for name, secret in secrets.items()
+            for encoded in _encodings(secret)
+        ]
         self.patterns = [
-            (what, re.compile(re.escape(start) + rest))
-            for what, (starts, rest) in _PATTERNS.items()
+            (kind, re.compile(re.escape(start) + rest))
+            for kind, (starts, rest) in _PATTERNS.items()
             for start in starts
         ]
 
-    def add(self, place: str, what: str) -> None:
-        if f'{place}: {what}' not in self.found:
-            self.found.append(f'{place}: {what}')
+    def add(self, location: str, kind: str) -> None:
+        finding = f'{location}: {kind}'
+        if finding not in self.found:
+            self.found.append(finding)
 
-    def text(self, place: str, data: Bytes) -> None:
-        held = [(what, value, spelled) for what, value, spelled in self.known if data.find(spelled) >= 0]
-        words, rest = _vocabulary(place, data) if held else (set(), b'')
-        for what, value, spelled in held:
-            if value not in words or rest.find(spelled) >= 0:
-                self.add(place, what)
-        for what, pattern in self.patterns:
-            if any(not bytes(data[max(m.start() - 1, 0) : m.start()]).isalnum() for m in pattern.finditer(data)):
-                self.add(place, what)
+    def text(self, location: str, data: Bytes) -> None:
+        present = [(kind, secret, encoded) for kind, secret, encoded in self.known if data.find(encoded) >= 0]
+        words, rest = _vocabulary(location, data) if present else (set(), b'')
+        for kind, secret, encoded in present:
+            if secret not in words or rest.find(encoded) >= 0:
+                self.add(location, kind)
 
-    def file(self, place: str, data: Bytes, *, depth: int) -> None:
-        self.text(place, data)
-        if place.lower().endswith(_PICKLE_SUFFIXES) or _is_pickle(data):
-            self.add(place, 'a pickle')
+        for kind, pattern in self.patterns:
+            if any(_starts_word(data, match.start()) for match in pattern.finditer(data)):
+                self.add(location, kind)
+
+    def file(self, location: str, data: Bytes, *, depth: int) -> None:
+        self.text(location, data)
+        if location.lower().endswith(_PICKLE_SUFFIXES) or _is_pickle(data):
+            self.add(location, 'a pickle')
+
         for name, value in _metadata(data):
-            decoded = value.encode('utf-8', 'surrogatepass')
-            for text in (decoded, value.encode('latin-1', 'ignore'), _from_base64(decoded)):
-                self.text(f'{place}, metadata {name}', text)
-                if _is_pickle(text):
-                    self.add(f'{place}, metadata {name}', 'a pickle')
+            self._metadata_value(f'{location}, metadata {name}', value)
+
         try:
             for name, content in self._members(data):
-                if depth == _DEEPEST or content is None:
-                    self.add(f'{place}/{name}', 'an archive too deep or too large to be looked into')
+                member = f'{location}/{name}'
+                if depth == _MAX_DEPTH or content is None:
+                    self.add(member, 'an archive that is nested too deep or too large to scan')
                 else:
-                    self.file(f'{place}/{name}', content, depth=depth + 1)
-        except Exception:  # readers of damaged archives raise whatever they stumble over
-            self.add(place, 'an archive that cannot be looked into')
+                    self.file(member, content, depth=depth + 1)
+        except Exception:  # the readers raise many kinds of exceptions for damaged archives
+            self.add(location, 'an archive that cannot be read')
+
+    def _metadata_value(self, location: str, value: str) -> None:
+        encoded = value.encode('utf-8', 'surrogatepass')
+        for text in (encoded, value.encode('latin-1', 'ignore'), _from_base64(encoded)):
+            self.text(location, text)
+            if _is_pickle(text):
+                self.add(location, 'a pickle')
 
     def _members(self, data: Bytes) -> Iterator[tuple[str, bytes | None]]:
+        """Yield name and content of each member of an archive; None if the unpacked content is too large."""
         head = bytes(data[:6])
         openers: dict[bytes, Any] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\x00': lzma.open}
         opener = next((o for magic, o in openers.items() if head.startswith(magic)), None)
+
         if opener is not None:
             yield 'unpacked', self._bounded(opener(io.BytesIO(data)))
         elif head.startswith(b'PK\x03\x04'):
@@ -130,72 +145,83 @@ class _Scan:
                         yield member.name, self._bounded(extracted)
 
     def _bounded(self, stream: Any) -> bytes | None:
-        content: bytes = stream.read(_UNPACKED_BYTES - self.unpacked + 1)
+        content: bytes = stream.read(_MAX_UNPACKED_BYTES - self.unpacked + 1)
         self.unpacked += len(content)
-        return content if self.unpacked <= _UNPACKED_BYTES else None
+        return content if self.unpacked <= _MAX_UNPACKED_BYTES else None
 
 
-def _spellings(secret: str) -> list[bytes]:
-    plain = os.fsencode(secret)  # a variable may hold bytes that are no UTF-8
-    # Whole groups of three bytes: what is the same in base64 whatever follows.
-    encoded = base64.b64encode(plain[: len(plain) // 3 * 3])
-    return [plain, quote(plain, safe='').encode(), secret.encode('utf-16-le', 'surrogatepass'), encoded]
+def _starts_word(data: Bytes, start: int) -> bool:
+    """Return whether no letter or digit stands directly before a position."""
+    return not bytes(data[max(start - 1, 0) : start]).isalnum()
 
 
-def _vocabulary(place: str, data: Bytes) -> tuple[set[str], bytes]:
-    """Return the words of a tokenizer's file, and the file without them; no words for another file.
+def _encodings(secret: str) -> list[bytes]:
+    plain = os.fsencode(secret)  # a variable may hold bytes that are not UTF-8
+    # Only complete groups of three bytes, because their base64 does not depend on what follows.
+    in_base64 = base64.b64encode(plain[: len(plain) // 3 * 3])
+    return [plain, quote(plain, safe='').encode(), secret.encode('utf-16-le', 'surrogatepass'), in_base64]
 
-    The base model brought them: a password that is a word among them is not told by them.
+
+def _vocabulary(location: str, data: Bytes) -> tuple[set[str], bytes]:
+    """Return the words of a tokenizer file, and the file without them. Any other file has no words.
+
+    The words come from the base model. A password that equals one of them is not leaked by the vocabulary.
     """
-    name = place.rpartition('/')[2]
+    name = location.rpartition('/')[2]
     try:
         if name in ('vocab.txt', 'merges.txt'):
-            entries, rest = bytes(data).decode().splitlines(), ''
+            entries = bytes(data).decode().splitlines()
+            rest = ''
         elif name == 'vocab.json':
             content = json.loads(bytes(data))
-            entries, rest = list(content), json.dumps(list(content.values()), ensure_ascii=False)
+            entries = list(content)
+            rest = json.dumps(list(content.values()), ensure_ascii=False)
         elif name == 'tokenizer.json':
             content = json.loads(bytes(data))
             vocabulary = content['model'].pop('vocab')
             content['model'].pop('merges', None)
-            # Unigram has pairs of a word and its score.
+            # A Unigram vocabulary holds pairs of a word and its score.
             entries = [entry if isinstance(entry, str) else entry[0] for entry in vocabulary]
             rest = json.dumps(content, ensure_ascii=False)
         else:
             return set(), b''
-    except (ValueError, LookupError, TypeError, AttributeError):  # not what the name says
+    except (ValueError, LookupError, TypeError, AttributeError):  # the content does not match the file name
         return set(), b''
-    return {_WORD_MARKS.sub('', entry) for entry in entries if isinstance(entry, str)}, rest.encode(
-        'utf-8', 'surrogatepass'
-    )
+
+    words = {_WORD_MARKS.sub('', entry) for entry in entries if isinstance(entry, str)}
+    return words, rest.encode('utf-8', 'surrogatepass')
 
 
 def _is_pickle(data: Bytes) -> bool:
-    """Return whether data is a pickle: by its first opcodes, or an old text one by naming an import and ending."""
+    """Return whether data is a pickle: by its first opcodes, or by an import and the end mark (text protocols)."""
     binary = bytes(data[:1]) == b'\x80' and bytes(data[1:2]) in (b'\x02', b'\x03', b'\x04', b'\x05')
     if not binary and bytes(data[-2:]).rstrip(b'\n')[-1:] != b'.':
         return False
+
     names: set[str] = set()
     try:
         for count, (opcode, _, _) in enumerate(pickletools.genops(bytes(data[: 1 << 20])), start=1):
             names.add(opcode.name)
             if binary and count == 3:
                 return True
-    except Exception:  # the first byte that is no opcode
+    except Exception:  # a byte that is not an opcode
         return False
-    return binary or bool(names & _IMPORTS)
+    return binary or bool(names & _IMPORT_OPCODES)
 
 
 def _metadata(data: Bytes) -> Iterator[tuple[str, str]]:
-    """Yield the free text in a safetensors header."""
+    """Yield the keys and values of the metadata in a safetensors header."""
     size = int.from_bytes(data[:8], 'little')
     if bytes(data[8:9]) != b'{' or not 0 < size <= len(data) - 8:
         return
+
     try:
         header = json.loads(bytes(data[8 : 8 + size]))
     except ValueError:
         return
-    yield from ((str(k), str(v)) for k, v in (header.get('__metadata__') or {}).items())
+
+    for key, value in (header.get('__metadata__') or {}).items():
+        yield str(key), str(value)
 
 
 def _from_base64(text: bytes) -> bytes:
@@ -206,5 +232,5 @@ def _from_base64(text: bytes) -> bytes:
 
 
 def scan_for_push(folder: Path, token: str) -> list[str]:
-    """Return what keeps a folder from leaving this machine, given the token of the push and the environment."""
+    """Return the findings that forbid a push: `token` and the secrets of the environment are searched for."""
     return scan_tree(folder, find_secrets(os.environ, {'the token of this push': token}))

@@ -1,4 +1,4 @@
-"""The project's one logger: plain lines on standard error, warnings only off rank 0."""
+"""The logger of the project: plain lines on standard error; ranks other than 0 log only errors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ class _Formatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Attach one handler to the logger; called by the two programs, never on import."""
+    """Attach one handler to the logger. The programs call it; no import does."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Formatter())
         logger.addHandler(handler)
         logger.propagate = False
+
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
 
 
-def show_what_can_be_shown() -> None:
-    """Have a terminal of another encoding than UTF-8 show ? for what it lacks, where printing would end the program."""
+def replace_unprintable() -> None:
+    """Print '?' for characters that the terminal cannot encode, instead of ending with a UnicodeEncodeError."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='replace')

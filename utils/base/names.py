@@ -1,4 +1,4 @@
-"""The closed choices that flags take, and names of files that several rooms read."""
+"""The fixed choices of flags, and the names of files that several rooms read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from typing import Literal
 SftType = Literal['lora', 'full']
 DtypeName = Literal['bf16', 'fp16', 'fp32']
 PushStrategy = Literal['end', 'push_best', 'push_last', 'checkpoint', 'all_checkpoints']
-
-
 # The replies that carry loss.
 LossScope = Literal['last_round', 'all_rounds']
-
-
 HubName = Literal['modelscope', 'huggingface']
 Kind = Literal['model', 'dataset']
-
 
 SFT_ARGS = 'sft_args.json'
 LOCK_JSON = 'lock.json'

@@ -1,4 +1,4 @@
-"""Which packages are installed, and their versions."""
+"""Installed packages and their versions, and the version of this toolkit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.base.version import VERSION
 
-# The libraries that decide the numbers; those that are not installed do not.
+# The libraries whose version can change the numbers of a run.
 _LIBRARIES = (
     'torch', 'transformers', 'peft', 'accelerate', 'tokenizers', 'safetensors', 'numpy', 'jinja2', 'bitsandbytes',
     'deepspeed', 'flash-attn', 'optimum', 'gptqmodel',
@@ -19,7 +19,7 @@ _LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that decide the numbers."""
+    """Return the versions of Python and of the installed libraries that can change the numbers of a run."""
     found = {'python': platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -30,15 +30,16 @@ def versions() -> dict[str, str]:
 
 
 def toolkit() -> dict[str, Any]:
-    """Return the version of this toolkit, and of its git checkout, where it is one, the commit and any changes."""
+    """Return the version of this toolkit; in a git checkout also the commit, and whether files changed since."""
     root = Path(__file__).resolve().parents[2]
     found: dict[str, Any] = {'version': VERSION}
     if not (root / '.git').exists():
         return found
+
     try:
         commit = _git(root, 'rev-parse', 'HEAD')
         changed = _git(root, 'status', '--porcelain', '--untracked-files=no')
-    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or another user owns the checkout
         return found
     return {**found, 'commit': commit, 'changed_since': bool(changed)}
 
@@ -49,7 +50,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def missing_requirement(requirement: str) -> str | None:
-    """Return what keeps an entry's requirement from being met, and the remedy; or None."""
+    """Return why the requirement of a registered model is not met, with the command to install it; None if it is."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import Requirement
@@ -58,10 +59,10 @@ def missing_requirement(requirement: str) -> str | None:
     try:
         found = version(wanted.name)
     except PackageNotFoundError:
-        return f'this model needs {requirement}, which is not installed: pip install "{requirement}"'
+        return f'this model needs {requirement}, which is not installed. Run: pip install "{requirement}"'
     if wanted.specifier.contains(found, prereleases=True):
         return None
-    return f'this model needs {requirement}, found {found}: pip install "{requirement}"'
+    return f'this model needs {requirement}, but {found} is installed. Run: pip install "{requirement}"'
 
 
 def has_package(name: str) -> bool:

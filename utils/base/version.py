@@ -1,3 +1,3 @@
-"""The version of this toolkit; CHANGELOG.md says what each brought."""
+"""The version of this toolkit; CHANGELOG.md lists the changes of each."""
 
 VERSION = '0.1.0'

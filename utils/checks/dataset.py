@@ -1,4 +1,7 @@
-"""The data doctor: everything that is wrong with the data of a run, found without a model, in constant memory."""
+"""The data check (--check_dataset true): find everything wrong with the data of a run, without weights.
+
+Memory does not grow with the data.
+"""
 
 from __future__ import annotations
 
@@ -50,26 +53,32 @@ _MOJIBAKE = re.compile(f'[ÂÃ]{_LATER}|(?:[ÐÑ]{_LATER}){{2}}|[à-ï]{_LATER}{
 _MAY_FOLLOW = {'': ('user',), 'user': ('assistant',), 'assistant': ('user', 'tool'), 'tool': ('assistant', 'tool')}
 
 
-class Found(Tally):
-    """A tally that also writes every row it counts to a file of JSON lines."""
+class Findings(Tally):
+    """A tally that also writes each row that it counts to a file of JSON lines."""
 
     def __init__(self, kind: str, stream: TextIO, skip: Sequence[str] = ()) -> None:
+        """Reasons in `skip` are neither counted nor written."""
         super().__init__()
-        self.kind, self.stream, self.skip = kind, stream, skip
+        self.kind = kind
+        self.stream = stream
+        self.skip = skip
 
     def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
-        """Count one row and write where it stands, in which column, and which row it repeats."""
+        """Count one row and write its location and column, and in `of` the location of the row that it repeats."""
         if reason in self.skip:
             return
         super().add(reason, f'{place} {column}'.strip() + (f' of {of}' if of else ''))
+
         match = re.fullmatch(r'(.*?):(?: row | object )?(\d+)', place)
-        where = {'file': match[1], 'line': int(match[2])} if match else {'file': place, 'line': None}
-        record = {'kind': self.kind, 'reason': reason, **where, 'column': column, **({'of': of} if of else {})}
+        file, line = (match[1], int(match[2])) if match else (place, None)
+        record = {'kind': self.kind, 'reason': reason, 'file': file, 'line': line, 'column': column}
+        if of:
+            record['of'] = of
         self.stream.write(json.dumps(record, ensure_ascii=False) + '\n')
 
 
 class Seen:
-    """Where each row and each prompt was met first: hashes in a file, so that memory does not grow."""
+    """The first location of each row and each prompt. Hashes are kept in a file, so memory does not grow."""
 
     def __init__(self, file: Path) -> None:
         self._database = sqlite3.connect(file, isolation_level=None)
@@ -77,19 +86,22 @@ class Seen:
                           'create table seen (hash integer primary key, place text, use integer)'):  # fmt: skip
             self._database.execute(statement)
 
-    def before(self, content: Any, place: str, use: int) -> tuple[str, int] | None:
-        """Return place and use of the same content met earlier; remembers it where it is new."""
+    def find_earlier(self, content: Any, place: str, use: int) -> tuple[str, int] | None:
+        """Return location and use of earlier equal content. If there is none, store this one and return None."""
         digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
-        if self._database.execute('insert or ignore into seen values (?, ?, ?)', (key, place, use)).rowcount:
+        is_new = self._database.execute('insert or ignore into seen values (?, ?, ?)', (key, place, use)).rowcount
+        if is_new:
             return None
-        found: tuple[str, int] = self._database.execute('select place, use from seen where hash = ?', (key,)).fetchone()
-        return found
+
+        earlier: tuple[str, int]
+        earlier = self._database.execute('select place, use from seen where hash = ?', (key,)).fetchone()
+        return earlier
 
 
 @dataclass(kw_only=True)
 class Lengths:
-    """Tokens per row, what max_length costs, and the trained share of what is left."""
+    """Tokens per row, tokens cut by --max_length, and the share of the remaining tokens that is trained."""
 
     max_length: int
     tokenizer: Any
@@ -98,17 +110,19 @@ class Lengths:
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count an uncut row and return it as it is trained."""
-        length, cut = len(row.input_ids), cut_row(row, self.max_length, self.tokenizer)
+        """Count an uncut row and return it cut to --max_length, as it is trained."""
+        length = len(row.input_ids)
+        cut = cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
         trained = sum(end - start for start, end in (*cut.earlier, cut.trained))
+
         self.counts.update(rows=1, tokens=length, rows_cut=int(lost > 0), tokens_lost=lost, trained=trained)
         self.longest = max(self.longest, length)
         self.histogram[(length - 1).bit_length()] += 1
         return cut
 
     def record(self) -> dict[str, Any]:
-        """Return the numbers for the report; a bar of the histogram is named by its longest row."""
+        """Return the numbers for the report. A bar of the histogram is named by its upper bound, a power of two."""
         counts = self.counts
         return {
             'mean': round(counts['tokens'] / max(counts['rows'], 1), 1),
@@ -122,14 +136,17 @@ class Lengths:
 
 def wrong_order(messages: Sequence[Message]) -> str | None:
     """Return what is wrong with the order of the roles, or None."""
-    before, called = '', False
-    for turn in messages[1:] if messages[0]['role'] == 'system' else messages:
+    turns = messages[1:] if messages[0]['role'] == 'system' else messages
+    before = ''
+    called = False
+    for turn in turns:
         role = turn['role']
         if role not in _MAY_FOLLOW[before]:
             return f'wrong role order: {role} ' + (f'after {before}' if before else 'at the start')
         if role == 'tool' and before == 'assistant' and not called:
             return 'wrong role order: tool without a call before it'
-        before, called = role, 'tool_calls' in turn
+        before = role
+        called = 'tool_calls' in turn
     return None
 
 
@@ -137,19 +154,23 @@ def _reply_column(raw: dict[str, Any]) -> str:
     return next((column for column in _REPLY_COLUMNS if column in raw), '')
 
 
-class Doctor:
-    """Looks at rows as they come."""
+class DataCheck:
+    """Examines rows one batch at a time and collects the findings."""
 
     def __init__(
         self, encoder: Encoder, max_length: int, stream: TextIO, seen: Seen, positions: int | None = None
     ) -> None:
-        """`positions` is how many tokens of a row the model says to have positions for; None: it does not say."""
-        self.encoder, self.seen, self.positions = encoder, seen, positions
-        self.left_out, self.defects = Found('left_out', stream), Found('defect', stream)
-        self.noted, self.filtered = Found('noted', stream, skip=[CONTROL_TOKENS]), Found('filtered', stream)
+        """`positions` is the number of positions that the model states; None if it states none."""
+        self.encoder = encoder
+        self.seen = seen
+        self.positions = positions
+        self.left_out = Findings('left_out', stream)
+        self.defects = Findings('defect', stream)
+        self.noted = Findings('noted', stream, skip=[CONTROL_TOKENS])
+        self.filtered = Findings('filtered', stream)
         self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
         self.account = Account()
-        # What of the rows is not learnt by decision.
+        # Lines that say what of the rows is not trained by decision.
         self.decisions: list[str] = []
         self.rows: Counter[str] = Counter(dict.fromkeys(('read', 'kept', 'train', 'validation', 'not_drawn'), 0))
 
@@ -158,8 +179,8 @@ class Doctor:
         self.rows['read'] += 1
         self.left_out.add(problem, place)
 
-    def look(self, batch: Sequence[tuple[int, ReadRow]]) -> None:
-        """Examine rows with their uses; those that are drawn are encoded too."""
+    def examine(self, batch: Sequence[tuple[int, ReadRow]]) -> None:
+        """Examine pairs of use and row. Rows that are drawn for training or validation are also encoded."""
         encoded: list[Row] = []
         columns: dict[str, str] = {}
         for use, (place, raw, row) in batch:
@@ -169,13 +190,15 @@ class Doctor:
                 found.add(str(row), place, row.column or _reply_column(raw))
                 self.account.skip(raw, LEFT_OUT)
                 continue
+
             self.rows['kept'] += 1
             self.rows[{UNUSED: 'not_drawn', TRAIN: 'train', VAL: 'validation'}[use]] += 1
             columns[place] = _reply_column(raw)
             for note in row_notes(row):
                 self.noted.add(note, place, columns[place])
-            self._look_at_text(place, raw)
-            self._look_for_the_same(use, row, columns[place])
+            self._check_text(place, raw)
+            self._check_repetition(use, row, columns[place])
+
             if problem := wrong_order(row.messages):
                 self.defects.add(problem, place, columns[place])
                 self.account.skip(raw, LEFT_OUT)
@@ -183,12 +206,14 @@ class Doctor:
                 encoded.append(row)
             else:
                 self.account.skip(raw, NOT_DRAWN)
-            empty = (m for m in row.messages[:-1] if m['role'] == 'assistant' and 'tool_calls' not in m)
-            if any(not message['content'].strip() for message in empty):
+
+            earlier_replies = (m for m in row.messages[:-1] if m['role'] == 'assistant' and 'tool_calls' not in m)
+            if any(not message['content'].strip() for message in earlier_replies):
                 self.defects.add(EMPTY_EARLIER, place, 'history' if raw.get('history') else columns[place])
+
         self._measure(encoded, columns)
 
-    def _look_at_text(self, place: str, raw: dict[str, Any]) -> None:
+    def _check_text(self, place: str, raw: dict[str, Any]) -> None:
         for column in _TEXT_COLUMNS:
             value = raw.get(column)
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -197,18 +222,24 @@ class Doctor:
             if _CONTROL.search(text) or self.encoder.text.has_control(text):
                 self.defects.add(CONTROL_TOKENS, place, column)
 
-    def _look_for_the_same(self, use: int, row: Row, column: str) -> None:
-        content = [row.messages, row.tools, row.images]
-        if first := self.seen.before(content, row.origin, use):
-            if {use, first[1]} == {TRAIN, VAL}:
-                here, there = (row.origin, first[0]) if use == VAL else (first[0], row.origin)
-                self.defects.add(LEAKED, here, column, of=there)
+    def _check_repetition(self, use: int, row: Row, column: str) -> None:
+        same_row = self.seen.find_earlier([row.messages, row.tools, row.images], row.origin, use)
+        if same_row:
+            earlier, earlier_use = same_row
+            if {use, earlier_use} != {TRAIN, VAL}:
+                self.defects.add(DUPLICATE, row.origin, column, of=earlier)
+            elif use == VAL:
+                self.defects.add(LEAKED, row.origin, column, of=earlier)
             else:
-                self.defects.add(DUPLICATE, row.origin, column, of=first[0])
-        elif first := self.seen.before([row.messages[:-1], row.tools, row.images], row.origin, use):
-            self.defects.add(CONFLICT, row.origin, column, of=first[0])
+                self.defects.add(LEAKED, earlier, column, of=row.origin)
+            return
+
+        same_prompt = self.seen.find_earlier([row.messages[:-1], row.tools, row.images], row.origin, use)
+        if same_prompt:
+            self.defects.add(CONFLICT, row.origin, column, of=same_prompt[0])
 
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> None:
+        """Encode rows and count what encoding does to them. If a batch fails, halve it until the bad row is alone."""
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
         again = EncodedAgain(self.encoder)
         try:
@@ -221,41 +252,38 @@ class Doctor:
                     self.defects.add(note, row.origin, columns[row.origin])
         except ConfigError as error:
             if len(rows) == 1:
-                reason = str(error).replace(rows[0].origin, '').lstrip(': ')
-                self.left_out.add(reason, rows[0].origin, columns[rows[0].origin])
-                self.account.skip(rows[0].written, LEFT_OUT)
+                row = rows[0]
+                reason = str(error).replace(row.origin, '').lstrip(': ')
+                self.left_out.add(reason, row.origin, columns[row.origin])
+                self.account.skip(row.written, LEFT_OUT)
                 return
-            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-                self._measure(half, columns)
+
+            middle = len(rows) // 2
+            self._measure(rows[:middle], columns)
+            self._measure(rows[middle:], columns)
 
     def record(self, args: SftArguments) -> dict[str, Any]:
         """Return the report for dataset_report.json."""
-        kinds = {
-            kind: {reason: {'rows': n, 'first': found.places[reason]} for reason, n in found.counts.items()}
-            for kind, found in (
-                ('left_out', self.left_out),
-                ('defects', self.defects),
-                ('noted', self.noted),
-                ('filtered', self.filtered),
-            )
-        }
         return {
             'dataset': args.dataset,
             'clean': bool(self.rows['kept']) and not (self.left_out or self.defects),
             'rows': {**self.rows, 'filtered': len(self.filtered), 'left_out': len(self.left_out)},
-            **kinds,
+            'left_out': _by_reason(self.left_out),
+            'defects': _by_reason(self.defects),
+            'noted': _by_reason(self.noted),
+            'filtered': _by_reason(self.filtered),
             'decisions': self.decisions,
             'lengths': self.lengths.record(),
             'account': self.account.record(),
         }
 
     def lines(self, record: dict[str, Any]) -> list[str]:
-        """Return the report as text."""
+        """Return the report as lines of text; `record` is what `record()` returned."""
         lengths = {name: value for name, value in record['lengths'].items() if name != 'rows_up_to'}
         return [
             'rows: ' + ', '.join(f'{name} {count}' for name, count in record['rows'].items()),
-            *self.filtered.lines('left out on purpose'),
-            *self.left_out.lines('left out'),
+            *self.filtered.lines('skipped on purpose'),
+            *self.left_out.lines('skipped'),
             *self.defects.lines('suspect'),
             *self.noted.lines('noted'),
             *self.decisions,
@@ -265,42 +293,54 @@ class Doctor:
         ]
 
 
-def check_dataset(done: Ready[SftArguments]) -> int:
-    """Read what the run would read and print what is wrong with it; returns 0 where nothing is, else 1.
+def _by_reason(findings: Findings) -> dict[str, dict[str, Any]]:
+    """Return for each reason the number of rows and the locations of the first ones."""
+    return {reason: {'rows': n, 'first': findings.places[reason]} for reason, n in findings.counts.items()}
 
-    Writes <output_dir>/<model>/dataset_report.json, and beside it every finding as a JSON line.
+
+def check_dataset(done: Ready[SftArguments]) -> int:
+    """Read what the run would read and print what is wrong with it. Returns 0 if the data is clean, else 1.
+
+    Writes <output_dir>/<model>/dataset_report.json, and every finding as a line of dataset_report.jsonl.
     """
     args = done.args
     weights = locate(done.info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
     tokenizer = load_tokenizer(folder, model_type=args.model_type)
     encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, cuts=False)
+
     report = Path(args.output_dir) / run_name(args) / 'dataset_report.json'
     report.parent.mkdir(parents=True, exist_ok=True)
     with report.with_suffix('.jsonl').open('w', encoding='utf-8') as stream, tempfile.TemporaryDirectory() as scratch:
         seen = Seen(Path(scratch) / 'seen.db')
-        doctor = Doctor(encoder, args.max_length, stream, seen, _positions(folder))
-        for batch in batches(_plan(args, doctor).used()):
-            doctor.look(batch)
-    record = doctor.record(args)
+        check = DataCheck(encoder, args.max_length, stream, seen, _positions(folder))
+        for batch in batches(_plan(args, check).used()):
+            check.examine(batch)
+
+    record = check.record(args)
     write_json(report, record)
-    print('\n'.join(doctor.lines(record)))
-    logger.info(f'report: {report}, every finding with its place: {report.with_suffix(".jsonl")}')
+    print('\n'.join(check.lines(record)))
+    logger.info(f'report: {report}, every finding with its location: {report.with_suffix(".jsonl")}')
     return 0 if record['clean'] else 1
 
 
 def _positions(folder: Path) -> int | None:
-    """Return how many positions the model in a folder states, None where it states none."""
+    """Return how many positions the config.json of a folder states, None if it states none."""
     config = read_config(folder) if (folder / 'config.json').is_file() else {}
     config = config.get('text_config') or config
     stated = config.get('max_position_embeddings') or config.get('n_positions')
     return stated if isinstance(stated, int) else None
 
 
-def _plan(args: SftArguments, doctor: Doctor) -> Plan:
-    """Return the plan of the run; lines that cannot be read are counted on the first reading alone."""
-    readings = [doctor.bad_line]
-    plan = plan_of(args, args.train_dataset_sample, bad=lambda place, problem: readings[0](place, problem))
-    readings[0] = lambda place, problem: None
-    doctor.decisions = plan.decisions(args.loss_scope)
+def _plan(args: SftArguments, check: DataCheck) -> Plan:
+    """Return the plan of the run. The rows are read again afterwards, so bad lines are counted only while planning."""
+    planning = True
+
+    def bad_line(place: str, problem: str) -> None:
+        if planning:
+            check.bad_line(place, problem)
+
+    plan = plan_of(args, args.train_dataset_sample, bad=bad_line)
+    planning = False
+    check.decisions = plan.decisions(args.loss_scope)
     return plan

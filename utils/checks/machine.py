@@ -1,4 +1,4 @@
-"""--doctor true: is this machine fit to train? Everything is tried, not merely looked up, and comes with its remedy."""
+"""The machine check (--doctor true): try out everything that training needs, and name a remedy for what fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from utils.cli.arguments import SftArguments
 from utils.cli.parser import Parsed
-from utils.hub.clients import TOKEN_VARIABLES, answers
+from utils.hub.clients import TOKEN_VARIABLES, ping
 
 _REQUIRED = Path(__file__).parents[2] / 'requirements.txt'
 _OPTIONAL = {
@@ -25,11 +25,11 @@ _OPTIONAL = {
     'flash-attn': 'for --use_flash_attn true, on an NVIDIA GPU',
 }
 _DEADLINE_SECONDS = 120
-_SPARE_GIB = 10
+_ENOUGH_GIB = 10
 
 
 class Finding(NamedTuple):
-    """What was tried, whether it works (None: not needed for training as such), what was seen, and what to do."""
+    """What was tried, whether it works (None: training does not need it), what was observed, and the remedy."""
 
     name: str
     works: bool | None
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def check_machine(parsed: Parsed[SftArguments]) -> int:
-    """Print every finding as it comes; returns 1 where something that training needs does not work, else 0."""
+    """Print each finding. Returns 1 if something that training needs does not work, else 0."""
     parsed.problems.raise_if_any()
     failed = 0
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
@@ -67,23 +67,28 @@ def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
 
 
 def _libraries() -> Iterator[Finding]:
-    """Yield whether the needed libraries are here in versions that the tests ran with, and the optional ones."""
+    """Yield whether the required libraries are installed in tested versions, and the optional ones."""
     from packaging.requirements import Requirement
 
-    wrong = []
+    wrong: list[str] = []
+    missing = False
     lines = [line.split('#')[0].strip() for line in _REQUIRED.read_text(encoding='utf-8').splitlines()]
-    for wanted in map(Requirement, filter(None, lines)):
+    for required in map(Requirement, filter(None, lines)):
+        name = required.name
         try:
-            found = version(wanted.name)
+            found = version(name)
         except PackageNotFoundError:
             found = 'missing'
-        is_missing = found == 'missing'
-        if is_missing or not wanted.specifier.contains(found, prereleases=True):
-            wrong.append((f'{wanted.name} {found} (tested with {wanted.specifier})', is_missing))
-    missing = any(absent for _, absent in wrong)
-    says = ', '.join(text for text, _ in wrong) or 'all are of versions that the tests ran with'
-    remedy = f'{sys.executable} -m pip install -r {_REQUIRED.name}' if wrong else ''
-    yield Finding('libraries', False if missing else None if wrong else True, says, remedy)
+            missing = True
+        if found == 'missing' or not required.specifier.contains(found, prereleases=True):
+            wrong.append(f'{name} {found} (tested with {required.specifier})')
+
+    if wrong:
+        remedy = f'{sys.executable} -m pip install -r {_REQUIRED.name}'
+        yield Finding('libraries', False if missing else None, ', '.join(wrong), remedy)
+    else:
+        yield Finding('libraries', True, 'all are of versions that the tests ran with')
+
     for name, use in _OPTIONAL.items():
         try:
             yield Finding(name, True, version(name))
@@ -92,7 +97,7 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    """Yield the device, and for each dtype whether a product and its gradient come out right."""
+    """Yield the device, and for each dtype whether a matrix product and its gradient are correct."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -101,18 +106,22 @@ def _device() -> Iterator[Finding]:
         name = f'{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free'
         yield Finding(f'device cuda:{index}', True, name)
     if not count:
-        remedy = 'for an NVIDIA GPU install its driver and a CUDA build of torch' if shutil.which('nvidia-smi') else ''
+        remedy = 'install a CUDA build of torch, and a driver that fits it' if shutil.which('nvidia-smi') else ''
         says = f'no GPU; {torch.get_num_threads()} CPU threads, torch {torch.__version__}'
         yield Finding('device', None, says, remedy)
+
     device = 'cuda' if count else 'cpu'
     torch.manual_seed(0)
-    left, right = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device)
+    left = torch.randn(64, 64, device=device)
+    right = torch.randn(64, 64, device=device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = f'{str(dtype).removeprefix("torch.")} on {device}'
         factor = left.to(dtype, copy=True).requires_grad_()
+
         started = time.perf_counter()
         product = factor @ right.to(dtype)
         (gradient,) = torch.autograd.grad(product.float().sum(), factor)
+        # The gradient of the sum of left @ right by left: each row of it holds the row sums of right.
         pairs = ((product.detach(), left @ right), (gradient, right.sum(dim=1).expand(64, 64)))
         apart = max(float((found.float() - wanted).abs().max() / wanted.abs().max()) for found, wanted in pairs)
         seconds = time.perf_counter() - started
@@ -121,7 +130,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _bitsandbytes() -> Iterator[Finding]:
-    """Yield whether a 4-bit layer computes, where bitsandbytes is installed."""
+    """Yield whether a 4-bit layer computes correctly, if bitsandbytes is installed."""
     try:
         version('bitsandbytes')
     except PackageNotFoundError:
@@ -133,15 +142,17 @@ def _bitsandbytes() -> Iterator[Finding]:
     plain = torch.nn.Linear(128, 64, bias=False)
     layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type='nf4', compute_dtype=torch.float32)
     layer.load_state_dict(plain.state_dict())
-    layer, plain = layer.to(device), plain.to(device)
+    layer = layer.to(device)
+    plain = plain.to(device)
+
     inputs = torch.randn(3, 128, device=device)
     with torch.no_grad():
         apart = float((layer(inputs) - plain(inputs)).abs().mean() / plain(inputs).abs().mean())
-    yield Finding('4-bit layer', apart < 0.2, f'its output is {100 * apart:.0f} % off that of the plain layer')
+    yield Finding('4-bit layer', apart < 0.2, f'its output differs by {100 * apart:.0f} % from the unquantised layer')
 
 
 def _all_reduce() -> Iterator[Finding]:
-    """Yield whether two processes of this machine add numbers over the backend that training would use."""
+    """Yield whether two processes on this machine can all-reduce over the backend that training would use."""
     import torch
 
     backend = 'nccl' if torch.cuda.is_available() and torch.cuda.device_count() > 1 else 'gloo'
@@ -163,25 +174,26 @@ def _all_reduce() -> Iterator[Finding]:
         for rank in range(2)
     ]
     name = f'all-reduce of 2 processes over {backend}'
-    remedy = 'look at the firewall, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME'
+    remedy = 'check the firewall, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface'
     try:
-        told = [worker.communicate(timeout=_DEADLINE_SECONDS) for worker in workers]
+        outputs = [worker.communicate(timeout=_DEADLINE_SECONDS) for worker in workers]
     except subprocess.TimeoutExpired:
         yield Finding(name, False, f'no answer within {_DEADLINE_SECONDS} s', remedy)
         return
     finally:
         for worker in workers:
             worker.kill()
+
     seconds = time.perf_counter() - started
-    if all(out.strip() == '3.0' for out, _ in told):
-        yield Finding(name, True, f'right, in {seconds:.1f} s')
+    if all(out.strip() == '3.0' for out, _ in outputs):
+        yield Finding(name, True, f'correct sum in {seconds:.1f} s')
     else:
-        last = next((error.strip().splitlines()[-1] for _, error in told if error.strip()), 'another sum')
+        last = next((error.strip().splitlines()[-1] for _, error in outputs if error.strip()), 'the sum is wrong')
         yield Finding(name, False, last, remedy)
 
 
 def _disk(output_dir: Path) -> Iterator[Finding]:
-    """Yield whether a file can be written, made durable and renamed where runs go, and what space is left."""
+    """Yield whether a file can be written, synced and renamed in --output_dir, and the free space there."""
     existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.is_dir())
     gib = shutil.disk_usage(existing).free / 2**30
     try:
@@ -190,16 +202,19 @@ def _disk(output_dir: Path) -> Iterator[Finding]:
             os.fsync(stream.fileno())
             (Path(name) / 'a').rename(Path(name) / 'b')
     except OSError as error:
-        yield Finding('disk', False, f'{existing}: {error}', 'give another --output_dir')
+        yield Finding('disk', False, f'{existing}: {error}', 'choose another --output_dir')
         return
-    remedy = '' if gib >= _SPARE_GIB else 'make room or give another --output_dir: two checkpoints stand side by side'
-    yield Finding('disk', True if gib >= _SPARE_GIB else None, f'{gib:.1f} GiB free at {existing}', remedy)
+    if gib >= _ENOUGH_GIB:
+        yield Finding('disk', True, f'{gib:.1f} GiB free at {existing}')
+    else:
+        remedy = 'free disk space or choose another --output_dir: saving needs room for two checkpoints'
+        yield Finding('disk', None, f'{gib:.1f} GiB free at {existing}', remedy)
 
 
 def _hubs() -> Iterator[Finding]:
     for name in TOKEN_VARIABLES:
-        address, reached = answers(name)
-        remedy = '' if reached else 'needed for downloads and pushes alone: set HTTPS_PROXY, or use local directories'
+        address, reached = ping(name)
+        remedy = '' if reached else 'needed only for downloads and pushes: set HTTPS_PROXY, or use local directories'
         says = f'{address} {"answers" if reached else "does not answer"}'
         yield Finding(f'hub {name}', reached or None, says, remedy)
 

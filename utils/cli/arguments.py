@@ -1,4 +1,4 @@
-"""The flags of both programs, each written once."""
+"""The flags of both programs: name, type, default and help text, each written once."""
 
 from __future__ import annotations
 
@@ -12,64 +12,71 @@ from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftTyp
 
 
 def flag(default: Any, help_text: str) -> Any:
-    """Return a dataclass field: the default and the only help text of one flag."""
+    """Return a dataclass field with the default and the help text of one flag."""
     return field(default=default, metadata={'help': help_text})
 
 
 def list_flag(default: Sequence[str], help_text: str) -> Any:
-    """Return a dataclass field for a list, written with blanks or commas."""
+    """Return a dataclass field for a list, which is typed with blanks or commas."""
     return field(default_factory=lambda: list(default), metadata={'help': help_text})
 
 
 @dataclass(kw_only=True)
 class CommonArguments:
-    """The flags that both programs take."""
+    """The flags of both programs."""
 
-    model_type: str | None = flag(None, 'key of MODEL_MAPPING; without it and --model_id_or_path: qwen-7b-chat')
+    model_type: str | None = flag(None, 'key of MODEL_MAPPING; qwen-7b-chat if no model is named')
     model_id_or_path: str | None = flag(
-        None, 'hub model id or local directory; the model type is inferred where an entry matches'
+        None, 'hub model id or local directory; the model type is inferred if an entry matches'
     )
     model_revision: str = flag('master', 'hub revision; no effect with --model_type or a local directory')
-    hub: HubName = flag('modelscope', 'where models and data sets come from and are pushed to')
-    sft_type: SftType = flag('lora', 'lora, or full for all weights; QLoRA is lora with --quantization_bit 4 or 8')
-    template_type: str | None = flag(None, "key of TEMPLATE_MAPPING; None: the model entry's own")
-    seed: int = flag(42, 'global seed; rank r of a distributed run uses seed + r for dropout and the like')
+    hub: HubName = flag('modelscope', 'hub to download models and data sets from, and to push to')
+    sft_type: SftType = flag(
+        'lora', 'lora, or full to train all weights; for QLoRA use lora with --quantization_bit 4 or 8'
+    )
+    template_type: str | None = flag(None, 'key of TEMPLATE_MAPPING; None: the template of the model entry')
+    seed: int = flag(42, 'global seed; process r of a distributed run uses seed + r, e.g. for dropout')
     dtype: DtypeName | None = flag(
         None,
-        "compute and storage type; None: the model entry's own, else bf16 where the device has it, "
+        'data type of weights and computation; None: that of the model entry, else bf16 if the device supports it, '
         'else fp16 on a GPU and fp32 on a CPU',
     )
     dataset: list[str] = list_flag(['blossom-math-zh'], 'DATASET_MAPPING keys or data files; name#500 draws 500 rows')
-    dataset_seed: int = flag(42, 'seed of the data work alone: sampling and the train/validation split')
-    dataset_test_ratio: float = flag(0.01, 'validation share of a data set that brings no validation split')
+    dataset_seed: int = flag(42, 'seed for drawing rows and for the train/validation split')
+    dataset_test_ratio: float = flag(0.01, 'share of rows for validation, for data sets without a validation split')
     system: str = flag(
         'you are a helpful assistant!',
-        "system prompt; a row's own wins; with template auto only a typed one is used",
+        "system prompt; a row's own prompt takes precedence; template auto uses this one only if it is typed",
     )
-    loss_scope: LossScope = flag('last_round', "last_round: loss on a row's last reply; all_rounds: on every reply")
-    max_length: int = flag(2048, 'tokens per sample; a longer one loses its front; -1: no limit')
+    loss_scope: LossScope = flag(
+        'last_round', 'last_round: loss on the last reply of a row; all_rounds: loss on every reply'
+    )
+    max_length: int = flag(2048, 'maximum tokens per row; a longer row loses its beginning; -1: no limit')
     max_pixels: int | None = flag(
         None,
-        "images of more pixels are scaled down to this many; None: the model's own limit. Fewer pixels, fewer tokens",
+        'images with more pixels are scaled down to this number, so that they take fewer tokens; None: the limit of '
+        'the model',
     )
-    quantization_bit: Literal[0, 4, 8] = flag(0, 'quantise the base model with bitsandbytes on load; lora only')
-    bnb_4bit_comp_dtype: DtypeName | None = flag(None, 'compute type of 4-bit layers; None: the same as --dtype')
+    quantization_bit: Literal[0, 4, 8] = flag(
+        0, 'quantise the base model with bitsandbytes when it is loaded, for lora only; 0: off'
+    )
+    bnb_4bit_comp_dtype: DtypeName | None = flag(None, 'compute type of 4-bit layers; None: same as --dtype')
     bnb_4bit_quant_type: Literal['nf4', 'fp4'] = flag('nf4', '4-bit number format')
-    bnb_4bit_use_double_quant: bool = flag(True, 'quantise the 4-bit scales as well')
+    bnb_4bit_use_double_quant: bool = flag(True, 'also quantise the scales of 4-bit weights')
     use_flash_attn: bool | None = flag(
-        None, 'None: where it is installed and the device supports it; true: an error if it cannot be had'
+        None, 'None: use flash-attn if it is installed and the device supports it; true: fail if it cannot be used'
     )
-    ignore_args_error: bool = flag(False, 'warn about unknown command-line words instead of refusing them (notebooks)')
-    max_new_tokens: int = flag(2048, 'generation: tokens at the most')
-    do_sample: bool = flag(True, 'generation: sample; false is greedy')
-    temperature: float = flag(0.9, 'generation: divides the logits before sampling')
-    top_k: int = flag(20, 'generation: sample from the k likeliest tokens; 0: from all')
-    top_p: float = flag(0.9, 'generation: sample from the likeliest tokens that hold this share of probability')
-    repetition_penalty: float = flag(1.0, 'generation: above 1 makes tokens already written less likely')
+    ignore_args_error: bool = flag(False, 'warn about unknown flags and words instead of refusing them (for notebooks)')
+    max_new_tokens: int = flag(2048, 'generation: maximum tokens of an answer')
+    do_sample: bool = flag(True, 'generation: sample; false: greedy decoding')
+    temperature: float = flag(0.9, 'generation: the logits are divided by this number before sampling')
+    top_k: int = flag(20, 'generation: sample only from the k most likely tokens; 0: from all tokens')
+    top_p: float = flag(0.9, 'generation: sample only from the most likely tokens that together have this probability')
+    repetition_penalty: float = flag(1.0, 'generation: values above 1 make tokens less likely that occur already')
 
     @property
     def reads_data(self) -> bool:
-        """Return whether what is asked for needs a data set."""
+        """Return whether this command reads a data set."""
         return True
 
 
@@ -78,98 +85,128 @@ class SftArguments(CommonArguments):
     """The flags of llm_sft.py."""
 
     tuner_backend: Literal['swift', 'peft'] = flag(
-        'swift', "peft, or swift: PEFT's layers and files, base and adapter computed in one step"
+        'swift', "peft, or swift: PEFT's layers and files, with base and adapter computed in one step"
     )
-    output_dir: str = flag('output', 'a run writes to <output_dir>/<model_type>/vN-<time>, N counting up')
+    output_dir: str = flag('output', 'a run writes to <output_dir>/<model_type>/vN-<time>, where N counts up')
     ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl'] = flag(
-        'nccl', 'torch.distributed backend; left untyped on a machine without GPU it is gloo'
+        'nccl', 'torch.distributed backend; on a machine without GPU the default is gloo'
     )
-    resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to go on from')
+    resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to resume training from')
     check_dataset: bool = flag(
-        False, 'train nothing: read the data, report what is wrong with it; exit code 1 where anything is'
+        False, 'do not train: read the data and report its problems; exit code 1 if there are any'
     )
     dry_run: bool = flag(
         False,
-        'train nothing, fetch nothing but cards of data sets: print decisions, data plan, downloads, memory per device '
-        'and GPUs that fit',
+        'do not train: print decisions, data plan, downloads, memory per device and GPUs that fit; fetches only the '
+        'cards of data sets',
     )
     train_dataset_sample: int = flag(
         20000,
-        'training rows drawn from the whole training set; -1: all. '
-        'The validation set is capped to this share of --dataset_test_ratio',
+        'number of training rows drawn from all data sets together; -1: all. The validation rows are limited to this '
+        'number x --dataset_test_ratio',
     )
     streaming: bool = flag(
         False, 'read, encode and train on rows as they come, for data larger than memory or disk; needs --max_steps'
     )
     stream_val_rows: int = flag(
-        256, 'first rows of each streamed data set that are held out, where it brings no validation split; 0: none'
+        256,
+        'number of rows at the start of each streamed data set without a validation split that are held out; 0: none',
     )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            'help': "module names; None: the model entry's own; ALL: every linear layer but the output head; stacked "
-            'experts are parameters, not in ALL, and named too: mlp.experts.gate_up_proj',
+            'help': 'module names; None: those of the model entry; ALL: every linear layer except the output head. '
+            'Stacked experts are parameters and not part of ALL: name them too, e.g. mlp.experts.gate_up_proj',
         },
     )
     lora_rank: int = flag(8, 'rank of the adapter')
     lora_alpha: int = flag(32, 'the adapter is scaled by alpha / rank')
-    lora_dropout_p: float = flag(0.0, "dropout on the adapter's input")
-    freeze_vision: bool = flag(True, 'keep what sees in a vision model as it is; false: LoRA names and full reach it')
+    lora_dropout_p: float = flag(0.0, 'dropout on the input of the adapter')
+    freeze_vision: bool = flag(
+        True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
+    )
     gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
     deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
-    fsdp: bool = flag(False, 'shard weights, gradients, optimizer over all processes (FSDP2); checkpoints hold weights')
+    fsdp: bool = flag(
+        False, 'shard weights, gradients and optimizer over all processes (FSDP2); checkpoints hold weights only'
+    )
     batch_size: int = flag(1, 'training rows per device and forward pass')
-    eval_batch_size: int | None = flag(None, 'None: 1 with --predict_with_generate, else --batch_size')
+    eval_batch_size: int | None = flag(
+        None, 'validation rows per device and forward pass; None: 1 with --predict_with_generate, else --batch_size'
+    )
     num_train_epochs: int = flag(1, 'passes over the training rows')
-    max_steps: int = flag(-1, 'optimizer steps; 1 or more wins over --num_train_epochs, -1: whole epochs')
-    optim: str = flag('adamw_torch', 'by its name in transformers; adamw_torch runs fused where nothing is sharded')
-    learning_rate: float | None = flag(None, 'None: 1e-4 for lora, 2e-5 for full')
+    max_steps: int = flag(-1, 'number of optimizer steps; 1 or more overrides --num_train_epochs; -1: whole epochs')
+    optim: str = flag(
+        'adamw_torch', 'optimizer, by its name in transformers; adamw_torch is fused if nothing is sharded'
+    )
+    learning_rate: float | None = flag(None, 'highest learning rate; None: 1e-4 for lora, 2e-5 for full')
     weight_decay: float = flag(0.01, 'AdamW weight decay')
-    gradient_accumulation_steps: int = flag(16, 'total batch = batch_size x this x world size')
+    gradient_accumulation_steps: int = flag(
+        16, 'batches per optimizer step; total batch = batch_size x this x number of processes'
+    )
     max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
-    predict_with_generate: bool = flag(False, 'evaluate by generation (ROUGE, BLEU) instead of by loss')
+    predict_with_generate: bool = flag(False, 'evaluate generated answers (ROUGE, BLEU) instead of the loss')
     lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
     warmup_ratio: float = flag(
-        0.05, 'share of the steps in which the learning rate rises, at most half; no step has rate 0'
+        0.05, 'share of the steps with a rising learning rate, at most half of them; no step has a rate of 0'
     )
     eval_steps: int = flag(50, 'steps between evaluations')
-    save_steps: int | None = flag(None, 'steps between checkpoints; None: the same as --eval_steps')
+    save_steps: int | None = flag(None, 'steps between checkpoints; None: same as --eval_steps')
     only_save_model: bool | None = flag(
         None,
         'checkpoints hold weights only and cannot be resumed; None: false for lora without DeepSpeed, else true',
     )
-    save_total_limit: int = flag(2, '2 keeps the best and the last checkpoint; -1 keeps all')
+    save_total_limit: int = flag(2, 'number of checkpoints to keep; 2: the best and the last one; -1: all')
     logging_steps: int = flag(5, 'steps between log lines')
-    dataloader_num_workers: int = flag(1, 'processes that prepare batches; 0: the training process itself')
-    push_to_hub: bool = flag(False, 'push to the model hub while training')
-    hub_model_id: str | None = flag(None, 'repo or user/repo; None: <model_type>-<sft_type>')
-    hub_private_repo: bool = flag(True, 'make the repository private when it is created')
+    dataloader_num_workers: int = flag(
+        1, 'number of processes that prepare batches; 0: the training process prepares them'
+    )
+    push_to_hub: bool = flag(False, 'push to the model hub during training')
+    hub_model_id: str | None = flag(None, 'repository to push to: repo or user/repo; None: <model_type>-<sft_type>')
+    hub_private_repo: bool = flag(True, 'create the repository as a private one')
     push_hub_strategy: PushStrategy = flag('push_best', 'what is pushed, and when')
     hub_token: str | None = flag(
-        None, 'for pushing; None: the environment variable MODELSCOPE_API_TOKEN, with --hub huggingface HF_TOKEN'
+        None, 'token for pushing; None: environment variable MODELSCOPE_API_TOKEN, or HF_TOKEN with --hub huggingface'
     )
     padding_free: bool | None = flag(
         None,
-        'rows of a batch laid end to end instead of padded; None: where the model proves exact in it; '
-        'true: an error if it cannot be had',
+        'concatenate the rows of a batch instead of padding them; None: if a test on the model shows that it is exact; '
+        'true: fail if it cannot be used',
     )
-    packing: bool = flag(False, 'fill --max_length with several rows, none of which sees another; needs padding_free')
+    packing: bool = flag(
+        False, 'fill --max_length with several rows that do not attend to each other; needs padding_free'
+    )
     group_by_length: bool = flag(
         True,
-        'rearrange the rows of an optimizer step: padded batches of rows of like length; laid end to end, fewer ones, '
-        'up to the tokens of the heaviest',
+        'rearrange the rows within an optimizer step: padded batches get rows of similar length; concatenated batches '
+        'become fewer, up to the tokens of the heaviest one',
     )
-    chunked_loss: bool = flag(True, 'output head at trained positions alone, in chunks; false: logits of the class')
-    fused_norms: bool = flag(True, 'RMSNorm in one step that keeps its input alone, where its class does just that')
-    fused_mlp: bool = flag(True, 'act(gate) * up of MLPs in one step that keeps gate and up alone, likewise')
-    doctor: bool = flag(False, 'train nothing: try device, libraries, processes, disk, hubs; exit code 1 if one fails')
+    chunked_loss: bool = flag(
+        True, 'compute the output head only where there is loss, in chunks; false: use the logits of the class'
+    )
+    fused_norms: bool = flag(
+        True, 'compute RMSNorm in one step that keeps only its input, if its class computes the same'
+    )
+    fused_mlp: bool = flag(
+        True, 'compute act(gate) * up of an MLP in one step that keeps only gate and up, if its class does the same'
+    )
+    doctor: bool = flag(
+        False, 'do not train: test device, libraries, processes, disk and hubs; exit code 1 if a test fails'
+    )
     from_run: str | None = flag(
-        None, 'run folder: repeat it with its flags, those typed now win; data, weights and template must be the same'
+        None,
+        'run folder to repeat with its flags; flags typed now override them; data, weights and template must be equal',
     )
-    show_samples: int = flag(1, 'training rows that are shown with what is trained of them, and kept in sample.txt')
-    report_samples: int = flag(3, 'rows that untuned and tuned model answer for the report, up to 64 tokens; 0: none')
-    test_oom_error: bool = flag(False, 'longest training rows first, so that an out-of-memory error shows at once')
-    preflight: bool = flag(True, 'first try a step, an evaluation and a checkpoint on the heaviest rows, and undo them')
+    show_samples: int = flag(
+        1, 'number of training rows to show with the tokens that carry loss; sample.txt keeps them'
+    )
+    report_samples: int = flag(
+        3, 'number of rows answered before and after tuning for the report, up to 64 tokens; 0: none'
+    )
+    test_oom_error: bool = flag(False, 'train the longest rows first, so that an out-of-memory error occurs at once')
+    preflight: bool = flag(
+        True, 'before training, try a step, an evaluation and a checkpoint on the heaviest rows, and undo them'
+    )
 
 
 @dataclass(kw_only=True)
@@ -177,33 +214,34 @@ class InferArguments(CommonArguments):
     """The flags of llm_infer.py."""
 
     ckpt_dir: str | None = flag(
-        None, 'checkpoint directory written by llm_sft.py; not needed when a model is named: then it serves untuned'
+        None, 'checkpoint directory written by llm_sft.py; without it, name a model, which then answers untuned'
     )
     eval_human: bool = flag(False, 'true: chat in the terminal; false: answer the validation rows')
     show_dataset_sample: int = flag(
-        20, 'validation rows to answer; -1: all. All rows of a typed --dataset are answered, unless this is typed too'
+        20, 'validation rows to answer; -1: all. A typed --dataset is answered whole, unless this flag is typed too'
     )
-    use_streamer: bool = flag(True, 'print tokens as they come')
+    use_streamer: bool = flag(True, 'print tokens while they are generated')
     merge_lora_and_save: bool = flag(False, 'merge the adapter into the base model and save it as <ckpt_dir>-merged')
-    save_generation_config: bool = flag(True, 'write the generation settings used to generation_config.json')
+    save_generation_config: bool = flag(True, 'write the generation settings of this command to generation_config.json')
     export_native: bool = flag(
-        False, 'write the untuned model, 2023 layouts included, as a plain folder of its native class to --output_dir'
+        False,
+        'write the untuned model, also one with a layout of 2023, to --output_dir as a folder of its native class',
     )
-    output_dir: str | None = flag(None, 'folder that --export_native writes; must not be there yet')
-    infer_batch_size: int = flag(16, 'validation rows answered at once')
+    output_dir: str | None = flag(None, 'new folder for --export_native; it must not exist yet')
+    infer_batch_size: int = flag(16, 'number of validation rows answered in one batch')
     result_path: str | None = flag(
         None,
-        'file for the answers; None: <ckpt_dir>/infer_result.jsonl (-2, -3 ... where it is there already), '
-        'untuned output/<model>/untuned/',
+        'file for the answers; None: <ckpt_dir>/infer_result.jsonl (-2, -3 ... if it exists already), or '
+        'output/<model>/untuned/ for an untuned model',
     )
 
     @property
     def reads_data(self) -> bool:
-        """Return whether rows are answered: not when chatting, merging or exporting."""
+        """Return whether rows are answered, which is not so when chatting, merging or exporting."""
         return not (self.eval_human or self.merge_lora_and_save or self.export_native)
 
     def answers_whole_dataset(self, typed: Collection[str]) -> bool:
-        """Return whether every row of --dataset is answered: where it was typed, and no share of it to hold out."""
+        """Return whether every row of --dataset is answered: it was typed, and --dataset_test_ratio was not."""
         return self.reads_data and 'dataset' in typed and 'dataset_test_ratio' not in typed
 
 
@@ -214,10 +252,10 @@ def flag_types(cls: type) -> dict[str, Any]:
 
 
 def to_dict(args: CommonArguments) -> dict[str, Any]:
-    """Return every argument by name, secrets left out."""
+    """Return every argument by name, without the hub token."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != 'hub_token'}
 
 
-# Settings of generation, not of training: a run that evaluates by loss never used them.
+# Flags of generation: a run that evaluates by loss does not use them.
 GENERATION = ('max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
 HUB_FLAGS = ('hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token')

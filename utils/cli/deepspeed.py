@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration says about sharding and offloading."""
+"""The settings of a DeepSpeed configuration for sharding and offloading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.cli.arguments import SftArguments
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
-    """The part of a DeepSpeed configuration that this project reads, and the whole as it stands in the file."""
+    """The settings of a DeepSpeed configuration that this project reads, and the whole content of the file."""
 
     # 0: nothing is sharded; 1: optimizer states; 2: gradients too; 3: weights too.
     stage: int = 0
@@ -24,13 +24,13 @@ class ZeroConfig:
 
 
 def read_zero(path: str | Path) -> ZeroConfig:
-    """Return what a configuration file says; raises ConfigError where it is none that DeepSpeed takes."""
+    """Return the settings of a configuration file; raises ConfigError where it is not one of DeepSpeed."""
     content = read_json(Path(path), remedy='--deepspeed_config_path takes one such as ds_config/zero2.json.')
     zero = content.get('zero_optimization', {})
     if not isinstance(zero, dict):
         raise ConfigError(
-            f'--deepspeed_config_path {path} sets zero_optimization {zero!r}, where DeepSpeed takes an object such as '
-            '{"stage": 2}. Write one.'
+            f'--deepspeed_config_path {path}: zero_optimization must be an object, got {zero!r}. Write for example '
+            '"zero_optimization": {"stage": 2}.'
         )
     return ZeroConfig(
         stage=int(zero.get('stage', 0)),
@@ -41,12 +41,13 @@ def read_zero(path: str | Path) -> ZeroConfig:
 
 
 def _offloads(zero: Mapping[str, Any], name: str) -> bool:
+    """Return whether the settings under this name move tensors to another device."""
     settings = zero.get(name)
     return isinstance(settings, dict) and settings.get('device', 'cpu') != 'none'
 
 
 def shards_weights(args: SftArguments) -> bool:
-    """Return whether one process alone holds only a part of the weights (FSDP2, ZeRO-3)."""
+    """Return whether each process holds only a part of the weights (FSDP2, ZeRO-3)."""
     if args.fsdp:
         return True
     return args.deepspeed_config_path is not None and read_zero(args.deepspeed_config_path).stage == 3

@@ -1,4 +1,7 @@
-"""A resolved command line completed on this machine: its files, packages and processes. No network, no heavy import."""
+"""Completes a resolved command line with the files, packages and processes of this machine.
+
+Nothing here uses the network or imports a heavy library.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
 from utils.base.names import LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
-from utils.cli.arguments import InferArguments, SftArguments
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
@@ -33,39 +36,49 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 TRAINER_STATE = 'trainer_state.json'
 ADAPTER_CONFIG = 'adapter_config.json'
-_GIVE_CHECKPOINT = 'Give one of a run, output/<model>/vN-<time>/checkpoint-N.'
+_GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N.'
 
 
 def started_in(run_dir: Path) -> str | None:
-    """Return the folder in which the command of a run was typed; None where its lock does not say."""
+    """Return the folder in which a run was started; None where its lock.json does not say."""
     if not (run_dir / LOCK_JSON).is_file():
         return None
-    said = read_json(run_dir / LOCK_JSON, remedy='Put back the one that the run wrote.').get('directory')
-    return said if isinstance(said, str) else None
+    try:
+        directory = read_json(run_dir / LOCK_JSON).get('directory')
+    except ConfigError:  # the code that needs the lock reports it
+        return None
+    return directory if isinstance(directory, str) else None
 
 
-def _started_in(args: Any) -> str | None:
-    """Return the folder in which the run was started that this one takes its data from."""
-    run_dir = getattr(args, 'from_run', None)
-    if checkpoint := getattr(args, 'ckpt_dir', None):
-        run_dir = Path(checkpoint).absolute().parent
-    return started_in(Path(run_dir)) if run_dir else None
+def _started_in(args: CommonArguments) -> str | None:
+    """Return the folder in which the run was started whose data this command uses, if it names a run."""
+    if isinstance(args, SftArguments) and args.from_run:
+        return started_in(Path(args.from_run))
+    if isinstance(args, InferArguments) and args.ckpt_dir:
+        return started_in(Path(args.ckpt_dir).absolute().parent)
+    return None
 
 
 def _settle(done: Resolution[Any]) -> None:
-    """Add what the file system and the installed packages say of these arguments."""
-    args, problems = done.args, done.problems
+    """Check the arguments of both programs against the file system and the installed packages."""
+    args = done.args
+    problems = done.problems
     for requirement in done.info.requires if done.info is not None else ():
         if problem := missing_requirement(requirement):
             problems.add(problem)
-    if done.info is not None and args.model_id_or_path is not None and _is_path(args.model_id_or_path):
+
+    model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
+    if model_is_here and done.info is not None:
         _settle_model_directory(done, done.info, Path(args.model_id_or_path))
+
     if args.reads_data:
         for problem in check_sources(args.dataset, _started_in(args)):
             problems.add(problem)
-    model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
-    if model_is_here and not _reads_hub_data(args) and not getattr(args, 'push_to_hub', False):
-        done.without_effect(('hub',), 'model and data are here, and nothing is pushed')
+
+    pushes = isinstance(args, SftArguments) and args.push_to_hub
+    if model_is_here and not _reads_hub_data(args) and not pushes:
+        done.without_effect(('hub',), 'model and data are on this machine, and nothing is pushed')
+
     if args.quantization_bit and not has_package('bitsandbytes'):
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
     if args.use_flash_attn and not has_package('flash_attn'):
@@ -75,71 +88,82 @@ def _settle(done: Resolution[Any]) -> None:
 
 
 def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
-    """Return what llm_infer.py acts on; raises ConfigError with everything that is wrong with the command line."""
+    """Return the command line that llm_infer.py runs; raises ConfigError with all problems of it."""
     _settle(done)
-    args, problems = done.args, done.problems
+    args = done.args
+    problems = done.problems
     if args.result_path is not None and args.reads_data:
         _check_writable('result_path', args.result_path, Path(args.result_path), problems)
         if Path(args.result_path).is_dir():
             problems.add(f'--result_path {args.result_path} is a folder. Give a file in it, e.g. answers.jsonl.')
+
     if args.export_native and args.output_dir is not None:
         _check_writable('output_dir', args.output_dir, Path(args.output_dir), problems)
         if Path(args.output_dir).exists():
-            problems.add(f'--output_dir {args.output_dir} is there already, and is not replaced. Name a new folder.')
+            problems.add(f'--output_dir {args.output_dir} exists already and is not replaced. Name a new folder.')
     return done.checked()
 
 
 def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
-    """Add what is wrong with a model folder, and to the entry how its weights are stored."""
+    """Add the problems of a model folder, and set in the model entry how its weights are stored."""
     if problem := check_model_dir(directory):
         done.problems.add(problem)
         return
+
     done.info = replace(info, quantization=info.quantization or stored_quantization(directory))
     for problem in quantized_problems(done.args, done.info):
         done.problems.add(problem)
     if done.args.template_type == AUTO and not has_chat_template(directory):
-        done.problems.add(
-            f'{directory} has no chat template of its own. Name one with --template_type: '
-            f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
-        )
+        names = ', '.join(name for name in TEMPLATE_MAPPING if name != AUTO)
+        done.problems.add(f'{directory} has no chat template. Choose one with --template_type: {names}.')
 
 
-def _reads_hub_data(args: Any) -> bool:
-    return args.reads_data and any(isinstance(DATASET_MAPPING.get(w.split('#')[0]), HubDataset) for w in args.dataset)
+def _reads_hub_data(args: CommonArguments) -> bool:
+    """Return whether rows of a data set on a hub are read."""
+    if not args.reads_data:
+        return False
+    entries = [DATASET_MAPPING.get(word.split('#')[0]) for word in args.dataset]
+    return any(isinstance(entry, HubDataset) for entry in entries)
 
 
 def _is_path(model_id_or_path: str) -> bool:
-    """Return whether this names a local directory: it is there, or it cannot be a hub id (owner/name)."""
-    return (
-        Path(model_id_or_path).exists()
-        or model_id_or_path.startswith(('/', '.', '~'))
-        or (model_id_or_path.count('/') != 1)
-    )
+    """Return whether this names a local directory: it exists, or it cannot be a hub id (owner/name)."""
+    if Path(model_id_or_path).exists() or model_id_or_path.startswith(('/', '.', '~')):
+        return True
+    return model_id_or_path.count('/') != 1
 
 
 def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
-    """Return what llm_sft.py acts on; raises ConfigError with everything that is wrong with the command line."""
+    """Return the command line that llm_sft.py runs; raises ConfigError with all problems of it."""
     _settle(done)
-    args, problems = done.args, done.problems
+    args = done.args
+    problems = done.problems
     _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
+
     if args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
         _check_resume(checkpoint, args, problems)
+        pattern = partial_name(Path('checkpoint-*')).name
         done.warnings += [
-            f'{left} was being written when that run ended: it is not whole and can be deleted.'
-            for left in sorted(checkpoint.absolute().parent.glob(partial_name(Path('checkpoint-*')).name))
+            f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
+            for partial in sorted(checkpoint.absolute().parent.glob(pattern))
         ]
+
     if is_of_bitsandbytes(args.optim) and not has_package('bitsandbytes'):
         problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')
     if args.deepspeed_config_path is not None:
         _check_deepspeed(Path(args.deepspeed_config_path), done)
     check_processes(done)
-    if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl' and not dist.has_gpu_device():
-        problems.add(
-            '--ddp_backend nccl needs a GPU and this machine shows none. Use --ddp_backend gloo, or leave it out.'
-        )
-    elif 'ddp_backend' not in done.typed and dist.world_size() > 1 and not dist.has_gpu_device():
-        done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
+
+    if not dist.has_gpu_device():
+        if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl':
+            problems.add(
+                '--ddp_backend nccl needs a GPU, and this machine shows none. Use --ddp_backend gloo, or remove '
+                '--ddp_backend.'
+            )
+        elif 'ddp_backend' not in done.typed and dist.world_size() > 1:
+            done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
+
     if not (args.check_dataset or args.dry_run):
         check_environment(os.environ, problems)
     if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:
@@ -148,7 +172,7 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
 
 
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
-    """Add each variable named like a secret that is no text: the run folder could not be searched for it."""
+    """Add each variable named like a secret whose value is not UTF-8, because no folder can be searched for it."""
     for holder, secret in find_secrets(environment, {}).items():
         try:
             secret.encode()
@@ -160,64 +184,72 @@ def check_environment(environment: Mapping[str, str], problems: Problems) -> Non
 
 
 def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> None:
-    """Add what keeps `target` from being made: a file or a folder of someone else where its folder should be."""
+    """Add the problem that keeps `target` from being created: its parent is a file, or may not be written."""
     try:
         existing = next(p for p in target.absolute().parents if p.exists())
         if not existing.is_dir():
-            problems.add(f'--{flag} {given} cannot be made: {existing} is a file. Give another folder.')
+            problems.add(f'--{flag} {given} cannot be created: {existing} is a file. Give another folder.')
         elif not os.access(existing, os.W_OK | os.X_OK):
             problems.add(
-                f'--{flag} {given} cannot be written: {existing} is not writable for you. Give another folder.'
+                f'--{flag} {given} cannot be written: you have no write permission for {existing}. Give another folder.'
             )
         else:
-            # What permissions do not tell: file systems that take no folder (/proc), a quota.
+            # Permissions do not show quotas, or file systems without new folders (/proc).
             tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
-    except OSError as error:  # a name that is too long is one already when it is looked for
-        problems.add(f'--{flag} {given} cannot be made: {error.strerror}. Give another folder.')
+    except OSError as error:  # `exists` raises too, for a name that is too long
+        problems.add(f'--{flag} {given} cannot be created: {error.strerror}. Give another folder.')
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add what keeps a checkpoint from being resumed; its bytes are read by one process of a machine alone."""
+    """Add the problem that keeps a checkpoint from being resumed. One process per machine reads its bytes."""
     given = f'--resume_from_checkpoint {checkpoint}'
     has_deepspeed = any(checkpoint.glob(DEEPSPEED_STATES))
     if not checkpoint.is_dir():
         problems.add(f'{given} is not a directory. {_GIVE_CHECKPOINT}')
     elif not (checkpoint / TRAINER_STATE).is_file():
-        problems.add(f'{given} is no checkpoint: it has no {TRAINER_STATE}. {_GIVE_CHECKPOINT}')
+        problems.add(f'{given} is not a checkpoint: it has no {TRAINER_STATE}. {_GIVE_CHECKPOINT}')
     elif dist.local_rank() == 0 and (problem := damage(checkpoint)):
         intact = [p for p in all_checkpoints(checkpoint.parent) if p != checkpoint and damage(p) is None]
-        problems.add(
-            f'{given} cannot be resumed from: {problem}. '
-            + (f'{intact[-1]} is whole.' if intact else 'There is no other one beside it.')
-        )
+        if intact:
+            remedy = f'Use {intact[-1]}, which is intact.'
+        else:
+            remedy = 'Remove --resume_from_checkpoint: the run has no other checkpoint.'
+        problems.add(f'{given} cannot be resumed from: {problem}. {remedy}')
     elif not (checkpoint / OPTIMIZER_STATE).is_file():
         problems.add(
-            f'{given} has no optimizer state ({OPTIMIZER_STATE}): it was saved with '
-            '--only_save_model true and cannot be resumed. Train on from its weights as --model_id_or_path instead.'
+            f'{given} has no optimizer state ({OPTIMIZER_STATE}): it was saved with --only_save_model true and cannot '
+            'be resumed. To continue from its weights, start a new run with --model_id_or_path.'
         )
     elif has_deepspeed and args.deepspeed_config_path is None:
-        problems.add(f'{given} was written with DeepSpeed: add --deepspeed_config_path.')
+        problems.add(f'{given} was written with DeepSpeed. Add --deepspeed_config_path.')
     elif is_adapter(checkpoint) != (args.sft_type == 'lora'):
-        kind = 'an adapter' if is_adapter(checkpoint) else 'whole weights'
-        problems.add(f'{given} holds {kind}, --sft_type is {args.sft_type}. Type the one it was trained with.')
+        kind, trained_with = ('an adapter', 'lora') if is_adapter(checkpoint) else ('all weights', 'full')
+        problems.add(
+            f'{given} holds {kind}, and --sft_type is {args.sft_type}. Use --sft_type {trained_with}, as in the '
+            'original run.'
+        )
     elif args.sft_type == 'lora':
         _check_resumed_rank(checkpoint, args, problems)
 
 
 def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem where the adapter to resume has another rank; its targets are compared once the model is open."""
+    """Add a problem where the adapter has another rank. Its target modules are compared once the model is open."""
     config = read_json(checkpoint / ADAPTER_CONFIG, remedy=_GIVE_CHECKPOINT)
     if config.get('r') != args.lora_rank:
         problems.add(
             f'--lora_rank {args.lora_rank}: the adapter in {checkpoint} has rank {config.get("r")}. '
-            f'Type --lora_rank {config.get("r")}, or start a new run: leave --resume_from_checkpoint out.'
+            f'Use --lora_rank {config.get("r")}, or remove --resume_from_checkpoint to start a new run.'
         )
 
 
 def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:
+    """Add the problems of a DeepSpeed configuration file, and of the package if it is missing."""
     problems = done.problems
     if not path.is_file():
-        problems.add(f'--deepspeed_config_path {path} is not a file (looked in {path.absolute().parent}).')
+        problems.add(
+            f'--deepspeed_config_path {path} is not a file (looked in {path.absolute().parent}). Use one of '
+            'ds_config/*.json, or correct the path.'
+        )
     else:
         try:
             check_deepspeed(read_zero(path), done)

@@ -1,4 +1,4 @@
-"""A command line of words, parsed into the arguments of its program; what is wrong is collected, not raised."""
+"""Parses a command line into the arguments of its program; problems are collected, not raised."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from utils.base.errors import Problems, did_you_mean
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, flag_types
 
-# Another spelling that users' scripts hold, and the flag it means.
+# A misspelt flag that users' scripts contain, and the flag that it means.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
-# Flags whose values add up where they are typed several times; of every other flag the last one counts.
+# Flags whose values are added when they are typed several times. Of every other flag the last value is used.
 ADDING_UP = frozenset({'dataset'})
-# A negative number with an exponent, which argparse takes for a flag.
+# A negative number with an exponent, which argparse mistakes for a flag.
 _NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
@@ -28,7 +28,7 @@ ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed(typing.Generic[ArgumentsT]):
-    """A command line: the values, the names that were typed, and what was wrong with it."""
+    """A parsed command line: the values, the names of the typed flags, and the problems."""
 
     args: ArgumentsT
     typed: frozenset[str]
@@ -36,39 +36,46 @@ class Parsed(typing.Generic[ArgumentsT]):
 
 
 def _unwrap_optional(hint: Any) -> Any:
+    """Return T for the type hint T | None, and any other hint unchanged."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(a for a in typing.get_args(hint) if a is not type(None))
     return hint
 
 
 def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
-    """Return the value that `words` mean for a flag; raises ValueError with a whole sentence."""
+    """Return the value of a flag from its words; raises ValueError with a whole sentence."""
     hint = _unwrap_optional(hint)
-    # How bytes that are no UTF-8 arrive: a text that can neither be tokenised nor be saved.
-    if any('\ud800' <= character <= '\udfff' for word in words for character in word):
-        # Not shown: it may be a token, which no log may hold.
-        raise ValueError(f'what --{name} was given is not UTF-8. Type it in a terminal that is set to UTF-8.')
+
+    # Bytes that are not UTF-8 arrive as surrogates. Such a text can neither be tokenised nor saved.
+    if any('\ud800' <= character <= '\udfff' for character in ''.join(words)):
+        # The value is not shown, because it may be a hub token, which no log may hold.
+        raise ValueError(f'--{name}: the value is not UTF-8. Type it in a terminal that is set to UTF-8.')
+
     if typing.get_origin(hint) is list:
         values = [part for word in words for part in word.split(',') if part]
         if not values:
             raise ValueError(f'--{name} needs at least one value.')
         return values
+
     if hint is bool and not words:
         return True
     if len(words) != 1:
-        got = 'none' if not words else f'{len(words)}: {" ".join(words)}'
+        got = f'{len(words)}: {" ".join(words)}' if words else 'none'
         raise ValueError(f'--{name} takes one value, got {got}. Put a value with blanks in quotes.')
+
     word = words[0]
     if hint is bool:
         if word.lower() not in ('true', 'false'):
             raise ValueError(f"--{name} takes true or false, got '{word}'.")
         return word.lower() == 'true'
+
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         for choice in choices:
             if word == str(choice):
                 return choice
         raise ValueError(f"--{name} takes {', '.join(map(str, choices))}, got '{word}'.")
+
     kinds = {int: 'a whole number', float: 'a number'}
     try:
         return hint(word)
@@ -77,7 +84,7 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
 
 
 def describe_default(f: dataclasses.Field[Any]) -> str:
-    """Return a flag's default as it would be typed."""
+    """Return the default of a flag as it would be typed."""
     value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     if isinstance(value, list):
         return ','.join(value)
@@ -85,7 +92,7 @@ def describe_default(f: dataclasses.Field[Any]) -> str:
 
 
 def describe_type(hint: Any) -> str:
-    """Return the words a flag takes, for --help and the README."""
+    """Return what a flag takes, for --help and docs/flags.md."""
     hint = _unwrap_optional(hint)
     if typing.get_origin(hint) is Literal:
         return '|'.join(map(str, typing.get_args(hint)))
@@ -113,16 +120,21 @@ def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentPa
 
 
 def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool, problems: Problems) -> None:
+    """Add a problem for each unknown flag and stray word, or log them as warnings."""
     follows_unknown_flag = False
     for word in words:
         name = word.split('=')[0].lstrip('-')
         if word.startswith('-'):
-            text = f"flag '{word.split('=')[0]}' is not known" + did_you_mean(name, known)
+            flag = word.split('=')[0]
+            text = f"flag '{flag}' is not known{did_you_mean(name, known)}"
             follows_unknown_flag = True
         elif follows_unknown_flag:
-            continue  # a value of the unknown flag: naming the flag is enough
+            continue  # a value of the unknown flag, which is reported already
         else:
-            text = f"the word '{word}' belongs to no flag. Flags are written --name value."
+            text = (
+                f"the word '{word}' belongs to no flag. Write flags as --name value, and values with blanks in quotes."
+            )
+
         if ignore:
             logger.warning(f'{text} It is ignored because ignore_args_error is true.')
         else:
@@ -130,7 +142,7 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
 
 
 def _negative_values_attached(argv: Sequence[str]) -> list[str]:
-    """Return the words with each negative number that has an exponent attached to its flag: --name=-1e-4."""
+    """Return the words with each negative number that has an exponent joined to its flag: --name=-1e-4."""
     words: list[str] = []
     for word in argv:
         is_value = bool(words) and words[-1].startswith('--') and '=' not in words[-1]
@@ -142,7 +154,7 @@ def _negative_values_attached(argv: Sequence[str]) -> list[str]:
 
 
 def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the words before and after a bare `--`; all of them are after where there is none."""
+    """Return the words before and after a bare `--`; without one, all words are after it."""
     if '--' not in argv:
         return (), argv
     position = list(argv).index('--')
@@ -150,7 +162,7 @@ def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def _values_typed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the words typed after each flag, and the words that belong to none."""
+    """Return the words typed after each flag, and the words that belong to no flag."""
     namespace, unknown = parser.parse_known_args(_negative_values_attached(argv))
     typed = {
         name: list(itertools.chain(*times)) if name in ADDING_UP else times[-1]
@@ -162,10 +174,10 @@ def _values_typed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple
 def parse(
     cls: type[ArgumentsT], argv: Sequence[str], *, program: str, about: str, earlier: Sequence[str] = ()
 ) -> Parsed[ArgumentsT]:
-    """Return the parsed command line; problems are collected, not raised. Exits only for --help.
+    """Return the parsed command line; problems are collected, not raised. Only --help exits.
 
-    Words before a bare `--` are those of a script: a flag typed after it replaces the script's, also one that adds
-    up. `earlier` is another command line, whose flags count where `argv` does not type them.
+    Words before a bare `--` come from a script: a flag typed after it replaces the flag of the script, even one whose
+    values are added. `earlier` is another command line, whose flags are used if `argv` does not type them.
     """
     parser = _build_parser(cls, program=program, about=about)
     typed: dict[str, list[str]] = {}
@@ -174,6 +186,7 @@ def parse(
         known, others = _values_typed(parser, words)
         typed |= known
         unknown += others
+
     hints = flag_types(cls)
     problems = Problems()
     values: dict[str, Any] = {}
@@ -182,6 +195,7 @@ def parse(
             values[name] = _convert(name, given, hints[name])
         except ValueError as error:
             problems.add(str(error))
+
     args = cls(**values)
     _report_unknown(unknown, list(hints), ignore=args.ignore_args_error, problems=problems)
     return Parsed(args=args, typed=frozenset(typed), problems=problems)

@@ -1,4 +1,4 @@
-"""What numbers and closed names the flags take."""
+"""The ranges of numeric flags, and the names that flags with many choices take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils.base.errors import did_you_mean
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Resolution
 
-# The names that transformers takes; a test holds both lists against its enums.
+# Names of transformers; a test compares both lists with its enums.
 OPTIMIZERS = (
     'adamw_torch', 'adamw_torch_fused', 'adafactor', 'sgd', 'adagrad', 'rmsprop', 'adamw_bnb_8bit', 'adamw_8bit',
     'lion_8bit', 'lion_32bit', 'ademamix', 'ademamix_8bit', 'paged_adamw_32bit', 'paged_adamw_8bit',
@@ -30,12 +30,14 @@ def is_of_bitsandbytes(optim: str) -> bool:
 
 
 def _check_number(done: Resolution[Any], name: str, ok: bool, wanted: str) -> None:
+    """Add a problem where a number is not `ok` or not finite."""
     value = getattr(done.args, name)
     if not ok or (isinstance(value, float) and not math.isfinite(value)):
         done.problems.add(f'--{name} takes {wanted}, got {value}.')
 
 
 def check_common_numbers(done: Resolution[Any]) -> None:
+    """Add the problems of the numbers that both programs take."""
     args = done.args
     _check_number(done, 'dataset_test_ratio', 0 <= args.dataset_test_ratio < 1, 'a share from 0 to below 1')
     if args.max_length != -1 and args.max_length < 2:
@@ -43,13 +45,15 @@ def check_common_numbers(done: Resolution[Any]) -> None:
             f'--max_length {args.max_length} leaves no room for one token of prompt and one of reply. '
             'Give 2 or more, or -1 for no limit.'
         )
-    # What numpy takes; each process adds its rank.
+
+    # numpy takes seeds below 2**32, and each process adds its rank.
     seeds = 2**32 - dist.world_size()
     _check_number(done, 'seed', 0 <= args.seed <= seeds, f'a whole number from 0 to {seeds}')
     _check_number(done, 'max_pixels', args.max_pixels is None or args.max_pixels >= 1, '1 or more')
 
 
 def check_sft_numbers(done: Resolution[SftArguments]) -> None:
+    """Add the problems of the numbers and names of llm_sft.py."""
     args = done.args
     at_least_one = (
         'lora_rank', 'lora_alpha', 'batch_size', 'gradient_accumulation_steps', 'eval_steps', 'logging_steps',
@@ -58,36 +62,42 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
         _check_number(done, name, getattr(args, name) >= 1, '1 or more')
     for name in ('eval_batch_size', 'save_steps'):
         _check_number(done, name, getattr(args, name) is None or getattr(args, name) >= 1, '1 or more')
-    whole = (
+
+    at_least_zero = (
         'weight_decay', 'max_grad_norm', 'dataloader_num_workers', 'stream_val_rows', 'show_samples', 'report_samples',
     )  # fmt: skip
-    for name in whole:
+    for name in at_least_zero:
         _check_number(done, name, getattr(args, name) >= 0, '0 or more')
     for name in ('lora_dropout_p', 'warmup_ratio'):
         _check_number(done, name, 0 <= getattr(args, name) < 1, 'a share from 0 to below 1')
+
     _check_number(done, 'learning_rate', args.learning_rate is None or args.learning_rate > 0, 'a number above 0')
     _check_number(done, 'train_dataset_sample', args.train_dataset_sample == -1 or args.train_dataset_sample >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
     _check_number(done, 'save_total_limit', args.save_total_limit == -1 or args.save_total_limit >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
+
     if args.max_steps < 0:
         _check_number(done, 'num_train_epochs', args.num_train_epochs >= 1, '1 or more')
     elif args.max_steps == 0:
-        done.problems.add('--max_steps 0 trains nothing. Give 1 or more, or leave it out for whole epochs.')
+        done.problems.add('--max_steps 0 trains nothing. Give 1 or more, or remove --max_steps to train whole epochs.')
+
     for name, known in (('optim', OPTIMIZERS), ('lr_scheduler_type', SCHEDULERS)):
-        if getattr(args, name) not in known:
-            done.problems.add(
-                f"--{name} '{getattr(args, name)}' is not known{did_you_mean(getattr(args, name), known)}"
-            )
+        value = getattr(args, name)
+        if value not in known:
+            done.problems.add(f"--{name} '{value}' is not known{did_you_mean(value, known)}")
 
 
 def check_generation(done: Resolution[Any]) -> None:
+    """Add the problems of the generation flags, and warn about those that greedy decoding ignores."""
     args = done.args
     _check_number(done, 'max_new_tokens', args.max_new_tokens >= 1, '1 or more')
     _check_number(done, 'repetition_penalty', args.repetition_penalty > 0, 'a number above 0')
     if not args.do_sample:
         done.without_effect(_SAMPLING, 'decoding is greedy (--do_sample false)')
         return
-    _check_number(done, 'temperature', args.temperature > 0, 'a number above 0; for greedy decoding --do_sample false')
+    _check_number(
+        done, 'temperature', args.temperature > 0, 'a number above 0 (for greedy decoding use --do_sample false)'
+    )
     _check_number(done, 'top_k', args.top_k >= 0, '0 or more')
     _check_number(done, 'top_p', 0 < args.top_p <= 1, 'a share above 0 up to 1')

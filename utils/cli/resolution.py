@@ -1,4 +1,4 @@
-"""What resolving a command line yields: arguments ready for use, and the reason for each automatic decision."""
+"""A resolved command line: arguments ready for use, and the reason for each automatic decision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 
 @dataclass(kw_only=True)
 class Decided(Generic[ArgumentsT]):
-    """Arguments, which of them were typed, and each automatic decision with its reason."""
+    """Arguments, the names of those that were typed, and each automatic decision with its reason."""
 
     args: ArgumentsT
     typed: frozenset[str]
@@ -39,40 +39,51 @@ class Ready(Decided[ArgumentsT]):
 
 @dataclass(kw_only=True)
 class Resolution(Decided[ArgumentsT]):
-    """A command line on the way to being ready: the model's entry once it is known, and what is wrong so far."""
+    """A command line while it is resolved: the model entry once it is known, and the problems found so far."""
 
     info: ModelInfo | None = None
     problems: Problems = field(default_factory=Problems)
 
     def checked(self) -> Ready[ArgumentsT]:
-        """Return what a program acts on; raises ConfigError with all problems where there are any."""
+        """Return the command line as a program uses it; raises ConfigError with all problems if there are any."""
         self.problems.raise_if_any()
-        assert self.info is not None, 'a model that is not known is a problem'
-        return Ready(args=self.args, typed=self.typed, info=self.info, decisions=self.decisions, warnings=self.warnings)
+        assert self.info is not None, 'an unknown model is a problem'
+        return Ready(
+            args=self.args,
+            typed=self.typed,
+            info=self.info,
+            decisions=self.decisions,
+            warnings=self.warnings,
+        )
 
     def without_effect(self, names: tuple[str, ...], reason: str) -> None:
-        """Warn about each of these flags that was typed."""
+        """Add a warning for each of these flags that was typed."""
         self.warnings += [f'--{name} has no effect: {reason}.' for name in names if name in self.typed]
 
 
-# Takes an argument's name, the value it is used with, and the reason.
+# Records a decision: (name of the argument, its value, the reason).
 Decide = Callable[[str, Any, str], None]
 
 
 def decision(name: str, value: Any, reason: str) -> str:
-    """Return the line that tells of an automatic decision."""
+    """Return the log line of an automatic decision."""
     return f'{name} = {_shown(value)} because {reason}'
 
 
 def log_decision(name: str, value: Any, reason: str) -> None:
-    """Log a decision where no run is there to keep it."""
+    """Log a decision where there is no run that records it."""
     logger.info(decision(name, value, reason))
 
 
 def _shown(value: Any) -> str:
-    return ','.join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+    """Return a value as it would be typed."""
+    if isinstance(value, list):
+        return ','.join(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def run_name(args: CommonArguments) -> str:
-    """Return the name a run's folder is filed under: the model type, or the last part of the path or id."""
+    """Return the name of the folder that holds the runs of a model: its type, or the last part of its path or id."""
     return args.model_type or Path(str(args.model_id_or_path)).resolve().name.lower()

@@ -1,6 +1,6 @@
-"""From what was typed to what is used: fills every None, checks every rule across flags, says why.
+"""From the typed flags to the arguments of a program: fills every None with a reason, and checks rules across flags.
 
-Pure: no file, no network, no heavy import, so that a mistake is answered at once, all mistakes together.
+The functions read no file, use no network and import nothing heavy, so that all mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.base import dist
 from utils.base.errors import ConfigError, did_you_mean
-from utils.cli.arguments import GENERATION, HUB_FLAGS, InferArguments, SftArguments
+from utils.cli.arguments import GENERATION, HUB_FLAGS, CommonArguments, InferArguments, SftArguments
 from utils.cli.parallel import resolve_scale
 from utils.cli.parser import Parsed
 from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers
@@ -28,7 +28,7 @@ _LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p'
 
 
 def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
-    """Return the arguments of a training run with nothing left open; problems are collected, not raised."""
+    """Return the arguments of a training run; problems are collected, not raised."""
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
     check_common_numbers(done)
@@ -41,8 +41,8 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     _resolve_schedule(done)
     _check_layout(done)
     _resolve_hub(done)
-    args = done.args
-    if args.predict_with_generate:
+
+    if done.args.predict_with_generate:
         check_generation(done)
     else:
         done.without_effect(GENERATION, 'evaluation is by loss (no --predict_with_generate true)')
@@ -50,7 +50,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
 
 
 def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
-    """Return the arguments of llm_infer.py, its checkpoint's values already filled in by the caller."""
+    """Return the arguments of llm_infer.py; the caller has filled in the values of the checkpoint."""
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
     check_common_numbers(done)
@@ -59,69 +59,83 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
         if done.args.answers_whole_dataset(done.typed) and 'show_dataset_sample' not in done.typed:
             done.decide('show_dataset_sample', -1, '--dataset is typed: all its rows are answered')
         done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
+
     if done.args.merge_lora_and_save and done.args.quantization_bit:
         _merge_unquantised(done)
     _resolve_quantization(done)
     check_generation(done)
-    args, problems = done.args, done.problems
+
+    args = done.args
+    problems = done.problems
     if dist.world_size() > 1 and not args.reads_data:
-        problems.add('chatting, merging and exporting are for one process: start them with python, not torchrun.')
+        problems.add(
+            '--eval_human, --merge_lora_and_save and --export_native run in one process. Start the command with '
+            'python, not torchrun.'
+        )
     if args.show_dataset_sample == 0 or args.show_dataset_sample < -1:
         problems.add(f'--show_dataset_sample takes 1 or more, or -1 for all, got {args.show_dataset_sample}.')
     if args.infer_batch_size < 1:
         problems.add(f'--infer_batch_size takes 1 or more, got {args.infer_batch_size}.')
+
     if args.export_native and (args.ckpt_dir is not None or args.output_dir is None or args.quantization_bit):
         problems.add(
-            '--export_native true needs --output_dir and an untuned, unquantised model (--model_type or '
-            '--model_id_or_path). For a checkpoint use --merge_lora_and_save true.'
+            '--export_native true needs --output_dir and an untuned model without --quantization_bit. Name the model '
+            'with --model_type or --model_id_or_path. For a checkpoint use --merge_lora_and_save true.'
         )
     elif not args.export_native:
         done.without_effect(('output_dir',), 'it is for --export_native true')
+
     if args.merge_lora_and_save:
         if args.ckpt_dir is None:
-            problems.add('--merge_lora_and_save true needs --ckpt_dir: without a checkpoint there is nothing to merge.')
+            problems.add('--merge_lora_and_save true: without a checkpoint there is nothing to merge. Add --ckpt_dir.')
         elif args.sft_type == 'full':
-            problems.add('--merge_lora_and_save true: this checkpoint is of --sft_type full, its weights are whole.')
+            problems.add(
+                '--merge_lora_and_save true: this checkpoint was trained with --sft_type full and has no adapter. '
+                'Remove --merge_lora_and_save: the checkpoint needs no merging.'
+            )
     return done
 
 
 def _merge_unquantised(done: Resolution[InferArguments]) -> None:
+    """Turn quantisation off for a merge, or add a problem where it was typed."""
     bits = done.args.quantization_bit
     if 'quantization_bit' in done.typed:
         done.problems.add(
-            f'--merge_lora_and_save true cannot merge into {bits}-bit weights: rounding would swallow the adapter. '
-            'Leave --quantization_bit out: the merge goes through the unquantised base.'
+            f'--merge_lora_and_save true: rounding to {bits} bits would lose the adapter. Remove --quantization_bit to '
+            'merge into the unquantised base.'
         )
         return
-    done.decide('quantization_bit', 0, f'rounding to {bits} bits would swallow the adapter: the base is merged whole')
+    done.decide(
+        'quantization_bit', 0, f'rounding to {bits} bits would lose the adapter: it is merged into the unquantised base'
+    )
 
 
 def _resolve_model(done: Resolution[Any]) -> None:
-    args, problems = done.args, done.problems
-    if (
-        args.model_type is not None
-        and args.model_id_or_path is not None
-        and ({'model_type', 'model_id_or_path'} <= done.typed)
-    ):
+    args = done.args
+    problems = done.problems
+    both_given = args.model_type is not None and args.model_id_or_path is not None
+    if both_given and {'model_type', 'model_id_or_path'} <= done.typed:
         problems.add(
-            f"both --model_type '{args.model_type}' and --model_id_or_path '{args.model_id_or_path}' are given: "
-            'each names the model by itself. Drop one of them.'
+            f"--model_type '{args.model_type}' and --model_id_or_path '{args.model_id_or_path}' both name a model. "
+            'Remove --model_type or --model_id_or_path.'
         )
         return
+
     if args.model_type is None and args.model_id_or_path is None:
         done.decide('model_type', DEFAULT_MODEL_TYPE, 'no model was named')
     elif args.model_type is None and (found := infer_model_type(args.model_id_or_path)):
         done.decide('model_type', found, f"'{args.model_id_or_path}' is the model of that entry")
-    if 'model_revision' in done.typed and (
-        'model_type' in done.typed or Path(str(args.model_id_or_path)).is_absolute()
-    ):
-        done.without_effect(('model_revision',), 'it counts only for a hub id in --model_id_or_path')
+
+    if 'model_type' in done.typed or Path(str(args.model_id_or_path)).is_absolute():
+        done.without_effect(('model_revision',), 'it is for a hub id in --model_id_or_path')
+
     try:
         done.info = get_model_info(args.model_type, args.model_id_or_path)
     except ConfigError as error:
         problems.add(error.problems[0])
         _check_template_name(done)
         return
+
     if 'model_revision' not in done.typed and args.model_revision != done.info.revision:
         done.decide('model_revision', done.info.revision, 'the model entry names it')
     if args.dtype is None and done.info.torch_dtype is not None:
@@ -130,11 +144,12 @@ def _resolve_model(done: Resolution[Any]) -> None:
 
 
 def _check_template_name(done: Resolution[Any]) -> bool:
+    """Return whether --template_type is registered; adds a problem where it is not."""
     name = done.args.template_type
     if name is None or name in TEMPLATE_MAPPING:
         return True
     done.problems.add(
-        f"template_type '{name}' is not registered{did_you_mean(name, TEMPLATE_MAPPING)} "
+        f"--template_type '{name}' is not registered{did_you_mean(name, TEMPLATE_MAPPING)} "
         'To add one, edit TEMPLATE_MAPPING in utils/preprocess.py.'
     )
     return False
@@ -143,11 +158,12 @@ def _check_template_name(done: Resolution[Any]) -> bool:
 def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
     if not _check_template_name(done):
         return
+
     args = done.args
     if args.template_type is None:
-        done.decide(
-            'template_type', info.template, 'the model entry names it' if args.model_type else 'no entry names one'
-        )
+        reason = 'the model entry names it' if args.model_type else 'no entry names one'
+        done.decide('template_type', info.template, reason)
+
     template = TEMPLATE_MAPPING[args.template_type]
     if template is not None and not template.has_system:
         done.without_effect(('system',), f"template '{args.template_type}' has no place for a system text")
@@ -164,26 +180,41 @@ def _resolve_datasets(done: Resolution[Any]) -> None:
             done.problems.add(error.problems[0])
             continue
         if source.name in seen:
-            done.problems.add(f"--dataset names '{source.name}' twice: its rows would count double. Name it once.")
+            done.problems.add(f"--dataset: '{source.name}' is named twice, its rows would be used twice. Name it once.")
         seen.add(source.name)
 
 
 def _resolve_streaming(done: Resolution[SftArguments]) -> None:
-    args, problems = done.args, done.problems
+    args = done.args
+    problems = done.problems
     if not args.streaming:
         done.without_effect(('stream_val_rows',), 'it is for --streaming true')
         return
+
     if args.max_steps < 1:
-        problems.add('--streaming true needs --max_steps: how long a stream is shows only at its end.')
+        problems.add(
+            '--streaming true needs --max_steps, because a stream has no known length. Add e.g. --max_steps 1000.'
+        )
     if args.test_oom_error:
-        problems.add('--test_oom_error true sorts all rows, which --streaming true never has at once. Drop one.')
+        problems.add(
+            '--test_oom_error true sorts all rows, and --streaming true never holds all rows. Remove --test_oom_error '
+            'or --streaming.'
+        )
     if args.packing:
-        problems.add('--packing true fills packs from all rows, which --streaming true never has at once. Drop one.')
+        problems.add(
+            '--packing true chooses from all rows, and --streaming true never holds all rows. Remove --packing or '
+            '--streaming.'
+        )
     for word in args.dataset:
         if '#' in word:
-            problems.add(f"--dataset '{word}' draws from the whole set, which --streaming true never sees. Drop the #.")
+            problems.add(
+                f"--dataset '{word}': # draws from all rows, and --streaming true never holds all rows. Remove "
+                '# and the number after it, or remove --streaming.'
+            )
+
     unused = ('train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers', 'group_by_length')
-    done.without_effect(unused, 'with --streaming true the training process reads every row, first ones held out')
+    reason = 'with --streaming true the training process reads every row and holds the first ones out'
+    done.without_effect(unused, reason)
     done.decide('dataloader_num_workers', 0, 'a stream is read by the training process')
 
 
@@ -193,35 +224,49 @@ def _resolve_quantization(done: Resolution[Any]) -> None:
         done.without_effect(_BNB_4BIT, 'it is for --quantization_bit 4')
     elif args.bnb_4bit_comp_dtype is None and args.dtype is not None:
         done.decide('bnb_4bit_comp_dtype', args.dtype, 'it follows --dtype')
+
     for problem in quantized_problems(args, done.info):
         done.problems.add(problem)
     if args.quantization_bit and args.sft_type == 'full':
         done.problems.add(
             f'--quantization_bit {args.quantization_bit} needs --sft_type lora, got full: '
-            f'{args.quantization_bit}-bit weights cannot be trained. Drop one of them.'
+            f'{args.quantization_bit}-bit weights cannot be trained. Remove --quantization_bit, or use --sft_type lora.'
         )
 
 
-def quantized_problems(args: Any, info: ModelInfo | None) -> list[str]:
-    """Return what was asked for and cannot be done with weights that are stored quantised."""
+def quantized_problems(args: CommonArguments, info: ModelInfo | None) -> list[str]:
+    """Return the flags that cannot be used with weights that are stored quantised, each with its remedy."""
     if info is None or info.quantization is None:
         return []
-    plain = 'Use the same model without int4 or int8.'
-    merges = getattr(args, 'merge_lora_and_save', False)
-    asked = {
-        f'--sft_type full cannot train. {plain}': args.sft_type == 'full' and not getattr(args, 'ckpt_dir', None),
-        '--fsdp true cannot shard. Use --deepspeed_config_path ds_config/zero2.json, or plain torchrun.': (
-            getattr(args, 'fsdp', False)
-        ),
-        # Baichuan2's are read to full width first, so that bitsandbytes can pack them anew.
-        f'--quantization_bit {args.quantization_bit} cannot quantise again. Leave it out, they stay packed.': (
-            args.quantization_bit and info.quantization != 'nf4'
-        ),
-        '--merge_lora_and_save true cannot merge into: rounding would swallow the adapter. Serve it as it is '
-        '(--ckpt_dir alone), or train on the same model without int4 or int8 and merge that.': merges,
-    }
-    stored = f"the weights of '{run_name(args)}' are stored quantised ({info.quantization}), which "
-    return [stored + what for what, applies in asked.items() if applies]
+
+    stored = f"the weights of '{run_name(args)}' are stored quantised ({info.quantization})"
+    problems: list[str] = []
+    serves_checkpoint = isinstance(args, InferArguments) and bool(args.ckpt_dir)
+    if args.sft_type == 'full' and not serves_checkpoint:
+        problems.append(
+            f'--sft_type full: {stored} and cannot be trained. Use --sft_type lora, or the same model without int4 or '
+            'int8.'
+        )
+
+    if isinstance(args, SftArguments) and args.fsdp:
+        problems.append(
+            f'--fsdp true: {stored} and cannot be sharded. Use --deepspeed_config_path ds_config/zero2.json, or start '
+            'without --fsdp.'
+        )
+
+    # Weights in nf4 (Baichuan2) are read in full width first, so that bitsandbytes can quantise them again.
+    if args.quantization_bit and info.quantization != 'nf4':
+        problems.append(
+            f'--quantization_bit {args.quantization_bit}: {stored} and cannot be quantised again. Remove '
+            '--quantization_bit: the weights stay quantised.'
+        )
+
+    if isinstance(args, InferArguments) and args.merge_lora_and_save:
+        problems.append(
+            f'--merge_lora_and_save true: {stored}, and rounding would lose the adapter. Remove --merge_lora_and_save '
+            'to serve base and adapter, or train on the same model without int4 or int8 and merge that.'
+        )
+    return problems
 
 
 def _resolve_tuning(done: Resolution[SftArguments]) -> None:
@@ -229,15 +274,16 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
     if args.learning_rate is None:
         value = 1e-4 if args.sft_type == 'lora' else 2e-5
         done.decide('learning_rate', value, f'sft_type is {args.sft_type}')
+
     if args.sft_type == 'full':
         done.without_effect(_LORA_ONLY, 'it is for --sft_type lora')
-    else:
-        if args.lora_target_modules is None and done.info is not None and args.model_type is not None:
-            done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
+    elif args.lora_target_modules is None and done.info is not None and args.model_type is not None:
+        done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
+
     if args.only_save_model is None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None
-        how = f'sft_type is {args.sft_type}' + (' with DeepSpeed' if args.deepspeed_config_path else '')
-        done.decide('only_save_model', not resumable, how)
+        reason = f'sft_type is {args.sft_type}' + (' with DeepSpeed' if args.deepspeed_config_path else '')
+        done.decide('only_save_model', not resumable, reason)
 
 
 def _resolve_schedule(done: Resolution[SftArguments]) -> None:
@@ -246,16 +292,17 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
         done.decide('save_steps', args.eval_steps, 'it follows --eval_steps')
     elif args.save_steps % args.eval_steps and args.dataset_test_ratio > 0:
         done.warnings.append(
-            f'--save_steps {args.save_steps} is no multiple of --eval_steps {args.eval_steps}: '
-            'only a checkpoint of a step that was evaluated can become the best.'
+            f'--save_steps {args.save_steps} is not a multiple of --eval_steps {args.eval_steps}: '
+            'only the checkpoint of an evaluated step can become the best one.'
         )
-    if args.eval_batch_size is None:
-        value, reason = (
-            (1, 'evaluation generates') if args.predict_with_generate else (args.batch_size, 'it follows --batch_size')
-        )
-        done.decide('eval_batch_size', value, reason)
+
+    if args.eval_batch_size is None and args.predict_with_generate:
+        done.decide('eval_batch_size', 1, 'evaluation generates')
+    elif args.eval_batch_size is None:
+        done.decide('eval_batch_size', args.batch_size, 'it follows --batch_size')
+
     if args.max_steps > 0:
-        done.without_effect(('num_train_epochs',), f'--max_steps {args.max_steps} wins')
+        done.without_effect(('num_train_epochs',), f'--max_steps {args.max_steps} overrides it')
     if args.lr_scheduler_type == 'constant':
         done.without_effect(('warmup_ratio',), '--lr_scheduler_type constant has no warm-up; constant_with_warmup has')
     if 'ddp_backend' in done.typed and dist.world_size() == 1:
@@ -265,9 +312,13 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
 def _check_layout(done: Resolution[SftArguments]) -> None:
     args = done.args
     if args.packing and args.padding_free is False:
-        done.problems.add('--packing true lays rows end to end, --padding_free false pads them. Drop one of them.')
+        done.problems.add(
+            '--packing true concatenates rows, and --padding_free false pads them. Remove --packing or --padding_free.'
+        )
     if args.packing and args.max_length == -1:
-        done.problems.add('--packing true fills --max_length, and -1 is no limit to fill. Give a length.')
+        done.problems.add(
+            '--packing true fills rows up to --max_length, and -1 is no limit. Give a length, e.g. --max_length 2048.'
+        )
     if args.test_oom_error:
         done.without_effect(('group_by_length',), '--test_oom_error true sorts all rows by length')
 

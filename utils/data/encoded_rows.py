@@ -1,4 +1,4 @@
-"""Encoded rows in flat arrays, in memory or mapped from files."""
+"""Encoded rows in flat arrays, in memory or mapped from files, and what every training set offers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,46 @@ import json
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from utils.encode.encoded import Encoded
 
-# Values of all rows end to end, each kind with the positions where rows end: 32-bit ids and spans, and text as bytes.
+# Arrays of varying length per row, concatenated over all rows: 32-bit ids and span limits, and texts as bytes.
+# `<name>_ends` holds the position where each row ends.
 _RAGGED = {'ids': 'i', 'spans': 'i', 'images': 'B', 'origins': 'B'}
 _ARRAYS = {**_RAGGED, **{f'{name}_ends': 'q' for name in _RAGGED}, 'prompt_lengths': 'i'}
 
 
-class EncodedRows:
-    """Rows of ids laid end to end in flat arrays: a torch map-style data set.
+class TrainRows(Protocol):
+    """A training set: EncodedRows, PackedRows, Filled or TrainingStream. An item is a row, or a pack of rows."""
 
-    A row has one or more spans that carry loss; the last one is that of its last reply.
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each item, or what is known of them for a stream."""
+
+    def origin(self, index: int) -> str:
+        """Return where a row came from: file and line, or data set and row number."""
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return the row whose `row` is this index."""
+
+    def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
+        """Return the batches of `count` items that need the most memory."""
+
+
+class IndexedRows(TrainRows, Protocol):
+    """A training set with a known number of items: a torch map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class EncodedRows:
+    """Rows of token ids in flat arrays: a torch map-style data set.
+
+    A row has one or more spans that carry loss; the last span is that of its last reply.
     """
 
     def __init__(self, arrays: dict[str, Any] | None = None, order: Any = None) -> None:
@@ -31,23 +56,25 @@ class EncodedRows:
 
     @classmethod
     def map(cls, folder: Path, name: str) -> EncodedRows:
-        """Return the rows that were spilled to a folder under this name; they take no memory of their own."""
-        arrays = {}
+        """Return the rows that were spilled to a folder under this name, mapped instead of read into memory."""
+        arrays: dict[str, Any] = {}
         for kind, code in _ARRAYS.items():
             file = folder / f'{name}.{kind}'
-            empty = not file.stat().st_size  # which cannot be mapped
-            arrays[kind] = np.empty(0, dtype=code) if empty else np.memmap(file, dtype=code, mode='r')
+            if file.stat().st_size:
+                arrays[kind] = np.memmap(file, dtype=code, mode='r')
+            else:  # an empty file cannot be mapped
+                arrays[kind] = np.empty(0, dtype=code)
         return cls(arrays)
 
     @property
     def ids(self) -> Any:
-        """Return the ids of all rows, end to end."""
+        """Return the ids of all rows, concatenated."""
         return self.arrays['ids']
 
     def append(self, row: Encoded, origin: str = '') -> None:
         """Add one row and where it came from."""
         self._add('ids', row.input_ids)
-        self._add('spans', (place for span in (*row.earlier, row.trained) for place in span))
+        self._add('spans', (limit for span in (*row.earlier, row.trained) for limit in span))
         self._add('images', json.dumps(row.images).encode() if row.images else b'')
         self._add('origins', origin.encode())
         self.arrays['prompt_lengths'].append(row.prompt_length)
@@ -57,52 +84,55 @@ class EncodedRows:
         self.arrays[f'{kind}_ends'].append(self._spilled[kind] + len(self.arrays[kind]))
 
     def spill(self, folder: Path, name: str) -> None:
-        """Append what is held to the files of this name and let it go."""
+        """Append the rows in memory to the files of this name, and remove them from memory."""
         for kind in _RAGGED:
             self._spilled[kind] += len(self.arrays[kind])
-        for kind, held in self.arrays.items():
+        for kind, values in self.arrays.items():
             with (folder / f'{name}.{kind}').open('ab') as stream:
-                held.tofile(stream)
-            del held[:]
+                values.tofile(stream)
+            del values[:]
 
     def __len__(self) -> int:
         return len(self.arrays['prompt_lengths'])
 
-    def _place(self, index: int) -> int:
-        place = range(len(self))[index]
-        return place if self.order is None else int(self.order[place])
+    def _stored_index(self, index: int) -> int:
+        """Return the index of a row in the arrays, which `order` may rearrange."""
+        position = range(len(self))[index]
+        return position if self.order is None else int(self.order[position])
 
-    def _slice(self, kind: str, place: int) -> Any:
+    def _slice(self, kind: str, stored: int) -> Any:
         ends = self.arrays[f'{kind}_ends']
-        return self.arrays[kind][int(ends[place - 1]) if place else 0 : int(ends[place])]
+        start = int(ends[stored - 1]) if stored else 0
+        return self.arrays[kind][start : int(ends[stored])]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row as Encoded.as_item does, and its index as `row`."""
-        place = self._place(index)
-        spans, images = self._slice('spans', place).tolist(), self._slice('images', place)
-        pairs = list(zip(spans[::2], spans[1::2], strict=True))
+        """Return one row in the form of Encoded.as_item, with its index as `row`."""
+        stored = self._stored_index(index)
+        limits = self._slice('spans', stored).tolist()
+        spans = list(zip(limits[::2], limits[1::2], strict=True))
+        images = self._slice('images', stored)
         item = Encoded(
-            input_ids=self._slice('ids', place).tolist(),
-            trained=pairs[-1],
-            prompt_length=int(self.arrays['prompt_lengths'][place]),
-            earlier=pairs[:-1],
+            input_ids=self._slice('ids', stored).tolist(),
+            trained=spans[-1],
+            prompt_length=int(self.arrays['prompt_lengths'][stored]),
+            earlier=spans[:-1],
             images=tuple(json.loads(images.tobytes())) if len(images) else (),
         ).as_item()
         return {**item, 'row': index}
 
     def origin(self, index: int) -> str:
-        """Return where a row came from: file and line, or data set and row."""
-        return str(self._slice('origins', self._place(index)).tobytes(), 'utf-8')
+        """Return where a row came from: file and line, or data set and row number."""
+        return str(self._slice('origins', self._stored_index(index)).tobytes(), 'utf-8')
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row by the index that it carries."""
+        """Return the row with this index."""
         return self[index]
 
     def _ordered(self, values: Any) -> Any:
         return values if self.order is None else values[self.order]
 
     def sizes(self) -> Any:
-        """Return the number of tokens of each row, an array."""
+        """Return the number of tokens of each row, an int32 array (rows,)."""
         return self._ordered(np.diff(np.asarray(self.arrays['ids_ends']), prepend=0).astype(np.int32))
 
     def lengths(self) -> list[int]:
@@ -114,68 +144,71 @@ class EncodedRows:
         return int(self._trained_by_span().sum(dtype=np.int64))
 
     def _trained_by_span(self) -> Any:
-        """Return the number of predicted tokens of each span: nothing predicts the first token of a row."""
-        spans = np.asarray(self.arrays['spans'])
-        return np.maximum(spans[1::2] - np.maximum(spans[::2], 1), 0)
+        """Return the number of tokens with loss in each span. The first token of a row is never predicted."""
+        limits = np.asarray(self.arrays['spans'])
+        return np.maximum(limits[1::2] - np.maximum(limits[::2], 1), 0)
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of `count` rows that ask for most memory: the longest, and those with most loss."""
+        """Return the batches of `count` rows that need the most memory: the longest rows, and those with most loss."""
         ends = np.asarray(self.arrays['spans_ends'])
-        firsts = np.concatenate([[0], ends[:-1] // 2]).astype(np.int64)
-        trained = self._ordered(np.add.reduceat(self._trained_by_span(), firsts)) if len(self) else []
-        by_length, by_loss = (
-            heapq.nlargest(count, range(len(self)), key=weights.__getitem__) for weights in (self.sizes(), trained)
-        )
-        batches = [by_length, by_loss] if set(by_length) != set(by_loss) else [by_length]
+        first_spans = np.concatenate([[0], ends[:-1] // 2]).astype(np.int64)
+        trained = self._ordered(np.add.reduceat(self._trained_by_span(), first_spans)) if len(self) else []
+
+        by_length = heapq.nlargest(count, range(len(self)), key=self.sizes().__getitem__)
+        by_loss = heapq.nlargest(count, range(len(self)), key=trained.__getitem__)
+        batches = [by_length]
+        if set(by_loss) != set(by_length):
+            batches.append(by_loss)
         return [[self[index] for index in batch] for batch in batches]
 
     def longest_first(self) -> EncodedRows:
-        """Return the same rows in the order of their length, the longest first."""
-        order = np.argsort(-self.sizes(), kind='stable').astype(np.int32)
-        return EncodedRows(self.arrays, self._ordered(np.arange(len(self), dtype=np.int32))[order])
+        """Return the same rows sorted by length, the longest first."""
+        by_length = np.argsort(-self.sizes(), kind='stable').astype(np.int32)
+        return EncodedRows(self.arrays, self._ordered(np.arange(len(self), dtype=np.int32))[by_length])
 
 
 class Filled(Sequence[dict[str, Any]]):
-    """A map-style data set and as many filler rows as make its length a multiple of `share`.
+    """A map-style data set, filled with rows without loss until its length is a multiple of `share`.
 
-    Without them a distributed sampler starts over at its first rows, which would be trained twice in an epoch.
+    Without these rows a distributed sampler repeats its first rows, which would then be trained twice in an epoch.
     """
 
-    def __init__(self, rows: Any, share: int, pad_token_id: int) -> None:
-        self.rows, self.size = rows, -(-len(rows) // share) * share
-        # One token, no label: its loss is the sum over nothing.
+    def __init__(self, rows: IndexedRows, share: int, pad_token_id: int) -> None:
+        self.rows = rows
+        self.size = -(-len(rows) // share) * share
+        # One token without a label: the loss of this row is an empty sum.
         self.filler = {'input_ids': [pad_token_id], 'trained': (0, 0), 'prompt_length': 0}
 
     def __len__(self) -> int:
         return self.size
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each row."""
+        """Return the number of tokens of each item, fillers included."""
         return [*self.rows.lengths(), *[1] * (self.size - len(self.rows))]
 
     def origin(self, index: int) -> str:
-        """Return where a row came from."""
-        return 'filler' if index < 0 else str(self.rows.origin(index))
+        """Return where a row came from; a filler has the index -1."""
+        return 'filler' if index < 0 else self.rows.origin(index)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row by the index that it carries."""
+        """Return the row with this index; a filler has the index -1."""
         return self.filler if index < 0 else dict(self.rows.row(index))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of `count` items that ask for most memory."""
-        batches: list[list[dict[str, Any]]] = self.rows.heaviest(count)
-        return batches
+        """Return the batches of `count` items that need the most memory; none of them is a filler."""
+        return self.rows.heaviest(count)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return a row, or the filler behind the last one."""
+        """Return an item, or the filler after the last one."""
         return self.rows[index] if index < len(self.rows) else self.filler
 
 
 def length_statistics(rows: EncodedRows) -> dict[str, float]:
-    """Return tokens per row (min, median, mean, p95, max), in all, and the share of them that is trained."""
+    """Return tokens per row (min, median, mean, p95, max), tokens in total, and the share of them with loss."""
     sizes = np.sort(rows.sizes())
     if not len(sizes):
         return {'rows': 0}
+
     tokens = int(sizes.sum(dtype=np.int64))
     return {
         'rows': len(sizes),

@@ -1,4 +1,4 @@
-"""Which rows go together: packs that fill max_length, and the order of rows within an optimizer step."""
+"""Which rows share a batch: packs that fill max_length, and the order of rows within an optimizer step."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from utils.data.encoded_rows import EncodedRows
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return the indices of rows in packs of at most `capacity` tokens: the longest first, each to the tightest room.
+    """Return packs of row indices with at most `capacity` tokens each, by best-fit decreasing.
 
-    A row longer than `capacity` is a pack of its own.
+    The rows are placed from the longest to the shortest, each in the pack with the least room that still holds it.
+    A row longer than `capacity` is a pack on its own.
     """
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens that still fit, pack), sorted
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect_left(room, (lengths[index], -1))
-        left, pack = room.pop(place) if place < len(room) else (max(capacity, lengths[index]), len(packs))
-        if pack == len(packs):
+        position = bisect_left(room, (lengths[index], -1))
+        if position < len(room):
+            left, pack = room.pop(position)
+        else:
+            left, pack = max(capacity, lengths[index]), len(packs)
             packs.append([])
+
         packs[pack].append(index)
         if left > lengths[index]:
             insort(room, (left - lengths[index], pack))
     return packs
 
 
-def fewest(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return the indices of rows in as few packs as `best_fit` finds, filled alike where that fits as well."""
+def pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return as many packs of row indices as `best_fit` needs, with similar token counts where `capacity` allows."""
     packs = best_fit(lengths, capacity)
     even: list[list[int]] = [[] for _ in packs]
     loads = [(0, number) for number in range(len(packs))]
@@ -53,11 +57,11 @@ class PackedRows:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one pack: its rows as the rows of the data set are."""
+        """Return one pack: {'rows': its rows as EncodedRows returns them}."""
         return {'rows': [self.rows[i] for i in self.packs[index]]}
 
     def lengths(self) -> list[int]:
-        """Return the tokens of each pack."""
+        """Return the number of tokens of each pack."""
         lengths = self.rows.lengths()
         return [sum(lengths[i] for i in pack) for pack in self.packs]
 
@@ -66,20 +70,21 @@ class PackedRows:
         return self.rows.origin(index)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row by the index that it carries."""
+        """Return the row, not the pack, with this index."""
         return self.rows[index]
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batch of `count` packs that ask for most memory."""
+        """Return one batch: the `count` packs with the most tokens."""
         lengths = self.lengths()
-        return [[self[i] for i in heapq.nlargest(count, range(len(self)), key=lengths.__getitem__)]]
+        longest = heapq.nlargest(count, range(len(self)), key=lengths.__getitem__)
+        return [[self[i] for i in longest]]
 
 
 class StepSampler(Sampler[int]):
-    """The order of another sampler, rearranged within the rows of each optimizer step: which rows those are stays.
+    """Rearranges the order of another sampler within each optimizer step; every step keeps its rows.
 
-    For padded batches rows of like length stand together, so that little is padded. For rows laid end to end, where
-    nothing is, batches get like numbers of tokens, so that none needs more memory, or more time on its device.
+    Padded batches get rows of similar length, so that they hold little padding. Concatenated batches get similar
+    numbers of tokens, so that none of them needs more memory, or more time on its device, than the others.
     """
 
     def __init__(self, order: Any, lengths: Sequence[int], *, batch: int, batches: int, pads: bool) -> None:
@@ -93,17 +98,21 @@ class StepSampler(Sampler[int]):
         return len(self.order)
 
     def __iter__(self) -> Iterator[int]:
-        indices, window = list(self.order), self.batch * self.batches
-        for start in range(0, len(indices), window):
-            rows = sorted(indices[start : start + window], key=lambda i: -self.lengths[i])
-            yield from rows if self.pads or len(rows) < window else self._even(rows)
+        indices = list(self.order)
+        step = self.batch * self.batches
+        for start in range(0, len(indices), step):
+            rows = sorted(indices[start : start + step], key=lambda i: -self.lengths[i])
+            if self.pads or len(rows) < step:
+                yield from rows
+            else:
+                yield from self._balanced(rows)
 
-    def _even(self, rows: list[int]) -> list[int]:
-        """Return sorted rows dealt to the batches forth and back: the batch with the longest gets the shortest too."""
+    def _balanced(self, rows: list[int]) -> list[int]:
+        """Return sorted rows dealt to the batches in snake order: the batch with the longest row gets the shortest."""
         turns = [rows[i : i + self.batches] for i in range(0, len(rows), self.batches)]
         dealt = [turn[:: -1 if number % 2 else 1] for number, turn in enumerate(turns)]
         return [row for batch in zip(*dealt, strict=True) for row in batch]
 
     def set_epoch(self, epoch: int) -> None:
-        """Set what the order is drawn from beside the seed."""
+        """Set the epoch, which decides the order together with the seed."""
         self.order.set_epoch(epoch)

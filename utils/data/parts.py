@@ -1,7 +1,7 @@
-"""Rows of data sets: found, converted, drawn and split in a first pass, read again as they are needed.
+"""The rows of data sets, read in two passes: the first counts them and marks their use, the second encodes them.
 
-A first pass counts the rows and marks each with its use, one byte per row; what it draws is drawn from the whole set.
-Rows themselves are never held, so data may be larger than memory.
+A use takes one byte per row, so that rows can be drawn from the whole set. The rows themselves are never held in
+memory: data may be larger than memory.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
@@ -21,87 +23,102 @@ from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING, RawRows
 from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
 from utils.formats.conversation import BadRow, Row
-from utils.formats.data_file import Doubled, OnBad, UnreadableRow, read_rows, refuse, signature
+from utils.formats.data_file import (
+    OnBad,
+    RowWithRepeatedKeys,
+    Signature,
+    UnreadableRow,
+    read_rows,
+    refuse,
+    signature,
+)
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.images import state_of_images
 
 # The use of a row.
 UNUSED, TRAIN, VAL = range(3)
-# Columns of other tools that mean what query and response mean.
-_SAME_BY_ANOTHER_NAME = (
+# Columns of other tools with the meaning of query and response.
+_OTHER_NAMES = (
     ('prompt', 'completion'),
     ('prompt', 'response'),
     ('question', 'answer'),
     ('question', 'response'),
 )
 
-# A row read: its place, its columns, and the conversation in it or what is wrong with it.
+# (location, columns, the conversation in them or what is wrong with it)
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 
 
-def _placed(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield the rows of a registered data set with their places, or why its entry drops them."""
+def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Yield each row of a registered data set with its location, or the reason why its entry drops the row."""
     if isinstance(rows, RowStream):
-        placed = rows.placed()
+        located = rows.with_locations()
     else:
-        placed = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
-    for place, row in placed:
-        # Only text, numbers and lists or objects of them can reach a conversation; of other values the type is enough.
+        located = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
+
+    for location, row in located:
+        # Only text, numbers, lists and objects can reach a conversation. The type of any other value is enough here.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
-        yield place, row
+        yield location, row
 
 
 def _converted(
-    placed: Iterable[tuple[str, dict[str, Any] | BadRow]], name: str, *, folder: str | None = None
+    located: Iterable[tuple[str, dict[str, Any] | BadRow]], name: str, *, folder: str | None = None
 ) -> Iterator[ReadRow]:
-    """Yield the rows as conversations; the shape is found from the first row's columns."""
+    """Yield the rows as conversations; the columns of the first row decide how all rows are converted."""
     converter: Converter | None = None
-    needed: frozenset[str] = frozenset()
-    for place, raw in placed:
+    first_columns: frozenset[str] = frozenset()
+    for location, raw in located:
         if isinstance(raw, BadRow):
-            yield place, {}, type(raw)(f'dropped by {name}: {raw}', raw.column)
+            yield location, {}, type(raw)(f'dropped by {name}: {raw}', raw.column)
             continue
+
         if converter is None:
             converter = find_converter(raw)
             if converter is None:
-                raise ConfigError(f'{place}: {_no_shape(name, list(map(str, raw)))}')
-            needed = frozenset(raw)
+                raise ConfigError(f'{location}: {_unknown_columns(name, list(map(str, raw)))}')
+            first_columns = frozenset(raw)
+
         try:
             if find_converter(raw) is not converter:
-                raise _other_shape(converter, needed, raw)
+                raise _other_columns(converter, first_columns, raw)
             row = check_row(converter(raw))
         except BadRow as problem:
-            yield place, raw, problem
+            yield location, raw, problem
             continue
-        row.origin, row.folder = place, folder
-        if isinstance(raw, Doubled):
+
+        row.origin = location
+        row.folder = folder
+        if isinstance(raw, RowWithRepeatedKeys):
             row.notes += tuple(
-                f'the JSON key `{key}` stands twice in an object: the last counts' for key in raw.keys_twice
+                f'the JSON key `{key}` occurs twice in an object: the last value is used' for key in raw.repeated_keys
             )
-        yield place, raw, row
+        yield location, raw, row
 
 
-def _no_shape(name: str, columns: Sequence[str]) -> str:
-    """Return that columns are no known shape, and what to do."""
-    said = f'columns {", ".join(columns)} are no known shape. '
+def _unknown_columns(name: str, columns: Sequence[str]) -> str:
+    """Return the problem that no converter reads these columns, with the remedy that fits them best."""
+    problem = f'unknown columns {", ".join(columns)}. '
     if find_converter([column.strip().lower() for column in columns]):
-        return f'{said}Write their names in lower case and without blanks.'
-    for names in _SAME_BY_ANOTHER_NAME:
+        return f'{problem}Write their names in lower case and without blanks.'
+
+    for names in _OTHER_NAMES:
         if set(names) <= set(columns):
-            return f'{said}Rename {names[0]} to query and {names[1]} to response.'
+            return f'{problem}Rename {names[0]} to query and {names[1]} to response.'
+
     if 'text' in columns:
         return (
-            f'{said}To train on text alone, write each row as {{"query": "", "response": the text}}, and choose '
+            f'{problem}To train on plain text, write each row as {{"query": "", "response": the text}}, and choose '
             '--template_type default-generation.'
         )
     return (
-        f"{said}Known: {KNOWN_SHAPES}. Rename the columns of '{name}', or register a function in DATASET_MAPPING in "
-        'utils/dataset.py.'
+        f"{problem}Supported: {KNOWN_SHAPES}. Rename the columns of '{name}', or register a function in "
+        'DATASET_MAPPING in utils/dataset.py.'
     )
 
 
-def _other_shape(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
-    """Return what is wrong with a row that another converter than that of the first row would read, or none."""
+def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
+    """Return what is wrong with a row that the converter of the first row cannot read."""
     needed = needed_columns(converter)
     if needed <= set(raw):
         others = ', '.join(sorted(set(raw) - first))
@@ -112,43 +129,55 @@ def _other_shape(converter: Converter, first: frozenset[str], raw: Mapping[str, 
 
 @dataclass(kw_only=True)
 class Part:
-    """A stream of rows that can be read again, and the use of each row that can be trained on."""
+    """A part of a data set that can be read several times, and the use of each of its rows that can be trained on."""
 
     name: str
-    # Reads the rows anew; feeds what it reads to the hash object.
+    # Reads the rows from the start, and updates a hash object with what it reads.
     read: Callable[[Any], Iterator[ReadRow]]
     is_val: bool = False
-    # Which hub, id and revision served it, if one did.
+    # The hub, id and revision that it was downloaded from; empty for files.
     served: str = ''
     uses: bytearray = field(default_factory=bytearray)
-    # Hash of what was read when the rows were counted.
+    # The local files of the part, each as it was when the part was opened; none of a registered data set.
+    files: Sequence[tuple[Path, Signature]] = ()
+    has_images: bool = False
+    # Positions, among all rows read, of the rows that cannot be trained on.
+    unusable: array[int] = field(default_factory=lambda: array('Q'))
+    # Hash of what the first pass read.
     content: str = ''
-    # Replies before the last one that do not say themselves that they carry loss, and the rows that have any.
+    # Replies before the last one that are not marked to carry loss, and the number of rows with such a reply.
     earlier_replies: int = 0
     rows_with_earlier: int = 0
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
-        """Read the part once and mark every row that can be trained on."""
-        use, own = VAL if self.is_val else TRAIN, hashlib.sha256()
-        for place, _, row in self.read(own):
+        """Read the part once and mark every row that can be trained on. Updates the tallies and the hash."""
+        use = VAL if self.is_val else TRAIN
+        content = hashlib.sha256()
+        for position, (location, _, row) in enumerate(self.read(content)):
             if isinstance(row, BadRow):
-                left_out.add(str(row), place)
+                left_out.add(str(row), location)
+                self.unusable.append(position)
                 continue
+
             self.uses.append(use)
             for note in row_notes(row):
-                noted.add(note, place)
+                noted.add(note, location)
+
             earlier = sum(m['role'] == 'assistant' and not m.get('loss') for m in row.messages[:-1])
             self.earlier_replies += earlier
             self.rows_with_earlier += bool(earlier)
-            own.update(state_of_images(row))
-        self.content = own.hexdigest()
-        digest.update(own.digest())
+            self.has_images |= bool(row.images)
+            content.update(state_of_images(row))
+
+        self.content = content.hexdigest()
+        digest.update(content.digest())
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield every row with its use, as counted before; raises ConfigError where they are not the same rows."""
+        """Yield every row with the use that `count` gave it; raises ConfigError where their number has changed."""
         position = 0
         for read in self.read(hashlib.sha256()):
-            if isinstance(read[2], BadRow):
+            _, _, row = read
+            if isinstance(row, BadRow):
                 yield UNUSED, read
             elif position < len(self.uses):
                 yield self.uses[position], read
@@ -156,16 +185,19 @@ class Part:
             else:
                 position = -1
                 break
+
         if position != len(self.uses):
             raise ConfigError(
-                f"data set '{self.name}' gave other rows when it was read a second time. They must be the same."
+                f"data set '{self.name}': the second read returned other rows than the first. Make its function in "
+                'utils/dataset.py deterministic: the same rows in the same order.'
             )
 
 
 def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
-    """Return the parts of a data set: one to be split, or its training and its validation part."""
+    """Return the parts of a data set: one that the run splits, or its training and its validation part."""
     if source.path is None:
-        entry, served = DATASET_MAPPING[source.name], ''
+        entry = DATASET_MAPPING[source.name]
+        served = ''
         if isinstance(entry, HubDataset):
             train, val, served = entry.load(hub)
             logger.info(f'{source.name}: {served}')
@@ -174,6 +206,7 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
             loaded = entry()
         halves = loaded if isinstance(loaded, tuple) else (loaded,)
         return [_registered(source.name, rows, half, served) for half, rows in enumerate(halves)]
+
     files = [(file, signature(file)) for file in find_files(source)]
 
     def read(digest: Any) -> Iterator[ReadRow]:
@@ -182,21 +215,42 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
             try:
                 rows = read_rows(file, bad=bad, known=known, digest=digest)
                 yield from _converted(rows, str(file), folder=str(file.absolute().parent))
-            except UnreadableRow as error:  # where the caller notes it, the rest of this file is passed over
-                bad(error.place, error.problem)
+            except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
+                bad(error.location, error.problem)
 
-    return [Part(name=source.name, read=read)]
+    return [Part(name=source.name, read=read, files=files)]
+
+
+def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
+    """Return the rows at these positions among all rows of the files; only they are converted and checked."""
+    found: list[Row | BadRow] = []
+    start = 0
+    for file, known in files:
+        is_wanted = start in positions
+        placed: list[tuple[str, dict[str, Any] | BadRow]] = []
+        count = 0
+        for place, raw in read_rows(file, known=known):
+            # The first row of a file tells how all of its rows are converted.
+            if count == 0 or start + count in positions:
+                placed.append((place, raw))
+            count += 1
+
+        rows = [row for _, _, row in _converted(placed, str(file), folder=str(file.absolute().parent))]
+        found += rows if is_wanted else rows[1:]
+        start += count
+    return found
 
 
 def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
+    """Return a part of a registered data set; `half` is 0 for training, 1 for validation."""
     shown = f'{name} (validation)' if half else name
 
     def read(digest: Any) -> Iterator[ReadRow]:
         again = rows
-        if iter(rows) is rows:  # a generator can be read only once: the function is called anew
+        if iter(rows) is rows:  # a generator can be read only once: call the function again
             loaded: Any = DATASET_MAPPING[name]()
             again = loaded[half] if isinstance(loaded, tuple) else loaded
-        yield from _converted(_placed(shown, again, digest), shown)
+        yield from _converted(_located(shown, again, digest), shown)
 
     return Part(name=shown, read=read, is_val=bool(half), served=served)
 
@@ -206,7 +260,7 @@ Streams = list[list[Part]]
 
 
 def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
-    """Return the parts of each data set to be streamed; raises ConfigError where its first row cannot be read."""
+    """Return the parts of each data set to stream; raises ConfigError where the first row of a part cannot be read."""
     sources = [open_parts(parse_source(word), hub=hub) for word in words]
     for part in itertools.chain.from_iterable(sources):
         next(part.read(hashlib.sha256()), None)
@@ -214,11 +268,14 @@ def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
 
 
 def first_rows(sources: Streams, count: int) -> list[Row]:
-    """Return the first rows of each data set, of its validation part where it has one: what a stream holds out."""
-    heads = (parts[-1].read(hashlib.sha256()) for parts in sources)
-    return [row for head in heads for row in itertools.islice((r for _, _, r in head if isinstance(r, Row)), count)]
+    """Return the first `count` rows of each data set, of its validation part if it has one. A stream holds them out."""
+    found: list[Row] = []
+    for parts in sources:
+        readable = (row for _, _, row in parts[-1].read(hashlib.sha256()) if isinstance(row, Row))
+        found += itertools.islice(readable, count)
+    return found
 
 
 def row_notes(row: Row) -> list[str]:
-    """Return what is worth counting about a row that is used: its remarks, and what of it is not used."""
+    """Return the remarks that are counted for a row that is used: its own, and each column that is not used."""
     return [*row.notes, *(f'{name} is not used' for name in row.unused)]

@@ -1,4 +1,4 @@
-"""Which rows a run trains on and which it holds out."""
+"""Which rows a run trains on, and which it validates on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from utils.formats.data_file import OnBad, refuse
 
 
 def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
-    """Draw `count` of the rows with this use, all where there are not more, and change the uses of those and others."""
+    """Draw up to `count` of the rows with this use, and set the uses of the drawn rows and of the rest."""
     total = sum(part.uses.count(use) for part in parts)
     chosen = bytearray(total)
     for index in random.Random(seed).sample(range(total), min(count, total)):
         chosen[index] = 1
+
     index = 0
     for part in parts:
         position = part.uses.find(use)
@@ -35,15 +36,16 @@ def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int,
 
 
 def served_by(parts: Iterable[Part]) -> dict[str, str]:
-    """Return what served each data set of a hub."""
+    """Return the hub, id and revision of each data set that came from a hub, by the name of the data set."""
     return {part.name: part.served for part in parts if part.served and not part.is_val}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which rows a run uses; `digest` is a hash of all that was read and of the uses.
+    """Which rows a run uses.
 
-    `noted` counts remarks on all rows that can be trained on, `drawn` says which of them were drawn out and why.
+    `left_out` counts the rows that cannot be trained on, `noted` the remarks on all others. `drawn` holds the decisions
+    not to use rows of a larger set. `digest` is a hash of everything that was read and of the uses.
     """
 
     parts: list[Part]
@@ -53,7 +55,7 @@ class Plan:
     digest: str
 
     def decisions(self, loss_scope: LossScope) -> list[str]:
-        """Return what of the rows is not learnt by decision: rows drawn out, and replies without loss."""
+        """Return the decisions by which rows are not used and replies carry no loss."""
         replies = sum(part.earlier_replies for part in self.parts)
         rows = sum(part.rows_with_earlier for part in self.parts)
         if loss_scope != 'last_round' or not replies:
@@ -65,18 +67,18 @@ class Plan:
         ]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield everything that was read, each with its use."""
+        """Yield every row that was read, with its use."""
         for part in self.parts:
             yield from part.used()
 
     def rows(self, *wanted: int) -> Iterator[tuple[int, Row]]:
-        """Yield the rows of these uses in their order, each with its use."""
+        """Yield the rows of the wanted uses in the order of the data, each with its use."""
         for use, (_, _, row) in self.used():
             if use in wanted and isinstance(row, Row):
                 yield use, row
 
     def lock(self) -> dict[str, dict[str, Any]]:
-        """Return of each part how many rows are used, and a hash of what was read and of its uses."""
+        """Return the number of used rows of each part, and a hash of its content and uses, for lock.json."""
         return {
             part.name: {
                 'rows': len(part.uses) - part.uses.count(UNUSED),
@@ -87,20 +89,24 @@ class Plan:
 
 
 def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
-    """Return up to `count` rows of a use, the first ones of each part in equal shares; of a stream its first ones."""
+    """Return up to `count` rows of one use: the first rows of each part, in equal shares. A stream ignores `use`."""
     if not isinstance(rows, Plan):
         return first_rows(rows, -(-count // len(rows)))[:count]
+
     parts = [part for part in rows.parts if use in part.uses]
     share = -(-count // max(len(parts), 1))
-    found = ((row for u, (_, _, row) in part.used() if u == use and isinstance(row, Row)) for part in parts)
-    return [row for part in found for row in itertools.islice(part, share)][:count]
+    found: list[Row] = []
+    for part in parts:
+        of_this_use = (row for u, (_, _, row) in part.used() if u == use and isinstance(row, Row))
+        found += itertools.islice(of_this_use, share)
+    return found[:count]
 
 
-def _drawn_out(sample: int, there: int, what: str, why: str) -> list[str]:
-    """Return the decision that some rows are not used, [] where all are."""
-    if sample >= there:
+def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
+    """Return the decision that some of the available rows are not used; [] where all are used."""
+    if sample >= available:
         return []
-    return [f'rows = {sample} of {there} {what} because {why}: {there - sample} rows are not used']
+    return [f'rows = {sample} of {available} {what} because {why}: {available - sample} rows are not used']
 
 
 def plan_rows(
@@ -112,50 +118,58 @@ def plan_rows(
     hub: HubName = 'modelscope',
     bad: OnBad = refuse,
 ) -> Plan:
-    """Return which rows of all data sets are used: each sampled (#n) and split by itself, then drawn from together.
+    """Return which rows of all data sets are used.
 
-    The validation part is capped to max(1, train_sample * test_ratio). Raises ConfigError for what cannot be read and
-    where no row is left.
+    Each data set is sampled (name#count) and split into training and validation. Then up to `train_sample` training
+    rows are drawn from all of them together, and up to max(1, train_sample * test_ratio) validation rows. Raises
+    ConfigError where data cannot be read or no training row is left.
     """
     parts: list[Part] = []
-    left_out, noted, digest = Tally(), Tally(), hashlib.sha256()
+    left_out = Tally()
+    noted = Tally()
+    digest = hashlib.sha256()
     drawn: list[str] = []
     for word in words:
         source = parse_source(word)
         opened = open_parts(source, bad, hub)
         for part in opened:
             part.count(left_out, noted, digest)
+
         count = len(opened[0].uses)
         if source.sample is not None:
             if source.sample > count:
                 logger.warning(f"--dataset '{word}' asks for {source.sample} rows of {count}: all of them are used")
-            drawn += _drawn_out(source.sample, count, f"of --dataset '{word}'", f'--dataset {word} asks for them')
+            drawn += _not_used(source.sample, count, f"of --dataset '{word}'", f'--dataset {word} asks for them')
             _draw(opened[:1], TRAIN, source.sample, seed, drawn=TRAIN, rest=UNUSED)
             count = min(count, source.sample)
+
         if len(opened) == 1 and test_ratio > 0:
-            chosen = min(max(1, round(count * test_ratio)), count - 1)
-            _draw(opened, TRAIN, max(chosen, 0), seed, drawn=VAL, rest=TRAIN)
+            validation = min(max(1, round(count * test_ratio)), count - 1)
+            _draw(opened, TRAIN, max(validation, 0), seed, drawn=VAL, rest=TRAIN)
         parts += opened
+
     if bad is refuse and not any(TRAIN in part.uses for part in parts):
         raise ConfigError(
-            f'no training row is left of {", ".join(words)}: '
-            f'{len(left_out)} rows left out ({"; ".join(sorted(left_out.counts))}).'
+            f'--dataset {" ".join(words)}: no training row is left, {len(left_out)} rows were skipped '
+            f'({"; ".join(sorted(left_out.counts))}). Correct the rows, or name other data.'
         )
+
     if train_sample >= 0:
         why = f'--train_dataset_sample is {train_sample}'
         for use, sample, what in (
             (TRAIN, train_sample, 'for training'),
             (VAL, max(1, int(train_sample * test_ratio)), 'for validation'),
         ):
-            drawn += _drawn_out(sample, sum(part.uses.count(use) for part in parts), what, why)
+            drawn += _not_used(sample, sum(part.uses.count(use) for part in parts), what, why)
             _draw(parts, use, sample, seed, drawn=use, rest=UNUSED)
+
     for part in parts:
         digest.update(part.uses)
     return Plan(parts=parts, left_out=left_out, noted=noted, drawn=drawn, digest=digest.hexdigest())
 
 
 def draw(rows: list[Row], count: int, seed: int) -> list[Row]:
-    """Return `count` rows drawn from all of them, in their order; all where there are not more."""
+    """Return up to `count` rows drawn at random, in their order; a negative `count` means all."""
     if count < 0 or count >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]

@@ -1,4 +1,4 @@
-"""What the words of --dataset name: registered data sets, and files, folders and globs of files."""
+"""The words of --dataset: names of registered data sets, and files, folders and globs of files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = '.json, .jsonl, .csv (each also .gz) or .parquet'
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One word of --dataset: a registered name, or a file, glob or folder, and how many rows to draw from it."""
+    """One word of --dataset: a registered name, file, folder or glob, and the number of rows to draw from it."""
 
     name: str
     sample: int | None
@@ -26,41 +26,50 @@ class Source:
 
 
 def parse_source(word: str) -> Source:
-    """Return what a word of --dataset names; raises ConfigError with the closest names. Reads no file."""
+    """Return what a word of --dataset names; raises ConfigError with the closest known names. Opens no file."""
     if '://' in word:
         raise ConfigError(
-            f"--dataset '{word}' is a URL, and rows are not fetched from the web. Download the file and give its path."
+            f"--dataset '{word}': this is a URL, and rows are not fetched from the web. Download the file and give its "
+            'path.'
         )
+
     name, mark, count = word.rpartition('#')
     if not mark:
-        name, count = word, ''
-    if not count.isdecimal() and word.lower().endswith(SUFFIXES):
-        name, mark, count = word, '', ''  # the name of a file has this mark
+        name = word
+    elif not count.isdecimal() and word.lower().endswith(SUFFIXES):
+        # The # is part of the name of a file.
+        name, mark, count = word, '', ''
     if mark and not (count.isdecimal() and len(count) < 19 and int(count) > 0):
-        raise ConfigError(f"--dataset '{word}': after # comes how many rows to draw, 1 or more, got '{count}'.")
+        raise ConfigError(
+            f"--dataset '{word}': the number of rows after # must be 1 or more, got '{count}'. Write for example "
+            'sql-demo#500.'
+        )
     sample = int(count) if mark else None
+
     if name in DATASET_MAPPING:
         return Source(name=name, sample=sample, path=None)
+
     is_folder = name.endswith('/') or ('/' in name and '.' not in Path(name).name)
     if name.lower().endswith(SUFFIXES) or is_folder or glob.has_magic(name):
         return Source(name=name, sample=sample, path=Path(name))
+
     if '/' in name or '.' in name:
         raise ConfigError(
-            f"--dataset '{name}' is neither registered nor a {_KINDS} file; a folder is written {name}/."
-            + _about_hub(name)
+            f"--dataset '{name}': this is neither a registered data set nor a {_KINDS} file. Write a folder as {name}/."
+            + _hub_remedy(name)
         )
     raise ConfigError(
-        f"dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
+        f"--dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
         f'Give a {_KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
     )
 
 
-def _about_hub(name: str) -> str:
-    """Return what to do where a name may be the id of a data set of a hub, '' for other names."""
+def _hub_remedy(name: str) -> str:
+    """Return what to do where a name may be the id of a data set on a hub; '' for other names."""
     if not re.fullmatch(r'[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*', name):
         return ''
     return (
-        ' Of the data sets of a hub only registered ones are fetched: download this one and give its files, e.g. '
+        ' Only registered data sets are fetched from a hub. Download any other one and give its files, e.g. '
         f'hf download {name} --repo-type dataset --local-dir rows'
     )
 
@@ -68,7 +77,7 @@ def _about_hub(name: str) -> str:
 def find_files(source: Source) -> list[Path]:
     """Return the data files of a path, folder or glob, sorted; raises ConfigError where there are none.
 
-    Their names are places of rows in logs and files, so they have to be UTF-8.
+    Their names must be UTF-8, because they become locations of rows in logs and records.
     """
     files = _matching_files(source)
     for file in files:
@@ -88,31 +97,43 @@ def _matching_files(source: Source) -> list[Path]:
     assert path is not None, 'a registered data set has no files of its own here'
     if path.is_file():
         return [path]
+
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.name.lower().endswith(SUFFIXES) and not f.name.startswith('.'))
         if not files:
-            raise ConfigError(f'data folder {path} holds no {_KINDS} file (folders in it are not searched).')
+            raise ConfigError(
+                f"--dataset '{source.name}': folder {path} holds no {_KINDS} file, and the folders in it are not "
+                f'searched. Give files, or a glob such as {path}/**/*.jsonl in quotes.'
+            )
         return files
+
     if not glob.has_magic(source.name):
         if path.exists():
             raise ConfigError(
-                f'data file {path} is a pipe or a device, which gives its rows only once. '
-                'Write them to a file and give that.'
+                f"--dataset '{source.name}': {path} is a pipe or a device, which can be read only once. Write its rows "
+                'to a file and give that file.'
             )
         kind = 'data file' if source.name.lower().endswith(SUFFIXES) else 'data folder'
-        where = f'{kind} {path} is not there (looked in {path.absolute().parent}).'
-        raise ConfigError(where + _about_hub(source.name))
+        missing = f'{kind} {path} is not there (looked in {path.absolute().parent}).'
+        raise ConfigError(missing + _hub_remedy(source.name))
+
     files = sorted(map(Path, glob.glob(source.name, recursive=True)))  # noqa: PTH207 (Path.glob: no absolute pattern)
     if not files:
-        raise ConfigError(f"--dataset '{source.name}' matches no file (looked from {Path.cwd()}).")
+        raise ConfigError(
+            f"--dataset '{source.name}': the pattern matches no file (looked from {Path.cwd()}). Correct the pattern, "
+            'or start the command in another folder.'
+        )
     for file in files:
         if not file.is_file() or not file.name.lower().endswith(SUFFIXES):
-            raise ConfigError(f"--dataset '{source.name}' matches {file}, which is no {_KINDS} file. Narrow it.")
+            raise ConfigError(
+                f"--dataset '{source.name}': the pattern matches {file}, which is not a {_KINDS} file. Use a pattern "
+                'that matches only data files.'
+            )
     return files
 
 
 def _is_gone(source: Source | None, started_in: str | None) -> bool:
-    """Return whether a relative name of a run that was started in another folder finds nothing here."""
+    """Return whether a relative path finds nothing here, and the run that it comes from was started elsewhere."""
     path = None if source is None else source.path
     if started_in in (None, abbreviated(Path.cwd())) or path is None or path.is_absolute():
         return False
@@ -120,15 +141,17 @@ def _is_gone(source: Source | None, started_in: str | None) -> bool:
 
 
 def abbreviated(path: Path) -> str:
-    """Return a path for records, which hold no name of a user: ~ for the home folder."""
+    """Return a path for records, with ~ for the home folder, because records must not hold a user name."""
     home = Path.home()
-    return f'~/{path.relative_to(home)}' if path.is_relative_to(home) and home != home.parent else str(path)
+    if path.is_relative_to(home) and home != home.parent:
+        return f'~/{path.relative_to(home)}'
+    return str(path)
 
 
 def check_sources(words: Sequence[str], started_in: str | None = None) -> list[str]:
-    """Return what keeps data files from being read, and those that are named twice.
+    """Return the problems of all words: files that cannot be found, and files that are named twice.
 
-    `started_in` is the folder in which relative names were typed, where they come from the record of a run.
+    `started_in` is the folder where the words were typed, if they come from the record of a run.
     """
     problems: list[str] = []
     named: dict[Path, str] = {}
@@ -138,16 +161,17 @@ def check_sources(words: Sequence[str], started_in: str | None = None) -> list[s
             source = parse_source(word)
             files = find_files(source) if source.path is not None else []
         except ConfigError as error:
-            hint = (
-                f' The run was started in {started_in}: run the command there.' if _is_gone(source, started_in) else ''
-            )
+            hint = ''
+            if _is_gone(source, started_in):
+                hint = f' The run was started in {started_in}: run the command there.'
             problems += [problem + hint for problem in error.problems]
             continue
+
         for file in files:
             if file.resolve() in named:
                 problems.append(
-                    f"--dataset '{word}' names {file} again, after '{named[file.resolve()]}': "
-                    'its rows would count double. Name it once.'
+                    f"--dataset '{word}': '{named[file.resolve()]}' already names {file}, so its rows would be used "
+                    'twice. Remove one of the two.'
                 )
             named.setdefault(file.resolve(), word)
     return problems

@@ -1,4 +1,4 @@
-"""Rows read, encoded and fed as they come, for data larger than memory or disk."""
+"""Streaming: rows are read, encoded and trained on as they come, for data larger than memory or disk."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ from utils.encode.encoder import Encoder
 from utils.encode.show import show_samples
 from utils.formats.conversation import BadRow, Row
 
+# Rows in the shuffle buffer.
 SHUFFLE_ROWS = 10_000
-_BATCH_ROWS, _LOOKED_AT_ROWS, _REMEMBERED_ROWS = 64, 256, 16_384
+# Rows that are encoded together.
+_BATCH_ROWS = 64
+# First rows that are read before training, to estimate lengths.
+_FIRST_ROWS = 256
+# Rows that can still be named after they were yielded.
+_REMEMBERED_ROWS = 16_384
 
 
-class Announced(Tally):
-    """A tally that says the 1st, 10th, 100th ... row of each reason while the stream runs."""
+class LoggedTally(Tally):
+    """A tally that logs the 1st, 10th, 100th ... row of each reason while the stream runs."""
 
     def add(self, reason: str, place: str) -> None:
         """Count one row."""
@@ -41,7 +47,7 @@ class Announced(Tally):
 
 
 def shuffled(rows: Iterable[Row], size: int, rng: random.Random) -> Iterator[Row]:
-    """Yield every row once, each drawn from the `size` rows that are held."""
+    """Yield every row once, each drawn at random from a buffer of `size` rows."""
     held: list[Row] = []
     for row in rows:
         if len(held) < size:
@@ -55,60 +61,68 @@ def shuffled(rows: Iterable[Row], size: int, rng: random.Random) -> Iterator[Row
 
 
 class TrainingStream(IterableDataset[dict[str, Any]]):
-    """Endless passes over the training rows, each pass shuffled anew; the processes of a run share its rows out.
+    """Endless passes over the training rows, each shuffled differently. Each process yields its share of the rows.
 
-    What is yielded depends on seed, rank and world size alone, so a resumed run skips exactly what was trained.
+    The order depends only on seed, rank and world size, so a resumed run skips exactly the rows that were trained.
     """
 
     def __init__(self, encoder: Encoder, sources: Streams, *, val_rows: int, seed: int) -> None:
-        # The first rows of a data set without a validation part of its own are held out.
+        # (training part, number of its first rows that are held out: none if there is a validation part)
         self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources]
-        self.encoder, self.seed = encoder, seed
-        self.unread, self.row_noted = Announced(), Announced()
-        # Every process reads all rows, so that this is the same in each.
+        self.encoder = encoder
+        self.seed = seed
+        # Every process reads all rows, so these three are the same in each process.
+        self.unread = LoggedTally()
+        self.row_noted = LoggedTally()
         self.unread_text = Account()
-        self.report = EncodingReport(left_out=Announced(), noted=Tally())
+        # The rows that this process encodes.
+        self.report = EncodingReport(left_out=LoggedTally(), noted=Tally())
         self.rows_read = 0
-        # What became of the held-out rows, which every process encodes.
+        # The held-out rows, which every process encodes.
         self.held_out = EncodingReport()
-        # The rows of the last steps, to be named when something is wrong with one.
+        # The rows of the last steps by index, so that a row with a bad loss can be named.
         self._recent: dict[int, tuple[dict[str, Any], str]] = {}
-        self._given = 0
+        self._yielded = 0
 
     def _rows(self, unread: Tally, noted: Tally, account: Account) -> Iterator[Row]:
-        """Yield the rows of one pass, the data sets taking turns."""
+        """Yield the rows of one pass; the data sets take turns."""
 
-        def of(part: Part, held_out: int) -> Iterator[Row]:
-            for place, raw, row in part.read(hashlib.sha256()):
+        def rows_of(part: Part, held_out: int) -> Iterator[Row]:
+            for location, raw, row in part.read(hashlib.sha256()):
                 if isinstance(row, BadRow):
-                    unread.add(str(row), place)
+                    unread.add(str(row), location)
                     account.skip(raw, LEFT_OUT)
                     continue
+
                 for note in row_notes(row):
-                    noted.add(note, place)
+                    noted.add(note, location)
                 if held_out:
                     held_out -= 1
                 else:
                     yield row
 
-        readers = [of(part, held_out) for part, held_out in self.parts]
+        readers = [rows_of(part, held_out) for part, held_out in self.parts]
         while readers:
             for reader in list(readers):
-                if (row := next(reader, None)) is not None:
-                    yield row
-                else:
+                row = next(reader, None)
+                if row is None:
                     readers.remove(reader)
+                else:
+                    yield row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of this process; what is left out is counted on the first pass."""
+        """Yield the rows of this process. Only the first pass counts skipped rows and remarks."""
         index = 0
         for number in itertools.count():
-            unread, noted = (self.unread, self.row_noted) if number == 0 else (Tally(), Tally())
-            account = self.unread_text if number == 0 else Account()
-            report = self.report if number == 0 else EncodingReport()
-            before = index
+            if number == 0:
+                rows = self._rows(self.unread, self.row_noted, self.unread_text)
+                report = self.report
+            else:
+                rows = self._rows(Tally(), Tally(), Account())
+                report = EncodingReport()
+
+            first = index
             mine: list[Row] = []
-            rows = self._rows(unread, noted, account)
             for row in shuffled(rows, SHUFFLE_ROWS, random.Random(f'{self.seed}/{number}')):
                 if index % dist.world_size() == dist.rank():
                     mine.append(row)
@@ -117,101 +131,121 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                     yield from self._encoded(mine, report)
                     mine = []
             yield from self._encoded(mine, report)
-            if index == before:
-                raise ConfigError(f'no training row is left: {len(unread)} left out and the first held out.')
+
+            if index == first:
+                raise ConfigError(
+                    f'--streaming true: no training row is left, {len(self.unread)} rows were skipped and the first '
+                    'rows are held out. Lower --stream_val_rows, or name more data with --dataset.'
+                )
             if number == 0:
                 self.rows_read = index
                 logger.info(f'a pass over the stream is done: {index} rows')
 
     def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
+        """Yield the rows encoded, with their indices, and remember them."""
         again = EncodedAgain(self.encoder)
         for source, row in encode_batch(self.encoder, rows, report):
             report.account.add(source, row, again)
-            item = {**row.as_item(), 'row': self._given}
-            self._recent[self._given] = (item, source.origin)
-            self._recent.pop(self._given - _REMEMBERED_ROWS, None)
-            self._given += 1
+            item = {**row.as_item(), 'row': self._yielded}
+            self._recent[self._yielded] = (item, source.origin)
+            self._recent.pop(self._yielded - _REMEMBERED_ROWS, None)
+            self._yielded += 1
             yield item
 
     def origin(self, index: int) -> str:
-        """Return where a row of the last steps came from."""
-        return self._recent[index][1] if index in self._recent else 'an earlier row of the stream'
+        """Return where a row came from, if it was yielded in the last steps."""
+        if index not in self._recent:
+            return 'an earlier row of the stream'
+        return self._recent[index][1]
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return a row of the last steps by the index that it carries."""
+        """Return the row with this index, which must be one of the last steps."""
         return self._recent[index][0]
 
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
-        """Return the first rows of the stream, not shuffled; what happens to them is told to `report` alone."""
+        """Return the first rows of the stream, not shuffled. Only `report` counts what happens to them."""
         rows = itertools.islice(self._rows(Tally(), Tally(), Account()), count)
         return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), report or EncodingReport())]
 
     def lengths(self) -> list[int]:
-        """Return the most tokens that a row can have, or where nothing limits them, those of the first rows."""
+        """Return [--max_length], or, if rows are not limited, the number of tokens of each of the first rows."""
         limit = self.encoder.max_length
-        return [limit] if limit > 0 else [len(item['input_ids']) for item in self.first(_LOOKED_AT_ROWS)]
+        if limit > 0:
+            return [limit]
+        return [len(item['input_ids']) for item in self.first(_FIRST_ROWS)]
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return one batch: the longest of the first rows, for no one knows what is to come."""
-        return [heapq.nlargest(count, self.first(_LOOKED_AT_ROWS), key=lambda item: len(item['input_ids']))]
+        """Return one batch: the longest of the first rows, because the later rows are not known yet."""
+        return [heapq.nlargest(count, self.first(_FIRST_ROWS), key=lambda item: len(item['input_ids']))]
 
     def summary(self) -> dict[str, Any]:
-        """Return what was left out or noted by all processes; logs it. Every process must call it."""
+        """Return the counts of all processes for run.json, and log them. Every process must call it."""
         for other in dist.from_all(self.report)[1:]:
             self.report.left_out.merge(other.left_out)
             self.report.noted.merge(other.noted)
             self.report.account.merge(other.account)
+
         self.report.left_out.merge(self.unread)
         self.report.noted.merge(self.row_noted)
         self.report.account.merge(self.unread_text)
+
         self.report.left_out.merge(self.held_out.left_out)
         self.report.noted.merge(self.held_out.noted)
         self.report.account.merge(self.held_out.account)
+
         log_report(self.report, {})
         return {'train': {'rows_read': self.rows_read}, **self.report.counts()}
 
 
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
-    """Return the first rows of each data set; what is left out of validation parts goes to the report.
+    """Return the first rows of each data set; the report counts skipped rows and remarks of validation parts.
 
-    Training reads all other parts from their beginning, and counts theirs.
+    Training reads all other parts from their beginning, and counts these there.
     """
     for parts in sources:
         if len(parts) == 1:
             continue
         rows = 0
-        for place, raw, row in parts[-1].read(hashlib.sha256()):
+        for location, raw, row in parts[-1].read(hashlib.sha256()):
             if rows == count:
                 break
             if isinstance(row, BadRow):
-                report.left_out.add(str(row), place)
+                report.left_out.add(str(row), location)
                 report.account.skip(raw, LEFT_OUT)
                 continue
+
             rows += 1
             for note in row_notes(row):
-                report.noted.add(note, place)
+                report.noted.add(note, location)
+
     return first_rows(sources, count)
 
 
 def prepare_stream(
     encoder: Encoder, sources: Streams, run_dir: Path, *, val_rows: int, seed: int, samples: int
 ) -> PreparedData:
-    """Return the training stream and the held-out rows, encoded; shows some (sample.txt)."""
+    """Return the training stream and the encoded held-out rows; shows `samples` training rows (sample.txt)."""
     report = EncodingReport()
     val, _ = encode_rows(encoder, _held_out(sources, val_rows, report), report)
     statistics = {'validation': length_statistics(val)}
     log_report(report, statistics)
     served = {'served': served_by(parts[0] for parts in sources)}
+
     stream = TrainingStream(encoder, sources, val_rows=val_rows, seed=seed)
     stream.held_out = report
-    looked_at = EncodingReport()
-    if not (first := stream.first(_LOOKED_AT_ROWS, looked_at)):
-        raise ConfigError('no training row is left: all are left out, or held out for validation (--stream_val_rows).')
+    report_of_first = EncodingReport()
+    first = stream.first(_FIRST_ROWS, report_of_first)
+    if not first:
+        raise ConfigError(
+            '--streaming true: no training row is left, all rows are skipped or held out for validation. Lower '
+            '--stream_val_rows, or name more data with --dataset.'
+        )
+
     show_samples(encoder.tokenizer, first[:samples], run_dir)
     return PreparedData(
         train=stream,
         val=val,
         summary={**statistics, **served},
-        switched=(looked_at.switched, len(first)),
+        switched=(report_of_first.switched, len(first)),
         at_end=stream.summary,
     )

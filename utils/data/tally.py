@@ -1,4 +1,4 @@
-"""Counts of rows: read, skipped and why, their lengths."""
+"""Counts of rows that were skipped or altered, by reason, and the log of what happened to the rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMED_PER_REASON = 3
 
 @dataclass(kw_only=True)
 class Tally:
-    """Rows counted by reason, and the places of the first of each."""
+    """Counts rows by reason, and keeps the locations of the first rows of each reason."""
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Tally:
             self.places.setdefault(reason, []).append(place)
 
     def merge(self, other: Tally) -> None:
-        """Add what another tally counted."""
+        """Add the counts of another tally."""
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.places[reason] = [*self.places.get(reason, ()), *other.places[reason]][:_NAMED_PER_REASON]
@@ -35,35 +35,35 @@ class Tally:
         return sum(self.counts.values())
 
     def lines(self, verb: str) -> list[str]:
-        """Return one line per reason: how many rows, and where the first stand."""
-        return [
-            f'{count} rows {verb}: {reason} ({", ".join(self.places[reason])}'
-            f'{", ..." if count > _NAMED_PER_REASON else ""})'
-            for reason, count in self.counts.items()
-        ]
+        """Return one line per reason: how many rows, and the locations of the first ones."""
+        lines = []
+        for reason, count in self.counts.items():
+            more = ', ...' if count > _NAMED_PER_REASON else ''
+            lines.append(f'{count} rows {verb}: {reason} ({", ".join(self.places[reason])}{more})')
+        return lines
 
 
 @dataclass(kw_only=True)
 class EncodingReport:
-    """What happened to rows on the way: `left_out` are gone, `noted` are trained."""
+    """What happened to rows while they were encoded: `left_out` were skipped, `noted` are used, with a remark."""
 
     left_out: Tally = field(default_factory=Tally)
     noted: Tally = field(default_factory=Tally)
-    # What became of every character of the rows as they were written.
+    # The use of every character of the rows as they were written.
     account: Account = field(default_factory=Account)
 
     def lines(self) -> list[str]:
-        """Return one line per reason: how many rows, and where the first stand."""
-        return [*self.left_out.lines('left out'), *self.noted.lines('noted')]
+        """Return one line per reason: how many rows, and the locations of the first ones."""
+        return [*self.left_out.lines('skipped'), *self.noted.lines('noted')]
 
     @property
     def switched(self) -> int:
         """Return how many rows were rendered with the template's thinking switch."""
-        begin = THINKING_SWITCH.partition('{')[0]
-        return sum(count for note, count in self.noted.counts.items() if note.startswith(begin))
+        note_start = THINKING_SWITCH.partition('{')[0]
+        return sum(count for note, count in self.noted.counts.items() if note.startswith(note_start))
 
     def counts(self) -> dict[str, dict[str, Any]]:
-        """Return the same as numbers, for files."""
+        """Return the counts without locations, for run.json."""
         return {
             'left_out': dict(self.left_out.counts),
             'noted': dict(self.noted.counts),
@@ -72,12 +72,13 @@ class EncodingReport:
 
 
 def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:
-    """Log what the data is and what happened to it."""
+    """Log the length statistics of each part of the data, and what happened to its rows."""
     for name, numbers in statistics.items():
         logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
     for line in report.account.lines():
         logger.info(line)
     for line in report.lines():
         logger.warning(line)
+
     if CUT_REPLY in report.noted.counts or CUT_PROMPT in report.noted.counts:
         logger.warning('a larger --max_length (-1: no limit) keeps these rows whole')

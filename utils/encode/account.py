@@ -1,8 +1,8 @@
-"""The account of every character of the data: trained, context, cut, left out, or not used, by name.
+"""Counts what became of every character of the data: trained, context, cut, left out, or not used (by name).
 
-It reads rows as they were written, by itself: a field that conversion drops is still seen here, and not found in the
-text that was tokenised. A text that may stand elsewhere too, such as `a` or a name that is a role as well, is tied to
-its own place: the row is encoded once more with a mark in its place, and the mark is looked for.
+The account reads each row as it was written. So a field that conversion drops is seen here, and is not found in the
+text that was tokenised. A text may also stand elsewhere in that text, such as `a` or a name that is a role as well. To
+find its own place, the row is encoded once more with a mark in place of the text.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _TEXTS = {
 }  # fmt: skip
 _REASONING = ('reasoning_content', 'reasoning', 'thinking')
 _CALLS = ('tool_calls', 'function_call')
-# Templates print the role of a turn too.
+# Templates also print the role of a turn.
 _ROLES = ('system', 'user', 'assistant', 'tool')
 _IDENTITIES = ('name', 'id', 'tool_call_id')
 _MARKS = ('weight', 'loss', 'train')
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
-# Keys of a tool whose texts decide how it is printed; few templates print the texts themselves.
+# Keys of a tool whose values decide how it is printed. Few templates print the values themselves.
 _OF_SCHEMAS = ('type', 'required')
-# The columns of each shape of a row; the first that fits counts.
+# The columns of each shape of a row. The first shape that fits is used.
 _SHAPES = (
     ('messages',),
     ('conversations',),
@@ -53,15 +53,15 @@ _Path = tuple[str | int, ...]
 _Span = tuple[int, int]
 
 
-# Returns the pieces of a row's text with other texts at these paths; None where the row is refused then.
+# Returns the pieces of a row's text with other texts at these paths. None where such a row is refused.
 _Rendering = Callable[[Sequence[tuple[_Path, str]]], tuple[str, ...] | None]
 
-# How many texts of a row are asked for one by one, where they cannot be asked for together.
+# How many texts of a row are looked for one by one, where they cannot be looked for together.
 _MOST_ALONE = 16
 
 
 class _Leaf(NamedTuple):
-    """One text of a row: what it is, under which name it is missed, and its turn (-1: none)."""
+    """One text of a row: its label, the name under which it is reported as not used, and its turn (-1: none)."""
 
     label: str
     name: str
@@ -69,23 +69,23 @@ class _Leaf(NamedTuple):
     turn: int
     # 'text', 'identity', 'structure', 'image' or 'never'.
     kind: str = 'text'
-    # The keys and positions that lead to it in the row; JSON text on the way is read.
+    # The keys and positions that lead to it in the row. JSON text on the way is parsed.
     path: _Path = ()
 
 
 class Again(Protocol):
-    """Encodes a row once more, as it would be if its data were others."""
+    """Encodes a row once more with other data."""
 
     @property
     def printed(self) -> str:
-        """Return the text that the template prints by itself."""
+        """Return the text that the template prints for any row."""
 
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
-        """Return the row encoded as if this had been written; None where it could not be trained then."""
+        """Return the row encoded as if `written` were its data. None where that could not be trained."""
 
 
 def _parsed(value: Any) -> Any:
-    """Return the list or object that a text writes as JSON; anything else as it is."""
+    """Return the list or object that a JSON text spells. Any other value is returned unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
         return value
     try:
@@ -96,7 +96,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _replaced(value: Any, path: _Path, text: str) -> Any:
-    """Return a nested value with another text at a path; JSON text on the way is written anew."""
+    """Return a nested value with another text at a path. JSON text on the way is written again."""
     if not path:
         return text
     whole = _parsed(value)
@@ -121,18 +121,18 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
             yield from _strings(item, (*path, number))
 
 
-def _beside(value: Any) -> Iterator[str]:
-    """Yield what templates may print of a nested value beside its texts: keys, numbers, and the words of schemas."""
+def _other_words(value: Any) -> Iterator[str]:
+    """Yield what templates may print of a nested value besides its texts: keys, numbers, and the words of schemas."""
     value = _parsed(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key)
             if key in _OF_SCHEMAS:
                 yield from (text for _, text in _strings(item, ()))
-            yield from _beside(item)
+            yield from _other_words(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _beside(item)
+            yield from _other_words(item)
     elif not isinstance(value, str):
         yield str(value)
 
@@ -222,7 +222,7 @@ def _of_turn(
     role_key = next((key for key in keys if key in turn), keys[0])
     content_key = next((key for key in contents if key in turn), contents[0])
     label = _TEXTS.get(str(turn.get(role_key)).strip().lower(), 'reply text')
-    # The first key that holds anything counts.
+    # The first key with text in it is used.
     reasoning = next((key for key in _REASONING if isinstance(turn.get(key), str) and turn[key].strip()), '')
     for key, value in turn.items():
         if value is None:
@@ -291,7 +291,7 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 class _Text:
-    """The text that was tokenised, and where its parts begin."""
+    """The text that was tokenised, and where its pieces end."""
 
     def __init__(self, encoded: Encoded) -> None:
         self.text = ''.join(encoded.pieces)
@@ -301,7 +301,7 @@ class _Text:
         self.trained = [self.ends[i - 1] for i in range(1, len(encoded.pieces), 2)]
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """Return where a text stands, as it is or as JSON writes it."""
+        """Return the span of a text, unchanged or as JSON writes it."""
         at = self.text.find(text, start)
         if at >= 0:
             return at, at + len(text)
@@ -315,7 +315,7 @@ class _Text:
         return None
 
     def masked(self) -> str:
-        """Return the text without what leaves have claimed."""
+        """Return the text with NUL characters in place of what leaves have claimed."""
         parts, position = [], 0
         for start, end in sorted(self.claimed):
             parts += [self.text[position:start], '\0' * (end - max(start, position))]
@@ -323,7 +323,7 @@ class _Text:
         return ''.join([*parts, self.text[position:]])
 
     def buckets(self, start: int, end: int, characters: int) -> dict[str, int]:
-        """Return how many of a leaf's characters, found here, are cut, context and trained."""
+        """Return how many of a leaf's characters are cut, context and trained, where the leaf stands at this span."""
         found: dict[str, int] = {}
         position = start
         if position < self.cut:
@@ -342,7 +342,7 @@ class _Text:
         return found
 
     def buckets_of(self, written: str, shown: str, at: _Span) -> dict[str, int]:
-        """Return the same of a text that is printed as `shown` is, with the blanks that are not printed."""
+        """Return the same counts for a text that is printed as `shown`, and count blanks that are not printed."""
         found = self.buckets(*at, len(shown))
         if len(shown) < len(written):
             found[TRIMMED] = len(written) - len(shown)
@@ -350,20 +350,20 @@ class _Text:
 
 
 class _Place(NamedTuple):
-    """What became of a leaf's characters, where it was found whole, and from where it was looked for."""
+    """What became of a leaf's characters: counts, the span where it was found whole, and where the search began."""
 
     leaf: _Leaf
     buckets: dict[str, int]
     at: _Span | None = None
     start: int = 0
-    # Whether it was found only where it is not looked for: before that, or where another text stands.
+    # Whether it was found only before the start of the search, or inside another text.
     is_elsewhere: bool = False
 
 
 def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
-    """Return the numbers of the places whose text may stand there for another reason than that it was written.
+    """Return the numbers of the places whose text may stand there for another reason than the row's data.
 
-    It stands elsewhere too, or inside another text, or the template prints these words by itself.
+    Such a text also stands elsewhere, or inside another text, or the template prints these words for any row.
     """
     spans = sorted((*place.at, number) for number, place in enumerate(places) if place.at)
     overlapping: set[int] = set()
@@ -379,7 +379,7 @@ def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
         if leaf.kind not in ('text', 'identity') or not leaf.text.strip():
             continue
         if at is None:
-            # Found in parts, which may be words of something else.
+            # It was found in parts, which may be words of another text.
             if set(buckets) - {NOT_USED, TRIMMED, STRUCTURE}:
                 found.append(number)
             continue
@@ -395,7 +395,7 @@ def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
 
 
 def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tuple[str, ...] | None:
-    """Return the text of a row in which other texts stand at these paths, in its pieces; None where it is refused."""
+    """Return the pieces of the text of a row with other texts at these paths. None where it is refused."""
     written: Any = row.written
     for path, text in changes:
         written = _replaced(written, path, text)
@@ -404,14 +404,14 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
 
 
 def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
-    """Tie doubtful texts to their own places: what became of them is changed in the list.
+    """Find the own places of doubtful texts, and change the list accordingly.
 
-    A text stays as its words say where the row cannot be rendered with a mark in its place, or where the mark changes
-    more than its own place.
+    A text keeps the place where its words were found, where the row cannot be rendered with a mark in its place, or
+    where the mark changes more than its own place.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _mark(number) for number in whole}
-    # Templates compare the id of a call with that of its result: equal ones stay equal at first.
+    # Templates compare the id of a call with that of its result. So equal ids get equal marks at first.
     first: dict[str, int] = {}
     shared = {
         number: _mark(
@@ -434,12 +434,12 @@ def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Re
 
 
 def _mark(number: int) -> str:
-    """Return what stands for a text: 9 letters and digits, as the ids of calls must be under some templates."""
+    """Return the mark for a text: 9 letters and digits, which some templates demand of the ids of calls."""
     return f'zq{number:05d}qz'
 
 
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
-    """Set what became of a text to what its own place says, the first of these; nothing where there is none."""
+    """Set what became of a text according to the first of these spans. Without any, it is not used."""
     leaf = places[number].leaf
     if not spans:
         places[number] = _Place(leaf, {NOT_USED: len(leaf.text)})
@@ -451,7 +451,7 @@ def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) ->
 
 
 def _forms(text: str) -> list[str]:
-    """Return how a text may be printed: as it is, without blanks around it, or as JSON writes it."""
+    """Return the forms in which a text may be printed: unchanged, without blanks around it, or as JSON writes it."""
     stripped = text.strip()
     json_forms = [json.dumps(one, ensure_ascii=only)[1:-1] for one in (text, stripped) for only in (False, True)]
     return list(dict.fromkeys([text, stripped, *json_forms]))
@@ -460,7 +460,7 @@ def _forms(text: str) -> list[str]:
 def _marked(
     places: Sequence[_Place], marks: Mapping[int, str], text: _Text, render: _Rendering
 ) -> dict[str, list[_Span]] | None:
-    """Return where the texts that marks stood for stand in the row's own text; None where that cannot be told."""
+    """Return the spans in the row's own text of the texts that marks replaced. None where they are unknown."""
     pieces = render([(places[number].leaf.path, mark) for number, mark in marks.items()])
     if pieces is None or any(mark in text.text for mark in marks.values()):
         return None
@@ -481,7 +481,7 @@ def _marked(
 
 @dataclass(kw_only=True)
 class Account:
-    """Characters by label and bucket, and how many rows have what is not used."""
+    """Characters by label and bucket, and by name how many rows have text that is not used."""
 
     fields: dict[str, dict[str, int]] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
@@ -492,15 +492,15 @@ class Account:
             counts[bucket] = counts.get(bucket, 0) + characters
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
-        """Count a row that is not encoded."""
+        """Count the characters of a row that is not encoded under the reason."""
         for leaf in leaves(raw):
             self._count(leaf.label, reason, len(leaf.text))
 
     def add(self, row: Row, encoded: Encoded, again: Again) -> None:
-        """Count every character of a row as it was written by what became of it."""
+        """Count every character of a row, as it was written, by what became of it."""
         text = _Text(encoded)
         places = list(self._places(row, encoded, text))
-        printed = '\n'.join([again.printed, *_ROLES, *_beside(row.written)])
+        printed = '\n'.join([again.printed, *_ROLES, *_other_words(row.written)])
         doubtful = _doubtful(places, text, printed)
         if doubtful:
             _tie(places, doubtful, text, functools.partial(_render, row, again))
@@ -511,7 +511,7 @@ class Account:
             self.unused[name] = self.unused.get(name, 0) + 1
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
-        """Yield where the texts of a row stand by their words, in the order of the turns; identities last."""
+        """Yield where the texts of a row are found by their words, in the order of the turns. Identities come last."""
         found = list(leaves(row.written))
         replies = sorted({leaf.turn for leaf in found if leaf.label in ('reply text', 'reasoning', 'tool calls')})
         starts = dict(zip(replies, text.trained, strict=False)) if len(replies) == len(text.trained) else {}
@@ -528,14 +528,14 @@ class Account:
                 later.append(leaf)
                 continue
             if leaf.label == 'tools' and leaf.kind != STRUCTURE and TOOLS_IGNORED in encoded.notes:
-                # Their words may stand in the row all the same, in a call: that is not the tool.
+                # Their words may still stand in the row, in a call. That is not the tool.
                 yield _Place(leaf, {NOT_USED: len(leaf.text)} if leaf.text else {})
                 continue
             place, end = self._place(leaf, text, 0 if leaf.turn < 0 else begin, has_images=bool(encoded.images))
             cursor = max(cursor, end) if leaf.turn >= 0 else cursor
             yield place
         for leaf in later:
-            # Each takes a place of its own, so that one that is printed does not stand for one that is not.
+            # Each claims its own place, so that a printed one does not count for one that is not printed.
             shown = leaf.text.strip()
             own = text.masked().find(shown) if shown else -1
             at = own if own >= 0 or not shown else text.text.find(shown)
@@ -553,7 +553,7 @@ class Account:
             missed[leaf.name] = None
 
     def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
-        """Return a leaf's characters by bucket, and where it ends in the text."""
+        """Return the place of a leaf, and where it ends in the text."""
         size = len(leaf.text)
         if leaf.kind == STRUCTURE:
             return _Place(leaf, {STRUCTURE: size}), 0
@@ -570,14 +570,14 @@ class Account:
                 text.claimed.append(at)
                 return _Place(leaf, text.buckets_of(leaf.text, shown, at), at, start), at[1]
         buckets, end = self._place_parts(leaf.text, text, start, has_images=has_images)
-        # It may stand before that, where a text before it was found too far on.
+        # It may stand earlier, where the text before it was found too late.
         early = text.find(stripped, 0)
         if early is not None:
             text.claimed.append(early)
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Return the same of a text that does not stand there whole: by lines, and around think tags and images."""
+        """Return the counts and the end of a text that is not printed whole: by lines, think tags and images."""
         buckets: dict[str, int] = {}
         end = 0
         for part in _SEPARATE.split(whole):
@@ -607,7 +607,7 @@ class Account:
             self.unused[name] = self.unused.get(name, 0) + rows
 
     def lines(self) -> list[str]:
-        """Return one line with the shares of each label, and one that names what is not used."""
+        """Return one line with the shares of each label, and one with the names of what is not used."""
         shares = []
         for label, counts in self.fields.items():
             total = sum(counts.values())
@@ -617,5 +617,5 @@ class Account:
         return [*(['text: ' + '; '.join(shares)] if shares else []), *([f'not used: {names}'] if names else [])]
 
     def record(self) -> dict[str, Any]:
-        """Return the numbers for files."""
+        """Return the counts as they are written to files."""
         return {'fields': self.fields, 'unused': self.unused}

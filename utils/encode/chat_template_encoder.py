@@ -1,9 +1,9 @@
 """Token ids of conversations under the tokenizer's own chat template (template `auto`).
 
-A row's ids are the ids of its prompt, which is what the template renders with the generation prompt, and of what
-follows it. So inference, here and on any server, starts exactly where training started. What follows is what the
-template prints after the generation prompt: what leads to the reply (a blank, a channel's name, an empty think block),
-the reply, and the end of turn. All of it up to the end of turn carries loss.
+A row's ids are the ids of its prompt, followed by those of the reply. The prompt is what the template renders with
+`add_generation_prompt=True`, so inference, here and on any server, starts exactly where training started. The reply is
+what the template prints after it: a lead (a blank, the name of a channel, an empty think block), the text of the reply,
+and the end of turn. All of it up to the end of turn carries loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.encode.encoded import (
     ADDED_END,
     CLOSED_THINKING,
@@ -48,13 +48,15 @@ _CLOSED_THINK = re.compile(rf'(?:{CLOSE_TAG})\s*$')
 _BEGINS_CLOSING = re.compile(rf'\s*(?:{CLOSE_TAG})')
 _BEGINS_THINKING = re.compile(rf'\s*({OPEN_TAG})\s*')
 _EMPTY_BLOCK = re.compile(rf'\s*(?:{OPEN_TAG})\s*(?:{CLOSE_TAG})')
-# A reply whose think block the prompt opened: the closing tag stands at the end of its line, or alone.
+# In a reply whose think block the prompt opened, the closing tag ends a line or begins one.
 _CLOSES_LINE = re.compile(rf'(?:{CLOSE_TAG})[ \t]*(?:\n|$)|\n(?:{CLOSE_TAG})')
 _ANY_THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 _THINK_SOURCE = re.compile(OPEN_TAG)
-# Keys under which templates look for the reasoning of a turn.
+# Keys under which rows bring the reasoning of a turn.
 _REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
-# Variables with which templates let a model think.
+# Keys under which templates read it; `tool_plan` is that of Cohere's templates, before calls.
+_PRINTED_KEYS = (*_REASONING_KEYS, 'tool_plan')
+# Template variables that switch thinking on.
 _SWITCHES: tuple[tuple[str, Any], ...] = (
     ('enable_thinking', True),
     ('thinking', True),
@@ -65,9 +67,9 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
     ('reasoning_effort', 'high'),
 )
 
-# No added token that a template prints is longer.
+# No added token that a template prints is longer than this.
 _LONGEST_TAG = 64
-# Ends of prompts whose ids are remembered; templates have few, but one may end in the question itself.
+# How many ends of prompts are kept with their ids. Most templates have few, but one may end in the question.
 _TAILS_KEPT = 4096
 _NOTHING: Mapping[str, Any] = {}
 
@@ -82,7 +84,7 @@ class _Chat(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text: its prompt, what follows it up to the end of what carries loss, and the rest."""
+    """A row as text: its prompt, the reply up to the end of what carries loss, and the rest."""
 
     chat: _Chat
     prompt: str
@@ -90,21 +92,21 @@ class _Parts:
     rest: str
     # The end of turn to add where the template prints none.
     end: int | None
-    # Whether stand-ins are in the text for control tokens that the row spells.
+    # Whether the text has stand-ins for control tokens that the row spells.
     guarded: bool
     notes: list[str]
 
     @property
     def text(self) -> str:
-        """Return all that the template prints."""
+        """Return the whole text."""
         return self.prompt + self.reply + self.rest
 
 
 class _Frame(NamedTuple):
     """What a template prints around the reply of a one-turn chat.
 
-    `lead` stands between prompt and reply, `end` after the reply. `alone` is how the prompt ends where the whole chat
-    is printed without it, as with a think block that the generation prompt alone opens.
+    `lead` stands between prompt and reply, `end` after the reply. `alone` is the end of the prompt that the whole chat
+    does not have, such as a think block that only the generation prompt opens.
     """
 
     lead: str
@@ -115,7 +117,7 @@ class _Frame(NamedTuple):
 
 
 class _Earlier(NamedTuple):
-    """An earlier reply that carries loss: its row, and where it begins and ends in the text of the prompt."""
+    """An earlier reply that carries loss: the number of its row, and its span in the text of the prompt."""
 
     row: int
     start: int
@@ -125,7 +127,7 @@ class _Earlier(NamedTuple):
 class AutoEncoder(Encoder):
     """Encodes with the tokenizer's chat template. Loss covers the last reply, or each, and its end-of-turn token.
 
-    Encoding a row changes nothing here that another row could meet, but for a memory of token ids.
+    Encoding a row changes no state that affects other rows: only token ids of prompt ends are cached.
     """
 
     name = AUTO
@@ -141,15 +143,16 @@ class AutoEncoder(Encoder):
         super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)
         self.system = system
         self._tails: dict[str, list[int]] = {}
-        # By whether tools are listed: of two named templates, one renders the rows with tools.
+        # By whether tools are listed: of two named templates, one renders the rows with tools, and one template may
+        # print more around a chat with tools.
         frame = self._find_frame()
         self._frames = {False: frame, True: frame}
         self.says_tools = self._prints_tools()
-        if isinstance(templates, dict) and self.says_tools:
-            with contextlib.suppress(ConfigError):  # where it says no plain chat, it refuses such rows too
+        if self.says_tools:
+            with contextlib.suppress(ConfigError):  # a template that fails on a chat with tools refuses such rows too
                 self._frames[True] = self._find_frame(tools=[self._probe_tool()[1]])
-        # What stands for the text of a turn that holds calls alone, and whether arguments are given as JSON text:
-        # DeepSeek's templates print calls beside null only, and join the arguments to text.
+        # The content of a turn that has only calls, and whether arguments are given as JSON text. DeepSeek's templates
+        # print calls only where the content is null, and join the arguments to text.
         self._no_text: str | None = ''
         self._arguments_as_text = False
         self.says_calls = {False: False, True: False}
@@ -158,14 +161,16 @@ class AutoEncoder(Encoder):
             self.says_calls = {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
             if any(self.says_calls.values()):
                 break
-        # By whether the turn calls, and whether tools are listed: another template may render those rows.
+        # By whether the turn has calls, and whether tools are listed: another template may render those rows.
         self._reasoning_keys = {
             (is_call, with_tools): self._find_reasoning_key(is_call=is_call, with_tools=with_tools)
             for is_call in (False, True)
             for with_tools in (False, True)
         }
+        self._openers = self._find_openers()
+        self._eos_ends_turns = self._prints_eos_between_turns()
         self._switch, self._opens = self._find_switch()
-        # The token that opens the next turn after a reply and after a call: the end of turn where none is printed.
+        # The token that opens the turn after a reply and after a call: it ends the turn where no end is printed.
         self._next = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
         self.stop_ids = self._find_stop_ids()
 
@@ -180,7 +185,7 @@ class AutoEncoder(Encoder):
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
         except Exception as error:  # a template is someone's program, and fails as programs do
-            raise RowRefused(f'the chat template fails: {told(error)}') from error
+            raise RowRefused(f'the chat template fails: {error_text(error)}') from error
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False,
@@ -189,14 +194,14 @@ class AutoEncoder(Encoder):
         return str(self._apply(list(messages), tools, prompt, settings))
 
     def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **options: Any) -> str:
-        """Return the rendering of a probe, '' where the template refuses it."""
+        """Return the rendering of a chat, '' where the template refuses it."""
         try:
             return self._render(messages, tools, **options)
         except RowRefused:
             return ''
 
     def _render_all(self, chats: Sequence[_Chat], *, prompt: bool) -> list[str]:
-        """Return the rendering of each chat; those without tools and settings in one call, which is quicker."""
+        """Return the rendering of each chat. Chats without tools and settings share one call, which is faster."""
         plain = [list(chat.messages) for chat in chats if not (chat.tools or chat.settings)]
         texts = iter(self._apply(plain, None, prompt, _NOTHING) if plain else [])
         return [
@@ -206,7 +211,7 @@ class AutoEncoder(Encoder):
             for chat in chats
         ]
 
-    # --- what the template does, found once by rendering made-up chats
+    # --- what the template does, found once by rendering probes
 
     def _probe(self, *turns: Message, user: str = 'a') -> list[Message]:
         begin: list[Message] = [{'role': 'system', 'content': self.system}] if self.system else []
@@ -224,29 +229,31 @@ class AutoEncoder(Encoder):
         return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
 
     def _find_frame(self, tools: Sequence[Any] | None = None) -> _Frame:
-        """Return what the template prints around a reply. Raises ConfigError where it cannot serve at all."""
+        """Return what the template prints around a reply. Raises ConfigError where it cannot be used at all."""
         reply = secrets.token_hex(8)
         messages = self._probe({'role': 'assistant', 'content': reply})
         try:
             prompt = self._render(messages[:-1], tools, prompt=True)
             text = self._render(messages, tools)
         except RowRefused as error:
-            hint = 'Leave --system out, or choose' if self.system else 'Choose'
+            hint = 'Run without --system, or choose' if self.system else 'Choose'
             raise ConfigError(
                 f'the chat template of this tokenizer fails on a one-turn chat: {error}. {hint} a --template_type.'
             ) from error
         if reply not in text:
             raise ConfigError(
                 "the chat template of this tokenizer does not print the assistant's reply, so nothing could be "
-                'learnt. Choose a --template_type.'
+                'trained. Choose a --template_type.'
             )
         self.text.add_printed(prompt + text)
         start = text.rindex(reply)
         common = self._common_length(prompt, text[:start])
+        lead = text[common:start]
+        alone = prompt[common:]
         return _Frame(
-            lead=text[common:start],
+            lead=lead[self._repeated(alone, lead) :],
             end=text[start + len(reply) :],
-            alone=prompt[common:],
+            alone=alone,
             opens=_OPEN_THINK.search(prompt) is not None,
         )
 
@@ -266,19 +273,19 @@ class AutoEncoder(Encoder):
         return text.count(name) > listed.count(name)
 
     def _find_reasoning_key(self, *, is_call: bool, with_tools: bool) -> str | None:
-        """Return the key of a turn under which the template prints reasoning, before a reply or before a call."""
+        """Return the key under which the template prints the reasoning of a reply, or of a call. None without one."""
         mark = secrets.token_hex(8)
         name, tool = self._probe_tool()
         turn: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': 'b'}
-        for key in _REASONING_KEYS:
+        for key in _PRINTED_KEYS:
             if mark in self._try(self._probe(cast(Message, {**turn, key: mark})), [tool] if with_tools else None):
                 return key
         return None
 
     def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
-        """Return the setting that opens the think block which the generation prompt closes, if any.
+        """Return the setting under which the generation prompt opens or leaves open a think block, {} without one.
 
-        Also whether the prompt of a reply that reasons ends in an open think block.
+        Also return whether the prompt of a reply that reasons ends in an open think block.
         """
         mark = secrets.token_hex(8)
 
@@ -293,8 +300,38 @@ class AutoEncoder(Encoder):
                 return {name: value}, _OPEN_THINK.search(text) is not None
         return _NOTHING, self._frames[False].opens
 
+    def _find_openers(self) -> frozenset[str]:
+        """Return the control token that begins the first turn of a chat, as a set: after it comes another turn.
+
+        The set is empty where a reply or a call has that token inside its turn too, as in Kimi-K3's template.
+        """
+        ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        begin = self._try(self._probe(), prompt=True)
+        self.text.add_printed(begin)
+        first = next((match[0] for match in self.text.find_controls(begin) if match[0] not in ends), None)
+        if first is None:
+            return frozenset()
+        name, tool = self._probe_tool()
+        asked, reply = secrets.token_hex(8), secrets.token_hex(8)
+        turns: tuple[tuple[Message, str, list[Any] | None], ...] = (
+            ({'role': 'assistant', 'content': reply}, reply, None),
+            (self._probe_call(name), name, [tool]),
+        )
+        for turn, said, tools in turns:
+            text = self._try(self._probe(turn, user=asked), tools)
+            if text[text.rfind(asked) : text.rfind(said)].count(first) > 1:
+                return frozenset()
+        return frozenset([first])
+
+    def _prints_eos_between_turns(self) -> bool:
+        """Return whether the template prints the end of sequence after a reply that is not the last turn."""
+        asked, reply = secrets.token_hex(8), secrets.token_hex(8)
+        text = self._try([*self._probe({'role': 'assistant', 'content': reply}), {'role': 'user', 'content': asked}])
+        between = text[text.rfind(reply) : text.rfind(asked)]
+        return any(match[0] == self.tokenizer.eos_token for match in self.text.find_controls(between))
+
     def _find_next_token(self, *, is_call: bool) -> str | None:
-        """Return the control token that begins the turn after a reply, or after a call."""
+        """Return the control token that begins the turn after a reply, or after a call. None where text begins it."""
         name, tool = self._probe_tool()
         reply: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': secrets.token_hex(8)}
         after: Message = {'role': 'user', 'content': 'a'}
@@ -312,7 +349,7 @@ class AutoEncoder(Encoder):
         return token[0]
 
     def _find_stop_ids(self) -> list[int]:
-        """Return the tokens that end a turn of the assistant's: after a reply, and after a call."""
+        """Return the tokens that end the assistant's turns: after a reply, and after a call."""
         ends = [(frame.end, False) for frame in self._frames.values()]
         name, tool = self._probe_tool()
         if any(self.says_calls.values()):
@@ -327,7 +364,7 @@ class AutoEncoder(Encoder):
     # --- from a row to text
 
     def spoken(self, message: Message, *, with_tools: bool = False, is_last: bool = False) -> Message:
-        """Return the message in the form that the template can say; images among text as a list of items."""
+        """Return the message in the form that the template reads. With images, the content is a list of items."""
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
             items = [item for text in texts for item in ({'type': 'image'}, {'type': 'text', 'text': text})][1:]
@@ -353,15 +390,15 @@ class AutoEncoder(Encoder):
 
     @property
     def switch(self) -> str | None:
-        """Return the setting with which the template renders replies that reason, as name=value; None where none is."""
+        """Return the setting for replies that reason, as name=value. None where the template needs none."""
         return next((f'{name}={value}' for name, value in self._switch.items()), None)
 
     def settings_of(self, row: Row) -> Mapping[str, Any]:
-        """Return the settings with which the template renders a row: its thinking switch where the reply needs it."""
+        """Return the settings with which a row is rendered: the thinking switch where its reply needs it."""
         return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
 
     def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
-        """Return messages as they were written, each thing under the key and in the form that the template reads."""
+        """Return messages as they were written, under the keys and in the form that the template reads."""
         with_tools = self._lists_tools(row)
         made: list[Any] = []
         for message in messages:
@@ -376,7 +413,7 @@ class AutoEncoder(Encoder):
         return made
 
     def _with_arguments(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the calls with their arguments in the form that the template prints."""
+        """Return the calls with their arguments in the form that the template reads."""
         if not self._arguments_as_text:
             return calls
         made = []
@@ -396,19 +433,20 @@ class AutoEncoder(Encoder):
         return bool(row.tools) and self.says_tools
 
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
-        """Return the key for the reasoning of a reply; calls that the template cannot say are text of it."""
+        """Return the key for the reasoning of a reply. Calls without a form of their own are text of the reply."""
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
     def _reasons(self, reply: Message, *, with_tools: bool) -> bool:
-        """Return whether a reply brings reasoning that the template can say: in its key, or in a think block."""
+        """Return whether a reply has reasoning that the template can print: under its key, or in a think block."""
         if reply.get('reasoning'):
             return bool(self._key_of(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
         return _thinks(reply['content'], opened=self._opens)
 
     def _chat(self, row: Row, context: Sequence[Message], *, reasons: bool) -> tuple[_Chat, bool, list[str]]:
-        """Return what is rendered of a row, with stand-ins where it spells a control token, whether it does, and notes.
+        """Return what is rendered of a row, whether it has stand-ins for control tokens, and notes.
 
-        Stand-ins are put in wherever any text of the row spells one, so that prompt and whole row are read alike.
+        If any text of the row spells a control token, all its texts get stand-ins, so that the prompt and the whole row
+        are read in the same way.
         """
         notes = []
         tools = row.tools
@@ -460,7 +498,7 @@ class AutoEncoder(Encoder):
         return parts
 
     def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
-        """Return the think block of a call whose template has no key for reasoning, '' elsewhere."""
+        """Return the think block before a call whose template has no key for reasoning, '' for other replies."""
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or key or tag is None or not reasoning:
             return ''
@@ -480,13 +518,14 @@ class AutoEncoder(Encoder):
             raise RowRefused(CLOSED_THINKING)
         follows = self._after_prompt(prompt, full, frame)
         if follows is not None and thought:
-            follows = thought + follows
+            empty = _EMPTY_BLOCK.match(follows)
+            follows = thought + (follows[empty.end() :] if empty else follows)
         if follows is not None and opens and not _BEGINS_CLOSING.match(follows):
             follows = self._inside_block(prompt, follows, reasons=reasons)
-        is_said = follows is not None and _is_said(content, reasoning, follows, is_call=is_call, reasons=reasons)
+        is_printed = follows is not None and _is_printed(content, reasoning, follows, is_call=is_call, reasons=reasons)
         if follows is None and is_call:
             raise RowRefused('the chat template prints the tool call apart from the generation prompt')
-        if follows is None or not (is_said or is_call):
+        if follows is None or not (is_printed or is_call):
             follows = self._as_written(prompt, content, frame, reasons=reasons)
         if full != prompt + follows:
             notes.append(RENDERED_DIFFERENTLY if full.startswith(prompt) else FULL_DIFFERS)
@@ -495,14 +534,17 @@ class AutoEncoder(Encoder):
         if end is not None:
             notes.append(ADDED_END)
         cut = start + len(before) + len(stop)
-        return _Parts(
-            chat=chat, prompt=prompt, reply=follows[:cut], rest=follows[cut:], end=end, guarded=guarded, notes=notes
-        )
+        rest = follows[cut:]
+        if end is not None and rest:
+            # What the template prints after the turn would stand before the end that is added.
+            rest = ''
+            notes += [] if FULL_DIFFERS in notes else [FULL_DIFFERS]
+        return _Parts(chat=chat, prompt=prompt, reply=follows[:cut], rest=rest, end=end, guarded=guarded, notes=notes)
 
     def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
-        """Return what the template prints after the generation prompt; None where that cannot be told.
+        """Return what the template prints after the generation prompt. None where that is unknown.
 
-        Templates may print a turn otherwise once it has a reply: without the think block that the generation prompt
+        Templates may print a turn differently once it has a reply: without the think block that the generation prompt
         opens, or without the system text that they put into the last user turn.
         """
         if full.startswith(prompt):
@@ -510,7 +552,8 @@ class AutoEncoder(Encoder):
         alone = frame.alone
         base = prompt[: len(prompt) - len(alone)]
         if prompt.endswith(alone) and full.startswith(base):
-            return full[len(base) :]
+            follows = full[len(base) :]
+            return follows[self._repeated(alone, follows) :]
         common = self._common_length(prompt, full)
         left = prompt[common:]
         if _ANY_THINK_TAG.search(left) or not self.text.without_control(left).strip():
@@ -519,8 +562,16 @@ class AutoEncoder(Encoder):
         at = full.rfind(anchor) if anchor.strip() else -1
         return full[at + len(anchor) :] if at >= 0 else None
 
+    def _repeated(self, alone: str, follows: str) -> int:
+        """Return how much of what follows a prompt repeats the header of the turn with which the prompt ends.
+
+        Command R+ puts an instruction before the header of the generation prompt.
+        """
+        headers = (match.start() for match in self.text.find_controls(alone))
+        return next((len(alone) - at for at in headers if follows.startswith(alone[at:])), 0)
+
     def _common_length(self, prompt: str, full: str) -> int:
-        """Return how much two renderings begin with alike, never ending inside of a tag such as <think> or </think>."""
+        """Return the length of the common prefix of two renderings, which never ends inside a control token or tag."""
         common = len(_shared(prompt, full))
         for text in (prompt, full):
             for match in self.text.find_all(text[max(common - _LONGEST_TAG, 0) : common + _LONGEST_TAG]):
@@ -530,14 +581,14 @@ class AutoEncoder(Encoder):
         return common
 
     def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
-        """Return what follows a prompt that opens a think block, which it goes on in, or closes."""
+        """Return what follows a prompt that opens a think block: the rest of the block, or its end and the reply."""
         own = _BEGINS_THINKING.match(follows)
         if own:
             return follows[own.end() :]
         return follows if reasons else self._closing(prompt) + follows
 
     def _closing(self, prompt: str) -> str:
-        """Return what closes the think block that a prompt opens, before a reply that does not reason."""
+        """Return the end of the think block that a prompt opens, before a reply that does not reason."""
         opened = _OPEN_THINK.search(prompt)
         assert opened is not None, 'the prompt opens a think block'
         if not opened[1].startswith('<') or opened[1].startswith('<|'):
@@ -546,7 +597,7 @@ class AutoEncoder(Encoder):
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
     def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
-        """Return what follows the prompt where the template alters the reply: the reply as the row has it."""
+        """Return what follows the prompt where the template alters the reply: the reply as it was written."""
         lead = frame.lead
         opens = _OPEN_THINK.search(prompt)
         if reasons:
@@ -558,7 +609,7 @@ class AutoEncoder(Encoder):
         return lead + content + frame.end
 
     def _reply_end(self, follows: str, last: Message, content: str, frame: _Frame) -> int:
-        """Return where the reply, or the name of its last call, ends in what follows the prompt."""
+        """Return the position in `follows` at which the reply, or the name of its last call, ends."""
         names = [str(call.get('function', call).get('name') or '') for call in last.get('tool_calls', ())]
         if names:
             return max(follows.rfind(name) + len(name) for name in names)
@@ -568,17 +619,37 @@ class AutoEncoder(Encoder):
         return at + len(content.strip()) if at >= 0 else 0
 
     def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
-        """Return what comes before the token that ends the turn, that token, and which to add where none is printed."""
-        found = self.text.find_controls(end)
-        if is_call:
-            # Behind a call the last marker ends the turn, unless it only closes the call or text comes after it.
-            ends = {self.tokenizer.eos_token, *(m[0] for m in self.text.find_controls(frame.end)[:1])}
-            is_closing = [m[0].startswith('</') and m[0] not in ends for m in found[-1:]]
-            found = [m for m in found[-1:] if not (any(is_closing) or end[m.end() :].strip())]
-        if found:
-            return end[: found[0].start()], found[0][0], None
+        """Return the text before the token that ends the turn, that token, and the id to add where none is printed."""
+        end_of_reply = self._end_of_reply(self.text.find_controls(frame.end))
+        stops = {self.tokenizer.eos_token, *([] if end_of_reply is None else [end_of_reply[0]])}
+        markers = self.text.find_controls(end)
+        opener = next((match for match in markers if match[0] in self._openers - stops), None)
+        if opener is not None:
+            # Some templates print the next turn's header, or an instruction, after the last turn.
+            end = end[: opener.start()]
+            markers = markers[: markers.index(opener)]
+        found = self._end_of_call(end, markers, stops) if is_call else self._end_of_reply(markers)
+        if found is not None:
+            return end[: found.start()], found[0], None
         following = self._next[is_call]
         return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
+
+    def _end_of_call(self, end: str, markers: Sequence[re.Match[str]], stops: set[str]) -> re.Match[str] | None:
+        """Return the first token that ends turns, else the last marker, unless it only closes the call."""
+        named = next((match for match in markers if match[0] in stops), None)
+        if named is not None or not markers:
+            return named
+        last = markers[-1]
+        return None if last[0].startswith('</') or end[last.end() :].strip() else last
+
+    def _end_of_reply(self, markers: Sequence[re.Match[str]]) -> re.Match[str] | None:
+        """Return the first marker after a reply; the end of sequence, where that ends each turn.
+
+        Cohere's models close the reply, and then the turn.
+        """
+        eos = self.tokenizer.eos_token
+        end = next((match for match in markers if match[0] == eos), None) if self._eos_ends_turns else None
+        return end or next(iter(markers), None)
 
     # --- from text to ids
 
@@ -611,7 +682,7 @@ class AutoEncoder(Encoder):
         return encoded
 
     def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
-        """Return the ids of the ends of prompts, from their last control token on; those not met before are new."""
+        """Return the cached ids of the ends of prompts, from their last control token on, with these prompts added."""
         if len(self._tails) > _TAILS_KEPT:
             self._tails = {}  # another thread may go on with the old one
         known = self._tails
@@ -620,10 +691,10 @@ class AutoEncoder(Encoder):
         return known
 
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
-        """Return how many ids of `whole` are those of the prompt alone; 0 where that is not certain.
+        """Return how many ids of `whole` are the ids of the prompt. 0 where that is not certain.
 
-        Tokenizers cut text at added tokens before anything else, so ids up to the last one in the prompt cannot
-        depend on what follows. What stands after it, mostly a short `assistant`, is compared with its own ids.
+        Tokenizers split text at added tokens first, so the ids up to the last one in the prompt cannot depend on what
+        follows. The text after it, mostly a short `assistant`, is compared with its own ids.
         """
         count, start = self.text.last_control(prompt)
         if count == 0:
@@ -637,7 +708,7 @@ class AutoEncoder(Encoder):
         return end if whole[position:end] == tail else 0
 
     def _assemble(self, part: _Parts, prompt: list[int], whole: list[int]) -> Encoded:
-        """Return the row from its text tokenised whole where that keeps the prompt apart, else in two pieces."""
+        """Return the row tokenised as one text if the prompt keeps its ids in it, else as two texts."""
         ids, notes = whole, part.notes
         if whole[: len(prompt)] != prompt:
             ids = prompt + self.text.ids_after_control(part.reply + part.rest)
@@ -653,10 +724,10 @@ class AutoEncoder(Encoder):
         )
 
     def _trained_end(self, ids: list[int], part: _Parts) -> int:
-        """Return how many ids stand up to the end of turn: before it come as many control tokens as in the text."""
+        """Return the position after the end of turn: as many control tokens follow it as stand in `part.rest`."""
         if part.end is not None or not part.rest:
             return len(ids)
-        after = len(self.text.find_controls(part.rest))
+        after = len(self.text.find_all(part.rest))
         position = len(ids)
         for _ in range(after + 1):
             position = next(i for i in range(position - 1, -1, -1) if ids[i] in self.text.control_set)
@@ -665,7 +736,7 @@ class AutoEncoder(Encoder):
     # --- earlier replies that carry loss
 
     def _add_earlier(self, rows: Sequence[Row], parts: Sequence[_Parts], encoded: list[Encoded]) -> None:
-        """Add the spans of earlier replies that carry loss; take the last reply's away where the row marks it so."""
+        """Add the spans of earlier replies that carry loss; remove that of the last reply if the row marks it so."""
         found: list[_Earlier] = []
         for index, (source, part) in enumerate(zip(rows, parts, strict=True)):
             wanted = [n for n, message in enumerate(source.messages[:-1]) if self.carries_loss(message)]
@@ -684,6 +755,8 @@ class AutoEncoder(Encoder):
             if start < len(before):
                 start += 1
                 row.notes += [] if EARLIER_MERGED in row.notes else [EARLIER_MERGED]
+            if end < len(whole) and EARLIER_MERGED not in row.notes:
+                row.notes.append(EARLIER_MERGED)
             if end > start:
                 row.earlier.append((start, end))
         places: dict[int, list[tuple[int, int]]] = {}
@@ -703,9 +776,9 @@ class AutoEncoder(Encoder):
         return start, end
 
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
-        """Return where an earlier reply with its end of turn stands in the text of the prompt; [] where it does not.
+        """Return the spans of an earlier reply and its end of turn in the text of the prompt. [] if it is not printed.
 
-        The text beside calls is a span of its own where the template prints it after their results.
+        Text next to calls is a separate span where the template prints it after the results.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -714,7 +787,7 @@ class AutoEncoder(Encoder):
         if printed is None:
             return []
         first, last = printed
-        start = min(self._turn_start(part, index), first)
+        start = min(self._turn_start(part, index, first), first)
         frame = self._frames[bool(chat.tools)]
         spans = [(start, self._turn_end(prompt, last, frame, is_call=is_call))]
         if is_call and message['content']:
@@ -723,22 +796,43 @@ class AutoEncoder(Encoder):
                 spans.append((beside[0], self._turn_end(prompt, beside[1], frame, is_call=False)))
         return spans
 
-    def _turn_start(self, part: _Parts, index: int) -> int:
-        """Return where an earlier turn begins in the prompt: where the generation prompt before it would end.
+    def _turn_start(self, part: _Parts, index: int, first: int) -> int:
+        """Return where an earlier turn, with its own text from `first` on, begins in the prompt.
 
-        What the generation prompt has alone, as a think block that an earlier turn is printed without, is left off. A
-        large number where the history is printed otherwise too.
+        That is where the generation prompt before it would end, without what only that prompt has, such as a think
+        block. The end of the prompt where this cannot be found.
         """
+        chat = part.chat
+        starts = [self._start_under(part, index, first, chat.settings)]
+        if chat.settings:
+            # The setting is for the last reply: an earlier one may follow a prompt without it.
+            starts.append(self._start_under(part, index, first, _NOTHING))
+        return min(starts)
+
+    def _start_under(self, part: _Parts, index: int, first: int, settings: Mapping[str, Any]) -> int:
         chat, prompt = part.chat, part.prompt
-        before = self._try(chat.messages[:index], chat.tools, prompt=True, settings=chat.settings)
-        history = self._try(chat.messages[:index], chat.tools, settings=chat.settings)
+        before = self._try(chat.messages[:index], chat.tools, prompt=True, settings=settings)
+        history = self._try(chat.messages[:index], chat.tools, settings=settings)
         common = self._common_length(before, prompt)
-        return common if before and common >= len(history.rstrip()) else len(prompt)
+        if before and common >= len(history.rstrip()):
+            return common
+        # The history is printed differently too: take the nearest header before the turn, if no turn ends in between.
+        markers = self.text.find_controls(before)
+        header = _ANY_THINK_TAG.split(before[markers[-1].start() if markers else 0 :])[0]
+        at = prompt.rfind(header, 0, first) if header.strip() else -1
+        start = at + len(header)
+        between = self.text.find_controls(prompt[start:first])
+        is_own = at >= 0 and not any(match[0] in self._openers or self._stops(match[0]) for match in between)
+        return start if is_own else len(prompt)
+
+    def _stops(self, marker: str) -> bool:
+        """Return whether generation stops at a marker."""
+        return self.text.control_ids[marker] in (*self.stop_ids, self.tokenizer.eos_token_id)
 
     def _find_printed(self, part: _Parts, index: int, other: Message) -> tuple[int, int] | None:
-        """Return where the template prints what a turn has and another in its place has not.
+        """Return the span in which the prompt differs from the rendering with another turn in place of this one.
 
-        That is where the rendering with the other turn parts from the row's own, and meets it again.
+        None where the template prints nothing of the turn.
         """
         chat, prompt = part.chat, part.prompt
         messages = list(chat.messages[:-1])
@@ -751,19 +845,22 @@ class AutoEncoder(Encoder):
         return first, len(prompt) - shared
 
     def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
-        """Return where the token that ends a turn ends in the prompt, the turn's own text ending at `last`."""
-        stops = {*self.stop_ids, self.tokenizer.eos_token_id}
+        """Return the position after the end of a turn in the prompt. The turn's own text ends at `last`."""
         match = self.text.find_control(prompt, last)
-        while is_call and match is not None and self.text.control_ids[match[0]] not in stops:
+        while is_call and match is not None and not self._stops(match[0]):
+            if match[0] in self._openers:
+                return match.start()
             match = self.text.find_control(prompt, match.end())
-        if match is None:
-            return last
-        between = prompt[last : match.start()]
-        return match.end() if is_call or not between.strip() or frame.end.startswith(between) else last
+        if match is not None:
+            between = prompt[last : match.start()]
+            if is_call or not between.strip() or frame.end.startswith(between):
+                return match.end()
+        # The end of turn may be text.
+        return last + len(frame.end) if prompt.startswith(frame.end, last) else last
 
 
 def _is_unknown(reply: Message) -> bool:
-    """Return whether a turn stands for a reply that the model is to give."""
+    """Return whether a turn is a place for a reply that is not known yet."""
     return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 
@@ -775,26 +872,26 @@ def _closing_tag(opening: str) -> str:
 
 
 def _thinks(content: str, *, opened: bool) -> bool:
-    """Return whether a reply brings a think block, whose opening tag may stand in the prompt."""
+    """Return whether a reply has a think block. Its opening tag may stand in the prompt."""
     own = _BEGINS_THINKING.match(content)
     if own:
         return _closing_tag(own[1]) in content[own.end() :]
     return opened and len(_ANY_THINK_TAG.findall(content)) == 1 and _CLOSES_LINE.search(content) is not None
 
 
-def _is_said(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
-    """Return whether all of a reply's text stands in what follows the prompt, to the letter but for think blocks."""
+def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
+    """Return whether all of a reply's text stands in what follows the prompt, unchanged except for think blocks."""
     if not (reasons or is_call or reasoning):
         return content in follows
     pieces = [piece.strip() for piece in (*_ANY_THINK_TAG.split(content), reasoning)]
     places = [follows.find(piece) for piece in pieces if piece]
-    # A template that closes a think block before the reply's own would teach to reason after the block.
+    # A template that closes a think block before the reply's own would train reasoning after the block.
     begins_closed = _BEGINS_CLOSING.match(follows) or _EMPTY_BLOCK.match(follows)
     return -1 not in places and not (reasons and begins_closed)
 
 
 def _replaced(message: Message, *, text: bool = False) -> Message:
-    """Return a turn that says something else in the same form; of a turn with calls, other arguments, or other text.
+    """Return a turn of the same form with other content; for a turn with calls, with other arguments, or other text.
 
     Names of calls stay: templates print them again with the results. No text begins or ends as the new one does.
     """
@@ -816,7 +913,7 @@ def _unspaced(text: str) -> str:
 
 
 def _common(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """Return how many items two sequences begin with alike."""
+    """Return the length of the common prefix of two sequences."""
     if left == right[: len(left)]:
         return len(left)
     unlike = (index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
@@ -824,5 +921,5 @@ def _common(left: Sequence[Any], right: Sequence[Any]) -> int:
 
 
 def _shared(left: str, right: str) -> str:
-    """Return what two texts begin with alike."""
+    """Return the common prefix of two texts."""
     return left[: _common(left, right)]

@@ -1,4 +1,4 @@
-"""A row as token ids: which of them carry loss, the notes about it, and why a row is refused."""
+"""An encoded row: its ids, the spans that carry loss, its notes; and the error for a row that is refused."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ IGNORE_INDEX = -100
 
 
 class RowRefused(ValueError):
-    """A row that cannot be encoded: `reason`, under which it is counted, and `detail`, what in the row it is."""
+    """A row that cannot be encoded. It is counted under `reason`; `detail` is the part of the row that is wrong."""
 
     def __init__(self, reason: str, detail: str = '') -> None:
         super().__init__(f'{reason} [{detail}]' if detail else reason)
         self.reason, self.detail = reason, detail
 
 
-# What may happen to a row while it is encoded: counted, and named with the first rows it happened to.
+# Notes of what happened to a row while it was encoded. Each is counted and shown with the first rows that have it.
 MERGED_BOUNDARY = 'a token would merge across the start of the reply: the reply is tokenised by itself'
 CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
 RENDERED_DIFFERENTLY = 'the chat template alters the reply (blanks, a think block): trained as written'
@@ -35,7 +35,7 @@ TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain t
 SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
 TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
 EARLIER_CHANGED = 'the chat template does not print an earlier reply: no loss on that reply'
-EARLIER_MERGED = 'a token merges across the start of an earlier reply: no loss on that token'
+EARLIER_MERGED = 'a token merges across the start or end of an earlier reply: no loss on that token'
 NO_LOSS_MARKED = 'every reply of it is marked to carry no loss (weight, loss or train)'
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
@@ -43,7 +43,7 @@ CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
 
 @dataclass(kw_only=True, slots=True)
 class Encoded:
-    """A row as ids. `trained` is the half-open span that carries loss; `prompt_length` ids came before the reply.
+    """A row as ids. `trained` is the half-open span that carries loss; `prompt_length` ids stand before the reply.
 
     With loss on all rounds, `earlier` are the spans of the replies before it, in their order.
     """
@@ -54,20 +54,20 @@ class Encoded:
     notes: list[str] = field(default_factory=list)
     images: tuple[str, ...] = ()
     earlier: list[tuple[int, int]] = field(default_factory=list)
-    # The text that was tokenised, cut where loss begins and ends: context, trained, context, trained, ...
+    # The text that was tokenised, split where loss begins and ends: context, trained, context, trained, ...
     pieces: tuple[str, ...] = ()
-    # How many characters of that text were lost at its front.
+    # How many characters were cut from the front of that text.
     cut: int = 0
 
     def as_item(self) -> dict[str, Any]:
-        """Return the row as a data set gives it; `earlier` and `images` only where it has any."""
+        """Return the row as an item of a data set, with `earlier` and `images` only where it has any."""
         item = {'input_ids': self.input_ids, 'trained': self.trained, 'prompt_length': self.prompt_length}
         extra = {'earlier': self.earlier, 'images': self.images}
         return {**item, **{name: value for name, value in extra.items() if value}}
 
 
 def cut_front(row: Encoded, max_length: int) -> Encoded:
-    """Return the row with its last `max_length` ids (-1: all), its spans moved and the cut noted."""
+    """Return the row with its last `max_length` ids (-1: all). Its spans are moved and the cut is noted."""
     surplus = len(row.input_ids) - max_length
     if max_length < 0 or surplus <= 0:
         return row
@@ -84,7 +84,7 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with the text of earlier replies, at these places of its prompt, marked as trained."""
+    """Return the row with these spans of its prompt's text, those of earlier replies, marked as trained."""
     prompt, *others = row.pieces
     pieces: list[str] = []
     position = 0
@@ -95,7 +95,7 @@ def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
 
 
 def without_last(row: Encoded) -> Encoded:
-    """Return the row with no loss on its last reply; raises RowRefused where no other reply carries any."""
+    """Return the row with no loss on its last reply. Raises RowRefused where no other reply carries loss."""
     if not row.earlier:
         raise RowRefused(NO_LOSS_MARKED)
     *pieces, prompt, reply, rest = row.pieces
@@ -107,7 +107,7 @@ def without_last(row: Encoded) -> Encoded:
 def row_labels(row: dict[str, Any]) -> list[int]:
     """Return the row's ids where it is trained, IGNORE_INDEX elsewhere and at position 0, which nothing predicts.
 
-    So the number of labels is the number of predictions, and a mean over them is over what is really trained.
+    So the number of labels is the number of predictions, and a mean over the labels is a mean over trained tokens.
     """
     ids = row['input_ids']
     labels = [IGNORE_INDEX] * len(ids)
@@ -121,10 +121,10 @@ Spans = Sequence[tuple[int, int]]
 
 
 def spans_of(row: dict[str, Any]) -> Spans:
-    """Return the half-open spans of a row that carry loss, in their order."""
+    """Return the half-open spans of a row that carry loss, in order."""
     return [*row.get('earlier', ()), row['trained']]
 
 
 def trains_nothing(spans: Spans) -> bool:
-    """Return whether no position is predicted: none is before the first one."""
+    """Return whether no position of the spans is predicted. The first position of a row never is."""
     return not any(end > max(start, 1) for start, end in spans)

@@ -1,4 +1,4 @@
-"""Token ids of conversations under a registered template, and the tokenizer work that every template shares."""
+"""The base class of the encoders: images, cutting and the order of work, which every template shares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.preprocess import TEMPLATE_MAPPING
 
 
 def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
-    """Return the row with its last `max_length` ids, and how much of its text that cost."""
+    """Return the row with its last `max_length` ids; its `cut` says how many characters of the text were cut."""
     cut = cut_front(row, max_length)
     lost = len(row.input_ids) - len(cut.input_ids)
     if lost:
@@ -33,17 +33,17 @@ def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
 
 
 class Encoder:
-    """What both kinds of template share: rows in, ids out, one tokenizer call per batch."""
+    """Turns rows into token ids, with one tokenizer call per batch."""
 
     name: str
-    # The system text of rows that bring none; None: the template's own.
+    # The system text of rows without one. None: the template's own.
     system: str | None
     loss_scope: LossScope = 'last_round'
-    # Ids at which generation stops, beside the tokenizer's own end of sequence.
+    # Ids at which generation stops, besides the tokenizer's own end of sequence.
     stop_ids: list[int]
-    # Whether a reply that is not known is asked for with the template's thinking switch; a known one decides itself.
+    # Whether an unknown reply is asked for with the template's thinking switch. A known reply decides that itself.
     asks_to_think = False
-    # How many ids the model embeds, where its tokenizer has more: rows that hold another are refused.
+    # How many ids the model embeds, where its tokenizer has more. Rows with a larger id are refused.
     embedding: int | None = None
 
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
@@ -59,15 +59,15 @@ class Encoder:
         return None
 
     def identity(self) -> dict[str, Any]:
-        """Return what, beside the tokenizer, decides which ids a row becomes."""
-        # A chat template that can ask for the date may print another prompt tomorrow.
+        """Return all that decides which ids a row becomes, besides the tokenizer."""
+        # A chat template that reads the date may print another prompt tomorrow.
         today = time.strftime('%Y-%m-%d') if 'strftime_now' in str(self.tokenizer.chat_template) else None
         template = repr(TEMPLATE_MAPPING[self.name])
         return {'template': template, 'system': self.system, 'scope': self.loss_scope, 'max_length': self.max_length,
                 'today': today, 'embedding': self.embedding}  # fmt: skip
 
     def embed(self, embedding: int | None) -> None:
-        """Take it that the model embeds so many ids alone; raises ConfigError where no end of turn is among them."""
+        """Set how many ids the model embeds. Raises ConfigError where no end of turn is among them."""
         self.embedding = embedding
         beyond = [end for end in self.stop_ids if embedding is not None and end >= embedding]
         if not beyond:
@@ -76,8 +76,8 @@ class Encoder:
         self.stop_ids = [end for end in self.stop_ids if end not in beyond]
         if not self.stop_ids:
             raise ConfigError(
-                f"template '{self.name}': a reply ends in {named}, and the model embeds {embedding} tokens, this one "
-                'not among them. Choose another --template_type, or take model and tokenizer from the same place.'
+                f"template '{self.name}': a reply ends in {named}, which is beyond the {embedding} tokens that the "
+                'model embeds. Choose another --template_type, or take model and tokenizer from the same place.'
             )
         logger.warning(
             f"template '{self.name}': {named} can end a turn and is beyond the {embedding} tokens that the model "
@@ -91,7 +91,7 @@ class Encoder:
         return [self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)]
 
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Return what inference feeds the model: each row's ids without its last reply, cut to max_length."""
+        """Return the prompts of inference: each row's ids without its last reply, cut to max_length from the front."""
         opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
         shown = [
             dataclasses.replace(context, messages=[*context.messages, row.messages[-1]])
@@ -138,9 +138,9 @@ class Encoder:
         raise NotImplementedError
 
     def carries_loss(self, reply: Message) -> bool:
-        """Return whether an earlier turn carries loss: as the row marks it, else by the scope; never an empty one."""
-        says_something = reply['content'].strip() or reply.keys() & {'tool_calls', 'reasoning'}
-        is_reply = reply['role'] == 'assistant' and bool(says_something)
+        """Return whether an earlier turn carries loss: as the row marks it, else by the loss scope. Empty: never."""
+        is_empty = not (reply['content'].strip() or reply.keys() & {'tool_calls', 'reasoning'})
+        is_reply = reply['role'] == 'assistant' and not is_empty
         return is_reply and reply.get('loss', self.loss_scope == 'all_rounds')
 
     def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Tags around reasoning, as released templates have them. A reply may bring them, so they are active in replies, and
+# Tags around reasoning, as released templates spell them. A reply may contain them, so they are active in replies and
 # inert in all other data.
 OPEN_TAG = r'<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|\[THINK\]'
 CLOSE_TAG = r'</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|\[/THINK\]'
@@ -20,7 +20,7 @@ _THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return nested JSON data with `change` applied to every string in it, keys left alone."""
+    """Return nested JSON data with `change` applied to every string in it. Keys stay unchanged."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -30,8 +30,8 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _is_backend_alone(tokenizer: Any) -> bool:
-    """Return whether the tokenizer adds nothing of its own to its Rust backend, which alone needs no offsets."""
+def _is_pure_backend(tokenizer: Any) -> bool:
+    """Return whether the tokenizer adds nothing to its Rust backend, which is faster if called directly."""
     from transformers import TokenizersBackend
 
     kind = type(tokenizer)
@@ -45,7 +45,7 @@ def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
 
 
 def _is_printed(spelling: str, printed: str) -> bool:
-    """Return whether the template prints this added token as a marker; blanks and words are none."""
+    """Return whether the template prints this added token as a marker. Blanks and words are not markers."""
     is_marker = len(spelling) > 2 and not (spelling[0].isalnum() or spelling[0].isspace() or spelling[0] == '▁')
     return is_marker and not spelling[-1].isalnum() and spelling in printed
 
@@ -54,19 +54,19 @@ class TextTokenizer:
     """Tokenises text in batches, with control tokens active in template text and inert in data."""
 
     def __init__(self, tokenizer: Any, *, printed: str = '') -> None:
-        """`printed` is the template's own text: added tokens that it spells are control tokens too."""
+        """`printed` is the source of the template: added tokens that it spells are control tokens too."""
         self.tokenizer = tokenizer
-        # Threads that encode batches take turns: which tokens are special is a state of the one tokenizer.
+        # Threads that encode batches take turns: which tokens are special is a state of the shared tokenizer.
         self._turn = threading.Lock()
-        self._backend: Any = tokenizer.backend_tokenizer if _is_backend_alone(tokenizer) else None
-        # The copy of the backend that reads guarded text; made when the first such text comes.
+        self._backend: Any = tokenizer.backend_tokenizer if _is_pure_backend(tokenizer) else None
+        # The copy of the backend that reads guarded text. It is made for the first such text.
         self._inert: Any = None
-        # Stands for the n-th control token inside guarded data: no one can have typed it.
+        # A stand-in for the n-th control token in guarded data begins with this, which nobody can have typed.
         self._nonce = secrets.token_hex(8)
         self._guarded = re.compile(f'{self._nonce}:([0-9]+);')
         # Stands for an image in the text of a turn.
         self.image = f'{self._nonce}:image;'
-        # What the template prints by itself, as far as it is known: its own text, and renderings of probes.
+        # What the template is known to print: its source, and renderings of probes.
         self.printed = printed
         self._learn_control(printed)
 
@@ -86,7 +86,7 @@ class TextTokenizer:
         self._number = {spelling: number for number, spelling in enumerate(self._by_number)}
 
     def add_printed(self, printed: str) -> None:
-        """Make added tokens control tokens that the template was seen to print."""
+        """Add rendered text of the template: added tokens in it become control tokens."""
         self.printed += printed
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         if any(spelling in printed and spelling not in self.control_ids for spelling in added):
@@ -94,11 +94,11 @@ class TextTokenizer:
             self._inert = None
 
     def ids(self, texts: Sequence[str], *, inert: bool = False) -> list[list[int]]:
-        """Return the ids of each text, nothing added; `inert` reads it as a reply, in which control tokens are text."""
+        """Return the ids of each text, nothing added. `inert` reads it as a reply: control tokens are text."""
         if not texts:
             return []
         if inert:
-            # Only a text that spells a control token reads otherwise.
+            # Only a text that spells a control token has other ids.
             plain = iter(self.ids([text for text in texts if not self.has_control(text, reply=True)]))
             return [
                 self.guarded_ids(self.guard(text, reply=True)) if self.has_control(text, reply=True) else next(plain)
@@ -117,7 +117,7 @@ class TextTokenizer:
         return [one.ids for one in found]
 
     def has_control(self, text: str, *, reply: bool = False) -> bool:
-        """Return whether the text spells a control token; the think tags of a reply are none."""
+        """Return whether the text spells a control token. In a reply, think tags do not count."""
         return (self._inert_in_replies if reply else self._active).search(text) is not None
 
     def last_control(self, text: str) -> tuple[int, int]:
@@ -126,32 +126,32 @@ class TextTokenizer:
         return len(starts), starts[-1] if starts else 0
 
     def find_control(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """Return the first control token that the text spells from `start` on, think tags not among them."""
+        """Return the first control token in the text from `start` on. Think tags do not count."""
         return self._inert_in_replies.search(text, start)
 
     def find_controls(self, text: str) -> list[re.Match[str]]:
-        """Return the control tokens that the text spells, think tags not among them."""
+        """Return the control tokens in the text. Think tags do not count."""
         return list(self._inert_in_replies.finditer(text))
 
     def find_all(self, text: str) -> list[re.Match[str]]:
-        """Return the control tokens and think tags that the text spells."""
+        """Return the control tokens and think tags in the text."""
         return list(self._active.finditer(text))
 
     def without_control(self, text: str) -> str:
-        """Return the text without the control tokens that it spells."""
+        """Return the text without control tokens."""
         return self._active.sub('', text)
 
     def guard(self, data: str, *, reply: bool = False) -> str:
-        """Return the data with each control token it spells replaced by a stand-in; a reply keeps its think tags."""
+        """Return the data with a stand-in for each control token in it. A reply keeps its think tags."""
         pattern = self._inert_in_replies if reply else self._active
         return pattern.sub(lambda m: f'{self._nonce}:{self._number[m[0]]};', data)
 
     def unguard(self, text: str) -> str:
-        """Return the text with every stand-in replaced by the control token's spelling."""
+        """Return the text with the spelling of the control token for every stand-in."""
         return self._guarded.sub(lambda m: self._by_number[int(m[1])], text)
 
     def guarded_ids(self, text: str) -> list[int]:
-        """Return the ids of template text that holds guarded data: its own control tokens act, the data's do not."""
+        """Return the ids of template text with guarded data: control tokens act in the template, not in the data."""
         if self._nonce not in text:
             return self.ids([text])[0]
         if self._backend is None:
@@ -160,7 +160,7 @@ class TextTokenizer:
             if self._inert is None:
                 self._inert = self._make_inert()
         backend, real_ids = self._inert
-        # An alias has no spelling that data could have, so it acts, and what the data spells stays text.
+        # Data cannot spell an alias. So aliases act as control tokens, and the spellings in the data stay text.
         aliased = self._active.sub(lambda m: self._alias(self._number[m[0]]), text)
         found = backend.encode(self.unguard(aliased), add_special_tokens=False).ids
         return [real_ids.get(token, token) for token in found]
@@ -169,14 +169,14 @@ class TextTokenizer:
         return f'{self._nonce}={number};'
 
     def _make_inert(self) -> tuple[Any, dict[int, int]]:
-        """Return a copy of the backend in which control tokens act under an alias alone, and the id of each alias.
+        """Return a copy of the backend in which control tokens act only under an alias, and the real id of each alias.
 
-        An alias takes the blanks around it as its token does (lstrip, rstrip), and the text beside it is read as beside
-        the token itself.
+        An alias takes the blanks around it as its token does (lstrip, rstrip), and the text next to it has the same ids
+        as next to the token.
         """
         from tokenizers import AddedToken, Tokenizer
 
-        # A second tokenizer over the same vocabulary, which is shared and not copied.
+        # A second tokenizer over the same vocabulary: the vocabulary is shared, not copied.
         backend: Any = Tokenizer(self._backend.model)
         if self._backend.normalizer is not None:
             backend.normalizer = self._backend.normalizer
@@ -192,7 +192,7 @@ class TextTokenizer:
             controls.append(AddedToken(token.content, special=True, **options))
             options['normalized'] = False
             others.append(AddedToken(self._alias(self._number[token.content]), special=False, **options))
-        # Their ids are others than the tokenizer's own, and are put back below.
+        # These ids differ from the tokenizer's own, which `real_ids` gives back.
         backend.add_special_tokens(controls)
         backend.add_tokens(others)
         backend.encode_special_tokens = True
@@ -202,7 +202,7 @@ class TextTokenizer:
         return backend, real_ids
 
     def _guarded_ids_piecewise(self, text: str) -> list[int]:
-        """Return the same of a tokenizer that works in Python: cut at control tokens, the runs between read as text."""
+        """Return the same ids from a tokenizer in Python: split at control tokens, the runs between read as text."""
         ids: list[int] = []
         position = 0
         tokens = self.tokenizer.added_tokens_decoder
@@ -219,9 +219,9 @@ class TextTokenizer:
         return ids
 
     def _text_ids(self, run: str) -> list[int]:
-        """Return the ids of guarded text without control tokens of the template's own."""
+        """Return the ids of guarded text in which the template has no control token."""
         ids: list[int] = []
-        # A control token that is no special one cannot be switched off here: its spelling is cut in two.
+        # An added token that is not special cannot be switched off here: its spelling is split in two.
         cut = f'{self._nonce}/'
         for piece in self._guarded.sub(lambda m: self._as_text(self._by_number[int(m[1])], cut), run).split(cut):
             if piece:
@@ -237,7 +237,7 @@ class TextTokenizer:
         return spelling if token.special else f'{spelling[:1]}{cut}{spelling[1:]}'
 
     def ids_after_control(self, text: str) -> list[int]:
-        """Return the ids of guarded text as they are after a control token: without the blank of a text's beginning."""
+        """Return the ids of guarded text as after a control token: without the blank that some tokenizers put first."""
         tokens = self.tokenizer.added_tokens_decoder
         before = next((s for s, index in self.control_ids.items() if not (tokens[index].rstrip or s in text)), None)
         return self.guarded_ids(text) if before is None else self.guarded_ids(before + text)[1:]

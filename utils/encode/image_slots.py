@@ -1,4 +1,4 @@
-"""Images of a row among its token ids, and the towers of a model that see them."""
+"""The places of images among the token ids of a row."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ FoundImages = list[tuple[str, int]]
 
 
 def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
-    """Return where each place of the ids, its end included, lies once the slots are filled."""
+    """Return the new position of each position of the ids, the end included, once the slots are filled."""
     counts = iter(found)
     return [0, *accumulate(next(counts)[1] if token == slot else 1 for token in ids)]
 
 
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
-    """Return the row with a stand-in for each image tag of its questions, and the images' paths and slots.
+    """Return the row with a stand-in for each image tag of its user turns, and the images' paths and slots.
 
-    Raises RowRefused for an image that cannot be used, and for images of a row where the model sees none.
+    Raises RowRefused for an image that cannot be used, and for a row with images where the model has no vision tower.
     """
     if images is None:
         if row.images:
@@ -43,7 +43,7 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
 
 
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:
-    """Return the ids with each image's slot repeated for its features; raises RowRefused where a cut takes some."""
+    """Return the ids with each image's slot repeated for its features. Raises RowRefused where a cut takes some."""
     if ids.count(slot) != len(found):
         raise RowRefused('the template does not print each image once')
     counts = iter(found)

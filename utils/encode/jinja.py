@@ -1,4 +1,4 @@
-"""A registered template as a chat template in Jinja, for the servers that a merged folder is put on."""
+"""A registered template as a chat template in Jinja, for servers that load a merged folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.conversation import Row
 from utils.preprocess import Piece
 
-# How a conversation is walked through: a system text first or none, then turns of user and assistant.
+# The loop over a conversation: at most one system text first, then turns of user and assistant.
 _FRAME = """\
 {{%- if messages[0]['role'] == 'system' %}}{{%- set system = messages[0]['content'] %}}\
 {{%- set turns = messages[1:] %}}\
@@ -24,7 +24,7 @@ _FRAME = """\
 {{%- if turn['role'] == 'user' %}}{prompt}\
 {{%- elif turn['role'] == 'assistant' %}}{{{{- turn['content'] }}}}\
 {{%- if loop.last %}}{suffix}{{%- else %}}{chat_sep}{{%- endif %}}\
-{{%- else %}}{{{{- raise_exception('this template can only say system, user and assistant') }}}}{{%- endif %}}\
+{{%- else %}}{{{{- raise_exception('this template has only system, user and assistant turns') }}}}{{%- endif %}}\
 {{%- endfor %}}"""
 _SINGLE = "{%- if turns | length > 2 %}{{- raise_exception('this template is single-turn') }}{%- endif %}"
 _PLACES = {
@@ -35,33 +35,33 @@ _PLACES = {
 
 
 def jinja_of(encoder: TemplateEncoder) -> str:
-    """Return the template in Jinja; ids become the text of their tokens."""
+    """Return the template in Jinja. Ids become the text of their tokens."""
     tokenizer, template = encoder.tokenizer, encoder.template
 
-    def say(pieces: Iterable[Piece]) -> str:
+    def print_pieces(pieces: Iterable[Piece]) -> str:
         texts = [
             piece if isinstance(piece, str) else ''.join(tokenizer.decode([encoder.token_id(part)]) for part in piece)
             for piece in pieces
         ]
         parts = re.split(f'({"|".join(map(re.escape, _PLACES))})', ''.join(texts))
-        said = [_PLACES.get(part) or json.dumps(part, ensure_ascii=False) for part in parts if part]
-        return ''.join(f'{{{{- {expression} }}}}' for expression in said)
+        expressions = [_PLACES.get(part) or json.dumps(part, ensure_ascii=False) for part in parts if part]
+        return ''.join(f'{{{{- {expression} }}}}' for expression in expressions)
 
     return _FRAME.format(
         system=json.dumps(encoder.system, ensure_ascii=False),
         refuse=_SINGLE if template.chat_sep is None else '',
-        prefix=say(template.prefix),
-        prompt=say(template.prompt),
-        suffix=say(template.suffix),
-        chat_sep=say(template.chat_sep or ()),
+        prefix=print_pieces(template.prefix),
+        prompt=print_pieces(template.prompt),
+        suffix=print_pieces(template.suffix),
+        chat_sep=print_pieces(template.chat_sep or ()),
     )
 
 
 def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None, str]:
-    """Return the chat template that a server has to use, and how it stands to the trained one.
+    """Return the chat template that a server has to use, and a sentence that compares it with the trained one.
 
-    A registered template is put into Jinja and kept if it gives the prompts of inference, id for id, for all the rows
-    that it can say; else None: then only llm_infer.py serves what was trained.
+    A registered template is written in Jinja, and used if it gives the ids of the inference prompts for every row that
+    it can render. Else the template is None: then only llm_infer.py serves what was trained.
     """
     if not isinstance(encoder, TemplateEncoder):
         return encoder.tokenizer.chat_template, 'its chat template is the one it was trained with'
@@ -71,16 +71,16 @@ def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None,
     for row in rows:
         try:
             wanted = encoder.encode_prompts([row])[0]
-        except ConfigError:  # single-turn, or a role it cannot say
+        except ConfigError:  # single-turn, or a role that it has no form for
             continue
         try:
             found = tokenizer.apply_chat_template(
                 row.messages[:-1], add_generation_prompt=True, return_dict=False, tokenize=True
             )
         except TemplateError as error:
-            return None, f"template '{encoder.name}' cannot be said in Jinja ({error})"
+            return None, f"template '{encoder.name}' cannot be written in Jinja ({error})"
         if found != wanted:
             return None, f"template '{encoder.name}' in Jinja gives other ids ({row.origin})"
         compared += 1
-    name = f"template '{encoder.name}' was put into its chat template: the same ids on {compared} conversations"
+    name = f"template '{encoder.name}' was written into its chat template: the same ids on {compared} conversations"
     return tokenizer.chat_template, name

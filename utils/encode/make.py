@@ -23,7 +23,7 @@ def make_encoder(
     images: Images | None = None,
     embedding: int | None = None,
 ) -> Encoder:
-    """Return the encoder of a template. With auto, `system` counts only if the user typed it.
+    """Return the encoder of a template. Under auto, `system` is used only if the user typed it.
 
     `embedding` is how many ids the model embeds where its tokenizer has more.
     """

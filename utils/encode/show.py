@@ -1,4 +1,4 @@
-"""Encoded rows shown with the trained part marked."""
+"""Encoded rows as text, with the trained parts marked."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from utils.base import dist
 from utils.base.logger import logger
 from utils.encode.encoded import spans_of
 
-# Black on green, and back: what is trained, in a terminal.
+# Black on green, and reset: the trained part in a terminal.
 _COLOURS = ('\x1b[30;42m', '\x1b[0m')
 MARKS = ('⟦', '⟧')
 
 
 def show_row(tokenizer: Any, row: dict[str, Any], marks: tuple[str, str] = MARKS) -> str:
     """Return the row decoded, each trained span between the marks."""
-    ids, text, position = row['input_ids'], '', 0
+    ids = row['input_ids']
+    text = ''
+    position = 0
     for start, end in spans_of(row):
-        before, trained = (tokenizer.decode(part) if part else '' for part in (ids[position:start], ids[start:end]))
+        before = tokenizer.decode(ids[position:start]) if start > position else ''
+        trained = tokenizer.decode(ids[start:end]) if end > start else ''
         text += f'{before}{marks[0]}{trained}{marks[1]}'
         position = end
     return text + (tokenizer.decode(ids[position:]) if ids[position:] else '')
 
 
 def show_samples(tokenizer: Any, rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Log rows with their trained parts in colour, or marked where there is no terminal; write them to sample.txt."""
+    """Log rows with their trained parts in colour (marked where there is no terminal), and write them to sample.txt."""
     coloured = sys.stderr.isatty() and 'NO_COLOR' not in os.environ
     for row in rows:
         how = 'the trained part in colour' if coloured else 'the trained part between ⟦ and ⟧'

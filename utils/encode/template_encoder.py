@@ -22,13 +22,13 @@ from utils.preprocess import Piece, Template
 
 
 class _Reply(str):
-    """An earlier reply that carries loss: tokenised by itself, as the last one is, never joined to its neighbours."""
+    """An earlier reply that carries loss. It is tokenised separately, as the last one is."""
 
 
 class TemplateEncoder(Encoder):
     """Encodes with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix.
 
-    With all rounds, also each earlier reply, with what follows it in chat_sep up to a token at which generation stops.
+    Under all_rounds it also covers each earlier reply, and chat_sep after it up to a token at which generation stops.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TemplateEncoder(Encoder):
         self._round_end = next(stops, 0)
 
     def _fill(self, pieces: Iterable[Piece], **data: str) -> list[str | list[int]]:
-        """Return the pieces with placeholders filled in one pass and attribute names read from the tokenizer."""
+        """Return the pieces with placeholders filled in one pass, and tokenizer attributes replaced by their ids."""
 
         def fill(text: str) -> str:
             return re.sub(r'\{\{(SYSTEM|QUERY|ROUND)\}\}', lambda m: data[m[1]], text)
@@ -63,6 +63,7 @@ class TemplateEncoder(Encoder):
         return [fill(p) if isinstance(p, str) else [self.token_id(part) for part in p] for p in pieces]
 
     def token_id(self, part: int | str) -> int:
+        """Return an id as it is, or the tokenizer's id of that name. Raises ConfigError where it has none."""
         if isinstance(part, int):
             return part
         value = getattr(self.tokenizer, part)
@@ -74,32 +75,34 @@ class TemplateEncoder(Encoder):
         return int(value)
 
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
-        """Return the prompt's pieces, neighbouring texts joined, whether data is guarded in them, and notes."""
+        """Return the pieces of a prompt, whether they hold guarded data, and notes. Neighbouring texts are joined."""
         guarded = self._spells_control(row.messages)
-        system, turns = self.system, row.messages
+        system = self.system
+        turns = row.messages
         notes = [CONTROL_TOKENS] if guarded else []
 
-        def say(text: str, *, reply: bool = False) -> str:
+        def guard(text: str, *, reply: bool = False) -> str:
             return self.text.guard(text, reply=reply) if guarded else text
 
         if turns and turns[0]['role'] == 'system':
-            system, turns = turns[0]['content'], turns[1:]
+            system = turns[0]['content']
+            turns = turns[1:]
             notes += [] if self.template.has_system else [SYSTEM_IGNORED]
         if row.tools:
             notes.append(TOOLS_IGNORED)
         self._check_roles(row, turns)
         if len(turns) > 1 and self.template.chat_sep is None:
             raise ConfigError(
-                f"{row.origin} has history, template '{self.name}' is single-turn (no chat_sep). "
+                f"{row.origin}: the row has history, and template '{self.name}' is single-turn (it has no chat_sep). "
                 'Choose a chat template, e.g. --template_type chatml or default.'
             )
-        pieces = self._fill(self.template.prefix, SYSTEM=say(system or ''))
+        pieces = self._fill(self.template.prefix, SYSTEM=guard(system or ''))
         for index, turn in enumerate(turns):
             if turn['role'] == 'user':
-                query = say(turn['content']).replace(self.text.image, self.images.mark if self.images else '')
+                query = guard(turn['content']).replace(self.text.image, self.images.mark if self.images else '')
                 pieces += self._fill(self.template.prompt, QUERY=query, ROUND=str(index // 2 + 1))
             else:
-                reply = say(turn['content'], reply=True)
+                reply = guard(turn['content'], reply=True)
                 pieces += [_Reply(reply) if self.carries_loss(turn) else reply]
                 pieces += self._fill(self.template.chat_sep or ())
         joined: list[str | list[int]] = []
@@ -116,8 +119,8 @@ class TemplateEncoder(Encoder):
             role = 'tool call' if 'tool_calls' in turn else turn['role']
             if role != expected:
                 raise ConfigError(
-                    f"{row.origin}: turn {index + 1} is a {role} turn where template '{self.name}' can only say "
-                    f"{expected}. Choose --template_type auto if the model's own template can say it."
+                    f"{row.origin}: turn {index + 1} is a {role} turn, and template '{self.name}' has only "
+                    f"{expected} turns there. Choose --template_type auto if the model's own template has such turns."
                 )
 
     def _ids(self, pieces: Sequence[str | list[int]], *, guarded: bool) -> list[int]:
@@ -177,7 +180,7 @@ class TemplateEncoder(Encoder):
         ]
 
     def _texts(self, pieces: Sequence[str | list[int]]) -> list[str]:
-        """Return the text of a prompt, cut where earlier replies carry loss."""
+        """Return the text of a prompt, split where earlier replies carry loss."""
         texts = ['']
         for piece in pieces:
             if isinstance(piece, _Reply):

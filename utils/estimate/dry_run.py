@@ -1,4 +1,4 @@
-"""--dry_run true: what a run would decide, read, download and hold, found without starting it."""
+"""--dry_run true: print what a run would decide, read, download and need in memory, without starting it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits
 
 @dataclass(kw_only=True)
 class Found:
-    """What is on this machine: the folder of the model where it is whole, and the files that are not there."""
+    """What is on this machine: the folder of the model if it is complete, and the files that are missing."""
 
     model_dir: Path | None = None
     where: str = ''
@@ -39,22 +39,29 @@ class Found:
 
 
 def dry_run(done: Ready[SftArguments]) -> int:
-    """Print what the run would be. Makes no folder but in the cache; a hub is asked for names and cards alone.
+    """Print what the run would do, and return 0. Writes only to the cache, and downloads only file lists and cards.
 
-    Where no hub answers, files are not known by name, and tokens by their bound.
+    Without a hub the files are not named, and tokens are bounded instead of counted.
     """
-    args, info = done.args, done.info
+    args = done.args
+    info = done.info
     start_processes('gloo')
     found = _find_model(done)
     shape = _shape(done, found)
     data_is_here = _find_data(args, found)
     machine = _machine()
+
     if args.dtype is None:
-        native = machine.gpu or cpu_has_bf16()
-        reason = 'GPUs are assumed to have it' if machine.gpu else f'this CPU has {"" if native else "no "}bf16'
-        done.decide('dtype', 'bf16' if native else 'fp32', reason)
+        has_bf16 = machine.gpu or cpu_has_bf16()
+        reason = f'this CPU has {"" if has_bf16 else "no "}bf16'
+        if machine.gpu:
+            reason = 'GPUs are assumed to have bf16'
+        done.decide('dtype', 'bf16' if has_bf16 else 'fp32', reason)
+
     mode = None if shape is None else mode_of(args, info, shape, machine)
-    work = plan_work(done, found.model_dir, mode, data_is_here=data_is_here, sees=shape is not None and shape.tower > 0)
+    has_vision = shape is not None and shape.tower > 0
+    work = plan_work(done, found.model_dir, mode, data_is_here=data_is_here, has_vision=has_vision)
+
     _show('decisions', [*done.decisions, *(f'warning: {text}' for text in done.warnings)])
     _show('model', [found.where, *_about(args, shape, mode)])
     _show('data', work.lines)
@@ -72,7 +79,7 @@ def _show(title: str, lines: Iterable[str]) -> None:
 
 
 def _machine() -> Machine:
-    """Return how this run is started: with the GPUs it is given, or those it names where the machine has none."""
+    """Return how this run is started: with the visible GPUs or, if there are none, those of CUDA_VISIBLE_DEVICES."""
     named = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip() not in ('', '-1')]
     gpus = dist.visible_gpus() or len(named)
     return Machine(processes=dist.world_size(), devices=max(1, gpus // dist.local_world_size()), gpu=gpus > 0)
@@ -80,24 +87,32 @@ def _machine() -> Machine:
 
 def _sizes(names: Sequence[str], files: dict[str, Listed]) -> str:
     total = sum(files[name][0] or 0 for name in names)
-    return f'{len(names)} files, {total / GIB:.2f} GiB: {", ".join(names[:6])}{", ..." if len(names) > 6 else ""}'
+    more = ', ...' if len(names) > 6 else ''
+    return f'{len(names)} files, {total / GIB:.2f} GiB: {", ".join(names[:6])}{more}'
 
 
 def _find_model(done: Ready[SftArguments]) -> Found:
-    args, info = done.args, done.info
+    args = done.args
+    info = done.info
     if info.embedded and (packaged := find_packaged_file(*info.embedded)):
         return Found(model_dir=dense_directory(packaged), where=f'{run_name(args)}: in the package {info.embedded[0]}')
+
     if Path(info.model_id_or_path).is_dir():
         return Found(model_dir=Path(info.model_id_or_path), where=f'{info.model_id_or_path}: a local directory')
+
     try:
         snapshot, names = find_on_hub(info, revision=args.model_revision, hub_name=args.hub)
     except ConfigError as error:
-        ids = info.model_id_or_path if args.hub == 'modelscope' else info.hf_model_id or info.model_id_or_path
-        unknown = f'model {args.hub}:{ids}, its files not known by name: {error.problems[0].split(". ")[0]}'
+        repo = info.model_id_or_path
+        if args.hub != 'modelscope' and info.hf_model_id:
+            repo = info.hf_model_id
+        unknown = f'model {args.hub}:{repo}, files unknown: {error.problems[0].split(". ")[0]}'
         return Found(where=f'{run_name(args)}: not on this machine', downloads=[unknown])
+
     if absent := snapshot.to_fetch(names):
         wanted = f'model {snapshot.repo}, {_sizes(absent, snapshot.files)}'
-        return Found(where=f'{run_name(args)}: not whole on this machine', downloads=[wanted])
+        return Found(where=f'{run_name(args)}: not complete on this machine', downloads=[wanted])
+
     folder = snapshot.client.cached(snapshot.repo, 'model')
     return Found(model_dir=folder, where=f'{run_name(args)}: {snapshot.repo} in the cache')
 
@@ -109,7 +124,7 @@ def _shape(done: Ready[SftArguments], found: Found) -> Shape | None:
 
 
 def _find_data(args: SftArguments, found: Found) -> bool:
-    """Return whether all data is on this machine; what is not is added to the downloads."""
+    """Return whether all data is on this machine, and add what is missing to the downloads."""
     before = len(found.downloads)
     for word in args.dataset:
         entry = DATASET_MAPPING.get(parse_source(word).name)
@@ -119,9 +134,10 @@ def _find_data(args: SftArguments, found: Found) -> bool:
             snapshot = hub.find(entry.repos(args.hub), 'dataset')
             names = [name for chosen in choose_files(snapshot, entry).values() for name in chosen]
         except ConfigError as error:
-            what = f'data set {word}: {entry.repos(args.hub)[0]}, its files not known by name: '
+            what = f'data set {word}: {entry.repos(args.hub)[0]}, files unknown: '
             found.downloads.append(what + error.problems[0].split('. ')[0])
             continue
+
         if absent := snapshot.to_fetch(names):
             found.downloads.append(f'data set {word}: {snapshot.repo}, {_sizes(absent, snapshot.files)}')
     return len(found.downloads) == before
@@ -130,9 +146,10 @@ def _find_data(args: SftArguments, found: Found) -> bool:
 def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[str]:
     if shape is None or mode is None:
         return [
-            'its size is not known: its config.json is not here, and utils/estimate/model_sizes.json has no entry '
-            'for it'
+            'its size is not known: its config.json is not on this machine, and utils/estimate/model_sizes.json has '
+            'no entry for it'
         ]
+
     trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
     total = shape.parameters + (0 if mode.full else trained)
     lines = [
@@ -141,39 +158,39 @@ def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[s
         + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else ''),
     ]
     if shape.attention == 'mixed':
-        lines.append('layers other than attention are counted as attention of their width: a lower bound')
+        lines.append('layers without attention are counted as attention layers of the same width: a lower bound')
     if shape.tower:
-        trains = '' if args.freeze_vision else ' It trains with --freeze_vision false, which is not counted.'
-        lines.append(f'what sees: {shape.tower:,} parameters, counted as weights alone.{trains}')
+        training = '' if args.freeze_vision else ' Its training (--freeze_vision false) is not counted.'
+        lines.append(f'vision tower: {shape.tower:,} parameters, counted only as weights.{training}')
     return lines
 
 
 def _device(mode: Mode) -> str:
-    shared = {'zero2': ', ZeRO-2', 'zero3': ', ZeRO-3', 'fsdp': ', FSDP2', '': ''}[mode.sharding]
-    kind = 'a GPU' if mode.gpu else 'this CPU'
-    many = f', {mode.processes} processes' if mode.processes > 1 else ''
+    device = 'a GPU' if mode.gpu else 'this CPU'
     spread = f' of {mode.devices} that share the layers' if mode.devices > 1 else ''
-    return f'memory of {kind}{spread}{many}{shared}, GiB, an estimate'
+    processes = f', {mode.processes} processes' if mode.processes > 1 else ''
+    sharding = {'zero2': ', ZeRO-2', 'zero3': ', ZeRO-3', 'fsdp': ', FSDP2', '': ''}[mode.sharding]
+    return f'memory of {device}{spread}{processes}{sharding}, GiB, an estimate'
 
 
 def _memory(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
-    off, on = (footprint(shape, replace(mode, checkpointing=value), batch) for value in (False, True))
-    asked = [' (as asked)' if mode.checkpointing is value else '' for value in (False, True)]
-    head = f'{"":12} {"without" + asked[0]:>20} {"with" + asked[1]:>20} gradient checkpointing'
+    off = footprint(shape, replace(mode, checkpointing=False), batch)
+    on = footprint(shape, replace(mode, checkpointing=True), batch)
+    asked = ' (as asked)'
+    without = 'without' + ('' if mode.checkpointing else asked)
+    with_ = 'with' + (asked if mode.checkpointing else '')
+    head = f'{"":12} {without:>20} {with_:>20} gradient checkpointing'
 
     def line(name: str) -> str:
         return f'{name:12} {_gib(off, name):>20} {_gib(on, name):>20}'
 
-    on_cpu = [
-        'on a CPU the first-step gate holds one more copy of what is trained, and freed memory is kept for speed: the',
-        'process was measured to hold 1 to 21 % more than what lives (benchmarks/estimate.py --kept)',
-    ]
-    return [
-        head,
-        *map(line, _ITEMS),
-        'the peak is the most at once: not all of these are there together',
-        *([] if mode.gpu else on_cpu),
-    ]
+    lines = [head, *map(line, _ITEMS), 'the peak is the largest sum at one time: the items do not all occur together']
+    if not mode.gpu:
+        lines += [
+            'this counts live tensors. On a CPU the first-step gate holds one more copy of the trained weights, and',
+            'freed memory is kept for reuse: the process held 1 to 21 % more (benchmarks/estimate.py --kept)',
+        ]
+    return lines
 
 
 def _gib(found: Footprint, name: str) -> str:
@@ -186,22 +203,24 @@ def _fitting(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
     lines = []
     for value in (False, True):
         asked = replace(mode, checkpointing=value, gpu=True)
-        names = ', '.join(gpus_that_fit(shape, asked, batch)) or 'none of those known'
+        names = ', '.join(gpus_that_fit(shape, asked, batch)) or 'none of the known ones'
         how = f'with{"" if value else "out"} gradient checkpointing'
         lines.append(f'{each} x, {how}, {need(footprint(shape, asked, batch)):.1f} GiB each: {names}')
-    return [*lines, 'counted with 1 GiB for the libraries of the device and 5 % between blocks']
+    return [*lines, 'including 1 GiB for the CUDA context and libraries, and 5 % for fragmentation']
 
 
 def _time(shape: Shape, mode: Mode, work: Work) -> list[str]:
     if work.tokens is None:
-        return ['not known, as the tokens are not']
+        return ['not known, because the number of tokens is not known']
+
     total = flops(shape, mode, work.tokens)
     fits = gpus_that_fit(shape, mode, work.batch)
     each = ', '.join(
         f'{name} {_clock(seconds(total, tera, mode.processes))}' for name, _, tera in known_gpus() if name in fits
     )
+    bound = '' if work.counted else 'at most '
     return [
-        f'{total:.3g} floating-point operations for {"" if work.counted else "at most "}{work.tokens:,} tokens',
+        f'{total:.3g} floating-point operations for {bound}{work.tokens:,} tokens',
         f'at {UTILISATION:.0%} of the peak of a GPU, which is assumed and not measured: {each or "none fits"}',
     ]
 
@@ -209,4 +228,8 @@ def _time(shape: Shape, mode: Mode, work: Work) -> list[str]:
 def _clock(value: float) -> str:
     if value < 1:
         return 'under 1 s'
-    return f'{value / 3600:.1f} h' if value >= 3600 else f'{value / 60:.1f} min' if value >= 60 else f'{value:.0f} s'
+    if value < 60:
+        return f'{value:.0f} s'
+    if value < 3600:
+        return f'{value / 60:.1f} min'
+    return f'{value / 3600:.1f} h'

@@ -1,4 +1,4 @@
-"""From the flags of a run to what it asks of each device, which GPUs that fits on, and how long it would take there."""
+"""From the flags of a run to its memory per device, the GPUs that it fits on, and its time there."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from utils.estimate.model_shape import Shape
 from utils.loading.info import ModelInfo
 from utils.loading.layers import ALL, native_names
 
-# What a GPU needs beside tensors: the context and workspaces of the libraries, and what lies between blocks in use.
-_CONTEXT, _FRAGMENTED = GIB, 0.05
-# Share of the peak at which a training step multiplies: an assumption, no measurement.
+# What a GPU needs besides tensors: the CUDA context and library workspaces in bytes, and the share lost to
+# fragmentation.
+_CONTEXT = GIB
+_FRAGMENTED = 0.05
+# Share of the peak FLOP/s that a training step reaches: assumed, not measured.
 UTILISATION = 0.4
+# Bytes of a value.
 _WIDTHS = {'bf16': 2, 'fp16': 2, 'fp32': 4}
+# Tokens of a row that are assumed if --max_length is -1.
 _UNBOUNDED = 2048
-# Values that optimizers keep of each parameter, by the beginning of their names.
+# Values that an optimizer keeps per parameter, by the first part of its name.
 _STATES = {'adamw': 2, 'ademamix': 3, 'lion': 1, 'rmsprop': 1, 'adagrad': 1, 'sgd': 0, 'adafactor': 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """How a run is started: processes, GPUs of each, and whether there are GPUs."""
+    """How a run is started: the number of processes, devices per process, and whether they are GPUs."""
 
     processes: int = 1
     devices: int = 1
@@ -33,12 +37,13 @@ class Machine:
 
 
 def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine) -> Mode:
-    """Return what of resolved arguments decides the memory of a run."""
+    """Return the settings of a run that decide its memory."""
     packed = _packing(args, info)
     zero = read_zero(args.deepspeed_config_path) if args.deepspeed_config_path else ZeroConfig(content={})
     sharding = f'zero{zero.stage}' if zero.stage in (2, 3) else ''
     if args.fsdp:
         sharding = 'fsdp'
+    # The fast path needs whole weights in each process.
     whole = sharding not in ('fsdp', 'zero3')
     return Mode(
         full=args.sft_type == 'full',
@@ -52,7 +57,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p,
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
-        laid=args.padding_free is not False and shape.attention == 'rows' and whole,
+        padding_free=args.padding_free is not False and shape.attention == 'rows' and whole,
         chunked=args.chunked_loss and whole,
         gpu=machine.gpu,
         sharding=sharding,
@@ -64,8 +69,9 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def optimizer_bytes(name: str) -> int:
-    """Return the bytes that an optimizer of --optim keeps of each trained parameter."""
-    return _STATES[name.removeprefix('paged_').split('_')[0]] * (1 if '8bit' in name else 4)
+    """Return the bytes that an optimizer of --optim keeps per trained parameter."""
+    states = _STATES[name.removeprefix('paged_').split('_')[0]]
+    return states * (1 if '8bit' in name else 4)
 
 
 def _packing(args: SftArguments, info: ModelInfo) -> str:
@@ -79,7 +85,7 @@ def _packing(args: SftArguments, info: ModelInfo) -> str:
 
 
 def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
-    """Return the names of layers that LoRA is on, none for full fine-tuning."""
+    """Return the names of the layers that LoRA adapts; none for full fine-tuning."""
     if args.sft_type == 'full':
         return []
     named = args.lora_target_modules or list(info.lora_target_modules)
@@ -88,14 +94,14 @@ def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
 
 
 def longest_batch(args: SftArguments) -> Batch:
-    """Return the heaviest batch that --max_length allows, for data that is not here; every token trained."""
+    """Return the heaviest batch that --max_length allows, with every token trained, for data that is not here."""
     length = args.max_length if args.max_length > 0 else _UNBOUNDED
     tokens = args.batch_size * length
     return Batch(tokens=tokens, longest=length, trained=tokens)
 
 
 def known_gpus() -> list[tuple[str, int, int]]:
-    """Return name, GiB and peak of dense bf16 products (T4, V100: fp16) in TFLOP/s of GPUs, by the makers' sheets."""
+    """Return GPUs as (name, GiB, TFLOP/s): the dense bf16 peak (T4 and V100: fp16) by the data sheets."""
     return [tuple(gpu) for gpu in json.loads(Path(__file__).with_name('gpus.json').read_text(encoding='utf-8'))]
 
 
@@ -105,20 +111,23 @@ def need(found: Footprint) -> float:
 
 
 def gpus_that_fit(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
-    """Return the names of the known GPUs whose memory is enough, each of as many as the mode has devices."""
+    """Return the names of the known GPUs that have enough memory for one device of the run."""
     wanted = need(footprint(shape, replace(mode, gpu=True), batch))
     return [name for name, memory, _ in known_gpus() if memory >= wanted]
 
 
 def flops(shape: Shape, mode: Mode, tokens: int) -> float:
-    """Return the multiplications and additions of training on these tokens, those between tokens left out.
+    """Return the floating-point operations of training on these tokens, without those of the attention scores.
 
-    2 per parameter and token forward, 2 back to the activations, 2 to the weights where all are trained, and 2 where
-    the forward pass is done twice.
+    Per active parameter and token: 2 forward, 2 for the gradients of activations, 2 for the gradients of weights in
+    full fine-tuning, and 2 for the second forward pass of gradient checkpointing.
     """
     return (4 + 2 * mode.full + 2 * mode.checkpointing) * float(shape.active) * tokens
 
 
 def seconds(work: float, tera: float, devices: int) -> float:
-    """Return how long a GPU of this peak takes for its share; layers spread over GPUs work one after another."""
+    """Return the seconds that a GPU with this peak needs for its share of `work`.
+
+    `devices` are GPUs that work at the same time; GPUs that share the layers of one process do not.
+    """
     return work / (tera * 1e12 * UTILISATION * devices)

@@ -1,4 +1,4 @@
-"""The numbers of a model that its memory follows from: counted on the real class without weights, kept in a table."""
+"""The sizes of a model that decide its memory: counted on the real class without weights, or taken from a table."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from utils.loading.opening import get_text_model_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Linear layers by name: how many there are of each (in, out).
+# Linear layers by name: the number of layers of each size (in, out).
 Sizes = dict[str, dict[tuple[int, int], int]]
 TABLE = Path(__file__).with_name('model_sizes.json')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model in numbers; counts are of parameters, widths of elements per token."""
+    """A model in numbers: counts of parameters, and widths in values per token."""
 
     model_class: str
     parameters: int
-    # Of these: the input embedding, an output head of its own, stacked experts, what sees.
+    # Parts of these: the input embedding, an untied output head, stacked experts, the vision tower.
     embedding: int
     head: int
     experts: int
     tower: int
-    # Parameters that one token is multiplied with, the head among them.
+    # Parameters that each token is multiplied with, including the head.
     active: int
     hidden: int
     layers: int
@@ -40,16 +40,16 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    # Widths of all layers together: what is normalised, and what goes into the MLPs' last layers.
+    # Sums over all layers: the widths of norms, and the input widths of the last layers of MLPs.
     normed: int
     inner: int
     gated: bool
-    # rows: may be laid end to end; padded; mixed: padded, with other layers beside attention; alibi: padded, with a
-    # bias by position; eager: padded, all scores kept.
+    # rows: rows can be concatenated. All others are padded: padded; mixed: has layers other than attention; alibi: adds
+    # a bias by position; eager: saves all scores.
     attention: str
-    # Names of linear layers but the head and what sees: [how many, in, out] of each size.
+    # Linear layers by name, without the head and the vision tower: [count, in, out] of each size.
     linear: dict[str, list[list[int]]]
-    # Names of stacked expert parameters: [layers, experts, in, out].
+    # Stacked expert parameters by name: [layers, experts, in, out].
     stacked: dict[str, list[int]]
 
     @property
@@ -59,14 +59,14 @@ class Shape:
 
 
 def known_shape(model_type: str | None) -> Shape | None:
-    """Return the shape of a registered model from the table; None where its size is not known."""
+    """Return the shape of a registered model from the table, None if it has no entry."""
     table = json.loads(TABLE.read_text(encoding='utf-8'))
     name = table['models'].get(model_type)
     return Shape(**table['shapes'][name]['shape']) if name else None
 
 
 def shape_of(model_dir: Path, info: ModelInfo) -> Shape:
-    """Return the shape of the model that a directory's config.json describes; no weight is read."""
+    """Return the shape of the model that config.json of a directory describes. No weights are read."""
     import torch
 
     with torch.device('meta'):
@@ -79,26 +79,32 @@ def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
     config = read_config(model_dir)
     if family := find_family(config, info.family) or find_saved(config):
         return build_empty(family, model_dir)
+
     native = t.AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    speaks, sees = t.MODEL_FOR_CAUSAL_LM_MAPPING, t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if info.get_function is get_text_model_tokenizer:
         native = native.get_text_config()
-    cls = (speaks if type(native) in speaks or type(native) not in sees else sees)[type(native)]
+    text_classes = t.MODEL_FOR_CAUSAL_LM_MAPPING
+    vision_classes = t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    only_vision = type(native) in vision_classes and type(native) not in text_classes
+    cls = (vision_classes if only_vision else text_classes)[type(native)]
     return cls(native)
 
 
 def measure(model: PreTrainedModel) -> Shape:
-    """Return the shape of a model, whose weights need not be there."""
+    """Return the shape of a model; its parameters may be on the meta device."""
     from utils.loading.layers import expert_names, find_towers
 
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    embedding = model.get_input_embeddings().weight
-    towers = find_towers(model)
-    seeing = [module for name, module in model.named_modules() if name in towers]
+    config = model.config.get_text_config()
     settings = config.to_dict()
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings().weight
+    tower_names = find_towers(model)
+    towers = [module for name, module in model.named_modules() if name in tower_names]
+
     heads = config.num_attention_heads
     kv_heads = settings.get('num_key_value_heads') or heads
-    linear, normed = _layers(model, seeing, heads, kv_heads)
+    linear, normed = _layers(model, towers, heads, kv_heads)
+
     stacked = {
         name: [count, *next(p.shape for n, p in model.named_parameters() if n.endswith(f'.{name}'))]
         for name, count in expert_names(model).items()
@@ -106,9 +112,11 @@ def measure(model: PreTrainedModel) -> Shape:
     experts = sum(count * n * rows * columns for count, n, rows, columns in stacked.values())
     chosen = settings.get('num_experts_per_tok') or 0
     share = chosen / next(iter(stacked.values()))[1] if stacked else 0.0
-    tower = sum(p.numel() for module in seeing for p in module.parameters())
+
+    tower = sum(p.numel() for module in towers for p in module.parameters())
     total = sum(p.numel() for p in model.parameters())
     own_head = 0 if head.weight is embedding else head.weight.numel()
+
     return Shape(
         model_class=type(model).__name__,
         parameters=total,
@@ -132,18 +140,19 @@ def measure(model: PreTrainedModel) -> Shape:
     )
 
 
-def _layers(model: PreTrainedModel, seeing: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
-    """Return the linear layers but the head and what sees, and the width of all norms together."""
+def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
+    """Return the linear layers without the head and the vision tower, and the sum of the widths of norms."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    left_out = {id(part) for module in (*seeing, model.get_output_embeddings()) for part in module.modules()}
+    excluded = {id(part) for module in (*towers, model.get_output_embeddings()) for part in module.modules()}
     linear: Sizes = {}
     normed = 0
     for name, module in model.named_modules():
         last = name.rpartition('.')[2]
-        if id(module) in left_out:
+        if id(module) in excluded:
             continue
+
         if isinstance(module, torch.nn.Linear | Conv1D):
             rows, columns = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
             sizes = linear.setdefault(last, {})
@@ -154,17 +163,21 @@ def _layers(model: PreTrainedModel, seeing: list[Any], heads: int, kv_heads: int
 
 
 def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]], k: int) -> int:
-    """Return the width that goes into the last layer of every MLP, of the chosen experts where there are some."""
+    """Return the sum of the input widths of the last layers of MLPs, of `k` experts per layer in a mixture."""
     dense = next((linear[n] for n in ('down_proj', 'w2', 'dense_4h_to_h') if n in linear), None)
     if dense is None and 'c_fc' in linear:
         dense = {(columns, rows): count for (rows, columns), count in linear['c_fc'].items()}
     width = sum(count * rows for (rows, _), count in (dense or {}).items())
-    per_expert = settings.get('moe_intermediate_size') or settings.get('intermediate_size', 0)
-    return width + (k * per_expert * next(iter(stacked.values()))[0] if stacked else 0)
+    if not stacked:
+        return width
+
+    per_expert: int = settings.get('moe_intermediate_size') or settings.get('intermediate_size', 0)
+    layers = next(iter(stacked.values()))[0]
+    return width + k * per_expert * layers
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return how rows may be laid out, as `Shape.attention` says."""
+    """Return the value of `Shape.attention`."""
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 

@@ -1,4 +1,4 @@
-"""Merging an adapter: written aside, reopened from disk as a stranger would, compared, and only then given its name."""
+"""Merging an adapter: write the merged model to a hidden folder, reopen it, compare it, then rename it into place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
-from utils.base.files import write_json
 from utils.base.names import SFT_ARGS
 from utils.encode.encoder import Encoder
 from utils.encode.jinja import serving_template
@@ -19,42 +18,48 @@ from utils.loading.image_processors import Images
 from utils.loading.save import save_whole
 from utils.model import load_model, load_tokenizer
 from utils.proofs.template import probes
-from utils.run.record import ANSWERS_JSON, record_proof
+from utils.run.record import ANSWERS_JSON, RunRecord, record_proof
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
 
-# How far merged logits may lie from base + adapter, as a share of the largest logit: one rounding of the weights. In
-# bf16 that is much: the same weights computed in fp32 and in bf16 were up to 5 % apart on SmolLM2.
+# Largest difference between merged logits and base + adapter, as a share of the largest logit: the weights are rounded
+# once more. In bf16 that is much: the same weights computed in fp32 and in bf16 were up to 5 % apart on SmolLM2.
 _BOUND = {'float32': 1e-3, 'bfloat16': 1e-1, 'float16': 1e-2}
-# How far what is reopened may lie from what was merged: the same weights in the same kernels.
+# Largest difference between the reopened and the merged model: the same weights, computed by the same kernels.
 _SAME = 1e-5
-# Shares of what the adapter does to logits: with less than the first it is lost, with less than the second not whole.
-_LOST, _WHOLE = 0.05, 0.9
+# Share of the adapter's effect on the logits that the merged weights hold. Below _LOST merging fails; below _WHOLE the
+# proof says that a part was rounded away.
+_LOST = 0.05
+_WHOLE = 0.9
 _TEXT = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
 
 
 def probe_logits(
     model: Any, tokenizer: Any, images: Images | None = None, *, ids: list[int] | None = None
 ) -> torch.Tensor:
-    """Return the model's logits, 1 x T x V, fp32 on the CPU: on ids, or a fixed text, after a picture where it sees."""
+    """Return the model's logits (1, T, V), fp32 on the CPU.
+
+    The input is `ids`; without them a fixed text, with an example picture in front of it for a vision model.
+    """
     import torch
 
-    # Within the trained length, beyond which some models compute what plain classes do not (Qwen's dynamic NTK).
-    limit = getattr(model.config, 'max_position_embeddings', 1024)  # Bloom, of ALiBi, has no such limit
+    # Stay within the trained length: beyond it some models compute what plain classes do not (Qwen's dynamic NTK).
+    limit = getattr(model.config, 'max_position_embeddings', 1024)  # Bloom uses ALiBi and has no such limit
     if ids is None and images is not None:
         inputs = images.example(tokenizer, tokenizer(_TEXT, add_special_tokens=False)['input_ids'][:limit])
     else:
         ids = tokenizer(_TEXT, add_special_tokens=False)['input_ids'] if ids is None else ids
         inputs = {'input_ids': torch.tensor([ids[:limit]])}
+
     with torch.no_grad():
         logits: torch.Tensor = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False).logits
     return logits.float().cpu()
 
 
 def user_rows(run_dir: Path) -> list[Row]:
-    """Return the rows that the run answered for its report; none where it was told to answer none."""
+    """Return the rows that the run answered for its report; none with --report_samples 0."""
     file = run_dir / ANSWERS_JSON
     answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
     return [Row(messages=a['messages'], tools=a['tools'], origin=f'{file}:{n}') for n, a in enumerate(answers, 1)]
@@ -66,32 +71,38 @@ def merge_checkpoint(
     config: GenerationConfig,
     checkpoint: Path,
     *,
-    record: dict[str, Any],
+    record: RunRecord,
     images: Images | None = None,
 ) -> tuple[Path, str]:
-    """Merge a checkpoint's adapter into <checkpoint>-merged, ready to be served; returns it and what was proven."""
+    """Merge a checkpoint's adapter into <checkpoint>-merged.
+
+    Returns that folder, and a text that says what was proven and how to serve the model.
+    """
     started = time.perf_counter()
-    if checkpoint.name in ('', '..'):  # which would name other folders
+    if checkpoint.name in ('', '..'):  # with_name would give another folder
         checkpoint = checkpoint.resolve()
-    target, run_dir = checkpoint.with_name(f'{checkpoint.name}-merged'), checkpoint.parent
+    target = checkpoint.with_name(f'{checkpoint.name}-merged')
+    run_dir = checkpoint.parent
     rows = user_rows(run_dir)
-    encoder.tokenizer.chat_template, how_it_serves = serving_template(encoder, [*rows, *probes()])
+    encoder.tokenizer.chat_template, template_note = serving_template(encoder, [*rows, *probes()])
+
     outcome: dict[str, Any] = {'passed': False}
     try:
         texts = [encoded.input_ids for encoded in encoder.encode(rows)]
         proven = merge_and_save(
             model, encoder.tokenizer, target, record=record, images=images, texts=texts, config=config
         )
-        outcome = {'passed': True, 'says': f'reopened from disk, {target.name} has {proven}; {how_it_serves}'}
+        outcome = {'passed': True, 'says': f'reopened from disk, {target.name} has {proven}; {template_note}'}
     except ConfigError as error:
         outcome['says'] = error.problems[0]
         raise
     finally:
         if (run_dir / SFT_ARGS).is_file():
             record_proof(run_dir, 'merge', {**outcome, 'seconds': round(time.perf_counter() - started, 2)})
+
     serves = f'serve it: transformers serve {target}\n      or: vllm serve {target}'
     if encoder.asks_to_think:
-        serves += f'\nask it with {encoder.switch} (chat_template_kwargs): its replies were trained so'
+        serves += f'\nask it with {encoder.switch} (chat_template_kwargs): its replies were trained with it'
     if not encoder.tokenizer.chat_template:
         serves = 'serve it with llm_infer.py: no other program knows its template'
     return target, f'{outcome["says"]}\n{serves}'
@@ -102,15 +113,15 @@ def merge_and_save(
     tokenizer: Any,
     target: Path,
     *,
-    record: dict[str, Any],
+    record: RunRecord,
     images: Images | None = None,
     texts: Sequence[list[int]] = (),
     config: GenerationConfig | None = None,
 ) -> str:
     """Merge the adapter, save the whole model as `target`, and return in what it equals base + adapter.
 
-    Compared are the logits on a fixed text and on `texts`. Raises ConfigError, and leaves alone what is at `target`,
-    where the reopened folder differs by more than rounding does.
+    Logits are compared on a fixed text and on `texts`. Raises ConfigError, and does not change what is at `target`,
+    if the reopened folder differs by more than rounding explains.
     """
     _recover(target)
     probed = [None, *texts]
@@ -120,24 +131,31 @@ def merge_and_save(
     merged = model.merge_and_unload(safe_merge=True)
     made = [probe_logits(merged, tokenizer, images, ids=ids) for ids in probed]
     share = min(map(_share_of_adapter, bare, wanted, made))
+
     merged.generation_config = config or merged.generation_config
-    aside = target.with_name(f'.{target.name}.aside')
-    shutil.rmtree(aside, ignore_errors=True)
-    save_whole(merged, tokenizer, aside, images)
-    write_json(aside / SFT_ARGS, {**record, 'sft_type': 'full'})
-    difference, fault = verify_merged(aside, merged, tokenizer, probed, wanted, made, images)
+    unchecked = target.with_name(f'.{target.name}.aside')
+    shutil.rmtree(unchecked, ignore_errors=True)
+    save_whole(merged, tokenizer, unchecked, images)
+    record.with_flags(sft_type='full').write(unchecked)
+
+    difference, fault = verify_merged(unchecked, merged, tokenizer, probed, wanted, made, images)
     if share < _LOST:
         fault = (
-            f'the merged model holds {share:.0%} of what the adapter does: merge with --dtype fp32, which loses none.'
+            f'the merged model keeps {share:.0%} of what the adapter does: the rest was rounded away. '
+            'Merge with --dtype fp32.'
         )
     if fault:
-        raise ConfigError(f'{fault} Nothing was put at {target}; the folder is {aside}.')
-    put_in_place(aside, target)
-    coarse = f'; {share:.0%} of what the adapter does, the rest is rounded away: --dtype fp32 keeps it'
+        raise ConfigError(f'{target}: not written: {fault} The rejected folder is {unchecked}.')
+    put_in_place(unchecked, target)
+
+    largest = max(float(logits.abs().max()) for logits in wanted)
+    head = 'tied' if _is_tied(merged)[0] else 'separate'
+    rounded = ''
+    if share < _WHOLE:
+        rounded = f'; {share:.0%} of what the adapter does: the rest was rounded away, --dtype fp32 keeps it'
     return (
-        f'the logits of base + adapter on a fixed text and {len(texts)} of your rows (at most {difference:.3g} apart, '
-        f'the largest is {max(float(logits.abs().max()) for logits in wanted):.3g}), its vocabulary, generation '
-        f'settings and {"tied" if _is_tied(merged)[0] else "free"} head{coarse if share < _WHOLE else ""}'
+        f'the logits of base + adapter on a fixed text and {len(texts)} of your rows (largest difference '
+        f'{difference:.3g}, largest logit {largest:.3g}), its vocabulary, generation settings and {head} head{rounded}'
     )
 
 
@@ -150,11 +168,13 @@ def verify_merged(
     merged_logits: Sequence[torch.Tensor],
     images: Images | None = None,
 ) -> tuple[float, str | None]:
-    """Open a folder as a stranger would; returns the largest difference of its logits and what is wrong, or None."""
+    """Open a folder as any program would. Returns the largest difference of its logits, and what is wrong or None."""
     dtype = next(merged.parameters()).dtype
     reopened = load_model(folder, torch_dtype=dtype).to(merged.device).eval()
     found_tokenizer = load_tokenizer(folder)
-    bound, difference = _BOUND[str(dtype).removeprefix('torch.')], 0.0
+
+    bound = _BOUND[str(dtype).removeprefix('torch.')]
+    difference = 0.0
     kernels = {model.config._attn_implementation for model in (merged, reopened)}
     for ids, logits, made in zip(texts, wanted, merged_logits, strict=True):
         found = probe_logits(reopened, tokenizer, images, ids=ids)
@@ -162,13 +182,15 @@ def verify_merged(
             ('base + adapter', logits, bound),
             ('what was written', made, _SAME if len(kernels) == 1 else bound),
         ):
-            largest, apart = float(expected.abs().max()), float((expected - found).abs().max())
+            largest = float(expected.abs().max())
+            apart = float((expected - found).abs().max())
             if not apart <= allowed * largest:
                 return apart, (
                     f'the merged model differs from {what}: its logits by up to {apart:.4g}, rounding explains '
                     f'{allowed * largest:.4g}.'
                 )
         difference = max(difference, float((logits - found).abs().max()))
+
     if found_tokenizer.get_vocab() != tokenizer.get_vocab():
         return difference, 'the merged folder has another vocabulary than the model was trained with.'
     if found_tokenizer.chat_template != tokenizer.chat_template:
@@ -176,30 +198,37 @@ def verify_merged(
     if _settings(reopened) != _settings(merged):
         return difference, 'the merged folder has other generation settings than were written.'
     if _is_tied(reopened) != _is_tied(merged):
-        return difference, 'the merged folder ties its output head otherwise than the model does.'
+        return difference, 'the output head is tied in the model or in the merged folder, but not in both.'
     return difference, None
 
 
 def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float:
-    """Return how far logits went from the base's towards base + adapter's: 1 with the adapter in them, 0 without.
+    """Return how far `found` is on the way from the base's logits to base + adapter's: 0 at the base, 1 at the end.
 
-    Rounding, which points anywhere, hardly moves that, unless the adapter does much less: then 1, as it is not known.
+    Rounding errors point in all directions, so they hardly change this. If the adapter does much less than rounding,
+    the share cannot be known, and 1 is returned.
     """
-    moved, error = tuned - bare, found - tuned
+    moved = tuned - bare
+    error = found - tuned
     known = float(moved.norm()) > 0.1 * float(error.norm())
-    return float(((found - bare) * moved).sum() / moved.square().sum()) if known else 1.0
+    if not known:
+        return 1.0
+    return float(((found - bare) * moved).sum() / moved.square().sum())
 
 
 def _settings(model: Any) -> dict[str, Any]:
-    ours = ('eos_token_id', 'pad_token_id', 'bos_token_id', 'do_sample', 'max_new_tokens', 'temperature', 'top_k')
-    return {name: getattr(model.generation_config, name) for name in (*ours, 'top_p', 'repetition_penalty')}
+    names = (
+        'eos_token_id', 'pad_token_id', 'bos_token_id', 'do_sample', 'max_new_tokens', 'temperature', 'top_k',
+        'top_p', 'repetition_penalty',
+    )  # fmt: skip
+    return {name: getattr(model.generation_config, name) for name in names}
 
 
 def _is_tied(model: Any) -> tuple[bool, bool]:
-    """Return whether head and embedding are one tensor, and whether config.json tells other programs so."""
+    """Return whether head and embedding are one tensor, and whether config.json says that they are."""
     head = model.get_output_embeddings()
     shared = head is not None and head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    # A model that sees may say it for the whole alone.
+    # Some vision models state it only for the whole model, not for its language model.
     settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
     return shared, bool(settings.get('tie_word_embeddings'))
 
@@ -209,19 +238,19 @@ def _replaced(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Give an earlier folder its name back where a replacement was cut off in the middle."""
+    """Restore the earlier folder if a replacement was interrupted between its two renames."""
     if not target.exists() and _replaced(target).exists():
         _replaced(target).rename(target)
 
 
-def put_in_place(aside: Path, target: Path) -> None:
-    """Give a complete folder its name. An earlier folder of that name is removed last, and put back on failure."""
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename a complete folder to `target`. An earlier folder there is removed last, and restored on failure."""
     earlier = _replaced(target)
     if target.exists():
         shutil.rmtree(earlier, ignore_errors=True)
         target.rename(earlier)
     try:
-        aside.rename(target)
+        folder.rename(target)
     except OSError:
         _recover(target)
         raise

@@ -1,4 +1,4 @@
-"""The README.md of a model that is pushed: what it is, made from what the run recorded."""
+"""The model card (README.md) of a pushed model, written from the record of its run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from utils.cli.arguments import SftArguments, to_dict
+from utils.run.record import RunRecord
 
-# Said elsewhere in the card, or of this machine alone.
-_LEFT_OUT = {
+# Flags that the card shows elsewhere, or that concern only this machine.
+_NOT_SHOWN = {
     'model_type', 'model_id_or_path', 'dataset', 'output_dir', 'resume_from_checkpoint', 'push_to_hub', 'hub',
     'hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token', 'ignore_args_error',
 }  # fmt: skip
 _SCORES = ('eval_loss', 'eval_acc', 'eval_rouge-1', 'eval_rouge-2', 'eval_rouge-l', 'eval_bleu-4')
-_ROWS_OF_CURVE = 20
+_MAX_TABLE_ROWS = 20
 
 
 def _name(text: Any) -> str:
-    """Return a flag's value as text, of a path of this machine its last part only."""
+    """Return a flag's value as text; of a local path only its last part."""
     if isinstance(text, list | tuple):
         return ', '.join(map(_name, text))
+
     path = PurePath(str(text))
     return path.name if path.is_absolute() or str(text).startswith(('.', '~')) else str(text)
 
@@ -35,31 +37,38 @@ def _number(value: Any) -> str:
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
-def _flags(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    # Flags can be added by newer versions; what the record lacks was not used.
+def _flags(flags: Mapping[str, Any]) -> list[tuple[str, str]]:
+    # A record of an older version lacks newer flags: they were not used.
     defaults = to_dict(SftArguments())
     return [
-        (f'`--{f.name}`', _name(record[f.name]))
+        (f'`--{f.name}`', _name(flags[f.name]))
         for f in dataclasses.fields(SftArguments)
-        if f.name not in _LEFT_OUT and record.get(f.name) not in (None, defaults.get(f.name))
+        if f.name not in _NOT_SHOWN and flags.get(f.name) not in (None, defaults.get(f.name))
     ]
 
 
-def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any], pictures: Sequence[str]) -> str:
-    """Return Markdown with the metadata that both hubs read.
+def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """Return the card as Markdown, with the metadata that both hubs read.
 
-    `record` is sft_args.json; `progress` holds step, log_history and data; `pictures` are paths in the repository.
+    `progress` holds step, log_history and data; `pictures` are paths in the repository.
     """
-    base, history = record['base_model'], progress['log_history']
-    adapter = record['sft_type'] == 'lora'
+    base = record.base_model
+    assert base is not None, 'every run that pushes records it'
+    history = progress['log_history']
+    adapter = record.flags['sft_type'] == 'lora'
+
     evaluations = [entry for entry in history if any(score in entry for score in _SCORES)]
     scores = [s for s in _SCORES if evaluations and s in evaluations[-1]]
     scored = [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)]
     losses = [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
+
     data = progress.get('data') or {}
     counts = [f'{part} {data[part].get("rows")} rows' for part in ('train', 'validation') if part in data]
-    switch = record.get('thinking')
-    thinking = f' Ask it with `{switch}` for its chat template: its replies were trained so.' if switch else ''
+    switch = record.thinking
+    thinking = ''
+    if switch:
+        thinking = f' Pass `{switch}` to its chat template: its replies were trained with it.'
+
     card = Path(__file__).with_suffix('.md').read_text(encoding='utf-8')
     return card.format(
         name=name,
@@ -71,8 +80,8 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
         thinking=thinking,
         sha256=base['sha256'],
         covers=base['covers'],
-        data=': '.join(filter(None, (_name(record['dataset']), ', '.join(counts)))),
-        flags=_table(('flag', 'value'), _flags(record)),
+        data=': '.join(filter(None, (_name(record.flags['dataset']), ', '.join(counts)))),
+        flags=_table(('flag', 'value'), _flags(record.flags)),
         scores=_table(('step', *scores), scored) if scores else 'Not evaluated.',
         pictures=' '.join(f'![{PurePath(picture).stem}]({picture})' for picture in pictures),
         losses=_table(('step', 'loss'), losses),
@@ -80,6 +89,6 @@ def model_card(name: str, record: Mapping[str, Any], progress: Mapping[str, Any]
 
 
 def _thin(entries: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return evenly spread entries, the last among them."""
-    every = -(-len(entries) // _ROWS_OF_CURVE) or 1
+    """Return at most _MAX_TABLE_ROWS evenly spaced entries, including the last."""
+    every = -(-len(entries) // _MAX_TABLE_ROWS) or 1
     return entries[::-1][::every][::-1]

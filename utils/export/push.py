@@ -1,6 +1,6 @@
-"""Checkpoints on their way to a hub: set aside in the run folder, then pushed by a program of its own.
+"""Pushing checkpoints to a hub: each is staged in the run folder, then pushed by a separate process.
 
-`python -m utils.export.push RUN_DIR` pushes again what did not arrive. It needs no GPU and no model in memory.
+`python -m utils.export.push RUN_DIR` repeats what failed. It needs no GPU and does not load the model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from utils.export.model_card import model_card
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
 from utils.run.curves import plot_curves
-from utils.run.record import RUN_JSON, read_arguments
+from utils.run.record import RUN_JSON, RunRecord, read_run_record
 
-# What is pushed of a checkpoint: what opens the model. Never the optimizer, the trainer's state or sft_args.json.
+# Files that are pushed from a checkpoint: those that open the model. The optimizer, the trainer's state and
+# sft_args.json never are.
 PUSHED = (
     'adapter_config.json', 'adapter_model.safetensors', 'config.json', 'generation_config.json', 'model.safetensors',
     'model-*-of-*.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
@@ -32,128 +33,143 @@ PUSHED = (
     'chat_template.*', '*processor_config.json', 'processor.json',
 )  # fmt: skip
 CURVES = ('loss', 'eval_loss', 'eval_rouge-l')
-# Seconds before each further attempt.
+# Seconds to wait before each retry.
 _WAITS = (5, 30)
-_ASIDE = '.push'
-_DAMAGED = 'Put back the one that the run wrote.'
+_STAGED = '.push'
+_DAMAGED = 'Restore the file that the run wrote.'
 
 
 def folder_in_repo(strategy: str, checkpoint: str) -> str:
-    """Return where a checkpoint goes in the repository: '' is the top."""
+    """Return the folder of a checkpoint in the repository; '' is its root."""
     return {'checkpoint': 'last-checkpoint', 'all_checkpoints': checkpoint}.get(strategy, '')
 
 
-def set_aside(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str, Any]) -> Path:
-    """Return a folder laid out as the repository will be, of hard links that outlive the checkpoint's deletion."""
-    target = run_dir / _ASIDE / checkpoint.name
+def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str, Any]) -> Path:
+    """Return a new folder with the layout of the repository; its hard links survive the checkpoint's deletion."""
+    target = run_dir / _STAGED / checkpoint.name
     shutil.rmtree(target, ignore_errors=True)
     inside = target / folder_in_repo(strategy, checkpoint.name)
     inside.mkdir(parents=True)
+
     for file in sorted({f for pattern in PUSHED for f in checkpoint.glob(pattern)}):
         try:
             os.link(file, inside / file.name)
         except OSError:  # another file system
             shutil.copy2(file, inside / file.name)
+
     write_json(target.with_suffix('.json'), progress)
     return target
 
 
-def waiting(run_dir: Path) -> list[Path]:
-    """Return the folders set aside that were not pushed, the oldest first."""
-    return [p for p in all_checkpoints(run_dir / _ASIDE) if p.with_suffix('.json').is_file()]
+def staged_folders(run_dir: Path) -> list[Path]:
+    """Return the staged folders that were not pushed yet, oldest first."""
+    return [p for p in all_checkpoints(run_dir / _STAGED) if p.with_suffix('.json').is_file()]
 
 
-def forget(folder: Path) -> None:
-    """Remove a folder set aside."""
+def unstage(folder: Path) -> None:
+    """Remove a staged folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.with_suffix('.json').unlink(missing_ok=True)
 
 
 def push_one(run_dir: Path, folder: Path) -> None:
-    """Write the model card, look for what must not leave, and push; raises ConfigError where that stops it."""
-    record = read_arguments(run_dir)
+    """Write the model card, scan for secrets, and push. Raises ConfigError if a secret is found or the push fails."""
+    record = read_run_record(run_dir)
+    flags = record.flags
     progress = read_json(folder.with_suffix('.json'), remedy=_DAMAGED)
-    token = hub.find_token(None, record['hub'])
+    token = hub.find_token(None, flags['hub'])
     if token is None:
-        raise ConfigError(f'pushing needs a token: set the environment variable {TOKEN_VARIABLES[record["hub"]]}.')
+        raise ConfigError(
+            f'{folder.name}: pushing needs a token. Set the environment variable {TOKEN_VARIABLES[flags["hub"]]}.'
+        )
+
     history = [{k: v for k, v in e.items() if k in ('step', *CURVES)} for e in progress['log_history']]
     pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images')]
-    name = record['hub_model_id'].rsplit('/', 1)[-1]
+    name = flags['hub_model_id'].rsplit('/', 1)[-1]
     card = model_card(name, record, progress, pictures)
     (folder / 'README.md').write_text(card, encoding='utf-8')
     (run_dir / 'README.md').write_text(card, encoding='utf-8')
+
     if found := scan_for_push(folder, token):
         raise ConfigError(
-            f'{folder.name} was not pushed, because it holds what must not leave this machine: {"; ".join(found)}. '
-            'Remove it from the checkpoint, then push again.'
+            f'{folder.name}: not pushed, because of what it contains: {"; ".join(found)}. Remove that from the '
+            f'checkpoint, then run python -m utils.export.push {run_dir}.'
         )
+
     for wait in (*_WAITS, None):
         try:
             repo = hub.push_folder(
                 folder,
-                repo=record['hub_model_id'],
-                hub=record['hub'],
+                repo=flags['hub_model_id'],
+                hub=flags['hub'],
                 token=token,
-                private=record['hub_private_repo'],
+                private=flags['hub_private_repo'],
                 message=f'Upload {folder.name}',
             )
             break
         except Exception as error:  # the clients raise many kinds
-            told = str(error).replace(token, '<token>').strip().splitlines() or ['']
+            lines = str(error).replace(token, '<token>').strip().splitlines() or ['']
+            problem = f'{folder.name}: {type(error).__name__}: {lines[0]}'
             if wait is None or isinstance(error, DeniedError | GoneError):
                 raise ConfigError(
-                    f'{folder.name}: {type(error).__name__}: {told[0]}. It is kept: push it again.'
+                    f'{problem}. The folder is kept: run python -m utils.export.push {run_dir}.'
                 ) from None
-            logger.warning(f'{folder.name}: {type(error).__name__}: {told[0]}; trying again in {wait} s')
+            logger.warning(f'{problem}; trying again in {wait} s')
             time.sleep(wait)
-    forget(folder)
-    logger.info(f'pushed {folder.name} to {record["hub"]}:{repo}')
+
+    unstage(folder)
+    logger.info(f'pushed {folder.name} to {flags["hub"]}:{repo}')
 
 
 def _outcome(run_dir: Path) -> dict[str, Any]:
-    """Return what the end of a run wrote, empty where it has not ended."""
+    """Return run.json; empty if the run has not ended."""
     file = run_dir / RUN_JSON
     return read_json(file, remedy=_DAMAGED) if file.is_file() else {}
 
 
-def _promised(run_dir: Path, record: dict[str, Any]) -> list[Path]:
-    """Return the checkpoints that the strategy promises and that are still there, the newest last."""
-    there = all_checkpoints(run_dir)
-    if record['push_hub_strategy'] == 'all_checkpoints':
-        return there
-    if record['push_hub_strategy'] == 'push_best' and (found := _outcome(run_dir).get('best_checkpoint')):
+def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
+    """Return the checkpoints that the strategy promises and that still exist, newest last."""
+    existing = all_checkpoints(run_dir)
+    if record.flags['push_hub_strategy'] == 'all_checkpoints':
+        return existing
+    if record.flags['push_hub_strategy'] == 'push_best' and (found := _outcome(run_dir).get('best_checkpoint')):
         best = Path(found).name
-        return [p for p in there if p.name == best] or there[-1:]
-    return there[-1:]
+        return [p for p in existing if p.name == best] or existing[-1:]
+    return existing[-1:]
 
 
 def push_again(run_dir: Path) -> None:
-    """Push what the run's strategy promises: what is set aside still, else what its checkpoints hold."""
-    record = read_arguments(run_dir)
-    if not record.get('hub_model_id'):
-        raise ConfigError(f'{run_dir} was trained without --push_to_hub true, so it names no repository.')
-    folders = waiting(run_dir)
+    """Push what the run's strategy promises: the staged folders, or else its checkpoints."""
+    record = read_run_record(run_dir)
+    if not record.flags.get('hub_model_id'):
+        raise ConfigError(
+            f'{run_dir}: names no repository, because it was trained without --push_to_hub true. '
+            'Set hub_model_id in its sft_args.json.'
+        )
+
+    folders = staged_folders(run_dir)
     if not folders:
         run = _outcome(run_dir)
         for checkpoint in _promised(run_dir, record):
             state = read_json(checkpoint / 'trainer_state.json', remedy=_DAMAGED)
             progress = {'step': state['global_step'], 'log_history': state['log_history'], 'data': run.get('data')}
-            folders.append(set_aside(run_dir, checkpoint, strategy=record['push_hub_strategy'], progress=progress))
+            folders.append(stage(run_dir, checkpoint, strategy=record.flags['push_hub_strategy'], progress=progress))
     if not folders:
-        raise ConfigError(f'{run_dir} has no checkpoint to push.')
+        raise ConfigError(f'{run_dir}: has no checkpoint to push. Name another run folder.')
+
     for folder in folders:
         push_one(run_dir, folder)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Push from a run folder: what one push of a training needs (RUN_DIR CHECKPOINT), or all again (RUN_DIR)."""
+    """Push one staged checkpoint (RUN_DIR CHECKPOINT; used during training) or all of a run (RUN_DIR)."""
     set_up_logging()
     if len(argv) not in (1, 2) or argv[0].startswith('-'):
         print('usage: python -m utils.export.push RUN_DIR', file=sys.stderr)
         return 2
     try:
         if len(argv) == 2:
-            push_one(Path(argv[0]), Path(argv[0]) / _ASIDE / argv[1])
+            push_one(Path(argv[0]), Path(argv[0]) / _STAGED / argv[1])
         else:
             push_again(Path(argv[0]))
     except ConfigError as error:

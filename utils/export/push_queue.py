@@ -1,4 +1,4 @@
-"""Pushing while training: nothing here can stop the training or hold it up for long."""
+"""Pushing during training. A hub that fails or hangs does not stop or delay the training."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
-from utils.export.push import forget, set_aside
+from utils.export.push import stage, unstage
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
-# A push that takes longer is ended. Only the end of the training waits for one.
+# A push that takes longer is killed. Only the end of the training waits for a push.
 PUSH_SECONDS = 3600.0
 
 
 class Pusher:
-    """Pushes folders one after the other in programs of their own, which can be ended when a hub hangs."""
+    """Pushes folders one after the other, each in its own process, which can be killed when a hub hangs."""
 
     def __init__(self, run_dir: Path, environment: dict[str, str], *, keeps_all: bool) -> None:
-        self.run_dir, self.environment, self.keeps_all = run_dir, environment, keeps_all
-        # Folders that wait, the first of them perhaps under way; those that failed are tried after the next one.
+        """With `keeps_all` false, a new folder replaces those that still wait."""
+        self.run_dir = run_dir
+        self.environment = environment
+        self.keeps_all = keeps_all
+        # The first waiting folder is being pushed while the thread runs. Failed ones are retried with the next folder.
         self._waiting: list[Path] = []
         self._failed: list[Path] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def add(self, folder: Path) -> None:
-        """Push a folder after those that wait; where only the newest counts, those not under way are dropped."""
+        """Queue a folder. Unless all are kept, waiting folders are removed, except one that is being pushed."""
         with self._lock:
             self._waiting += [f for f in self._failed if f != folder] + [folder]
             self._failed.clear()
             if not self.keeps_all:
                 first = 1 if self._thread else 0
                 for old in self._waiting[first:-1]:
-                    forget(old)
+                    unstage(old)
                 del self._waiting[first:-1]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
@@ -53,48 +56,53 @@ class Pusher:
                 if not self._waiting:
                     self._thread = None
                     return
-            arrived = self._push(self._waiting[0])
+            pushed = self._push(self._waiting[0])
             with self._lock:
-                if arrived:
+                if pushed:
                     self._waiting.pop(0)
-                else:  # a hub that is away now keeps no others waiting; they are tried at the next checkpoint
-                    self._failed, self._waiting = self._waiting, []
+                else:  # the others would fail too: retry all of them at the next checkpoint
+                    self._failed = self._waiting
+                    self._waiting = []
 
     def _push(self, folder: Path) -> bool:
         words = [sys.executable, '-m', 'utils.export.push', str(self.run_dir.absolute()), folder.name]
         try:
-            # A session of its own: Ctrl-C is meant for the training. The token is in the environment, not in the words.
+            # Its own session, so that Ctrl-C reaches only the training. The token is passed in the environment, because
+            # other users can read a command line.
             done = subprocess.run(
                 words, cwd=ROOT, env=self.environment, start_new_session=True, timeout=PUSH_SECONDS, check=False,
                 stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', errors='replace',
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            logger.warning(f'{folder.name} was not pushed in {PUSH_SECONDS:.0f} s: the hub hangs')
+            logger.warning(f'{folder.name} was not pushed in {PUSH_SECONDS:.0f} s: the hub does not answer')
             return False
-        except (OSError, ValueError) as error:  # a token with a zero byte, say
+        except (OSError, ValueError) as error:  # ValueError: a token with a zero byte
             logger.warning(f'{folder.name} could not be pushed: {error}')
             return False
-        said = [line for line in done.stderr.splitlines() if line.startswith(('pushed ', 'error: '))]
+        results = [line for line in done.stderr.splitlines() if line.startswith(('pushed ', 'error: '))]
         if done.returncode:
-            reason = (said or done.stderr.splitlines() or ['no reason given'])[-1].removeprefix('error: ')
+            reason = (results or done.stderr.splitlines() or ['no reason given'])[-1].removeprefix('error: ')
             logger.warning(f'{folder.name} could not be pushed: {reason}')
             return False
-        logger.info(said[-1] if said else f'pushed {folder.name}')
+        logger.info(results[-1] if results else f'pushed {folder.name}')
         return True
 
     def finish(self) -> None:
-        """Wait for what is under way, and say how to push what did not arrive."""
+        """Wait for the pushes in progress, and log how to repeat those that failed."""
         while (thread := self._thread) is not None:
             thread.join()
         if self._failed:
-            logger.warning(f'not everything was pushed. Push it again: python -m utils.export.push {self.run_dir}')
+            command = f'python -m utils.export.push {self.run_dir}'
+            logger.warning(f'{self.run_dir}: not all checkpoints were pushed. Run {command}')
 
 
 class PushCallback(TrainerCallback):
-    """Pushes by --push_hub_strategy. A hub that fails or hangs is reported and never stops the training."""
+    """Pushes checkpoints by --push_hub_strategy. A failed push is logged and does not stop the training."""
 
     def __init__(self, args: SftArguments, token: str, run_dir: Path, data: dict[str, Any]) -> None:
-        self.strategy, self.run_dir, self.data = args.push_hub_strategy, run_dir, data
+        self.strategy = args.push_hub_strategy
+        self.run_dir = run_dir
+        self.data = data
         environment = {**os.environ, TOKEN_VARIABLES[args.hub]: token, 'RANK': '0', 'WORLD_SIZE': '1'}
         self.pusher = Pusher(run_dir, environment, keeps_all=args.push_hub_strategy == 'all_checkpoints')
         self._best: str | None = None
@@ -102,9 +110,9 @@ class PushCallback(TrainerCallback):
     def _push(self, checkpoint: Path, state: TrainerState) -> None:
         progress = {'step': state.global_step, 'log_history': state.log_history, 'data': self.data}
         try:
-            self.pusher.add(set_aside(self.run_dir, checkpoint, strategy=self.strategy, progress=progress))
-        except OSError as error:  # the training is worth more than the push
-            logger.warning(f'{checkpoint} could not be set aside for pushing: {error}')
+            self.pusher.add(stage(self.run_dir, checkpoint, strategy=self.strategy, progress=progress))
+        except OSError as error:  # a push must not stop the training
+            logger.warning(f'{checkpoint} could not be staged for pushing: {error}')
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Push what the strategy promises at each checkpoint."""
@@ -122,7 +130,7 @@ class PushCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Push the last checkpoint where the strategy is `end`; wait for what is under way."""
+        """Push the last checkpoint if the strategy is `end`, and wait for the pushes in progress."""
         if not state.is_world_process_zero:
             return
         if self.strategy == 'end':
@@ -131,7 +139,7 @@ class PushCallback(TrainerCallback):
 
 
 def push_while_training(args: SftArguments, run_dir: Path, data: dict[str, Any]) -> PushCallback:
-    """Return the callback that pushes the checkpoints of a run; `data` is what its model card says of the rows."""
+    """Return the callback that pushes the checkpoints of a run; `data` describes its rows in the model card."""
     token = hub.find_token(args.hub_token, args.hub)
     assert token is not None, 'checked before'
     return PushCallback(args, token, run_dir, data)

@@ -1,4 +1,9 @@
-"""Attention inside each row of rows laid end to end, on any device: nothing is padded and no row sees another."""
+"""Attention for concatenated rows without padding, on any device: a token attends only to tokens of its own row.
+
+Shapes in names: T tokens of all rows, H query heads, G key and value heads, R = H / G query heads per key head,
+Q queries of a block, K keys of a block, D width of a query or key head, E width of a value head, B rows of a group,
+L length of its longest row.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +21,45 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-# Queries that are attended at once: a block of scores stays in the cache, keys after it are never multiplied.
-_BLOCK = 128
-# Weights over at most so many keys are kept for the backward pass, those over more are computed again.
-_KEPT_KEYS = 384
+from utils.fast.constants import KEPT_KEYS, QUERY_BLOCK
+
 _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar('row_lengths', default=None)
 
 
+class Block(NamedTuple):
+    """Positions of a block: queries `start` to `end`, keys `first_key` to `end`."""
+
+    first_key: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
-class Rows:
-    """What layers get in place of a mask: the lengths of the rows, and how many keys a query sees (None: all)."""
+class RowMask:
+    """What attention layers get in place of a mask tensor: row lengths, and how many keys a query sees (None: all)."""
 
     lengths: tuple[int, ...]
     window: int | None
 
-    def blocks(self) -> Iterator[tuple[int, int, int]]:
-        """Return (first key, first query, end) of each block of queries."""
-        start = 0
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks of queries, row by row."""
+        row_start = 0
         for length in self.lengths:
-            for query in range(start, start + length, _BLOCK):
-                first = start if self.window is None else max(start, query - self.window + 1)
-                yield first, query, min(query + _BLOCK, start + length)
-            start += length
+            row_end = row_start + length
+            for start in range(row_start, row_end, QUERY_BLOCK):
+                first_key = row_start
+                if self.window is not None:
+                    first_key = max(row_start, start - self.window + 1)
+                yield Block(first_key, start, min(start + QUERY_BLOCK, row_end))
+            row_start = row_end
 
     def groups(self) -> Iterator[list[tuple[int, int]]]:
-        """Return (start, length) of rows, those of like length together: none is twice as long as another."""
+        """Yield groups of rows as (start, length), longest first; no row is twice as long as another of its group."""
         starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        by_length = sorted(zip(starts, self.lengths, strict=True), key=lambda row: -row[1])
+
         group: list[tuple[int, int]] = []
-        for start, length in sorted(zip(starts, self.lengths, strict=True), key=lambda row: -row[1]):
+        for start, length in by_length:
             if group and group[0][1] >= 2 * length:
                 yield group
                 group = []
@@ -52,8 +68,8 @@ class Rows:
 
 
 @contextmanager
-def laid_end_to_end(lengths: Sequence[int]) -> Iterator[None]:
-    """Tell the attention of a model in `attend_by_rows` how long the rows of the coming forward pass are."""
+def concatenated_rows(lengths: Sequence[int]) -> Iterator[None]:
+    """Set the row lengths for the forward passes inside this context, for a model in `attend_by_rows`."""
     token = _LENGTHS.set(tuple(lengths))
     try:
         yield
@@ -62,37 +78,38 @@ def laid_end_to_end(lengths: Sequence[int]) -> Iterator[None]:
 
 
 def attend_by_rows(model: Any) -> None:
-    """Switch a model to this module's attention; batches that are not laid end to end run as they did before."""
+    """Switch a model to this module's attention; padded batches are computed as before."""
     before = model.config._attn_implementation
     if before.startswith('flash_attention'):
-        return  # its own varlen kernel reads the rows from position_ids
+        return  # its varlen kernel reads the rows from position_ids
+
+    originals = {'sdpa': (sdpa_attention_forward, sdpa_mask), 'eager': (_eager_of_class, eager_mask)}
+    attention, mask = originals[before]
     name = f'rows_over_{before}'
-    over = {'sdpa': (sdpa_attention_forward, sdpa_mask), 'eager': (_own_eager, eager_mask)}
-    attention, mask = over[before]
     AttentionInterface.register(name, _attention_over(attention))
-    # Under the same name, else the function would get no mask at all, silently.
+    # Under the same name: otherwise transformers passes no mask at all, without an error.
     AttentionMaskInterface.register(name, _mask_over(mask))
     model.set_attn_implementation(name)
     assert model.config._attn_implementation == name
 
 
-def _own_eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _eager_of_class(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
-def _mask_over(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _mask_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
         lengths = _LENGTHS.get()
         if lengths is None:
-            return plain(*args, **kwargs)
+            return original(*args, **kwargs)
         if kwargs.get('use_vmap'):
-            raise ValueError('the mask is more than causal, which rows laid end to end do not take.')
-        return Rows(lengths, kwargs.get('local_size'))
+            raise ValueError('its mask is more than causal, which concatenated rows do not support')
+        return RowMask(lengths, kwargs.get('local_size'))
 
     return mask
 
 
-def _attention_over(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _attention_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -105,171 +122,241 @@ def _attention_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if not isinstance(attention_mask, Rows):
+        if not isinstance(attention_mask, RowMask):
             special = {name: x for name, x in (('softcap', softcap), ('s_aux', s_aux)) if x is not None}
-            result: tuple[torch.Tensor, None] = plain(
+            result: tuple[torch.Tensor, None] = original(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **special, **kwargs
             )
             return result
+
+        has_plain_scores = softcap is None and s_aux is None
         if kwargs.get('position_bias') is not None or kwargs.get('is_causal') is False:
-            raise ValueError('a bias by position, or attention forward in time, is not for rows laid end to end.')
+            raise ValueError('concatenated rows support no position bias and no attention to later tokens')
+        if dropout and not has_plain_scores:
+            raise ValueError('concatenated rows support no attention dropout together with capped scores or sinks')
+
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         device = query.device.type
         if torch.is_autocast_enabled(device):
             query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-        plain_scores = softcap is None and s_aux is None
-        if dropout and not plain_scores:
-            raise ValueError('dropout of attention together with capped scores or sinks is not for rows end to end.')
-        q, k, v = (x.squeeze(0) for x in (query, key, value))
-        if dropout or (plain_scores and device != 'cpu'):
-            out = attend_in_groups(q, k, v, attention_mask, scaling=scaling, dropout=dropout)
+
+        query_HTD, key_GTD, value_GTE = (x.squeeze(0) for x in (query, key, value))
+        if dropout or (has_plain_scores and device != 'cpu'):
+            out_THE = attend_in_groups(query_HTD, key_GTD, value_GTE, attention_mask, scaling=scaling, dropout=dropout)
         else:
-            out = RowAttention.apply(q, k, v, s_aux, attention_mask, scaling, softcap)
-        return out[None], None
+            out_THE = RowAttention.apply(query_HTD, key_GTD, value_GTE, s_aux, attention_mask, scaling, softcap)
+        return out_THE[None], None
 
     return attention
 
 
 def attend_in_groups(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, *, scaling: float, dropout: float
+    query_HTD: torch.Tensor,
+    key_GTD: torch.Tensor,
+    value_GTE: torch.Tensor,
+    rows: RowMask,
+    *,
+    scaling: float,
+    dropout: float,
 ) -> torch.Tensor:
-    """Return (T, H, D) by one library call per group of rows of like length, padded at their ends alone.
+    """Return (T, H, E) by one library call per group of rows of similar length, padded only at their ends.
 
-    Causal attention never looks at what comes after a row, so the padding needs no mask.
+    The padding needs no mask, because causal attention never looks at tokens after a row.
     """
-    device, parts, order = query.device, [], []
+    device = query_HTD.device
+    parts = []
+    order = []
     for group in rows.groups():
         longest = group[0][1]
-        places = torch.arange(longest, device=device)
-        starts, lengths = torch.tensor(group, device=device).t()[:, :, None]
-        real = places < lengths
-        index = torch.where(real, starts + places, starts)
-        q, k, v = (x[:, index].transpose(0, 1) for x in (query, key, value))
-        seen = None
+        offset_L = torch.arange(longest, device=device)
+        start_B1, length_B1 = torch.tensor(group, device=device).t()[:, :, None]
+        is_real_BL = offset_L < length_B1
+        index_BL = torch.where(is_real_BL, start_B1 + offset_L, start_B1)
+        query_BHLD, key_BGLD, value_BGLE = (x[:, index_BL].transpose(0, 1) for x in (query_HTD, key_GTD, value_GTE))
+
+        is_seen_LL = None
         if rows.window is not None and longest > rows.window:
-            back = places[:, None] - places
-            seen = (back >= 0) & (back < rows.window)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        parts.append(out.transpose(1, 2)[real])
-        order.append(index[real])
+            distance_LL = offset_L[:, None] - offset_L
+            is_seen_LL = (distance_LL >= 0) & (distance_LL < rows.window)
+
+        out_BHLE = F.scaled_dot_product_attention(
+            query_BHLD,
+            key_BGLD,
+            value_BGLE,
+            attn_mask=is_seen_LL,
+            dropout_p=dropout,
+            is_causal=is_seen_LL is None,
+            scale=scaling,
+            enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
+        )
+        parts.append(out_BHLE.transpose(1, 2)[is_real_BL])
+        order.append(index_BL[is_real_BL])
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 @lru_cache(maxsize=64)
-def _hidden(
+def _hiding_bias(
     queries: int, keys: int, diagonal: int, repeats: int, dtype: torch.dtype, device: torch.device, *, low: bool = False
 ) -> torch.Tensor:
-    """Return (1, repeats * queries, keys): -inf on and above a diagonal, or on and below it, 0 elsewhere."""
-    # Added to scores: filling them through a mask of booleans is several times slower on a CPU.
-    whole = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
-    return (whole.tril(diagonal) if low else whole.triu(diagonal)).repeat(repeats, 1)[None]
+    """Return (1, repeats * queries, keys): -inf on and above a diagonal (`low`: on and below it), 0 elsewhere."""
+    # A bias that is added to scores: filling them through a boolean mask is several times slower on a CPU.
+    full_QK = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
+    bias_QK = full_QK.tril(diagonal) if low else full_QK.triu(diagonal)
+    return bias_QK.repeat(repeats, 1)[None]
 
 
 class RowAttention(torch.autograd.Function):
-    """Causal attention block by block of queries, by matrix products: on a CPU quicker than the library's kernel.
+    """Causal attention by matrix products, one block of queries at a time: on a CPU faster than the library's kernel.
 
-    Takes query (H, T, D), key and value (K, T, .) with H a multiple of K, sinks (H) or None; returns (T, H, .). Keeps
-    the weights of short rows alone: those of long ones are computed again in the backward pass, so that memory does
-    not grow with the square of a row. Scores and weights are stored in the dtype of the query; softmax, and sums over
-    blocks, are computed in fp32.
+    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None; returns (T, H, E). Saves the attention
+    weights of short rows only and recomputes those of long rows in the backward pass, so that memory does not grow
+    with the square of a row. Scores and weights are stored in the dtype of the query; softmax, and sums over blocks,
+    are computed in fp32.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sinks: torch.Tensor | None,
-        rows: Rows,
+        query_HTD: torch.Tensor,
+        key_GTD: torch.Tensor,
+        value_GTE: torch.Tensor,
+        sinks_H: torch.Tensor | None,
+        rows: RowMask,
         scaling: float,
         softcap: float | None,
     ) -> torch.Tensor:
         ctx.settings = rows, scaling, softcap
-        heads, tokens, _ = query.shape
-        out = query.new_empty(tokens, heads, value.shape[-1])
-        by_key = out.view(tokens, len(key), -1, value.shape[-1]).permute(1, 2, 0, 3)
+        heads, tokens, _ = query_HTD.shape
+        groups, _, width = value_GTE.shape
+        out_THE = query_HTD.new_empty(tokens, heads, width)
+        out_GRTE = out_THE.view(tokens, groups, -1, width).permute(1, 2, 0, 3)
+
         kept = []
-        for first, start, end in rows.blocks():
-            weights, _ = _weights(query, key, sinks, (first, start, end), ctx.settings)
-            if _keeps(end - first, softcap):
+        for block in rows.blocks():
+            first_key, start, end = block
+            weights, _ = _weights(query_HTD, key_GTD, sinks_H, block, ctx.settings)
+            if _keeps_weights(end - first_key, softcap):
                 kept.append(weights)
-            seen = torch.bmm(weights, value[:, first:end])
-            by_key[:, :, start:end] = seen.view(len(key), -1, end - start, value.shape[-1])
-        ctx.save_for_backward(query, key, value, sinks, *kept)
-        return out
+            mixed = torch.bmm(weights, value_GTE[:, first_key:end])
+            out_GRTE[:, :, start:end] = mixed.view(groups, -1, end - start, width)
+
+        ctx.save_for_backward(query_HTD, key_GTD, value_GTE, sinks_H, *kept)
+        return out_THE
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        query, key, value, sinks, *kept = ctx.saved_tensors
+        query_HTD, key_GTD, value_GTE, sinks_H, *kept = ctx.saved_tensors
         rows, scaling, softcap = ctx.settings
-        waiting = iter(kept)
-        groups, exact = len(key), torch.promote_types(query.dtype, torch.float32)
-        grad = grads[0].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
-        to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        to_key, to_value = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (key, value))
-        to_sinks = None if sinks is None else torch.zeros(groups, len(query) // groups, dtype=exact, device=key.device)
-        for first, start, end in rows.blocks():
-            if _keeps(end - first, softcap):
-                weights, slope = next(waiting), None
+        kept_weights = iter(kept)
+        heads = len(query_HTD)
+        groups = len(key_GTD)
+        exact = torch.promote_types(query_HTD.dtype, torch.float32)
+        device = key_GTD.device
+
+        grad_GRTE = grads[0].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+        query_grad_HTD = torch.empty_like(query_HTD, memory_format=torch.contiguous_format)
+        key_grad_GTD = torch.zeros(key_GTD.shape, dtype=exact, device=device)
+        value_grad_GTE = torch.zeros(value_GTE.shape, dtype=exact, device=device)
+        sinks_grad_GR = None
+        if sinks_H is not None:
+            sinks_grad_GR = torch.zeros(groups, heads // groups, dtype=exact, device=device)
+
+        for block in rows.blocks():
+            first_key, start, end = block
+            slope = None
+            if _keeps_weights(end - first_key, softcap):
+                weights = next(kept_weights)
             else:
-                weights, slope = _weights(query, key, sinks, (first, start, end), ctx.settings)
-            grad_block = grad[:, :, start:end].flatten(1, 2)
-            to_value[:, first:end].add_(torch.bmm(weights.mT, grad_block))
-            slopes = torch.bmm(grad_block, value[:, first:end].mT)
-            if to_sinks is not None:
-                by_head = (groups, len(query) // groups, end - start, -1)
-                mean = torch.linalg.vecdot(slopes.to(exact), weights.to(exact)).view(by_head[:3])
-                to_sinks -= ((1 - weights.sum(-1, dtype=exact).view(by_head[:3])) * mean).sum(-1)
-            # Where one key has all the weight its difference to the mean is exactly 0, as it must be.
-            scores = torch._softmax_backward_data(slopes, weights, -1, weights.dtype)
+                weights, slope = _weights(query_HTD, key_GTD, sinks_H, block, ctx.settings)
+
+            # The block's queries of the R heads that share a key head are one dimension of R * Q.
+            out_grad = grad_GRTE[:, :, start:end].flatten(1, 2)
+            value_grad_GTE[:, first_key:end].add_(torch.bmm(weights.mT, out_grad))
+            weights_grad = torch.bmm(out_grad, value_GTE[:, first_key:end].mT)
+
+            if sinks_grad_GR is not None:
+                shape_GRQ = (groups, heads // groups, end - start)
+                mean_GRQ = torch.linalg.vecdot(weights_grad.to(exact), weights.to(exact)).view(shape_GRQ)
+                sink_weight_GRQ = 1 - weights.sum(-1, dtype=exact).view(shape_GRQ)
+                sinks_grad_GR -= (sink_weight_GRQ * mean_GRQ).sum(-1)
+
+            # The library's function: where one key has the whole weight, the gradient is exactly 0.
+            scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
             if slope is not None:
-                scores = scores.mul_(slope)
-            block = query[:, start:end].unflatten(0, (groups, -1)).flatten(1, 2)
-            product = torch.bmm(scores, key[:, first:end]).mul_(scaling)
-            to_query[:, start:end] = product.view(len(query), end - start, -1)
-            to_key[:, first:end].add_(torch.bmm(scores.mT, block))
-        grad_sinks = None if to_sinks is None or sinks is None else to_sinks.flatten().to(sinks.dtype)
-        return to_query, to_key.mul_(scaling).to(key.dtype), to_value.to(value.dtype), grad_sinks, None, None, None
+                scores_grad = scores_grad.mul_(slope)
+
+            query_block = query_HTD[:, start:end].unflatten(0, (groups, -1)).flatten(1, 2)
+            query_grad = torch.bmm(scores_grad, key_GTD[:, first_key:end]).mul_(scaling)
+            query_grad_HTD[:, start:end] = query_grad.view(heads, end - start, -1)
+            key_grad_GTD[:, first_key:end].add_(torch.bmm(scores_grad.mT, query_block))
+
+        sinks_grad_H = None
+        if sinks_grad_GR is not None and sinks_H is not None:
+            sinks_grad_H = sinks_grad_GR.flatten().to(sinks_H.dtype)
+        key_grad = key_grad_GTD.mul_(scaling).to(key_GTD.dtype)
+        return query_grad_HTD, key_grad, value_grad_GTE.to(value_GTE.dtype), sinks_grad_H, None, None, None
 
 
-def _keeps(keys: int, softcap: float | None) -> bool:
-    return keys <= _KEPT_KEYS and softcap is None
+def _keeps_weights(keys: int, softcap: float | None) -> bool:
+    return keys <= KEPT_KEYS and softcap is None
 
 
 def _weights(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    sinks: torch.Tensor | None,
-    block: tuple[int, int, int],
-    settings: tuple[Rows, float, float | None],
+    query_HTD: torch.Tensor,
+    key_GTD: torch.Tensor,
+    sinks_H: torch.Tensor | None,
+    block: Block,
+    settings: tuple[RowMask, float, float | None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return one block's weights (K, H / K * queries, keys), and the slope of the cap where there is one."""
-    (first, start, end), (rows, scaling, softcap) = block, settings
-    kind, count, slope = (len(query) // len(key), query.dtype, query.device), end - start, None
-    part = query[:, start:end].unflatten(0, (len(key), -1)).flatten(1, 2)
-    # Keys after the row are hidden as those after a query are: the library's softmax needs whole vectors to be quick.
-    wide = end - first if query.dtype == torch.float32 else min(-(-(end - first) // 32) * 32, key.shape[1] - first)
-    after = _hidden(count, first + wide - start, 1, *kind)
-    alone = first == start and softcap is None
-    # The mask of the first block of a row is added by the product itself; otherwise to the columns it hides.
-    added = after if alone else after[:, :1, :1]
-    scores = torch.baddbmm(added, part, key[:, first : first + wide].mT, beta=float(alone), alpha=scaling)
+    """Return the weights of a block, (G, R * Q, K), and the slope of the score cap, None without a cap."""
+    first_key, start, end = block
+    rows, scaling, softcap = settings
+    groups = len(key_GTD)
+    repeats = len(query_HTD) // groups
+    queries = end - start
+    keys = end - first_key
+    query_block = query_HTD[:, start:end].unflatten(0, (groups, -1)).flatten(1, 2)
+
+    # On 16-bit scores the library's softmax is fast only if the number of keys is a multiple of 32. Keys after the row
+    # fill up the block; the bias hides them as it hides keys after a query.
+    padded_keys = keys
+    if query_HTD.dtype != torch.float32:
+        padded_keys = min(-(-keys // 32) * 32, key_GTD.shape[1] - first_key)
+
+    later_bias = _hiding_bias(queries, first_key + padded_keys - start, 1, repeats, query_HTD.dtype, query_HTD.device)
+    # For the first block of a row the product itself adds the bias. For others the bias covers only the last columns.
+    is_first_block = first_key == start and softcap is None
+    scores = torch.baddbmm(
+        later_bias if is_first_block else later_bias[:, :1, :1],
+        query_block,
+        key_GTD[:, first_key : first_key + padded_keys].mT,
+        beta=float(is_first_block),
+        alpha=scaling,
+    )
+
+    slope = None
     if softcap is not None:
         ratio = scores.div_(softcap).tanh_()
-        slope = (1 - ratio.square())[..., : end - first]
+        slope = (1 - ratio.square())[..., :keys]
         scores = ratio * softcap
-    if not alone:
-        scores[..., start - first :].add_(after)
-    if rows.window is not None and end - first > rows.window:
-        scores[..., :count].add_(_hidden(count, min(count, end - first), start - first - rows.window, *kind, low=True))
-    if sinks is None:
-        return scores.softmax(-1)[..., : end - first].contiguous(), slope
-    exact = torch.promote_types(query.dtype, torch.float32)
+    if not is_first_block:
+        scores[..., start - first_key :].add_(later_bias)
+    if rows.window is not None and keys > rows.window:
+        window_bias = _hiding_bias(
+            queries,
+            min(queries, keys),
+            start - first_key - rows.window,
+            repeats,
+            query_HTD.dtype,
+            query_HTD.device,
+            low=True,
+        )
+        scores[..., :queries].add_(window_bias)
+
+    if sinks_H is None:
+        return scores.softmax(-1)[..., :keys].contiguous(), slope
+    exact = torch.promote_types(query_HTD.dtype, torch.float32)
     scores = scores.to(exact)
-    sink = sinks.to(exact).view(len(key), -1).repeat_interleave(end - start, 1)[..., None]
+    sink = sinks_H.to(exact).view(groups, -1).repeat_interleave(queries, 1)[..., None]
     total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)
-    return scores.sub_(total).exp_()[..., : end - first].to(query.dtype), slope
+    return scores.sub_(total).exp_()[..., :keys].to(query_HTD.dtype), slope

@@ -1,4 +1,7 @@
-"""The output head and the loss at trained positions alone, in chunks whose memory does not grow with the text."""
+"""The output head and the loss at trained positions only, in chunks, so that memory does not grow with the text.
+
+Shapes in names: P trained positions, N positions of one chunk, V vocabulary, C hidden width, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Logits of one chunk: 32 MiB in fp32. Fewer rows make the matrix products slower, more only cost memory.
-_CHUNK_LOGITS = 2**23
-# In fp16 small probabilities would vanish before the trainer's loss scale reaches them.
+from utils.fast.constants import CHUNK_LOGITS
+
+# In fp16, small probabilities would become zero before the trainer's loss scale multiplies them.
 _FP16_SCALE = 256.0
 
 
@@ -27,13 +30,13 @@ class Head:
 
     def chunk(self) -> int:
         """Return how many positions go through the head at once."""
-        return max(16, _CHUNK_LOGITS // self.linear.out_features)
+        return max(16, CHUNK_LOGITS // self.linear.out_features)
 
 
 def find_head(model: Any) -> Head | None:
-    """Return the model's head where it is a plain linear layer, None where logits must come from the class itself.
+    """Return the model's head if it is a plain linear layer, None if logits must come from the model itself.
 
-    The names of the fields are those of Gemma, Granite and Cohere. Whether they say all, `head_is_exact` tells.
+    The config fields are those of Gemma, Granite and Cohere. `head_is_exact` checks that they describe the whole head.
     """
     linear = model.get_output_embeddings()
     if type(linear) is not nn.Linear or linear.weight.dim() != 2 or type(linear.weight.data) is not torch.Tensor:
@@ -45,7 +48,7 @@ def find_head(model: Any) -> Head | None:
 
 @contextmanager
 def head_input(head: Head) -> Iterator[list[torch.Tensor]]:
-    """Collect what goes into the head during a forward pass; the head itself is given no position and costs nothing."""
+    """Collect the input of the head during a forward pass; the head itself gets no position and costs nothing."""
     collected: list[torch.Tensor] = []
 
     def take(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -60,36 +63,44 @@ def head_input(head: Head) -> Iterator[list[torch.Tensor]]:
 
 
 def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
-    """Return whether the head gives the logits of the class on ids (1, T), to the rounding of its dtype."""
+    """Return whether the head gives the model's own logits on ids (1, T), within the rounding of its dtype."""
+    weight_VC = head.linear.weight
     training = model.training
     model.eval()
+
     with torch.no_grad():
         collected: list[torch.Tensor] = []
         handle = head.linear.register_forward_pre_hook(lambda module, args: collected.append(args[0]))
-        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        expected_TV = model(input_ids=ids, use_cache=False).logits[0].float()
         handle.remove()
-        found = _logits(collected[0][0].to(head.linear.weight.dtype), head.linear.weight, head, _Room())[0]
+        hidden_TC = collected[0][0].to(weight_VC.dtype)
+        found_TV, _ = _logits(hidden_TC, weight_VC, head, _Buffers())
+
     model.train(training)
-    bound = 8 * torch.finfo(head.linear.weight.dtype).eps * float(expected.abs().max())
-    return found.shape == expected.shape and float((found - expected).abs().max()) <= bound
+    bound = 8 * torch.finfo(weight_VC.dtype).eps * float(expected_TV.abs().max())
+    return found_TV.shape == expected_TV.shape and float((found_TV - expected_TV).abs().max()) <= bound
 
 
-def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, divisor: float) -> torch.Tensor:
-    """Return the sum of -log p(target) over hidden (P, C), divided by `divisor`; gradients are made on the way."""
-    total: torch.Tensor = _SummedLoss.apply(hidden, head.linear.weight, head.linear.bias, targets, head, divisor)
+def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, divisor: float) -> torch.Tensor:
+    """Return the sum of -log p(target), divided by `divisor`; gradients are computed in the forward pass."""
+    total: torch.Tensor = _SummedLoss.apply(hidden_PC, head.linear.weight, head.linear.bias, targets_P, head, divisor)
     return total
 
 
 @torch.no_grad()
-def scored(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (-log p(target), whether it is the likeliest), each (P), from hidden (P, C)."""
+def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (-log p(target), whether the target is the most likely token), each (P)."""
     dtype = _compute_dtype(head.linear.weight)
-    weight, size, room = head.linear.weight.to(dtype), head.chunk(), _Room()
-    losses, hits = [], []
-    for part, target in zip(hidden.split(size), targets.split(size), strict=True):
-        logits, _ = _logits(part.to(dtype), weight, head, room)
-        losses.append(F.cross_entropy(logits, target, reduction='none'))
-        hits.append(logits.argmax(dim=-1) == target)
+    weight_VC = head.linear.weight.to(dtype)
+    size = head.chunk()
+    buffers = _Buffers()
+
+    losses = []
+    hits = []
+    for hidden_NC, targets_N in zip(hidden_PC.split(size), targets_P.split(size), strict=True):
+        logits_NV, _ = _logits(hidden_NC.to(dtype), weight_VC, head, buffers)
+        losses.append(F.cross_entropy(logits_NV, targets_N, reduction='none'))
+        hits.append(logits_NV.argmax(dim=-1) == targets_N)
     return torch.cat(losses), torch.cat(hits)
 
 
@@ -98,96 +109,117 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-class _Room:
-    """Memory for the logits of a chunk, which those of the next are written over: fresh memory is slow on a CPU."""
+class _Buffers:
+    """Memory for the logits of a chunk, reused by the next chunk: newly allocated memory is slow on a CPU."""
 
     def __init__(self) -> None:
-        self._held: dict[torch.dtype, torch.Tensor] = {}
+        self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
-    def take(self, rows: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return (rows, V) of this dtype, holding anything, for a weight (V, C); chunks never grow."""
-        if dtype not in self._held:
-            self._held[dtype] = like.new_empty(rows, len(like), dtype=dtype)
-        return self._held[dtype][:rows]
+    def take(self, rows: int, weight_VC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised (rows, V) of this dtype; later chunks are never larger than the first."""
+        if dtype not in self._by_dtype:
+            self._by_dtype[dtype] = weight_VC.new_empty(rows, len(weight_VC), dtype=dtype)
+        return self._by_dtype[dtype][:rows]
 
 
 def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, head: Head, room: _Room
+    hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return fp32 logits (P, V) in `room` and their slope by the capped value, None where nothing is capped."""
-    logits, bias = room.take(len(hidden), weight, weight.dtype), head.linear.bias
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=logits)
+    """Return fp32 logits (N, V) in a buffer, and the slope of the cap (N, V), None without a cap."""
+    bias_V = head.linear.bias
+    logits_NV = buffers.take(len(hidden_NC), weight_VC, weight_VC.dtype)
+    if bias_V is None:
+        torch.mm(hidden_NC, weight_VC.t(), out=logits_NV)
     else:
-        torch.addmm(bias.to(weight.dtype), hidden, weight.t(), out=logits)
-    if logits.dtype != torch.float32:
-        logits = room.take(len(hidden), weight, torch.float32).copy_(logits)
+        torch.addmm(bias_V.to(weight_VC.dtype), hidden_NC, weight_VC.t(), out=logits_NV)
+
+    if logits_NV.dtype != torch.float32:
+        logits_NV = buffers.take(len(hidden_NC), weight_VC, torch.float32).copy_(logits_NV)
     if head.scale != 1.0:
-        logits.mul_(head.scale)
+        logits_NV.mul_(head.scale)
     if head.cap is None:
-        return logits, None
-    ratio = logits.div_(head.cap).tanh_()
-    return ratio * head.cap, 1 - ratio.square()
+        return logits_NV, None
+    ratio_NV = logits_NV.div_(head.cap).tanh_()
+    return ratio_NV * head.cap, 1 - ratio_NV.square()
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Computes the gradients of hidden states, weight and bias chunk by chunk in the forward pass, then scales them."""
+    """Computes the gradients of hidden states, weight and bias chunk by chunk in the forward pass; backward scales."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
+        hidden_PC: torch.Tensor,
+        weight_VC: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_P: torch.Tensor,
         head: Head,
         divisor: float,
     ) -> torch.Tensor:
-        dtype = _compute_dtype(weight)
-        inner = _FP16_SCALE if dtype == torch.float16 else 1.0 / divisor
-        low, size, room = weight.to(dtype), head.chunk(), _Room()
-        kept = torch.float32 if dtype == torch.float16 else dtype
-        to_hidden = torch.empty(hidden.shape, dtype=kept, device=hidden.device)
-        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        to_bias = None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
-        total = hidden.new_zeros((), dtype=torch.float64)
-        for start in range(0, len(targets), size):
-            part, target = hidden[start : start + size].to(dtype), targets[start : start + size, None]
-            logits, slope = _logits(part, low, head, room)
-            top = logits.amax(dim=1, keepdim=True)
-            gold = logits.gather(1, target)
-            mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-            total += (mass.log() + top - gold).double().sum()
-            # Softmax minus one at the target is the gradient of the logits.
-            error = logits.mul_(inner / mass)
-            error.scatter_add_(1, target, torch.full_like(gold, -inner))
-            if slope is not None:
-                error.mul_(slope)
+        dtype = _compute_dtype(weight_VC)
+        inner_scale = _FP16_SCALE if dtype == torch.float16 else 1.0 / divisor
+        # In fp16 the gradient of hidden states stays fp32 until the loss scale has multiplied it.
+        hidden_grad_dtype = torch.float32 if dtype == torch.float16 else dtype
+        compute_weight_VC = weight_VC.to(dtype)
+        size = head.chunk()
+        buffers = _Buffers()
+
+        hidden_grad_PC = torch.empty(hidden_PC.shape, dtype=hidden_grad_dtype, device=hidden_PC.device)
+        weight_grad_VC = None
+        if ctx.needs_input_grad[1]:
+            weight_grad_VC = torch.zeros_like(weight_VC, dtype=torch.float32)
+        bias_grad_V = None
+        if bias_V is not None and ctx.needs_input_grad[2]:
+            bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
+        total = hidden_PC.new_zeros((), dtype=torch.float64)
+
+        for start in range(0, len(targets_P), size):
+            hidden_NC = hidden_PC[start : start + size].to(dtype)
+            targets_N1 = targets_P[start : start + size, None]
+            logits_NV, slope_NV = _logits(hidden_NC, compute_weight_VC, head, buffers)
+
+            max_N1 = logits_NV.amax(dim=1, keepdim=True)
+            target_logit_N1 = logits_NV.gather(1, targets_N1)
+            exp_sum_N1 = logits_NV.sub_(max_N1).exp_().sum(dim=1, keepdim=True)
+            total += (exp_sum_N1.log() + max_N1 - target_logit_N1).double().sum()
+
+            # The gradient of the logits is the softmax, minus one at the target.
+            logits_grad_NV = logits_NV.mul_(inner_scale / exp_sum_N1)
+            logits_grad_NV.scatter_add_(1, targets_N1, torch.full_like(target_logit_N1, -inner_scale))
+            if slope_NV is not None:
+                logits_grad_NV.mul_(slope_NV)
             if head.scale != 1.0:
-                error.mul_(head.scale)
-            small = error if error.dtype == dtype else room.take(len(part), low, dtype).copy_(error)
-            to_hidden[start : start + size] = small @ low
-            if to_weight is not None:
-                to_weight += small.t() @ part
-            if to_bias is not None:
-                to_bias += error.sum(dim=0)
-        grads = [g for g in (to_hidden, to_weight, to_bias) if g is not None]
-        for grad in grads:
-            grad.mul_(1.0 / (divisor * inner))
-        # In fp16 these stay fp32 until the loss scale has reached them: most would be too small for fp16 before.
-        ctx.grads = to_hidden if kept != dtype else to_hidden.to(hidden.dtype), to_weight, to_bias
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+                logits_grad_NV.mul_(head.scale)
+
+            low_grad_NV = logits_grad_NV
+            if logits_grad_NV.dtype != dtype:
+                low_grad_NV = buffers.take(len(hidden_NC), compute_weight_VC, dtype).copy_(logits_grad_NV)
+            hidden_grad_PC[start : start + size] = low_grad_NV @ compute_weight_VC
+            if weight_grad_VC is not None:
+                weight_grad_VC += low_grad_NV.t() @ hidden_NC
+            if bias_grad_V is not None:
+                bias_grad_V += logits_grad_NV.sum(dim=0)
+
+        for grad in (hidden_grad_PC, weight_grad_VC, bias_grad_V):
+            if grad is not None:
+                grad.mul_(1.0 / (divisor * inner_scale))
+        if hidden_grad_dtype == dtype:
+            hidden_grad_PC = hidden_grad_PC.to(hidden_PC.dtype)
+        ctx.grads = hidden_grad_PC, weight_grad_VC, bias_grad_V
+        ctx.dtypes = hidden_PC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype
         return (total / divisor).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        to_hidden, to_weight, to_bias = ctx.grads
-        ctx.grads = None  # a gradient that nothing else holds becomes that of the parameter as it is, without a copy
-        scale, (of_hidden, of_weight, of_bias) = grads[0], ctx.dtypes
+        hidden_grad_PC, weight_grad_VC, bias_grad_V = ctx.grads
+        # Without another reference, autograd uses a gradient as that of the parameter without copying it.
+        ctx.grads = None
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        scale = grads[0]
         return (
-            (to_hidden * scale.to(to_hidden.dtype)).to(of_hidden),
-            None if to_weight is None else to_weight.mul_(scale).to(of_weight),
-            None if to_bias is None else to_bias.mul_(scale).to(of_bias),
+            (hidden_grad_PC * scale.to(hidden_grad_PC.dtype)).to(hidden_dtype),
+            None if weight_grad_VC is None else weight_grad_VC.mul_(scale).to(weight_dtype),
+            None if bias_grad_V is None else bias_grad_V.mul_(scale).to(bias_dtype),
             None,
             None,
             None,

@@ -1,4 +1,7 @@
-"""tuner_backend swift: PEFT's own LoRA layers, base and adapter computed in one step that keeps the least for later."""
+"""tuner_backend swift: PEFT's LoRA layers with base and adapter computed in one step that saves little for backward.
+
+Shapes in names: N tokens, I input features, O output features, R rank of the adapter.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +12,90 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
+from utils.fast.swap import swap_class
+
 
 class _LoraStep(torch.autograd.Function):
-    """y = x W^T + b + scale (x A^T) B^T; keeps x, which neighbouring layers share, and x A^T. W and b are frozen."""
+    """y = x W^T + b + scale (x A^T) B^T with W and b frozen. Saves x, which neighbouring layers share, and x A^T."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        a_RI: torch.Tensor,
+        b_OR: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        low_down, low_up = down.to(x.dtype), up.to(x.dtype)
-        between = rows @ low_down.t()
-        out = F.linear(rows, weight, bias).addmm_(between, low_up.t(), alpha=scale)
+        x_NI = x.flatten(0, -2)
+        low_a_RI = a_RI.to(x.dtype)
+        low_b_OR = b_OR.to(x.dtype)
+
+        inner_NR = x_NI @ low_a_RI.t()
+        out_NO = F.linear(x_NI, weight_OI, bias_O).addmm_(inner_NR, low_b_OR.t(), alpha=scale)
         ctx.scale = scale
-        ctx.save_for_backward(x, weight, between, down, up)
-        return out.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x, weight_OI, inner_NR, a_RI, b_OR)
+        return out_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight, between, down, up = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
-        to_between = (grad @ up.to(grad.dtype)).mul_(ctx.scale)
-        to_x = None
+        x, weight_OI, inner_NR, a_RI, b_OR = ctx.saved_tensors
+        grad_NO = grads[0].flatten(0, -2)
+        inner_grad_NR = (grad_NO @ b_OR.to(grad_NO.dtype)).mul_(ctx.scale)
+
+        x_grad = None
         if ctx.needs_input_grad[0]:
-            to_x = (grad @ weight).addmm_(to_between, down.to(grad.dtype)).view_as(x)
-        to_down = (to_between.t() @ x.flatten(0, -2)).to(down.dtype)
-        to_up = (grad.t() @ between).to(up.dtype).mul_(ctx.scale)
-        return to_x, None, None, to_down, to_up, None
+            x_grad = (grad_NO @ weight_OI).addmm_(inner_grad_NR, a_RI.to(grad_NO.dtype)).view_as(x)
+        a_grad_RI = (inner_grad_NR.t() @ x.flatten(0, -2)).to(a_RI.dtype)
+        b_grad_OR = (grad_NO.t() @ inner_NR).to(b_OR.dtype).mul_(ctx.scale)
+        return x_grad, None, None, a_grad_RI, b_grad_OR, None
 
 
-class SwiftLinear(Linear):
-    """PEFT's LoRA layer on a frozen linear layer; what it does not compute itself it leaves to PEFT."""
+class _FusedLora(Linear):
+    """Mixin for PEFT's LoRA layer on a frozen linear layer; cases that it does not compute go to PEFT's forward."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the base layer's output plus the adapter's."""
         base = self.base_layer
         active = self.active_adapters
-        plain = len(active) == 1 and not self.disable_adapters and not self.merged and not kwargs
-        if not plain or base.weight.requires_grad or (self.training and self._drops_out(active[0])):
+        has_one_adapter = len(active) == 1 and not self.disable_adapters and not self.merged and not kwargs
+        if not has_one_adapter or base.weight.requires_grad or (self.training and self._drops_out(active[0])):
             out: torch.Tensor = super().forward(x, *args, **kwargs)
             return out
-        device, weight, bias = x.device.type, base.weight, base.bias
+
+        device = x.device.type
+        weight = base.weight
+        bias = base.bias
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            x = x.to(dtype)
+            weight = weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+
         (name,) = active
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        stepped: torch.Tensor = _LoraStep.apply(x, weight, bias, down, up, self.scaling[name])
-        return stepped
+        fused: torch.Tensor = _LoraStep.apply(
+            x, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        )
+        return fused
 
     def _drops_out(self, name: str) -> bool:
         return not isinstance(self.lora_dropout[name], nn.Identity)
 
 
 def fuse_lora(model: nn.Module) -> tuple[int, int]:
-    """Give the LoRA layers of a model their one-step forward; returns how many have it and how many there are.
+    """Give the LoRA layers of a model the fused forward; returns how many have it and how many LoRA layers there are.
 
-    The others stay PEFT's: quantised layers, Conv1D, DoRA and biases of the adapter.
+    PEFT's own forward stays on quantised layers, Conv1D, DoRA and adapters with a bias.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    fused = [m for m in layers if type(m) is Linear and type(m.base_layer) is nn.Linear]
-    fused = [m for m in fused if not m.lora_variant and not any(m.lora_bias.values())]
+    fused = [layer for layer in layers if _can_be_fused(layer)]
     for layer in fused:
-        layer.__class__ = SwiftLinear
+        swap_class(layer, _FusedLora)
     return len(fused), len(layers)
+
+
+def _can_be_fused(layer: LoraLayer) -> bool:
+    if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear:
+        return False
+    return not layer.lora_variant and not any(layer.lora_bias.values())

@@ -1,4 +1,8 @@
-"""Loss and hits of a batch, padded or laid end to end, at its trained tokens alone."""
+"""Loss and hits at the trained tokens of a batch, padded or concatenated.
+
+Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, K columns that predict
+a trained token in some row, C hidden width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch.nn.functional as F
 
 from utils.data.collator import NOT_FOR_THE_MODEL, take_rows
 from utils.encode.encoded import IGNORE_INDEX
-from utils.fast.attention import laid_end_to_end
+from utils.fast.attention import concatenated_rows
 from utils.fast.chunked_loss import Head, head_input, scored, summed_loss
 from utils.fast.rotary import depends_on_batch_from, forget_longer_batches, groups_of_rows
 
@@ -19,62 +23,76 @@ Predictors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Scorer:
-    """Scores batches of one model: by the head it is given, in chunks, or by logits as the model's class makes them."""
+    """Scores batches of one model: through a given head in chunks, or from the logits of the model itself."""
 
     def __init__(self, base: Any, head: Head | None, *, splits: bool = True) -> None:
-        """Score batches of `base`; where it `splits`, rows that a longer one would change get a pass of their own."""
+        """Score batches of `base`. With `splits`, a row that a longer one would change gets its own forward pass."""
         self.base = base
         self.head = head
-        # A sharded model computes as often on each process, so that none may split.
+        # A sharded model must run the same number of forward passes on each process, so it never splits a batch.
         self.row_limit = depends_on_batch_from(base.config) if splits else None
         self.selects_logits = 'logits_to_keep' in inspect.signature(base.forward).parameters
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor], divisor: float) -> torch.Tensor:
         """Return the summed loss of the batch over `divisor`, in fp32."""
-        found, targets, _ = self._predictors(model, batch)
+        found, targets_P, _ = self._predictors(model, batch)
         if self.head is None:
-            return F.cross_entropy(found.float(), targets, reduction='sum') / divisor
-        return summed_loss(found, targets, self.head, divisor)
+            return F.cross_entropy(found.float(), targets_P, reduction='sum') / divisor
+        return summed_loss(found, targets_P, self.head, divisor)
 
     @torch.no_grad()
     def by_row(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return (summed loss, hits, trained tokens) of each row, B x 3, in float64."""
-        found, targets, rows = self._predictors(model, batch)
+        """Return (summed loss, hits, trained tokens) of each row, (B, 3), in float64."""
+        found, targets_P, row_P = self._predictors(model, batch)
         if self.head is None:
-            losses, hits = F.cross_entropy(found.float(), targets, reduction='none'), found.argmax(dim=-1) == targets
+            losses_P = F.cross_entropy(found.float(), targets_P, reduction='none')
+            hits_P = found.argmax(dim=-1) == targets_P
         else:
-            losses, hits = scored(found, targets, self.head)
-        parts = torch.stack([losses.double(), hits.double(), torch.ones_like(losses).double()], dim=1)
-        sums = torch.zeros(len(batch['row_lengths']), 3, dtype=torch.float64, device=parts.device)
-        return sums.index_add_(0, rows.to(parts.device), parts)
+            losses_P, hits_P = scored(found, targets_P, self.head)
+
+        parts_P3 = torch.stack([losses_P.double(), hits_P.double(), torch.ones_like(losses_P).double()], dim=1)
+        sums_B3 = torch.zeros(len(batch['row_lengths']), 3, dtype=torch.float64, device=parts_P3.device)
+        return sums_B3.index_add_(0, row_P.to(parts_P3.device), parts_P3)
 
     def _predictors(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
-        """Return what predicts the P trained tokens, (P, C) or logits (P, V), the tokens, and the row of each."""
+        """Return what predicts the trained tokens, (P, C) or logits (P, V); the tokens (P); the row of each (P)."""
         if self.row_limit is None:
             return self._in_one_pass(model, batch)
+
         found: list[Predictors] = []
         for indices in groups_of_rows(batch['row_lengths'].tolist(), self.row_limit):
             forget_longer_batches(self.base)
-            # Processes meet in the first pass alone: the wrapper may exchange values there, and others split otherwise.
-            predictors, targets, rows = self._in_one_pass(self.base if found else model, take_rows(batch, indices))
-            found.append((predictors, targets, torch.tensor(indices, device=rows.device)[rows]))
+            # The wrapper may exchange values between processes, whose numbers of groups differ: only the first pass,
+            # which every process has, goes through it.
+            module = self.base if found else model
+            predictors, targets_P, row_P = self._in_one_pass(module, take_rows(batch, indices))
+            found.append((predictors, targets_P, torch.tensor(indices, device=row_P.device)[row_P]))
         parts = [torch.cat(part) for part in zip(*found, strict=True)]
         return parts[0], parts[1], parts[2]
 
     def _in_one_pass(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
-        labels = F.pad(batch['labels'][:, 1:], (0, 1), value=IGNORE_INDEX)
-        trained = labels != IGNORE_INDEX
+        labels_BT = F.pad(batch['labels'][:, 1:], (0, 1), value=IGNORE_INDEX)
+        is_trained_BT = labels_BT != IGNORE_INDEX
+        columns_K = is_trained_BT.any(dim=0).nonzero().squeeze(-1)
+        lengths_B = batch['row_lengths']
+        is_concatenated = 'attention_mask' not in batch
+
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
-        lengths, laid = batch['row_lengths'], 'attention_mask' not in batch
-        columns = trained.any(dim=0).nonzero().squeeze(-1)
-        # A tensor, not a number: Gemma 4 cuts masks by a number.
-        keep = {'logits_to_keep': columns} if self.selects_logits else {}
+        # A tensor and not a number: Gemma 4 cuts masks by a number.
+        keep = {'logits_to_keep': columns_K} if self.selects_logits else {}
         to_head: AbstractContextManager[list[torch.Tensor]] = head_input(self.head) if self.head else nullcontext([])
-        with laid_end_to_end(lengths.tolist()) if laid else nullcontext(), to_head as collected:
+        layout = concatenated_rows(lengths_B.tolist()) if is_concatenated else nullcontext()
+        with layout, to_head as collected:
             logits = model(**inputs, use_cache=False, **keep).logits
+
         found = collected[0].to(self.head.linear.weight.device) if self.head else logits
-        found = found if keep else found[:, columns.to(found.device)]
-        found = found[trained[:, columns].to(found.device)]
-        places = trained.flatten().nonzero().squeeze(-1)
-        rows = torch.searchsorted(lengths.cumsum(0), places, right=True) if laid else places // labels.shape[1]
-        return found, labels[trained].to(found.device), rows
+        if not keep:
+            found = found[:, columns_K.to(found.device)]
+        found = found[is_trained_BT[:, columns_K].to(found.device)]
+
+        position_P = is_trained_BT.flatten().nonzero().squeeze(-1)
+        if is_concatenated:
+            row_P = torch.searchsorted(lengths_B.cumsum(0), position_P, right=True)
+        else:
+            row_P = position_P // labels_BT.shape[1]
+        return found, labels_BT[is_trained_BT].to(found.device), row_P

@@ -1,4 +1,4 @@
-"""A row as a conversation, and what keeps a row of a file from being one."""
+"""A row as a conversation, and the errors for rows that cannot be converted into one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TypedDict
 
 
 class Message(TypedDict, total=False):
-    """One turn. Only `role` and `content` are always there; the others where the row says them.
+    """One turn. `role` and `content` are always present, the other keys only if the row has them.
 
-    `content` is '' where a turn holds calls alone. An item of `tool_calls` is {'type': 'function', 'id' where given,
-    'function': {'name', 'arguments'}}; arguments are an object, or text where the row gives text that is none.
-    `loss` is whether the turn carries loss, where the row itself decides it.
+    `content` is '' in a turn that holds only tool calls. An item of `tool_calls` is {'type': 'function', 'id' if given,
+    'function': {'name', 'arguments'}}. Arguments are an object if the row holds one, or the JSON text of one; any other
+    value is unchanged. `loss` is whether the turn carries loss; it is absent if the row does not decide it.
     """
 
     role: str
@@ -25,8 +25,8 @@ class Message(TypedDict, total=False):
     loss: bool
 
 
-def said(message: Message) -> str:
-    """Return what a turn says as one text: its content, and its calls as JSON."""
+def message_text(message: Message) -> str:
+    """Return the content of a turn, followed by its tool calls as JSON."""
     calls = [call['function'] for call in message.get('tool_calls', ())]
     parts = [message['content'], json.dumps(calls, ensure_ascii=False) if calls else '']
     return '\n'.join(part for part in parts if part)
@@ -34,24 +34,24 @@ def said(message: Message) -> str:
 
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """A conversation whose last message is the assistant's, the one that is trained."""
+    """A conversation. Its last message is the reply of the assistant, which is trained."""
 
     messages: list[Message]
     tools: list[Any] | None = None
     images: list[str] = field(default_factory=list)
-    # Where relative paths of images start: the data file's folder; None for what was typed.
+    # The folder of the data file, from which relative paths of images start; None for typed text.
     folder: str | None = None
     origin: str = ''
-    # The row as it was read, not copied: never change it.
+    # The row as it was read. It is not a copy: never change it.
     written: Mapping[str, Any] = field(default_factory=dict)
-    # Columns and keys that hold something and are not used, e.g. 'column `id`', 'message key `foo`'.
+    # Columns and keys that are not empty and not used, e.g. 'column `id`', 'message key `foo`'.
     unused: tuple[str, ...] = ()
-    # What else is worth counting about a row that is used.
+    # Other facts about a used row that are counted and reported.
     notes: tuple[str, ...] = ()
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on; its text is the reason under which the row is counted."""
+    """A row that cannot be trained on. Its text is the reason under which the row is counted."""
 
     def __init__(self, reason: str, column: str = '') -> None:
         super().__init__(reason)
@@ -59,4 +59,4 @@ class BadRow(ValueError):
 
 
 class Filtered(BadRow):
-    """A row that the entry of its data set leaves out on purpose, which is no defect."""
+    """A row that the entry of its data set skips on purpose; the row is not defective."""

@@ -1,6 +1,6 @@
-"""What a registered data set is: where it lies, which files of it are read, and how a row of it becomes ours.
+"""Converters from the rows of registered data sets to query/response rows.
 
-Converters are pure: a row of the source in, a row of ours or None (dropped) out; nothing of a row is ever executed.
+Converters are pure functions. They never execute anything in a row.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from typing import Any
 
 SourceRow = Mapping[str, Any]
 PlainRow = dict[str, Any]
-# A converter returns None for a row that is broken, and raises Unwanted for one that it leaves out by choice.
+# A converter returns None for a broken row, and raises Unwanted for a row that it skips on purpose.
 ToRow = Callable[[SourceRow], PlainRow | None]
 
 
 class Unwanted(Exception):
-    """A row that is whole, and that the entry of its data set leaves out by choice."""
+    """A valid row that the entry of its data set skips on purpose."""
 
 
 def _text(row: SourceRow, column: str) -> str:
-    """Return a cell as text, '' where it is missing (null, NaN, no such column)."""
+    """Return a cell as text, '' if it is missing (null, NaN, no such column)."""
     value = row.get(column)
-    return '' if value is None or value != value else str(value)
+    is_missing = value is None or value != value  # only NaN differs from itself
+    return '' if is_missing else str(value)
 
 
 def _literal(value: Any) -> list[Any] | None:
-    """Return the list that a cell holds, as such or written as a Python literal; None where it is none."""
+    """Return the list in a cell; text is parsed as a Python literal. None if there is no list."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -37,11 +38,14 @@ def _literal(value: Any) -> list[Any] | None:
 
 
 def pair(query: str, response: str, *, query_may_be_empty: bool = False) -> ToRow:
-    """Return a converter: two columns as they are; a row that misses either is dropped."""
+    """Return a converter that copies two columns. A row without one of them is dropped."""
 
     def to_row(row: SourceRow) -> PlainRow | None:
-        asked, answered = _text(row, query), _text(row, response)
-        return {'query': asked, 'response': answered} if answered and (asked or query_may_be_empty) else None
+        asked = _text(row, query)
+        answered = _text(row, response)
+        if not answered or not (asked or query_may_be_empty):
+            return None
+        return {'query': asked, 'response': answered}
 
     return to_row
 
@@ -49,26 +53,27 @@ def pair(query: str, response: str, *, query_may_be_empty: bool = False) -> ToRo
 def alpaca(
     instruction: str = 'instruction', extra: str = 'input', output: str = 'output', *, drop_prefix: str = ''
 ) -> ToRow:
-    """Return a converter: query = instruction, newline, input; the input alone where there is no instruction.
+    """Return a converter whose query is instruction, newline, input; only the input if there is no instruction.
 
-    `drop_prefix` is what some inputs begin with.
+    `drop_prefix` is removed from the beginning of the input.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
-        query, response = _text(row, instruction), _text(row, output)
+        task = _text(row, instruction)
         added = _text(row, extra).removeprefix(drop_prefix)
-        asked = f'{query}\n{added}' if query else added
-        return {'query': asked, 'response': response} if response and asked else None
+        query = f'{task}\n{added}' if task else added
+        response = _text(row, output)
+        return {'query': query, 'response': response} if response and query else None
 
     return to_row
 
 
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
-    """Return a converter that drops rows of any other kind."""
-    kept = frozenset(kinds)
+    """Return a converter that skips rows of other kinds and drops rows without a kind."""
+    wanted = frozenset(kinds)
 
     def of_kind(row: SourceRow) -> PlainRow | None:
-        if row.get(column) in kept:
+        if row.get(column) in wanted:
             return to_row(row)
         if not _text(row, column):
             return None
@@ -78,7 +83,7 @@ def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
 
 
 def without_history(column: str, to_row: ToRow) -> ToRow:
-    """Return a converter that leaves out rows with a history; one that cannot be read is broken."""
+    """Return a converter that skips rows with a history and drops rows whose history cannot be read."""
 
     def without(row: SourceRow) -> PlainRow | None:
         history = [] if row.get(column) in (None, '') else _literal(row[column])
@@ -92,35 +97,38 @@ def without_history(column: str, to_row: ToRow) -> ToRow:
 
 
 def with_answer(query: str, response: str, answer: str) -> ToRow:
-    """Return a converter whose response ends with a blank line and the answer."""
+    """Return a converter whose response ends with a blank line and the answer, if there is one."""
 
     def to_row(row: SourceRow) -> PlainRow | None:
-        asked, solved, result = _text(row, query), _text(row, response), _text(row, answer)
-        if not asked or not solved:
+        asked = _text(row, query)
+        solution = _text(row, response)
+        result = _text(row, answer)
+        if not asked or not solution:
             return None
-        return {'query': asked, 'response': f'{solved}\n\nAnswer: {result}' if result else solved}
+        return {'query': asked, 'response': f'{solution}\n\nAnswer: {result}' if result else solution}
 
     return to_row
 
 
 def human_assistant(column: str) -> ToRow:
-    """Return a converter of a list of {human, assistant} turns: the last is asked and answered, the others history."""
+    """Return a converter for a list of {human, assistant} turns. The last is query and response, the rest history."""
 
     def to_row(row: SourceRow) -> PlainRow | None:
         turns = _literal(row.get(column))
         if not turns or not all(isinstance(t, dict) and {'human', 'assistant'} <= t.keys() for t in turns):
             return None
-        pairs = [[_text(turn, 'human'), _text(turn, 'assistant')] for turn in turns]
-        (query, response), history = pairs[-1], pairs[:-1]
+
+        *history, (query, response) = [[_text(turn, 'human'), _text(turn, 'assistant')] for turn in turns]
         return {'query': query, 'response': response, 'history': history} if response else None
 
     return to_row
 
 
 def agent(plugin: str) -> ToRow:
-    """Return a converter of {from, value} turns after a system turn that lists at least two plugins.
+    """Return a converter for {from, value} turns after a system turn that lists at least two plugins.
 
-    `plugin` finds a plugin's name in the system text. Rows whose turns do not alternate user, assistant are left out.
+    `plugin` is a pattern that finds the names of plugins in the system text. Rows with fewer plugins are skipped, and
+    rows whose turns do not alternate between user and assistant.
     """
     pattern = re.compile(plugin)
 
@@ -128,14 +136,17 @@ def agent(plugin: str) -> ToRow:
         turns = _literal(row.get('conversations'))
         if not turns or not all(isinstance(t, dict) and {'from', 'value'} <= t.keys() for t in turns):
             return None
-        system, *said = turns
-        texts = [_text(turn, 'value') for turn in said]
+
+        system, *dialogue = turns
+        texts = [_text(turn, 'value') for turn in dialogue]
         if not texts or not texts[-1]:
             return None
+
         if len(set(pattern.findall(_text(system, 'value')))) < 2:
             raise Unwanted
-        if [turn['from'] for turn in said] != ['user', 'assistant'] * (len(said) // 2):
+        if [turn['from'] for turn in dialogue] != ['user', 'assistant'] * (len(dialogue) // 2):
             raise Unwanted
+
         history = [list(texts[i : i + 2]) for i in range(0, len(texts) - 2, 2)]
         return {'system': _text(system, 'value'), 'query': texts[-2], 'response': texts[-1], 'history': history}
 
@@ -143,7 +154,7 @@ def agent(plugin: str) -> ToRow:
 
 
 def two_rounds(column: str) -> ToRow:
-    """Return a converter of exactly two turns with `content`: what is asked, what is answered."""
+    """Return a converter for exactly two turns with `content`: the query and the response. Other rows are skipped."""
 
     def to_row(row: SourceRow) -> PlainRow | None:
         turns = _literal(row.get(column))
@@ -151,14 +162,16 @@ def two_rounds(column: str) -> ToRow:
             return None
         if len(turns) != 2:
             raise Unwanted
-        query, response = (_text(turn, 'content') for turn in turns)
+
+        query = _text(turns[0], 'content')
+        response = _text(turns[1], 'content')
         return {'query': query, 'response': response} if query and response else None
 
     return to_row
 
 
 def leetcode(row: SourceRow) -> PlainRow | None:
-    """Return the problem, and its one code block with the explanation."""
+    """Return the problem as query, and its only code block with the explanation as response."""
     problem, mark, code = _text(row, 'code_with_problem').partition('```python')
     if not mark or '```python' in code:
         if not _text(row, 'code_with_problem'):
@@ -169,28 +182,30 @@ def leetcode(row: SourceRow) -> PlainRow | None:
 
 
 def law_text(row: SourceRow) -> PlainRow | None:
-    """Return a text to continue, as in pre-training: no query, the article with its headings as the response."""
+    """Return an article with its headings as the response to an empty query, as in pre-training."""
     if not _text(row, 'content'):
         return None
-    heads = {'Type': 'type', 'Title': 'title', **{f'Chapter{n}': f'chapter{n}' for n in (1, 2, 3)}}
-    lines = [
-        f'{head}: {_text(row, column)}'
-        for head, column in heads.items()
-        if not head.startswith('Chapter') or _text(row, column)
-    ]
-    return {'query': '', 'response': '\n'.join([*lines, f'Content: {_text(row, "content")}'])}
+
+    lines = [f'Type: {_text(row, "type")}', f'Title: {_text(row, "title")}']
+    for number in (1, 2, 3):
+        chapter = _text(row, f'chapter{number}')
+        if chapter:
+            lines.append(f'Chapter{number}: {chapter}')
+    lines.append(f'Content: {_text(row, "content")}')
+    return {'query': '', 'response': '\n'.join(lines)}
 
 
 def advertise(row: SourceRow) -> PlainRow | None:
     """Return the task of writing an advertisement from keywords."""
-    keywords, text = _text(row, 'content'), _text(row, 'summary')
+    keywords = _text(row, 'content')
+    text = _text(row, 'summary')
     if not keywords or not text:
         return None
     return {'query': f'任务：根据关键词生成广告\n关键词：{keywords}\n广告：', 'response': text}
 
 
 def ask_question(row: SourceRow) -> PlainRow | None:
-    """Return the task of asking the question that a text answers; text1 is '<answer>[SEP]<context>'."""
+    """Return the task of writing the question to an answer in a context; `text1` is '<answer>[SEP]<context>'."""
     answer, mark, context = _text(row, 'text1').partition('[SEP]')
     question = _text(row, 'text2')
     if not mark or not question:
@@ -199,7 +214,7 @@ def ask_question(row: SourceRow) -> PlainRow | None:
 
 
 def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToRow:
-    """Return a converter to a task of naming the category; `columns` maps column to its heading in the prompt."""
+    """Return a converter to the task of naming the category. `columns` maps a column to its heading in the prompt."""
 
     def to_row(row: SourceRow) -> PlainRow | None:
         label = row.get('label')
@@ -207,24 +222,33 @@ def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToR
             index = names.index(label) if label in names else int(float(_text(row, 'label')))
         except (ValueError, OverflowError):
             return None
-        if index == -1:  # stands for a hidden label
+
+        if index == -1:  # the label is hidden
             raise Unwanted
         if not 0 <= index < len(names):
             return None
-        said = ''.join(f'{heading}：{_text(row, column)}\n' for column, heading in columns.items())
-        return {'query': f'任务：{task}\n{said}类别：{"，".join(names)}\n输出：', 'response': names[index]}
+
+        inputs = ''.join(f'{heading}：{_text(row, column)}\n' for column, heading in columns.items())
+        return {'query': f'任务：{task}\n{inputs}类别：{"，".join(names)}\n输出：', 'response': names[index]}
 
     return to_row
 
 
 def always_ask(query: str, response: str) -> ToRow:
-    """Return a converter that asks the same of every row."""
-    return lambda row: {'query': query, 'response': _text(row, response)} if _text(row, response) else None
+    """Return a converter that uses the same query for every row."""
+
+    def to_row(row: SourceRow) -> PlainRow | None:
+        text = _text(row, response)
+        return {'query': query, 'response': text} if text else None
+
+    return to_row
 
 
 def caption(row: SourceRow) -> PlainRow | None:
-    """Return the task of describing an image, named by its path; of several captions the first."""
+    """Return the task of describing an image, given by its path. Of several captions, the first is the response."""
     image = row.get('image')
     path = image.get('path') if isinstance(image, Mapping) else image
     text = _text(row, 'caption').partition('&&')[0].strip()
-    return {'query': f'<img>{path}</img>Please describe the image.', 'response': text} if path and text else None
+    if not path or not text:
+        return None
+    return {'query': f'<img>{path}</img>Please describe the image.', 'response': text}

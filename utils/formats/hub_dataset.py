@@ -1,4 +1,4 @@
-"""A data set of a hub: its files, its streams of rows, its images."""
+"""Registered data sets of the hubs: their files, their streams of rows and their images."""
 
 from __future__ import annotations
 
@@ -23,35 +23,38 @@ from utils.formats.images import BadImage, place_image
 from utils.hub import snapshot as hub
 from utils.hub.clients import Repo
 
+# The seed of `take`. Never change it: the rows of these data sets would change.
+_TAKE_SEED = 42
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubDataset:
-    """One data set on the hubs: data, and a callable without arguments that returns (train, validation or None)."""
+    """The description of a data set on the hubs. Calling it returns (train, validation or None)."""
 
-    # ModelScope: the id of 2023, and where it moved.
+    # On ModelScope: the id of 2023, and the later ids if it moved.
     id: str
     moved: tuple[str, ...] = ()
     # The same data on Hugging Face.
     hf_id: str | None = None
-    # Columns that must be there.
+    # Required columns.
     columns: tuple[str, ...]
     to_row: ToRow
-    # Why to_row drops a row, in words.
+    # The reason, for the report, why to_row drops or skips a row.
     drops: str
     subsets: tuple[str, ...] = ('default',)
-    # Words in the names of files that are of other subsets.
+    # Words that occur in the file names of other subsets.
     not_named: tuple[str, ...] = ()
     train: tuple[str, ...] = ('train',)
     val: tuple[str, ...] = ()
-    # The files hold JSON objects one after the other, with or without anything between them.
+    # The files hold concatenated JSON objects, with or without separators.
     concatenated: bool = False
-    # Column of an image: rows get the path of a file.
+    # The column of an image. A converter gets the path of an image file in it.
     image: str | None = None
-    # Training rows drawn once and for all, with the seed 42.
+    # The number of training rows to draw, always the same ones.
     take: int | None = None
 
     def repos(self, hub_name: HubName) -> list[Repo]:
-        """Return the places where it may lie, those on the chosen hub first."""
+        """Return the repositories that may hold the data set, those on the chosen hub first."""
         ids: dict[HubName, Sequence[str]] = {
             'modelscope': (self.id, *self.moved),
             'huggingface': (self.hf_id,) if self.hf_id else (),
@@ -59,7 +62,7 @@ class HubDataset:
         return hub.repos_of(hub_name, ids)
 
     def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, str]:
-        """Return (train, validation or None, where it came from); fetches only the files that are read."""
+        """Return (train, validation or None, the repository used). Downloads only the files that are read."""
         snapshot = hub.find(self.repos(hub_name), 'dataset')
         chosen = choose_files(snapshot, self)
         folder = snapshot.fetch([name for names in chosen.values() for name in names])
@@ -68,7 +71,9 @@ class HubDataset:
             files = tuple(folder / name for split in splits for name in chosen[split])
             return RowStream(entry=self, files=files, take=take)
 
-        return stream(self.train, self.take), stream(self.val) if self.val else None, str(snapshot.repo)
+        train = stream(self.train, self.take)
+        validation = stream(self.val) if self.val else None
+        return train, validation, str(snapshot.repo)
 
     def __call__(self) -> tuple[RowStream, RowStream | None]:
         """Return (train, validation or None) from the default hub."""
@@ -78,29 +83,30 @@ class HubDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class RowStream:
-    """The rows of some files, read anew at each iteration and never held together."""
+    """The rows of some files. Each iteration reads the files again, so memory use is constant."""
 
     entry: HubDataset
     files: tuple[Path, ...]
     take: int | None = None
 
     def __iter__(self) -> Iterator[PlainRow]:
-        return (row for _, row in self.placed() if not isinstance(row, BadRow))
+        return (row for _, row in self.with_locations() if not isinstance(row, BadRow))
 
-    def placed(self) -> Iterator[tuple[str, PlainRow | BadRow]]:
-        """Yield each row with file and line, or why it is dropped."""
+    def with_locations(self) -> Iterator[tuple[str, PlainRow | BadRow]]:
+        """Yield each row with its location (file and line), or the reason why it is dropped."""
         if self.take is None:
             yield from self._all()
             return
+
         count = sum(not isinstance(row, BadRow) for _, row in self._all())
-        drawn = set(random.Random(42).sample(range(count), min(self.take, count)))
+        drawn = set(random.Random(_TAKE_SEED).sample(range(count), min(self.take, count)))
         position = 0
-        for place, row in self._all():
+        for location, row in self._all():
             if isinstance(row, BadRow):
-                yield place, row
+                yield location, row
                 continue
             if position in drawn:
-                yield place, row
+                yield location, row
             position += 1
 
     def _all(self) -> Iterator[tuple[str, PlainRow | BadRow]]:
@@ -108,25 +114,32 @@ class RowStream:
         for file in self.files:
             if file in archives:
                 continue
-            base = _unpack_images(archives[0]) if archives else file.parent
-            checked = False
-            for place, raw in (read_objects if self.entry.concatenated else read_rows)(file):
+            image_folder = _unpack_images(archives[0]) if archives else file.parent
+            read = read_objects if self.entry.concatenated else read_rows
+            is_first = True
+            for location, raw in read(file):
                 try:
-                    row = _image_by_path(raw, self.entry.image, base) if self.entry.image else raw
+                    row = _image_by_path(raw, self.entry.image, image_folder) if self.entry.image else raw
                 except BadRow as problem:
-                    yield place, problem
+                    yield location, problem
                     continue
-                if not checked and (absent := [c for c in self.entry.columns if c not in row]):
-                    raise ConfigError(
-                        f'{place}: the columns are {", ".join(row)}; {", ".join(absent)} is missing, expected are '
-                        f'{", ".join(self.entry.columns)}. The data set changed on the hub: adapt its entry in '
-                        'DATASET_MAPPING in utils/dataset.py.'
-                    )
-                checked = True
-                yield place, self._made(row)
 
-    def _made(self, row: SourceRow) -> PlainRow | BadRow:
-        """Return a row as its entry makes it, or why it is dropped."""
+                if is_first:
+                    self._check_columns(location, row)
+                    is_first = False
+                yield location, self._convert(row)
+
+    def _check_columns(self, location: str, row: SourceRow) -> None:
+        absent = [column for column in self.entry.columns if column not in row]
+        if absent:
+            raise ConfigError(
+                f'{location}: missing columns: {", ".join(absent)}. The file has {", ".join(row)}, expected are '
+                f'{", ".join(self.entry.columns)}. The data set changed on the hub: adapt its entry in '
+                'DATASET_MAPPING in utils/dataset.py.'
+            )
+
+    def _convert(self, row: SourceRow) -> PlainRow | BadRow:
+        """Return the converted row, or the reason why it is dropped."""
         try:
             return self.entry.to_row(row) or BadRow(self.entry.drops)
         except Unwanted:
@@ -134,12 +147,12 @@ class RowStream:
 
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp')
-# Pictures hardly shrink: an archive that grows more than this is no archive of pictures.
-_UNPACKED_TIMES = 50
+# Images are compressed already, so an archive that expands more than this is made to fill the disk.
+_MAX_EXPANSION = 50
 
 
 def _unpack_images(archive: Path) -> Path:
-    """Return the folder with the pictures of an archive, unpacked once per machine."""
+    """Return the folder with the images of an archive, which is unpacked once per machine."""
     import zipfile
 
     about = archive.stat()
@@ -147,47 +160,60 @@ def _unpack_images(archive: Path) -> Path:
     target = cache_dir() / 'images' / digest
     if target.is_dir():
         return target
+
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with zipfile.ZipFile(archive) as opened, tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            pictures = [i for i in opened.infolist() if i.filename.lower().endswith(_IMAGES)]
-            if sum(i.file_size for i in pictures) > max(about.st_size, 1 << 20) * _UNPACKED_TIMES:
+        with zipfile.ZipFile(archive) as opened, tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            images = [member for member in opened.infolist() if member.filename.lower().endswith(_IMAGES)]
+            total = sum(member.file_size for member in images)
+            if total > max(about.st_size, 1 << 20) * _MAX_EXPANSION:
                 raise ConfigError(
-                    f'{archive}: unpacked it would be over {_UNPACKED_TIMES} times its size, as no '
-                    'archive of pictures is. Not opened: unpack it by hand if it is meant.'
+                    f'{archive}: the archive expands to more than {_MAX_EXPANSION} times its size, which images never '
+                    f'do. It was not unpacked. If this is intended, unpack it into {target}.'
                 )
-            opened.extractall(Path(aside) / 'whole', pictures)
+
+            unpacked = Path(temporary) / 'whole'
+            opened.extractall(unpacked, images)
             with contextlib.suppress(FileExistsError):  # another process may have been first
-                (Path(aside) / 'whole').rename(target)
-    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: it wants a password
-        raise ConfigError(f'{archive} is no whole zip file: {error}. Remove it: it is fetched again.') from None
+                unpacked.rename(target)
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: it needs a password
+        raise ConfigError(
+            f'{archive}: the zip file is damaged or encrypted: {error}. Remove it and run the same command again to '
+            'download it.'
+        ) from None
     return target
 
 
 def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
-    """Return the row with its image as the path of a file; bytes of a parquet cell are written to the cache.
+    """Return the row with the path of a file as its image; bytes in a parquet cell are written to the cache.
 
-    Raises BadRow for a path that is not one in the folder of the data.
+    Raises BadRow for a path outside the folder of the data.
     """
     found = {name.removesuffix(':FILE'): value for name, value in row.items()}
     image = found.get(column)
     if isinstance(image, Mapping):
-        data, path = image.get('bytes'), str(image.get('path') or '')
+        data = image.get('bytes')
+        path = str(image.get('path') or '')
         if data is not None:
-            suffix = Path(path).suffix.lower()
-            kept = cache_dir() / 'images' / 'bytes' / (hashlib.sha256(data).hexdigest() + (suffix or '.jpg'))
-            if not kept.is_file():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                aside = kept.with_name(f'{kept.name}.{os.getpid()}')
-                aside.write_bytes(data)
-                aside.replace(kept)
-            return {**found, column: str(kept)}
+            return {**found, column: str(_cached_image(data, suffix=Path(path).suffix.lower() or '.jpg'))}
         image = path
+
     if image in (None, ''):
         return {**found, column: None}
     if Path(str(image)).is_absolute() or 'img>' in str(image):
-        raise BadRow('an image has an absolute path, or a tag in it', column)
+        raise BadRow('an image has an absolute path or contains a tag', column)
     try:
         return {**found, column: place_image(str(image), str(base))}
     except BadImage as error:
         raise BadRow(f'an image {error.reason}', column) from None
+
+
+def _cached_image(data: bytes, *, suffix: str) -> Path:
+    """Write the bytes of an image to the cache, unless they are there, and return the path."""
+    file = cache_dir() / 'images' / 'bytes' / (hashlib.sha256(data).hexdigest() + suffix)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f'{file.name}.{os.getpid()}')
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    return file

@@ -1,4 +1,4 @@
-"""Which files of a data set repository belong to a split."""
+"""Selection of the files in a data set repository that belong to a split."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 _SPLITS = {'train': ('train', 'training'), 'test': ('test', 'testing')}
 _VALIDATION = ('validation', 'valid', 'val', 'dev', 'eval')
+_ALL_SPELLINGS = (*_SPLITS['train'], *_SPLITS['test'], *_VALIDATION)
 _NO_DATA = ('dataset_infos.json', 'dataset_info.json', 'configuration.json', 'metadata.json')
-# Of the same file in several formats the first is read.
+# Of a file in several formats, only the first in this order is read.
 _FORMATS = ('.parquet', '.jsonl', '.json', '.csv')
+_MAX_LIST_BYTES = 1 << 20
+
+# subset -> split -> file names
+FileList = dict[str, dict[str, list[str]]]
 
 
 def _spellings(split: str) -> tuple[str, ...]:
@@ -28,7 +33,7 @@ def _spellings(split: str) -> tuple[str, ...]:
 
 
 def _holds(name: str, word: str) -> bool:
-    """Return whether a path holds a word between separators: 'common-en' in 'data/common_en_70k.jsonl'."""
+    """Return whether a path contains a word between separators: 'common-en' in 'data/common_en_70k.jsonl'."""
     return f'-{_plain(word)}-' in f'-{_plain(name)}-'
 
 
@@ -38,93 +43,112 @@ def _plain(text: str) -> str:
 
 
 def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[str]]:
-    """Return the files of each split. What the repository says of itself goes before the names of its files.
+    """Return the files of each split: those that the repository lists, or else those whose names match.
 
-    That is ModelScope's <name>.json ({subset: {split: {meta: file}}}) or the `configs` of a Hugging Face README.
-    Raises ConfigError naming the subsets and splits that are there where one is gone.
+    A list is ModelScope's <name>.json ({subset: {split: {meta: file}}}) or `configs` in a Hugging Face README. Raises
+    ConfigError with the existing subsets and splits if one is not found.
     """
-    told = _told_files(snapshot)
-    found: dict[str, list[str]] = {}
+    listed = _listed_files(snapshot)
+    chosen: dict[str, list[str]] = {}
     for split in (*entry.train, *entry.val):
         for subset in entry.subsets:
-            names = _from_told(told, subset, split) if told else _from_names(snapshot.files, entry, subset, split)
+            names = _from_list(listed, subset, split) if listed else _from_names(snapshot.files, entry, subset, split)
             if not names or not snapshot.files.keys() >= set(names):
-                there = [f'{s} ({", ".join(parts)})' for s, parts in told.items()] or sorted(snapshot.files)[:20]
+                existing = [f'{s} ({", ".join(parts)})' for s, parts in listed.items()] or sorted(snapshot.files)[:20]
                 raise ConfigError(
-                    f"data set {snapshot.repo}: split '{split}' of subset '{subset}' is not there any more. "
-                    f'What is there: {", ".join(there)}. Adapt its entry in DATASET_MAPPING in utils/dataset.py.'
+                    f"data set {snapshot.repo}: split '{split}' of subset '{subset}' no longer exists. Found: "
+                    f'{", ".join(existing)}. Adapt its entry in DATASET_MAPPING in utils/dataset.py.'
                 )
-            found.setdefault(split, []).extend(names)
-    return found
+            chosen.setdefault(split, []).extend(names)
+    return chosen
 
 
-def _told_files(snapshot: hub.Snapshot) -> dict[str, dict[str, list[str]]]:
-    """Return what the repository says of itself: subset -> split -> files; empty where it says nothing."""
-    meta = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
-    for name, reader in ((meta, _told_by_modelscope), ('README.md', _told_by_readme)):
-        # A file of rows can have the name of the other too; that is never small.
-        if name in snapshot.files and (snapshot.files[name][0] or 0) < 1 << 20:
+def _listed_files(snapshot: hub.Snapshot) -> FileList:
+    """Return the list of files that the repository contains, {} if it has none."""
+    modelscope_name = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
+    for name, reader in ((modelscope_name, _read_modelscope_list), ('README.md', _read_readme_list)):
+        # A data file can have one of these names too, but it is larger.
+        if name in snapshot.files and (snapshot.files[name][0] or 0) < _MAX_LIST_BYTES:
             text = (snapshot.fetch([name]) / name).read_text(encoding='utf-8', errors='replace')
-            if told := reader(text, list(snapshot.files)):
-                return told
+            listed = reader(text, list(snapshot.files))
+            if listed:
+                return listed
     return {}
 
 
-def _told_by_modelscope(text: str, _: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+def _read_modelscope_list(text: str, _: Sequence[str]) -> FileList:
+    listed: FileList = {}
     try:
-        told = json.loads(text)
-        return {
-            subset: {
-                # `file` is the archive of the pictures that the rows name.
-                split: [*_as_list(about['meta']), *(_as_list(about['file']) if about.get('file') else ())]
-                for split, about in splits.items()
-                if about.get('meta')
-            }
-            for subset, splits in told.items()
-        }
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        for subset, splits in json.loads(text).items():
+            listed[subset] = {}
+            for split, about in splits.items():
+                if about.get('meta'):
+                    # `file` is the archive with the images of the rows.
+                    archives = _as_list(about['file']) if about.get('file') else []
+                    listed[subset][split] = [*_as_list(about['meta']), *archives]
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not a list of files
         return {}
+    return listed
 
 
-def _told_by_readme(text: str, files: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+def _read_readme_list(text: str, files: Sequence[str]) -> FileList:
     import yaml  # type: ignore[import-untyped]
 
     match = re.match(r'---\s*\n(.*?)\n---\s*(?:\n|$)', text, flags=re.DOTALL)
-    told: dict[str, dict[str, list[str]]] = {}
+    listed: FileList = {}
     try:
         head = yaml.safe_load(match[1]) if match else None
-        for config in (head.get('configs') if isinstance(head, dict) else None) or ():
+        configs = head.get('configs') if isinstance(head, dict) else None
+        for config in configs or ():
             data = config.get('data_files')
             parts = data if isinstance(data, list) and data and isinstance(data[0], dict) else [{'path': data}]
+            splits = listed.setdefault(config.get('config_name', 'default'), {})
             for part in parts:
-                patterns = [p for p in _as_list(part.get('path')) if isinstance(p, str)]
-                names = [name for p in patterns for name in files if fnmatch.fnmatchcase(name, p)]
-                told.setdefault(config.get('config_name', 'default'), {})[part.get('split', 'train')] = names
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):  # as if it said nothing
+                patterns = [pattern for pattern in _as_list(part.get('path')) if isinstance(pattern, str)]
+                splits[part.get('split', 'train')] = [
+                    name for pattern in patterns for name in files if fnmatch.fnmatchcase(name, pattern)
+                ]
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):  # not a list of files
         return {}
-    return told
+    return listed
 
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _from_told(told: Mapping[str, Mapping[str, list[str]]], subset: str, split: str) -> list[str]:
-    # 'default' is also what a data set without subsets is asked for.
-    splits = told.get(subset) or (next(iter(told.values())) if subset == 'default' and len(told) == 1 else {})
+def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split: str) -> list[str]:
+    """Return the listed files of a split, [] if there are none."""
+    splits = listed.get(subset)
+    # An entry without subsets has the subset 'default', which the repository may name otherwise.
+    if not splits and subset == 'default' and len(listed) == 1:
+        splits = next(iter(listed.values()))
+    if not splits:
+        return []
     return next((splits[name] for name in (split, *_spellings(split)) if splits.get(name)), [])
 
 
 def _from_names(files: Iterable[str], entry: HubDataset, subset: str, split: str) -> list[str]:
-    data = [n for n in files if n.lower().endswith(SUFFIXES) and n.rsplit('/', 1)[-1] not in _NO_DATA]
-    data = [n for n in data if not any(_holds(n, word) for word in entry.not_named)]
+    """Return the data files whose names match a subset and a split, one format of each."""
+    data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
+    data = [name for name in data if not _holds_any(name, entry.not_named)]
     if subset != 'default':
         data = [name for name in data if _holds(name, subset)]
-    wanted = [name for name in data if any(_holds(name, word) for word in _spellings(split))]
-    every = [word for words in (*_SPLITS.values(), _VALIDATION) for word in words]
-    if not wanted and split == 'train':
-        wanted = [name for name in data if not any(_holds(name, word) for word in every)]
-    stems: dict[str, str] = {}
-    for name in sorted(wanted, key=lambda n: next(i for i, f in enumerate((*_FORMATS, '')) if n.endswith(f))):
-        stems.setdefault(name.rsplit('.', 1)[0], name)
-    return sorted(stems.values())
+
+    wanted = [name for name in data if _holds_any(name, _spellings(split))]
+    if not wanted and split == 'train':  # training files may have no split in their names
+        wanted = [name for name in data if not _holds_any(name, _ALL_SPELLINGS)]
+
+    by_stem: dict[str, str] = {}
+    for name in sorted(wanted, key=_format_rank):
+        by_stem.setdefault(name.rsplit('.', 1)[0], name)
+    return sorted(by_stem.values())
+
+
+def _holds_any(name: str, words: Iterable[str]) -> bool:
+    return any(_holds(name, word) for word in words)
+
+
+def _format_rank(name: str) -> int:
+    """Return the position of a file's format in _FORMATS, or one more than the last."""
+    return next((rank for rank, suffix in enumerate(_FORMATS) if name.endswith(suffix)), len(_FORMATS))

@@ -1,4 +1,4 @@
-"""The two hubs behind one shape: list a repository, fetch files of it, upload a folder. Clients are imported on use."""
+"""One interface to both hubs: list a repository, download files, upload a folder. Clients are imported on first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.base.names import HubName, Kind
 
-# What a hub says of a file: its size, and what identifies its content.
+# The size of a file on a hub, if known, and a digest of its content.
 Listed = tuple[int | None, str]
 
 TOKEN_VARIABLES: dict[HubName, str] = {'modelscope': 'MODELSCOPE_API_TOKEN', 'huggingface': 'HF_TOKEN'}
@@ -22,13 +22,13 @@ _ADDRESSES: dict[HubName, tuple[str, str]] = {
 }
 
 
-def answers(hub: HubName) -> tuple[str, bool]:
-    """Return a hub's address and whether anything answers there in time, over the proxy of the environment."""
+def ping(hub: HubName) -> tuple[str, bool]:
+    """Return the address of a hub, and whether it answers within 5 seconds. Uses the proxy of the environment."""
     import urllib.error
     import urllib.request
 
-    variable, usual = _ADDRESSES[hub]
-    address = os.environ.get(variable) or usual
+    variable, default = _ADDRESSES[hub]
+    address = os.environ.get(variable) or default
     try:
         with urllib.request.urlopen(address, timeout=5):
             return address, True
@@ -39,20 +39,20 @@ def answers(hub: HubName) -> tuple[str, bool]:
 
 
 class GoneError(Exception):
-    """The repository or its revision is not there, or is private and not shown to this account."""
+    """The repository or revision does not exist, or is private and hidden from this account."""
 
 
 class DeniedError(Exception):
-    """The hub knows the repository and refuses this account."""
+    """The repository exists, but the hub refuses this account."""
 
 
 class UnreachableError(Exception):
-    """No answer came from the hub."""
+    """The hub did not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repo:
-    """One place where a model or data set may be."""
+    """A repository on a hub that may hold a model or data set."""
 
     hub: HubName
     id: str
@@ -63,9 +63,9 @@ class Repo:
 
 
 class ModelScope:
-    """ModelScope's own client. The endpoint, the cache and the token are read from the environment at each use.
+    """The client of ModelScope. It reads endpoint, cache and token from the environment at each use.
 
-    Methods raise GoneError, DeniedError and UnreachableError, else the client's own.
+    Methods raise GoneError, DeniedError and UnreachableError; other exceptions of the client pass through.
     """
 
     def __init__(self, token: str | None) -> None:
@@ -73,28 +73,25 @@ class ModelScope:
         from modelscope_hub.config import HubConfig
         from modelscope_hub.utils.logger import get_logger
 
-        get_logger().setLevel('ERROR')  # it tells each file and retry
+        get_logger().setLevel('ERROR')  # otherwise it logs every file and retry
         self._api = HubApi(HubConfig(token=token))
         self._listed: dict[str, dict[str, Any]] = {}
 
     def list_files(self, repo: Repo, kind: Kind) -> dict[str, Listed]:
-        """Return every file of a repository."""
-        with self._told():
+        """Return size and digest of every file in a repository."""
+        with self._translated_errors():
             entries = self._api.legacy.list_repo_files(repo.id, kind, revision=repo.revision)
         self._listed = {entry['Path']: entry for entry in entries if entry.get('Type') != 'tree'}
         return {name: (entry.get('Size'), entry.get('Sha256') or '') for name, entry in self._listed.items()}
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
-        """Return the folder that holds these files, verified by the client against what was listed."""
-        with self._told():
-            return Path(
-                self._api.downloader.download_repo(
-                    repo.id, kind, revision=repo.revision, file_list=[self._listed[name] for name in names]
-                )
-            )
+        """Return the folder with these files. The client verifies them against the list of `list_files`."""
+        listed = [self._listed[name] for name in names]
+        with self._translated_errors():
+            return Path(self._api.downloader.download_repo(repo.id, kind, revision=repo.revision, file_list=listed))
 
     def cached(self, repo: Repo, kind: Kind) -> Path:
-        """Return the folder where the cache holds or would hold this repository."""
+        """Return the cache folder of a repository, whether it exists or not."""
         from modelscope_hub.errors import CacheNotFound
 
         manager = self._api.downloader
@@ -104,13 +101,13 @@ class ModelScope:
             return Path(str(error.cache_dir))
 
     def user(self) -> str:
-        """Return the account's name."""
-        with self._told():
+        """Return the name of the account."""
+        with self._translated_errors():
             return str(self._api.whoami().username)
 
     def upload(self, repo_id: str, folder: Path, *, private: bool, message: str) -> None:
-        """Upload a folder into a model repository, made first where it is not there."""
-        with self._told():
+        """Upload a folder into a model repository, which is created if it does not exist."""
+        with self._translated_errors():
             if not self._api.repo_exists(repo_id, 'model'):
                 self._api.create_repo(repo_id, 'model', visibility='private' if private else 'public')
             self._api.upload_folder(
@@ -118,7 +115,7 @@ class ModelScope:
             )
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         from modelscope_hub import errors
 
         try:
@@ -130,22 +127,22 @@ class ModelScope:
         except errors.NetworkError as error:
             raise UnreachableError(str(error)) from error
         except errors.FileDownloadError as error:
-            failed = list(error.failed_files.values())
-            for theirs, ours in (
+            causes = list(error.failed_files.values())
+            for client_error, own_error in (
                 (errors.NetworkError, UnreachableError),
                 ((errors.AuthenticationError, errors.PermissionDeniedError), DeniedError),
                 (errors.NotExistError, GoneError),
             ):
-                if failed and all(isinstance(e, theirs) for e in failed):
-                    raise ours(str(error)) from error
+                if causes and all(isinstance(cause, client_error) for cause in causes):
+                    raise own_error(str(error)) from error
             raise
 
 
 class HuggingFace:
-    """The same of Hugging Face. A revision 'master' means its 'main'."""
+    """The client of Hugging Face, with the same methods. The revision 'master' means 'main'."""
 
     def __init__(self, token: str | None) -> None:
-        # The client sends usage figures unless told not to, and reads this once, when it is imported.
+        # The client sends usage statistics unless this is set. It reads the variable once, on import.
         os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
         from huggingface_hub import HfApi
 
@@ -158,13 +155,13 @@ class HuggingFace:
         return 'main' if repo.revision == 'master' else repo.revision
 
     def list_files(self, repo: Repo, kind: Kind) -> dict[str, Listed]:
-        with self._told():
-            ask = self._api.dataset_info if kind == 'dataset' else self._api.model_info
-            info = ask(repo.id, revision=self._revision(repo), files_metadata=True, timeout=30)
+        with self._translated_errors():
+            get_info = self._api.dataset_info if kind == 'dataset' else self._api.model_info
+            info = get_info(repo.id, revision=self._revision(repo), files_metadata=True, timeout=30)
         return {file.rfilename: (file.size, file.blob_id or '') for file in info.siblings or ()}
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
-        with self._told():
+        with self._translated_errors():
             return self._snapshot(repo, kind, names)
 
     def cached(self, repo: Repo, kind: Kind) -> Path:
@@ -188,17 +185,17 @@ class HuggingFace:
         )
 
     def user(self) -> str:
-        with self._told():
+        with self._translated_errors():
             return str(self._api.whoami()['name'])
 
     def upload(self, repo_id: str, folder: Path, *, private: bool, message: str) -> None:
-        with self._told():
+        with self._translated_errors():
             if not self._api.repo_exists(repo_id):
                 self._api.create_repo(repo_id, private=private, exist_ok=True)
             self._api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         import httpx2
         from huggingface_hub import errors
 

@@ -1,8 +1,9 @@
-"""The only door to the model hubs: where a thing is, fetched once per machine, and what the network's absence means."""
+"""Models and data sets of the hubs: found, downloaded once per machine, and taken from the cache without network."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -21,26 +22,27 @@ from utils.hub.clients import TOKEN_VARIABLES, Client, DeniedError, GoneError, L
 
 T = TypeVar('T')
 
-# Seconds before each further attempt after an answer that may be a passing fault; the clients retry underneath too.
+# Seconds before each retry after a failure that may be temporary. The clients also retry on their own.
 _WAITS = (1.0, 4.0)
-# One file of several of equal standing, e.g. model-00002-of-00005.safetensors.
+# One of several shards, e.g. model-00002-of-00005.safetensors.
 _SHARD = re.compile(r'(.*?)(\d{5})-of-(\d{5})(.*)')
+_CONTINUE = 'Downloaded files are kept: run the same command again to continue.'
 
 
 def find_token(typed: str | None, hub: HubName) -> str | None:
-    """Return the typed token, else the hub's in the environment. It is never logged or saved."""
+    """Return the typed token, or else that of the hub in the environment. It is never logged or saved."""
     return typed or os.environ.get(TOKEN_VARIABLES[hub]) or None
 
 
 def repos_of(hub: HubName, ids: dict[HubName, Sequence[str]], *, revision: str = 'master') -> list[Repo]:
-    """Return the places to look in, those on the chosen hub first."""
+    """Return the repositories to try in order, those on the chosen hub first."""
     order = sorted(ids, key=lambda name: name != hub)
     return [Repo(hub=name, id=repo_id, revision=revision) for name in order for repo_id in ids[name]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A repository that was found and its files; `online` is false where only the cache answers."""
+    """A repository and its files. `online` is False if the hub cannot be reached and the cache is used."""
 
     repo: Repo
     kind: Kind
@@ -49,61 +51,64 @@ class Snapshot:
     client: Client
 
     def fetch(self, names: Sequence[str]) -> Path:
-        """Return the folder that holds these files, downloaded by one process of the machine. Raises ConfigError."""
+        """Return the folder with these files, downloaded by one process per machine. Raises ConfigError."""
         record = _record_file(self.repo, self.kind)
-        with _alone(record.with_suffix('.lock')):
-            told, whole = _read_record(record)
-            absent = self.to_fetch(names)
-            if not absent or not self.online:
+        with _locked(record.with_suffix('.lock')):
+            recorded, verified = _read_record(record)
+            needed = self.to_fetch(names)
+            if not needed:
+                return self.client.cached(self.repo, self.kind)
+            if not self.online:
                 folder = self.client.cached(self.repo, self.kind)
-                if not absent:
-                    return folder
-                raise ConfigError(_offline(self.repo, self.kind, folder, absent))
+                raise ConfigError(_incomplete_offline(self.repo, self.kind, folder, needed))
+
             try:
-                folder = _patiently(self.repo, lambda: self.client.download(self.repo, self.kind, names))
+                folder = _with_retries(self.repo, functools.partial(self.client.download, self.repo, self.kind, names))
             except (GoneError, DeniedError, UnreachableError) as error:
                 raise ConfigError(
-                    f'{self.kind} {self.repo}: the download broke off: {_one_line(error)}. '
-                    'What came is kept: the same command goes on from there.'
+                    f'{self.kind} {self.repo}: the download stopped: {_one_line(error)}. {_CONTINUE}'
                 ) from error
+
             if absent := self._absent(folder, names):
                 raise ConfigError(
-                    f'{self.kind} {self.repo}: {absent[0]} is not what the hub lists, or was not delivered '
-                    f'({len(absent)} files). Remove {folder} and fetch it again.'
+                    f'{self.kind} {self.repo}: {absent[0]} is missing or differs from the list of the hub '
+                    f'({len(absent)} files). Remove {folder} and run the same command again.'
                 )
-            _save_record(record, self.files, (whole if told == self.files else set()) | set(names))
+            still_verified = verified if recorded == self.files else set()
+            _save_record(record, self.files, still_verified | set(names))
         return folder
 
     def to_fetch(self, names: Sequence[str]) -> list[str]:
-        """Return the files that `fetch` would ask its client for: all of them where one is new, changed or not whole.
+        """Return the files that `fetch` would request: all of `names` if one is new, changed or not yet verified.
 
-        The client hashes every byte again; what it verified once needs no more than a look at the sizes.
+        The client hashes all bytes of each requested file. Files that it verified before need only a check of sizes.
         """
-        told, whole = _read_record(_record_file(self.repo, self.kind))
-        if self.online and not (told == self.files and whole >= set(names)):
+        recorded, verified = _read_record(_record_file(self.repo, self.kind))
+        if self.online and not (recorded == self.files and verified >= set(names)):
             return list(names)
         return self._absent(self.client.cached(self.repo, self.kind), names)
 
     def _absent(self, folder: Path, names: Sequence[str]) -> list[str]:
-        """Return the files that are not there, or not in the size that the hub gives."""
-        found = {name: folder / name for name in names}
-        return [
-            name
-            for name, path in found.items()
-            if not path.is_file() or self.files[name][0] not in (None, path.stat().st_size)
-        ]
+        """Return the files that are missing, or whose size differs from that on the hub."""
+        absent = []
+        for name in dict.fromkeys(names):
+            path = folder / name
+            size, _ = self.files[name]
+            if not path.is_file() or size not in (None, path.stat().st_size):
+                absent.append(name)
+        return absent
 
 
 def find(repos: Sequence[Repo], kind: Kind) -> Snapshot:
-    """Return the first of these places that is there; a gone one is logged, and without network the cache answers.
+    """Return the first repository that exists. Each one that is gone is logged; without network the cache is used.
 
-    Raises ConfigError where each is gone, where the hub refuses, and where neither network nor cache has it.
+    Raises ConfigError if all are gone, if a hub refuses the account, or if neither network nor cache has one.
     """
     gone: list[str] = []
     for index, repo in enumerate(repos):
         client = connect(repo.hub, find_token(None, repo.hub))
         try:
-            files = _patiently(repo, lambda: client.list_files(repo, kind))  # noqa: B023 (called at once)
+            files = _with_retries(repo, functools.partial(client.list_files, repo, kind))
         except GoneError:
             gone.append(str(repo))
             if index + 1 < len(repos):
@@ -117,14 +122,19 @@ def find(repos: Sequence[Repo], kind: Kind) -> Snapshot:
         except UnreachableError as error:
             return _find_cached(repos[index:], kind, why=_one_line(error))
         return Snapshot(repo=repo, kind=kind, files=files, online=True, client=client)
+
     hint = ' Give a local directory with --model_id_or_path.' if kind == 'model' else ''
     raise ConfigError(
-        f'{kind} is gone, or private and not shown without a token: {", ".join(gone)} (404). Check the id.{hint}'
+        f'{kind} {", ".join(gone)}: not found (404). It is gone, or private and hidden without a token. '
+        f'Check the id.{hint}'
     )
 
 
 def push_folder(folder: Path, *, repo: str, hub: HubName, token: str, private: bool, message: str) -> str:
-    """Upload a folder to a model repository, made if it is not there; returns its id. `repo` is name or user/name."""
+    """Upload a folder to a model repository and return its id. The repository is created if it does not exist.
+
+    `repo` is `name` or `user/name`.
+    """
     client = connect(hub, token)
     repo_id = repo if '/' in repo else f'{client.user()}/{repo}'
     client.upload(repo_id, folder, private=private, message=message)
@@ -132,59 +142,65 @@ def push_folder(folder: Path, *, repo: str, hub: HubName, token: str, private: b
 
 
 def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str) -> Snapshot:
-    looked: list[Path] = []
+    searched: list[Path] = []
     for repo in repos:
         client = connect(repo.hub, find_token(None, repo.hub))
         folder = client.cached(repo, kind)
-        looked.append(folder)
+        searched.append(folder)
         if not folder.is_dir() or not any(folder.iterdir()):
             continue
+
         files, _ = _read_record(_record_file(repo, kind))
-        if not files:  # fetched by another program: what lies there is all that is known
+        if not files:  # another program downloaded it, so the files in the folder are all that is known
             found = [p for p in folder.rglob('*') if p.is_file()]
             files = {p.relative_to(folder).as_posix(): (p.stat().st_size, '') for p in found}
             if absent := _absent_shards(files):
-                raise ConfigError(_offline(repo, kind, folder, absent))
+                raise ConfigError(_incomplete_offline(repo, kind, folder, absent))
+
         logger.warning(f'{repo.hub} cannot be reached ({why}): {kind} {repo} is taken from {folder}')
         return Snapshot(repo=repo, kind=kind, files=files, online=False, client=client)
+
     local = ', give a local directory with --model_id_or_path,' if kind == 'model' else ''
     raise ConfigError(
         f'{repos[0].hub} cannot be reached ({why}), and {kind} {repos[0].id} is not in the cache (looked in '
-        f'{", ".join(map(str, looked))}). Fetch it once with network, or copy that folder from a machine that has it'
-        f'{local}, or use another --hub.'
+        f'{", ".join(map(str, searched))}). Run once with network, copy that folder from a machine that has it'
+        f'{local or ","} or use another --hub.'
     )
 
 
-def _offline(repo: Repo, kind: Kind, folder: Path, absent: Sequence[str]) -> str:
+def _incomplete_offline(repo: Repo, kind: Kind, folder: Path, absent: Sequence[str]) -> str:
     return (
-        f'{repo.hub} cannot be reached, and {len(absent)} files of {kind} {repo.id} are not whole in {folder}, '
-        f'first {absent[0]}. Run once with network: the download goes on where it broke off.'
+        f'{repo.hub} cannot be reached, and {len(absent)} files of {kind} {repo.id} are missing or incomplete in '
+        f'{folder}, the first is {absent[0]}. Run once with network: the download continues where it stopped.'
     )
 
 
 def _absent_shards(files: Collection[str]) -> list[str]:
-    found = [match for name in files if (match := _SHARD.fullmatch(name))]
-    wanted = {
+    """Return the names of shards that are missing, judged by the names of the other shards."""
+    wanted: set[str] = set()
+    for name in files:
+        match = _SHARD.fullmatch(name)
+        if match is None:
+            continue
+        head, _, total, tail = match.groups()
         # Data sets count shards from 0, models from 1.
-        f'{head}{number + (f"{head}00000-of-{total}{tail}" not in files):05d}-of-{total}{tail}'
-        for head, _, total, tail in (match.groups() for match in found)
-        for number in range(int(total))
-    }
+        first = 0 if f'{head}00000-of-{total}{tail}' in files else 1
+        wanted.update(f'{head}{number:05d}-of-{total}{tail}' for number in range(first, first + int(total)))
     return sorted(wanted - set(files))
 
 
-def _patiently(repo: Repo, call: Callable[[], T]) -> T:
-    """Return what `call` returns; a failure that is not final is tried again, then a ConfigError."""
+def _with_retries(repo: Repo, call: Callable[[], T]) -> T:
+    """Return the result of `call`. A failure that may be temporary is retried; the last one raises ConfigError."""
     for wait in (*_WAITS, None):
         try:
             return call()
         except (GoneError, DeniedError, UnreachableError):
             raise
-        except Exception as error:  # the clients raise many kinds: server errors, bodies cut short, wrong checksums
+        except Exception as error:  # many kinds: server errors, truncated bodies, wrong checksums
             if wait is None:
                 raise ConfigError(
                     f'{repo} could not be fetched in {len(_WAITS) + 1} attempts: {type(error).__name__}: '
-                    f'{_one_line(error)}. What came is kept: the same command goes on from there.'
+                    f'{_one_line(error)}. {_CONTINUE}'
                 ) from error
             logger.warning(f'{repo}: {type(error).__name__}: {_one_line(error)}; trying again in {wait:.0f} s')
             time.sleep(wait)
@@ -192,9 +208,12 @@ def _patiently(repo: Repo, call: Callable[[], T]) -> T:
 
 
 def _one_line(error: Exception) -> str:
-    """Return what the operating system said where it said something, else the beginning of all."""
+    """Return the message of the operating system if the error contains one, else the first 300 characters."""
     cause = re.search(r'\[Errno -?\d+\][\w ,-]*', str(error))
-    return cause[0] if cause else (' '.join(str(error).split()) or type(error).__name__)[:300]
+    if cause:
+        return cause[0]
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text[:300]
 
 
 def _record_file(repo: Repo, kind: Kind) -> Path:
@@ -203,26 +222,28 @@ def _record_file(repo: Repo, kind: Kind) -> Path:
     return cache_dir() / 'hub' / f'{name}-{digest}.json'
 
 
-def _save_record(path: Path, files: dict[str, Listed], whole: set[str]) -> None:
-    aside = path.with_name(f'{path.name}.aside')
-    aside.write_text(json.dumps({'files': files, 'whole': sorted(whole)}), encoding='utf-8')
-    aside.replace(path)
+def _save_record(path: Path, files: dict[str, Listed], verified: set[str]) -> None:
+    temporary = path.with_name(f'{path.name}.aside')
+    temporary.write_text(json.dumps({'files': files, 'whole': sorted(verified)}), encoding='utf-8')
+    temporary.replace(path)
 
 
 def _read_record(path: Path) -> tuple[dict[str, Listed], set[str]]:
-    """Return what the hub listed when files were last fetched, and which of them came whole."""
+    """Return the list of the hub at the last download, and the names of the files that were verified."""
     if not path.is_file():
         return {}, set()
+
     try:
         record = json.loads(path.read_text(encoding='utf-8'))
-        return {name: (size, digest) for name, (size, digest) in record['files'].items()}, set(record['whole'])
-    except (ValueError, TypeError, KeyError, AttributeError):  # damaged: as if it were not there
+        files = {name: (size, digest) for name, (size, digest) in record['files'].items()}
+        return files, set(record['whole'])
+    except (ValueError, TypeError, KeyError, AttributeError):  # a damaged record counts as none
         return {}, set()
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock that one process of the machine has at a time; it ends with the process."""
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file that only one process of the machine can hold. The system releases it when the process ends."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The two ways to use a model: its answers to validation rows, and a chat."""
+"""Answer rows, score the answers, show and write them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.data.encode_plan import encode_rows
 from utils.data.plan import draw
 from utils.data.tally import EncodingReport
 from utils.encode.encoder import Encoder
-from utils.formats.conversation import Row, said
+from utils.formats.conversation import Row, message_text
 from utils.infer.generation import generate_rows, wanted_texts
 from utils.infer.scores import score_texts
 
@@ -33,38 +33,39 @@ def answer_rows(
     args: InferArguments,
     target: Path,
 ) -> dict[str, float]:
-    """Answer rows, dealt out to the processes; rank 0 shows and writes all of them and returns the mean scores."""
+    """Answer rows, shared among the processes; rank 0 shows and writes all answers and returns the mean scores."""
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
     if len(chosen) < len(rows):
         logger.info(f'{len(chosen)} of {len(rows)} rows are answered: --show_dataset_sample {len(chosen)}; -1 is all')
+
     report = EncodingReport()
     _, kept = encode_rows(encoder, chosen, report)
     if not kept:
-        raise ConfigError('every validation row is left out: ' + '; '.join(report.lines()))
+        raise ConfigError(
+            f'--dataset: every validation row is skipped: {"; ".join(report.lines())}. Give other rows with --dataset.'
+        )
     for line in report.lines():
         logger.warning(line)
+
     prompts = encoder.encode_prompts(kept)
-    mine = slice(dist.rank(), None, dist.world_size())
     paths = [encoder.image_paths(row) for row in kept]
-    answers = [
-        tokenizer.decode(ids, skip_special_tokens=True)
-        for ids in dist.gather(
-            generate_rows(
-                model,
-                prompts[mine],
-                config,
-                batch_size=args.infer_batch_size,
-                images=encoder.images,
-                paths=paths[mine],
-                progress=lambda done: logger.info(f'answered {done} of {len(prompts[mine])} rows'),
-            )
-        )
-    ]
+    mine = slice(dist.rank(), None, dist.world_size())
+    generated = generate_rows(
+        model,
+        prompts[mine],
+        config,
+        batch_size=args.infer_batch_size,
+        images=encoder.images,
+        paths=paths[mine],
+        progress=lambda done: logger.info(f'answered {done} of {len(prompts[mine])} rows'),
+    )
+    answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in dist.gather(generated)]
     if not dist.is_main():
         return {}
+
     labels = wanted_texts(encoder, kept, config.eos_token_id)
     _show_and_write(kept, answers, labels, target)
-    means = score_texts([a.strip() for a in answers], [label.strip() for label in labels])
+    means = score_texts([answer.strip() for answer in answers], [label.strip() for label in labels])
     logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
     logger.info(f'written to {target}')
     return means
@@ -75,7 +76,9 @@ def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequenc
         for row, answer, label in zip(rows, answers, labels, strict=True):
             scores = score_texts([answer.strip()], [label.strip()])
             content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
-            content |= {'images': row.images} if row.images else {}
+            if row.images:
+                content['images'] = row.images
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
-            question = said(row.messages[-2]) if len(row.messages) > 1 else ''
+
+            question = message_text(row.messages[-2]) if len(row.messages) > 1 else ''
             print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')

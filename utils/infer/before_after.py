@@ -1,4 +1,4 @@
-"""The answers of the untuned and of the tuned model to a few rows, side by side."""
+"""Answers to a few rows before and after training, for the report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from utils.formats.conversation import Row
 from utils.infer.generation import generate_batch, generation_config, wanted_texts
 from utils.run.record import ANSWERS_JSON
 
-# Enough to see a change by, and little beside a run.
+# Enough to show a change, at little cost.
 _NEW_TOKENS = 64
 
 
 class BeforeAfter:
-    """Asks the main process's model, greedily and in one batch. An adapter is switched off to ask the untuned one."""
+    """Asks the main process's model, greedily and in one batch; with LoRA, "before" is with the adapter off."""
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
         self.encoder = encoder
@@ -35,19 +35,23 @@ class BeforeAfter:
         self.config = generation_config(settings, encoder.tokenizer, encoder.stop_ids, base)
         self.rows: list[Row] = []
         self.prompts: list[list[int]] = []
+
         if args.report_samples and shards_weights(args):
-            logger.info('answers before and after tuning are left out: no process holds all weights')
+            logger.info('no answers before and after training: no process holds all weights')
         elif dist.is_main():
             chosen = some_rows(rows, VAL, args.report_samples)
             if not chosen:
-                self.split, chosen = 'training', some_rows(rows, TRAIN, args.report_samples)
-            for row in (row for row in chosen if not row.images):
-                with contextlib.suppress(RowRefused):  # counted and named where rows are encoded
+                self.split = 'training'
+                chosen = some_rows(rows, TRAIN, args.report_samples)
+            for row in chosen:
+                if row.images:
+                    continue
+                with contextlib.suppress(RowRefused):  # it is counted and reported when all rows are encoded
                     self.prompts += encoder.encode_prompts([row])
                     self.rows.append(row)
 
     def ask(self, model: Any) -> list[str]:
-        """Return the model's answers; it is left in the mode it was in."""
+        """Return the model's answers; keeps its mode, training or evaluation."""
         if not self.rows:
             return []
         was_training = model.training
@@ -57,18 +61,19 @@ class BeforeAfter:
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def ask_before(self, model: Any, args: SftArguments) -> None:
-        """Ask the model before training, where training changes the weights themselves."""
+        """Ask the model before training, if training changes the weights themselves."""
         if args.sft_type == 'full':
             self.before = self.ask(model)
 
     def write(self, model: Any, run_dir: Path) -> None:
-        """Ask the tuned model, as it is after the last step, and write answers.json."""
+        """Ask the model after the last step, and write answers.json."""
         if not self.rows:
             return
         if not self.before:
             with model.disable_adapter():
                 self.before = self.ask(model)
         after = self.ask(model)
+
         texts = wanted_texts(self.encoder, self.rows, self.config.eos_token_id)
         content = [
             {

@@ -18,29 +18,32 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 HELP = (
-    '/clear forgets the conversation, /system TEXT sets the system prompt, /exit or Ctrl-D leaves, Ctrl-C stops a reply'
+    '/clear starts a new conversation, /system TEXT sets the system prompt, /exit or Ctrl-D leaves, '
+    'Ctrl-C stops a reply'
 )
 
-# Answers a prompt's ids and the files of its images, and shows the text as it comes, or at once.
+# Takes a prompt's ids and the paths of its images, shows the reply and returns its text.
 Answer = Callable[[list[int], Sequence[str]], str]
 
 
 class Chat:
-    """A conversation: what was said, and what to do with the next line."""
+    """A conversation: its messages so far, and how the next line is handled."""
 
     def __init__(self, encoder: Encoder, answer: Answer, say: Callable[[str], None]) -> None:
         template = TEMPLATE_MAPPING[encoder.name]
         self.keeps_history = template is None or template.chat_sep is not None
-        self.encoder, self.answer, self.say = encoder, answer, say
+        self.encoder = encoder
+        self.answer = answer
+        self.say = say
         self.limit = encoder.max_length
-        # Cuts no ids, so that whole turns can be left out instead.
+        # Encodes whole prompts, so that the oldest turns can be dropped instead of cutting ids.
         self._uncut = copy.copy(encoder)
         self._uncut.max_length = -1
         self.system: str | None = None
         self.turns: list[Message] = []
 
     def handle(self, line: str) -> bool:
-        """Act on one line; returns False when it leaves the chat."""
+        """Act on one line; returns False if it ends the chat."""
         command, _, rest = line.strip().partition(' ')
         if command == '/exit':
             return False
@@ -48,43 +51,47 @@ class Chat:
             self.turns = []
             self.say('(conversation cleared)\n')
         elif command == '/system':
-            self.system, self.turns = rest.strip() or None, []
+            self.system = rest.strip() or None
+            self.turns = []
             self.say('(system prompt set, conversation cleared)\n')
         elif command.startswith('/') and ' ' not in line.strip() and command[1:].isalpha():
-            self.say(f'({command} is not known: {HELP})\n')
+            self.say(f'({command}: unknown command. {HELP})\n')
         elif line.strip():
             self._reply(line)
         return True
 
     def _row(self, query: str) -> Row:
         system = [Message(role='system', content=self.system)] if self.system is not None else []
-        asked = Message(role='user', content=query)
-        # The encoder drops the last message, which in a training row is the reply.
-        return Row(messages=[*system, *self.turns, asked, Message(role='assistant', content='')], origin='chat')
+        question = Message(role='user', content=query)
+        # encode_prompts drops the last message, which is the reply in a training row.
+        return Row(messages=[*system, *self.turns, question, Message(role='assistant', content='')], origin='chat')
 
     def _prompt(self, query: str) -> list[int]:
-        """Return the ids of what was said and the query; the oldest questions go, with their replies, as need be.
+        """Return the ids of the conversation and the query, without the oldest turns where it would be too long.
 
-        Raises RowRefused where the query is too long by itself.
+        Raises RowRefused if the query alone is too long.
         """
         prompt = self._uncut.encode_prompts([self._row(query)])[0]
-        said, dropped = self.turns, 0
+        turns = self.turns
+        dropped = 0
         try:
             while 0 < self.limit < len(prompt) and self.turns:
-                self.turns, dropped = self.turns[2:], dropped + 1
+                self.turns = self.turns[2:]
+                dropped += 1
                 prompt = self._uncut.encode_prompts([self._row(query)])[0]
             if 0 < self.limit < len(prompt):
                 raise RowRefused(
-                    f'this line has {len(prompt)} tokens with the template and the system text, --max_length is '
-                    f'{self.limit}: shorten it, or give a larger --max_length'
+                    f'--max_length {self.limit}: this line has {len(prompt)} tokens with the template and the system '
+                    'prompt. Shorten it, or give a larger --max_length'
                 )
         except RowRefused:
-            self.turns = said
+            self.turns = turns
             raise
+
         if dropped:
             self.say(
-                f'(--max_length {self.limit} is reached: the oldest {dropped} of {len(said) // 2} questions left the '
-                'conversation with their replies)\n'
+                f'(--max_length {self.limit} is reached: the oldest {dropped} of {len(turns) // 2} questions were '
+                'dropped with their replies)\n'
             )
         return prompt
 
@@ -107,11 +114,11 @@ def chat_in_terminal(chat: Chat) -> None:
     if chat.encoder.images is not None:
         chat.say('(<img>path</img> in a line shows an image)\n')
     if not chat.keeps_history:
-        chat.say(f"(template '{chat.encoder.name}' is single-turn: each line is a conversation of its own)\n")
+        chat.say(f"(template '{chat.encoder.name}' is single-turn: each line starts a new conversation)\n")
     while True:
         try:
             line = input('you> ')
-            line.encode()  # a C locale lets other bytes through, as halves of characters
+            line.encode()  # under a C locale other bytes come through, as lone surrogates
         except EOFError:
             chat.say('\n')
             return
@@ -119,7 +126,7 @@ def chat_in_terminal(chat: Chat) -> None:
             chat.say('\n(Ctrl-D or /exit leaves)\n')
             continue
         except UnicodeError:
-            chat.say('(this line is not UTF-8: have the terminal write that)\n')
+            chat.say('(this line is not UTF-8. Set the terminal to UTF-8)\n')
             continue
         if not chat.handle(line):
             return
@@ -133,8 +140,8 @@ def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig,
         sys.stdout.flush()
 
     def answer(prompt: list[int], paths: Sequence[str]) -> str:
-        hear = say if streams else lambda part: None
-        text = generate_stream(model, tokenizer, prompt, config, hear, images=encoder.images, paths=paths)
+        show = say if streams else lambda part: None
+        text = generate_stream(model, tokenizer, prompt, config, show, images=encoder.images, paths=paths)
         if not streams:
             say(text)
         return text

@@ -1,4 +1,4 @@
-"""Answers: in batches for rows, streamed for people."""
+"""Generate answers: in batches for rows, streamed for a chat."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from utils.formats.conversation import Row
 
 
-# The flags that count where answers are sampled alone.
+# Flags that have an effect only with --do_sample true.
 _SAMPLING = ('temperature', 'top_k', 'top_p')
-# Bytes of a character that may have come without its last one, each shown as U+FFFD.
+# Most bytes of a character whose last byte is missing; each is decoded as U+FFFD.
 _UNFINISHED = 3
 
 
 def generation_config(
     args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int], base: GenerationConfig | None = None
 ) -> GenerationConfig:
-    """Return the settings of the command line; sampling fields only where sampling is on, as transformers demands.
+    """Return the settings of the command line; sampling fields only with sampling, as transformers demands.
 
-    Answers stop at the ends of the tokenizer, of the template and of the base model's own settings.
+    Answers stop at the stop tokens of the tokenizer, the template, and the base model's own settings.
     """
     from transformers import GenerationConfig
 
@@ -41,31 +41,32 @@ def generation_config(
         max_new_tokens=args.max_new_tokens,
         do_sample=args.do_sample,
         repetition_penalty=args.repetition_penalty,
-        eos_token_id=sorted({tokenizer.eos_token_id, *stop_ids, *_ends(base)}),
+        eos_token_id=sorted({tokenizer.eos_token_id, *stop_ids, *_stop_ids(base)}),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
     )
 
 
-def _ends(config: GenerationConfig | None) -> list[int]:
+def _stop_ids(config: GenerationConfig | None) -> list[int]:
     found = config.eos_token_id if config is not None else None
-    return found if isinstance(found, list) else [] if found is None else [found]
+    if found is None:
+        return []
+    return found if isinstance(found, list) else [found]
 
 
 def served_config(
     base: GenerationConfig, config: GenerationConfig, args: CommonArguments, typed: Collection[str]
 ) -> GenerationConfig:
-    """Return what a merged folder is served with: the base model's settings, with the ends and padding of `config`.
+    """Return the settings of a merged folder: the base model's, with the stop and padding tokens of `config`.
 
-    Settings that were typed go before the base's: now, or for the training run, where they differ from the default.
+    A setting that was typed overrides the base's: typed now, or for the training run if it is not the default.
     """
     served = copy.deepcopy(base)
-    served.eos_token_id, served.pad_token_id, served.bos_token_id = (
-        config.eos_token_id,
-        config.pad_token_id,
-        config.bos_token_id,
-    )
+    served.eos_token_id = config.eos_token_id
+    served.pad_token_id = config.pad_token_id
+    served.bos_token_id = config.bos_token_id
+
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     chosen = [name for name in GENERATION if name in typed or getattr(args, name) != defaults[name]]
     for name in chosen:
@@ -73,7 +74,7 @@ def served_config(
     if set(chosen) & set(_SAMPLING) and 'do_sample' not in chosen:
         served.do_sample = True
     if served.max_new_tokens is None and served.max_length is None:
-        served.max_new_tokens = args.max_new_tokens  # else generate() stops after 20
+        served.max_new_tokens = args.max_new_tokens  # otherwise generate() stops after 20 tokens
     if not served.do_sample:
         for name in _SAMPLING:
             setattr(served, name, None)
@@ -102,10 +103,10 @@ def generate_batch(
     images: Images | None = None,
     pixels: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt without the stop token and what follows it. An empty prompt starts from bos.
+    """Return the new ids of each prompt, up to the stop token and without it. An empty prompt starts from bos.
 
-    Each time half of the rows have ended, those leave the batch and the others go on from their caches; not with
-    images. `pixels` is what the model takes for the prompts' images, prompt by prompt.
+    Each time half of the rows have ended, they leave the batch and the others go on from their caches; not with
+    images. `pixels` holds the model's inputs for the images of all prompts, in the order of the prompts.
     """
     import torch
 
@@ -113,40 +114,51 @@ def generate_batch(
         check_embedded(model.config.get_text_config().vocab_size, prompt, 'a prompt')
     start = config.bos_token_id if config.bos_token_id is not None else config.pad_token_id
     inputs = _left_pad([ids or [start] for ids in prompts], config.pad_token_id, model.device)
-    ids, mask = inputs['input_ids'], inputs['attention_mask']
-    seen = {**pixels, **images.per_token(ids)} if images is not None and pixels else {}
-    width, last = ids.shape[1], ids.shape[1] + config.max_new_tokens
+    ids = inputs['input_ids']
+    mask = inputs['attention_mask']
+    shown = {**pixels, **images.per_token(ids)} if images is not None and pixels else {}
+    prompt_width = ids.shape[1]
+    last_width = prompt_width + config.max_new_tokens
+
     answers: list[list[int]] = [[] for _ in prompts]
-    rows, cache = list(range(len(prompts))), None
-    leaves = len(prompts) > 1 and not seen and _rows_can_leave(model)
+    rows = list(range(len(prompts)))  # which prompt each row of the batch answers
+    cache = None
+    leaves = len(prompts) > 1 and not shown and _rows_can_leave(model)
     while rows:
         with torch.no_grad():
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                **seen,
-                generation_config=_up_to(config, last - ids.shape[1]),
+                **shown,
+                generation_config=_up_to(config, last_width - ids.shape[1]),
                 **({'stopping_criteria': [_half_have_ended(config)]} if leaves else {}),
                 **({'past_key_values': cache} if cache is not None else {}),
             )
-        new = [row[width:].tolist() for row in output.sequences]
-        for row, found in zip(rows, new, strict=True):
-            answers[row] = _cut_at_stop(found, config.eos_token_id)
-        going = [place for place, found in enumerate(new) if len(answers[rows[place]]) == len(found)]
-        if output.sequences.shape[1] == last or not going:
+
+        going = []
+        for index, sequence in enumerate(output.sequences):
+            new = sequence[prompt_width:].tolist()
+            answer = _cut_at_stop(new, config.eos_token_id)
+            answers[rows[index]] = answer
+            if len(answer) == len(new):
+                going.append(index)
+        if output.sequences.shape[1] == last_width or not going:
             break
-        chosen, cache = torch.tensor(going, device=ids.device), output.past_key_values
+
+        chosen = torch.tensor(going, device=ids.device)
+        cache = output.past_key_values
         cache.batch_select_indices(chosen)
         made = output.sequences.shape[1] - ids.shape[1]
         mask = torch.nn.functional.pad(mask[chosen], (0, made), value=1)
-        ids, rows = output.sequences[chosen], [rows[place] for place in going]
+        ids = output.sequences[chosen]
+        rows = [rows[index] for index in going]
     return answers
 
 
 def _rows_can_leave(model: Any) -> bool:
-    """Return whether all that a model keeps of its rows lies in caches of keys and values."""
+    """Return whether a model keeps nothing about the rows of a batch but their keys and values."""
     settings = model.config.get_text_config().to_dict()
-    # Qwen's dynamic NTK keeps a factor for each row of the batch it was started with.
+    # Qwen's dynamic NTK keeps a factor for each row of the batch that it started with.
     return not settings.get('use_dynamic_ntk') and set(settings.get('layer_types') or ()) <= ATTENDING
 
 
@@ -158,7 +170,7 @@ def _up_to(config: GenerationConfig, tokens: int) -> GenerationConfig:
 
 
 def _half_have_ended(config: GenerationConfig) -> Any:
-    """Return a stopping rule: half of the rows, or more, have produced a stop token since it was made."""
+    """Return a stopping criterion: at least half of the rows have produced a stop token since it was made."""
     import torch
     from transformers import StoppingCriteria
 
@@ -174,9 +186,9 @@ def _half_have_ended(config: GenerationConfig) -> Any:
 
 
 def wanted_texts(encoder: Encoder, rows: Sequence[Row], stop_ids: Sequence[int]) -> list[str]:
-    """Return the text that each row's last reply is trained as, to hold answers against.
+    """Return the text of each row's last reply as it is trained, to compare answers with.
 
-    What the template makes of tool calls or of reasoning is decoded from the trained ids; plain text is taken as it is.
+    Tool calls and reasoning are decoded from the trained ids, as the template renders them; plain text is not changed.
     """
     whole = copy.copy(encoder)
     whole.max_length = -1
@@ -186,6 +198,7 @@ def wanted_texts(encoder: Encoder, rows: Sequence[Row], stop_ids: Sequence[int])
         if not set(last) & {'tool_calls', 'reasoning'}:
             texts.append(last['content'])
             continue
+
         encoded = whole.encode([row])[0]
         ids = encoded.input_ids[slice(*encoded.trained)]
         texts.append(str(encoder.tokenizer.decode(_cut_at_stop(ids, stop_ids), skip_special_tokens=True)))
@@ -202,9 +215,9 @@ def generate_rows(
     paths: Sequence[Sequence[str]] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt, in the order given; batches are of like length, so that little is padded.
+    """Return the new ids of each prompt, in the given order. Prompts of similar length share a batch.
 
-    `paths` names the images of each prompt; files are opened batch by batch.
+    `paths` names the images of each prompt; the files are opened batch by batch.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
@@ -220,54 +233,58 @@ def generate_rows(
 
 
 def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dict[str, Any]:
-    """Return what the model takes for these images, on its device; nothing without images."""
+    """Return the model's inputs for these images, on its device; {} without images."""
     found = images.pixels(paths) if images is not None and paths else {}
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 
-class _Spoken:
-    """The text of ids that come one by one, handed on as far as what follows cannot change it.
+class _TextStream:
+    """A streamer for generate(): passes text on as soon as later ids cannot change it.
 
-    Each time the whole of the ids is decoded: a piece by itself would lose the blank in front of it where a tokenizer
-    takes the first blank of a text for its own (Llama 2).
+    All ids are decoded each time. A piece decoded separately would lose its leading blank with tokenizers that strip
+    the first blank of a text (Llama 2).
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
-        self.tokenizer, self.stop_ids, self.say = tokenizer, stop_ids, say
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.say = say
         self.ids: list[int] = []
-        self.said = ''
-        self._prompt_came = False
+        self.shown = ''
+        self._has_prompt = False
 
     def put(self, value: Any) -> None:
-        """Take new ids, as generate() hands them on; those of the prompt come first."""
-        if self._prompt_came:
+        """Take new ids from generate(); the first call brings the prompt."""
+        if self._has_prompt:
             self.ids += value.reshape(-1).tolist()
-            self._hand_on(self._settled(self.text()))
-        self._prompt_came = True
+            self._show(self._settled(self.text()))
+        self._has_prompt = True
 
     def end(self) -> None:
-        """Hand on what was held back."""
+        """Show the text that was held back."""
         text = self.text()
-        same = (index for index, (one, other) in enumerate(zip(text, self.said, strict=False)) if one != other)
-        # Some decoders take back text that bytes follow which are none.
-        self.said = self.said[: next(same, len(self.said))]
-        self._hand_on(text)
+        differing = (index for index, (one, other) in enumerate(zip(text, self.shown, strict=False)) if one != other)
+        # Some decoders change earlier text when invalid bytes follow it.
+        self.shown = self.shown[: next(differing, len(self.shown))]
+        self._show(text)
 
     def text(self) -> str:
         """Return the text so far, without the stop token."""
         return str(self.tokenizer.decode(_cut_at_stop(self.ids, self.stop_ids), skip_special_tokens=True))
 
     def _settled(self, text: str) -> str:
-        """Return the text without an unfinished character and without blanks and words that may be moved together."""
+        """Return the text without an unfinished character, and without a last word that clean-up may still join."""
         unfinished = min(len(text) - len(text.rstrip('\ufffd')), _UNFINISHED)
         text = text[: len(text) - unfinished]
         if not self.tokenizer.clean_up_tokenization_spaces:
             return text
-        return text[: len(text.rstrip()) - len(text.split()[-1])].rstrip() if text.split() else ''
+        words = text.split()
+        return text[: len(text.rstrip()) - len(words[-1])].rstrip() if words else ''
 
-    def _hand_on(self, text: str) -> None:
-        if len(text) > len(self.said) and text.startswith(self.said):
-            new, self.said = text[len(self.said) :], text
+    def _show(self, text: str) -> None:
+        if len(text) > len(self.shown) and text.startswith(self.shown):
+            new = text[len(self.shown) :]
+            self.shown = text
             self.say(new)
 
 
@@ -281,18 +298,18 @@ def generate_stream(
     images: Images | None = None,
     paths: Sequence[str] = (),
 ) -> str:
-    """Return the answer to one prompt, handing text to `say` as it comes; Ctrl-C ends the answer where it stands."""
+    """Return the answer to one prompt, passing text to `say` as it comes; Ctrl-C ends the answer early."""
     import torch
 
     check_embedded(model.config.get_text_config().vocab_size, prompt, 'this line')
-    spoken = _Spoken(tokenizer, config.eos_token_id, say)
+    stream = _TextStream(tokenizer, config.eos_token_id, say)
     inputs = _left_pad([prompt], config.pad_token_id, model.device)
     if images is not None and paths:
         inputs |= {**read_pixels(images, paths, model.device), **images.per_token(inputs['input_ids'])}
     try:
         with torch.no_grad():
-            model.generate(**inputs, generation_config=config, streamer=spoken)
+            model.generate(**inputs, generation_config=config, streamer=stream)
     except KeyboardInterrupt:
         say(' [stopped]')
-        return spoken.said
-    return spoken.text()
+        return stream.shown
+    return stream.text()

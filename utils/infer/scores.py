@@ -1,4 +1,4 @@
-"""Scores of answers against labels, in per cent."""
+"""ROUGE and BLEU of answers against labels, 0 to 100."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _WORD = re.compile(r'\w+|[^\w\s]')
 
 
 class WordTokenizer:
-    """Words, lower case: by jieba where there is Chinese, whose characters rouge_score's own tokenizer drops."""
+    """Splits text into lower-case words; uses jieba for Chinese, whose characters rouge_score's own tokenizer drops."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the words and marks of a text."""
+        """Return the words and punctuation marks of a text."""
         if not _CHINESE.search(text):
             return _WORD.findall(text.lower())
         import logging
@@ -26,7 +26,7 @@ class WordTokenizer:
 
 
 def _bleu_4(answer: list[str], label: list[str]) -> float:
-    """Return sentence BLEU over up to 4-grams; a text of fewer words is scored by the n-grams it can have."""
+    """Return sentence BLEU over up to 4-grams; a text of fewer words is scored by shorter n-grams only."""
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     order = min(4, len(answer), len(label))
@@ -39,17 +39,17 @@ def _bleu_4(answer: list[str], label: list[str]) -> float:
 def score_texts(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """Return the means of ROUGE-1, -2, -L (F1) and BLEU-4 over all pairs, 0 to 100.
 
-    Where neither text of a pair has two words, which ROUGE-2 would count, it counts their words.
+    ROUGE-2 needs a text of two words: for pairs without one, ROUGE-1 takes its place.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     tokenizer = WordTokenizer()
     scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'], tokenizer=tokenizer)
-    scores = [scorer.score(label, answer) for answer, label in zip(answers, labels, strict=True)]
-    words = [
-        (tokenizer.tokenize(answer), tokenizer.tokenize(label)) for answer, label in zip(answers, labels, strict=True)
-    ]
+    pairs = list(zip(answers, labels, strict=True))
+    scores = [scorer.score(label, answer) for answer, label in pairs]
+    words = [(tokenizer.tokenize(answer), tokenizer.tokenize(label)) for answer, label in pairs]
     rouge_2 = ['rouge1' if max(map(len, pair)) < 2 else 'rouge2' for pair in words]
+
     means = {
         'rouge-1': fmean(score['rouge1'].fmeasure for score in scores),
         'rouge-2': fmean(score[key].fmeasure for score, key in zip(scores, rouge_2, strict=True)),

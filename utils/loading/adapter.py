@@ -1,11 +1,11 @@
-"""How an adapter is loaded onto its base model."""
+"""Loads an adapter onto its base model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.loading.layers import linear_names
 
 if TYPE_CHECKING:
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None, family: str | None = None) -> Any:
-    """Return the base model with a checkpoint's adapter on it; raises ConfigError where they do not fit."""
+    """Return the base model with the adapter of a checkpoint on it. Raises ConfigError if they do not fit.
+
+    `base` is the folder of the base model, `family` its 2023 family if config.json does not say which.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -26,6 +29,7 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = N
         raise
     except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(
-            f'the adapter in {checkpoint} cannot be put on {type(model).__name__} {model.name_or_path}: '
-            f'{told(error)[:300]} It is damaged, or was trained on another base model.'
+            f'{checkpoint}: the adapter cannot be loaded onto {type(model).__name__} {model.name_or_path}: '
+            f'{error_text(error)[:300]} It is damaged, or was trained on another base model. Copy the checkpoint again '
+            'or name its base model with --model_id_or_path.'
         ) from error

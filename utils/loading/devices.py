@@ -1,4 +1,4 @@
-"""Which layer stands on which GPU where one process spreads a model over several."""
+"""Which layer is placed on which GPU if one process uses several GPUs, and which dtype a device computes in."""
 
 from __future__ import annotations
 
@@ -19,54 +19,65 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A request to spread a model: free bytes of each GPU, bytes per parameter, the same inside quantised layers."""
+    """A request to place the layers of a model on several GPUs.
+
+    `memory` is the free bytes of each GPU, `parameter_bytes` the bytes per parameter, `linear_bytes` the bytes per
+    parameter of linear layers, which may be quantised.
+    """
 
     memory: Mapping[int, int]
     parameter_bytes: float
     linear_bytes: float
-    # False: what does not fit goes to the CPU or disk, where it can answer but not be trained.
+    # False: layers that do not fit go to the CPU or disk. A model can answer from there, but not be trained.
     must_fit: bool = True
 
     def map(self, model: PreTrainedModel) -> dict[str, int] | str:
-        """Return a GPU for every block of a model (on the meta device); raises ConfigError where it does not fit."""
+        """Return the GPU of each block of a model on the meta device. Raises ConfigError if the model does not fit."""
         blocks = _blocks(model)
         sizes = _sizes(model, blocks, self)
         devices = list(self.memory)
-        placed = _cut(list(sizes.values()), [self.memory[device] for device in devices])
-        if placed is None and not self.must_fit:
+        indices = _partition(list(sizes.values()), [self.memory[device] for device in devices])
+
+        if indices is None and not self.must_fit:
             return 'auto'
-        if placed is None:
+
+        if indices is None:
             gib = 2**30
             raise ConfigError(
                 f'{type(model).__name__} needs {sum(sizes.values()) / gib:.1f} GiB on GPUs {devices} with '
                 f'{", ".join(f"{self.memory[d] / gib:.1f}" for d in devices)} GiB free: layers would be left on the '
                 'CPU or disk, where they cannot be trained. Use more GPUs, --quantization_bit 4, or DeepSpeed ZeRO-3.'
             )
-        found = {name: devices[index] for name, index in zip(sizes, placed, strict=True)}
-        logger.info(f'blocks per GPU: {dict(Counter(found.values()))}')
-        return {name: found[owner] for name, owner in _owners(blocks).items()}
+
+        device_of = {name: devices[index] for name, index in zip(sizes, indices, strict=True)}
+        logger.info(f'blocks per GPU: {dict(Counter(device_of.values()))}')
+
+        return {name: device_of[owner] for name, owner in _owners(blocks).items()}
 
 
-def place(device_map: Any, make: Callable[[], PreTrainedModel]) -> Any:
-    """Return a device map as from_pretrained takes it; `make` builds the model without weights for a Spread."""
+def resolve_device_map(device_map: Any, build: Callable[[], PreTrainedModel]) -> Any:
+    """Return a device map that from_pretrained accepts. `build` makes the model without weights for a Spread."""
     if not isinstance(device_map, Spread):
         return device_map
+
     import torch
 
     with torch.device('meta'):
-        return device_map.map(make())
+        return device_map.map(build())
 
 
 def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Return the smallest modules that may stand on different GPUs, in the order of the class: no layer is split."""
+    """Return the smallest modules that may be on different GPUs, in the order of the class. No layer is split."""
     whole = set(model._no_split_modules or ())
 
     def walk(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-        owns = next(module.parameters(recurse=False), None) is not None
+        owns_parameters = next(module.parameters(recurse=False), None) is not None
         children = list(module.named_children())
-        if name and (owns or not children or type(module).__name__ in whole):
+
+        if name and (owns_parameters or not children or type(module).__name__ in whole):
             yield name, module
             return
+
         for child_name, child in children:
             yield from walk(f'{name}.{child_name}' if name else child_name, child)
 
@@ -74,73 +85,90 @@ def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 
 def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Return for each block the one it stands with: itself, or the first that shares a parameter with it."""
+    """Return, for each block, the block whose GPU it uses: the first that shares a parameter with it, or itself."""
     first: dict[int, str] = {}
     owners = {}
+
     for name, module in blocks.items():
         ids = [id(p) for p in module.parameters()]
         owners[name] = next((first[i] for i in ids if i in first), name)
         first.update({i: owners[name] for i in ids if i not in first})
+
     return owners
 
 
 def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread: Spread) -> dict[str, int]:
+    """Return the bytes of each block that owns its parameters; shared parameters are counted once."""
     import torch
 
     head = model.get_output_embeddings()
-    width: dict[int, float] = {id(p): spread.parameter_bytes for p in model.parameters()}
+    parameter_bytes: dict[int, float] = {id(p): spread.parameter_bytes for p in model.parameters()}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            width[id(module.weight)] = spread.linear_bytes
+            parameter_bytes[id(module.weight)] = spread.linear_bytes
+
     owners = _owners(blocks)
     sizes = dict.fromkeys((name for name in blocks if owners[name] == name), 0)
     counted: set[int] = set()
+
     for name, module in blocks.items():
         for parameter in module.parameters():
             if id(parameter) not in counted:
                 counted.add(id(parameter))
-                sizes[owners[name]] += int(parameter.numel() * width[id(parameter)])
+                sizes[owners[name]] += int(parameter.numel() * parameter_bytes[id(parameter)])
+
     return sizes
 
 
-def _cut(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
-    """Return the index of the device of each block, None where they do not fit.
+def _partition(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
+    """Return the index of the device of each block, None if the blocks do not fit.
 
-    Devices take contiguous blocks, so that activations cross each border once. The sum of load^2 / capacity is the
-    least there is: every device is filled to about the same share.
+    Each device gets contiguous blocks, so that activations cross each border once. The partition minimises the sum of
+    load^2 / capacity, which fills all devices to about the same share.
     """
     sums = [0, *accumulate(sizes)]
+
+    # Number of blocks placed so far -> (least cost, number of blocks placed after each device).
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+
     for capacity in capacities:
         reached: dict[int, tuple[float, tuple[int, ...]]] = {}
+
         for start, (cost, ends) in best.items():
             for end in range(start, len(sizes) + 1):
                 load = sums[end] - sums[start]
                 if load > capacity:
                     break
+
                 total = cost + load * load / capacity
                 if end not in reached or total < reached[end][0]:
                     reached[end] = (total, (*ends, end))
+
         best = reached
+
     if len(sizes) not in best:
         return None
+
     ends = best[len(sizes)][1]
     return [sum(end <= index for end in ends) for index in range(len(sizes))]
 
 
 def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
-    """Return the torch dtype of a name, or the device's best, and the reason."""
+    """Return the torch dtype of a name, or else the best dtype of the device, and the reason for it."""
     import torch
 
     names = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
     if name is not None:
         return names[name], 'it was asked for'
+
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, 'the GPU supports it'
         return torch.float16, 'the GPU has no bf16'
+
     if cpu_has_bf16():
         return torch.bfloat16, 'the CPU multiplies it natively'
+
     return torch.float32, 'the CPU has no native bf16'
 
 

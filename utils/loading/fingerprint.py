@@ -1,4 +1,4 @@
-"""What identifies a base model: a hash that tells two sets of weights apart."""
+"""Fingerprints of base models: a hash that distinguishes two sets of weights."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _WEIGHT_SUFFIXES = ('.safetensors', '.bin', '.gguf')
-# Up to here every byte is hashed; beyond it each file's name, size, first and last part, to keep starts quick.
+
+# Weights up to this size are hashed completely. Of larger ones, the name, size, first part and last part of each file
+# are hashed, so that a start stays fast.
 _WHOLE_LIMIT_BYTES = 1 << 30
 _PART_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """A sha256 and what it covers: 'whole' (every byte of the weights) or 'sampled' (names, sizes, ends)."""
+    """A sha256 and what it covers: 'whole' (every byte of the weights) or 'sampled' (names, sizes, ends of files)."""
 
     sha256: str
     covers: str
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Return the fingerprint of a weight file, or of the weight files and config.json of a directory."""
+    """Return the fingerprint of a weight file, or of the weight files and config.json of a folder."""
     if path.is_file():
         files = [path]
     else:
         files = sorted(f for f in path.iterdir() if f.suffix in _WEIGHT_SUFFIXES or f.name == 'config.json')
+
     whole = sum(f.stat().st_size for f in files) <= _WHOLE_LIMIT_BYTES
     digest = hashlib.sha256()
+
     for file in files:
         size = file.stat().st_size
         if path.is_dir():
             digest.update(f'{file.name}:{size}\n'.encode())
+
         with file.open('rb') as stream:
             if whole:
                 while block := stream.read(_PART_BYTES):
@@ -40,4 +45,5 @@ def fingerprint(path: Path) -> Fingerprint:
                 digest.update(stream.read(_PART_BYTES))
                 stream.seek(max(size - _PART_BYTES, 0))
                 digest.update(stream.read(_PART_BYTES))
+
     return Fingerprint(sha256=digest.hexdigest(), covers='whole' if whole else 'sampled')

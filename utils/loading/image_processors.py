@@ -1,4 +1,4 @@
-"""How each family sees: what an image is among its token ids, and which tensors it takes for the image's file."""
+"""Image inputs of each family: the tokens that stand for an image, and the tensors that are made from its file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.base.errors import ConfigError, told
+from utils.base.errors import ConfigError, error_text
 from utils.base.logger import logger
 from utils.formats.images import bad_image, image_size, open_upright, read_images
 
@@ -17,66 +17,79 @@ if TYPE_CHECKING:
 
 
 class Images(ABC):
-    """The images of one model. Templates print `mark` for an image; its one `slot` is repeated for each feature."""
+    """How one model takes images.
+
+    `mark` is the text that templates print for an image. It holds one token of id `slot`, which is repeated once for
+    each feature of the image.
+    """
 
     mark: str
     slot: int
 
     @abstractmethod
     def count(self, path: str) -> int:
-        """Return how many slots an image takes; reads the file's header alone. Raises BadImage."""
+        """Return how many slots an image takes. Reads only the header of the file. Raises BadImage."""
 
     @abstractmethod
     def pixels(self, paths: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return what the model takes for these images, decoded now, in this order; raises BadImage."""
+        """Return the inputs of the model for these images, in this order. Decodes the files. Raises BadImage."""
 
     def per_token(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what the model takes beside ids (B, T) that hold images."""
+        """Return the inputs per token, each (B, T), that the model needs for ids (B, T) with images."""
         return {}
 
     def inputs(self, input_ids: torch.Tensor, paths: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the model's inputs beside ids (B, T) with these images, row by row; none without images."""
-        return {**self.pixels(paths), **self.per_token(input_ids)} if paths else {}
+        """Return all inputs except ids (B, T) for these images, ordered row by row; empty without images."""
+        if not paths:
+            return {}
+
+        return {**self.pixels(paths), **self.per_token(input_ids)}
 
     def example(self, tokenizer: Any, text: list[int]) -> dict[str, torch.Tensor]:
-        """Return a model's inputs for a picture, a gradient, with ids of text after it: to compare two models by."""
+        """Return the inputs of one row, an image of a gradient and then `text`, on which two models are compared."""
         import torch
         from PIL import Image
 
         start, _, end = tokenizer(self.mark, add_special_tokens=False)['input_ids']
+
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / 'gradient.png')
             Image.linear_gradient('L').save(path)
+
             ids = torch.tensor([[start, *[self.slot] * self.count(path), end, *text]])
             return {'input_ids': ids, **self.inputs(ids, [path])}
 
     def save(self, folder: Path) -> None:
-        """Write what a saved model needs to see again, beside its weights and config.json."""
+        """Write the image processor's files into the folder of a saved model, if the model has one."""
         return
 
     def _check_slot(self, tokenizer: Any, token: str) -> None:
-        if (found := tokenizer.convert_tokens_to_ids(token)) != self.slot:
+        """Raise ConfigError if the tokenizer gives an image token another id than the model."""
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != self.slot:
             raise ConfigError(
-                f"the tokenizer's {token} is id {found}, the model's is {self.slot}: they are not of one model. "
-                'Get both from the same place.'
+                f"the tokenizer's {token} is id {found}, the model's is {self.slot}: they do not belong together. "
+                'Use the model and the tokenizer of one repository or folder.'
             )
 
 
 class QwenVLImages(Images):
-    """Qwen-VL of 2023: every image is a square of one size with the same number of features."""
+    """Qwen-VL of 2023: every image is resized to one square and has the same number of features."""
 
     mark = '<img><imgpad></img>'
 
     def __init__(self, model: Any, tokenizer: Any, model_dir: Path, max_pixels: int | None) -> None:
         visual = model.config.visual
         self.slot = visual['image_start_id'] + 2
-        self._features, self._side = visual['n_queries'], visual['image_size']
+        self._features = visual['n_queries']
+        self._side = visual['image_size']
+
         self._check_slot(tokenizer, '<imgpad>')
         if max_pixels is not None:
             logger.warning(f'--max_pixels has no effect: every image becomes {self._side} x {self._side}')
 
     def count(self, path: str) -> int:
-        image_size(path)  # a file that is gone or no image is found before training
+        image_size(path)  # finds a missing or damaged file before training starts
         return int(self._features)
 
     def pixels(self, paths: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -84,7 +97,7 @@ class QwenVLImages(Images):
 
 
 class ProcessorImages(Images):
-    """Models whose image processor comes with transformers: images keep their shape, larger ones take more slots."""
+    """Models with an image processor in transformers: images keep their aspect ratio, larger ones take more slots."""
 
     mark = '<|vision_start|><|image_pad|><|vision_end|>'
 
@@ -93,23 +106,29 @@ class ProcessorImages(Images):
 
         self.slot = model.config.image_token_id
         self._check_slot(tokenizer, '<|image_pad|>')
+
         try:
-            # The other backend resizes otherwise: one model would see two pictures.
+            # The other backend resizes differently, so training and inference could see different pixels.
             self._processor = AutoImageProcessor.from_pretrained(model_dir, backend='pil', trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ConfigError(f'the image processor in {model_dir} cannot be opened: {told(error)}') from error
+            raise ConfigError(f'the image processor in {model_dir} cannot be opened: {error_text(error)}') from error
+
         if max_pixels is not None:
             size = self._processor.size
             if max_pixels < size['shortest_edge']:
-                raise ConfigError(f'--max_pixels takes {size["shortest_edge"]} or more here, got {max_pixels}.')
+                raise ConfigError(
+                    f'--max_pixels takes {size["shortest_edge"]} or more for this model, got {max_pixels}.'
+                )
             size['longest_edge'] = max_pixels
 
     def count(self, path: str) -> int:
         width, height = image_size(path)
+
         try:
             patches = self._processor.get_number_of_image_patches(height, width)
         except ValueError as error:  # too narrow
             raise bad_image(path, 'is too narrow', f': {error}.') from error
+
         return int(patches // self._processor.merge_size**2)
 
     def pixels(self, paths: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -122,7 +141,7 @@ class ProcessorImages(Images):
         self._processor.save_pretrained(folder)
 
 
-# config.json's model_type of the opened model -> what reads its images.
+# model_type in config.json of the opened model -> the class for its images.
 READERS: dict[str, Callable[[Any, Any, Path, int | None], Images]] = {
     'assay_qwen_vl': QwenVLImages,
     'qwen2_5_vl': ProcessorImages,
@@ -131,10 +150,13 @@ READERS: dict[str, Callable[[Any, Any, Path, int | None], Images]] = {
 
 
 def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int | None) -> Images | None:
-    """Return how this model sees, None for one that does not; raises ConfigError where its files do not tell."""
+    """Return how a model takes images, None if it takes none. Raises ConfigError for files that cannot be used."""
     reader = READERS.get(model.config.model_type)
+
     if reader is not None:
         return reader(model, tokenizer, model_dir, max_pixels)
+
     if max_pixels is not None:
         logger.warning('--max_pixels has no effect: the model sees no images')
+
     return None

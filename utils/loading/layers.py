@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Layers that attend and nothing else: what they know of earlier tokens is keys and values.
+# Types of layers whose only state is keys and values of earlier tokens. Others, for example linear attention, keep
+# a recurrent state.
 ATTENDING = frozenset({'full_attention', 'sliding_attention'})
 
 
 def is_sharded(model: Any) -> bool:
-    """Return whether weights lie in pieces on several processes (ZeRO-3, FSDP)."""
+    """Return whether the weights are sharded over several processes (ZeRO-3, FSDP)."""
     import torch
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -27,13 +28,15 @@ def is_sharded(model: Any) -> bool:
     return type(first) is not torch.Tensor or first.numel() == 0 or bool(is_deepspeed_zero3_enabled())
 
 
+# The value of --lora_target_modules that means all linear layers.
 ALL = 'ALL'
-# Names of the fused 2023 layouts that recipes hold, and the native layers they are.
+
+# Layer names of the fused 2023 layouts, which recipes use -> the native layers.
 _OLD_NAMES = {
     'c_attn': ('q_proj', 'k_proj', 'v_proj'),
     'W_pack': ('q_proj', 'k_proj', 'v_proj'),
     'query_key_value': ('q_proj', 'k_proj', 'v_proj'),
-    # Both output layers of a Qwen have one name: the parent tells them apart.
+    # Qwen gives both output layers the same name; only the name of the parent distinguishes them.
     'attn.c_proj': ('o_proj',),
     'mlp.c_proj': ('down_proj',),
     'c_proj': ('o_proj', 'down_proj'),
@@ -48,13 +51,14 @@ _OLD_NAMES = {
 def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[str]:
     """Return the last name of every linear layer, packed or not, and how often it occurs.
 
-    The output head is left out, and what is in the modules of `frozen`.
+    The output head and the layers inside the modules `frozen` are not counted.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
 
     kinds = (torch.nn.Linear, Conv1D, *packed_classes())
     head = model.get_output_embeddings()
+
     return Counter(
         _last_name(name)
         for name, module in model.named_modules()
@@ -63,17 +67,18 @@ def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[
 
 
 def _last_name(name: str) -> str:
-    """Return a module's last name, with its parent's where it is a mere number."""
+    """Return the last part of a module's name; the last two parts if the last is a number."""
     parts = name.split('.')
     return '.'.join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def _is_in(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a name is one of the modules or inside one of them."""
     return any(name == module or name.startswith(f'{module}.') for module in modules)
 
 
 def expert_names(model: PreTrainedModel) -> Counter[str]:
-    """Return the name below its layer of every 3-D parameter, in which experts are stacked, and how often it occurs."""
+    """Return the name within its layer of every 3-D parameter (stacked experts), and how often it occurs."""
     return Counter(
         re.sub(r'^.*?\.\d+\.', '', name)
         for name, parameter in model.named_parameters()
@@ -82,10 +87,11 @@ def expert_names(model: PreTrainedModel) -> Counter[str]:
 
 
 def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
-    """Return the names of linear layers that PEFT rewrites, on some mixtures, to the experts that had them once.
+    """Return the names of linear layers that PEFT applies to the stacked experts instead, as on some mixtures.
 
-    The layers themselves, a shared expert's gate_proj say, are then out of its reach:
-    https://github.com/huggingface/peft, utils/transformers_weight_conversion.py.
+    In earlier versions of transformers the experts had these names. LoRA cannot be put on the linear layers, for
+    example gate_proj of a shared expert: https://github.com/huggingface/peft,
+    utils/transformers_weight_conversion.py.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -96,40 +102,55 @@ def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
 
 
 def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
-    """Return the names with those of a fused 2023 layout replaced by the native ones, each once."""
+    """Return the wanted names, without duplicates; names of fused 2023 layouts are replaced by the native ones."""
     native: list[str] = []
+
     for name in wanted:
         new = _OLD_NAMES.get(name) or _OLD_NAMES.get(name.rpartition('.')[2], ())
-        if name in names or not set(new) <= set(names) or not new:
-            native.append(name)  # Qwen-VL's tower has a c_proj of its own
-        if new and set(new) <= set(names):
+        replaceable = bool(new) and set(new) <= set(names)
+
+        # The vision tower of Qwen-VL has layers named c_proj: the name stays, and the native names are added.
+        if name in names or not replaceable:
+            native.append(name)
+
+        if replaceable:
             logger.info(f'lora_target_modules: {name} is {", ".join(new)} in the native class')
             native += new
+
     return list(dict.fromkeys(native))
 
 
 def find_towers(model: Any) -> list[str]:
-    """Return the names of the largest modules apart from the language model and its output head: what sees for it."""
+    """Return the names of the vision towers: the largest modules outside the language model and its output head."""
     parts = (model.get_decoder(), model.get_output_embeddings())
     language = {id(module) for part in parts if part is not None for module in part.modules()}
     towers: list[str] = []
+
     for name, module in model.named_modules():
-        inside = any(name.startswith(f'{tower}.') for tower in towers)
-        apart = all(id(child) not in language for child in module.modules())
-        if name and apart and not inside and any(True for _ in module.parameters()):
+        inside_tower = any(name.startswith(f'{tower}.') for tower in towers)
+        outside_language = all(id(child) not in language for child in module.modules())
+        has_parameters = any(True for _ in module.parameters())
+
+        if name and outside_language and not inside_tower and has_parameters:
             towers.append(name)
+
     return towers
 
 
-def spare_towers(quantization: Any, build: Callable[[], Any]) -> None:
-    """Add what sees in a model, and its output head, to what bitsandbytes leaves alone; `build` needs no weights."""
+def exclude_towers(quantization: Any, build: Callable[[], Any]) -> None:
+    """Exclude the vision towers and the output head from quantisation by bitsandbytes.
+
+    `build` makes the model; it runs on the meta device, without weights.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
     if not isinstance(quantization, BitsAndBytesConfig):
         return
+
     with torch.device('meta'):
         model = build()
+
     if towers := find_towers(model):
         head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
         quantization.llm_int8_skip_modules = [*towers, *head]

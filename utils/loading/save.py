@@ -1,4 +1,4 @@
-"""Writes a model as a plain folder of its native class, complete or not at all."""
+"""Saves a model as a plain folder of its native class, atomically."""
 
 from __future__ import annotations
 
@@ -8,36 +8,47 @@ from pathlib import Path
 from typing import Any
 
 from utils.loading.image_processors import Images
-from utils.loading.packed import name_format
+from utils.loading.packed import record_packed_format
 
 
 def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None = None) -> None:
-    """Save weights, config, generation settings and tokenizer; neither code references nor a local path are kept."""
-    name_format(model)
-    _end_with(tokenizer, model.generation_config)
+    """Save weights, config, generation settings and tokenizer, without code references and local paths."""
+    record_packed_format(model)
+    _add_end_token(tokenizer, model.generation_config)
+
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if images is not None:
         images.save(folder)
-    for name, dropped in (('config.json', ('_name_or_path', 'auto_map')), ('tokenizer_config.json', ('auto_map',))):
+
+    for name, removed in (('config.json', ('_name_or_path', 'auto_map')), ('tokenizer_config.json', ('auto_map',))):
         path = folder / name
         content = json.loads(path.read_text(encoding='utf-8'))
-        kept = {key: value for key, value in content.items() if key not in dropped}
+        kept = {key: value for key, value in content.items() if key not in removed}
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
-def _end_with(tokenizer: Any, settings: Any) -> None:
-    """Have generate() stop at the tokenizer's end too: a chat model's config.json may name that of a document alone."""
+def _add_end_token(tokenizer: Any, settings: Any) -> None:
+    """Add the tokenizer's end token to those at which generate() stops.
+
+    The config.json of a chat model may name only the token that ends a document.
+    """
     given = settings.eos_token_id
-    ends = given if isinstance(given, list) else [] if given is None else [given]
+
+    if given is None:
+        settings.eos_token_id = tokenizer.eos_token_id
+        return
+
+    ends = given if isinstance(given, list) else [given]
     if tokenizer.eos_token_id not in ends:
         settings.eos_token_id = [*ends, tokenizer.eos_token_id] if ends else tokenizer.eos_token_id
 
 
 def export_native(model: Any, tokenizer: Any, target: Path, images: Images | None = None) -> None:
-    """Write the model as `target`, which must not be there yet."""
-    aside = target.with_name(f'.{target.name}.aside')
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(model, tokenizer, aside, images)
-    aside.rename(target)
+    """Write the model to the new folder `target`: complete, or not at all."""
+    temporary = target.with_name(f'.{target.name}.aside')
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+
+    save_whole(model, tokenizer, temporary, images)
+    temporary.rename(target)

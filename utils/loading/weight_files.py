@@ -1,4 +1,4 @@
-"""Reads the weights of a checkpoint directory, memory-mapped, without executing anything in it."""
+"""Reads the weight files of a checkpoint folder, memory-mapped, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -10,57 +10,78 @@ from utils.base.files import read_json
 from utils.loading.legacy.family import State
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
-# What the 4-bit files of 2023 hold beside tensors.
-_LISTS = '.quant_state'
+
+# Entries of the 4-bit files of 2023 that are lists, not tensors.
+_LIST_SUFFIX = '.quant_state'
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Return the weight files of a directory: those of its index, else the single file."""
+    """Return the weight files of a folder: those that the index names, else the single file."""
     for name in _SINGLE:
         index = model_dir / f'{name}.index.json'
+
         if index.is_file():
-            places = read_json(index).get('weight_map')
-            if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-                raise ConfigError(f'{index} has no weight_map of tensors and their files: it is damaged. Get it again.')
-            shards = sorted(set(places.values()))
+            file_of = read_json(index).get('weight_map')
+            if not isinstance(file_of, dict) or not all(isinstance(shard, str) for shard in file_of.values()):
+                raise ConfigError(
+                    f'{index} has no weight_map of tensors and their files: it is damaged. Download or copy it again.'
+                )
+
+            shards = sorted(set(file_of.values()))
+
             if outside := [shard for shard in shards if Path(shard).name != shard]:
-                raise ConfigError(f'{index} names {outside[0]!r}, which is not a file of its folder. Get it again.')
+                raise ConfigError(
+                    f'{index} names {outside[0]!r}, which is not a file of its folder. Download or copy it again.'
+                )
+
             if missing := [shard for shard in shards if not (model_dir / shard).is_file()]:
                 raise ConfigError(
-                    f'{index} names {missing[0]}, which is not there: the download is incomplete. Go on with it.'
+                    f'{index} names {missing[0]}, which is not there: the download is incomplete. '
+                    'Download or copy the missing files.'
                 )
+
             return [model_dir / shard for shard in shards]
+
         if (model_dir / name).is_file():
             return [model_dir / name]
+
     raise ConfigError(
-        f'{model_dir} holds no weights: neither {" nor ".join(_SINGLE)}, nor an index of them. Get it whole.'
+        f'{model_dir} holds no weights: neither {" nor ".join(_SINGLE)}, nor an index of them. '
+        'Download or copy the complete folder.'
     )
 
 
 def read_state(model_dir: Path) -> State:
-    """Return every tensor of a directory by its original name; safetensors, or .bin read with weights_only.
+    """Return every tensor of a folder by its original name. A .bin file is read with weights_only.
 
-    Raises ConfigError for a truncated file, one that is no tensor archive, or a name that two shards hold.
+    Raises ConfigError for a truncated file, for a file that is not a tensor archive, and for a name in two shards.
     """
     import torch
 
     state: State = {}
+
     for file in weight_files(model_dir):
         for key, tensor in read_file(file).items():
             if key in state:
-                raise ConfigError(f"{file.name}: tensor '{key}' is in another shard too. Get them again.")
-            is_tensor = isinstance(tensor, torch.Tensor)
-            if not is_tensor and not str(key).endswith(_LISTS):
                 raise ConfigError(
-                    f"{file} holds a {type(tensor).__name__} as '{key}', where a tensor must be. Get it as safetensors."
+                    f"{file.name}: tensor '{key}' is in another shard too. Download or copy all shards again."
                 )
-            # A .bin may hold Parameters, which would drag a graph along.
+
+            is_tensor = isinstance(tensor, torch.Tensor)
+            if not is_tensor and not str(key).endswith(_LIST_SUFFIX):
+                raise ConfigError(
+                    f"{file} holds a {type(tensor).__name__} as '{key}', where a tensor must be. "
+                    'Use the safetensors files of this model.'
+                )
+
+            # A .bin file may hold Parameters, and views of them would carry an autograd graph.
             state[key] = tensor.detach() if is_tensor else tensor
+
     return state
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Return what a weight file holds by name, memory-mapped; raises ConfigError where that cannot be read as data."""
+    """Return the entries of a weight file by name, memory-mapped. Raises ConfigError if it cannot be read as data."""
     import pickle
     import zipfile
 
@@ -71,18 +92,24 @@ def read_file(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == '.safetensors':
             return load_file(file)
-        # Files older than PyTorch 1.6's format are no zip archives and cannot be mapped.
+
+        # Before PyTorch 1.6, files were not zip archives; those cannot be memory-mapped.
         content = torch.load(file, map_location='cpu', mmap=zipfile.is_zipfile(file), weights_only=True)
-    except pickle.UnpicklingError:  # whose text says how to run it all the same
+    except pickle.UnpicklingError:  # its text explains how to run the file's code, so it is not shown
         raise ConfigError(
             f'{file} cannot be read as a tensor archive: it is damaged, or holds more than tensors. '
-            'That would be code, which is never run. Get it as safetensors.'
+            'That would be code, which is never run. Use the safetensors files of this model.'
         ) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f'{file} cannot be read as a tensor archive: {next(iter(str(error).splitlines()), type(error).__name__)} '
-            'It is truncated or of another format.'
+            f'{file} cannot be read as a tensor archive: {reason} It is truncated or of another format. '
+            'Download or copy it again.'
         ) from None
+
     if not isinstance(content, dict):
-        raise ConfigError(f'{file} holds a {type(content).__name__}, not tensors by name. Get it as safetensors.')
+        raise ConfigError(
+            f'{file} holds a {type(content).__name__}, not tensors by name. Use the safetensors files of this model.'
+        )
+
     return content

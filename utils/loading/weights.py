@@ -1,4 +1,4 @@
-"""Where the weights of a model are: a folder, a package, or a hub."""
+"""Finds the weights of a model: in a folder, in a package, or on a hub."""
 
 from __future__ import annotations
 
@@ -18,48 +18,57 @@ from utils.loading.info import ModelInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the base weights are, how that came, and what identifies them."""
+    """Where the base weights are, why these are used, and their fingerprint."""
 
     path: Path
     reason: str
     fingerprint: Fingerprint
-    # Which hub, id and revision served, where one did.
+    # Hub, id and revision of a download, else None.
     served: str | None = None
 
     def record(self, info: ModelInfo) -> dict[str, str]:
-        """Return what a run stores of its base model; no path, which would be of this machine."""
-        found = self.fingerprint
-        source = self.served or self.path.name
-        return {'id': info.public_id, 'source': source, 'sha256': found.sha256, 'covers': found.covers}
+        """Return what a run stores about its base model. Paths of this machine are not stored."""
+        return {
+            'id': info.public_id,
+            'source': self.served or self.path.name,
+            'sha256': self.fingerprint.sha256,
+            'covers': self.fingerprint.covers,
+        }
 
 
 def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
-    """Return where a model may be: the ids of a registered entry on each hub, any other id on the chosen hub only."""
+    """Return the repositories to search: a registered entry has an id on each hub, any other id is of one hub."""
     ids: dict[HubName, Sequence[str]] = {hub_name: (info.model_id_or_path,)}
+
     if info.registered:
         ids = {'modelscope': (info.model_id_or_path,), 'huggingface': (info.hf_model_id,) if info.hf_model_id else ()}
+
     return hub.repos_of(hub_name, ids, revision=revision)
 
 
 def find_on_hub(info: ModelInfo, *, revision: str, hub_name: HubName) -> tuple[hub.Snapshot, list[str]]:
-    """Return where a model lies on a hub, and which files of it are used."""
+    """Return the snapshot of a model on a hub, and the names of the files that are used."""
     snapshot = hub.find(_repos(info, hub_name, revision), 'model')
     ignored = [re.compile(pattern) for pattern in info.ignore_file_pattern]
     return snapshot, [name for name in snapshot.files if not any(p.match(name) for p in ignored)]
 
 
 def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', skip: Sequence[str] = ()) -> Weights:
-    """Return the weights that serve, downloaded where needed; a GGUF file stays a file until it is opened.
+    """Return the weights of a model, downloaded if needed. A GGUF file is converted later, when it is opened.
 
-    Files whose names match one of the globs `skip` are not fetched.
+    Files whose names match a glob in `skip` are not downloaded.
     """
     local = Path(info.model_id_or_path)
+
     if info.embedded and (packaged := find_packaged_file(*info.embedded)):
         reason = f'the package {info.embedded[0]} holds it (4-bit GGUF, another base than the hub has)'
         return Weights(path=packaged, reason=reason, fingerprint=fingerprint(packaged))
+
     if local.is_dir():
         return Weights(path=local, reason='it is a local directory', fingerprint=fingerprint(local))
+
     snapshot, names = find_on_hub(info, revision=revision, hub_name=hub_name)
     path = snapshot.fetch([name for name in names if not any(fnmatchcase(name, glob) for glob in skip)])
     reason = f'{snapshot.repo} {"holds them" if snapshot.online else "is in the cache"}'
+
     return Weights(path=path, reason=reason, fingerprint=fingerprint(path), served=str(snapshot.repo))

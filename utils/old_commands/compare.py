@@ -1,4 +1,4 @@
-"""`python -m utils.compare RUN OTHER` of earlier versions: names `python -m utils.report RUN OTHER` and does it."""
+"""The old command `python -m utils.compare`: prints the name of the new one, then runs it."""
 
 from __future__ import annotations
 

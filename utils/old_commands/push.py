@@ -1,4 +1,4 @@
-"""`python -m utils.push RUN` of earlier versions: names `python -m utils.export.push RUN` and does its work."""
+"""The old command `python -m utils.push`: prints the name of the new one, then runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m utils.run_report RUN` of earlier versions: names `python -m utils.report RUN` and does its work."""
+"""The old command `python -m utils.run_report`: prints the name of the new one, then runs it."""
 
 from __future__ import annotations
 

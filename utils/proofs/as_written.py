@@ -1,4 +1,4 @@
-"""Rows read anew from what their data holds, for the proofs: this reading shares nothing with the conversion."""
+"""Read rows again from their source data, for the proofs. This reading shares no code with the conversion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.formats.conversation import Row
 
 REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 
-# Names of roles as rows write them, in lower case.
+# Role names of data sets in lower case, and the names that chat templates use.
 _ROLES = {
     'human': 'user',
     'gpt': 'assistant',
@@ -26,20 +26,21 @@ _ROLES = {
     'tool_response': 'tool',
 }
 _CALL_ROLES = ('function_call', 'tool_call')
-# Keys that are read by name below, or that say how a turn is trained.
-_KNOWN = {'role', 'from', 'content', 'value', 'weight', 'loss', 'train', 'tool_calls', 'function_call'}
+# Keys that are read by name below, or that set how a turn is trained.
+_READ_KEYS = {'role', 'from', 'content', 'value', 'weight', 'loss', 'train', 'tool_calls', 'function_call'}
 
 
 def messages_as_written(row: Row) -> list[dict[str, Any]]:
-    """Return the turns of a row as its data has them, so that what conversion loses is not missing here.
+    """Return the turns of a row as in its source data, so that they still have what the conversion may lose.
 
-    Keys that conversion names as not used are left out: they are counted. Rows of other shapes than turns hold texts
-    alone, which the account of characters follows; of them the converted turns are returned.
+    Keys that the conversion reports as unused are skipped, because they are counted already. Rows without turns have
+    only texts, whose characters are counted elsewhere; for them the converted turns are returned.
     """
     column = next((name for name in ('messages', 'conversations') if row.written.get(name)), None)
     turns = _parsed(row.written[column]) if column else None
     if not isinstance(turns, list):
         return [dict(message) for message in row.messages]
+
     messages = [_message(turn, row.unused) for turn in turns]
     system = row.written.get('system')
     if isinstance(system, str) and system.strip() and messages[0]['role'] != 'system':
@@ -48,11 +49,12 @@ def messages_as_written(row: Row) -> list[dict[str, Any]]:
 
 
 def tools_as_written(row: Row) -> list[Any] | None:
-    """Return the tools of a row as its data has them, each in its wrapper; None where it has none."""
+    """Return the tools of a row as in its source data, each in a function wrapper; None if it has none."""
     found = [_parsed(row.written.get(column)) for column in ('tools', 'functions')]
     tools = next((value for value in found if isinstance(value, list) and value), None)
     if tools is None:
         return row.tools or None
+
     wrapped = [tool if 'function' in tool else {'type': 'function', 'function': tool} for tool in tools]
     return [{**tool, 'function': _with_object(tool['function'], 'parameters')} for tool in wrapped]
 
@@ -62,10 +64,13 @@ def _message(turn: Mapping[str, Any], unused: tuple[str, ...]) -> dict[str, Any]
     content = turn.get('content', turn.get('value'))
     calls = turn.get('tool_calls') or turn.get('function_call')
     if name in _CALL_ROLES:
-        calls, content, name = content, None, 'assistant'
+        calls = content
+        content = None
+        name = 'assistant'
+
     message: dict[str, Any] = {'role': _ROLES.get(name, name), 'content': _text(content)}
     for key, value in turn.items():
-        if key not in _KNOWN and not _is_empty(value) and f'message key `{key}`' not in unused:
+        if key not in _READ_KEYS and not _is_empty(value) and f'message key `{key}`' not in unused:
             message[key] = value
     found = _parsed(calls)
     if found:
@@ -77,22 +82,31 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call.get('function', call)
     arguments = function.get('arguments')
     is_missing = _is_empty(arguments) or (isinstance(arguments, str) and not arguments.strip())
-    given = {} if is_missing else _with_object(function, 'arguments')['arguments']
-    said = {key: given if key == 'arguments' else function[key] for key in function if key in ('name', 'arguments')}
+    read_arguments = {} if is_missing else _with_object(function, 'arguments')['arguments']
+
+    # Templates may print keys in their order, so the order of the data is kept.
+    read_function: dict[str, Any] = {}
+    for key in function:
+        if key == 'name':
+            read_function['name'] = function['name']
+        elif key == 'arguments':
+            read_function['arguments'] = read_arguments
+    read_function.setdefault('arguments', read_arguments)
+
     keys = list(call) if 'function' in call else ['type', 'id', 'function']
-    made: dict[str, Any] = {} if 'type' in keys else {'type': 'function'}
+    read_call: dict[str, Any] = {} if 'type' in keys else {'type': 'function'}
     for key in keys:
         if key == 'function':
-            made['function'] = {**said, 'arguments': given}
+            read_call['function'] = read_function
         elif key == 'id' and not _is_empty(call.get('id')):
-            made['id'] = str(call['id'])
+            read_call['id'] = str(call['id'])
         elif key == 'type':
-            made['type'] = 'function'
-    return made
+            read_call['type'] = 'function'
+    return read_call
 
 
 def _text(content: Any) -> str:
-    """Return the text of a turn: of one that is a list of parts, all of them joined."""
+    """Return the text of a turn; parts of a list are joined."""
     if isinstance(content, list):
         return ''.join(part if isinstance(part, str) else str(part.get('text') or '') for part in content)
     return '' if _is_empty(content) else str(content)
@@ -103,7 +117,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _parsed(value: Any) -> Any:
-    """Return the object or list that a JSON text writes; anything else as it is."""
+    """Return the object or list that a JSON text contains; anything else unchanged."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -112,6 +126,6 @@ def _parsed(value: Any) -> Any:
 
 
 def _with_object(function: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return the function with the object that a JSON text writes under a key; a text that is none stays."""
+    """Return the function with the JSON text of a key parsed, if it is an object; otherwise unchanged."""
     found = _parsed(function.get(key))
     return {**function, key: found} if isinstance(found, dict) else dict(function)

@@ -1,4 +1,4 @@
-"""What carries loss: rows that would teach nothing are kept out, the labels of real batches are checked, rows shown."""
+"""Check that the labels of real batches are exactly the tokens that the rows mark as trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.run.record import record_proof
 
 # How many rows are collated and compared.
 MASK_ROWS = 64
-# Rows of one batch: a fault that mixes rows up does not show in a batch of one.
+# Rows of one batch: with one row, a fault that mixes rows up would not be visible.
 _BATCH_ROWS = 4
 
 
@@ -27,71 +27,91 @@ def prove_mask(
     encoder: Encoder,
     run_dir: Path,
 ) -> None:
-    """Make batches of several rows as training does, and compare their labels with what the rows say is trained.
+    """Collate the rows as training does, compare labels with the trained spans of the rows, and record the outcome.
 
-    Records the outcome; raises ConfigError where a label is missing, added, another token or in another place.
+    Raises ConfigError if a label is missing, added, of another token or at another position.
     """
     started = time.perf_counter()
     rows = list(rows)
-    batches = [rows[start : start + _BATCH_ROWS] for start in range(0, len(rows), _BATCH_ROWS)]
-    fault = next((f for batch in batches if (f := _fault(batch, collate, encoder))), None)
-    empty = summary.get('left_out', {}).get(NOTHING_TRAINED, 0)
-    share = 'of a stream the rows to come train what theirs say'
-    if train := summary.get('train'):
-        share = f'{train["rows"]} rows train {100 * train["trained_share"]:.4g} % of {train["tokens"]} tokens'
-    says = fault or (
-        f'{share}; in batches of {len(rows)} of them exactly these carry loss, each end of turn among them; '
-        f'{empty or "no"} rows were left out because none of their tokens does'
-    )
+    fault = None
+    for start in range(0, len(rows), _BATCH_ROWS):
+        fault = _fault(rows[start : start + _BATCH_ROWS], collate, encoder)
+        if fault:
+            break
+
+    says = fault or _sentence(len(rows), summary)
     seconds = round(time.perf_counter() - started, 2)
-    record_proof(
-        run_dir, 'loss', {'passed': fault is None, 'says': says, 'rows_checked': len(rows), 'seconds': seconds}
-    )
+    outcome = {'passed': fault is None, 'says': says, 'rows_checked': len(rows), 'seconds': seconds}
+    record_proof(run_dir, 'loss', outcome)
     if fault:
         raise ConfigError(fault)
     logger.info(f'loss: {says}')
 
 
+def _sentence(checked: int, summary: dict[str, Any]) -> str:
+    """Return the sentence of a proof that passed."""
+    share = 'the rows of a stream are not counted before training'
+    if train := summary.get('train'):
+        share = f'{train["rows"]} rows train {100 * train["trained_share"]:.4g} % of {train["tokens"]} tokens'
+    skipped = summary.get('left_out', {}).get(NOTHING_TRAINED, 0)
+    return (
+        f'{share}; in batches of {checked} rows exactly the marked tokens carry loss, each end of turn among them; '
+        f'{skipped or "no"} rows were skipped because none of their tokens carries loss'
+    )
+
+
 def _fault(rows: Sequence[dict[str, Any]], collate: Callable[..., dict[str, Any]], encoder: Encoder) -> str | None:
-    """Return what a batch of these rows gets wrong, token by token in its place, or None."""
+    """Return what is wrong in a batch of these rows, compared token by token at each position, or None."""
     batch = collate(rows)
-    ids, labels = (batch[name].tolist() for name in ('input_ids', 'labels'))
-    lengths = [len(row['input_ids']) for row in rows]
-    if len(ids) == 1:  # one row, or rows laid end to end: each follows the one before
-        ends = list(accumulate(lengths))
-        parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-        ids, labels, behind = (
-            [ids[0][part] for part in parts],
-            [labels[0][part] for part in parts],
-            labels[0][ends[-1] :],
-        )
-    else:
-        behind = [label for row, length in zip(labels, lengths, strict=True) for label in row[length:]]
-        ids, labels = ([row[:length] for row, length in zip(x, lengths, strict=True)] for x in (ids, labels))
+    ids, labels, padding_labels = _split(batch, [len(row['input_ids']) for row in rows])
     for row, row_ids, row_labels in zip(rows, ids, labels, strict=True):
         if row_ids != row['input_ids']:
-            return 'a batch holds other ids than its row says.'
+            return 'a batch has other ids than its row. Please report this model.'
         if fault := _label_fault(row, row_labels, encoder.tokenizer.decode):
             return fault
-    if any(label != IGNORE_INDEX for label in behind):
-        return 'a batch trains other tokens than its row says: some of the padding.'
+    if any(label != IGNORE_INDEX for label in padding_labels):
+        return 'a batch trains other tokens than its row marks: some of the padding. Please report this model.'
     return None
 
 
+def _split(batch: dict[str, Any], lengths: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Return the ids of each row, the labels of each row, and the labels of the padding."""
+    ids = batch['input_ids'].tolist()
+    labels = batch['labels'].tolist()
+    if len(ids) > 1:
+        row_ids = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        row_labels = [row[:length] for row, length in zip(labels, lengths, strict=True)]
+        padding_labels = [label for row, length in zip(labels, lengths, strict=True) for label in row[length:]]
+        return row_ids, row_labels, padding_labels
+
+    # One row, or concatenated rows.
+    ends = list(accumulate(lengths))
+    parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    return [ids[0][part] for part in parts], [labels[0][part] for part in parts], labels[0][ends[-1] :]
+
+
 def _label_fault(row: dict[str, Any], labels: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str | None:
+    """Return what is wrong with the labels of a row, or None."""
     ids = row['input_ids']
-    places = [place for start, end in spans_of(row) for place in range(max(start, 1), end)]
-    found_places = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
-    wanted, found = [ids[place] for place in places], [labels[place] for place in found_places]
-    if (found_places, found) == (places, wanted):
+    # The first token is never predicted.
+    wanted_positions = [position for start, end in spans_of(row) for position in range(max(start, 1), end)]
+    found_positions = [position for position, label in enumerate(labels) if label != IGNORE_INDEX]
+    wanted = [ids[position] for position in wanted_positions]
+    found = [labels[position] for position in found_positions]
+
+    if (found_positions, found) == (wanted_positions, wanted):
         return None
-    if (found_places, found) == (places[:-1], wanted[:-1]):
+    if (found_positions, found) == (wanted_positions[:-1], wanted[:-1]):
         return (
-            f'the end of turn {decode(wanted[-1:])!r} carries no loss in a batch: the model would never learn to stop.'
+            f'the end of turn {decode(wanted[-1:])!r} carries no loss in a batch: the model would never learn to stop. '
+            'Please report this model.'
         )
     if found == wanted:
-        return f'a batch trains the tokens of its row at other places: {found_places[:8]}, wanted {places[:8]}.'
+        return (
+            f'a batch trains the tokens of its row at other positions: {found_positions[:8]}, and the row marks '
+            f'{wanted_positions[:8]}. Please report this model.'
+        )
     return (
-        f'a batch trains other tokens than its row says: {len(found)} beginning {decode(found[:8])!r}, wanted '
-        f'{len(wanted)} beginning {decode(wanted[:8])!r}.'
+        f'a batch trains other tokens than its row marks: {len(found)} that start with {decode(found[:8])!r}, and the '
+        f'row marks {len(wanted)} that start with {decode(wanted[:8])!r}. Please report this model.'
     )

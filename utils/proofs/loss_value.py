@@ -1,4 +1,7 @@
-"""The loss that the trainer computes on real batches, against the plain forward pass of one row at a time."""
+"""Compare the trainer's loss on real batches with the plain forward pass of one row at a time.
+
+Shapes in names: T tokens of a row, P trained tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,19 @@ from utils.encode.encoded import Encoded, cut_front, spans_of, trains_nothing
 from utils.run.record import record_proof
 from utils.train.trainer import SftTrainer
 
-# So few rows of so many tokens show a wrong shift, mask, position, scale or count, and cost next to nothing.
-_ROWS, _TOKENS, _ROWS_OF_A_BATCH = 4, 256, 2
-# How far the two may lie apart, as a share of the loss: a batch is rounded otherwise than a row alone.
-_EXACT, _ROUNDED = 1e-3, 5e-2
+# A few short rows are enough to show a wrong shift, mask, position, scale or count, and cost little time.
+_ROWS = 4
+_MAX_TOKENS = 256
+_BATCH_ROWS = 2
+# The allowed difference as a fraction of the loss, in fp32 and in 16 bits: a batch rounds differently than one row.
+_EXACT = 1e-3
+_ROUNDED = 5e-2
 
 Items = list[dict[str, Any]]
 
 
 class LossProof(TrainerCallback):
-    """Compares before the first step, when model and processes are set up as training will use them."""
+    """Compares the losses before the first step, when model and processes are set up for training."""
 
     def __init__(self, trainer: SftTrainer, rows: Sequence[dict[str, Any]]) -> None:
         self.trainer = trainer
@@ -36,12 +42,15 @@ class LossProof(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the outcome; raises ConfigError where the trainer's loss is not that of the rows."""
-        trainer, started = self.trainer, time.perf_counter()
-        # A forward pass without gradients before the first training step ends FSDP's processes with a SIGSEGV.
+        """Record the outcome; raises ConfigError if the trainer's loss is not the loss of the rows."""
+        trainer = self.trainer
+        started = time.perf_counter()
+        # Under FSDP a forward pass without gradients before the first training step crashes the process (SIGSEGV).
+        # Under DeepSpeed, which may shard the model too, the comparison is skipped as well.
         if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
-            logger.info('the loss is not compared with that of single rows: DeepSpeed or FSDP holds the model')
+            logger.info('loss value: not compared with single rows, because DeepSpeed or FSDP shards the model')
             return
+
         trainer.model_wrapped.eval()
         trainer.in_preflight = True
         try:
@@ -53,26 +62,32 @@ class LossProof(TrainerCallback):
             trainer.model_wrapped.train()
 
     def _prove(self, run_dir: Path, started: float) -> None:
-        alone = [(row, self._alone(row)) for row in self.rows]
-        # A row whose loss is no number is the guard's, who names it.
-        finite = [(row, loss) for row, loss in alone if math.isfinite(loss)]
-        if not finite:
+        rows = []
+        summed_losses = []
+        for row in self.rows:
+            loss = self._plain_loss(row)
+            # The guard stops at a row whose loss is NaN or infinite, and names it.
+            if math.isfinite(loss):
+                rows.append(row)
+                summed_losses.append(loss)
+        if not rows:
             return
-        rows = [row for row, _ in finite]
-        tokens = sum(len(trained_places(row)) for row in rows)
-        wanted = sum(loss for _, loss in finite) / tokens
-        found, counted = self._together(rows)
+
+        tokens = sum(len(trained_positions(row)) for row in rows)
+        wanted = sum(summed_losses) / tokens
+        found, counted = self._trainer_loss(rows)
         says = (
-            f'the loss of {len(rows)} rows in batches, {found:.6g} over {counted} tokens, is that of the same rows '
+            f'the loss of {len(rows)} rows in batches, {found:.6g} over {counted} tokens, equals that of the same rows '
             f'one by one in the plain forward pass, {wanted:.6g} over {tokens}'
         )
         fault = None
-        if counted != tokens or not abs(found - wanted) <= self._bound() * max(1.0, abs(wanted)):
+        if counted != tokens or not abs(found - wanted) <= self._tolerance() * max(1.0, abs(wanted)):
             fault = (
-                f'--padding_free, --chunked_loss: the trainer computes a loss of {found:.6g} over {counted} tokens '
-                f'for {len(rows)} rows, the plain forward pass of one row at a time {wanted:.6g} over {tokens}. '
-                'Type --padding_free false --chunked_loss false, and please report this model.'
+                f'--padding_free, --chunked_loss: the trainer computes a loss of {found:.6g} over {counted} tokens for '
+                f'{len(rows)} rows, and the plain forward pass of one row at a time {wanted:.6g} over {tokens}. Use '
+                '--padding_free false --chunked_loss false, and please report this model.'
             )
+
         fault = dist.first_failure(fault)
         outcome = {'passed': fault is None, 'says': fault or says, 'rows_checked': len(rows)}
         record_proof(run_dir, 'loss_value', {**outcome, 'seconds': round(time.perf_counter() - started, 2)})
@@ -80,24 +95,25 @@ class LossProof(TrainerCallback):
             raise ConfigError(fault)
         logger.info(f'loss value: {says}')
 
-    def _alone(self, row: dict[str, Any]) -> float:
-        """Return the summed loss of a row: its ids alone go in, and the labels are read from its spans."""
+    def _plain_loss(self, row: dict[str, Any]) -> float:
+        """Return the summed loss of a row. The model gets only ids and images; the labels come from the row's spans."""
         trainer = self.trainer
-        ids = torch.tensor([row['input_ids']], device=trainer.args.device)
-        pictures = trainer.images.inputs(ids.cpu(), list(row.get('images', ()))) if trainer.images else {}
+        device = trainer.args.device
+        ids_1T = torch.tensor([row['input_ids']], device=device)
+        images = trainer.images.inputs(ids_1T.cpu(), list(row.get('images', ()))) if trainer.images else {}
+        images = {name: x.to(device) for name, x in images.items()}
         with trainer.accelerator.autocast():
-            output = trainer.model(
-                input_ids=ids, **{name: x.to(trainer.args.device) for name, x in pictures.items()}, use_cache=False
-            )
-        log_p = output.logits[0].float().log_softmax(-1)
-        places = torch.tensor(trained_places(row), device=log_p.device)
-        targets = ids[0].to(log_p.device)[places]
-        return float(-log_p[places - 1].gather(1, targets[:, None]).double().sum())
+            output = trainer.model(input_ids=ids_1T, **images, use_cache=False)
 
-    def _together(self, rows: Items) -> tuple[float, int]:
-        """Return the loss of rows as training computes it over a step of several batches, and its count of tokens."""
+        log_p_TV = output.logits[0].float().log_softmax(-1)
+        position_P = torch.tensor(trained_positions(row), device=log_p_TV.device)
+        target_P = ids_1T[0].to(log_p_TV.device)[position_P]
+        return float(-log_p_TV[position_P - 1].gather(1, target_P[:, None]).double().sum())
+
+    def _trainer_loss(self, rows: Items) -> tuple[float, int]:
+        """Return the loss as training computes it in a step of several batches, and its count of trained tokens."""
         trainer = self.trainer
-        parts = [rows[start : start + _ROWS_OF_A_BATCH] for start in range(0, len(rows), _ROWS_OF_A_BATCH)]
+        parts = [rows[start : start + _BATCH_ROWS] for start in range(0, len(rows), _BATCH_ROWS)]
         collated = iter([trainer.data_collator(part) for part in parts])
         batches, count = trainer.get_batch_samples(collated, len(parts), trainer.args.device)
         losses = [
@@ -105,30 +121,32 @@ class LossProof(TrainerCallback):
             for batch in batches
             if batch
         ]
-        # The count is over all processes, and each has the same rows here.
+        # The count is over all processes, and here each has the same rows.
         return sum(map(float, losses)), round(int(count) / dist.world_size())
 
-    def _bound(self) -> float:
+    def _tolerance(self) -> float:
         trainer = self.trainer
         is_exact = all(p.dtype == torch.float32 for p in trainer.model.parameters())
         return _EXACT if is_exact and trainer.accelerator.mixed_precision == 'no' else _ROUNDED
 
 
-def trained_places(row: dict[str, Any]) -> list[int]:
-    """Return the positions of a row that are predicted: those in its spans, but for the first of all."""
-    return [place for start, end in spans_of(row) for place in range(max(start, 1), end)]
+def trained_positions(row: dict[str, Any]) -> list[int]:
+    """Return the positions of a row that are predicted: those in its spans, without the first token of the row."""
+    return [position for start, end in spans_of(row) for position in range(max(start, 1), end)]
 
 
 def choose_rows(rows: Sequence[dict[str, Any]]) -> Items:
-    """Return rows of different lengths, each with its last tokens: text where there is any, else with pictures."""
-    text = [row for row in map(_shortened, (row for row in rows if not row.get('images'))) if row]
-    found = sorted(text or [row for row in rows if row.get('images')], key=lambda row: len(row['input_ids']))
+    """Return a few rows of different lengths: text rows, cut to their last tokens, else whole rows with images."""
+    shortened = [_shortened(row) for row in rows if not row.get('images')]
+    found = [row for row in shortened if row] or [row for row in rows if row.get('images')]
+    found.sort(key=lambda row: len(row['input_ids']))
     count = min(_ROWS, len(found))
     return [found[index * len(found) // count] for index in range(count)]
 
 
 def _shortened(row: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a row with its last tokens, None where none of them is trained."""
+    """Return a row with its last tokens, None if none of them is trained."""
     spans = {name: row[name] for name in ('trained', 'prompt_length', 'earlier') if name in row}
-    cut = {'row': row.get('row', -1), **cut_front(Encoded(input_ids=row['input_ids'], **spans), _TOKENS).as_item()}
-    return None if trains_nothing(spans_of(cut)) else cut
+    encoded = cut_front(Encoded(input_ids=row['input_ids'], **spans), _MAX_TOKENS)
+    item = {'row': row.get('row', -1), **encoded.as_item()}
+    return None if trains_nothing(spans_of(item)) else item

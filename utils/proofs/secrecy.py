@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: no token, no pickle, and no path of this home folder that nobody typed."""
+"""Check that a run folder has no access token, no pickle, and no path of the home folder that was not typed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
 from utils.run.record import record_proof
 
-# What DeepSpeed writes by itself, in its own format: the one exception, and named.
+# The files that DeepSpeed writes in its own format. They are the only exception, and the proof names them.
 _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')
 
 
 def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
-    """Yield the files in which a path below `home` stands that does not begin with what was typed."""
+    """Yield the files that contain a path below `home` which does not begin with a path in `typed`."""
     if home == home.parent:
         return
+
     path = re.compile(rb'(?<![\w/])' + re.escape(os.fsencode(home)) + rb'/[^\s"\'<>\\,;)\]]*')
     known = tuple(os.fsencode(word) for word in typed)
     for file in sorted(p for p in folder.rglob('*') if p.is_file() and p.stat().st_size):
@@ -32,7 +33,7 @@ def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
 
 
 def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
-    """Look through every byte of the run folder and record what was found; what was found is warned about too."""
+    """Search every byte of the run folder, record what was found in proofs.json, and warn about it."""
     started = time.perf_counter()
     secrets = find_secrets(os.environ, {'--hub_token': args.hub_token})
     files = sorted(p.relative_to(run_dir).as_posix() for p in run_dir.rglob('*') if p.is_file())
@@ -41,20 +42,27 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
         *(f'{name}: a pickle by its name' for name in files if name.endswith(PICKLE_SUFFIXES)),
         *home_paths(run_dir, Path.home(), _typed_paths(args)),
     ]
+
     excepted = sorted({line.split(':')[0] for line in found if _DEEPSPEED.match(line)})
     found = [line for line in found if not _DEEPSPEED.match(line)]
-    says = '; '.join(found[:10]) + (f'; and {len(found) - 10} more' if len(found) > 10 else '')
     if found:
-        logger.warning(f'the run folder holds what it should not: {says}')
-    says = says or (
-        f'{len(files)} files, archives and metadata opened, hold none of {len(secrets)} secrets of the environment, '
-        'nothing that looks like a token, no pickle and no path of the home folder that was not typed'
-    )
-    says += f'; excepted are {len(excepted)} files in which DeepSpeed keeps its state' if excepted else ''
+        more = f'; and {len(found) - 10} more' if len(found) > 10 else ''
+        says = '; '.join(found[:10]) + more
+        logger.warning(f'{run_dir}: the run folder contains what it should not: {says}. Remove it before you share it.')
+    else:
+        says = (
+            f'{len(files)} files, archives and metadata opened, contain none of {len(secrets)} secrets of the '
+            'environment, nothing that looks like a token, no pickle and no path of the home folder that was not typed'
+        )
+    if excepted:
+        says += f'; {len(excepted)} files with the state of DeepSpeed are excepted'
+
     seconds = round(time.perf_counter() - started, 2)
     record_proof(run_dir, 'secrecy', {'passed': not found, 'says': says, 'excepted': excepted, 'seconds': seconds})
 
 
 def _typed_paths(args: SftArguments) -> list[str]:
+    # A data set may end in '#' and a number of rows.
+    data_sets = [word.rpartition('#')[0] or word for word in args.dataset]
     words = [args.model_id_or_path, args.output_dir, args.resume_from_checkpoint, args.deepspeed_config_path]
-    return [word for word in [*words, *(word.rpartition('#')[0] or word for word in args.dataset)] if word]
+    return [word for word in [*words, *data_sets] if word]

@@ -1,4 +1,4 @@
-"""Before training: our ids against those of the tokenizer's own chat template, on the user's rows and on probes."""
+"""Compare the encoded ids with those of the tokenizer's own chat template, on the user's rows and on probes."""
 
 from __future__ import annotations
 
@@ -38,32 +38,36 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.proofs.as_written import REASONING_KEYS, messages_as_written, tools_as_written
 from utils.run.folder import Run
 from utils.run.lock import check_repeated_template
-from utils.run.record import record_proof
+from utils.run.record import RunRecord, Trained, record_proof
 
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
-# Rows of the user's, spread over the set, that are checked.
+# How many rows of the user are checked, spread over the data.
 ROWS = 200
-# What may keep a row's ids from being the chat template's: each is counted, named and shown to the user.
+# The notes that explain why a row's ids differ from the chat template's. Each is counted and shown to the user.
 _EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, FULL_DIFFERS, ADDED_END}
+_PROBE = 'probe: '
 _THINK_BLOCK = re.compile(rf'(?:{OPEN_TAG}).*?(?:{CLOSE_TAG})|.*(?:{CLOSE_TAG})', re.DOTALL)
 _THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 
 
 def probes() -> list[Row]:
-    """Return conversations of every kind that a template may treat in a way of its own; `origin` names the kind."""
-    kinds = json.loads(Path(__file__).with_name('probes.json').read_text(encoding='utf-8'))
-    return [Row(messages=k['messages'], tools=k.get('tools'), origin=f'probe: {k["kind"]}') for k in kinds]
+    """Return a conversation of every kind that a template may treat specially; `origin` names the kind."""
+    written = json.loads(Path(__file__).with_name('probes.json').read_text(encoding='utf-8'))
+    return [
+        Row(messages=probe['messages'], tools=probe.get('tools'), origin=f'{_PROBE}{probe["kind"]}')
+        for probe in written
+    ]
 
 
 def template_hash(encoder: Encoder) -> str:
-    """Return the sha256 of what the template is: its text, or the entry of TEMPLATE_MAPPING."""
+    """Return the sha256 of a template: of the chat template's text, or of the entry of TEMPLATE_MAPPING."""
     own = TEMPLATE_MAPPING[encoder.name]
     content = encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
-    """Write down which template is trained; raises ConfigError where the run that is repeated had another."""
+    """Record which template is trained; raises ConfigError if the repeated run had another one."""
     sha256 = template_hash(encoder)
     if repeats is not None:
         check_repeated_template(Path(repeats), sha256)
@@ -74,47 +78,57 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
 
 
 def note_thinking(run: Run, encoder: Encoder, switched: tuple[int, int]) -> None:
-    """Decide and write down whether the model that is trained is asked with the template's thinking switch.
+    """Decide and record whether prompts of the trained model use the template's thinking switch.
 
-    `switched` is how many of how many rows were rendered with it. Where none was, there is nothing to decide.
+    `switched` is (rows rendered with the switch, rows in total). Without such a row there is nothing to decide.
     """
-    rows, of = switched
+    rows, total = switched
     if rows:
-        run.decide('thinking', encoder.switch if 2 * rows > of else None, _how_many(rows, of, encoder.switch))
-        run.note(thinking_rows={'switched': rows, 'of': of})
+        switch = encoder.switch if 2 * rows > total else None
+        run.decide('thinking', switch, _thinking_reason(rows, total, encoder.switch))
+        run.note(thinking_rows={'switched': rows, 'of': total})
 
 
-def _how_many(rows: int, of: int, switch: str | None) -> str:
-    return f'{rows} of {of} rows looked at have a reply that reasons, rendered with {switch}'
+def _thinking_reason(rows: int, total: int, switch: str | None) -> str:
+    return f'{rows} of {total} checked rows have a reply with reasoning, rendered with {switch}'
 
 
-def ask_as_trained(encoder: Encoder, record: Mapping[str, Any]) -> None:
-    """Have replies asked for with the template's thinking switch where most of the trained ones were rendered so."""
-    switch = record.get('thinking')
-    if switch is None or switch != encoder.switch:
+def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
+    """Use the template's thinking switch in prompts if most of the trained replies were rendered with it."""
+    switch = record.thinking
+    count = record.thinking_rows
+    if switch is None or count is None or switch != encoder.switch:
         return
     encoder.asks_to_think = True
-    count = record['thinking_rows']
-    log_decision('thinking', switch, f'the run trained so: {_how_many(count["switched"], count["of"], switch)}')
+    reason = _thinking_reason(count['switched'], count['of'], switch)
+    log_decision('thinking', switch, f'the run was trained with it: {reason}')
 
 
 def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False) -> str:
-    """Return what transformers prints of the row as written under the tokenizer's chat template, or of its prompt.
+    """Return the text that the tokenizer's chat template gives for the row as written, or for its prompt.
 
-    `inert` gives the template stand-ins for control tokens that the row spells, so that it takes them for text too.
+    With `inert`, the template gets placeholders for control tokens that occur in the texts of the row, so that it
+    treats them as text too.
     """
     messages: list[Any] = list(encoder.open_images(row)[0].messages)
     settings: Mapping[str, Any] = {}
     if isinstance(encoder, AutoEncoder):
-        messages = encoder.in_its_form(messages if row.images or _shows(row) else messages_as_written(row), row)
+        if not _has_images(row):
+            messages = messages_as_written(row)
+        messages = encoder.in_its_form(messages, row)
         settings = encoder.settings_of(row)
-    system = encoder.system if not isinstance(encoder, TemplateEncoder) or encoder.template.has_system else None
+
+    system = encoder.system
+    if isinstance(encoder, TemplateEncoder) and not encoder.template.has_system:
+        system = None
     if system is not None and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system})
+
     tools: Any = tools_as_written(row)
     if inert:
         messages = [{**map_strings(message, encoder.text.guard), 'role': message['role']} for message in messages]
         tools = map_strings(tools, encoder.text.guard)
+
     text = encoder.tokenizer.apply_chat_template(
         messages[:-1] if prompt else messages,
         tools=tools,
@@ -125,133 +139,163 @@ def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool 
     return encoder.text.unguard(str(text))
 
 
-def _own_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
-    """Return the ids of that rendering, as transformers tokenises it."""
+def _template_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
+    """Return the ids that the tokenizer gives for `_rendering`."""
     text = _rendering(encoder, row, prompt=prompt)
     ids: list[int] = encoder.tokenizer(text, add_special_tokens=False)['input_ids']
     return ids
 
 
 def _one_slot(ids: list[int], images: Images | None) -> list[int]:
-    """Return ids with one slot for each image, as a chat template prints it."""
+    """Return ids with one image token for each image, as in the text of a chat template."""
     if images is None:
         return ids
     return [token for before, token in zip([None, *ids], ids, strict=False) if token != images.slot or before != token]
 
 
 def _bare(text: str) -> str:
-    """Return the text without think tags and blanks."""
+    """Return the text without think tags and whitespace."""
     return ''.join(_THINK_TAG.sub('', text).split())
 
 
 def _without_blocks(text: str) -> str:
-    """Return the text without think blocks and blanks."""
+    """Return the text without think blocks and whitespace."""
     return ''.join(_THINK_TAG.sub('', _THINK_BLOCK.sub('', text)).split())
 
 
-def _shows(row: Row) -> bool:
+def _has_images(row: Row) -> bool:
     return bool(row.images) or any('</img>' in message['content'] for message in row.messages)
 
 
 class _Check:
-    """One row under one encoder: its ids, those of the chat template, and what is wrong."""
+    """One row under one encoder: its ids, the ids of the chat template, and what is wrong."""
 
     def __init__(self, encoder: Encoder, row: Row) -> None:
-        alone = copy.copy(encoder)
-        alone.max_length = -1
-        self.encoder, self.row = encoder, row
-        self.encoded: Encoded = alone.encode([row])[0]
-        self.prompt = alone.encode_prompts([row])[0]
+        unlimited = copy.copy(encoder)
+        unlimited.max_length = -1
+        self.encoder = encoder
+        self.row = row
+        self.encoded: Encoded = unlimited.encode([row])[0]
+        self.prompt = unlimited.encode_prompts([row])[0]
         self.ours = _one_slot(self.encoded.input_ids, encoder.images)
         self.theirs: list[int] = []
 
     def faults(self) -> list[str]:
-        """Return what would keep the tuned model from being used as it was trained, whatever the template is."""
-        ids, (_, end) = self.encoded.input_ids, self.encoded.trained
+        """Return the faults that would make inference differ from training, under any template."""
+        ids = self.encoded.input_ids
+        _, end = self.encoded.trained
         control = {*self.encoder.text.control_ids.values(), self.encoder.tokenizer.eos_token_id}
-        found = []
+        faults = []
         if ids[: len(self.prompt)] != self.prompt:
             where = self.context(_one_slot(self.prompt, self.encoder.images), 'the prompt')
-            found.append(f'the prompt that inference gives is not how the trained row begins: {where}')
+            faults.append(f'the prompt of inference is not the beginning of the trained row: {where}')
         if ids[end - 1] not in control and control & set(ids[end:]):
             dropped = next(token for token in ids[end:] if token in control)
-            found.append(
+            faults.append(
                 f'the end of turn {self.encoder.tokenizer.decode([dropped])!r} carries no loss: the model would never '
                 'learn to stop'
             )
-        return found
+        return faults
 
     def verdict(self) -> Verdict:
-        """Return how the ids stand to the chat template's; raises what the template raises on the row."""
-        self.theirs = _own_ids(self.encoder, self.row)
+        """Return how the ids compare with the chat template's; raises the errors of the template on the row."""
+        self.theirs = _template_ids(self.encoder, self.row)
         if self.encoder.name != AUTO:
             return 'equal' if self.ours == self.theirs else 'different'
+
         notes = set(self.encoded.notes)
         if CONTROL_TOKENS not in notes:
-            before = _own_ids(self.encoder, self.row, prompt=True)
-            if self.ours[: len(before)] != before:
-                self.theirs = before
+            prompt = _template_ids(self.encoder, self.row, prompt=True)
+            if self.ours[: len(prompt)] != prompt:
+                self.theirs = prompt
                 return 'different'
         if self.ours == self.theirs:
             return 'equal'
         return 'explained' if notes & _EXPLAINS and self._is_explained(notes) else 'different'
 
     def _is_explained(self, notes: set[str]) -> bool:
-        """Return whether the notes account for the whole difference: each excuses what it names, and no more."""
+        """Return whether the notes explain the whole difference; each note explains only what it names."""
         inert = CONTROL_TOKENS in notes
-        full, prompt = (_rendering(self.encoder, self.row, prompt=prompt, inert=inert) for prompt in (False, True))
+        full = _rendering(self.encoder, self.row, inert=inert)
+        prompt = _rendering(self.encoder, self.row, prompt=True, inert=inert)
         ours = ''.join(self.encoded.pieces)
         if ADDED_END in notes and not notes & (_EXPLAINS - {ADDED_END}):
             return self.ours[:-1] == self.theirs
         if not notes & {RENDERED_DIFFERENTLY, FULL_DIFFERS}:
-            # The text is the template's own: only where tokens begin and end is another.
-            return ours == full and self._spells(ours, notes)
-        follows = ours[len(prompt) :]
-        written = (
-            messages_as_written(self.row)[-1] if not _shows(self.row) else {'content': self.row.messages[-1]['content']}
-        )
-        # Reasoning that the template does not print is counted by the account.
-        reasoning = (str(written.get(key) or '') for key in REASONING_KEYS)
-        said = [written['content'], *(text for text in reasoning if _bare(text) in _bare(full))]
-        is_whole = all(_bare(text) in _bare(ours) for text in said if isinstance(text, str))
-        return ours.startswith(prompt) and _without_blocks(full).endswith(_without_blocks(follows)) and (
-            is_whole or 'tool_calls' in written
-        ) and self._spells(ours, notes)  # fmt: skip
+            # The text is the template's own, and only the boundaries between tokens differ.
+            return ours == full and self._decodes_to(ours, notes)
 
-    def _spells(self, text: str, notes: set[str]) -> bool:
-        """Return whether the ids are those of the text, but for blanks that a tokenizer does not give back."""
+        if not ours.startswith(prompt) or not self._is_printed_last(ours[len(prompt) :], full, prompt, notes):
+            return False
+        return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
+
+    def _is_printed_last(self, follows: str, full: str, prompt: str, notes: set[str]) -> bool:
+        """Return whether a rendering prints what follows our prompt, think blocks apart, and nothing more after it."""
+        # A template that prints a closed block after every chat leaves nothing outside of blocks.
+        plain = _without_blocks if _without_blocks(follows) else _bare
+        before, reply, after = plain(full).rpartition(plain(follows))
+        # If an end is added, what the template prints after every chat is skipped: the prompt has it too.
+        is_last = not after or (ADDED_END in notes and after in plain(prompt))
+        return bool(before or reply) and is_last
+
+    def _has_whole_reply(self, ours: str, full: str) -> bool:
+        """Return whether the text has the whole last message as written, with reasoning that the template prints."""
+        if _has_images(self.row):
+            message: Mapping[str, Any] = {'content': self.row.messages[-1]['content']}
+        else:
+            message = messages_as_written(self.row)[-1]
+        if 'tool_calls' in message:
+            return True
+
+        texts = [message['content']]
+        for key in REASONING_KEYS:
+            # Reasoning that the template does not print is counted elsewhere, character by character.
+            text = str(message.get(key) or '')
+            if _bare(text) in _bare(full):
+                texts.append(text)
+        return all(_bare(text) in _bare(ours) for text in texts if isinstance(text, str))
+
+    def _decodes_to(self, text: str, notes: set[str]) -> bool:
+        """Return whether the ids decode to the text, without the whitespace that a tokenizer may not restore."""
         ids = self.encoded.input_ids[:-1] if ADDED_END in notes else self.encoded.input_ids
         return _bare(self.encoder.tokenizer.decode(ids)) == _bare(text)
 
     def context(self, other: list[int], name: str) -> str:
-        """Return the first token in which the row's ids differ from others, and the text before it."""
-        ours, decode = self.ours, self.encoder.tokenizer.decode
-        at = next((i for i, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), min(len(ours), len(other)))
+        """Return the first token in which the row's ids differ from `other`, with the text before it."""
+        ours = self.ours
+        decode = self.encoder.tokenizer.decode
+        first = min(len(ours), len(other))
+        for position, (our_id, other_id) in enumerate(zip(ours, other, strict=False)):
+            if our_id != other_id:
+                first = position
+                break
 
         def token(ids: list[int]) -> str:
-            return f'{decode(ids[at : at + 1])!r} ({ids[at]})' if at < len(ids) else 'nothing more'
+            return f'{decode(ids[first : first + 1])!r} ({ids[first]})' if first < len(ids) else 'nothing more'
 
-        before = decode(ours[max(at - 6, 0) : at])
-        return f'token {at}, after {before!r}, is {token(ours)}, {name} has {token(other)}'
+        before = decode(ours[max(first - 6, 0) : first])
+        return f'token {first}, after {before!r}, is {token(ours)}, {name} has {token(other)}'
 
 
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
-    """Check rows and probes and record the outcome; raises ConfigError where the run would train what it must not.
+    """Check rows and probes and record the outcome; raises ConfigError if the run would train a wrong text.
 
-    A registered template may differ from the tokenizer's own: it was chosen, and that it differs is said once. Images
-    are compared as the one slot that a chat template prints for each; a registered template's are not.
+    A registered template may differ from the tokenizer's own, because the user chose it; the difference is reported
+    once. Under template auto an image is compared as the one token that a chat template prints for it. Under a
+    registered template rows with images are not compared.
     """
     started = time.perf_counter()
-    own = bool(encoder.tokenizer.chat_template)
+    has_own = bool(encoder.tokenizer.chat_template)
+    compared = [row for row in rows if encoder.name == AUTO or not _has_images(row)]
     counts: Counter[Verdict] = Counter()
     first: str | None = None
     outcome: dict[str, Any] = {'passed': False}
     try:
-        for row in [*(row for row in rows if encoder.name == AUTO or not _shows(row)), *probes()]:
-            verdict, difference = _judge(encoder, row, own=own)
+        for row in [*compared, *probes()]:
+            verdict, difference = _judge(encoder, row, has_own=has_own)
             counts[verdict] += 1
             first = first or difference
-        says = _sentence(encoder.name, own, counts, sum(counts.values()) - len(probes()), first)
+        says = _sentence(encoder.name, has_own, counts, len(compared), first)
         outcome = {'passed': True, 'says': says, **{name: counts[name] for name in sorted(counts)}}
         logger.info(f'template: {says}')
     except ConfigError as error:
@@ -261,71 +305,85 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
         record_proof(run_dir, 'template', {**outcome, 'seconds': round(time.perf_counter() - started, 2)})
 
 
-def _judge(encoder: Encoder, row: Row, *, own: bool) -> tuple[Verdict, str | None]:
-    """Return the verdict on a row and where it differs; raises ConfigError for what nothing explains."""
+def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str | None]:
+    """Return the verdict on a row and where it differs; raises ConfigError for an unexplained difference."""
     from jinja2.exceptions import TemplateError
 
     try:
         check = _Check(encoder, row)
     except (RowRefused, ConfigError) as error:
-        if isinstance(error, ConfigError) and not row.origin.startswith('probe: '):
+        if isinstance(error, ConfigError) and not row.origin.startswith(_PROBE):
             raise
         return 'refused', None
+
     if faults := check.faults():
-        raise ConfigError(*(f'template {encoder.name}, {row.origin}: {fault}.' for fault in faults))
-    if not own:
+        raise ConfigError(
+            *(
+                f'{row.origin}: template {encoder.name}: {fault}. Use another --template_type, and please report this '
+                'template.'
+                for fault in faults
+            )
+        )
+    if not has_own:
         return 'alone', None
+
     try:
         verdict = check.verdict()
-    except (
-        TemplateError,
-        TypeError,
-        ArithmeticError,
-        RecursionError,
-    ):  # the tokenizer's template cannot say what the registered one says
-        return 'different' if encoder.name != AUTO else 'refused', f'its own template refuses {row.origin}'
+    except (TemplateError, TypeError, ArithmeticError, RecursionError):
+        # The tokenizer's template cannot render a conversation that the registered one can.
+        verdict = 'refused' if encoder.name == AUTO else 'different'
+        return verdict, f"the tokenizer's own template refuses {row.origin}"
     if verdict != 'different':
         return verdict, None
+
     where = check.context(check.theirs, 'the chat template')
     if encoder.name == AUTO:
         raise ConfigError(
-            f"template auto, {row.origin}: the ids are not those of the tokenizer's chat template, and no counted "
-            f'reason explains it: {where}. Choose a --template_type, and please report this chat template.'
+            f"{row.origin}: template auto: the ids differ from those of the tokenizer's chat template, and no counted "
+            f'reason explains it: {where}. Use another --template_type, and please report this chat template.'
         )
     return verdict, f'{row.origin}: {where}'
 
 
-def _sentence(name: str, own: bool, counts: Counter[Verdict], rows: int, first: str | None) -> str:
+def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, first: str | None) -> str:
+    """Return the sentence of a proof that passed."""
     tried = sum(counts.values())
     what = f'{tried} conversations ({rows} of your rows, {tried - rows} probes)'
-    refused = f', {counts["refused"]} cannot be said in it' if counts['refused'] else ''
-    holds = '; in all of them the prompt of inference begins what is trained and the end of turn carries loss'
-    if not own:
+    refused = f', {counts["refused"]} cannot be rendered in it' if counts['refused'] else ''
+    holds = '; in all of them the trained text begins with the prompt of inference and the end of turn carries loss'
+    if not has_own:
         return f"the tokenizer has no chat template to compare '{name}' with; {what} were tried{refused}{holds}"
-    told = f"{counts['equal']} of {what} give the ids of the tokenizer's own chat template"
-    explained = f', {counts["explained"]} differ for reasons that are counted' if counts['explained'] else ''
+
+    equal = f"{counts['equal']} of {what} give the ids of the tokenizer's own chat template"
     if counts['different']:
         differs = f"'{name}' was chosen and is trained: it differs in {counts['different']}, first {first}"
-        return f'{told}; {differs}{refused}{holds}'
-    return f'{told}{explained}{refused}{holds}'
+        return f'{equal}; {differs}{refused}{holds}'
+    explained = f', {counts["explained"]} differ for reasons that are counted' if counts['explained'] else ''
+    return f'{equal}{explained}{refused}{holds}'
 
 
-def check_trained_template(encoder: Encoder, record: dict[str, Any], checkpoint: Path, *, typed: bool) -> None:
-    """Raise ConfigError where the template that serves is not the one trained; only warn where it was typed."""
-    trained, serves = record.get('template_sha256'), template_hash(encoder)
-    if trained is None or trained == serves or record.get('template_type') != encoder.name:
+def check_trained_template(encoder: Encoder, trained: Trained, *, typed: bool) -> None:
+    """Raise ConfigError if the template of inference is not the trained one; only warn if --template_type was typed."""
+    checkpoint = trained.checkpoint
+    then = trained.record.template_sha256
+    present = template_hash(encoder)
+    if then is None or then == present or trained.record.flags.get('template_type') != encoder.name:
         return
-    if encoder.name == AUTO:
-        what = 'the chat template of this tokenizer'
-        is_whole = not (checkpoint / 'adapter_config.json').is_file()
-        remedy = 'put back the chat_template.jinja that the run wrote'
-        remedy = remedy if is_whole else f'take the trained one from {checkpoint / "chat_template.jinja"}'
+
+    if encoder.name != AUTO:
+        what = f"the entry '{encoder.name}' of TEMPLATE_MAPPING"
+        remedy = 'Restore the entry'
     else:
-        what, remedy = f"the entry '{encoder.name}' of TEMPLATE_MAPPING", 'put the entry back as it was'
-    text = (
-        f'{what} has changed since {checkpoint.name} was trained (sha256 {trained[:12]}, now {serves[:12]}): '
-        f'answers would be to prompts it never saw. To fix it, {remedy}; or type --template_type to go on all the same.'
+        what = 'the chat template of this tokenizer'
+        is_adapter = (checkpoint / 'adapter_config.json').is_file()
+        remedy = 'Restore the chat_template.jinja that the run wrote'
+        if is_adapter:
+            remedy = f'Copy the trained one from {checkpoint / "chat_template.jinja"}'
+    message = (
+        f'--template_type {encoder.name}: {what} has changed since {checkpoint.name} was trained (sha256 '
+        f'{then[:12]}, now {present[:12]}), so the model would get prompts that it was not trained on. {remedy}, or '
+        f'add --template_type {encoder.name} to continue anyway.'
     )
     if not typed:
-        raise ConfigError(text)
-    logger.warning(text)
+        raise ConfigError(message)
+    logger.warning(message)

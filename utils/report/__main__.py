@@ -1,4 +1,4 @@
-"""`python -m utils.report RUN [OTHER]`: the page of a run, or what changed between two runs, as text and as a page."""
+"""`python -m utils.report RUN [OTHER]`: write report.html of a run again, or compare two runs as text and page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.base.errors import ConfigError
-from utils.base.logger import show_what_can_be_shown
+from utils.base.logger import replace_unprintable
 from utils.report.compare import compare_runs
 from utils.report.html import write_report
 
@@ -16,7 +16,7 @@ from utils.report.html import write_report
 def main(argv: Sequence[str]) -> int:
     """Write report.html of one run again, or compare two runs; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog='python -m utils.report', description='Write the page of a run again, or compare two runs.'
+        prog='python -m utils.report', description='Write report.html of a run again, or compare two runs.'
     )
     parser.add_argument('run', type=Path, help='run folder')
     parser.add_argument('other', type=Path, nargs='?', help='another run folder, to compare with')
@@ -36,5 +36,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-    show_what_can_be_shown()
+    replace_unprintable()
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`python -m utils.report RUN_A RUN_B`: what changed between two runs, and both curves, as text and as a page."""
+"""The comparison of two runs (`python -m utils.report RUN OTHER`), as text and as a page with both curves."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from utils.report.page import Markup, page, section, table
 from utils.report.svg import Series, chart
 from utils.run.read_back import RunFiles, read_run
 
-# Paths and times differ between any two runs and say nothing about them.
+# Values that differ between any two runs, so they are not compared.
 _NOT_COMPARED = {'output_dir', 'resume_from_checkpoint', 'best_checkpoint', 'decisions', 'warnings'}
 
 Change = tuple[str, Any, Any]
 
 
 def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Return nested names joined by dots."""
+    """Return the values of a nested dict by their names, joined with dots."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:
@@ -29,17 +29,17 @@ def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
-    """Return (name, value in a, value in b) wherever they differ; None where a side lacks the name."""
-    left, right = _flat(a), _flat(b)
+    """Return (name, value in a, value in b) for each difference; None if one side lacks the name."""
+    left = _flat(a)
+    right = _flat(b)
     return [(key, left.get(key), right.get(key)) for key in sorted(left | right) if left.get(key) != right.get(key)]
 
 
 def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
-    """Return what differs in flags, data, versions and results; equal parts are empty."""
-
+    """Return the differences in flags, data, versions and results; the list of an equal part is empty."""
     results = ('steps', 'seconds', 'train_tokens_per_second', 'peak_memory_gib', 'train_loss', 'last_evaluation')
     return {
-        'flags': changes(a.arguments, b.arguments),
+        'flags': changes(a.record.to_json(), b.record.to_json()),
         'data': changes(a.outcome.get('data', {}), b.outcome.get('data', {})),
         'versions': changes(a.outcome.get('versions', {}), b.outcome.get('versions', {})),
         'results': changes(
@@ -55,6 +55,7 @@ def render(a: RunFiles, b: RunFiles) -> str:
         for line, key in lines:
             both = [Series(name=name, points=run.curve(key), colour=i) for i, name, run in ((1, 'A', a), (2, 'B', b))]
             charts.append(chart(f'{title}: {line}' if len(lines) > 1 else title, both))
+
     tables = [
         section(f'Different {title}', table(['', 'A', 'B'], rows)) for title, rows in compare(a, b).items() if rows
     ]
@@ -68,8 +69,9 @@ def render(a: RunFiles, b: RunFiles) -> str:
 
 
 def compare_runs(run_a: Path, run_b: Path, target: Path) -> None:
-    """Print what differs between two run folders and write the page; raises ConfigError where one cannot be read."""
-    a, b = read_run(run_a), read_run(run_b)
+    """Print the differences between two run folders and write the page. Raises ConfigError if one cannot be read."""
+    a = read_run(run_a)
+    b = read_run(run_b)
     for title, rows in compare(a, b).items():
         print(f'{title}: ' + (f'{len(rows)} differ' if rows else 'the same'))
         for name, left, right in rows:
@@ -77,5 +79,5 @@ def compare_runs(run_a: Path, run_b: Path, target: Path) -> None:
     try:
         target.write_text(render(a, b), encoding='utf-8')
     except OSError as error:
-        raise ConfigError(f'{target} cannot be written: {error.strerror}. Name another file with --html.') from error
+        raise ConfigError(f'--html: {target} cannot be written: {error.strerror}. Name another file.') from error
     print(f'curves: {target}')

@@ -1,4 +1,4 @@
-"""What a run leaves behind and says at its end."""
+"""The end of a run: run.json, curves, report.html, and the commands to run next."""
 
 from __future__ import annotations
 
@@ -31,27 +31,29 @@ if TYPE_CHECKING:
 
 
 def resume_command(done: Ready[SftArguments], checkpoint: Path) -> str:
-    """Return the command line that goes on from a checkpoint: the flags that were typed, the hub token left out."""
+    """Return the command line that resumes from a checkpoint: the typed flags without the hub token."""
     words = [*typed_words(done, 'resume_from_checkpoint'), *flag_words('resume_from_checkpoint', checkpoint)]
-    machines = dist.world_size() // dist.local_world_size()
-    launcher = 'torchrun' if dist.started_by_torchrun() else 'python'
+    launcher = ['python']
     if dist.started_by_torchrun():
-        launcher += f' --nproc_per_node {dist.local_world_size()}' + (f' --nnodes {machines}' if machines > 1 else '')
-    return shlex.join([*launcher.split(), 'llm_sft.py', *words])
+        machines = dist.world_size() // dist.local_world_size()
+        launcher = ['torchrun', '--nproc_per_node', str(dist.local_world_size())]
+        if machines > 1:
+            launcher += ['--nnodes', str(machines)]
+
+    return shlex.join([*launcher, 'llm_sft.py', *words])
 
 
 def stopped(trainer: SftTrainer, run_dir: Path, done: Ready[SftArguments]) -> Stopped:
-    """Return what to raise after a signal: where the run stands and how to go on."""
-    signum = trainer.signals.signum or signal.SIGTERM  # another process was told, this one was not
+    """Return the exception to raise after a signal; it says where the run stopped and how to resume it."""
+    signum = trainer.signals.signum or signal.SIGTERM  # None if only another process received it
     checkpoint = run_dir / f'checkpoint-{trainer.state.global_step}'
-    how = (
-        'holds weights alone (--only_save_model true) and cannot be resumed from.'
-        if trainer.args.save_only_model
-        else f'goes on to the same bits with:\n{resume_command(done, checkpoint)}'
-    )
+    if trainer.args.save_only_model:
+        how = 'It holds only weights (--only_save_model true), so the run cannot be resumed from it.'
+    else:
+        how = f'Resume with:\n{resume_command(done, checkpoint)}'
     return Stopped(
         f'stopped by {signal.Signals(signum).name} after step {trainer.state.global_step} of '
-        f'{trainer.state.max_steps}; {checkpoint} is complete. It {how}',
+        f'{trainer.state.max_steps}; {checkpoint} is complete. {how}',
         signum=signum,
     )
 
@@ -59,8 +61,9 @@ def stopped(trainer: SftTrainer, run_dir: Path, done: Ready[SftArguments]) -> St
 def finish_run(
     args: SftArguments, trainer: SftTrainer, run: Run, *, started: float, data: dict[str, Any], asked: BeforeAfter
 ) -> Path:
-    """Write run.json, the curves and the report, say what to run next; returns the best checkpoint."""
-    state, run_dir = trainer.state, run.folder
+    """Write run.json, the curves and the report, log what to run next, and return the best checkpoint."""
+    state = trainer.state
+    run_dir = run.folder
     asked.write(trainer.model, run_dir)
     evaluations = [entry for entry in state.log_history if 'eval_runtime' in entry]
     best = Path(state.best_model_checkpoint or str(last_checkpoint(run_dir)))
@@ -86,11 +89,15 @@ def finish_run(
         },
     )
     write_json(run_dir / HISTORY_JSON, state.log_history)
+
     pictures = plot_curves(state.log_history, run_dir / 'images')
     logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures), tensorboard --logdir {run_dir / "runs"}')
+
+    # The report is written twice: the scan for secrets reads it, and it shows the outcome of the scan.
     write_report(run_dir)
     prove_secrecy(run_dir, args)
     logger.info(f'report: {write_report(run_dir)}')
+
     logger.info(f'best checkpoint: {best}')
     use = shlex.join(['python', 'llm_infer.py', *flag_words('ckpt_dir', best)])
     logger.info(f'next: {use}')

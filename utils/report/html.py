@@ -1,6 +1,6 @@
 """report.html: one self-contained file that shows what a run did and what it proved.
 
-`python -m utils.report RUN_DIR` makes it again from the files of the run folder.
+`python -m utils.report RUN_DIR` writes it again from the files of the run folder.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils.formats.conversation import said
+from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.svg import Series, chart
 from utils.run.lock import described
@@ -16,7 +16,7 @@ from utils.run.read_back import RunFiles, read_run
 
 REPORT_HTML = 'report.html'
 
-# What is drawn: title, and each line's name and key in the history.
+# Charts: the title, and the name and history key of each line.
 CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ('loss', (('training', 'loss'), ('validation', 'eval_loss'))),
     ('validation token accuracy', (('accuracy', 'eval_acc'),)),
@@ -28,7 +28,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def curves(run: RunFiles) -> Markup:
-    """Return every chart that the run has points for."""
+    """Return the charts for which the run has points."""
     drawn = [
         chart(title, [Series(name=name, points=run.curve(key), colour=i) for i, (name, key) in enumerate(lines, 1)])
         for title, lines in CURVES
@@ -51,14 +51,15 @@ def _proofs(run: RunFiles) -> Markup:
     if not rows:
         return Markup('')
     seconds = sum(outcome.get('seconds', 0) for outcome in run.proofs.values())
-    cost = f'All of it took {seconds:.1f} s' + (f' of {run.outcome["seconds"]} s.' if 'seconds' in run.outcome else '.')
+    whole = f' of {run.outcome["seconds"]} s' if 'seconds' in run.outcome else ''
+    cost = f'All checks took {seconds:.1f} s{whole}.'
     return Markup(table(['proof', 'outcome', 'what was checked'], rows) + f'<p class="faint">{text(cost)}</p>')
 
 
 def _answers(run: RunFiles) -> list[Markup]:
     return [
         Markup(
-            block(said(row['messages'][-2]) if len(row['messages']) > 1 else '')
+            block(message_text(row['messages'][-2]) if len(row['messages']) > 1 else '')
             + table(['', f'{row["split"]} row'], [[name, row[name]] for name in ('wanted', 'before', 'after')])
         )
         for row in run.answers
@@ -67,28 +68,29 @@ def _answers(run: RunFiles) -> list[Markup]:
 
 def _sample(sample: str) -> Markup:
     """Return the decoded row with its trained parts marked."""
-    return block(Markup(text(sample.strip()).replace('⟦', '<mark>').replace('⟧', '</mark>'))) if sample else Markup('')
+    if not sample:
+        return Markup('')
+    marked = text(sample.strip()).replace('⟦', '<mark>').replace('⟧', '</mark>')
+    return block(Markup(marked))
 
 
 def _data(run: RunFiles) -> list[Markup]:
     data = run.outcome.get('data', {})
     parts = {name: data[name] for name in ('train', 'validation') if name in data}
-    keys = list(next(iter(parts.values()), {}))
-    rows = [[name, *(part.get(key, '') for key in keys)] for name, part in parts.items()]
-    changed = [
-        [count, verb, reason]
-        for verb, name in (('left out', 'left_out'), ('noted, trained', 'noted'))
-        for reason, count in data.get(name, {}).items()
-    ]
-    if not rows:
+    if not parts:
         return []
-    return [
-        table(['rows of', *(key.replace('_', ' ') for key in keys)], rows),
-        table(['rows', 'what happened', 'why'], changed)
-        if changed
-        else Markup('<p>No row was left out or altered.</p>'),
-        *_account(data.get('account', {})),
-    ]
+
+    keys = list(next(iter(parts.values())))
+    rows = [[name, *(part.get(key, '') for key in keys)] for name, part in parts.items()]
+    counts = table(['rows of', *(key.replace('_', ' ') for key in keys)], rows)
+
+    changed = [[count, 'skipped', reason] for reason, count in data.get('left_out', {}).items()]
+    changed += [[count, 'noted, trained', reason] for reason, count in data.get('noted', {}).items()]
+    changes = Markup('<p>No row was skipped or altered.</p>')
+    if changed:
+        changes = table(['rows', 'what happened', 'why'], changed)
+
+    return [counts, changes, *_account(data.get('account', {}))]
 
 
 def _account(account: dict[str, Any]) -> list[Markup]:
@@ -96,6 +98,7 @@ def _account(account: dict[str, Any]) -> list[Markup]:
     fields = account.get('fields', {})
     if not fields:
         return []
+
     buckets = list(dict.fromkeys(bucket for counts in fields.values() for bucket in counts))
     rows = [[label, *(counts.get(bucket, 0) for bucket in buckets)] for label, counts in fields.items()]
     unused = [[name, count] for name, count in account.get('unused', {}).items()]
@@ -104,7 +107,8 @@ def _account(account: dict[str, Any]) -> list[Markup]:
 
 
 def _tiles(run: RunFiles) -> Markup:
-    outcome, last = run.outcome, run.outcome.get('last_evaluation') or {}
+    outcome = run.outcome
+    last = outcome.get('last_evaluation') or {}
     pairs = (
         ('steps', outcome.get('steps')),
         ('training loss', outcome.get('train_loss')),
@@ -120,12 +124,12 @@ def _tiles(run: RunFiles) -> Markup:
 
 
 def _title(run: RunFiles) -> tuple[str, str]:
-    """Return what the report is headed with: the model, and in a line how and on what it was trained."""
-    arguments = run.arguments
-    method = 'all weights' if arguments['sft_type'] == 'full' else 'LoRA'
-    bits = f', {arguments["quantization_bit"]}-bit base' if arguments['quantization_bit'] else ''
-    name = arguments['model_type'] or arguments['model_id_or_path']
-    return name, f'{method}{bits} on {", ".join(arguments["dataset"])} · {run.folder.name}'
+    """Return the heading of the report: the model, and a line about the method and the data."""
+    flags = run.record.flags
+    method = 'all weights' if flags['sft_type'] == 'full' else 'LoRA'
+    bits = f', {flags["quantization_bit"]}-bit base' if flags['quantization_bit'] else ''
+    name = flags['model_type'] or flags['model_id_or_path']
+    return name, f'{method}{bits} on {", ".join(flags["dataset"])} · {run.folder.name}'
 
 
 def _versions(outcome: dict[str, Any]) -> list[tuple[str, str]]:
@@ -136,7 +140,8 @@ def _versions(outcome: dict[str, Any]) -> list[tuple[str, str]]:
 def render(run: RunFiles) -> str:
     """Return the report as HTML."""
     name, how = _title(run)
-    outcome, best = run.outcome, run.outcome.get('best_checkpoint')
+    outcome = run.outcome
+    best = outcome.get('best_checkpoint')
     command = f'python llm_infer.py --ckpt_dir {best}'
     repeat = f'python llm_sft.py --from_run {run.folder}'
     commands = [command, f'{command} --eval_human true', f'{command} --merge_lora_and_save true', repeat]
@@ -149,10 +154,10 @@ def render(run: RunFiles) -> str:
         section('Before and after', *_answers(run)),
         section('Use it and repeat it', *(map(block, commands) if best else [])),
         section('Data', *_data(run)),
-        section('One row as it was trained (marked text carries loss)', _sample(run.sample)),
+        section('One row as it was trained (the marked text has loss)', _sample(run.sample)),
         section('Decisions', *map(_line, outcome.get('decisions', []))),
         section('Warnings', *map(_line, outcome.get('warnings', []))),
-        section('Arguments', _folded('every argument as used', sorted(run.arguments.items()))),
+        section('Arguments', _folded('every argument as used', sorted(run.record.to_json().items()))),
         section('Versions', table(['library', 'version'], _versions(outcome))),
     )
 

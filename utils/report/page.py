@@ -1,4 +1,4 @@
-"""A self-contained HTML page: no network, no script, readable on a phone, light and dark."""
+"""Parts of a self-contained HTML page: no network, no script, readable on a phone, light and dark."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Markup(str):
-    """Text that is HTML already; every other text is escaped when it is put on a page."""
+    """Text that already is HTML; any other text is escaped when it is put on a page."""
 
 
 def text(value: object) -> str:
@@ -17,7 +17,7 @@ def text(value: object) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
-    """Return a table that scrolls by itself where it is wider than the screen."""
+    """Return a table; it scrolls sideways, without the page, if it is wider than the screen."""
     head = ''.join(f'<th>{text(h)}</th>' for h in heads)
     head = f'<thead><tr>{head}</tr></thead>' if any(heads) else ''
     body = ''.join('<tr>' + ''.join(f'<td>{text(cell)}</td>' for cell in row) + '</tr>' for row in rows)
@@ -30,18 +30,18 @@ def figures(pairs: Iterable[tuple[str, object]]) -> Markup:
 
 
 def block(content: object) -> Markup:
-    """Return text as it is, its lines kept."""
+    """Return preformatted text."""
     return Markup(f'<pre>{text(content)}</pre>')
 
 
 def section(title: str, *parts: object) -> Markup:
-    """Return a section, '' where there is nothing to put under its title."""
+    """Return a section with a title, or '' if all its parts are empty."""
     body = ''.join(text(part) for part in parts if part)
     return Markup(f'<section><h2>{text(title)}</h2>{body}</section>' if body else '')
 
 
 def page(title: str, *parts: object) -> str:
-    """Return a whole document. It may load nothing and run nothing, and says so to the browser."""
+    """Return a whole document. Its content security policy forbids the browser to load or run anything."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     body = ''.join(text(part) for part in parts)
     style = Path(__file__).with_name('page.css').read_text(encoding='utf-8')

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: readable without a script, on a phone, light and dark."""
+"""Line charts as inline SVG: no script, readable on a phone, light and dark."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# In units of the drawing, which is about as wide as a phone shows it: text keeps its size there.
+# In units of the viewBox. A phone shows the chart at about this width, so text keeps its size there.
 _WIDTH, _HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
 
@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line of a chart: its name, its (step, value) points, and which of the page's colours it has."""
+    """One line of a chart: its name, its (step, value) points, and the number of its colour in page.css."""
 
     name: str
     points: Sequence[Point]
@@ -24,7 +24,7 @@ class Series:
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Return round numbers that span low to high, about `count` of them."""
+    """Return about `count` round numbers that span low to high."""
     span = high - low
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -34,27 +34,30 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """Return a short form of an axis label."""
+    """Return the label of a tick."""
     return f'{value:.0e}'.replace('e-0', 'e-') if 0 < abs(value) < 1e-3 else f'{value:,.10g}'
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    # A flat line gets some room, whatever its height.
+    # Add some room above and below, also for a flat line.
     room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
     return low - room if low - room > 0 or low < 0 else 0.0, high + room
 
 
 def chart(title: str, series: Sequence[Series]) -> str:
-    """Return a figure with one chart; points that are not finite are left out, and a chart without points is ''."""
+    """Return a figure with one chart, or '' if there are no points. Points that are not finite are skipped."""
     drawn = [Series(name=s.name, points=[p for p in s.points if math.isfinite(p[1])], colour=s.colour) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return ''
+
     steps = [p[0] for s in drawn for p in s.points]
     ticks = _ticks(*_range([p[1] for s in drawn for p in s.points]))
-    low, high = ticks[0], ticks[-1]
-    left, right = min(steps), max(steps)
+    low = ticks[0]
+    high = ticks[-1]
+    left = min(steps)
+    right = max(steps)
 
     def x(step: float) -> float:
         return _LEFT + (step - left) / ((right - left) or 1) * (_WIDTH - _LEFT - _RIGHT)
@@ -67,28 +70,28 @@ def chart(title: str, series: Sequence[Series]) -> str:
         f'<text x="{_LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{_number(t)}</text>'
         for t in ticks
     )
-    ends = f'<text x="{_LEFT}" y="{_HEIGHT - 16}">{left:g}</text>' + (
-        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 16}" text-anchor="end">{right:g}</text>' if right > left else ''
-    )
+    axis = f'<text x="{_LEFT}" y="{_HEIGHT - 16}">{left:g}</text>'
+    if right > left:
+        axis += f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 16}" text-anchor="end">{right:g}</text>'
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    ends += f'<text x="{middle:g}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>'
+    axis += f'<text x="{middle:g}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>'
     lines = ''.join(_line(s, [(x(a), y(b)) for a, b in s.points]) for s in drawn)
     keys = [f'<span class="key key{s.colour}">{escape(s.name)}</span>' for s in drawn if len(drawn) > 1]
     return (
         f'<figure><figcaption>{escape(title)} {" ".join(keys)}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
-        f'{grid}{ends}{lines}</svg></figure>'
+        f'{grid}{axis}{lines}</svg></figure>'
     )
 
 
-def _line(series: Series, places: Sequence[Point]) -> str:
-    """Return a line through the places, with a dot at each where they are few; values are shown on pointing."""
-    path = ' '.join(f'{a:.1f},{b:.1f}' for a, b in places)
+def _line(series: Series, drawn: Sequence[Point]) -> str:
+    """Return a line through the drawn points. Few points also get dots, which show their value under the pointer."""
+    path = ' '.join(f'{a:.1f},{b:.1f}' for a, b in drawn)
     dots = ''
-    if len(places) <= 60:
+    if len(drawn) <= 60:
         dots = ''.join(
             f'<circle class="dot{series.colour}" cx="{a:.1f}" cy="{b:.1f}" r="2.5">'
             f'<title>{escape(series.name)}, step {point[0]:g}: {point[1]:.6g}</title></circle>'
-            for (a, b), point in zip(places, series.points, strict=True)
+            for (a, b), point in zip(drawn, series.points, strict=True)
         )
     return f'<polyline class="line{series.colour}" points="{path}"/>{dots}'

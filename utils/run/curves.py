@@ -1,4 +1,4 @@
-"""Loss curves as pictures."""
+"""The curves of a run as PNG files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-# What is drawn when a run has it, and what the axis says.
+# Keys of the history that are drawn, with the title and axis label of each.
 _CURVES = {
     'loss': 'training loss',
     'grad_norm': 'gradient norm',
@@ -17,13 +17,14 @@ _CURVES = {
     'eval_bleu-4': 'validation BLEU-4',
 }
 
-# Fewer points are drawn as they are: an average over them would only lag.
+# With fewer points no average is drawn: it would only lag behind them.
 _SMOOTHED_FROM = 50
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Return an exponential moving average without the bias of its start."""
-    smoothed, average = [], 0.0
+    """Return an exponential moving average, corrected for its start at zero."""
+    smoothed = []
+    average = 0.0
     for count, value in enumerate(values, start=1):
         average = weight * average + (1 - weight) * value
         smoothed.append(average / (1 - weight**count))
@@ -31,26 +32,29 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def plot_curves(log_history: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write one PNG per curve that the run logged; returns their paths."""
+    """Write one PNG for each curve that the run logged; returns their paths."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for key, title in _CURVES.items():
-        points = [(e['step'], e[key]) for e in log_history if key in e and math.isfinite(e[key])]
-        if not points:
+        entries = [entry for entry in log_history if key in entry and math.isfinite(entry[key])]
+        if not entries:
             continue
-        steps, values = [p[0] for p in points], [p[1] for p in points]
+        steps = [entry['step'] for entry in entries]
+        values = [entry[key] for entry in entries]
+
         figure = Figure(figsize=(7, 4), layout='tight')
         axes = figure.subplots()
-        smooths = len(points) > _SMOOTHED_FROM
-        raw = axes.plot(steps, values, color='#9ecae1' if smooths else '#08519c', label=title)
-        raw[0].set_marker('' if smooths else '.')
-        if smooths:
+        if len(entries) > _SMOOTHED_FROM:
+            axes.plot(steps, values, color='#9ecae1', label=title)
             axes.plot(steps, _smooth(values), color='#08519c', label='smoothed')
             axes.legend()
+        else:
+            axes.plot(steps, values, color='#08519c', marker='.')
         axes.set(xlabel='step', ylabel=title, title=title)
         axes.grid(alpha=0.3)
+
         path = folder / f'{key.replace("/", "_")}.png'
         figure.savefig(path, dpi=110)
         paths.append(path)

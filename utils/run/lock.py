@@ -1,4 +1,4 @@
-"""lock.json: what a run was made of, and the run made again from it."""
+"""lock.json: the command, data, weights and versions of a run, and how --from_run repeats the run from it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready
 from utils.data.sources import abbreviated
 
-# What decides which rows train and which are held out.
+# The flags that decide which rows are trained and which are held out.
 DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
-# Not part of a command that is to be repeated: a secret, and the run that was repeated.
+# Left out of the recorded command: a secret, and the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
 
 
-def typed_words(done: Ready[SftArguments], *left_out: str) -> list[str]:
-    """Return the flags that were typed, with their values, as words of a command line; secrets are left out."""
+def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:
+    """Return the typed flags with their values as words of a command line, without secrets and without some flags."""
     words: list[str] = []
     for name in flag_types(SftArguments):
-        if name in done.typed and name not in (*_NOT_REPEATED, *left_out):
+        if name in done.typed and name not in (*_NOT_REPEATED, *without):
             words += flag_words(name, getattr(done.args, name))
     return words
 
 
 def flag_words(name: str, value: Any) -> list[str]:
-    """Return a flag with its value as words of a command line; a value that begins with - stands behind a =."""
+    """Return a flag with its value as words of a command line; a value that starts with - is joined with =."""
     values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
     if isinstance(value, bool):
         values = [str(value).lower()]
@@ -42,10 +42,10 @@ def flag_words(name: str, value: Any) -> list[str]:
 
 
 def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
-    """Return what lock.json holds; the template's hash is added once the tokenizer is open."""
+    """Return the content of lock.json; the template's hash is added when the tokenizer is open."""
     return {
         'command': typed_words(done),
-        # Where relative names of the command start.
+        # Relative paths of the command start here.
         'directory': abbreviated(Path.cwd()),
         'processes': dist.world_size(),
         'base_model': base_model,
@@ -56,17 +56,19 @@ def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[
 
 
 def read_lock(run_dir: Path) -> dict[str, Any]:
-    """Return the lock of a run folder; raises ConfigError where it has none that can be read."""
+    """Return the lock of a run folder; raises ConfigError if it is missing or damaged."""
     remedy = 'Give --from_run a run folder, output/<model>/vN-<time>.'
     lock: dict[str, Any] = read_json(run_dir / LOCK_JSON, remedy=remedy)
     kinds = {'command': list, 'processes': int, 'base_model': dict, 'data': dict, 'versions': dict}
     if wrong := [name for name, kind in kinds.items() if not isinstance(lock.get(name), kind)]:
-        raise ConfigError(f'{run_dir / LOCK_JSON} does not say what {wrong[0]} was: it is not as written. {remedy}')
+        raise ConfigError(
+            f'{run_dir / LOCK_JSON}: {wrong[0]} is missing or has another type than a run writes. {remedy}'
+        )
     return lock
 
 
 def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArguments]:
-    """Return the command line of the run in --from_run, followed by the words typed now, which win."""
+    """Return the command line of the run in --from_run, followed by the words typed now, which override it."""
     if parsed.args.from_run is None:
         return parsed
     try:
@@ -78,48 +80,53 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
 
 
 def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
-    """Compare a lock with that of the run it repeats: other data or weights are problems, other versions warnings.
+    """Compare a lock with the lock of the repeated run: other data or weights are problems, other versions warnings.
 
-    Whoever types --dataset or a model now wants another one.
+    Data are not compared when a data flag is typed now, weights are not compared when a model is.
     """
     if done.args.from_run is None:
         return
-    earlier, problems = read_lock(Path(done.args.from_run)), Problems()
+    earlier = read_lock(Path(done.args.from_run))
+
+    problems = Problems()
     if not {'model_type', 'model_id_or_path', 'model_revision'} & set(typed_now):
         _compare(problems, 'the base weights', earlier['base_model'], lock['base_model'], remedy='--model_id_or_path')
     if not set(DATA_FLAGS) & set(typed_now):
         for source in sorted({*earlier['data'], *lock['data']}):
-            then, now = earlier['data'].get(source, {}), lock['data'].get(source, {})
+            then = earlier['data'].get(source, {})
+            now = lock['data'].get(source, {})
             _compare(problems, f'the rows of {source}', then, now, remedy='--dataset')
     problems.raise_if_any()
-    done.warnings += [
-        f'{name} is {now}, the run that is repeated had {then}: its numbers may differ.'
-        for name in sorted({*earlier['versions'], *lock['versions']})
-        if (now := lock['versions'].get(name)) != (then := earlier['versions'].get(name))
-    ]
+
+    for name in sorted({*earlier['versions'], *lock['versions']}):
+        then = earlier['versions'].get(name)
+        now = lock['versions'].get(name)
+        if now != then:
+            done.warnings.append(f'{name} is {now}, the repeated run had {then}: the numbers may differ.')
     if earlier.get('toolkit', lock['toolkit']) != lock['toolkit']:
         done.warnings.append(
-            f'this toolkit is {described(lock["toolkit"])}, the run that is repeated was made by '
-            f'{described(earlier["toolkit"])}: its numbers may differ.'
+            f'this toolkit is {described(lock["toolkit"])}, the repeated run was made by '
+            f'{described(earlier["toolkit"])}: the numbers may differ.'
         )
     if earlier['processes'] != lock['processes']:
         done.warnings.append(
-            f'{lock["processes"]} processes train, the run that is repeated had {earlier["processes"]}: '
-            'the total batch is another one.'
+            f'{lock["processes"]} processes train, the repeated run had {earlier["processes"]}: '
+            'the total batch size differs.'
         )
 
 
 def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *, remedy: str) -> list[str]:
-    """Add a problem for each data set whose rows are not those of the run a checkpoint is of.
+    """Add a problem for each data set whose rows are not those of the run that wrote the checkpoint.
 
-    Returns a warning where the run's lock.json is not beside the checkpoint, so that nothing can be compared.
+    Returns a warning if the run folder has no lock.json, so that nothing can be compared.
     """
     file = checkpoint.absolute().parent / LOCK_JSON
     if not file.is_file():
-        return [f'{file} is not there: whether the data are those of the run is not checked.']
+        return [f'{file} is missing: whether the data are those of the run is not checked.']
     then = read_json(file, remedy='Put back the one that the run wrote.').get('data') or {}
     for source in sorted({*then, *now}):
-        had, has = then.get(source, {}), now.get(source, {})
+        had = then.get(source, {})
+        has = now.get(source, {})
         if had.get('sha256') != has.get('sha256'):
             problems.add(
                 f'--dataset {source}: its rows are not those that {checkpoint.name} was trained with (sha256 '
@@ -130,25 +137,26 @@ def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *
 
 
 def described(found: dict[str, Any]) -> str:
-    """Return version, commit and whether files were changed since, in words."""
+    """Return a toolkit's version and commit, and whether files were changed since, as text."""
     commit = f' at {found["commit"][:12]}' if 'commit' in found else ''
     return f'{found["version"]}{commit}' + (' with changes' if found.get('changed_since') else '')
 
 
 def check_repeated_template(run_dir: Path, sha256: str) -> None:
-    """Raise ConfigError where the run in --from_run trained another template than this one."""
+    """Raise ConfigError if the run in --from_run trained another template than this one."""
     trained = read_lock(run_dir).get('template_sha256')
     if trained not in (None, sha256):
         raise ConfigError(
-            f'the template is not that of the run that is repeated (sha256 {trained[:12]}, now {sha256[:12]}). '
-            'Put it back, or type --template_type to train what is there now.'
+            f'--from_run {run_dir}: the template has changed since (sha256 {trained[:12]}, now {sha256[:12]}). '
+            'Put it back, or type --template_type to train with the one that is there now.'
         )
 
 
 def _compare(problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str) -> None:
     if then.get('sha256') != now.get('sha256'):
-        counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if 'rows' in {**then, **now} else ''
+        has_rows = 'rows' in then or 'rows' in now
+        counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if has_rows else ''
         problems.add(
-            f'{what} are not those of the run that is repeated (sha256 {str(then.get("sha256"))[:12]}, now '
+            f'--from_run: {what} are not those of the repeated run (sha256 {str(then.get("sha256"))[:12]}, now '
             f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there now.'
         )

@@ -1,4 +1,4 @@
-"""The first heavy step of both programs: base weights found, the model and its encoder opened as the arguments say."""
+"""The first heavy step of both programs: find the base weights, open the model and its encoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def find_weights(done: Ready[Any]) -> Weights:
-    """Return where the base weights are, downloaded where they are missing; logs it."""
+    """Return where the base weights are, after downloading those that are missing; logs it."""
     weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
     logger.info(f'base weights = {weights.path} because {weights.reason}')
     return weights
@@ -45,10 +45,9 @@ def open_encoder(
     images: Images | None = None,
     cuts: bool = True,
 ) -> Encoder:
-    """Return the encoder that these arguments ask for.
+    """Return the encoder for these arguments.
 
-    Where the model is given, rows with ids that it does not embed are refused. `cuts`: rows longer than --max_length
-    are cut to it.
+    If the model is given, rows with ids outside its embedding are refused. `cuts`: cut longer rows to --max_length.
     """
     return make_encoder(
         tokenizer,
@@ -67,37 +66,40 @@ def open_model(
 ) -> tuple[Any, Any, Any]:
     """Return (model, tokenizer, torch dtype). Full fine-tuning holds fp32 weights under autocast.
 
-    `decide` is told what was left to the machine.
+    `decide` is called for each setting that was left to the machine.
     """
     import torch
 
-    # What was downloaded may be quantised without an entry that says so.
+    # Downloaded weights may be quantised although their entry does not say so.
     stored = stored_quantization(weights.path) if info.quantization is None else None
     if problems := quantized_problems(args, replace(info, quantization=info.quantization or stored)):
         raise ConfigError(*problems)
+
     dtype, reason = pick_dtype(args.dtype)
     names = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32'}
     if args.dtype is None:
         decide('dtype', names[dtype], reason)
     if args.quantization_bit == 4 and args.bnb_4bit_comp_dtype is None:
         decide('bnb_4bit_comp_dtype', names[dtype], 'it follows the dtype')
+
     held = dtype
-    sharding = isinstance(args, SftArguments) and (args.fsdp or args.deepspeed_config_path is not None)
     if trains and args.sft_type == 'full' and dtype != torch.float32 and not _deepspeed_path(args):
         held = torch.float32
         logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
                     'parameter with gradient and AdamW state')  # fmt: skip
+
+    shards = isinstance(args, SftArguments) and (args.fsdp or args.deepspeed_config_path is not None)
     options = LoadOptions(
         torch_dtype=held,
-        device_map=None if sharding else _device_map(args, info, held, trains=trains),
+        device_map=None if shards else _device_map(args, info, held, trains=trains),
         flash_attention=_uses_flash_attention(args, dtype, decide),
         quantization_config=_quantization(args, dtype),
         distributed_config=_fully_sharded(args, held, dtype),
     )
-    alive = _zero_3(args)  # as long as weights are read, transformers shards them by this configuration
-    with contextlib.redirect_stdout(sys.stderr):  # gptqmodel prints there, where answers go
+    zero_3 = _zero_3(args)  # transformers shards weights while it reads them, as long as this object lives
+    with contextlib.redirect_stdout(sys.stderr):  # gptqmodel prints to stdout, which is for answers
         model, tokenizer = get_model_tokenizer(info, weights, options)
-    del alive
+    del zero_3
     return model, tokenizer, dtype
 
 
@@ -109,9 +111,11 @@ def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, tr
     own = dist.own_gpus(torch.cuda.device_count())
     if len(own) == 1:
         return {'': own[0]}
-    # Full fine-tuning holds a gradient per parameter as well; a tenth stays free for activations.
+
+    # Full fine-tuning also holds a gradient for each parameter. A tenth of the memory stays free for activations.
     width = held.itemsize * (2 if trains and args.sft_type == 'full' else 1)
-    bits = args.quantization_bit or (4 if info.quantization else 8 * width)
+    stored_bits = 4 if info.quantization else 8 * width
+    bits = args.quantization_bit or stored_bits
     memory = {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in own}
     must_fit = trains or dist.world_size() > 1
     return Spread(memory=memory, parameter_bytes=width, linear_bytes=bits / 8, must_fit=must_fit)
@@ -128,12 +132,14 @@ def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype)
     from transformers.distributed import DistributedConfig
 
     if dtype == torch.float16:
-        raise ConfigError('--fsdp true needs bf16 or fp32, this GPU has no bf16. Use --dtype fp32 or DeepSpeed.')
+        raise ConfigError(
+            '--fsdp true: it needs bf16 or fp32, and this GPU has no bf16. Use --dtype fp32 or --deepspeed_config_path.'
+        )
     return DistributedConfig(fsdp_size=dist.world_size(), fsdp_mixed_precision=held != dtype)
 
 
 def _zero_3(args: CommonArguments) -> Any:
-    """Return the configuration by which transformers shards weights as it reads them, None without ZeRO stage 3."""
+    """Return the configuration that has transformers shard weights as it reads them; None without ZeRO stage 3."""
     if not isinstance(args, SftArguments) or args.deepspeed_config_path is None:
         return None
     zero = read_zero(args.deepspeed_config_path)
@@ -141,11 +147,10 @@ def _zero_3(args: CommonArguments) -> Any:
         return None
     from transformers.integrations import HfDeepSpeedConfig
 
-    batch, accumulation = args.batch_size, args.gradient_accumulation_steps
     sizes = {
-        'train_micro_batch_size_per_gpu': batch,
-        'gradient_accumulation_steps': accumulation,
-        'train_batch_size': batch * accumulation * dist.world_size(),
+        'train_micro_batch_size_per_gpu': args.batch_size,
+        'gradient_accumulation_steps': args.gradient_accumulation_steps,
+        'train_batch_size': args.batch_size * args.gradient_accumulation_steps * dist.world_size(),
     }
     return HfDeepSpeedConfig({**zero.content, **sizes})
 
@@ -156,10 +161,12 @@ def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype, decide: Dec
     fits = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
     if args.use_flash_attn and not fits:
         raise ConfigError(
-            '--use_flash_attn true needs an NVIDIA GPU of compute capability 8 or more and bf16 or fp16. Leave it out.'
+            '--use_flash_attn true: it needs an NVIDIA GPU of compute capability 8 or more, and bf16 or fp16. '
+            'Leave --use_flash_attn out.'
         )
     if args.use_flash_attn is not None:
         return args.use_flash_attn
+
     if not fits:
         reason = 'it needs an NVIDIA GPU of compute capability 8 or more and bf16 or fp16'
     elif has_package('flash_attn'):

@@ -12,15 +12,17 @@ from datetime import timedelta
 from utils.base import dist
 from utils.base.errors import ConfigError
 
-# Options of mallopt, malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+# Options of mallopt, from malloc.h.
+_TRIM_THRESHOLD = -1
+_TOP_PAD = -2
+_MMAP_MAX = -4
 
 
 def start_processes(backend: str, *, deepspeed: bool = False) -> None:
-    """Join the process group where torchrun started several processes, and quiet the libraries."""
-    # The tokenizer's threads are used before data workers are forked; without this each fork warns.
+    """Join the process group if torchrun started several processes, and silence what the libraries log."""
+    # The tokenizer uses threads before data workers are forked; without this setting each fork warns.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
-    # A kernel for each shape, about half a MiB: of rows laid end to end hardly two batches have the same.
+    # oneDNN caches one kernel of about 0.5 MiB per shape, and padding-free batches almost never repeat a shape.
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
     import torch
     import transformers
@@ -28,23 +30,24 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     if not torch.cuda.is_available():
         _reuse_freed_memory()
     transformers.logging.set_verbosity_error()
-    # peft reads a property that transformers 5 deprecates and imports torchao, which looks for what it does not need.
+    # peft reads a property that transformers 5 deprecates, and imports torchao, which warns about optional packages.
     warnings.filterwarnings('ignore', category=FutureWarning, module='transformers')
     for name in ('bitsandbytes', 'torchao', 'torch.utils._pytree'):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
-    # DeepSpeed calls collectives by the names that torch deprecates.
+    # DeepSpeed calls collectives by names that torch deprecates.
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch.distributed')
     if not dist.is_main():
         transformers.logging.disable_progress_bar()
+
     if torch.cuda.is_available():
         _take_gpus(torch.cuda.device_count())
     if dist.world_size() > 1:
-        # For ranks that are slow, as in generation; one that died is seen by torchrun and by its closed connections.
+        # Long enough for slow ranks, as in generation. A rank that died is noticed by its closed connections.
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     if deepspeed:
         import deepspeed as engine
 
-        # Weights are sharded while they are read, before the trainer would join: it must know the world by then.
+        # ZeRO-3 shards weights while they are read, before the trainer would join the process group.
         engine.init_distributed(dist_backend=backend, verbose=False)
 
 
@@ -53,18 +56,21 @@ def _take_gpus(gpus: int) -> None:
 
     own = dist.own_gpus(gpus)
     if not own:
-        raise ConfigError(f'{dist.local_world_size()} processes for {gpus} GPUs: each needs its own. Start {gpus}.')
+        raise ConfigError(
+            f'torchrun: {dist.local_world_size()} processes for {gpus} GPUs, and each needs its own. '
+            f'Start {gpus}: --nproc_per_node {gpus}.'
+        )
     torch.cuda.set_device(own[0])
     if len(own) > 1 and dist.world_size() > 1:
-        # accelerate would refuse a model spread over GPUs in several processes, and take GPU local_rank for each.
+        # Otherwise accelerate refuses a model spread over GPUs in several processes, and uses GPU local_rank for each.
         os.environ['ACCELERATE_BYPASS_DEVICE_MAP'] = 'true'
         os.environ['ACCELERATE_TORCH_DEVICE'] = f'cuda:{own[0]}'
 
 
 def _reuse_freed_memory() -> None:
-    """Make glibc keep freed memory for the next tensor instead of returning it, which costs page faults each time.
+    """Make glibc keep freed memory for the next tensor. Returning it to the system costs page faults each time.
 
-    Attention of 200 tokens takes a third of the time then. Whoever sets a MALLOC_ variable keeps their own settings.
+    With this, attention over 200 tokens takes a third of the time. If a MALLOC_ variable is set, nothing is changed.
     """
     if platform.libc_ver()[0] != 'glibc' or any(name.startswith('MALLOC_') for name in os.environ):
         return

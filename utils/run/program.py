@@ -1,4 +1,4 @@
-"""A program from start to exit code."""
+"""What both programs do around their work: logging, errors, exit code."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from utils.base import dist
 from utils.base.errors import ConfigError, Stopped
 from utils.base.logger import logger
 
-# How long a process that is not the cause of a failure stays silent, for torchrun to end it.
+# How long a process waits that did not cause a failure, so that torchrun can end it first.
 _GRACE_SECONDS = 10
-# What gloo and nccl say when another process is gone.
+# What errors of gloo and nccl contain when another process is gone.
 _LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'third_party/gloo', 'NCCL error')
 
 
-def run_program(story: Callable[[], int | None]) -> int:
-    """Run a program's story and return its exit code.
+def run_program(work: Callable[[], int | None]) -> int:
+    """Do a program's work and return its exit code.
 
-    2: something the user can fix, every problem listed; 128 + n: ended by signal n (130 Ctrl-C, 143 SIGTERM).
+    2: something that the user can fix, every problem logged; 128 + n: ended by signal n (130 Ctrl-C, 143 SIGTERM).
     """
-    from utils.base.logger import set_up_logging, show_what_can_be_shown
+    from utils.base.logger import replace_unprintable, set_up_logging
 
-    show_what_can_be_shown()
+    replace_unprintable()
     set_up_logging()
-    # Read once, when the library is imported: no usage figures are sent.
+    # No usage figures are sent. The library reads this once, when it is imported.
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+
     try:
-        code = story() or 0
+        code = work() or 0
     except ConfigError as error:
         if not dist.is_main():
-            time.sleep(_GRACE_SECONDS)  # rank 0 most often says the same, and torchrun then ends this process
+            time.sleep(_GRACE_SECONDS)  # rank 0 usually logs the same, and torchrun then ends this process
         for problem in error.problems:
             logger.error(problem)
         return _leave(2, '\n'.join(error.problems))
@@ -47,10 +48,10 @@ def run_program(story: Callable[[], int | None]) -> int:
         problem = _missing_library(library)
         logger.error(problem)
         return _leave(2, problem)
-    except UnpicklingError:  # whose text says how to run it all the same
+    except UnpicklingError:  # its text explains how to load the file anyway, which would run code from it
         problem = (
-            'a file of the model or of the checkpoint that is resumed is damaged, or holds more than tensors. '
-            'That would be code, which is never run. Get it as safetensors, or start without it.'
+            'a file of the model or of the resumed checkpoint is damaged, or holds more than tensors. '
+            'Other objects can run code, so they are never loaded. Use weights stored as safetensors.'
         )
         logger.error(problem)
         return _leave(2, problem)
@@ -64,6 +65,7 @@ def run_program(story: Callable[[], int | None]) -> int:
         if dist.world_size() == 1:
             raise
         return _report(error)
+
     if dist.world_size() > 1:
         import torch
 
@@ -72,7 +74,7 @@ def run_program(story: Callable[[], int | None]) -> int:
 
 
 def _missing_library(library: str) -> str:
-    """Return which interpreter lacks a library, and the command that helps."""
+    """Return which interpreter lacks a library, and the command that installs it."""
     own = Path(__file__).parents[2] / '.venv' / 'bin' / 'python'
     remedy = f'{sys.executable} -m pip install -r requirements.txt'
     if own.is_file() and Path(sys.prefix).resolve() != own.parent.parent.resolve():
@@ -81,14 +83,14 @@ def _missing_library(library: str) -> str:
 
 
 def _report(error: Exception) -> int:
-    """Say why this rank fails; where it fails because another one did, let that one speak."""
+    """Log why this rank failed; if another rank failed first, wait, so that its error is seen first."""
     import torch
 
     rank = f'rank {dist.rank()} of {dist.world_size()} on {socket.gethostname()}'
     text = str(error)
     if isinstance(error, torch.distributed.DistError) or any(mark in text for mark in _LOST_PEER):
         time.sleep(_GRACE_SECONDS)
-        logger.error(f'{rank} lost the connection to another one, which failed or was killed: {text.splitlines()[0]}')
+        logger.error(f'{rank} lost the connection to another rank, which failed or was killed: {text.splitlines()[0]}')
         return _leave(1, f'lost the connection to another rank: {text}')
     trace = traceback.format_exc()
     logger.error(f'{rank} failed:\n{trace}')
@@ -98,7 +100,7 @@ def _report(error: Exception) -> int:
 def _leave(code: int, message: str, trace: str = '') -> int:
     dist.report_failure(message, trace)
     if dist.world_size() > 1:
-        # Not by sys.exit: destructors of a broken process group may hang, and torchrun would wait for this process.
+        # sys.exit would run destructors of a broken process group, which may hang while torchrun waits.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

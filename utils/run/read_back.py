@@ -1,4 +1,4 @@
-"""A finished run read back from its folder: what the report shows and what two runs are compared by."""
+"""A run read back from its folder, for the report and for the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.files import read_json
-from utils.run.record import ANSWERS_JSON, PROOFS_JSON, RUN_JSON, read_arguments
+from utils.run.record import ANSWERS_JSON, PROOFS_JSON, RUN_JSON, RunRecord, read_run_record
 
 HISTORY_JSON = 'history.json'
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """What a run folder holds; parts that an older or stopped run lacks are empty."""
+    """The content of a run folder; parts that an older or stopped run lacks are empty."""
 
     folder: Path
-    arguments: dict[str, Any]
+    record: RunRecord
     outcome: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     proofs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -30,17 +30,17 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Return the run of a folder; raises ConfigError where it is none."""
+    """Return the content of a run folder; raises ConfigError where it is not one."""
 
     def read(name: str, kind: type) -> Any:
         file = folder / name
-        return read_json(file, kind, remedy='Remove it, and the rest is shown.') if file.is_file() else kind()
+        return read_json(file, kind, remedy='Remove the file to see the rest.') if file.is_file() else kind()
 
-    arguments = read_arguments(folder)
+    record = read_run_record(folder)
     sample = folder / 'sample.txt'
     return RunFiles(
         folder=folder,
-        arguments=arguments,
+        record=record,
         outcome=read(RUN_JSON, dict),
         history=read(HISTORY_JSON, list),
         proofs=read(PROOFS_JSON, dict),

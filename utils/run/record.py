@@ -1,8 +1,10 @@
-"""What a run writes about itself, and how it is read back."""
+"""sft_args.json: how a run was trained, and what is compared with it when the run is resumed or served."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,92 @@ from utils.loading.folder import is_adapter
 from utils.run.lock import DATA_FLAGS, check_same_data
 
 ANSWERS_JSON = 'answers.json'
-
-
 PROOFS_JSON = 'proofs.json'
+RUN_JSON = 'run.json'
+
+_GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
+_RESTORE = 'Put back the one that the run wrote.'
+_RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
+# Flags that decide what a run shows or is started from, not how it trains.
+_SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
+# What sft_args.json holds besides the flags.
+_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows')
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """How a run was trained. In sft_args.json the flags stand at the top level, next to the other fields."""
+
+    # Every argument as used, by flag name, without secrets. Runs of older versions may lack newer flags.
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    # For each value that the machine or the model decided: what the command line asked for.
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    system_typed: bool = False
+    # id, source, sha256 and covers of the base weights.
+    base_model: Mapping[str, str] | None = None
+    template_sha256: str | None = None
+    # The template's thinking switch, where most trained replies were rendered with it.
+    thinking: str | None = None
+    # How many replies were rendered with the switch ("switched"), of how many looked at ("of").
+    thinking_rows: Mapping[str, int] | None = None
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
+        """Return the record of the content of an sft_args.json."""
+        facts = {name: content[name] for name in _FACTS if name in content}
+        flags = {name: value for name, value in content.items() if name not in facts}
+        return cls(flags=flags, **facts)
+
+    @classmethod
+    def read(cls, folder: Path, *, remedy: str = _RESTORE) -> RunRecord:
+        """Return the record in a folder; raises ConfigError, which ends in the remedy, if it cannot be read."""
+        return cls.from_json(read_json(folder / SFT_ARGS, remedy=remedy))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of sft_args.json; fields that the run did not set are absent."""
+        content = {**self.flags, 'system_typed': self.system_typed}
+        if self.base_model is not None:
+            content['base_model'] = self.base_model
+        if self.asked:
+            content['asked'] = self.asked
+        if self.template_sha256 is not None:
+            content['template_sha256'] = self.template_sha256
+        if self.thinking is not None or 'thinking' in self.asked:
+            content['thinking'] = self.thinking
+        if self.thinking_rows is not None:
+            content['thinking_rows'] = self.thinking_rows
+        return content
+
+    def write(self, folder: Path) -> None:
+        """Write sft_args.json to a folder, atomically."""
+        write_json(folder / SFT_ARGS, self.to_json())
+
+    def with_flags(self, **flags: Any) -> RunRecord:
+        """Return the record with other values of these flags."""
+        return replace(self, flags={**self.flags, **flags})
+
+    def with_decision(self, name: str, value: Any) -> RunRecord:
+        """Return the record with a decided value; `asked` keeps the value from before the first decision."""
+        if name in _FACTS:
+            before = getattr(self, name)
+            decided = replace(self, **{name: value})
+        else:
+            before = self.flags.get(name)
+            decided = self.with_flags(**{name: value})
+
+        return replace(decided, asked={**self.asked, name: self.asked.get(name, before)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A checkpoint and the record of the run that wrote it."""
+
+    checkpoint: Path
+    record: RunRecord
 
 
 def record_proof(run_dir: Path, name: str, outcome: dict[str, Any]) -> None:
-    """Put one entry into proofs.json, whole or not at all; the other entries stay. The main process alone writes."""
+    """Set one entry of proofs.json, atomically; the other entries stay. Only the main process writes."""
     if not dist.is_main():
         return
     file = run_dir / PROOFS_JSON
@@ -32,153 +113,166 @@ def record_proof(run_dir: Path, name: str, outcome: dict[str, Any]) -> None:
     write_json(file, {**proofs, name: outcome})
 
 
-RUN_JSON = 'run.json'
-_GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
-_RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
-# What a run shows or is started from, not how it trains.
-_SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
+def record_of(args: SftArguments, *, system_typed: bool, base_model: Mapping[str, str]) -> RunRecord:
+    """Return the record of a run that starts with these arguments on these base weights."""
+    return RunRecord(flags=to_dict(args), system_typed=system_typed, base_model=base_model)
 
 
-def run_record(args: SftArguments, *, system_typed: bool, base_model: dict[str, Any]) -> dict[str, Any]:
-    """Return what sft_args.json holds: every argument as used, secrets left out, and what the base model was."""
-    return {**to_dict(args), 'system_typed': system_typed, 'base_model': base_model}
+def read_run_record(run_dir: Path) -> RunRecord:
+    """Return the record of a run folder; raises ConfigError where the folder is not one of a run."""
+    record = RunRecord.read(run_dir, remedy=_GIVE_RUN)
+    if 'sft_type' not in record.flags:
+        raise ConfigError(f'{run_dir / SFT_ARGS}: it does not say how a run was trained. {_GIVE_RUN}')
+    return record
 
 
-def read_arguments(run_dir: Path) -> dict[str, Any]:
-    """Return the sft_args.json of a run folder; raises ConfigError where it is none."""
-    arguments: dict[str, Any] = read_json(run_dir / SFT_ARGS, remedy=_GIVE_RUN)
-    if 'sft_type' not in arguments:
-        raise ConfigError(f'{run_dir / SFT_ARGS} does not say how a run was trained. {_GIVE_RUN}')
-    return arguments
-
-
-def read_run_record(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the sft_args.json that a checkpoint belongs to: its own copy, else its run's; None where there is none."""
+def find_record(checkpoint: Path) -> RunRecord | None:
+    """Return the record in a checkpoint, else the one in its run folder, None if neither has one."""
     for folder in (checkpoint, checkpoint.absolute().parent):
-        file = folder / SFT_ARGS
-        if file.is_file():
-            record: dict[str, Any] = read_json(file, remedy='Put back the one that the run wrote.')
-            return record
+        if (folder / SFT_ARGS).is_file():
+            return RunRecord.read(folder)
     return None
 
 
-def open_checkpoint(checkpoint: Path, problems: Problems) -> dict[str, Any]:
-    """Return the record of the run a --ckpt_dir is of; raises ConfigError where it cannot be used as one."""
+def open_checkpoint(checkpoint: Path, problems: Problems) -> Trained:
+    """Return the --ckpt_dir with the record of its run; raises ConfigError where it cannot be used."""
     if problem := _checkpoint_problem(checkpoint):
         problems.add(problem)
         problems.raise_if_any()
-    record = read_run_record(checkpoint)
+    record = find_record(checkpoint)
     assert record is not None, 'checked'
-    return record
+    return Trained(checkpoint=checkpoint, record=record)
 
 
 def _checkpoint_problem(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return f'--ckpt_dir {checkpoint} is not a directory (looked in {checkpoint.absolute().parent}).'
+
     holds_model = (checkpoint / 'adapter_config.json').is_file() or (checkpoint / 'config.json').is_file()
     if not holds_model:
         newest = last_checkpoint(checkpoint)
-        hint = f' It is a run folder: give {newest}.' if newest else ''
-        return f'--ckpt_dir {checkpoint} is no checkpoint: it has neither adapter_config.json nor config.json.{hint}'
+        remedy = f'It is a run folder: give {newest}.' if newest else 'Give a folder checkpoint-N of a run.'
+        return (
+            f'--ckpt_dir {checkpoint} is not a checkpoint: it holds neither adapter_config.json nor config.json. '
+            f'{remedy}'
+        )
+
     try:
-        if not read_run_record(checkpoint):
-            return (
-                f'--ckpt_dir {checkpoint} has no {SFT_ARGS} beside it, or an empty one, so how it was trained is '
-                'unknown. Was it copied without it?'
-            )
+        record = find_record(checkpoint)
     except ConfigError as error:
         return error.problems[0]
+    if record is None or not record.flags:
+        return (
+            f'--ckpt_dir {checkpoint}: neither it nor its parent folder has an {SFT_ARGS} with content, so how it was '
+            f'trained is unknown. Copy the {SFT_ARGS} of its run into it.'
+        )
     return None
 
 
-def fill_from_run(
-    parsed: Parsed[InferArguments], record: dict[str, Any], warnings: list[str]
-) -> Parsed[InferArguments]:
-    """Return the arguments with each one not typed taken from the trained run; contradictions are warned about."""
-    args, problems = parsed.args, parsed.problems
-    if not is_adapter(Path(str(args.ckpt_dir))):
-        record = {**record, 'model_id_or_path': args.ckpt_dir}  # whole weights serve themselves
+def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: list[str]) -> Parsed[InferArguments]:
+    """Return the arguments, with the trained run's value for each flag that was not typed.
+
+    Adds a problem for another base model, and a warning for each other typed flag that differs from the run's.
+    """
+    args = parsed.args
+    record = trained.record
+    if not is_adapter(trained.checkpoint):
+        record = record.with_flags(model_id_or_path=args.ckpt_dir)  # a whole model is opened from the checkpoint
+    flags = record.flags
+
     base = ('model_type', 'model_id_or_path')
     for name in base:
-        typed, trained = getattr(args, name), record.get(name)
-        if name in parsed.typed and typed != trained and typed not in record.get('base_model', {}).values():
-            problems.add(
+        typed = getattr(args, name)
+        ids = (record.base_model or {}).values()
+        if name in parsed.typed and typed != flags.get(name) and typed not in ids:
+            parsed.problems.add(
                 f"--{name} '{typed}' is not the base model of this checkpoint, which is "
-                f"'{record.get('model_type') or record.get('model_id_or_path')}'. Leave the flag out."
+                f"'{flags.get('model_type') or flags.get('model_id_or_path')}'. Leave --{name} out."
             )
+
     for name in flag_types(InferArguments):
-        if name not in record or name in ('ckpt_dir', 'ignore_args_error', 'output_dir'):
+        if name not in flags or name in ('ckpt_dir', 'ignore_args_error', 'output_dir'):
             continue
-        if name == 'use_flash_attn' and record[name] is not record.get('asked', {}).get(name, record[name]):
-            continue  # the training machine had it or lacked it: here this machine decides
+        value = flags[name]
+        if name == 'use_flash_attn' and value is not record.asked.get(name, value):
+            continue  # it depended on the machine that trained; this machine decides again
         if name not in parsed.typed:
-            setattr(args, name, record[name])
-        elif name not in (*base, *GENERATION, 'seed', 'hub') and getattr(args, name) != record[name]:
-            warnings.append(f'--{name} {getattr(args, name)} is not what the run was trained with ({record[name]}).')
-    return Parsed(args=args, typed=parsed.typed, problems=problems)
+            setattr(args, name, value)
+        elif name not in (*base, *GENERATION, 'seed', 'hub') and getattr(args, name) != value:
+            warnings.append(f'--{name} {getattr(args, name)} is not what the run was trained with ({value}).')
+    return Parsed(args=args, typed=parsed.typed, problems=parsed.problems)
 
 
-def check_resumed(checkpoint: Path, record: dict[str, Any], data: dict[str, Any]) -> list[str]:
+def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
     """Return a warning for each argument that differs from the resumed run's.
 
-    Raises for other base weights, another optimizer, and where the same flags of data give other rows.
+    Raises ConfigError for other base weights, another optimizer, and other rows under the same data flags.
     """
-    trained = read_run_record(checkpoint)
-    if trained is None:
-        return [f'{checkpoint} has no {SFT_ARGS}: whether the arguments are those it was trained with is not checked.']
+    resumed = find_record(checkpoint)
+    if resumed is None:
+        return [
+            f'{checkpoint} has no {SFT_ARGS}: whether the arguments are those that it was trained with is not checked.'
+        ]
+
     problems = Problems()
-    check_base(trained, record['base_model'], problems)
-    trained |= trained.get('asked', {})
-    _check_resumed_optimizer(trained, record, problems)
+    check_base(resumed, record.base_model or {}, problems)
+    # What was asked for is compared, because what was decided depends on the machine.
+    then = {**resumed.flags, 'system_typed': resumed.system_typed, **resumed.asked}
+    now = {**record.flags, 'system_typed': record.system_typed}
+    _check_resumed_optimizer(then, now, problems)
     unchecked = []
-    if all(trained.get(name) == record[name] for name in DATA_FLAGS):
+    if all(then.get(name) == now[name] for name in DATA_FLAGS):
         unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
     problems.raise_if_any()
-    free = {'resume_from_checkpoint', 'output_dir', 'base_model', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
+
+    free = {'resume_from_checkpoint', 'output_dir', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
     return unchecked + [
-        f'--{name} is {record[name]}, the run that is resumed had {trained[name]}: the result will differ from it.'
-        for name in record
-        if name in trained and name not in free and record[name] != trained[name]
+        f'--{name} is {value}, the run that is resumed had {then[name]}: the result will differ from it.'
+        for name, value in now.items()
+        if name in then and name not in free and value != then[name]
     ]
 
 
-def _check_resumed_optimizer(trained: dict[str, Any], record: dict[str, Any], problems: Problems) -> None:
-    """Add a problem for each setting of the optimizer that cannot be another one than the checkpoint's."""
+def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], problems: Problems) -> None:
+    """Add a problem for each optimizer setting that must be the checkpoint's and is not."""
     fixed = ['optim']
-    if record['deepspeed_config_path'] is not None:
-        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed puts its optimizer back with what it was made with
+    if now['deepspeed_config_path'] is not None:
+        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed restores its optimizer with the settings it had
     for name in fixed:
-        had, typed = trained.get(name, record[name]), record[name]
-        are_one = {had, typed} == {'adamw_torch', 'adamw_torch_fused'}
-        if had != typed and not are_one:
+        typed = now[name]
+        had = then.get(name, typed)
+        same_update = {had, typed} == {'adamw_torch', 'adamw_torch_fused'}
+        if had != typed and not same_update:
             problems.add(
-                f'--{name} {typed}: the optimizer that is resumed was made with {had} and is put back as it was. '
+                f'--{name} {typed}: the state of the resumed optimizer was written with --{name} {had}. '
                 f'Type --{name} {had}, or start a new run: leave --resume_from_checkpoint out.'
             )
 
 
-def check_base(record: dict[str, Any], serves: dict[str, str], problems: Problems) -> None:
-    """Add a problem where the base weights that serve are not those the checkpoint was trained on."""
-    trained = record.get('base_model')
+def check_base(record: RunRecord, found: Mapping[str, str], problems: Problems) -> None:
+    """Add a problem where the base weights found are not those that the checkpoint was trained on."""
+    trained = record.base_model
     if trained is None:
         logger.warning(
-            f'{SFT_ARGS} does not say which base weights it was trained on: that they are these is not checked.'
+            f'{SFT_ARGS} does not name the base weights of the run: whether they are those found here is not checked.'
         )
-    elif trained['sha256'] != serves['sha256']:
+    elif trained['sha256'] != found['sha256']:
         problems.add(
             f'the base weights differ: this checkpoint was trained on {trained["source"]} (sha256 '
-            f'{trained["sha256"][:12]}), what serves here is {serves["source"]} (sha256 {serves["sha256"][:12]}). '
-            'An adapter is right only on the weights it was trained on.'
+            f'{trained["sha256"][:12]}), but {found["source"]} was found (sha256 {found["sha256"][:12]}). '
+            'An adapter is valid only for the weights it was trained on. Put those weights back.'
         )
 
 
-def check_resumed_template(checkpoint: Path, record: dict[str, Any]) -> None:
-    """Raise ConfigError where the template of the same name is not the one that the resumed run trained."""
-    trained = read_run_record(checkpoint) or {}
-    had, now = trained.get('template_sha256'), record['template_sha256']
-    if had in (None, now) or trained.get('template_type') != record['template_type']:
+def check_resumed_template(checkpoint: Path, record: RunRecord) -> None:
+    """Raise ConfigError where the template has the same name as the resumed run's, but other content."""
+    resumed = find_record(checkpoint) or RunRecord()
+    then = resumed.template_sha256
+    now = record.template_sha256
+    same_name = resumed.flags.get('template_type') == record.flags['template_type']
+    if then is None or now is None or then == now or not same_name:
         return
     raise ConfigError(
-        f'--resume_from_checkpoint {checkpoint}: the template has changed since (sha256 {had[:12]}, now {now[:12]}), '
-        f'other prompts would be trained. Put it back, {_RESUME_REMEDY}.'
+        f'--resume_from_checkpoint {checkpoint}: the template has changed since (sha256 {then[:12]}, now {now[:12]}), '
+        f'so other prompts would be trained. Put the template back, {_RESUME_REMEDY}.'
     )

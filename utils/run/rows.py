@@ -1,50 +1,56 @@
-"""From the data flags of a command line to the rows that they name."""
+"""The rows that the data flags of a command line name: to train on, or to answer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.base import dist
 from utils.base.errors import Problems
+from utils.base.files import read_json, write_json
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready
+from utils.data.held_out import held_out, read_held_out
 from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
 from utils.data.plan import Plan, plan_rows
 from utils.formats.conversation import Row
 from utils.formats.data_file import OnBad, refuse
 from utils.run.folder import log_decisions
 from utils.run.lock import DATA_FLAGS, check_same_data
+from utils.run.record import Trained
 
+HELD_OUT_JSON = 'held_out.json'
 _INFER_REMEDY = 'or type --dataset to have all rows of a data set answered: which ones the run held out is not known'
 
 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """Return the rows of a training run: planned in a first pass, or opened as streams.
 
-    What is not learnt of planned rows is logged and added to the decisions, what is worth counting about them to the
-    warnings.
+    Logs decisions about planned rows (rows not drawn, replies without loss) and remarks on them, and adds both to
+    `done`.
     """
     args = done.args
     if args.streaming:
         return open_streams(args.dataset, hub=args.hub)
     plan = plan_of(args, args.train_dataset_sample)
-    learnt = Decided(
+    decided = Decided(
         args=args,
         typed=done.typed,
         decisions=plan.decisions(args.loss_scope),
         warnings=plan.noted.lines('noted'),
     )
-    log_decisions(learnt)
-    done.decisions += learnt.decisions
-    done.warnings += learnt.warnings
+    log_decisions(decided)
+    done.decisions += decided.decisions
+    done.warnings += decided.warnings
     return plan
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
-    """Return which rows a run with these flags uses; `bad` is told of lines that cannot be read."""
+    """Return which rows a run with these flags uses; `bad` is called for each line that cannot be read."""
     return plan_rows(
         args.dataset,
         seed=args.dataset_seed,
@@ -56,7 +62,7 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 
 
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
-    """Return of each stream how many of its first rows were looked at, and a hash of them: what it holds out."""
+    """Return what lock.json holds of each stream: how many of its first rows are held out, and their hash."""
     found: dict[str, dict[str, Any]] = {}
     for parts in sources:
         rows = first_rows([parts], max(count, 1))
@@ -72,32 +78,54 @@ def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
 
 
-def rows_to_answer(done: Ready[InferArguments], record: dict[str, Any] | None, checkpoint: Path | None) -> list[Row]:
-    """Return all rows of a typed --dataset, else the validation rows that the run of this record held out.
+def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
+    """Write held_out.json, which spares a later llm_infer.py the first pass; a stream holds out its first rows."""
+    if isinstance(rows, Plan) and dist.is_main():
+        write_json(run_dir / HELD_OUT_JSON, held_out(rows))
 
-    Of an untuned model without a typed one these are the rows a run would hold out. Raises ConfigError where the data
-    have changed since: then other rows would be drawn, among them some that were trained.
+
+def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
+    """Return all rows of a typed --dataset, else the validation rows that the run held out.
+
+    For an untuned model without a typed --dataset, they are the rows that a run would hold out. Raises ConfigError if
+    the data have changed since the run: other rows would be drawn, and some of them were trained.
     """
     args = done.args
+    flags = trained.record.flags if trained is not None else {}
     if args.answers_whole_dataset(done.typed):
-        if record is not None and set(args.dataset) & set(record['dataset']):
+        if set(args.dataset) & set(flags.get('dataset', ())):
             done.warnings.append(
-                'the run was trained on rows of this --dataset, and all its rows are answered. '
-                'Leave the flag out for those that the run held out.'
+                '--dataset: the run was trained on rows of it, and all its rows are answered. '
+                'Leave --dataset out for those that the run held out.'
             )
         return _all_rows(args)
-    if record and record.get('streaming'):
+
+    if flags.get('streaming'):
         streams = open_streams(args.dataset, hub=args.hub)
-        count = int(record['stream_val_rows'])
-        _check_data(done, record, checkpoint, streams_lock(streams, count))
+        count = int(flags['stream_val_rows'])
+        _check_data(done, trained, streams_lock(streams, count))
         return first_rows(streams, count)
-    plan = plan_of(args, int(record['train_dataset_sample']) if record else -1)
-    _check_data(done, record, checkpoint, plan.lock())
+
+    if trained is not None and _same_data_flags(done, trained):
+        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset)
+        if rows is not None:
+            return rows
+    plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
+    _check_data(done, trained, plan.lock())
     return [row for _, row in plan.rows(VAL)]
 
 
+def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
+    """Return the rows that held_out.json names; None in an older run, or where its files have changed."""
+    file = run_dir / HELD_OUT_JSON
+    if not file.is_file():
+        return None
+    kept = read_json(file, remedy='Remove the file: the rows are then found by reading all data.')
+    return read_held_out(kept, words)
+
+
 def _all_rows(args: InferArguments) -> list[Row]:
-    """Return every row; of a data set that brings a validation split, the rows of that."""
+    """Return every row; if a data set has a validation split, only the rows of the split."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
     names = {part.name for part in plan.parts}
     chosen = [part for part in plan.parts if f'{part.name} (validation)' not in names]
@@ -106,19 +134,19 @@ def _all_rows(args: InferArguments) -> list[Row]:
         logger.info(f'{part.name}: {what}, {len(part.uses) - part.uses.count(UNUSED)} rows')
     for line in plan.left_out.lines('left out'):
         logger.warning(line)
+
     used = (read for part in chosen for use, read in part.used() if use != UNUSED)
     return [row for _, _, row in used if isinstance(row, Row)]
 
 
-def _check_data(
-    done: Ready[InferArguments],
-    record: dict[str, Any] | None,
-    checkpoint: Path | None,
-    now: dict[str, dict[str, Any]],
-) -> None:
-    known = [name for name in DATA_FLAGS if hasattr(done.args, name)]
-    if record is None or checkpoint is None or any(getattr(done.args, name) != record[name] for name in known):
-        return  # what was typed otherwise is warned about by its name
+def _check_data(done: Ready[InferArguments], trained: Trained | None, now: dict[str, dict[str, Any]]) -> None:
+    if trained is None or not _same_data_flags(done, trained):
+        return  # each flag that differs has its own warning
     problems = Problems()
-    done.warnings += check_same_data(checkpoint, now, problems, remedy=_INFER_REMEDY)
+    done.warnings += check_same_data(trained.checkpoint, now, problems, remedy=_INFER_REMEDY)
     problems.raise_if_any()
+
+
+def _same_data_flags(done: Ready[InferArguments], trained: Trained) -> bool:
+    shared = [name for name in DATA_FLAGS if hasattr(done.args, name)]
+    return all(getattr(done.args, name) == trained.record.flags[name] for name in shared)

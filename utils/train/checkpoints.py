@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, without pickle, and leading to the same bits as a run never stopped."""
+"""Checkpoints of a run: complete or absent, without pickle, and bitwise exact when a run is resumed from one."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from utils.base.checkpoint import (
     seal,
 )
 from utils.base.errors import ConfigError
-from utils.base.files import read_json, write_json
+from utils.base.files import read_json
 from utils.base.logger import logger
-from utils.base.names import SFT_ARGS
 from utils.model import load_model
 from utils.run.record import record_proof
 from utils.train.state import load_tree, random_state, save_tree, set_random_state
 
 if TYPE_CHECKING:
     from utils.loading.image_processors import Images
+    from utils.run.folder import Run
     from utils.train.trainer import SftTrainer
 
-# What flags say of a group of weights; the rate of the step is made from the first.
-_TYPED_SETTINGS = ('initial_lr', 'weight_decay')
+# The settings of a parameter group that come from flags; the learning rate of a step is computed from the first.
+_FLAG_SETTINGS = ('initial_lr', 'weight_decay')
 
 
-def together(work: Callable[[], object]) -> str | None:
-    """Do `work` on every process; returns the first failure of any, None where all succeeded."""
+def first_failure_of(work: Callable[[], object]) -> str | None:
+    """Do `work` on every process; returns the first failure of any process, None if all succeeded."""
     failure = None
     try:
         work()
-    except Exception as error:  # a full disk shows as many kinds, one for each library that writes
+    except Exception as error:  # each library that writes has its own error for a full disk
         failure = f'{type(error).__name__}: {error}'
     return dist.first_failure(failure)
 
 
 def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, float]]) -> None:
-    """Put settings into an optimizer's groups and its schedule, and the learning rate of the coming step with them."""
+    """Set these settings on an optimizer's groups and its schedule, and the learning rate of the next step."""
     schedule.base_lrs = [setting['initial_lr'] for setting in settings]
     rates = [
-        base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
     ]
     for group, setting, rate in zip(optimizer.param_groups, settings, rates, strict=True):
         group.update(setting, lr=rate)
@@ -60,34 +60,39 @@ def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, flo
 
 
 def check_targets(model: PeftModel, checkpoint: Path) -> None:
-    """Raise ConfigError where the adapter of a checkpoint is on other layers than that of the model."""
-    stored = read_json(checkpoint / 'adapter_config.json', remedy='Give another checkpoint of the run.')
-    config = model.peft_config['default'].to_dict()
-    has, wants = (
-        sorted({*(one.get('target_modules') or ()), *(one.get('target_parameters') or ())}) for one in (stored, config)
-    )
-    if has != wants:
+    """Raise ConfigError if the adapter of a checkpoint is on other layers than the adapter of the model."""
+    stored = read_json(checkpoint / 'adapter_config.json', remedy='Use another checkpoint of the run.')
+    found = _targets(stored)
+    wanted = _targets(model.peft_config['default'].to_dict())
+    if found != wanted:
         raise ConfigError(
-            f'--lora_target_modules {",".join(wants)}: the adapter in {checkpoint} is on {",".join(has)}. '
-            f'Type --lora_target_modules {",".join(has)}, or start a new run: leave --resume_from_checkpoint out.'
+            f'--lora_target_modules {",".join(wanted)}: the adapter in {checkpoint} is on {",".join(found)}. '
+            f'Use --lora_target_modules {",".join(found)}, or remove --resume_from_checkpoint to start a new run.'
         )
 
 
-class Checkpoints:
-    """Writes the checkpoints of a trainer, and puts a trainer back to where one was written."""
+def _targets(adapter_config: dict[str, Any]) -> list[str]:
+    """Return the names of modules and parameters that an adapter is on."""
+    modules = adapter_config.get('target_modules') or ()
+    parameters = adapter_config.get('target_parameters') or ()
+    return sorted({*modules, *parameters})
 
-    def __init__(self, trainer: SftTrainer, *, record: dict[str, Any], images: Images | None, limit: int) -> None:
+
+class Checkpoints:
+    """Writes the checkpoints of a trainer, and restores a trainer from one."""
+
+    def __init__(self, trainer: SftTrainer, *, run: Run, images: Images | None, limit: int) -> None:
         self.trainer = trainer
-        # What sft_args.json says.
-        self.record = record
+        # Its record may change until the training starts.
+        self.run = run
         self.images = images
-        # How many checkpoints stay; the best one always does.
+        # How many checkpoints are kept; the best one is always kept.
         self.limit = limit
 
     def save(self) -> None:
-        """Write the checkpoint of this step and delete those beyond the limit; ends the run where it cannot be written.
+        """Write the checkpoint of this step and delete those beyond the limit.
 
-        Raises ConfigError, which names the last checkpoint that is whole.
+        Raises ConfigError, which names the last complete checkpoint, if it cannot be written.
         """
         trainer = self.trainer
         trainer.store_flos()
@@ -95,33 +100,38 @@ class Checkpoints:
         checkpoint = run_dir / f'checkpoint-{trainer.state.global_step}'
         if trainer.state.best_global_step == trainer.state.global_step:
             trainer.state.best_model_checkpoint = str(checkpoint)
+
         if failure := self.write(checkpoint, resumable=not trainer.args.save_only_model):
             last = last_checkpoint(run_dir)
             gib = shutil.disk_usage(run_dir).free / 2**30
+            remedy = f', then use --resume_from_checkpoint {last}' if last else ' and start again.'
             raise ConfigError(
-                f'{checkpoint} could not be written: {failure}. Nothing older was touched: the last complete '
-                f'checkpoint is {last or "none yet"}. {gib:.1f} GiB are free there. Make room'
-                + (f', then go on with --resume_from_checkpoint {last}' if last else ' and start again.')
+                f'{checkpoint} could not be written: {failure}. Nothing older was changed: the last complete '
+                f'checkpoint is {last or "none yet"}. {gib:.1f} GiB are free there. Free disk space{remedy}'
             )
+
         if trainer.args.should_save:
             pickles = [str(p.relative_to(checkpoint)) for p in checkpoint.rglob('*') if p.suffix in PICKLE_SUFFIXES]
-            says = f'{checkpoint.name} got its name once it was whole on the disk, with the sha256 of each of its files'
+            says = (
+                f'{checkpoint.name} was renamed into place once it was complete on disk, with the sha256 of each file'
+            )
             outcome = {'passed': True, 'says': says, 'pickled_by_deepspeed': sorted(pickles)}
             record_proof(run_dir, 'checkpoints', outcome)
             rotate(run_dir, limit=self.limit, best=trainer.state.best_model_checkpoint)
 
-    def keep_best_alone(self) -> None:
-        """Delete the last checkpoint after training where only one may stay and another one is the best."""
+    def keep_only_best(self) -> None:
+        """After training, delete the last checkpoint if only one is kept and another one is the best."""
         trainer = self.trainer
         if trainer.args.should_save and self.limit == 1 and not trainer.stopped:
             best = trainer.state.best_model_checkpoint
             rotate(Path(trainer.args.output_dir), limit=1, best=best, keep_last=False)
 
     def write(self, checkpoint: Path, *, resumable: bool) -> str | None:
-        """Write a checkpoint under another name, and rename it once it is on the disk; returns what failed, or None."""
+        """Write a checkpoint atomically: it is renamed into place at the end. Returns what failed, or None."""
         trainer = self.trainer
         partial = partial_name(checkpoint)
-        states = dist.from_all(self._process_state())  # before anything can fail on one process alone
+        # Collected first: after a failure on one process the others would wait for it here.
+        states = dist.from_all(self._process_state())
 
         def make_folder() -> None:
             if trainer.args.should_save:
@@ -141,29 +151,31 @@ class Checkpoints:
             if trainer.args.should_save:
                 seal(partial, checkpoint)
 
-        failure = together(make_folder) or together(fill) or together(finish)
+        failure = first_failure_of(make_folder) or first_failure_of(fill) or first_failure_of(finish)
         if failure and trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         return failure
 
     def write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
-        """Write weights, tokenizer, image processor and sft_args.json; no pickled arguments."""
+        """Write weights, tokenizer, image processor and sft_args.json, without pickled arguments."""
         trainer = self.trainer
         if not trainer.args.should_save and not trainer.is_distributed_loading_by_transformers:
-            return  # where weights are sharded, every rank gives its part
+            return  # with sharded weights every process continues, because each gives its part
+
         folder.mkdir(parents=True, exist_ok=True)
-        # save_embedding_layers='auto' would ask a hub whether the vocabulary grew; it never does here.
+        # save_embedding_layers='auto' would ask a hub whether the vocabulary grew; it never grows here.
         extra = {'save_embedding_layers': False} if hasattr(trainer.model, 'peft_config') else {}
         trainer.model.save_pretrained(folder, state_dict=state_dict, is_main_process=trainer.args.should_save, **extra)
         if not trainer.args.should_save:
             return
+
         trainer.processing_class.save_pretrained(folder)
         if self.images is not None:
             self.images.save(folder)
-        write_json(folder / SFT_ARGS, self.record)
+        self.run.record.write(folder)
 
     def _write_optimizer(self, folder: Path) -> None:
-        """Write optimizer, schedule and loss scale; what DeepSpeed keeps goes into DeepSpeed's own files."""
+        """Write optimizer, schedule and loss scale; DeepSpeed writes its part to its own files."""
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
             is_adapter = isinstance(trainer.model, PeftModel)
@@ -172,16 +184,16 @@ class Checkpoints:
             scaler = trainer.accelerator.scaler
             tree = {
                 'optimizer': None if trainer.is_deepspeed_enabled else trainer.optimizer.state_dict(),
-                'scheduler': None if self._deepspeed_schedules() else trainer.lr_scheduler.state_dict(),
+                'scheduler': None if self._deepspeed_has_schedule() else trainer.lr_scheduler.state_dict(),
                 'scaler': scaler.state_dict() if scaler is not None else None,
             }
             save_tree(folder / OPTIMIZER_STATE, tree)
 
-    def _deepspeed_schedules(self) -> bool:
+    def _deepspeed_has_schedule(self) -> bool:
         return isinstance(self.trainer.lr_scheduler, DeepSpeedSchedulerWrapper)
 
     def _process_state(self) -> dict[str, Any]:
-        """Return what differs between processes, and what of the loop itself a resumed run has to know."""
+        """Return the state that differs between processes, and the state of the training loop."""
         trainer = self.trainer
         return {
             'random': random_state(),
@@ -192,35 +204,38 @@ class Checkpoints:
         }
 
     def load_model(self, checkpoint: Path) -> bool:
-        """Put weights into the model that cannot be read by name; returns whether it did, else they are the trainer's.
+        """Load the weights if they cannot be loaded by name, and return True; False leaves loading to the trainer.
 
-        A class may be saved in another layout than it is held in (a mixture's experts one by one): read by name, as
-        transformers' trainer does, such weights would be passed over and stay those of the base model.
+        A class may save its weights in another layout than it holds them in memory, for example the experts of a
+        mixture one by one. transformers' trainer loads by name. It would ignore such weights and keep the base model's.
         """
         model = self.trainer.model
         if isinstance(model, PeftModel):
             check_targets(model, checkpoint)
+
         names: set[str] = set()
         for file in checkpoint.glob('model*.safetensors'):
             names.update(safe_open(file, framework='pt').keys())
-        held = model.state_dict() if names else {}
-        found = {tensor.data_ptr() for name, tensor in held.items() if name in names}  # tied weights have one name
-        if all(tensor.data_ptr() in found for tensor in held.values()):
+        in_memory = model.state_dict() if names else {}
+        # Compared by address, because tied weights have several names and are saved under one.
+        found = {tensor.data_ptr() for name, tensor in in_memory.items() if name in names}
+        if all(tensor.data_ptr() in found for tensor in in_memory.values()):
             return False
+
         model.load_state_dict(load_model(checkpoint, torch_dtype=model.dtype).state_dict())
         return True
 
     def load_optimizer(self, checkpoint: Path) -> None:
-        """Put optimizer, schedule and loss scale back; DeepSpeed has loaded what it keeps by itself.
+        """Restore optimizer, schedule and loss scale; DeepSpeed has already restored its part.
 
-        The settings of the optimizer stay those of this command line: what is typed anew counts from here on.
+        The optimizer keeps the settings of this command line, so that flags changed for the resumed run take effect.
         """
         trainer = self.trainer
         tree = load_tree(checkpoint / OPTIMIZER_STATE)
-        settings = [{name: group[name] for name in _TYPED_SETTINGS} for group in trainer.optimizer.param_groups]
+        settings = [{name: group[name] for name in _FLAG_SETTINGS} for group in trainer.optimizer.param_groups]
         if not trainer.is_deepspeed_enabled:
             trainer.optimizer.load_state_dict(tree['optimizer'])
-        if not self._deepspeed_schedules():
+        if not self._deepspeed_has_schedule():
             trainer.lr_scheduler.load_state_dict(tree['scheduler'])
         if not trainer.is_deepspeed_enabled:
             use_settings(trainer.optimizer, trainer.lr_scheduler, settings)
@@ -228,14 +243,15 @@ class Checkpoints:
             trainer.accelerator.scaler.load_state_dict(tree['scaler'])
 
     def load_process(self, checkpoint: Path) -> None:
-        """Put random state, guard and logging of this process back to where the checkpoint left them."""
+        """Restore the random state, the guard and the logging state of this process."""
         trainer = self.trainer
         states = load_tree(checkpoint / PROCESS_STATES)
         if len(states) != dist.world_size():
             logger.warning(
-                f'{checkpoint} was written by {len(states)} processes, here are {dist.world_size()}: '
+                f'{checkpoint} was written by {len(states)} processes, and this run has {dist.world_size()}: '
                 'the result will differ from an uninterrupted run.'
             )
+
         state = states[min(dist.rank(), len(states) - 1)]
         set_random_state(state['random'])
         trainer.guard.restore(state['guard'])

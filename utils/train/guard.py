@@ -1,4 +1,4 @@
-"""Numbers that mean nothing end the run before they reach a weight or a checkpoint; spikes of the loss are reported."""
+"""End a run at NaN, infinity or zero gradients, before they reach a weight or a checkpoint; report loss spikes."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ from utils.base.checkpoint import last_checkpoint
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 
-# A spike lies this many spreads above the median of the last steps, and is half as much again as the median: a flat
-# curve's spread is next to nothing. The spread is a normal curve's sigma by the median difference between neighbours,
-# which a falling curve does not widen.
-_WINDOW, _SPREADS, _SHARE = 20, 8.0, 1.5
+# A spike is a loss more than _SPIKE_SIGMAS robust standard deviations above the median of the last _WINDOW steps and
+# more than _SPIKE_RATIO times that median, because the deviation of a flat curve is close to zero.
+_WINDOW = 20
+_SPIKE_SIGMAS = 8.0
+_SPIKE_RATIO = 1.5
+# The median absolute difference of two normally distributed values, in standard deviations. The differences are those
+# of neighbouring steps, so that a falling curve does not increase the estimate.
 _SIGMAS_OF_A_DIFFERENCE = 0.6745 * math.sqrt(2)
-# A loss scale of 2^16 is down to 2^-4 after so many skipped steps in a row: then it is not the scale.
-_SKIPPED_IN_A_ROW = 20
-# Below it a row is learnt by heart, and gradients may round to zero.
-_LEARNT = 1e-4
-_NAMED = 5
-# The names of learnt positions: wpe, embed_positions, position_embeddings.
+# After this many skipped steps in a row a loss scale of 2^16 is 2^-4: then the scale is not the cause.
+_MAX_SKIPPED_IN_A_ROW = 20
+# Below this loss a row is memorised, and gradients may round to zero.
+_MEMORISED_LOSS = 1e-4
+# How many rows a message names.
+_MAX_NAMED = 5
+# The module names of learned positions: wpe, embed_positions, position_embeddings.
 _POSITIONS = re.compile(r'(?:^|[._])(?:wpe|positions?)(?:$|[._])')
 
 
 class Guard(TrainerCallback):
-    """Looks at loss and gradient norm of each step before the optimizer does. It waits for the device once a step."""
+    """Checks loss and gradient norm of each step before the optimizer runs, with one synchronisation per step."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -46,103 +50,118 @@ class Guard(TrainerCallback):
         self._skipped_in_a_row = 0
         self._batches: Sequence[dict[str, Any]] = ()
         self._window: deque[float] = deque(maxlen=_WINDOW)
-        # Of the weights before the first step; None where a run is resumed.
+        # Of the weights before the first step; None if the run is resumed.
         self._fingerprint_at_start: list[int] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take note of the weights a run begins with. The last steps of a resumed one may change no bit of them."""
+        """Store a fingerprint of the first weights, not in a resumed run: its few steps may change no bit of them."""
         if state.global_step == 0:
             self._fingerprint_at_start = weight_fingerprint(self.trainer.model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End the run where its weights are bit for bit those it began with."""
+        """Raise ConfigError if the weights are bitwise identical to those at the start."""
         if self._fingerprint_at_start is None or self.trainer.stopped:
             return
         has_changed = weight_fingerprint(self.trainer.model) != self._fingerprint_at_start
         if dist.sums([has_changed])[0] == 0:
             skipped = f', of which fp16 skipped {self.skipped}' if self.skipped else ''
             raise ConfigError(
-                f'--learning_rate {args.learning_rate}: the weights after {state.global_step} steps{skipped} are those '
-                'the run began with, bit for bit: nothing was learnt. Raise it, or train more steps (--max_steps, '
-                '--num_train_epochs).'
+                f'--learning_rate {args.learning_rate}: the weights after {state.global_step} steps{skipped} are '
+                'bitwise identical to those before, so nothing was learnt. Raise --learning_rate, or train more steps '
+                'with --max_steps or --num_train_epochs.'
             )
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Take note of the micro-batches of a step that begins."""
-        self._batches, self.losses, self.norm = batches, [], None
+        """Start a step with these micro-batches."""
+        self._batches = batches
+        self.losses = []
+        self.norm = None
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from."""
+        """Return the state that a checkpoint keeps."""
         return {'window': list(self._window), 'spikes': self.spikes, 'skipped': self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from the state of a checkpoint."""
         self._window.extend(state['window'])
-        self.spikes, self.skipped = state['spikes'], state['skipped']
+        self.spikes = state['spikes']
+        self.skipped = state['skipped']
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Judge the step; learn on the way whether any process was told to stop."""
+        """Check the step, and find out whether any process has a signal to stop."""
         step = state.global_step + 1
         loss, losses = self.judge(f'step {step}')
         self._judge_spike(step, loss, losses)
 
     def judge(self, where: str) -> tuple[float, list[float]]:
-        """Return the step's loss and those of this process's micro-batches.
+        """Return the step's loss over all processes and the losses of this process's micro-batches.
 
-        Ends the run where the loss or its gradients are not finite, and where there is no gradient at all.
+        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
         """
         losses = torch.stack(self.losses).tolist()
-        norm = math.nan if self.norm is None else self.norm.item() if isinstance(self.norm, torch.Tensor) else self.norm
-        bad_loss = not all(map(math.isfinite, losses))
+        norm = self._norm_value()
+        is_loss_bad = not all(map(math.isfinite, losses))
+        # One exchange between processes per step, which carries the signals too.
         total, any_bad_loss, any_bad_norm, signals = dist.sums(
-            [0.0 if bad_loss else sum(losses), bad_loss, not math.isfinite(norm), self.trainer.signals.signum]
+            [0.0 if is_loss_bad else sum(losses), is_loss_bad, not math.isfinite(norm), self.trainer.signals.signum]
         )
         self.trainer.stop_agreed = signals > 0
         loss = total / dist.world_size()
+
         if any_bad_loss:
             self._refuse_loss(where, losses)
         if self.norm is not None:
             self._judge_norm(where, loss, norm, bool(any_bad_norm))
         return loss, losses
 
+    def _norm_value(self) -> float:
+        if self.norm is None:
+            return math.nan
+        return self.norm.item() if isinstance(self.norm, torch.Tensor) else self.norm
+
     def _refuse_loss(self, where: str, losses: list[float]) -> None:
-        bad = [batch for batch, loss in zip(self._batches, losses, strict=False) if not math.isfinite(loss)]
-        rows = [row for part in dist.from_all([row for batch in bad for row in self._bad_rows(batch)]) for row in part]
+        own: list[str] = []
+        for batch, loss in zip(self._batches, losses, strict=False):
+            if not math.isfinite(loss):
+                own += self._bad_rows(batch)
+        rows = _of_all_processes(own)
+        remedy = ', or use --dtype bf16.' if self.trainer.args.fp16 else '.'
         self._end(
-            f'{where}: the loss is not a finite number for {_listed(rows)}. Look at these rows. If nothing is '
-            'wrong with them, training has diverged or overflows: lower --learning_rate'
-            + (', or use --dtype bf16.' if self.trainer.args.fp16 else '.')
+            f'{where}: the loss is not a finite number for {_listed(rows)}. Check these rows. If nothing is wrong with '
+            f'them, training diverges or overflows: lower --learning_rate{remedy}'
         )
 
     def _judge_norm(self, where: str, loss: float, norm: float, is_bad: bool) -> None:
         if is_bad and self.trainer.args.fp16:
             # The loss scale was too high: the optimizer skips the step and the scale is halved.
-            self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
-            if self._skipped_in_a_row < _SKIPPED_IN_A_ROW:
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row < _MAX_SKIPPED_IN_A_ROW:
                 return
             self._end(
-                f'{where}: gradients overflow in fp16 whatever the loss scale, {_SKIPPED_IN_A_ROW} steps in a row '
-                'were skipped. Use --dtype bf16 or fp32.'
+                f'{where}: gradients overflow in fp16 at every loss scale, {_MAX_SKIPPED_IN_A_ROW} steps in a row were '
+                'skipped. Use --dtype bf16 or --dtype fp32.'
             )
+
         self._skipped_in_a_row = 0
         if is_bad:
-            rows = [row for part in dist.from_all(self._rows()) for row in part]
+            rows = _of_all_processes(self._rows())
             self._end(
-                f'{where}: the loss is finite, its gradients are not (norm {norm}). The rows of this step: '
+                f'{where}: the loss is finite, but its gradients are not (norm {norm}). The rows of this step: '
                 f'{_listed(rows)}. Lower --learning_rate, or use --dtype fp32 to see whether precision is the cause.'
             )
-        if norm == 0 and loss > _LEARNT:
+        if norm == 0 and loss > _MEMORISED_LOSS:
             count = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
             self._end(
-                f'{where}: the loss is {loss:.4g} and every gradient is exactly zero: none of the {count:,} '
-                'trainable parameters is reached from it, so nothing would be learnt. Frozen or detached layers, or '
-                'underflow of --dtype fp16, do this; try --dtype fp32 and --gradient_checkpointing false.'
+                f'{where}: the loss is {loss:.4g} and every gradient is exactly zero: none of the {count:,} trainable '
+                'parameters affects the loss, so nothing would be learnt. Frozen or detached layers, or underflow with '
+                '--dtype fp16, cause this. Use --dtype fp32 or --gradient_checkpointing false.'
             )
 
     def _judge_spike(self, step: int, loss: float, losses: list[float]) -> None:
@@ -150,31 +169,33 @@ class Guard(TrainerCallback):
         self._window.append(loss)
         if len(window) < _WINDOW:
             return
+
         usual = median(window)
-        spread = median(abs(b - a) for a, b in pairwise(window)) / _SIGMAS_OF_A_DIFFERENCE
-        if loss <= max(usual + _SPREADS * spread, _SHARE * usual):
+        sigma = median(abs(b - a) for a, b in pairwise(window)) / _SIGMAS_OF_A_DIFFERENCE
+        if loss <= max(usual + _SPIKE_SIGMAS * sigma, _SPIKE_RATIO * usual):
             return
+
         highest, batch = max(zip(losses, self._batches, strict=False), key=lambda pair: pair[0])
         _, rows = max(dist.from_all((highest, self._origins(batch))))
-        self.spikes.append({'step': step, 'loss': round(loss, 4), 'usual': round(usual, 4), 'rows': rows[:_NAMED]})
+        self.spikes.append({'step': step, 'loss': round(loss, 4), 'usual': round(usual, 4), 'rows': rows[:_MAX_NAMED]})
         logger.warning(
-            f'step {step}: the loss jumped to {loss:.4g}, the median of the {len(window)} steps before is {usual:.4g}. '
-            f'Highest in: {_listed(rows)}'
+            f'step {step}: the loss jumped to {loss:.4g}, and the median of the {len(window)} steps before is '
+            f'{usual:.4g}. Check the rows with the highest loss: {_listed(rows)}'
         )
 
     def judge_evaluation(self, where: str, sums: Any, rows: Iterable[int]) -> None:
-        """End the run for validation rows whose loss is no number: `sums` holds a line (loss, ...) for each row."""
-        bad = [index for index, line in zip(rows, sums, strict=False) if not math.isfinite(line[0])]
+        """Raise ConfigError if the loss of a validation row is not finite; `sums` is (rows, 3) with the loss first."""
+        bad = [index for index, (loss, *_) in zip(rows, sums, strict=False) if not math.isfinite(loss)]
         if bad:
             origins = [self.trainer.eval_dataset.origin(index) for index in bad]
             self._end(
-                f'{where}: the validation loss is not a finite number for {_listed(origins)}. Look at these rows. If '
-                'nothing is wrong with them, training has diverged: lower --learning_rate.'
+                f'{where}: the validation loss is not a finite number for {_listed(origins)}. Check these rows. If '
+                'nothing is wrong with them, training diverges: lower --learning_rate.'
             )
 
-    def _end(self, what: str) -> NoReturn:
+    def _end(self, problem: str) -> NoReturn:
         last = last_checkpoint(Path(self.trainer.args.output_dir))
-        raise ConfigError(f'{what} Nothing of this step is saved; the last good checkpoint: {last or "none yet"}.')
+        raise ConfigError(f'{problem} Nothing of this step is saved; the last good checkpoint: {last or "none yet"}.')
 
     def _origins(self, batch: dict[str, Any]) -> list[str]:
         return [self.trainer.train_dataset.origin(index) for index in batch['rows'].flatten().tolist()]
@@ -183,10 +204,12 @@ class Guard(TrainerCallback):
         return [row for batch in self._batches for row in self._origins(batch)]
 
     def _bad_rows(self, batch: dict[str, Any]) -> list[str]:
-        """Return the rows of a micro-batch whose own loss is not finite; all of them where none is so by itself."""
-        trainer, origins = self.trainer, self._origins(batch)
+        """Return the rows of a micro-batch whose own loss is not finite; all rows if each is finite alone."""
+        trainer = self.trainer
+        origins = self._origins(batch)
         if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers or len(origins) == 1:
-            return origins  # a forward pass of one process alone would wait for the others
+            return origins  # a forward pass on only one process would wait for the others
+
         model = trainer.accelerator.unwrap_model(trainer.model)
         found = []
         for index, origin in zip(batch['rows'].flatten().tolist(), origins, strict=True):
@@ -200,15 +223,16 @@ class Guard(TrainerCallback):
 
 @torch.no_grad()
 def weight_fingerprint(model: torch.nn.Module) -> list[int]:
-    """Return for each weight that shows whether a model learns the sum of its bits, read where it lies.
+    """Return the sum of the bits of each trainable weight that shows whether the model learns.
 
-    Of an adapter this is B alone: it begins as zero, and with it the adapter does nothing, however A decays.
+    Of an adapter only B counts: it starts at zero, and while it is zero the adapter has no effect, although weight
+    decay changes A. The sum is computed on the weight's device.
     """
     found: list[int] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or 'lora_A' in name or 'lora_embedding_A' in name:
             continue
-        # DeepSpeed keeps this process's part of a weight beside it, FSDP inside it.
+        # DeepSpeed stores this process's part of a weight in an attribute, FSDP in a DTensor.
         part: Any = getattr(parameter, 'ds_tensor', parameter)
         part = part.to_local() if isinstance(part, DTensor) else part.detach()
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
@@ -217,14 +241,14 @@ def weight_fingerprint(model: torch.nn.Module) -> list[int]:
 
 
 def check_positions(model: Any, longest: int) -> None:
-    """Raise ConfigError where a row has more tokens than the model learnt positions; warn where it was made for fewer.
+    """Raise ConfigError if a row is longer than the model's learned positions; warn if only its config names fewer.
 
-    Rotary positions go on behind the length a model was made for, learnt ones end.
+    Rotary positions continue after the length that a model was made for; learned ones end.
     """
     limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
     if limit is None or longest <= limit:
         return
-    # Some classes keep a few entries for padding; a table of another size is an image's.
+    # Some classes have a few extra entries for padding. A table of another size belongs to the vision tower.
     tables = [
         name
         for name, module in model.named_modules()
@@ -234,15 +258,20 @@ def check_positions(model: Any, longest: int) -> None:
     ]
     if tables:
         raise ConfigError(
-            f'--max_length {limit} is the most that {type(model).__name__} has positions for ({tables[0]}), and the '
-            f'longest row has {longest} tokens. Give --max_length {limit} or less: longer rows then lose their front.'
+            f'--max_length: {type(model).__name__} has positions for {limit} tokens ({tables[0]}), and the longest row '
+            f'has {longest} tokens. Use --max_length {limit} or less, which cuts the front of longer rows.'
         )
     logger.warning(
-        f'the longest row has {longest} tokens, {type(model).__name__} was made for {limit} '
-        f'(max_position_embeddings): what it learns beyond may be of little use. --max_length {limit} cuts such rows.'
+        f'--max_length: the longest row has {longest} tokens, {type(model).__name__} was made for {limit} '
+        f'(max_position_embeddings): training beyond that may have little effect. Use --max_length {limit} to cut such '
+        'rows.'
     )
 
 
+def _of_all_processes(rows: list[str]) -> list[str]:
+    return [row for part in dist.from_all(rows) for row in part]
+
+
 def _listed(rows: Sequence[str]) -> str:
-    more = f' and {len(rows) - _NAMED} more' if len(rows) > _NAMED else ''
-    return ', '.join(rows[:_NAMED]) + more
+    more = f' and {len(rows) - _MAX_NAMED} more' if len(rows) > _MAX_NAMED else ''
+    return ', '.join(rows[:_MAX_NAMED]) + more

@@ -1,4 +1,4 @@
-"""The metrics that the trainer computes at each evaluation."""
+"""The metrics of an evaluation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def generation_metrics(tokenizer: Any) -> Any:
-    """Return a function that scores generated ids against labels with ROUGE and BLEU."""
-
+    """Return a function that computes ROUGE and BLEU of generated ids against labels."""
     import numpy as np
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Methods of a library's class that are overridden: what the library renames is an error here, not dead code."""
+"""A decorator for methods that override a library's: if the library renames one, importing fails."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MethodT = TypeVar('MethodT', bound=Callable[..., Any])
 
 
 def overrides(base: type) -> Callable[[MethodT], MethodT]:
-    """Return a decorator for a method that overrides one of `base`, compared when the class is made.
+    """Return a decorator that compares a method with the method of `base` that it overrides.
 
-    Raises TypeError where `base` has no method of that name, or takes its parameters under other names or in another
-    order. A method may leave the last parameters to *args and **kwargs.
+    Raises TypeError when the class is defined, if `base` has no method of that name or if the names or the order of
+    the parameters differ. A method may take the last parameters as **kwargs.
     """
 
     def checked(method: MethodT) -> MethodT:
@@ -22,22 +22,25 @@ def overrides(base: type) -> Callable[[MethodT], MethodT]:
         overridden = getattr(base, name, None)
         if not callable(overridden):
             raise TypeError(f'{what} is overridden here, and this version of the library has no such method')
-        theirs = [p.name for p in _named(overridden)]
-        ours = [p.name for p in _named(method)]
-        if ours != theirs[: len(ours)] or (len(ours) < len(theirs) and not _takes_the_rest(method)):
-            raise TypeError(f'{what} takes ({", ".join(theirs)}), the method that overrides it ({", ".join(ours)})')
+
+        expected = [p.name for p in _named_parameters(overridden)]
+        found = [p.name for p in _named_parameters(method)]
+        is_prefix = found == expected[: len(found)]
+        is_complete = len(found) >= len(expected) or _takes_keywords(method)
+        if not (is_prefix and is_complete):
+            raise TypeError(f'{what} takes ({", ".join(expected)}), the method that overrides it ({", ".join(found)})')
         method.__overrides__ = what  # type: ignore[attr-defined]
         return method
 
     return checked
 
 
-def _named(method: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the parameters of a method that have names of their own, self included."""
+def _named_parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a method, with self and without *args and **kwargs."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in inspect.signature(method).parameters.values() if p.kind not in variable]
 
 
-def _takes_the_rest(method: Callable[..., Any]) -> bool:
+def _takes_keywords(method: Callable[..., Any]) -> bool:
     kinds = [p.kind for p in inspect.signature(method).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds

@@ -1,4 +1,4 @@
-"""Nested states (tensors among dicts, lists and numbers) as one safetensors file: bit for bit, without pickle."""
+"""Nested states (tensors in dicts, lists and tuples) in one safetensors file: bitwise exact, without pickle."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 def save_tree(path: Path, tree: Any) -> None:
     """Write a tree of dict, list, tuple, str, bool, int, float, None and tensors; raises TypeError for anything else.
 
-    Tensors are the file's tensors, stored once where the tree holds one twice; the rest is JSON in the file's header.
+    Tensors become tensors of the file, and a tensor that occurs twice is stored once. The rest is JSON in its header.
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
 
     def pack(node: Any) -> Any:
         if isinstance(node, torch.Tensor):
-            # Two states may share one tensor, as the code book of 8-bit optimizers; a file holds each storage once.
+            # Two states may share one tensor, like the code book of 8-bit optimizers. safetensors refuses to store
+            # the same memory twice.
             key = (node.device, node.data_ptr() or id(node), node.dtype, node.shape, node.stride())
             if key not in names:
                 names[key] = f't{len(tensors)}'
@@ -46,7 +47,7 @@ def save_tree(path: Path, tree: Any) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """Return what save_tree wrote, its tensors on the CPU."""
+    """Return what save_tree wrote, with tensors on the CPU."""
     with safe_open(path, framework='pt') as file:
 
         def unpack(node: Any) -> Any:
@@ -59,13 +60,15 @@ def load_tree(path: Path) -> Any:
                 return file.get_tensor(content)
             if kind == 'dict':
                 return {unpack(key): unpack(value) for key, value in content}
-            return float(content) if kind == 'float' else tuple(unpack(item) for item in content)
+            if kind == 'float':
+                return float(content)
+            return tuple(unpack(item) for item in content)
 
         return unpack(json.loads(file.metadata()['tree']))
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's generators (CPU and every GPU), as save_tree takes it."""
+    """Return the state of the generators of Python, NumPy and torch (CPU and every GPU), in a form for save_tree."""
     name, words, *rest = np.random.get_state()
     return {
         'python': random.getstate(),
@@ -76,7 +79,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to a state taken before; GPUs that are not here any more are passed over."""
+    """Set the generators to a state of `random_state`; the states of GPUs that are no longer present are ignored."""
     random.setstate(state['python'])
     name, words, *rest = state['numpy']
     np.random.set_state((name, words.numpy().astype(np.uint32), *rest))

@@ -1,4 +1,4 @@
-"""Ending a run on purpose: the first signal lets the step finish and a checkpoint be written, the second quits."""
+"""Stopping a run by a signal: the first finishes the step and writes a checkpoint, the second quits at once."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from utils.base import dist
-from utils.base.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-    from utils.train.trainer import SftTrainer
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Schedulers and torchrun may both pass on the same signal: what follows so soon is no second wish.
+# A scheduler and torchrun may both forward the same signal: within this time a second one is ignored.
 _ECHO_SECONDS = 1.0
-_NOTICE = b'\nfinishing this step and writing a checkpoint; once more quits at once\n'
+_NOTICE = b'\nfinishing this step and writing a checkpoint; a second signal quits at once\n'
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is kept in `signum`; a second one ends the process with 128 + n."""
+    """While entered, stores the first SIGINT or SIGTERM in `signum`; a second one exits with 128 + its number."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -45,9 +40,10 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a data worker between its fork and ignore_signals
+            return  # in a data worker, between its fork and ignore_signals
         if not self.signum:
-            self.signum, self._since = signum, time.monotonic()
+            self.signum = signum
+            self._since = time.monotonic()
             if dist.is_main():
                 os.write(2, _NOTICE)
         elif time.monotonic() - self._since > _ECHO_SECONDS:
@@ -55,64 +51,21 @@ class StopSignals:
 
 
 def ignore_signals() -> None:
-    """Let a data worker live through a signal to the whole process group: the step under way still needs it.
+    """Let a data worker ignore a signal to the whole process group, because the current step still needs the worker.
 
-    The training process ends its workers by a message, and a worker whose parent is gone ends by itself.
+    The training process ends its workers with a message, and a worker ends when its parent process is gone.
     """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def deaf_to_signals(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return the loader, its workers to ignore signals."""
+def with_workers_ignoring_signals(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return the loader, changed so that its workers ignore signals."""
     loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
     return loader
 
 
-def _start_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
+def _start_worker(init_fn: Callable[[int], None] | None, worker_id: int) -> None:
     ignore_signals()
-    if then is not None:
-        then(worker_id)
-
-
-class EvaluationCutError(Exception):
-    """An evaluation given up because the run is to stop; it is made up for on resuming."""
-
-
-class StopCallback(TrainerCallback):
-    """Ends the run at the step at which all processes know of a signal; cuts an evaluation off."""
-
-    def __init__(self, trainer: SftTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Refuse to go on with a run that has ended: the loop would train one step more."""
-        if state.global_step >= state.max_steps:
-            raise ConfigError(
-                f'the checkpoint to resume from is of step {state.global_step} and this run ends at step '
-                f'{state.max_steps}: nothing is left to train. Raise --max_steps or --num_train_epochs.'
-            )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ask for a checkpoint and the end; an evaluation that is due is left to the resumed run."""
-        trainer = self.trainer
-        if trainer.stop_agreed and state.global_step < state.max_steps:
-            trainer.evaluation_pending = control.should_evaluate
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give an evaluation up once a process was told to stop; one that is made up for, and the last, is finished."""
-        trainer = self.trainer
-        if trainer.evaluation_pending or state.global_step >= state.max_steps:
-            return
-        trainer.stop_agreed = dist.sums([trainer.signals.signum])[0] > 0
-        if trainer.stop_agreed:
-            raise EvaluationCutError
+    if init_fn is not None:
+        init_fn(worker_id)

@@ -1,4 +1,4 @@
-"""From our arguments to the trainer's: the one place where its names stand; and the learning rate of each step."""
+"""The arguments of transformers' trainer, made from the flags, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from utils.cli.arguments import SftArguments
 def training_arguments(
     args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
 ) -> Seq2SeqTrainingArguments:
-    """Return the trainer's arguments. No token goes into them: they are written to the run folder."""
+    """Return the arguments of the trainer. They hold no access token, because they are written to the run folder."""
     has_cuda = torch.cuda.is_available()
-    # Frozen bf16 weights compute in bf16 by themselves; fp32 weights and fp16 gradients need autocast. DeepSpeed takes
-    # its own precision from these two, and adapters in it.
+    # Frozen bf16 weights compute in bf16 without autocast; fp32 weights and fp16 gradients need it. DeepSpeed takes its
+    # own precision, and that of adapters, from bf16 and fp16 below.
     autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
     sharded = args.fsdp or args.deepspeed_config_path is not None
     return Seq2SeqTrainingArguments(
@@ -30,7 +30,7 @@ def training_arguments(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         num_train_epochs=args.num_train_epochs,
         max_steps=args.max_steps,
-        # One pass over weights and states without temporaries, which would be several times the largest weight.
+        # The fused optimizer makes no temporary tensors, which would be several times the largest weight.
         optim='adamw_torch_fused' if args.optim == 'adamw_torch' and not sharded else args.optim,
         learning_rate=args.learning_rate or 0.0,
         weight_decay=args.weight_decay,
@@ -44,7 +44,8 @@ def training_arguments(
         greater_is_better=args.predict_with_generate,
         save_strategy='steps',
         save_steps=args.save_steps or args.eval_steps,
-        save_total_limit=None,  # the trainer's own deletes a checkpoint file by file under its name: see checkpoint.py
+        # The trainer would delete a checkpoint file by file under its final name; base/checkpoint.py does not.
+        save_total_limit=None,
         save_only_model=bool(args.only_save_model),
         logging_steps=args.logging_steps,
         logging_first_step=True,
@@ -58,7 +59,7 @@ def training_arguments(
         dataloader_num_workers=args.dataloader_num_workers,
         dataloader_pin_memory=has_cuda,
         ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
-        # A tower that trains has no gradient from a batch without images.
+        # A vision tower that is trained gets no gradient from a batch without images.
         ddp_find_unused_parameters=not args.freeze_vision if dist.world_size() > 1 else None,
         deepspeed=args.deepspeed_config_path,
         remove_unused_columns=False,
@@ -69,21 +70,21 @@ def training_arguments(
 
 
 def count_warmup_steps(share: float, steps: int) -> int:
-    """Return in how many of the steps the learning rate rises: this share of them, rounded up, at most half."""
+    """Return the number of warm-up steps: this share of the steps, rounded up, at most half of them."""
     return min(math.ceil(share * steps), steps // 2)
 
 
 def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_ratio: float, steps: int) -> LambdaLR:
-    """Return a schedule whose every step trains: of w warm-up steps, step k (from 0) has (k + 1) / (w + 1) of the rate.
+    """Return a schedule with a rate above 0 at every step: step k of w warm-up steps has (k + 1) / (w + 1) of the rate.
 
-    After the warm-up it is that of transformers. There the first step of a warm-up has rate 0: it changes no weight,
-    and a run of one step trains nothing.
+    k counts from 0. After the warm-up the schedule is that of transformers. In transformers the first warm-up step has
+    rate 0, so it changes no weight, and a run of one step trains nothing.
     """
     warmup = 0 if name == 'constant' else count_warmup_steps(warmup_ratio, steps)
-    # The shape alone: making a schedule sets the rate of its optimizer.
-    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
-    shape = get_scheduler(name, stand_in, num_warmup_steps=warmup, num_training_steps=steps)
-    (after_warmup,) = shape.lr_lambdas
+    # Made on another optimizer, because making a schedule sets the rate of its optimizer. Only its function is used.
+    unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    original = get_scheduler(name, unused_optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    (after_warmup,) = original.lr_lambdas
 
     def share_of_rate(step: int) -> float:
         if step < warmup:

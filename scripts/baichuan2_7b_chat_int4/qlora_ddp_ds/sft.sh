@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# QLoRA, 2 processes, a GPU each, DeepSpeed ZeRO-2, on int4 weights of the hub. Measured in 2023: 2 x A10, 12 GB each.
+# QLoRA, 2 processes, one GPU each, DeepSpeed ZeRO-2, on int4 weights from the hub. Measured in 2023: 2 x A10, 12 GB each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LoRA, 2 processes, a GPU each. Not measured by this project; meant for 2 x 24 GB.
+# LoRA, 2 processes, one GPU each. Not measured by this project; meant for 2 x 24 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

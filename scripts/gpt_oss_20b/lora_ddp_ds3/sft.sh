@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LoRA, 4 processes, a GPU each, DeepSpeed ZeRO-3. Not measured by this project; meant for 4 x 40 GB.
+# LoRA, 4 processes, one GPU each, DeepSpeed ZeRO-3. Not measured by this project; meant for 4 x 40 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All weights, 2 processes, a GPU each. Not measured by this project; meant for 2 x 40 GB.
+# All weights, 2 processes, one GPU each. Not measured by this project; meant for 2 x 40 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

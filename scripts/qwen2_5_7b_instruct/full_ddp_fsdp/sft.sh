@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All weights, 4 processes, a GPU each, FSDP2. Not measured by this project; meant for 4 x 80 GB.
+# All weights, 4 processes, one GPU each, FSDP2. Not measured by this project; meant for 4 x 80 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

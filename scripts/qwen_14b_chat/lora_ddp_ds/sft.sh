@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LoRA, 2 processes, a GPU each, DeepSpeed ZeRO-2. Measured in 2023: 2 x A100, 30 GB each with flash-attn.
+# LoRA, 2 processes, one GPU each, DeepSpeed ZeRO-2. Measured in 2023: 2 x A100, 30 GB each with flash-attn.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

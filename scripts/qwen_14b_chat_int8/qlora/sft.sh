@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# QLoRA, one GPU, on int8 weights of the hub. Measured in 2023: V100, A10, 3090, 19 GB.
+# QLoRA, one GPU, on int8 weights from the hub. Measured in 2023: V100, A10, 3090, 19 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

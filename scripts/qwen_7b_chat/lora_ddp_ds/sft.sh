@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LoRA, 2 processes, a GPU each, DeepSpeed ZeRO-2. Measured in 2023: 2 x A10, 18 GB each.
+# LoRA, 2 processes, one GPU each, DeepSpeed ZeRO-2. Measured in 2023: 2 x A10, 18 GB each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

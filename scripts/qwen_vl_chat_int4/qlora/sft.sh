@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# QLoRA, one GPU, on int4 weights of the hub. Measured in 2023: A10, 11 GB.
+# QLoRA, one GPU, on int4 weights from the hub. Measured in 2023: A10, 11 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

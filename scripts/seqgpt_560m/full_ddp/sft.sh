@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All weights, 2 processes, a GPU each. Measured in 2023: 2 x A10, 13 GB each.
+# All weights, 2 processes, one GPU each. Measured in 2023: 2 x A10, 13 GB each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/env.sh

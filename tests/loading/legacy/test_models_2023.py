@@ -1,4 +1,4 @@
-"""The 47 models of 2023, in their original layouts at toy size: each family proven, each key through the programs."""
+"""The 47 models of 2023 in their original layouts at toy size: each family is tested, each key runs the programs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from utils.loading.packed import packed_classes
 from utils.loading.weights import locate
 from utils.model import MODEL_MAPPING, get_model_info, load_model, load_tokenizer
 from utils.run.open_model import open_model
+from utils.run.record import RunRecord
 from utils.train.prepare import prepare_model
 
 QKV = ('q_proj', 'k_proj', 'v_proj')
 
-# Of the 47, those that are registered.
+# Those of the 47 that are registered.
 REGISTERED = 47
 OUR_CLASSES = {'baichuan-13b', 'baichuan2-13b', 'baichuan2-13b-chat-int4', 'qwen-vl'}
 
@@ -37,7 +38,7 @@ OUR_CLASSES = {'baichuan-13b', 'baichuan2-13b', 'baichuan2-13b-chat-int4', 'qwen
 def test_entries_are_those_of_the_facts() -> None:
     assert len(FACTS) == 47 and len(KEYS) == REGISTERED
     dtypes = {'float16': 'fp16', 'bfloat16': 'bf16'}
-    # What the fused layers of 2023 are in the native classes; GPT-2 and Bloom still have theirs.
+    # Native names of the fused layers of 2023; GPT-2 and Bloom still have fused layers.
     native = {'c_attn': QKV, 'W_pack': QKV, 'query_key_value': QKV}
     for key in KEYS:
         info, facts = MODEL_MAPPING[key], FACTS[key]
@@ -72,7 +73,7 @@ def test_template_of_each_entry_renders() -> None:
 
 
 def batch(model: Any) -> dict[str, Any]:
-    """Return random tokens to learn by heart."""
+    """Return random tokens to memorise."""
     import torch
 
     size = min(model.config.vocab_size, 300)
@@ -88,7 +89,7 @@ def logits_of(model: Any) -> Any:
 
 
 def gradients(model: Any, weights: list[Any]) -> list[Any]:
-    """Return the gradient of each weight for the batch, dropout being the same each time."""
+    """Return the gradient of each weight for the batch, with the same dropout each time."""
     import torch
 
     torch.manual_seed(1)
@@ -99,7 +100,7 @@ def gradients(model: Any, weights: list[Any]) -> list[Any]:
 
 
 def check_it_trains(tuned: Any) -> list[Any]:
-    """Evaluate and train by turns, 5 steps: all gradients are there, the loss falls. Returns the trained weights."""
+    """Evaluate and train alternately, 5 steps: all gradients exist, the loss falls. Returns the trained weights."""
     import torch
 
     weights = [weight for weight in tuned.parameters() if weight.requires_grad]
@@ -118,6 +119,7 @@ def check_it_trains(tuned: Any) -> list[Any]:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key', PROVEN)
 def test_family_trains_reloads_and_merges(key: str, tmp_path: Path) -> None:
     import torch
@@ -144,7 +146,7 @@ def test_family_trains_reloads_and_merges(key: str, tmp_path: Path) -> None:
     if MODEL_MAPPING[key].quantization == 'gptq':  # see test_model_trains_and_answers: merging is refused
         return
     merged = tmp_path / 'merged'
-    merge_and_save(tuned, tokenizer, merged, record={})
+    merge_and_save(tuned, tokenizer, merged, record=RunRecord())
     if key in OUR_CLASSES:
         with pytest.raises(ValueError, match='assay_'):
             AutoModelForCausalLM.from_pretrained(merged)
@@ -164,6 +166,8 @@ def ends(settings: Any) -> list[int]:
     return settings.eos_token_id if isinstance(settings.eos_token_id, list) else []
 
 
+@pytest.mark.slow
+@pytest.mark.optional
 @pytest.mark.parametrize('bits', [4, 8])
 @pytest.mark.parametrize('key', [key for key in PROVEN if MODEL_MAPPING[key].quantization != 'gptq'])
 def test_family_is_packed_on_load_and_trains(key: str, bits: int, tmp_path: Path) -> None:
@@ -182,6 +186,8 @@ def test_family_is_packed_on_load_and_trains(key: str, bits: int, tmp_path: Path
     check_it_trains(prepare_model(model, args))
 
 
+@pytest.mark.slow
+@pytest.mark.optional
 def test_the_4_bits_of_2023_are_packed_anew_by_the_program(
     tmp_path: Path, data_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,7 +204,7 @@ def test_the_4_bits_of_2023_are_packed_anew_by_the_program(
 def test_flash_attention_is_left_out_where_a_class_has_none(
     key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else a GPU would open none of these; a class that has it says that it is not installed here."""
+    """Otherwise a GPU could open none of these. A class that supports it reports that it is not installed here."""
     import torch
 
     folder = original_folder(key, tmp_path)
@@ -227,6 +233,8 @@ def test_a_tensor_that_a_native_class_does_not_know_is_named(tmp_path: Path, cap
     assert f'1 tensors of {folder} are not used by LlamaForCausalLM: model.layers.0.extra.weight' in caplog.text
 
 
+@pytest.mark.slow
+@pytest.mark.optional
 @pytest.mark.parametrize('dtype', ['fp16', 'fp32'])
 @pytest.mark.parametrize('key', ['qwen-7b-chat-int4', 'qwen-7b-chat-int8'])
 def test_gptq_weights_stay_packed_and_train(key: str, dtype: str, tmp_path: Path) -> None:
@@ -237,7 +245,7 @@ def test_gptq_weights_stay_packed_and_train(key: str, dtype: str, tmp_path: Path
     model, _, _ = open_model(args, info, locate(info, revision='master'), trains=True)
     layers = [module for module in model.modules() if isinstance(module, packed_classes())]
     assert len(layers) == linear_names(model).total() == 14
-    # Nothing waits for a compiler.
+    # No test waits for a compiler.
     assert not any('dequantize_weight' in vars(layer) for layer in layers)
     assert not [name for name, layer in model.model.named_modules() if type(layer) is torch.nn.Linear]
     if dtype == 'fp32':
@@ -250,29 +258,24 @@ def test_gptq_weights_stay_packed_and_train(key: str, dtype: str, tmp_path: Path
 def test_model_trains_and_answers(key: str, tmp_path: Path, data_file: Path) -> None:
     folder = original_folder(key, tmp_path)
     out = tmp_path / 'out'
+    # One key of each family runs the first-step gate and 5 steps. The others use the same code with another entry.
+    is_first = key in PROVEN
+    steps = '5' if is_first else '2'
     # The toy PolyLM has 64 learned positions.
     flags = [
-        '--max_length',
-        '60',
-        '--max_steps',
-        '5',
-        '--eval_steps',
-        '5',
-        '--learning_rate',
-        '0.003',
-        '--model_id_or_path',
-        str(folder),
-    ]
+        '--max_length', '60', '--max_steps', steps, '--eval_steps', steps, '--learning_rate', '0.003',
+        '--model_id_or_path', str(folder), '--preflight', str(is_first).lower(),
+    ]  # fmt: skip
     info = MODEL_MAPPING[key]
     assert llm_sft.main([*small_flags(folder, data_file, out), *flags]) == 0
-    # The folder has the hub's name; where several keys share a family the first of that name is meant.
+    # The folder has the hub's name; if several keys have this name, the first one is meant.
     run = next(out.glob('*/v0-*'))
     args = json.loads((run / 'sft_args.json').read_text())
     assert MODEL_MAPPING[args['model_type']].model_id_or_path == info.model_id_or_path
     assert args['template_type'] == info.template
-    targets = json.loads((run / 'checkpoint-5' / 'adapter_config.json').read_text())['target_modules']
+    checkpoint = run / f'checkpoint-{steps}'
+    targets = json.loads((checkpoint / 'adapter_config.json').read_text())['target_modules']
     assert sorted(targets) == sorted(info.lora_target_modules)
-    checkpoint = run / 'checkpoint-5'
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--do_sample', 'false', '--max_new_tokens', '3']) == 0
     assert len((checkpoint / 'infer_result.jsonl').read_text().splitlines()) == 4
     merges = llm_infer.main(['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true'])

@@ -40,7 +40,7 @@ def write_folder(folder: Path, config: Config, state: State) -> Path:
 
 
 def write_shards(folder: Path, config: Config, state: dict[str, Any]) -> Path:
-    """Write a .bin checkpoint of two shards whose layers lie across both."""
+    """Write a .bin checkpoint of two shards, with layers split across both."""
     folder.mkdir(parents=True)
     (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
     files = [f'pytorch_model-0000{i}-of-00002.bin' for i in (1, 2)]
@@ -62,7 +62,7 @@ def greedy(model: Any, ids: Any, mask: Any, **options: Any) -> Any:
 
 
 def batch() -> tuple[Any, Any, Any]:
-    """Return ids, left-padded ids and their mask, the same in every golden of 24 columns."""
+    """Return ids, left-padded ids and their mask; they are the same in every golden file of 24 columns."""
     found = load_file(GOLDENS / 'baichuan_13b-a' / 'expected.safetensors')
     return found['input_ids'], found['padded_input_ids'], found['attention_mask']
 
@@ -172,7 +172,7 @@ def test_slopes_are_those_of_the_paper() -> None:
 
 
 def compute(state: State, config: Config, ids: Any, *, normalised: bool) -> Any:
-    """Return the logits of one row, from the original tensors by the original's formulas."""
+    """Return the logits of one row, computed from the original tensors with the original's formulas."""
     heads = config['num_attention_heads']
     d = config['hidden_size'] // heads
 
@@ -182,7 +182,7 @@ def compute(state: State, config: Config, ids: Any, *, normalised: bool) -> Any:
     def linear(x: Any, name: str) -> Any:
         return x @ state[f'{name}.weight'].T
 
-    # Eight heads have 2^-1 to 2^-8; four have every other of them, and up to four more take those between.
+    # Eight heads have 2^-1 to 2^-8. Four heads have every second of them, and up to four more have those between.
     steps = range(1, 9) if heads == 8 else (2, 4, 6, 8, 1, 3, 5, 7)[:heads]
     slopes = torch.tensor([2.0**-step for step in steps])
     places = torch.arange(len(ids))
@@ -275,7 +275,8 @@ def pack(name: str, weight: Any, **settings: Any) -> tuple[dict[str, Any], Any]:
     return {f'{name}.data': data, f'{name}.quant_state': layout}, functional.dequantize_4bit(data, state)
 
 
-# On a CPU, bitsandbytes itself misreads blocks that are longer than a row.
+# On a CPU, bitsandbytes misreads blocks that are longer than a row.
+@pytest.mark.optional
 @pytest.mark.parametrize(
     ('shape', 'settings'),
     [
@@ -290,7 +291,7 @@ def pack(name: str, weight: Any, **settings: Any) -> tuple[dict[str, Any], Any]:
 def test_packed_weights_are_read_as_bitsandbytes_reads_them(
     shape: tuple[int, int], dtype: torch.dtype, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('utils.loading.legacy.lazy._BLOCK', 3000)  # so that there are several parts, the last one short
+    monkeypatch.setattr('utils.loading.legacy.lazy._BLOCK', 3000)  # several parts, with a short last one
     torch.manual_seed(0)
     entries, expected = pack('w.weight', torch.randn(shape, dtype=dtype), **settings)
     found = unpack_state({**entries, 'other': torch.ones(1)})
@@ -336,6 +337,7 @@ def test_the_4_bits_of_7b_are_the_rotary_model(tmp_path: Path) -> None:
     assert torch.equal(logits_of(found, batch()[0]), logits_of(expected, batch()[0]))
 
 
+@pytest.mark.optional
 def test_the_4_bits_opened_in_4_bits_stay_near() -> None:
     bitsandbytes = pytest.importorskip('bitsandbytes')
     from transformers import BitsAndBytesConfig
@@ -344,7 +346,7 @@ def test_the_4_bits_opened_in_4_bits_stay_near() -> None:
     model = open_golden('baichuan2_13b_4bits-a', quantization_config=packing)
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 2 * 7 and type(model.lm_head) is torch.nn.Linear
-    for layer in layers:  # its kernel for these CPUs takes no layers this small
+    for layer in layers:  # its kernel for these CPUs does not support such small layers
         layer.support_avx512bf16_for_cpu = False
     expected = load_file(GOLDENS / 'baichuan2_13b_4bits-a' / 'expected.safetensors')
     assert (logits_of(model, expected['input_ids']) - expected['logits']).abs().max() <= 0.1

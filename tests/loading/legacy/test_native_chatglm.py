@@ -1,4 +1,4 @@
-"""ChatGLM2: goldens of the original code, variants against a small computation, refusals, training, saving."""
+"""ChatGLM2: golden outputs of the original code, variants against a small computation, refusals, training, saving."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_32k_model_divides_positions(tmp_path: Path) -> None:
 
 
 def rotate(x: Any) -> Any:
-    """Return (T, heads, d) with neighbours in the first half of d turned by position, as ChatGLM2 does."""
+    """Return (T, heads, d) with adjacent pairs in the first half of d rotated by position, as in ChatGLM2."""
     length, _, d = x.shape
     angle = torch.arange(length)[:, None] / 10000.0 ** (torch.arange(0, d // 2, 2) / (d // 2))
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]
@@ -144,7 +144,7 @@ def rotate(x: Any) -> Any:
 
 
 def compute(state: State, config: Config, ids: Any) -> Any:
-    """Return the logits of one row, from the original tensors by the original's formulas."""
+    """Return the logits of one row, computed from the original tensors with the original's formulas."""
     heads, groups, d = (config[name] for name in ('num_attention_heads', 'multi_query_group_num', 'kv_channels'))
 
     def norm(x: Any, name: str) -> Any:

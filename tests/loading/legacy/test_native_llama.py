@@ -1,4 +1,4 @@
-"""Llama-like and simple 2023 families: goldens of the original code, variants against a small computation, refusals."""
+"""Llama-like and simple families of 2023: golden outputs of the original code, variants, refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the original code gave for a plain and a left-padded batch."""
+    """The outputs of the original code for a plain and a left-padded batch."""
 
     ids: Any
     logits: Any
@@ -47,7 +47,7 @@ class Expected:
 
 
 def expected(name: str) -> Expected:
-    """Return the recorded outputs, which two recorders named differently; `generated` is the new tokens alone."""
+    """Return the recorded outputs under common names; `generated` holds only the new tokens."""
     found = load_file(GOLDENS / name / 'expected.safetensors')
     old = 'logits_leftpad' in found
     prompt = 16 if old else found['input_ids'].shape[1]
@@ -65,7 +65,7 @@ def expected(name: str) -> Expected:
 
 
 def open_folder(name: str, folder: Path | None = None, **options: Any) -> Any:
-    """Return the model of a golden's folder, or of a variant of it, in fp32 for evaluation."""
+    """Return the model of a golden folder, or of a variant of it, in fp32 and eval mode."""
     folder = folder or GOLDENS / name
     if name in NATIVE:
         return load_model(folder, torch_dtype=torch.float32).eval()
@@ -85,7 +85,7 @@ def write_folder(folder: Path, config: Config, state: State) -> Path:
 
 
 def logits_of(model: Any, ids: Any, mask: Any | None = None) -> Any:
-    # GPT-2 has a table of positions, which a left-padded row has to be told; generate() does so by itself.
+    # GPT-2 has a table of positions, so a left-padded row needs position_ids; generate() passes them itself.
     learnt = mask is not None and model.config.model_type == 'gpt2'
     positions = {'position_ids': (mask.cumsum(1) - 1).clamp_min(0)} if learnt and mask is not None else {}
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_three_shards_give_a_bit_equal_model(name: str, kind: str, tmp_path: Pat
     stem = {'safetensors': 'model', 'bin': 'pytorch_model'}[kind]
     files = [f'{stem}-0000{i}-of-00003.{kind}' for i in (1, 2, 3)]
     shards: dict[str, State] = {file: {} for file in files}
-    for position, key in enumerate(sorted(state, key=lambda key: key[::-1])):  # layers lie across shards
+    for position, key in enumerate(sorted(state, key=lambda key: key[::-1])):  # layers are split across shards
         shards[files[position % 3]][key] = state[key]
     for file, content in shards.items():
         (save_file if kind == 'safetensors' else torch.save)(content, tmp_path / file)
@@ -165,7 +165,7 @@ def test_a_fused_tensor_that_cannot_be_cut_is_named(tmp_path: Path) -> None:
 
 
 def reference_logits(state: State, ids: Any, heads: int, inverse_frequencies: Any, *, norm_head: bool) -> Any:
-    """Return the logits of an original-layout Llama in float64, written from the papers' formulas alone."""
+    """Return the logits of an original-layout Llama in float64, written only from the formulas of the papers."""
 
     def norm(x: Any, weight: Any) -> Any:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
@@ -241,7 +241,7 @@ VARIANTS: list[tuple[str, int, int, dict[str, Any]]] = [
 def test_other_sizes_against_a_small_computation(
     name: str, width: int, heads: int, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """20 tokens where 16 positions are the limit: dynamic rotary embedding changes its base, static keeps it."""
+    """20 tokens with a limit of 16 positions: dynamic rotary embedding changes its base, static keeps it."""
     state = random_state(
         width, 70, fused=name.startswith('baichuan'), bias=name == 'internlm-a' and fields.get('bias', True)
     )

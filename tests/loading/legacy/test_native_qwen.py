@@ -1,4 +1,4 @@
-"""Qwen of 2023 in native classes: goldens of the original code, renamed fields, GPTQ bit for bit, long contexts."""
+"""Qwen of 2023 in native classes: golden outputs of the original code, renamed fields, bitwise GPTQ, long contexts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SEQ = 64
 
 @pytest.fixture(autouse=True)
 def without_gptq_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have weights unpacked on load, whatever is installed here."""
+    """Unpack weights on load, even if optimum and gptqmodel are installed."""
     monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: False)
 
 
@@ -89,7 +89,7 @@ def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, co
 
 
 def check_golden(model: Any, expected: dict[str, torch.Tensor], sides: tuple[str, ...]) -> None:
-    """Compare logits, each padding, the loss and greedy tokens of a batch with what the original code gave."""
+    """Compare logits, both paddings, the loss and greedy tokens of a batch with those of the original code."""
     ids = expected['input_ids']
     with torch.no_grad():
         out = model(ids, attention_mask=expected['attention_mask'], labels=ids)
@@ -118,7 +118,7 @@ def test_the_original_code_and_the_native_class_agree() -> None:
 def test_names_of_august_2023_and_sharded_bin_files_give_the_same_model(tmp_path: Path) -> None:
     config, state = read_json(PLAIN), load_file(PLAIN / 'model.safetensors')
     old = {OLD_NAMES.get(name, name): value for name, value in config.items()}
-    # That code embedded the padded size, whatever vocab_size said, and stored tables.
+    # That code embedded the padded size and ignored vocab_size; it also stored tables.
     old |= {'vocab_size': 300, 'n_positions': 512, 'activation': 'swiglu'}
     state |= {
         'transformer.h.0.attn.bias': torch.ones(1, 1, 4, 4), 'transformer.h.1.attn.masked_bias': torch.tensor(-1e4),
@@ -134,7 +134,7 @@ def test_names_of_august_2023_and_sharded_bin_files_give_the_same_model(tmp_path
 
 
 def test_other_sizes_agree_with_plain_arithmetic(tmp_path: Path) -> None:
-    """Six heads, three layers, another base and another epsilon, against a computation that shares no code."""
+    """Six heads, three layers, another base and epsilon, against a computation that shares no code."""
     config = read_json(PLAIN) | {
         'hidden_size': 72, 'num_attention_heads': 6, 'kv_channels': 12, 'num_hidden_layers': 3,
         'intermediate_size': 208, 'rotary_emb_base': 50000, 'layer_norm_epsilon': 1e-5, 'vocab_size': 150,
@@ -233,7 +233,7 @@ def test_parts_of_a_fused_layer_unpack_to_slices_of_it(
     form = gptq.Format(bits=bits, zero_offset=offset)
     whole = gptq.PackedWeight(**tensors, format=form)
     whole.check('layer')
-    # 408 outputs: more than one block, and the last one short.
+    # 408 outputs: several blocks, with a short last one.
     assert torch.equal(whole[...].to(dtype=torch.float32), weight)
     cut = {name: gptq.split_fused(f'c_attn.{name}', tensor, 3) for name, tensor in tensors.items()}
     for i in range(3):
@@ -315,6 +315,7 @@ def test_packed_weights_stay_packed_where_the_libraries_are(monkeypatch: pytest.
         assert torch.equal(weights[key][...].to(dtype=torch.float32), weight[...].to(dtype=torch.float32)), key
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize(
     ('bits', 'group', 'act_order'),
     [(4, 16, False), (4, 32, True), (4, -1, False), (8, 32, True), (8, -1, False), (8, 16, False)],
@@ -333,10 +334,11 @@ def test_packed_weights_compute_what_unpacked_ones_do(
             torch.testing.assert_close(model(ids).logits.float(), expected, atol=5e-2, rtol=0)
 
 
+@pytest.mark.optional
 def test_packed_golden_through_the_public_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: True)
     expected = load_file(PACKED / 'expected.safetensors')
-    for dtype, bound in ((None, 5e-2), (torch.float32, 1e-2)):  # the entry's own is fp16
+    for dtype, bound in ((None, 5e-2), (torch.float32, 1e-2)):  # the default of the entry is fp16
         model = load_model(PACKED, model_type='qwen-7b-chat-int4', torch_dtype=dtype)
         with torch.no_grad():
             for side in ('', '_leftpad'):
@@ -346,8 +348,9 @@ def test_packed_golden_through_the_public_path(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(generate(model, expected['input_ids'][:, :16]), expected['generated'])
 
 
+@pytest.mark.optional
 def test_what_is_saved_packed_opens_packed_to_the_same_logits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """gptqmodel rewrites zero points while loading: a folder that says the old format would be read wrongly."""
+    """gptqmodel rewrites zero points while loading: a folder that still states the old format would be read wrongly."""
     from tests.support.tiny_models import make_tokenizer
 
     monkeypatch.setattr('utils.loading.legacy.families.qwen.packed_available', lambda: True)
@@ -394,7 +397,7 @@ def test_long_contexts_are_scaled_as_in_the_original(tmp_path: Path, ntk: bool, 
 @pytest.mark.parametrize('prompt', [SEQ - 4, SEQ + 1])
 def test_the_factor_of_the_prompt_stays_while_tokens_are_added(tmp_path: Path, prompt: int) -> None:
     model, state, config = long_checkpoint(tmp_path / 'a')
-    # A longer prompt before must leave nothing behind.
+    # An earlier, longer prompt must not change the result.
     generate(model, tokens(5 * SEQ)[None], count=2)
     row = tokens(prompt)
     made = generate(model, row[None])[0]

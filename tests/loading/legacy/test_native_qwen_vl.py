@@ -1,4 +1,4 @@
-"""Qwen-VL: goldens of the original code, variants against a slow computation of our own, images, refusals."""
+"""Qwen-VL: golden outputs of the original code, variants against a slow independent computation, images, refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def logits_of(model: Any, ids: Any, **inputs: Any) -> Any:
         return model(ids, **inputs).logits
 
 
-# The original goldens
+# Golden outputs of the original code
 
 
 def test_features_and_logits_of_the_original_code(golden: State) -> None:
@@ -99,7 +99,7 @@ def test_pixels_are_those_of_the_original_preprocessing(golden: State) -> None:
     assert read_images([GOLDEN / 'a.png'], 448).shape == (1, 3, 448, 448)
 
 
-# Variants against a slow computation in fp64, from the tensors in the original layout
+# Variants against a slow computation in fp64 from the tensors of the original layout
 
 
 def cubic(source: int, target: int) -> Any:
@@ -200,7 +200,7 @@ def reference_logits(config: dict[str, Any], state: State, ids: list[int], image
 
 
 def make_config(**visual: Any) -> dict[str, Any]:
-    """Return config.json of another size: 2 layers, 6 heads of 64, a grid of 3 x 3 patches with a rest."""
+    """Return a config.json of another size: 2 layers, 6 heads of 64, a grid of 3 x 3 patches with a remainder."""
     out = visual.get('output_dim', 384)
     return {
         **read_golden()[0], 'hidden_size': out, 'num_attention_heads': out // 64, 'kv_channels': 64,
@@ -561,7 +561,7 @@ def test_paths_start_at_the_data_file_and_stay_in_its_folder(monkeypatch: pytest
             place_image(path, '/data')
     for path in ('https://example.org/a.png', 'file:///a.png', 'data:image/png;base64,AAAA'):
         for folder in ('/data', None):
-            with pytest.raises(BadImage, match='nothing is downloaded'):
+            with pytest.raises(BadImage, match='images are not downloaded'):
                 place_image(path, folder)
 
 
@@ -579,9 +579,9 @@ def png_of_size(path: Path, width: int, height: int) -> Path:
     """Write a small PNG that claims many pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack_text('>I', len(body)) + kind + body + struct.pack_text('>I', zlib.crc32(kind + body))
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
 
-    header = struct.pack_text('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     data = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
     path.write_bytes(b'\x89PNG\r\n\x1a\n' + data)
     return path
@@ -608,10 +608,10 @@ def a_program(folder: Path) -> Path:
         (a_text, 'cannot be read'),
         (a_truncated_image, 'cannot be read'),
         (a_program, 'cannot identify'),
-        (lambda folder: folder / 'gone.png', 'is not there'),
-        (lambda folder: folder, 'is not there'),
-        (lambda folder: 'a\0b.png', 'is not there'),
-        (lambda folder: '', 'is not there'),
+        (lambda folder: folder / 'gone.png', 'does not exist'),
+        (lambda folder: folder, 'does not exist'),
+        (lambda folder: 'a\0b.png', 'does not exist'),
+        (lambda folder: '', 'does not exist'),
         (lambda folder: png_of_size(folder / 'large.png', 9500, 9500), '9500 x 9500 pixels'),
         (lambda folder: png_of_size(folder / 'huge.png', 60000, 60000), 'too large to decode'),
     ],
@@ -623,7 +623,7 @@ def test_files_that_are_no_usable_image_are_named(make: Callable[[Path], Any], s
     assert said in str(error.value)
     assert repr(path) in str(error.value)
     assert (error.value.path, path in error.value.reason) == (path, path == '')
-    # As it comes out of a data-loader process: with a traceback before it, the kind alone kept.
+    # As a data-loader process passes it on: after a traceback, with only its class kept.
     caught = (
         f'Caught BadImage in DataLoader worker process 0.\nTraceback:\nutils.formats.images.BadImage: {error.value}\n'
     )

@@ -1,4 +1,4 @@
-"""Tokenizers of the 2023 models: id for id with the original code and with the sentencepiece library."""
+"""Tokenizers of the 2023 models: the same ids as the original code and the sentencepiece library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from utils.loading.legacy.tokenizers.xverse import build_xverse_tokenizer
 GOLDENS = ROOT / 'tests' / 'goldens' / 'tokenizers'
 SYMBOLS = ['<eoh>', '<eoa>', '<|User|>', '<eoh>x']
 SPECIAL = ('<s>', '</s>', '<unk>')
-# Trainer options by name; the first three families are BPE, the model of each is trained here.
+# Trainer options by name. The model of each is trained here; the first three families are BPE.
 FLAVOURS: dict[str, dict[str, Any]] = {
     'bpe': {'add_dummy_prefix': False, 'remove_extra_whitespaces': False, 'user_defined_symbols': SYMBOLS},
     'bpe_shuffled': {'add_dummy_prefix': False, 'remove_extra_whitespaces': False, 'user_defined_symbols': SYMBOLS},
@@ -72,7 +72,7 @@ def train(flavour: str) -> bytes:
 
 
 def hostile_texts(count: int = 700) -> list[str]:
-    """Return fixed awkward texts and random ones of words, symbols, spaces, CJK, combining marks and emoji."""
+    """Return fixed difficult texts, and random ones of words, symbols, spaces, CJK, combining marks and emoji."""
     rng = random.Random(1)
     parts = [word for text in TEXTS for word in text.split()]
     parts += [
@@ -132,7 +132,7 @@ def hostile_texts(count: int = 700) -> list[str]:
 
 
 def reload(tokenizer: Any, folder: Path) -> Any:
-    """Return the tokenizer that plain AutoTokenizer makes of what is saved."""
+    """Return the tokenizer that plain AutoTokenizer makes of the saved folder."""
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(folder)
@@ -176,7 +176,7 @@ def test_ids_are_those_of_the_sentencepiece_library(tmp_path: Path, flavour: str
     tokenizer = build_polylm_tokenizer(tmp_path)
     again = reload(tokenizer, tmp_path / 'saved')
     assert len(again) == reference.vocab_size()
-    # `tokenizers` normalises a mark together with what stands before it, sentencepiece character by character.
+    # `tokenizers` normalises a mark together with the character before it, sentencepiece each character alone.
     texts = [text for text in hostile_texts() if not (flavour.endswith('nfkc') and '\u0338' in text)]
     for text in texts:
         ids = reference.encode(text)
@@ -189,7 +189,7 @@ def test_ids_are_those_of_the_sentencepiece_library(tmp_path: Path, flavour: str
 
 
 def test_control_tokens_cut_text_and_each_part_gets_the_dummy_prefix(tmp_path: Path) -> None:
-    """The original classes encode what stands between control tokens on its own."""
+    """The original classes encode the text between control tokens separately."""
     import sentencepiece
 
     (tmp_path / 'tokenizer.model').write_bytes(train('bpe_prefix_symbols'))
@@ -198,7 +198,7 @@ def test_control_tokens_cut_text_and_each_part_gets_the_dummy_prefix(tmp_path: P
     parts = ['the answer', '<eoh>is', ' you ']
     expected = [1, *reference.encode(parts[0]), 2, *reference.encode(parts[1]), 1, *reference.encode(parts[2])]
     assert tokenizer(f'{parts[0]}</s>{parts[1]}<s>{parts[2]}')['input_ids'] == expected
-    # A user's text cannot write one, not even right after a user-defined piece.
+    # A user's text cannot produce one, not even directly after a user-defined piece.
     for text in ('a</s>', '<eoh></s>', '<eoh><s><unk>'):
         ids = tokenizer(text, split_special_tokens=True, add_special_tokens=False)['input_ids']
         assert not {0, 1, 2} & set(ids) and tokenizer.decode(ids) == text
@@ -261,7 +261,7 @@ def test_tokenizer_config_decides_about_added_tokens_and_flags(tmp_path: Path) -
 
 
 def qwen_reference(ranks: dict[bytes, int], text: str) -> list[int]:
-    """Return tiktoken's ids the slow way: the neighbours whose union has the lowest rank are joined, leftmost first."""
+    """Return tiktoken's ids the slow way: join the adjacent pair whose union has the lowest rank, leftmost first."""
     import regex
 
     pattern = (
@@ -326,7 +326,7 @@ def test_a_qwen_chat_model_ends_with_im_end(tmp_path: Path, generation: dict[str
 
 
 def xverse_content(prefixed: bool) -> tuple[Any, dict[str, Any]]:
-    """Return a tokenizer with a Metaspace and its tokenizer.json in the fields of 2023."""
+    """Return a tokenizer with a Metaspace, and its tokenizer.json with the fields of 2023."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     scheme = 'always' if prefixed else 'never'
@@ -383,7 +383,7 @@ def test_a_model_cut_anywhere_is_an_error(tmp_path: Path, name: str) -> None:
 
 
 def test_noise_in_a_model_is_an_error_or_a_tokenizer(tmp_path: Path) -> None:
-    """Whatever the bytes, nothing but ConfigError comes out."""
+    """For any bytes, the only exception is ConfigError."""
     whole = (GOLDENS / 'internlm.model').read_bytes()
     rng = random.Random(2)
     refused = 0

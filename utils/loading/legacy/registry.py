@@ -1,4 +1,4 @@
-"""The families, and which one a directory is of."""
+"""The table of families, and the search for the family of a folder."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from utils.loading.legacy.tokenizers.tiktoken import build_qwen_tokenizer, build
 from utils.loading.legacy.tokenizers.xverse import build_xverse_tokenizer
 
 _MODEL = 'tokenizer.model'
-# Each family with the file its tokenizer is made from, and what makes it.
-_READ: tuple[tuple[str, Callable[[Path], Any], tuple[Family, ...]], ...] = (
+# File of the tokenizer, function that builds the tokenizer, families that use them.
+_TOKENIZERS: tuple[tuple[str, Callable[[Path], Any], tuple[Family, ...]], ...] = (
     ('qwen.tiktoken', build_qwen_tokenizer, (QWEN, QWEN_GPTQ)),
     ('qwen.tiktoken', build_qwen_vl_tokenizer, (QWEN_VL, QWEN_VL_GPTQ)),
     (_MODEL, build_internlm_tokenizer, (INTERNLM,)),
@@ -43,23 +43,31 @@ _READ: tuple[tuple[str, Callable[[Path], Any], tuple[Family, ...]], ...] = (
 )
 
 FAMILIES: dict[str, Family] = {
-    family.name: replace(family, tokenizer=build, vocabulary=file) for file, build, group in _READ for family in group
+    family.name: replace(family, tokenizer=build, vocabulary=file)
+    for file, build, group in _TOKENIZERS
+    for family in group
 }
 
 
 def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | None:
-    """Return the family by name, else the one whose original config.json this is; None for a native layout."""
+    """Return the family `name`, or else the only one that matches an original config.json; None for other layouts."""
     if name is not None:
         family = FAMILIES[name]
         return family if config.get('model_type') == family.model_type else None
-    found = [f for f in FAMILIES.values() if f.model_type == config.get('model_type') and f.matches(config)]
+
+    found = [
+        family
+        for family in FAMILIES.values()
+        if family.model_type == config.get('model_type') and family.matches(config)
+    ]
     return found[0] if len(found) == 1 else None
 
 
 def find_saved(config: Mapping[str, Any]) -> Family | None:
-    """Return the family whose class of ours wrote this config.json, None for every other."""
+    """Return the family whose class in this project saved this config.json, None if there is none."""
     for family in FAMILIES.values():
-        is_ours = family.saved_model_type is not None and family.saved_model_type == config.get('model_type')
-        if is_ours and (family.saved_field is None or family.saved_field in config):
+        same_type = family.saved_model_type is not None and family.saved_model_type == config.get('model_type')
+        if same_type and (family.saved_field is None or family.saved_field in config):
             return family
+
     return None

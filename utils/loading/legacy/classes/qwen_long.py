@@ -1,7 +1,8 @@
-"""Qwen2 as the Qwen of 2023 ran it beyond its training length, at inference only: dynamic NTK and log-n attention.
+"""Qwen2 with the long-context inference of Qwen (2023): dynamic NTK and log-n attention.
 
-Up to that length (`max_position_embeddings`), and in training at any length, this is transformers' own Qwen2. The class
-bears its name, so that what is saved says Qwen2ForCausalLM and opens as such anywhere.
+They act only at inference, and only beyond the training length (`max_position_embeddings`). Otherwise the model
+computes the same as Qwen2 of transformers. The class has the same name, so that a saved model states Qwen2ForCausalLM
+and opens as that anywhere.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 
 def ntk_alpha(length: int, trained: int) -> float:
-    """Return the growth of the rotary base for a prompt of `length` tokens: 1 up to `trained`, then 3, 7, ..."""
+    """Return the factor of the rotary base for a prompt of `length` tokens: 1 up to `trained`, then 3, 7, ..."""
     return float(max(2 ** math.ceil(math.log2(max(length, 1) / trained) + 1) - 1, 1))
 
 
 def logn_factors(positions: torch.Tensor, trained: int) -> torch.Tensor:
-    """Return what the query at each position is multiplied by: log(position + 1) to the base `trained`, at least 1."""
+    """Return the factor of the query at each position: log(position + 1) to the base `trained`, at least 1."""
     return ((positions + 1).float().log() / math.log(trained)).clamp(min=1.0)
 
 
 class QwenRotaryEmbedding(Qwen2RotaryEmbedding):
-    """Rotary embedding whose base grows with the prompt, row by row, and stays as it is while tokens are added."""
+    """Rotary embedding whose base depends on the prompt length of each row and is fixed while tokens are generated."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
-        # One factor per row; None where no prompt is longer than what the model was trained on.
+        # One factor per row; None if no prompt is longer than the training length.
         self.alphas: list[float] | None = None
 
     def start(self, lengths: list[int]) -> None:
@@ -49,19 +50,22 @@ class QwenRotaryEmbedding(Qwen2RotaryEmbedding):
         if self.training or self.alphas is None:
             cos, sin = super().forward(x, position_ids)
             return cos, sin
+
         size = 2 * self.inv_freq.numel()
         theta = self.config.rope_parameters['rope_theta']
-        bases = torch.tensor([theta * a ** (size / (size - 2)) for a in self.alphas], device=x.device)
+
+        bases = torch.tensor([theta * alpha ** (size / (size - 2)) for alpha in self.alphas], device=x.device)
         powers = torch.arange(0, size, 2, dtype=torch.float, device=x.device) / size
         angles = position_ids[..., None].float() / (bases[:, None, None] ** powers)
         angles = torch.cat((angles, angles), dim=-1)
+
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 class QwenLogNAttention(Qwen2Attention):
-    """Attention whose queries beyond the trained length are scaled; any implementation of attention serves.
+    """Attention that scales the queries beyond the training length. Works with any implementation of attention.
 
-    It is done between rotation and attention, not to a layer's output: a layer may be wrapped by an adapter.
+    Queries are scaled after rotation, not in the output of q_proj, because an adapter may wrap that layer.
     """
 
     def forward(
@@ -72,23 +76,28 @@ class QwenLogNAttention(Qwen2Attention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what Qwen2Attention returns: output (B, T, hidden) and the weights where they are asked for."""
+        """Return what Qwen2Attention returns: the output (B, T, hidden) and, if requested, the attention weights."""
         if self.training:
             plain: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
             return plain
+
         batch, length = hidden_states.shape[:2]
         query, key, value = (
             layer(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        # Factors within the trained length are exactly 1; looking for larger ones would make a GPU wait in each layer.
+
+        # Factors within the training length are exactly 1. A check for larger ones would make each layer wait for the
+        # GPU.
         factors = logn_factors(kwargs['position_ids'], self.config.max_position_embeddings)
         query = query * factors[:, None, :, None].to(query.dtype)
+
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
@@ -101,19 +110,23 @@ class QwenLogNAttention(Qwen2Attention):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+
         return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
 
 
 class QwenModel(Qwen2Model):
-    """Qwen2Model that tells its rotary embedding how long each prompt is."""
+    """Qwen2Model that passes the length of each prompt to its rotary embedding."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
+
         if config.use_dynamic_ntk:
             self.rotary_emb = QwenRotaryEmbedding(config)
+
         if config.use_logn_attn:
             for index, layer in enumerate(self.layers):
                 layer.self_attn = QwenLogNAttention(config, index)
+
         self.post_init()
 
     def forward(
@@ -126,12 +139,13 @@ class QwenModel(Qwen2Model):
         **kwargs: Any,
     ) -> Any:
         """Return what Qwen2Model returns."""
-        # A cache that holds something continues a prompt, whose factor stays.
-        starts = past_key_values is None or int(past_key_values.get_seq_length()) == 0
-        if self.config.use_dynamic_ntk and not self.training and starts:
+        # With a non-empty cache, the tokens continue a prompt whose factor is set already.
+        is_prompt = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+        if self.config.use_dynamic_ntk and not self.training and is_prompt:
             inputs = input_ids if input_ids is not None else inputs_embeds
             if inputs is not None:
                 self.rotary_emb.start(_prompt_lengths(inputs, attention_mask, position_ids))
+
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -143,7 +157,7 @@ class QwenModel(Qwen2Model):
 
 
 class Qwen2ForCausalLM(PlainQwen2):
-    """Qwen2ForCausalLM with the two extensions, each where the checkpoint's config.json has it on."""
+    """Qwen2ForCausalLM with the two extensions that config.json switches on."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
@@ -152,12 +166,15 @@ class Qwen2ForCausalLM(PlainQwen2):
 
 
 def _prompt_lengths(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> list[int]:
-    """Return how many tokens each row holds, padding left out."""
+    """Return the number of tokens of each row, without padding."""
     rows, width = inputs.shape[:2]
+
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         counts: list[int] = attention_mask.sum(dim=-1).tolist()
         return counts
+
     if position_ids is not None:
         lengths: list[int] = (position_ids.expand(rows, -1).amax(dim=-1) + 1).tolist()
         return lengths
+
     return [width] * rows

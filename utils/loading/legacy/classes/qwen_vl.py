@@ -1,7 +1,7 @@
-"""Qwen-VL: a visual tower whose features take the place of the slots between two control tokens of a Qwen.
+"""Qwen-VL: a Qwen with a vision tower, whose features replace the embeddings between two control tokens.
 
-Parameters of the tower bear the checkpoint's names. Saved with a model_type of our own, so that AutoModel refuses the
-folder instead of opening a Qwen2 that is blind.
+Parameters of the tower have the names of the checkpoint. The model is saved under a model_type of this project, so that
+AutoModel refuses the folder instead of opening a Qwen2 without the tower.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from utils.base.errors import ConfigError
 from utils.loading.legacy.classes.qwen_long import Qwen2ForCausalLM
 
 _EPS = 1e-6
-# Both are fixed in the original code: the learnt position table is 16 x 16, a head of the resampler is 128 wide.
+
+# The original code fixes both: the learnt position table is 16 x 16, a head of the resampler is 128 wide.
 _TABLE = 256
 _POOL_HEAD = 128
 
 
 class QwenVLConfig(Qwen2Config):
-    """Qwen2Config with the tower's settings as the original config.json has them under `visual`."""
+    """Qwen2Config with the settings of the tower in `visual`, as in the original config.json."""
 
     model_type = 'assay_qwen_vl'
     visual: dict[str, Any] | None = None
@@ -35,26 +36,31 @@ class QwenVLConfig(Qwen2Config):
 
 
 def image_slots(ids: torch.Tensor, start: int) -> torch.Tensor:
-    """Return where ids (B, T) are slots, True strictly between `start` and the `start + 1` that closes it."""
-    opens, closes = ids == start, ids == start + 1
+    """Return a mask (B, T) of the image slots: True between id `start` and the id `start + 1` that closes it."""
+    opens = ids == start
+    closes = ids == start + 1
     is_open = opens.cumsum(-1) > closes.cumsum(-1)
-    # A start that nothing closes, which a model may generate, opens no slots.
+
+    # A model may generate a start without an end; it opens no slots.
     closed_later = closes.flip(-1).cumsum(-1).flip(-1) > 0
+
     return is_open & closed_later & ~opens
 
 
 def resize_table(table: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a square table of positions (S * S, C) as one of `count` positions, by bicubic interpolation."""
-    source, target = math.isqrt(table.shape[0]), math.isqrt(count)
+    """Return a square position table (S * S, C) resized to (count, C) by bicubic interpolation."""
+    source = math.isqrt(table.shape[0])
+    target = math.isqrt(count)
     if source == target:
         return table
+
     grid = table.float().t().reshape(1, -1, source, source)
     grid = F.interpolate(grid, size=(target, target), mode='bicubic', align_corners=False)
     return grid.flatten(2)[0].t().to(table.dtype)
 
 
 class GroupedHeads(nn.Module):
-    """Self-attention over all patches; its fused projection is laid out head by head: (heads, (q, k, v), size)."""
+    """Self-attention over all patches. The outputs of in_proj are ordered as (heads, (q, k, v), head size)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -65,13 +71,13 @@ class GroupedHeads(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fused = self.in_proj(x).unflatten(-1, (self.heads, 3, -1))
         query, key, value = fused.permute(3, 0, 2, 1, 4)
-        seen = F.scaled_dot_product_attention(query, key, value)
-        out: torch.Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        out: torch.Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out
 
 
 class VisualMLP(nn.Module):
-    """Two layers with the exact gelu between."""
+    """Two linear layers with the exact (not the tanh) GELU between them."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -100,7 +106,7 @@ class VisualBlock(GradientCheckpointingLayer):
 
 
 class VisualBlocks(nn.Module):
-    """The blocks one after the other."""
+    """The blocks of the tower in sequence."""
 
     def __init__(self, count: int, width: int, heads: int, inner: int) -> None:
         super().__init__()
@@ -115,7 +121,8 @@ class VisualBlocks(nn.Module):
 class CrossHeads(nn.Module):
     """Cross-attention with the parameter names of nn.MultiheadAttention.
 
-    That class never calls its own output layer, so an adapter on it would be trained for nothing; here it is called.
+    That class uses the weight of its output layer without calling the layer, so an adapter on the layer would have no
+    effect. Here the layer is called.
     """
 
     def __init__(self, width: int) -> None:
@@ -126,23 +133,26 @@ class CrossHeads(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        weights = self.in_proj_weight.chunk(3)
+        biases = self.in_proj_bias.chunk(3)
+
         query, key, value = (
             F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        seen = F.scaled_dot_product_attention(query, key, value)
-        out: torch.Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
+
+        attended = F.scaled_dot_product_attention(query, key, value)
+        out: torch.Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out
 
 
 class Resampler(nn.Module):
-    """Learnt queries that gather any number of patches into a fixed number of features."""
+    """Learnt queries that reduce any number of patches to a fixed number of features."""
 
     def __init__(self, queries: int, width: int, patch_width: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(queries, width) * 0.02)
-        # Sines and cosines that the checkpoint stores and nothing trains.
+        # Sines and cosines. The checkpoint stores them; they are not trained.
         self.register_buffer('pos_embed', torch.zeros(queries, width))
         self.kv_proj = nn.Identity() if patch_width == width else nn.Linear(patch_width, width, bias=False)
         self.attn = CrossHeads(width)
@@ -150,7 +160,7 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(width, eps=_EPS)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return (images, queries, width); positions are added to queries and keys, not to values."""
+        """Return features (images, queries, width). Positions are added to queries and keys, not to values."""
         table: torch.Tensor = self.get_buffer('pos_embed')
         values = self.ln_kv(self.kv_proj(patches))
         queries = (self.ln_q(self.query) + table).expand(len(patches), -1, -1)
@@ -159,11 +169,14 @@ class Resampler(nn.Module):
 
 
 class VisualTower(nn.Module):
-    """What turns images into features of the language model's width."""
+    """The vision tower: turns images into features of the width of the language model."""
 
     def __init__(self, visual: Mapping[str, Any]) -> None:
         super().__init__()
-        width, out, patch = visual['width'], visual['output_dim'], visual['patch_size']
+        width = visual['width']
+        out = visual['output_dim']
+        patch = visual['patch_size']
+
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.positional_embedding = nn.Parameter(torch.randn(_TABLE, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width, eps=_EPS)
@@ -181,7 +194,10 @@ class VisualTower(nn.Module):
 
 
 class QwenVLForCausalLM(Qwen2ForCausalLM):
-    """The language model; `pixel_values` (images, 3, side, side) are in the order of their slots, row by row."""
+    """The language model with its vision tower.
+
+    `pixel_values` (images, 3, side, side) are in the order of their slots, row by row.
+    """
 
     config_class = QwenVLConfig
     _no_split_modules = ('Qwen2DecoderLayer', 'VisualBlock', 'Resampler')
@@ -205,11 +221,12 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         pixel_values: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what Qwen2ForCausalLM returns; raises ConfigError where images and slots do not fit each other."""
+        """Return what Qwen2ForCausalLM returns. Raises ConfigError if the numbers of images and slots do not fit."""
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values)
         elif pixel_values is not None:
-            raise ConfigError('pixel_values need input_ids: embeddings do not tell where the slots of an image are.')
+            raise ConfigError('pixel_values need input_ids: embeddings do not show where the slots of an image are.')
+
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -222,20 +239,22 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         )
 
     def _embed(self, ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
-        """Return the embeddings (B, T, hidden) with image features in the slots."""
+        """Return the embeddings (B, T, hidden), with the features of the images in the slots."""
         embeds: torch.Tensor = self.model.embed_tokens(ids)
         slots = image_slots(ids, self.config.visual['image_start_id'])
         self._check_count(int(slots.sum()), 0 if pixels is None else len(pixels))
+
         if pixels is not None:
             embeds = embeds.masked_scatter(slots[..., None], self.visual(pixels).to(embeds))
         elif self.training and any(weight.requires_grad for weight in self.visual.parameters()):
-            # Distributed training waits for a gradient of every trained weight, also where a batch shows no image.
+            # Distributed training waits for the gradient of every trained weight, even if a batch has no image.
             side = self.config.visual['image_size']
             embeds = embeds + self.visual(embeds.new_zeros(1, 3, side, side)).mean().to(embeds) * 0
+
         return embeds
 
     def _check_count(self, slots: int, images: int) -> None:
-        """Raise ConfigError where the slots are not exactly those of the images."""
+        """Raise ConfigError if the number of slots is not that of the images."""
         each = self.config.visual['n_queries']
         if slots != images * each:
             raise ConfigError(
@@ -250,13 +269,15 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Return the inputs with each row repeated; images of a row are repeated as a group, not one by one."""
+        """Return the inputs with each row repeated `expand_size` times, together with all images of the row."""
         pixels: torch.Tensor | None = model_kwargs.get('pixel_values')
+
         if expand_size > 1 and pixels is not None and input_ids is not None:
             slots = image_slots(input_ids, self.config.visual['image_start_id']).sum(-1)
             self._check_count(int(slots.sum()), len(pixels))
             groups = pixels.split((slots // self.config.visual['n_queries']).tolist())
             pixels = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
+
         rest = {name: value for name, value in model_kwargs.items() if name != 'pixel_values'}
         ids, expanded = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **rest

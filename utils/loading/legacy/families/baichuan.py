@@ -1,4 +1,4 @@
-"""Baichuan-7B and Baichuan2-7B: Llamas with fused query, key and value; the second with a normalised output head."""
+"""Baichuan-7B and Baichuan2-7B: Llama with fused query, key and value; Baichuan2 has a normalised output head."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from utils.loading.legacy.lazy import LazyMatrix
 if TYPE_CHECKING:
     import torch
 
-_V1, _V2, _13B = 'baichuan_7b', 'baichuan2_7b', 'a Baichuan of 13B'
+_V1 = 'baichuan_7b'
+_V2 = 'baichuan2_7b'
+_13B = 'a Baichuan of 13B'
+
 _SIZES: dict[str, int] = {
     'hidden_size': 4096, 'intermediate_size': 11008, 'num_hidden_layers': 32, 'num_attention_heads': 32,
     'max_position_embeddings': 4096, 'pad_token_id': 0,
 }  # fmt: skip
 _VOCAB = {_V1: 64000, _V2: 125696}
+
 _FUSED = re.compile(r'^(.*\.self_attn\.)W_pack\.weight$')
 
 
 def native_config(original: Config, *, family: str) -> dict[str, Any]:
-    """Return the arguments of LlamaConfig; raises ConfigError where config.json is of another Baichuan."""
+    """Return the arguments of LlamaConfig. Raises ConfigError if config.json is that of another Baichuan."""
     found = _variant(original)
     architectures = original.get('architectures')
     refuse(
@@ -33,65 +37,76 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
         family,
         'architectures',
         architectures,
-        f'and its other fields say that it is {found}: name the model_type that it is',
+        f'and its other fields say that it is {found}: pass the matching --model_type',
     )
+
     config = llama_config(original, family, {**_SIZES, 'vocab_size': _VOCAB[family]})
     if family == _V2:
         refuse_tied(config, family)
+
     return {**config, 'rope_parameters': static_rope(original, family)}
 
 
 def _variant(original: Config) -> str | None:
-    """Return which Baichuan a config.json is of, None where it does not tell; all share one model_type."""
+    """Return which Baichuan a config.json describes, None if it does not show. All have the same model_type."""
     architecture = next(iter(original.get('architectures') or ()), None)
-    if architecture == 'BaiChuanForCausalLM':  # the capital C is of Baichuan-7B alone
+
+    if architecture == 'BaiChuanForCausalLM':  # only Baichuan-7B has the capital C
         return _V1
-    if 'max_position_embeddings' not in original:  # ALiBi has no table of positions, so only 13B models lack it
+
+    if 'max_position_embeddings' not in original:  # only 13B models lack it: ALiBi has no table of positions
         return _13B if 'model_max_length' in original else None
+
     if architecture == 'BaichuanForCausalLM':
         return _V2
+
     return next((family for family, size in _VOCAB.items() if size == original.get('vocab_size')), None)
 
 
 def _matches(original: Config, *, family: str) -> bool:
+    """Return whether a config.json describes this model with weights that are not quantised."""
     return _variant(original) == family and not original.get('quantization_config')
 
 
 def refuse_tied(config: Config, family: str) -> None:
-    """Raise ConfigError where the output head of a second generation is the embedding too."""
+    """Raise ConfigError if a Baichuan2 ties its output head to the embedding."""
     tied = config['tie_word_embeddings']
     refuse(tied, family, 'tie_word_embeddings', tied, 'but its normalised head cannot be the embedding too')
 
 
 def native_tensors(state: State, original: Config, *, width: int) -> State:
-    """Return W_pack cut into query, key and value; every other name is Llama's already.
+    """Return the tensors with W_pack split into query, key and value. All other names are those of Llama already.
 
-    `width` is the original class's own for a config.json that names none.
+    `width` is the hidden size if config.json does not state it: the default of the original class.
     """
     return map_each(state, partial(_split, width=original.get('hidden_size', width)))
 
 
 def native_tensors_normalised(state: State, original: Config, *, width: int) -> State:
-    """Return the tensors of `native_tensors` with the output head folded: its rows have length 1."""
+    """Return the tensors of `native_tensors`, with the rows of the output head scaled to length 1."""
     return with_normalised_head(native_tensors(state, original, width=width))
 
 
 def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Tensor]:
+    """Return a tensor under its native name, or the three parts of a fused one. Raises ConfigError for its shape."""
     fused = _FUSED.match(key)
     if fused is None:
         return {key: tensor}
+
     rows = next(iter(tensor.shape), 0)
     if rows != 3 * width:
         raise ConfigError(
             f"tensor '{key}' has {rows} rows where query, key and value of hidden_size {width} need "
-            f'{3 * width}: the file is damaged, or config.json is of another size.'
+            f'{3 * width}: the file is damaged, or config.json is of another size. Use the weights and config.json of '
+            'one repository or folder.'
         )
-    return {f'{fused[1]}{n}_proj.weight': part for n, part in zip('qkv', tensor.chunk(3), strict=True)}
+
+    return {f'{fused[1]}{name}_proj.weight': part for name, part in zip('qkv', tensor.chunk(3), strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormalisedRows(LazyMatrix):
-    """A head whose rows are divided by their lengths."""
+    """An output head whose rows are divided by their lengths when it is loaded."""
 
     head: torch.Tensor
 
@@ -101,23 +116,24 @@ class NormalisedRows(LazyMatrix):
         return self.head.shape[0], self.head.shape[1]
 
     def rows(self, which: slice) -> torch.Tensor:
-        """Return some rows in fp32, of length 1."""
+        """Return some rows with length 1, in fp32."""
         return normalise_rows(self.head[which])
 
 
 def with_normalised_head(native: State) -> State:
-    """Return native tensors with the output head folded."""
+    """Return native tensors with the rows of the output head scaled to length 1."""
     head = native.get('lm_head.weight')
-    if head is None or head.dim() != 2:  # named as missing, or as of another shape, when it is loaded
+    if head is None or head.dim() != 2:  # the loader reports it as missing or mismatched
         return native
+
     return {**native, 'lm_head.weight': cast('torch.Tensor', NormalisedRows(head=head))}
 
 
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a head divided by their lengths, in fp32; rows of length 1 stay as they are.
+    """Return the rows of a head divided by their lengths, in fp32. Rows of length 1 do not change.
 
-    The original divides in the dtype it runs in. The result is rounded once, to the dtype a model is loaded in: so
-    half-precision files opened in fp32 give the logits of the original in fp32.
+    The original code divides in the dtype it runs in. Here the result is rounded once, to the dtype of the opened
+    model. So half-precision files opened in fp32 give the logits of the original in fp32.
     """
     import torch
 

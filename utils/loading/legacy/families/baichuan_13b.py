@@ -1,4 +1,4 @@
-"""Baichuan-13B and Baichuan2-13B: Llamas with ALiBi in place of rotary embedding; the second with a normalised head."""
+"""Baichuan-13B and Baichuan2-13B: Llama with ALiBi instead of rotary embedding; Baichuan2 has a normalised head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from utils.loading.legacy.families.baichuan import native_tensors, native_tensor
 from utils.loading.legacy.families.internlm import llama_config
 from utils.loading.legacy.family import Config, Family, refuse
 
-_V1, _V2 = 'baichuan_13b', 'baichuan2_13b'
+_V1 = 'baichuan_13b'
+_V2 = 'baichuan2_13b'
+
 _SIZES: dict[str, int] = {
     'hidden_size': 5120, 'intermediate_size': 13696, 'num_hidden_layers': 40, 'num_attention_heads': 40,
     'pad_token_id': 0,
@@ -19,30 +21,33 @@ _VOCAB = {_V1: 64000, _V2: 125696}
 
 
 def native_config(original: Config, *, family: str) -> dict[str, Any]:
-    """Return the arguments of AlibiLlamaConfig; raises ConfigError where config.json is of a 7B, which rotates."""
+    """Return the arguments of AlibiLlamaConfig. Raises ConfigError for a 7B model, which has rotary embedding."""
     refuse(
         'BaiChuanForCausalLM' in (original.get('architectures') or ()),
         family,
         'architectures',
         original.get('architectures'),
-        'which is Baichuan-7B, without ALiBi: name the model_type that it is',
+        'which is Baichuan-7B, without ALiBi: pass the matching --model_type',
     )
+
     rotary = original.get('max_position_embeddings')
     refuse(
         rotary is not None,
         family,
         'max_position_embeddings',
         rotary,
-        'which only the 7B models have, without ALiBi: name the model_type that it is',
+        'which only the 7B models have, without ALiBi: pass the matching --model_type',
     )
+
     config = llama_config(original, family, {**_SIZES, 'vocab_size': _VOCAB[family]})
     if family == _V2:
         refuse_tied(config, family)
+
     return {**config, 'max_position_embeddings': original.get('model_max_length', 4096)}
 
 
 def _matches(original: Config, *, family: str) -> bool:
-    """Return whether a config.json is of the 13B models, full width, and of this one, which its vocabulary tells."""
+    """Return whether a config.json describes this 13B model, not quantised. The two differ in their vocabulary size."""
     return (
         'BaichuanForCausalLM' in (original.get('architectures') or ())
         and 'max_position_embeddings' not in original

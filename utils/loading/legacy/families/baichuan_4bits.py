@@ -1,4 +1,7 @@
-"""Baichuan2-7B-Chat-4bits and -13B-: weights that bitsandbytes of 2023 packed, in a layout it no longer reads."""
+"""Baichuan2-7B-Chat-4bits and Baichuan2-13B-Chat-4bits: weights packed by bitsandbytes of 2023.
+
+Current versions of bitsandbytes do not read that layout.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,17 @@ from utils.loading.legacy.lazy import LazyMatrix
 if TYPE_CHECKING:
     import torch
 
-_DATA, _QUANT = '.data', '.quant_state'
+_DATA = '.data'
+_QUANT = '.quant_state'
 
 
 def _dense(original: Config) -> Config:
-    """Return a config.json as that of the full-width model, which the weights are once they are read."""
+    """Return the config.json of the full-width model, which these weights have once they are unpacked."""
     return {field: value for field, value in original.items() if field != 'quantization_config'}
 
 
 def _matches(original: Config, *, full_width: Family) -> bool:
+    """Return whether a config.json describes the 4-bit weights of this model."""
     quantization = original.get('quantization_config') or {}
     return quantization.get('load_in_4bit') is True and full_width.matches(_dense(original))
 
@@ -32,32 +37,41 @@ def _matches(original: Config, *, full_width: Family) -> bool:
 def unpack_state(state: State) -> State:
     """Return the state with each `<name>.data` and `<name>.quant_state` replaced by the weight that they encode."""
     unpacked: State = {}
+
     for key, value in state.items():
         if key.endswith(_DATA):
             name = key.removesuffix(_DATA)
             if name + _QUANT not in state:
-                raise ConfigError(f"tensor '{key}' has no '{name}{_QUANT}', so it cannot be read.")
+                raise ConfigError(
+                    f"tensor '{key}' has no '{name}{_QUANT}', so it cannot be read. Download or copy the files again."
+                )
             unpacked[name] = cast('torch.Tensor', _weight(name, value, state[name + _QUANT]))
         elif not key.endswith(_QUANT):
             unpacked[key] = value.detach()
         elif key.removesuffix(_QUANT) + _DATA not in state:
-            raise ConfigError(f"'{key}' has no tensor '{key.removesuffix(_QUANT)}{_DATA}' that it describes.")
+            raise ConfigError(
+                f"'{key}' has no tensor '{key.removesuffix(_QUANT)}{_DATA}' that it describes. "
+                'Download or copy the files again.'
+            )
+
     packed = [weight for weight in unpacked.values() if isinstance(weight, Nf4Weight)]
     if packed:
         count = sum(weight.shape[0] * weight.shape[1] for weight in packed)
         logger.warning(
             f'the 4-bit weights are unpacked while loading: they take {count / 2**29:.3g} GiB in 16 bits instead of '
-            f'about {count / 2**31:.3g} GiB, unless --quantization_bit 4 packs them anew, layer by layer.'
+            f'about {count / 2**31:.3g} GiB, unless --quantization_bit 4 packs them again, layer by layer.'
         )
+
     return unpacked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nf4Weight(LazyMatrix):
-    """A packed weight, read exactly as the library that packed it computes it.
+    """A packed weight. Its values are exactly those that the library that packed it computes.
 
-    Two values share a byte, the first in the high half. Each is an entry of a table of 16, nf4's or fp4's, times the
-    scale of its block; scales are fp32, or entries of a table themselves, scaled by block again, plus an offset.
+    Two values share a byte, the first in the high half. A value is an entry of `values`, the 16 numbers of nf4 or fp4,
+    times the scale of its block. `absmax` holds the scales in fp32. With `nested`, it holds entries of a second table,
+    which are scaled by block too and shifted by an offset.
     """
 
     packed: torch.Tensor
@@ -74,59 +88,71 @@ class Nf4Weight(LazyMatrix):
         return self.size
 
     def rows(self, which: slice) -> torch.Tensor:
-        """Return some rows in the dtype that was packed."""
+        """Return some rows in the dtype of the weight before packing."""
         import torch
 
         columns = self.size[1]
-        begin, end = which.start * columns, which.stop * columns
-        start = begin // self.block * self.block  # whole blocks, which begin with a whole byte
-        # Every byte's two values: a table of 256 rows is read once per byte, not the table of 16 twice.
+        begin = which.start * columns
+        end = which.stop * columns
+        start = begin // self.block * self.block  # the start of a block, which is the start of a byte
+
+        # Both values of each byte, so that one look-up in a table of 256 rows replaces two in the table of 16.
         pairs = torch.cartesian_prod(self.values, self.values)
         numbers = pairs[self.packed[start // 2 : -(-end // 2)].int()].flatten()[: end - start]
+
         scales = self._scales(start // self.block, -(-end // self.block)).repeat_interleave(self.block)
         part = (numbers * scales[: end - start])[begin - start :]
         return part.to(self.dtype).view(-1, columns)
 
     def _scales(self, first: int, last: int) -> torch.Tensor:
-        """Return the scales of some blocks, fp32."""
+        """Return the scales of some blocks, in fp32."""
         import torch
 
         scales = self.absmax[first:last]
         if self.nested is None:
             return scales
+
         offset, (outer, table, block, *_) = self.nested
         coarse = outer[torch.arange(first, last) // block]
         return cast('torch.Tensor', table[scales.int()] * coarse + offset)
 
 
 def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
-    """Return one weight from its two entries; raises ConfigError where they do not fit each other."""
+    """Return the weight of its two entries. Raises ConfigError if they do not fit each other."""
     layout = ConfigError(
-        f"'{name}{_QUANT}' is not laid out as bitsandbytes of 2023 does: it is damaged, or of another version."
+        f"'{name}{_QUANT}' is not laid out as by bitsandbytes of 2023: it is damaged, or of another version. "
+        'Download or copy the files again.'
     )
+
     try:
         absmax, (rows, columns), dtype, block, nested, _, values = quant_state
-        count, blocks, needed = rows * columns, absmax.numel(), -(-rows * columns // block)
+        count = rows * columns
+        blocks = absmax.numel()
+        needed_blocks = -(-count // block)
     except (AttributeError, ArithmeticError, TypeError, ValueError):
         raise layout from None
-    if (packed.numel(), blocks) != (-(-count // 2), needed):
+
+    if packed.numel() != -(-count // 2) or blocks != needed_blocks:
         raise ConfigError(
             f"tensor '{name}{_DATA}' has {packed.numel()} bytes and {blocks} scales, which are not those of a weight "
-            f'of {(rows, columns)} in blocks of {block}: the file is damaged.'
+            f'of {(rows, columns)} in blocks of {block}: the file is damaged. Download or copy it again.'
         )
+
     weight = Nf4Weight(
         packed=packed.flatten(), absmax=absmax, nested=nested, values=values, block=block, size=(rows, columns),
         dtype=dtype,
     )  # fmt: skip
+
     try:
-        weight.rows(slice(rows - 1, rows))
+        weight.rows(slice(rows - 1, rows))  # a table of another form shows only when a row is computed
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         raise layout from None
+
     return weight
 
 
 def native_config(original: Config, *, full_width: Family) -> dict[str, Any]:
-    """Return the configuration's arguments of the full-width model."""
+    """Return the arguments of the configuration of the full-width model."""
     return full_width.config(_dense(original))
 
 
@@ -136,6 +162,7 @@ def native_tensors(state: State, original: Config, *, full_width: Family) -> Sta
 
 
 def _packed(full_width: Family) -> Family:
+    """Return the family of the 4-bit weights of a model."""
     return replace(
         full_width,
         name=f'{full_width.name}_4bits',

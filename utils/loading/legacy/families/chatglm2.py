@@ -1,4 +1,4 @@
-"""ChatGLM2-6B and its 32k sibling, which interpolates positions: GLM with one tensor for query, key and value."""
+"""ChatGLM2-6B, and its 32k variant, which interpolates positions: GLM with one tensor for query, key and value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from utils.loading.legacy.family import Config, Family, State, map_each, refuse,
 if TYPE_CHECKING:
     import torch
 
-_BASE, _LONG = 'chatglm2', 'chatglm2_32k'
+_BASE = 'chatglm2'
+_LONG = 'chatglm2_32k'
+
 # Field of GlmConfig: (original field, the original class's default).
 _FIELDS: dict[str, tuple[str, Any]] = {
     'vocab_size': ('padded_vocab_size', 65024),
@@ -28,19 +30,21 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     'rms_norm_eps': ('layernorm_epsilon', 1e-5),
     'attention_bias': ('add_qkv_bias', False),
     'use_cache': ('use_cache', True),
-    # GlmConfig's own defaults are ids of GLM-4, beyond this vocabulary.
+    # The defaults of GlmConfig are ids of GLM-4, which this vocabulary does not have.
     'pad_token_id': ('pad_token_id', 0),
     'eos_token_id': ('eos_token_id', 2),
 }
-# What GlmForCausalLM computes: original field -> (its default, the value that is meant, why no other works).
+
+# Fields that must have one value: original field -> (default, the value that GlmForCausalLM computes, reason).
 _FIXED: dict[str, tuple[Any, Any, str]] = {
     'rmsnorm': (True, True, 'but GLM has RMS norms only'),
     'post_layer_norm': (True, True, 'but GLM has a norm before its output head'),
     'multi_query_attention': (False, True, 'but without shared keys the fused tensor is ordered differently'),
-    'add_bias_linear': (False, False, 'but GLM has biases on query, key and value alone'),
-    'apply_residual_connection_post_layernorm': (False, False, 'but GLM adds what came before the norm'),
+    'add_bias_linear': (False, False, 'but GLM has biases only on query, key and value'),
+    'apply_residual_connection_post_layernorm': (False, False, 'but GLM adds the input of the norm'),
     'fp32_residual_connection': (False, False, 'but GLM adds in the dtype it runs in'),
 }
+
 _NAMES = {
     'transformer.embedding.word_embeddings.weight': 'model.embed_tokens.weight',
     'transformer.encoder.final_layernorm.weight': 'model.norm.weight',
@@ -51,71 +55,89 @@ _LAYER_NAMES = {
     'input_layernorm.weight': 'input_layernorm.weight',
     'post_attention_layernorm.weight': 'post_attention_layernorm.weight',
     'self_attention.dense.weight': 'self_attn.o_proj.weight',
-    # Gate first, then up, in both.
+    # Both layouts have the gate first, then up.
     'mlp.dense_h_to_4h.weight': 'mlp.gate_up_proj.weight',
     'mlp.dense_4h_to_h.weight': 'mlp.down_proj.weight',
 }
 
 
 def native_config(original: Config, *, family: str) -> dict[str, Any]:
-    """Return the arguments of GlmConfig; raises ConfigError for P-tuning, quantised weights and other variants."""
+    """Return the arguments of GlmConfig. Raises ConfigError for P-tuning, quantised weights and other variants."""
     for field, (default, meant, why) in _FIXED.items():
         value = original.get(field, default)
         refuse(value != meant, family, field, value, why)
+
     for field, why in (
         ('pre_seq_len', 'so it holds a P-tuning prefix, which no native class has: use the model without it'),
         ('quantization_bit', 'but its int4 and int8 layouts are not readable: use the full-width model'),
         ('quantization_config', 'but its quantised weights are not readable: use the full-width model'),
     ):
         refuse(bool(original.get(field)), family, field, original.get(field), why)
+
     return {**_renamed(original), 'tie_word_embeddings': False, 'rope_parameters': _rope(original, family)}
 
 
 def _renamed(original: Config) -> dict[str, Any]:
+    """Return the fields under the names of GlmConfig, with the defaults of the original class."""
     return {native: original.get(name, default) for native, (name, default) in _FIELDS.items()}
 
 
 def _rope(original: Config, family: str) -> dict[str, Any]:
-    """Return rope_parameters: the first half of a head is rotated; the 32k model divides positions by rope_ratio."""
+    """Return rope_parameters. Half of each head is rotated; the 32k model divides positions by rope_ratio."""
     rope = {'rope_type': 'default', 'rope_theta': 10000.0, 'partial_rotary_factor': 0.5}
+
     ratio = original.get('rope_ratio') or 1
     if ratio == 1:
         return rope
+
     refuse(
         family == _BASE,
         family,
         'rope_ratio',
         ratio,
         'which chatglm2-6b-32k divides positions by and later ChatGLMs multiply the base by: '
-        'name --model_type chatglm2-6b-32k if it is that',
+        'pass --model_type chatglm2-6b-32k if it is that model',
     )
+
     return {**rope, 'rope_type': 'linear', 'factor': float(ratio)}
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return every tensor under GLM's name, query, key and value cut apart."""
+    """Return the tensors under the names of GLM, with query, key and value split."""
     config = _renamed(original)
-    query = config['num_attention_heads'] * config['head_dim']
-    shared = config['num_key_value_heads'] * config['head_dim']
-    return map_each(state, partial(_rename, rows=(query, shared, shared)))
+    query_rows = config['num_attention_heads'] * config['head_dim']
+    shared_rows = config['num_key_value_heads'] * config['head_dim']
+    return map_each(state, partial(_rename, rows=(query_rows, shared_rows, shared_rows)))
 
 
 def _rename(key: str, tensor: torch.Tensor, *, rows: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """Return the native names and tensors of one original tensor; `rows` are those of query, key and value."""
+    if key in _NAMES:
+        return {_NAMES[key]: tensor.detach()}
+
     layer = _LAYER.fullmatch(key)
-    prefix, leaf = (f'model.layers.{layer[1]}.', layer[2]) if layer else ('', key)
-    if name := _LAYER_NAMES.get(leaf) if layer else _NAMES.get(key):
-        return {prefix + name: tensor.detach()}
-    module, _, kind = leaf.rpartition('.')
-    if layer is None or module != 'self_attention.query_key_value' or kind not in ('weight', 'bias'):
+    if layer is None:
         raise unknown_key(key, _BASE)
+
+    prefix = f'model.layers.{layer[1]}.'
+    leaf = layer[2]
+    if leaf in _LAYER_NAMES:
+        return {prefix + _LAYER_NAMES[leaf]: tensor.detach()}
+
+    module, _, kind = leaf.rpartition('.')
+    if module != 'self_attention.query_key_value' or kind not in ('weight', 'bias'):
+        raise unknown_key(key, _BASE)
+
     if tensor.shape[:1] != (sum(rows),):
         raise ConfigError(
             f"tensor '{key}' is of shape {tuple(tensor.shape)}; query, key and value of config.json need "
-            f'{" + ".join(map(str, rows))} rows: the file is damaged or of another model.'
+            f'{" + ".join(map(str, rows))} rows: the file is damaged or of another model. '
+            'Download or copy it again.'
         )
-    # Detached, because a .bin may hold parameters, whose slices would carry a graph.
+
+    # A .bin file may hold Parameters, and slices of them would carry an autograd graph.
     parts = tensor.detach().split(rows)
-    return {f'{prefix}self_attn.{n}_proj.{kind}': part for n, part in zip('qkv', parts, strict=True)}
+    return {f'{prefix}self_attn.{name}_proj.{kind}': part for name, part in zip('qkv', parts, strict=True)}
 
 
 CHATGLM2 = Family(
@@ -126,5 +148,6 @@ CHATGLM2 = Family(
     config=partial(native_config, family=_BASE),
     tensors=native_tensors,
 )
-# Chosen by name alone: a rope_ratio means something else in ChatGLM3 and GLM-4, whose config.json looks the same.
+
+# Chosen only by name: ChatGLM3 and GLM-4 have a similar config.json, but use rope_ratio differently.
 CHATGLM2_32K = replace(CHATGLM2, name=_LONG, matches=lambda config: False, config=partial(native_config, family=_LONG))

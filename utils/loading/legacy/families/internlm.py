@@ -1,4 +1,4 @@
-"""InternLM 7B and 20B: a Llama whose attention may have biases, with static or dynamic NTK rotary embedding."""
+"""InternLM 7B and 20B: Llama with optional attention biases and static or dynamic NTK rotary embedding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 from utils.loading.legacy.family import Config, Family, refuse, same_tensors
 
-# What the original classes of InternLM, XVERSE and Baichuan-7B agree on for fields that config.json leaves out.
+# Defaults that the original classes of InternLM, XVERSE and Baichuan-7B share.
 _DEFAULTS = {
     'hidden_act': 'silu', 'initializer_range': 0.02, 'rms_norm_eps': 1e-6, 'use_cache': True,
     'bos_token_id': 1, 'eos_token_id': 2, 'tie_word_embeddings': False,
 }  # fmt: skip
+
 _INTERNLM = {
     'vocab_size': 103168, 'hidden_size': 4096, 'intermediate_size': 11008, 'num_hidden_layers': 32,
     'num_attention_heads': 32, 'max_position_embeddings': 2048, 'pad_token_id': 0,
@@ -19,12 +20,13 @@ _INTERNLM = {
 
 
 def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of LlamaConfig that an original names alike; `defaults` are its class's for absent fields.
+    """Return the arguments of LlamaConfig that have the same names in an original config.json, except rotary embedding.
 
-    Rotary embedding is left to the caller. Raises ConfigError for heads that do not divide the width, and for
-    quantised weights, whose layouts are other families.
+    `defaults` are those of the original class, for fields that are not in config.json. Raises ConfigError if the heads
+    do not divide the width, and for quantised weights, whose layouts are other families.
     """
     config = {name: original.get(name, default) for name, default in {**_DEFAULTS, **defaults}.items()}
+
     heads = config['num_attention_heads']
     refuse(
         config['hidden_size'] % heads != 0,
@@ -33,23 +35,25 @@ def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> 
         heads,
         f'which does not divide hidden_size = {config["hidden_size"]}: the file is damaged or of another model',
     )
+
     for field in ('quantization_config', 'quantization_bit'):
         value = original.get(field)
         refuse(
             bool(value), family, field, value, 'but its quantised weights are not readable: use the full-width model'
         )
+
     return {**config, 'num_key_value_heads': original.get('num_key_value_heads') or heads}
 
 
 def static_rope(original: Config, family: str) -> dict[str, Any]:
-    """Return LlamaConfig's rope_parameters of a family that scales no positions; raises where a file asks for it."""
+    """Return rope_parameters of a family that does not scale positions. Raises ConfigError for rope_scaling."""
     scaling = original.get('rope_scaling')
     refuse(bool(scaling), family, 'rope_scaling', scaling, 'which its original class does not have')
     return {'rope_type': 'default', 'rope_theta': float(original.get('rope_theta') or 10000.0)}
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of LlamaConfig; attention_bias covers the output projection too, as `bias` did."""
+    """Return the arguments of LlamaConfig. attention_bias includes the output projection, as `bias` of the original."""
     return {
         **llama_config(original, 'internlm', _INTERNLM),
         'attention_bias': original.get('bias', True),
@@ -69,11 +73,13 @@ def _rope(original: Config) -> dict[str, Any]:
         'internlm',
         f'{field} type',
         kind,
-        'which its original class does not have: known are origin and dynamic',
+        'which its original class does not have: supported are origin and dynamic',
     )
+
     theta = float(rotary.get('base') or original.get('rope_theta') or 10000.0)
     if kind != 'dynamic':
         return {'rope_type': 'default', 'rope_theta': theta}
+
     factor = rotary.get('scaling_factor') or scaling.get('factor') or 1.0
     return {'rope_type': 'dynamic', 'rope_theta': theta, 'factor': float(factor)}
 

@@ -1,4 +1,4 @@
-"""PolyLM: a GPT-2 of another size, whose config.json names end and begin tokens that are not its tokenizer's."""
+"""PolyLM: a GPT-2 of another size, whose config.json names other begin and end tokens than its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from utils.loading.legacy.family import Config, Family, State, map_each, refuse
 if TYPE_CHECKING:
     import torch
 
-# Fields that change what is computed or trained; GPT2Config takes the four long names for the short ones.
+# Fields that change what is computed or trained. GPT2Config accepts the four long names for its short ones.
 _FIELDS = (
     'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'max_position_embeddings',
     'vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'n_inner', 'activation_function', 'resid_pdrop',
     'embd_pdrop', 'attn_pdrop', 'layer_norm_epsilon', 'initializer_range', 'scale_attn_weights', 'use_cache',
     'pad_token_id', 'scale_attn_by_inverse_layer_idx', 'reorder_and_upcast_attn', 'tie_word_embeddings',
 )  # fmt: skip
+
 _MATRIX = re.compile(r'\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$')
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of GPT2Config, with the tokenizer's begin and end tokens."""
+    """Return the arguments of GPT2Config, with the begin and end tokens of the tokenizer."""
     quantised = original.get('quantization_config')
     refuse(bool(quantised), 'polylm', 'quantization_config', quantised, 'but only full-width weights are readable')
+
     given = {name: original[name] for name in _FIELDS if name in original}
-    # config.json names the last token of the vocabulary, which the model never writes: a reply would not end.
+
+    # config.json names the last token of the vocabulary, which the model never generates, so a reply would not end.
     return {**given, 'bos_token_id': 1, 'eos_token_id': 2}
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return the tensors under GPT-2's names, as (in, out) matrices; one file of the family may hold (out, in)."""
+    """Return the tensors under the names of GPT-2, as (in, out) matrices. A checkpoint may store them as (out, in)."""
     transposed = any(
         tensor.shape[0] == 3 * tensor.shape[1] for key, tensor in state.items() if key.endswith('.attn.c_attn.weight')
     )
@@ -42,7 +45,7 @@ def native_tensors(state: State, original: Config) -> State:
     return map_each(state, rename)
 
 
-# config.json says gpt2, as every GPT-2 does: only a name tells.
+# Chosen only by name: config.json has model_type gpt2, as every GPT-2 has.
 POLYLM = Family(
     name='polylm',
     model_type='gpt2',

@@ -1,4 +1,4 @@
-"""Qwen 7B and 14B of 2023, and their GPTQ files: a Qwen2 whose attention is fused and whose MLP halves are swapped."""
+"""Qwen 7B and 14B of 2023 and their GPTQ files: Qwen2 with fused attention and with swapped halves of the MLP."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from utils.loading.legacy.gptq import (
     split_fused,
 )
 
-# Native name -> names in config.json, those of August 2023 too, and the default of the original class. The embedding
-# has the padded size where a file states both.
+# Native name -> (names in config.json, first match wins, and the default of the original class). Some are the names of
+# August 2023. If config.json has both vocabulary sizes, the embedding has the padded one.
 _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     'vocab_size': (('padded_vocab_size', 'vocab_size'), 151936),
     'hidden_size': (('hidden_size', 'n_embd'), 4096),
     'num_hidden_layers': (('num_hidden_layers', 'n_layer'), 32),
     'num_attention_heads': (('num_attention_heads', 'n_head'), 32),
     'rms_norm_eps': (('layer_norm_epsilon',), 1e-6),
-    # The exact range of the plain class; the original's own max_position_embeddings is what its tables are made for.
+    # Up to this length the plain class is exact. The max_position_embeddings of the original is the size of its tables.
     'max_position_embeddings': (('seq_length', 'max_position_embeddings', 'n_positions'), 8192),
     'attention_dropout': (('attn_dropout_prob', 'attn_pdrop'), 0.0),
     'initializer_range': (('initializer_range',), 0.02),
@@ -38,16 +38,17 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
 }
 _ENDOFTEXT = 151643
 
-# Fields that have to hold one value, and why.
-_DEMANDED = {
+# Fields that must have one value: field -> (the value, reason).
+_REQUIRED = {
     'no_bias': (True, 'and the native class has no bias outside q, k and v'),
     'rotary_pct': (1.0, 'and the native class rotates whole heads'),
     'scale_attn_weights': (True, 'and the native class always scales attention weights'),
-    'apply_residual_connection_post_layernorm': (False, 'and the native class adds what came before the norm'),
+    'apply_residual_connection_post_layernorm': (False, 'and the native class adds the input of the norm'),
 }
 
 _OUTER = {'transformer.wte': 'model.embed_tokens', 'transformer.ln_f': 'model.norm', 'lm_head': 'lm_head'}
-# In the original the activation acts on w2. Both output layers are called c_proj: the parent tells them apart.
+
+# The original applies the activation to w2. Both output layers are named c_proj; the parent distinguishes them.
 _INNER = {
     'ln_1': ('input_layernorm',),
     'ln_2': ('post_attention_layernorm',),
@@ -61,95 +62,119 @@ _LAYER = re.compile(r'transformer\.h\.(\d+)\.(.+)')
 
 
 def text_config(original: Config, family: str) -> dict[str, Any]:
-    """Return the arguments of Qwen2Config for the language model, with what the long-context classes read."""
-    for name, (demanded, why) in _DEMANDED.items():
-        found = original.get(name, demanded)
-        refuse(found != demanded, family, name, found, why)
+    """Return the arguments of Qwen2Config for the language model, and the fields that the long-context classes read."""
+    for name, (required, why) in _REQUIRED.items():
+        found = original.get(name, required)
+        refuse(found != required, family, name, found, why)
+
     config = {native: _first(original, names, default) for native, (names, default) in _FIELDS.items()}
-    hidden, heads = config['hidden_size'], config['num_attention_heads']
+
+    hidden = config['hidden_size']
+    heads = config['num_attention_heads']
     channels = original.get('kv_channels', hidden // heads)
     refuse(channels * heads != hidden, family, 'kv_channels', channels, f'which is not {hidden} / {heads} heads')
-    ends_text = _ENDOFTEXT if config['vocab_size'] > _ENDOFTEXT else None
+
+    end_of_text = _ENDOFTEXT if config['vocab_size'] > _ENDOFTEXT else None
+
     return {
         **config,
-        # The original states the width of both halves together.
+        # The original states the sum of the widths of both halves.
         'intermediate_size': _first(original, ('intermediate_size', 'ffn_hidden_size'), 22016) // 2,
         'num_key_value_heads': heads,
         'hidden_act': 'silu',
         'rope_parameters': {'rope_type': 'default', 'rope_theta': float(original.get('rotary_emb_base', 10000.0))},
-        # Newer files leave it to generation_config.json.
-        'eos_token_id': _first(original, ('eos_token_id',), ends_text),
-        # The original embedding has no padding row, which would never be trained.
+        # Newer files state it only in generation_config.json.
+        'eos_token_id': _first(original, ('eos_token_id',), end_of_text),
+        # nn.Embedding never trains its padding row; the original embedding has none.
         'pad_token_id': None,
         'use_sliding_window': False,
     }
 
 
 def _first(original: Config, names: tuple[str, ...], default: Any) -> Any:
+    """Return the first of these fields that is set, else the default."""
     return next((original[name] for name in names if original.get(name) is not None), default)
 
 
 def _refuse_other_models(original: Config, family: str) -> None:
-    refuse('visual' in original, family, 'visual', '...', 'so it is a Qwen-VL: use its model_type')
+    """Raise ConfigError for Qwen-VL and Qwen-Audio, which have the same model_type."""
+    refuse('visual' in original, family, 'visual', '...', 'so it is a Qwen-VL: pass its --model_type')
     refuse('audio' in original, family, 'audio', '...', 'so it is a Qwen-Audio, which is not supported')
 
 
 def native_config(original: Config) -> dict[str, Any]:
     """Return the arguments of Qwen2Config for weights that are not quantised."""
     _refuse_other_models(original, 'qwen')
+
     quantised = original.get('quantization_config')
-    refuse(quantised is not None, 'qwen', 'quantization_config', quantised, 'use the model_type of its int4 or int8')
+    why = 'so it is quantised: pass the --model_type of its int4 or int8'
+    refuse(quantised is not None, 'qwen', 'quantization_config', quantised, why)
+
     return text_config(original, 'qwen')
 
 
 def gptq_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of Qwen2Config for GPTQ weights; they stay quantised where packed ones can be used."""
+    """Return the arguments of Qwen2Config for GPTQ weights, which stay packed if their libraries are installed."""
     _refuse_other_models(original, 'qwen_gptq')
-    read_format(original, 'qwen_gptq')
+    read_format(original, 'qwen_gptq')  # raises if it is not GPTQ
+
     config = text_config(original, 'qwen_gptq')
     return {**config, 'quantization_config': packed_settings(original)} if packed_available() else config
 
 
 def rename_text(key: str, tensor: Any, family: str) -> dict[str, Any]:
-    """Return native names and tensors for one original tensor of the language model, plain or GPTQ."""
+    """Return the native names and tensors of one original tensor of the language model, plain or GPTQ."""
     module, _, name = key.rpartition('.')
     if module in _OUTER and name == 'weight':
         return {f'{_OUTER[module]}.weight': tensor}
+
     layer = _LAYER.fullmatch(module)
     natives = _INNER.get(layer[2]) if layer else None
-    fused = natives is not None and len(natives) > 1
-    if layer is None or natives is None or name not in ('weight', *TENSORS, *(('bias',) if fused else ())):
+    if layer is None or natives is None:
         raise unknown_key(key, family)
+
+    fused = len(natives) > 1
+    is_known = name in ('weight', *TENSORS) or (name == 'bias' and fused)
+    if not is_known:
+        raise unknown_key(key, family)
+
     parts = split_fused(key, tensor, len(natives)) if fused else [tensor]
     return {f'model.layers.{layer[1]}.{new}.{name}': part for new, part in zip(natives, parts, strict=True)}
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return the tensors under Qwen2's names, attention cut into q, k and v; memory-mapped ones stay so."""
+    """Return the tensors under the names of Qwen2, with attention split into q, k and v. They stay memory-mapped."""
     return map_each(state, lambda key, tensor: rename_text(key, tensor, 'qwen'))
 
 
 def gptq_tensors(state: State, original: Config) -> State:
-    """Return the tensors under Qwen2's names: packed where the libraries for it are there, else as weights."""
-    form = read_format(original, 'qwen_gptq')
+    """Return the tensors under the names of Qwen2: packed if the libraries for that are installed, else unpacked."""
+    packing = read_format(original, 'qwen_gptq')
     mapped = map_each(state, _rename_gptq)
+
     if packed_available():
-        packed_layers(mapped, form)  # for what it finds damaged
+        packed_layers(mapped, packing)  # raises for damaged layers
         return {key: tensor.contiguous() for key, tensor in mapped.items()}
-    return dequantise(mapped, form)
+
+    return dequantise(mapped, packing)
 
 
 def _rename_gptq(key: str, tensor: Any) -> dict[str, Any]:
-    """Return what `rename_text` does; the zero biases that AutoGPTQ gives every layer have no native place."""
+    """Return what `rename_text` returns, without the zero biases that AutoGPTQ adds to every layer."""
     layer = _LAYER.fullmatch(key.removesuffix('.bias'))
+
     if layer and key.endswith('.bias') and len(_INNER.get(layer[2], ())) == 1:
         if tensor.any():
-            raise ConfigError(f"tensor '{key}' is not zero, and the native class has no bias there.")
+            raise ConfigError(
+                f"tensor '{key}' is not zero, and the native class has no bias there. Use the original checkpoint."
+            )
         return {}
+
     return rename_text(key, tensor, 'qwen_gptq')
 
 
 def _is_gptq(config: Config) -> bool:
+    """Return whether a config.json describes GPTQ weights."""
     settings = config.get('quantization_config')
     return isinstance(settings, dict) and settings.get('quant_method') == 'gptq'
 
@@ -157,13 +182,13 @@ def _is_gptq(config: Config) -> bool:
 QWEN = Family(
     name='qwen',
     model_type='qwen',
-    # Qwen-Audio comes here to be refused by name.
+    # Matches Qwen-Audio too, which `config` then refuses with a message.
     matches=lambda config: 'visual' not in config and not _is_gptq(config),
     config_class='Qwen2Config',
     model_class='qwen_long:Qwen2ForCausalLM',
     config=native_config,
     tensors=native_tensors,
-    # Opened by plain classes too, which leave out what is beyond the training length.
+    # Plain classes open it too, without the extensions beyond the training length.
     saved_model_type='qwen2',
     saved_field='use_logn_attn',
 )

@@ -1,4 +1,4 @@
-"""Tokenizers of Qwen and Qwen-VL, built from qwen.tiktoken as `tokenizers` objects."""
+"""Builds the tokenizers of Qwen and Qwen-VL, as `tokenizers` objects, from qwen.tiktoken."""
 
 from __future__ import annotations
 
@@ -13,52 +13,66 @@ from utils.loading.legacy.tokenizers.sentencepiece import common_options, read_s
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How Qwen's tokenization_qwen.py cuts text before it merges: single digits, unlike later models.
+# The pattern by which tokenization_qwen.py of Qwen splits a text before merging: single digits, unlike later models.
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
-_END_OF_TEXT, _IM_START, _IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'
-# In the order of their ids, which follow the last rank.
+
+_END_OF_TEXT = '<|endoftext|>'
+_IM_START = '<|im_start|>'
+_IM_END = '<|im_end|>'
+
+# In the order of their ids, which start after the last rank.
 _SPECIAL = (_END_OF_TEXT, _IM_START, _IM_END, *(f'<|extra_{i}|>' for i in range(205)))
 _VISION = ('<ref>', '</ref>', '<box>', '</box>', '<quad>', '</quad>', '<img>', '</img>', '<imgpad>')
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Return token -> rank of a tiktoken file; raises ConfigError where it is missing, truncated or corrupt."""
+    """Return token -> rank of a tiktoken file. Raises ConfigError if it is missing, truncated or corrupt."""
     ranks: dict[bytes, int] = {}
+
     try:
         for line in file.read_bytes().splitlines():
-            if line.strip():
-                encoded, rank = line.split()
-                token = base64.b64decode(encoded, validate=True)
-                if token in ranks:
-                    raise ValueError(f'token {token!r} occurs twice')
-                ranks[token] = int(rank)
+            if not line.strip():
+                continue
+
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            if token in ranks:
+                raise ValueError(f'token {token!r} occurs twice')
+
+            ranks[token] = int(rank)
     except (OSError, ValueError) as error:
         raise ConfigError(f'{file} cannot be read as lines of token and rank: {error}. Download it again.') from None
+
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         why = f'byte {missing[0]} has no rank' if missing else f'the {len(ranks)} ranks have gaps'
         raise ConfigError(f'{file} is truncated or corrupt: {why}. Download it again.')
+
     return ranks
 
 
 def _backend(ranks: Mapping[bytes, int], special: tuple[str, ...]) -> Any:
+    """Return the `tokenizers.Tokenizer` of these ranks; `special` tokens get the ids after the last rank."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     characters = bytes_to_unicode()
     text = {token: ''.join(characters[byte] for byte in token) for token in ranks}
-    # tiktoken joins the pair whose union has the lowest rank, however the union is made: every split is a merge.
+
+    # tiktoken merges the pair whose union has the lowest rank, for any split of the union. So every split is a merge.
     merges = sorted(
         (rank, ranks[token[:cut]], ranks[token[cut:]], text[token[:cut]], text[token[cut:]])
         for token, rank in ranks.items()
         for cut in range(1, len(token))
         if token[:cut] in ranks and token[cut:] in ranks
     )
+
     vocabulary = {text[token]: rank for token, rank in ranks.items()}
     backend = Tokenizer(models.BPE(vocabulary, [merge[3:] for merge in merges], fuse_unk=False, ignore_merges=True))
+
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -68,19 +82,22 @@ def _backend(ranks: Mapping[bytes, int], special: tuple[str, ...]) -> Any:
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+
     return backend
 
 
 def _end_token(model_dir: Path, first_special: int) -> str:
-    """Return <|im_end|> where generation_config.json stops a chat there, else <|endoftext|>."""
+    """Return <|im_end|> if generation_config.json is that of a chat model, else <|endoftext|>."""
     generation = read_settings(model_dir, 'generation_config.json')
     ends = generation.get('eos_token_id')
     im_end = first_special + _SPECIAL.index(_IM_END)
     chat = generation.get('chat_format') == 'chatml' or im_end in (ends if isinstance(ends, list) else [ends])
+
     return _IM_END if chat else _END_OF_TEXT
 
 
 def _build(model_dir: Path, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of qwen.tiktoken with these special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     ranks = read_ranks(model_dir / 'qwen.tiktoken')
@@ -94,10 +111,10 @@ def _build(model_dir: Path, special: tuple[str, ...]) -> PreTrainedTokenizerFast
 
 
 def build_qwen_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return Qwen's tokenizer: no bos, padded with <|endoftext|>; a chat model's replies end with <|im_end|>."""
+    """Return the tokenizer of Qwen: no bos, padding with <|endoftext|>; replies of chat models end with <|im_end|>."""
     return _build(model_dir, _SPECIAL)
 
 
 def build_qwen_vl_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return Qwen-VL's tokenizer: Qwen's, and the tags of references, boxes, quadrangles and images."""
+    """Return the tokenizer of Qwen-VL: that of Qwen with tags for references, boxes, quadrangles and images."""
     return _build(model_dir, (*_SPECIAL, *_VISION))

@@ -1,4 +1,4 @@
-"""XVERSE's tokenizer.json of 2023, rewritten for the `tokenizers` of today."""
+"""Reads the tokenizer.json of XVERSE (2023), which current versions of `tokenizers` do not read."""
 
 from __future__ import annotations
 
@@ -18,38 +18,49 @@ _SPECIAL_NAMES = ('unk_token', 'bos_token', 'eos_token', 'pad_token')
 
 
 def repair(content: Any) -> Any:
-    """Return a copy of a step of tokenizer.json in which each Metaspace, however deep, is written as today.
+    """Return a copy of a step of tokenizer.json with every Metaspace, at any depth, in the current format.
 
-    `add_prefix_space` became `prepend_scheme`; 0.23 reads neither `false` without it nor the old `str_rep`.
+    `prepend_scheme` replaced `add_prefix_space`. Version 0.23 of `tokenizers` does not read `add_prefix_space = false`
+    without it, and does not read `str_rep`.
     """
     if isinstance(content, list):
         return [repair(step) for step in content]
+
     if not isinstance(content, dict):
         return content
+
     step = {name: repair(value) for name, value in content.items()}
+
     if step.get('type') == 'Metaspace':
         step.pop('str_rep', None)
         prefixed = step.pop('add_prefix_space', True)
         step.setdefault('prepend_scheme', 'always' if prefixed else 'never')
+
     return step
 
 
 def build_xverse_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return XVERSE's tokenizer; special tokens are those of tokenizer_config.json, else of special_tokens_map.json."""
+    """Return the tokenizer of XVERSE.
+
+    Special tokens are those of tokenizer_config.json, and those of special_tokens_map.json that are missing there.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     path = model_dir / 'tokenizer.json'
     content = read_json(path)
     repaired = {**content, **{name: repair(content.get(name)) for name in _STEPS}}
+
     try:
         backend = Tokenizer.from_str(json.dumps(repaired))
-    except Exception as error:  # `tokenizers` raises plain Exception for whatever it cannot read
+    except Exception as error:  # `tokenizers` raises plain Exception for any error
         raise ConfigError(f'{path} cannot be read as a tokenizer: {error}. Download it again.') from None
+
     settings = read_settings(model_dir)
     named = {**read_settings(model_dir, 'special_tokens_map.json'), **settings}
     tokens = {name: added_token(named.get(name), model_dir) for name in _SPECIAL_NAMES}
-    # By text only: how each is found in text is tokenizer.json's to say.
+
+    # Only the texts are passed: tokenizer.json has the settings by which tokens are found in a text.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{name: token.content for name, token in tokens.items() if token is not None},

@@ -1,0 +1,68 @@
+"""The held-out rows of a run, kept so that they can be read again without planning the whole training set."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from utils.data.parts import VAL, Part, open_parts, read_rows_at
+from utils.data.plan import Plan
+from utils.data.sources import parse_source
+from utils.formats.conversation import Row
+
+
+def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return, for each part, the positions of its held-out rows among all its rows, and a hash of its files.
+
+    The hash is None where it would not cover all that a row depends on: not a local file, or rows with images.
+    """
+    return {
+        part.name: {
+            'files_sha256': files_sha256(part) if part.files and not part.has_images else None,
+            'rows': list(_positions(part)),
+        }
+        for part in plan.parts
+    }
+
+
+def _positions(part: Part) -> Iterator[int]:
+    # For each unusable row: how many usable rows come before it.
+    usable_before = [position - index for index, position in enumerate(part.unusable)]
+    index = part.uses.find(VAL)
+    while index >= 0:
+        yield index + bisect_right(usable_before, index)
+        index = part.uses.find(VAL, index + 1)
+
+
+def files_sha256(part: Part) -> str:
+    """Return a hash of the names and the bytes of a part's files."""
+    digest = hashlib.sha256()
+    for file, _ in part.files:
+        digest.update(f'{file}\n'.encode())
+        with file.open('rb') as stream:
+            digest.update(hashlib.file_digest(stream, 'sha256').digest())
+    return digest.hexdigest()
+
+
+def read_held_out(kept: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> list[Row] | None:
+    """Return the held-out rows of the data sets that `words` name; None where their files are not those of the run."""
+    found: list[Row] = []
+    sources = [parse_source(word) for word in words]
+    if [source.name for source in sources] != list(kept):
+        return None
+
+    for source in sources:
+        entry = kept[source.name]
+        if source.path is None or entry['files_sha256'] is None:
+            return None
+        (part,) = open_parts(source)
+        if files_sha256(part) != entry['files_sha256']:
+            return None
+        rows = read_rows_at(part.files, frozenset(entry['rows']))
+        usable = [row for row in rows if isinstance(row, Row)]
+        if len(usable) != len(entry['rows']):
+            return None  # another version of this toolkit accepts other rows
+        found += usable
+    return found
