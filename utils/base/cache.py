@@ -1,4 +1,7 @@
-"""Files made once per machine and reused: complete or absent, verified when opened, limited in total size."""
+"""A cache of files that are made once per machine. A cache folder is complete or absent, and is verified when opened.
+
+The total size of the cache is limited.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _DAY_SECONDS = 86400
 
 
 def cache_dir() -> Path:
-    """Return the folder for files made once per machine: $ASSAY_CACHE, or else assay/ in the user's cache."""
+    """Return the folder for files made once per machine: $ASSAY_CACHE if set, else assay/ in the user's cache."""
     named = os.environ.get('ASSAY_CACHE')
     if named:
         return Path(named)
@@ -31,10 +34,10 @@ def cache_dir() -> Path:
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the cache folder `<kind>-<key>`; it is made if it is absent or damaged.
+    """Return the cache folder `name` (`<kind>-<key>`). The folder is made if it is absent or damaged.
 
-    `make` fills a temporary folder, which is renamed into place, so no process sees a partial one. When all folders
-    of the kind together exceed $ASSAY_CACHE_GIB, the least recently used ones are removed.
+    `make` fills a temporary folder, which is then renamed, so no process sees an incomplete folder. If all folders of
+    the kind together exceed $ASSAY_CACHE_GIB, the least recently used folders are removed.
     """
     target = cache_dir() / name
     if _is_whole(target):
@@ -50,7 +53,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
             (temporary / _SUMS).write_text(json.dumps(sums), encoding='utf-8')
 
-            if not _is_whole(target):  # another process may have been first
+            if not _is_whole(target):  # another process may have made the folder
                 shutil.rmtree(target, ignore_errors=True)
                 temporary.rename(target)
         finally:
@@ -98,7 +101,7 @@ def _limit_gib() -> float:
 
 
 def _remove_surplus(newest: Path) -> None:
-    """Remove the least recently used folders above the limit, and temporary ones of killed processes."""
+    """Remove the least recently used folders above the size limit, and temporary folders of killed processes."""
     kind = newest.name.partition('-')[0]
     folders = sorted(newest.parent.glob(f'{kind}-*'), key=lambda f: f.stat().st_mtime, reverse=True)
     bytes_left = _limit_gib() * 2**30

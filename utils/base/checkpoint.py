@@ -1,4 +1,7 @@
-"""Checkpoint folders: complete or absent, and verified by a manifest. Standard library only."""
+"""Checkpoint folders. A folder is complete or absent, and is verified by its manifest.
+
+This module imports only the standard library.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ MANIFEST = 'manifest.json'
 OPTIMIZER_STATE = 'optimizer.safetensors'
 PROCESS_STATES = 'process_states.safetensors'
 DEEPSPEED_STATES = 'global_step*'
-# Only DeepSpeed writes such files, and proofs.json names them.
+# Only DeepSpeed writes files with these names. proofs.json contains the names too.
 PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.pkl')
 _PREFIX = 'checkpoint-'
-# llm_infer.py overwrites this file with the settings of its answers; training never reads it.
+# llm_infer.py overwrites this file with its generation settings; training never reads the file.
 _MAY_CHANGE = 'generation_config.json'
 
 
@@ -33,7 +36,7 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run, None if it has none."""
+    """Return the newest checkpoint of a run. Returns None if the run has no checkpoint."""
     return next(reversed(all_checkpoints(run_dir)), None)
 
 
@@ -46,7 +49,7 @@ def _sha256(path: Path) -> str:
 
 
 def _hashes(files: Collection[Path]) -> list[str]:
-    """Return the sha256 of each file. Threads hash large files at the same time, because hashing releases the GIL."""
+    """Return the sha256 of each file. Large files are hashed in parallel threads, because hashing releases the GIL."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(_sha256, files))
 
@@ -81,7 +84,7 @@ def seal(partial: Path, checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return why a checkpoint must not be used: no manifest, or the first file that differs from it. None if whole."""
+    """Return why a checkpoint must not be used. Returns None if every file equals its entry in the manifest."""
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files'].items()
         files = {checkpoint / name: (entry['bytes'], entry['sha256']) for name, entry in entries}
@@ -103,14 +106,18 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so no process finds a partly deleted one under its name."""
+    """Delete a checkpoint. The folder is renamed first, so no process mistakes a partly deleted folder for it."""
     renamed = folder.with_name(f'.{folder.name.removeprefix(".")}.removed')
     folder.rename(renamed)
     shutil.rmtree(renamed, ignore_errors=True)
 
 
 def rotate(run_dir: Path, *, limit: int, best: str | None, keep_last: bool = True) -> None:
-    """Delete the oldest checkpoints until `limit` remain; the best and the last are kept. 0 or below keeps all."""
+    """Delete the oldest checkpoints until `limit` remain. A limit of 0 or below keeps all checkpoints.
+
+    The best checkpoint is never deleted. The last checkpoint is deleted only if `keep_last` is False and there is a
+    best checkpoint.
+    """
     found = all_checkpoints(run_dir)
     protected = {p for p in found if best is not None and p.resolve() == Path(best).resolve()}
     if keep_last or not protected:

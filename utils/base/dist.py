@@ -1,4 +1,4 @@
-"""Rank and world size from the environment that torchrun sets, without importing torch; exchange between ranks."""
+"""Rank and world size, read from the environment of torchrun without importing torch; collective operations."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any, TypeVar
 
 T = TypeVar('T')
 
-# NVIDIA on Linux, NVIDIA under WSL, and ROCm, whose torch build gives RCCL the name 'nccl'.
+# NVIDIA on Linux, NVIDIA under WSL, and ROCm. The torch build for ROCm uses RCCL under the name 'nccl'.
 _GPU_DEVICE_FILES = ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd')
 
 
 def rank() -> int:
-    """Return this process's global rank, 0 outside torchrun."""
+    """Return the global rank of this process. Returns 0 outside torchrun."""
     return int(os.environ.get('RANK', '0'))
 
 
 def local_rank() -> int:
-    """Return this process's rank on its machine, 0 outside torchrun."""
+    """Return the rank of this process on its machine. Returns 0 outside torchrun."""
     return int(os.environ.get('LOCAL_RANK', '0'))
 
 
 def world_size() -> int:
-    """Return the number of processes that train together, 1 outside torchrun."""
+    """Return the number of processes that train together. Returns 1 outside torchrun."""
     return int(os.environ.get('WORLD_SIZE', '1'))
 
 
 def local_world_size() -> int:
-    """Return the number of processes on this machine, 1 outside torchrun."""
+    """Return the number of processes on this machine. Returns 1 outside torchrun."""
     return int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
 
 
@@ -44,17 +44,17 @@ def started_by_torchrun() -> bool:
 
 
 def is_main() -> bool:
-    """Return whether this process is the one that writes files and logs."""
+    """Return whether this process has rank 0: only rank 0 writes files and logs."""
     return rank() == 0
 
 
 def has_gpu_device() -> bool:
-    """Return whether the machine has a GPU that nccl supports; looks only for device files."""
+    """Return whether the machine has a GPU that nccl supports. The answer depends only on the device files."""
     return any(Path(name).exists() for name in _GPU_DEVICE_FILES)
 
 
 def visible_gpus() -> int:
-    """Return how many GPUs this process may use, from CUDA_VISIBLE_DEVICES or else from the device files."""
+    """Return how many GPUs this process may use: from CUDA_VISIBLE_DEVICES if set, else from the device files."""
     if not has_gpu_device():
         return 0
 
@@ -65,21 +65,24 @@ def visible_gpus() -> int:
 
 
 def own_gpus(gpus: int) -> range:
-    """Return the device indices of this process: the machine's GPUs in equal, disjoint parts, one per process."""
+    """Return the device indices of this process. No two processes of a machine share a GPU."""
     share = gpus // local_world_size()
     return range(local_rank() * share, (local_rank() + 1) * share)
 
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """Run the body on the first process of each machine, then on the others, so that it downloads or converts once."""
+    """Run the body on the first process of each machine, then on the others.
+
+    A download or conversion in the body is then done only once per machine.
+    """
     if world_size() == 1:
         yield
         return
 
     import torch.distributed
 
-    # A separate group, because a download may take longer than the timeout of a training step.
+    # A separate process group, because a download may take longer than the timeout of the default group.
     group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=1))
     if local_rank() != 0:
         torch.distributed.barrier(group)
@@ -89,7 +92,10 @@ def local_main_first() -> Iterator[None]:
 
 
 def gather(mine: list[T]) -> list[T]:
-    """Return, on every rank, the items of all ranks in order; rank r holds items r, r + world, ... of them."""
+    """Return the items of all ranks in their original order, on every rank.
+
+    `mine` of rank r contains items r, r + world_size, r + 2 * world_size and so on.
+    """
     parts = from_all(mine)
     world = len(parts)
     count = sum(len(part) for part in parts)
@@ -97,7 +103,7 @@ def gather(mine: list[T]) -> list[T]:
 
 
 def report_failure(message: str, trace: str = '') -> None:
-    """Write the error file that torchrun reads for its summary, which names the rank that failed first."""
+    """Write the error file of this rank. From these files torchrun reports which rank failed first."""
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not file:
         return
@@ -110,7 +116,7 @@ def report_failure(message: str, trace: str = '') -> None:
 
 @functools.cache
 def _cpu_group() -> Any:
-    """Return the group that exchanges CPU values; an nccl group would wait for the GPU."""
+    """Return the process group for values on the CPU. An nccl group would wait for the GPU."""
     import torch.distributed
 
     backend = torch.distributed.get_backend()
@@ -118,7 +124,7 @@ def _cpu_group() -> Any:
 
 
 def from_all(value: T) -> list[T]:
-    """Return the `value` of every process, in rank order. A collective: every process must call it."""
+    """Return the `value` of every process, in rank order. A collective operation: every process must call it."""
     if world_size() == 1:
         return [value]
 
@@ -130,12 +136,18 @@ def from_all(value: T) -> list[T]:
 
 
 def first_failure(failure: str | None) -> str | None:
-    """Return the failure of the lowest rank that has one, else None. A collective: every process must call it."""
+    """Return the failure of the lowest rank that failed. Returns None if no rank failed.
+
+    A collective operation: every process must call it.
+    """
     return next((found for found in from_all(failure) if found), None)
 
 
 def sums(values: Sequence[float]) -> list[float]:
-    """Return the sum of each value over all processes, without waiting for a GPU. Every process must call it."""
+    """Return the sum of each value over all processes, without waiting for a GPU.
+
+    A collective operation: every process must call it.
+    """
     if world_size() == 1:
         return list(values)
 

@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 class Stopped(Exception):
-    """A run ended early by a signal. The exit code is 128 + the number of the signal."""
+    """A signal stopped the run. The exit code is 128 + the number of the signal."""
 
     def __init__(self, message: str, *, signum: int) -> None:
         self.code = 128 + signum
@@ -31,25 +31,25 @@ class Problems:
     found: list[str] = field(default_factory=list)
 
     def add(self, problem: str) -> None:
-        """Append a problem, unless it is in the list already."""
+        """Append a problem, unless the list contains the same problem already."""
         if problem not in self.found:
             self.found.append(problem)
 
     def raise_if_any(self) -> None:
-        """Raise one ConfigError with all problems found so far; do nothing if there are none."""
+        """Raise one ConfigError with all problems found so far. Does nothing if there are no problems."""
         if self.found:
             raise ConfigError(*self.found)
 
 
 def error_text(error: Exception) -> str:
-    """Return the message of an exception in one line, after its type where the message alone is not clear."""
+    """Return the message of an exception in one line. If the message alone is not clear, the type comes first."""
     text = ' '.join(str(error).split())
     is_clear = text and isinstance(error, OSError | ValueError | RuntimeError)
     return text if is_clear else f'{type(error).__name__}: {text}'
 
 
 def close_names(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
-    """Return the known names closest to `name`, best first. Case is ignored, and `_` equals `-`."""
+    """Return at most `count` known names similar to `name`, best first. Case is ignored, and `_` equals `-`."""
     folded: dict[str, str] = {}
     for candidate in known:
         folded.setdefault(candidate.lower().replace('_', '-'), candidate)

@@ -1,4 +1,4 @@
-"""Reading and writing JSON files. A file may come from elsewhere or be damaged, so reading checks it."""
+"""Reading and writing JSON files. Reading checks the content, because a file may be foreign or damaged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _REMEDY = 'Download or copy the file again.'
 
 
 def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict, *, remedy: str = _REMEDY) -> Any:
-    """Return the object or list in a file. Raises ConfigError, which ends in `remedy`, if there is none."""
+    """Return the JSON object or list in a file, as `kind` requires.
+
+    Raises ConfigError if the file has no such content. The message ends in `remedy`.
+    """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number too long
@@ -25,7 +28,7 @@ def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict, *
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON in UTF-8 atomically: a temporary file is renamed into place."""
+    """Write indented JSON in UTF-8 atomically: the text is written to a temporary file, which is then renamed."""
     temporary = path.with_name(f'.{path.name}.aside')
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     temporary.replace(path)

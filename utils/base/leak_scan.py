@@ -1,6 +1,7 @@
-"""Scan a folder for what must not leave the machine: tokens, private keys and pickles.
+"""Scan a folder for content that must not leave the machine: tokens, private keys and pickles.
 
-Every byte is scanned. Archives are opened, also nested ones. An archive that cannot be scanned is a finding too.
+Every byte is scanned. Archives, and archives inside archives, are opened. An archive that cannot be scanned is a
+finding too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _NAMES = re.compile(
     r'(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(?:$|_)', re.I
 )
 _SHORTEST_SECRET = 8
-# The fixed beginnings of each secret, and a pattern for the rest. The search for a fixed beginning is fast.
+# The fixed beginnings of each kind of secret, and a pattern for the rest. Searching for a fixed beginning is fast.
 _PATTERNS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
     'a private key': ((b'-----BEGIN ',), rb'[A-Z0-9 ]*PRIVATE KEY-----(?:\s|\\[nr])*[A-Za-z0-9+/]{16}'),
     'a Hugging Face token': ((b'hf_',), rb'[A-Za-z0-9]{30}'),
@@ -40,24 +41,28 @@ _PATTERNS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
 }
 _MAX_DEPTH = 4
 _MAX_UNPACKED_BYTES = 1 << 30
-# The marks before the words of a vocabulary: SentencePiece and byte-level BPE mark a blank, WordPiece its absence.
+# Markers before the words of a vocabulary. In SentencePiece and byte-level BPE the marker means a space before the
+# word; in WordPiece it means that there is no space.
 _WORD_MARKS = re.compile(r'^(?:▁|Ġ|##)')
 _PICKLE_SUFFIXES = ('.pkl', '.pickle', '.joblib')
-# Opcodes of the old text protocols that import a name.
+# Opcodes that import a name.
 _IMPORT_OPCODES = {'GLOBAL', 'INST', 'STACK_GLOBAL'}
 
 Bytes = bytes | mmap.mmap
 
 
 def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the secrets by name: the values of variables that are named like one, and typed values."""
+    """Return a dictionary from descriptions to secrets: variables with secret-like names, and typed values.
+
+    Values that are too short to search for are not included.
+    """
     named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
     named |= {name: value for name, value in typed.items() if value}
     return {name: value for name, value in named.items() if len(value) >= _SHORTEST_SECRET}
 
 
 def scan_tree(folder: Path, secrets: Mapping[str, str]) -> list[str]:
-    """Return one line per finding: the file and the kind of secret, never its text."""
+    """Return one line per finding, with the file and the kind of secret. The secret itself is never shown."""
     scan = _Scan(secrets)
     for path in sorted(p for p in folder.rglob('*') if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -126,7 +131,7 @@ class _Scan:
                 self.add(location, 'a pickle')
 
     def _members(self, data: Bytes) -> Iterator[tuple[str, bytes | None]]:
-        """Yield name and content of each member of an archive; None if the unpacked content is too large."""
+        """Yield name and content of each member of an archive. The content is None if it is too large to unpack."""
         head = bytes(data[:6])
         openers: dict[bytes, Any] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\x00': lzma.open}
         opener = next((o for magic, o in openers.items() if head.startswith(magic)), None)
@@ -151,21 +156,21 @@ class _Scan:
 
 
 def _starts_word(data: Bytes, start: int) -> bool:
-    """Return whether no letter or digit stands directly before a position."""
+    """Return whether the character before this position is not a letter or digit."""
     return not bytes(data[max(start - 1, 0) : start]).isalnum()
 
 
 def _encodings(secret: str) -> list[bytes]:
     plain = os.fsencode(secret)  # a variable may hold bytes that are not UTF-8
-    # Only complete groups of three bytes, because their base64 does not depend on what follows.
+    # Only complete groups of three bytes: the base64 of a group does not depend on the bytes after it.
     in_base64 = base64.b64encode(plain[: len(plain) // 3 * 3])
     return [plain, quote(plain, safe='').encode(), secret.encode('utf-16-le', 'surrogatepass'), in_base64]
 
 
 def _vocabulary(location: str, data: Bytes) -> tuple[set[str], bytes]:
-    """Return the words of a tokenizer file, and the file without them. Any other file has no words.
+    """Return the words of a tokenizer file, and the content without these words. Any other file has no words.
 
-    The words come from the base model. A password that equals one of them is not leaked by the vocabulary.
+    The words come from the base model. So a password that equals a word is not leaked by the vocabulary.
     """
     name = location.rpartition('/')[2]
     try:
@@ -180,7 +185,7 @@ def _vocabulary(location: str, data: Bytes) -> tuple[set[str], bytes]:
             content = json.loads(bytes(data))
             vocabulary = content['model'].pop('vocab')
             content['model'].pop('merges', None)
-            # A Unigram vocabulary holds pairs of a word and its score.
+            # A Unigram vocabulary contains (word, score) pairs.
             entries = [entry if isinstance(entry, str) else entry[0] for entry in vocabulary]
             rest = json.dumps(content, ensure_ascii=False)
         else:
@@ -193,7 +198,11 @@ def _vocabulary(location: str, data: Bytes) -> tuple[set[str], bytes]:
 
 
 def _is_pickle(data: Bytes) -> bool:
-    """Return whether data is a pickle: by its first opcodes, or by an import and the end mark (text protocols)."""
+    """Return whether data is a pickle.
+
+    A pickle of protocol 2 or higher is recognised by its first opcodes. A pickle of an older protocol is recognised by
+    an opcode that imports a name, and by the stop opcode at the end.
+    """
     binary = bytes(data[:1]) == b'\x80' and bytes(data[1:2]) in (b'\x02', b'\x03', b'\x04', b'\x05')
     if not binary and bytes(data[-2:]).rstrip(b'\n')[-1:] != b'.':
         return False
@@ -210,7 +219,7 @@ def _is_pickle(data: Bytes) -> bool:
 
 
 def _metadata(data: Bytes) -> Iterator[tuple[str, str]]:
-    """Yield the keys and values of the metadata in a safetensors header."""
+    """Yield the (key, value) pairs of the metadata in a safetensors header."""
     size = int.from_bytes(data[:8], 'little')
     if bytes(data[8:9]) != b'{' or not 0 < size <= len(data) - 8:
         return
@@ -232,5 +241,8 @@ def _from_base64(text: bytes) -> bytes:
 
 
 def scan_for_push(folder: Path, token: str) -> list[str]:
-    """Return the findings that forbid a push: `token` and the secrets of the environment are searched for."""
+    """Return the findings that forbid a push of this folder.
+
+    The scan searches for `token`, the secrets of the environment, and everything that scan_tree always finds.
+    """
     return scan_tree(folder, find_secrets(os.environ, {'the token of this push': token}))

@@ -1,4 +1,4 @@
-"""The logger of the project: plain lines on standard error; ranks other than 0 log only errors."""
+"""The logger of the project. It writes plain lines to standard error. Ranks other than 0 log only errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Formatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Attach one handler to the logger. The programs call it; no import does."""
+    """Attach one handler to the logger. Only the programs call this function; importing a module never does."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Formatter())
@@ -29,6 +29,6 @@ def set_up_logging() -> None:
 
 
 def replace_unprintable() -> None:
-    """Print '?' for characters that the terminal cannot encode, instead of ending with a UnicodeEncodeError."""
+    """Make the programs print '?' for characters that the terminal cannot encode, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='replace')

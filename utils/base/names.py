@@ -7,7 +7,7 @@ from typing import Literal
 SftType = Literal['lora', 'full']
 DtypeName = Literal['bf16', 'fp16', 'fp32']
 PushStrategy = Literal['end', 'push_best', 'push_last', 'checkpoint', 'all_checkpoints']
-# The replies that carry loss.
+# The choices of --loss_scope: which replies carry loss.
 LossScope = Literal['last_round', 'all_rounds']
 HubName = Literal['modelscope', 'huggingface']
 Kind = Literal['model', 'dataset']

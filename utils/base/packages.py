@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def toolkit() -> dict[str, Any]:
-    """Return the version of this toolkit; in a git checkout also the commit, and whether files changed since."""
+    """Return the version of this toolkit. In a git checkout, also the commit, and whether files differ from it."""
     root = Path(__file__).resolve().parents[2]
     found: dict[str, Any] = {'version': VERSION}
     if not (root / '.git').exists():
@@ -50,7 +50,10 @@ def _git(root: Path, *words: str) -> str:
 
 
 def missing_requirement(requirement: str) -> str | None:
-    """Return why the requirement of a registered model is not met, with the command to install it; None if it is."""
+    """Return why a package requirement of a registered model is not met, with the command to install the package.
+
+    Returns None if the requirement is met.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import Requirement
@@ -66,5 +69,5 @@ def missing_requirement(requirement: str) -> str | None:
 
 
 def has_package(name: str) -> bool:
-    """Return whether a package is installed, without importing it."""
+    """Return whether a package is installed. The package is not imported."""
     return importlib.util.find_spec(name) is not None
