@@ -1,4 +1,7 @@
-"""One interface to both hubs: list a repository, download files, upload a folder. Clients are imported on first use."""
+"""One interface to both hubs: list a repository, download files, upload a folder.
+
+The packages of the hubs are imported on first use.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 
 from utils.base.names import HubName, Kind
 
-# The size of a file on a hub, if known, and a digest of its content.
+# (size of a file on a hub, digest of its content). The size is None if the hub does not report it.
 Listed = tuple[int | None, str]
 
 TOKEN_VARIABLES: dict[HubName, str] = {'modelscope': 'MODELSCOPE_API_TOKEN', 'huggingface': 'HF_TOKEN'}
@@ -23,7 +26,7 @@ _ADDRESSES: dict[HubName, tuple[str, str]] = {
 
 
 def ping(hub: HubName) -> tuple[str, bool]:
-    """Return the address of a hub, and whether it answers within 5 seconds. Uses the proxy of the environment."""
+    """Return the address of a hub, and whether the hub answers within 5 seconds. Uses the proxy of the environment."""
     import urllib.error
     import urllib.request
 
@@ -52,7 +55,7 @@ class UnreachableError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Repo:
-    """A repository on a hub that may hold a model or data set."""
+    """The hub, id and revision of a repository. It may be missing on the hub."""
 
     hub: HubName
     id: str
@@ -65,7 +68,7 @@ class Repo:
 class ModelScope:
     """The client of ModelScope. It reads endpoint, cache and token from the environment at each use.
 
-    Methods raise GoneError, DeniedError and UnreachableError; other exceptions of the client pass through.
+    Methods raise GoneError, DeniedError and UnreachableError. Any other exception of the package is not caught.
     """
 
     def __init__(self, token: str | None) -> None:
@@ -73,25 +76,25 @@ class ModelScope:
         from modelscope_hub.config import HubConfig
         from modelscope_hub.utils.logger import get_logger
 
-        get_logger().setLevel('ERROR')  # otherwise it logs every file and retry
+        get_logger().setLevel('ERROR')  # otherwise the package logs every file and retry
         self._api = HubApi(HubConfig(token=token))
         self._listed: dict[str, dict[str, Any]] = {}
 
     def list_files(self, repo: Repo, kind: Kind) -> dict[str, Listed]:
-        """Return size and digest of every file in a repository."""
+        """Return the size and digest of every file in a repository, by file name."""
         with self._translated_errors():
             entries = self._api.legacy.list_repo_files(repo.id, kind, revision=repo.revision)
         self._listed = {entry['Path']: entry for entry in entries if entry.get('Type') != 'tree'}
         return {name: (entry.get('Size'), entry.get('Sha256') or '') for name, entry in self._listed.items()}
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
-        """Return the folder with these files. The client verifies them against the list of `list_files`."""
+        """Download these files and return their folder. The package verifies the files against the list of the hub."""
         listed = [self._listed[name] for name in names]
         with self._translated_errors():
             return Path(self._api.downloader.download_repo(repo.id, kind, revision=repo.revision, file_list=listed))
 
     def cached(self, repo: Repo, kind: Kind) -> Path:
-        """Return the cache folder of a repository, whether it exists or not."""
+        """Return the cache folder of a repository. The folder may be missing."""
         from modelscope_hub.errors import CacheNotFound
 
         manager = self._api.downloader
@@ -101,12 +104,12 @@ class ModelScope:
             return Path(str(error.cache_dir))
 
     def user(self) -> str:
-        """Return the name of the account."""
+        """Return the name of the account to which the token belongs."""
         with self._translated_errors():
             return str(self._api.whoami().username)
 
     def upload(self, repo_id: str, folder: Path, *, private: bool, message: str) -> None:
-        """Upload a folder into a model repository, which is created if it does not exist."""
+        """Upload a folder to a model repository. The repository is created if it does not exist."""
         with self._translated_errors():
             if not self._api.repo_exists(repo_id, 'model'):
                 self._api.create_repo(repo_id, 'model', visibility='private' if private else 'public')
@@ -139,10 +142,10 @@ class ModelScope:
 
 
 class HuggingFace:
-    """The client of Hugging Face, with the same methods. The revision 'master' means 'main'."""
+    """The client of Hugging Face, with the same methods as ModelScope. The revision 'master' means 'main'."""
 
     def __init__(self, token: str | None) -> None:
-        # The client sends usage statistics unless this is set. It reads the variable once, on import.
+        # The package sends usage statistics unless this variable is set. It reads the variable once, on import.
         os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
         from huggingface_hub import HfApi
 
@@ -217,5 +220,5 @@ Client = ModelScope | HuggingFace
 
 
 def connect(hub: HubName, token: str | None) -> Client:
-    """Return the client of a hub."""
+    """Return a client of the hub that uses this token."""
     return ModelScope(token) if hub == 'modelscope' else HuggingFace(token)

@@ -1,4 +1,4 @@
-"""Models and data sets of the hubs: found, downloaded once per machine, and taken from the cache without network."""
+"""Finds models and data sets on the hubs, and downloads them once per machine. Without network, the cache is used."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ from utils.hub.clients import TOKEN_VARIABLES, Client, DeniedError, GoneError, L
 
 T = TypeVar('T')
 
-# Seconds before each retry after a failure that may be temporary. The clients also retry on their own.
+# Seconds before each retry after a failure that may be temporary. The packages of the hubs also retry.
 _WAITS = (1.0, 4.0)
-# One of several shards, e.g. model-00002-of-00005.safetensors.
+# The file name of a shard, e.g. model-00002-of-00005.safetensors.
 _SHARD = re.compile(r'(.*?)(\d{5})-of-(\d{5})(.*)')
 _CONTINUE = 'Downloaded files are kept: run the same command again to continue.'
 
 
 def find_token(typed: str | None, hub: HubName) -> str | None:
-    """Return the typed token, or else that of the hub in the environment. It is never logged or saved."""
+    """Return the typed token; if none was typed, return the hub's token in the environment, or None.
+
+    The token is never logged or saved.
+    """
     return typed or os.environ.get(TOKEN_VARIABLES[hub]) or None
 
 
 def repos_of(hub: HubName, ids: dict[HubName, Sequence[str]], *, revision: str = 'master') -> list[Repo]:
-    """Return the repositories to try in order, those on the chosen hub first."""
+    """Return the repositories in the order in which to try them. Repositories on the chosen hub come first."""
     order = sorted(ids, key=lambda name: name != hub)
     return [Repo(hub=name, id=repo_id, revision=revision) for name in order for repo_id in ids[name]]
 
@@ -51,7 +54,10 @@ class Snapshot:
     client: Client
 
     def fetch(self, names: Sequence[str]) -> Path:
-        """Return the folder with these files, downloaded by one process per machine. Raises ConfigError."""
+        """Download these files and return their folder. Only one process per machine downloads.
+
+        Raises ConfigError if the files cannot be downloaded.
+        """
         record = _record_file(self.repo, self.kind)
         with _locked(record.with_suffix('.lock')):
             recorded, verified = _read_record(record)
@@ -79,9 +85,10 @@ class Snapshot:
         return folder
 
     def to_fetch(self, names: Sequence[str]) -> list[str]:
-        """Return the files that `fetch` would request: all of `names` if one is new, changed or not yet verified.
+        """Return the files that `fetch` would request: all `names` if any of them is new, changed or unverified.
 
-        The client hashes all bytes of each requested file. Files that it verified before need only a check of sizes.
+        The package of the hub hashes all bytes of each requested file. If all files were verified before, only the
+        files that are missing or have a wrong size are requested.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
         if self.online and not (recorded == self.files and verified >= set(names)):
@@ -89,7 +96,7 @@ class Snapshot:
         return self._absent(self.client.cached(self.repo, self.kind), names)
 
     def _absent(self, folder: Path, names: Sequence[str]) -> list[str]:
-        """Return the files that are missing, or whose size differs from that on the hub."""
+        """Return the files that are missing in the folder, or have a different size on the hub."""
         absent = []
         for name in dict.fromkeys(names):
             path = folder / name
@@ -100,9 +107,10 @@ class Snapshot:
 
 
 def find(repos: Sequence[Repo], kind: Kind) -> Snapshot:
-    """Return the first repository that exists. Each one that is gone is logged; without network the cache is used.
+    """Return the first repository that exists. Without network, the first repository in the cache is returned.
 
-    Raises ConfigError if all are gone, if a hub refuses the account, or if neither network nor cache has one.
+    Raises ConfigError if no repository exists, if a hub refuses the account, or if there is no network and no
+    repository is in the cache.
     """
     gone: list[str] = []
     for index, repo in enumerate(repos):
@@ -151,7 +159,7 @@ def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str) -> Snapshot:
             continue
 
         files, _ = _read_record(_record_file(repo, kind))
-        if not files:  # another program downloaded it, so the files in the folder are all that is known
+        if not files:  # a different program downloaded the repository, so only the files in the folder are known
             found = [p for p in folder.rglob('*') if p.is_file()]
             files = {p.relative_to(folder).as_posix(): (p.stat().st_size, '') for p in found}
             if absent := _absent_shards(files):
@@ -176,7 +184,7 @@ def _incomplete_offline(repo: Repo, kind: Kind, folder: Path, absent: Sequence[s
 
 
 def _absent_shards(files: Collection[str]) -> list[str]:
-    """Return the names of shards that are missing, judged by the names of the other shards."""
+    """Return the names of missing shards. The names of the present shards tell how many there are."""
     wanted: set[str] = set()
     for name in files:
         match = _SHARD.fullmatch(name)
@@ -190,13 +198,16 @@ def _absent_shards(files: Collection[str]) -> list[str]:
 
 
 def _with_retries(repo: Repo, call: Callable[[], T]) -> T:
-    """Return the result of `call`. A failure that may be temporary is retried; the last one raises ConfigError."""
+    """Return the result of `call`. The call is repeated after a failure that may be temporary.
+
+    Raises ConfigError if the last attempt fails too.
+    """
     for wait in (*_WAITS, None):
         try:
             return call()
         except (GoneError, DeniedError, UnreachableError):
             raise
-        except Exception as error:  # many kinds: server errors, truncated bodies, wrong checksums
+        except Exception as error:  # many types: server errors, truncated responses, wrong checksums
             if wait is None:
                 raise ConfigError(
                     f'{repo} could not be fetched in {len(_WAITS) + 1} attempts: {type(error).__name__}: '
@@ -208,7 +219,7 @@ def _with_retries(repo: Repo, call: Callable[[], T]) -> T:
 
 
 def _one_line(error: Exception) -> str:
-    """Return the message of the operating system if the error contains one, else the first 300 characters."""
+    """Return the message of the operating system if the error contains it, else the first 300 characters."""
     cause = re.search(r'\[Errno -?\d+\][\w ,-]*', str(error))
     if cause:
         return cause[0]
@@ -229,7 +240,10 @@ def _save_record(path: Path, files: dict[str, Listed], verified: set[str]) -> No
 
 
 def _read_record(path: Path) -> tuple[dict[str, Listed], set[str]]:
-    """Return the list of the hub at the last download, and the names of the files that were verified."""
+    """Return the size and digest of each file at the last download, and the names of the verified files.
+
+    Both are empty if there is no record.
+    """
     if not path.is_file():
         return {}, set()
 
@@ -237,13 +251,16 @@ def _read_record(path: Path) -> tuple[dict[str, Listed], set[str]]:
         record = json.loads(path.read_text(encoding='utf-8'))
         files = {name: (size, digest) for name, (size, digest) in record['files'].items()}
         return files, set(record['whole'])
-    except (ValueError, TypeError, KeyError, AttributeError):  # a damaged record counts as none
+    except (ValueError, TypeError, KeyError, AttributeError):  # a damaged record is ignored
         return {}, set()
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file that only one process of the machine can hold. The system releases it when the process ends."""
+    """Wait for the lock on this file, and hold the lock while the body runs.
+
+    Only one process of the machine can hold the lock. If the process dies, the system releases the lock.
+    """
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
