@@ -1,4 +1,7 @@
-"""Converters from rows in the known formats to conversations. They are pure and raise BadRow for unusable rows."""
+"""Converters from rows in the known formats to conversations.
+
+A converter is a pure function and raises BadRow if the row cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ _REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 _LOSS_KEYS = ('weight', 'loss', 'train')
 _LOSS_VALUES = {'0': False, '0.0': False, 'false': False, '1': True, '1.0': True, 'true': True}
 
-# Notes about rows that are used.
+# Notes about rows that are used in training.
 ARGUMENTS_NOT_OBJECT = 'the arguments of a tool call are not a JSON object: used unchanged'
 PARAMETERS_NOT_OBJECT = 'the parameters of a tool are text that is not a JSON object: used unchanged'
 EMPTY_REPLY = 'an empty earlier reply: it never carries loss'
@@ -48,13 +51,16 @@ NO_USER_TURN = 'a reply directly after the system text, without a user turn'
 
 @dataclass(frozen=True)
 class _Remarks:
-    """The columns and keys that a conversion does not use, and its notes; each once and in order (dicts as sets)."""
+    """The unused columns and keys of a row, and the notes about the row.
+
+    They are kept as keys of dicts, because a dict keeps the order and holds each entry once.
+    """
 
     unused: dict[str, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
 
     def note_unused(self, values: Mapping[str, Any], used: Collection[str], what: str) -> None:
-        """Add the keys outside `used` whose value is not empty."""
+        """Record each key of `values` that is not in `used` and whose value is not empty."""
         for key, value in values.items():
             if key not in used and not _is_empty(value):
                 self.unused[f'{what} `{key}`'] = None
@@ -66,7 +72,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether a value is missing, blank text, or a list or object of such values."""
+    """Return whether a value is missing, whitespace, or a list or object that contains only empty values."""
     if isinstance(value, Mapping):
         return all(map(_is_empty, value.values()))
     if isinstance(value, list | tuple):
@@ -75,13 +81,13 @@ def _is_empty(value: Any) -> bool:
 
 
 def _cell(row: Mapping[str, Any], column: str) -> Any:
-    """Return a cell, None if it is missing."""
+    """Return the value of a cell. Returns None if the cell is missing."""
     value = row.get(column)
     return None if _is_missing(value) else value
 
 
 def _text(value: Any, what: str, column: str = '') -> str:
-    """Return a text or number as text; raises BadRow for anything else."""
+    """Return a text unchanged and a number as text. Raises BadRow for any other value."""
     if _is_missing(value):
         raise BadRow(f'null {what}', column or what)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -90,7 +96,7 @@ def _text(value: Any, what: str, column: str = '') -> str:
 
 
 def _parse_json(value: Any, column: str) -> Any:
-    """Return a list or object; JSON text is parsed, because CSV files can hold only text."""
+    """Return the list or object in a cell. JSON text is parsed, because CSV files can hold only text."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -103,7 +109,7 @@ def _parse_json(value: Any, column: str) -> Any:
 
 
 def _parse_object(value: Any) -> Any:
-    """Return the JSON object in a text; any other value is returned unchanged."""
+    """Parse a value that is the JSON text of an object. Any other value is returned unchanged."""
     if not isinstance(value, str):
         return value
 
@@ -115,7 +121,7 @@ def _parse_object(value: Any) -> Any:
 
 
 def _check_json(value: Any, column: str) -> None:
-    """Raise BadRow if JSON cannot represent a value, such as a date from a parquet file."""
+    """Raise BadRow if JSON cannot represent the value, for example a date from a parquet file."""
 
     def refuse(item: Any) -> NoReturn:
         raise BadRow(f'{column} holds a {type(item).__name__}, which JSON cannot represent', column)
@@ -133,7 +139,7 @@ def _check_json(value: Any, column: str) -> None:
 
 
 def _images(row: Mapping[str, Any]) -> list[str]:
-    """Return the paths in the images column, which holds one path, a list, or a list as JSON text."""
+    """Return the paths in the images column. A cell may be one path, a list of paths, or such a list as JSON text."""
     images = _cell(row, 'images')
     if isinstance(images, str) and not images.lstrip().startswith('['):
         images = [images] if images else []
@@ -144,7 +150,7 @@ def _images(row: Mapping[str, Any]) -> list[str]:
 
 
 def _content(value: Any, what: str, column: str, remarks: _Remarks) -> str:
-    """Return the text of a turn. In a list of items, each image becomes an <img> tag."""
+    """Return the content of a turn as text. If the content is a list of items, each image becomes an <img> tag."""
     if not isinstance(value, list):
         return _text(value, what, column)
 
@@ -164,7 +170,7 @@ def _content(value: Any, what: str, column: str, remarks: _Remarks) -> str:
 
 
 def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
-    """Return a tool in its wrapper; parameters that are the JSON text of an object become an object."""
+    """Return a tool as {'type': 'function', 'function': {...}}. Parameters given as JSON text are parsed."""
     wrapped = tool if 'function' in tool else {'type': 'function', 'function': tool}
     function = wrapped['function']
     if not isinstance(function, dict) or not isinstance(function.get('parameters'), str):
@@ -177,7 +183,7 @@ def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
 
 
 def _tools(row: Mapping[str, Any], remarks: _Remarks) -> list[Any] | None:
-    """Return the tools of a row, or the functions of a row in the older format."""
+    """Return the tools of a row, from `tools` or the older `functions`. Returns None if the row has no tools."""
     given = {column: _parse_json(_cell(row, column), column) for column in ('tools', 'functions')}
     column = 'tools' if given['tools'] else 'functions'
     tools = given[column]
@@ -193,7 +199,7 @@ def _tools(row: Mapping[str, Any], remarks: _Remarks) -> list[Any] | None:
 
 
 def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
-    """Return a tool call in its wrapper; arguments that are the JSON text of an object become an object."""
+    """Return a call as {'type': 'function', 'function': {...}}. Arguments given as JSON text are parsed."""
     wrapper = call if isinstance(call, dict) and 'function' in call else {'function': call}
     kind = wrapper.get('type') or 'function'
     function = wrapper['function']
@@ -224,7 +230,7 @@ def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
 def _in_order_of(written: Mapping[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """Return `made` with its keys in the order of `written`, because some templates print the whole object.
 
-    A `type` that was not written comes first, other new keys come last.
+    If `written` has no `type`, `type` comes first. Any other key that is not in `written` comes last.
     """
     positions = {key: position for position, key in enumerate(written)}
     positions.setdefault('type', -1)
@@ -232,7 +238,7 @@ def _in_order_of(written: Mapping[str, Any], made: dict[str, Any]) -> dict[str, 
 
 
 def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
-    """Return the tool calls in a list, or a single one as a list."""
+    """Return the converted tool calls of a list of calls or of one call. Raises BadRow for any other value."""
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
@@ -243,7 +249,7 @@ def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
 
 
 def _calls_in_text(content: str, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
-    """Return the tool calls of a turn whose role says that its whole content is calls."""
+    """Return the tool calls of a turn with the role of a call. The whole content of such a turn is JSON calls."""
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError):
@@ -256,7 +262,10 @@ def _calls_in_text(content: str, column: str, remarks: _Remarks) -> list[dict[st
 
 
 def _loss(turn: Mapping[str, Any]) -> tuple[str, bool] | None:
-    """Return the key by which a turn says whether it carries loss, and its value; None if it has no such key."""
+    """Return the key with which a turn sets whether it carries loss, and the value of the key.
+
+    Returns None if the turn has no such key.
+    """
     found: dict[str, bool] = {}
     for key in _LOSS_KEYS:
         value = turn.get(key)
@@ -275,7 +284,7 @@ def _loss(turn: Mapping[str, Any]) -> tuple[str, bool] | None:
 
 
 class _Turn:
-    """A turn as written. It records the keys that are read, so that the unused ones can be reported."""
+    """A turn of the source row. It records which keys are read, so that the unused keys can be reported."""
 
     def __init__(self, turn: Mapping[str, Any], column: str, remarks: _Remarks) -> None:
         self.turn = turn
@@ -284,25 +293,25 @@ class _Turn:
         self.used: set[str] = set()
 
     def first(self, keys: Sequence[str]) -> Any:
-        """Return the value of the first key that is not empty, None if all are."""
+        """Return the value of the first key whose value is not empty. Returns None if all values are empty."""
         for key in keys:
             if not _is_empty(self.turn.get(key)):
                 self.used.add(key)
                 value = self.turn[key]
-                # Another key with the same value is no loss of data.
+                # A different key with the same value counts as used, because ignoring it loses no data.
                 self.used.update(other for other in keys if self.turn.get(other) == value)
                 return value
         return None
 
     def calls(self) -> list[dict[str, Any]]:
-        """Return the tool calls of an assistant turn, [] if it has none."""
+        """Return the tool calls of an assistant turn. Returns [] if the turn has no calls."""
         calls = _parse_json(self.first(['tool_calls']), 'tool_calls')
         if not calls:
             calls = _parse_json(self.first(['function_call']), 'function_call')
         return _calls(calls, self.column, self.remarks) if calls else []
 
     def message(self, role: str, role_key: str, content_key: str) -> Message:
-        """Return the turn as a message, and note the keys that it does not use."""
+        """Return the turn as a message, and record the keys of the turn that the message does not use."""
         self.used |= {role_key, content_key}
         content = self.turn.get(content_key)
         calls = self.calls() if role == 'assistant' else []
@@ -329,7 +338,10 @@ class _Turn:
         return message
 
     def _set_loss(self, message: Message) -> None:
-        """Set whether a reply carries loss. Other turns never do, so there only a request for loss is unused."""
+        """Set whether a reply carries loss, if the turn says so.
+
+        Turns that are not replies never carry loss: a key that requests loss for such a turn is reported as unused.
+        """
         requested = _loss(self.turn)
         if requested is None:
             return
@@ -342,14 +354,14 @@ class _Turn:
 
 
 def _key_in(turn: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Return the first of the keys that the turn has, or the first of all if it has none."""
+    """Return the first of `keys` that is present in the turn. If none is present, return keys[0]."""
     return next((key for key in keys if key in turn), keys[0])
 
 
 def _turns(
     turns: Any, remarks: _Remarks, *, column: str, role_keys: Sequence[str], content_keys: Sequence[str]
 ) -> list[Message]:
-    """Return the messages of a column. Of several keys for the same field, the first that a turn has is read."""
+    """Return the messages of a column. If a turn has several keys for the same field, the first key is read."""
     turns = _parse_json(turns, column)
     if not isinstance(turns, list) or not turns:
         raise BadRow(f'{column} is not a list of turns', column)
@@ -367,7 +379,7 @@ def _turns(
 
 
 def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Return the messages with the text of the system column, if any, as their first turn."""
+    """Return the messages. If the row has text in the system column, this text becomes the first message."""
     value = _cell(row, 'system')
     system = '' if _is_empty(value) else _text(value, 'system')
     if not system:
@@ -385,7 +397,7 @@ _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 
 
 def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *columns: str) -> Row:
-    """Return the row with these messages, which were read from `columns`."""
+    """Return the Row with these messages. `columns` are the columns from which the messages were read."""
     tools = _tools(row, remarks)
     images = _images(row)
     remarks.note_unused(row, (*columns, *_EVERYWHERE), 'column')
@@ -449,7 +461,7 @@ def _from_instruction(row: Mapping[str, Any]) -> Row:
 
 Converter = Callable[[Mapping[str, Any]], Row]
 
-# Required columns and the converter of each format; the first match is used.
+# (required columns, converter) of each format. The first format whose columns are all present is used.
 SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
     (frozenset({'messages'}), _from_messages),
     (frozenset({'conversations'}), _from_conversations),
@@ -463,7 +475,7 @@ KNOWN_SHAPES = (
 
 
 def find_converter(columns: Collection[str]) -> Converter | None:
-    """Return the converter for rows with these columns, None if there is none."""
+    """Return the converter for rows with these columns. Returns None if no format matches."""
     return next((converter for needed, converter in SHAPES if needed <= set(columns)), None)
 
 
@@ -473,7 +485,7 @@ def needed_columns(converter: Converter) -> frozenset[str]:
 
 
 def _turn_notes(messages: Sequence[Message]) -> Iterable[str]:
-    """Yield what is unusual about the turns of a row. The row is used nevertheless."""
+    """Yield a note for each unusual property of the turns. A row with such notes is still used."""
     turns = [message for message in messages if message['role'] != 'system']
     if len(turns) < len(messages) and turns[0]['role'] == 'assistant':
         yield NO_USER_TURN
@@ -502,7 +514,10 @@ def _texts(row: Row) -> Iterable[str]:
 
 
 def check_row(row: Row) -> Row:
-    """Return the same row with notes about its turns; raises BadRow if it has no reply to train on or invalid text."""
+    """Return the same row with notes about its turns.
+
+    Raises BadRow if the row cannot be used for training, for example if its last turn is not a reply.
+    """
     try:
         ''.join(_texts(row)).encode()
     except UnicodeEncodeError:  # JSON can write it: "\ud83d"

@@ -1,4 +1,4 @@
-"""A row as a conversation, and the errors for rows that cannot be converted into one."""
+"""A row as a conversation, and the errors for rows that cannot be converted into a conversation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TypedDict
 
 
 class Message(TypedDict, total=False):
-    """One turn. `role` and `content` are always present, the other keys only if the row has them.
+    """One turn. `role` and `content` are always present. The other keys are present only if the row has them.
 
-    `content` is '' in a turn that holds only tool calls. An item of `tool_calls` is {'type': 'function', 'id' if given,
-    'function': {'name', 'arguments'}}. Arguments are an object if the row holds one, or the JSON text of one; any other
-    value is unchanged. `loss` is whether the turn carries loss; it is absent if the row does not decide it.
+    `content` is '' in a turn with only tool calls. An item of `tool_calls` is {'type': 'function', 'function': {'name',
+    'arguments'}}, with an 'id' if the row has an id. If `arguments` is the JSON text of an object, the text is parsed;
+    any other value is unchanged. `loss` says whether the turn carries loss. It is absent if the row does not say so.
     """
 
     role: str
@@ -34,24 +34,24 @@ def message_text(message: Message) -> str:
 
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """A conversation. Its last message is the reply of the assistant, which is trained."""
+    """A conversation. The last message is a reply of the assistant, on which the model is trained."""
 
     messages: list[Message]
     tools: list[Any] | None = None
     images: list[str] = field(default_factory=list)
-    # The folder of the data file, from which relative paths of images start; None for typed text.
+    # The folder of the data file, in which relative paths of images are looked up. None for typed text.
     folder: str | None = None
     origin: str = ''
-    # The row as it was read. It is not a copy: never change it.
+    # The source row as it was read. It is not a copy, so never change it.
     written: Mapping[str, Any] = field(default_factory=dict)
-    # Columns and keys that are not empty and not used, e.g. 'column `id`', 'message key `foo`'.
+    # Columns and keys that have a value but are not used, e.g. 'column `id`', 'message key `foo`'.
     unused: tuple[str, ...] = ()
-    # Other facts about a used row that are counted and reported.
+    # Unusual properties of the row, which are counted and reported.
     notes: tuple[str, ...] = ()
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on. Its text is the reason under which the row is counted."""
+    """The row cannot be used for training. The text of the error is the reason under which the row is counted."""
 
     def __init__(self, reason: str, column: str = '') -> None:
         super().__init__(reason)
@@ -59,4 +59,4 @@ class BadRow(ValueError):
 
 
 class Filtered(BadRow):
-    """A row that the entry of its data set skips on purpose; the row is not defective."""
+    """The entry of the data set skips this row on purpose. The row is not defective."""

@@ -12,23 +12,23 @@ from typing import Any
 
 SourceRow = Mapping[str, Any]
 PlainRow = dict[str, Any]
-# A converter returns None for a broken row, and raises Unwanted for a row that it skips on purpose.
+# A converter returns None to drop a broken row, and raises Unwanted to skip a row on purpose.
 ToRow = Callable[[SourceRow], PlainRow | None]
 
 
 class Unwanted(Exception):
-    """A valid row that the entry of its data set skips on purpose."""
+    """The row is valid, but the entry of its data set skips the row on purpose."""
 
 
 def _text(row: SourceRow, column: str) -> str:
-    """Return a cell as text, '' if it is missing (null, NaN, no such column)."""
+    """Return a cell as text. Returns '' if the cell is null or NaN, or if the column is absent."""
     value = row.get(column)
     is_missing = value is None or value != value  # only NaN differs from itself
     return '' if is_missing else str(value)
 
 
 def _literal(value: Any) -> list[Any] | None:
-    """Return the list in a cell; text is parsed as a Python literal. None if there is no list."""
+    """Return the list in a cell. Text is parsed as a Python literal. Returns None if the cell contains no list."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -38,7 +38,10 @@ def _literal(value: Any) -> list[Any] | None:
 
 
 def pair(query: str, response: str, *, query_may_be_empty: bool = False) -> ToRow:
-    """Return a converter that copies two columns. A row without one of them is dropped."""
+    """Return a converter that copies the query and the response from two columns.
+
+    A row with an empty response is dropped. A row with an empty query is dropped unless `query_may_be_empty`.
+    """
 
     def to_row(row: SourceRow) -> PlainRow | None:
         asked = _text(row, query)
@@ -53,9 +56,9 @@ def pair(query: str, response: str, *, query_may_be_empty: bool = False) -> ToRo
 def alpaca(
     instruction: str = 'instruction', extra: str = 'input', output: str = 'output', *, drop_prefix: str = ''
 ) -> ToRow:
-    """Return a converter whose query is instruction, newline, input; only the input if there is no instruction.
+    """Return a converter for columns with instruction, input and output. The query is instruction, newline, input.
 
-    `drop_prefix` is removed from the beginning of the input.
+    Without an instruction, the query is only the input. `drop_prefix` is removed from the beginning of the input.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -69,7 +72,10 @@ def alpaca(
 
 
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
-    """Return a converter that skips rows of other kinds and drops rows without a kind."""
+    """Return a converter that keeps only rows of these kinds. `column` contains the kind of a row.
+
+    Rows of a different kind are skipped. Rows without a kind are dropped.
+    """
     wanted = frozenset(kinds)
 
     def of_kind(row: SourceRow) -> PlainRow | None:
@@ -83,7 +89,10 @@ def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
 
 
 def without_history(column: str, to_row: ToRow) -> ToRow:
-    """Return a converter that skips rows with a history and drops rows whose history cannot be read."""
+    """Return a converter that keeps only rows whose history is empty.
+
+    Rows with a history are skipped. Rows whose history cannot be read are dropped.
+    """
 
     def without(row: SourceRow) -> PlainRow | None:
         history = [] if row.get(column) in (None, '') else _literal(row[column])
@@ -97,7 +106,7 @@ def without_history(column: str, to_row: ToRow) -> ToRow:
 
 
 def with_answer(query: str, response: str, answer: str) -> ToRow:
-    """Return a converter whose response ends with a blank line and the answer, if there is one."""
+    """Return a converter that appends an empty line and the answer to the response, if the row has an answer."""
 
     def to_row(row: SourceRow) -> PlainRow | None:
         asked = _text(row, query)
@@ -111,7 +120,10 @@ def with_answer(query: str, response: str, answer: str) -> ToRow:
 
 
 def human_assistant(column: str) -> ToRow:
-    """Return a converter for a list of {human, assistant} turns. The last is query and response, the rest history."""
+    """Return a converter for a list of {human, assistant} rounds.
+
+    The last round becomes query and response. The earlier rounds become the history.
+    """
 
     def to_row(row: SourceRow) -> PlainRow | None:
         turns = _literal(row.get(column))
@@ -125,10 +137,10 @@ def human_assistant(column: str) -> ToRow:
 
 
 def agent(plugin: str) -> ToRow:
-    """Return a converter for {from, value} turns after a system turn that lists at least two plugins.
+    """Return a converter for a list of {from, value} turns. The first turn is a system text that lists plugins.
 
-    `plugin` is a pattern that finds the names of plugins in the system text. Rows with fewer plugins are skipped, and
-    rows whose turns do not alternate between user and assistant.
+    `plugin` is a pattern that finds the names of the plugins in the system text. A row is skipped if it lists fewer
+    than two plugins, or if its turns do not alternate between user and assistant.
     """
     pattern = re.compile(plugin)
 
@@ -154,7 +166,10 @@ def agent(plugin: str) -> ToRow:
 
 
 def two_rounds(column: str) -> ToRow:
-    """Return a converter for exactly two turns with `content`: the query and the response. Other rows are skipped."""
+    """Return a converter for a list of exactly two {content} turns, the query and the response.
+
+    Rows with a different number of turns are skipped.
+    """
 
     def to_row(row: SourceRow) -> PlainRow | None:
         turns = _literal(row.get(column))
@@ -171,7 +186,10 @@ def two_rounds(column: str) -> ToRow:
 
 
 def leetcode(row: SourceRow) -> PlainRow | None:
-    """Return the problem as query, and its only code block with the explanation as response."""
+    """Return a row whose query is the programming problem and whose response is the code with its explanation.
+
+    The row must contain exactly one code block.
+    """
     problem, mark, code = _text(row, 'code_with_problem').partition('```python')
     if not mark or '```python' in code:
         if not _text(row, 'code_with_problem'):
@@ -182,7 +200,7 @@ def leetcode(row: SourceRow) -> PlainRow | None:
 
 
 def law_text(row: SourceRow) -> PlainRow | None:
-    """Return an article with its headings as the response to an empty query, as in pre-training."""
+    """Return a row with an empty query, as in pre-training. The response is an article of a law with its headings."""
     if not _text(row, 'content'):
         return None
 
@@ -196,7 +214,7 @@ def law_text(row: SourceRow) -> PlainRow | None:
 
 
 def advertise(row: SourceRow) -> PlainRow | None:
-    """Return the task of writing an advertisement from keywords."""
+    """Return a row whose query asks for an advertisement from keywords."""
     keywords = _text(row, 'content')
     text = _text(row, 'summary')
     if not keywords or not text:
@@ -205,7 +223,10 @@ def advertise(row: SourceRow) -> PlainRow | None:
 
 
 def ask_question(row: SourceRow) -> PlainRow | None:
-    """Return the task of writing the question to an answer in a context; `text1` is '<answer>[SEP]<context>'."""
+    """Return a row whose query gives an answer and its context, and asks for the question.
+
+    The column `text1` is '<answer>[SEP]<context>'.
+    """
     answer, mark, context = _text(row, 'text1').partition('[SEP]')
     question = _text(row, 'text2')
     if not mark or not question:
@@ -214,7 +235,10 @@ def ask_question(row: SourceRow) -> PlainRow | None:
 
 
 def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToRow:
-    """Return a converter to the task of naming the category. `columns` maps a column to its heading in the prompt."""
+    """Return a converter whose query asks for the category of a text, and whose response is the category.
+
+    `columns` maps each column to its heading in the query. `names` are the names of the categories.
+    """
 
     def to_row(row: SourceRow) -> PlainRow | None:
         label = row.get('label')
@@ -223,7 +247,7 @@ def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToR
         except (ValueError, OverflowError):
             return None
 
-        if index == -1:  # the label is hidden
+        if index == -1:  # the label is not published
             raise Unwanted
         if not 0 <= index < len(names):
             return None
@@ -235,7 +259,7 @@ def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToR
 
 
 def always_ask(query: str, response: str) -> ToRow:
-    """Return a converter that uses the same query for every row."""
+    """Return a converter with the same query for every row. The response is the column `response`."""
 
     def to_row(row: SourceRow) -> PlainRow | None:
         text = _text(row, response)
@@ -245,7 +269,10 @@ def always_ask(query: str, response: str) -> ToRow:
 
 
 def caption(row: SourceRow) -> PlainRow | None:
-    """Return the task of describing an image, given by its path. Of several captions, the first is the response."""
+    """Return a row whose query asks for a description of an image.
+
+    The image is given by its path. If there are several captions, the response is the first caption.
+    """
     image = row.get('image')
     path = image.get('path') if isinstance(image, Mapping) else image
     text = _text(row, 'caption').partition('&&')[0].strip()

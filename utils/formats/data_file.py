@@ -1,4 +1,7 @@
-"""Readers for data files: each row is a dictionary with its location. They use constant memory and read gzip."""
+"""Readers for data files. A reader yields each row as a dictionary, with the location of the row.
+
+Memory use is constant. Files compressed with gzip can be read.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,16 @@ from utils.base.errors import ConfigError
 
 SUFFIXES = ('.json', '.jsonl', '.csv', '.parquet', '.json.gz', '.jsonl.gz', '.csv.gz')
 
-# The location of a row, e.g. 'data/train.jsonl:12', and the row.
+# (location of a row, e.g. 'data/train.jsonl:12', the row)
 LocatedRow = tuple[str, dict[str, Any]]
-# Handles a row that cannot be read, given its location and the problem: raises, or records it and returns.
+# Called as f(location, problem) for a row that cannot be read. It raises an error, or records the problem and returns.
 OnBad = Callable[[str, str], None]
 Signature = tuple[int, int, int]
 
 _BLOCK_BYTES = 1 << 20
 _MAX_ROW_BYTES = 1 << 26
-# gzip compresses text 3 to 20 times. A file that expands more, beyond the first 64 MiB, is made to fill memory or disk.
+# gzip compresses text 3 to 20 times. A file that expands to more than 100 times its size, and to more than 64 MiB, was
+# probably made to fill the memory or the disk.
 _GZIP_RATIO = 100
 _GZIP_FREE_BYTES = 1 << 26
 _BLANK = re.compile(r'[ \t\r\n]*')
@@ -39,10 +43,10 @@ _DOWNLOAD_AGAIN = 'Download or copy the file again.'
 
 
 class WrittenNumber(float):
-    """A JSON number whose text is kept as written: 1.10 stays 1.10, and 1e22 does not become 1e+22."""
+    """A JSON number that keeps its text: 1.10 stays 1.10, and 1e22 does not become 1e+22."""
 
     def __new__(cls, written: str) -> WrittenNumber:
-        """Return the number in a text."""
+        """Parse the text of a number, and keep the text."""
         number = super().__new__(cls, written)
         number.written = written
         return number
@@ -50,12 +54,12 @@ class WrittenNumber(float):
     written: str
 
     def __str__(self) -> str:
-        """Return the number as written."""
+        """Return the text of the number in the file."""
         return self.written
 
 
 class RowWithRepeatedKeys(dict[str, Any]):
-    """A row in which one JSON object has a key twice. The last value is used, as in other JSON readers."""
+    """A row with a JSON object that has the same key twice. The last value is used, as by most JSON readers."""
 
     def __init__(self, row: dict[str, Any], keys: Iterable[str]) -> None:
         super().__init__(row)
@@ -63,7 +67,7 @@ class RowWithRepeatedKeys(dict[str, Any]):
 
 
 class _JsonObjects:
-    """Builds objects from the pairs of a JSON parser, and records keys that an object has twice."""
+    """Builds each object from the pairs of a JSON parser, and records keys that occur twice in one object."""
 
     def __init__(self) -> None:
         self.repeated: list[str] = []
@@ -76,7 +80,7 @@ class _JsonObjects:
         return made
 
     def row(self, value: Any) -> Any:
-        """Return a parsed value; a row with repeated keys is marked. Forgets the recorded keys."""
+        """Return a parsed value: as RowWithRepeatedKeys if keys were recorded, else unchanged. Clears the record."""
         if self.repeated and isinstance(value, dict):
             value = RowWithRepeatedKeys(value, self.repeated)
         self.repeated.clear()
@@ -84,7 +88,7 @@ class _JsonObjects:
 
 
 class UnreadableRow(ConfigError):
-    """A row that cannot be read, with its location."""
+    """A row cannot be read. The error holds the location of the row."""
 
     def __init__(self, location: str, problem: str) -> None:
         super().__init__(f'{location}: {problem}')
@@ -93,12 +97,12 @@ class UnreadableRow(ConfigError):
 
 
 def refuse(location: str, problem: str) -> NoReturn:
-    """Raise UnreadableRow. A run uses this for a row that cannot be read."""
+    """Raise UnreadableRow. With this function as `bad`, the first row that cannot be read ends the run."""
     raise UnreadableRow(location, problem)
 
 
 def signature(path: Path) -> Signature:
-    """Return size, modification time and inode, by which a changed file is detected."""
+    """Return size, modification time and inode of a file. If they differ later, the file was changed."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -109,10 +113,11 @@ def signature(path: Path) -> Signature:
 def read_rows(
     path: Path, *, bad: OnBad = refuse, known: Signature | None = None, digest: Any = None
 ) -> Iterator[LocatedRow]:
-    """Yield each row of a data file with its location. Raises ConfigError with file and line.
+    """Yield each row of a data file with its location. `bad` is called for a row that cannot be read.
 
-    `known` is the signature of an earlier reading. A file that changed since then, or changes while being read, raises
-    ConfigError. `digest` is a hash object; it is updated with all bytes that are read.
+    Raises ConfigError if the file cannot be read, or has no rows. `known` is the signature from an earlier reading.
+    Raises ConfigError if the file changed since then, or changes while it is read. `digest` is a hash object; it is
+    updated with all bytes that are read.
     """
     before = known or signature(path)
     if before[0] == 0:
@@ -130,7 +135,7 @@ def read_rows(
                 remedy = ' Rename the file to .json if it holds an array of rows.' if isinstance(row, list) else ''
                 bad(location, f'a row must be an object with named columns, got {type(row).__name__}.{remedy}')
     except ConfigError:
-        _check_unchanged(path, before)  # a change explains any other error
+        _check_unchanged(path, before)  # if the file changed, this is the cause of the error
         raise
     _check_unchanged(path, before)
 
@@ -146,7 +151,7 @@ def _check_unchanged(path: Path, before: Signature) -> None:
 
 
 class _Bytes:
-    """The bytes of a data file, decompressed, counted and hashed."""
+    """Reads the bytes of a data file, and decompresses, counts and hashes them."""
 
     def __init__(self, path: Path, digest: Any) -> None:
         self.path = path
@@ -184,7 +189,7 @@ class _Bytes:
         return self._take(self.stream.read, _BLOCK_BYTES)
 
     def lines(self, bad: OnBad) -> Iterator[tuple[int, str]]:
-        """Yield each line with its number. If a line is not UTF-8, `bad` is called, and the line is empty."""
+        """Yield each line with its number. If a line is not UTF-8, `bad` is called and an empty line is yielded."""
         number = 0
         while line := self._take(self.stream.readline, _MAX_ROW_BYTES + 1):
             number += 1
@@ -203,7 +208,7 @@ class _Bytes:
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    """Return the message for text that is not UTF-8, with the likely encoding."""
+    """Return the error message for text that is not UTF-8. The message names the likely encoding."""
     problem = f'byte 0x{error.object[error.start]:02x} is not UTF-8.'
     with path.open('rb') as stream:
         head = stream.read(1 << 10)
@@ -231,7 +236,7 @@ def _guess_encoding(head: bytes, data: bytes) -> str:
 
 
 class _JsonText:
-    """The text of a JSON file, buffered in blocks. Parsed text is dropped from the buffer."""
+    """The text of a JSON file, read in blocks into a buffer. Parsed text is removed from the buffer."""
 
     def __init__(self, source: _Bytes) -> None:
         self.source = source
@@ -255,7 +260,7 @@ class _JsonText:
         return bool(block)
 
     def next_character(self) -> str:
-        """Skip blanks and return the next character without consuming it, '' at the end of the file."""
+        """Skip whitespace and return the next character without consuming it. Returns '' at the end of the file."""
         while True:
             match = _BLANK.match(self.text, self.position)
             assert match is not None, 'the pattern also matches an empty text'
@@ -273,7 +278,7 @@ class _JsonText:
     def value(self) -> Any:
         """Return the JSON value that starts at the current position."""
         while True:
-            self._objects.repeated.clear()  # from an attempt that ended at the end of the buffer
+            self._objects.repeated.clear()  # an attempt that failed at the end of the buffer may have recorded keys
             try:
                 value, end = self._parse(self.text, self.position)
             except json.JSONDecodeError as error:
@@ -281,7 +286,7 @@ class _JsonText:
                 if is_truncated and len(self.text) - self.position < _MAX_ROW_BYTES and self._fill():
                     continue
                 self._refuse_value(error.pos, error.msg)
-            except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
+            except (ValueError, RecursionError) as error:  # a number is too long, or values are nested too deeply
                 self._refuse_value(self.position, str(error))
 
             self.line += self.text.count('\n', self.position, end)
@@ -290,7 +295,7 @@ class _JsonText:
 
 
 def _read_json(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
-    """Yield the items of a JSON array. A .json file that holds JSON lines is read as such."""
+    """Yield the items of a JSON array. If the file does not start with '[', it is read as JSON lines."""
     path = source.path
     text = _JsonText(source)
     if text.next_character() != '[':
@@ -319,7 +324,10 @@ def _read_json(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
 
 
 def read_objects(path: Path) -> Iterator[LocatedRow]:
-    """Yield concatenated JSON objects, with or without blanks, commas or brackets between them."""
+    """Yield each JSON object of a file that contains several objects in sequence.
+
+    Whitespace, commas and square brackets between the objects are ignored.
+    """
     text = _JsonText(_Bytes(path, hashlib.sha256()))
     number = 0
     while character := text.next_character():
@@ -365,9 +373,9 @@ def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
 
 
 def _check_header(location: str, cells: list[str]) -> None:
-    """Raise UnreadableRow for a header without commas, with repeated names, or with several empty cells.
+    """Raise UnreadableRow if a header has no commas, repeated names, or several empty cells.
 
-    One empty cell is allowed: it may name the column of an index.
+    One empty cell is allowed, because the header of an index column is often empty.
     """
     for mark, name in ((';', 'semicolons'), ('\t', 'tabs')):
         if len(cells) == 1 and mark in cells[0]:
@@ -403,7 +411,10 @@ def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
 
 
 def _without_null_keys(value: Any) -> Any:
-    """Return a value without null keys. A struct of parquet has the keys of all rows, null where a row has none."""
+    """Return a value without the keys whose value is null.
+
+    A struct in a parquet file has the same keys in every row. If the source row lacks a key, the value is null.
+    """
     if isinstance(value, dict):
         return {key: _without_null_keys(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

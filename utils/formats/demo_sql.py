@@ -1,8 +1,8 @@
-"""Demonstration data: a table definition and a question in, one line of SQLite out.
+"""Demonstration data. The query is a table definition and a question; the response is one line of SQLite.
 
-All rows are generated from word lists with a fixed seed. The held-out rows share the intents of the training
-rows and the short phrases of conditions ("at least 5"), but no table name, column name, text value or sentence.
-A correct answer to them therefore shows a skill and not a memorised line.
+All rows are generated from word lists with a fixed seed. The held-out rows have the same intents as the training
+rows and the same short phrases for conditions ("at least 5"). They have different table names, column names, text
+values and sentences. So a model cannot answer them correctly by memorising the training rows.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import Any
 TRAIN_ROWS = 1200
 HELD_OUT_ROWS = 204
 SEED = 7
-# An answer is compared on FILLS tables of CELLS rows each.
+# An answer is compared with the reference on FILLS tables of CELLS rows each.
 FILLS = 12
 CELLS = 40
 TASK = 'Write one SQLite query.'
 
-# (words, SQL) for the slots {f} and {F}, and for {o} and {O}.
+# (word, SQL). AGGREGATES fills the slots {f} and {F}, ORDERS fills {o} and {O}.
 AGGREGATES = (('highest', 'MAX'), ('lowest', 'MIN'), ('average', 'AVG'), ('total', 'SUM'))
 ORDERS = (('highest', 'DESC'), ('lowest', 'ASC'))
 
 
 @cache
 def _words() -> dict[str, Any]:
-    """Return the lists that rows are made from. Training rows (seen) and held-out rows (unseen) have separate lists.
+    """Return the lists from which rows are made. Training rows (seen) and held-out rows (unseen) have separate lists.
 
-    words: tables, text columns, each with its kind of value, and number columns, where a trailing dot means REAL. A row
-    uses the words of one entry only, so that it makes sense.
-    values: text values by kind.
-    tests: conditions in SQL, and as phrases to follow "with" or "having". {c} is the column, {v} and {u} are values,
-    {p} is the start of a value.
-    patterns: one intent each, with its SQL and the sentences that ask for it. {t} is the table, {a} the requested
-    column, {b} a number column, {g} a text column, {n} a small number; {w} and {w2} are conditions in words, {q} and
+    words: table names, text columns as name:kind, and number columns. A dot after a number column means REAL. A row
+    uses only the words of one entry, so that the row makes sense.
+    values: text values for each kind.
+    tests: conditions in SQL, and phrases for them that follow "with" or "having". {c} is the column, {v} and {u} are
+    values, {p} is the beginning of a value.
+    patterns: one entry per intent, with its SQL and sentences that ask for it. {t} is the table, {a} the requested
+    column, {b} a number column, {g} a text column, {n} a small number. {w} and {w2} are conditions in words, {q} and
     {q2} the same conditions in SQL.
     """
     found: dict[str, Any] = json.loads(Path(__file__).with_name('demo_sql.json').read_text(encoding='utf-8'))
@@ -47,12 +47,15 @@ def _words() -> dict[str, Any]:
 
 
 def train_rows() -> list[dict[str, str]]:
-    """Return the training rows, each {'system', 'query', 'response'}: the same on each call, with unique queries."""
+    """Return the training rows, each {'system', 'query', 'response'}. The rows are the same on each call.
+
+    No two rows have the same query.
+    """
     return _rows(False, TRAIN_ROWS, SEED)
 
 
 def held_out_rows() -> list[dict[str, str]]:
-    """Return the rows for evaluation, in the same form, but with other names, values and sentences."""
+    """Return the held-out rows. They have the keys of the training rows, but different names, values and sentences."""
     return _rows(True, HELD_OUT_ROWS, SEED + 1)
 
 
@@ -126,12 +129,13 @@ def _condition(rng: random.Random, unseen: bool, column: str) -> tuple[str, str]
 
 
 def is_right(row: dict[str, str], answer: str) -> bool:
-    """Return whether the SQL of the answer gives the same rows as the SQL of the reference in `row`.
+    """Return whether the SQL of the answer selects the same records as the reference, the response of `row`.
 
-    Both run on the table of the row. It is filled several times with different random data near the values of the
-    reference, so that a wrong column, value or comparison shows. The order of the rows matters only if the reference
-    sorts. A fenced block is taken out of its fence, and text after the first semicolon is dropped. A second statement,
-    or one that is not a plain SELECT, is wrong.
+    Both run on the table of the row. The table is filled several times with different random data near the values of
+    the reference, so that a wrong column, value or comparison changes the result. The order of the records matters
+    only if the reference sorts. If the answer has a fenced code block, only this block is used. Text after the first
+    semicolon is ignored. But the answer is wrong if this text is a second statement, or if the SQL is not a plain
+    SELECT.
     """
     sql = _statement(answer)
     if not sql:
@@ -147,7 +151,7 @@ def is_right(row: dict[str, str], answer: str) -> bool:
 
 
 def _statement(answer: str) -> str:
-    """Return the SQL in an answer, '' if it is too long or a second statement follows."""
+    """Return the SQL in an answer. Returns '' if the SQL is too long, or if a second statement follows."""
     fenced = re.search(r'```\w*\s(.*?)(?:```|$)', answer, re.DOTALL)
     text, _, rest = (fenced.group(1) if fenced else answer).strip().partition(';')
     verbs = r'\s*(select|insert|update|delete|replace|drop|create|alter|attach|detach|pragma|vacuum)\b'
@@ -155,7 +159,10 @@ def _statement(answer: str) -> str:
 
 
 def _fill(row: dict[str, str], seed: int) -> tuple[str, list[tuple[str | float, ...]]]:
-    """Return the CREATE TABLE of a row and data for it, which depend only on the row and the seed."""
+    """Return the CREATE TABLE statement of a row, and random records for the table.
+
+    The records depend only on the row and the seed.
+    """
     match = re.search(r'CREATE TABLE \w+ \((.*)\);', row['query'])
     if match is None:
         raise ValueError('the query holds no CREATE TABLE line')
@@ -166,13 +173,13 @@ def _fill(row: dict[str, str], seed: int) -> tuple[str, list[tuple[str | float, 
 
 
 def _cells(rng: random.Random, definition: str, sql: str) -> list[str | float]:
-    """Return the cells of a column; many are equal or close to the values with which the SQL compares the column."""
+    """Return random cells for a column. Many cells equal a value with which the SQL compares, or are close to it."""
     name, kind = definition.split()
     if kind == 'TEXT':
-        # Groups of different sizes, so that counts per group differ.
+        # The values have different frequencies, so that counts per group differ.
         pool = [f'{name}{size}' for size in range(1, 7) for _ in range(size)]
         for text in re.findall(rf"\b{name} (?:=|!=|LIKE) '(\w+)", sql):
-            # The value, two that begin with it and one that contains it, so that = and LIKE differ.
+            # The text, two values that begin with the text, and a value that contains it, so that = and LIKE differ.
             pool = [text] * 6 + [text + 'ora', text + 'elin', 'Q' + text] + pool[::4]
         return [rng.choice(pool) for _ in range(CELLS)]
 
@@ -191,13 +198,13 @@ def _cells(rng: random.Random, definition: str, sql: str) -> list[str | float]:
 
 
 def _allow(action: int, name: str | None, *_: str | None) -> int:
-    """Allow only what a SELECT needs (an authorizer of sqlite3)."""
+    """Allow only the actions that a SELECT needs. This is the authorizer callback of sqlite3."""
     plain = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
     return sqlite3.SQLITE_OK if plain else sqlite3.SQLITE_DENY
 
 
 def _run(row: dict[str, str], sql: str, seed: int, with_order: bool) -> list[tuple[object, ...]] | None:
-    """Return the records that the SQL selects, sorted unless their order matters; None if it fails."""
+    """Return the records that the SQL selects. They are sorted unless `with_order`. Returns None if the SQL fails."""
     create, records = _fill(row, seed)
     db = sqlite3.connect(':memory:')
     try:
@@ -205,7 +212,7 @@ def _run(row: dict[str, str], sql: str, seed: int, with_order: bool) -> list[tup
         table = create.split()[2]
         db.executemany(f'INSERT INTO {table} VALUES ({", ".join("?" * len(records[0]))})', records)
         db.set_authorizer(_allow)
-        db.set_progress_handler(lambda: 1, 1_000_000)  # called after a million steps; 1 aborts the query
+        db.set_progress_handler(lambda: 1, 1_000_000)  # runs after a million steps; 1 aborts the query
         found = [tuple(round(x, 6) if isinstance(x, float) else x for x in record) for record in db.execute(sql)]
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
         return None

@@ -1,4 +1,4 @@
-"""Registered data sets of the hubs: their files, their streams of rows and their images."""
+"""Registered data sets of the hubs: downloads the files, reads and converts the rows, and unpacks the images."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ _TAKE_SEED = 42
 class HubDataset:
     """The description of a data set on the hubs. Calling it returns (train, validation or None)."""
 
-    # On ModelScope: the id of 2023, and the later ids if it moved.
+    # The id on ModelScope in 2023, and the later ids if the data set moved.
     id: str
     moved: tuple[str, ...] = ()
-    # The same data on Hugging Face.
+    # The id of the same data on Hugging Face.
     hf_id: str | None = None
-    # Required columns.
+    # The columns that each file must have.
     columns: tuple[str, ...]
     to_row: ToRow
-    # The reason, for the report, why to_row drops or skips a row.
+    # The reason why to_row drops or skips rows. It is shown in the report.
     drops: str
     subsets: tuple[str, ...] = ('default',)
-    # Words that occur in the file names of other subsets.
+    # Words that occur only in the file names of subsets that are not read.
     not_named: tuple[str, ...] = ()
     train: tuple[str, ...] = ('train',)
     val: tuple[str, ...] = ()
-    # The files hold concatenated JSON objects, with or without separators.
+    # Whether the files contain JSON objects in sequence, with or without separators.
     concatenated: bool = False
-    # The column of an image. A converter gets the path of an image file in it.
+    # The column with the image. In this column, the converter receives the path of an image file.
     image: str | None = None
-    # The number of training rows to draw, always the same ones.
+    # The number of training rows to draw. The same rows are drawn every time.
     take: int | None = None
 
     def repos(self, hub_name: HubName) -> list[Repo]:
-        """Return the repositories that may hold the data set, those on the chosen hub first."""
+        """Return the repositories that may contain the data set. Repositories on the chosen hub come first."""
         ids: dict[HubName, Sequence[str]] = {
             'modelscope': (self.id, *self.moved),
             'huggingface': (self.hf_id,) if self.hf_id else (),
@@ -62,7 +62,7 @@ class HubDataset:
         return hub.repos_of(hub_name, ids)
 
     def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, str]:
-        """Return (train, validation or None, the repository used). Downloads only the files that are read."""
+        """Return (train, validation or None, name of the repository). Downloads only the files that are needed."""
         snapshot = hub.find(self.repos(hub_name), 'dataset')
         chosen = choose_files(snapshot, self)
         folder = snapshot.fetch([name for names in chosen.values() for name in names])
@@ -93,7 +93,7 @@ class RowStream:
         return (row for _, row in self.with_locations() if not isinstance(row, BadRow))
 
     def with_locations(self) -> Iterator[tuple[str, PlainRow | BadRow]]:
-        """Yield each row with its location (file and line), or the reason why it is dropped."""
+        """Yield (location, row) for each row. For a dropped or skipped row, the second item is a BadRow."""
         if self.take is None:
             yield from self._all()
             return
@@ -139,7 +139,7 @@ class RowStream:
             )
 
     def _convert(self, row: SourceRow) -> PlainRow | BadRow:
-        """Return the converted row, or the reason why it is dropped."""
+        """Return the converted row, or a BadRow with the reason if the row is dropped or skipped."""
         try:
             return self.entry.to_row(row) or BadRow(self.entry.drops)
         except Unwanted:
@@ -147,12 +147,12 @@ class RowStream:
 
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp')
-# Images are compressed already, so an archive that expands more than this is made to fill the disk.
+# Images are already compressed. So an archive that expands more than this was probably made to fill the disk.
 _MAX_EXPANSION = 50
 
 
 def _unpack_images(archive: Path) -> Path:
-    """Return the folder with the images of an archive, which is unpacked once per machine."""
+    """Return the folder with the images of an archive. The archive is unpacked once per machine."""
     import zipfile
 
     about = archive.stat()
@@ -174,9 +174,9 @@ def _unpack_images(archive: Path) -> Path:
 
             unpacked = Path(temporary) / 'whole'
             opened.extractall(unpacked, images)
-            with contextlib.suppress(FileExistsError):  # another process may have been first
+            with contextlib.suppress(FileExistsError):  # another process may have unpacked it
                 unpacked.rename(target)
-    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: it needs a password
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: a password is needed
         raise ConfigError(
             f'{archive}: the zip file is damaged or encrypted: {error}. Remove it and run the same command again to '
             'download it.'
@@ -185,9 +185,9 @@ def _unpack_images(archive: Path) -> Path:
 
 
 def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
-    """Return the row with the path of a file as its image; bytes in a parquet cell are written to the cache.
+    """Return the row with its image given as the path of a file. Image bytes are written to a file in the cache.
 
-    Raises BadRow for a path outside the folder of the data.
+    Raises BadRow if the path is absolute or leaves the folder `base`.
     """
     found = {name.removesuffix(':FILE'): value for name, value in row.items()}
     image = found.get(column)
@@ -209,7 +209,7 @@ def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
 
 
 def _cached_image(data: bytes, *, suffix: str) -> Path:
-    """Write the bytes of an image to the cache, unless they are there, and return the path."""
+    """Return the path of a file in the cache with these image bytes. The file is written if it is absent."""
     file = cache_dir() / 'images' / 'bytes' / (hashlib.sha256(data).hexdigest() + suffix)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Selection of the files in a data set repository that belong to a split."""
+"""Chooses the files of each split in the repository of a data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SPLITS = {'train': ('train', 'training'), 'test': ('test', 'testing')}
 _VALIDATION = ('validation', 'valid', 'val', 'dev', 'eval')
 _ALL_SPELLINGS = (*_SPLITS['train'], *_SPLITS['test'], *_VALIDATION)
 _NO_DATA = ('dataset_infos.json', 'dataset_info.json', 'configuration.json', 'metadata.json')
-# Of a file in several formats, only the first in this order is read.
+# If a file exists in several formats, only the first format in this order is read.
 _FORMATS = ('.parquet', '.jsonl', '.json', '.csv')
 _MAX_LIST_BYTES = 1 << 20
 
@@ -33,7 +33,10 @@ def _spellings(split: str) -> tuple[str, ...]:
 
 
 def _holds(name: str, word: str) -> bool:
-    """Return whether a path contains a word between separators: 'common-en' in 'data/common_en_70k.jsonl'."""
+    """Return whether a path contains a word between separators.
+
+    For example, 'data/common_en_70k.jsonl' contains 'common-en'.
+    """
     return f'-{_plain(word)}-' in f'-{_plain(name)}-'
 
 
@@ -43,10 +46,10 @@ def _plain(text: str) -> str:
 
 
 def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[str]]:
-    """Return the files of each split: those that the repository lists, or else those whose names match.
+    """Return the files of each split. If the repository has no list of files, the files are chosen by their names.
 
-    A list is ModelScope's <name>.json ({subset: {split: {meta: file}}}) or `configs` in a Hugging Face README. Raises
-    ConfigError with the existing subsets and splits if one is not found.
+    The list of files is <name>.json on ModelScope ({subset: {split: {meta: file}}}), or `configs` in the README on
+    Hugging Face. Raises ConfigError if a subset or split is not found; the message names the existing ones.
     """
     listed = _listed_files(snapshot)
     chosen: dict[str, list[str]] = {}
@@ -64,10 +67,10 @@ def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[st
 
 
 def _listed_files(snapshot: hub.Snapshot) -> FileList:
-    """Return the list of files that the repository contains, {} if it has none."""
+    """Return the list of files in the repository. Returns {} if the repository has no such list."""
     modelscope_name = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
     for name, reader in ((modelscope_name, _read_modelscope_list), ('README.md', _read_readme_list)):
-        # A data file can have one of these names too, but it is larger.
+        # A data file can have the same name, but a data file is larger.
         if name in snapshot.files and (snapshot.files[name][0] or 0) < _MAX_LIST_BYTES:
             text = (snapshot.fetch([name]) / name).read_text(encoding='utf-8', errors='replace')
             listed = reader(text, list(snapshot.files))
@@ -83,7 +86,7 @@ def _read_modelscope_list(text: str, _: Sequence[str]) -> FileList:
             listed[subset] = {}
             for split, about in splits.items():
                 if about.get('meta'):
-                    # `file` is the archive with the images of the rows.
+                    # `file` names the archive with the images of the rows.
                     archives = _as_list(about['file']) if about.get('file') else []
                     listed[subset][split] = [*_as_list(about['meta']), *archives]
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not a list of files
@@ -118,9 +121,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split: str) -> list[str]:
-    """Return the listed files of a split, [] if there are none."""
+    """Return the files of a split in the list. Returns [] if the list does not contain the split."""
     splits = listed.get(subset)
-    # An entry without subsets has the subset 'default', which the repository may name otherwise.
+    # An entry without subsets has the subset 'default'. The repository may use a different name for this subset.
     if not splits and subset == 'default' and len(listed) == 1:
         splits = next(iter(listed.values()))
     if not splits:
@@ -129,7 +132,7 @@ def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split
 
 
 def _from_names(files: Iterable[str], entry: HubDataset, subset: str, split: str) -> list[str]:
-    """Return the data files whose names match a subset and a split, one format of each."""
+    """Return the data files whose names match a subset and a split. Each file is returned in one format only."""
     data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
     data = [name for name in data if not _holds_any(name, entry.not_named)]
     if subset != 'default':
@@ -150,5 +153,5 @@ def _holds_any(name: str, words: Iterable[str]) -> bool:
 
 
 def _format_rank(name: str) -> int:
-    """Return the position of a file's format in _FORMATS, or one more than the last."""
+    """Return the position of a file's format in _FORMATS, or len(_FORMATS) if the format is not in it."""
     return next((rank for rank, suffix in enumerate(_FORMATS) if name.endswith(suffix)), len(_FORMATS))

@@ -1,4 +1,4 @@
-"""Images of rows: their tags in a text, the paths that are allowed, and the opening and checking of files."""
+"""Images of rows: finds their tags in a text, checks their paths, and opens the files."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 _TAG = re.compile(r'<img>(.*?)</img>')
 _ADDRESS = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*://|data:')
-# Formats whose decoders execute nothing. EPS is not among them: Pillow passes it to Ghostscript, which runs it.
+# Formats whose decoders execute no code of the file. EPS is not allowed: Pillow lets Ghostscript run the file.
 _FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
-# 256 MiB as RGB, the limit at which Pillow warns. A small file can expand to more than the memory holds.
+# 256 MiB as RGB, the limit above which Pillow warns. Without a limit, a small file could fill the memory.
 _MAX_PIXELS = 2**28 // 3
-# Mean and standard deviation of CLIP.
+# Mean and standard deviation with which CLIP normalises pixels.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class BadImage(ConfigError):
-    """An image that cannot be used. `reason` is the same for all images with this problem."""
+    """An image cannot be used. `reason` is the same text for all images with the same problem."""
 
     reason = ''
     path = ''
 
     def __init__(self, text: str) -> None:
-        # A data-loader process passes the message on after its traceback.
+        # An error in a data-loader process reaches the user as a traceback, followed by this message.
         super().__init__(text.rsplit('BadImage: ', 1)[-1].strip())
 
 
 def bad_image(path: str, reason: str, more: str = '') -> BadImage:
-    """Return the error for an image. `more` follows the reason and holds the details of this image."""
+    """Return the error for an image. The message ends in `more`, the details of this image."""
     error = BadImage(f'image {path!r} {reason}{more}')
     error.reason = reason
     error.path = path
@@ -46,7 +46,7 @@ def bad_image(path: str, reason: str, more: str = '') -> BadImage:
 
 
 def find_images(text: str) -> list[str]:
-    """Return the paths in the `<img>path</img>` tags of a text, in order; '' for an empty tag."""
+    """Return the path of each `<img>path</img>` tag in a text, in order. The path of an empty tag is ''."""
     return _TAG.findall(text)
 
 
@@ -56,9 +56,10 @@ def replace_tags(text: str, mark: str) -> str:
 
 
 def name_images(texts: Sequence[str], images: Iterable[str]) -> list[str]:
-    """Return the texts of a row with the images of the row filled into its empty tags `<img></img>`, in order.
+    """Fill the images of a row into the empty tags `<img></img>` of its texts, in order, and return the texts.
 
-    An image that is already in a tag is not used again. Raises BadImage if the numbers of images and tags differ.
+    An image that is already in a tag is not used again. Raises BadImage if the remaining images are more or fewer than
+    the empty tags.
     """
     named = {path for text in texts for path in find_images(text) if path}
     unnamed = [path for path in images if path not in named]
@@ -79,10 +80,10 @@ def name_images(texts: Sequence[str], images: Iterable[str]) -> list[str]:
 
 
 def place_image(path: str, folder: str | None) -> str:
-    """Return the path to open. Relative paths start at `folder`, the folder of the data file, and must not leave it.
+    """Return the path at which to open an image. `folder` is the folder of the data file, or None for typed text.
 
-    Without a folder (typed text), they start at the current folder, and ~ is the home folder. Raises BadImage for a
-    URL, or a path that leaves the folder.
+    A relative path starts in `folder` and must not leave it. For typed text, a relative path starts in the current
+    folder, and ~ is the home folder. Raises BadImage if the path is a URL or leaves the folder.
     """
     if _ADDRESS.match(path):
         raise bad_image(path, 'is a URL, and images are not downloaded. Download it yourself and write its path.')
@@ -98,10 +99,10 @@ def place_image(path: str, folder: str | None) -> str:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """Yield a file as a Pillow image whose size was checked. Raises BadImage, also for errors in the with block."""
+    """Open a file as a Pillow image and check its size. Raises BadImage, also if code in the with block fails."""
     from PIL import Image
 
-    # This also refuses pipes and devices, whose reading may never end.
+    # Pipes and devices are refused too, because reading them may never end.
     if not path or not Path(path).is_file():
         more = f'. The current folder is {Path.cwd()}. Check the path.'
         raise bad_image(path, 'does not exist or is not a file', more)
@@ -117,20 +118,23 @@ def _opened(path: str) -> Iterator[Any]:
         raise
     except Image.DecompressionBombError as error:
         raise bad_image(path, 'is too large', f' to decode: {error} Use a smaller copy.') from None
-    except Exception as error:  # the decoders raise many kinds of exceptions for damaged files
+    except Exception as error:  # the decoders raise many types of exceptions for damaged files
         reason = f'cannot be read: it is damaged, or its format is not one of {", ".join(_FORMATS)}.'
         raise bad_image(path, reason, f' {error}') from error
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Return (width, height) from the header of a file, without decoding it. Raises BadImage."""
+    """Return (width, height) of an image file without decoding it. Raises BadImage if the file cannot be used."""
     with _opened(path) as image:
         width, height = image.size
         return width, height
 
 
 def open_upright(path: str) -> Any:
-    """Return a file as a Pillow image in RGB, rotated as its EXIF orientation says. Raises BadImage."""
+    """Return a file as a Pillow image in RGB, rotated according to its EXIF orientation.
+
+    Raises BadImage if the file cannot be used.
+    """
     from PIL import ImageOps
 
     with _opened(path) as image:
@@ -138,10 +142,10 @@ def open_upright(path: str) -> Any:
 
 
 def read_images(paths: Sequence[str], side: int) -> torch.Tensor:
-    """Return the pixels of image files for the vision tower of Qwen-VL: (images, 3, side, side), fp32.
+    """Return the pixels of image files for the vision tower of Qwen-VL, as (images, 3, side, side) in fp32.
 
     Each image is converted to RGB, resized to a square without keeping its proportions, and normalised. Raises BadImage
-    for a path that is missing or not an image, and for too many pixels.
+    if a path is missing or not an image, or if an image has too many pixels.
     """
     import torch
 
@@ -164,7 +168,10 @@ def _read_image(path: str, side: int) -> torch.Tensor:
 
 
 def state_of_images(row: Row) -> bytes:
-    """Return the paths, sizes and modification times of the images of a row, by which changed files are detected."""
+    """Return the paths, sizes and modification times of the images of a row as bytes.
+
+    If the bytes differ later, an image was changed.
+    """
     texts = [turn['content'] for turn in row.messages if turn['role'] == 'user']
     if not row.images and not any('</img>' in text for text in texts):
         return b''
