@@ -1,4 +1,4 @@
-"""The flags of both programs: name, type, default and help text, each written once."""
+"""The flags of both programs, with their types, defaults and help texts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftTyp
 
 
 def flag(default: Any, help_text: str) -> Any:
-    """Return a dataclass field with the default and the help text of one flag."""
+    """Return the dataclass field for one flag. The field holds the default and the help text."""
     return field(default=default, metadata={'help': help_text})
 
 
 def list_flag(default: Sequence[str], help_text: str) -> Any:
-    """Return a dataclass field for a list, which is typed with blanks or commas."""
+    """Return the dataclass field for a flag with a list of values. The user separates them by spaces or commas."""
     return field(default_factory=lambda: list(default), metadata={'help': help_text})
 
 
 @dataclass(kw_only=True)
 class CommonArguments:
-    """The flags of both programs."""
+    """The flags that both programs have."""
 
     model_type: str | None = flag(None, 'key of MODEL_MAPPING; qwen-7b-chat if no model is named')
     model_id_or_path: str | None = flag(
@@ -237,25 +237,28 @@ class InferArguments(CommonArguments):
 
     @property
     def reads_data(self) -> bool:
-        """Return whether rows are answered, which is not so when chatting, merging or exporting."""
+        """Return whether the program answers rows of data. It does not if it chats, merges or exports."""
         return not (self.eval_human or self.merge_lora_and_save or self.export_native)
 
     def answers_whole_dataset(self, typed: Collection[str]) -> bool:
-        """Return whether every row of --dataset is answered: it was typed, and --dataset_test_ratio was not."""
+        """Return whether every row of --dataset is answered.
+
+        This is so if --dataset was typed and --dataset_test_ratio was not.
+        """
         return self.reads_data and 'dataset' in typed and 'dataset_test_ratio' not in typed
 
 
 def flag_types(cls: type) -> dict[str, Any]:
-    """Return the declared type of each flag of an arguments class, in order."""
+    """Return a dictionary from each flag of an arguments class to its declared type, in the order of the class."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def to_dict(args: CommonArguments) -> dict[str, Any]:
-    """Return every argument by name, without the hub token."""
+    """Return a dictionary from names to values of all arguments except the hub token."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != 'hub_token'}
 
 
-# Flags of generation: a run that evaluates by loss does not use them.
+# The flags of generation. A run that evaluates by loss does not use these flags.
 GENERATION = ('max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
 HUB_FLAGS = ('hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token')

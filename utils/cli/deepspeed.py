@@ -1,4 +1,4 @@
-"""The settings of a DeepSpeed configuration for sharding and offloading."""
+"""Reads the settings for sharding and offloading from a DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from utils.cli.arguments import SftArguments
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
-    """The settings of a DeepSpeed configuration that this project reads, and the whole content of the file."""
+    """The settings that this project reads from a DeepSpeed configuration, and the whole content of the file."""
 
-    # 0: nothing is sharded; 1: optimizer states; 2: gradients too; 3: weights too.
+    # What is sharded. 0: nothing; 1: optimizer states; 2: also gradients; 3: also weights.
     stage: int = 0
     offloads_optimizer: bool = False
     offloads_weights: bool = False
@@ -24,7 +24,7 @@ class ZeroConfig:
 
 
 def read_zero(path: str | Path) -> ZeroConfig:
-    """Return the settings of a configuration file; raises ConfigError where it is not one of DeepSpeed."""
+    """Return the settings of a configuration file. Raises ConfigError if it is not a DeepSpeed configuration."""
     content = read_json(Path(path), remedy='--deepspeed_config_path takes one such as ds_config/zero2.json.')
     zero = content.get('zero_optimization', {})
     if not isinstance(zero, dict):
@@ -41,13 +41,13 @@ def read_zero(path: str | Path) -> ZeroConfig:
 
 
 def _offloads(zero: Mapping[str, Any], name: str) -> bool:
-    """Return whether the settings under this name move tensors to another device."""
+    """Return whether the settings under this name move tensors from the GPU to a different device."""
     settings = zero.get(name)
     return isinstance(settings, dict) and settings.get('device', 'cpu') != 'none'
 
 
 def shards_weights(args: SftArguments) -> bool:
-    """Return whether each process holds only a part of the weights (FSDP2, ZeRO-3)."""
+    """Return whether each process holds only a part of the weights. This is so with FSDP2 and with ZeRO-3."""
     if args.fsdp:
         return True
     return args.deepspeed_config_path is not None and read_zero(args.deepspeed_config_path).stage == 3

@@ -1,6 +1,6 @@
-"""Completes a resolved command line with the files, packages and processes of this machine.
+"""Checks and completes a resolved command line with the files, packages and processes of this machine.
 
-Nothing here uses the network or imports a heavy library.
+No function uses the network or imports a heavy library.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/check
 
 
 def started_in(run_dir: Path) -> str | None:
-    """Return the folder in which a run was started; None where its lock.json does not say."""
+    """Return the folder in which a run was started. Returns None if its lock.json does not name the folder."""
     if not (run_dir / LOCK_JSON).is_file():
         return None
     try:
@@ -51,7 +51,7 @@ def started_in(run_dir: Path) -> str | None:
 
 
 def _started_in(args: CommonArguments) -> str | None:
-    """Return the folder in which the run was started whose data this command uses, if it names a run."""
+    """Return the folder in which the run of --from_run or --ckpt_dir was started. Returns None without such a run."""
     if isinstance(args, SftArguments) and args.from_run:
         return started_in(Path(args.from_run))
     if isinstance(args, InferArguments) and args.ckpt_dir:
@@ -60,7 +60,10 @@ def _started_in(args: CommonArguments) -> str | None:
 
 
 def _settle(done: Resolution[Any]) -> None:
-    """Check the arguments of both programs against the file system and the installed packages."""
+    """Check the arguments that both programs have against the file system and the installed packages.
+
+    Problems are added to `done`.
+    """
     args = done.args
     problems = done.problems
     for requirement in done.info.requires if done.info is not None else ():
@@ -88,7 +91,7 @@ def _settle(done: Resolution[Any]) -> None:
 
 
 def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
-    """Return the command line that llm_infer.py runs; raises ConfigError with all problems of it."""
+    """Return the command line that llm_infer.py runs. Raises ConfigError with all problems if there are any."""
     _settle(done)
     args = done.args
     problems = done.problems
@@ -105,7 +108,7 @@ def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
 
 
 def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
-    """Add the problems of a model folder, and set in the model entry how its weights are stored."""
+    """Add the problems of a model folder. Set in the model entry how the weights in the folder are stored."""
     if problem := check_model_dir(directory):
         done.problems.add(problem)
         return
@@ -119,7 +122,7 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
 
 
 def _reads_hub_data(args: CommonArguments) -> bool:
-    """Return whether rows of a data set on a hub are read."""
+    """Return whether this command reads rows of a data set on a hub."""
     if not args.reads_data:
         return False
     entries = [DATASET_MAPPING.get(word.split('#')[0]) for word in args.dataset]
@@ -127,14 +130,17 @@ def _reads_hub_data(args: CommonArguments) -> bool:
 
 
 def _is_path(model_id_or_path: str) -> bool:
-    """Return whether this names a local directory: it exists, or it cannot be a hub id (owner/name)."""
+    """Return whether the argument names a local directory.
+
+    This is so if the directory exists, or if the argument does not have the form of a hub id (owner/name).
+    """
     if Path(model_id_or_path).exists() or model_id_or_path.startswith(('/', '.', '~')):
         return True
     return model_id_or_path.count('/') != 1
 
 
 def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
-    """Return the command line that llm_sft.py runs; raises ConfigError with all problems of it."""
+    """Return the command line that llm_sft.py runs. Raises ConfigError with all problems if there are any."""
     _settle(done)
     args = done.args
     problems = done.problems
@@ -172,7 +178,10 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
 
 
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
-    """Add each variable named like a secret whose value is not UTF-8, because no folder can be searched for it."""
+    """Add a problem for each environment variable with a secret-like name whose value is not UTF-8.
+
+    The run folder cannot be scanned for such a value.
+    """
     for holder, secret in find_secrets(environment, {}).items():
         try:
             secret.encode()
@@ -184,7 +193,7 @@ def check_environment(environment: Mapping[str, str], problems: Problems) -> Non
 
 
 def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> None:
-    """Add the problem that keeps `target` from being created: its parent is a file, or may not be written."""
+    """Add a problem if `target` cannot be created, for example without write permission for the parent folder."""
     try:
         existing = next(p for p in target.absolute().parents if p.exists())
         if not existing.is_dir():
@@ -194,14 +203,14 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
                 f'--{flag} {given} cannot be written: you have no write permission for {existing}. Give another folder.'
             )
         else:
-            # Permissions do not show quotas, or file systems without new folders (/proc).
+            # The permissions do not show whether a quota is full or the file system accepts no new folders (/proc).
             tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
-    except OSError as error:  # `exists` raises too, for a name that is too long
+    except OSError as error:  # `exists` also raises OSError, if a name is too long
         problems.add(f'--{flag} {given} cannot be created: {error.strerror}. Give another folder.')
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add the problem that keeps a checkpoint from being resumed. One process per machine reads its bytes."""
+    """Add a problem if training cannot resume from a checkpoint. Only one process per machine hashes the files."""
     given = f'--resume_from_checkpoint {checkpoint}'
     has_deepspeed = any(checkpoint.glob(DEEPSPEED_STATES))
     if not checkpoint.is_dir():
@@ -233,7 +242,10 @@ def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> N
 
 
 def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem where the adapter has another rank. Its target modules are compared once the model is open."""
+    """Add a problem if the rank of the adapter differs from --lora_rank.
+
+    The target modules are compared later, when the model is open.
+    """
     config = read_json(checkpoint / ADAPTER_CONFIG, remedy=_GIVE_CHECKPOINT)
     if config.get('r') != args.lora_rank:
         problems.add(
@@ -243,7 +255,7 @@ def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems
 
 
 def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:
-    """Add the problems of a DeepSpeed configuration file, and of the package if it is missing."""
+    """Add the problems of a DeepSpeed configuration file. Also add a problem if the package is not installed."""
     problems = done.problems
     if not path.is_file():
         problems.add(

@@ -1,4 +1,4 @@
-"""Rules between the flags for several processes and devices: which combinations work, and what to use instead."""
+"""Rules for combinations of the flags for several processes and devices. Each problem names a remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
 
 
 def resolve_scale(done: Resolution[SftArguments]) -> None:
-    """Fill in the flags that sharding decides, and add the problems that the flags show without the machine."""
+    """Set the flags whose value depends on sharding. Add the problems that can be seen without the machine."""
     args = done.args
     problems = done.problems
     if args.check_dataset:
@@ -48,7 +48,7 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
 
 
 def check_processes(done: Resolution[SftArguments]) -> None:
-    """Add the problems of these arguments with the numbers of processes and GPUs."""
+    """Add a problem for each argument that does not fit the number of processes or GPUs."""
     args = done.args
     problems = done.problems
     gpus = dist.visible_gpus()
@@ -89,7 +89,7 @@ def check_processes(done: Resolution[SftArguments]) -> None:
 
 
 def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
-    """Add the problems of these arguments with a DeepSpeed configuration."""
+    """Add a problem for each argument that does not fit the DeepSpeed configuration."""
     args = done.args
     problems = done.problems
     path = f'--deepspeed_config_path {args.deepspeed_config_path}'

@@ -1,4 +1,4 @@
-"""Parses a command line into the arguments of its program; problems are collected, not raised."""
+"""Parses a command line into the arguments of its program. Problems are collected, not raised."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from utils.base.errors import Problems, did_you_mean
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, flag_types
 
-# A misspelt flag that users' scripts contain, and the flag that it means.
+# Maps a misspelt flag that scripts of users contain to the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
-# Flags whose values are added when they are typed several times. Of every other flag the last value is used.
+# If a flag of this list is typed several times, all values are used. For any other flag, the last value is used.
 ADDING_UP = frozenset({'dataset'})
-# A negative number with an exponent, which argparse mistakes for a flag.
+# A negative number with an exponent. argparse would take it for a flag.
 _NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
@@ -36,19 +36,22 @@ class Parsed(typing.Generic[ArgumentsT]):
 
 
 def _unwrap_optional(hint: Any) -> Any:
-    """Return T for the type hint T | None, and any other hint unchanged."""
+    """Return T if the type hint is T | None. Any other hint is returned unchanged."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(a for a in typing.get_args(hint) if a is not type(None))
     return hint
 
 
 def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
-    """Return the value of a flag from its words; raises ValueError with a whole sentence."""
+    """Convert the words typed for a flag to a value of its type. Raises ValueError if the words do not fit the type.
+
+    The message of the error is a whole sentence.
+    """
     hint = _unwrap_optional(hint)
 
-    # Bytes that are not UTF-8 arrive as surrogates. Such a text can neither be tokenised nor saved.
+    # Python turns bytes that are not UTF-8 into surrogates. Text with surrogates cannot be tokenised or saved.
     if any('\ud800' <= character <= '\udfff' for character in ''.join(words)):
-        # The value is not shown, because it may be a hub token, which no log may hold.
+        # The value is not shown, because it may be a hub token. No log may contain a token.
         raise ValueError(f'--{name}: the value is not UTF-8. Type it in a terminal that is set to UTF-8.')
 
     if typing.get_origin(hint) is list:
@@ -84,7 +87,7 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
 
 
 def describe_default(f: dataclasses.Field[Any]) -> str:
-    """Return the default of a flag as it would be typed."""
+    """Return the default of a flag as the user would type it."""
     value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     if isinstance(value, list):
         return ','.join(value)
@@ -92,7 +95,7 @@ def describe_default(f: dataclasses.Field[Any]) -> str:
 
 
 def describe_type(hint: Any) -> str:
-    """Return what a flag takes, for --help and docs/flags.md."""
+    """Return a description of the values that a flag accepts. --help and docs/flags.md show it."""
     hint = _unwrap_optional(hint)
     if typing.get_origin(hint) is Literal:
         return '|'.join(map(str, typing.get_args(hint)))
@@ -120,7 +123,7 @@ def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentPa
 
 
 def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool, problems: Problems) -> None:
-    """Add a problem for each unknown flag and stray word, or log them as warnings."""
+    """Add a problem for each unknown flag and each word that belongs to no flag. `ignore`: log warnings instead."""
     follows_unknown_flag = False
     for word in words:
         name = word.split('=')[0].lstrip('-')
@@ -129,7 +132,7 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
             text = f"flag '{flag}' is not known{did_you_mean(name, known)}"
             follows_unknown_flag = True
         elif follows_unknown_flag:
-            continue  # a value of the unknown flag, which is reported already
+            continue  # this word is a value of an unknown flag, and the flag is reported already
         else:
             text = (
                 f"the word '{word}' belongs to no flag. Write flags as --name value, and values with blanks in quotes."
@@ -142,7 +145,7 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
 
 
 def _negative_values_attached(argv: Sequence[str]) -> list[str]:
-    """Return the words with each negative number that has an exponent joined to its flag: --name=-1e-4."""
+    """Return the words. A negative number with an exponent is joined to the flag before it, as --name=-1e-4."""
     words: list[str] = []
     for word in argv:
         is_value = bool(words) and words[-1].startswith('--') and '=' not in words[-1]
@@ -154,7 +157,7 @@ def _negative_values_attached(argv: Sequence[str]) -> list[str]:
 
 
 def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the words before and after a bare `--`; without one, all words are after it."""
+    """Return the words before a bare `--` and the words after it. Without a bare `--`, the first part is empty."""
     if '--' not in argv:
         return (), argv
     position = list(argv).index('--')
@@ -174,10 +177,11 @@ def _values_typed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple
 def parse(
     cls: type[ArgumentsT], argv: Sequence[str], *, program: str, about: str, earlier: Sequence[str] = ()
 ) -> Parsed[ArgumentsT]:
-    """Return the parsed command line; problems are collected, not raised. Only --help exits.
+    """Return the parsed command line. Problems are collected, not raised. Only --help ends the program.
 
-    Words before a bare `--` come from a script: a flag typed after it replaces the flag of the script, even one whose
-    values are added. `earlier` is another command line, whose flags are used if `argv` does not type them.
+    The words before a bare `--` come from a script. A flag after the `--` replaces the same flag of the script, even if
+    the values of this flag would otherwise be added. `earlier` is an earlier command line: its flags are used if they
+    are not in `argv`.
     """
     parser = _build_parser(cls, program=program, about=about)
     typed: dict[str, list[str]] = {}

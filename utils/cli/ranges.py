@@ -1,4 +1,4 @@
-"""The ranges of numeric flags, and the names that flags with many choices take."""
+"""The ranges of numeric flags, and the allowed names of flags with many choices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils.base.errors import did_you_mean
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Resolution
 
-# Names of transformers; a test compares both lists with its enums.
+# The names that transformers uses. A test compares both lists with the enums of transformers.
 OPTIMIZERS = (
     'adamw_torch', 'adamw_torch_fused', 'adafactor', 'sgd', 'adagrad', 'rmsprop', 'adamw_bnb_8bit', 'adamw_8bit',
     'lion_8bit', 'lion_32bit', 'ademamix', 'ademamix_8bit', 'paged_adamw_32bit', 'paged_adamw_8bit',
@@ -25,19 +25,19 @@ _SAMPLING = ('temperature', 'top_k', 'top_p')
 
 
 def is_of_bitsandbytes(optim: str) -> bool:
-    """Return whether bitsandbytes provides an optimizer."""
+    """Return whether the optimizer `optim` comes from bitsandbytes."""
     return any(part in optim for part in ('8bit', '32bit', 'bnb', 'ademamix'))
 
 
 def _check_number(done: Resolution[Any], name: str, ok: bool, wanted: str) -> None:
-    """Add a problem where a number is not `ok` or not finite."""
+    """Add a problem if the argument `name` is not finite, or if `ok` is False. `wanted` describes the range."""
     value = getattr(done.args, name)
     if not ok or (isinstance(value, float) and not math.isfinite(value)):
         done.problems.add(f'--{name} takes {wanted}, got {value}.')
 
 
 def check_common_numbers(done: Resolution[Any]) -> None:
-    """Add the problems of the numbers that both programs take."""
+    """Add a problem for each number out of range, among the flags that both programs have."""
     args = done.args
     _check_number(done, 'dataset_test_ratio', 0 <= args.dataset_test_ratio < 1, 'a share from 0 to below 1')
     if args.max_length != -1 and args.max_length < 2:
@@ -46,14 +46,14 @@ def check_common_numbers(done: Resolution[Any]) -> None:
             'Give 2 or more, or -1 for no limit.'
         )
 
-    # numpy takes seeds below 2**32, and each process adds its rank.
+    # The seeds of numpy are below 2**32, and each process adds its rank to the seed.
     seeds = 2**32 - dist.world_size()
     _check_number(done, 'seed', 0 <= args.seed <= seeds, f'a whole number from 0 to {seeds}')
     _check_number(done, 'max_pixels', args.max_pixels is None or args.max_pixels >= 1, '1 or more')
 
 
 def check_sft_numbers(done: Resolution[SftArguments]) -> None:
-    """Add the problems of the numbers and names of llm_sft.py."""
+    """Add a problem for each number out of range and each unknown name, among the flags of llm_sft.py."""
     args = done.args
     at_least_one = (
         'lora_rank', 'lora_alpha', 'batch_size', 'gradient_accumulation_steps', 'eval_steps', 'logging_steps',
@@ -89,7 +89,7 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
 
 
 def check_generation(done: Resolution[Any]) -> None:
-    """Add the problems of the generation flags, and warn about those that greedy decoding ignores."""
+    """Add the problems of the generation flags. Add a warning for flags that greedy decoding ignores."""
     args = done.args
     _check_number(done, 'max_new_tokens', args.max_new_tokens >= 1, '1 or more')
     _check_number(done, 'repetition_penalty', args.repetition_penalty > 0, 'a number above 0')

@@ -1,4 +1,4 @@
-"""A resolved command line: arguments ready for use, and the reason for each automatic decision."""
+"""A resolved command line: its arguments, its problems, and the reason for each automatic decision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 
 @dataclass(kw_only=True)
 class Decided(Generic[ArgumentsT]):
-    """Arguments, the names of those that were typed, and each automatic decision with its reason."""
+    """Arguments, the names of the typed flags, and each automatic decision with its reason."""
 
     args: ArgumentsT
     typed: frozenset[str]
@@ -25,27 +25,30 @@ class Decided(Generic[ArgumentsT]):
     warnings: list[str] = field(default_factory=list)
 
     def decide(self, name: str, value: Any, reason: str) -> None:
-        """Set an argument and record why it has this value."""
+        """Set an argument, and record the reason for this value."""
         setattr(self.args, name, value)
         self.decisions.append(decision(name, value, reason))
 
 
 @dataclass(kw_only=True)
 class Ready(Decided[ArgumentsT]):
-    """A command line without problems: what a program acts on."""
+    """A command line without problems. The programs run with it."""
 
     info: ModelInfo
 
 
 @dataclass(kw_only=True)
 class Resolution(Decided[ArgumentsT]):
-    """A command line while it is resolved: the model entry once it is known, and the problems found so far."""
+    """A command line that is being resolved, with the problems found so far.
+
+    `info` is None until the model is known.
+    """
 
     info: ModelInfo | None = None
     problems: Problems = field(default_factory=Problems)
 
     def checked(self) -> Ready[ArgumentsT]:
-        """Return the command line as a program uses it; raises ConfigError with all problems if there are any."""
+        """Return the command line without problems. Raises ConfigError with all problems if there are any."""
         self.problems.raise_if_any()
         assert self.info is not None, 'an unknown model is a problem'
         return Ready(
@@ -57,11 +60,11 @@ class Resolution(Decided[ArgumentsT]):
         )
 
     def without_effect(self, names: tuple[str, ...], reason: str) -> None:
-        """Add a warning for each of these flags that was typed."""
+        """Add a warning for each of these flags if it was typed: it has no effect for this reason."""
         self.warnings += [f'--{name} has no effect: {reason}.' for name in names if name in self.typed]
 
 
-# Records a decision: (name of the argument, its value, the reason).
+# A function that records a decision. It is called with the name of the argument, the value and the reason.
 Decide = Callable[[str, Any, str], None]
 
 
@@ -71,12 +74,12 @@ def decision(name: str, value: Any, reason: str) -> str:
 
 
 def log_decision(name: str, value: Any, reason: str) -> None:
-    """Log a decision where there is no run that records it."""
+    """Log a decision that no run record stores."""
     logger.info(decision(name, value, reason))
 
 
 def _shown(value: Any) -> str:
-    """Return a value as it would be typed."""
+    """Return a value as the user would type it."""
     if isinstance(value, list):
         return ','.join(value)
     if isinstance(value, bool):
@@ -85,5 +88,5 @@ def _shown(value: Any) -> str:
 
 
 def run_name(args: CommonArguments) -> str:
-    """Return the name of the folder that holds the runs of a model: its type, or the last part of its path or id."""
+    """Return the name of the folder for the runs of a model: the model type, or the last part of its path or id."""
     return args.model_type or Path(str(args.model_id_or_path)).resolve().name.lower()

@@ -1,6 +1,7 @@
-"""From the typed flags to the arguments of a program: fills every None with a reason, and checks rules across flags.
+"""Resolves the typed flags into the arguments of a program: sets each argument that is None, and checks combinations.
 
-The functions read no file, use no network and import nothing heavy, so that all mistakes are reported at once.
+The reason for each automatic value is recorded. The functions read no file, use no network and import no heavy
+library, so that all mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p'
 
 
 def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
-    """Return the arguments of a training run; problems are collected, not raised."""
+    """Return the resolved command line of a training run. Problems are collected, not raised."""
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
     check_common_numbers(done)
@@ -50,7 +51,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
 
 
 def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
-    """Return the arguments of llm_infer.py; the caller has filled in the values of the checkpoint."""
+    """Return the resolved command line of llm_infer.py. The caller has already set the values of the checkpoint."""
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
     check_common_numbers(done)
@@ -97,7 +98,7 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
 
 
 def _merge_unquantised(done: Resolution[InferArguments]) -> None:
-    """Turn quantisation off for a merge, or add a problem where it was typed."""
+    """Turn quantisation off for a merge. Add a problem if a quantisation flag was typed."""
     bits = done.args.quantization_bit
     if 'quantization_bit' in done.typed:
         done.problems.add(
@@ -144,7 +145,7 @@ def _resolve_model(done: Resolution[Any]) -> None:
 
 
 def _check_template_name(done: Resolution[Any]) -> bool:
-    """Return whether --template_type is registered; adds a problem where it is not."""
+    """Return whether --template_type is registered. Adds a problem if it is not."""
     name = done.args.template_type
     if name is None or name in TEMPLATE_MAPPING:
         return True
@@ -235,7 +236,10 @@ def _resolve_quantization(done: Resolution[Any]) -> None:
 
 
 def quantized_problems(args: CommonArguments, info: ModelInfo | None) -> list[str]:
-    """Return the flags that cannot be used with weights that are stored quantised, each with its remedy."""
+    """Return a message for each flag that cannot be used with weights that are stored quantised.
+
+    The list is empty if the weights are not stored quantised. Each message names a remedy.
+    """
     if info is None or info.quantization is None:
         return []
 
@@ -254,7 +258,7 @@ def quantized_problems(args: CommonArguments, info: ModelInfo | None) -> list[st
             'without --fsdp.'
         )
 
-    # Weights in nf4 (Baichuan2) are read in full width first, so that bitsandbytes can quantise them again.
+    # Weights in nf4 (Baichuan2) are first converted to full precision, so that bitsandbytes can quantise them again.
     if args.quantization_bit and info.quantization != 'nf4':
         problems.append(
             f'--quantization_bit {args.quantization_bit}: {stored} and cannot be quantised again. Remove '
