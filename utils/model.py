@@ -1,4 +1,4 @@
-"""The registry of models, and the functions that look a model up and open it from a folder."""
+"""The registry of models, and functions that find an entry of the registry and open a model from a folder."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# These repositories hold the weights twice: as .safetensors and as .bin.
+# For repositories with the weights in two formats, .safetensors and .bin: the .bin files are not downloaded.
 _NO_BIN = (r'.+\.bin$',)
 
-# The layers that LoRA is put on. The experts of a mixture are stacked in parameters: LoRA is put on them only by name.
-# Where PEFT takes gate_proj, up_proj and down_proj for these parameters, LoRA is put on the attention only.
+# The layers that get LoRA adapters by default. The stacked parameters of experts get adapters only if the user names
+# them. If PEFT would apply gate_proj, up_proj and down_proj to these parameters, only the attention gets adapters.
 _ATTENTION = (*QKV, 'o_proj')
 _STANDARD = (*_ATTENTION, 'gate_proj', 'up_proj', 'down_proj')
 _FUSED_MLP = (*_ATTENTION, 'gate_up_proj', 'down_proj')
 _GATED_DELTA = (*_STANDARD, 'in_proj_qkv', 'in_proj_z', 'in_proj_a', 'in_proj_b', 'out_proj')
 _LATENT_ATTENTION = ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')
 
-# These repositories hold the weights a second time, in the layout of their author.
+# For repositories that also contain the weights in the original layout of their author: these are not downloaded.
 _NO_ORIGINAL = ('original/.*', 'consolidated.*')
 
 
@@ -43,10 +43,10 @@ def _entries(
     chat_template: str | None = None,
     get_function: GetFunction | None = None,
 ) -> dict[str, ModelInfo]:
-    """Return the entries of models that share everything except their ids.
+    """Return the entries of models that differ only in their ids.
 
-    `models` has one id per key where both hubs use the same id, else (ModelScope id, Hugging Face id). `since` is the
-    first version of transformers that opens the class.
+    `models` maps each key to an id if both hubs use the same id, else to (ModelScope id, Hugging Face id). `since` is
+    the first version of transformers that has the class.
     """
     entries = {}
 
@@ -360,7 +360,7 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
         lora_target_modules=('query_key_value',),
         template='default-generation',
     ),
-    # Models that bring their own chat template: template `auto` uses it.
+    # Models whose tokenizer has a chat template. The template `auto` uses this chat template.
     **_entries(
         'Qwen2ForCausalLM',
         since='4.37',
@@ -799,15 +799,15 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
 
 
 def infer_model_type(model_id_or_path: str) -> str | None:
-    """Return the key of the entry with this hub id, or with this folder name; None if no entry matches."""
+    """Return the key of the entry with this hub id, or with this folder name. Returns None if no entry matches."""
     path = Path(model_id_or_path)
     folder = path.name
 
-    # The cache of Hugging Face stores a model in models--owner--name/snapshots/<commit>.
+    # In the cache of Hugging Face, the folder of a model is models--owner--name/snapshots/<commit>.
     if path.parent.name == 'snapshots':
         folder = path.parent.parent.name.rpartition('--')[2]
 
-    # The cache of ModelScope writes a dot as three underscores.
+    # In the cache of ModelScope, folder names have three underscores instead of a dot.
     name = folder.replace('___', '.').lower()
 
     for key, info in MODEL_MAPPING.items():
@@ -820,9 +820,9 @@ def infer_model_type(model_id_or_path: str) -> str | None:
 
 
 def get_model_info(model_type: str | None, model_id_or_path: str | None = None) -> ModelInfo:
-    """Return the entry of a key, with `model_id_or_path` in place of the entry's id if it is another one.
+    """Return the entry with the key `model_type`. If `model_id_or_path` is a different model, it replaces the id.
 
-    Without a key, return an unregistered entry of `model_id_or_path`. Raises ConfigError for an unknown key.
+    Without a key, a new entry for `model_id_or_path` is returned. Raises ConfigError if the key is unknown.
     """
     if model_type is None:
         assert model_id_or_path is not None, 'resolve names a type or a path'
@@ -844,7 +844,7 @@ def get_model_info(model_type: str | None, model_id_or_path: str | None = None) 
 def load_model(
     model_dir: str | Path, *, model_type: str | None = None, torch_dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Return the model of a folder in its native class, in `torch_dtype` or the best dtype of the device."""
+    """Load the model in a folder with its native class. Without `torch_dtype`, the best dtype of the device is used."""
     info = get_model_info(model_type, str(model_dir))
     dtype = torch_dtype or pick_dtype(info.torch_dtype)[0]
 
@@ -855,5 +855,5 @@ def load_model(
 
 
 def load_tokenizer(model_dir: str | Path, *, model_type: str | None = None) -> Any:
-    """Return the tokenizer of a folder, with a pad token. Runs no code from the folder."""
+    """Load the tokenizer in a folder. It always has a pad token. No code from the folder is run."""
     return read_tokenizer(Path(model_dir), get_model_info(model_type, str(model_dir)))

@@ -1,8 +1,8 @@
 """The registry of chat templates, which turn a conversation into token ids.
 
-The ids of a row are always `prompt + reply + end`, and inference feeds exactly `prompt` to the model. So the prompt of
-inference is a prefix of the trained ids, for every template. Text from data is tokenised with special tokens disabled,
-so no row can contain a control token.
+The ids of a row are always `prompt + reply + end`, and in inference the model receives exactly `prompt`. So for every
+template, the prompt in inference is a prefix of the ids in training. Text from data is tokenised with special tokens
+disabled, so this text never becomes a control token.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ Piece = str | tuple[int | str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The text around a conversation.
+    """The text and control tokens around the turns of a conversation.
 
-    A string is text with placeholders: {{SYSTEM}} in `prefix`, {{QUERY}} and {{ROUND}} (counted from 1) in `prompt`. A
-    tuple holds token ids or names of tokenizer attributes. `chat_sep` joins rounds; None means a single-turn template.
+    A string piece is text with placeholders: {{SYSTEM}} in `prefix`, {{QUERY}} and {{ROUND}} (counted from 1) in
+    `prompt`. A tuple piece contains token ids or names of tokenizer attributes. `chat_sep` is written between two
+    rounds. If it is None, the template allows only one round.
     """
 
     prefix: tuple[Piece, ...]
@@ -36,7 +37,7 @@ _OPENBUDDY = Template(
     prefix=('{{SYSTEM}}\n\n',), prompt=('User: {{QUERY}}\nAssistant: ',), chat_sep=('\n',), suffix=_EOS
 )
 
-# The name of the tokenizer's own chat template, which has no entry of text here.
+# The name that selects the chat template of the tokenizer. So its entry in TEMPLATE_MAPPING is None.
 AUTO = 'auto'
 
 TEMPLATE_MAPPING: dict[str, Template | None] = {
