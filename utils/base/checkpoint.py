@@ -84,7 +84,7 @@ def seal(partial: Path, checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return why a checkpoint must not be used. Returns None if every file equals its entry in the manifest."""
+    """Return why a checkpoint must not be used. Returns None if all files of the manifest are unchanged."""
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files'].items()
         files = {checkpoint / name: (entry['bytes'], entry['sha256']) for name, entry in entries}
@@ -106,7 +106,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. The folder is renamed first, so no process mistakes a partly deleted folder for it."""
+    """Delete a checkpoint. The folder is renamed first, so no process uses a partly deleted checkpoint."""
     renamed = folder.with_name(f'.{folder.name.removeprefix(".")}.removed')
     folder.rename(renamed)
     shutil.rmtree(renamed, ignore_errors=True)

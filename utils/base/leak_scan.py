@@ -52,9 +52,10 @@ Bytes = bytes | mmap.mmap
 
 
 def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]) -> dict[str, str]:
-    """Return a dictionary from descriptions to secrets: variables with secret-like names, and typed values.
+    """Return a dictionary from descriptions to secrets, for example {'the variable HF_TOKEN': 'hf_...'}.
 
-    Values that are too short to search for are not included.
+    The secrets are the values of variables with secret-like names, and the values in `typed`. Values that are too short
+    to search for are not included.
     """
     named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
     named |= {name: value for name, value in typed.items() if value}

@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def toolkit() -> dict[str, Any]:
-    """Return the version of this toolkit. In a git checkout, also the commit, and whether files differ from it."""
+    """Return the version of this toolkit. In a git checkout, also the commit, and whether files were changed."""
     root = Path(__file__).resolve().parents[2]
     found: dict[str, Any] = {'version': VERSION}
     if not (root / '.git').exists():

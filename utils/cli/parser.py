@@ -123,7 +123,10 @@ def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentPa
 
 
 def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool, problems: Problems) -> None:
-    """Add a problem for each unknown flag and each word that belongs to no flag. `ignore`: log warnings instead."""
+    """Add a problem for each unknown flag and each word that belongs to no flag.
+
+    If `ignore` is True, log warnings instead.
+    """
     follows_unknown_flag = False
     for word in words:
         name = word.split('=')[0].lstrip('-')

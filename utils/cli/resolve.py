@@ -98,7 +98,7 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
 
 
 def _merge_unquantised(done: Resolution[InferArguments]) -> None:
-    """Turn quantisation off for a merge. Add a problem if a quantisation flag was typed."""
+    """Turn quantisation off for a merge. Add a problem if --quantization_bit was typed."""
     bits = done.args.quantization_bit
     if 'quantization_bit' in done.typed:
         done.problems.add(
