@@ -40,7 +40,7 @@ _MARKS = ('weight', 'loss', 'train')
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 # Keys of a tool whose values decide how the tool is printed. Few templates print these values.
 _OF_SCHEMAS = ('type', 'required')
-# The columns of each shape of a row. The first shape that fits is used.
+# The columns of each shape of a row. The first shape whose columns the row has is used.
 _SHAPES = (
     ('messages',),
     ('conversations',),
@@ -72,7 +72,7 @@ class _Leaf(NamedTuple):
     name: str
     text: str
     turn: int
-    # 'text', 'identity', 'structure', 'image' or 'never'.
+    # One of 'text', 'identity', 'structure', 'image' and 'never' (never printed).
     kind: str = 'text'
     # The keys and indices that lead to the text in the row. If a value on this path is JSON text, the path continues in
     # the parsed value.

@@ -150,7 +150,7 @@ class AutoEncoder(Encoder):
         self._frames = {False: frame, True: frame}
         self.says_tools = self._prints_tools()
         if self.says_tools:
-            with contextlib.suppress(ConfigError):  # a template that fails on a chat with tools refuses such rows too
+            with contextlib.suppress(ConfigError):  # if this chat fails, all rows with tools are refused
                 self._frames[True] = self._find_frame(tools=[self._probe_tool()[1]])
         # The content of a turn that has only calls, and whether arguments are given as JSON text. DeepSeek's templates
         # print calls only if the content is null, and they need arguments as text.
@@ -213,7 +213,7 @@ class AutoEncoder(Encoder):
             for chat in chats
         ]
 
-    # --- what the template does, found once by rendering probes
+    # --- properties of the template, found once by rendering probes
 
     def _probe(self, *turns: Message, user: str = 'a') -> list[Message]:
         begin: list[Message] = [{'role': 'system', 'content': self.system}] if self.system else []

@@ -55,7 +55,7 @@ class Encoded:
     notes: list[str] = field(default_factory=list)
     images: tuple[str, ...] = ()
     earlier: list[tuple[int, int]] = field(default_factory=list)
-    # The text that was tokenised, split where loss begins and ends: context, trained, context, trained, ...
+    # The tokenised text, split at the start and end of each span that carries loss: context, trained, context, ...
     pieces: tuple[str, ...] = ()
     # The number of characters that were cut from the start of the text in `pieces`.
     cut: int = 0

@@ -33,7 +33,7 @@ def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
 
 
 class Encoder:
-    """Turns rows into token ids, with one tokenizer call per batch."""
+    """Converts rows to token ids, with one tokenizer call per batch."""
 
     name: str
     # The system text for rows that have no system text. If it is None, the template chooses the text.
