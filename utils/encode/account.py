@@ -1,8 +1,9 @@
-"""Counts what became of every character of the data: trained, context, cut, left out, or not used (by name).
+"""Counts the characters of the data by what happened to them: trained, context, cut, left out, not used, and so on.
 
-The account reads each row as it was written. So a field that conversion drops is seen here, and is not found in the
-text that was tokenised. A text may also stand elsewhere in that text, such as `a` or a name that is a role as well. To
-find its own place, the row is encoded once more with a mark in place of the text.
+The account reads each row as it was written in the file. So it also sees the fields that conversion drops: their text
+is not found in the tokenised text, and counts as not used. But a search can also find the wrong position, for example
+for the text `a`, or for a name that is also a role. Then the row is encoded once more with a marker instead of the
+field's text, and the position of the marker is the right position.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _TEXTS = {
 }  # fmt: skip
 _REASONING = ('reasoning_content', 'reasoning', 'thinking')
 _CALLS = ('tool_calls', 'function_call')
-# Templates also print the role of a turn.
+# Templates print these words for any row.
 _ROLES = ('system', 'user', 'assistant', 'tool')
 _IDENTITIES = ('name', 'id', 'tool_call_id')
 _MARKS = ('weight', 'loss', 'train')
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
-# Keys of a tool whose values decide how it is printed. Few templates print the values themselves.
+# Keys of a tool whose values decide how the tool is printed. Few templates print these values.
 _OF_SCHEMAS = ('type', 'required')
-# The columns of each shape of a row. The first shape that fits is used.
+# The columns of each shape of a row. The first shape whose columns the row has is used.
 _SHAPES = (
     ('messages',),
     ('conversations',),
@@ -53,39 +54,44 @@ _Path = tuple[str | int, ...]
 _Span = tuple[int, int]
 
 
-# Returns the pieces of a row's text with other texts at these paths. None where such a row is refused.
+# Replaces the texts at these paths of a row, and returns the pieces of the tokenised text. Returns None if the changed
+# row is refused.
 _Rendering = Callable[[Sequence[tuple[_Path, str]]], tuple[str, ...] | None]
 
-# How many texts of a row are looked for one by one, where they cannot be looked for together.
+# If the texts of a row cannot be searched together, at most this number of texts is searched one by one.
 _MOST_ALONE = 16
 
 
 class _Leaf(NamedTuple):
-    """One text of a row: its label, the name under which it is reported as not used, and its turn (-1: none)."""
+    """One text of a row.
+
+    If the text is not used, it is reported under `name`. `turn` is -1 for texts that do not belong to a turn.
+    """
 
     label: str
     name: str
     text: str
     turn: int
-    # 'text', 'identity', 'structure', 'image' or 'never'.
+    # One of 'text', 'identity', 'structure', 'image' and 'never' (never printed).
     kind: str = 'text'
-    # The keys and positions that lead to it in the row. JSON text on the way is parsed.
+    # The keys and indices that lead to the text in the row. If a value on this path is JSON text, the path continues in
+    # the parsed value.
     path: _Path = ()
 
 
 class Again(Protocol):
-    """Encodes a row once more with other data."""
+    """Encodes a row once more with changed data."""
 
     @property
     def printed(self) -> str:
         """Return the text that the template prints for any row."""
 
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
-        """Return the row encoded as if `written` were its data. None where that could not be trained."""
+        """Encode the row with `written` as its data. Returns None if such a row could not be trained."""
 
 
 def _parsed(value: Any) -> Any:
-    """Return the list or object that a JSON text spells. Any other value is returned unchanged."""
+    """Return the parsed value of JSON text with a list or object. Any other value is returned unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
         return value
     try:
@@ -96,7 +102,10 @@ def _parsed(value: Any) -> Any:
 
 
 def _replaced(value: Any, path: _Path, text: str) -> Any:
-    """Return a nested value with another text at a path. JSON text on the way is written again."""
+    """Return a copy of a nested value with the text at `path` replaced.
+
+    If a value on this path is JSON text, it is parsed, changed and written as JSON text again.
+    """
     if not path:
         return text
     whole = _parsed(value)
@@ -110,7 +119,7 @@ def _replaced(value: Any, path: _Path, text: str) -> Any:
 
 
 def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
-    """Yield every text of a nested value with its path."""
+    """Yield the path and text of every string in a nested value."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, Mapping):
@@ -122,7 +131,7 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield what templates may print of a nested value besides its texts: keys, numbers, and the words of schemas."""
+    """Yield the words of a nested value that templates may print without its texts: keys, numbers and schema words."""
     value = _parsed(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -138,7 +147,7 @@ def _other_words(value: Any) -> Iterator[str]:
 
 
 def _texts(value: Any, path: _Path, label: str, name: str, turn: int = -1, kind: str = 'text') -> Iterator[_Leaf]:
-    """Yield every text of a nested value as a leaf of one kind."""
+    """Yield one leaf of the given kind for every string in a nested value."""
     for place, text in _strings(value, path):
         yield _Leaf(label, name, text, turn, kind, place)
 
@@ -148,7 +157,7 @@ def _unused(value: Any, path: _Path, name: str, turn: int = -1) -> Iterator[_Lea
 
 
 def _key_of(path: _Path) -> str:
-    """Return the nearest key on a path."""
+    """Return the last key on a path. Returns '' if the path has only indices."""
     return next((step for step in reversed(path) if isinstance(step, str)), '')
 
 
@@ -202,7 +211,7 @@ def _of_content(value: Any, path: _Path, label: str, turn: int) -> Iterator[_Lea
 
 
 def _of_item(item: Mapping[str, Any], path: _Path, label: str, turn: int) -> Iterator[_Leaf]:
-    """Yield the texts of an item of a content that is a list."""
+    """Yield a leaf for every text in one item of a content that is a list."""
     image = 'image' if item.get('image') else 'path'
     for key, part in item.items():
         at = (*path, key)
@@ -222,7 +231,7 @@ def _of_turn(
     role_key = next((key for key in keys if key in turn), keys[0])
     content_key = next((key for key in contents if key in turn), contents[0])
     label = _TEXTS.get(str(turn.get(role_key)).strip().lower(), 'reply text')
-    # The first key with text in it is used.
+    # If several keys have reasoning, conversion uses the first.
     reasoning = next((key for key in _REASONING if isinstance(turn.get(key), str) and turn[key].strip()), '')
     for key, value in turn.items():
         if value is None:
@@ -256,7 +265,7 @@ def _of_history(history: Any) -> Iterator[_Leaf]:
 
 
 def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
-    """Yield every text of a row as it was written."""
+    """Yield a leaf for every text of a row. `raw` is the row as it was written in the file."""
     shape = next((columns for columns in _SHAPES if all(c in raw for c in columns[:2])), ())
     after = {'query': 'user text', 'instruction': 'user text', 'input': 'user text', 'response': 'reply text',
              'output': 'reply text'}  # fmt: skip
@@ -291,7 +300,7 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 class _Text:
-    """The text that was tokenised, and where its pieces end."""
+    """The tokenised text of a row, and the positions at which its pieces end."""
 
     def __init__(self, encoded: Encoded) -> None:
         self.text = ''.join(encoded.pieces)
@@ -301,7 +310,10 @@ class _Text:
         self.trained = [self.ends[i - 1] for i in range(1, len(encoded.pieces), 2)]
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """Return the span of a text, unchanged or as JSON writes it."""
+        """Return the first span at or after `start` that has this text, unchanged or as JSON writes it.
+
+        Returns None if the text is not found.
+        """
         at = self.text.find(text, start)
         if at >= 0:
             return at, at + len(text)
@@ -315,7 +327,7 @@ class _Text:
         return None
 
     def masked(self) -> str:
-        """Return the text with NUL characters in place of what leaves have claimed."""
+        """Return the text with NUL characters in the spans that leaves have claimed."""
         parts, position = [], 0
         for start, end in sorted(self.claimed):
             parts += [self.text[position:start], '\0' * (end - max(start, position))]
@@ -323,7 +335,10 @@ class _Text:
         return ''.join([*parts, self.text[position:]])
 
     def buckets(self, start: int, end: int, characters: int) -> dict[str, int]:
-        """Return how many of a leaf's characters are cut, context and trained, where the leaf stands at this span."""
+        """Return how many of a leaf's characters are cut, context and trained, if the leaf is printed at this span.
+
+        The counts are scaled to `characters`, the length of the leaf, if the span has a different length.
+        """
         found: dict[str, int] = {}
         position = start
         if position < self.cut:
@@ -342,7 +357,10 @@ class _Text:
         return found
 
     def buckets_of(self, written: str, shown: str, at: _Span) -> dict[str, int]:
-        """Return the same counts for a text that is printed as `shown`, and count blanks that are not printed."""
+        """Return the counts of `buckets` for a text that is printed as `shown` at the span `at`.
+
+        Whitespace of `written` that is not printed is counted as trimmed.
+        """
         found = self.buckets(*at, len(shown))
         if len(shown) < len(written):
             found[TRIMMED] = len(written) - len(shown)
@@ -350,20 +368,24 @@ class _Text:
 
 
 class _Place(NamedTuple):
-    """What became of a leaf's characters: counts, the span where it was found whole, and where the search began."""
+    """The result of the search for one leaf: how many of its characters are in each bucket.
+
+    `at` is the span in which the whole text of the leaf was found, and `start` is where the search began.
+    """
 
     leaf: _Leaf
     buckets: dict[str, int]
     at: _Span | None = None
     start: int = 0
-    # Whether it was found only before the start of the search, or inside another text.
+    # Whether the leaf was found only before `start`, or only in a span that a different leaf has claimed.
     is_elsewhere: bool = False
 
 
 def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
-    """Return the numbers of the places whose text may stand there for another reason than the row's data.
+    """Return the indices of the places where the match may be accidental and not come from this field.
 
-    Such a text also stands elsewhere, or inside another text, or the template prints these words for any row.
+    A match is doubtful if the text has several matches, if the match overlaps a different text, or if the template
+    prints these words for any row.
     """
     spans = sorted((*place.at, number) for number, place in enumerate(places) if place.at)
     overlapping: set[int] = set()
@@ -379,7 +401,7 @@ def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
         if leaf.kind not in ('text', 'identity') or not leaf.text.strip():
             continue
         if at is None:
-            # It was found in parts, which may be words of another text.
+            # The text was found only in parts. The parts may belong to a different text.
             if set(buckets) - {NOT_USED, TRIMMED, STRUCTURE}:
                 found.append(number)
             continue
@@ -395,7 +417,7 @@ def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
 
 
 def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tuple[str, ...] | None:
-    """Return the pieces of the text of a row with other texts at these paths. None where it is refused."""
+    """Encode the row with these texts replaced. Returns the pieces of its text, or None if the row is refused."""
     written: Any = row.written
     for path, text in changes:
         written = _replaced(written, path, text)
@@ -404,14 +426,14 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
 
 
 def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
-    """Find the own places of doubtful texts, and change the list accordingly.
+    """Find the right positions of the doubtful texts with markers, and change `places` accordingly.
 
-    A text keeps the place where its words were found, where the row cannot be rendered with a mark in its place, or
-    where the mark changes more than its own place.
+    A text keeps its first position if the row cannot be rendered with a marker instead of the text, or if the marker
+    also changes different parts of the row.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _mark(number) for number in whole}
-    # Templates compare the id of a call with that of its result. So equal ids get equal marks at first.
+    # Templates compare the id of a call with the id of its result. So equal ids get equal markers at first.
     first: dict[str, int] = {}
     shared = {
         number: _mark(
@@ -434,12 +456,15 @@ def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Re
 
 
 def _mark(number: int) -> str:
-    """Return the mark for a text: 9 letters and digits, which some templates demand of the ids of calls."""
+    """Return the marker for a text: 9 letters and digits, because some templates accept only such ids of calls."""
     return f'zq{number:05d}qz'
 
 
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
-    """Set what became of a text according to the first of these spans. Without any, it is not used."""
+    """Replace the place of a text by the first of these spans. Without spans, the text counts as not used.
+
+    If an identity has several spans, its span is removed from the list, so that an equal identity takes the next span.
+    """
     leaf = places[number].leaf
     if not spans:
         places[number] = _Place(leaf, {NOT_USED: len(leaf.text)})
@@ -451,7 +476,7 @@ def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) ->
 
 
 def _forms(text: str) -> list[str]:
-    """Return the forms in which a text may be printed: unchanged, without blanks around it, or as JSON writes it."""
+    """Return the forms in which a text may be printed: unchanged, without spaces around it, or as JSON writes it."""
     stripped = text.strip()
     json_forms = [json.dumps(one, ensure_ascii=only)[1:-1] for one in (text, stripped) for only in (False, True)]
     return list(dict.fromkeys([text, stripped, *json_forms]))
@@ -460,7 +485,10 @@ def _forms(text: str) -> list[str]:
 def _marked(
     places: Sequence[_Place], marks: Mapping[int, str], text: _Text, render: _Rendering
 ) -> dict[str, list[_Span]] | None:
-    """Return the spans in the row's own text of the texts that marks replaced. None where they are unknown."""
+    """Render the row with markers, and return for each marker the spans in `text` of the text that it replaced.
+
+    Returns None if the row cannot be rendered, or if the two renderings differ in more than the markers.
+    """
     pieces = render([(places[number].leaf.path, mark) for number, mark in marks.items()])
     if pieces is None or any(mark in text.text for mark in marks.values()):
         return None
@@ -481,7 +509,10 @@ def _marked(
 
 @dataclass(kw_only=True)
 class Account:
-    """Characters by label and bucket, and by name how many rows have text that is not used."""
+    """Character counts by label and bucket.
+
+    `unused` has the number of rows with unused text for each field name.
+    """
 
     fields: dict[str, dict[str, int]] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
@@ -492,12 +523,12 @@ class Account:
             counts[bucket] = counts.get(bucket, 0) + characters
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
-        """Count the characters of a row that is not encoded under the reason."""
+        """For a row that is not encoded, add its characters to the count of `reason`."""
         for leaf in leaves(raw):
             self._count(leaf.label, reason, len(leaf.text))
 
     def add(self, row: Row, encoded: Encoded, again: Again) -> None:
-        """Count every character of a row, as it was written, by what became of it."""
+        """Add all characters of an encoded row to the counts."""
         text = _Text(encoded)
         places = list(self._places(row, encoded, text))
         printed = '\n'.join([again.printed, *_ROLES, *_other_words(row.written)])
@@ -511,7 +542,10 @@ class Account:
             self.unused[name] = self.unused.get(name, 0) + 1
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
-        """Yield where the texts of a row are found by their words, in the order of the turns. Identities come last."""
+        """Search the texts of a row in the order of its turns, and yield one place for each text.
+
+        The places of identities (names and ids) come last.
+        """
         found = list(leaves(row.written))
         replies = sorted({leaf.turn for leaf in found if leaf.label in ('reply text', 'reasoning', 'tool calls')})
         starts = dict(zip(replies, text.trained, strict=False)) if len(replies) == len(text.trained) else {}
@@ -528,14 +562,14 @@ class Account:
                 later.append(leaf)
                 continue
             if leaf.label == 'tools' and leaf.kind != STRUCTURE and TOOLS_IGNORED in encoded.notes:
-                # Their words may still stand in the row, in a call. That is not the tool.
+                # A search could find the name of the tool in a call, although the tools are not printed.
                 yield _Place(leaf, {NOT_USED: len(leaf.text)} if leaf.text else {})
                 continue
             place, end = self._place(leaf, text, 0 if leaf.turn < 0 else begin, has_images=bool(encoded.images))
             cursor = max(cursor, end) if leaf.turn >= 0 else cursor
             yield place
         for leaf in later:
-            # Each claims its own place, so that a printed one does not count for one that is not printed.
+            # Each identity claims its span. So one printed identity is not counted for two equal identities.
             shown = leaf.text.strip()
             own = text.masked().find(shown) if shown else -1
             at = own if own >= 0 or not shown else text.text.find(shown)
@@ -553,7 +587,7 @@ class Account:
             missed[leaf.name] = None
 
     def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
-        """Return the place of a leaf, and where it ends in the text."""
+        """Return the place of a leaf, and the position in the text at which the leaf ends (0 if not found)."""
         size = len(leaf.text)
         if leaf.kind == STRUCTURE:
             return _Place(leaf, {STRUCTURE: size}), 0
@@ -570,14 +604,17 @@ class Account:
                 text.claimed.append(at)
                 return _Place(leaf, text.buckets_of(leaf.text, shown, at), at, start), at[1]
         buckets, end = self._place_parts(leaf.text, text, start, has_images=has_images)
-        # It may stand earlier, where the text before it was found too late.
+        # The text before may have matched too late by accident, so that this search began after the right position.
         early = text.find(stripped, 0)
         if early is not None:
             text.claimed.append(early)
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Return the counts and the end of a text that is not printed whole: by lines, think tags and images."""
+        """Search a text that is not printed as a whole, split at line ends, think tags and image tags.
+
+        Returns the counts of all parts, and the position at which the last found part ends.
+        """
         buckets: dict[str, int] = {}
         end = 0
         for part in _SEPARATE.split(whole):
@@ -599,7 +636,7 @@ class Account:
         return {bucket: count for bucket, count in buckets.items() if count}, end
 
     def merge(self, other: Account) -> None:
-        """Add what another account counted."""
+        """Add the counts of a different account to this account."""
         for label, counts in other.fields.items():
             for bucket, count in counts.items():
                 self._count(label, bucket, count)
@@ -607,7 +644,7 @@ class Account:
             self.unused[name] = self.unused.get(name, 0) + rows
 
     def lines(self) -> list[str]:
-        """Return one line with the shares of each label, and one with the names of what is not used."""
+        """Return a line with the percentages for each label, and a line with the names of unused fields."""
         shares = []
         for label, counts in self.fields.items():
             total = sum(counts.values())
@@ -617,5 +654,5 @@ class Account:
         return [*(['text: ' + '; '.join(shares)] if shares else []), *([f'not used: {names}'] if names else [])]
 
     def record(self) -> dict[str, Any]:
-        """Return the counts as they are written to files."""
+        """Return the counts in the form in which files store them."""
         return {'fields': self.fields, 'unused': self.unused}

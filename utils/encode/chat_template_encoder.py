@@ -1,9 +1,9 @@
-"""Token ids of conversations under the tokenizer's own chat template (template `auto`).
+"""Encodes conversations with the chat template of the tokenizer (template `auto`).
 
-A row's ids are the ids of its prompt, followed by those of the reply. The prompt is what the template renders with
-`add_generation_prompt=True`, so inference, here and on any server, starts exactly where training started. The reply is
-what the template prints after it: a lead (a blank, the name of a channel, an empty think block), the text of the reply,
-and the end of turn. All of it up to the end of turn carries loss.
+The ids of a row are the ids of its prompt and then the ids of its reply. The prompt is the text that the template
+renders with `add_generation_prompt=True`. So inference, here and on any server, starts exactly where the reply starts
+in training. The reply is the text that the template prints after the prompt: a lead (a space, the name of a channel, an
+empty think block), the text of the reply, and the end of turn. The whole reply carries loss, including the end of turn.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _CLOSED_THINK = re.compile(rf'(?:{CLOSE_TAG})\s*$')
 _BEGINS_CLOSING = re.compile(rf'\s*(?:{CLOSE_TAG})')
 _BEGINS_THINKING = re.compile(rf'\s*({OPEN_TAG})\s*')
 _EMPTY_BLOCK = re.compile(rf'\s*(?:{OPEN_TAG})\s*(?:{CLOSE_TAG})')
-# In a reply whose think block the prompt opened, the closing tag ends a line or begins one.
+# If the prompt opened the think block of a reply, the closing tag stands at the end or at the beginning of a line.
 _CLOSES_LINE = re.compile(rf'(?:{CLOSE_TAG})[ \t]*(?:\n|$)|\n(?:{CLOSE_TAG})')
 _ANY_THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 _THINK_SOURCE = re.compile(OPEN_TAG)
-# Keys under which rows bring the reasoning of a turn.
+# Keys under which rows store the reasoning of a turn.
 _REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
-# Keys under which templates read it; `tool_plan` is that of Cohere's templates, before calls.
+# Keys under which templates read the reasoning. Cohere's templates read `tool_plan` before calls.
 _PRINTED_KEYS = (*_REASONING_KEYS, 'tool_plan')
-# Template variables that switch thinking on.
+# Variables of templates, with the value that switches thinking on.
 _SWITCHES: tuple[tuple[str, Any], ...] = (
     ('enable_thinking', True),
     ('thinking', True),
@@ -69,13 +69,14 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
 
 # No added token that a template prints is longer than this.
 _LONGEST_TAG = 64
-# How many ends of prompts are kept with their ids. Most templates have few, but one may end in the question.
+# The number of ends of prompts that are cached with their ids. Most templates have few different ends. But a template
+# that ends in the question has as many ends as questions.
 _TAILS_KEPT = 4096
 _NOTHING: Mapping[str, Any] = {}
 
 
 class _Chat(NamedTuple):
-    """What is rendered: messages in the template's form, tools, and the template's settings."""
+    """The input of one rendering: messages in the form of the template, tools, and the settings of the template."""
 
     messages: list[Message]
     tools: Sequence[Any] | None
@@ -84,29 +85,29 @@ class _Chat(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text: its prompt, the reply up to the end of what carries loss, and the rest."""
+    """A row as text: its prompt, the part of the reply that carries loss, and the rest."""
 
     chat: _Chat
     prompt: str
     reply: str
     rest: str
-    # The end of turn to add where the template prints none.
+    # The id of the end of turn to add. It is None if the template prints an end of turn.
     end: int | None
-    # Whether the text has stand-ins for control tokens that the row spells.
+    # Whether the text has stand-ins, because the row contains the text of control tokens.
     guarded: bool
     notes: list[str]
 
     @property
     def text(self) -> str:
-        """Return the whole text."""
+        """Return the text of the whole row."""
         return self.prompt + self.reply + self.rest
 
 
 class _Frame(NamedTuple):
     """What a template prints around the reply of a one-turn chat.
 
-    `lead` stands between prompt and reply, `end` after the reply. `alone` is the end of the prompt that the whole chat
-    does not have, such as a think block that only the generation prompt opens.
+    `lead` is printed between the prompt and the reply, and `end` after the reply. `alone` is the end of the prompt that
+    is missing in the whole chat, such as a think block that only the generation prompt opens.
     """
 
     lead: str
@@ -117,7 +118,7 @@ class _Frame(NamedTuple):
 
 
 class _Earlier(NamedTuple):
-    """An earlier reply that carries loss: the number of its row, and its span in the text of the prompt."""
+    """An earlier reply that carries loss: the index of its row in the batch, and its span in the text of the prompt."""
 
     row: int
     start: int
@@ -125,9 +126,9 @@ class _Earlier(NamedTuple):
 
 
 class AutoEncoder(Encoder):
-    """Encodes with the tokenizer's chat template. Loss covers the last reply, or each, and its end-of-turn token.
+    """Encodes rows with the tokenizer's chat template. Loss covers the last reply or all replies, with the end of turn.
 
-    Encoding a row changes no state that affects other rows: only token ids of prompt ends are cached.
+    The encoding of a row does not depend on the rows before it. Only the token ids of the ends of prompts are cached.
     """
 
     name = AUTO
@@ -143,16 +144,16 @@ class AutoEncoder(Encoder):
         super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)
         self.system = system
         self._tails: dict[str, list[int]] = {}
-        # By whether tools are listed: of two named templates, one renders the rows with tools, and one template may
-        # print more around a chat with tools.
+        # The key says whether the chat lists tools. A tokenizer may have a separate template for chats with tools, and
+        # a template may print more around such a chat.
         frame = self._find_frame()
         self._frames = {False: frame, True: frame}
         self.says_tools = self._prints_tools()
         if self.says_tools:
-            with contextlib.suppress(ConfigError):  # a template that fails on a chat with tools refuses such rows too
+            with contextlib.suppress(ConfigError):  # if this chat fails, all rows with tools are refused
                 self._frames[True] = self._find_frame(tools=[self._probe_tool()[1]])
         # The content of a turn that has only calls, and whether arguments are given as JSON text. DeepSeek's templates
-        # print calls only where the content is null, and join the arguments to text.
+        # print calls only if the content is null, and they need arguments as text.
         self._no_text: str | None = ''
         self._arguments_as_text = False
         self.says_calls = {False: False, True: False}
@@ -161,7 +162,7 @@ class AutoEncoder(Encoder):
             self.says_calls = {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
             if any(self.says_calls.values()):
                 break
-        # By whether the turn has calls, and whether tools are listed: another template may render those rows.
+        # The keys say whether the turn has calls, and whether the chat lists tools. Each case may use a different key.
         self._reasoning_keys = {
             (is_call, with_tools): self._find_reasoning_key(is_call=is_call, with_tools=with_tools)
             for is_call in (False, True)
@@ -170,7 +171,8 @@ class AutoEncoder(Encoder):
         self._openers = self._find_openers()
         self._eos_ends_turns = self._prints_eos_between_turns()
         self._switch, self._opens = self._find_switch()
-        # The token that opens the turn after a reply and after a call: it ends the turn where no end is printed.
+        # The token that begins the turn after a reply, and after a call. If the template prints no end of turn, this
+        # token is the end of turn.
         self._next = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
         self.stop_ids = self._find_stop_ids()
 
@@ -184,7 +186,7 @@ class AutoEncoder(Encoder):
             return render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False, **settings)
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
-        except Exception as error:  # a template is someone's program, and fails as programs do
+        except Exception as error:  # a template is a program and can fail with any error
             raise RowRefused(f'the chat template fails: {error_text(error)}') from error
 
     def _render(
@@ -194,7 +196,7 @@ class AutoEncoder(Encoder):
         return str(self._apply(list(messages), tools, prompt, settings))
 
     def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **options: Any) -> str:
-        """Return the rendering of a chat, '' where the template refuses it."""
+        """Return the rendering of a chat. Returns '' if the template refuses the chat."""
         try:
             return self._render(messages, tools, **options)
         except RowRefused:
@@ -211,7 +213,7 @@ class AutoEncoder(Encoder):
             for chat in chats
         ]
 
-    # --- what the template does, found once by rendering probes
+    # --- properties of the template, found once by rendering probes
 
     def _probe(self, *turns: Message, user: str = 'a') -> list[Message]:
         begin: list[Message] = [{'role': 'system', 'content': self.system}] if self.system else []
@@ -223,13 +225,13 @@ class AutoEncoder(Encoder):
         return name, {'type': 'function', 'function': {'name': name, 'description': 'a', 'parameters': parameters}}
 
     def _probe_call(self, name: str) -> Message:
-        # Mistral's templates demand ids of nine letters and digits.
+        # Mistral's templates accept only ids of nine letters and digits.
         arguments: Any = json.dumps({'a': '1'}) if self._arguments_as_text else {'a': '1'}
         call = {'type': 'function', 'id': 'probe0001', 'function': {'name': name, 'arguments': arguments}}
         return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
 
     def _find_frame(self, tools: Sequence[Any] | None = None) -> _Frame:
-        """Return what the template prints around a reply. Raises ConfigError where it cannot be used at all."""
+        """Return what the template prints around a reply. Raises ConfigError if the template cannot be used."""
         reply = secrets.token_hex(8)
         messages = self._probe({'role': 'assistant', 'content': reply})
         try:
@@ -264,7 +266,7 @@ class AutoEncoder(Encoder):
         return name in text
 
     def _prints_calls(self, *, with_tools: bool) -> bool:
-        """Return whether the template that renders rows with tools, or without, prints calls."""
+        """Return whether the template prints calls in a chat with tools, or in a chat without tools."""
         name, tool = self._probe_tool()
         tools = [tool] if with_tools else None
         text = self._try(self._probe(self._probe_call(name)), tools)
@@ -273,7 +275,7 @@ class AutoEncoder(Encoder):
         return text.count(name) > listed.count(name)
 
     def _find_reasoning_key(self, *, is_call: bool, with_tools: bool) -> str | None:
-        """Return the key under which the template prints the reasoning of a reply, or of a call. None without one."""
+        """Return the key from which the template prints the reasoning of a turn. Returns None if no key is printed."""
         mark = secrets.token_hex(8)
         name, tool = self._probe_tool()
         turn: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': 'b'}
@@ -283,9 +285,10 @@ class AutoEncoder(Encoder):
         return None
 
     def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
-        """Return the setting under which the generation prompt opens or leaves open a think block, {} without one.
+        """Return the setting with which the generation prompt lets the reply think, and whether it opens a think block.
 
-        Also return whether the prompt of a reply that reasons ends in an open think block.
+        With this setting, the generation prompt opens a think block, or prints no closed think block. The setting is
+        empty if the template has no such variable.
         """
         mark = secrets.token_hex(8)
 
@@ -301,9 +304,10 @@ class AutoEncoder(Encoder):
         return _NOTHING, self._frames[False].opens
 
     def _find_openers(self) -> frozenset[str]:
-        """Return the control token that begins the first turn of a chat, as a set: after it comes another turn.
+        """Return a set with the control token that begins the first turn of a chat.
 
-        The set is empty where a reply or a call has that token inside its turn too, as in Kimi-K3's template.
+        If this token occurs again, a new turn begins. The set is empty if the turn of a reply or call can also contain
+        the token, as in Kimi-K3's template.
         """
         ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
         begin = self._try(self._probe(), prompt=True)
@@ -331,7 +335,10 @@ class AutoEncoder(Encoder):
         return any(match[0] == self.tokenizer.eos_token for match in self.text.find_controls(between))
 
     def _find_next_token(self, *, is_call: bool) -> str | None:
-        """Return the control token that begins the turn after a reply, or after a call. None where text begins it."""
+        """Return the control token that begins the turn after a reply, or after a call.
+
+        Returns None if the turn does not begin with a control token.
+        """
         name, tool = self._probe_tool()
         reply: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': secrets.token_hex(8)}
         after: Message = {'role': 'user', 'content': 'a'}
@@ -349,7 +356,7 @@ class AutoEncoder(Encoder):
         return token[0]
 
     def _find_stop_ids(self) -> list[int]:
-        """Return the tokens that end the assistant's turns: after a reply, and after a call."""
+        """Return the ids of the tokens that end a turn of the assistant, after a reply or after a call."""
         ends = [(frame.end, False) for frame in self._frames.values()]
         name, tool = self._probe_tool()
         if any(self.says_calls.values()):
@@ -364,7 +371,7 @@ class AutoEncoder(Encoder):
     # --- from a row to text
 
     def spoken(self, message: Message, *, with_tools: bool = False, is_last: bool = False) -> Message:
-        """Return the message in the form that the template reads. With images, the content is a list of items."""
+        """Return the message in the form that the template expects. With images, the content is a list of items."""
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
             items = [item for text in texts for item in ({'type': 'image'}, {'type': 'text', 'text': text})][1:]
@@ -390,15 +397,15 @@ class AutoEncoder(Encoder):
 
     @property
     def switch(self) -> str | None:
-        """Return the setting for replies that reason, as name=value. None where the template needs none."""
+        """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
         return next((f'{name}={value}' for name, value in self._switch.items()), None)
 
     def settings_of(self, row: Row) -> Mapping[str, Any]:
-        """Return the settings with which a row is rendered: the thinking switch where its reply needs it."""
+        """Return the settings for rendering a row: the thinking switch if the reply has reasoning, else no settings."""
         return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
 
     def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
-        """Return messages as they were written, under the keys and in the form that the template reads."""
+        """Return the source messages, converted to the keys and format that the template expects."""
         with_tools = self._lists_tools(row)
         made: list[Any] = []
         for message in messages:
@@ -413,7 +420,7 @@ class AutoEncoder(Encoder):
         return made
 
     def _with_arguments(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the calls with their arguments in the form that the template reads."""
+        """Return the calls with their arguments in the form that the template expects: as JSON text, or unchanged."""
         if not self._arguments_as_text:
             return calls
         made = []
@@ -425,7 +432,7 @@ class AutoEncoder(Encoder):
         return made
 
     def _as_block(self, reasoning: str, tag: str) -> str:
-        """Return reasoning as a think block, with line ends where the template has them."""
+        """Return the reasoning as a think block. It has line ends if the template has a line end after the tag."""
         line = '\n' if f'{tag}\\n' in self._source or f'{tag}\n' in self._source else ''
         return f'{tag}{line}{reasoning}{line}{_closing_tag(tag)}{2 * line}'
 
@@ -433,20 +440,23 @@ class AutoEncoder(Encoder):
         return bool(row.tools) and self.says_tools
 
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
-        """Return the key for the reasoning of a reply. Calls without a form of their own are text of the reply."""
+        """Return the key for the reasoning of a reply. Returns None if the template has no such key.
+
+        If the template prints no calls, the calls become text of the reply, and the key for plain replies is returned.
+        """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
     def _reasons(self, reply: Message, *, with_tools: bool) -> bool:
-        """Return whether a reply has reasoning that the template can print: under its key, or in a think block."""
+        """Return whether a reply has reasoning that can be printed, from the template's key or as a think block."""
         if reply.get('reasoning'):
             return bool(self._key_of(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
         return _thinks(reply['content'], opened=self._opens)
 
     def _chat(self, row: Row, context: Sequence[Message], *, reasons: bool) -> tuple[_Chat, bool, list[str]]:
-        """Return what is rendered of a row, whether it has stand-ins for control tokens, and notes.
+        """Return the chat to render for a row, whether the chat has stand-ins for control tokens, and notes.
 
-        If any text of the row spells a control token, all its texts get stand-ins, so that the prompt and the whole row
-        are read in the same way.
+        If any text of the chat contains a control token, the whole chat is guarded: each control token in the data is
+        replaced by a stand-in. So the prompt and the whole row are tokenised in the same way.
         """
         notes = []
         tools = row.tools
@@ -498,7 +508,10 @@ class AutoEncoder(Encoder):
         return parts
 
     def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
-        """Return the think block before a call whose template has no key for reasoning, '' for other replies."""
+        """Return the think block to put before a call, if the template has no key for its reasoning.
+
+        Returns '' for all other replies.
+        """
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or key or tag is None or not reasoning:
             return ''
@@ -536,16 +549,16 @@ class AutoEncoder(Encoder):
         cut = start + len(before) + len(stop)
         rest = follows[cut:]
         if end is not None and rest:
-            # What the template prints after the turn would stand before the end that is added.
+            # The end of turn is added after all text. So the text that the template prints after the turn is removed.
             rest = ''
             notes += [] if FULL_DIFFERS in notes else [FULL_DIFFERS]
         return _Parts(chat=chat, prompt=prompt, reply=follows[:cut], rest=rest, end=end, guarded=guarded, notes=notes)
 
     def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
-        """Return what the template prints after the generation prompt. None where that is unknown.
+        """Return the text that the template prints after the generation prompt. Returns None if it cannot be found.
 
-        Templates may print a turn differently once it has a reply: without the think block that the generation prompt
-        opens, or without the system text that they put into the last user turn.
+        Templates may print the prompt differently if a reply follows: without the think block that the generation
+        prompt opens, or without the system text that the template puts into the last user turn.
         """
         if full.startswith(prompt):
             return full[len(prompt) :]
@@ -563,15 +576,19 @@ class AutoEncoder(Encoder):
         return full[at + len(anchor) :] if at >= 0 else None
 
     def _repeated(self, alone: str, follows: str) -> int:
-        """Return how much of what follows a prompt repeats the header of the turn with which the prompt ends.
+        """Return the length of the turn header that ends `alone` and that `follows` repeats at its beginning.
 
-        Command R+ puts an instruction before the header of the generation prompt.
+        Returns 0 if no header is repeated. The template of Command R+ repeats the header, because it puts an
+        instruction before the header of the generation prompt.
         """
         headers = (match.start() for match in self.text.find_controls(alone))
         return next((len(alone) - at for at in headers if follows.startswith(alone[at:])), 0)
 
     def _common_length(self, prompt: str, full: str) -> int:
-        """Return the length of the common prefix of two renderings, which never ends inside a control token or tag."""
+        """Return the length of the common prefix of two renderings.
+
+        A prefix that would end inside a control token or think tag is shortened to the start of this token or tag.
+        """
         common = len(_shared(prompt, full))
         for text in (prompt, full):
             for match in self.text.find_all(text[max(common - _LONGEST_TAG, 0) : common + _LONGEST_TAG]):
@@ -581,14 +598,17 @@ class AutoEncoder(Encoder):
         return common
 
     def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
-        """Return what follows a prompt that opens a think block: the rest of the block, or its end and the reply."""
+        """Return the text after a prompt that opens a think block.
+
+        If the reply has reasoning, the text begins with the reasoning. Else it begins with the end of the think block.
+        """
         own = _BEGINS_THINKING.match(follows)
         if own:
             return follows[own.end() :]
         return follows if reasons else self._closing(prompt) + follows
 
     def _closing(self, prompt: str) -> str:
-        """Return the end of the think block that a prompt opens, before a reply that does not reason."""
+        """Return the text that closes the think block of the prompt, before a reply without reasoning."""
         opened = _OPEN_THINK.search(prompt)
         assert opened is not None, 'the prompt opens a think block'
         if not opened[1].startswith('<') or opened[1].startswith('<|'):
@@ -597,7 +617,7 @@ class AutoEncoder(Encoder):
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
     def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
-        """Return what follows the prompt where the template alters the reply: the reply as it was written."""
+        """Return the text after the prompt if the template alters the reply: lead, reply as it was written, and end."""
         lead = frame.lead
         opens = _OPEN_THINK.search(prompt)
         if reasons:
@@ -609,7 +629,7 @@ class AutoEncoder(Encoder):
         return lead + content + frame.end
 
     def _reply_end(self, follows: str, last: Message, content: str, frame: _Frame) -> int:
-        """Return the position in `follows` at which the reply, or the name of its last call, ends."""
+        """Return the position in `follows` at which the text of the reply ends, or the name of its last call."""
         names = [str(call.get('function', call).get('name') or '') for call in last.get('tool_calls', ())]
         if names:
             return max(follows.rfind(name) + len(name) for name in names)
@@ -619,13 +639,16 @@ class AutoEncoder(Encoder):
         return at + len(content.strip()) if at >= 0 else 0
 
     def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
-        """Return the text before the token that ends the turn, that token, and the id to add where none is printed."""
+        """Return the text before the end of turn, the token of the end of turn, and the id to add.
+
+        If the template prints an end of turn, the id is None. If the template prints no end of turn, the token is ''.
+        """
         end_of_reply = self._end_of_reply(self.text.find_controls(frame.end))
         stops = {self.tokenizer.eos_token, *([] if end_of_reply is None else [end_of_reply[0]])}
         markers = self.text.find_controls(end)
         opener = next((match for match in markers if match[0] in self._openers - stops), None)
         if opener is not None:
-            # Some templates print the next turn's header, or an instruction, after the last turn.
+            # Some templates print the header of a next turn, or an instruction, after the last turn.
             end = end[: opener.start()]
             markers = markers[: markers.index(opener)]
         found = self._end_of_call(end, markers, stops) if is_call else self._end_of_reply(markers)
@@ -635,7 +658,10 @@ class AutoEncoder(Encoder):
         return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
 
     def _end_of_call(self, end: str, markers: Sequence[re.Match[str]], stops: set[str]) -> re.Match[str] | None:
-        """Return the first token that ends turns, else the last marker, unless it only closes the call."""
+        """Return the match of the end of turn after a call: the first token that ends turns, else the last marker.
+
+        Returns None if there is no marker, if the last marker only closes the call, or if text follows this marker.
+        """
         named = next((match for match in markers if match[0] in stops), None)
         if named is not None or not markers:
             return named
@@ -643,9 +669,10 @@ class AutoEncoder(Encoder):
         return None if last[0].startswith('</') or end[last.end() :].strip() else last
 
     def _end_of_reply(self, markers: Sequence[re.Match[str]]) -> re.Match[str] | None:
-        """Return the first marker after a reply; the end of sequence, where that ends each turn.
+        """Return the match of the end of turn after a reply: the first marker, or the end of sequence.
 
-        Cohere's models close the reply, and then the turn.
+        The end of sequence is returned if the template prints it after each turn. Cohere's templates print a token that
+        closes the reply, and then a token that closes the turn. Returns None if there is no marker.
         """
         eos = self.tokenizer.eos_token
         end = next((match for match in markers if match[0] == eos), None) if self._eos_ends_turns else None
@@ -682,19 +709,23 @@ class AutoEncoder(Encoder):
         return encoded
 
     def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
-        """Return the cached ids of the ends of prompts, from their last control token on, with these prompts added."""
+        """Add the ids of the ends of these prompts to the cache, and return the cache.
+
+        The end of a prompt begins with its last control token.
+        """
         if len(self._tails) > _TAILS_KEPT:
-            self._tails = {}  # another thread may go on with the old one
+            self._tails = {}  # not cleared: a different thread may still read the old cache
         known = self._tails
         tails = list({prompt[self.text.last_control(prompt)[1] :] for prompt in prompts} - known.keys())
         known.update(zip(tails, self.text.ids(tails), strict=True))
         return known
 
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
-        """Return how many ids of `whole` are the ids of the prompt. 0 where that is not certain.
+        """Return the number of ids at the start of `whole` that are the ids of the prompt. Returns 0 if not certain.
 
-        Tokenizers split text at added tokens first, so the ids up to the last one in the prompt cannot depend on what
-        follows. The text after it, mostly a short `assistant`, is compared with its own ids.
+        Tokenizers first split text at added tokens. So the ids up to the last control token of the prompt cannot depend
+        on the text after the prompt. The rest of the prompt is often only the word `assistant`. The ids of the rest
+        must be the same in `whole` as in `tails`.
         """
         count, start = self.text.last_control(prompt)
         if count == 0:
@@ -708,7 +739,11 @@ class AutoEncoder(Encoder):
         return end if whole[position:end] == tail else 0
 
     def _assemble(self, part: _Parts, prompt: list[int], whole: list[int]) -> Encoded:
-        """Return the row tokenised as one text if the prompt keeps its ids in it, else as two texts."""
+        """Return the encoded row.
+
+        The row is tokenised as one text if this text begins with the ids of the prompt. Else the prompt and the reply
+        are tokenised separately.
+        """
         ids, notes = whole, part.notes
         if whole[: len(prompt)] != prompt:
             ids = prompt + self.text.ids_after_control(part.reply + part.rest)
@@ -724,7 +759,10 @@ class AutoEncoder(Encoder):
         )
 
     def _trained_end(self, ids: list[int], part: _Parts) -> int:
-        """Return the position after the end of turn: as many control tokens follow it as stand in `part.rest`."""
+        """Return the position just after the end-of-turn token.
+
+        The end-of-turn token is the last control token before the control tokens of `part.rest`.
+        """
         if part.end is not None or not part.rest:
             return len(ids)
         after = len(self.text.find_all(part.rest))
@@ -736,7 +774,10 @@ class AutoEncoder(Encoder):
     # --- earlier replies that carry loss
 
     def _add_earlier(self, rows: Sequence[Row], parts: Sequence[_Parts], encoded: list[Encoded]) -> None:
-        """Add the spans of earlier replies that carry loss; remove that of the last reply if the row marks it so."""
+        """Add the spans of the earlier replies that carry loss.
+
+        If the row sets no loss on its last reply, the span of the last reply is removed.
+        """
         found: list[_Earlier] = []
         for index, (source, part) in enumerate(zip(rows, parts, strict=True)):
             wanted = [n for n, message in enumerate(source.messages[:-1]) if self.carries_loss(message)]
@@ -776,9 +817,10 @@ class AutoEncoder(Encoder):
         return start, end
 
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
-        """Return the spans of an earlier reply and its end of turn in the text of the prompt. [] if it is not printed.
+        """Return the spans of an earlier reply, with its end of turn, in the text of the prompt.
 
-        Text next to calls is a separate span where the template prints it after the results.
+        Returns [] if the template does not print the reply. If a reply has calls and text, and the template prints the
+        text after the results of the calls, the text has a separate span.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -797,15 +839,16 @@ class AutoEncoder(Encoder):
         return spans
 
     def _turn_start(self, part: _Parts, index: int, first: int) -> int:
-        """Return where an earlier turn, with its own text from `first` on, begins in the prompt.
+        """Return the position in the prompt at which an earlier turn begins to carry loss.
 
-        That is where the generation prompt before it would end, without what only that prompt has, such as a think
-        block. The end of the prompt where this cannot be found.
+        The text of the turn begins at `first`. The generation prompt before the turn ends at the returned position.
+        Text that only the generation prompt has, such as a think block, is not counted. Returns the length of the
+        prompt if the position cannot be found.
         """
         chat = part.chat
         starts = [self._start_under(part, index, first, chat.settings)]
         if chat.settings:
-            # The setting is for the last reply: an earlier one may follow a prompt without it.
+            # The setting is for the last reply. The prompt of an earlier reply may be printed without the setting.
             starts.append(self._start_under(part, index, first, _NOTHING))
         return min(starts)
 
@@ -816,7 +859,8 @@ class AutoEncoder(Encoder):
         common = self._common_length(before, prompt)
         if before and common >= len(history.rstrip()):
             return common
-        # The history is printed differently too: take the nearest header before the turn, if no turn ends in between.
+        # The turns before are printed differently too. So use the nearest header before the text, if no turn ends
+        # between the header and the text.
         markers = self.text.find_controls(before)
         header = _ANY_THINK_TAG.split(before[markers[-1].start() if markers else 0 :])[0]
         at = prompt.rfind(header, 0, first) if header.strip() else -1
@@ -826,13 +870,14 @@ class AutoEncoder(Encoder):
         return start if is_own else len(prompt)
 
     def _stops(self, marker: str) -> bool:
-        """Return whether generation stops at a marker."""
+        """Return whether generation stops at this control token."""
         return self.text.control_ids[marker] in (*self.stop_ids, self.tokenizer.eos_token_id)
 
     def _find_printed(self, part: _Parts, index: int, other: Message) -> tuple[int, int] | None:
-        """Return the span in which the prompt differs from the rendering with another turn in place of this one.
+        """Return the span of the prompt that prints the turn `index`.
 
-        None where the template prints nothing of the turn.
+        The chat is rendered once more with `other` in place of this turn, and the span is the part of the prompt that
+        differs. Returns None if the template prints nothing of the turn.
         """
         chat, prompt = part.chat, part.prompt
         messages = list(chat.messages[:-1])
@@ -845,7 +890,7 @@ class AutoEncoder(Encoder):
         return first, len(prompt) - shared
 
     def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
-        """Return the position after the end of a turn in the prompt. The turn's own text ends at `last`."""
+        """Return the position in the prompt just after the end of a turn. The text of the turn ends at `last`."""
         match = self.text.find_control(prompt, last)
         while is_call and match is not None and not self._stops(match[0]):
             if match[0] in self._openers:
@@ -855,24 +900,24 @@ class AutoEncoder(Encoder):
             between = prompt[last : match.start()]
             if is_call or not between.strip() or frame.end.startswith(between):
                 return match.end()
-        # The end of turn may be text.
+        # The end of turn may be plain text without a control token.
         return last + len(frame.end) if prompt.startswith(frame.end, last) else last
 
 
 def _is_unknown(reply: Message) -> bool:
-    """Return whether a turn is a place for a reply that is not known yet."""
+    """Return whether a reply is empty, because inference will generate it."""
     return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 
 def _closing_tag(opening: str) -> str:
-    """Return the tag that closes a think block."""
+    """Return the tag that closes a think block with this opening tag."""
     if opening == '<|START_THINKING|>':
         return '<|END_THINKING|>'
     return f'{opening[0]}/{opening[1:]}'
 
 
 def _thinks(content: str, *, opened: bool) -> bool:
-    """Return whether a reply has a think block. Its opening tag may stand in the prompt."""
+    """Return whether a reply has a think block. With `opened`, the opening tag may be in the prompt."""
     own = _BEGINS_THINKING.match(content)
     if own:
         return _closing_tag(own[1]) in content[own.end() :]
@@ -880,20 +925,21 @@ def _thinks(content: str, *, opened: bool) -> bool:
 
 
 def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
-    """Return whether all of a reply's text stands in what follows the prompt, unchanged except for think blocks."""
+    """Return whether `follows` has the whole text of the reply, unchanged except for the form of the think block."""
     if not (reasons or is_call or reasoning):
         return content in follows
     pieces = [piece.strip() for piece in (*_ANY_THINK_TAG.split(content), reasoning)]
     places = [follows.find(piece) for piece in pieces if piece]
-    # A template that closes a think block before the reply's own would train reasoning after the block.
+    # If the template prints a closed think block first, the reasoning would be trained after this block.
     begins_closed = _BEGINS_CLOSING.match(follows) or _EMPTY_BLOCK.match(follows)
     return -1 not in places and not (reasons and begins_closed)
 
 
 def _replaced(message: Message, *, text: bool = False) -> Message:
-    """Return a turn of the same form with other content; for a turn with calls, with other arguments, or other text.
+    """Return a copy of a turn with different content. If the turn has calls, only their arguments are changed.
 
-    Names of calls stay: templates print them again with the results. No text begins or ends as the new one does.
+    With `text`, the content is changed instead. Names of calls are kept, because templates print the names again with
+    the results. The new text begins and ends with characters that no data contains.
     """
     mark = f'\ue000{secrets.token_hex(8)}\ue001'
     if text or 'tool_calls' not in message:
@@ -908,7 +954,7 @@ def _replaced(message: Message, *, text: bool = False) -> Message:
 
 
 def _unspaced(text: str) -> str:
-    """Return the text without blanks."""
+    """Return the text without whitespace."""
     return ''.join(text.split())
 
 

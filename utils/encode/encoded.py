@@ -1,4 +1,4 @@
-"""An encoded row: its ids, the spans that carry loss, its notes; and the error for a row that is refused."""
+"""Encoded rows with their ids, the spans that carry loss, and notes; and the error for a row that is refused."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ IGNORE_INDEX = -100
 
 
 class RowRefused(ValueError):
-    """A row that cannot be encoded. It is counted under `reason`; `detail` is the part of the row that is wrong."""
+    """A row cannot be encoded. The row is counted under `reason`; `detail` is the part of the row that is wrong."""
 
     def __init__(self, reason: str, detail: str = '') -> None:
         super().__init__(f'{reason} [{detail}]' if detail else reason)
         self.reason, self.detail = reason, detail
 
 
-# Notes of what happened to a row while it was encoded. Each is counted and shown with the first rows that have it.
+# Notes say what happened to a row while it was encoded. The rows with a note are counted, and the first are shown.
 MERGED_BOUNDARY = 'a token would merge across the start of the reply: the reply is tokenised by itself'
 CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
 RENDERED_DIFFERENTLY = 'the chat template alters the reply (blanks, a think block): trained as written'
@@ -43,9 +43,10 @@ CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
 
 @dataclass(kw_only=True, slots=True)
 class Encoded:
-    """A row as ids. `trained` is the half-open span that carries loss; `prompt_length` ids stand before the reply.
+    """A row as ids. `trained` is the half-open span of the last reply that carries loss.
 
-    With loss on all rounds, `earlier` are the spans of the replies before it, in their order.
+    The first `prompt_length` ids are the prompt. `earlier` has the spans of the other replies that carry loss, in the
+    order of the row.
     """
 
     input_ids: list[int]
@@ -54,20 +55,23 @@ class Encoded:
     notes: list[str] = field(default_factory=list)
     images: tuple[str, ...] = ()
     earlier: list[tuple[int, int]] = field(default_factory=list)
-    # The text that was tokenised, split where loss begins and ends: context, trained, context, trained, ...
+    # The tokenised text, split at the start and end of each span that carries loss: context, trained, context, ...
     pieces: tuple[str, ...] = ()
-    # How many characters were cut from the front of that text.
+    # The number of characters that were cut from the start of the text in `pieces`.
     cut: int = 0
 
     def as_item(self) -> dict[str, Any]:
-        """Return the row as an item of a data set, with `earlier` and `images` only where it has any."""
+        """Return the row as an item of a data set. The keys `earlier` and `images` are left out if they are empty."""
         item = {'input_ids': self.input_ids, 'trained': self.trained, 'prompt_length': self.prompt_length}
         extra = {'earlier': self.earlier, 'images': self.images}
         return {**item, **{name: value for name, value in extra.items() if value}}
 
 
 def cut_front(row: Encoded, max_length: int) -> Encoded:
-    """Return the row with its last `max_length` ids (-1: all). Its spans are moved and the cut is noted."""
+    """Return the row with only its last `max_length` ids, or unchanged if `max_length` is negative.
+
+    The spans are moved to their new positions, and the cut is added to the notes.
+    """
     surplus = len(row.input_ids) - max_length
     if max_length < 0 or surplus <= 0:
         return row
@@ -84,7 +88,7 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with these spans of its prompt's text, those of earlier replies, marked as trained."""
+    """Return the row with these spans of the prompt's text (the earlier replies) marked as trained in `pieces`."""
     prompt, *others = row.pieces
     pieces: list[str] = []
     position = 0
@@ -95,7 +99,7 @@ def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
 
 
 def without_last(row: Encoded) -> Encoded:
-    """Return the row with no loss on its last reply. Raises RowRefused where no other reply carries loss."""
+    """Return the row with no loss on its last reply. Raises RowRefused if no earlier reply carries loss."""
     if not row.earlier:
         raise RowRefused(NO_LOSS_MARKED)
     *pieces, prompt, reply, rest = row.pieces
@@ -105,9 +109,10 @@ def without_last(row: Encoded) -> Encoded:
 
 
 def row_labels(row: dict[str, Any]) -> list[int]:
-    """Return the row's ids where it is trained, IGNORE_INDEX elsewhere and at position 0, which nothing predicts.
+    """Return the labels of the row: its ids in the trained spans, and IGNORE_INDEX elsewhere.
 
-    So the number of labels is the number of predictions, and a mean over the labels is a mean over trained tokens.
+    Position 0 is always IGNORE_INDEX, because nothing predicts the first token. So each label is one prediction, and a
+    mean over the labels is a mean over the trained tokens.
     """
     ids = row['input_ids']
     labels = [IGNORE_INDEX] * len(ids)
@@ -121,10 +126,10 @@ Spans = Sequence[tuple[int, int]]
 
 
 def spans_of(row: dict[str, Any]) -> Spans:
-    """Return the half-open spans of a row that carry loss, in order."""
+    """Return all half-open spans of a row that carry loss, in the order of the row."""
     return [*row.get('earlier', ()), row['trained']]
 
 
 def trains_nothing(spans: Spans) -> bool:
-    """Return whether no position of the spans is predicted. The first position of a row never is."""
+    """Return whether the spans contain no predicted position. The first position of a row is never predicted."""
     return not any(end > max(start, 1) for start, end in spans)

@@ -1,4 +1,4 @@
-"""The base class of the encoders: images, cutting and the order of work, which every template shares."""
+"""The base class of the encoders: the handling of images, the cut to max_length and the order of the steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.preprocess import TEMPLATE_MAPPING
 
 
 def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
-    """Return the row with its last `max_length` ids; its `cut` says how many characters of the text were cut."""
+    """Return the row with only its last `max_length` ids. Its field `cut` is the number of characters that were cut."""
     cut = cut_front(row, max_length)
     lost = len(row.input_ids) - len(cut.input_ids)
     if lost:
@@ -33,21 +33,22 @@ def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
 
 
 class Encoder:
-    """Turns rows into token ids, with one tokenizer call per batch."""
+    """Converts rows to token ids, with one tokenizer call per batch."""
 
     name: str
-    # The system text of rows without one. None: the template's own.
+    # The system text for rows that have no system text. If it is None, the template chooses the text.
     system: str | None
     loss_scope: LossScope = 'last_round'
-    # Ids at which generation stops, besides the tokenizer's own end of sequence.
+    # Ids at which generation stops, in addition to the end of sequence of the tokenizer.
     stop_ids: list[int]
-    # Whether an unknown reply is asked for with the template's thinking switch. A known reply decides that itself.
+    # Whether the prompt of an unknown reply is rendered with the template's thinking switch. For a known reply, the
+    # switch is used if the reply has reasoning.
     asks_to_think = False
-    # How many ids the model embeds, where its tokenizer has more. Rows with a larger id are refused.
+    # The number of rows of the model's embedding, if the tokenizer has more ids. Rows with a larger id are refused.
     embedding: int | None = None
 
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
-        """`printed` is the text of the template."""
+        """Keep the settings. `printed` is the source text of the template."""
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer, printed=printed)
         self.max_length = max_length
@@ -55,19 +56,19 @@ class Encoder:
 
     @property
     def switch(self) -> str | None:
-        """Return the setting with which the template renders replies that reason, as name=value; None where none is."""
+        """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
         return None
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides which ids a row becomes, besides the tokenizer."""
-        # A chat template that reads the date may print another prompt tomorrow.
+        """Return every setting that affects the ids of a row. The tokenizer is not included."""
+        # A chat template that prints the date may print a different prompt tomorrow.
         today = time.strftime('%Y-%m-%d') if 'strftime_now' in str(self.tokenizer.chat_template) else None
         template = repr(TEMPLATE_MAPPING[self.name])
         return {'template': template, 'system': self.system, 'scope': self.loss_scope, 'max_length': self.max_length,
                 'today': today, 'embedding': self.embedding}  # fmt: skip
 
     def embed(self, embedding: int | None) -> None:
-        """Set how many ids the model embeds. Raises ConfigError where no end of turn is among them."""
+        """Set the number of rows of the embedding. Raises ConfigError if it has no row for any end-of-turn token."""
         self.embedding = embedding
         beyond = [end for end in self.stop_ids if embedding is not None and end >= embedding]
         if not beyond:
@@ -85,13 +86,16 @@ class Encoder:
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Return each row's ids and trained span, cut to max_length from the front."""
+        """Return each row encoded. Rows longer than max_length lose ids at the start."""
         opened = [self.open_images(row) for row in rows]
         encoded = self._encode([row for row, _ in opened])
         return [self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)]
 
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Return the prompts of inference: each row's ids without its last reply, cut to max_length from the front."""
+        """Return the ids of the prompt of each row, as inference uses them: without the last reply.
+
+        Prompts longer than max_length lose ids at the start.
+        """
         opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
         shown = [
             dataclasses.replace(context, messages=[*context.messages, row.messages[-1]])
@@ -102,18 +106,18 @@ class Encoder:
         return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
 
     def image_paths(self, row: Row) -> tuple[str, ...]:
-        """Return the files of a row's images, in the order of their places in its ids."""
+        """Return the paths of a row's images, in the order of their positions in the ids."""
         return tuple(path for path, _ in self.open_images(row)[1])
 
     def open_images(self, row: Row) -> tuple[Row, FoundImages]:
-        """Return a row with a stand-in for each image in its text, and the files with the slots of each."""
+        """Return the row with a stand-in for each image in its text, and the images."""
         return open_images_of(row, self.images, stand_in=self.text.image)
 
     def _fill_slots(self, ids: list[int], found: FoundImages) -> list[int]:
         return fill_slots(ids, found, self.images.slot, self.max_length) if self.images and found else ids
 
     def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
-        """Return the row with its images' slots, cut to max_length from the front."""
+        """Return the row with its image slots repeated, and with the ids before the last max_length removed."""
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
         if found:
@@ -134,17 +138,23 @@ class Encoder:
         raise NotImplementedError
 
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Return the ids of each row's prompt; the last message is the reply, which may be empty."""
+        """Return the ids of the prompt of each row. The last message of a row is the reply, which may be empty."""
         raise NotImplementedError
 
     def carries_loss(self, reply: Message) -> bool:
-        """Return whether an earlier turn carries loss: as the row marks it, else by the loss scope. Empty: never."""
+        """Return whether an earlier turn carries loss.
+
+        The setting of the turn itself overrides --loss_scope. Empty replies never carry loss.
+        """
         is_empty = not (reply['content'].strip() or reply.keys() & {'tool_calls', 'reasoning'})
         is_reply = reply['role'] == 'assistant' and not is_empty
         return is_reply and reply.get('loss', self.loss_scope == 'all_rounds')
 
     def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:
-        """Return whether any text of these messages or tools spells a control token, think tags of replies aside."""
+        """Return whether these messages or tools contain the text of a control token.
+
+        Think tags in replies do not count.
+        """
         for message in messages:
             is_reply = message['role'] == 'assistant'
             for key, value in message.items():

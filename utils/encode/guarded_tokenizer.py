@@ -1,7 +1,7 @@
-"""Text to token ids, with control tokens active in template text and inert in data.
+"""Converts text to token ids. Control tokens are active in template text and inert in data.
 
-Control tokens are the tokenizer's special tokens and every other added token that the template itself prints, such as
-DeepSeek's `<｜User｜>`, which its tokenizer does not mark as special.
+Control tokens are the special tokens of the tokenizer, and also all added tokens that the template itself prints. An
+example is `<｜User｜>` in DeepSeek's templates, which is not a special token of the tokenizer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Tags around reasoning, as released templates spell them. A reply may contain them, so they are active in replies and
+# Tags around reasoning in released templates. Replies may contain such tags. So the tags are active in replies, and
 # inert in all other data.
 OPEN_TAG = r'<(?:\w+:)?think(?::\w+)?>|<\|START_THINKING\|>|\[THINK\]'
 CLOSE_TAG = r'</(?:\w+:)?think(?::\w+)?>|<\|END_THINKING\|>|\[/THINK\]'
@@ -20,7 +20,7 @@ _THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return nested JSON data with `change` applied to every string in it. Keys stay unchanged."""
+    """Return a copy of nested JSON data with `change` applied to every string. Keys stay unchanged."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -31,7 +31,7 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _is_pure_backend(tokenizer: Any) -> bool:
-    """Return whether the tokenizer adds nothing to its Rust backend, which is faster if called directly."""
+    """Return whether the tokenizer only calls its Rust backend. Direct calls to the backend are faster."""
     from transformers import TokenizersBackend
 
     kind = type(tokenizer)
@@ -40,33 +40,33 @@ def _is_pure_backend(tokenizer: Any) -> bool:
 
 
 def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern of these spellings, longer ones first."""
+    """Return a pattern that matches any of these texts. If several match at a position, the longest is matched."""
     return re.compile('|'.join(map(re.escape, sorted(spellings, key=len, reverse=True))) or r'(?!)')
 
 
 def _is_printed(spelling: str, printed: str) -> bool:
-    """Return whether the template prints this added token as a marker. Blanks and words are not markers."""
+    """Return whether the template prints this added token as a marker. Whitespace and words are not markers."""
     is_marker = len(spelling) > 2 and not (spelling[0].isalnum() or spelling[0].isspace() or spelling[0] == '▁')
     return is_marker and not spelling[-1].isalnum() and spelling in printed
 
 
 class TextTokenizer:
-    """Tokenises text in batches, with control tokens active in template text and inert in data."""
+    """Tokenises text in batches. Control tokens are active in template text and inert in data."""
 
     def __init__(self, tokenizer: Any, *, printed: str = '') -> None:
-        """`printed` is the source of the template: added tokens that it spells are control tokens too."""
+        """Find the control tokens. Added tokens in `printed`, the source of the template, are control tokens too."""
         self.tokenizer = tokenizer
-        # Threads that encode batches take turns: which tokens are special is a state of the shared tokenizer.
+        # Threads use the shared tokenizer one at a time, because calls change how it reads special tokens.
         self._turn = threading.Lock()
         self._backend: Any = tokenizer.backend_tokenizer if _is_pure_backend(tokenizer) else None
-        # The copy of the backend that reads guarded text. It is made for the first such text.
+        # The copy of the backend that tokenises guarded text. It is made when the first guarded text is tokenised.
         self._inert: Any = None
-        # A stand-in for the n-th control token in guarded data begins with this, which nobody can have typed.
+        # Every stand-in in guarded data begins with this random text, which no data can contain.
         self._nonce = secrets.token_hex(8)
         self._guarded = re.compile(f'{self._nonce}:([0-9]+);')
-        # Stands for an image in the text of a turn.
+        # The stand-in for an image in the text of a turn.
         self.image = f'{self._nonce}:image;'
-        # What the template is known to print: its source, and renderings of probes.
+        # All known texts of the template: its source, and renderings of probes.
         self.printed = printed
         self._learn_control(printed)
 
@@ -86,7 +86,7 @@ class TextTokenizer:
         self._number = {spelling: number for number, spelling in enumerate(self._by_number)}
 
     def add_printed(self, printed: str) -> None:
-        """Add rendered text of the template: added tokens in it become control tokens."""
+        """Add text that the template rendered. Added tokens in this text become control tokens."""
         self.printed += printed
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         if any(spelling in printed and spelling not in self.control_ids for spelling in added):
@@ -94,11 +94,14 @@ class TextTokenizer:
             self._inert = None
 
     def ids(self, texts: Sequence[str], *, inert: bool = False) -> list[list[int]]:
-        """Return the ids of each text, nothing added. `inert` reads it as a reply: control tokens are text."""
+        """Return the ids of each text, without start or end tokens.
+
+        With `inert`, each text is read as a reply: control tokens in it are plain text, but think tags are active.
+        """
         if not texts:
             return []
         if inert:
-            # Only a text that spells a control token has other ids.
+            # A text without control tokens has the same ids in both modes, so such texts share one fast call.
             plain = iter(self.ids([text for text in texts if not self.has_control(text, reply=True)]))
             return [
                 self.guarded_ids(self.guard(text, reply=True)) if self.has_control(text, reply=True) else next(plain)
@@ -117,41 +120,41 @@ class TextTokenizer:
         return [one.ids for one in found]
 
     def has_control(self, text: str, *, reply: bool = False) -> bool:
-        """Return whether the text spells a control token. In a reply, think tags do not count."""
+        """Return whether the text contains a control token. In a reply, think tags do not count."""
         return (self._inert_in_replies if reply else self._active).search(text) is not None
 
     def last_control(self, text: str) -> tuple[int, int]:
-        """Return how many control tokens the text spells and where the last one starts; (0, 0) without any."""
+        """Return the number of control tokens in the text, and where the last begins. Returns (0, 0) without any."""
         starts = [match.start() for match in self._active.finditer(text)]
         return len(starts), starts[-1] if starts else 0
 
     def find_control(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """Return the first control token in the text from `start` on. Think tags do not count."""
+        """Return the match of the first control token at or after `start`. Think tags do not count."""
         return self._inert_in_replies.search(text, start)
 
     def find_controls(self, text: str) -> list[re.Match[str]]:
-        """Return the control tokens in the text. Think tags do not count."""
+        """Return the matches of all control tokens in the text. Think tags do not count."""
         return list(self._inert_in_replies.finditer(text))
 
     def find_all(self, text: str) -> list[re.Match[str]]:
-        """Return the control tokens and think tags in the text."""
+        """Return the matches of all control tokens and think tags in the text."""
         return list(self._active.finditer(text))
 
     def without_control(self, text: str) -> str:
-        """Return the text without control tokens."""
+        """Return the text with control tokens and think tags removed."""
         return self._active.sub('', text)
 
     def guard(self, data: str, *, reply: bool = False) -> str:
-        """Return the data with a stand-in for each control token in it. A reply keeps its think tags."""
+        """Return the data with each control token replaced by a stand-in. A reply keeps its think tags."""
         pattern = self._inert_in_replies if reply else self._active
         return pattern.sub(lambda m: f'{self._nonce}:{self._number[m[0]]};', data)
 
     def unguard(self, text: str) -> str:
-        """Return the text with the spelling of the control token for every stand-in."""
+        """Return the text with each stand-in replaced by the text of its control token."""
         return self._guarded.sub(lambda m: self._by_number[int(m[1])], text)
 
     def guarded_ids(self, text: str) -> list[int]:
-        """Return the ids of template text with guarded data: control tokens act in the template, not in the data."""
+        """Return the ids of template text with guarded data. Control tokens are active only in the template text."""
         if self._nonce not in text:
             return self.ids([text])[0]
         if self._backend is None:
@@ -160,7 +163,7 @@ class TextTokenizer:
             if self._inert is None:
                 self._inert = self._make_inert()
         backend, real_ids = self._inert
-        # Data cannot spell an alias. So aliases act as control tokens, and the spellings in the data stay text.
+        # Data cannot contain an alias. So only aliases become control tokens, and control tokens in the data stay text.
         aliased = self._active.sub(lambda m: self._alias(self._number[m[0]]), text)
         found = backend.encode(self.unguard(aliased), add_special_tokens=False).ids
         return [real_ids.get(token, token) for token in found]
@@ -169,14 +172,14 @@ class TextTokenizer:
         return f'{self._nonce}={number};'
 
     def _make_inert(self) -> tuple[Any, dict[int, int]]:
-        """Return a copy of the backend in which control tokens act only under an alias, and the real id of each alias.
+        """Return a copy of the backend in which only aliases are control tokens, and the real ids of the copy's tokens.
 
-        An alias takes the blanks around it as its token does (lstrip, rstrip), and the text next to it has the same ids
-        as next to the token.
+        An alias removes the spaces around it like its token (lstrip, rstrip). Text next to an alias has the same ids as
+        text next to the token.
         """
         from tokenizers import AddedToken, Tokenizer
 
-        # A second tokenizer over the same vocabulary: the vocabulary is shared, not copied.
+        # The two tokenizers share one vocabulary in memory.
         backend: Any = Tokenizer(self._backend.model)
         if self._backend.normalizer is not None:
             backend.normalizer = self._backend.normalizer
@@ -192,7 +195,7 @@ class TextTokenizer:
             controls.append(AddedToken(token.content, special=True, **options))
             options['normalized'] = False
             others.append(AddedToken(self._alias(self._number[token.content]), special=False, **options))
-        # These ids differ from the tokenizer's own, which `real_ids` gives back.
+        # The ids of added tokens in the copy differ from their ids in the tokenizer. `real_ids` maps them back.
         backend.add_special_tokens(controls)
         backend.add_tokens(others)
         backend.encode_special_tokens = True
@@ -202,7 +205,10 @@ class TextTokenizer:
         return backend, real_ids
 
     def _guarded_ids_piecewise(self, text: str) -> list[int]:
-        """Return the same ids from a tokenizer in Python: split at control tokens, the runs between read as text."""
+        """Return the same ids as `guarded_ids`, for a tokenizer without a usable Rust backend.
+
+        The text is split at the control tokens of the template, and the parts between them are tokenised as plain text.
+        """
         ids: list[int] = []
         position = 0
         tokens = self.tokenizer.added_tokens_decoder
@@ -219,9 +225,9 @@ class TextTokenizer:
         return ids
 
     def _text_ids(self, run: str) -> list[int]:
-        """Return the ids of guarded text in which the template has no control token."""
+        """Return the ids of guarded text that contains no active control token."""
         ids: list[int] = []
-        # An added token that is not special cannot be switched off here: its spelling is split in two.
+        # This tokenizer always matches added tokens that are not special. So the text of such a token is split in two.
         cut = f'{self._nonce}/'
         for piece in self._guarded.sub(lambda m: self._as_text(self._by_number[int(m[1])], cut), run).split(cut):
             if piece:
@@ -237,7 +243,10 @@ class TextTokenizer:
         return spelling if token.special else f'{spelling[:1]}{cut}{spelling[1:]}'
 
     def ids_after_control(self, text: str) -> list[int]:
-        """Return the ids of guarded text as after a control token: without the blank that some tokenizers put first."""
+        """Return the ids that guarded text has after a control token.
+
+        Some tokenizers put a space before the first word of a text. These ids have no such space.
+        """
         tokens = self.tokenizer.added_tokens_decoder
         before = next((s for s, index in self.control_ids.items() if not (tokens[index].rstrip or s in text)), None)
         return self.guarded_ids(text) if before is None else self.guarded_ids(before + text)[1:]

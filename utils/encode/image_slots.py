@@ -1,4 +1,4 @@
-"""The places of images among the token ids of a row."""
+"""Finds the images of a row and gives them their positions among the token ids."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from utils.formats.conversation import Message, Row
 from utils.formats.images import BadImage, find_images, name_images, place_image, replace_tags
 from utils.loading.image_processors import Images
 
-# The path of each image of a row and how many slots it takes.
+# The path of each image of a row, and the number of the image's features. Each feature takes one position.
 FoundImages = list[tuple[str, int]]
 
 
 def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
-    """Return the new position of each position of the ids, the end included, once the slots are filled."""
+    """Return, for each position of `ids` and for their end, its position after `fill_slots`."""
     counts = iter(found)
     return [0, *accumulate(next(counts)[1] if token == slot else 1 for token in ids)]
 
 
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
-    """Return the row with a stand-in for each image tag of its user turns, and the images' paths and slots.
+    """Return the row and its images. In the row, a stand-in replaces each image tag of the user turns.
 
-    Raises RowRefused for an image that cannot be used, and for a row with images where the model has no vision tower.
+    Raises RowRefused if an image cannot be used, or if the row has images and the model has no vision tower.
     """
     if images is None:
         if row.images:
@@ -43,7 +43,10 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
 
 
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:
-    """Return the ids with each image's slot repeated for its features. Raises RowRefused where a cut takes some."""
+    """Return the ids with each image's slot repeated, once for each feature of the image.
+
+    Raises RowRefused if the cut to `max_length` would remove image tokens.
+    """
     if ids.count(slot) != len(found):
         raise RowRefused('the template does not print each image once')
     counts = iter(found)

@@ -1,4 +1,4 @@
-"""A registered template as a chat template in Jinja, for servers that load a merged folder."""
+"""Writes a registered template as a chat template in Jinja, for servers that load a merged folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.conversation import Row
 from utils.preprocess import Piece
 
-# The loop over a conversation: at most one system text first, then turns of user and assistant.
+# A system text may come first. Then come turns of user and assistant.
 _FRAME = """\
 {{%- if messages[0]['role'] == 'system' %}}{{%- set system = messages[0]['content'] %}}\
 {{%- set turns = messages[1:] %}}\
@@ -35,7 +35,7 @@ _PLACES = {
 
 
 def jinja_of(encoder: TemplateEncoder) -> str:
-    """Return the template in Jinja. Ids become the text of their tokens."""
+    """Return the template as Jinja source. The ids in its pieces are written as the text of their tokens."""
     tokenizer, template = encoder.tokenizer, encoder.template
 
     def print_pieces(pieces: Iterable[Piece]) -> str:
@@ -58,10 +58,11 @@ def jinja_of(encoder: TemplateEncoder) -> str:
 
 
 def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None, str]:
-    """Return the chat template that a server has to use, and a sentence that compares it with the trained one.
+    """Return the chat template for a server, and a sentence that compares it with the template used in training.
 
-    A registered template is written in Jinja, and used if it gives the ids of the inference prompts for every row that
-    it can render. Else the template is None: then only llm_infer.py serves what was trained.
+    A registered template is written in Jinja. For every row that it can render, the Jinja template must give the same
+    ids as the prompt of inference. If the ids differ, the returned template is None, and only llm_infer.py can serve
+    the model correctly.
     """
     if not isinstance(encoder, TemplateEncoder):
         return encoder.tokenizer.chat_template, 'its chat template is the one it was trained with'
@@ -71,7 +72,7 @@ def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None,
     for row in rows:
         try:
             wanted = encoder.encode_prompts([row])[0]
-        except ConfigError:  # single-turn, or a role that it has no form for
+        except ConfigError:  # the template is single-turn, or has no form for a role of the row
             continue
         try:
             found = tokenizer.apply_chat_template(

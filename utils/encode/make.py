@@ -1,4 +1,4 @@
-"""The encoder of a template: a registered one, or the tokenizer's own."""
+"""Makes the encoder of a template: a registered template, or the chat template of the tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_encoder(
 ) -> Encoder:
     """Return the encoder of a template. Under auto, `system` is used only if the user typed it.
 
-    `embedding` is how many ids the model embeds where its tokenizer has more.
+    `embedding` is the number of rows of the model's embedding. Pass it only if the tokenizer has more ids.
     """
     template = TEMPLATE_MAPPING[template_type]
     options: dict[str, Any] = {'max_length': max_length, 'images': images}

@@ -1,4 +1,4 @@
-"""Encoded rows as text, with the trained parts marked."""
+"""Shows encoded rows as text, with the trained parts marked."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from utils.base import dist
 from utils.base.logger import logger
 from utils.encode.encoded import spans_of
 
-# Black on green, and reset: the trained part in a terminal.
+# Before and after a trained part in a terminal: black on green, and reset.
 _COLOURS = ('\x1b[30;42m', '\x1b[0m')
 MARKS = ('⟦', '⟧')
 
 
 def show_row(tokenizer: Any, row: dict[str, Any], marks: tuple[str, str] = MARKS) -> str:
-    """Return the row decoded, each trained span between the marks."""
+    """Return the text of the row, with each trained span between the two marks."""
     ids = row['input_ids']
     text = ''
     position = 0
@@ -31,7 +31,10 @@ def show_row(tokenizer: Any, row: dict[str, Any], marks: tuple[str, str] = MARKS
 
 
 def show_samples(tokenizer: Any, rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Log rows with their trained parts in colour (marked where there is no terminal), and write them to sample.txt."""
+    """Log rows with their trained parts marked, and write the rows to sample.txt.
+
+    In a terminal the trained parts are coloured. Elsewhere they stand between ⟦ and ⟧.
+    """
     coloured = sys.stderr.isatty() and 'NO_COLOR' not in os.environ
     for row in rows:
         how = 'the trained part in colour' if coloured else 'the trained part between ⟦ and ⟧'

@@ -1,4 +1,4 @@
-"""The encoder of a registered template."""
+"""The encoder for registered templates."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from utils.preprocess import Piece, Template
 
 
 class _Reply(str):
-    """An earlier reply that carries loss. It is tokenised separately, as the last one is."""
+    """An earlier reply that carries loss. Like the last reply, it is tokenised separately."""
 
 
 class TemplateEncoder(Encoder):
-    """Encodes with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix.
+    """Encodes rows with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix.
 
-    Under all_rounds it also covers each earlier reply, and chat_sep after it up to a token at which generation stops.
+    Under all_rounds, loss also covers each earlier reply. If chat_sep has a token at which generation stops, loss also
+    covers chat_sep up to this token.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class TemplateEncoder(Encoder):
         self._round_end = next(stops, 0)
 
     def _fill(self, pieces: Iterable[Piece], **data: str) -> list[str | list[int]]:
-        """Return the pieces with placeholders filled in one pass, and tokenizer attributes replaced by their ids."""
+        """Return the pieces with the placeholders filled and the names of tokenizer attributes replaced by ids."""
 
         def fill(text: str) -> str:
             return re.sub(r'\{\{(SYSTEM|QUERY|ROUND)\}\}', lambda m: data[m[1]], text)
@@ -63,7 +64,10 @@ class TemplateEncoder(Encoder):
         return [fill(p) if isinstance(p, str) else [self.token_id(part) for part in p] for p in pieces]
 
     def token_id(self, part: int | str) -> int:
-        """Return an id as it is, or the tokenizer's id of that name. Raises ConfigError where it has none."""
+        """Return the id for one part of a template piece: an id, or the name of a tokenizer attribute.
+
+        Raises ConfigError if the tokenizer has no value for this attribute.
+        """
         if isinstance(part, int):
             return part
         value = getattr(self.tokenizer, part)
@@ -75,7 +79,7 @@ class TemplateEncoder(Encoder):
         return int(value)
 
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
-        """Return the pieces of a prompt, whether they hold guarded data, and notes. Neighbouring texts are joined."""
+        """Return the pieces of a prompt with adjacent texts joined, whether the pieces have guarded data, and notes."""
         guarded = self._spells_control(row.messages)
         system = self.system
         turns = row.messages
@@ -135,7 +139,7 @@ class TemplateEncoder(Encoder):
     def _encode_contexts(
         self, contexts: Sequence[tuple[list[str | list[int]], bool, list[str]]]
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Return the ids of each prompt and the spans of earlier replies that carry loss."""
+        """Return the ids of each prompt, and the spans of the earlier replies that carry loss."""
         plain = [p for pieces, guarded, _ in contexts if not guarded for p in pieces if isinstance(p, str) and p]
         plain_ids = iter(self.text.ids(plain))
         encoded = []
@@ -180,7 +184,7 @@ class TemplateEncoder(Encoder):
         ]
 
     def _texts(self, pieces: Sequence[str | list[int]]) -> list[str]:
-        """Return the text of a prompt, split where earlier replies carry loss."""
+        """Return the text of a prompt, split before and after each earlier reply that carries loss."""
         texts = ['']
         for piece in pieces:
             if isinstance(piece, _Reply):
