@@ -1,4 +1,4 @@
-"""Loads an adapter onto its base model."""
+"""Loads an adapter onto the base model on which it was trained."""
 
 from __future__ import annotations
 

@@ -95,10 +95,9 @@ def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 
 def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Return a dict from each block to its owner, the block whose GPU it uses.
+    """Return a dict from each block to its owner. A block is placed on the GPU of its owner.
 
-    The owner is the first block that shares a parameter with the block. A block that shares no parameter with an
-    earlier block is its own owner.
+    If a block shares a parameter with earlier blocks, its owner is the first of them. Otherwise the block owns itself.
     """
     first: dict[int, str] = {}
     owners = {}
@@ -112,7 +111,10 @@ def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
 
 
 def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread: Spread) -> dict[str, int]:
-    """Return the size in bytes of each block that is its own owner. A shared parameter is counted once."""
+    """Return the size in bytes of each block that owns itself, including the blocks that it owns.
+
+    A shared parameter is counted once.
+    """
     import torch
 
     head = model.get_output_embeddings()
@@ -190,7 +192,10 @@ def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether /proc/cpuinfo lists bf16 arithmetic (x86: avx512_bf16 or amx_bf16; Arm: bf16)."""
+    """Return whether the CPU has bf16 arithmetic.
+
+    It has it if /proc/cpuinfo lists avx512_bf16 or amx_bf16 (x86), or bf16 (Arm).
+    """
     cpuinfo = Path('/proc/cpuinfo')
     words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
     return bool(words & {'avx512_bf16', 'amx_bf16', 'bf16'})

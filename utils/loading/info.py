@@ -67,9 +67,10 @@ class ModelInfo:
     ignore_file_pattern: tuple[str, ...] = ()
     # bf16, fp16 or fp32 if the weights need this dtype.
     torch_dtype: str | None = None
-    # How quantised weights are stored: gptq, nf4 (the 4 bits of Baichuan2), awq, bitsandbytes.
+    # The storage format of quantised weights: gptq, nf4 (the 4-bit files of Baichuan2), awq or bitsandbytes. None if
+    # the weights are not quantised.
     quantization: str | None = None
-    # Python packages, with a version range if needed, e.g. 'transformers>=5.2'.
+    # The Python packages that this model needs, with a version range if needed, e.g. 'transformers>=5.2'.
     requires: tuple[str, ...] = ()
     # For an original layout of 2023, the key in FAMILIES of utils/loading/legacy/registry.py.
     family: str | None = None
@@ -80,5 +81,5 @@ class ModelInfo:
 
     @property
     def public_id(self) -> str:
-        """Return the id that is written into adapters: the Hugging Face id if there is one."""
+        """Return the id that is written into adapters: the Hugging Face id, or model_id_or_path if there is none."""
         return self.hf_model_id or self.model_id_or_path

@@ -57,7 +57,7 @@ def find_on_hub(info: ModelInfo, *, revision: str, hub_name: HubName) -> tuple[h
 
 
 def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', skip: Sequence[str] = ()) -> Weights:
-    """Return where the weights of a model are. They are downloaded if they are not on this machine.
+    """Find the weights of a model and return their location. They are downloaded if they are not on this machine.
 
     Files whose names match a glob in `skip` are not downloaded. A GGUF file is not converted here, but when the model
     is opened.

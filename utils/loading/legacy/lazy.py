@@ -29,7 +29,7 @@ class LazyMatrix(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Return (rows, columns)."""
+        """Return the numbers of rows and columns."""
 
     @abstractmethod
     def rows(self, which: slice) -> torch.Tensor:

@@ -160,7 +160,7 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
 
 
 def native_config(original: Config, *, full_width: Family) -> dict[str, Any]:
-    """Return the arguments of the native configuration. They are those of the full-width model."""
+    """Return the arguments of the native configuration. They are the same as for the full-width model."""
     return full_width.config(_dense(original))
 
 

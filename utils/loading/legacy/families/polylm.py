@@ -23,7 +23,7 @@ _MATRIX = re.compile(r'\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.we
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of GPT2Config. The begin and end tokens are those of the tokenizer.
+    """Return the arguments of GPT2Config. The ids of the begin and end tokens are the ids in the tokenizer.
 
     Raises ConfigError if the weights are quantised.
     """

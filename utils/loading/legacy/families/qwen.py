@@ -201,7 +201,7 @@ def _rename_gptq(key: str, tensor: Any) -> dict[str, Any]:
 
 
 def _is_gptq(config: Config) -> bool:
-    """Return whether a config.json describes GPTQ weights."""
+    """Return whether the quantization_config of a config.json states GPTQ."""
     settings = config.get('quantization_config')
     return isinstance(settings, dict) and settings.get('quant_method') == 'gptq'
 

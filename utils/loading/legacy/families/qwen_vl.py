@@ -20,7 +20,7 @@ CONFIG_CLASS = 'qwen_vl:QwenVLConfig'
 MODEL_CLASS = 'qwen_vl:QwenVLForCausalLM'
 _TOWER = 'transformer.visual.'
 
-# The original class has no default for these fields.
+# config.json must have these fields, because the original class has no defaults for them.
 _NEEDED = ('image_size', 'patch_size', 'width', 'layers', 'heads', 'mlp_ratio', 'image_start_id')
 _DEFAULTS = {'n_queries': 256, 'output_dim': 512}
 _POOL_HEAD = 128
@@ -128,7 +128,7 @@ def gptq_tensors_of_both(state: State, original: Config) -> State:
 
 
 def _is_gptq(config: Config) -> bool:
-    """Return whether a config.json describes quantised weights."""
+    """Return whether a config.json has a quantization_config. Whether it states GPTQ is checked later."""
     return config.get('quantization_config') is not None
 
 
