@@ -1,4 +1,4 @@
-"""Loads an adapter onto its base model."""
+"""Loads an adapter onto the base model on which it was trained."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None, family: str | None = None) -> Any:
-    """Return the base model with the adapter of a checkpoint on it. Raises ConfigError if they do not fit.
+    """Return the base model with the adapter of a checkpoint. Raises ConfigError if the adapter does not fit the model.
 
-    `base` is the folder of the base model, `family` its 2023 family if config.json does not say which.
+    `base` is the folder of the base model. `family` is the name of its 2023 family. It is needed only if config.json
+    does not tell the family.
     """
     from peft import PeftModel
     from safetensors import SafetensorError

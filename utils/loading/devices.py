@@ -1,4 +1,4 @@
-"""Which layer is placed on which GPU if one process uses several GPUs, and which dtype a device computes in."""
+"""Chooses a GPU for each layer if one process uses several GPUs, and the dtype for the device."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ if TYPE_CHECKING:
 class Spread:
     """A request to place the layers of a model on several GPUs.
 
-    `memory` is the free bytes of each GPU, `parameter_bytes` the bytes per parameter, `linear_bytes` the bytes per
-    parameter of linear layers, which may be quantised.
+    `memory` is the number of free bytes of each GPU. `linear_bytes` is the number of bytes per parameter in linear
+    layers except the output head; they may be quantised. `parameter_bytes` is that number for all other parameters.
     """
 
     memory: Mapping[int, int]
     parameter_bytes: float
     linear_bytes: float
-    # False: layers that do not fit go to the CPU or disk. A model can answer from there, but not be trained.
+    # If False, layers that do not fit are placed on the CPU or the disk. Such a model can be used for inference, but it
+    # cannot be trained.
     must_fit: bool = True
 
     def map(self, model: PreTrainedModel) -> dict[str, int] | str:
-        """Return the GPU of each block of a model on the meta device. Raises ConfigError if the model does not fit."""
+        """Return a dict from the name of each block to its GPU. The model must be on the meta device.
+
+        If the model does not fit on the GPUs, raises ConfigError, or returns 'auto' if `must_fit` is False.
+        """
         blocks = _blocks(model)
         sizes = _sizes(model, blocks, self)
         devices = list(self.memory)
@@ -56,7 +60,10 @@ class Spread:
 
 
 def resolve_device_map(device_map: Any, build: Callable[[], PreTrainedModel]) -> Any:
-    """Return a device map that from_pretrained accepts. `build` makes the model without weights for a Spread."""
+    """Return a device map that from_pretrained accepts.
+
+    A Spread is replaced by the map that it computes. For this, `build` makes the model without weights.
+    """
     if not isinstance(device_map, Spread):
         return device_map
 
@@ -67,7 +74,10 @@ def resolve_device_map(device_map: Any, build: Callable[[], PreTrainedModel]) ->
 
 
 def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Return the smallest modules that may be on different GPUs, in the order of the class. No layer is split."""
+    """Return the smallest modules that may be placed on different GPUs, by name, in the order of the model's modules.
+
+    A layer that the class lists in `_no_split_modules` is one block.
+    """
     whole = set(model._no_split_modules or ())
 
     def walk(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -85,7 +95,10 @@ def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 
 def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Return, for each block, the block whose GPU it uses: the first that shares a parameter with it, or itself."""
+    """Return a dict from each block to its owner. A block is placed on the GPU of its owner.
+
+    If a block shares a parameter with earlier blocks, its owner is the first of them. Otherwise the block owns itself.
+    """
     first: dict[int, str] = {}
     owners = {}
 
@@ -98,7 +111,10 @@ def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
 
 
 def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread: Spread) -> dict[str, int]:
-    """Return the bytes of each block that owns its parameters; shared parameters are counted once."""
+    """Return the size in bytes of each block that owns itself, including the blocks that it owns.
+
+    A shared parameter is counted once.
+    """
     import torch
 
     head = model.get_output_embeddings()
@@ -121,14 +137,14 @@ def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread
 
 
 def _partition(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
-    """Return the index of the device of each block, None if the blocks do not fit.
+    """Return the index of the device for each block. Returns None if the blocks do not fit.
 
-    Each device gets contiguous blocks, so that activations cross each border once. The partition minimises the sum of
-    load^2 / capacity, which fills all devices to about the same share.
+    Each device gets contiguous blocks, so that activations move from one device to the next only once. The partition
+    minimises the sum of load^2 / capacity, so that about the same share of each device is used.
     """
     sums = [0, *accumulate(sizes)]
 
-    # Number of blocks placed so far -> (least cost, number of blocks placed after each device).
+    # Number of blocks placed so far -> (lowest cost, number of placed blocks after each device).
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
 
     for capacity in capacities:
@@ -154,7 +170,10 @@ def _partition(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | N
 
 
 def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
-    """Return the torch dtype of a name, or else the best dtype of the device, and the reason for it."""
+    """Return a torch dtype and the reason for the choice.
+
+    If `name` is given, the dtype is the one with this name. Otherwise it is the best dtype for the device.
+    """
     import torch
 
     names = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
@@ -173,7 +192,10 @@ def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether /proc/cpuinfo lists bf16 arithmetic (x86: avx512_bf16 or amx_bf16; Arm: bf16)."""
+    """Return whether the CPU has bf16 arithmetic.
+
+    It has it if /proc/cpuinfo lists avx512_bf16 or amx_bf16 (x86), or bf16 (Arm).
+    """
     cpuinfo = Path('/proc/cpuinfo')
     words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
     return bool(words & {'avx512_bf16', 'amx_bf16', 'bf16'})

@@ -1,4 +1,4 @@
-"""Fingerprints of base models: a hash that distinguishes two sets of weights."""
+"""Fingerprints of base models. A fingerprint is a hash that tells whether two sets of weights are the same."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from pathlib import Path
 
 _WEIGHT_SUFFIXES = ('.safetensors', '.bin', '.gguf')
 
-# Weights up to this size are hashed completely. Of larger ones, the name, size, first part and last part of each file
-# are hashed, so that a start stays fast.
+# Weights up to this size are hashed completely. If the weights are larger, only the name, size, first part and last
+# part of each file are hashed, so that a run starts quickly.
 _WHOLE_LIMIT_BYTES = 1 << 30
 _PART_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """A sha256 and what it covers: 'whole' (every byte of the weights) or 'sampled' (names, sizes, ends of files)."""
+    """A sha256 and the data that was hashed.
+
+    `covers` is 'whole' if every byte of the weights was hashed. It is 'sampled' if only the name, size, first part and
+    last part of each file were hashed.
+    """
 
     sha256: str
     covers: str
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Return the fingerprint of a weight file, or of the weight files and config.json of a folder."""
+    """Return the fingerprint of a weight file. For a folder, the weight files and config.json are hashed together."""
     if path.is_file():
         files = [path]
     else:

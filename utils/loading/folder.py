@@ -1,4 +1,4 @@
-"""Facts about a model folder that its small files state, without opening the model."""
+"""Functions that read facts about a model folder from its small files, without opening the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from utils.base.files import read_json
 
 
 def check_model_dir(model_dir: Path) -> str | None:
-    """Return why a local folder cannot be opened, None if nothing is wrong. Needs no heavy imports."""
+    """Return the reason why a local folder cannot be opened. Returns None if no problem is found.
+
+    This function imports neither torch nor transformers.
+    """
     if (model_dir.is_file() and model_dir.suffix.lower() == '.gguf') or _holds_only_gguf(model_dir):
         return (
             f'model directory {model_dir}: GGUF is a format for inference and is not read. Name the folder or hub '
@@ -47,7 +50,10 @@ def _holds_only_gguf(model_dir: Path) -> bool:
 
 
 def stored_quantization(model_dir: Path) -> str | None:
-    """Return the quant_method that config.json states if only LoRA can train such weights, else None."""
+    """Return the quant_method of quantised weights that only LoRA can train: gptq, awq or bitsandbytes.
+
+    Returns None if config.json states no quant_method or a different quant_method.
+    """
     config = read_config(model_dir) if (model_dir / 'config.json').is_file() else {}
 
     settings = config.get('quantization_config')
@@ -62,7 +68,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
-    """Return config.json of a folder. Raises ConfigError if it is not a JSON object."""
+    """Return the content of config.json. Raises ConfigError if it is not a JSON object."""
     content: dict[str, Any] = read_json(model_dir / 'config.json')
     return content
 

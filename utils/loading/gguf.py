@@ -1,4 +1,4 @@
-"""The embedded quick-start model: a GGUF file inside a pip package, converted to an ordinary bf16 checkpoint."""
+"""Converts the embedded quick-start model, a GGUF file inside a pip package, to an ordinary bf16 checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from utils.base.cache import cache_dir
 from utils.base.logger import logger
 from utils.loading.fingerprint import fingerprint
 
-# The token type of control tokens: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+# Control tokens have this token type: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _CONTROL = 3
 
 
 def find_packaged_file(package: str, file: str) -> Path | None:
-    """Return the path of a file in an installed package without importing it; None if the file is not there."""
+    """Return the path of a file in an installed package. The package is not imported.
+
+    Returns None if the package or the file is missing.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -27,10 +30,11 @@ def find_packaged_file(package: str, file: str) -> Path | None:
 
 
 def dense_directory(gguf: Path) -> Path:
-    """Return a folder with the weights of a GGUF file as bf16 safetensors. The first call writes it.
+    """Return a cache folder with the weights of a GGUF file as bf16 safetensors. The first call writes the folder.
 
-    Reading GGUF takes about 15 s for 135M parameters, opening the folder less than 1 s. The folder is named by the
-    sha256 of the file and renamed into place, so that it is complete or absent.
+    For 135M parameters, reading the GGUF file takes about 15 s, and opening the folder takes less than 1 s. The name of
+    the folder contains the sha256 of the file. The folder is written under a temporary name and then renamed, so it is
+    either complete or absent.
     """
     target = cache_dir() / f'gguf-{fingerprint(gguf).sha256[:32]}'
     if target.is_dir():
@@ -45,7 +49,7 @@ def dense_directory(gguf: Path) -> Path:
         temporary.chmod(0o755)
         temporary.rename(target)
     except OSError:
-        if not target.is_dir():  # another process may have written it at the same time
+        if not target.is_dir():  # A different process may have written the folder at the same time.
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,7 +58,7 @@ def dense_directory(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file to a folder."""
+    """Write the model (in bf16) and the tokenizer of a GGUF file to the folder `target`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -72,7 +76,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _complete_tokenizer(tokenizer: Any, gguf: Path) -> None:
-    """Add what transformers does not read from GGUF: the control tokens, and SmolLM's split at every digit."""
+    """Add the control tokens and SmolLM's split at every digit. transformers does not read them from GGUF."""
     from gguf import GGUFReader
     from tokenizers import AddedToken, pre_tokenizers
 
@@ -92,7 +96,8 @@ def _complete_tokenizer(tokenizer: Any, gguf: Path) -> None:
     pre = fields['tokenizer.ggml.pre']
     assert bytes(pre.parts[pre.data[0]]) == b'smollm', 'only the pre-tokenizer of SmolLM is implemented here'
 
-    # https://github.com/ggml-org/llama.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM: single digits, then the pattern of GPT-2.
+    # The text is split at every digit, and then by the pattern of GPT-2: LLAMA_VOCAB_PRE_TYPE_SMOLLM in
+    # https://github.com/ggml-org/llama.cpp.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

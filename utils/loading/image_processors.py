@@ -1,4 +1,4 @@
-"""Image inputs of each family: the tokens that stand for an image, and the tensors that are made from its file."""
+"""Image inputs of each model family: the tokens that stand for an image, and the tensors of its pixels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Images(ABC):
-    """How one model takes images.
+    """Converts images to the inputs of one model.
 
-    `mark` is the text that templates print for an image. It holds one token of id `slot`, which is repeated once for
-    each feature of the image.
+    `mark` is the text that templates print for an image. It contains one token with the id `slot`. In the input, this
+    token is repeated, so that there is one slot for each feature of the image.
     """
 
     mark: str
@@ -28,25 +28,40 @@ class Images(ABC):
 
     @abstractmethod
     def count(self, path: str) -> int:
-        """Return how many slots an image takes. Reads only the header of the file. Raises BadImage."""
+        """Return the number of slots for an image. Only the header of the file is read.
+
+        Raises BadImage if the file is missing or damaged, or if the image cannot be used.
+        """
 
     @abstractmethod
     def pixels(self, paths: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the inputs of the model for these images, in this order. Decodes the files. Raises BadImage."""
+        """Return the pixel inputs of the model for these images, in the order of `paths`.
+
+        Raises BadImage if a file cannot be decoded.
+        """
 
     def per_token(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the inputs per token, each (B, T), that the model needs for ids (B, T) with images."""
+        """Return additional inputs with one value per token. `input_ids` and each additional input are (B, T).
+
+        By default, a model needs no additional inputs, and the dict is empty.
+        """
         return {}
 
     def inputs(self, input_ids: torch.Tensor, paths: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return all inputs except ids (B, T) for these images, ordered row by row; empty without images."""
+        """Return all model inputs for these images except `input_ids`, which are (B, T).
+
+        The images are in the order of the rows. If there are no images, the dict is empty.
+        """
         if not paths:
             return {}
 
         return {**self.pixels(paths), **self.per_token(input_ids)}
 
     def example(self, tokenizer: Any, text: list[int]) -> dict[str, torch.Tensor]:
-        """Return the inputs of one row, an image of a gradient and then `text`, on which two models are compared."""
+        """Return the inputs of one test row, on which two models are compared.
+
+        The row is an image of a gradient, followed by the token ids `text`.
+        """
         import torch
         from PIL import Image
 
@@ -60,11 +75,14 @@ class Images(ABC):
             return {'input_ids': ids, **self.inputs(ids, [path])}
 
     def save(self, folder: Path) -> None:
-        """Write the image processor's files into the folder of a saved model, if the model has one."""
+        """Write the files of the image processor into the folder of a saved model.
+
+        By default, a model has no image processor, and nothing is written.
+        """
         return
 
     def _check_slot(self, tokenizer: Any, token: str) -> None:
-        """Raise ConfigError if the tokenizer gives an image token another id than the model."""
+        """Raise ConfigError if the id of the image token `token` is different in the tokenizer and in the model."""
         found = tokenizer.convert_tokens_to_ids(token)
         if found != self.slot:
             raise ConfigError(
@@ -74,7 +92,7 @@ class Images(ABC):
 
 
 class QwenVLImages(Images):
-    """Qwen-VL of 2023: every image is resized to one square and has the same number of features."""
+    """Images for Qwen-VL of 2023. Every image is resized to a square of the same size and has equally many features."""
 
     mark = '<img><imgpad></img>'
 
@@ -89,7 +107,7 @@ class QwenVLImages(Images):
             logger.warning(f'--max_pixels has no effect: every image becomes {self._side} x {self._side}')
 
     def count(self, path: str) -> int:
-        image_size(path)  # finds a missing or damaged file before training starts
+        image_size(path)  # This raises BadImage for a missing or damaged file before training starts.
         return int(self._features)
 
     def pixels(self, paths: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -97,7 +115,10 @@ class QwenVLImages(Images):
 
 
 class ProcessorImages(Images):
-    """Models with an image processor in transformers: images keep their aspect ratio, larger ones take more slots."""
+    """Images for models with an image processor in transformers.
+
+    An image keeps its aspect ratio. A larger image takes more slots.
+    """
 
     mark = '<|vision_start|><|image_pad|><|vision_end|>'
 
@@ -108,7 +129,8 @@ class ProcessorImages(Images):
         self._check_slot(tokenizer, '<|image_pad|>')
 
         try:
-            # The other backend resizes differently, so training and inference could see different pixels.
+            # The backend is fixed. The backends resize differently, so training and inference could get different
+            # pixels.
             self._processor = AutoImageProcessor.from_pretrained(model_dir, backend='pil', trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f'the image processor in {model_dir} cannot be opened: {error_text(error)}') from error
@@ -126,7 +148,7 @@ class ProcessorImages(Images):
 
         try:
             patches = self._processor.get_number_of_image_patches(height, width)
-        except ValueError as error:  # too narrow
+        except ValueError as error:  # The image is too narrow.
             raise bad_image(path, 'is too narrow', f': {error}.') from error
 
         return int(patches // self._processor.merge_size**2)
@@ -141,7 +163,7 @@ class ProcessorImages(Images):
         self._processor.save_pretrained(folder)
 
 
-# model_type in config.json of the opened model -> the class for its images.
+# model_type in the config of the opened model -> the class that converts its images.
 READERS: dict[str, Callable[[Any, Any, Path, int | None], Images]] = {
     'assay_qwen_vl': QwenVLImages,
     'qwen2_5_vl': ProcessorImages,
@@ -150,7 +172,10 @@ READERS: dict[str, Callable[[Any, Any, Path, int | None], Images]] = {
 
 
 def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int | None) -> Images | None:
-    """Return how a model takes images, None if it takes none. Raises ConfigError for files that cannot be used."""
+    """Return the object that converts images for a model. Returns None if the model takes no images.
+
+    Raises ConfigError if the files of the image processor cannot be used, or if the ids of the image token differ.
+    """
     reader = READERS.get(model.config.model_type)
 
     if reader is not None:

@@ -1,4 +1,4 @@
-"""The entry of a model, ModelInfo, and the options with which a model is opened."""
+"""ModelInfo, the registry entry of a model, and LoadOptions, the options for opening a model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ QKV = ('q_proj', 'k_proj', 'v_proj')
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How any model is opened."""
+    """The options for opening a model. They do not depend on the model."""
 
     torch_dtype: torch.dtype
     device_map: str | Mapping[str, int] | Spread | None = None
     flash_attention: bool = False
     quantization_config: Any = None
-    # The DistributedConfig of transformers: weights are sharded while they are read.
+    # A DistributedConfig of transformers. With it, weights are sharded while they are read.
     distributed_config: Any = None
 
     def keywords(self, build: Callable[[], PreTrainedModel] | None = None) -> dict[str, Any]:
         """Return the keyword arguments of from_pretrained.
 
-        `build` makes the model without weights. A Spread device map needs it.
+        `build` makes the model without weights, which is needed to replace a Spread by a device map. Without `build`,
+        the device map is returned unchanged.
         """
         return {
             'dtype': self.torch_dtype,
@@ -47,36 +48,38 @@ GetFunction = Callable[[Path, 'ModelInfo', LoadOptions], 'tuple[PreTrainedModel,
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """Everything that is special about one model."""
+    """The registry entry of one model: its ids, and all settings in which models differ."""
 
-    # ModelScope id, or a local folder.
+    # The ModelScope id or a local folder.
     model_id_or_path: str
     hf_model_id: str | None = None
     revision: str = 'master'
-    # The function that opens it; None: get_model_tokenizer_default, which uses the class that config.json names.
+    # The function that opens the model. If None, get_model_tokenizer_default opens the model in the class that
+    # config.json names.
     get_function: GetFunction | None = None
-    # The native class that opens it, if `family` is None.
+    # The name of the native class of the model, if `family` is None.
     model_class: str | None = None
     lora_target_modules: tuple[str, ...] = QKV
     template: str = 'default'
-    # The file in trl's chat_templates that equals the template of this tokenizer. Tests prove template auto on it.
+    # The file in trl's chat_templates that equals the template of this tokenizer. Tests of --template_type auto use it.
     chat_template: str | None = None
-    # Regular expressions of files that are not downloaded.
+    # Files whose names match one of these regular expressions are not downloaded.
     ignore_file_pattern: tuple[str, ...] = ()
-    # bf16, fp16 or fp32 if the weights need one of them.
+    # bf16, fp16 or fp32 if the weights need this dtype.
     torch_dtype: str | None = None
-    # How quantised weights are stored: gptq, nf4 (the 4 bits of Baichuan2), awq, bitsandbytes.
+    # The storage format of quantised weights: gptq, nf4 (the 4-bit files of Baichuan2), awq or bitsandbytes. None if
+    # the weights are not quantised.
     quantization: str | None = None
-    # Python packages, with a version range if needed, e.g. 'transformers>=5.2'.
+    # The Python packages that this model needs, with a version range if needed, e.g. 'transformers>=5.2'.
     requires: tuple[str, ...] = ()
-    # Key of FAMILIES in utils/loading/legacy/registry.py, for an original layout of 2023.
+    # For an original layout of 2023, the key in FAMILIES of utils/loading/legacy/registry.py.
     family: str | None = None
-    # (package, file) of a GGUF file that is used, without network, if the package is installed.
+    # (package, file) of a GGUF file. If the package is installed, this file is used and nothing is downloaded.
     embedded: tuple[str, str] | None = None
-    # False if model_id_or_path is the user's own id or folder. Such an id is searched on the chosen hub only.
+    # False if model_id_or_path is an id or folder that the user named. Such an id is searched only on the chosen hub.
     registered: bool = True
 
     @property
     def public_id(self) -> str:
-        """Return the id that is written into adapters: the Hugging Face id if there is one."""
+        """Return the id that is written into adapters: the Hugging Face id, or model_id_or_path if there is none."""
         return self.hf_model_id or self.model_id_or_path

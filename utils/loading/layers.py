@@ -1,4 +1,4 @@
-"""Facts about the layers of a model: linear layers, experts, vision towers, sharding."""
+"""Functions that find the linear layers, experts and vision towers of a model, and tell whether it is sharded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Types of layers whose only state is keys and values of earlier tokens. Others, for example linear attention, keep
-# a recurrent state.
+# The layer types that store only the keys and values of earlier tokens. All other types, for example linear attention,
+# keep a recurrent state.
 ATTENDING = frozenset({'full_attention', 'sliding_attention'})
 
 
 def is_sharded(model: Any) -> bool:
-    """Return whether the weights are sharded over several processes (ZeRO-3, FSDP)."""
+    """Return whether ZeRO-3 or FSDP shards the weights over several processes."""
     import torch
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -28,15 +28,15 @@ def is_sharded(model: Any) -> bool:
     return type(first) is not torch.Tensor or first.numel() == 0 or bool(is_deepspeed_zero3_enabled())
 
 
-# The value of --lora_target_modules that means all linear layers.
+# This value of --lora_target_modules selects all linear layers.
 ALL = 'ALL'
 
-# Layer names of the fused 2023 layouts, which recipes use -> the native layers.
+# Layer name in a fused layout of 2023 -> names of the native layers that replace it. Recipes still use the old names.
 _OLD_NAMES = {
     'c_attn': ('q_proj', 'k_proj', 'v_proj'),
     'W_pack': ('q_proj', 'k_proj', 'v_proj'),
     'query_key_value': ('q_proj', 'k_proj', 'v_proj'),
-    # Qwen gives both output layers the same name; only the name of the parent distinguishes them.
+    # Qwen gives both output layers the name c_proj. Only the name of the parent module distinguishes them.
     'attn.c_proj': ('o_proj',),
     'mlp.c_proj': ('down_proj',),
     'c_proj': ('o_proj', 'down_proj'),
@@ -49,9 +49,10 @@ _OLD_NAMES = {
 
 
 def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[str]:
-    """Return the last name of every linear layer, packed or not, and how often it occurs.
+    """Return a count for each layer name: how many linear layers, packed or not, have this name.
 
-    The output head and the layers inside the modules `frozen` are not counted.
+    The layer name is the last part of the module's path. The output head and all layers inside the modules `frozen`
+    are not counted.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -67,31 +68,34 @@ def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[
 
 
 def _last_name(name: str) -> str:
-    """Return the last part of a module's name; the last two parts if the last is a number."""
+    """Return the last part of a module's path, or the last two parts if the last part is a number."""
     parts = name.split('.')
     return '.'.join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def _is_in(name: str, modules: Sequence[str]) -> bool:
-    """Return whether a name is one of the modules or inside one of them."""
+    """Return whether the module `name` is in the list `modules` or inside a module of the list."""
     return any(name == module or name.startswith(f'{module}.') for module in modules)
 
 
 def expert_names(model: PreTrainedModel) -> Counter[str]:
-    """Return the name within its layer of every 3-D parameter (stacked experts), and how often it occurs."""
+    """Return a count for each name of a 3-D parameter. Stacked experts are 3-D parameters.
+
+    The name is relative to the layer, for example `mlp.experts.gate_up_proj`.
+    """
     return Counter(
         re.sub(r'^.*?\.\d+\.', '', name)
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and not name.endswith('.weight')  # the weight of a convolution
+        if parameter.ndim == 3 and not name.endswith('.weight')  # A 3-D `.weight` belongs to a convolution.
     )
 
 
 def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
-    """Return the names of linear layers that PEFT applies to the stacked experts instead, as on some mixtures.
+    """Return the names of linear layers that PEFT would apply to the stacked experts instead.
 
-    In earlier versions of transformers the experts had these names. LoRA cannot be put on the linear layers, for
-    example gate_proj of a shared expert: https://github.com/huggingface/peft,
-    utils/transformers_weight_conversion.py.
+    This happens on some mixture-of-experts models, because in earlier versions of transformers their experts had these
+    names. So LoRA cannot be put on the linear layers of the same names, for example gate_proj of a shared expert. See
+    https://github.com/huggingface/peft, utils/transformers_weight_conversion.py.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -102,14 +106,14 @@ def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
 
 
 def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
-    """Return the wanted names, without duplicates; names of fused 2023 layouts are replaced by the native ones."""
+    """Return the wanted names without duplicates. A name of a fused 2023 layout is replaced by the native names."""
     native: list[str] = []
 
     for name in wanted:
         new = _OLD_NAMES.get(name) or _OLD_NAMES.get(name.rpartition('.')[2], ())
         replaceable = bool(new) and set(new) <= set(names)
 
-        # The vision tower of Qwen-VL has layers named c_proj: the name stays, and the native names are added.
+        # The vision tower of Qwen-VL has layers named c_proj. So the name is kept, and the native names are added.
         if name in names or not replaceable:
             native.append(name)
 
@@ -121,7 +125,11 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
 
 
 def find_towers(model: Any) -> list[str]:
-    """Return the names of the vision towers: the largest modules outside the language model and its output head."""
+    """Return the names of the vision towers.
+
+    A vision tower is a module with parameters that shares no submodule with the language model or the output head, and
+    that is not inside a larger module of this kind.
+    """
     parts = (model.get_decoder(), model.get_output_embeddings())
     language = {id(module) for part in parts if part is not None for module in part.modules()}
     towers: list[str] = []
@@ -138,9 +146,9 @@ def find_towers(model: Any) -> list[str]:
 
 
 def exclude_towers(quantization: Any, build: Callable[[], Any]) -> None:
-    """Exclude the vision towers and the output head from quantisation by bitsandbytes.
+    """If bitsandbytes quantises a model with vision towers, exclude the towers and the output head from quantisation.
 
-    `build` makes the model; it runs on the meta device, without weights.
+    The function changes `quantization`. It calls `build` to make the model on the meta device, without weights.
     """
     import torch
     from transformers import BitsAndBytesConfig

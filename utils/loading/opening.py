@@ -25,33 +25,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# What the libraries raise for files that are damaged or of another model, and for a missing package.
+# The libraries raise these errors if a file is damaged or belongs to a different model, or if a package is missing.
 _LIBRARY_ERRORS = (
     ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
     RuntimeError,
 )  # fmt: skip
 
-# Texts that show how tokenizers differ: spaces, lines, digits, punctuation, letters of several bytes.
+# Texts on which two tokenizers are compared. Tokenizers differ most in how they treat spaces, line breaks, digits,
+# punctuation and characters of several bytes.
 _PROBE_TEXTS = (
     'a', ' a', '  a', '    return x', 'a  b   c', 'a\nb', '\n    a\n\n\tb ', "I'm 12345, it's 3.14!", 'Été é ﬁ Ⅳ',
     '你好，世界 🌍', 'def f(x):\n    return  x ** 2\n', 'User: hi\nAssistant:', ' ', '...  --', '▁a ▁', 'ABC abcDEF',
 )  # fmt: skip
 
-# Names of the language model in a checkpoint of text and images: as Gemma 3 has them on the hub, and as transformers 5
-# writes them.
+# Matches the tensor names of the language model in a checkpoint for text and images. The prefix `language_model.` is
+# that of Gemma 3 on the hub. The prefix `model.language_model.` is written by transformers 5.
 _LANGUAGE = re.compile(r'^(?:language_model\.(model\.|lm_head\.)|(model\.)language_model\.|(lm_head\.))')
 
 
 def get_model_tokenizer_default(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return model and tokenizer in native classes, from a native or an original 2023 layout. Runs no remote code."""
+    """Return the model and the tokenizer of a folder, both in native classes.
+
+    The folder may have the native layout or an original layout of 2023. Code in the folder is never run.
+    """
     return read_model(model_dir, info, options), read_tokenizer(model_dir, info)
 
 
 def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return the language model of a multimodal checkpoint, without its towers, and the tokenizer.
+    """Return the language model of a multimodal checkpoint, without the vision and audio towers, and the tokenizer.
 
-    AutoModelForCausalLM opens Gemma 3 and 4 with their towers, and LoRA would be put on layers of the same names there.
-    A merged model is saved as the language model, which has its own native class. An adapter fits this class only.
+    AutoModelForCausalLM opens Gemma 3 and 4 with their towers. LoRA would then also be put on the layers of the towers,
+    because they have the same names. The language model has its own native class. A merged model is saved in this
+    class, and an adapter fits only this class.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
@@ -61,7 +66,8 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     if 'text_config' not in read_config(model_dir):
         return get_model_tokenizer_default(model_dir, info, options)
 
-    # With key_mapping of from_pretrained, a model that is saved later would get the names of the whole checkpoint back.
+    # The names are changed here and not with key_mapping of from_pretrained. With key_mapping, save_pretrained would
+    # later write the names of the whole checkpoint again.
     state = {
         _LANGUAGE.sub(r'\1\2\3', name): tensor
         for name, tensor in read_state(model_dir).items()
@@ -89,7 +95,10 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
 
 
 def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return gpt-oss with its 4-bit experts (MXFP4) unpacked, and its tokenizer. Packed experts have no gradient."""
+    """Return gpt-oss and its tokenizer. The 4-bit experts (MXFP4) are unpacked, because packed experts get no gradient.
+
+    Raises ConfigError if the options ask for quantisation.
+    """
     if not (model_dir / 'config.json').is_file() or 'quantization_config' not in read_config(model_dir):
         return get_model_tokenizer_default(model_dir, info, options)
 
@@ -105,14 +114,15 @@ def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: Load
     options = replace(options, quantization_config=Mxfp4Config(dequantize=True))
     model, tokenizer = get_model_tokenizer_default(model_dir, info, options)
 
-    # Otherwise transformers saves the unpacked experts under the names of packed ones, and cannot open them again.
+    # Without this line, transformers saves the unpacked experts under the names of packed experts. Then it cannot open
+    # the saved model.
     model._weight_conversions = []
 
     return model, tokenizer
 
 
 def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTrainedModel:
-    """Return the model of a folder. Errors of the libraries are raised as ConfigError."""
+    """Return the model of a folder. An error of a library is raised as ConfigError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -125,7 +135,7 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
         model = _open_layout(model_dir, info, options.keywords())
     except ConfigError:
         raise
-    except UnpicklingError:  # its text explains how to run the file's code, so it is not shown
+    except UnpicklingError:  # The error text is not shown, because it explains how to run the file's code.
         raise ConfigError(
             f'the model in {model_dir} cannot be opened: a .bin file in it holds more than tensors. '
             'That would be code, which is never run. Use the safetensors files of this model.'
@@ -138,7 +148,11 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
 
 
 def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> PreTrainedModel:
-    """Return the model from the layout that config.json names: a class of this project, a 2023 family, or native."""
+    """Return the model of a folder, opened by the reader for its layout.
+
+    config.json tells the layout: an original layout of 2023, a class of this project, or a class of transformers.
+    Raises ConfigError if the layout is unknown or does not fit the family of `info`.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     from utils.loading.legacy.opening import open_original, open_saved
@@ -175,7 +189,7 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
 
 
 def _open_native(model_dir: Path, keywords: dict[str, Any]) -> PreTrainedModel:
-    """Return the model of a folder that a class of transformers reads: for text, or for text and images."""
+    """Return the model of a folder in a class of transformers, either for text only or for text and images."""
     import transformers as t
 
     from utils.loading.legacy.opening import check_loading, drop_unsupported_attention
@@ -194,7 +208,7 @@ def _open_native(model_dir: Path, keywords: dict[str, Any]) -> PreTrainedModel:
         keywords = drop_unsupported_attention(cls, keywords)
         exclude_towers(keywords['quantization_config'], lambda: auto.from_config(config))
 
-    # Tensors of another shape are let through here, so that check_loading can name them.
+    # With ignore_mismatched_sizes, a wrong shape is not an error here. check_loading then names the tensors.
     model, loading = auto.from_pretrained(
         model_dir, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
     )
@@ -207,7 +221,10 @@ def _open_native(model_dir: Path, keywords: dict[str, Any]) -> PreTrainedModel:
 
 
 def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
-    """Return the tokenizer of a folder, with a pad token. Raises ConfigError if it cannot be used."""
+    """Return the tokenizer of a folder. If the tokenizer has no pad token, its eos_token is used for padding.
+
+    Raises ConfigError if the files cannot be read or if the tokenizer has no eos_token.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from utils.loading.legacy.registry import find_family, find_saved
@@ -215,7 +232,7 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
     config = read_config(model_dir) if (model_dir / 'config.json').is_file() else {}
     family = find_family(config, info.family)
 
-    # AutoTokenizer looks up the model_type of config.json, and does not know those of this project.
+    # AutoTokenizer looks up the model_type of config.json. It does not know a model_type of this project.
     opener = PreTrainedTokenizerFast if find_saved(config) else AutoTokenizer
 
     try:
@@ -224,12 +241,12 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
         else:
             tokenizer = _match_tokenizer_file(opener.from_pretrained(model_dir, trust_remote_code=False), model_dir)
 
-        processor_template = model_dir / 'chat_template.json'  # where processors of 2024 stored it
+        processor_template = model_dir / 'chat_template.json'  # Processors of 2024 stored the template in this file.
         if not tokenizer.chat_template and processor_template.is_file():
             tokenizer.chat_template = read_json(processor_template)['chat_template']
 
-        tokenizer('a')  # wrong settings raise only when a text is encoded
-    except Exception as error:  # the libraries raise many types for a damaged file
+        tokenizer('a')  # Wrong settings cause an error only when a text is encoded.
+    except Exception as error:  # For a damaged file, the libraries raise errors of many types.
         raise ConfigError(f'the tokenizer in {model_dir} cannot be opened: {error_text(error)}') from error
 
     if tokenizer.eos_token_id is None:
@@ -246,10 +263,10 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
 
 
 def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
-    """Return the tokenizer, or the one that tokenizer.json describes if the two encode texts differently.
+    """Return the tokenizer if it encodes texts as tokenizer.json says, else a tokenizer built from tokenizer.json.
 
-    Some classes of transformers 5 take only the vocabulary from the file and build the rules themselves. LlamaTokenizer
-    then loses a space at the start of a text.
+    Some classes of transformers 5 read only the vocabulary from tokenizer.json and build the rules themselves. For
+    example, LlamaTokenizer then loses a space at the start of a text.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -269,7 +286,7 @@ def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
 
     by_file = PreTrainedTokenizerFast.from_pretrained(model_dir, trust_remote_code=False)
     if by_file(list(_PROBE_TEXTS), add_special_tokens=False, verbose=False)['input_ids'] != wanted:
-        return tokenizer  # settings in other files change what both tokenizers give
+        return tokenizer  # Settings in other files change the ids of both tokenizers.
 
     text = next(text for text, one, other in zip(_PROBE_TEXTS, found, wanted, strict=True) if one != other)
     logger.info(
@@ -280,13 +297,19 @@ def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
 
 
 def unembedded_from(model: Any, tokenizer: Any) -> int | None:
-    """Return the first token id that the model does not embed, None if it embeds all ids of the tokenizer."""
-    embedding = int(model.config.get_text_config().vocab_size)  # under ZeRO-3 the weight has no shape
+    """Return the first token id that has no row in the model's embedding.
+
+    Returns None if the embedding has a row for every id of the tokenizer.
+    """
+    embedding = int(model.config.get_text_config().vocab_size)  # Under ZeRO-3, the weight has no shape.
     return embedding if len(tokenizer) > embedding else None
 
 
 def check_embedded(embedding: int, ids: Sequence[int], where: str) -> None:
-    """Raise ConfigError if an id is not below `embedding`, the number of embedded tokens; `where` names the ids."""
+    """Raise ConfigError if an id is greater than or equal to `embedding`, the number of rows of the model's embedding.
+
+    `where` tells in the message where the ids come from.
+    """
     largest = max(ids, default=0)
     if largest >= embedding:
         raise ConfigError(
@@ -296,13 +319,16 @@ def check_embedded(embedding: int, ids: Sequence[int], where: str) -> None:
 
 
 def open_entry(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return model and tokenizer of a folder, opened by the function of the entry."""
+    """Return the model and the tokenizer of a folder, opened by `info.get_function` or by the default function."""
     get_function = info.get_function or get_model_tokenizer_default
     return get_function(model_dir, info, options)
 
 
 def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return model and tokenizer. The model's name_or_path is the public id, never a path of this machine's cache."""
+    """Return the model and the tokenizer of an entry. The model's name_or_path is set to the public id, not to a path.
+
+    Raises ConfigError if the eos or pad token has no row in the embedding. Logs a warning if other tokens have none.
+    """
     path = weights.path
     if path.is_file():
         with dist.local_main_first():

@@ -1,4 +1,4 @@
-"""Saves a model as a plain folder of its native class, atomically."""
+"""Saves a model as an ordinary model folder. The folder is either complete or does not exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from utils.loading.packed import record_packed_format
 
 
 def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None = None) -> None:
-    """Save weights, config, generation settings and tokenizer, without code references and local paths."""
+    """Save the weights, the config, the generation settings, the tokenizer and the image processor if there is one.
+
+    References to code and local paths are removed from the saved files.
+    """
     record_packed_format(model)
     _add_end_token(tokenizer, model.generation_config)
 
@@ -29,9 +32,9 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None =
 
 
 def _add_end_token(tokenizer: Any, settings: Any) -> None:
-    """Add the tokenizer's end token to those at which generate() stops.
+    """Add the tokenizer's end token to the end tokens in the generation settings, so that generate() stops at it.
 
-    The config.json of a chat model may name only the token that ends a document.
+    The config.json of a chat model may name only the token that ends a document, not the token that ends a turn.
     """
     given = settings.eos_token_id
 
@@ -45,7 +48,7 @@ def _add_end_token(tokenizer: Any, settings: Any) -> None:
 
 
 def export_native(model: Any, tokenizer: Any, target: Path, images: Images | None = None) -> None:
-    """Write the model to the new folder `target`: complete, or not at all."""
+    """Write the model to the new folder `target`. If writing fails, `target` does not exist."""
     temporary = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Reads the weight files of a checkpoint folder, memory-mapped, without executing anything in them."""
+"""Reads the weight files of a checkpoint folder. Files are memory-mapped, and no code in them is executed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from utils.loading.legacy.family import State
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 
-# Entries of the 4-bit files of 2023 that are lists, not tensors.
+# In the 4-bit files of 2023, an entry with this suffix is a list, not a tensor.
 _LIST_SUFFIX = '.quant_state'
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Return the weight files of a folder: those that the index names, else the single file."""
+    """Return the weight files of a folder: all files that the index names, or the single file if there is no index.
+
+    Raises ConfigError if the index is damaged, if a file is missing, or if the folder has no weights.
+    """
     for name in _SINGLE:
         index = model_dir / f'{name}.index.json'
 
@@ -52,9 +55,10 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def read_state(model_dir: Path) -> State:
-    """Return every tensor of a folder by its original name. A .bin file is read with weights_only.
+    """Return all tensors of a folder under their original names. A .bin file is read with weights_only.
 
-    Raises ConfigError for a truncated file, for a file that is not a tensor archive, and for a name in two shards.
+    Raises ConfigError if a file is truncated or is not a tensor archive, or if two shards have a tensor of the same
+    name.
     """
     import torch
 
@@ -74,14 +78,17 @@ def read_state(model_dir: Path) -> State:
                     'Use the safetensors files of this model.'
                 )
 
-            # A .bin file may hold Parameters, and views of them would carry an autograd graph.
+            # A .bin file may hold Parameters. A view of a Parameter would keep an autograd graph.
             state[key] = tensor.detach() if is_tensor else tensor
 
     return state
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Return the entries of a weight file by name, memory-mapped. Raises ConfigError if it cannot be read as data."""
+    """Return a dict from names to the memory-mapped entries of a weight file.
+
+    Raises ConfigError if the file is damaged or holds code.
+    """
     import pickle
     import zipfile
 
@@ -93,9 +100,9 @@ def read_file(file: Path) -> dict[str, Any]:
         if file.suffix == '.safetensors':
             return load_file(file)
 
-        # Before PyTorch 1.6, files were not zip archives; those cannot be memory-mapped.
+        # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
         content = torch.load(file, map_location='cpu', mmap=zipfile.is_zipfile(file), weights_only=True)
-    except pickle.UnpicklingError:  # its text explains how to run the file's code, so it is not shown
+    except pickle.UnpicklingError:  # The error text is not shown, because it explains how to run the file's code.
         raise ConfigError(
             f'{file} cannot be read as a tensor archive: it is damaged, or holds more than tensors. '
             'That would be code, which is never run. Use the safetensors files of this model.'

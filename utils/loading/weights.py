@@ -1,4 +1,4 @@
-"""Finds the weights of a model: in a folder, in a package, or on a hub."""
+"""Finds the weights of a model in a folder, in a package, or on a hub."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from utils.loading.info import ModelInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the base weights are, why these are used, and their fingerprint."""
+    """The path of the base weights, the reason why these weights are used, and their fingerprint."""
 
     path: Path
     reason: str
     fingerprint: Fingerprint
-    # Hub, id and revision of a download, else None.
+    # The hub, id and revision of a download. None if the weights were not downloaded.
     served: str | None = None
 
     def record(self, info: ModelInfo) -> dict[str, str]:
-        """Return what a run stores about its base model. Paths of this machine are not stored."""
+        """Return the entries about the base model that a run stores. They contain no path of this machine."""
         return {
             'id': info.public_id,
             'source': self.served or self.path.name,
@@ -37,7 +37,10 @@ class Weights:
 
 
 def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
-    """Return the repositories to search: a registered entry has an id on each hub, any other id is of one hub."""
+    """Return the repositories in which the model is searched.
+
+    A registered entry may have an id on each hub. Any other id is searched only on the hub `hub_name`.
+    """
     ids: dict[HubName, Sequence[str]] = {hub_name: (info.model_id_or_path,)}
 
     if info.registered:
@@ -47,16 +50,17 @@ def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
 
 
 def find_on_hub(info: ModelInfo, *, revision: str, hub_name: HubName) -> tuple[hub.Snapshot, list[str]]:
-    """Return the snapshot of a model on a hub, and the names of the files that are used."""
+    """Return the snapshot of a model on a hub, and the names of its files without the ignored files."""
     snapshot = hub.find(_repos(info, hub_name, revision), 'model')
     ignored = [re.compile(pattern) for pattern in info.ignore_file_pattern]
     return snapshot, [name for name in snapshot.files if not any(p.match(name) for p in ignored)]
 
 
 def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', skip: Sequence[str] = ()) -> Weights:
-    """Return the weights of a model, downloaded if needed. A GGUF file is converted later, when it is opened.
+    """Find the weights of a model and return their location. They are downloaded if they are not on this machine.
 
-    Files whose names match a glob in `skip` are not downloaded.
+    Files whose names match a glob in `skip` are not downloaded. A GGUF file is not converted here, but when the model
+    is opened.
     """
     local = Path(info.model_id_or_path)
 

@@ -1,4 +1,4 @@
-"""Converts adapters of a fused 2023 layout to adapters of the native class: A is shared, B is split."""
+"""Converts adapters of a fused 2023 layout to adapters of the native class."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PREFIX = 'base_model.model.'
 def convert_adapter(family: Family, original: dict[str, Any], state: State) -> State:
     """Return the tensors of an adapter under the native names.
 
-    A fused layer is split into parts. B is split as the family splits the weight of the layer; each part gets a copy
-    of A, which acts before the split. So base + adapter computes the same as before. Raises ConfigError for a tensor
-    that is neither A nor B, and for A without B.
+    If a fused layer is split, its matrix B is split in the same way as the weight of the layer. Each part gets a copy
+    of A, because A acts before the split. So the base model with the adapter computes the same as before. Raises
+    ConfigError if a tensor is neither an A nor a B, or if an A has no B.
     """
     native: State = {}
 
@@ -36,7 +36,7 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
 
         if not is_a:
             if key.replace('.lora_B.', '.lora_A.') in state and '.lora_B.' in key:
-                continue  # converted together with its A
+                continue  # This B is converted together with its A.
             raise ConfigError(
                 f"the adapter's tensor '{key}' is neither a lora_A nor a lora_B, so it has no native name. "
                 'Train the adapter again with --sft_type lora.'
@@ -58,10 +58,11 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
 def native_adapter(
     checkpoint: Path, layers: Container[str], base: Path | None = None, name: str | None = None
 ) -> Iterator[Path]:
-    """Yield a folder with the adapter in native names as safetensors: the checkpoint, or a temporary copy.
+    """Yield a folder with the adapter as safetensors under native names.
 
-    `layers` are the names of the model's linear layers, `base` is the folder of the base model, and `name` is its
-    family if config.json does not say which.
+    The folder is the checkpoint, if nothing has to be converted. Otherwise it is a temporary folder. `layers` are the
+    names of the model's linear layers. `base` is the folder of the base model. `name` is the family of the base model;
+    it is needed only if config.json does not tell the family.
     """
     from safetensors.torch import save_file
 
@@ -95,7 +96,7 @@ def native_adapter(
 
 
 def _read_adapter(checkpoint: Path) -> State:
-    """Return the tensors of an adapter from either of its file formats."""
+    """Return the tensors of an adapter. They are read from the .bin file only if there is no .safetensors file."""
     for name in (_FILE, _OLD_FILE):
         if (checkpoint / name).is_file():
             return read_file(checkpoint / name)

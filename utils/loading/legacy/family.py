@@ -1,4 +1,4 @@
-"""Family: how checkpoints of one 2023 layout become a native class of transformers."""
+"""Family: the functions that convert checkpoints of one 2023 layout to a native class of transformers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 Config = Mapping[str, Any]
-# Tensors by name. Tensors of a file stay memory-mapped until they are used in a computation.
+# Tensor name -> tensor. The tensors of a file stay memory-mapped until they are used in a computation.
 State = dict[str, 'torch.Tensor']
 
-# Tables that old code stored and native code computes. Without the dot before `attn` and the anchor at the end, the
-# pattern would match `c_attn.bias` too.
+# Matches the names of tables that old code stored. Native code computes these tables. The dot before `attn` and the `$`
+# at the end are needed: without them, the pattern would also match `c_attn.bias`.
 _COMPUTED = re.compile(
     r'(?:^|\.)(?:rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$'
 )
@@ -26,45 +26,47 @@ _COMPUTED = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family: pure functions from the original layout to the native one.
+    """One family: pure functions that convert the original layout to the native layout.
 
-    `config` returns the arguments of the native configuration. It raises ConfigError, with the name of the field, for
-    what no native class computes exactly. `tensors` returns all native tensors from all original ones, and raises
-    ConfigError for an original name that it does not know (see `map_each`). `config_class` and `model_class` are names
-    in transformers, or 'module:class' in utils/loading/legacy/classes/ if transformers has no equal class.
+    `config` returns the arguments of the native configuration. If no native class computes a setting exactly, it raises
+    a ConfigError that names the field. `tensors` converts all original tensors to all native tensors. It raises
+    ConfigError if it does not know the name of an original tensor (see `map_each`). `config_class` and `model_class`
+    are names of classes in transformers. If transformers has no equal class, they have the form 'module:class' and name
+    a class in utils/loading/legacy/classes/.
     """
 
     name: str
-    # The model_type of the original config.json, and a test of its other fields.
+    # An original config.json belongs to the family if it has this model_type and `matches` returns True for it.
     model_type: str
     matches: Callable[[Config], bool] = lambda config: True
     config_class: str
     model_class: str
     config: Callable[[Config], dict[str, Any]]
     tensors: Callable[[State, Config], State]
-    # Builds the tokenizer if the folder has the file `vocabulary`; otherwise tokenizer.json is read.
+    # Builds the tokenizer from the file `vocabulary`. If the folder has no such file, tokenizer.json is read instead.
     tokenizer: Callable[[Path], Any] | None = None
     vocabulary: str | None = None
-    # The model_type that a class of this project saves; None if the class is in transformers.
+    # The model_type that a class of this project saves. None if the class is in transformers.
     saved_model_type: str | None = None
-    # A field that marks a config.json of this project if transformers knows saved_model_type too.
+    # If transformers knows saved_model_type too, only a config.json with this field was saved by a class of this
+    # project.
     saved_field: str | None = None
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Return the model_type of the original layout and, if there is one, of the layout that this project saves."""
+        """Return the model_type of the original layout. If there is a saved_model_type, return both."""
         return (self.model_type, self.saved_model_type) if self.saved_model_type else (self.model_type,)
 
 
 def is_computed(key: str) -> bool:
-    """Return whether a stored tensor is a table that native classes compute."""
+    """Return whether `key` is the name of a table that old code stored and native classes compute."""
     return _COMPUTED.search(key) is not None
 
 
 def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> State:
-    """Return the results of `rename(key, tensor)` for all tensors except computed tables.
+    """Call `rename(key, tensor)` for all tensors except computed tables, and return all results in one dict.
 
-    Raises ConfigError if two results have the same name.
+    Raises ConfigError if two results contain the same name.
     """
     mapped: State = {}
 
@@ -83,12 +85,12 @@ def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> S
 
 
 def same_tensors(state: State, original: Config) -> State:
-    """Return the tensors without computed tables; their names are those of the native class already."""
+    """Return the tensors without computed tables. The names are not changed: they are already the native names."""
     return map_each(state, lambda key, tensor: {key: tensor})
 
 
 def unknown_key(key: str, family: str) -> ConfigError:
-    """Return the error for a tensor that a family does not have."""
+    """Return the error for a tensor whose name does not belong to the family."""
     return ConfigError(
         f"tensor '{key}' is not one of family {family}: the checkpoint is of another model or newer. "
         'Pass the --model_type of this checkpoint.'
@@ -96,6 +98,6 @@ def unknown_key(key: str, family: str) -> ConfigError:
 
 
 def refuse(condition: bool, family: str, field: str, value: Any, why: str) -> None:
-    """Raise ConfigError if `condition`: config.json asks for what the native class does not compute exactly."""
+    """If `condition` is true, raise a ConfigError that names the field of config.json, its value and the reason."""
     if condition:
         raise ConfigError(f'{family}: config.json has {field} = {value!r}, {why}.')

@@ -1,10 +1,10 @@
-"""GPTQ tensors: splits fused layers into parts, and computes the weights that the packed integers stand for.
+"""GPTQ tensors: splits fused layers into parts, and computes weights from the packed integers.
 
-The layout is that of AutoGPTQ (auto_gptq/nn_modules/qlinear). A layer is stored transposed, as (inputs, outputs):
+The layout is the layout of AutoGPTQ (auto_gptq/nn_modules/qlinear). A layer is stored transposed, as (inputs, outputs):
 
-* qweight (inputs * bits / 32, outputs): int32, each packs 32 / bits rows;
-* qzeros (groups, outputs * bits / 32): int32, each packs 32 / bits columns;
-* scales (groups, outputs);
+* qweight (inputs * bits / 32, outputs): the packed integers. Each int32 packs 32 / bits rows.
+* qzeros (groups, outputs * bits / 32): the packed zero points. Each int32 packs 32 / bits columns.
+* scales (groups, outputs): the scales.
 * g_idx (inputs,): the group of each input.
 """
 
@@ -26,31 +26,35 @@ if TYPE_CHECKING:
 
 TENSORS = ('qweight', 'qzeros', 'scales', 'g_idx')
 
-# The axis of the outputs. g_idx has none: all parts of a fused layer have the same inputs.
+# Tensor name -> the axis of the outputs. g_idx has no such axis: all parts of a fused layer have the same inputs.
 _OUTPUT_AXIS = {'weight': 0, 'bias': 0, 'qweight': 1, 'qzeros': 1, 'scales': 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How the integers are packed."""
+    """The format in which GPTQ integers are packed."""
 
     bits: int
-    # What was subtracted from the zero points before they were stored: 1 in the format of 2023, 0 in gptq_v2.
+    # This number was subtracted from the zero points before they were stored. It is 1 in the format of 2023, and 0 in
+    # gptq_v2.
     zero_offset: int
 
     @property
     def per_word(self) -> int:
-        """Return how many integers are packed into one int32."""
+        """Return the number of integers that are packed into one int32."""
         return 32 // self.bits
 
 
 def packed_available() -> bool:
-    """Return whether optimum and gptqmodel, which compute with packed weights, are installed."""
+    """Return whether optimum and gptqmodel are installed. Both are needed to compute with packed weights."""
     return all(importlib.util.find_spec(name) is not None for name in ('optimum', 'gptqmodel'))
 
 
 def read_format(original: Config, family: str) -> Format:
-    """Return the format in quantization_config. Raises ConfigError if it is not GPTQ with 4 or 8 bits."""
+    """Return the format that quantization_config states.
+
+    Raises ConfigError if the weights are not GPTQ weights with 4 or 8 bits.
+    """
     settings = original.get('quantization_config')
     why = 'and this family reads GPTQ: pass the --model_type of these weights'
     refuse(not isinstance(settings, dict), family, 'quantization_config', settings, why)
@@ -69,15 +73,16 @@ def read_format(original: Config, family: str) -> Format:
 
 
 def packed_settings(original: Config) -> dict[str, Any]:
-    """Return the quantization_config that keeps weights packed, with a kernel that has a backward pass."""
+    """Return the quantization_config with which the weights stay packed and the kernel has a backward pass."""
     return {**original['quantization_config'], 'backend': trainable_backend()}
 
 
 def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Return one tensor of a fused layer split into equal parts along the outputs. Parts are views except for g_idx.
+    """Split one tensor of a fused layer along the outputs and return the `count` equal parts.
 
-    `key` ends in weight, bias, qweight, qzeros, scales or g_idx. Raises ConfigError if the outputs cannot be split;
-    packed zero points can be split only between whole int32.
+    `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx is copied for each part; all other parts are
+    views. Raises ConfigError if the axis of the outputs cannot be split into equal parts. Packed zero points can be
+    split only between two int32.
     """
     name = key.rpartition('.')[2]
     if name == 'g_idx':
@@ -95,10 +100,10 @@ def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight(LazyMatrix):
-    """A weight that stays packed until the loader asks for it.
+    """A weight that stays packed until the loader needs its values.
 
-    The weight is (integer - zero) * scale. It has at most 20 significant bits: it is exact in fp32, and rounded once
-    in fp16 and bf16.
+    A value is (integer - zero) * scale and has at most 20 significant bits. So values are exact in fp32, and they are
+    rounded once in fp16 and bf16.
     """
 
     qweight: torch.Tensor
@@ -109,19 +114,23 @@ class PackedWeight(LazyMatrix):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return (outputs, inputs), the shape of the weight of nn.Linear."""
+        """Return (outputs, inputs), which is the shape of the weight in nn.Linear."""
         return self.qweight.shape[1], self.qweight.shape[0] * self.format.per_word
 
     def rows(self, which: slice) -> torch.Tensor:
-        """Return the weights of some outputs, in fp32. The first output must start an int32 of zero points."""
+        """Return the rows `which` of the weight in fp32, one row per output.
+
+        The zero point of the first row must be the first zero point in its int32.
+        """
         import torch
 
-        # integers, centred and weight are (inputs, outputs), zeros and scales (groups, outputs), groups (inputs,).
+        # Shapes: integers, centred and weight are (inputs, outputs). zeros is (groups, outputs). scales is (groups,
+        # outputs). groups is (inputs,).
         per_word = self.format.per_word
         shifts = torch.arange(0, 32, self.format.bits, dtype=torch.int32)
         mask = 2**self.format.bits - 1
 
-        # The shift keeps the sign of a word; the mask removes it.
+        # A right shift of a negative int32 fills with ones from the left. The mask removes these ones.
         integers = ((self.qweight[:, which].unsqueeze(1) >> shifts[None, :, None]) & mask).flatten(0, 1)
 
         words = self.qzeros[:, which.start // per_word : -(-which.stop // per_word)]
@@ -135,7 +144,7 @@ class PackedWeight(LazyMatrix):
         return weight.t()
 
     def check(self, layer: str) -> None:
-        """Raise ConfigError if the shapes of the four tensors, or the group numbers, do not fit each other."""
+        """Raise ConfigError if the shapes of the four tensors do not fit each other, or if a group does not exist."""
         outputs, inputs = self.shape
         groups = self.scales.shape[0]
         per_word = self.format.per_word
@@ -159,12 +168,15 @@ class PackedWeight(LazyMatrix):
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self._tensors())
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return the four tensors with their names."""
+        """Return pairs of name and tensor for the four tensors of the layer."""
         return zip(TENSORS, (self.qweight, self.qzeros, self.scales, self.g_idx), strict=True)
 
 
 def packed_layers(state: State, packing: Format) -> dict[str, PackedWeight]:
-    """Return the packed layers by name. Raises ConfigError if a tensor is missing or the tensors do not fit."""
+    """Return a dict from layer names to packed weights.
+
+    Raises ConfigError if a layer lacks a tensor or if the tensors of a layer do not fit each other.
+    """
     layers: dict[str, dict[str, torch.Tensor]] = {}
 
     for key, tensor in state.items():
@@ -188,9 +200,10 @@ def packed_layers(state: State, packing: Format) -> dict[str, PackedWeight]:
 
 
 def dequantise(state: State, packing: Format) -> State:
-    """Return the tensors with each packed layer replaced by its weight, which is computed when it is loaded.
+    """Return the state with the four tensors of each packed layer replaced by one weight.
 
-    Logs a warning that names the memory this takes.
+    The values of the weight are computed when the loader needs them. If there are packed layers, a warning with the
+    required memory is logged.
     """
     weights = packed_layers(state, packing)
 
@@ -208,5 +221,5 @@ def dequantise(state: State, packing: Format) -> State:
 
 
 def _gib(size: int) -> str:
-    """Return a size in bytes as GiB with three digits."""
+    """Return a number of bytes as text in GiB with three significant digits."""
     return f'{size / 2**30:.3g}'

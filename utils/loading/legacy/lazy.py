@@ -1,4 +1,7 @@
-"""Matrices that are computed one by one while a model is loaded, so that all of them never exist twice in memory."""
+"""Matrices that are computed only when they are loaded.
+
+They are computed one after the other, so that memory never holds two copies of all matrices.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# How many elements are computed at a time.
+# About this many elements are computed at a time.
 _BLOCK = 2**18
 
-# Rows are computed in multiples of this, so that a block starts at a whole word of packed zero points.
+# The number of rows in a block is a multiple of this number. So a block never starts inside a word of packed zero
+# points.
 _ROWS = 32
 
 
 class LazyMatrix(ABC):
-    """Stands for a tensor in a state dict; the loader of transformers calls `value[...].to(device=..., dtype=...)`."""
+    """A matrix that can replace a tensor in a state dict.
+
+    It has the methods that the loader of transformers calls: `value[...].to(device=..., dtype=...)`.
+    """
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Return (rows, columns)."""
+        """Return the numbers of rows and columns."""
 
     @abstractmethod
     def rows(self, which: slice) -> torch.Tensor:
-        """Compute and return some rows."""
+        """Compute the rows `which` and return them."""
 
     def __getitem__(self, index: Any) -> Any:
         return self if index is Ellipsis else self.to()[index]
 
     def detach(self) -> LazyMatrix:
-        """Return itself: it has no autograd graph."""
+        """Return the matrix unchanged, because it has no autograd graph."""
         return self
 
     def chunk(self, count: int) -> list[LazyMatrix]:
-        """Return equal parts of the rows."""
+        """Split the rows into `count` equal parts and return the parts as lazy matrices."""
         assert self.shape[0] % count == 0, 'checked by the family'
         rows = self.shape[0] // count
         return [_Part(whole=self, first=i * rows, count=rows) for i in range(count)]
 
     def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the matrix in `dtype`, fp32 by default. Temporary tensors take a few megabytes."""
+        """Compute the matrix and return it as a tensor in `dtype` (default fp32).
+
+        The temporary tensors for this take a few megabytes.
+        """
         import torch
 
         result = torch.empty(self.shape, dtype=dtype or torch.float32)
@@ -57,7 +67,7 @@ class LazyMatrix(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class _Part(LazyMatrix):
-    """Some contiguous rows of a lazy matrix."""
+    """`count` contiguous rows of the lazy matrix `whole`, from row `first` on."""
 
     whole: LazyMatrix
     first: int
@@ -72,5 +82,8 @@ class _Part(LazyMatrix):
 
 
 def compute_all(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state with every lazy matrix computed, for a loader that copies only tensors."""
+    """Return the state with every lazy matrix replaced by its computed tensor.
+
+    This is for loaders that can copy only tensors.
+    """
     return {key: value.to() if isinstance(value, LazyMatrix) else value for key, value in state.items()}

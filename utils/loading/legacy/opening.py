@@ -1,4 +1,4 @@
-"""Opens a checkpoint in an original 2023 layout as a native class."""
+"""Opens a checkpoint with an original layout of 2023 in a native class."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from utils.loading.legacy.family import Family
 from utils.loading.legacy.lazy import compute_all
 from utils.loading.weight_files import read_state
 
-# How many tensor names a message shows.
+# The maximum number of tensor names in a message.
 _MAX_NAMES = 5
 
 
 def _class(name: str) -> Any:
-    """Return a class of transformers by its name, or a class of this project by 'module:class'."""
+    """Return the class with this name. 'module:class' is a class of this project; other names are in transformers."""
     module, _, cls = name.rpartition(':')
     return getattr(importlib.import_module(f'utils.loading.legacy.classes.{module}' if module else 'transformers'), cls)
 
 
 def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
-    """Return the model. `options` are passed to from_pretrained (dtype, device_map, quantization_config, ...).
+    """Return the model of a checkpoint with the original layout, in the native class of the family.
 
-    Raises ConfigError, with the names, if a tensor of the class is not in the checkpoint, if a tensor of the checkpoint
-    is not used, or if a shape differs.
+    `options` are passed to from_pretrained (dtype, device_map, quantization_config, ...). Raises ConfigError if a
+    tensor of the class is missing, if a tensor of the checkpoint is not used, or if a shape is wrong. The message names
+    the tensors.
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -45,13 +46,13 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
     exclude_towers(options.get('quantization_config'), lambda: _class(family.model_class)(deepcopy(config)))
 
     state = family.tensors(read_state(model_dir), original)
-    if is_deepspeed_zero3_enabled():  # its loader copies only tensors, and only on one process
+    if is_deepspeed_zero3_enabled():  # The loader of ZeRO-3 cannot compute lazy matrices; it copies only tensors.
         state = compute_all(state)
 
     cls = _class(family.model_class)
     options['device_map'] = resolve_device_map(options.get('device_map'), lambda: cls(config))
 
-    # Tensors of another shape are let through here, so that check_loading can name them.
+    # With ignore_mismatched_sizes, a wrong shape is not an error here. check_loading then names the tensors.
     model, info = cls.from_pretrained(
         None,
         config=config,
@@ -67,7 +68,10 @@ def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
 
 
 def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
-    """Return a model that was saved in a class of this project, which plain AutoModel does not know."""
+    """Return a model that was saved in a class of this project. AutoModel of transformers does not know these classes.
+
+    `options` are passed to from_pretrained. Raises ConfigError if tensors are missing, not used, or of a wrong shape.
+    """
     cls = _class(family.model_class)
 
     def build() -> Any:
@@ -83,7 +87,10 @@ def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
 
 
 def build_empty(family: Family, model_dir: Path) -> Any:
-    """Return the model that a folder of a family describes, with random weights, or none on the `meta` device."""
+    """Return the model that the config.json of a folder describes. Weight files are not read.
+
+    The weights are random. On the `meta` device, the model has no weights.
+    """
     cls = _class(family.model_class)
 
     if read_config(model_dir)['model_type'] == family.model_type != family.saved_model_type:
@@ -93,9 +100,9 @@ def build_empty(family: Family, model_dir: Path) -> Any:
 
 
 def drop_unsupported_attention(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options without flash attention if the class does not support it.
+    """Return the options. If the class does not support flash attention, the returned options do not ask for it.
 
-    ALiBi and Bloom add a bias to the attention scores, which flash attention cannot take.
+    ALiBi and Bloom add a bias to the attention scores. Flash attention cannot add such a bias.
     """
     if options.get('attn_implementation') != 'flash_attention_2' or cls._supports_flash_attn:
         return options
@@ -105,7 +112,7 @@ def drop_unsupported_attention(cls: Any, options: dict[str, Any]) -> dict[str, A
 
 
 def _read_generation(model: Any, model_dir: Path) -> None:
-    """Apply generation_config.json to the model, without the settings that only the original code knows."""
+    """Apply generation_config.json to the model. Settings that only the original code knows are ignored."""
     from transformers import GenerationConfig
 
     if not (model_dir / 'generation_config.json').is_file():
@@ -119,10 +126,10 @@ def _read_generation(model: Any, model_dir: Path) -> None:
 
 
 def make_generation_savable(model: Any) -> None:
-    """Make the generation settings of a model valid, because transformers does not save invalid ones.
+    """Make the generation settings of a model valid, because transformers does not save invalid settings.
 
-    In 2023, sampling settings without do_sample meant sampling, so do_sample is set. If do_sample is false, sampling
-    settings have no effect, so they are removed.
+    In 2023, sampling settings without do_sample meant that tokens are sampled. So do_sample is set to True. If
+    do_sample is False, the sampling settings have no effect and are removed.
     """
     settings = model.generation_config
 
@@ -138,7 +145,10 @@ def make_generation_savable(model: Any) -> None:
 
 
 def check_loading(info: dict[str, Any], model_dir: Path, what: str, *, unexpected: bool = True) -> None:
-    """Raise ConfigError for tensors that are missing, of another shape or, if `unexpected`, not used."""
+    """Raise ConfigError if tensors are missing or have a wrong shape. With `unexpected`, unused tensors raise it too.
+
+    `info` is the loading info of from_pretrained.
+    """
     kinds = ['missing', 'mismatched']
     if unexpected:
         kinds.append('unexpected')

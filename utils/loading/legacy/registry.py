@@ -1,4 +1,4 @@
-"""The table of families, and the search for the family of a folder."""
+"""The table of all families, and the functions that find the family of a config.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from utils.loading.legacy.tokenizers.tiktoken import build_qwen_tokenizer, build
 from utils.loading.legacy.tokenizers.xverse import build_xverse_tokenizer
 
 _MODEL = 'tokenizer.model'
-# File of the tokenizer, function that builds the tokenizer, families that use them.
+# Each entry: the file of the tokenizer, the function that builds the tokenizer, and the families that use both.
 _TOKENIZERS: tuple[tuple[str, Callable[[Path], Any], tuple[Family, ...]], ...] = (
     ('qwen.tiktoken', build_qwen_tokenizer, (QWEN, QWEN_GPTQ)),
     ('qwen.tiktoken', build_qwen_vl_tokenizer, (QWEN_VL, QWEN_VL_GPTQ)),
@@ -50,7 +50,11 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | None:
-    """Return the family `name`, or else the only one that matches an original config.json; None for other layouts."""
+    """Return the family of an original config.json.
+
+    With `name`, this is the family `name`, or None if config.json has a different model_type. Without `name`, this is
+    the family that matches config.json, or None if no family or several families match.
+    """
     if name is not None:
         family = FAMILIES[name]
         return family if config.get('model_type') == family.model_type else None
@@ -64,7 +68,10 @@ def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | 
 
 
 def find_saved(config: Mapping[str, Any]) -> Family | None:
-    """Return the family whose class in this project saved this config.json, None if there is none."""
+    """Return the family whose class in this project saved this config.json.
+
+    Returns None if no class of this project saved it.
+    """
     for family in FAMILIES.values():
         same_type = family.saved_model_type is not None and family.saved_model_type == config.get('model_type')
         if same_type and (family.saved_field is None or family.saved_field in config):

@@ -1,7 +1,7 @@
-"""Llama with ALiBi instead of rotary embedding: Baichuan-13B and Baichuan2-13B.
+"""Llama with ALiBi instead of rotary embedding, for Baichuan-13B and Baichuan2-13B.
 
-It is saved under a model_type of this project. So AutoModel refuses the folder, instead of opening a Llama with rotary
-embedding, which computes something else from the same tensors.
+The model is saved under a model_type of this project. So AutoModel refuses to open the saved folder. Otherwise it would
+open the folder as a Llama with rotary embedding, and the results would be wrong.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaModel
 
-# The other implementations take no bias per head, or ignore it without an error.
+# The attention implementations that add a bias per head. All others refuse the bias or silently ignore it.
 _ATTENTION = ('eager', 'sdpa')
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """Return the penalty of each head per position of distance (Press, Smith and Lewis: Train Short, Test Long).
+    """Return the slope of each head (Press, Smith and Lewis: Train Short, Test Long).
 
-    For n heads, a power of two, the slopes are the geometric sequence that starts at 2^(-8/n) and has the same ratio.
-    For another number of heads, they are the slopes of the next lower power of two, followed by every other slope of
-    the next higher one.
+    A key at distance d gets the bias -slope * d. If the number of heads n is a power of two, the slopes are 2^(-8/n),
+    2^(-16/n), 2^(-24/n) and so on. Otherwise, let m be the largest power of two below n. The first m slopes are those
+    for m heads. They are followed by the first, third, fifth (and so on) slope for 2m heads.
     """
     lower = 2 ** int(math.log2(heads))
     sequence = [2.0 ** (-8.0 * step / lower) for step in range(1, lower + 1)]
@@ -34,13 +34,13 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 class AlibiLlamaConfig(LlamaConfig):
-    """LlamaConfig under a name that transformers does not know; its rope_parameters have no effect."""
+    """LlamaConfig under a model_type that transformers does not know. The rope_parameters have no effect."""
 
     model_type = 'assay_baichuan_13b'
 
 
 class NoRotary(nn.Module):
-    """Replaces the rotary tables of Llama: with cos 1 and sin 0, queries and keys are not rotated."""
+    """Replaces the rotary embedding of Llama. It returns cos = 1 and sin = 0, so queries and keys are not rotated."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         one = x.new_ones(1, 1, 1)
@@ -48,7 +48,7 @@ class NoRotary(nn.Module):
 
 
 class AlibiLlamaModel(LlamaModel):
-    """LlamaModel that adds a bias by distance instead of rotating queries and keys."""
+    """LlamaModel that does not rotate queries and keys. Instead it adds a bias to the attention scores by distance."""
 
     config_class = AlibiLlamaConfig
     _supports_flash_attn = False
@@ -67,9 +67,10 @@ class AlibiLlamaModel(LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what LlamaModel returns.
+        """Return the same as LlamaModel.
 
-        Positions are counted from the start of the padded row. Only distances matter, so left padding changes nothing.
+        Positions are counted from the start of the padded row. Left padding does not change the result, because only
+        distances matter.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('pass either input_ids or inputs_embeds.')
@@ -91,7 +92,7 @@ class AlibiLlamaModel(LlamaModel):
         )
         first = 0 if past_key_values is None else past_key_values.get_query_offset(0)
 
-        # LlamaModel passes a mask with four dimensions to attention without changing it.
+        # A mask with four dimensions reaches the attention layers unchanged.
         return super().forward(
             attention_mask=self._with_distance(mask, inputs_embeds, first),
             position_ids=position_ids,
@@ -101,10 +102,11 @@ class AlibiLlamaModel(LlamaModel):
         )
 
     def _with_distance(self, mask: torch.Tensor, queries: torch.Tensor, first: int | torch.Tensor) -> torch.Tensor:
-        """Return the bias (B, H, Q, K) from a mask (B, 1, Q, K), which is True or 0 where a key is visible.
+        """Return the bias (B, H, Q, K) for a mask (B, 1, Q, K). The mask is True or 0 at the visible keys.
 
-        The slopes are computed here because a buffer would stay empty when a model is loaded on the meta device. Masked
-        keys get the lowest finite number: with -inf, the rows of padding would be NaN.
+        The slopes are computed here and not stored in a buffer, because a buffer stays empty if the model is created on
+        the meta device. The bias of masked keys is the lowest finite number. With -inf, the results at padding would be
+        NaN.
         """
         dtype = queries.dtype
         device = queries.device
@@ -121,14 +123,14 @@ class AlibiLlamaModel(LlamaModel):
 
 
 class AlibiLlamaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM on an AlibiLlamaModel."""
+    """LlamaForCausalLM with an AlibiLlamaModel inside."""
 
     config_class = AlibiLlamaConfig
     _supports_flash_attn = False
     _supports_flex_attn = False
 
     def __init__(self, config: AlibiLlamaConfig) -> None:
-        # The constructor of LlamaForCausalLM would build a second set of layers first.
+        # The constructor of LlamaForCausalLM is not called, because it would build all layers a second time.
         LlamaPreTrainedModel.__init__(self, config)
         self.model = AlibiLlamaModel(config)
         self.vocab_size = config.vocab_size

@@ -1,8 +1,8 @@
 """Qwen2 with the long-context inference of Qwen (2023): dynamic NTK and log-n attention.
 
-They act only at inference, and only beyond the training length (`max_position_embeddings`). Otherwise the model
-computes the same as Qwen2 of transformers. The class has the same name, so that a saved model states Qwen2ForCausalLM
-and opens as that anywhere.
+Both extensions act only at inference, and only beyond the training length (`max_position_embeddings`). Otherwise the
+model computes the same as Qwen2 of transformers. The class is also named Qwen2ForCausalLM. So transformers can open a
+saved model without the code of this project.
 """
 
 from __future__ import annotations
@@ -23,30 +23,39 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 
 def ntk_alpha(length: int, trained: int) -> float:
-    """Return the factor of the rotary base for a prompt of `length` tokens: 1 up to `trained`, then 3, 7, ..."""
+    """Return the NTK factor for a prompt of `length` tokens, from which the rotary base is computed.
+
+    The factor is 1 up to the training length `trained`, 3 up to twice this length, 7 up to four times, and so on.
+    """
     return float(max(2 ** math.ceil(math.log2(max(length, 1) / trained) + 1) - 1, 1))
 
 
 def logn_factors(positions: torch.Tensor, trained: int) -> torch.Tensor:
-    """Return the factor of the query at each position: log(position + 1) to the base `trained`, at least 1."""
+    """Return the factor by which the query at each position is multiplied.
+
+    The factor is the logarithm of position + 1 to the base `trained`, but never less than 1.
+    """
     return ((positions + 1).float().log() / math.log(trained)).clamp(min=1.0)
 
 
 class QwenRotaryEmbedding(Qwen2RotaryEmbedding):
-    """Rotary embedding whose base depends on the prompt length of each row and is fixed while tokens are generated."""
+    """Rotary embedding with a base that depends on the prompt length of each row.
+
+    The base does not change while tokens are generated.
+    """
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
-        # One factor per row; None if no prompt is longer than the training length.
+        # One NTK factor per row. None if no prompt is longer than the training length.
         self.alphas: list[float] | None = None
 
     def start(self, lengths: list[int]) -> None:
-        """Set the factors for prompts of these lengths, one per row."""
+        """Set the NTK factor of each row. `lengths` has the prompt length of each row."""
         alphas = [ntk_alpha(length, self.config.max_position_embeddings) for length in lengths]
         self.alphas = alphas if max(alphas) > 1.0 else None
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines, each (B, T, head size)."""
+        """Return the cosines and the sines, both (B, T, head size)."""
         if self.training or self.alphas is None:
             cos, sin = super().forward(x, position_ids)
             return cos, sin
@@ -63,9 +72,10 @@ class QwenRotaryEmbedding(Qwen2RotaryEmbedding):
 
 
 class QwenLogNAttention(Qwen2Attention):
-    """Attention that scales the queries beyond the training length. Works with any implementation of attention.
+    """Attention that multiplies queries beyond the training length by their log-n factors.
 
-    Queries are scaled after rotation, not in the output of q_proj, because an adapter may wrap that layer.
+    The class works with every attention implementation. Queries are scaled after the rotation and not in q_proj,
+    because an adapter may wrap q_proj.
     """
 
     def forward(
@@ -76,7 +86,10 @@ class QwenLogNAttention(Qwen2Attention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what Qwen2Attention returns: the output (B, T, hidden) and, if requested, the attention weights."""
+        """Return the output (B, T, hidden) and the attention weights, as Qwen2Attention does.
+
+        The attention weights are None if the implementation does not return them.
+        """
         if self.training:
             plain: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
@@ -90,8 +103,8 @@ class QwenLogNAttention(Qwen2Attention):
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
 
-        # Factors within the training length are exactly 1. A check for larger ones would make each layer wait for the
-        # GPU.
+        # Queries are multiplied even if all factors are 1. A check for larger factors would make each layer wait for
+        # the GPU.
         factors = logn_factors(kwargs['position_ids'], self.config.max_position_embeddings)
         query = query * factors[:, None, :, None].to(query.dtype)
 
@@ -138,8 +151,8 @@ class QwenModel(Qwen2Model):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what Qwen2Model returns."""
-        # With a non-empty cache, the tokens continue a prompt whose factor is set already.
+        """Return the same as Qwen2Model."""
+        # If the cache is not empty, the tokens continue a prompt. The factors of this prompt are already set.
         is_prompt = past_key_values is None or int(past_key_values.get_seq_length()) == 0
         if self.config.use_dynamic_ntk and not self.training and is_prompt:
             inputs = input_ids if input_ids is not None else inputs_embeds
@@ -157,7 +170,7 @@ class QwenModel(Qwen2Model):
 
 
 class Qwen2ForCausalLM(PlainQwen2):
-    """Qwen2ForCausalLM with the two extensions that config.json switches on."""
+    """Qwen2ForCausalLM with dynamic NTK and log-n attention. config.json switches each of them on or off."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
@@ -166,7 +179,7 @@ class Qwen2ForCausalLM(PlainQwen2):
 
 
 def _prompt_lengths(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> list[int]:
-    """Return the number of tokens of each row, without padding."""
+    """Return the number of tokens in each row. Padding is not counted."""
     rows, width = inputs.shape[:2]
 
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:

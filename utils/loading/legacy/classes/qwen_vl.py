@@ -1,7 +1,8 @@
-"""Qwen-VL: a Qwen with a vision tower, whose features replace the embeddings between two control tokens.
+"""Qwen-VL: a Qwen with a vision tower.
 
-Parameters of the tower have the names of the checkpoint. The model is saved under a model_type of this project, so that
-AutoModel refuses the folder instead of opening a Qwen2 without the tower.
+The features of the tower replace the embeddings of the tokens between two control tokens. The parameters of the tower
+have the same names as in the checkpoint. The model is saved under a model_type of this project. So AutoModel refuses to
+open the saved folder. Otherwise it would open a Qwen2 without the tower.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from utils.loading.legacy.classes.qwen_long import Qwen2ForCausalLM
 
 _EPS = 1e-6
 
-# The original code fixes both: the learnt position table is 16 x 16, a head of the resampler is 128 wide.
+# Both numbers are constants in the original code. The learnt position table has 16 x 16 rows, and a head of the
+# resampler has the width 128.
 _TABLE = 256
 _POOL_HEAD = 128
 
 
 class QwenVLConfig(Qwen2Config):
-    """Qwen2Config with the settings of the tower in `visual`, as in the original config.json."""
+    """Qwen2Config with the settings of the vision tower in `visual`. The original config.json has the same field."""
 
     model_type = 'assay_qwen_vl'
     visual: dict[str, Any] | None = None
@@ -36,19 +38,25 @@ class QwenVLConfig(Qwen2Config):
 
 
 def image_slots(ids: torch.Tensor, start: int) -> torch.Tensor:
-    """Return a mask (B, T) of the image slots: True between id `start` and the id `start + 1` that closes it."""
+    """Return a mask (B, T) that is True at the image slots.
+
+    The slots of an image are the tokens between the id `start` and the next id `start + 1`.
+    """
     opens = ids == start
     closes = ids == start + 1
     is_open = opens.cumsum(-1) > closes.cumsum(-1)
 
-    # A model may generate a start without an end; it opens no slots.
+    # A model may generate a start token without an end token. The tokens after such a start token are not slots.
     closed_later = closes.flip(-1).cumsum(-1).flip(-1) > 0
 
     return is_open & closed_later & ~opens
 
 
 def resize_table(table: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a square position table (S * S, C) resized to (count, C) by bicubic interpolation."""
+    """Resize a position table of a square, (S * S, C), by bicubic interpolation and return it as (count, C).
+
+    `count` must be the square of an integer.
+    """
     source = math.isqrt(table.shape[0])
     target = math.isqrt(count)
     if source == target:
@@ -60,7 +68,10 @@ def resize_table(table: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class GroupedHeads(nn.Module):
-    """Self-attention over all patches. The outputs of in_proj are ordered as (heads, (q, k, v), head size)."""
+    """Self-attention over all patches.
+
+    The outputs of in_proj are ordered by head, then by q, k and v, then by position in the head.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -77,7 +88,7 @@ class GroupedHeads(nn.Module):
 
 
 class VisualMLP(nn.Module):
-    """Two linear layers with the exact (not the tanh) GELU between them."""
+    """Two linear layers with a GELU between them. It is the exact GELU, not the approximation with tanh."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -90,7 +101,7 @@ class VisualMLP(nn.Module):
 
 
 class VisualBlock(GradientCheckpointingLayer):
-    """One pre-norm block of the tower."""
+    """One block of the vision tower, with the norms before attention and before the MLP."""
 
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
@@ -106,7 +117,7 @@ class VisualBlock(GradientCheckpointingLayer):
 
 
 class VisualBlocks(nn.Module):
-    """The blocks of the tower in sequence."""
+    """All blocks of the vision tower, applied one after the other."""
 
     def __init__(self, count: int, width: int, heads: int, inner: int) -> None:
         super().__init__()
@@ -119,10 +130,10 @@ class VisualBlocks(nn.Module):
 
 
 class CrossHeads(nn.Module):
-    """Cross-attention with the parameter names of nn.MultiheadAttention.
+    """Cross-attention with the same parameter names as nn.MultiheadAttention.
 
-    That class uses the weight of its output layer without calling the layer, so an adapter on the layer would have no
-    effect. Here the layer is called.
+    nn.MultiheadAttention reads the weight of its output layer but never calls the layer. So an adapter on the output
+    layer would have no effect. This class calls the output layer.
     """
 
     def __init__(self, width: int) -> None:
@@ -147,12 +158,12 @@ class CrossHeads(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Learnt queries that reduce any number of patches to a fixed number of features."""
+    """Reduces any number of patches to a fixed number of features, by cross-attention with learnt queries."""
 
     def __init__(self, queries: int, width: int, patch_width: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(queries, width) * 0.02)
-        # Sines and cosines. The checkpoint stores them; they are not trained.
+        # A table of sines and cosines. It is stored in the checkpoint but not trained.
         self.register_buffer('pos_embed', torch.zeros(queries, width))
         self.kv_proj = nn.Identity() if patch_width == width else nn.Linear(patch_width, width, bias=False)
         self.attn = CrossHeads(width)
@@ -160,7 +171,10 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(width, eps=_EPS)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return features (images, queries, width). Positions are added to queries and keys, not to values."""
+        """Return the features (images, queries, width).
+
+        Positions are added to the queries and the keys, but not to the values.
+        """
         table: torch.Tensor = self.get_buffer('pos_embed')
         values = self.ln_kv(self.kv_proj(patches))
         queries = (self.ln_q(self.query) + table).expand(len(patches), -1, -1)
@@ -169,7 +183,7 @@ class Resampler(nn.Module):
 
 
 class VisualTower(nn.Module):
-    """The vision tower: turns images into features of the width of the language model."""
+    """The vision tower. It converts images to features that are as wide as the embeddings of the language model."""
 
     def __init__(self, visual: Mapping[str, Any]) -> None:
         super().__init__()
@@ -186,7 +200,7 @@ class VisualTower(nn.Module):
         self.proj = nn.Parameter(torch.randn(out, out) * out**-0.5)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the features (images, n_queries, output_dim) of pixels (images, 3, side, side)."""
+        """Return the features (images, n_queries, output_dim) for `pixels` (images, 3, side, side)."""
         patches = self.conv1(pixels.to(self.conv1.weight)).flatten(2).transpose(1, 2)
         patches = self.ln_pre(patches + resize_table(self.positional_embedding, patches.shape[1]))
         out: torch.Tensor = self.ln_post(self.attn_pool(self.transformer(patches))) @ self.proj
@@ -196,7 +210,8 @@ class VisualTower(nn.Module):
 class QwenVLForCausalLM(Qwen2ForCausalLM):
     """The language model with its vision tower.
 
-    `pixel_values` (images, 3, side, side) are in the order of their slots, row by row.
+    `pixel_values` are (images, 3, side, side). The images are in the order of their slots: first all images of the
+    first row, then all images of the second row, and so on.
     """
 
     config_class = QwenVLConfig
@@ -221,7 +236,7 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         pixel_values: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what Qwen2ForCausalLM returns. Raises ConfigError if the numbers of images and slots do not fit."""
+        """Return the same as Qwen2ForCausalLM. Raises ConfigError if the number of images does not fit the slots."""
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values)
         elif pixel_values is not None:
@@ -239,7 +254,7 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         )
 
     def _embed(self, ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
-        """Return the embeddings (B, T, hidden), with the features of the images in the slots."""
+        """Return the embeddings (B, T, hidden). At the slots, they are replaced by the features of the images."""
         embeds: torch.Tensor = self.model.embed_tokens(ids)
         slots = image_slots(ids, self.config.visual['image_start_id'])
         self._check_count(int(slots.sum()), 0 if pixels is None else len(pixels))
@@ -247,14 +262,15 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         if pixels is not None:
             embeds = embeds.masked_scatter(slots[..., None], self.visual(pixels).to(embeds))
         elif self.training and any(weight.requires_grad for weight in self.visual.parameters()):
-            # Distributed training waits for the gradient of every trained weight, even if a batch has no image.
+            # Even if a batch has no image, distributed training waits for the gradient of every trained weight. So the
+            # tower is applied to an empty image, and the result is multiplied by 0.
             side = self.config.visual['image_size']
             embeds = embeds + self.visual(embeds.new_zeros(1, 3, side, side)).mean().to(embeds) * 0
 
         return embeds
 
     def _check_count(self, slots: int, images: int) -> None:
-        """Raise ConfigError if the number of slots is not that of the images."""
+        """Raise ConfigError if the number of slots is not the number of slots that the images need."""
         each = self.config.visual['n_queries']
         if slots != images * each:
             raise ConfigError(
@@ -269,7 +285,7 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Return the inputs with each row repeated `expand_size` times, together with all images of the row."""
+        """Return the inputs with each row repeated `expand_size` times. Its images are repeated too."""
         pixels: torch.Tensor | None = model_kwargs.get('pixel_values')
 
         if expand_size > 1 and pixels is not None and input_ids is not None:

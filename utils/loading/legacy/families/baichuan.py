@@ -1,4 +1,7 @@
-"""Baichuan-7B and Baichuan2-7B: Llama with fused query, key and value; Baichuan2 has a normalised output head."""
+"""Baichuan-7B and Baichuan2-7B. They are Llama models in which query, key and value are one fused tensor.
+
+Baichuan2 also normalises the rows of its output head.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _FUSED = re.compile(r'^(.*\.self_attn\.)W_pack\.weight$')
 
 
 def native_config(original: Config, *, family: str) -> dict[str, Any]:
-    """Return the arguments of LlamaConfig. Raises ConfigError if config.json is that of another Baichuan."""
+    """Return the arguments of LlamaConfig. Raises ConfigError if config.json belongs to a different Baichuan model."""
     found = _variant(original)
     architectures = original.get('architectures')
     refuse(
@@ -48,13 +51,16 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
 
 
 def _variant(original: Config) -> str | None:
-    """Return which Baichuan a config.json describes, None if it does not show. All have the same model_type."""
+    """Return the Baichuan model that a config.json describes: _V1, _V2 or _13B. Returns None if that is unclear.
+
+    model_type does not help, because it is the same for all Baichuan models.
+    """
     architecture = next(iter(original.get('architectures') or ()), None)
 
-    if architecture == 'BaiChuanForCausalLM':  # only Baichuan-7B has the capital C
+    if architecture == 'BaiChuanForCausalLM':  # Only Baichuan-7B has the capital C.
         return _V1
 
-    if 'max_position_embeddings' not in original:  # only 13B models lack it: ALiBi has no table of positions
+    if 'max_position_embeddings' not in original:  # Only 13B models lack this field, because ALiBi does not need it.
         return _13B if 'model_max_length' in original else None
 
     if architecture == 'BaichuanForCausalLM':
@@ -64,31 +70,34 @@ def _variant(original: Config) -> str | None:
 
 
 def _matches(original: Config, *, family: str) -> bool:
-    """Return whether a config.json describes this model with weights that are not quantised."""
+    """Return whether a config.json describes the model `family` with plain (not quantised) weights."""
     return _variant(original) == family and not original.get('quantization_config')
 
 
 def refuse_tied(config: Config, family: str) -> None:
-    """Raise ConfigError if a Baichuan2 ties its output head to the embedding."""
+    """Raise ConfigError if a Baichuan2 model uses one matrix as the embedding and the output head."""
     tied = config['tie_word_embeddings']
     refuse(tied, family, 'tie_word_embeddings', tied, 'but its normalised head cannot be the embedding too')
 
 
 def native_tensors(state: State, original: Config, *, width: int) -> State:
-    """Return the tensors with W_pack split into query, key and value. All other names are those of Llama already.
+    """Return the tensors with W_pack split into query, key and value. All other names are already the names of Llama.
 
-    `width` is the hidden size if config.json does not state it: the default of the original class.
+    If config.json does not state the hidden size, `width` is used, the default of the original class.
     """
     return map_each(state, partial(_split, width=original.get('hidden_size', width)))
 
 
 def native_tensors_normalised(state: State, original: Config, *, width: int) -> State:
-    """Return the tensors of `native_tensors`, with the rows of the output head scaled to length 1."""
+    """Return the same as `native_tensors`, but with the rows of the output head scaled to length 1."""
     return with_normalised_head(native_tensors(state, original, width=width))
 
 
 def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Tensor]:
-    """Return a tensor under its native name, or the three parts of a fused one. Raises ConfigError for its shape."""
+    """Return a dict with one tensor under its native name. A fused tensor is replaced by its three parts.
+
+    Raises ConfigError if a fused tensor does not have 3 * width rows.
+    """
     fused = _FUSED.match(key)
     if fused is None:
         return {key: tensor}
@@ -106,34 +115,35 @@ def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Ten
 
 @dataclass(frozen=True, kw_only=True)
 class NormalisedRows(LazyMatrix):
-    """An output head whose rows are divided by their lengths when it is loaded."""
+    """An output head. When it is loaded, each row is divided by its length (the Euclidean norm)."""
 
     head: torch.Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return the shape of the head."""
+        """Return (rows, columns) of the output head."""
         return self.head.shape[0], self.head.shape[1]
 
     def rows(self, which: slice) -> torch.Tensor:
-        """Return some rows with length 1, in fp32."""
+        """Return the rows `which`, scaled to length 1, in fp32."""
         return normalise_rows(self.head[which])
 
 
 def with_normalised_head(native: State) -> State:
-    """Return native tensors with the rows of the output head scaled to length 1."""
+    """Return the native tensors with the rows of the output head scaled to length 1."""
     head = native.get('lm_head.weight')
-    if head is None or head.dim() != 2:  # the loader reports it as missing or mismatched
+    if head is None or head.dim() != 2:  # The loader reports such a head as missing or mismatched.
         return native
 
     return {**native, 'lm_head.weight': cast('torch.Tensor', NormalisedRows(head=head))}
 
 
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a head divided by their lengths, in fp32. Rows of length 1 do not change.
+    """Return the output head in fp32, with each row divided by its length. Rows of length 1 do not change.
 
-    The original code divides in the dtype it runs in. Here the result is rounded once, to the dtype of the opened
-    model. So half-precision files opened in fp32 give the logits of the original in fp32.
+    The original code divides in the dtype in which it runs. Here the division is in fp32, and the result is rounded
+    only once, to the dtype of the opened model. So if half-precision files are opened in fp32, the logits are those of
+    the original code in fp32.
     """
     import torch
 

@@ -1,4 +1,7 @@
-"""Baichuan-13B and Baichuan2-13B: Llama with ALiBi instead of rotary embedding; Baichuan2 has a normalised head."""
+"""Baichuan-13B and Baichuan2-13B. They are Llama models with ALiBi instead of rotary embedding.
+
+Baichuan2 also normalises the rows of its output head.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ _VOCAB = {_V1: 64000, _V2: 125696}
 
 
 def native_config(original: Config, *, family: str) -> dict[str, Any]:
-    """Return the arguments of AlibiLlamaConfig. Raises ConfigError for a 7B model, which has rotary embedding."""
+    """Return the arguments of AlibiLlamaConfig.
+
+    Raises ConfigError if config.json belongs to a 7B model, because the 7B models have rotary embedding.
+    """
     refuse(
         'BaiChuanForCausalLM' in (original.get('architectures') or ()),
         family,
@@ -47,7 +53,10 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
 
 
 def _matches(original: Config, *, family: str) -> bool:
-    """Return whether a config.json describes this 13B model, not quantised. The two differ in their vocabulary size."""
+    """Return whether a config.json describes the 13B model `family` with plain (not quantised) weights.
+
+    The vocabulary size distinguishes Baichuan-13B and Baichuan2-13B.
+    """
     return (
         'BaichuanForCausalLM' in (original.get('architectures') or ())
         and 'max_position_embeddings' not in original

@@ -1,6 +1,6 @@
-"""Baichuan2-7B-Chat-4bits and Baichuan2-13B-Chat-4bits: weights packed by bitsandbytes of 2023.
+"""Baichuan2-7B-Chat-4bits and Baichuan2-13B-Chat-4bits. Their weights were packed by bitsandbytes of 2023.
 
-Current versions of bitsandbytes do not read that layout.
+Current versions of bitsandbytes cannot read this layout.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ _QUANT = '.quant_state'
 
 
 def _dense(original: Config) -> Config:
-    """Return the config.json of the full-width model, which these weights have once they are unpacked."""
+    """Return config.json without quantization_config. It then describes the unpacked (full-width) model."""
     return {field: value for field, value in original.items() if field != 'quantization_config'}
 
 
 def _matches(original: Config, *, full_width: Family) -> bool:
-    """Return whether a config.json describes the 4-bit weights of this model."""
+    """Return whether a config.json describes the 4-bit weights of the model `full_width`."""
     quantization = original.get('quantization_config') or {}
     return quantization.get('load_in_4bit') is True and full_width.matches(_dense(original))
 
 
 def unpack_state(state: State) -> State:
-    """Return the state with each `<name>.data` and `<name>.quant_state` replaced by the weight that they encode."""
+    """Return the state with each pair of `<name>.data` and `<name>.quant_state` replaced by the weight `<name>`.
+
+    Raises ConfigError if one entry of a pair is missing. If there are packed weights, a warning with the required
+    memory is logged.
+    """
     unpacked: State = {}
 
     for key, value in state.items():
@@ -67,11 +71,12 @@ def unpack_state(state: State) -> State:
 
 @dataclass(frozen=True, kw_only=True)
 class Nf4Weight(LazyMatrix):
-    """A packed weight. Its values are exactly those that the library that packed it computes.
+    """A packed weight. The unpacked values are exactly the same as in bitsandbytes of 2023.
 
-    Two values share a byte, the first in the high half. A value is an entry of `values`, the 16 numbers of nf4 or fp4,
-    times the scale of its block. `absmax` holds the scales in fp32. With `nested`, it holds entries of a second table,
-    which are scaled by block too and shifted by an offset.
+    Each byte holds two values, the first in its high half. Four bits select one of the 16 numbers in `values` (nf4 or
+    fp4). This number is multiplied by the scale of its block. If `nested` is None, `absmax` holds the scales in fp32.
+    Otherwise the scales are packed too, in blocks of scales: `absmax` holds indices into a second table. The selected
+    number is multiplied by the scale of its block of scales, and then an offset is added.
     """
 
     packed: torch.Tensor
@@ -84,19 +89,19 @@ class Nf4Weight(LazyMatrix):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return the shape of the weight."""
+        """Return (rows, columns) of the unpacked weight."""
         return self.size
 
     def rows(self, which: slice) -> torch.Tensor:
-        """Return some rows in the dtype of the weight before packing."""
+        """Return the rows `which` in the dtype that the weight had before it was packed."""
         import torch
 
         columns = self.size[1]
         begin = which.start * columns
         end = which.stop * columns
-        start = begin // self.block * self.block  # the start of a block, which is the start of a byte
+        start = begin // self.block * self.block  # A block always starts at a whole byte.
 
-        # Both values of each byte, so that one look-up in a table of 256 rows replaces two in the table of 16.
+        # This table has both values for each of the 256 bytes. So one look-up per byte is enough, instead of two.
         pairs = torch.cartesian_prod(self.values, self.values)
         numbers = pairs[self.packed[start // 2 : -(-end // 2)].int()].flatten()[: end - start]
 
@@ -105,7 +110,7 @@ class Nf4Weight(LazyMatrix):
         return part.to(self.dtype).view(-1, columns)
 
     def _scales(self, first: int, last: int) -> torch.Tensor:
-        """Return the scales of some blocks, in fp32."""
+        """Return the scales of the blocks from `first` up to, but not including, `last`, in fp32."""
         import torch
 
         scales = self.absmax[first:last]
@@ -118,7 +123,10 @@ class Nf4Weight(LazyMatrix):
 
 
 def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
-    """Return the weight of its two entries. Raises ConfigError if they do not fit each other."""
+    """Return the weight that the two entries `.data` and `.quant_state` describe.
+
+    Raises ConfigError if quant_state has an unknown layout, or if the two entries do not fit each other.
+    """
     layout = ConfigError(
         f"'{name}{_QUANT}' is not laid out as by bitsandbytes of 2023: it is damaged, or of another version. "
         'Download or copy the files again.'
@@ -144,7 +152,7 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
     )  # fmt: skip
 
     try:
-        weight.rows(slice(rows - 1, rows))  # a table of another form shows only when a row is computed
+        weight.rows(slice(rows - 1, rows))  # A wrong table causes an error only when a row is computed.
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         raise layout from None
 
@@ -152,17 +160,17 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
 
 
 def native_config(original: Config, *, full_width: Family) -> dict[str, Any]:
-    """Return the arguments of the configuration of the full-width model."""
+    """Return the arguments of the native configuration. They are the same as for the full-width model."""
     return full_width.config(_dense(original))
 
 
 def native_tensors(state: State, original: Config, *, full_width: Family) -> State:
-    """Return the tensors of the full-width model."""
+    """Unpack the tensors and return them under the native names of the full-width model."""
     return full_width.tensors(unpack_state(state), _dense(original))
 
 
 def _packed(full_width: Family) -> Family:
-    """Return the family of the 4-bit weights of a model."""
+    """Return the family for the 4-bit weights of the model `full_width`."""
     return replace(
         full_width,
         name=f'{full_width.name}_4bits',

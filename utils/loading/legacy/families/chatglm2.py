@@ -1,4 +1,7 @@
-"""ChatGLM2-6B, and its 32k variant, which interpolates positions: GLM with one tensor for query, key and value."""
+"""ChatGLM2-6B and ChatGLM2-6B-32k. They are GLM models in which query, key and value are one fused tensor.
+
+The 32k model interpolates positions.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 _BASE = 'chatglm2'
 _LONG = 'chatglm2_32k'
 
-# Field of GlmConfig: (original field, the original class's default).
+# Field of GlmConfig -> (original field, default of the original class).
 _FIELDS: dict[str, tuple[str, Any]] = {
     'vocab_size': ('padded_vocab_size', 65024),
     'hidden_size': ('hidden_size', 4096),
@@ -30,12 +33,12 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     'rms_norm_eps': ('layernorm_epsilon', 1e-5),
     'attention_bias': ('add_qkv_bias', False),
     'use_cache': ('use_cache', True),
-    # The defaults of GlmConfig are ids of GLM-4, which this vocabulary does not have.
+    # The defaults of GlmConfig are ids of GLM-4. The vocabulary of ChatGLM2 does not have these ids.
     'pad_token_id': ('pad_token_id', 0),
     'eos_token_id': ('eos_token_id', 2),
 }
 
-# Fields that must have one value: original field -> (default, the value that GlmForCausalLM computes, reason).
+# Original field -> (default of the original class, the only value that GlmForCausalLM supports, reason).
 _FIXED: dict[str, tuple[Any, Any, str]] = {
     'rmsnorm': (True, True, 'but GLM has RMS norms only'),
     'post_layer_norm': (True, True, 'but GLM has a norm before its output head'),
@@ -55,14 +58,18 @@ _LAYER_NAMES = {
     'input_layernorm.weight': 'input_layernorm.weight',
     'post_attention_layernorm.weight': 'post_attention_layernorm.weight',
     'self_attention.dense.weight': 'self_attn.o_proj.weight',
-    # Both layouts have the gate first, then up.
+    # In both layouts, the rows of the gate come before the rows of the up projection.
     'mlp.dense_h_to_4h.weight': 'mlp.gate_up_proj.weight',
     'mlp.dense_4h_to_h.weight': 'mlp.down_proj.weight',
 }
 
 
 def native_config(original: Config, *, family: str) -> dict[str, Any]:
-    """Return the arguments of GlmConfig. Raises ConfigError for P-tuning, quantised weights and other variants."""
+    """Return the arguments of GlmConfig.
+
+    Raises ConfigError if the checkpoint has a P-tuning prefix, if its weights are quantised, or if a field has a value
+    that GlmForCausalLM does not support.
+    """
     for field, (default, meant, why) in _FIXED.items():
         value = original.get(field, default)
         refuse(value != meant, family, field, value, why)
@@ -78,12 +85,15 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
 
 
 def _renamed(original: Config) -> dict[str, Any]:
-    """Return the fields under the names of GlmConfig, with the defaults of the original class."""
+    """Return the fields under the names of GlmConfig. A missing field gets the default of the original class."""
     return {native: original.get(name, default) for native, (name, default) in _FIELDS.items()}
 
 
 def _rope(original: Config, family: str) -> dict[str, Any]:
-    """Return rope_parameters. Half of each head is rotated; the 32k model divides positions by rope_ratio."""
+    """Return rope_parameters. Half of each head is rotated. The 32k model divides positions by rope_ratio.
+
+    Raises ConfigError if rope_ratio is not 1 and the model is not the 32k model.
+    """
     rope = {'rope_type': 'default', 'rope_theta': 10000.0, 'partial_rotary_factor': 0.5}
 
     ratio = original.get('rope_ratio') or 1
@@ -103,7 +113,7 @@ def _rope(original: Config, family: str) -> dict[str, Any]:
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return the tensors under the names of GLM, with query, key and value split."""
+    """Return the tensors under the names of GLM. The fused tensors are split into query, key and value."""
     config = _renamed(original)
     query_rows = config['num_attention_heads'] * config['head_dim']
     shared_rows = config['num_key_value_heads'] * config['head_dim']
@@ -111,7 +121,10 @@ def native_tensors(state: State, original: Config) -> State:
 
 
 def _rename(key: str, tensor: torch.Tensor, *, rows: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-    """Return the native names and tensors of one original tensor; `rows` are those of query, key and value."""
+    """Return a dict with the native names and tensors that replace one original tensor.
+
+    `rows` are the numbers of rows of query, key and value. Raises ConfigError if the name or the shape is wrong.
+    """
     if key in _NAMES:
         return {_NAMES[key]: tensor.detach()}
 
@@ -135,7 +148,7 @@ def _rename(key: str, tensor: torch.Tensor, *, rows: tuple[int, int, int]) -> di
             'Download or copy it again.'
         )
 
-    # A .bin file may hold Parameters, and slices of them would carry an autograd graph.
+    # A .bin file may hold Parameters. A slice of a Parameter would keep an autograd graph.
     parts = tensor.detach().split(rows)
     return {f'{prefix}self_attn.{name}_proj.{kind}': part for name, part in zip('qkv', parts, strict=True)}
 
@@ -149,5 +162,6 @@ CHATGLM2 = Family(
     tensors=native_tensors,
 )
 
-# Chosen only by name: ChatGLM3 and GLM-4 have a similar config.json, but use rope_ratio differently.
+# `matches` is always False, so this family is used only if --model_type names it. ChatGLM3 and GLM-4 have a similar
+# config.json but use rope_ratio differently.
 CHATGLM2_32K = replace(CHATGLM2, name=_LONG, matches=lambda config: False, config=partial(native_config, family=_LONG))

@@ -1,4 +1,7 @@
-"""InternLM 7B and 20B: Llama with optional attention biases and static or dynamic NTK rotary embedding."""
+"""InternLM 7B and 20B. They are Llama models with optional attention biases.
+
+The rotary embedding is either static or scaled by dynamic NTK.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 from utils.loading.legacy.family import Config, Family, refuse, same_tensors
 
-# Defaults that the original classes of InternLM, XVERSE and Baichuan-7B share.
+# These defaults are the same in the original classes of InternLM, XVERSE and Baichuan.
 _DEFAULTS = {
     'hidden_act': 'silu', 'initializer_range': 0.02, 'rms_norm_eps': 1e-6, 'use_cache': True,
     'bos_token_id': 1, 'eos_token_id': 2, 'tie_word_embeddings': False,
@@ -20,10 +23,11 @@ _INTERNLM = {
 
 
 def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of LlamaConfig that have the same names in an original config.json, except rotary embedding.
+    """Return the LlamaConfig arguments that config.json stores under the same names, without rotary settings.
 
-    `defaults` are those of the original class, for fields that are not in config.json. Raises ConfigError if the heads
-    do not divide the width, and for quantised weights, whose layouts are other families.
+    If config.json does not have a field, the value is taken from `defaults`, the defaults of the original class. Raises
+    ConfigError if hidden_size is not divisible by the number of heads, or if the weights are quantised. Separate
+    families read quantised weights.
     """
     config = {name: original.get(name, default) for name, default in {**_DEFAULTS, **defaults}.items()}
 
@@ -46,14 +50,20 @@ def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> 
 
 
 def static_rope(original: Config, family: str) -> dict[str, Any]:
-    """Return rope_parameters of a family that does not scale positions. Raises ConfigError for rope_scaling."""
+    """Return rope_parameters for a family that does not scale positions.
+
+    Raises ConfigError if config.json has rope_scaling.
+    """
     scaling = original.get('rope_scaling')
     refuse(bool(scaling), family, 'rope_scaling', scaling, 'which its original class does not have')
     return {'rope_type': 'default', 'rope_theta': float(original.get('rope_theta') or 10000.0)}
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of LlamaConfig. attention_bias includes the output projection, as `bias` of the original."""
+    """Return the arguments of LlamaConfig.
+
+    attention_bias is the original field `bias`. Both fields switch the biases of q, k, v and the output projection.
+    """
     return {
         **llama_config(original, 'internlm', _INTERNLM),
         'attention_bias': original.get('bias', True),
@@ -63,7 +73,11 @@ def native_config(original: Config) -> dict[str, Any]:
 
 
 def _rope(original: Config) -> dict[str, Any]:
-    """Return rope_parameters from `rotary` (November 2023) or rope_theta and rope_scaling (December 2023)."""
+    """Return rope_parameters. Raises ConfigError if the type of scaling is unknown.
+
+    A config.json of November 2023 has the field `rotary`. A config.json of December 2023 has rope_theta and
+    rope_scaling.
+    """
     rotary = original.get('rotary') or {}
     scaling = original.get('rope_scaling') or {}
     field = 'rotary' if rotary else 'rope_scaling'

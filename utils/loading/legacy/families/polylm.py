@@ -1,4 +1,4 @@
-"""PolyLM: a GPT-2 of another size, whose config.json names other begin and end tokens than its tokenizer."""
+"""PolyLM, a GPT-2 model of a different size. Its config.json names the wrong begin and end tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from utils.loading.legacy.family import Config, Family, State, map_each, refuse
 if TYPE_CHECKING:
     import torch
 
-# Fields that change what is computed or trained. GPT2Config accepts the four long names for its short ones.
+# The fields of config.json that affect the computation or the training. GPT2Config accepts the long names in the first
+# line in place of its own short names.
 _FIELDS = (
     'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'max_position_embeddings',
     'vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'n_inner', 'activation_function', 'resid_pdrop',
@@ -22,18 +23,25 @@ _MATRIX = re.compile(r'\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.we
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of GPT2Config, with the begin and end tokens of the tokenizer."""
+    """Return the arguments of GPT2Config. The ids of the begin and end tokens are the ids in the tokenizer.
+
+    Raises ConfigError if the weights are quantised.
+    """
     quantised = original.get('quantization_config')
     refuse(bool(quantised), 'polylm', 'quantization_config', quantised, 'but only full-width weights are readable')
 
     given = {name: original[name] for name in _FIELDS if name in original}
 
-    # config.json names the last token of the vocabulary, which the model never generates, so a reply would not end.
+    # In config.json, the end token is the last token of the vocabulary. The model never generates this token, so a
+    # reply would not end.
     return {**given, 'bos_token_id': 1, 'eos_token_id': 2}
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return the tensors under the names of GPT-2, as (in, out) matrices. A checkpoint may store them as (out, in)."""
+    """Return the tensors under the names of GPT-2, with all matrices as (in, out).
+
+    If the checkpoint stores matrices as (out, in), they are transposed.
+    """
     transposed = any(
         tensor.shape[0] == 3 * tensor.shape[1] for key, tensor in state.items() if key.endswith('.attn.c_attn.weight')
     )
@@ -45,7 +53,8 @@ def native_tensors(state: State, original: Config) -> State:
     return map_each(state, rename)
 
 
-# Chosen only by name: config.json has model_type gpt2, as every GPT-2 has.
+# `matches` is always False, so this family is used only if --model_type names it. The model_type in config.json does
+# not help, because it is gpt2 for every GPT-2 model.
 POLYLM = Family(
     name='polylm',
     model_type='gpt2',

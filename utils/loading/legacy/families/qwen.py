@@ -1,4 +1,8 @@
-"""Qwen 7B and 14B of 2023 and their GPTQ files: Qwen2 with fused attention and with swapped halves of the MLP."""
+"""Qwen 7B and 14B of 2023, plain and GPTQ.
+
+They are Qwen2 with two differences in the layout: q, k and v are one fused layer, and w2, not w1, is the gate of the
+MLP.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,17 @@ from utils.loading.legacy.gptq import (
     split_fused,
 )
 
-# Native name -> (names in config.json, first match wins, and the default of the original class). Some are the names of
-# August 2023. If config.json has both vocabulary sizes, the embedding has the padded one.
+# Native name -> (names in config.json, default of the original class). The first name that config.json has is used.
+# Some of the names were used only in August 2023. If config.json has two vocabulary sizes, the padded size is the
+# number of rows of the embedding.
 _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     'vocab_size': (('padded_vocab_size', 'vocab_size'), 151936),
     'hidden_size': (('hidden_size', 'n_embd'), 4096),
     'num_hidden_layers': (('num_hidden_layers', 'n_layer'), 32),
     'num_attention_heads': (('num_attention_heads', 'n_head'), 32),
     'rms_norm_eps': (('layer_norm_epsilon',), 1e-6),
-    # Up to this length the plain class is exact. The max_position_embeddings of the original is the size of its tables.
+    # The plain class computes exactly up to this length. In the original, max_position_embeddings is only the size of
+    # the tables.
     'max_position_embeddings': (('seq_length', 'max_position_embeddings', 'n_positions'), 8192),
     'attention_dropout': (('attn_dropout_prob', 'attn_pdrop'), 0.0),
     'initializer_range': (('initializer_range',), 0.02),
@@ -38,7 +44,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
 }
 _ENDOFTEXT = 151643
 
-# Fields that must have one value: field -> (the value, reason).
+# Field -> (the only supported value, reason).
 _REQUIRED = {
     'no_bias': (True, 'and the native class has no bias outside q, k and v'),
     'rotary_pct': (1.0, 'and the native class rotates whole heads'),
@@ -48,7 +54,8 @@ _REQUIRED = {
 
 _OUTER = {'transformer.wte': 'model.embed_tokens', 'transformer.ln_f': 'model.norm', 'lm_head': 'lm_head'}
 
-# The original applies the activation to w2. Both output layers are named c_proj; the parent distinguishes them.
+# w2 is the gate, because the original applies the activation to w2. Both output layers are named c_proj, so the name of
+# the parent module is needed to distinguish them.
 _INNER = {
     'ln_1': ('input_layernorm',),
     'ln_2': ('post_attention_layernorm',),
@@ -62,7 +69,11 @@ _LAYER = re.compile(r'transformer\.h\.(\d+)\.(.+)')
 
 
 def text_config(original: Config, family: str) -> dict[str, Any]:
-    """Return the arguments of Qwen2Config for the language model, and the fields that the long-context classes read."""
+    """Return the arguments of Qwen2Config for the language model.
+
+    They include the fields that the long-context classes read. Raises ConfigError if a field has a value that is not
+    supported.
+    """
     for name, (required, why) in _REQUIRED.items():
         found = original.get(name, required)
         refuse(found != required, family, name, found, why)
@@ -78,32 +89,32 @@ def text_config(original: Config, family: str) -> dict[str, Any]:
 
     return {
         **config,
-        # The original states the sum of the widths of both halves.
+        # The original intermediate_size is the sum of the widths of w1 and w2, so it is halved.
         'intermediate_size': _first(original, ('intermediate_size', 'ffn_hidden_size'), 22016) // 2,
         'num_key_value_heads': heads,
         'hidden_act': 'silu',
         'rope_parameters': {'rope_type': 'default', 'rope_theta': float(original.get('rotary_emb_base', 10000.0))},
-        # Newer files state it only in generation_config.json.
+        # In newer folders, only generation_config.json states eos_token_id.
         'eos_token_id': _first(original, ('eos_token_id',), end_of_text),
-        # nn.Embedding never trains its padding row; the original embedding has none.
+        # With a pad_token_id, nn.Embedding would not train the row of this id. The original embedding trains all rows.
         'pad_token_id': None,
         'use_sliding_window': False,
     }
 
 
 def _first(original: Config, names: tuple[str, ...], default: Any) -> Any:
-    """Return the first of these fields that is set, else the default."""
+    """Return the value of the first field in `names` that is set. If no field is set, return the default."""
     return next((original[name] for name in names if original.get(name) is not None), default)
 
 
 def _refuse_other_models(original: Config, family: str) -> None:
-    """Raise ConfigError for Qwen-VL and Qwen-Audio, which have the same model_type."""
+    """Raise ConfigError if the model is a Qwen-VL or a Qwen-Audio. They have the same model_type as Qwen."""
     refuse('visual' in original, family, 'visual', '...', 'so it is a Qwen-VL: pass its --model_type')
     refuse('audio' in original, family, 'audio', '...', 'so it is a Qwen-Audio, which is not supported')
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of Qwen2Config for weights that are not quantised."""
+    """Return the arguments of Qwen2Config for plain weights. Raises ConfigError if the weights are quantised."""
     _refuse_other_models(original, 'qwen')
 
     quantised = original.get('quantization_config')
@@ -114,16 +125,23 @@ def native_config(original: Config) -> dict[str, Any]:
 
 
 def gptq_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of Qwen2Config for GPTQ weights, which stay packed if their libraries are installed."""
+    """Return the arguments of Qwen2Config for GPTQ weights.
+
+    If optimum and gptqmodel are installed, the arguments say that the weights stay packed. Raises ConfigError if the
+    weights are not GPTQ weights.
+    """
     _refuse_other_models(original, 'qwen_gptq')
-    read_format(original, 'qwen_gptq')  # raises if it is not GPTQ
+    read_format(original, 'qwen_gptq')  # This raises ConfigError if the weights are not GPTQ weights.
 
     config = text_config(original, 'qwen_gptq')
     return {**config, 'quantization_config': packed_settings(original)} if packed_available() else config
 
 
 def rename_text(key: str, tensor: Any, family: str) -> dict[str, Any]:
-    """Return the native names and tensors of one original tensor of the language model, plain or GPTQ."""
+    """Return a dict with the native names and tensors that replace one original tensor of the language model.
+
+    The tensor is plain or GPTQ. Raises ConfigError if the original name is unknown.
+    """
     module, _, name = key.rpartition('.')
     if module in _OUTER and name == 'weight':
         return {f'{_OUTER[module]}.weight': tensor}
@@ -143,24 +161,33 @@ def rename_text(key: str, tensor: Any, family: str) -> dict[str, Any]:
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return the tensors under the names of Qwen2, with attention split into q, k and v. They stay memory-mapped."""
+    """Return the tensors under the names of Qwen2. Fused attention layers are split into q, k and v.
+
+    The tensors stay memory-mapped.
+    """
     return map_each(state, lambda key, tensor: rename_text(key, tensor, 'qwen'))
 
 
 def gptq_tensors(state: State, original: Config) -> State:
-    """Return the tensors under the names of Qwen2: packed if the libraries for that are installed, else unpacked."""
+    """Return the GPTQ tensors under the names of Qwen2.
+
+    If optimum and gptqmodel are installed, the weights stay packed. Otherwise they are unpacked.
+    """
     packing = read_format(original, 'qwen_gptq')
     mapped = map_each(state, _rename_gptq)
 
     if packed_available():
-        packed_layers(mapped, packing)  # raises for damaged layers
+        packed_layers(mapped, packing)  # This raises ConfigError if a layer is damaged.
         return {key: tensor.contiguous() for key, tensor in mapped.items()}
 
     return dequantise(mapped, packing)
 
 
 def _rename_gptq(key: str, tensor: Any) -> dict[str, Any]:
-    """Return what `rename_text` returns, without the zero biases that AutoGPTQ adds to every layer."""
+    """Return the same as `rename_text`, but drop the zero biases that AutoGPTQ adds to layers without a bias.
+
+    Raises ConfigError if such a bias is not zero.
+    """
     layer = _LAYER.fullmatch(key.removesuffix('.bias'))
 
     if layer and key.endswith('.bias') and len(_INNER.get(layer[2], ())) == 1:
@@ -174,7 +201,7 @@ def _rename_gptq(key: str, tensor: Any) -> dict[str, Any]:
 
 
 def _is_gptq(config: Config) -> bool:
-    """Return whether a config.json describes GPTQ weights."""
+    """Return whether the quantization_config of a config.json states GPTQ."""
     settings = config.get('quantization_config')
     return isinstance(settings, dict) and settings.get('quant_method') == 'gptq'
 
@@ -182,13 +209,13 @@ def _is_gptq(config: Config) -> bool:
 QWEN = Family(
     name='qwen',
     model_type='qwen',
-    # Matches Qwen-Audio too, which `config` then refuses with a message.
+    # This matches Qwen-Audio too. `config` then raises a ConfigError that names Qwen-Audio.
     matches=lambda config: 'visual' not in config and not _is_gptq(config),
     config_class='Qwen2Config',
     model_class='qwen_long:Qwen2ForCausalLM',
     config=native_config,
     tensors=native_tensors,
-    # Plain classes open it too, without the extensions beyond the training length.
+    # The classes of transformers can open a saved model too. They do not have the extensions for long contexts.
     saved_model_type='qwen2',
     saved_field='use_logn_attn',
 )

@@ -1,4 +1,7 @@
-"""Qwen-VL of 2023 and its GPTQ file: the language model of Qwen, and a vision tower that keeps its names."""
+"""Qwen-VL of 2023, plain and GPTQ.
+
+The language model is converted in the same way as Qwen. The tensors of the vision tower keep their names.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ CONFIG_CLASS = 'qwen_vl:QwenVLConfig'
 MODEL_CLASS = 'qwen_vl:QwenVLForCausalLM'
 _TOWER = 'transformer.visual.'
 
-# The original class has no default for these fields.
+# config.json must have these fields, because the original class has no defaults for them.
 _NEEDED = ('image_size', 'patch_size', 'width', 'layers', 'heads', 'mlp_ratio', 'image_start_id')
 _DEFAULTS = {'n_queries': 256, 'output_dim': 512}
 _POOL_HEAD = 128
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of QwenVLConfig for weights that are not quantised."""
+    """Return the arguments of QwenVLConfig for plain weights. Raises ConfigError if the weights are quantised."""
     quantised = original.get('quantization_config')
     why = 'so it is quantised: pass the --model_type of its int4'
     refuse(quantised is not None, _PLAIN, 'quantization_config', quantised, why)
@@ -33,15 +36,19 @@ def native_config(original: Config) -> dict[str, Any]:
 
 
 def gptq_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of QwenVLConfig for GPTQ weights, which stay packed if their libraries are installed."""
-    read_format(original, _GPTQ)  # raises if it is not GPTQ
+    """Return the arguments of QwenVLConfig for GPTQ weights.
+
+    If optimum and gptqmodel are installed, the arguments say that the weights stay packed. Raises ConfigError if the
+    weights are not GPTQ weights.
+    """
+    read_format(original, _GPTQ)  # This raises ConfigError if the weights are not GPTQ weights.
 
     config = _config(original, _GPTQ)
     return {**config, 'quantization_config': packed_settings(original)} if packed_available() else config
 
 
 def _config(original: Config, family: str) -> dict[str, Any]:
-    """Return the arguments of QwenVLConfig for plain and for GPTQ weights."""
+    """Return the arguments of QwenVLConfig that are the same for plain and GPTQ weights."""
     refuse('audio' in original, family, 'audio', '...', 'so it is a Qwen-Audio, which is not supported')
 
     config = text_config(original, family)
@@ -49,7 +56,10 @@ def _config(original: Config, family: str) -> dict[str, Any]:
 
 
 def _visual(original: Config, text: Config, family: str) -> dict[str, Any]:
-    """Return the complete settings of the tower. Raises ConfigError if they contradict each other or the text model."""
+    """Return the settings of the vision tower, with defaults for missing fields.
+
+    Raises ConfigError if a required setting is missing, or if the settings do not fit each other or the language model.
+    """
     found = original.get('visual')
     refuse(
         not isinstance(found, dict),
@@ -92,12 +102,15 @@ def _visual(original: Config, text: Config, family: str) -> dict[str, Any]:
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return the tensors under the names of QwenVLForCausalLM, with the attention of the text split into q, k and v."""
+    """Return the tensors under the names of QwenVLForCausalLM.
+
+    In the language model, the fused attention layers are split into q, k and v.
+    """
     return map_each(state, _rename)
 
 
 def _rename(key: str, tensor: Any) -> dict[str, Any]:
-    """Return the native names and tensors of one original tensor."""
+    """Return a dict with the native names and tensors that replace one original tensor."""
     if key.startswith(_TOWER):
         return {f'visual.{key.removeprefix(_TOWER)}': tensor}
 
@@ -105,14 +118,17 @@ def _rename(key: str, tensor: Any) -> dict[str, Any]:
 
 
 def gptq_tensors_of_both(state: State, original: Config) -> State:
-    """Return the tensors under native names. Only those of the text are GPTQ tensors; the tower is never packed."""
+    """Return the tensors of the language model and the vision tower under native names.
+
+    Only the language model has GPTQ tensors. The tower is never packed.
+    """
     tower = {key: tensor for key, tensor in state.items() if key.startswith(_TOWER) and not is_computed(key)}
     text = {key: tensor for key, tensor in state.items() if not key.startswith(_TOWER)}
     return {**gptq_tensors(text, original), **native_tensors(tower, original)}
 
 
 def _is_gptq(config: Config) -> bool:
-    """Return whether a config.json describes quantised weights."""
+    """Return whether a config.json has a quantization_config. Whether it states GPTQ is checked later."""
     return config.get('quantization_config') is not None
 
 

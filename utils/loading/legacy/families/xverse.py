@@ -1,4 +1,4 @@
-"""XVERSE 7B and 13B, which are Llamas under another name. XVERSE-MoE, of the same model_type, is refused."""
+"""XVERSE 7B and 13B. They are Llama models with a different model_type. XVERSE-MoE is not supported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from utils.loading.legacy.families.internlm import llama_config, static_rope
 from utils.loading.legacy.family import Config, Family, refuse, same_tensors
 
-# Defaults of the original class: the sizes of the 13B model.
+# Defaults of the original class. They are the sizes of the 13B model.
 _XVERSE = {
     'vocab_size': 100278, 'hidden_size': 5120, 'intermediate_size': 13824, 'num_hidden_layers': 40,
     'num_attention_heads': 40, 'max_position_embeddings': 8192, 'pad_token_id': None,
@@ -15,7 +15,10 @@ _XVERSE = {
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of LlamaConfig. Raises ConfigError for a mixture of experts."""
+    """Return the arguments of LlamaConfig.
+
+    Raises ConfigError if the model is XVERSE-MoE, which has the same model_type.
+    """
     for field, value in original.items():
         experts = field.startswith('moe_') or field in ('num_experts', 'num_shared_experts', 'num_experts_per_tok')
         refuse(

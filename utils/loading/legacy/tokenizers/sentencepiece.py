@@ -1,4 +1,7 @@
-"""Builds the tokenizers of families with a sentencepiece model, as `tokenizers` objects, from its protobuf."""
+"""Builds the tokenizers of families with a sentencepiece model.
+
+The protobuf of the sentencepiece model is converted to an object of the `tokenizers` library.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from utils.base.files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How sentencepiece writes a space inside a piece.
+# sentencepiece writes this character for a space inside a piece.
 _SPACE = '▁'
 
-# Values in sentencepiece_model.proto: ModelProto.SentencePiece.Type and TrainerSpec.ModelType.
+# Values from sentencepiece_model.proto. The first line is ModelProto.SentencePiece.Type, the second line is
+# TrainerSpec.ModelType.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2
 
@@ -26,7 +30,11 @@ _CHATGLM2_SPECIAL = ('[MASK]', '[gMASK]', '[sMASK]', 'sop', 'eop')
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """The contents of a sentencepiece model: pieces as (text, score, type) by id, and how text is normalised."""
+    """The content of a sentencepiece model.
+
+    `pieces` are (text, score, type) in the order of their ids. `charsmap`, `dummy_prefix` and `strip_spaces` tell how
+    text is normalised.
+    """
 
     pieces: list[tuple[str, float, int]]
     unigram: bool
@@ -36,23 +44,32 @@ class Vocabulary:
     strip_spaces: bool
 
     def of_type(self, *kinds: int) -> list[str]:
-        """Return the texts of the pieces of these types, in the order of their ids."""
+        """Return the texts of all pieces that have one of these types, in the order of their ids."""
         return [text for text, _, kind in self.pieces if kind in kinds]
 
     @property
     def isolates_symbols(self) -> bool:
-        """Return whether user-defined pieces are split off after the dummy prefix is added, unlike added tokens."""
+        """Return whether user-defined pieces are split off by a regex, after the dummy prefix is added to the text.
+
+        If not, they become added tokens of the `tokenizers` library.
+        """
         return self.dummy_prefix and bool(self.of_type(_USER_DEFINED))
 
 
 def read_settings(model_dir: Path, name: str = 'tokenizer_config.json') -> dict[str, Any]:
-    """Return the object in a JSON file of a folder, empty if there is no file. Raises ConfigError for bad content."""
+    """Return the object in a JSON file of a folder. If the file does not exist, return an empty dict.
+
+    Raises ConfigError if the content is not a JSON object.
+    """
     path = model_dir / name
     return read_json(path) if path.is_file() else {}
 
 
 def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') -> dict[str, Any]:
-    """Return the arguments that every tokenizer takes from tokenizer_config.json, without references to code."""
+    """Return the constructor arguments that are the same for all tokenizers. `settings` is tokenizer_config.json.
+
+    References to code in `settings` are not used.
+    """
     return {
         'clean_up_tokenization_spaces': False,
         'model_max_length': settings.get('model_max_length'),
@@ -63,7 +80,10 @@ def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') 
 
 
 def added_token(value: Any, where: Path) -> Any:
-    """Return the AddedToken of an entry of tokenizer_config.json, a string or an object; None stays None."""
+    """Return an AddedToken for a special token of tokenizer_config.json. `value` is a string, an object or None.
+
+    Returns None if `value` is None. Raises ConfigError if `value` has no text.
+    """
     from tokenizers import AddedToken
 
     fields = {'content': value} if isinstance(value, str) else value
@@ -78,12 +98,16 @@ def added_token(value: Any, where: Path) -> Any:
 
     flags = {flag: bool(fields.get(flag, False)) for flag in ('single_word', 'lstrip', 'rstrip')}
 
-    # Found in the text before normalisation, which would add the dummy prefix to the token.
+    # With normalized=False, the token is found in the text before normalisation. Normalisation would add the dummy
+    # prefix to the token.
     return AddedToken(fields['content'], special=True, normalized=False, **flags)
 
 
 def read_vocabulary(file: Path) -> Vocabulary:
-    """Return the contents of a sentencepiece model. Raises ConfigError if it is corrupt or cannot be reproduced."""
+    """Return the content of a sentencepiece model.
+
+    Raises ConfigError if the file is corrupt, or if the `tokenizers` library cannot reproduce the model.
+    """
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -116,7 +140,10 @@ def read_vocabulary(file: Path) -> Vocabulary:
 
 
 def _problem(vocabulary: Vocabulary, trainer: Any, normalizer: Any) -> str | None:
-    """Return why a model cannot be reproduced with the same ids, None if it can."""
+    """Return the reason why the `tokenizers` library cannot give the same ids as a sentencepiece model.
+
+    Returns None if it can.
+    """
     texts = {text for text, _, _ in vocabulary.pieces}
     spaced = vocabulary.strip_spaces and any(_SPACE in text for text in vocabulary.of_type(_USER_DEFINED))
     bytes_missing = vocabulary.byte_fallback and len(vocabulary.of_type(_BYTE)) != 256
@@ -136,7 +163,10 @@ def _problem(vocabulary: Vocabulary, trainer: Any, normalizer: Any) -> str | Non
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Return every pair of pieces whose union is a normal piece, in the order of sentencepiece: by score, not by id."""
+    """Return all BPE merges: all pairs of normal pieces whose concatenation is a normal piece.
+
+    As in sentencepiece, the order of the merges is that of the scores of the concatenations, not that of their ids.
+    """
     known = {text: (-score, i) for i, (text, score, kind) in enumerate(vocabulary.pieces) if kind == _NORMAL}
 
     ranked = sorted(
@@ -150,7 +180,7 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 
 def _model(vocabulary: Vocabulary) -> Any:
-    """Return the BPE or unigram model of `tokenizers` that gives the same ids."""
+    """Return a BPE or unigram model of `tokenizers` that gives the same ids as the sentencepiece model."""
     from tokenizers import models
 
     unknown = vocabulary.of_type(_UNKNOWN)[0]
@@ -160,8 +190,8 @@ def _model(vocabulary: Vocabulary) -> Any:
         flags = {'byte_fallback': vocabulary.byte_fallback, 'ignore_merges': vocabulary.isolates_symbols}
         return models.BPE(ids, _merges(vocabulary), unk_token=unknown, fuse_unk=True, **flags)
 
-    # sentencepiece never finds control and byte pieces in a text; `tokenizers` would. They get a score that makes any
-    # other segmentation better. An unknown character costs the same in every segmentation.
+    # sentencepiece never finds control and byte pieces in a text, but `tokenizers` would. So these pieces get a score
+    # that makes every segmentation without them better. An unknown character costs the same in every segmentation.
     lowest = min((score for _, score, kind in vocabulary.pieces if kind == _NORMAL), default=0.0)
     never = (lowest - 10.0) * max(len(text) + 1 for text in ids)
     in_text = (_NORMAL, _USER_DEFINED)
@@ -171,11 +201,16 @@ def _model(vocabulary: Vocabulary) -> Any:
 
 
 def _cut_pattern(vocabulary: Vocabulary) -> str:
-    """Return the regex at which normalised text is split before the model gets it, empty if it is not split.
+    """Return the regex at whose matches normalised text is split before the model encodes it.
 
-    User-defined pieces are split off, longest first; the model keeps each whole (ignore_merges). The text of a control
-    or byte piece must not become that piece. BPE would form it after a user-defined piece, and a unigram model would
-    form it if it has a character that no normal piece has. There the regex splits the text.
+    Returns an empty string if the text is not split. The regex has two purposes.
+
+    It splits off user-defined pieces. The longest piece is tried first. The model does not split these pieces further
+    (ignore_merges).
+
+    It also prevents that text which looks like a control or byte piece becomes this piece. A BPE model would form the
+    piece after a user-defined piece. A unigram model would form the piece if it contains a character that no normal
+    piece contains. In both cases, the regex splits the text.
     """
     literals = [t for t in vocabulary.of_type(_UNKNOWN, _CONTROL, _BYTE) if len(t) > 1]
     known = set(''.join(vocabulary.of_type(_NORMAL)))
@@ -198,9 +233,9 @@ def _cut_pattern(vocabulary: Vocabulary) -> str:
 
 
 def _split_point(text: str, known: set[str]) -> int:
-    """Return the first position between a known and an unknown character, 1 if there is none.
+    """Return the first position between a known and an unknown character. Returns 1 if there is no such position.
 
-    A run of unknown characters is one token, so a split inside the run would change nothing.
+    Several unknown characters in a row are one token. So a split between two unknown characters would have no effect.
     """
     for at in range(1, len(text)):
         if (text[at] in known) != (text[at - 1] in known):
@@ -210,7 +245,7 @@ def _split_point(text: str, known: set[str]) -> int:
 
 
 def _normalizer(vocabulary: Vocabulary) -> Any:
-    """Return the normalizer of `tokenizers` that changes text as sentencepiece does."""
+    """Return a normalizer of `tokenizers` that normalises text in the same way as sentencepiece."""
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = []
@@ -234,7 +269,10 @@ def _normalizer(vocabulary: Vocabulary) -> Any:
 
 
 def build_backend(vocabulary: Vocabulary, special: Sequence[Any]) -> Any:
-    """Return the `tokenizers.Tokenizer` of a vocabulary. New tokens in `special` get the ids after its last one."""
+    """Return a `tokenizers.Tokenizer` for a vocabulary.
+
+    Tokens in `special` that are not in the vocabulary get the ids after the last id of the vocabulary.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 
     backend = Tokenizer(_model(vocabulary))
@@ -251,14 +289,14 @@ def build_backend(vocabulary: Vocabulary, special: Sequence[Any]) -> Any:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), 'isolated')
 
     if not vocabulary.isolates_symbols:
-        # A space in a user-defined piece is written as in normalised text.
+        # If a piece contains the character for a space, it can be found only in normalised text.
         backend.add_tokens([AddedToken(s, normalized=_SPACE in s) for s in vocabulary.of_type(_USER_DEFINED)])
 
     return backend
 
 
 def _set_template(backend: Any, first: Sequence[str], last: Sequence[str]) -> None:
-    """Put fixed tokens before and after each encoded text."""
+    """Make the tokenizer add the tokens `first` before each text and the tokens `last` after each text."""
     from tokenizers import processors
 
     if not first and not last:
@@ -275,7 +313,11 @@ def _set_template(backend: Any, first: Sequence[str], last: Sequence[str]) -> No
 
 
 def _build(model_dir: Path, *, pad: str | None) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of tokenizer.model. Defaults are those of the original class; `pad` is its pad token."""
+    """Return the tokenizer for the tokenizer.model of a folder.
+
+    If tokenizer_config.json does not state a setting, the default of the original class is used. `pad` is the default
+    pad token.
+    """
     from transformers import PreTrainedTokenizerFast
 
     settings = read_settings(model_dir)
@@ -298,22 +340,35 @@ def _build(model_dir: Path, *, pad: str | None) -> PreTrainedTokenizerFast:
 
 
 def build_internlm_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of InternLM: starts with <s>, pads with </s>, unless tokenizer_config.json differs."""
+    """Return the tokenizer of InternLM.
+
+    Unless tokenizer_config.json states otherwise, <s> is added before each text, and </s> is used for padding.
+    """
     return _build(model_dir, pad='</s>')
 
 
 def build_baichuan_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of Baichuan or Baichuan2: as that of InternLM, but pads with <unk>."""
+    """Return the tokenizer of Baichuan or Baichuan2.
+
+    Unless tokenizer_config.json states otherwise, <s> is added before each text, and <unk> is used for padding.
+    """
     return _build(model_dir, pad='<unk>')
 
 
 def build_polylm_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of PolyLM: starts with <s>, no pad token, unless tokenizer_config.json differs."""
+    """Return the tokenizer of PolyLM.
+
+    Unless tokenizer_config.json states otherwise, <s> is added before each text, and there is no pad token.
+    """
     return _build(model_dir, pad=None)
 
 
 def build_chatglm2_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of ChatGLM2: starts with [gMASK] sop, pads on the left, finds no special tokens in text."""
+    """Return the tokenizer of ChatGLM2.
+
+    It adds the tokens [gMASK] and sop before each text, and pads on the left. If a text contains the string of a
+    special token, the string is encoded as ordinary text.
+    """
     from transformers import PreTrainedTokenizerFast
 
     special = [added_token(name, model_dir) for name in ('<unk>', '<s>', '</s>', *_CHATGLM2_SPECIAL)]

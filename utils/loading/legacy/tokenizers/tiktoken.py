@@ -1,4 +1,4 @@
-"""Builds the tokenizers of Qwen and Qwen-VL, as `tokenizers` objects, from qwen.tiktoken."""
+"""Builds the tokenizers of Qwen and Qwen-VL from qwen.tiktoken, as objects of the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.loading.legacy.tokenizers.sentencepiece import common_options, read_s
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# The pattern by which tokenization_qwen.py of Qwen splits a text before merging: single digits, unlike later models.
+# Before merging, tokenization_qwen.py of Qwen splits a text by this pattern. Every digit is split off.
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -23,13 +23,16 @@ _END_OF_TEXT = '<|endoftext|>'
 _IM_START = '<|im_start|>'
 _IM_END = '<|im_end|>'
 
-# In the order of their ids, which start after the last rank.
+# The special tokens in the order of their ids. The first id is the number of ranks.
 _SPECIAL = (_END_OF_TEXT, _IM_START, _IM_END, *(f'<|extra_{i}|>' for i in range(205)))
 _VISION = ('<ref>', '</ref>', '<box>', '</box>', '<quad>', '</quad>', '<img>', '</img>', '<imgpad>')
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Return token -> rank of a tiktoken file. Raises ConfigError if it is missing, truncated or corrupt."""
+    """Return a dict from the tokens of a tiktoken file to their ranks.
+
+    Raises ConfigError if the file is missing, truncated or corrupt.
+    """
     ranks: dict[bytes, int] = {}
 
     try:
@@ -55,14 +58,18 @@ def read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def _backend(ranks: Mapping[bytes, int], special: tuple[str, ...]) -> Any:
-    """Return the `tokenizers.Tokenizer` of these ranks; `special` tokens get the ids after the last rank."""
+    """Return a `tokenizers.Tokenizer` for these ranks. The id of a token is its rank.
+
+    The `special` tokens get the ids after the last rank.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     characters = bytes_to_unicode()
     text = {token: ''.join(characters[byte] for byte in token) for token in ranks}
 
-    # tiktoken merges the pair whose union has the lowest rank, for any split of the union. So every split is a merge.
+    # tiktoken merges the pair whose concatenation has the lowest rank. It does not matter where the concatenation is
+    # split into the pair. So there is one merge for every possible split of every token.
     merges = sorted(
         (rank, ranks[token[:cut]], ranks[token[cut:]], text[token[:cut]], text[token[cut:]])
         for token, rank in ranks.items()
@@ -87,7 +94,7 @@ def _backend(ranks: Mapping[bytes, int], special: tuple[str, ...]) -> Any:
 
 
 def _end_token(model_dir: Path, first_special: int) -> str:
-    """Return <|im_end|> if generation_config.json is that of a chat model, else <|endoftext|>."""
+    """Return <|im_end|> if generation_config.json belongs to a chat model, else <|endoftext|>."""
     generation = read_settings(model_dir, 'generation_config.json')
     ends = generation.get('eos_token_id')
     im_end = first_special + _SPECIAL.index(_IM_END)
@@ -97,7 +104,7 @@ def _end_token(model_dir: Path, first_special: int) -> str:
 
 
 def _build(model_dir: Path, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of qwen.tiktoken with these special tokens."""
+    """Return the tokenizer for the qwen.tiktoken of a folder, with these special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     ranks = read_ranks(model_dir / 'qwen.tiktoken')
@@ -111,10 +118,17 @@ def _build(model_dir: Path, special: tuple[str, ...]) -> PreTrainedTokenizerFast
 
 
 def build_qwen_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of Qwen: no bos, padding with <|endoftext|>; replies of chat models end with <|im_end|>."""
+    """Return the tokenizer of Qwen.
+
+    It has no bos token, and <|endoftext|> is used for padding. The eos token is <|im_end|> for a chat model, and
+    <|endoftext|> for a base model.
+    """
     return _build(model_dir, _SPECIAL)
 
 
 def build_qwen_vl_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of Qwen-VL: that of Qwen with tags for references, boxes, quadrangles and images."""
+    """Return the tokenizer of Qwen-VL.
+
+    It is the tokenizer of Qwen with additional tags for references, boxes, quadrangles and images.
+    """
     return _build(model_dir, (*_SPECIAL, *_VISION))

@@ -1,4 +1,4 @@
-"""Reads the tokenizer.json of XVERSE (2023), which current versions of `tokenizers` do not read."""
+"""Reads the tokenizer.json of XVERSE (2023). Current versions of `tokenizers` cannot read this file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SPECIAL_NAMES = ('unk_token', 'bos_token', 'eos_token', 'pad_token')
 
 
 def repair(content: Any) -> Any:
-    """Return a copy of a step of tokenizer.json with every Metaspace, at any depth, in the current format.
+    """Return a copy of a step of tokenizer.json in which every Metaspace, at any depth, has the current format.
 
-    `prepend_scheme` replaced `add_prefix_space`. Version 0.23 of `tokenizers` does not read `add_prefix_space = false`
-    without it, and does not read `str_rep`.
+    In the current format, `prepend_scheme` replaces `add_prefix_space`. Version 0.23 of `tokenizers` cannot read
+    `str_rep`. It cannot read `add_prefix_space = false` if there is no `prepend_scheme`.
     """
     if isinstance(content, list):
         return [repair(step) for step in content]
@@ -42,7 +42,8 @@ def repair(content: Any) -> Any:
 def build_xverse_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of XVERSE.
 
-    Special tokens are those of tokenizer_config.json, and those of special_tokens_map.json that are missing there.
+    Special tokens are read from tokenizer_config.json. If a special token is missing there, it is read from
+    special_tokens_map.json.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -53,14 +54,14 @@ def build_xverse_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
 
     try:
         backend = Tokenizer.from_str(json.dumps(repaired))
-    except Exception as error:  # `tokenizers` raises plain Exception for any error
+    except Exception as error:  # The `tokenizers` library raises a plain Exception for every error.
         raise ConfigError(f'{path} cannot be read as a tokenizer: {error}. Download it again.') from None
 
     settings = read_settings(model_dir)
     named = {**read_settings(model_dir, 'special_tokens_map.json'), **settings}
     tokens = {name: added_token(named.get(name), model_dir) for name in _SPECIAL_NAMES}
 
-    # Only the texts are passed: tokenizer.json has the settings by which tokens are found in a text.
+    # Only the texts of the special tokens are passed. Their other settings (lstrip, rstrip, ...) are in tokenizer.json.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{name: token.content for name, token in tokens.items() if token is not None},
