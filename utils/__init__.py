@@ -1,6 +1,6 @@
-"""The registries that users edit, and rooms for everything else; docs/architecture.md says what lies where."""
+"""The registries that users edit, and rooms (folders) for all other code. docs/architecture.md describes each room."""
 
 from pathlib import Path
 
-# `python -m utils.push`, say, is found there: commands of earlier versions, which answer with their new name.
+# Commands of earlier versions, such as `python -m utils.push`, are found in this folder. They print their new name.
 __path__ = [*__path__, str(Path(__file__).parent / 'old_commands')]
