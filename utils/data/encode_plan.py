@@ -149,7 +149,7 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -
 
 
 def batches(rows: Iterable[T], size: int = BATCH_ROWS) -> Iterator[list[T]]:
-    """Yield the items in lists of `size`; the last list may be shorter."""
+    """Yield the items in lists of `size` items. The last list may be shorter."""
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch
@@ -172,7 +172,7 @@ def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple
 
 
 def _used_rows(plan: Plan, account: Account) -> Iterator[tuple[int, Row]]:
-    """Yield (use, row) for each training or validation row. All other rows are added to the account as skipped."""
+    """Yield (use, row) for each training or validation row. All other rows are marked as skipped in the account."""
     for use, (_, raw, row) in plan.used():
         if isinstance(row, BadRow):
             account.skip(raw, LEFT_OUT)
@@ -258,7 +258,7 @@ class PreparedData:
 def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows, EncodingReport]:
     """Return the encoded training rows, the encoded validation rows, and the encoding report.
 
-    They are read from the cache if it contains them.
+    If the cache has the encoded rows, they are read from the cache.
     """
     name = f'data-{_key(encoder, plan)[:40]}'
     with dist.local_main_first():

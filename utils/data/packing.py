@@ -111,9 +111,9 @@ class StepSampler(Sampler[int]):
                 yield from self._balanced(rows)
 
     def _balanced(self, rows: list[int]) -> list[int]:
-        """Deal the sorted rows to the batches in snake order, and return the rows of all batches, concatenated.
+        """Distribute the sorted rows over the batches, and return the rows of all batches in one list.
 
-        In snake order, every second turn goes through the batches backwards.
+        The rows are dealt in snake order: every second turn goes through the batches backwards.
         """
         turns = [rows[i : i + self.batches] for i in range(0, len(rows), self.batches)]
         dealt = [turn[:: -1 if number % 2 else 1] for number, turn in enumerate(turns)]

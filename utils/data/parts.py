@@ -68,7 +68,10 @@ def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[
 def _converted(
     located: Iterable[tuple[str, dict[str, Any] | BadRow]], name: str, *, folder: str | None = None
 ) -> Iterator[ReadRow]:
-    """Convert the rows to conversations and yield them. The columns of the first row decide how rows are converted."""
+    """Convert the rows to conversations, and yield a ReadRow for each row.
+
+    The columns of the first row decide which converter is used for all rows.
+    """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
     for location, raw in located:
@@ -177,7 +180,7 @@ class Part:
         digest.update(content.digest())
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield (use, row) for every row, with the use that `count` set; UNUSED for a BadRow.
+        """Yield (use, ReadRow) for every row, with the use that `count` set. The use of a BadRow is UNUSED.
 
         Raises ConfigError if the number of rows has changed since `count` read them.
         """
@@ -201,7 +204,7 @@ class Part:
 
 
 def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
-    """Return the parts of a data set: [training, validation] if it has both, else one part, which the run splits."""
+    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits."""
     if source.path is None:
         entry = DATASET_MAPPING[source.name]
         served = ''
@@ -229,7 +232,10 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
 
 
 def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
-    """Return the rows at these positions among all rows of the files. Only these rows are converted and checked."""
+    """Return the rows at these positions among all rows of the files.
+
+    Only these rows and the first row of each file are converted and checked.
+    """
     found: list[Row | BadRow] = []
     start = 0
     for file, known in files:

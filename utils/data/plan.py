@@ -39,7 +39,7 @@ def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int,
 
 
 def served_by(parts: Iterable[Part]) -> dict[str, str]:
-    """Return a dictionary from the name of each data set that came from a hub to its hub, id and revision."""
+    """Return a dictionary with the hub, id and revision of each data set that came from a hub. The keys are names."""
     return {part.name: part.served for part in parts if part.served and not part.is_val}
 
 
@@ -70,7 +70,7 @@ class Plan:
         ]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield (use, row) for every row that is read."""
+        """Yield (use, ReadRow) for every row of all parts."""
         for part in self.parts:
             yield from part.used()
 
@@ -124,7 +124,7 @@ def plan_rows(
     hub: HubName = 'modelscope',
     bad: OnBad = refuse,
 ) -> Plan:
-    """Read all data sets once, and return the plan of which rows are used.
+    """Read all data sets once, and return the plan that says which rows are used.
 
     First, rows are drawn from each data set (name#count), and the data set is split into training and validation rows.
     Then up to `train_sample` training rows and up to max(1, train_sample * test_ratio) validation rows are drawn from

@@ -71,7 +71,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources]
         self.encoder = encoder
         self.seed = seed
-        # Every process reads all rows, so the next three are the same in each process.
+        # Every process reads all rows, so the next three attributes are the same in each process.
         self.unread = LoggedTally()
         self.row_noted = LoggedTally()
         self.unread_text = Account()

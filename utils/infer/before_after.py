@@ -49,7 +49,7 @@ class BeforeAfter:
             for row in chosen:
                 if row.images:
                     continue
-                with contextlib.suppress(RowRefused):  # it is counted and reported when all rows are encoded
+                with contextlib.suppress(RowRefused):  # a refused row is reported when all rows are encoded
                     self.prompts += encoder.encode_prompts([row])
                     self.rows.append(row)
 

@@ -109,7 +109,7 @@ class Chat:
 
 
 def chat_in_terminal(chat: Chat) -> None:
-    """Read lines until /exit or Ctrl-D."""
+    """Read lines from the terminal and handle them, until /exit or Ctrl-D."""
     chat.say(f'{HELP}\n')
     if chat.encoder.images is not None:
         chat.say('(<img>path</img> in a line shows an image)\n')
@@ -118,7 +118,7 @@ def chat_in_terminal(chat: Chat) -> None:
     while True:
         try:
             line = input('you> ')
-            line.encode()  # under a C locale, bytes that are not ASCII arrive as lone surrogates, which this refuses
+            line.encode()  # raises UnicodeError under a C locale, where bytes that are not ASCII become lone surrogates
         except EOFError:
             chat.say('\n')
             return

@@ -249,8 +249,8 @@ def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dic
 class _TextStream:
     """A streamer for generate(). It passes text to `say` as soon as later ids cannot change this text.
 
-    All ids are decoded each time, because some tokenizers (Llama 2) strip the first space of a text. With them, a piece
-    that is decoded separately would lose its leading space.
+    All ids are decoded each time. If a piece were decoded separately, it would lose its leading space with tokenizers
+    that strip the first space of a text (Llama 2).
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
@@ -269,7 +269,7 @@ class _TextStream:
         self._has_prompt = True
 
     def end(self) -> None:
-        """Show the rest of the text, which was not shown while later ids could change it."""
+        """Show the rest of the text, which no later id can change now."""
         text = self.text()
         differing = (index for index, (one, other) in enumerate(zip(text, self.shown, strict=False)) if one != other)
         # Some decoders change earlier text if invalid bytes follow this text.

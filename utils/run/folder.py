@@ -91,7 +91,7 @@ def open_run(
 
 
 def log_decisions(done: Decided[Any]) -> None:
-    """Log each automatic decision with its reason, and the warnings, before anything is downloaded."""
+    """Log each automatic decision with its reason, and each warning. Call this before anything is downloaded."""
     for line in done.decisions:
         logger.info(line)
     for line in done.warnings:

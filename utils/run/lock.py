@@ -16,7 +16,7 @@ from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready
 from utils.data.sources import abbreviated
 
-# The flags that decide which rows are trained and which are held out.
+# The flags that decide which rows are trained on and which rows are held out.
 DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
 # Flags that are left out of the recorded command: a secret, and the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
@@ -144,7 +144,7 @@ def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *
 
 
 def described(found: dict[str, Any]) -> str:
-    """Return a text with the version and the commit of a toolkit. The text says if files have changed since."""
+    """Return a text with the version and commit of a toolkit, and a remark if files have changed since the commit."""
     commit = f' at {found["commit"][:12]}' if 'commit' in found else ''
     return f'{found["version"]}{commit}' + (' with changes' if found.get('changed_since') else '')
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def find_weights(done: Ready[Any]) -> Weights:
-    """Return where the base weights are, and log it. Missing weights are downloaded first."""
+    """Return the location of the base weights, and log the location. Missing weights are downloaded first."""
     weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
     logger.info(f'base weights = {weights.path} because {weights.reason}')
     return weights

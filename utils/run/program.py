@@ -49,7 +49,7 @@ def run_program(work: Callable[[], int | None]) -> int:
         problem = _missing_library(library)
         logger.error(problem)
         return _leave(2, problem)
-    except UnpicklingError:  # the text of the error explains how to load the file anyway, but this could run its code
+    except UnpicklingError:  # the error itself says how to load the file anyway, but that could run code from the file
         problem = (
             'a file of the model or of the resumed checkpoint is damaged, or holds more than tensors. '
             'Other objects can run code, so they are never loaded. Use weights stored as safetensors.'

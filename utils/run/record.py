@@ -37,7 +37,7 @@ _FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The content of sft_args.json: how a run was trained. In the file, each flag is a field of its own."""
+    """The content of sft_args.json: how a run was trained. The file stores flags and other fields in one object."""
 
     # The value of every argument that the run used, by flag name, without secrets. Records of older versions may lack
     # newer flags.
