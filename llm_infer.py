@@ -121,7 +121,7 @@ def export(done: Ready[InferArguments], weights: Weights) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """An open model, with its adapter if it has an adapter, and the objects that encode prompts and decode answers."""
+    """An open model, with its adapter if there is an adapter, and its tokenizer, encoder and generation settings."""
 
     model: Any
     tokenizer: Any
@@ -130,7 +130,7 @@ class Served:
 
 
 def open_served(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> Served:
-    """Open the model with the adapter of the checkpoint, open the encoder, and return both with their settings.
+    """Open and return the model (with the adapter of the checkpoint), tokenizer, encoder and generation settings.
 
     Raises ConfigError if the template has changed since training; if --template_type is typed, only logs a warning.
     """

@@ -33,7 +33,7 @@ def _cell(text: str) -> str:
 def flag_table(cls: type, *, common: bool) -> str:
     """Return a Markdown table of a program's flags.
 
-    With `common`, the table has the flags that both programs share. Without it, the table has only the other flags.
+    With `common`, the table lists the flags that both programs share. Otherwise, it lists the program's own flags.
     """
     types = flag_types(cls)
     lines = ['| flag | takes | default | meaning |', '|---|---|---|---|']
