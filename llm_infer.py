@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Use a model: answer the validation rows, chat, merge an adapter, or export. Every step is one call into utils/."""
+"""Uses a model: answers validation rows, chats, merges an adapter, or exports. Each step is one call into utils/."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run inference from its command line; returns the exit code."""
+    """Run inference as the command line says, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     parsed = parse(InferArguments, words, program='llm_infer.py', about='Answer rows, chat, or merge an adapter.')
     return run_program(lambda: infer(parsed))
 
 
 def infer(parsed: Parsed[InferArguments]) -> None:
-    """Do what the arguments ask for. What can be wrong is found before anything heavy is imported."""
+    """Answer rows, chat, merge or export, as the arguments say. Arguments and data are checked before slow imports."""
     done, trained = resolve(parsed)
     args = done.args
     log_decisions(done)
@@ -71,7 +71,10 @@ def infer(parsed: Parsed[InferArguments]) -> None:
 
 
 def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trained | None]:
-    """Return arguments ready for use, those not typed taken from the trained run, and that run with its checkpoint."""
+    """Return the arguments, ready for use, and the checkpoint with the record of its run.
+
+    Arguments that were not typed are taken from the record. Without --ckpt_dir, the second value is None.
+    """
     trained: Trained | None = None
     warnings: list[str] = []
     if parsed.args.ckpt_dir:
@@ -89,7 +92,7 @@ def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trai
 
 
 def find_rows(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
-    """Return the rows to answer; raises ConfigError if there are none."""
+    """Return the rows to answer. Raises ConfigError if there are no rows."""
     rows = rows_to_answer(done, trained)
     if not rows:
         raise ConfigError('no validation row to answer: the run held none out. Use --eval_human true, or other data.')
@@ -97,7 +100,7 @@ def find_rows(done: Ready[InferArguments], trained: Trained | None) -> list[Row]
 
 
 def check_weights(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> None:
-    """Raise ConfigError where an adapter was trained on other base weights."""
+    """Raise ConfigError if the checkpoint is an adapter that was trained on different base weights."""
     if trained is None or not is_adapter(trained.checkpoint):
         return
     problems = Problems()
@@ -106,7 +109,7 @@ def check_weights(done: Ready[InferArguments], trained: Trained | None, weights:
 
 
 def export(done: Ready[InferArguments], weights: Weights) -> None:
-    """Write the untuned model as a plain folder of its native class."""
+    """Write the untuned model to --output_dir, as a model folder of its native transformers class."""
     from utils.loading.save import export_native
 
     args = done.args
@@ -118,7 +121,7 @@ def export(done: Ready[InferArguments], weights: Weights) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A model that answers, with its adapter on, and what its prompts and answers need."""
+    """An open model, with its adapter if there is an adapter, and its tokenizer, encoder and generation settings."""
 
     model: Any
     tokenizer: Any
@@ -127,7 +130,10 @@ class Served:
 
 
 def open_served(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> Served:
-    """Open the model with the checkpoint's adapter, and its encoder; raises ConfigError for another template."""
+    """Open and return the model (with the adapter of the checkpoint), tokenizer, encoder and generation settings.
+
+    Raises ConfigError if the template has changed since training; if --template_type is typed, only logs a warning.
+    """
     from transformers import set_seed
 
     from utils.infer.generation import generation_config
@@ -152,7 +158,7 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
 
 
 def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> None:
-    """Merge the adapter into its base model, as a folder next to the checkpoint."""
+    """Merge the adapter into its base model, and write the merged model to a folder next to the checkpoint."""
     from utils.export.merge import merge_checkpoint
     from utils.infer.generation import served_config
 
@@ -165,7 +171,7 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> None
 
 
 def apply_settings(done: Ready[InferArguments], trained: Trained | None, served: Served) -> None:
-    """Give the model its generation settings; --save_generation_config also writes them to the checkpoint."""
+    """Set the model's generation settings. With --save_generation_config, also write them to the checkpoint."""
     served.model.generation_config = served.config
     if done.args.save_generation_config and trained is not None and dist.is_main():
         served.config.save_pretrained(trained.checkpoint)
@@ -179,7 +185,7 @@ def chat(done: Ready[InferArguments], served: Served) -> None:
 
 
 def answer(done: Ready[InferArguments], served: Served, rows: Sequence[Row]) -> None:
-    """Answer the rows, show and write the answers with their scores."""
+    """Answer the rows. The answers are printed, and written to a file with their scores."""
     from utils.infer.answers import answer_rows
 
     answer_rows(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune a model: parse, resolve, act. Every step below is one call into utils/."""
+"""Fine-tunes a model: parses the command line, resolves the arguments, trains. Each step is one call into utils/."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from utils.run.rows import keep_held_out, lock_of, rows_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a fine-tuning from its command line; returns the exit code."""
+    """Fine-tune a model as the command line says, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     parsed = parse(SftArguments, words, program='llm_sft.py', about='Fine-tune a large language model.')
     whole = repeat(parsed, words)
@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int:
-    """Train as resolved; returns the exit code. Arguments, files and data are checked before any heavy import."""
+    """Train with the resolved arguments, and return the exit code.
+
+    Arguments, files and data are checked before any slow import. With --check_dataset or --dry_run, nothing is trained.
+    """
     started = time.time()
     done = settle_sft(resolved)
     args = done.args

@@ -1,4 +1,7 @@
-"""The generated blocks of the pages: `python -m tools.docs --write` updates them, `--check` fails if one is stale."""
+"""Generates blocks of the documentation pages.
+
+`python -m tools.docs --write` updates the blocks. `python -m tools.docs --check` fails if a block is stale.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def _cell(text: str) -> str:
 
 
 def flag_table(cls: type, *, common: bool) -> str:
-    """Return a Markdown table of a program's flags: those that both programs share, or its own."""
+    """Return a Markdown table of a program's flags.
+
+    With `common`, the table lists the flags that both programs share. Otherwise, it lists the program's own flags.
+    """
     types = flag_types(cls)
     lines = ['| flag | takes | default | meaning |', '|---|---|---|---|']
     for f in dataclasses.fields(cls):
@@ -38,12 +44,15 @@ def flag_table(cls: type, *, common: bool) -> str:
     return '\n'.join(lines)
 
 
-# Native from the start, but also compared with logits of the original code.
+# Models that always had a native class in transformers, but that are also compared with logits of the original code.
 GOLDEN_NATIVE = frozenset({'ziya2-13b', 'ziya2-13b-chat', 'seqgpt-560m'})
 
 
 def proof(key: str, info: ModelInfo) -> str:
-    """Return what the tests prove about an entry, with small models of its class and its own chat template."""
+    """Return what the tests prove about a registry entry, as text.
+
+    The tests use small models of the entry's class, and the chat template of the entry.
+    """
     if info.family is not None or key in GOLDEN_NATIVE:
         return 'golden logits of the original code'
     known = info.template != AUTO or info.chat_template or info.embedded
@@ -51,7 +60,7 @@ def proof(key: str, info: ModelInfo) -> str:
 
 
 def native_class(info: ModelInfo) -> str:
-    """Return the name of the class that an entry is opened in."""
+    """Return the name of the model class that is used to open a registry entry."""
     return FAMILIES[info.family].model_class.rpartition(':')[2] if info.family else str(info.model_class)
 
 
@@ -80,12 +89,12 @@ def dataset_table() -> str:
 
 
 def template_names() -> str:
-    """Return the registered templates in one line."""
+    """Return the names of the registered templates, separated by commas."""
     return ', '.join(f'`{name}`' for name in TEMPLATE_MAPPING)
 
 
 def dataset_names() -> str:
-    """Return the registered data sets in one line."""
+    """Return the names of the registered data sets, separated by commas."""
     return ', '.join(f'`{name}`' for name in DATASET_MAPPING)
 
 
@@ -102,14 +111,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def pages() -> list[Path]:
-    """Return every page of the project, the READMEs first."""
+    """Return the paths of all documentation pages of the project. The READMEs are first."""
     readmes = [ROOT / name for name in READMES]
     others = [ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md', ROOT / 'scripts/README.md', ROOT / 'tests/README.md']
     return [*readmes, *others, *sorted((ROOT / 'docs').rglob('*.md'))]
 
 
 def render(text: str) -> str:
-    """Return a document with each `<!-- generated NAME -->` block updated; raises KeyError for an unknown name."""
+    """Return the text with each `<!-- generated NAME -->` block updated. Raises KeyError if a NAME is unknown."""
 
     def block(match: re.Match[str]) -> str:
         return f'<!-- generated {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->'
@@ -118,7 +127,7 @@ def render(text: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Update or check the pages; returns the exit code."""
+    """Update or check the pages, and return the exit code: 1 for a stale page, 2 for wrong arguments, else 0."""
     if argv not in (['--write'], ['--check']):
         print('usage: python -m tools.docs --write | --check', file=sys.stderr)
         return 2

@@ -1,4 +1,7 @@
-"""The summary at the end of the quick start: held-out questions before and after training, and what to run next."""
+"""Prints the summary at the end of the quick start.
+
+It compares the answers to held-out questions before and after training, and shows the commands to run next.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def _one_line(text: str) -> str:
 
 
 def table(before: list[bool], after: list[bool]) -> str:
-    """Return the share of held-out questions that each model answered with the right SQL."""
+    """Return a text table with the share of held-out questions that each model answered with the right SQL."""
     lines = [f'{"held-out questions":<24}{"right":>12}{"per cent":>12}']
     for name, right in (('base model', before), ('fine-tuned', after)):
         lines.append(f'{name:<24}{f"{sum(right)} of {len(right)}":>12}{100 * sum(right) / len(right):>11.1f}%')
@@ -33,7 +36,11 @@ def table(before: list[bool], after: list[bool]) -> str:
 
 
 def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: list[bool]) -> str:
-    """Return questions with the reference and both answers: two right ones and a wrong one, if there is one."""
+    """Return up to three questions with the reference and both answers, as text.
+
+    One of them is a question that the tuned model answered wrongly, if there is such a question. The other questions
+    were answered right.
+    """
     wrong = [i for i, ok in enumerate(right) if not ok]
     chosen = [i for i, ok in enumerate(right) if ok][: 3 - bool(wrong)] + wrong[:1]
     blocks = []
@@ -47,7 +54,7 @@ def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: l
 
 
 def main(folder: Path) -> int:
-    """Print the comparison of a quick-start folder; returns the exit code."""
+    """Print the summary of a quick-start folder, and return the exit code."""
     before = _read(folder / 'before.jsonl')
     after = _read(folder / 'after.jsonl')
     right_before = [_is_right(row) for row in before]

@@ -1,4 +1,7 @@
-"""The table in scripts/README.md: model, mode, hardware, effective batch and estimated memory of each script."""
+"""Generates the table in scripts/README.md.
+
+It has the model, mode, hardware, effective batch size and estimated memory of each script.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """An sft.sh, read without running it: its header, its flags, and how it is started."""
+    """The content of an sft.sh script: its header, its flags, and the processes and GPUs that it uses."""
 
     folder: Path
     header: str
@@ -28,7 +31,10 @@ class Script:
 
 
 def read_script(path: Path) -> Script:
-    """Return a script under scripts/; computes the expressions that divide a batch among processes."""
+    """Read a script under scripts/ without running it, and return its content.
+
+    Shell expressions that divide a batch among processes are replaced by their values.
+    """
     text = path.read_text(encoding='utf-8')
     processes = int(found[1]) if (found := re.search(r'NPROC_PER_NODE:-(\d+)', text)) else 1
     gpus = found[1].split(',') if (found := re.search(r'CUDA_VISIBLE_DEVICES:-([\d,]+)', text)) else []
@@ -40,7 +46,7 @@ def read_script(path: Path) -> Script:
 
 
 def _memory(done: Resolution[SftArguments], machine: Machine) -> str:
-    """Return the GiB of each device; on a GPU including what is not a tensor."""
+    """Return the estimated memory per device in GiB, as text. For a GPU, it includes memory that tensors do not use."""
     shape = known_shape(done.args.model_type)
     if shape is None or done.info is None:
         return 'unknown'
@@ -51,7 +57,7 @@ def _memory(done: Resolution[SftArguments], machine: Machine) -> str:
 
 
 def script_table() -> str:
-    """Return a Markdown table of every script under scripts/."""
+    """Return a Markdown table with one line for each sft.sh script under scripts/."""
     lines = ['| model | mode | hardware | effective batch | GiB per device, an estimate |', '|---|---|---|---|---|']
     for path in sorted((ROOT / 'scripts').glob('*/*/sft.sh')):
         script = read_script(path)

@@ -1,7 +1,6 @@
-"""The registries that users edit, and the rooms with all other code. docs/architecture.md describes the rooms."""
+"""The registries that users edit, and rooms (folders) for all other code. docs/architecture.md describes each room."""
 
 from pathlib import Path
 
-# The folder old_commands contains the module names of earlier commands, such as `python -m utils.push`. Such a command
-# prints its new name.
+# Commands of earlier versions, such as `python -m utils.push`, are found in this folder. They print their new name.
 __path__ = [*__path__, str(Path(__file__).parent / 'old_commands')]

@@ -1,4 +1,4 @@
-"""Rows of token ids to the tensors of one batch, padded or concatenated."""
+"""Makes the tensors of a batch from rows of token ids. The rows are padded or concatenated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ NOT_FOR_THE_MODEL = _PER_ROW | {'labels'}
 
 
 class Collator:
-    """Makes a batch of rows or of packs of rows: padded on the right to the longest row, or concatenated."""
+    """Makes a batch from rows or from packs of rows.
+
+    With `pads`, rows are padded on the right to the length of the longest row. Without it, they are concatenated.
+    """
 
     def __init__(self, pad_token_id: int, images: Images | None = None, *, pads: bool = True) -> None:
         self.pad_token_id = pad_token_id
@@ -29,9 +32,10 @@ class Collator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the tensors of one batch of B rows.
 
-        Every batch: row_lengths, prompt_lengths and rows (the indices of the rows), each (B,).
-        Padded: input_ids, labels and attention_mask, each (B, T), and the model's inputs for images.
-        Concatenated: input_ids, labels and position_ids, each (1, sum of T); position_ids start at 0 for each row.
+        Every batch contains row_lengths, prompt_lengths and rows (the indices of the rows), each (B,).
+        A padded batch also contains input_ids, labels and attention_mask, each (B, T), and the model's image inputs.
+        A concatenated batch also contains input_ids, labels and position_ids, each (1, sum of T). The position_ids of
+        each row start at 0.
 
         row_lengths is the first key, because the trainer takes the number of rows from the first tensor.
         """
@@ -68,9 +72,10 @@ class Collator:
 
 
 def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[str, torch.Tensor]]:
-    """Return the rows of concatenated batches in fewer batches of at most `capacity` tokens, where they fit in fewer.
+    """Move the rows of concatenated batches into fewer batches of at most `capacity` tokens, and return the batches.
 
-    The number of batches stays the same: those that are no longer needed come first, as empty dictionaries.
+    The list keeps its length: an empty dictionary replaces each batch that is no longer needed, at the start of the
+    list. If fewer batches are not enough, the batches are returned unchanged.
     """
     lengths = [length for batch in batches for length in batch['row_lengths'].tolist()]
     packs = pack_evenly(lengths, capacity)
@@ -84,7 +89,7 @@ def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[s
 
 
 def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, torch.Tensor]:
-    """Return some rows of a text batch in the same layout; padded rows are cut to the longest of them."""
+    """Return these rows of a text batch, in the same layout. Padded rows are cut to the length of the longest row."""
     if 'attention_mask' not in batch:
         rows = _split_concatenated(batch)
         return _concatenate([rows[index] for index in indices])
@@ -95,7 +100,7 @@ def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, t
 
 
 def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
-    """Return one tensor of a batch as one tensor per row, without padding."""
+    """Split the tensor `name` of a batch, and return a list with one tensor per row, without padding."""
     lengths = batch['row_lengths'].tolist()
     if 'attention_mask' not in batch:
         return list(batch[name][0].split(lengths))
@@ -103,14 +108,17 @@ def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
 
 
 def _split_concatenated(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Return the rows of a concatenated batch, each with the keys of the batch: (1,) per row, else (row length,)."""
+    """Return the rows of a concatenated batch, each as a dictionary with the keys of the batch.
+
+    Tensors with one value per row get the shape (1,), all other tensors the shape (row length,).
+    """
     lengths = batch['row_lengths'].tolist()
     parts = {name: x.split(1) if name in _PER_ROW else x[0].split(lengths) for name, x in batch.items()}
     return [{name: part[index] for name, part in parts.items()} for index in range(len(lengths))]
 
 
 def _concatenate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return one concatenated batch of rows from `_split_concatenated`."""
+    """Return one concatenated batch, made from rows that `_split_concatenated` returned."""
     import torch
 
     joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -1,4 +1,7 @@
-"""Rows to token ids in batches, stored in flat files; every row that is skipped or altered is counted and named."""
+"""Encodes rows to token ids, in batches, and stores the ids in flat files.
+
+Every row that is skipped or altered is counted by reason, and the locations of the first such rows are kept.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,22 @@ if TYPE_CHECKING:
     from utils.data.stream import TrainingStream
 
 BATCH_ROWS = 1024
-# Batches that are encoded at the same time: the tokenizer runs without Python's lock, so that the template can render
+# Number of batches that are encoded at the same time. The tokenizer releases Python's lock, so the template can render
 # the next batch in the meantime.
 _THREADS = 2
 _REPORT = 'report.json'
-# The code that decides which ids a row gets, as globs in utils/.
+# The source files that decide which ids a row gets, as globs relative to utils/.
 _DECIDES_IDS = ('preprocess.py', 'formats/*.py', 'encode/*.py', 'data/*.py', 'loading/image_processors.py')
-# Rows with their uses.
+# (use, row) for each row of a batch.
 _Batch = list[tuple[int, Row]]
 T = TypeVar('T')
 
 
 class EncodedAgain:
-    """Encodes a row again with other data in it. The account needs this where the text alone does not show its use."""
+    """Encodes a row again with some of its data changed.
+
+    The account needs this if the text alone does not show how the data is used.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -56,14 +62,17 @@ class EncodedAgain:
         return self.encoder.text.printed + (self.encoder.system or '')
 
     def convert(self, written: Mapping[str, Any]) -> Row:
-        """Return the row in these columns; raises BadRow where there is none."""
+        """Convert these columns to a row, and return the row. Raises BadRow if the columns cannot be converted."""
         converter = find_converter(written)
         if converter is None:
             raise BadRow('unknown columns')
         return check_row(converter(written))
 
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
-        """Return the row encoded with these columns instead of its own; None where that row could not be trained."""
+        """Encode the row with these columns instead of its own columns.
+
+        Returns None if the row with these columns cannot be trained on.
+        """
         try:
             other = dataclasses.replace(self.convert(written), origin=row.origin, folder=row.folder)
             return self.encoder.encode([other])[0]
@@ -77,9 +86,10 @@ def encode_batch(
     report: EncodingReport,
     result: Callable[[], list[Encoded]] | None = None,
 ) -> Iterator[tuple[Row, Encoded]]:
-    """Yield each row that can be trained with its ids; rows that are skipped or noted are added to the report.
+    """Yield (row, encoded row) for each row that can be trained on.
 
-    `result` returns the ids of these rows, or raises their error, where another thread already encodes them.
+    Skipped rows and rows with notes are added to the report. If a different thread already encodes these rows, `result`
+    waits for the encoded rows and returns them, or raises the error of that thread.
     """
     try:
         encoded = result() if result else encoder.encode(rows)
@@ -90,7 +100,7 @@ def encode_batch(
             report.account.skip(rows[0].written, LEFT_OUT)
             return
 
-        # The error does not say which row of the batch was refused: halve the batch until it is alone.
+        # The error does not say which row of the batch was refused: halve the batch until that row is alone.
         middle = len(rows) // 2
         for half in (rows[:middle], rows[middle:]):
             yield from encode_batch(encoder, half, report)
@@ -108,7 +118,7 @@ def encode_batch(
 
 
 def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
-    """Raise ConfigError where a row holds an id that the model does not embed."""
+    """Raise ConfigError if a row contains an id that is not in the model's embedding."""
     if encoder.embedding is None:
         return
 
@@ -122,7 +132,10 @@ def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
-    """Return the encoded rows and the rows they came from; rows that are skipped or noted are added to the report."""
+    """Return the encoded rows, and the list of the rows that were encoded.
+
+    Skipped rows and rows with notes are added to the report.
+    """
     encoded = EncodedRows()
     kept_rows = []
     again = EncodedAgain(encoder)
@@ -136,14 +149,17 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -
 
 
 def batches(rows: Iterable[T], size: int = BATCH_ROWS) -> Iterator[list[T]]:
-    """Yield the items in lists of `size`; the last list may be shorter."""
+    """Yield the items in lists of `size` items. The last list may be shorter."""
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, Callable[[], list[Encoded]]]]:
-    """Yield each batch with a function that waits for its ids; threads encode the next batches in the meantime."""
+    """Yield each batch with a function that waits for the encoded rows and returns them.
+
+    Meanwhile, threads encode the next batches.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
         submitted: deque[tuple[_Batch, Callable[[], list[Encoded]]]] = deque()
         for batch in batches:
@@ -156,7 +172,7 @@ def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple
 
 
 def _used_rows(plan: Plan, account: Account) -> Iterator[tuple[int, Row]]:
-    """Yield the rows that are trained or validated on, each with its use; the others are added to the account."""
+    """Yield (use, row) for each training or validation row. All other rows are marked as skipped in the account."""
     for use, (_, raw, row) in plan.used():
         if isinstance(row, BadRow):
             account.skip(raw, LEFT_OUT)
@@ -167,7 +183,10 @@ def _used_rows(plan: Plan, account: Account) -> Iterator[tuple[int, Row]]:
 
 
 def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
-    """Encode the rows of a plan, a batch at a time, and write them and the report into a folder."""
+    """Encode the rows of a plan in batches, and write the encoded rows and the report to a folder.
+
+    Raises ConfigError if no training row is left.
+    """
     report = EncodingReport()
     again = EncodedAgain(encoder)
     files = {TRAIN: ('train', EncodedRows()), VAL: ('val', EncodedRows())}
@@ -188,7 +207,10 @@ def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
 
 
 def _key(encoder: Encoder, plan: Plan) -> str:
-    """Return a hash of everything that decides the ids: rows, uses, tokenizer, template, flags, code and libraries."""
+    """Return a hash of everything that decides the ids.
+
+    The hash covers the rows and their uses, the tokenizer, the template, the flags, the code and the library versions.
+    """
     digest = hashlib.sha256(plan.digest.encode())
     digest.update(json.dumps(encoder.identity(), sort_keys=True).encode())
 
@@ -210,22 +232,23 @@ def _key(encoder: Encoder, plan: Plan) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """The rows that a run trains and validates on, and what run.json says about them."""
+    """The training and validation rows of a run, and the facts about them for run.json."""
 
     train: EncodedRows | TrainingStream
     val: EncodedRows
     summary: dict[str, Any]
-    # (rows rendered with the template's thinking switch, all rows); for a stream both are of its first rows.
+    # (number of rows rendered with the template's thinking switch, number of all rows). For a stream, only its first
+    # rows are counted.
     switched: tuple[int, int] = (0, 0)
-    # Returns what is known only after training: the counts of a stream.
+    # Returns the facts that are known only after training: the counts of a stream.
     at_end: Callable[[], dict[str, Any]] = dict
 
     def final(self) -> dict[str, Any]:
-        """Return everything that run.json says, after training. Every process must call it."""
+        """Return all facts about the rows for run.json, after training. Every process must call this method."""
         return {**self.summary, **self.at_end()}
 
     def spread(self, count: int) -> list[dict[str, Any]]:
-        """Return up to `count` training rows at equal distances, or the first rows of a stream."""
+        """Return up to `count` training rows at equal distances. For a stream, return its first `count` rows."""
         if not isinstance(self.train, EncodedRows):
             return self.train.first(count)
         count = min(count, len(self.train))
@@ -233,7 +256,10 @@ class PreparedData:
 
 
 def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows, EncodingReport]:
-    """Return the encoded training and validation rows, from the cache if possible, and what happened to the rows."""
+    """Return the encoded training rows, the encoded validation rows, and the encoding report.
+
+    If the cache has the encoded rows, they are read from the cache.
+    """
     name = f'data-{_key(encoder, plan)[:40]}'
     with dist.local_main_first():
         folder = cached_folder(name, lambda unfinished: encode_to_files(encoder, plan, unfinished))
@@ -251,7 +277,10 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
 
 
 def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
-    """Return the encoded rows of a run; logs what happened to the rows, and shows `samples` of them (sample.txt)."""
+    """Return the encoded rows of a run.
+
+    Logs how many rows were skipped or noted and why, and shows the first `samples` training rows (sample.txt).
+    """
     train, val, report = encode_plan(encoder, plan)
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
     log_report(report, statistics)

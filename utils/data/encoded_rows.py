@@ -1,4 +1,4 @@
-"""Encoded rows in flat arrays, in memory or mapped from files, and what every training set offers."""
+"""Encoded rows in flat arrays, in memory or mapped from files, and the methods that every training set has."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from utils.encode.encoded import Encoded
 
-# Arrays of varying length per row, concatenated over all rows: 32-bit ids and span limits, and texts as bytes.
-# `<name>_ends` holds the position where each row ends.
+# Arrays whose length varies from row to row. Each is concatenated over all rows: 32-bit ids and span limits, and texts
+# as bytes. `<name>_ends` stores the position at which each row ends.
 _RAGGED = {'ids': 'i', 'spans': 'i', 'images': 'B', 'origins': 'B'}
 _ARRAYS = {**_RAGGED, **{f'{name}_ends': 'q' for name in _RAGGED}, 'prompt_lengths': 'i'}
 
@@ -23,16 +23,16 @@ class TrainRows(Protocol):
     """A training set: EncodedRows, PackedRows, Filled or TrainingStream. An item is a row, or a pack of rows."""
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each item, or what is known of them for a stream."""
+        """Return the number of tokens of each item. A stream returns only the lengths that it knows."""
 
     def origin(self, index: int) -> str:
         """Return where a row came from: file and line, or data set and row number."""
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row whose `row` is this index."""
+        """Return the row whose `row` field equals `index`."""
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of `count` items that need the most memory."""
+        """Return one or more batches of `count` items: the batches that need the most memory."""
 
 
 class IndexedRows(TrainRows, Protocol):
@@ -46,7 +46,8 @@ class IndexedRows(TrainRows, Protocol):
 class EncodedRows:
     """Rows of token ids in flat arrays: a torch map-style data set.
 
-    A row has one or more spans that carry loss; the last span is that of its last reply.
+    A row has one or more spans that carry loss. The last span is the last reply of the row. `order`, if given, lists
+    indices into the arrays in the order in which the rows are returned.
     """
 
     def __init__(self, arrays: dict[str, Any] | None = None, order: Any = None) -> None:
@@ -56,7 +57,7 @@ class EncodedRows:
 
     @classmethod
     def map(cls, folder: Path, name: str) -> EncodedRows:
-        """Return the rows that were spilled to a folder under this name, mapped instead of read into memory."""
+        """Memory-map the rows that were spilled to `folder` under `name`, and return them."""
         arrays: dict[str, Any] = {}
         for kind, code in _ARRAYS.items():
             file = folder / f'{name}.{kind}'
@@ -72,7 +73,7 @@ class EncodedRows:
         return self.arrays['ids']
 
     def append(self, row: Encoded, origin: str = '') -> None:
-        """Add one row and where it came from."""
+        """Add one row. `origin` says where the row came from."""
         self._add('ids', row.input_ids)
         self._add('spans', (limit for span in (*row.earlier, row.trained) for limit in span))
         self._add('images', json.dumps(row.images).encode() if row.images else b'')
@@ -84,7 +85,7 @@ class EncodedRows:
         self.arrays[f'{kind}_ends'].append(self._spilled[kind] + len(self.arrays[kind]))
 
     def spill(self, folder: Path, name: str) -> None:
-        """Append the rows in memory to the files of this name, and remove them from memory."""
+        """Append the rows in memory to the files of this name in `folder`, and remove the rows from memory."""
         for kind in _RAGGED:
             self._spilled[kind] += len(self.arrays[kind])
         for kind, values in self.arrays.items():
@@ -96,7 +97,7 @@ class EncodedRows:
         return len(self.arrays['prompt_lengths'])
 
     def _stored_index(self, index: int) -> int:
-        """Return the index of a row in the arrays, which `order` may rearrange."""
+        """Return the index of a row in the arrays. It differs from `index` if `order` is set."""
         position = range(len(self))[index]
         return position if self.order is None else int(self.order[position])
 
@@ -106,7 +107,7 @@ class EncodedRows:
         return self.arrays[kind][start : int(ends[stored])]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row in the form of Encoded.as_item, with its index as `row`."""
+        """Return one row as Encoded.as_item returns it, with its index added under the key `row`."""
         stored = self._stored_index(index)
         limits = self._slice('spans', stored).tolist()
         spans = list(zip(limits[::2], limits[1::2], strict=True))
@@ -132,7 +133,7 @@ class EncodedRows:
         return values if self.order is None else values[self.order]
 
     def sizes(self) -> Any:
-        """Return the number of tokens of each row, an int32 array (rows,)."""
+        """Return the number of tokens of each row as an int32 array of shape (rows,)."""
         return self._ordered(np.diff(np.asarray(self.arrays['ids_ends']), prepend=0).astype(np.int32))
 
     def lengths(self) -> list[int]:
@@ -144,12 +145,19 @@ class EncodedRows:
         return int(self._trained_by_span().sum(dtype=np.int64))
 
     def _trained_by_span(self) -> Any:
-        """Return the number of tokens with loss in each span. The first token of a row is never predicted."""
+        """Return the number of tokens that carry loss in each span.
+
+        The first token of a row is not counted, because it is never predicted.
+        """
         limits = np.asarray(self.arrays['spans'])
         return np.maximum(limits[1::2] - np.maximum(limits[::2], 1), 0)
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of `count` rows that need the most memory: the longest rows, and those with most loss."""
+        """Return the batches of `count` rows that need the most memory.
+
+        The first batch has the longest rows. If the rows with the most tokens that carry loss are different rows, they
+        are a second batch.
+        """
         ends = np.asarray(self.arrays['spans_ends'])
         first_spans = np.concatenate([[0], ends[:-1] // 2]).astype(np.int64)
         trained = self._ordered(np.add.reduceat(self._trained_by_span(), first_spans)) if len(self) else []
@@ -168,9 +176,10 @@ class EncodedRows:
 
 
 class Filled(Sequence[dict[str, Any]]):
-    """A map-style data set, filled with rows without loss until its length is a multiple of `share`.
+    """A map-style data set with fillers at the end, so that its length is a multiple of `share`.
 
-    Without these rows a distributed sampler repeats its first rows, which would then be trained twice in an epoch.
+    A filler is a row without loss. Without fillers, a distributed sampler repeats its first rows, and these rows would
+    be trained twice in an epoch.
     """
 
     def __init__(self, rows: IndexedRows, share: int, pad_token_id: int) -> None:
@@ -187,24 +196,28 @@ class Filled(Sequence[dict[str, Any]]):
         return [*self.rows.lengths(), *[1] * (self.size - len(self.rows))]
 
     def origin(self, index: int) -> str:
-        """Return where a row came from; a filler has the index -1."""
+        """Return where the row with this index came from. Return 'filler' for the index -1."""
         return 'filler' if index < 0 else self.rows.origin(index)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row with this index; a filler has the index -1."""
+        """Return the row with this index. Return the filler for the index -1."""
         return self.filler if index < 0 else dict(self.rows.row(index))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of `count` items that need the most memory; none of them is a filler."""
+        """Return the batches of `count` items that need the most memory. They contain no fillers."""
         return self.rows.heaviest(count)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return an item, or the filler after the last one."""
+        """Return the item with this index. Return the filler if the index is after the last item."""
         return self.rows[index] if index < len(self.rows) else self.filler
 
 
 def length_statistics(rows: EncodedRows) -> dict[str, float]:
-    """Return tokens per row (min, median, mean, p95, max), tokens in total, and the share of them with loss."""
+    """Return statistics of the rows for run.json.
+
+    These are the number of rows, the tokens per row (min, median, mean, p95, max), the total number of tokens, and the
+    share of tokens that carry loss.
+    """
     sizes = np.sort(rows.sizes())
     if not len(sizes):
         return {'rows': 0}

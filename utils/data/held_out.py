@@ -1,4 +1,4 @@
-"""The held-out rows of a run, kept so that they can be read again without planning the whole training set."""
+"""Stores which rows a run held out, so that they can be read again without reading the whole training set."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from utils.formats.conversation import Row
 
 
 def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return, for each part, the positions of its held-out rows among all its rows, and a hash of its files.
+    """Return, for each part, a hash of its files and the positions of its held-out rows among all its rows.
 
-    The hash is None where it would not cover all that a row depends on: not a local file, or rows with images.
+    The hash is None if the part has no local files or has images, because the rows then depend on data that the hash
+    does not cover.
     """
     return {
         part.name: {
@@ -28,7 +29,7 @@ def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _positions(part: Part) -> Iterator[int]:
-    # For each unusable row: how many usable rows come before it.
+    # For each unusable row, the number of usable rows before it.
     usable_before = [position - index for index, position in enumerate(part.unusable)]
     index = part.uses.find(VAL)
     while index >= 0:
@@ -37,7 +38,7 @@ def _positions(part: Part) -> Iterator[int]:
 
 
 def files_sha256(part: Part) -> str:
-    """Return a hash of the names and the bytes of a part's files."""
+    """Return a hash over the names and the content of a part's files."""
     digest = hashlib.sha256()
     for file, _ in part.files:
         digest.update(f'{file}\n'.encode())
@@ -47,7 +48,10 @@ def files_sha256(part: Part) -> str:
 
 
 def read_held_out(kept: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> list[Row] | None:
-    """Return the held-out rows of the data sets that `words` name; None where their files are not those of the run."""
+    """Return the held-out rows of the data sets that `words` name.
+
+    Returns None if the data sets or their files are not the same as in the run.
+    """
     found: list[Row] = []
     sources = [parse_source(word) for word in words]
     if [source.name for source in sources] != list(kept):
@@ -63,6 +67,6 @@ def read_held_out(kept: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -
         rows = read_rows_at(part.files, frozenset(entry['rows']))
         usable = [row for row in rows if isinstance(row, Row)]
         if len(usable) != len(entry['rows']):
-            return None  # another version of this toolkit accepts other rows
+            return None  # a different version of this toolkit wrote the positions, and it accepted different rows
         found += usable
     return found

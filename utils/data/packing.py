@@ -1,4 +1,4 @@
-"""Which rows share a batch: packs that fill max_length, and the order of rows within an optimizer step."""
+"""Decides which rows share a batch: makes packs that fill max_length, and orders the rows of an optimizer step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from utils.data.encoded_rows import EncodedRows
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return packs of row indices with at most `capacity` tokens each, by best-fit decreasing.
 
-    The rows are placed from the longest to the shortest, each in the pack with the least room that still holds it.
-    A row longer than `capacity` is a pack on its own.
+    The rows are packed from the longest to the shortest. Each row goes into the fullest pack in which it still fits.
+    A row longer than `capacity` gets a pack for itself.
     """
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens that still fit, pack), sorted
@@ -35,7 +35,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return as many packs of row indices as `best_fit` needs, with similar token counts where `capacity` allows."""
+    """Return as many packs of row indices as `best_fit` needs, with similar numbers of tokens.
+
+    If such packs would exceed `capacity`, return the packs of `best_fit`.
+    """
     packs = best_fit(lengths, capacity)
     even: list[list[int]] = [[] for _ in packs]
     loads = [(0, number) for number in range(len(packs))]
@@ -57,7 +60,7 @@ class PackedRows:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one pack: {'rows': its rows as EncodedRows returns them}."""
+        """Return one pack: a dictionary whose key `rows` has the list of rows, as EncodedRows returns them."""
         return {'rows': [self.rows[i] for i in self.packs[index]]}
 
     def lengths(self) -> list[int]:
@@ -66,11 +69,11 @@ class PackedRows:
         return [sum(lengths[i] for i in pack) for pack in self.packs]
 
     def origin(self, index: int) -> str:
-        """Return where a row, not a pack, came from."""
+        """Return where the row with this index came from. The index is of a row, not of a pack."""
         return self.rows.origin(index)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row, not the pack, with this index."""
+        """Return the row with this index. The index is of a row, not of a pack."""
         return self.rows[index]
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
@@ -81,10 +84,10 @@ class PackedRows:
 
 
 class StepSampler(Sampler[int]):
-    """Rearranges the order of another sampler within each optimizer step; every step keeps its rows.
+    """Reorders the rows of a sampler within each optimizer step. Each step keeps the same rows.
 
-    Padded batches get rows of similar length, so that they hold little padding. Concatenated batches get similar
-    numbers of tokens, so that none of them needs more memory, or more time on its device, than the others.
+    Padded batches get rows of similar length, so that they contain little padding. Concatenated batches get similar
+    numbers of tokens, so that all batches need similar memory and time.
     """
 
     def __init__(self, order: Any, lengths: Sequence[int], *, batch: int, batches: int, pads: bool) -> None:
@@ -108,11 +111,14 @@ class StepSampler(Sampler[int]):
                 yield from self._balanced(rows)
 
     def _balanced(self, rows: list[int]) -> list[int]:
-        """Return sorted rows dealt to the batches in snake order: the batch with the longest row gets the shortest."""
+        """Distribute the sorted rows over the batches, and return the rows of all batches in one list.
+
+        The rows are dealt in snake order: every second turn goes through the batches backwards.
+        """
         turns = [rows[i : i + self.batches] for i in range(0, len(rows), self.batches)]
         dealt = [turn[:: -1 if number % 2 else 1] for number, turn in enumerate(turns)]
         return [row for batch in zip(*dealt, strict=True) for row in batch]
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which decides the order together with the seed."""
+        """Set the epoch. The epoch and the seed decide the order."""
         self.order.set_epoch(epoch)

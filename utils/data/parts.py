@@ -1,7 +1,7 @@
-"""The rows of data sets, read in two passes: the first counts them and marks their use, the second encodes them.
+"""Reads the rows of data sets in two passes: the first counts the rows and marks their use, the second encodes them.
 
-A use takes one byte per row, so that rows can be drawn from the whole set. The rows themselves are never held in
-memory: data may be larger than memory.
+Only the use of each row is kept in memory, as one byte. So rows can be drawn from the whole set even if the data is
+larger than memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from utils.formats.images import state_of_images
 
 # The use of a row.
 UNUSED, TRAIN, VAL = range(3)
-# Columns of other tools with the meaning of query and response.
+# Column names that other tools use for query and response.
 _OTHER_NAMES = (
     ('prompt', 'completion'),
     ('prompt', 'response'),
@@ -45,19 +45,22 @@ _OTHER_NAMES = (
     ('question', 'response'),
 )
 
-# (location, columns, the conversation in them or what is wrong with it)
+# (location, columns, the conversation in the columns or the problem with it)
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 
 
 def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield each row of a registered data set with its location, or the reason why its entry drops the row."""
+    """Yield (location, row) for each row of a registered data set.
+
+    If the entry of the data set drops a row, a BadRow with the reason is yielded instead of the row.
+    """
     if isinstance(rows, RowStream):
         located = rows.with_locations()
     else:
         located = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
 
     for location, row in located:
-        # Only text, numbers, lists and objects can reach a conversation. The type of any other value is enough here.
+        # Only text, numbers, lists and objects can reach a conversation. For all other values the type is enough.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
         yield location, row
 
@@ -65,7 +68,10 @@ def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[
 def _converted(
     located: Iterable[tuple[str, dict[str, Any] | BadRow]], name: str, *, folder: str | None = None
 ) -> Iterator[ReadRow]:
-    """Yield the rows as conversations; the columns of the first row decide how all rows are converted."""
+    """Convert the rows to conversations, and yield a ReadRow for each row.
+
+    The columns of the first row decide which converter is used for all rows.
+    """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
     for location, raw in located:
@@ -97,7 +103,7 @@ def _converted(
 
 
 def _unknown_columns(name: str, columns: Sequence[str]) -> str:
-    """Return the problem that no converter reads these columns, with the remedy that fits them best."""
+    """Return the error message for columns that no converter supports, with the best-fitting remedy."""
     problem = f'unknown columns {", ".join(columns)}. '
     if find_converter([column.strip().lower() for column in columns]):
         return f'{problem}Write their names in lower case and without blanks.'
@@ -118,7 +124,7 @@ def _unknown_columns(name: str, columns: Sequence[str]) -> str:
 
 
 def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
-    """Return what is wrong with a row that the converter of the first row cannot read."""
+    """Return a BadRow that says why the converter of the first row cannot read this row."""
     needed = needed_columns(converter)
     if needed <= set(raw):
         others = ', '.join(sorted(set(raw) - first))
@@ -129,28 +135,29 @@ def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str
 
 @dataclass(kw_only=True)
 class Part:
-    """A part of a data set that can be read several times, and the use of each of its rows that can be trained on."""
+    """A part of a data set that can be read several times. `uses` has the use of each row that can be trained on."""
 
     name: str
-    # Reads the rows from the start, and updates a hash object with what it reads.
+    # Reads the rows from the start, and updates the given hash object with the content that it reads.
     read: Callable[[Any], Iterator[ReadRow]]
     is_val: bool = False
-    # The hub, id and revision that it was downloaded from; empty for files.
+    # The hub, id and revision of the download. Empty for files.
     served: str = ''
     uses: bytearray = field(default_factory=bytearray)
-    # The local files of the part, each as it was when the part was opened; none of a registered data set.
+    # The local files of the part, each with its signature when the part was opened. Empty for a registered data set.
     files: Sequence[tuple[Path, Signature]] = ()
     has_images: bool = False
     # Positions, among all rows read, of the rows that cannot be trained on.
     unusable: array[int] = field(default_factory=lambda: array('Q'))
-    # Hash of what the first pass read.
+    # Hash of the content that the first pass read.
     content: str = ''
-    # Replies before the last one that are not marked to carry loss, and the number of rows with such a reply.
+    # The number of replies before the last reply that are not marked to carry loss.
     earlier_replies: int = 0
+    # The number of rows with such a reply.
     rows_with_earlier: int = 0
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
-        """Read the part once and mark every row that can be trained on. Updates the tallies and the hash."""
+        """Read the part once, and set the use of every row that can be trained on. Updates the tallies and the hash."""
         use = VAL if self.is_val else TRAIN
         content = hashlib.sha256()
         for position, (location, _, row) in enumerate(self.read(content)):
@@ -173,7 +180,10 @@ class Part:
         digest.update(content.digest())
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield every row with the use that `count` gave it; raises ConfigError where their number has changed."""
+        """Yield (use, ReadRow) for every row, with the use that `count` set. The use of a BadRow is UNUSED.
+
+        Raises ConfigError if the number of rows has changed since `count` read them.
+        """
         position = 0
         for read in self.read(hashlib.sha256()):
             _, _, row = read
@@ -194,7 +204,7 @@ class Part:
 
 
 def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
-    """Return the parts of a data set: one that the run splits, or its training and its validation part."""
+    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits."""
     if source.path is None:
         entry = DATASET_MAPPING[source.name]
         served = ''
@@ -222,7 +232,10 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
 
 
 def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
-    """Return the rows at these positions among all rows of the files; only they are converted and checked."""
+    """Return the rows at these positions among all rows of the files.
+
+    Only these rows and the first row of each file are converted and checked.
+    """
     found: list[Row | BadRow] = []
     start = 0
     for file, known in files:
@@ -230,7 +243,7 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
         placed: list[tuple[str, dict[str, Any] | BadRow]] = []
         count = 0
         for place, raw in read_rows(file, known=known):
-            # The first row of a file tells how all of its rows are converted.
+            # The first row of a file is always kept: it decides how all rows of the file are converted.
             if count == 0 or start + count in positions:
                 placed.append((place, raw))
             count += 1
@@ -242,7 +255,7 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
 
 
 def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
-    """Return a part of a registered data set; `half` is 0 for training, 1 for validation."""
+    """Return a part of a registered data set. `half` is 0 for the training part, 1 for the validation part."""
     shown = f'{name} (validation)' if half else name
 
     def read(digest: Any) -> Iterator[ReadRow]:
@@ -260,7 +273,7 @@ Streams = list[list[Part]]
 
 
 def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
-    """Return the parts of each data set to stream; raises ConfigError where the first row of a part cannot be read."""
+    """Return the parts of each data set to stream. Raises ConfigError if the first row of a part cannot be read."""
     sources = [open_parts(parse_source(word), hub=hub) for word in words]
     for part in itertools.chain.from_iterable(sources):
         next(part.read(hashlib.sha256()), None)
@@ -268,7 +281,10 @@ def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
 
 
 def first_rows(sources: Streams, count: int) -> list[Row]:
-    """Return the first `count` rows of each data set, of its validation part if it has one. A stream holds them out."""
+    """Return the rows that a stream holds out: the first `count` rows of each data set.
+
+    If a data set has a validation part, they are the first rows of the validation part.
+    """
     found: list[Row] = []
     for parts in sources:
         readable = (row for _, _, row in parts[-1].read(hashlib.sha256()) if isinstance(row, Row))
@@ -277,5 +293,5 @@ def first_rows(sources: Streams, count: int) -> list[Row]:
 
 
 def row_notes(row: Row) -> list[str]:
-    """Return the remarks that are counted for a row that is used: its own, and each column that is not used."""
+    """Return the remarks on a row that is used: the notes of the row, and one remark for each column that is unused."""
     return [*row.notes, *(f'{name} is not used' for name in row.unused)]

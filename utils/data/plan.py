@@ -1,4 +1,4 @@
-"""Which rows a run trains on, and which it validates on."""
+"""Decides which rows a run trains on, and which rows it validates on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from utils.formats.data_file import OnBad, refuse
 
 
 def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
-    """Draw up to `count` of the rows with this use, and set the uses of the drawn rows and of the rest."""
+    """Draw up to `count` of the rows whose use is `use`.
+
+    The use of the drawn rows is set to `drawn`, the use of the rest to `rest`.
+    """
     total = sum(part.uses.count(use) for part in parts)
     chosen = bytearray(total)
     for index in random.Random(seed).sample(range(total), min(count, total)):
@@ -36,16 +39,16 @@ def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int,
 
 
 def served_by(parts: Iterable[Part]) -> dict[str, str]:
-    """Return the hub, id and revision of each data set that came from a hub, by the name of the data set."""
+    """Return a dictionary with the hub, id and revision of each data set that came from a hub. The keys are names."""
     return {part.name: part.served for part in parts if part.served and not part.is_val}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which rows a run uses.
+    """Says which rows a run uses.
 
-    `left_out` counts the rows that cannot be trained on, `noted` the remarks on all others. `drawn` holds the decisions
-    not to use rows of a larger set. `digest` is a hash of everything that was read and of the uses.
+    `left_out` counts the rows that cannot be trained on. `noted` counts the remarks on all other rows. `drawn` has a
+    line for each decision to use only some rows of a larger set. `digest` is a hash of all rows and their uses.
     """
 
     parts: list[Part]
@@ -55,7 +58,7 @@ class Plan:
     digest: str
 
     def decisions(self, loss_scope: LossScope) -> list[str]:
-        """Return the decisions by which rows are not used and replies carry no loss."""
+        """Return the decisions that exclude rows, or exclude replies from the loss."""
         replies = sum(part.earlier_replies for part in self.parts)
         rows = sum(part.rows_with_earlier for part in self.parts)
         if loss_scope != 'last_round' or not replies:
@@ -67,18 +70,18 @@ class Plan:
         ]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield every row that was read, with its use."""
+        """Yield (use, ReadRow) for every row of all parts."""
         for part in self.parts:
             yield from part.used()
 
     def rows(self, *wanted: int) -> Iterator[tuple[int, Row]]:
-        """Yield the rows of the wanted uses in the order of the data, each with its use."""
+        """Yield (use, row) for each row whose use is in `wanted`, in the order of the data."""
         for use, (_, _, row) in self.used():
             if use in wanted and isinstance(row, Row):
                 yield use, row
 
     def lock(self) -> dict[str, dict[str, Any]]:
-        """Return the number of used rows of each part, and a hash of its content and uses, for lock.json."""
+        """Return, for lock.json, the number of used rows of each part and a hash of its content and uses."""
         return {
             part.name: {
                 'rows': len(part.uses) - part.uses.count(UNUSED),
@@ -89,7 +92,10 @@ class Plan:
 
 
 def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
-    """Return up to `count` rows of one use: the first rows of each part, in equal shares. A stream ignores `use`."""
+    """Return up to `count` rows whose use is `use`: the first rows of each part, in equal shares.
+
+    For streams, `use` is ignored.
+    """
     if not isinstance(rows, Plan):
         return first_rows(rows, -(-count // len(rows)))[:count]
 
@@ -103,7 +109,7 @@ def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
 
 
 def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
-    """Return the decision that some of the available rows are not used; [] where all are used."""
+    """Return a list with the decision that some available rows are not used. Returns [] if all rows are used."""
     if sample >= available:
         return []
     return [f'rows = {sample} of {available} {what} because {why}: {available - sample} rows are not used']
@@ -118,11 +124,11 @@ def plan_rows(
     hub: HubName = 'modelscope',
     bad: OnBad = refuse,
 ) -> Plan:
-    """Return which rows of all data sets are used.
+    """Read all data sets once, and return the plan that says which rows are used.
 
-    Each data set is sampled (name#count) and split into training and validation. Then up to `train_sample` training
-    rows are drawn from all of them together, and up to max(1, train_sample * test_ratio) validation rows. Raises
-    ConfigError where data cannot be read or no training row is left.
+    First, rows are drawn from each data set (name#count), and the data set is split into training and validation rows.
+    Then up to `train_sample` training rows and up to max(1, train_sample * test_ratio) validation rows are drawn from
+    all data sets together. Raises ConfigError if data cannot be read or no training row is left.
     """
     parts: list[Part] = []
     left_out = Tally()
@@ -169,7 +175,7 @@ def plan_rows(
 
 
 def draw(rows: list[Row], count: int, seed: int) -> list[Row]:
-    """Return up to `count` rows drawn at random, in their order; a negative `count` means all."""
+    """Return up to `count` rows, drawn at random and kept in order. If `count` is negative, return all rows."""
     if count < 0 or count >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]

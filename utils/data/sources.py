@@ -1,4 +1,4 @@
-"""The words of --dataset: names of registered data sets, and files, folders and globs of files."""
+"""Reads the words of --dataset: names of registered data sets, files, folders and globs of files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class Source:
 
 
 def parse_source(word: str) -> Source:
-    """Return what a word of --dataset names; raises ConfigError with the closest known names. Opens no file."""
+    """Return the source that a word of --dataset names, without opening a file.
+
+    Raises ConfigError if the word is not understood. For an unknown name, the message suggests the closest known names.
+    """
     if '://' in word:
         raise ConfigError(
             f"--dataset '{word}': this is a URL, and rows are not fetched from the web. Download the file and give its "
@@ -37,7 +40,7 @@ def parse_source(word: str) -> Source:
     if not mark:
         name = word
     elif not count.isdecimal() and word.lower().endswith(SUFFIXES):
-        # The # is part of the name of a file.
+        # The # is part of a file name.
         name, mark, count = word, '', ''
     if mark and not (count.isdecimal() and len(count) < 19 and int(count) > 0):
         raise ConfigError(
@@ -65,7 +68,7 @@ def parse_source(word: str) -> Source:
 
 
 def _hub_remedy(name: str) -> str:
-    """Return what to do where a name may be the id of a data set on a hub; '' for other names."""
+    """Return a remedy for a name that may be the id of a data set on a hub. Returns '' for all other names."""
     if not re.fullmatch(r'[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*', name):
         return ''
     return (
@@ -75,9 +78,9 @@ def _hub_remedy(name: str) -> str:
 
 
 def find_files(source: Source) -> list[Path]:
-    """Return the data files of a path, folder or glob, sorted; raises ConfigError where there are none.
+    """Return the data files of a path, folder or glob, sorted. Raises ConfigError if there are no data files.
 
-    Their names must be UTF-8, because they become locations of rows in logs and records.
+    The file names must be UTF-8, because logs and records name the file of a row. Otherwise raises ConfigError.
     """
     files = _matching_files(source)
     for file in files:
@@ -133,7 +136,7 @@ def _matching_files(source: Source) -> list[Path]:
 
 
 def _is_gone(source: Source | None, started_in: str | None) -> bool:
-    """Return whether a relative path finds nothing here, and the run that it comes from was started elsewhere."""
+    """Return True if a relative path matches no file and its run was started in a different folder."""
     path = None if source is None else source.path
     if started_in in (None, abbreviated(Path.cwd())) or path is None or path.is_absolute():
         return False
@@ -141,7 +144,7 @@ def _is_gone(source: Source | None, started_in: str | None) -> bool:
 
 
 def abbreviated(path: Path) -> str:
-    """Return a path for records, with ~ for the home folder, because records must not hold a user name."""
+    """Return the path as text, with ~ for the home folder, because records must not contain a user name."""
     home = Path.home()
     if path.is_relative_to(home) and home != home.parent:
         return f'~/{path.relative_to(home)}'
@@ -149,9 +152,9 @@ def abbreviated(path: Path) -> str:
 
 
 def check_sources(words: Sequence[str], started_in: str | None = None) -> list[str]:
-    """Return the problems of all words: files that cannot be found, and files that are named twice.
+    """Return the problems of all words: words that are not understood, missing files, and files that are named twice.
 
-    `started_in` is the folder where the words were typed, if they come from the record of a run.
+    If the words come from the record of a run, `started_in` is the folder in which they were typed.
     """
     problems: list[str] = []
     named: dict[Path, str] = {}

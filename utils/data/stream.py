@@ -1,4 +1,4 @@
-"""Streaming: rows are read, encoded and trained on as they come, for data larger than memory or disk."""
+"""Streaming for data larger than memory or disk: rows are read and encoded while the model trains."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from utils.encode.encoder import Encoder
 from utils.encode.show import show_samples
 from utils.formats.conversation import BadRow, Row
 
-# Rows in the shuffle buffer.
+# Number of rows in the shuffle buffer.
 SHUFFLE_ROWS = 10_000
-# Rows that are encoded together.
+# Number of rows that are encoded together.
 _BATCH_ROWS = 64
-# First rows that are read before training, to estimate lengths.
+# Number of first rows that are read before training, to estimate lengths.
 _FIRST_ROWS = 256
-# Rows that can still be named after they were yielded.
+# Number of yielded rows that are remembered, so that an error can name the row.
 _REMEMBERED_ROWS = 16_384
 
 
 class LoggedTally(Tally):
-    """A tally that logs the 1st, 10th, 100th ... row of each reason while the stream runs."""
+    """A tally that also logs the 1st, 10th, 100th ... row of each reason, while the stream runs."""
 
     def add(self, reason: str, place: str) -> None:
-        """Count one row."""
+        """Count one row under `reason`, and log it if the count is a power of ten."""
         super().add(reason, place)
         count = self.counts[reason]
         if count == 10 ** (len(str(count)) - 1):
@@ -47,7 +47,7 @@ class LoggedTally(Tally):
 
 
 def shuffled(rows: Iterable[Row], size: int, rng: random.Random) -> Iterator[Row]:
-    """Yield every row once, each drawn at random from a buffer of `size` rows."""
+    """Yield every row once, in random order. Each row is drawn from a buffer of `size` rows."""
     held: list[Row] = []
     for row in rows:
         if len(held) < size:
@@ -61,31 +61,31 @@ def shuffled(rows: Iterable[Row], size: int, rng: random.Random) -> Iterator[Row
 
 
 class TrainingStream(IterableDataset[dict[str, Any]]):
-    """Endless passes over the training rows, each shuffled differently. Each process yields its share of the rows.
+    """Yields the training rows in endless passes. Each pass has a different order. Each process yields its own rows.
 
     The order depends only on seed, rank and world size, so a resumed run skips exactly the rows that were trained.
     """
 
     def __init__(self, encoder: Encoder, sources: Streams, *, val_rows: int, seed: int) -> None:
-        # (training part, number of its first rows that are held out: none if there is a validation part)
+        # (training part, number of its first rows that are held out). The number is 0 if there is a validation part.
         self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources]
         self.encoder = encoder
         self.seed = seed
-        # Every process reads all rows, so these three are the same in each process.
+        # Every process reads all rows, so the next three attributes are the same in each process.
         self.unread = LoggedTally()
         self.row_noted = LoggedTally()
         self.unread_text = Account()
-        # The rows that this process encodes.
+        # The report of the rows that this process encodes.
         self.report = EncodingReport(left_out=LoggedTally(), noted=Tally())
         self.rows_read = 0
-        # The held-out rows, which every process encodes.
+        # The report of the held-out rows. Every process encodes all held-out rows.
         self.held_out = EncodingReport()
-        # The rows of the last steps by index, so that a row with a bad loss can be named.
+        # The last rows and their origins, by index, so that a row with a bad loss can be named.
         self._recent: dict[int, tuple[dict[str, Any], str]] = {}
         self._yielded = 0
 
     def _rows(self, unread: Tally, noted: Tally, account: Account) -> Iterator[Row]:
-        """Yield the rows of one pass; the data sets take turns."""
+        """Yield the rows of one pass, one row from each data set in turn. Skipped rows and remarks are counted."""
 
         def rows_of(part: Part, held_out: int) -> Iterator[Row]:
             for location, raw, row in part.read(hashlib.sha256()):
@@ -111,7 +111,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                     yield row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of this process. Only the first pass counts skipped rows and remarks."""
+        """Yield the encoded rows of this process. Skipped rows and remarks are counted only in the first pass."""
         index = 0
         for number in itertools.count():
             if number == 0:
@@ -142,7 +142,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 logger.info(f'a pass over the stream is done: {index} rows')
 
     def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
-        """Yield the rows encoded, with their indices, and remember them."""
+        """Encode the rows, and yield each encoded row with its index. The last rows are remembered."""
         again = EncodedAgain(self.encoder)
         for source, row in encode_batch(self.encoder, rows, report):
             report.account.add(source, row, again)
@@ -153,33 +153,33 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             yield item
 
     def origin(self, index: int) -> str:
-        """Return where a row came from, if it was yielded in the last steps."""
+        """Return where a row came from. A row that is no longer remembered is 'an earlier row of the stream'."""
         if index not in self._recent:
             return 'an earlier row of the stream'
         return self._recent[index][1]
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row with this index, which must be one of the last steps."""
+        """Return the row with this index. It must be one of the last rows, which are remembered."""
         return self._recent[index][0]
 
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
-        """Return the first rows of the stream, not shuffled. Only `report` counts what happens to them."""
+        """Return the first rows of the stream, encoded and not shuffled. Skipped rows are counted only in `report`."""
         rows = itertools.islice(self._rows(Tally(), Tally(), Account()), count)
         return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), report or EncodingReport())]
 
     def lengths(self) -> list[int]:
-        """Return [--max_length], or, if rows are not limited, the number of tokens of each of the first rows."""
+        """Return [--max_length]. If rows are not limited, return the number of tokens of each of the first rows."""
         limit = self.encoder.max_length
         if limit > 0:
             return [limit]
         return [len(item['input_ids']) for item in self.first(_FIRST_ROWS)]
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return one batch: the longest of the first rows, because the later rows are not known yet."""
+        """Return one batch with the longest of the first rows. Later rows are not known yet."""
         return [heapq.nlargest(count, self.first(_FIRST_ROWS), key=lambda item: len(item['input_ids']))]
 
     def summary(self) -> dict[str, Any]:
-        """Return the counts of all processes for run.json, and log them. Every process must call it."""
+        """Log and return the counts of all processes for run.json. Every process must call this method."""
         for other in dist.from_all(self.report)[1:]:
             self.report.left_out.merge(other.left_out)
             self.report.noted.merge(other.noted)
@@ -198,9 +198,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 
 
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
-    """Return the first rows of each data set; the report counts skipped rows and remarks of validation parts.
+    """Return the first `count` rows of each data set, or of its validation part if it has one.
 
-    Training reads all other parts from their beginning, and counts these there.
+    The report counts the skipped rows and remarks of validation parts only. Training reads all other parts from the
+    beginning and counts their skipped rows and remarks.
     """
     for parts in sources:
         if len(parts) == 1:
@@ -224,7 +225,10 @@ def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]
 def prepare_stream(
     encoder: Encoder, sources: Streams, run_dir: Path, *, val_rows: int, seed: int, samples: int
 ) -> PreparedData:
-    """Return the training stream and the encoded held-out rows; shows `samples` training rows (sample.txt)."""
+    """Return the training stream and the encoded held-out rows. Shows `samples` training rows (sample.txt).
+
+    Raises ConfigError if no training row is left.
+    """
     report = EncodingReport()
     val, _ = encode_rows(encoder, _held_out(sources, val_rows, report), report)
     statistics = {'validation': length_statistics(val)}

@@ -1,4 +1,4 @@
-"""Counts of rows that were skipped or altered, by reason, and the log of what happened to the rows."""
+"""Counts the rows that were skipped or altered, by reason, and logs the counts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Tally:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, place: str) -> None:
-        """Count one row."""
+        """Count one row under `reason`. `place` is the location of the row."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if self.counts[reason] <= _NAMED_PER_REASON:
             self.places.setdefault(reason, []).append(place)
 
     def merge(self, other: Tally) -> None:
-        """Add the counts of another tally."""
+        """Add the counts and locations of the tally `other` to this tally."""
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.places[reason] = [*self.places.get(reason, ()), *other.places[reason]][:_NAMED_PER_REASON]
@@ -35,7 +35,7 @@ class Tally:
         return sum(self.counts.values())
 
     def lines(self, verb: str) -> list[str]:
-        """Return one line per reason: how many rows, and the locations of the first ones."""
+        """Return one line per reason, with the number of rows and the locations of the first rows."""
         lines = []
         for reason, count in self.counts.items():
             more = ', ...' if count > _NAMED_PER_REASON else ''
@@ -45,20 +45,20 @@ class Tally:
 
 @dataclass(kw_only=True)
 class EncodingReport:
-    """What happened to rows while they were encoded: `left_out` were skipped, `noted` are used, with a remark."""
+    """Counts of encoded rows: `left_out` counts the skipped rows, `noted` counts the used rows with a remark."""
 
     left_out: Tally = field(default_factory=Tally)
     noted: Tally = field(default_factory=Tally)
-    # The use of every character of the rows as they were written.
+    # How every character of the source rows was used.
     account: Account = field(default_factory=Account)
 
     def lines(self) -> list[str]:
-        """Return one line per reason: how many rows, and the locations of the first ones."""
+        """Return one line per reason, with the number of rows and the locations of the first rows."""
         return [*self.left_out.lines('skipped'), *self.noted.lines('noted')]
 
     @property
     def switched(self) -> int:
-        """Return how many rows were rendered with the template's thinking switch."""
+        """Return the number of rows that were rendered with the template's thinking switch."""
         note_start = THINKING_SWITCH.partition('{')[0]
         return sum(count for note, count in self.noted.counts.items() if note.startswith(note_start))
 
@@ -72,7 +72,7 @@ class EncodingReport:
 
 
 def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:
-    """Log the length statistics of each part of the data, and what happened to its rows."""
+    """Log the length statistics of each part of the data, and the counts of the report."""
     for name, numbers in statistics.items():
         logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
     for line in report.account.lines():

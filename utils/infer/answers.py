@@ -1,4 +1,4 @@
-"""Answer rows, score the answers, show and write them."""
+"""Generates answers to rows, scores the answers, prints them and writes them to a file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def answer_rows(
     args: InferArguments,
     target: Path,
 ) -> dict[str, float]:
-    """Answer rows, shared among the processes; rank 0 shows and writes all answers and returns the mean scores."""
+    """Answer the rows, and return the mean scores. Each process answers its share of the rows.
+
+    Rank 0 prints all answers and writes them to `target`. All other ranks return an empty dictionary. Raises
+    ConfigError if every row is skipped.
+    """
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
     if len(chosen) < len(rows):
         logger.info(f'{len(chosen)} of {len(rows)} rows are answered: --show_dataset_sample {len(chosen)}; -1 is all')

@@ -1,4 +1,4 @@
-"""Answers to a few rows before and after training, for the report."""
+"""Generates answers to a few rows before and after training, for the report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from utils.formats.conversation import Row
 from utils.infer.generation import generate_batch, generation_config, wanted_texts
 from utils.run.record import ANSWERS_JSON
 
-# Enough to show a change, at little cost.
+# The most tokens of an answer: enough to show a change, at little cost.
 _NEW_TOKENS = 64
 
 
 class BeforeAfter:
-    """Asks the main process's model, greedily and in one batch; with LoRA, "before" is with the adapter off."""
+    """Generates the answers on the main process, greedily and in one batch.
+
+    With LoRA, the answers before training are generated after training, with the adapter switched off.
+    """
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
         self.encoder = encoder
@@ -46,12 +49,12 @@ class BeforeAfter:
             for row in chosen:
                 if row.images:
                     continue
-                with contextlib.suppress(RowRefused):  # it is counted and reported when all rows are encoded
+                with contextlib.suppress(RowRefused):  # a refused row is reported when all rows are encoded
                     self.prompts += encoder.encode_prompts([row])
                     self.rows.append(row)
 
     def ask(self, model: Any) -> list[str]:
-        """Return the model's answers; keeps its mode, training or evaluation."""
+        """Return the model's answers. The mode of the model (training or evaluation) is the same afterwards."""
         if not self.rows:
             return []
         was_training = model.training
@@ -61,12 +64,12 @@ class BeforeAfter:
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def ask_before(self, model: Any, args: SftArguments) -> None:
-        """Ask the model before training, if training changes the weights themselves."""
+        """For full fine-tuning, generate the answers before training, because training changes the base weights."""
         if args.sft_type == 'full':
             self.before = self.ask(model)
 
     def write(self, model: Any, run_dir: Path) -> None:
-        """Ask the model after the last step, and write answers.json."""
+        """Generate the answers after the last step, and write answers.json."""
         if not self.rows:
             return
         if not self.before:

@@ -1,4 +1,4 @@
-"""A chat in the terminal."""
+"""Runs a chat in the terminal."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HELP = (
     'Ctrl-C stops a reply'
 )
 
-# Takes a prompt's ids and the paths of its images, shows the reply and returns its text.
+# A function that takes the ids of a prompt and the paths of its images, shows the reply, and returns the reply's text.
 Answer = Callable[[list[int], Sequence[str]], str]
 
 
 class Chat:
-    """A conversation: its messages so far, and how the next line is handled."""
+    """A conversation: keeps its messages, and handles each new line that the user types."""
 
     def __init__(self, encoder: Encoder, answer: Answer, say: Callable[[str], None]) -> None:
         template = TEMPLATE_MAPPING[encoder.name]
@@ -36,14 +36,14 @@ class Chat:
         self.answer = answer
         self.say = say
         self.limit = encoder.max_length
-        # Encodes whole prompts, so that the oldest turns can be dropped instead of cutting ids.
+        # An encoder without a length limit: a prompt that is too long loses its oldest turns and is not cut.
         self._uncut = copy.copy(encoder)
         self._uncut.max_length = -1
         self.system: str | None = None
         self.turns: list[Message] = []
 
     def handle(self, line: str) -> bool:
-        """Act on one line; returns False if it ends the chat."""
+        """Carry out a command, or answer a question. Return False if the line ends the chat, else True."""
         command, _, rest = line.strip().partition(' ')
         if command == '/exit':
             return False
@@ -67,7 +67,7 @@ class Chat:
         return Row(messages=[*system, *self.turns, question, Message(role='assistant', content='')], origin='chat')
 
     def _prompt(self, query: str) -> list[int]:
-        """Return the ids of the conversation and the query, without the oldest turns where it would be too long.
+        """Return the ids of the conversation and the query. If there are too many ids, the oldest turns are dropped.
 
         Raises RowRefused if the query alone is too long.
         """
@@ -109,7 +109,7 @@ class Chat:
 
 
 def chat_in_terminal(chat: Chat) -> None:
-    """Read lines until /exit or Ctrl-D."""
+    """Read lines from the terminal and handle them, until /exit or Ctrl-D."""
     chat.say(f'{HELP}\n')
     if chat.encoder.images is not None:
         chat.say('(<img>path</img> in a line shows an image)\n')
@@ -118,7 +118,7 @@ def chat_in_terminal(chat: Chat) -> None:
     while True:
         try:
             line = input('you> ')
-            line.encode()  # under a C locale other bytes come through, as lone surrogates
+            line.encode()  # raises UnicodeError under a C locale, where bytes that are not ASCII become lone surrogates
         except EOFError:
             chat.say('\n')
             return

@@ -1,4 +1,4 @@
-"""Generate answers: in batches for rows, streamed for a chat."""
+"""Generates answers: in batches for rows, or as a stream for a chat."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 # Flags that have an effect only with --do_sample true.
 _SAMPLING = ('temperature', 'top_k', 'top_p')
-# Most bytes of a character whose last byte is missing; each is decoded as U+FFFD.
+# The largest number of bytes of an unfinished character. Each of these bytes may be decoded as U+FFFD.
 _UNFINISHED = 3
 
 
 def generation_config(
     args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int], base: GenerationConfig | None = None
 ) -> GenerationConfig:
-    """Return the settings of the command line; sampling fields only with sampling, as transformers demands.
+    """Return the generation settings of the command line.
 
-    Answers stop at the stop tokens of the tokenizer, the template, and the base model's own settings.
+    Sampling fields are set only if sampling is on, because transformers requires this. The stop tokens are those of the
+    tokenizer, of the template, and of the base model's generation settings.
     """
     from transformers import GenerationConfig
 
@@ -58,9 +59,10 @@ def _stop_ids(config: GenerationConfig | None) -> list[int]:
 def served_config(
     base: GenerationConfig, config: GenerationConfig, args: CommonArguments, typed: Collection[str]
 ) -> GenerationConfig:
-    """Return the settings of a merged folder: the base model's, with the stop and padding tokens of `config`.
+    """Return the generation settings for a merged model folder.
 
-    A setting that was typed overrides the base's: typed now, or for the training run if it is not the default.
+    They are the settings of the base model, with the stop, padding and bos tokens of `config`. A setting that was typed
+    now, or that differs from its default in `args`, replaces the setting of the base model.
     """
     served = copy.deepcopy(base)
     served.eos_token_id = config.eos_token_id
@@ -103,10 +105,11 @@ def generate_batch(
     images: Images | None = None,
     pixels: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt, up to the stop token and without it. An empty prompt starts from bos.
+    """Return the new ids of each prompt, up to the first stop token, which is left out.
 
-    Each time half of the rows have ended, they leave the batch and the others go on from their caches; not with
-    images. `pixels` holds the model's inputs for the images of all prompts, in the order of the prompts.
+    An empty prompt starts from the bos token. Whenever half of the rows of the batch have ended, the ended rows are
+    removed from the batch. The remaining rows continue with their key-value caches. With images, no row is removed
+    early. `pixels` has the model's inputs for the images of all prompts, in the order of the prompts.
     """
     import torch
 
@@ -121,7 +124,7 @@ def generate_batch(
     last_width = prompt_width + config.max_new_tokens
 
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which prompt each row of the batch answers
+    rows = list(range(len(prompts)))  # for each row of the batch, the index of its prompt
     cache = None
     leaves = len(prompts) > 1 and not shown and _rows_can_leave(model)
     while rows:
@@ -156,9 +159,12 @@ def generate_batch(
 
 
 def _rows_can_leave(model: Any) -> bool:
-    """Return whether a model keeps nothing about the rows of a batch but their keys and values."""
+    """Return True if keys and values are the only state that the model keeps for the rows of a batch.
+
+    Only then can rows be removed from a running batch.
+    """
     settings = model.config.get_text_config().to_dict()
-    # Qwen's dynamic NTK keeps a factor for each row of the batch that it started with.
+    # With dynamic NTK, Qwen also keeps a factor for each row of the first batch.
     return not settings.get('use_dynamic_ntk') and set(settings.get('layer_types') or ()) <= ATTENDING
 
 
@@ -170,7 +176,7 @@ def _up_to(config: GenerationConfig, tokens: int) -> GenerationConfig:
 
 
 def _half_have_ended(config: GenerationConfig) -> Any:
-    """Return a stopping criterion: at least half of the rows have produced a stop token since it was made."""
+    """Return a stopping criterion that stops the batch when at least half of its rows have produced a stop token."""
     import torch
     from transformers import StoppingCriteria
 
@@ -186,9 +192,10 @@ def _half_have_ended(config: GenerationConfig) -> Any:
 
 
 def wanted_texts(encoder: Encoder, rows: Sequence[Row], stop_ids: Sequence[int]) -> list[str]:
-    """Return the text of each row's last reply as it is trained, to compare answers with.
+    """Return the expected answer for each row: the text of its last reply, as it is trained.
 
-    Tool calls and reasoning are decoded from the trained ids, as the template renders them; plain text is not changed.
+    A reply with tool calls or reasoning is decoded from its trained ids, so that the text is as the template renders
+    it. A plain reply is returned unchanged.
     """
     whole = copy.copy(encoder)
     whole.max_length = -1
@@ -215,9 +222,10 @@ def generate_rows(
     paths: Sequence[Sequence[str]] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt, in the given order. Prompts of similar length share a batch.
+    """Return the new ids of each prompt, in the order of the prompts. Prompts of similar length share a batch.
 
-    `paths` names the images of each prompt; the files are opened batch by batch.
+    `paths` has the image paths of each prompt. The images of a batch are opened when the batch starts. `progress` is
+    called after each batch with the number of answered prompts.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
@@ -233,16 +241,16 @@ def generate_rows(
 
 
 def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dict[str, Any]:
-    """Return the model's inputs for these images, on its device; {} without images."""
+    """Return the model's inputs for these images, on `device`. Without images, return an empty dictionary."""
     found = images.pixels(paths) if images is not None and paths else {}
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 
 class _TextStream:
-    """A streamer for generate(): passes text on as soon as later ids cannot change it.
+    """A streamer for generate(). It passes text to `say` as soon as later ids cannot change this text.
 
-    All ids are decoded each time. A piece decoded separately would lose its leading blank with tokenizers that strip
-    the first blank of a text (Llama 2).
+    All ids are decoded each time. If a piece were decoded separately, it would lose its leading space with tokenizers
+    that strip the first space of a text (Llama 2).
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
@@ -254,17 +262,17 @@ class _TextStream:
         self._has_prompt = False
 
     def put(self, value: Any) -> None:
-        """Take new ids from generate(); the first call brings the prompt."""
+        """Take new ids from generate(), and show the text that can no longer change. The first call has the prompt."""
         if self._has_prompt:
             self.ids += value.reshape(-1).tolist()
             self._show(self._settled(self.text()))
         self._has_prompt = True
 
     def end(self) -> None:
-        """Show the text that was held back."""
+        """Show the rest of the text, which no later id can change now."""
         text = self.text()
         differing = (index for index, (one, other) in enumerate(zip(text, self.shown, strict=False)) if one != other)
-        # Some decoders change earlier text when invalid bytes follow it.
+        # Some decoders change earlier text if invalid bytes follow this text.
         self.shown = self.shown[: next(differing, len(self.shown))]
         self._show(text)
 
@@ -273,7 +281,11 @@ class _TextStream:
         return str(self.tokenizer.decode(_cut_at_stop(self.ids, self.stop_ids), skip_special_tokens=True))
 
     def _settled(self, text: str) -> str:
-        """Return the text without an unfinished character, and without a last word that clean-up may still join."""
+        """Return the part of the text that later ids cannot change.
+
+        An unfinished character is left out. If the tokenizer cleans up spaces, the last word is left out too, because a
+        later id may change the space before it.
+        """
         unfinished = min(len(text) - len(text.rstrip('\ufffd')), _UNFINISHED)
         text = text[: len(text) - unfinished]
         if not self.tokenizer.clean_up_tokenization_spaces:
@@ -298,7 +310,7 @@ def generate_stream(
     images: Images | None = None,
     paths: Sequence[str] = (),
 ) -> str:
-    """Return the answer to one prompt, passing text to `say` as it comes; Ctrl-C ends the answer early."""
+    """Return the answer to one prompt, and pass its text to `say` piece by piece. Ctrl-C ends the answer early."""
     import torch
 
     check_embedded(model.config.get_text_config().vocab_size, prompt, 'this line')

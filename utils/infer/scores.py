@@ -1,4 +1,4 @@
-"""ROUGE and BLEU of answers against labels, 0 to 100."""
+"""Computes ROUGE and BLEU scores of answers against labels, from 0 to 100."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _WORD = re.compile(r'\w+|[^\w\s]')
 
 
 class WordTokenizer:
-    """Splits text into lower-case words; uses jieba for Chinese, whose characters rouge_score's own tokenizer drops."""
+    """Splits text into lower-case words.
+
+    Text with Chinese characters is split by jieba. The default tokenizer of rouge_score drops Chinese characters.
+    """
 
     def tokenize(self, text: str) -> list[str]:
         """Return the words and punctuation marks of a text."""
@@ -26,7 +29,10 @@ class WordTokenizer:
 
 
 def _bleu_4(answer: list[str], label: list[str]) -> float:
-    """Return sentence BLEU over up to 4-grams; a text of fewer words is scored by shorter n-grams only."""
+    """Return the sentence BLEU score over n-grams of up to 4 words.
+
+    If the answer or the label has fewer than 4 words, n-grams longer than the shorter text are not used.
+    """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     order = min(4, len(answer), len(label))
@@ -37,9 +43,9 @@ def _bleu_4(answer: list[str], label: list[str]) -> float:
 
 
 def score_texts(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Return the means of ROUGE-1, -2, -L (F1) and BLEU-4 over all pairs, 0 to 100.
+    """Return the means of ROUGE-1, ROUGE-2, ROUGE-L (F1) and BLEU-4 over all pairs, from 0 to 100.
 
-    ROUGE-2 needs a text of two words: for pairs without one, ROUGE-1 takes its place.
+    If both texts of a pair have fewer than two words, ROUGE-1 is used for ROUGE-2, because ROUGE-2 needs two words.
     """
     from rouge_score.rouge_scorer import RougeScorer
 

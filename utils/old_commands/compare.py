@@ -1,4 +1,4 @@
-"""The old command `python -m utils.compare`: prints the name of the new one, then runs it."""
+"""The old command `python -m utils.compare`: prints the name of the new command, then runs the new command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curves of a run as PNG files."""
+"""Draws the curves of a run as PNG files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-# Keys of the history that are drawn, with the title and axis label of each.
+# The keys of the history that are drawn. The value is the title and axis label.
 _CURVES = {
     'loss': 'training loss',
     'grad_norm': 'gradient norm',
@@ -17,12 +17,12 @@ _CURVES = {
     'eval_bleu-4': 'validation BLEU-4',
 }
 
-# With fewer points no average is drawn: it would only lag behind them.
+# With this number of points or fewer, no average is drawn, because the average would only lag behind the points.
 _SMOOTHED_FROM = 50
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Return an exponential moving average, corrected for its start at zero."""
+    """Return the exponential moving average of the values, corrected for its start at zero."""
     smoothed = []
     average = 0.0
     for count, value in enumerate(values, start=1):
@@ -32,7 +32,7 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def plot_curves(log_history: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write one PNG for each curve that the run logged; returns their paths."""
+    """Write one PNG file for each curve that the run logged, and return the paths of the files."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)

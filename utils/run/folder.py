@@ -1,4 +1,4 @@
-"""A run in progress: its folder, and what is written there before the first step."""
+"""A run in progress: its folder, and the files that are written to the folder before the first step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.run.record import RunRecord, check_resumed, record_of
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress. `record` is replaced when something is noted, so keep the Run, not its record."""
+    """A run in progress. `note` and `decide` replace `record`, so keep a reference to the Run, not to its record."""
 
     folder: Path
     record: RunRecord
@@ -34,13 +34,13 @@ class Run:
     warnings: list[str] = field(default_factory=list)
 
     def note(self, **facts: Any) -> None:
-        """Set fields of the record, in the run folder and in every later checkpoint."""
+        """Set fields of the record, and write the record to the run folder. Later checkpoints contain these fields."""
         self._write(replace(self.record, **facts))
 
     def decide(self, name: str, value: Any, reason: str) -> None:
-        """Log a decision made while the run is set up, and record the value used and the value asked for.
+        """Log a decision made while the run is set up. Record the decided value and the value before the decision.
 
-        Resuming compares the value asked for, because it does not depend on the machine.
+        When a run is resumed, the values before the decisions are compared, because they do not depend on the machine.
         """
         line = decision(name, value, reason)
         logger.info(line)
@@ -56,9 +56,9 @@ class Run:
 def open_run(
     done: Ready[SftArguments], weights: Weights, data: dict[str, Any], typed_now: Collection[str] = frozenset()
 ) -> Run:
-    """Return a new run; rank 0 makes its folder with sft_args.json and lock.json. Logs new warnings.
+    """Return a new run. Rank 0 creates the run folder with sft_args.json and lock.json. Logs new warnings.
 
-    Raises ConfigError where data, weights or optimizer are not those of the run that is resumed or repeated.
+    Raises ConfigError if the data, weights or optimizer differ from the run that is resumed or repeated.
     """
     args = done.args
     logged = len(done.warnings)
@@ -71,7 +71,7 @@ def open_run(
         done.warnings += check_resumed(Path(args.resume_from_checkpoint), record, data)
 
     made = str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else ''
-    folder = Path(dist.from_all(made)[0])  # the one that rank 0 made
+    folder = Path(dist.from_all(made)[0])  # the folder that rank 0 made
     run = Run(
         folder=folder,
         record=record,
@@ -91,7 +91,7 @@ def open_run(
 
 
 def log_decisions(done: Decided[Any]) -> None:
-    """Log each automatic decision with its reason, and the warnings, before anything is downloaded."""
+    """Log each automatic decision with its reason, and each warning. Call this before anything is downloaded."""
     for line in done.decisions:
         logger.info(line)
     for line in done.warnings:
@@ -99,7 +99,7 @@ def log_decisions(done: Decided[Any]) -> None:
 
 
 def make_run_dir(output_dir: Path, name: str) -> Path:
-    """Return a new folder <output_dir>/<name>/vN-<time>, with N one above the highest number there."""
+    """Create and return the folder <output_dir>/<name>/vN-<time>. N is the highest existing number plus one."""
     try:
         return _new_run_dir(output_dir / name)
     except OSError as error:
@@ -115,15 +115,16 @@ def _new_run_dir(parent: Path) -> Path:
         run_dir = parent / f'v{max(numbers, default=-1) + 1}-{time.strftime("%Y%m%d-%H%M%S")}'
         try:
             run_dir.mkdir()
-        except FileExistsError:  # another run took this number in the same second
+        except FileExistsError:  # a different run took this number in the same second
             continue
         return run_dir
 
 
 def result_path(args: InferArguments) -> Path:
-    """Return the file for answers: --result_path, else a new infer_result.jsonl in the checkpoint or under output/.
+    """Return the path of the file for answers, and create its folder.
 
-    A typed file that exists is replaced, with a warning. Otherwise existing answers stay and the new file is numbered.
+    With --result_path, an existing file is replaced, with a warning. Without it, the file is infer_result.jsonl in the
+    checkpoint or under output/. If that file exists, the file name gets a number.
     """
     if args.result_path is not None:
         path = Path(args.result_path)

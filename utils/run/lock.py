@@ -1,4 +1,4 @@
-"""lock.json: the command, data, weights and versions of a run, and how --from_run repeats the run from it."""
+"""Writes and reads lock.json: the command, data, weights and versions of a run. --from_run repeats the run from it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready
 from utils.data.sources import abbreviated
 
-# The flags that decide which rows are trained and which are held out.
+# The flags that decide which rows are trained on and which rows are held out.
 DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
-# Left out of the recorded command: a secret, and the run that was repeated.
+# Flags that are left out of the recorded command: a secret, and the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
 
 
 def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:
-    """Return the typed flags with their values as words of a command line, without secrets and without some flags."""
+    """Return the typed flags and their values as words of a command line, except secrets and the flags in `without`."""
     words: list[str] = []
     for name in flag_types(SftArguments):
         if name in done.typed and name not in (*_NOT_REPEATED, *without):
@@ -32,17 +32,20 @@ def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:
 
 
 def flag_words(name: str, value: Any) -> list[str]:
-    """Return a flag with its value as words of a command line; a value that starts with - is joined with =."""
+    """Return a flag and its value as words of a command line.
+
+    If a value starts with -, the flag and the value are joined with = into one word.
+    """
     values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
     if isinstance(value, bool):
         values = [str(value).lower()]
     if any(word.startswith('-') for word in values):
-        return [f'--{name}={",".join(values)}']  # only lists have several, and no item of one holds a comma
+        return [f'--{name}={",".join(values)}']  # only lists have several values, and no list item contains a comma
     return [f'--{name}', *values]
 
 
 def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of lock.json; the template's hash is added when the tokenizer is open."""
+    """Return the content of lock.json. The hash of the template is added later, when the tokenizer is open."""
     return {
         'command': typed_words(done),
         # Relative paths of the command start here.
@@ -56,7 +59,7 @@ def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[
 
 
 def read_lock(run_dir: Path) -> dict[str, Any]:
-    """Return the lock of a run folder; raises ConfigError if it is missing or damaged."""
+    """Return the content of lock.json in a run folder. Raises ConfigError if the file is missing or damaged."""
     remedy = 'Give --from_run a run folder, output/<model>/vN-<time>.'
     lock: dict[str, Any] = read_json(run_dir / LOCK_JSON, remedy=remedy)
     kinds = {'command': list, 'processes': int, 'base_model': dict, 'data': dict, 'versions': dict}
@@ -68,7 +71,10 @@ def read_lock(run_dir: Path) -> dict[str, Any]:
 
 
 def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArguments]:
-    """Return the command line of the run in --from_run, followed by the words typed now, which override it."""
+    """Return the parsed command line of the run in --from_run. Words typed now override the words of that run.
+
+    Without --from_run, `parsed` is returned.
+    """
     if parsed.args.from_run is None:
         return parsed
     try:
@@ -80,9 +86,10 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
 
 
 def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
-    """Compare a lock with the lock of the repeated run: other data or weights are problems, other versions warnings.
+    """Compare a lock with the lock of the repeated run.
 
-    Data are not compared when a data flag is typed now, weights are not compared when a model is.
+    Raises ConfigError if data or weights differ. Adds a warning for each version that differs. Data are not compared if
+    a data flag is typed now. Weights are not compared if a model flag is typed now.
     """
     if done.args.from_run is None:
         return
@@ -116,9 +123,9 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
 
 
 def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *, remedy: str) -> list[str]:
-    """Add a problem for each data set whose rows are not those of the run that wrote the checkpoint.
+    """Add a problem for each data set whose rows differ from the rows of the run that wrote the checkpoint.
 
-    Returns a warning if the run folder has no lock.json, so that nothing can be compared.
+    If the run folder has no lock.json, nothing is compared, and a list with one warning is returned.
     """
     file = checkpoint.absolute().parent / LOCK_JSON
     if not file.is_file():
@@ -137,13 +144,13 @@ def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *
 
 
 def described(found: dict[str, Any]) -> str:
-    """Return a toolkit's version and commit, and whether files were changed since, as text."""
+    """Return a text with the version and commit of a toolkit, and a remark if files have changed since the commit."""
     commit = f' at {found["commit"][:12]}' if 'commit' in found else ''
     return f'{found["version"]}{commit}' + (' with changes' if found.get('changed_since') else '')
 
 
 def check_repeated_template(run_dir: Path, sha256: str) -> None:
-    """Raise ConfigError if the run in --from_run trained another template than this one."""
+    """Raise ConfigError if the run in --from_run used a template with a different hash than `sha256`."""
     trained = read_lock(run_dir).get('template_sha256')
     if trained not in (None, sha256):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The first heavy step of both programs: find the base weights, open the model and its encoder."""
+"""The first slow step of both programs: find the base weights, and open the model and its encoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def find_weights(done: Ready[Any]) -> Weights:
-    """Return where the base weights are, after downloading those that are missing; logs it."""
+    """Return the location of the base weights, and log the location. Missing weights are downloaded first."""
     weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
     logger.info(f'base weights = {weights.path} because {weights.reason}')
     return weights
@@ -47,7 +47,7 @@ def open_encoder(
 ) -> Encoder:
     """Return the encoder for these arguments.
 
-    If the model is given, rows with ids outside its embedding are refused. `cuts`: cut longer rows to --max_length.
+    If `model` is given, rows with ids outside its embedding are refused. With `cuts`, rows are cut to --max_length.
     """
     return make_encoder(
         tokenizer,
@@ -64,13 +64,13 @@ def open_encoder(
 def open_model(
     args: CommonArguments, info: ModelInfo, weights: Weights, *, trains: bool, decide: Decide = log_decision
 ) -> tuple[Any, Any, Any]:
-    """Return (model, tokenizer, torch dtype). Full fine-tuning holds fp32 weights under autocast.
+    """Return (model, tokenizer, torch dtype). For full fine-tuning, the weights are kept in fp32 and autocast is used.
 
-    `decide` is called for each setting that was left to the machine.
+    `decide` is called for each setting that the command line leaves open.
     """
     import torch
 
-    # Downloaded weights may be quantised although their entry does not say so.
+    # Downloaded weights may be quantised although the registry entry of the model does not say so.
     stored = stored_quantization(weights.path) if info.quantization is None else None
     if problems := quantized_problems(args, replace(info, quantization=info.quantization or stored)):
         raise ConfigError(*problems)
@@ -96,8 +96,8 @@ def open_model(
         quantization_config=_quantization(args, dtype),
         distributed_config=_fully_sharded(args, held, dtype),
     )
-    zero_3 = _zero_3(args)  # transformers shards weights while it reads them, as long as this object lives
-    with contextlib.redirect_stdout(sys.stderr):  # gptqmodel prints to stdout, which is for answers
+    zero_3 = _zero_3(args)  # as long as this object exists, transformers shards the weights while it reads them
+    with contextlib.redirect_stdout(sys.stderr):  # gptqmodel prints to stdout, but stdout is reserved for answers
         model, tokenizer = get_model_tokenizer(info, weights, options)
     del zero_3
     return model, tokenizer, dtype
@@ -139,7 +139,10 @@ def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype)
 
 
 def _zero_3(args: CommonArguments) -> Any:
-    """Return the configuration that has transformers shard weights as it reads them; None without ZeRO stage 3."""
+    """Return the object that makes transformers shard the weights while it reads them.
+
+    Returns None if ZeRO stage 3 is not used.
+    """
     if not isinstance(args, SftArguments) or args.deepspeed_config_path is None:
         return None
     zero = read_zero(args.deepspeed_config_path)

@@ -1,4 +1,4 @@
-"""The processes of a run: process group, GPUs, memory allocator."""
+"""Sets up the processes of a run: the process group, the GPUs and the memory allocator."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ _MMAP_MAX = -4
 
 
 def start_processes(backend: str, *, deepspeed: bool = False) -> None:
-    """Join the process group if torchrun started several processes, and silence what the libraries log."""
-    # The tokenizer uses threads before data workers are forked; without this setting each fork warns.
+    """Prepare this process, and silence the log output of libraries.
+
+    If torchrun started several processes, this process joins the process group.
+    """
+    # The tokenizer uses threads before data workers are forked. Without this setting, it warns at each fork.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
     # oneDNN caches one kernel of about 0.5 MiB per shape, and padding-free batches almost never repeat a shape.
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
@@ -30,11 +33,12 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     if not torch.cuda.is_available():
         _reuse_freed_memory()
     transformers.logging.set_verbosity_error()
-    # peft reads a property that transformers 5 deprecates, and imports torchao, which warns about optional packages.
+    # peft reads a property that transformers 5 deprecates. It also imports torchao, and torchao warns about optional
+    # packages.
     warnings.filterwarnings('ignore', category=FutureWarning, module='transformers')
     for name in ('bitsandbytes', 'torchao', 'torch.utils._pytree'):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
-    # DeepSpeed calls collectives by names that torch deprecates.
+    # DeepSpeed calls collective operations by names that torch deprecates.
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch.distributed')
     if not dist.is_main():
         transformers.logging.disable_progress_bar()
@@ -42,12 +46,13 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     if torch.cuda.is_available():
         _take_gpus(torch.cuda.device_count())
     if dist.world_size() > 1:
-        # Long enough for slow ranks, as in generation. A rank that died is noticed by its closed connections.
+        # The timeout is long enough for slow ranks, e.g. during generation. A rank that died is noticed earlier,
+        # because its connections close.
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     if deepspeed:
         import deepspeed as engine
 
-        # ZeRO-3 shards weights while they are read, before the trainer would join the process group.
+        # ZeRO-3 shards weights while they are read. This is before the trainer would join the process group.
         engine.init_distributed(dist_backend=backend, verbose=False)
 
 
@@ -62,15 +67,16 @@ def _take_gpus(gpus: int) -> None:
         )
     torch.cuda.set_device(own[0])
     if len(own) > 1 and dist.world_size() > 1:
-        # Otherwise accelerate refuses a model spread over GPUs in several processes, and uses GPU local_rank for each.
+        # Without these variables, accelerate refuses a model that is spread over several GPUs in each of several
+        # processes, and each process uses the GPU with the number local_rank.
         os.environ['ACCELERATE_BYPASS_DEVICE_MAP'] = 'true'
         os.environ['ACCELERATE_TORCH_DEVICE'] = f'cuda:{own[0]}'
 
 
 def _reuse_freed_memory() -> None:
-    """Make glibc keep freed memory for the next tensor. Returning it to the system costs page faults each time.
+    """Make glibc keep freed memory for the next tensor. If it returned the memory, the next tensor would page-fault.
 
-    With this, attention over 200 tokens takes a third of the time. If a MALLOC_ variable is set, nothing is changed.
+    This makes attention over 200 tokens three times as fast. If a MALLOC_ variable is set, nothing is changed.
     """
     if platform.libc_ver()[0] != 'glibc' or any(name.startswith('MALLOC_') for name in os.environ):
         return

@@ -1,4 +1,4 @@
-"""What both programs do around their work: logging, errors, exit code."""
+"""The frame of both programs: logging, error handling and exit codes."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from utils.base import dist
 from utils.base.errors import ConfigError, Stopped
 from utils.base.logger import logger
 
-# How long a process waits that did not cause a failure, so that torchrun can end it first.
+# How long a process waits if a different process caused the failure. In this time torchrun can end the process.
 _GRACE_SECONDS = 10
-# What errors of gloo and nccl contain when another process is gone.
+# The message of a gloo or nccl error contains one of these texts if a different process has ended.
 _LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'third_party/gloo', 'NCCL error')
 
 
 def run_program(work: Callable[[], int | None]) -> int:
-    """Do a program's work and return its exit code.
+    """Call `work`, and return the exit code of the program.
 
-    2: something that the user can fix, every problem logged; 128 + n: ended by signal n (130 Ctrl-C, 143 SIGTERM).
+    The exit code is 2 for problems that the user can fix; each problem is logged. It is 128 + n if signal n ended the
+    program (130 for Ctrl-C, 143 for SIGTERM).
     """
     from utils.base.logger import replace_unprintable, set_up_logging
 
     replace_unprintable()
     set_up_logging()
-    # No usage figures are sent. The library reads this once, when it is imported.
+    # Do not send usage statistics. The library reads this variable only once, when it is imported.
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
 
     try:
         code = work() or 0
     except ConfigError as error:
         if not dist.is_main():
-            time.sleep(_GRACE_SECONDS)  # rank 0 usually logs the same, and torchrun then ends this process
+            time.sleep(_GRACE_SECONDS)  # rank 0 usually logs the same problem, and torchrun then ends this process
         for problem in error.problems:
             logger.error(problem)
         return _leave(2, '\n'.join(error.problems))
@@ -48,7 +49,7 @@ def run_program(work: Callable[[], int | None]) -> int:
         problem = _missing_library(library)
         logger.error(problem)
         return _leave(2, problem)
-    except UnpicklingError:  # its text explains how to load the file anyway, which would run code from it
+    except UnpicklingError:  # the error itself says how to load the file anyway, but that could run code from the file
         problem = (
             'a file of the model or of the resumed checkpoint is damaged, or holds more than tensors. '
             'Other objects can run code, so they are never loaded. Use weights stored as safetensors.'
@@ -74,7 +75,7 @@ def run_program(work: Callable[[], int | None]) -> int:
 
 
 def _missing_library(library: str) -> str:
-    """Return which interpreter lacks a library, and the command that installs it."""
+    """Return an error message that names the interpreter without this library, and the command that installs it."""
     own = Path(__file__).parents[2] / '.venv' / 'bin' / 'python'
     remedy = f'{sys.executable} -m pip install -r requirements.txt'
     if own.is_file() and Path(sys.prefix).resolve() != own.parent.parent.resolve():
@@ -83,7 +84,10 @@ def _missing_library(library: str) -> str:
 
 
 def _report(error: Exception) -> int:
-    """Log why this rank failed; if another rank failed first, wait, so that its error is seen first."""
+    """Log why this rank failed, and return the exit code.
+
+    If a different rank failed first, wait before logging, so that the error of that rank is seen first.
+    """
     import torch
 
     rank = f'rank {dist.rank()} of {dist.world_size()} on {socket.gethostname()}'
@@ -100,7 +104,7 @@ def _report(error: Exception) -> int:
 def _leave(code: int, message: str, trace: str = '') -> int:
     dist.report_failure(message, trace)
     if dist.world_size() > 1:
-        # sys.exit would run destructors of a broken process group, which may hang while torchrun waits.
+        # sys.exit would run destructors of a broken process group. They may hang while torchrun waits.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""A run read back from its folder, for the report and for the comparison of two runs."""
+"""Reads a run from its folder, for the report and for the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HISTORY_JSON = 'history.json'
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The content of a run folder; parts that an older or stopped run lacks are empty."""
+    """The content of a run folder. If an older or stopped run did not write a file, its field is empty."""
 
     folder: Path
     record: RunRecord
@@ -25,12 +25,12 @@ class RunFiles:
     sample: str = ''
 
     def curve(self, key: str) -> list[tuple[float, float]]:
-        """Return (step, value) for every entry of the history that has the key."""
+        """Return a list of (step, value), with one item for each entry of the history that has the key."""
         return [(entry['step'], entry[key]) for entry in self.history if key in entry]
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Return the content of a run folder; raises ConfigError where it is not one."""
+    """Return the content of a run folder. Raises ConfigError if the folder is not a run folder."""
 
     def read(name: str, kind: type) -> Any:
         file = folder / name

@@ -1,4 +1,7 @@
-"""sft_args.json: how a run was trained, and what is compared with it when the run is resumed or served."""
+"""Writes and reads sft_args.json, the record of how a run was trained.
+
+The record is compared with the arguments if the run is resumed, or if llm_infer.py opens its checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -26,43 +29,44 @@ RUN_JSON = 'run.json'
 _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 _RESTORE = 'Put back the one that the run wrote.'
 _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
-# Flags that decide what a run shows or is started from, not how it trains.
+# Flags that do not change how a run trains: they decide what the run shows, or how it is started.
 _SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
-# What sft_args.json holds besides the flags.
+# The fields of sft_args.json that are not flags.
 _FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows')
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """How a run was trained. In sft_args.json the flags stand at the top level, next to the other fields."""
+    """The content of sft_args.json: how a run was trained. The file stores flags and other fields in one object."""
 
-    # Every argument as used, by flag name, without secrets. Runs of older versions may lack newer flags.
+    # The value of every argument that the run used, by flag name, without secrets. Records of older versions may lack
+    # newer flags.
     flags: Mapping[str, Any] = field(default_factory=dict)
-    # For each value that the machine or the model decided: what the command line asked for.
+    # For each value that the machine or the model decided, the value from before the decision.
     asked: Mapping[str, Any] = field(default_factory=dict)
     system_typed: bool = False
-    # id, source, sha256 and covers of the base weights.
+    # The base weights, with the keys `id`, `source`, `sha256` and `covers`.
     base_model: Mapping[str, str] | None = None
     template_sha256: str | None = None
-    # The template's thinking switch, where most trained replies were rendered with it.
+    # The template's thinking switch. It is set only if most trained replies were rendered with it.
     thinking: str | None = None
-    # How many replies were rendered with the switch ("switched"), of how many looked at ("of").
+    # The number of replies that were rendered with the switch ("switched"), and of all replies examined ("of").
     thinking_rows: Mapping[str, int] | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
-        """Return the record of the content of an sft_args.json."""
+        """Return the record, made from the content of an sft_args.json file."""
         facts = {name: content[name] for name in _FACTS if name in content}
         flags = {name: value for name, value in content.items() if name not in facts}
         return cls(flags=flags, **facts)
 
     @classmethod
     def read(cls, folder: Path, *, remedy: str = _RESTORE) -> RunRecord:
-        """Return the record in a folder; raises ConfigError, which ends in the remedy, if it cannot be read."""
+        """Return the record in a folder. If it cannot be read, raises ConfigError; the message ends with `remedy`."""
         return cls.from_json(read_json(folder / SFT_ARGS, remedy=remedy))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of sft_args.json; fields that the run did not set are absent."""
+        """Return the content for sft_args.json. Fields that the run did not set are left out."""
         content = {**self.flags, 'system_typed': self.system_typed}
         if self.base_model is not None:
             content['base_model'] = self.base_model
@@ -81,11 +85,11 @@ class RunRecord:
         write_json(folder / SFT_ARGS, self.to_json())
 
     def with_flags(self, **flags: Any) -> RunRecord:
-        """Return the record with other values of these flags."""
+        """Return a copy of the record with these flag values replaced."""
         return replace(self, flags={**self.flags, **flags})
 
     def with_decision(self, name: str, value: Any) -> RunRecord:
-        """Return the record with a decided value; `asked` keeps the value from before the first decision."""
+        """Return a copy of the record with a decided value. `asked` keeps the value from before the first decision."""
         if name in _FACTS:
             before = getattr(self, name)
             decided = replace(self, **{name: value})
@@ -105,7 +109,7 @@ class Trained:
 
 
 def record_proof(run_dir: Path, name: str, outcome: dict[str, Any]) -> None:
-    """Set one entry of proofs.json, atomically; the other entries stay. Only the main process writes."""
+    """Set one entry of proofs.json, atomically, and keep all other entries. Only the main process writes the file."""
     if not dist.is_main():
         return
     file = run_dir / PROOFS_JSON
@@ -119,7 +123,7 @@ def record_of(args: SftArguments, *, system_typed: bool, base_model: Mapping[str
 
 
 def read_run_record(run_dir: Path) -> RunRecord:
-    """Return the record of a run folder; raises ConfigError where the folder is not one of a run."""
+    """Return the record of a run folder. Raises ConfigError if the folder is not a run folder."""
     record = RunRecord.read(run_dir, remedy=_GIVE_RUN)
     if 'sft_type' not in record.flags:
         raise ConfigError(f'{run_dir / SFT_ARGS}: it does not say how a run was trained. {_GIVE_RUN}')
@@ -127,7 +131,7 @@ def read_run_record(run_dir: Path) -> RunRecord:
 
 
 def find_record(checkpoint: Path) -> RunRecord | None:
-    """Return the record in a checkpoint, else the one in its run folder, None if neither has one."""
+    """Return the record in a checkpoint, or else the record in its run folder. Returns None if neither has a record."""
     for folder in (checkpoint, checkpoint.absolute().parent):
         if (folder / SFT_ARGS).is_file():
             return RunRecord.read(folder)
@@ -135,7 +139,7 @@ def find_record(checkpoint: Path) -> RunRecord | None:
 
 
 def open_checkpoint(checkpoint: Path, problems: Problems) -> Trained:
-    """Return the --ckpt_dir with the record of its run; raises ConfigError where it cannot be used."""
+    """Return the checkpoint with the record of its run. Raises ConfigError if the checkpoint cannot be used."""
     if problem := _checkpoint_problem(checkpoint):
         problems.add(problem)
         problems.raise_if_any()
@@ -170,9 +174,10 @@ def _checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: list[str]) -> Parsed[InferArguments]:
-    """Return the arguments, with the trained run's value for each flag that was not typed.
+    """Return the arguments. A flag that was not typed gets its value from the record of the training run.
 
-    Adds a problem for another base model, and a warning for each other typed flag that differs from the run's.
+    Adds a problem if a different base model was typed. Adds a warning for each other typed flag whose value differs
+    from the record.
     """
     args = parsed.args
     record = trained.record
@@ -195,7 +200,7 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
             continue
         value = flags[name]
         if name == 'use_flash_attn' and value is not record.asked.get(name, value):
-            continue  # it depended on the machine that trained; this machine decides again
+            continue  # the value depended on the machine used for training, so this machine decides again
         if name not in parsed.typed:
             setattr(args, name, value)
         elif name not in (*base, *GENERATION, 'seed', 'hub') and getattr(args, name) != value:
@@ -204,9 +209,9 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
 
 
 def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
-    """Return a warning for each argument that differs from the resumed run's.
+    """Return a warning for each argument whose value differs from its value in the resumed run.
 
-    Raises ConfigError for other base weights, another optimizer, and other rows under the same data flags.
+    Raises ConfigError if the base weights or the optimizer differ, or if the same data flags now give different rows.
     """
     resumed = find_record(checkpoint)
     if resumed is None:
@@ -216,7 +221,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 
     problems = Problems()
     check_base(resumed, record.base_model or {}, problems)
-    # What was asked for is compared, because what was decided depends on the machine.
+    # The values from before the decisions are compared, because the decided values depend on the machine.
     then = {**resumed.flags, 'system_typed': resumed.system_typed, **resumed.asked}
     now = {**record.flags, 'system_typed': record.system_typed}
     _check_resumed_optimizer(then, now, problems)
@@ -234,10 +239,10 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 
 
 def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], problems: Problems) -> None:
-    """Add a problem for each optimizer setting that must be the checkpoint's and is not."""
+    """Add a problem for each optimizer setting that differs from the resumed run although it must not change."""
     fixed = ['optim']
     if now['deepspeed_config_path'] is not None:
-        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed restores its optimizer with the settings it had
+        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed restores these settings together with its optimizer
     for name in fixed:
         typed = now[name]
         had = then.get(name, typed)
@@ -250,7 +255,7 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
 
 
 def check_base(record: RunRecord, found: Mapping[str, str], problems: Problems) -> None:
-    """Add a problem where the base weights found are not those that the checkpoint was trained on."""
+    """Add a problem if the base weights `found` differ from the base weights that the checkpoint was trained on."""
     trained = record.base_model
     if trained is None:
         logger.warning(
@@ -265,7 +270,7 @@ def check_base(record: RunRecord, found: Mapping[str, str], problems: Problems) 
 
 
 def check_resumed_template(checkpoint: Path, record: RunRecord) -> None:
-    """Raise ConfigError where the template has the same name as the resumed run's, but other content."""
+    """Raise ConfigError if the template has the same name as in the resumed run, but different content."""
     resumed = find_record(checkpoint) or RunRecord()
     then = resumed.template_sha256
     now = record.template_sha256

@@ -1,4 +1,4 @@
-"""The rows that the data flags of a command line name: to train on, or to answer."""
+"""Selects the rows given by the data flags, for training or for inference."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _INFER_REMEDY = 'or type --dataset to have all rows of a data set answered: whic
 
 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
-    """Return the rows of a training run: planned in a first pass, or opened as streams.
+    """Return the rows of a training run: a plan, made in a first pass over the data, or opened streams.
 
-    Logs decisions about planned rows (rows not drawn, replies without loss) and remarks on them, and adds both to
+    For a plan, the decisions (rows not drawn, replies without loss) and the remarks on rows are logged and added to
     `done`.
     """
     args = done.args
@@ -50,7 +50,7 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
-    """Return which rows a run with these flags uses; `bad` is called for each line that cannot be read."""
+    """Return the plan of the rows for a run with these flags. `bad` is called for each line that cannot be read."""
     return plan_rows(
         args.dataset,
         seed=args.dataset_seed,
@@ -62,7 +62,7 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 
 
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
-    """Return what lock.json holds of each stream: how many of its first rows are held out, and their hash."""
+    """Return the entries of lock.json for streams: the number of held-out first rows of each stream, and their hash."""
     found: dict[str, dict[str, Any]] = {}
     for parts in sources:
         rows = first_rows([parts], max(count, 1))
@@ -74,21 +74,25 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
 
 
 def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any]]:
-    """Return what lock.json holds of the data."""
+    """Return the entries of lock.json for the data: the number of rows and a hash for each data set."""
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
 
 
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
-    """Write held_out.json, which spares a later llm_infer.py the first pass; a stream holds out its first rows."""
+    """Write held_out.json, so that a later llm_infer.py does not need the first pass over the data.
+
+    Nothing is written for streams, because a stream always holds out its first rows.
+    """
     if isinstance(rows, Plan) and dist.is_main():
         write_json(run_dir / HELD_OUT_JSON, held_out(rows))
 
 
 def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
-    """Return all rows of a typed --dataset, else the validation rows that the run held out.
+    """Return the rows that llm_infer.py answers.
 
-    For an untuned model without a typed --dataset, they are the rows that a run would hold out. Raises ConfigError if
-    the data have changed since the run: other rows would be drawn, and some of them were trained.
+    If --dataset is typed, return all its rows. Otherwise return the validation rows that the run held out, or, for an
+    untuned model, the rows that a run would hold out. Raises ConfigError if the data have changed since the run: the
+    rows drawn now could include rows that the run trained on.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
@@ -116,7 +120,10 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
 
 
 def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
-    """Return the rows that held_out.json names; None in an older run, or where its files have changed."""
+    """Return the rows that held_out.json names.
+
+    Returns None if the run has no held_out.json, which older versions did not write, or if the data files have changed.
+    """
     file = run_dir / HELD_OUT_JSON
     if not file.is_file():
         return None
@@ -125,7 +132,7 @@ def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
 
 
 def _all_rows(args: InferArguments) -> list[Row]:
-    """Return every row; if a data set has a validation split, only the rows of the split."""
+    """Return every row of each data set. If a data set has a validation split, return only the rows of this split."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
     names = {part.name for part in plan.parts}
     chosen = [part for part in plan.parts if f'{part.name} (validation)' not in names]
@@ -141,7 +148,7 @@ def _all_rows(args: InferArguments) -> list[Row]:
 
 def _check_data(done: Ready[InferArguments], trained: Trained | None, now: dict[str, dict[str, Any]]) -> None:
     if trained is None or not _same_data_flags(done, trained):
-        return  # each flag that differs has its own warning
+        return  # each data flag that differs already has a warning
     problems = Problems()
     done.warnings += check_same_data(trained.checkpoint, now, problems, remedy=_INFER_REMEDY)
     problems.raise_if_any()
