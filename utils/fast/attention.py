@@ -85,7 +85,7 @@ def concatenated_rows(lengths: Sequence[int]) -> Iterator[None]:
 
 
 def attend_by_rows(model: Any) -> None:
-    """Switch a model to this module's attention. It changes only concatenated rows, not padded batches."""
+    """Switch a model to this module's attention. Padded batches still use the model's own attention."""
     before = model.config._attn_implementation
     if before.startswith('flash_attention'):
         return  # the flash-attention kernel finds the rows from position_ids

@@ -1,4 +1,6 @@
-"""Loss and hits at the trained tokens of a padded or concatenated batch. A hit is a token predicted as most likely.
+"""Loss and hits at the trained tokens of a padded or concatenated batch.
+
+A hit is a trained token to which the model gives the highest probability.
 
 Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, K columns that predict
 a trained token in at least one row, C hidden width, V vocabulary.

@@ -23,7 +23,10 @@ _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')
 
 
 def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
-    """Yield a message for each file that contains a path inside `home`, unless a path in `typed` is its beginning."""
+    """Yield a message for each file that contains a path inside `home`.
+
+    A path is allowed if it begins with a path in `typed`.
+    """
     if home == home.parent:
         return
 

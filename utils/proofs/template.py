@@ -66,7 +66,7 @@ def probes() -> list[Row]:
 def template_hash(encoder: Encoder) -> str:
     """Return the sha256 of the encoder's template.
 
-    Under template auto it is the hash of the chat template's text, otherwise of the entry of TEMPLATE_MAPPING.
+    Under template auto it is the hash of the chat template's text, otherwise the hash of the entry of TEMPLATE_MAPPING.
     """
     own = TEMPLATE_MAPPING[encoder.name]
     content = encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own)

@@ -188,8 +188,8 @@ class SftTrainer(Seq2SeqTrainer):
     ) -> Any:
         """Return the part of a micro-batch in the loss of the step.
 
-        It is the summed loss of the micro-batch, divided by the number of trained tokens per process. This number is
-        the mean over all processes, and it counts all micro-batches of the step.
+        It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step and
+        multiplied by the number of processes.
         """
         self.speedometer.count(inputs)
         assert num_items_in_batch is not None, 'the collator always returns labels'
