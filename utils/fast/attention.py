@@ -27,7 +27,7 @@ _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar('row_lengths', default
 
 
 class Block(NamedTuple):
-    """Positions of a block: queries `start` to `end`, keys `first_key` to `end`."""
+    """The positions of a block: its queries are `start` to `end`, its keys `first_key` to `end` (`end` is excluded)."""
 
     first_key: int
     start: int
@@ -36,13 +36,17 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class RowMask:
-    """What attention layers get in place of a mask tensor: row lengths, and how many keys a query sees (None: all)."""
+    """The row lengths, which attention layers get instead of a mask tensor.
+
+    A query sees its own key and the keys before it in its row, at most `window` keys in all. If `window` is None, the
+    number is not limited.
+    """
 
     lengths: tuple[int, ...]
     window: int | None
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the blocks of queries, row by row."""
+        """Yield the blocks of each row. A block has at most QUERY_BLOCK queries and all keys that they may see."""
         row_start = 0
         for length in self.lengths:
             row_end = row_start + length
@@ -54,7 +58,10 @@ class RowMask:
             row_start = row_end
 
     def groups(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield groups of rows as (start, length), longest first; no row is twice as long as another of its group."""
+        """Yield groups of rows of similar length. A group is a list of (start, length), with the longest row first.
+
+        The longest row of a group is less than twice as long as its shortest row.
+        """
         starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
         by_length = sorted(zip(starts, self.lengths, strict=True), key=lambda row: -row[1])
 
@@ -69,7 +76,7 @@ class RowMask:
 
 @contextmanager
 def concatenated_rows(lengths: Sequence[int]) -> Iterator[None]:
-    """Set the row lengths for the forward passes inside this context, for a model in `attend_by_rows`."""
+    """Inside this context, a model that was passed to `attend_by_rows` treats its input as rows of these lengths."""
     token = _LENGTHS.set(tuple(lengths))
     try:
         yield
@@ -78,16 +85,16 @@ def concatenated_rows(lengths: Sequence[int]) -> Iterator[None]:
 
 
 def attend_by_rows(model: Any) -> None:
-    """Switch a model to this module's attention; padded batches are computed as before."""
+    """Switch a model to this module's attention. Padded batches still use the model's own attention."""
     before = model.config._attn_implementation
     if before.startswith('flash_attention'):
-        return  # its varlen kernel reads the rows from position_ids
+        return  # the flash-attention kernel finds the rows from position_ids
 
     originals = {'sdpa': (sdpa_attention_forward, sdpa_mask), 'eager': (_eager_of_class, eager_mask)}
     attention, mask = originals[before]
     name = f'rows_over_{before}'
     AttentionInterface.register(name, _attention_over(attention))
-    # Under the same name: otherwise transformers passes no mask at all, without an error.
+    # The mask needs the same name as the attention. With a different name, transformers silently passes no mask.
     AttentionMaskInterface.register(name, _mask_over(mask))
     model.set_attn_implementation(name)
     assert model.config._attn_implementation == name
@@ -159,9 +166,10 @@ def attend_in_groups(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Return (T, H, E) by one library call per group of rows of similar length, padded only at their ends.
+    """Return the attention output (T, H, E), with one library call for each group of rows of similar length.
 
-    The padding needs no mask, because causal attention never looks at tokens after a row.
+    Rows are padded at their ends to the longest row of the group. The padding needs no mask, because causal attention
+    never looks at later tokens.
     """
     device = query_HTD.device
     parts = []
@@ -198,20 +206,24 @@ def attend_in_groups(
 def _hiding_bias(
     queries: int, keys: int, diagonal: int, repeats: int, dtype: torch.dtype, device: torch.device, *, low: bool = False
 ) -> torch.Tensor:
-    """Return (1, repeats * queries, keys): -inf on and above a diagonal (`low`: on and below it), 0 elsewhere."""
-    # A bias that is added to scores: filling them through a boolean mask is several times slower on a CPU.
+    """Return a bias for scores, (1, repeats * queries, keys): -inf hides a key from a query, 0 leaves it visible.
+
+    The bias is -inf on and above the diagonal `diagonal`, and 0 below it. With `low` it is -inf on and below the
+    diagonal, and 0 above it.
+    """
+    # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.
     full_QK = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
     bias_QK = full_QK.tril(diagonal) if low else full_QK.triu(diagonal)
     return bias_QK.repeat(repeats, 1)[None]
 
 
 class RowAttention(torch.autograd.Function):
-    """Causal attention by matrix products, one block of queries at a time: on a CPU faster than the library's kernel.
+    """Causal attention by matrix products, one block of queries at a time. On a CPU it is faster than the library's.
 
-    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None; returns (T, H, E). Saves the attention
-    weights of short rows only and recomputes those of long rows in the backward pass, so that memory does not grow
-    with the square of a row. Scores and weights are stored in the dtype of the query; softmax, and sums over blocks,
-    are computed in fp32.
+    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None; returns (T, H, E). Attention weights
+    are saved for the backward pass only if their block has few keys. All other weights are computed again, so that
+    memory does not grow with the square of the row length. Scores and weights are stored in the dtype of the query.
+    The softmax and the sums over blocks are computed in fp32.
     """
 
     @staticmethod
@@ -280,7 +292,7 @@ class RowAttention(torch.autograd.Function):
                 sink_weight_GRQ = 1 - weights.sum(-1, dtype=exact).view(shape_GRQ)
                 sinks_grad_GR -= (sink_weight_GRQ * mean_GRQ).sum(-1)
 
-            # The library's function: where one key has the whole weight, the gradient is exactly 0.
+            # With this function of the library the gradient is exactly 0 if one key has the whole weight.
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
             if slope is not None:
                 scores_grad = scores_grad.mul_(slope)
@@ -308,7 +320,10 @@ def _weights(
     block: Block,
     settings: tuple[RowMask, float, float | None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the weights of a block, (G, R * Q, K), and the slope of the score cap, None without a cap."""
+    """Return the attention weights of a block, (G, R * Q, K), and the slope of the score cap.
+
+    The slope has the shape of the weights. It is None if scores are not capped.
+    """
     first_key, start, end = block
     rows, scaling, softcap = settings
     groups = len(key_GTD)
@@ -317,14 +332,15 @@ def _weights(
     keys = end - first_key
     query_block = query_HTD[:, start:end].unflatten(0, (groups, -1)).flatten(1, 2)
 
-    # On 16-bit scores the library's softmax is fast only if the number of keys is a multiple of 32. Keys after the row
-    # fill up the block; the bias hides them as it hides keys after a query.
+    # On 16-bit scores the library's softmax is fast only if the number of keys is a multiple of 32. So the block also
+    # gets keys after its end. The bias hides these keys, as it hides all keys after a query.
     padded_keys = keys
     if query_HTD.dtype != torch.float32:
         padded_keys = min(-(-keys // 32) * 32, key_GTD.shape[1] - first_key)
 
     later_bias = _hiding_bias(queries, first_key + padded_keys - start, 1, repeats, query_HTD.dtype, query_HTD.device)
-    # For the first block of a row the product itself adds the bias. For others the bias covers only the last columns.
+    # In the first block of a row the bias covers all columns, so the matrix product can add it. In later blocks the
+    # bias covers only the last columns and is added afterwards.
     is_first_block = first_key == start and softcap is None
     scores = torch.baddbmm(
         later_bias if is_first_block else later_bias[:, :1, :1],

@@ -1,4 +1,4 @@
-"""The output head and the loss at trained positions only, in chunks, so that memory does not grow with the text.
+"""The logits and the loss, computed only at trained positions and in chunks: memory does not grow with the text.
 
 Shapes in names: P trained positions, N positions of one chunk, V vocabulary, C hidden width, T tokens.
 """
@@ -22,21 +22,22 @@ _FP16_SCALE = 256.0
 
 @dataclass(frozen=True)
 class Head:
-    """An output head as its class computes it: logits = cap(scale * (W h + b))."""
+    """An output head that computes logits = scale * (W h + b). With a `cap` the result is cap * tanh(logits / cap)."""
 
     linear: nn.Linear
     scale: float = 1.0
     cap: float | None = None
 
     def chunk(self) -> int:
-        """Return how many positions go through the head at once."""
+        """Return the number of positions in one chunk."""
         return max(16, CHUNK_LOGITS // self.linear.out_features)
 
 
 def find_head(model: Any) -> Head | None:
-    """Return the model's head if it is a plain linear layer, None if logits must come from the model itself.
+    """Return the model's output head, or None if the head is not a plain linear layer.
 
-    The config fields are those of Gemma, Granite and Cohere. `head_is_exact` checks that they describe the whole head.
+    Scale and cap come from the config fields of Gemma, Granite and Cohere. A different class may compute more than the
+    config says, so `head_is_exact` compares the head with the model.
     """
     linear = model.get_output_embeddings()
     if type(linear) is not nn.Linear or linear.weight.dim() != 2 or type(linear.weight.data) is not torch.Tensor:
@@ -48,7 +49,7 @@ def find_head(model: Any) -> Head | None:
 
 @contextmanager
 def head_input(head: Head) -> Iterator[list[torch.Tensor]]:
-    """Collect the input of the head during a forward pass; the head itself gets no position and costs nothing."""
+    """Collect the inputs of the head in the returned list. The head itself gets zero positions, so it costs nothing."""
     collected: list[torch.Tensor] = []
 
     def take(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -63,7 +64,7 @@ def head_input(head: Head) -> Iterator[list[torch.Tensor]]:
 
 
 def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
-    """Return whether the head gives the model's own logits on ids (1, T), within the rounding of its dtype."""
+    """Return whether `head` gives the same logits as the model on ids (1, T), up to rounding in the head's dtype."""
     weight_VC = head.linear.weight
     training = model.training
     model.eval()
@@ -82,14 +83,14 @@ def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
 
 
 def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, divisor: float) -> torch.Tensor:
-    """Return the sum of -log p(target), divided by `divisor`; gradients are computed in the forward pass."""
+    """Return the sum of -log p(target), divided by `divisor`. The forward pass computes the gradients too."""
     total: torch.Tensor = _SummedLoss.apply(hidden_PC, head.linear.weight, head.linear.bias, targets_P, head, divisor)
     return total
 
 
 @torch.no_grad()
 def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (-log p(target), whether the target is the most likely token), each (P)."""
+    """Return two tensors of shape (P): -log p(target), and whether the target is the most likely token."""
     dtype = _compute_dtype(head.linear.weight)
     weight_VC = head.linear.weight.to(dtype)
     size = head.chunk()
@@ -110,13 +111,13 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 class _Buffers:
-    """Memory for the logits of a chunk, reused by the next chunk: newly allocated memory is slow on a CPU."""
+    """Memory for the logits of a chunk. The next chunk uses the same memory, because new memory is slow on a CPU."""
 
     def __init__(self) -> None:
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, rows: int, weight_VC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised (rows, V) of this dtype; later chunks are never larger than the first."""
+        """Return an uninitialised tensor (rows, V) of this dtype. No later chunk may have more rows than the first."""
         if dtype not in self._by_dtype:
             self._by_dtype[dtype] = weight_VC.new_empty(rows, len(weight_VC), dtype=dtype)
         return self._by_dtype[dtype][:rows]
@@ -125,7 +126,10 @@ class _Buffers:
 def _logits(
     hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return fp32 logits (N, V) in a buffer, and the slope of the cap (N, V), None without a cap."""
+    """Return the logits (N, V) in fp32, and the slope of the cap (N, V). The slope is None if the head has no cap.
+
+    Without a cap the logits are in a buffer, which the next chunk overwrites.
+    """
     bias_V = head.linear.bias
     logits_NV = buffers.take(len(hidden_NC), weight_VC, weight_VC.dtype)
     if bias_V is None:
@@ -144,7 +148,10 @@ def _logits(
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Computes the gradients of hidden states, weight and bias chunk by chunk in the forward pass; backward scales."""
+    """Computes the loss and the gradients of hidden states, weight and bias in the forward pass, chunk by chunk.
+
+    The backward pass only multiplies the gradients by the gradient of the loss.
+    """
 
     @staticmethod
     def forward(
@@ -158,7 +165,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = _compute_dtype(weight_VC)
         inner_scale = _FP16_SCALE if dtype == torch.float16 else 1.0 / divisor
-        # In fp16 the gradient of hidden states stays fp32 until the loss scale has multiplied it.
+        # In fp16 training the gradient of the hidden states stays in fp32 until it is multiplied by the loss scale.
         hidden_grad_dtype = torch.float32 if dtype == torch.float16 else dtype
         compute_weight_VC = weight_VC.to(dtype)
         size = head.chunk()
@@ -212,7 +219,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         hidden_grad_PC, weight_grad_VC, bias_grad_V = ctx.grads
-        # Without another reference, autograd uses a gradient as that of the parameter without copying it.
+        # If nothing else refers to a gradient tensor, autograd gives it to the parameter without a copy.
         ctx.grads = None
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         scale = grads[0]

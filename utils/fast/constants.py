@@ -1,11 +1,13 @@
-"""Sizes of the fast path. The estimate of memory uses them too, so this module imports nothing."""
+"""Sizes of blocks and chunks. The memory estimate uses them without torch, so this module imports nothing."""
 
 from __future__ import annotations
 
-# Queries that are attended in one block. The scores of a block fit in the CPU cache, and keys after it are skipped.
+# The number of queries in one block of attention. The scores of a block fit in the CPU cache, and keys after the block
+# are not computed.
 QUERY_BLOCK = 128
-# Attention weights of a block with at most this many keys are saved for the backward pass; others are recomputed.
+# The attention weights of a block are saved for the backward pass if the block has at most this many keys. Otherwise
+# they are computed again.
 KEPT_KEYS = 384
-# Logits of one chunk of the loss: 32 MiB in fp32. Smaller chunks make the matrix products slower, larger ones only cost
-# memory.
+# The number of logits in one chunk of the loss: 32 MiB in fp32. Smaller chunks make the matrix products slower. Larger
+# chunks only need more memory.
 CHUNK_LOGITS = 2**23

@@ -1,6 +1,6 @@
-"""Fused act(gate) * up for gated MLPs (SwiGLU and the like) of any class.
+"""Gated MLPs (for example SwiGLU) of any class that compute act(gate) * up in one step.
 
-Only gate and up are saved for the backward pass.
+This step saves only gate and up for the backward pass.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import nn
 
 from utils.fast.swap import swap_class
 
-# The layers and the activation of a gated MLP under Llama's names, which most classes use.
+# The names of the layers and the activation of a gated MLP in Llama. Most other classes use the same names.
 _LAYERS = ('gate_proj', 'up_proj', 'down_proj')
 _PARTS = {*_LAYERS, 'act_fn'}
 
 
 class _GatedStep(torch.autograd.Function):
-    """y = act(gate) * up. Saves only gate and up; the backward pass computes act(gate) again."""
+    """Computes act(gate) * up and saves only gate and up. The backward pass computes act(gate) again."""
 
     @staticmethod
     def forward(
@@ -48,7 +48,7 @@ class _GatedStep(torch.autograd.Function):
 
 
 class _FusedGate(nn.Module):
-    """Mixin for the class of a gated MLP: the same layers, and one step for what is between them."""
+    """Mixin for the class of a gated MLP. The layers stay the same, and `_GatedStep` computes act(gate) * up."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -63,9 +63,9 @@ class _FusedGate(nn.Module):
 
 
 def fuse_gates(model: nn.Module) -> int:
-    """Give the gated MLPs of a model the fused forward; returns how many have it.
+    """Replace the forward of a model's gated MLPs by the fused forward, and return the number of replaced MLPs.
 
-    An MLP gets it if its class, with small layers in place of its own, gives exactly the same values.
+    An MLP is fused only if its class, tried with small layers, gives exactly the values of the fused forward.
     """
     fused = 0
     for block in list(model.modules()):
@@ -79,7 +79,7 @@ def fuse_gates(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _is_gated(block: nn.Module) -> bool:
-    """Return whether the class of a block computes what `_FusedGate` does."""
+    """Return whether the class of a block, tried with small layers, gives exactly the values of `_FusedGate`."""
     if len(inspect.signature(type(block).forward).parameters) != 2:
         return False
 
@@ -90,7 +90,7 @@ def _is_gated(block: nn.Module) -> bool:
     act = block.get_submodule('act_fn')
 
     small = copy.copy(block)
-    vars(small).pop('forward', None)  # accelerate's, in a model over several devices: it would call the block's layers
+    vars(small).pop('forward', None)  # on several devices accelerate sets a forward that calls the original layers
     small._modules = {**dict(zip(_LAYERS, layers, strict=True)), 'act_fn': act}
     x = torch.linspace(-3, 5, 24).sin().view(3, 8)
     return torch.equal(small(x), down(act(gate(x)) * up(x)))

@@ -1,4 +1,7 @@
-"""Which layout batches have and where logits come from: the fast way if a check on the model shows that it is exact."""
+"""Choose between padded and concatenated batches, and between the model's own logits and the loss in chunks.
+
+The faster way is chosen if a check on the loaded model shows that it gives the same result.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ _SHARDED = 'the weights are sharded over several processes'
 
 
 def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: Decide = log_decision) -> bool:
-    """Switch the model to concatenated rows if that is exact; returns whether it did, and gives `decide` the reason.
+    """Switch the model to concatenated rows if this changes no result, and return whether it was switched.
 
-    Raises ConfigError if --padding_free true or --packing true is not possible.
+    `decide` gets the decision and its reason. Raises ConfigError if --padding_free true or --packing true is not
+    possible.
     """
     if args.padding_free is False:
         return False
@@ -36,7 +40,10 @@ def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: De
 
 
 def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) -> Head | None:
-    """Return the head for a loss at trained positions in chunks, None if logits must come from the model itself."""
+    """Return the output head with which the loss can be computed in chunks.
+
+    Returns None if the logits must come from the model itself; then `decide` gets the reason.
+    """
     if not args.chunked_loss:
         return None
     if is_sharded(model):
@@ -51,7 +58,7 @@ def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) ->
 
 
 def why_padded(model: Any, longest: int) -> str | None:
-    """Return why the rows of a model's class cannot be concatenated, None if they can."""
+    """Return why the model needs padded rows, or None if nothing in its class, config or sharding needs padding."""
     config = model.config
     name = type(model).__name__
     settings = config.to_dict()
@@ -69,14 +76,18 @@ def why_padded(model: Any, longest: int) -> str | None:
 
 
 def _some_ids(model: Any, count: int, first: int = 0) -> torch.Tensor:
-    """Return ids (1, count) of the vocabulary."""
+    """Return `count` ids of the vocabulary for a test, (1, count). A different `first` gives different ids."""
     size = model.get_input_embeddings().weight.shape[0]
     return torch.tensor([[(first + 7 * i) % size for i in range(1, count + 1)]], device=model.device)
 
 
 @torch.no_grad()
 def _difference(model: Any) -> str | None:
-    """Return why a row after other rows differs from the row alone, None if it does not: then attention is switched."""
+    """Switch the attention, and compare the logits of a row alone with its logits after different rows.
+
+    Returns None if the logits are equal within rounding. If they differ, or if the model refuses concatenated rows,
+    the attention is switched back and the reason is returned.
+    """
     before = model.config._attn_implementation
     training = model.training
     row = _some_ids(model, 9)
@@ -100,7 +111,7 @@ def _difference(model: Any) -> str | None:
 
 
 def _logits_after_others(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
-    """Return the logits (2, T, V) of the second and the fourth of four concatenated rows; both have T tokens."""
+    """Concatenate four rows, and return the logits (2, T, V) of the second and the fourth row, which have T tokens."""
     lengths = [row.shape[1] for row in rows]
     device = rows[0].device
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]

@@ -1,4 +1,4 @@
-"""tuner_backend swift: PEFT's LoRA layers with base and adapter computed in one step that saves little for backward.
+"""LoRA layers for tuner_backend swift: base layer and adapter in one step, which saves little for the backward pass.
 
 Shapes in names: N tokens, I input features, O output features, R rank of the adapter.
 """
@@ -16,7 +16,11 @@ from utils.fast.swap import swap_class
 
 
 class _LoraStep(torch.autograd.Function):
-    """y = x W^T + b + scale (x A^T) B^T with W and b frozen. Saves x, which neighbouring layers share, and x A^T."""
+    """Computes y = x W^T + b + scale (x A^T) B^T; W and b are frozen.
+
+    Saves x and x A^T for the backward pass. Layers with the same input, such as query, key and value, share the
+    memory of x.
+    """
 
     @staticmethod
     def forward(
@@ -53,10 +57,14 @@ class _LoraStep(torch.autograd.Function):
 
 
 class _FusedLora(Linear):
-    """Mixin for PEFT's LoRA layer on a frozen linear layer; cases that it does not compute go to PEFT's forward."""
+    """Mixin for PEFT's LoRA layer on a frozen linear layer.
+
+    PEFT's own forward is called if there is not exactly one active adapter, if the adapter is merged or disabled, if
+    dropout is active, if the base layer is trained, or if there are keyword arguments.
+    """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the base layer's output plus the adapter's."""
+        """Return the output of the base layer plus the output of the adapter."""
         base = self.base_layer
         active = self.active_adapters
         has_one_adapter = len(active) == 1 and not self.disable_adapters and not self.merged and not kwargs
@@ -84,9 +92,9 @@ class _FusedLora(Linear):
 
 
 def fuse_lora(model: nn.Module) -> tuple[int, int]:
-    """Give the LoRA layers of a model the fused forward; returns how many have it and how many LoRA layers there are.
+    """Replace the forward of a model's LoRA layers; return the number of replaced layers and of all LoRA layers.
 
-    PEFT's own forward stays on quantised layers, Conv1D, DoRA and adapters with a bias.
+    Quantised layers, Conv1D, DoRA and adapters with a bias keep PEFT's own forward.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     fused = [layer for layer in layers if _can_be_fused(layer)]

@@ -1,4 +1,4 @@
-"""Fused RMSNorm that saves only its input, for the norm layers of any class that compute exactly the same."""
+"""A fused RMSNorm that saves little for the backward pass. It replaces norm layers with exactly the same values."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 
 from utils.fast.swap import swap_class
 
-# What a class does after x / rms(x) in fp32: round and then multiply by the weight (Llama), multiply and then round
-# (OLMo 2), or multiply by one plus the weight and then round (Gemma).
+# Each class computes x / rms(x) in fp32. Then it rounds and multiplies by the weight (Llama: round_first), multiplies
+# by the weight and rounds (OLMo 2: round_last), or multiplies by one plus the weight and rounds (Gemma: one_plus).
 Kind = Literal['round_first', 'round_last', 'one_plus']
 _KINDS: tuple[Kind, ...] = ('round_first', 'round_last', 'one_plus')
-# The names that classes give to what is added to the mean square.
+# The attribute names in different classes for epsilon, the constant that is added to the mean square.
 _EPSILONS = ('variance_epsilon', 'eps', 'epsilon')
 
 
 class _NormStep(torch.autograd.Function):
-    """y = w x / rms(x), computed in fp32 and rounded to the dtype of x; the backward pass normalises x again."""
+    """Computes w x / rms(x) in fp32 and rounds to the dtype of x. The backward pass normalises x again."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> torch.Tensor:
@@ -50,29 +50,29 @@ class _NormStep(torch.autograd.Function):
 
 
 def _factor(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
-    """Return what the normalised x is multiplied by."""
+    """Return the factor by which the normalised x is multiplied: the weight, or one plus the weight."""
     if kind == 'one_plus':
         return 1.0 + weight.to(torch.promote_types(dtype, torch.float32))
     return weight.to(dtype)
 
 
 class _FusedNorm(nn.Module):
-    """Mixin for the class of a norm layer: the same weight and epsilon, in one step."""
+    """Mixin for the class of a norm layer. Weight and epsilon stay the same, and `_NormStep` computes the forward."""
 
     weight: nn.Parameter
     norm_kind: Kind
     norm_epsilon: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x normalised over its last dimension, in its dtype."""
+        """Return x, normalised over its last dimension and multiplied by the weight, in the dtype of x."""
         normalised: torch.Tensor = _NormStep.apply(x, self.weight, self.norm_epsilon, self.norm_kind)
         return normalised
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Give the RMSNorm layers of a model the fused forward; returns how many have it.
+    """Replace the forward of a model's RMSNorm layers by the fused forward, and return the number of replaced layers.
 
-    A layer gets it if its class gives, on fixed input, exactly the values of one of the kinds.
+    A layer is fused only if its output on a fixed test input is bitwise equal to one of the known RMSNorm variants.
     """
     fused = 0
     for layer in list(model.modules()):
@@ -93,10 +93,11 @@ def fuse_norms(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _kind_of(layer: nn.Module, epsilon: float) -> Kind | None:
-    """Return the first kind that gives the values of the layer bit for bit, None if no kind does."""
+    """Return the first kind whose output is bitwise equal to the layer's on a test input, or None if no kind is."""
     weight = layer.get_parameter('weight')
     equal = set(_KINDS)
-    # In bf16 too: under autocast, layers with fp32 weights get bf16 input, and only then the kinds differ.
+    # bf16 input is tried too, because under autocast layers with fp32 weights get bf16 input. In fp32 nothing is
+    # rounded, so round_first and round_last give the same values.
     for dtype in (weight.dtype, torch.bfloat16):
         x = torch.linspace(-3, 5, 3 * weight.shape[-1], device=weight.device).sin().view(3, -1).to(dtype)
         expected = layer(x)

@@ -1,4 +1,7 @@
-"""Rotary embeddings whose frequencies depend on the longest row of a batch, and how each row keeps its own."""
+"""Some rotary embeddings choose their frequencies by the longest row of a batch.
+
+The functions of this module make the result of a row independent of the other rows of its batch.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,16 @@ from typing import Any
 
 
 def _parameters(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rope_parameters of a model, or those of each kind of layer."""
+    """Yield the rope_parameters of a config; if each type of layer has its own parameters, yield each of them."""
     found = config.get_text_config().to_dict().get('rope_parameters') or {}
     nested = [value for value in found.values() if isinstance(value, dict) and 'rope_type' in value]
     yield from nested or [found]
 
 
 def depends_on_batch_from(config: Any) -> int | None:
-    """Return the length up to which a row is the same in every batch, None if there is no such limit.
+    """Return the row length up to which the frequencies stay the same, or None if they never change.
 
-    In a batch with a longer row, all rows get the frequencies of the longest row.
+    If a batch has a longer row, all its rows get the frequencies of the longest row.
     """
     trained_length = getattr(config.get_text_config(), 'max_position_embeddings', None)
     limits = []
@@ -30,10 +33,10 @@ def depends_on_batch_from(config: Any) -> int | None:
 
 
 def forget_longer_batches(model: Any) -> None:
-    """Let the next forward pass use the frequencies of its own length, whatever came before.
+    """Let the next forward pass compute its frequencies from its own length and not from an earlier batch.
 
-    A dynamic embedding keeps the frequencies of the longest batch so far until a short one comes. A resumed run has
-    not computed that batch and would continue with other frequencies.
+    A dynamic embedding keeps the frequencies of the longest batch so far until a short batch comes. A resumed run has
+    not seen that long batch, so it would continue with different frequencies.
     """
     for module in model.modules():
         kinds = getattr(module, 'rope_type', None)
@@ -46,7 +49,10 @@ def forget_longer_batches(model: Any) -> None:
 
 
 def groups_of_rows(lengths: list[int], limit: int) -> list[list[int]]:
-    """Return the indices of rows that may share a forward pass: all up to `limit` tokens; each longer row alone."""
+    """Group rows by forward pass, and return the row indices of each group.
+
+    All rows of at most `limit` tokens form one group, and each longer row forms a group alone.
+    """
     short = [index for index, length in enumerate(lengths) if length <= limit]
     long = [[index] for index, length in enumerate(lengths) if length > limit]
     return [short, *long] if short else long

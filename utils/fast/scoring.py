@@ -1,7 +1,9 @@
-"""Loss and hits at the trained tokens of a batch, padded or concatenated.
+"""Loss and hits at the trained tokens of a padded or concatenated batch.
+
+A hit is a trained token to which the model gives the highest probability.
 
 Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, K columns that predict
-a trained token in some row, C hidden width, V vocabulary.
+a trained token in at least one row, C hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,18 +25,22 @@ Predictors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Scorer:
-    """Scores batches of one model: through a given head in chunks, or from the logits of the model itself."""
+    """Computes loss and hits of batches: in chunks if a head is given, otherwise from the logits of the model."""
 
     def __init__(self, base: Any, head: Head | None, *, splits: bool = True) -> None:
-        """Score batches of `base`. With `splits`, a row that a longer one would change gets its own forward pass."""
+        """Set up scoring for the model `base`.
+
+        With `splits`, rows whose result depends on longer rows of the batch are separated from them: all rows up to the
+        limit share one forward pass, and each longer row gets its own.
+        """
         self.base = base
         self.head = head
-        # A sharded model must run the same number of forward passes on each process, so it never splits a batch.
+        # A sharded model needs the same number of forward passes on each process, so `splits` is False for it.
         self.row_limit = depends_on_batch_from(base.config) if splits else None
         self.selects_logits = 'logits_to_keep' in inspect.signature(base.forward).parameters
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor], divisor: float) -> torch.Tensor:
-        """Return the summed loss of the batch over `divisor`, in fp32."""
+        """Return the loss of the batch in fp32, summed over its trained tokens and divided by `divisor`."""
         found, targets_P, _ = self._predictors(model, batch)
         if self.head is None:
             return F.cross_entropy(found.float(), targets_P, reduction='sum') / divisor
@@ -42,7 +48,7 @@ class Scorer:
 
     @torch.no_grad()
     def by_row(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return (summed loss, hits, trained tokens) of each row, (B, 3), in float64."""
+        """Return a tensor (B, 3) in float64: the summed loss, the hits and the trained tokens of each row."""
         found, targets_P, row_P = self._predictors(model, batch)
         if self.head is None:
             losses_P = F.cross_entropy(found.float(), targets_P, reduction='none')
@@ -55,15 +61,19 @@ class Scorer:
         return sums_B3.index_add_(0, row_P.to(parts_P3.device), parts_P3)
 
     def _predictors(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
-        """Return what predicts the trained tokens, (P, C) or logits (P, V); the tokens (P); the row of each (P)."""
+        """Return three tensors, each with one entry for each trained token.
+
+        The first predicts the tokens: with a head it has hidden states (P, C), without a head logits (P, V). The second
+        has the ids of the trained tokens (P), and the third the row index of each trained token (P).
+        """
         if self.row_limit is None:
             return self._in_one_pass(model, batch)
 
         found: list[Predictors] = []
         for indices in groups_of_rows(batch['row_lengths'].tolist(), self.row_limit):
             forget_longer_batches(self.base)
-            # The wrapper may exchange values between processes, whose numbers of groups differ: only the first pass,
-            # which every process has, goes through it.
+            # The wrapper `model` may run collective operations, and processes may have different numbers of groups.
+            # So only the first pass, which every process has, uses the wrapper.
             module = self.base if found else model
             predictors, targets_P, row_P = self._in_one_pass(module, take_rows(batch, indices))
             found.append((predictors, targets_P, torch.tensor(indices, device=row_P.device)[row_P]))
@@ -78,7 +88,7 @@ class Scorer:
         is_concatenated = 'attention_mask' not in batch
 
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
-        # A tensor and not a number: Gemma 4 cuts masks by a number.
+        # The value must be a tensor: if it is a number, Gemma 4 cuts its masks by this number.
         keep = {'logits_to_keep': columns_K} if self.selects_logits else {}
         to_head: AbstractContextManager[list[torch.Tensor]] = head_input(self.head) if self.head else nullcontext([])
         layout = concatenated_rows(lengths_B.tolist()) if is_concatenated else nullcontext()

@@ -1,4 +1,4 @@
-"""Change the class of a layer that is already part of a model, and change it back."""
+"""Replace the class of a layer inside a model by a fused subclass, and restore the original class."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import types
 
 from torch import nn
 
-# One class for all layers of a class, so that two of them still have the same type.
+# Cache of fused classes by (original class, mixin): layers of the same original class share one fused class.
 _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def swap_class(layer: nn.Module, mixin: type[nn.Module]) -> None:
-    """Give a layer the methods of `mixin`: a LlamaRMSNorm becomes a FusedLlamaRMSNorm, a subclass of both.
+    """Give a layer the methods of `mixin`. Its new class is a subclass of `mixin` and of its original class.
 
-    Parameters, buffers and hooks of the layer stay. `restore_class` undoes the swap.
+    For example, a LlamaRMSNorm becomes a FusedLlamaRMSNorm. The layer keeps its parameters, buffers and hooks.
+    `restore_class` undoes the swap.
     """
     assert not isinstance(layer, mixin), f'{type(layer).__name__} already is a {mixin.__name__}'
     original = type(layer)
@@ -32,10 +33,10 @@ def restore_class(layer: nn.Module) -> None:
 
 
 def _bind_hooked_forward(layer: nn.Module) -> None:
-    """Let accelerate's hooks call the forward of the layer's present class.
+    """Let accelerate's hooks call the forward of the layer's new class.
 
-    In a model over several devices accelerate replaces `forward` on the layer itself with one that moves the inputs
-    and calls `_old_forward`, which it bound to the class of that time.
+    In a model over several devices, accelerate sets a `forward` on the layer that moves the inputs and then calls
+    `_old_forward`. This `_old_forward` is still the forward of the class that the layer had before.
     """
     if '_old_forward' in vars(layer):
         vars(layer)['_old_forward'] = types.MethodType(type(layer).forward, layer)

@@ -1,4 +1,7 @@
-"""Read rows again from their source data, for the proofs. This reading shares no code with the conversion."""
+"""Read rows from their source data a second time, for the proofs.
+
+This module shares no code with the conversion, so it does not repeat errors of the conversion.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from utils.formats.conversation import Row
 
 REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 
-# Role names of data sets in lower case, and the names that chat templates use.
+# For role names of data sets in lower case, the role names that chat templates use.
 _ROLES = {
     'human': 'user',
     'gpt': 'assistant',
@@ -26,15 +29,15 @@ _ROLES = {
     'tool_response': 'tool',
 }
 _CALL_ROLES = ('function_call', 'tool_call')
-# Keys that are read by name below, or that set how a turn is trained.
+# The keys of a turn that `_message` reads by name, and the keys that set whether a turn is trained.
 _READ_KEYS = {'role', 'from', 'content', 'value', 'weight', 'loss', 'train', 'tool_calls', 'function_call'}
 
 
 def messages_as_written(row: Row) -> list[dict[str, Any]]:
-    """Return the turns of a row as in its source data, so that they still have what the conversion may lose.
+    """Return the turns of a row as they are in the source data, with the parts that the conversion may have lost.
 
-    Keys that the conversion reports as unused are skipped, because they are counted already. Rows without turns have
-    only texts, whose characters are counted elsewhere; for them the converted turns are returned.
+    Keys that the conversion reports as unused are skipped, because they are counted already. If the source row has
+    texts instead of turns, the converted turns are returned; the characters of these texts are counted elsewhere.
     """
     column = next((name for name in ('messages', 'conversations') if row.written.get(name)), None)
     turns = _parsed(row.written[column]) if column else None
@@ -49,7 +52,10 @@ def messages_as_written(row: Row) -> list[dict[str, Any]]:
 
 
 def tools_as_written(row: Row) -> list[Any] | None:
-    """Return the tools of a row as in its source data, each in a function wrapper; None if it has none."""
+    """Return the tools of a row as they are in the source data, each as {'type': 'function', 'function': ...}.
+
+    Returns the converted tools if the source data has no list of tools, and None if the row has no tools at all.
+    """
     found = [_parsed(row.written.get(column)) for column in ('tools', 'functions')]
     tools = next((value for value in found if isinstance(value, list) and value), None)
     if tools is None:
@@ -84,7 +90,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     is_missing = _is_empty(arguments) or (isinstance(arguments, str) and not arguments.strip())
     read_arguments = {} if is_missing else _with_object(function, 'arguments')['arguments']
 
-    # Templates may print keys in their order, so the order of the data is kept.
+    # A template may print the keys in the order in which it gets them, so the order of the source data is kept.
     read_function: dict[str, Any] = {}
     for key in function:
         if key == 'name':
@@ -106,7 +112,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(content: Any) -> str:
-    """Return the text of a turn; parts of a list are joined."""
+    """Return the content of a turn as one text. If the content is a list of parts, their texts are joined."""
     if isinstance(content, list):
         return ''.join(part if isinstance(part, str) else str(part.get('text') or '') for part in content)
     return '' if _is_empty(content) else str(content)
@@ -117,7 +123,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _parsed(value: Any) -> Any:
-    """Return the object or list that a JSON text contains; anything else unchanged."""
+    """Return the object or list that a JSON text contains. Any other value is returned unchanged."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -126,6 +132,6 @@ def _parsed(value: Any) -> Any:
 
 
 def _with_object(function: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return the function with the JSON text of a key parsed, if it is an object; otherwise unchanged."""
+    """Return a copy of the function. If the value of `key` is the JSON text of an object, the text is parsed."""
     found = _parsed(function.get(key))
     return {**function, key: found} if isinstance(found, dict) else dict(function)

@@ -1,4 +1,7 @@
-"""The first-step gate: do every part of a run once with the heaviest rows, and undo it bitwise."""
+"""The first-step gate: before training, try a step, an evaluation and a checkpoint with the heaviest rows.
+
+Afterwards the weights and all other state are bitwise the same as before.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ T = TypeVar('T')
 
 
 class FirstStepGate(TrainerCallback):
-    """Runs before the first step, when model, optimizer and processes are set up for training."""
+    """Tries the parts of a run before the first step, when model, optimizer and processes are ready for training."""
 
     def __init__(self, trainer: SftTrainer, *, resumed_from: str | None) -> None:
         self.trainer = trainer
@@ -45,7 +48,10 @@ class FirstStepGate(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Try steps, an evaluation and a checkpoint, and undo them; raises ConfigError with advice if one fails."""
+        """Try steps, an evaluation and a checkpoint, undo them, and record the outcome.
+
+        Raises ConfigError with advice if one of them fails.
+        """
         started = time.perf_counter()
         scratch = Path(args.output_dir) / _SCRATCH
         heaviest = self.trainer.train_dataset.heaviest(args.per_device_train_batch_size)
@@ -81,10 +87,10 @@ class FirstStepGate(TrainerCallback):
 
     @contextlib.contextmanager
     def _undone(self, scratch: Path) -> Iterator[None]:
-        """Restore weights, optimizer, loss scale and random state on exit.
+        """A context that restores weights, optimizer, loss scale and random state when it ends without an error.
 
-        Trainable weights are copied to main memory (4 bytes for each fp32 parameter). DeepSpeed shards them, so it
-        writes and reads its own checkpoint instead.
+        A copy of the trainable weights is kept in main memory (4 bytes for each fp32 parameter). DeepSpeed shards the
+        weights, so with DeepSpeed a checkpoint is written and read instead.
         """
         trainer = self.trainer
         engine = trainer.deepspeed
@@ -102,7 +108,8 @@ class FirstStepGate(TrainerCallback):
         if engine is not None:
             deepspeed_load_checkpoint(engine, str(scratch), load_module_strict=not isinstance(trainer.model, PeftModel))
             engine.micro_steps = 0
-            trainer.accelerator.wait_for_everyone()  # before the main process deletes what others may still read
+            # The main process deletes the checkpoint, but only after all processes have read it.
+            trainer.accelerator.wait_for_everyone()
         else:
             with torch.no_grad():
                 for weight, copied in zip(weights, copies, strict=True):
@@ -117,11 +124,11 @@ class FirstStepGate(TrainerCallback):
         set_random_state(random)
 
     def _steps(self, heaviest: list[Rows]) -> str | None:
-        """Do one step, then forward and backward passes with the optimizer's state in memory.
+        """Do one step, and then forward and backward passes while the optimizer's state is in memory.
 
-        Returns the first memory error, or None. Processes compute without exchange, so that no process waits for one
-        that runs out of memory; at the end they exchange the gradients of one row. With a sharded model every pass
-        needs the exchange.
+        Returns the first memory error, or None if the memory is sufficient. Passes run without collective operations,
+        so that no process waits for a process that runs out of memory. Only the last pass, over one row, averages the
+        gradients over the processes. A sharded model needs collective operations in every pass.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
@@ -141,7 +148,10 @@ class FirstStepGate(TrainerCallback):
         return bool(self.trainer.is_deepspeed_enabled or self.trainer.is_distributed_loading_by_transformers)
 
     def _forward_backward(self, rows: Rows, *, exchanges: bool) -> str | None:
-        """Do a forward and a backward pass; returns the first memory error of any process, or None."""
+        """Do a forward and a backward pass over the rows; `exchanges` says whether processes average their gradients.
+
+        Returns the first memory error of any process, or None if there was no error.
+        """
         trainer = self.trainer
         batches, count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
         trainer.accelerator.gradient_state._set_sync_gradients(exchanges)
@@ -162,12 +172,12 @@ class FirstStepGate(TrainerCallback):
         trainer.model_wrapped.zero_grad()
 
     def _advise(self, heaviest: list[Rows], failure: str) -> NoReturn:
-        """Try settings that need less memory, and raise ConfigError with what fits."""
+        """Try settings that need less memory, and raise a ConfigError that says which of them fit into memory."""
         trainer = self.trainer
         rows = heaviest[0]
         tokens = _longest(rows)
         tried = []
-        # Processes of a sharded model are no longer synchronised after an error, so nothing can be tried.
+        # If the model is sharded, processes are no longer synchronised after an error, so nothing can be tried.
         for flag, lighter in [] if self._is_sharded() else self._lighter(rows, tokens):
             trainer.model_wrapped.zero_grad()
             trainer.optimizer.state.clear()
@@ -193,20 +203,26 @@ class FirstStepGate(TrainerCallback):
         )
 
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
-        """Return flags that save memory, each with the rows of its batch; gradient checkpointing keeps the rows."""
+        """Return pairs of a flag that saves memory and the rows of the batch with this flag.
+
+        With --gradient_checkpointing true the rows stay the same list object.
+        """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:
             lighter.append((f'--batch_size {half}', rows[:half]))
         if not self.trainer.model.is_gradient_checkpointing:
             lighter.append(('--gradient_checkpointing true', rows))
-        # Packs and rows with images cannot be cut at a token.
+        # Packs and rows with images cannot be cut to a number of tokens.
         if not any('rows' in row or 'images' in row for row in rows):
             length = tokens // 2
             lighter.append((f'--max_length {length}', [_last(row, length) for row in rows]))
         return lighter
 
     def _evaluate(self) -> None:
-        """Evaluate one batch, with answers of a few tokens."""
+        """Try an evaluation of the heaviest batch, with answers of a few tokens.
+
+        Raises ConfigError if the batch does not fit into memory, or if the loss of a row is not finite.
+        """
         trainer = self.trainer
         rows = trainer.eval_dataset
         if rows is None:
@@ -234,7 +250,10 @@ class FirstStepGate(TrainerCallback):
         trainer.compute_metrics(EvalPrediction(predictions=found.cpu().numpy(), label_ids=labels.cpu().numpy()))
 
     def _save(self, scratch: Path) -> int:
-        """Write one checkpoint, warn if the disk has no space for the later ones, and return its size in bytes."""
+        """Write a checkpoint, and return its size in bytes. Warn if the disk has no space for later checkpoints.
+
+        Raises ConfigError if the checkpoint cannot be written.
+        """
         trainer = self.trainer
         checkpoint = scratch / 'checkpoint-0'
         if failure := trainer.checkpoints.write(checkpoint, resumable=not trainer.args.save_only_model):
@@ -244,7 +263,7 @@ class FirstStepGate(TrainerCallback):
             )
 
         size = dist.from_all(sum(p.stat().st_size for p in checkpoint.rglob('*')) if dist.is_main() else 0)[0]
-        # While the next checkpoint is written, the old ones are still there.
+        # The old checkpoints are deleted only after the next checkpoint is written.
         held = trainer.checkpoints.limit + 1 if trainer.checkpoints.limit > 0 else 2
         free = shutil.disk_usage(scratch.parent).free + size
         if free < held * size:
@@ -256,7 +275,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Return (result, None), or (None, the first line of the error) if memory is not sufficient."""
+    """Call `work` and return (its result, None), or (None, the first line of the error) if memory is not sufficient."""
     try:
         return work(), None
     except (RuntimeError, MemoryError) as error:
@@ -275,7 +294,7 @@ def _longest(rows: Rows) -> int:
 
 
 def _last(row: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return a row cut to its last `count` tokens, like --max_length does."""
+    """Return the row with only its last `count` tokens, as if --max_length had cut it."""
     spans = {name: row[name] for name in ('trained', 'prompt_length', 'earlier') if name in row}
     encoded = cut_front(Encoded(input_ids=row['input_ids'], **spans), count)
     return {**row, 'earlier': [], **encoded.as_item()}

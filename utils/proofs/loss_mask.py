@@ -1,4 +1,4 @@
-"""Check that the labels of real batches are exactly the tokens that the rows mark as trained."""
+"""Check that in real batches a token has a label exactly if its row marks the token as trained."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from utils.encode.encoded import IGNORE_INDEX, NOTHING_TRAINED, spans_of
 from utils.encode.encoder import Encoder
 from utils.run.record import record_proof
 
-# How many rows are collated and compared.
+# The number of rows that are checked.
 MASK_ROWS = 64
-# Rows of one batch: with one row, a fault that mixes rows up would not be visible.
+# The number of rows in one batch. It must be more than one, so that the check notices if rows are mixed up.
 _BATCH_ROWS = 4
 
 
@@ -27,9 +27,9 @@ def prove_mask(
     encoder: Encoder,
     run_dir: Path,
 ) -> None:
-    """Collate the rows as training does, compare labels with the trained spans of the rows, and record the outcome.
+    """Make batches of the rows as in training, compare the labels with the trained spans, and record the outcome.
 
-    Raises ConfigError if a label is missing, added, of another token or at another position.
+    Raises ConfigError if a label is missing, added, wrong or at a wrong position.
     """
     started = time.perf_counter()
     rows = list(rows)
@@ -49,7 +49,7 @@ def prove_mask(
 
 
 def _sentence(checked: int, summary: dict[str, Any]) -> str:
-    """Return the sentence of a proof that passed."""
+    """Return the sentence that the record and the log show if the check passed."""
     share = 'the rows of a stream are not counted before training'
     if train := summary.get('train'):
         share = f'{train["rows"]} rows train {100 * train["trained_share"]:.4g} % of {train["tokens"]} tokens'
@@ -61,7 +61,7 @@ def _sentence(checked: int, summary: dict[str, Any]) -> str:
 
 
 def _fault(rows: Sequence[dict[str, Any]], collate: Callable[..., dict[str, Any]], encoder: Encoder) -> str | None:
-    """Return what is wrong in a batch of these rows, compared token by token at each position, or None."""
+    """Make one batch of these rows, and return a description of the first fault, or None if there is no fault."""
     batch = collate(rows)
     ids, labels, padding_labels = _split(batch, [len(row['input_ids']) for row in rows])
     for row, row_ids, row_labels in zip(rows, ids, labels, strict=True):
@@ -84,16 +84,16 @@ def _split(batch: dict[str, Any], lengths: Sequence[int]) -> tuple[list[list[int
         padding_labels = [label for row, length in zip(labels, lengths, strict=True) for label in row[length:]]
         return row_ids, row_labels, padding_labels
 
-    # One row, or concatenated rows.
+    # Here the batch has only one row, or its rows are concatenated.
     ends = list(accumulate(lengths))
     parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     return [ids[0][part] for part in parts], [labels[0][part] for part in parts], labels[0][ends[-1] :]
 
 
 def _label_fault(row: dict[str, Any], labels: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str | None:
-    """Return what is wrong with the labels of a row, or None."""
+    """Return a description of the fault in the labels of a row, or None if they are correct."""
     ids = row['input_ids']
-    # The first token is never predicted.
+    # The first token of a row has no token before it that could predict it.
     wanted_positions = [position for start, end in spans_of(row) for position in range(max(start, 1), end)]
     found_positions = [position for position, label in enumerate(labels) if label != IGNORE_INDEX]
     wanted = [ids[position] for position in wanted_positions]

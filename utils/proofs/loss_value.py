@@ -1,4 +1,4 @@
-"""Compare the trainer's loss on real batches with the plain forward pass of one row at a time.
+"""Compare the trainer's loss on real batches with the loss of a plain forward pass over one row at a time.
 
 Shapes in names: T tokens of a row, P trained tokens, V vocabulary.
 """
@@ -25,7 +25,7 @@ from utils.train.trainer import SftTrainer
 _ROWS = 4
 _MAX_TOKENS = 256
 _BATCH_ROWS = 2
-# The allowed difference as a fraction of the loss, in fp32 and in 16 bits: a batch rounds differently than one row.
+# The allowed difference as a fraction of the loss, in fp32 and in 16 bits. A batch rounds differently than one row.
 _EXACT = 1e-3
 _ROUNDED = 5e-2
 
@@ -33,7 +33,7 @@ Items = list[dict[str, Any]]
 
 
 class LossProof(TrainerCallback):
-    """Compares the losses before the first step, when model and processes are set up for training."""
+    """Compares the losses before the first step, when model and processes are ready for training."""
 
     def __init__(self, trainer: SftTrainer, rows: Sequence[dict[str, Any]]) -> None:
         self.trainer = trainer
@@ -42,7 +42,10 @@ class LossProof(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the outcome; raises ConfigError if the trainer's loss is not the loss of the rows."""
+        """Compare the losses and record the outcome.
+
+        Raises ConfigError if the trainer's loss differs from the loss of the plain forward pass.
+        """
         trainer = self.trainer
         started = time.perf_counter()
         # Under FSDP a forward pass without gradients before the first training step crashes the process (SIGSEGV).
@@ -66,7 +69,7 @@ class LossProof(TrainerCallback):
         summed_losses = []
         for row in self.rows:
             loss = self._plain_loss(row)
-            # The guard stops at a row whose loss is NaN or infinite, and names it.
+            # Rows with an infinite or NaN loss are left to the guard, which names the row in its message.
             if math.isfinite(loss):
                 rows.append(row)
                 summed_losses.append(loss)
@@ -96,7 +99,7 @@ class LossProof(TrainerCallback):
         logger.info(f'loss value: {says}')
 
     def _plain_loss(self, row: dict[str, Any]) -> float:
-        """Return the summed loss of a row. The model gets only ids and images; the labels come from the row's spans."""
+        """Return the summed loss of a row from a plain forward pass: the model gets only ids and images, no labels."""
         trainer = self.trainer
         device = trainer.args.device
         ids_1T = torch.tensor([row['input_ids']], device=device)
@@ -111,7 +114,10 @@ class LossProof(TrainerCallback):
         return float(-log_p_TV[position_P - 1].gather(1, target_P[:, None]).double().sum())
 
     def _trainer_loss(self, rows: Items) -> tuple[float, int]:
-        """Return the loss as training computes it in a step of several batches, and its count of trained tokens."""
+        """Return the loss that the trainer computes for these rows in one step, and the number of trained tokens.
+
+        The step has several batches.
+        """
         trainer = self.trainer
         parts = [rows[start : start + _BATCH_ROWS] for start in range(0, len(rows), _BATCH_ROWS)]
         collated = iter([trainer.data_collator(part) for part in parts])
@@ -121,7 +127,7 @@ class LossProof(TrainerCallback):
             for batch in batches
             if batch
         ]
-        # The count is over all processes, and here each has the same rows.
+        # The count is the sum over all processes, and here all processes have the same rows.
         return sum(map(float, losses)), round(int(count) / dist.world_size())
 
     def _tolerance(self) -> float:
@@ -131,12 +137,16 @@ class LossProof(TrainerCallback):
 
 
 def trained_positions(row: dict[str, Any]) -> list[int]:
-    """Return the positions of a row that are predicted: those in its spans, without the first token of the row."""
+    """Return all positions in the trained spans of a row, except position 0, which cannot be predicted."""
     return [position for start, end in spans_of(row) for position in range(max(start, 1), end)]
 
 
 def choose_rows(rows: Sequence[dict[str, Any]]) -> Items:
-    """Return a few rows of different lengths: text rows, cut to their last tokens, else whole rows with images."""
+    """Return a few rows of different lengths for the comparison.
+
+    They are rows without images, cut to their last tokens. If no such row has a trained token left, rows with images
+    are returned without a cut.
+    """
     shortened = [_shortened(row) for row in rows if not row.get('images')]
     found = [row for row in shortened if row] or [row for row in rows if row.get('images')]
     found.sort(key=lambda row: len(row['input_ids']))
@@ -145,7 +155,7 @@ def choose_rows(rows: Sequence[dict[str, Any]]) -> Items:
 
 
 def _shortened(row: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a row with its last tokens, None if none of them is trained."""
+    """Return a row with only its last _MAX_TOKENS tokens, or None if none of these tokens is trained."""
     spans = {name: row[name] for name in ('trained', 'prompt_length', 'earlier') if name in row}
     encoded = cut_front(Encoded(input_ids=row['input_ids'], **spans), _MAX_TOKENS)
     item = {'row': row.get('row', -1), **encoded.as_item()}

@@ -1,4 +1,7 @@
-"""Check that a run folder has no access token, no pickle, and no path of the home folder that was not typed."""
+"""Check that a run folder has no access token, no pickle, and no path of the home folder.
+
+Paths that were typed on the command line are allowed.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,15 @@ from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
 from utils.run.record import record_proof
 
-# The files that DeepSpeed writes in its own format. They are the only exception, and the proof names them.
+# Files that DeepSpeed writes in its own format. Only these files are excepted from the check; the record lists them.
 _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')
 
 
 def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
-    """Yield the files that contain a path below `home` which does not begin with a path in `typed`."""
+    """Yield a message for each file that contains a path inside `home`.
+
+    A path is allowed if it begins with a path in `typed`.
+    """
     if home == home.parent:
         return
 
@@ -33,7 +39,7 @@ def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
 
 
 def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
-    """Search every byte of the run folder, record what was found in proofs.json, and warn about it."""
+    """Search every byte of the run folder, record the findings in proofs.json, and warn if there are any."""
     started = time.perf_counter()
     secrets = find_secrets(os.environ, {'--hub_token': args.hub_token})
     files = sorted(p.relative_to(run_dir).as_posix() for p in run_dir.rglob('*') if p.is_file())
@@ -62,7 +68,7 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
 
 
 def _typed_paths(args: SftArguments) -> list[str]:
-    # A data set may end in '#' and a number of rows.
+    # An entry of --dataset may end in '#' and a number of rows, which is removed here.
     data_sets = [word.rpartition('#')[0] or word for word in args.dataset]
     words = [args.model_id_or_path, args.output_dir, args.resume_from_checkpoint, args.deepspeed_config_path]
     return [word for word in [*words, *data_sets] if word]

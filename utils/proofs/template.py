@@ -1,4 +1,7 @@
-"""Compare the encoded ids with those of the tokenizer's own chat template, on the user's rows and on probes."""
+"""Compare the encoded ids with the ids of the tokenizer's own chat template, for rows of the user and for probes.
+
+A probe is a short conversation that tests one special case of templates.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,10 @@ from utils.run.lock import check_repeated_template
 from utils.run.record import RunRecord, Trained, record_proof
 
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
-# How many rows of the user are checked, spread over the data.
+# The number of rows of the user that are checked. They are spread over the data.
 ROWS = 200
-# The notes that explain why a row's ids differ from the chat template's. Each is counted and shown to the user.
+# The notes that explain why the ids of a row differ from the ids of the chat template. All notes are counted and shown
+# to the user.
 _EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, FULL_DIFFERS, ADDED_END}
 _PROBE = 'probe: '
 _THINK_BLOCK = re.compile(rf'(?:{OPEN_TAG}).*?(?:{CLOSE_TAG})|.*(?:{CLOSE_TAG})', re.DOTALL)
@@ -51,7 +55,7 @@ _THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 
 
 def probes() -> list[Row]:
-    """Return a conversation of every kind that a template may treat specially; `origin` names the kind."""
+    """Return the probes: one conversation for each special case of templates. `origin` names the case."""
     written = json.loads(Path(__file__).with_name('probes.json').read_text(encoding='utf-8'))
     return [
         Row(messages=probe['messages'], tools=probe.get('tools'), origin=f'{_PROBE}{probe["kind"]}')
@@ -60,14 +64,20 @@ def probes() -> list[Row]:
 
 
 def template_hash(encoder: Encoder) -> str:
-    """Return the sha256 of a template: of the chat template's text, or of the entry of TEMPLATE_MAPPING."""
+    """Return the sha256 of the encoder's template.
+
+    Under template auto it is the hash of the chat template's text, otherwise the hash of the entry of TEMPLATE_MAPPING.
+    """
     own = TEMPLATE_MAPPING[encoder.name]
     content = encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
-    """Record which template is trained; raises ConfigError if the repeated run had another one."""
+    """Record the hash of the template that is used in training.
+
+    Raises ConfigError if the run in `repeats`, which this run repeats, used a different template.
+    """
     sha256 = template_hash(encoder)
     if repeats is not None:
         check_repeated_template(Path(repeats), sha256)
@@ -80,7 +90,8 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
 def note_thinking(run: Run, encoder: Encoder, switched: tuple[int, int]) -> None:
     """Decide and record whether prompts of the trained model use the template's thinking switch.
 
-    `switched` is (rows rendered with the switch, rows in total). Without such a row there is nothing to decide.
+    `switched` is (rows rendered with the switch, rows in total). If no row was rendered with the switch, nothing is
+    recorded.
     """
     rows, total = switched
     if rows:
@@ -94,7 +105,7 @@ def _thinking_reason(rows: int, total: int, switch: str | None) -> str:
 
 
 def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
-    """Use the template's thinking switch in prompts if most of the trained replies were rendered with it."""
+    """Let the encoder use the thinking switch in prompts, if most replies in training were rendered with the switch."""
     switch = record.thinking
     count = record.thinking_rows
     if switch is None or count is None or switch != encoder.switch:
@@ -105,10 +116,10 @@ def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
 
 
 def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False) -> str:
-    """Return the text that the tokenizer's chat template gives for the row as written, or for its prompt.
+    """Return the text of the tokenizer's chat template for the row as written, or with `prompt` only for its prompt.
 
-    With `inert`, the template gets placeholders for control tokens that occur in the texts of the row, so that it
-    treats them as text too.
+    With `inert`, control tokens that occur in the texts of the row are replaced by placeholders while the template is
+    rendered, so that the template treats them as plain text.
     """
     messages: list[Any] = list(encoder.open_images(row)[0].messages)
     settings: Mapping[str, Any] = {}
@@ -140,26 +151,26 @@ def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool 
 
 
 def _template_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
-    """Return the ids that the tokenizer gives for `_rendering`."""
+    """Return the ids of the text that `_rendering` returns for the row or for its prompt."""
     text = _rendering(encoder, row, prompt=prompt)
     ids: list[int] = encoder.tokenizer(text, add_special_tokens=False)['input_ids']
     return ids
 
 
 def _one_slot(ids: list[int], images: Images | None) -> list[int]:
-    """Return ids with one image token for each image, as in the text of a chat template."""
+    """Return the ids with only one image token for each image, as in the text of a chat template."""
     if images is None:
         return ids
     return [token for before, token in zip([None, *ids], ids, strict=False) if token != images.slot or before != token]
 
 
 def _bare(text: str) -> str:
-    """Return the text without think tags and whitespace."""
+    """Return the text without think tags and without whitespace."""
     return ''.join(_THINK_TAG.sub('', text).split())
 
 
 def _without_blocks(text: str) -> str:
-    """Return the text without think blocks and whitespace."""
+    """Return the text without think blocks and without whitespace."""
     return ''.join(_THINK_TAG.sub('', _THINK_BLOCK.sub('', text)).split())
 
 
@@ -168,7 +179,7 @@ def _has_images(row: Row) -> bool:
 
 
 class _Check:
-    """One row under one encoder: its ids, the ids of the chat template, and what is wrong."""
+    """Compares the ids of one row from the encoder (`ours`) with the ids from the chat template (`theirs`)."""
 
     def __init__(self, encoder: Encoder, row: Row) -> None:
         unlimited = copy.copy(encoder)
@@ -181,7 +192,10 @@ class _Check:
         self.theirs: list[int] = []
 
     def faults(self) -> list[str]:
-        """Return the faults that would make inference differ from training, under any template."""
+        """Return descriptions of the faults that make inference differ from training, for any template.
+
+        The list is empty if there is no fault.
+        """
         ids = self.encoded.input_ids
         _, end = self.encoded.trained
         control = {*self.encoder.text.control_ids.values(), self.encoder.tokenizer.eos_token_id}
@@ -198,7 +212,10 @@ class _Check:
         return faults
 
     def verdict(self) -> Verdict:
-        """Return how the ids compare with the chat template's; raises the errors of the template on the row."""
+        """Compare the ids of the row with the ids of the chat template, and return the verdict.
+
+        The verdict is 'equal', 'explained' or 'different'. Errors that the template raises for this row are not caught.
+        """
         self.theirs = _template_ids(self.encoder, self.row)
         if self.encoder.name != AUTO:
             return 'equal' if self.ours == self.theirs else 'different'
@@ -214,7 +231,10 @@ class _Check:
         return 'explained' if notes & _EXPLAINS and self._is_explained(notes) else 'different'
 
     def _is_explained(self, notes: set[str]) -> bool:
-        """Return whether the notes explain the whole difference; each note explains only what it names."""
+        """Return whether the notes of the row explain the whole difference from the chat template.
+
+        Each note explains only the kind of difference that it describes.
+        """
         inert = CONTROL_TOKENS in notes
         full = _rendering(self.encoder, self.row, inert=inert)
         prompt = _rendering(self.encoder, self.row, prompt=True, inert=inert)
@@ -222,7 +242,7 @@ class _Check:
         if ADDED_END in notes and not notes & (_EXPLAINS - {ADDED_END}):
             return self.ours[:-1] == self.theirs
         if not notes & {RENDERED_DIFFERENTLY, FULL_DIFFERS}:
-            # The text is the template's own, and only the boundaries between tokens differ.
+            # With these notes, the texts must be equal: only the boundaries between tokens may differ.
             return ours == full and self._decodes_to(ours, notes)
 
         if not ours.startswith(prompt) or not self._is_printed_last(ours[len(prompt) :], full, prompt, notes):
@@ -230,16 +250,23 @@ class _Check:
         return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
 
     def _is_printed_last(self, follows: str, full: str, prompt: str, notes: set[str]) -> bool:
-        """Return whether a rendering prints what follows our prompt, think blocks apart, and nothing more after it."""
-        # A template that prints a closed block after every chat leaves nothing outside of blocks.
+        """Return whether the template's text `full` ends with `follows`, the text after our prompt.
+
+        Think blocks and whitespace are ignored.
+        """
+        # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.
         plain = _without_blocks if _without_blocks(follows) else _bare
         before, reply, after = plain(full).rpartition(plain(follows))
-        # If an end is added, what the template prints after every chat is skipped: the prompt has it too.
+        # If an end of turn was added, a text after `follows` is allowed if the template prints it after every chat:
+        # then the prompt contains the same text.
         is_last = not after or (ADDED_END in notes and after in plain(prompt))
         return bool(before or reply) and is_last
 
     def _has_whole_reply(self, ours: str, full: str) -> bool:
-        """Return whether the text has the whole last message as written, with reasoning that the template prints."""
+        """Return whether our text contains the whole last message as written.
+
+        The reasoning of the message must be in our text too, if the template prints the reasoning.
+        """
         if _has_images(self.row):
             message: Mapping[str, Any] = {'content': self.row.messages[-1]['content']}
         else:
@@ -249,19 +276,25 @@ class _Check:
 
         texts = [message['content']]
         for key in REASONING_KEYS:
-            # Reasoning that the template does not print is counted elsewhere, character by character.
+            # If the template does not print the reasoning, its characters are counted elsewhere.
             text = str(message.get(key) or '')
             if _bare(text) in _bare(full):
                 texts.append(text)
         return all(_bare(text) in _bare(ours) for text in texts if isinstance(text, str))
 
     def _decodes_to(self, text: str, notes: set[str]) -> bool:
-        """Return whether the ids decode to the text, without the whitespace that a tokenizer may not restore."""
+        """Return whether the ids of the row decode to the text. An end of turn that was added is left out.
+
+        Whitespace is ignored, because some tokenizers do not restore it exactly.
+        """
         ids = self.encoded.input_ids[:-1] if ADDED_END in notes else self.encoded.input_ids
         return _bare(self.encoder.tokenizer.decode(ids)) == _bare(text)
 
     def context(self, other: list[int], name: str) -> str:
-        """Return the first token in which the row's ids differ from `other`, with the text before it."""
+        """Describe the first token in which the ids of the row differ from `other`, and the text before this token.
+
+        `name` says in the description where `other` comes from.
+        """
         ours = self.ours
         decode = self.encoder.tokenizer.decode
         first = min(len(ours), len(other))
@@ -278,11 +311,10 @@ class _Check:
 
 
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
-    """Check rows and probes and record the outcome; raises ConfigError if the run would train a wrong text.
+    """Check rows and probes, and record the outcome. Raises ConfigError if the run would train a wrong text.
 
-    A registered template may differ from the tokenizer's own, because the user chose it; the difference is reported
-    once. Under template auto an image is compared as the one token that a chat template prints for it. Under a
-    registered template rows with images are not compared.
+    A registered template may differ from the tokenizer's chat template, because the user chose it. Such a difference is
+    reported once. Rows with images are compared only under template auto, with one token for each image.
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
@@ -306,7 +338,10 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
 
 
 def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str | None]:
-    """Return the verdict on a row and where it differs; raises ConfigError for an unexplained difference."""
+    """Return the verdict on a row, and a description of the first difference, or None if there is none to report.
+
+    Raises ConfigError if the row has a fault, or if under template auto no note explains a difference.
+    """
     from jinja2.exceptions import TemplateError
 
     try:
@@ -330,7 +365,7 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
     try:
         verdict = check.verdict()
     except (TemplateError, TypeError, ArithmeticError, RecursionError):
-        # The tokenizer's template cannot render a conversation that the registered one can.
+        # The tokenizer's chat template cannot render this conversation, but our encoder can.
         verdict = 'refused' if encoder.name == AUTO else 'different'
         return verdict, f"the tokenizer's own template refuses {row.origin}"
     if verdict != 'different':
@@ -346,7 +381,7 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
 
 
 def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, first: str | None) -> str:
-    """Return the sentence of a proof that passed."""
+    """Return the sentence that the record and the log show if the check passed."""
     tried = sum(counts.values())
     what = f'{tried} conversations ({rows} of your rows, {tried - rows} probes)'
     refused = f', {counts["refused"]} cannot be rendered in it' if counts['refused'] else ''
@@ -363,7 +398,10 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
 
 
 def check_trained_template(encoder: Encoder, trained: Trained, *, typed: bool) -> None:
-    """Raise ConfigError if the template of inference is not the trained one; only warn if --template_type was typed."""
+    """Raise ConfigError if the present template is not the template used in training.
+
+    If --template_type was typed, log a warning instead.
+    """
     checkpoint = trained.checkpoint
     then = trained.record.template_sha256
     present = template_hash(encoder)

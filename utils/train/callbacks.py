@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: stopping, a last evaluation, the order of rows, and counts of tokens and seconds."""
+"""Callbacks of the trainer: they stop a run, evaluate at its end, set the order of rows, and measure the speed."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 class EvaluateAtEnd(TrainerCallback):
-    """Evaluates after the last step too, so that the last checkpoint can be the best."""
+    """Requests an evaluation after the last step, so that the last checkpoint can be the best checkpoint."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for an evaluation at the last step."""
+        """Return the control, with an evaluation requested if this is the last step and the run evaluates at all."""
         if state.global_step >= state.max_steps and str(args.eval_strategy.value) == 'steps':
             control.should_evaluate = True
         return control
 
 
 class EpochOrder(TrainerCallback):
-    """Sets the epoch of the sampler that orders the rows of a step.
+    """Tells the sampler that orders the rows which epoch begins.
 
-    In a resumed epoch this sampler is wrapped in samplers that skip and distribute batches, and they do not pass the
-    epoch on.
+    This is needed in a resumed epoch: there the sampler is wrapped in samplers that skip and distribute batches. These
+    wrappers do not pass the epoch on.
     """
 
     def __init__(self, trainer: SftTrainer) -> None:
@@ -42,13 +42,13 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the epoch to the number of complete epochs."""
+        """Set the sampler's epoch to the number of complete epochs."""
         if self.trainer.order is not None:
             self.trainer.order.set_epoch(int(state.epoch or 0))
 
 
 class Speedometer(TrainerCallback):
-    """Counts non-padding tokens and the seconds spent in training steps, excluding evaluation and saving."""
+    """Counts the non-padding tokens and the seconds of training steps. Evaluation and saving are not counted."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -57,15 +57,15 @@ class Speedometer(TrainerCallback):
         self._since: float | None = None
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Add the tokens of one micro-batch."""
+        """Remember the tokens of one micro-batch until its step ends."""
         self._pending += int(inputs['row_lengths'].sum())
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start without a time, so that the first step, which warms up, is not counted."""
+        """Forget the start time, so that the first step is not counted: it is slower than the later steps."""
         self._since = None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Add the tokens and seconds of the step."""
+        """Add the tokens and seconds of the step to the totals, and start the time of the next step."""
         now = time.perf_counter()
         if self._since is not None:
             self.seconds += now - self._since
@@ -79,16 +79,16 @@ class Speedometer(TrainerCallback):
     on_evaluate = on_save = on_log = _restart
 
     def tokens_per_second(self) -> float | None:
-        """Return non-padding tokens per second of this process, None after a single step."""
+        """Return the non-padding tokens per second of this process, or None if no step was counted."""
         return round(self.tokens / self.seconds, 1) if self.seconds else None
 
 
 class EvaluationCutError(Exception):
-    """Raised to end an evaluation early because the run stops; the resumed run repeats the evaluation."""
+    """Ends an evaluation early because the run stops. The resumed run repeats the evaluation."""
 
 
 class StopCallback(TrainerCallback):
-    """Ends the run after the step in which all processes know of a signal; ends an evaluation early."""
+    """Stops the run after a signal: when the current step is complete, or in the middle of an evaluation."""
 
     def __init__(self, trainer: SftTrainer) -> None:
         self.trainer = trainer
@@ -96,7 +96,7 @@ class StopCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise ConfigError if the resumed run has no step left: the training loop would add one step."""
+        """Raise ConfigError if the resumed run has no step left; otherwise the training loop would do one step more."""
         if state.global_step >= state.max_steps:
             raise ConfigError(
                 f'--resume_from_checkpoint: the checkpoint is of step {state.global_step} and this run ends at step '
@@ -106,7 +106,10 @@ class StopCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Request a checkpoint and the end of training; the resumed run makes up for an evaluation that is due."""
+        """If the run has to stop, return the control with a checkpoint and the end of training requested.
+
+        An evaluation that is due at this step is left to the resumed run.
+        """
         trainer = self.trainer
         if trainer.stop_agreed and state.global_step < state.max_steps:
             trainer.evaluation_pending = control.should_evaluate
@@ -118,7 +121,10 @@ class StopCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End an evaluation early once a process has a signal, except a repeated one and that of the last step."""
+        """Raise EvaluationCutError if any process has a signal to stop.
+
+        An evaluation that the resumed run repeats, and the evaluation of the last step, always run to the end.
+        """
         trainer = self.trainer
         if trainer.evaluation_pending or state.global_step >= state.max_steps:
             return
@@ -128,7 +134,7 @@ class StopCallback(TrainerCallback):
 
 
 def peak_memory_gib() -> float:
-    """Return the peak of GPU memory over all GPUs, or of resident memory if there is no GPU, in GiB."""
+    """Return the peak memory of this process in GiB: the sum over all GPUs, or resident memory if there is no GPU."""
     if torch.cuda.is_available():
         peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     else:

@@ -1,4 +1,8 @@
-"""Checkpoints of a run: complete or absent, without pickle, and bitwise exact when a run is resumed from one."""
+"""Write checkpoints and resume from them.
+
+A checkpoint is either complete or does not exist, and it contains no pickle. A resumed run continues with the bitwise
+same state.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +38,23 @@ if TYPE_CHECKING:
     from utils.run.folder import Run
     from utils.train.trainer import SftTrainer
 
-# The settings of a parameter group that come from flags; the learning rate of a step is computed from the first.
+# The settings of a parameter group that come from flags. `initial_lr` is --learning_rate; the learning rate of each
+# step is computed from it.
 _FLAG_SETTINGS = ('initial_lr', 'weight_decay')
 
 
 def first_failure_of(work: Callable[[], object]) -> str | None:
-    """Do `work` on every process; returns the first failure of any process, None if all succeeded."""
+    """Call `work` on every process, and return the message of the first failure, or None if no process failed."""
     failure = None
     try:
         work()
-    except Exception as error:  # each library that writes has its own error for a full disk
+    except Exception as error:  # for a full disk, each library raises a different error
         failure = f'{type(error).__name__}: {error}'
     return dist.first_failure(failure)
 
 
 def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, float]]) -> None:
-    """Set these settings on an optimizer's groups and its schedule, and the learning rate of the next step."""
+    """Apply the settings to the groups of an optimizer and to its schedule, and set the next step's learning rate."""
     schedule.base_lrs = [setting['initial_lr'] for setting in settings]
     rates = [
         base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -60,7 +65,7 @@ def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, flo
 
 
 def check_targets(model: PeftModel, checkpoint: Path) -> None:
-    """Raise ConfigError if the adapter of a checkpoint is on other layers than the adapter of the model."""
+    """Raise ConfigError if the adapter of a checkpoint and the adapter of the model are on different layers."""
     stored = read_json(checkpoint / 'adapter_config.json', remedy='Use another checkpoint of the run.')
     found = _targets(stored)
     wanted = _targets(model.peft_config['default'].to_dict())
@@ -72,27 +77,27 @@ def check_targets(model: PeftModel, checkpoint: Path) -> None:
 
 
 def _targets(adapter_config: dict[str, Any]) -> list[str]:
-    """Return the names of modules and parameters that an adapter is on."""
+    """Return the sorted names of all modules and parameters to which an adapter is added."""
     modules = adapter_config.get('target_modules') or ()
     parameters = adapter_config.get('target_parameters') or ()
     return sorted({*modules, *parameters})
 
 
 class Checkpoints:
-    """Writes the checkpoints of a trainer, and restores a trainer from one."""
+    """Writes the checkpoints of a trainer, and restores the trainer from a checkpoint."""
 
     def __init__(self, trainer: SftTrainer, *, run: Run, images: Images | None, limit: int) -> None:
         self.trainer = trainer
-        # Its record may change until the training starts.
+        # The whole run is stored, because its record may still change until the training starts.
         self.run = run
         self.images = images
-        # How many checkpoints are kept; the best one is always kept.
+        # The number of checkpoints that are kept. The best checkpoint is always kept.
         self.limit = limit
 
     def save(self) -> None:
-        """Write the checkpoint of this step and delete those beyond the limit.
+        """Write the checkpoint of this step, and delete old checkpoints if there are more than the limit.
 
-        Raises ConfigError, which names the last complete checkpoint, if it cannot be written.
+        Raises ConfigError if the checkpoint cannot be written. The message names the last complete checkpoint.
         """
         trainer = self.trainer
         trainer.store_flos()
@@ -120,17 +125,21 @@ class Checkpoints:
             rotate(run_dir, limit=self.limit, best=trainer.state.best_model_checkpoint)
 
     def keep_only_best(self) -> None:
-        """After training, delete the last checkpoint if only one is kept and another one is the best."""
+        """After training, if the limit is one checkpoint, delete the last checkpoint if an earlier one is the best."""
         trainer = self.trainer
         if trainer.args.should_save and self.limit == 1 and not trainer.stopped:
             best = trainer.state.best_model_checkpoint
             rotate(Path(trainer.args.output_dir), limit=1, best=best, keep_last=False)
 
     def write(self, checkpoint: Path, *, resumable: bool) -> str | None:
-        """Write a checkpoint atomically: it is renamed into place at the end. Returns what failed, or None."""
+        """Write a checkpoint to a temporary folder, and rename the folder when it is complete.
+
+        Returns the message of the first failure, or None if no process failed.
+        """
         trainer = self.trainer
         partial = partial_name(checkpoint)
-        # Collected first: after a failure on one process the others would wait for it here.
+        # States are collected before anything can fail: this is a collective operation, and if one process had failed
+        # before it, the other processes would wait forever.
         states = dist.from_all(self._process_state())
 
         def make_folder() -> None:
@@ -157,13 +166,13 @@ class Checkpoints:
         return failure
 
     def write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
-        """Write weights, tokenizer, image processor and sft_args.json, without pickled arguments."""
+        """Write weights, tokenizer, image processor and sft_args.json to the folder; nothing is pickled."""
         trainer = self.trainer
         if not trainer.args.should_save and not trainer.is_distributed_loading_by_transformers:
-            return  # with sharded weights every process continues, because each gives its part
+            return  # with sharded weights every process must continue, because each has a part of the weights
 
         folder.mkdir(parents=True, exist_ok=True)
-        # save_embedding_layers='auto' would ask a hub whether the vocabulary grew; it never grows here.
+        # save_embedding_layers='auto' would ask a hub for the original vocabulary size, which never changes here.
         extra = {'save_embedding_layers': False} if hasattr(trainer.model, 'peft_config') else {}
         trainer.model.save_pretrained(folder, state_dict=state_dict, is_main_process=trainer.args.should_save, **extra)
         if not trainer.args.should_save:
@@ -175,7 +184,7 @@ class Checkpoints:
         self.run.record.write(folder)
 
     def _write_optimizer(self, folder: Path) -> None:
-        """Write optimizer, schedule and loss scale; DeepSpeed writes its part to its own files."""
+        """Write optimizer, schedule and loss scale. DeepSpeed writes its part of this state to its own files."""
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
             is_adapter = isinstance(trainer.model, PeftModel)
@@ -193,7 +202,7 @@ class Checkpoints:
         return isinstance(self.trainer.lr_scheduler, DeepSpeedSchedulerWrapper)
 
     def _process_state(self) -> dict[str, Any]:
-        """Return the state that differs between processes, and the state of the training loop."""
+        """Return the state of this process: random generators, guard, loss not yet logged, and pending evaluation."""
         trainer = self.trainer
         return {
             'random': random_state(),
@@ -204,10 +213,11 @@ class Checkpoints:
         }
 
     def load_model(self, checkpoint: Path) -> bool:
-        """Load the weights if they cannot be loaded by name, and return True; False leaves loading to the trainer.
+        """Load the weights here and return True, or return False if transformers' trainer can load them.
 
-        A class may save its weights in another layout than it holds them in memory, for example the experts of a
-        mixture one by one. transformers' trainer loads by name. It would ignore such weights and keep the base model's.
+        transformers' trainer loads weights by name. Some classes save weights in a different layout than in memory, for
+        example each expert of a mixture separately. The trainer would ignore such weights and keep the base model's
+        weights, so they are loaded here.
         """
         model = self.trainer.model
         if isinstance(model, PeftModel):
@@ -217,7 +227,7 @@ class Checkpoints:
         for file in checkpoint.glob('model*.safetensors'):
             names.update(safe_open(file, framework='pt').keys())
         in_memory = model.state_dict() if names else {}
-        # Compared by address, because tied weights have several names and are saved under one.
+        # Weights are compared by address, because tied weights have several names but are saved under one name.
         found = {tensor.data_ptr() for name, tensor in in_memory.items() if name in names}
         if all(tensor.data_ptr() in found for tensor in in_memory.values()):
             return False
@@ -226,9 +236,9 @@ class Checkpoints:
         return True
 
     def load_optimizer(self, checkpoint: Path) -> None:
-        """Restore optimizer, schedule and loss scale; DeepSpeed has already restored its part.
+        """Restore optimizer, schedule and loss scale. DeepSpeed has already restored its part of this state.
 
-        The optimizer keeps the settings of this command line, so that flags changed for the resumed run take effect.
+        Learning rate and weight decay come from the flags of the resumed run, not from the checkpoint.
         """
         trainer = self.trainer
         tree = load_tree(checkpoint / OPTIMIZER_STATE)
@@ -243,7 +253,7 @@ class Checkpoints:
             trainer.accelerator.scaler.load_state_dict(tree['scaler'])
 
     def load_process(self, checkpoint: Path) -> None:
-        """Restore the random state, the guard and the logging state of this process."""
+        """Restore the state that `_process_state` returned; warn if the number of processes has changed."""
         trainer = self.trainer
         states = load_tree(checkpoint / PROCESS_STATES)
         if len(states) != dist.world_size():

@@ -1,4 +1,4 @@
-"""Find an end of turn that the base model never learnt: LoRA does not train the output head, so it cannot teach it."""
+"""Find end-of-turn tokens that the base model never learnt. LoRA cannot teach them: the output head stays unchanged."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 from utils.base.logger import logger
 
 _UNUSED = re.compile(r'unused|reserved|placeholder|extra_?\d', re.I)
-# How many rows of the head are compared of each kind: enough for a median.
+# The number of unused tokens, and of words, whose rows in the output head are compared. It is enough for a median.
 _SAMPLE = 64
 # A row whose norm is below this fraction of the median norm of words counts as zero.
 _ZERO = 1e-3
-# By how much unused rows must be more similar to each other than words are to them, as a cosine.
+# The test needs a clear difference: the similarity (cosine) among unused rows must be higher than the similarity of
+# words to unused rows by at least this much.
 _MIN_SEPARATION = 0.3
-# An end is untrained if its similarity lies at least this far on the way from that of words to that of unused rows.
+# An end token counts as untrained if its similarity to unused rows is at least this fraction of the way from the
+# words' similarity (0) to the similarity of unused rows (1).
 _NEAR = 0.85
 
 
 def warn_of_untrained_ends(model: Any, tokenizer: Any, stop_ids: Iterable[int]) -> None:
-    """Warn about ends of turn whose rows in the output head look like those of unused tokens."""
+    """Log a warning if the row of an end-of-turn token in the output head looks like the rows of unused tokens."""
     ends = sorted(set(stop_ids) or {tokenizer.eos_token_id})
     untrained = untrained_ids(model.get_output_embeddings(), tokenizer, ends)
     if untrained:
@@ -33,9 +35,10 @@ def warn_of_untrained_ends(model: Any, tokenizer: Any, stop_ids: Iterable[int]) 
 
 
 def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
-    """Return the ids whose rows in the head are about as similar to rows of unused tokens as these are to each other.
+    """Return the ids whose rows in the output head look like the rows of unused tokens.
 
-    Returns none if the head is sharded or quantised, or if unused tokens cannot be distinguished from words.
+    A row looks unused if it is about as similar to the unused rows as the unused rows are to each other. Returns an
+    empty list if the head is sharded or quantised, or if unused tokens cannot be distinguished from words.
     """
     import torch
 
@@ -75,7 +78,7 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
         return [token for token, row in zip(checked, end_rows, strict=True) if float(row.norm()) <= zero_norm]
 
     def similarity(found: Any) -> Any:
-        """Return the cosine of each row with each unused row."""
+        """Return the cosine similarity of each row to each unused row."""
         return torch.nn.functional.normalize(found, dim=1) @ torch.nn.functional.normalize(unused_rows, dim=1).T
 
     among_unused = similarity(unused_rows)
@@ -90,5 +93,5 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
 
 
 def _sample(tokens: list[int]) -> list[int]:
-    """Return about _SAMPLE of the tokens, evenly spread."""
+    """Return every n-th token, so that at least _SAMPLE tokens are left, or all tokens if there are fewer."""
     return tokens[:: max(1, len(tokens) // _SAMPLE)]

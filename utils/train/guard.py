@@ -1,4 +1,7 @@
-"""End a run at NaN, infinity or zero gradients, before they reach a weight or a checkpoint; report loss spikes."""
+"""End a run before it damages weights or checkpoints: if loss or gradients are not finite, or if gradients are zero.
+
+Also report loss spikes, and check that training changes the weights and that no row is too long for the model.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,27 @@ from utils.base.checkpoint import last_checkpoint
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 
-# A spike is a loss more than _SPIKE_SIGMAS robust standard deviations above the median of the last _WINDOW steps and
-# more than _SPIKE_RATIO times that median, because the deviation of a flat curve is close to zero.
+# A loss is a spike if it is more than _SPIKE_SIGMAS robust standard deviations above the median of the last _WINDOW
+# steps. It must also be more than _SPIKE_RATIO times the median, because a flat curve has a deviation close to zero.
 _WINDOW = 20
 _SPIKE_SIGMAS = 8.0
 _SPIKE_RATIO = 1.5
-# The median absolute difference of two normally distributed values, in standard deviations. The differences are those
-# of neighbouring steps, so that a falling curve does not increase the estimate.
+# The median absolute difference of two normally distributed values, in standard deviations. Differences are taken
+# between neighbouring steps, so that a falling loss curve does not increase the estimate.
 _SIGMAS_OF_A_DIFFERENCE = 0.6745 * math.sqrt(2)
-# After this many skipped steps in a row a loss scale of 2^16 is 2^-4: then the scale is not the cause.
+# Each skipped step halves the loss scale. After this many skipped steps in a row it has fallen from 2^16 to 2^-4, so a
+# high scale is not the cause of the overflow.
 _MAX_SKIPPED_IN_A_ROW = 20
 # Below this loss a row is memorised, and gradients may round to zero.
 _MEMORISED_LOSS = 1e-4
-# How many rows a message names.
+# The largest number of rows that a message names.
 _MAX_NAMED = 5
-# The module names of learned positions: wpe, embed_positions, position_embeddings.
+# Matches the module names of learned positions, for example wpe, embed_positions and position_embeddings.
 _POSITIONS = re.compile(r'(?:^|[._])(?:wpe|positions?)(?:$|[._])')
 
 
 class Guard(TrainerCallback):
-    """Checks loss and gradient norm of each step before the optimizer runs, with one synchronisation per step."""
+    """Checks the loss and the gradient norm of each step before the optimizer runs."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -50,20 +54,23 @@ class Guard(TrainerCallback):
         self._skipped_in_a_row = 0
         self._batches: Sequence[dict[str, Any]] = ()
         self._window: deque[float] = deque(maxlen=_WINDOW)
-        # Of the weights before the first step; None if the run is resumed.
+        # The fingerprint of the weights before the first step. It is None in a resumed run.
         self._fingerprint_at_start: list[int] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Store a fingerprint of the first weights, not in a resumed run: its few steps may change no bit of them."""
+        """Store a fingerprint of the weights, unless the run is resumed.
+
+        A resumed run may have only a few steps left, which may not change the weights.
+        """
         if state.global_step == 0:
             self._fingerprint_at_start = weight_fingerprint(self.trainer.model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise ConfigError if the weights are bitwise identical to those at the start."""
+        """Raise ConfigError if training changed no weight: all are bitwise identical to the weights at the start."""
         if self._fingerprint_at_start is None or self.trainer.stopped:
             return
         has_changed = weight_fingerprint(self.trainer.model) != self._fingerprint_at_start
@@ -76,17 +83,17 @@ class Guard(TrainerCallback):
             )
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Start a step with these micro-batches."""
+        """Remember the micro-batches of the step that starts, and forget the losses of the step before."""
         self._batches = batches
         self.losses = []
         self.norm = None
 
     def state(self) -> dict[str, Any]:
-        """Return the state that a checkpoint keeps."""
+        """Return the guard's state for a checkpoint: the latest losses, the spikes and the number of skipped steps."""
         return {'window': list(self._window), 'spikes': self.spikes, 'skipped': self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint."""
+        """Set the state that `state` returned when the checkpoint was written."""
         self._window.extend(state['window'])
         self.spikes = state['spikes']
         self.skipped = state['skipped']
@@ -94,20 +101,21 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the step, and find out whether any process has a signal to stop."""
+        """Check the loss and the gradients of the step, and warn of a loss spike."""
         step = state.global_step + 1
         loss, losses = self.judge(f'step {step}')
         self._judge_spike(step, loss, losses)
 
     def judge(self, where: str) -> tuple[float, list[float]]:
-        """Return the step's loss over all processes and the losses of this process's micro-batches.
+        """Check the step; return its loss over all processes and the losses of this process's micro-batches.
 
-        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
+        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero. Also sets the
+        trainer's `stop_agreed` if any process has a signal to stop. `where` names the step in messages.
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()
         is_loss_bad = not all(map(math.isfinite, losses))
-        # One exchange between processes per step, which carries the signals too.
+        # Signals are summed here too, so that a step needs only one collective operation.
         total, any_bad_loss, any_bad_norm, signals = dist.sums(
             [0.0 if is_loss_bad else sum(losses), is_loss_bad, not math.isfinite(norm), self.trainer.signals.signum]
         )
@@ -139,7 +147,7 @@ class Guard(TrainerCallback):
 
     def _judge_norm(self, where: str, loss: float, norm: float, is_bad: bool) -> None:
         if is_bad and self.trainer.args.fp16:
-            # The loss scale was too high: the optimizer skips the step and the scale is halved.
+            # The loss scale was too high, so the optimizer skips the step and the loss scale is halved.
             self.skipped += 1
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row < _MAX_SKIPPED_IN_A_ROW:
@@ -184,7 +192,10 @@ class Guard(TrainerCallback):
         )
 
     def judge_evaluation(self, where: str, sums: Any, rows: Iterable[int]) -> None:
-        """Raise ConfigError if the loss of a validation row is not finite; `sums` is (rows, 3) with the loss first."""
+        """Raise ConfigError if the loss of a validation row is not finite.
+
+        `sums` is (rows, 3), and its first column is the loss. `rows` are the row indices.
+        """
         bad = [index for index, (loss, *_) in zip(rows, sums, strict=False) if not math.isfinite(loss)]
         if bad:
             origins = [self.trainer.eval_dataset.origin(index) for index in bad]
@@ -204,11 +215,14 @@ class Guard(TrainerCallback):
         return [row for batch in self._batches for row in self._origins(batch)]
 
     def _bad_rows(self, batch: dict[str, Any]) -> list[str]:
-        """Return the rows of a micro-batch whose own loss is not finite; all rows if each is finite alone."""
+        """Return the origins of the rows of a micro-batch whose loss is not finite.
+
+        Each row is computed alone. Returns all rows if each row has a finite loss alone, or if the model is sharded.
+        """
         trainer = self.trainer
         origins = self._origins(batch)
         if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers or len(origins) == 1:
-            return origins  # a forward pass on only one process would wait for the others
+            return origins  # with a sharded model, a forward pass on only one process would wait for the others
 
         model = trainer.accelerator.unwrap_model(trainer.model)
         found = []
@@ -223,16 +237,16 @@ class Guard(TrainerCallback):
 
 @torch.no_grad()
 def weight_fingerprint(model: torch.nn.Module) -> list[int]:
-    """Return the sum of the bits of each trainable weight that shows whether the model learns.
+    """Return one checksum for each trainable weight, to find out whether training changes the model.
 
-    Of an adapter only B counts: it starts at zero, and while it is zero the adapter has no effect, although weight
-    decay changes A. The sum is computed on the weight's device.
+    The A weights of an adapter are left out: weight decay changes A, but as long as B is zero, as at the start, the
+    adapter has no effect. A checksum is the sum of the weight's bits as integers, computed on the weight's device.
     """
     found: list[int] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or 'lora_A' in name or 'lora_embedding_A' in name:
             continue
-        # DeepSpeed stores this process's part of a weight in an attribute, FSDP in a DTensor.
+        # DeepSpeed stores the part of a weight on this process in the attribute ds_tensor, FSDP in a DTensor.
         part: Any = getattr(parameter, 'ds_tensor', parameter)
         part = part.to_local() if isinstance(part, DTensor) else part.detach()
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
@@ -241,14 +255,15 @@ def weight_fingerprint(model: torch.nn.Module) -> list[int]:
 
 
 def check_positions(model: Any, longest: int) -> None:
-    """Raise ConfigError if a row is longer than the model's learned positions; warn if only its config names fewer.
+    """Raise ConfigError if the longest row has more tokens than the model has learned positions.
 
-    Rotary positions continue after the length that a model was made for; learned ones end.
+    Rotary positions have no end. If a model has no learned positions, a row longer than max_position_embeddings only
+    gives a warning.
     """
     limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
     if limit is None or longest <= limit:
         return
-    # Some classes have a few extra entries for padding. A table of another size belongs to the vision tower.
+    # Some classes have a few extra entries for padding. A table with a very different size belongs to a vision tower.
     tables = [
         name
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation."""
+"""The metrics of an evaluation: loss and accuracy, or ROUGE and BLEU of generated answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return loss and token accuracy over all validation tokens."""
+    """Return `loss` and `acc` (token accuracy), each as the mean over all trained tokens of the validation set."""
     import numpy as np
 
     loss, hits, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
@@ -19,7 +19,7 @@ def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def generation_metrics(tokenizer: Any) -> Any:
-    """Return a function that computes ROUGE and BLEU of generated ids against labels."""
+    """Return a function for the trainer that computes ROUGE and BLEU scores of generated ids against the labels."""
     import numpy as np
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

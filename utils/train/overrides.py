@@ -1,4 +1,4 @@
-"""A decorator for methods that override a library's: if the library renames one, importing fails."""
+"""A decorator for methods that override a library's methods. If the library renames a method, the import fails."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MethodT = TypeVar('MethodT', bound=Callable[..., Any])
 
 
 def overrides(base: type) -> Callable[[MethodT], MethodT]:
-    """Return a decorator that compares a method with the method of `base` that it overrides.
+    """Return a decorator that checks that a method overrides a method of `base` with the same parameters.
 
-    Raises TypeError when the class is defined, if `base` has no method of that name or if the names or the order of
-    the parameters differ. A method may take the last parameters as **kwargs.
+    Raises TypeError if `base` has no method of the same name, or if names or order of the parameters differ. The error
+    is raised when the class is defined. A method may take the last parameters as **kwargs.
     """
 
     def checked(method: MethodT) -> MethodT:
@@ -36,7 +36,7 @@ def overrides(base: type) -> Callable[[MethodT], MethodT]:
 
 
 def _named_parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the parameters of a method, with self and without *args and **kwargs."""
+    """Return the parameters of a method, including self, but not *args and **kwargs."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in inspect.signature(method).parameters.values() if p.kind not in variable]
 

@@ -1,4 +1,4 @@
-"""Make a loaded model ready to train: LoRA adapters or all weights, and the fused layers."""
+"""Make a loaded model ready to train: add LoRA adapters or make all weights trainable, and fuse layers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from utils.loading.layers import ALL, expert_names, find_towers, linear_names, n
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Names of query, key and value projections in the native classes, for a model without an entry.
+# The possible names of the query, key and value projections, used for a model that has no registry entry.
 _QKV_NAMES = (('q_proj', 'k_proj', 'v_proj'), ('qkv_proj',), ('query_key_value',), ('c_attn',), ('W_pack',))
 
 
 def find_targets(
     model: PreTrainedModel, wanted: list[str] | None, frozen: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Return the names of the modules and of the expert parameters that get LoRA, none inside the modules `frozen`.
+    """Return two lists: the names of the modules that get LoRA, and the names of the expert parameters that get LoRA.
 
-    A parameter is named by the last whole parts of its path: experts.down_proj. Raises ConfigError if a name matches
-    nothing.
+    Modules inside `frozen` are left out. An expert parameter is named by the end of its path, for example
+    experts.down_proj. Raises ConfigError if a name in `wanted` matches nothing.
     """
     names = linear_names(model, frozen)
     experts = expert_names(model)
@@ -59,7 +59,7 @@ def find_targets(
 
 
 def _no_match(model: PreTrainedModel, name: str, names: list[str], experts: list[str]) -> str:
-    """Return the message for a name that matches no layer."""
+    """Return the error message for a name that matches no layer. It lists the layers and experts of the model."""
     message = (
         f"--lora_target_modules '{name}' matches no linear layer of {type(model).__name__}"
         f'{did_you_mean(name, [*names, *experts])} Its layers: {", ".join(sorted(names))}; or ALL.'
@@ -72,7 +72,10 @@ def _no_match(model: PreTrainedModel, name: str, names: list[str], experts: list
 
 
 def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = log_decision) -> Any:
-    """Return the model ready to train: a PeftModel with fp32 adapters, or all weights. Log what is trainable."""
+    """Return the model ready to train, and log the number of trainable parameters.
+
+    With --sft_type lora, a PeftModel with fp32 adapters is returned; with --sft_type full, `model` itself.
+    """
     towers = find_towers(model)
     if not args.freeze_vision and not towers:
         logger.warning('--freeze_vision false has no effect: the model has no vision tower')
@@ -90,15 +93,15 @@ def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = l
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
         if args.sft_type == 'lora':
-            # transformers enables it, but only reentrant checkpointing needs it. Without it neither the embeddings nor
-            # the layers below the first adapter compute gradients.
+            # transformers enables input gradients, but only reentrant checkpointing needs them. Without input gradients
+            # neither the embeddings nor the layers below the first adapter compute gradients.
             model.disable_input_require_grads()
     _log_trainable(prepared)
     return prepared
 
 
 def _fuse_layers(model: PreTrainedModel, args: SftArguments) -> None:
-    """Give the norms and gated MLPs their fused forward, unless weights are sharded."""
+    """Fuse norms and gated MLPs if the flags ask for it and the weights are not sharded; log the numbers."""
     from utils.fast.gated_mlp import fuse_gates
     from utils.fast.norm import fuse_norms
     from utils.loading.layers import is_sharded
@@ -115,7 +118,7 @@ def _log_trainable(model: Any) -> None:
     trainable = 0
     total = 0
     for parameter in model.parameters():
-        # Under ZeRO-3 this process holds a part of the parameter, or none; DeepSpeed stores the whole size on it.
+        # Under ZeRO-3 this process may have only a part of the parameter; ds_numel is the size of the whole parameter.
         size = getattr(parameter, 'ds_numel', parameter.numel())
         total += size
         if parameter.requires_grad:
@@ -124,7 +127,10 @@ def _log_trainable(model: Any) -> None:
 
 
 def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[str], decide: Decide) -> Any:
-    """Return the model with a new LoRA adapter; raises ConfigError if a target matches nothing."""
+    """Return the model with a new LoRA adapter.
+
+    Raises ConfigError if a target name matches nothing, or if there is no layer for LoRA.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     from utils.fast.lora import fuse_lora

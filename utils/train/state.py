@@ -1,4 +1,4 @@
-"""Nested states (tensors in dicts, lists and tuples) in one safetensors file: bitwise exact, without pickle."""
+"""Store nested states (dicts, lists and tuples with tensors) in one safetensors file: bitwise exact, without pickle."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from safetensors.torch import save_file
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a tree of dict, list, tuple, str, bool, int, float, None and tensors; raises TypeError for anything else.
+    """Write a nested value of dict, list, tuple, str, bool, int, float, None and tensors to a safetensors file.
 
-    Tensors become tensors of the file, and a tensor that occurs twice is stored once. The rest is JSON in its header.
+    Raises TypeError for any other type. A tensor that occurs twice is stored once. Everything except the tensors is
+    stored as JSON in the header of the file.
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
 
     def pack(node: Any) -> Any:
         if isinstance(node, torch.Tensor):
-            # Two states may share one tensor, like the code book of 8-bit optimizers. safetensors refuses to store
-            # the same memory twice.
+            # Two states may share one tensor, for example the code book of 8-bit optimizers. safetensors refuses to
+            # store the same memory twice.
             key = (node.device, node.data_ptr() or id(node), node.dtype, node.shape, node.stride())
             if key not in names:
                 names[key] = f't{len(tensors)}'
@@ -47,7 +48,7 @@ def save_tree(path: Path, tree: Any) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """Return what save_tree wrote, with tensors on the CPU."""
+    """Return the nested value that `save_tree` wrote. All tensors are on the CPU."""
     with safe_open(path, framework='pt') as file:
 
         def unpack(node: Any) -> Any:
@@ -68,7 +69,7 @@ def load_tree(path: Path) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of the generators of Python, NumPy and torch (CPU and every GPU), in a form for save_tree."""
+    """Return the state of the random generators of Python, NumPy and torch (CPU and every GPU), ready for save_tree."""
     name, words, *rest = np.random.get_state()
     return {
         'python': random.getstate(),
@@ -79,7 +80,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set the generators to a state of `random_state`; the states of GPUs that are no longer present are ignored."""
+    """Restore a state that `random_state` returned. States of GPUs that do not exist now are ignored."""
     random.setstate(state['python'])
     name, words, *rest = state['numpy']
     np.random.set_state((name, words.numpy().astype(np.uint32), *rest))

@@ -1,4 +1,7 @@
-"""Stopping a run by a signal: the first finishes the step and writes a checkpoint, the second quits at once."""
+"""Stop a run by a signal. After the first signal the run completes the step and writes a checkpoint.
+
+A second signal ends the process at once.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,16 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A scheduler and torchrun may both forward the same signal: within this time a second one is ignored.
+# A scheduler and torchrun may both forward the same signal. A second signal within this time is ignored.
 _ECHO_SECONDS = 1.0
 _NOTICE = b'\nfinishing this step and writing a checkpoint; a second signal quits at once\n'
 
 
 class StopSignals:
-    """While entered, stores the first SIGINT or SIGTERM in `signum`; a second one exits with 128 + its number."""
+    """A context in which the first SIGINT or SIGTERM is only stored in `signum`.
+
+    A second signal ends the process with exit status 128 + signal number.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
@@ -40,7 +46,7 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # in a data worker, between its fork and ignore_signals
+            return  # this is a data worker that has not called ignore_signals yet
         if not self.signum:
             self.signum = signum
             self._since = time.monotonic()
@@ -51,16 +57,16 @@ class StopSignals:
 
 
 def ignore_signals() -> None:
-    """Let a data worker ignore a signal to the whole process group, because the current step still needs the worker.
+    """Ignore SIGINT and SIGTERM in this data worker, because the current step still needs the worker.
 
-    The training process ends its workers with a message, and a worker ends when its parent process is gone.
+    The worker still ends: the training process sends it a message, and it also ends if the training process is gone.
     """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def with_workers_ignoring_signals(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return the loader, changed so that its workers ignore signals."""
+    """Change the loader so that its workers ignore signals, and return the loader."""
     loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
     return loader
 

@@ -1,4 +1,4 @@
-"""The trainer: what a step, an evaluation and a checkpoint do differently from transformers' trainer."""
+"""The trainer: replaces parts of a step, an evaluation and a checkpoint in transformers' trainer."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ from utils.train.trainer_args import make_schedule, training_arguments
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-# The model inputs of every batch; images add theirs.
+# The model inputs of a batch without images. Images add further inputs.
 _TEXT_INPUTS = ('input_ids', 'attention_mask', 'position_ids')
 
 
 class SftTrainer(Seq2SeqTrainer):
-    """A trainer whose loss is a mean over the trained tokens of the whole effective batch, whatever its layout.
+    """A trainer whose loss is the mean over all trained tokens of a step, for padded and concatenated batches.
 
-    A step, in the order in which the base class calls it: get_batch_samples, training_step and compute_loss for each
-    micro-batch, _get_grad_norm, the optimizer. Each method of the base class that is replaced is marked with
-    @overrides, which compares it with the library's.
+    In one step the base class calls get_batch_samples, then training_step and compute_loss for each micro-batch, then
+    _get_grad_norm, then the optimizer. @overrides marks each method that replaces a method of the base class, and
+    compares their parameters.
     """
 
-    # The library has no types.
+    # Declared here, because the library declares no type for it.
     train_dataset: TrainRows
 
     def __init__(
@@ -81,18 +81,19 @@ class SftTrainer(Seq2SeqTrainer):
         self.in_preflight = False
         self.preflight_seconds: float | None = None
         self.order: StepSampler | None = None
-        # The micro-batches of a step are joined up to this number of tokens; None: they are not joined.
+        # The micro-batches of a step are joined up to this number of tokens. If it is None, they are not joined.
         self.capacity: int | None = None
-        # Whether all processes know of a signal to stop, and whether an evaluation ended early because of it.
+        # stop_agreed: all processes know that a process got a signal to stop. evaluation_pending: an evaluation was
+        # left out or ended early because of the signal, and the resumed run has to repeat it.
         self.stop_agreed = False
         self.evaluation_pending = False
-        # The loss below is divided by num_items_in_batch, whatever the model's own forward would accept.
+        # Makes the base class count num_items_in_batch for any model; compute_loss divides by this number.
         self.model_accepts_loss_kwargs = True
         for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
             self.add_callback(callback)
 
     def log_to(self, run_dir: Path) -> None:
-        """Write TensorBoard logs to runs/ and the trainer's arguments to training_args.json, on the main process."""
+        """On the main process, write TensorBoard logs to runs/ and the trainer's arguments to training_args.json."""
         if not self.args.should_save:
             return
 
@@ -109,7 +110,10 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train until the last step or a signal to stop; with a limit of one checkpoint, keep only the best."""
+        """Train until the last step or a signal to stop, and return the output of the base class.
+
+        If the limit is one checkpoint, only the best is kept.
+        """
         with self.signals:
             output = super().train(*args, **kwargs)
         self.checkpoints.keep_only_best()
@@ -119,14 +123,17 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches. A stream divides its rows between processes itself, so accelerate must not."""
+        """Return the loader of training batches.
+
+        The base class is not used for a stream: accelerate would divide the rows between processes a second time.
+        """
         if isinstance(self.train_dataset, TrainingStream):
             return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
         return with_workers_ignoring_signals(super().get_train_dataloader())
 
     @overrides(Seq2SeqTrainer)
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the order of rows, rearranged by length among the rows of one optimizer step."""
+        """Return the sampler of rows. With --group_by_length it rearranges the rows of each step by length."""
         order = super()._get_train_sampler(train_dataset)
         if not self.groups_by_length or not isinstance(order, RandomSampler):
             return order
@@ -142,13 +149,17 @@ class SftTrainer(Seq2SeqTrainer):
         )
         is_sharded = self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
         if not self.data_collator.pads and self.scorer.head is not None and not is_sharded:
-            # The tokens of the heaviest batch. The first-step gate tries that batch, so joining needs no more memory.
+            # The number of tokens in the heaviest batch. The first-step gate tries this batch, so joined batches need
+            # no more memory than the gate.
             self.capacity = sum(heapq.nlargest(args.train_batch_size, self.order.lengths))
         return self.order
 
     @overrides(Seq2SeqTrainer)
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the micro-batches of one step, joined if they fit, and pass them to the guard."""
+        """Return the micro-batches of one step and their number of trained tokens; pass the micro-batches to the guard.
+
+        Micro-batches are joined if they fit into `capacity`.
+        """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.capacity is not None and len(batches) > 1:
             batches = refill(batches, self.capacity)
@@ -157,7 +168,10 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Return the loss of one micro-batch and pass it to the guard; 0 for a batch that was joined to others."""
+        """Return the loss of one micro-batch and pass it to the guard.
+
+        Returns 0 for a micro-batch that is empty because its rows were joined to a different micro-batch.
+        """
         if not inputs:
             return torch.zeros((), device=self.args.device)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -172,10 +186,14 @@ class SftTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the summed loss over the number of trained tokens of all micro-batches and processes."""
+        """Return the part of a micro-batch in the loss of the step.
+
+        It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step and
+        multiplied by the number of processes.
+        """
         self.speedometer.count(inputs)
         assert num_items_in_batch is not None, 'the collator always returns labels'
-        # Gradients are averaged over processes; the token count is over all of them.
+        # Gradients are averaged over processes, but num_items_in_batch is the sum over processes.
         divisor = float(num_items_in_batch) / self.accelerator.num_processes
         with self.accelerator.autocast():
             loss = self.scorer.loss(model, inputs, divisor)
@@ -183,13 +201,13 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the norm of the gradients and pass it to the guard."""
+        """Return the norm of the gradients, and pass the norm to the guard."""
         self.guard.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.guard.norm
 
     @overrides(Seq2SeqTrainer)
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the learning-rate schedule; DeepSpeed passes its own optimizer."""
+        """Create the learning-rate schedule if there is none yet, and return it. DeepSpeed passes its own optimizer."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
         if scheduler is None:
             scheduler = make_schedule(
@@ -207,12 +225,12 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Return the evaluation batches."""
+        """Return the loader of evaluation batches. Its workers ignore signals."""
         return with_workers_ignoring_signals(super().get_eval_dataloader(eval_dataset))
 
     @overrides(Seq2SeqTrainer)
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the metrics; if a signal ends the evaluation early, return none and restore the random state."""
+        """Return the metrics. If a signal ends the evaluation early, restore the random state and return {}."""
         before = random_state()
         try:
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
@@ -226,8 +244,12 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the result of the base class, with each row once; raises ConfigError if a row's loss is not finite."""
-        # Seq2SeqTrainer.evaluate set `gather`, which keeps the repeated rows that fill up the last batch of processes.
+        """Return the result of the base class; each row is in it once.
+
+        Raises ConfigError if the loss of a row is not finite.
+        """
+        # The last batches are filled up with repeated rows. gather_for_metrics removes these rows; the function that
+        # Seq2SeqTrainer.evaluate sets keeps them.
         self.gather_function = self.accelerator.gather_for_metrics
         output = super().evaluation_loop(*args, **kwargs)
         if not self.args.predict_with_generate:
@@ -243,7 +265,11 @@ class SftTrainer(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **_: Any,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Return None and the terms of the metrics for each row: (loss, hits, tokens), or generated ids and labels."""
+        """Return None in place of the loss, and the values for the metrics of each row.
+
+        The values are (loss, hits, trained tokens) and the row length. With --predict_with_generate they are the
+        generated ids and the labels.
+        """
         inputs = self._prepare_inputs(inputs)
         if self.args.predict_with_generate:
             return (None, *self._generated(model, inputs))
@@ -252,7 +278,10 @@ class SftTrainer(Seq2SeqTrainer):
         return None, sums, inputs['row_lengths'][:, None]
 
     def _generated(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ids that the model generates for each row's prompt, (B, N), and the labels, (B, L), padded."""
+        """Generate an answer to the prompt of each row; return the generated ids (B, N) and the last replies (B, L).
+
+        Both are padded with IGNORE_INDEX.
+        """
         prompts = [
             ids[:length].tolist()
             for ids, length in zip(split_rows(inputs, 'input_ids'), inputs['prompt_lengths'], strict=True)
@@ -271,7 +300,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Return whether this is the best step so far; a step without a checkpoint cannot be the best."""
+        """Return whether this step is the best so far. Returns False if no checkpoint is saved at this step."""
         return bool(metrics and self.control.should_save and super()._determine_best_metric(metrics, trial))
 
     # A checkpoint
@@ -282,7 +311,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the model; the base class would also write its arguments as a pickle."""
+        """Write the model. The method of the base class would also write the trainer's arguments as a pickle."""
         self.checkpoints.write_model(Path(output_dir or self.args.output_dir), state_dict)
 
     @overrides(Seq2SeqTrainer)
@@ -297,7 +326,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the state of this process; repeat an evaluation that ended early."""
+        """Restore the random state, guard and logging state of this process, and repeat a pending evaluation."""
         if checkpoint is None:
             return
 
@@ -306,7 +335,7 @@ class SftTrainer(Seq2SeqTrainer):
             self._finish_cut_evaluation(checkpoint)
 
     def _finish_cut_evaluation(self, checkpoint: str) -> None:
-        """Evaluate as the stopped run would have, and record its checkpoint if it is the best."""
+        """Repeat the evaluation that the stopped run did not finish. If its checkpoint is now the best, record this."""
         metrics = self.evaluate()
         self.evaluation_pending = False
         is_saved = self.state.global_step % self.args.save_steps == 0
@@ -315,9 +344,9 @@ class SftTrainer(Seq2SeqTrainer):
 
 
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the ids of each row's last reply; earlier replies are part of the prompt.
+    """Return the last reply of each row: the labels after the prompt. Earlier replies are part of the prompt.
 
-    If the last reply carries no loss, return all ids after the prompt.
+    If a last reply carries no loss, all ids after the prompt of its row are returned.
     """
     replies = []
     ids_of_rows = split_rows(inputs, 'input_ids')
@@ -330,9 +359,9 @@ def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSetup:
-    """What a trainer needs besides the flags, the model and the data."""
+    """The arguments of `make_trainer` besides the flags, the model and the data."""
 
-    # Whose folder and record checkpoints are written to.
+    # Checkpoints are written to the folder of this run, with its record.
     run: Run
     tokenizer: Any
     dtype: torch.dtype
@@ -343,7 +372,7 @@ class TrainerSetup:
 def build_trainer(
     args: SftArguments, run: Run, model: Any, encoder: Encoder, data: PreparedData, *, dtype: torch.dtype
 ) -> SftTrainer:
-    """Return the trainer of a run, which logs to the run folder."""
+    """Return the trainer of a run. It writes its logs to the run folder."""
     setup = TrainerSetup(
         run=run,
         tokenizer=encoder.tokenizer,
@@ -357,7 +386,10 @@ def build_trainer(
 
 
 def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> IndexedRows:
-    """Return the training rows as the flags ask for them: sorted, packed, in equal numbers for all processes."""
+    """Return the training rows after sorting and packing, if the flags ask for it.
+
+    With several processes, rows without loss are added so that each process has the same number of rows.
+    """
     arranged: IndexedRows = rows
     if args.test_oom_error:
         arranged = rows.longest_first()
@@ -374,7 +406,7 @@ def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> Index
 
 
 def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: TrainerSetup) -> SftTrainer:
-    """Return a trainer without logs; its batches are padded or concatenated, as the model allows."""
+    """Return a trainer that writes no logs. Its batches are concatenated if the model allows it, otherwise padded."""
     base = model.get_base_model() if args.sft_type == 'lora' else model
     longest = max([*data.train.lengths(), *data.val.lengths()])
     check_positions(base, longest)

@@ -1,4 +1,4 @@
-"""The arguments of transformers' trainer, made from the flags, and the learning rate of each step."""
+"""Make the arguments of transformers' trainer, and the learning-rate schedule, from the flags."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from utils.cli.arguments import SftArguments
 def training_arguments(
     args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
 ) -> Seq2SeqTrainingArguments:
-    """Return the arguments of the trainer. They hold no access token, because they are written to the run folder."""
+    """Return the arguments of the trainer. They contain no access token, because they are written to the run folder."""
     has_cuda = torch.cuda.is_available()
-    # Frozen bf16 weights compute in bf16 without autocast; fp32 weights and fp16 gradients need it. DeepSpeed takes its
-    # own precision, and that of adapters, from bf16 and fp16 below.
+    # Frozen bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
+    # reads the precision of the model and of adapters from the arguments bf16 and fp16 below.
     autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
     sharded = args.fsdp or args.deepspeed_config_path is not None
     return Seq2SeqTrainingArguments(
@@ -44,7 +44,8 @@ def training_arguments(
         greater_is_better=args.predict_with_generate,
         save_strategy='steps',
         save_steps=args.save_steps or args.eval_steps,
-        # The trainer would delete a checkpoint file by file under its final name; base/checkpoint.py does not.
+        # The trainer would delete a checkpoint file by file while it still has its final name. The function `rotate`
+        # of base/checkpoint.py deletes checkpoints instead.
         save_total_limit=None,
         save_only_model=bool(args.only_save_model),
         logging_steps=args.logging_steps,
@@ -59,7 +60,7 @@ def training_arguments(
         dataloader_num_workers=args.dataloader_num_workers,
         dataloader_pin_memory=has_cuda,
         ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
-        # A vision tower that is trained gets no gradient from a batch without images.
+        # If the vision tower is trained, it gets no gradient from a batch without images.
         ddp_find_unused_parameters=not args.freeze_vision if dist.world_size() > 1 else None,
         deepspeed=args.deepspeed_config_path,
         remove_unused_columns=False,
@@ -70,18 +71,19 @@ def training_arguments(
 
 
 def count_warmup_steps(share: float, steps: int) -> int:
-    """Return the number of warm-up steps: this share of the steps, rounded up, at most half of them."""
+    """Return the number of warm-up steps: `share` of the steps, rounded up, but at most half of all steps."""
     return min(math.ceil(share * steps), steps // 2)
 
 
 def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_ratio: float, steps: int) -> LambdaLR:
-    """Return a schedule with a rate above 0 at every step: step k of w warm-up steps has (k + 1) / (w + 1) of the rate.
+    """Return the learning-rate schedule of transformers, with a different warm-up.
 
-    k counts from 0. After the warm-up the schedule is that of transformers. In transformers the first warm-up step has
-    rate 0, so it changes no weight, and a run of one step trains nothing.
+    With w warm-up steps, step k (counted from 0) has (k + 1) / (w + 1) of the learning rate. In transformers the first
+    warm-up step has rate 0, so it changes no weight, and a run of one step trains nothing.
     """
     warmup = 0 if name == 'constant' else count_warmup_steps(warmup_ratio, steps)
-    # Made on another optimizer, because making a schedule sets the rate of its optimizer. Only its function is used.
+    # A schedule sets the rate of its optimizer when it is made, so it is made for an optimizer that is not used. Only
+    # the function of the schedule is used.
     unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     original = get_scheduler(name, unused_optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     (after_warmup,) = original.lr_lambdas
