@@ -145,7 +145,7 @@ def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
 
 
 def push_again(run_dir: Path) -> None:
-    """Push the staged folders of a run. If there are none, push the checkpoints that the strategy of the run selects."""
+    """Push the staged folders of a run. If there are none, push the checkpoints that its strategy selects."""
     record = read_run_record(run_dir)
     if not record.flags.get('hub_model_id'):
         raise ConfigError(
