@@ -47,7 +47,7 @@ def folder_in_repo(strategy: str, checkpoint: str) -> str:
 def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str, Any]) -> Path:
     """Return a new folder in which the files of a checkpoint have the layout of the repository.
 
-    The files are hard links, so they remain if the checkpoint is deleted. `progress` is saved beside the folder.
+    The files are hard links, so they remain if the checkpoint is deleted. `progress` is saved in <folder>.json.
     """
     target = run_dir / _STAGED / checkpoint.name
     shutil.rmtree(target, ignore_errors=True)
@@ -57,7 +57,7 @@ def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str,
     for file in sorted({f for pattern in PUSHED for f in checkpoint.glob(pattern)}):
         try:
             os.link(file, inside / file.name)
-        except OSError:  # another file system
+        except OSError:  # the run folder is on a file system without hard links
             shutil.copy2(file, inside / file.name)
 
     write_json(target.with_suffix('.json'), progress)
@@ -168,10 +168,7 @@ def push_again(run_dir: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Push one staged checkpoint (RUN_DIR CHECKPOINT, used during training), or call push_again (RUN_DIR).
-
-    Returns the exit code.
-    """
+    """Push a staged checkpoint (RUN_DIR CHECKPOINT) or all unpushed checkpoints (RUN_DIR). Returns the exit code."""
     set_up_logging()
     if len(argv) not in (1, 2) or argv[0].startswith('-'):
         print('usage: python -m utils.export.push RUN_DIR', file=sys.stderr)
