@@ -168,7 +168,7 @@ def push_again(run_dir: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Push a staged checkpoint (RUN_DIR CHECKPOINT) or all unpushed checkpoints (RUN_DIR). Returns the exit code."""
+    """Push a staged checkpoint (RUN_DIR CHECKPOINT) or call push_again (RUN_DIR). Returns the exit code."""
     set_up_logging()
     if len(argv) not in (1, 2) or argv[0].startswith('-'):
         print('usage: python -m utils.export.push RUN_DIR', file=sys.stderr)
