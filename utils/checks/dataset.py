@@ -1,6 +1,6 @@
-"""The data check (--check_dataset true): find everything wrong with the data of a run, without weights.
+"""The data check (--check_dataset true): find all problems in the data of a run. No weights are loaded.
 
-Memory does not grow with the data.
+The memory that it needs does not grow with the data.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.ms
 _REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output')
 _TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', 'query', 'instruction', 'input', 'tools')
 _CONTROL = re.compile(r'<\|[A-Za-z_]{2,}\|>')
-# What bytes 80 to BF look like in Latin-1 and in Windows-1252: the second and later bytes of UTF-8.
+# The second and later bytes of a UTF-8 character are 80 to BF. These are their characters in Latin-1 and Windows-1252.
 _LATER = '[\x80-\xbf' + bytes(i for i in range(0x80, 0xA0) if i not in b'\x81\x8d\x8f\x90\x9d').decode('cp1252') + ']'
 _MOJIBAKE = re.compile(f'[ÂÃ]{_LATER}|(?:[ÐÑ]{_LATER}){{2}}|[à-ï]{_LATER}{{2}}|ð{_LATER}{{3}}|\ufffd|锟斤拷|烫烫烫')
 _MAY_FOLLOW = {'': ('user',), 'user': ('assistant',), 'assistant': ('user', 'tool'), 'tool': ('assistant', 'tool')}
 
 
 class Findings(Tally):
-    """A tally that also writes each row that it counts to a file of JSON lines."""
+    """A tally that also writes each counted row to a file of JSON lines."""
 
     def __init__(self, kind: str, stream: TextIO, skip: Sequence[str] = ()) -> None:
-        """Reasons in `skip` are neither counted nor written."""
+        """Set up an empty tally. Rows with a reason in `skip` are neither counted nor written."""
         super().__init__()
         self.kind = kind
         self.stream = stream
         self.skip = skip
 
     def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
-        """Count one row and write its location and column, and in `of` the location of the row that it repeats."""
+        """Count one row, and write its location and column to the file. `of` is the location of the row it repeats."""
         if reason in self.skip:
             return
         super().add(reason, f'{place} {column}'.strip() + (f' of {of}' if of else ''))
@@ -78,7 +78,7 @@ class Findings(Tally):
 
 
 class Seen:
-    """The first location of each row and each prompt. Hashes are kept in a file, so memory does not grow."""
+    """Stores the first location of each row and each prompt by hash. The hashes are in a file, not in memory."""
 
     def __init__(self, file: Path) -> None:
         self._database = sqlite3.connect(file, isolation_level=None)
@@ -87,7 +87,10 @@ class Seen:
             self._database.execute(statement)
 
     def find_earlier(self, content: Any, place: str, use: int) -> tuple[str, int] | None:
-        """Return location and use of earlier equal content. If there is none, store this one and return None."""
+        """Return location and use of equal content that was stored earlier.
+
+        If no equal content is stored, store this content and return None.
+        """
         digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
         is_new = self._database.execute('insert or ignore into seen values (?, ?, ?)', (key, place, use)).rowcount
@@ -101,7 +104,7 @@ class Seen:
 
 @dataclass(kw_only=True)
 class Lengths:
-    """Tokens per row, tokens cut by --max_length, and the share of the remaining tokens that is trained."""
+    """Counts tokens per row, tokens that --max_length cuts, and the trained share of the remaining tokens."""
 
     max_length: int
     tokenizer: Any
@@ -110,7 +113,7 @@ class Lengths:
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count an uncut row and return it cut to --max_length, as it is trained."""
+        """Count a row that is not cut yet. Returns the row cut to --max_length, as in training."""
         length = len(row.input_ids)
         cut = cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
@@ -122,7 +125,7 @@ class Lengths:
         return cut
 
     def record(self) -> dict[str, Any]:
-        """Return the numbers for the report. A bar of the histogram is named by its upper bound, a power of two."""
+        """Return the numbers for the report. The keys of the histogram are upper bounds, which are powers of two."""
         counts = self.counts
         return {
             'mean': round(counts['tokens'] / max(counts['rows'], 1), 1),
@@ -135,7 +138,7 @@ class Lengths:
 
 
 def wrong_order(messages: Sequence[Message]) -> str | None:
-    """Return what is wrong with the order of the roles, or None."""
+    """Return a text that says what is wrong with the order of the roles. Returns None if the order is correct."""
     turns = messages[1:] if messages[0]['role'] == 'system' else messages
     before = ''
     called = False
@@ -155,12 +158,12 @@ def _reply_column(raw: dict[str, Any]) -> str:
 
 
 class DataCheck:
-    """Examines rows one batch at a time and collects the findings."""
+    """Examines rows, one batch at a time, and collects the findings."""
 
     def __init__(
         self, encoder: Encoder, max_length: int, stream: TextIO, seen: Seen, positions: int | None = None
     ) -> None:
-        """`positions` is the number of positions that the model states; None if it states none."""
+        """`positions` is the number of positions in the model's config.json, or None if it has no such number."""
         self.encoder = encoder
         self.seen = seen
         self.positions = positions
@@ -170,17 +173,17 @@ class DataCheck:
         self.filtered = Findings('filtered', stream)
         self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
         self.account = Account()
-        # Lines that say what of the rows is not trained by decision.
+        # Log lines that describe what is excluded from training on purpose.
         self.decisions: list[str] = []
         self.rows: Counter[str] = Counter(dict.fromkeys(('read', 'kept', 'train', 'validation', 'not_drawn'), 0))
 
     def bad_line(self, place: str, problem: str) -> None:
-        """Count a line or file that cannot be read."""
+        """Count a line or a file that cannot be read, and write it to the file of findings."""
         self.rows['read'] += 1
         self.left_out.add(problem, place)
 
     def examine(self, batch: Sequence[tuple[int, ReadRow]]) -> None:
-        """Examine pairs of use and row. Rows that are drawn for training or validation are also encoded."""
+        """Examine pairs of (use, row). Rows that are used for training or validation are also encoded."""
         encoded: list[Row] = []
         columns: dict[str, str] = {}
         for use, (place, raw, row) in batch:
@@ -239,7 +242,10 @@ class DataCheck:
             self.defects.add(CONFLICT, row.origin, column, of=same_prompt[0])
 
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> None:
-        """Encode rows and count what encoding does to them. If a batch fails, halve it until the bad row is alone."""
+        """Encode rows and count their lengths, cuts and notes.
+
+        If a batch cannot be encoded, it is split in halves until the bad row is the only row of a batch.
+        """
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
         again = EncodedAgain(self.encoder)
         try:
@@ -263,7 +269,7 @@ class DataCheck:
             self._measure(rows[middle:], columns)
 
     def record(self, args: SftArguments) -> dict[str, Any]:
-        """Return the report for dataset_report.json."""
+        """Return the content of dataset_report.json."""
         return {
             'dataset': args.dataset,
             'clean': bool(self.rows['kept']) and not (self.left_out or self.defects),
@@ -278,7 +284,7 @@ class DataCheck:
         }
 
     def lines(self, record: dict[str, Any]) -> list[str]:
-        """Return the report as lines of text; `record` is what `record()` returned."""
+        """Return the report as lines of text. `record` is the result of `record()`."""
         lengths = {name: value for name, value in record['lengths'].items() if name != 'rows_up_to'}
         return [
             'rows: ' + ', '.join(f'{name} {count}' for name, count in record['rows'].items()),
@@ -294,14 +300,14 @@ class DataCheck:
 
 
 def _by_reason(findings: Findings) -> dict[str, dict[str, Any]]:
-    """Return for each reason the number of rows and the locations of the first ones."""
+    """Return for each reason the number of rows and the locations of the first rows."""
     return {reason: {'rows': n, 'first': findings.places[reason]} for reason, n in findings.counts.items()}
 
 
 def check_dataset(done: Ready[SftArguments]) -> int:
-    """Read what the run would read and print what is wrong with it. Returns 0 if the data is clean, else 1.
+    """Read the data that the run would read, and print its problems. Returns 0 if there are no problems, else 1.
 
-    Writes <output_dir>/<model>/dataset_report.json, and every finding as a line of dataset_report.jsonl.
+    Writes <output_dir>/<model>/dataset_report.json, and each finding as one line of dataset_report.jsonl.
     """
     args = done.args
     weights = locate(done.info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
@@ -325,7 +331,7 @@ def check_dataset(done: Ready[SftArguments]) -> int:
 
 
 def _positions(folder: Path) -> int | None:
-    """Return how many positions the config.json of a folder states, None if it states none."""
+    """Return the number of positions in the config.json of a folder. Returns None if it has no such number."""
     config = read_config(folder) if (folder / 'config.json').is_file() else {}
     config = config.get('text_config') or config
     stated = config.get('max_position_embeddings') or config.get('n_positions')
@@ -333,7 +339,7 @@ def _positions(folder: Path) -> int | None:
 
 
 def _plan(args: SftArguments, check: DataCheck) -> Plan:
-    """Return the plan of the run. The rows are read again afterwards, so bad lines are counted only while planning."""
+    """Return the plan of the run. Bad lines are counted only here, because the check reads the rows a second time."""
     planning = True
 
     def bad_line(place: str, problem: str) -> None:

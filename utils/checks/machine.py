@@ -1,4 +1,4 @@
-"""The machine check (--doctor true): try out everything that training needs, and name a remedy for what fails."""
+"""The machine check (--doctor true): try everything that training needs, and name a remedy for each failure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _ENOUGH_GIB = 10
 
 
 class Finding(NamedTuple):
-    """What was tried, whether it works (None: training does not need it), what was observed, and the remedy."""
+    """The result of one check: its name, whether it works, what was observed, and the remedy.
+
+    `works` is None for a problem that does not prevent training.
+    """
 
     name: str
     works: bool | None
@@ -38,7 +41,7 @@ class Finding(NamedTuple):
 
 
 def check_machine(parsed: Parsed[SftArguments]) -> int:
-    """Print each finding. Returns 1 if something that training needs does not work, else 0."""
+    """Run all checks and print each finding. Returns 1 if something that training needs does not work, else 0."""
     parsed.problems.raise_if_any()
     failed = 0
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
@@ -61,13 +64,13 @@ def check_machine(parsed: Parsed[SftArguments]) -> int:
 def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # a broken installation may raise any exception, which is reported as a finding
         remedy = f'{sys.executable} -m pip install -r {_REQUIRED.name}'
         yield Finding(name, False, f'{type(error).__name__}: {error}', remedy)
 
 
 def _libraries() -> Iterator[Finding]:
-    """Yield whether the required libraries are installed in tested versions, and the optional ones."""
+    """Yield a finding for the required libraries (missing, or not a tested version) and one per optional library."""
     from packaging.requirements import Requirement
 
     wrong: list[str] = []
@@ -97,7 +100,7 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    """Yield the device, and for each dtype whether a matrix product and its gradient are correct."""
+    """Yield a finding for each device, and for each dtype whether a matrix product and its gradient are correct."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -121,7 +124,7 @@ def _device() -> Iterator[Finding]:
         started = time.perf_counter()
         product = factor @ right.to(dtype)
         (gradient,) = torch.autograd.grad(product.float().sum(), factor)
-        # The gradient of the sum of left @ right by left: each row of it holds the row sums of right.
+        # In the gradient of sum(left @ right) with respect to left, each row equals the row sums of right.
         pairs = ((product.detach(), left @ right), (gradient, right.sum(dim=1).expand(64, 64)))
         apart = max(float((found.float() - wanted).abs().max() / wanted.abs().max()) for found, wanted in pairs)
         seconds = time.perf_counter() - started
@@ -130,7 +133,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _bitsandbytes() -> Iterator[Finding]:
-    """Yield whether a 4-bit layer computes correctly, if bitsandbytes is installed."""
+    """Yield whether a 4-bit layer computes correctly. Yields nothing if bitsandbytes is not installed."""
     try:
         version('bitsandbytes')
     except PackageNotFoundError:
@@ -152,7 +155,7 @@ def _bitsandbytes() -> Iterator[Finding]:
 
 
 def _all_reduce() -> Iterator[Finding]:
-    """Yield whether two processes on this machine can all-reduce over the backend that training would use."""
+    """Yield whether an all-reduce of two processes on this machine works with the backend that training would use."""
     import torch
 
     backend = 'nccl' if torch.cuda.is_available() and torch.cuda.device_count() > 1 else 'gloo'
@@ -193,7 +196,7 @@ def _all_reduce() -> Iterator[Finding]:
 
 
 def _disk(output_dir: Path) -> Iterator[Finding]:
-    """Yield whether a file can be written, synced and renamed in --output_dir, and the free space there."""
+    """Yield whether a file can be written, synced and renamed in --output_dir, and how much space is free there."""
     existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.is_dir())
     gib = shutil.disk_usage(existing).free / 2**30
     try:
@@ -220,7 +223,7 @@ def _hubs() -> Iterator[Finding]:
 
 
 def _worker(backend: str) -> None:
-    """Add 1 and 2 with the other process and print the sum."""
+    """Compute 1 + 2 by an all-reduce of two processes, and print the sum."""
     import torch
     import torch.distributed
 

@@ -1,4 +1,4 @@
-"""--dry_run true: print what a run would decide, read, download and need in memory, without starting it."""
+"""--dry_run true: print the decisions, data, downloads and memory of a run without starting the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits
 
 @dataclass(kw_only=True)
 class Found:
-    """What is on this machine: the folder of the model if it is complete, and the files that are missing."""
+    """The folder of the model if it is complete on this machine, its description, and the files to download."""
 
     model_dir: Path | None = None
     where: str = ''
@@ -39,9 +39,10 @@ class Found:
 
 
 def dry_run(done: Ready[SftArguments]) -> int:
-    """Print what the run would do, and return 0. Writes only to the cache, and downloads only file lists and cards.
+    """Print what the run would do, and return 0.
 
-    Without a hub the files are not named, and tokens are bounded instead of counted.
+    Writes only to the cache, and downloads only file lists and data set cards. If no hub can be reached, the output
+    names no files, and gives an upper bound for the tokens instead of their number.
     """
     args = done.args
     info = done.info
@@ -79,7 +80,10 @@ def _show(title: str, lines: Iterable[str]) -> None:
 
 
 def _machine() -> Machine:
-    """Return how this run is started: with the visible GPUs or, if there are none, those of CUDA_VISIBLE_DEVICES."""
+    """Return the processes and devices of this run.
+
+    If no GPU is visible, the GPUs that CUDA_VISIBLE_DEVICES names are counted.
+    """
     named = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip() not in ('', '-1')]
     gpus = dist.visible_gpus() or len(named)
     return Machine(processes=dist.world_size(), devices=max(1, gpus // dist.local_world_size()), gpu=gpus > 0)
@@ -124,7 +128,7 @@ def _shape(done: Ready[SftArguments], found: Found) -> Shape | None:
 
 
 def _find_data(args: SftArguments, found: Found) -> bool:
-    """Return whether all data is on this machine, and add what is missing to the downloads."""
+    """Return whether all data is on this machine. Missing files are added to `found.downloads`."""
     before = len(found.downloads)
     for word in args.dataset:
         entry = DATASET_MAPPING.get(parse_source(word).name)

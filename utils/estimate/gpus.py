@@ -1,4 +1,4 @@
-"""From the flags of a run to its memory per device, the GPUs that it fits on, and its time there."""
+"""Compute from the flags of a run which GPUs have enough memory for it, and its time on these GPUs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from utils.estimate.model_shape import Shape
 from utils.loading.info import ModelInfo
 from utils.loading.layers import ALL, native_names
 
-# What a GPU needs besides tensors: the CUDA context and library workspaces in bytes, and the share lost to
-# fragmentation.
+# Memory of a GPU that holds no tensors: the bytes of the CUDA context and of library workspaces, and the share that is
+# lost to fragmentation.
 _CONTEXT = GIB
 _FRAGMENTED = 0.05
-# Share of the peak FLOP/s that a training step reaches: assumed, not measured.
+# Share of the peak FLOP/s that a training step reaches. It is assumed and was not measured.
 UTILISATION = 0.4
-# Bytes of a value.
+# Bytes of a value in each dtype.
 _WIDTHS = {'bf16': 2, 'fp16': 2, 'fp32': 4}
-# Tokens of a row that are assumed if --max_length is -1.
+# The assumed number of tokens of a row if --max_length is -1.
 _UNBOUNDED = 2048
-# Values that an optimizer keeps per parameter, by the first part of its name.
+# Number of values that an optimizer keeps per parameter. The key is the first part of the optimizer's name.
 _STATES = {'adamw': 2, 'ademamix': 3, 'lion': 1, 'rmsprop': 1, 'adagrad': 1, 'sgd': 0, 'adafactor': 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """How a run is started: the number of processes, devices per process, and whether they are GPUs."""
+    """The number of processes of a run, the devices of each process, and whether the devices are GPUs."""
 
     processes: int = 1
     devices: int = 1
@@ -37,13 +37,13 @@ class Machine:
 
 
 def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine) -> Mode:
-    """Return the settings of a run that decide its memory."""
+    """Return the settings of a run that determine how much memory it needs."""
     packed = _packing(args, info)
     zero = read_zero(args.deepspeed_config_path) if args.deepspeed_config_path else ZeroConfig(content={})
     sharding = f'zero{zero.stage}' if zero.stage in (2, 3) else ''
     if args.fsdp:
         sharding = 'fsdp'
-    # The fast path needs whole weights in each process.
+    # The fast path works only if each process has the whole weights.
     whole = sharding not in ('fsdp', 'zero3')
     return Mode(
         full=args.sft_type == 'full',
@@ -69,7 +69,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def optimizer_bytes(name: str) -> int:
-    """Return the bytes that an optimizer of --optim keeps per trained parameter."""
+    """Return the number of bytes that an optimizer keeps per trained parameter. `name` is a value of --optim."""
     states = _STATES[name.removeprefix('paged_').split('_')[0]]
     return states * (1 if '8bit' in name else 4)
 
@@ -85,7 +85,7 @@ def _packing(args: SftArguments, info: ModelInfo) -> str:
 
 
 def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
-    """Return the names of the layers that LoRA adapts; none for full fine-tuning."""
+    """Return the names of the layers that LoRA adapts. For full fine-tuning the list is empty."""
     if args.sft_type == 'full':
         return []
     named = args.lora_target_modules or list(info.lora_target_modules)
@@ -94,19 +94,22 @@ def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
 
 
 def longest_batch(args: SftArguments) -> Batch:
-    """Return the heaviest batch that --max_length allows, with every token trained, for data that is not here."""
+    """Return the heaviest batch that --max_length allows if every token is trained. No data is read."""
     length = args.max_length if args.max_length > 0 else _UNBOUNDED
     tokens = args.batch_size * length
     return Batch(tokens=tokens, longest=length, trained=tokens)
 
 
 def known_gpus() -> list[tuple[str, int, int]]:
-    """Return GPUs as (name, GiB, TFLOP/s): the dense bf16 peak (T4 and V100: fp16) by the data sheets."""
+    """Return the known GPUs as (name, GiB, TFLOP/s).
+
+    TFLOP/s is the peak for dense bf16 products in the data sheet. For T4 and V100, which have no bf16, it is fp16.
+    """
     return [tuple(gpu) for gpu in json.loads(Path(__file__).with_name('gpus.json').read_text(encoding='utf-8'))]
 
 
 def need(found: Footprint) -> float:
-    """Return the GiB that a GPU must have for a footprint."""
+    """Return the GiB of memory that a GPU must have for this footprint."""
     return (found.peak * (1 + _FRAGMENTED) + _CONTEXT) / GIB
 
 
@@ -117,17 +120,19 @@ def gpus_that_fit(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
 
 
 def flops(shape: Shape, mode: Mode, tokens: int) -> float:
-    """Return the floating-point operations of training on these tokens, without those of the attention scores.
+    """Return the number of floating-point operations of training on `tokens` tokens.
 
-    Per active parameter and token: 2 forward, 2 for the gradients of activations, 2 for the gradients of weights in
-    full fine-tuning, and 2 for the second forward pass of gradient checkpointing.
+    For each active parameter and token these are: 2 in the forward pass, 2 for the gradients of activations, 2 for the
+    gradients of weights (only full fine-tuning), and 2 in the second forward pass of gradient checkpointing. Attention
+    scores are not counted.
     """
     return (4 + 2 * mode.full + 2 * mode.checkpointing) * float(shape.active) * tokens
 
 
 def seconds(work: float, tera: float, devices: int) -> float:
-    """Return the seconds that a GPU with this peak needs for its share of `work`.
+    """Return the seconds that a GPU with a peak of `tera` TFLOP/s needs for its share of `work` operations.
 
-    `devices` are GPUs that work at the same time; GPUs that share the layers of one process do not.
+    `devices` is the number of GPUs that work at the same time. GPUs that share the layers of one process work one after
+    the other, so they count as a single GPU.
     """
     return work / (tera * 1e12 * UTILISATION * devices)

@@ -1,8 +1,8 @@
-"""The memory of a training step on one device, in bytes: arithmetic on the shape of a model.
+"""The memory of a training step on one device, in bytes. It is computed from the shape of the model.
 
-benchmarks/estimate.py compares it with measurements. `c` is the number of bytes of a value in the compute dtype. Full
-fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the inputs of linear layers
-to the compute dtype. LoRA computes in the dtype of its weights.
+benchmarks/estimate.py compares the results with measurements. `c` is the number of bytes of a value in the compute
+dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the inputs of
+linear layers to the compute dtype. LoRA computes in the dtype of the base model's weights.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from utils.estimate.model_shape import Shape
 from utils.fast.constants import CHUNK_LOGITS, KEPT_KEYS, QUERY_BLOCK
 
 GIB = 2**30
-# Bytes per weight of a quantised linear layer. nf4: 4 bits, an fp32 scale for 64 weights. nf4x2: 8-bit scales, and an
-# fp32 scale for 256 of them. GPTQ: fp16 scales and packed zeros for 128 weights.
+# Bytes per weight of a quantised linear layer. nf4: 4 bits, and an fp32 scale for each 64 weights. nf4x2: 4 bits, an
+# 8-bit scale for each 64 weights, and an fp32 scale for each 256 of the 8-bit scales. GPTQ: 4 or 8 bits, and an fp16
+# scale and a packed zero point for each 128 weights.
 PACKED = {
     'nf4': 0.5 + 4 / 64,
     'nf4x2': 0.5 + 1 / 64 + 4 / 64 / 256,
@@ -23,12 +24,14 @@ PACKED = {
     'gptq4': 0.5 + 2.5 / 128,
     'gptq8': 1.0 + 3 / 128,
 }
-# Memory of a CPU process besides tensors: kernels compiled at first use, 12 to 48 MB in benchmarks/estimate.py.
+# Memory of a CPU process that holds no tensors: kernels that are compiled at first use. benchmarks/estimate.py measured
+# 12 to 48 MB.
 _KERNELS = 2**25
-# DeepSpeed's defaults: parameters that ZeRO-3 keeps gathered, and those that ZeRO-2 gathers at once after a step.
+# Defaults of DeepSpeed: the number of parameters that ZeRO-3 keeps gathered, and the number of parameters that ZeRO-2
+# gathers together after a step.
 _LIVE = 10**9
 _GATHERED = 2 * 10**8
-# Layers that share one input, which is saved once.
+# Groups of layers that have the same input. The input is saved once for each group.
 _SHARED = (
     ('q_proj', 'k_proj', 'v_proj', 'qkv_proj', 'query_key_value', 'c_attn', 'in_proj_qkv', 'in_proj_z', 'in_proj_a'),
     ('gate_proj', 'up_proj', 'gate_up_proj', 'w1', 'w3', 'c_fc', 'dense_h_to_4h'),
@@ -37,36 +40,38 @@ _SHARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """The settings of a run that decide its memory, besides the model and the batch."""
+    """The settings of a run that determine its memory, except the model and the batch."""
 
     full: bool
-    # Bytes of the compute dtype, and the quantisation of linear layers: a key of PACKED, or ''.
+    # Bytes of a value in the compute dtype, and the quantisation of linear layers: a key of PACKED, or '' for none.
     compute: int
     packed: str = ''
-    # Names of the linear layers that LoRA adapts, and its rank.
+    # Names of the linear layers that LoRA adapts, and the rank of the adapter.
     targets: tuple[str, ...] = ()
     rank: int = 8
-    # Base and adapter in one operation (fast/lora.py); else PEFT's layers, which cast their input to fp32.
+    # True: base and adapter are one operation (fast/lora.py). False: PEFT's layers cast their input to fp32.
     fused: bool = True
     checkpointing: bool = False
     # RMSNorm saves only its input (fast/norm.py).
     fused_norms: bool = True
     # act(gate) is recomputed in the backward pass (fast/gated_mlp.py).
     fused_mlp: bool = True
-    # Optimizer state per trained parameter. DeepSpeed adds an fp32 copy of the parameter.
+    # Bytes of optimizer state per trained parameter. DeepSpeed keeps an additional fp32 copy of the parameter.
     optimizer_bytes: int = 8
-    # Gradients of earlier batches exist when a batch begins.
+    # Whether gradients of earlier batches are in memory when a batch begins.
     accumulates: bool = True
-    # Concatenated rows instead of padded ones; the loss in chunks; a GPU, where a library computes attention.
+    # Whether rows are concatenated instead of padded, whether the loss is computed in chunks, and whether the device is
+    # a GPU. On a GPU a library computes attention.
     padding_free: bool = True
     chunked: bool = True
     gpu: bool = True
-    # '', zero2, zero3 or fsdp; the optimizer in CPU memory; weights and optimizer in CPU memory (ZeRO-3).
+    # '', zero2, zero3 or fsdp.
     sharding: str = ''
+    # Whether optimizer state or, with ZeRO-3, weights are kept in CPU memory.
     offloads_optimizer: bool = False
     offloads_weights: bool = False
     processes: int = 1
-    # GPUs that share the layers of one process.
+    # Number of GPUs among which the layers of one process are divided.
     devices: int = 1
 
     @property
@@ -80,13 +85,13 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return the number of shards of something that these stages divide among processes."""
+        """Return the number of shards of a tensor that is divided among processes only in these modes of sharding."""
         return self.processes if self.sharding in stages else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The heaviest batch: its tokens with padding, its longest row, and its trained tokens."""
+    """The heaviest batch: the number of its tokens with padding, of its longest row, and of its trained tokens."""
 
     tokens: int
     longest: int
@@ -95,7 +100,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes on each device. `peak` is the largest sum at one time: not all of the others exist together."""
+    """Bytes on each device. `peak` is the largest sum at one time; the other items do not all exist together."""
 
     weights: int
     adapter: int
@@ -107,14 +112,14 @@ class Footprint:
 
 
 def lora_parameters(shape: Shape, targets: Sequence[str], rank: int) -> int:
-    """Return the parameters of an adapter. Each of stacked experts has its own."""
+    """Return the number of adapter parameters. Every stacked expert has its own adapter weights."""
     linear = sum(n * rank * (i + o) for name in targets for n, i, o in shape.linear.get(name, ()))
     stacked = (shape.stacked[name] for name in targets if name in shape.stacked)
     return linear + sum(layers * experts * rank * (i + o) for layers, experts, i, o in stacked)
 
 
 def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
-    """Return the memory of a device. The peak is at the loss, in the backward pass or in the optimizer step."""
+    """Return the memory of one device. The peak occurs at the loss, in the backward pass or in the optimizer step."""
     trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
     own = trained // mode.shards('zero3', 'fsdp') // mode.devices
     width = mode.compute if mode.deepspeed else 4
@@ -125,7 +130,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     if mode.offloads_optimizer:
         gradients = 0
     elif mode.processes > 1 and not mode.sharding:
-        gradients *= 2  # DistributedDataParallel copies them to its own buckets
+        gradients *= 2  # DistributedDataParallel keeps a copy of the gradients in its buckets
 
     optimizer = 0
     if not mode.offloads_optimizer:
@@ -147,7 +152,9 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
         in_backward += layer
     after_backward = held + gradients + head_gradient
     if head_gradient and not shape.head:
-        after_backward += 4 * shape.embedding  # a tied head adds its gradient to that of the embedding
+        after_backward += (
+            4 * shape.embedding
+        )  # the gradient of a tied head is added to a separate gradient of the embedding
     in_step = held + gradients + _step(shape, mode, own)
     peak = max(at_loss, in_backward, after_backward, in_step)
 
@@ -172,7 +179,7 @@ def _weights(shape: Shape, mode: Mode) -> int:
 
 
 def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return what all layers save for the backward pass on one device, and what one layer saves."""
+    """Return the bytes that all layers on one device save for the backward pass, and the bytes that one layer saves."""
     c = mode.compute
     heads = shape.heads * shape.head_dim
     residual = 4 if mode.full else c
@@ -187,7 +194,8 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
     per_token += shape.layers * (heads + 2 * shape.kv_heads * shape.head_dim) * c
     if mode.gpu or not mode.padding_free:
-        # The library's attention saves fp32 sums and its output, unless the next layer saves that as its input.
+        # The library's attention saves fp32 sums and its output. The output needs no more memory if the next layer
+        # saves it as its input.
         shared = not mode.padding_free and (mode.full or ('o_proj' in mode.targets and not mode.packed))
         per_token += shape.layers * (4 * shape.heads + (0 if shared else heads * c))
     else:
@@ -206,13 +214,13 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
 
 def _kept(longest: int) -> int:
-    """Return the number of attention weights that a CPU keeps per token and head, for rows of this length."""
+    """Return how many attention weights a CPU keeps per token and head, for rows of `longest` tokens."""
     blocks = ((start, min(start + QUERY_BLOCK, longest)) for start in range(0, min(longest, KEPT_KEYS), QUERY_BLOCK))
     return sum((end - start) * end for start, end in blocks if end <= KEPT_KEYS) // longest
 
 
 def _inputs(shape: Shape, mode: Mode) -> int:
-    """Return the bytes per token of the inputs that linear layers save, in all layers."""
+    """Return the bytes per token that all linear layers together save of their inputs."""
     c = mode.compute
     if mode.full and (mode.autocasts or mode.sharding):
         return sum(n * i * c for sizes in shape.linear.values() for n, i, _ in sizes)
@@ -222,7 +230,7 @@ def _inputs(shape: Shape, mode: Mode) -> int:
     if not mode.full and not mode.fused and not mode.deepspeed:
         return sum(4 * n * i for name in names for n, i, _ in shape.linear[name]) + 4 * between
 
-    # Layers that share one input count once.
+    # Layers of a group in _SHARED save one input together.
     firsts = [next((name for name in group if name in names), None) for group in _SHARED]
     others = [name for name in names if not any(name in group for group in _SHARED)]
     counted = (*others, *filter(None, firsts))
@@ -230,7 +238,7 @@ def _inputs(shape: Shape, mode: Mode) -> int:
 
 
 def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return the memory of the loss at its peak, and the fp32 gradient of the head that remains after it."""
+    """Return the peak memory of the loss, and the memory of the head's fp32 gradient, which remains after the loss."""
     c = mode.compute
     table = shape.vocabulary * shape.hidden
     if not mode.chunked:
@@ -242,14 +250,14 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     if not mode.full:
         return chunk + hidden, 0
 
-    # A chunk's part of the head's gradient. A CPU converts it to fp32 before adding it to the sum.
+    # Each chunk computes a part of the head's gradient. A CPU converts the part to fp32 before it is added to the sum.
     adding = chunk + table * (c + (0 if mode.gpu else 4))
-    # The sum in fp32, and under autocast two copies of the weights: one by torch, one by chunked_loss.py.
+    # The sum is fp32. Under autocast, torch and chunked_loss.py each make a copy of the head's weights.
     return adding + hidden + table * (4 + (2 * c if mode.autocasts else 0)), 4 * table
 
 
 def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
-    """Return the memory of the backward pass of one layer, besides what was saved."""
+    """Return the temporary memory of the backward pass of one layer. Saved activations are not included."""
     c = mode.compute
     layers = shape.layers
     mlp = 3 * shape.inner // layers * c * batch.tokens
@@ -266,7 +274,7 @@ def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
 
 
 def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
-    """Return the memory of weights and gradients that are gathered from other processes for a moment."""
+    """Return the memory of weights and gradients that are gathered temporarily from other processes."""
     c = mode.compute
     bucket = min(shape.hidden**2, trained)
     if mode.sharding == 'zero2':
@@ -282,7 +290,8 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 def _step(shape: Shape, mode: Mode, own: int) -> int:
     """Return the temporary memory of the optimizer step.
 
-    A fused step needs none. FSDP has no fused step: a GPU needs it for all tensors at once, a CPU for one.
+    A fused step needs no temporary memory. FSDP has no fused step. There, a GPU needs temporary memory for all trained
+    tensors together, and a CPU only for the largest tensor.
     """
     if mode.sharding != 'fsdp':
         return 0

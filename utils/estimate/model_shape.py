@@ -1,4 +1,4 @@
-"""The sizes of a model that decide its memory: counted on the real class without weights, or taken from a table."""
+"""The sizes of a model that determine its memory: counted on the real class without weights, or read from a table."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from utils.loading.opening import get_text_model_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Linear layers by name: the number of layers of each size (in, out).
+# For each name of linear layers: the number of layers of each size (in, out).
 Sizes = dict[str, dict[tuple[int, int], int]]
 TABLE = Path(__file__).with_name('model_sizes.json')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model in numbers: counts of parameters, and widths in values per token."""
+    """The sizes of a model: numbers of parameters, and widths, which are numbers of values per token."""
 
     model_class: str
     parameters: int
-    # Parts of these: the input embedding, an untied output head, stacked experts, the vision tower.
+    # Parts of `parameters`: the input embedding, the output head (0 if tied), stacked experts, the vision tower.
     embedding: int
     head: int
     experts: int
     tower: int
-    # Parameters that each token is multiplied with, including the head.
+    # Number of parameters that compute each token, including the head. Of the experts only the chosen ones count.
     active: int
     hidden: int
     layers: int
@@ -40,33 +40,33 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    # Sums over all layers: the widths of norms, and the input widths of the last layers of MLPs.
+    # Sums over all layers: the widths of norms, and the input widths of the last linear layers of MLPs.
     normed: int
     inner: int
     gated: bool
-    # rows: rows can be concatenated. All others are padded: padded; mixed: has layers other than attention; alibi: adds
-    # a bias by position; eager: saves all scores.
+    # `rows`: rows can be concatenated. With the other values rows are padded. `mixed`: some layers have no attention.
+    # `alibi`: a bias by position is added to the scores. `eager`: all scores are saved. `padded`: none of these.
     attention: str
-    # Linear layers by name, without the head and the vision tower: [count, in, out] of each size.
+    # Linear layers by name: [count, in, out] for each size. The head and the vision tower are not included.
     linear: dict[str, list[list[int]]]
     # Stacked expert parameters by name: [layers, experts, in, out].
     stacked: dict[str, list[int]]
 
     @property
     def linear_parameters(self) -> int:
-        """Return the parameters of the linear layers."""
+        """Return the number of parameters of all layers in `linear`."""
         return sum(count * rows * columns for sizes in self.linear.values() for count, rows, columns in sizes)
 
 
 def known_shape(model_type: str | None) -> Shape | None:
-    """Return the shape of a registered model from the table, None if it has no entry."""
+    """Return the shape of a registered model from the table. Returns None if the table has no entry."""
     table = json.loads(TABLE.read_text(encoding='utf-8'))
     name = table['models'].get(model_type)
     return Shape(**table['shapes'][name]['shape']) if name else None
 
 
 def shape_of(model_dir: Path, info: ModelInfo) -> Shape:
-    """Return the shape of the model that config.json of a directory describes. No weights are read."""
+    """Return the shape of the model that is described by config.json in `model_dir`. No weights are read."""
     import torch
 
     with torch.device('meta'):
@@ -91,7 +91,7 @@ def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
 
 
 def measure(model: PreTrainedModel) -> Shape:
-    """Return the shape of a model; its parameters may be on the meta device."""
+    """Return the shape of a model. The parameters of the model may be on the meta device."""
     from utils.loading.layers import expert_names, find_towers
 
     config = model.config.get_text_config()
@@ -141,7 +141,10 @@ def measure(model: PreTrainedModel) -> Shape:
 
 
 def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
-    """Return the linear layers without the head and the vision tower, and the sum of the widths of norms."""
+    """Return the linear layers by name and size, and the sum of the widths of norms.
+
+    The head and the vision tower are not included.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -163,7 +166,10 @@ def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int
 
 
 def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]], k: int) -> int:
-    """Return the sum of the input widths of the last layers of MLPs, of `k` experts per layer in a mixture."""
+    """Return the sum of the input widths of the last linear layers of MLPs.
+
+    In a mixture of experts, `k` experts per layer are counted.
+    """
     dense = next((linear[n] for n in ('down_proj', 'w2', 'dense_4h_to_h') if n in linear), None)
     if dense is None and 'c_fc' in linear:
         dense = {(columns, rows): count for (rows, columns), count in linear['c_fc'].items()}
@@ -177,7 +183,7 @@ def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return the value of `Shape.attention`."""
+    """Return the value of `Shape.attention` for a model."""
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 

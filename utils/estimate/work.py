@@ -1,4 +1,7 @@
-"""The work of a run: rows, tokens, steps and the heaviest batch; counted if the data is here, else bounded."""
+"""The work of a run: rows, tokens, steps and the heaviest batch.
+
+The tokens are counted if data and tokenizer are on this machine. If not, an upper bound is given.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from utils.run.rows import plan_of
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The work of a run. `tokens` are those of all steps: counted, an upper bound, or None if unknown."""
+    """The work of a run. `tokens` is for all steps; it is exact if `counted`, else an upper bound or None (unknown)."""
 
     lines: list[str]
     batch: Batch
@@ -35,7 +38,11 @@ class Work:
 def plan_work(
     done: Ready[SftArguments], model_dir: Path | None, mode: Mode | None, *, data_is_here: bool, has_vision: bool
 ) -> Work:
-    """Return the work of a run: counted by encoding the rows if data and tokenizer are here, else bounded."""
+    """Return the work of a run.
+
+    If data and tokenizer are on this machine, the rows are encoded and counted. If not, or if the data is streamed or
+    the model has a vision tower, the result is an upper bound.
+    """
     args = done.args
     if not data_is_here or args.streaming:
         why = 'a stream is not counted in advance' if args.streaming else 'data that is not here cannot be counted'
@@ -56,7 +63,7 @@ def plan_work(
 
 
 def _bounded(args: SftArguments, rows: int | None, line: str) -> Work:
-    """Return the upper bound: every row has --max_length tokens, all of them trained. `line` describes the rows."""
+    """Return the work if every row has --max_length tokens and all tokens are trained. `line` describes the rows."""
     batch = longest_batch(args)
     lines = [line]
     steps = _steps(args, rows) if rows is not None or args.max_steps >= 0 else None
@@ -77,7 +84,7 @@ def _bounded(args: SftArguments, rows: int | None, line: str) -> Work:
 
 
 def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: bool) -> Work:
-    """Return the counted work. The rows are encoded as in the run, into the same cache."""
+    """Return the work, counted on the encoded rows. The rows are encoded as in the run, into the same cache."""
     args = done.args
     tokenizer = load_tokenizer(model_dir, model_type=args.model_type)
     encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed)
@@ -94,7 +101,8 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
     steps = _steps(args, len(rows))
     sizes = train.sizes()
     per_epoch = int(sizes.sum())
-    # Steps are counted on rows: the last step may be short, and --max_steps may repeat the data.
+    # With --max_steps, tokens are steps times the mean number of tokens of a step. Without it, every epoch reads every
+    # row once, even if the last step has fewer rows.
     per_step = per_epoch / max(len(rows), 1) * args.batch_size * args.gradient_accumulation_steps * dist.world_size()
     tokens = round(per_step * steps) if args.max_steps >= 0 else per_epoch * args.num_train_epochs
 
@@ -111,7 +119,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
 
 
 def _measure_batch(batch: list[dict[str, Any]], *, padded: bool) -> Batch:
-    """Return the tokens of a batch of rows or packs."""
+    """Return the sizes of a batch, whose items are rows or packs. With `padded`, padding counts as tokens."""
     rows = [row for item in batch for row in item.get('rows', [item])]
     lengths = [len(row['input_ids']) for row in rows]
     return Batch(
@@ -122,7 +130,7 @@ def _measure_batch(batch: list[dict[str, Any]], *, padded: bool) -> Batch:
 
 
 def _steps(args: SftArguments, rows: int | None) -> int:
-    """Return the optimizer steps of a run, as the trainer counts them."""
+    """Return the number of optimizer steps of a run. It equals the number that the trainer computes."""
     if args.max_steps >= 0 or rows is None:
         return args.max_steps
     batches = -(-rows // (args.batch_size * dist.world_size()))

@@ -1,4 +1,4 @@
-"""Merging an adapter: write the merged model to a hidden folder, reopen it, compare it, then rename it into place."""
+"""Merging an adapter: the merged model is written to a hidden folder, reopened, compared, then renamed into place."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
 
-# Largest difference between merged logits and base + adapter, as a share of the largest logit: the weights are rounded
-# once more. In bf16 that is much: the same weights computed in fp32 and in bf16 were up to 5 % apart on SmolLM2.
+# The largest allowed difference between the logits of the merged model and of base + adapter, as a fraction of the
+# largest logit. Merging rounds the weights once more. In bf16, rounding has a large effect: on SmolLM2, the logits of
+# the same weights in fp32 and in bf16 differed by up to 5 %.
 _BOUND = {'float32': 1e-3, 'bfloat16': 1e-1, 'float16': 1e-2}
-# Largest difference between the reopened and the merged model: the same weights, computed by the same kernels.
+# The largest allowed difference between the logits of the reopened model and of the merged model in memory, as the same
+# fraction. Both have the same weights and use the same kernels.
 _SAME = 1e-5
-# Share of the adapter's effect on the logits that the merged weights hold. Below _LOST merging fails; below _WHOLE the
-# proof says that a part was rounded away.
+# Limits for the share of the adapter's effect on the logits that remains after merging. Below _LOST merging fails.
+# Below _WHOLE the text of the proof says that rounding removed a part of the effect.
 _LOST = 0.05
 _WHOLE = 0.9
 _TEXT = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
@@ -41,11 +43,12 @@ def probe_logits(
 ) -> torch.Tensor:
     """Return the model's logits (1, T, V), fp32 on the CPU.
 
-    The input is `ids`; without them a fixed text, with an example picture in front of it for a vision model.
+    The input is `ids`. If `ids` is None, the input is a fixed text; for a vision model an example image precedes it.
     """
     import torch
 
-    # Stay within the trained length: beyond it some models compute what plain classes do not (Qwen's dynamic NTK).
+    # Stay within the trained length. For longer inputs some models scale their rotary embedding (Qwen's dynamic NTK),
+    # which the plain classes do not do.
     limit = getattr(model.config, 'max_position_embeddings', 1024)  # Bloom uses ALiBi and has no such limit
     if ids is None and images is not None:
         inputs = images.example(tokenizer, tokenizer(_TEXT, add_special_tokens=False)['input_ids'][:limit])
@@ -59,7 +62,7 @@ def probe_logits(
 
 
 def user_rows(run_dir: Path) -> list[Row]:
-    """Return the rows that the run answered for its report; none with --report_samples 0."""
+    """Return the rows that the run answered for its report. With --report_samples 0 the list is empty."""
     file = run_dir / ANSWERS_JSON
     answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
     return [Row(messages=a['messages'], tools=a['tools'], origin=f'{file}:{n}') for n, a in enumerate(answers, 1)]
@@ -74,12 +77,12 @@ def merge_checkpoint(
     record: RunRecord,
     images: Images | None = None,
 ) -> tuple[Path, str]:
-    """Merge a checkpoint's adapter into <checkpoint>-merged.
+    """Merge the adapter of a checkpoint into the new folder <checkpoint>-merged.
 
-    Returns that folder, and a text that says what was proven and how to serve the model.
+    Returns the new folder, and a text that says what was proven and how to serve the model.
     """
     started = time.perf_counter()
-    if checkpoint.name in ('', '..'):  # with_name would give another folder
+    if checkpoint.name in ('', '..'):  # with_name fails for '' and gives a wrong folder for '..'
         checkpoint = checkpoint.resolve()
     target = checkpoint.with_name(f'{checkpoint.name}-merged')
     run_dir = checkpoint.parent
@@ -118,10 +121,10 @@ def merge_and_save(
     texts: Sequence[list[int]] = (),
     config: GenerationConfig | None = None,
 ) -> str:
-    """Merge the adapter, save the whole model as `target`, and return in what it equals base + adapter.
+    """Merge the adapter, save the whole model as `target`, and return a text that says what was compared.
 
-    Logits are compared on a fixed text and on `texts`. Raises ConfigError, and does not change what is at `target`,
-    if the reopened folder differs by more than rounding explains.
+    The saved folder is reopened, and its logits are compared with base + adapter on a fixed text and on `texts`. Raises
+    ConfigError if they differ by more than rounding explains; then an earlier folder at `target` is not changed.
     """
     _recover(target)
     probed = [None, *texts]
@@ -168,7 +171,11 @@ def verify_merged(
     merged_logits: Sequence[torch.Tensor],
     images: Images | None = None,
 ) -> tuple[float, str | None]:
-    """Open a folder as any program would. Returns the largest difference of its logits, and what is wrong or None."""
+    """Open a merged folder with the ordinary loading code, and compare it with the merged model in memory.
+
+    Returns the largest difference of its logits from `wanted` (base + adapter), and the text of the first problem or
+    None.
+    """
     dtype = next(merged.parameters()).dtype
     reopened = load_model(folder, torch_dtype=dtype).to(merged.device).eval()
     found_tokenizer = load_tokenizer(folder)
@@ -203,10 +210,11 @@ def verify_merged(
 
 
 def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float:
-    """Return how far `found` is on the way from the base's logits to base + adapter's: 0 at the base, 1 at the end.
+    """Return the share of the adapter's effect on the logits that `found` has: 0 is none, 1 is the whole effect.
 
-    Rounding errors point in all directions, so they hardly change this. If the adapter does much less than rounding,
-    the share cannot be known, and 1 is returned.
+    `bare` are the logits of the base, `tuned` those of base + adapter. Rounding errors have random directions, so they
+    hardly change the share. If the effect of the adapter is much smaller than the rounding errors, the share cannot be
+    computed, and 1 is returned.
     """
     moved = tuned - bare
     error = found - tuned
@@ -225,10 +233,10 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _is_tied(model: Any) -> tuple[bool, bool]:
-    """Return whether head and embedding are one tensor, and whether config.json says that they are."""
+    """Return whether output head and embedding are one tensor, and whether config.json says that they are tied."""
     head = model.get_output_embeddings()
     shared = head is not None and head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    # Some vision models state it only for the whole model, not for its language model.
+    # Some vision models store tie_word_embeddings only for the whole model, not for the language model.
     settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
     return shared, bool(settings.get('tie_word_embeddings'))
 
@@ -238,13 +246,16 @@ def _replaced(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Restore the earlier folder if a replacement was interrupted between its two renames."""
+    """Restore the earlier folder if put_in_place was interrupted between its two renames."""
     if not target.exists() and _replaced(target).exists():
         _replaced(target).rename(target)
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Rename a complete folder to `target`. An earlier folder there is removed last, and restored on failure."""
+    """Rename a complete folder to `target`.
+
+    An earlier folder at `target` is removed only after the rename. If the rename fails, the earlier folder is restored.
+    """
     earlier = _replaced(target)
     if target.exists():
         shutil.rmtree(earlier, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a pushed model, written from the record of its run."""
+"""The model card (README.md) of a pushed model. It is made from the record of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_TABLE_ROWS = 20
 
 
 def _name(text: Any) -> str:
-    """Return a flag's value as text; of a local path only its last part."""
+    """Return the value of a flag as text. A local path is shortened to its last part."""
     if isinstance(text, list | tuple):
         return ', '.join(map(_name, text))
 
@@ -38,7 +38,7 @@ def _number(value: Any) -> str:
 
 
 def _flags(flags: Mapping[str, Any]) -> list[tuple[str, str]]:
-    # A record of an older version lacks newer flags: they were not used.
+    # A record of an older version does not contain newer flags. The run did not use these flags.
     defaults = to_dict(SftArguments())
     return [
         (f'`--{f.name}`', _name(flags[f.name]))
@@ -50,7 +50,7 @@ def _flags(flags: Mapping[str, Any]) -> list[tuple[str, str]]:
 def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """Return the card as Markdown, with the metadata that both hubs read.
 
-    `progress` holds step, log_history and data; `pictures` are paths in the repository.
+    `progress` has the keys step, log_history and data. `pictures` are paths in the repository.
     """
     base = record.base_model
     assert base is not None, 'every run that pushes records it'

@@ -1,6 +1,6 @@
-"""Pushing checkpoints to a hub: each is staged in the run folder, then pushed by a separate process.
+"""Pushing checkpoints to a hub. Each checkpoint is staged in the run folder, then a separate process pushes it.
 
-`python -m utils.export.push RUN_DIR` repeats what failed. It needs no GPU and does not load the model.
+`python -m utils.export.push RUN_DIR` repeats failed pushes. It needs no GPU and does not load the model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
 from utils.run.curves import plot_curves
 from utils.run.record import RUN_JSON, RunRecord, read_run_record
 
-# Files that are pushed from a checkpoint: those that open the model. The optimizer, the trainer's state and
-# sft_args.json never are.
+# Files that are pushed from a checkpoint: all files that are needed to open the model. The optimizer, the trainer's
+# state and sft_args.json are never pushed.
 PUSHED = (
     'adapter_config.json', 'adapter_model.safetensors', 'config.json', 'generation_config.json', 'model.safetensors',
     'model-*-of-*.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
@@ -40,12 +40,15 @@ _DAMAGED = 'Restore the file that the run wrote.'
 
 
 def folder_in_repo(strategy: str, checkpoint: str) -> str:
-    """Return the folder of a checkpoint in the repository; '' is its root."""
+    """Return the folder of a checkpoint in the repository, as a name; '' is the root of the repository."""
     return {'checkpoint': 'last-checkpoint', 'all_checkpoints': checkpoint}.get(strategy, '')
 
 
 def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str, Any]) -> Path:
-    """Return a new folder with the layout of the repository; its hard links survive the checkpoint's deletion."""
+    """Return a new folder in which the files of a checkpoint have the layout of the repository.
+
+    The files are hard links, so they remain if the checkpoint is deleted. `progress` is saved in <folder>.json.
+    """
     target = run_dir / _STAGED / checkpoint.name
     shutil.rmtree(target, ignore_errors=True)
     inside = target / folder_in_repo(strategy, checkpoint.name)
@@ -54,7 +57,7 @@ def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str,
     for file in sorted({f for pattern in PUSHED for f in checkpoint.glob(pattern)}):
         try:
             os.link(file, inside / file.name)
-        except OSError:  # another file system
+        except OSError:  # the run folder is on a file system without hard links
             shutil.copy2(file, inside / file.name)
 
     write_json(target.with_suffix('.json'), progress)
@@ -62,18 +65,21 @@ def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str,
 
 
 def staged_folders(run_dir: Path) -> list[Path]:
-    """Return the staged folders that were not pushed yet, oldest first."""
+    """Return the staged folders that have not been pushed, oldest first."""
     return [p for p in all_checkpoints(run_dir / _STAGED) if p.with_suffix('.json').is_file()]
 
 
 def unstage(folder: Path) -> None:
-    """Remove a staged folder."""
+    """Remove a staged folder and the file with its progress."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.with_suffix('.json').unlink(missing_ok=True)
 
 
 def push_one(run_dir: Path, folder: Path) -> None:
-    """Write the model card, scan for secrets, and push. Raises ConfigError if a secret is found or the push fails."""
+    """Write the model card into a staged folder, search the folder for secrets, push it, and remove it.
+
+    Raises ConfigError if a secret is found or if the push fails.
+    """
     record = read_run_record(run_dir)
     flags = record.flags
     progress = read_json(folder.with_suffix('.json'), remedy=_DAMAGED)
@@ -107,7 +113,7 @@ def push_one(run_dir: Path, folder: Path) -> None:
                 message=f'Upload {folder.name}',
             )
             break
-        except Exception as error:  # the clients raise many kinds
+        except Exception as error:  # the hub clients raise many types of exceptions
             lines = str(error).replace(token, '<token>').strip().splitlines() or ['']
             problem = f'{folder.name}: {type(error).__name__}: {lines[0]}'
             if wait is None or isinstance(error, DeniedError | GoneError):
@@ -122,13 +128,13 @@ def push_one(run_dir: Path, folder: Path) -> None:
 
 
 def _outcome(run_dir: Path) -> dict[str, Any]:
-    """Return run.json; empty if the run has not ended."""
+    """Return the content of run.json. Returns an empty dict if the run has not ended."""
     file = run_dir / RUN_JSON
     return read_json(file, remedy=_DAMAGED) if file.is_file() else {}
 
 
 def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
-    """Return the checkpoints that the strategy promises and that still exist, newest last."""
+    """Return the existing checkpoints that --push_hub_strategy selects, newest last."""
     existing = all_checkpoints(run_dir)
     if record.flags['push_hub_strategy'] == 'all_checkpoints':
         return existing
@@ -139,7 +145,7 @@ def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
 
 
 def push_again(run_dir: Path) -> None:
-    """Push what the run's strategy promises: the staged folders, or else its checkpoints."""
+    """Push the staged folders of a run. If there are none, push the checkpoints that its strategy selects."""
     record = read_run_record(run_dir)
     if not record.flags.get('hub_model_id'):
         raise ConfigError(
@@ -162,7 +168,7 @@ def push_again(run_dir: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Push one staged checkpoint (RUN_DIR CHECKPOINT; used during training) or all of a run (RUN_DIR)."""
+    """Push a staged checkpoint (RUN_DIR CHECKPOINT) or call push_again (RUN_DIR). Returns the exit code."""
     set_up_logging()
     if len(argv) not in (1, 2) or argv[0].startswith('-'):
         print('usage: python -m utils.export.push RUN_DIR', file=sys.stderr)

@@ -18,26 +18,29 @@ from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
-# A push that takes longer is killed. Only the end of the training waits for a push.
+# A push that takes longer than this is killed. Training itself never waits for a push; only its end does.
 PUSH_SECONDS = 3600.0
 
 
 class Pusher:
-    """Pushes folders one after the other, each in its own process, which can be killed when a hub hangs."""
+    """Pushes folders one after the other. Each push is a separate process, which can be killed if a hub hangs."""
 
     def __init__(self, run_dir: Path, environment: dict[str, str], *, keeps_all: bool) -> None:
-        """With `keeps_all` false, a new folder replaces those that still wait."""
+        """If `keeps_all` is false, a new folder replaces the folders that are still waiting."""
         self.run_dir = run_dir
         self.environment = environment
         self.keeps_all = keeps_all
-        # The first waiting folder is being pushed while the thread runs. Failed ones are retried with the next folder.
+        # While the thread runs, it pushes the first waiting folder. Failed folders are retried when a folder is added.
         self._waiting: list[Path] = []
         self._failed: list[Path] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def add(self, folder: Path) -> None:
-        """Queue a folder. Unless all are kept, waiting folders are removed, except one that is being pushed."""
+        """Add a folder to the queue, and start the thread that pushes.
+
+        If `keeps_all` is false, waiting folders are removed, except the folder that is being pushed.
+        """
         with self._lock:
             self._waiting += [f for f in self._failed if f != folder] + [folder]
             self._failed.clear()
@@ -60,15 +63,15 @@ class Pusher:
             with self._lock:
                 if pushed:
                     self._waiting.pop(0)
-                else:  # the others would fail too: retry all of them at the next checkpoint
+                else:  # the next folders would fail too: retry all of them at the next checkpoint
                     self._failed = self._waiting
                     self._waiting = []
 
     def _push(self, folder: Path) -> bool:
         words = [sys.executable, '-m', 'utils.export.push', str(self.run_dir.absolute()), folder.name]
         try:
-            # Its own session, so that Ctrl-C reaches only the training. The token is passed in the environment, because
-            # other users can read a command line.
+            # The push gets a new session, so that Ctrl-C reaches only the training. The token is passed in the
+            # environment, because other users can read a command line.
             done = subprocess.run(
                 words, cwd=ROOT, env=self.environment, start_new_session=True, timeout=PUSH_SECONDS, check=False,
                 stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', errors='replace',
@@ -76,7 +79,7 @@ class Pusher:
         except subprocess.TimeoutExpired:
             logger.warning(f'{folder.name} was not pushed in {PUSH_SECONDS:.0f} s: the hub does not answer')
             return False
-        except (OSError, ValueError) as error:  # ValueError: a token with a zero byte
+        except (OSError, ValueError) as error:  # ValueError: the token contains a zero byte
             logger.warning(f'{folder.name} could not be pushed: {error}')
             return False
         results = [line for line in done.stderr.splitlines() if line.startswith(('pushed ', 'error: '))]
@@ -88,7 +91,7 @@ class Pusher:
         return True
 
     def finish(self) -> None:
-        """Wait for the pushes in progress, and log how to repeat those that failed."""
+        """Wait until the queue is empty. If pushes failed, log the command that repeats them."""
         while (thread := self._thread) is not None:
             thread.join()
         if self._failed:
@@ -97,7 +100,7 @@ class Pusher:
 
 
 class PushCallback(TrainerCallback):
-    """Pushes checkpoints by --push_hub_strategy. A failed push is logged and does not stop the training."""
+    """Pushes the checkpoints that --push_hub_strategy selects. A failed push is logged; the training continues."""
 
     def __init__(self, args: SftArguments, token: str, run_dir: Path, data: dict[str, Any]) -> None:
         self.strategy = args.push_hub_strategy
@@ -115,7 +118,7 @@ class PushCallback(TrainerCallback):
             logger.warning(f'{checkpoint} could not be staged for pushing: {error}')
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Push what the strategy promises at each checkpoint."""
+        """Push the new checkpoint or, with the strategy `push_best`, the best checkpoint if it changed."""
         if not state.is_world_process_zero or self.strategy == 'end':
             return
         last = self.run_dir / f'checkpoint-{state.global_step}'
@@ -130,7 +133,7 @@ class PushCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Push the last checkpoint if the strategy is `end`, and wait for the pushes in progress."""
+        """Push the last checkpoint if the strategy is `end`, then wait until the queue is empty."""
         if not state.is_world_process_zero:
             return
         if self.strategy == 'end':
@@ -139,7 +142,7 @@ class PushCallback(TrainerCallback):
 
 
 def push_while_training(args: SftArguments, run_dir: Path, data: dict[str, Any]) -> PushCallback:
-    """Return the callback that pushes the checkpoints of a run; `data` describes its rows in the model card."""
+    """Return the callback that pushes the checkpoints of a run. The model card shows the numbers of rows in `data`."""
     token = hub.find_token(args.hub_token, args.hub)
     assert token is not None, 'checked before'
     return PushCallback(args, token, run_dir, data)

@@ -1,4 +1,4 @@
-"""`python -m utils.report RUN [OTHER]`: write report.html of a run again, or compare two runs as text and page."""
+"""`python -m utils.report RUN [OTHER]`: write report.html of a run again, or compare two runs as text and as a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.report.html import write_report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write report.html of one run again, or compare two runs; returns the exit code."""
+    """Write report.html of a run again or, if two runs are given, compare them. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog='python -m utils.report', description='Write report.html of a run again, or compare two runs.'
     )

@@ -1,4 +1,4 @@
-"""The comparison of two runs (`python -m utils.report RUN OTHER`), as text and as a page with both curves."""
+"""The comparison of two runs (`python -m utils.report RUN OTHER`), as text and as a page with the curves of both."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from utils.report.page import Markup, page, section, table
 from utils.report.svg import Series, chart
 from utils.run.read_back import RunFiles, read_run
 
-# Values that differ between any two runs, so they are not compared.
+# These values differ between any two runs, so they are not compared.
 _NOT_COMPARED = {'output_dir', 'resume_from_checkpoint', 'best_checkpoint', 'decisions', 'warnings'}
 
 Change = tuple[str, Any, Any]
 
 
 def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Return the values of a nested dict by their names, joined with dots."""
+    """Return a flat dict of the values of a nested dict. Its keys are the nested keys, joined with dots."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:
@@ -29,14 +29,14 @@ def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
-    """Return (name, value in a, value in b) for each difference; None if one side lacks the name."""
+    """Return (name, value in a, value in b) for each difference. The value is None on a side that lacks the name."""
     left = _flat(a)
     right = _flat(b)
     return [(key, left.get(key), right.get(key)) for key in sorted(left | right) if left.get(key) != right.get(key)]
 
 
 def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
-    """Return the differences in flags, data, versions and results; the list of an equal part is empty."""
+    """Return the differences in flags, data, versions and results. A list is empty if both runs are equal there."""
     results = ('steps', 'seconds', 'train_tokens_per_second', 'peak_memory_gib', 'train_loss', 'last_evaluation')
     return {
         'flags': changes(a.record.to_json(), b.record.to_json()),
@@ -49,7 +49,7 @@ def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
 
 
 def render(a: RunFiles, b: RunFiles) -> str:
-    """Return the comparison as HTML, both runs in each chart."""
+    """Return the comparison as HTML. Each chart shows both runs."""
     charts = []
     for title, lines in CURVES:
         for line, key in lines:
@@ -69,7 +69,10 @@ def render(a: RunFiles, b: RunFiles) -> str:
 
 
 def compare_runs(run_a: Path, run_b: Path, target: Path) -> None:
-    """Print the differences between two run folders and write the page. Raises ConfigError if one cannot be read."""
+    """Print the differences between two run folders, and write the page to `target`.
+
+    Raises ConfigError if a run folder cannot be read or if `target` cannot be written.
+    """
     a = read_run(run_a)
     b = read_run(run_b)
     for title, rows in compare(a, b).items():

@@ -1,6 +1,6 @@
 """report.html: one self-contained file that shows what a run did and what it proved.
 
-`python -m utils.report RUN_DIR` writes it again from the files of the run folder.
+`python -m utils.report RUN_DIR` writes the file again from the files of the run folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from utils.run.read_back import RunFiles, read_run
 
 REPORT_HTML = 'report.html'
 
-# Charts: the title, and the name and history key of each line.
+# The charts. Each has a title and, for each of its lines, the name and the key in history.json.
 CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ('loss', (('training', 'loss'), ('validation', 'eval_loss'))),
     ('validation token accuracy', (('accuracy', 'eval_acc'),)),
@@ -28,7 +28,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def curves(run: RunFiles) -> Markup:
-    """Return the charts for which the run has points."""
+    """Return the charts of a run. A chart without points is omitted."""
     drawn = [
         chart(title, [Series(name=name, points=run.curve(key), colour=i) for i, (name, key) in enumerate(lines, 1)])
         for title, lines in CURVES
@@ -67,7 +67,7 @@ def _answers(run: RunFiles) -> list[Markup]:
 
 
 def _sample(sample: str) -> Markup:
-    """Return the decoded row with its trained parts marked."""
+    """Return a decoded row as HTML that highlights the trained parts, which are between ⟦ and ⟧ in the text."""
     if not sample:
         return Markup('')
     marked = text(sample.strip()).replace('⟦', '<mark>').replace('⟧', '</mark>')
@@ -94,7 +94,7 @@ def _data(run: RunFiles) -> list[Markup]:
 
 
 def _account(account: dict[str, Any]) -> list[Markup]:
-    """Return what became of every character of the rows."""
+    """Return the tables that show for how many characters each use was counted (trained, context, cut, not used)."""
     fields = account.get('fields', {})
     if not fields:
         return []
@@ -124,7 +124,7 @@ def _tiles(run: RunFiles) -> Markup:
 
 
 def _title(run: RunFiles) -> tuple[str, str]:
-    """Return the heading of the report: the model, and a line about the method and the data."""
+    """Return the heading of the report, which is the name of the model, and a line with the method and the data."""
     flags = run.record.flags
     method = 'all weights' if flags['sft_type'] == 'full' else 'LoRA'
     bits = f', {flags["quantization_bit"]}-bit base' if flags['quantization_bit'] else ''
@@ -138,7 +138,7 @@ def _versions(outcome: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def render(run: RunFiles) -> str:
-    """Return the report as HTML."""
+    """Return the whole report as HTML. A section without content is omitted."""
     name, how = _title(run)
     outcome = run.outcome
     best = outcome.get('best_checkpoint')
@@ -171,7 +171,7 @@ def _folded(title: str, rows: list[tuple[str, Any]]) -> Markup:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html from the files of a run folder; returns its path."""
+    """Write report.html from the files of a run folder. Returns the path of report.html."""
     target = run_dir / REPORT_HTML
     target.write_text(render(read_run(run_dir)), encoding='utf-8')
     return target

@@ -1,4 +1,4 @@
-"""Parts of a self-contained HTML page: no network, no script, readable on a phone, light and dark."""
+"""Parts of a self-contained HTML page. It uses no network and no script, and supports phones and dark mode."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 class Markup(str):
-    """Text that already is HTML; any other text is escaped when it is put on a page."""
+    """Text that is already HTML. Text of any other type is escaped when it is put on a page."""
 
 
 def text(value: object) -> str:
-    """Return a value as HTML, escaped unless it is Markup."""
+    """Return a value as HTML. The value is escaped unless it is Markup."""
     return value if isinstance(value, Markup) else escape(str(value))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
-    """Return a table; it scrolls sideways, without the page, if it is wider than the screen."""
+    """Return a table. If it is wider than the screen, only the table scrolls sideways, not the page."""
     head = ''.join(f'<th>{text(h)}</th>' for h in heads)
     head = f'<thead><tr>{head}</tr></thead>' if any(heads) else ''
     body = ''.join('<tr>' + ''.join(f'<td>{text(cell)}</td>' for cell in row) + '</tr>' for row in rows)
@@ -25,23 +25,23 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
 
 
 def figures(pairs: Iterable[tuple[str, object]]) -> Markup:
-    """Return name and value pairs as tiles."""
+    """Return pairs of name and value as tiles."""
     return Markup('<dl>' + ''.join(f'<div><dt>{text(a)}</dt><dd>{text(b)}</dd></div>' for a, b in pairs) + '</dl>')
 
 
 def block(content: object) -> Markup:
-    """Return preformatted text."""
+    """Return the content as preformatted text (<pre>)."""
     return Markup(f'<pre>{text(content)}</pre>')
 
 
 def section(title: str, *parts: object) -> Markup:
-    """Return a section with a title, or '' if all its parts are empty."""
+    """Return a section with a title and these parts. Returns '' if all parts are empty."""
     body = ''.join(text(part) for part in parts if part)
     return Markup(f'<section><h2>{text(title)}</h2>{body}</section>' if body else '')
 
 
 def page(title: str, *parts: object) -> str:
-    """Return a whole document. Its content security policy forbids the browser to load or run anything."""
+    """Return a complete HTML document. Its content security policy forbids all network requests and scripts."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     body = ''.join(text(part) for part in parts)
     style = Path(__file__).with_name('page.css').read_text(encoding='utf-8')

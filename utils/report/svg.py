@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, readable on a phone, light and dark."""
+"""Line charts as inline SVG. They use no script, and support phones and dark mode."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# In units of the viewBox. A phone shows the chart at about this width, so text keeps its size there.
+# In units of the viewBox. A phone shows the chart at about this width, so it does not scale the text.
 _WIDTH, _HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
 
@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line of a chart: its name, its (step, value) points, and the number of its colour in page.css."""
+    """A line of a chart: its name, its points (step, value), and the number of its colour in page.css."""
 
     name: str
     points: Sequence[Point]
@@ -24,7 +24,7 @@ class Series:
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Return about `count` round numbers that span low to high."""
+    """Return about `count` round numbers with equal distances. They cover the range from `low` to `high`."""
     span = high - low
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -34,19 +34,19 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """Return the label of a tick."""
+    """Return the label of a tick of the vertical axis."""
     return f'{value:.0e}'.replace('e-0', 'e-') if 0 < abs(value) < 1e-3 else f'{value:,.10g}'
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    # Add some room above and below, also for a flat line.
+    # A flat line also gets space above and below.
     room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
     return low - room if low - room > 0 or low < 0 else 0.0, high + room
 
 
 def chart(title: str, series: Sequence[Series]) -> str:
-    """Return a figure with one chart, or '' if there are no points. Points that are not finite are skipped."""
+    """Return a figure with one chart. NaN and infinite points are skipped. Returns '' if no points remain."""
     drawn = [Series(name=s.name, points=[p for p in s.points if math.isfinite(p[1])], colour=s.colour) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
@@ -85,7 +85,10 @@ def chart(title: str, series: Sequence[Series]) -> str:
 
 
 def _line(series: Series, drawn: Sequence[Point]) -> str:
-    """Return a line through the drawn points. Few points also get dots, which show their value under the pointer."""
+    """Return a line through the points `drawn`, which are in viewBox units.
+
+    If there are at most 60 points, each also gets a dot that shows its value when the pointer is on it.
+    """
     path = ' '.join(f'{a:.1f},{b:.1f}' for a, b in drawn)
     dots = ''
     if len(drawn) <= 60:
