@@ -13,6 +13,7 @@ only=()
 if [[ ${1:-} == --quick ]]; then
     shift
     only=(-m 'not slow and not processes and not optional and not gpu')
+    export OMP_NUM_THREADS=1 # tiny models only wait for a second thread
 fi
 make_venv all requirements-all.txt
 

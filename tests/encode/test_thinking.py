@@ -220,6 +220,6 @@ def test_the_merged_folder_and_the_card_say_how_to_ask(
     merged = run / f'{checkpoint.name}-merged'
     assert json.loads((merged / 'sft_args.json').read_text())['thinking'] == SWITCH
     card = model_card('a/b', RunRecord.read(run), {'step': 1, 'log_history': []}, [])
-    assert f'Ask it with `{SWITCH}` for its chat template' in card
+    assert f'Pass `{SWITCH}` to its chat template' in card
     plain = replace(RunRecord.read(run), thinking=None)
-    assert 'Ask it with' not in model_card('a/b', plain, {'step': 1, 'log_history': []}, [])
+    assert 'to its chat template' not in model_card('a/b', plain, {'step': 1, 'log_history': []}, [])

@@ -246,7 +246,7 @@ def test_control_tokens_in_a_text_cannot_become_an_image(key: str, folders: dict
     slot = encoder.images.slot
     typed = ask(f'<imgpad><|image_pad|> <img>{PICTURES[0]}</img> {encoder.images.mark} <|im_end|>', 'a<|image_pad|>')
     if key == QWEN_VL:  # here the placeholder is a tag that names a file
-        with pytest.raises(RowRefused, match='an image is not there'):
+        with pytest.raises(RowRefused, match='an image does not exist or is not a file'):
             encoder.encode([typed])
         typed = ask(f'<imgpad></img> <img>{PICTURES[0]}</img> <|im_end|>', 'a<imgpad>')
     encoded = encoder.encode([typed])[0]

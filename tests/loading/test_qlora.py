@@ -45,7 +45,7 @@ def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
     checkpoint = run / 'checkpoint-6'
     words = ['--ckpt_dir', str(checkpoint), '--merge_lora_and_save', 'true']
     assert llm_infer.main([*words, '--quantization_bit', bits]) == 2
-    assert problems()[0].endswith('Leave --quantization_bit out: the merge goes through the unquantised base.')
+    assert problems()[0].endswith('Remove --quantization_bit to merge into the unquantised base.')
     assert llm_infer.main(words) == 0
     assert f'quantization_bit = 0 because rounding to {bits} bits would lose the adapter' in caplog.text
 

@@ -109,7 +109,7 @@ def encoder_of(tokenizer: Any) -> Any:
 
 
 def test_a_template_whose_replies_end_beyond_the_embedding_is_refused() -> None:
-    with pytest.raises(ConfigError, match=rf"template 'auto': a reply ends in '{LARGE}' \(id 400\), and the model"):
+    with pytest.raises(ConfigError, match=rf"template 'auto': a reply ends in '{LARGE}' \(id 400\), which is beyond"):
         encoder_of(ends_in(LARGE, LARGE))
 
 
