@@ -100,7 +100,7 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    """Yield a finding for each device, and for each dtype whether a matrix product and its gradient are correct."""
+    """Yield one finding for each device, and one for each dtype: are a matrix product and its gradient right?"""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

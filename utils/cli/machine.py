@@ -1,4 +1,5 @@
-"""Checks and completes a resolved command line with the files, packages and processes of this machine.
+"""Checks a resolved command line against the files, packages and processes of this machine, and fills in what depends
+on them.
 
 No function uses the network or imports a heavy library.
 """

@@ -1,7 +1,7 @@
 """Resolves the typed flags into the arguments of a program: sets each argument that is None, and checks combinations.
 
 The reason for each automatic value is recorded. The functions read no file, use no network and import no heavy
-library, so that all mistakes are reported at once.
+library. So a wrong command line fails within a second, and all its mistakes are reported together.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ class AutoEncoder(Encoder):
         return name in text
 
     def _prints_calls(self, *, with_tools: bool) -> bool:
-        """Return whether the template prints calls in a chat with tools, or in a chat without tools."""
+        """Return whether the template prints calls. `with_tools` says whether the chat lists tools."""
         name, tool = self._probe_tool()
         tools = [tool] if with_tools else None
         text = self._try(self._probe(self._probe_call(name)), tools)
@@ -508,9 +508,9 @@ class AutoEncoder(Encoder):
         return parts
 
     def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
-        """Return the think block to put before a call, if the template has no key for its reasoning.
+        """Return the think block to put before the call of a reply with reasoning that the template has no key for.
 
-        Returns '' for all other replies.
+        Returns '' for a reply without a call or without such reasoning.
         """
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or key or tag is None or not reasoning:

@@ -233,7 +233,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _is_tied(model: Any) -> tuple[bool, bool]:
-    """Return whether output head and embedding are one tensor, and whether config.json says that they are tied."""
+    """Return two booleans: output head and embedding are one tensor; config.json says that they are tied."""
     head = model.get_output_embeddings()
     shared = head is not None and head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     # Some vision models store tie_word_embeddings only for the whole model, not for the language model.

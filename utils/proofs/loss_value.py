@@ -33,7 +33,7 @@ Items = list[dict[str, Any]]
 
 
 class LossProof(TrainerCallback):
-    """Compares the losses before the first step, when model and processes are ready for training."""
+    """Before the first step, compares the loss of the trainer with a separately computed loss of the same rows."""
 
     def __init__(self, trainer: SftTrainer, rows: Sequence[dict[str, Any]]) -> None:
         self.trainer = trainer

@@ -37,8 +37,9 @@ def warn_of_untrained_ends(model: Any, tokenizer: Any, stop_ids: Iterable[int]) 
 def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
     """Return the ids whose rows in the output head look like the rows of unused tokens.
 
-    A row looks unused if it is about as similar to the unused rows as the unused rows are to each other. Returns an
-    empty list if the head is sharded or quantised, or if unused tokens cannot be distinguished from words.
+    Some tokens are known to be unused. A row looks unused if it is about as similar to the rows of these tokens as
+    those rows are to each other. Returns an empty list if the head is sharded or quantised, or if unused tokens cannot
+    be distinguished from words.
     """
     import torch
 

@@ -26,8 +26,8 @@ def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> 
     """Return the LlamaConfig arguments that config.json stores under the same names, without rotary settings.
 
     If config.json does not have a field, the value is taken from `defaults`, the defaults of the original class. Raises
-    ConfigError if hidden_size is not divisible by the number of heads, or if the weights are quantised. Separate
-    families read quantised weights.
+    ConfigError if hidden_size is not divisible by the number of heads, or if the weights are quantised: other
+    families read those.
     """
     config = {name: original.get(name, default) for name, default in {**_DEFAULTS, **defaults}.items()}
 
