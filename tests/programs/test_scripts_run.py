@@ -118,7 +118,11 @@ def test_scripts_of_several_processes_train(started: dict[str, Started], tmp_pat
     runs: list[list[Any]] = []
     for mode in TOGETHER:
         assert started[mode].program == 'torchrun' and started[mode].processes == 2
-        runs.append(['llm_sft', [*started[mode].flags, '--output_dir', str(tmp_path / mode)]])
+        # test_distributed.py has the first-step gate under each kind of sharding; here one run of each sft_type does.
+        gate = mode in ('lora_ddp', 'full_ddp')
+        runs.append(
+            ['llm_sft', [*started[mode].flags, '--output_dir', str(tmp_path / mode), '--preflight', str(gate).lower()]]
+        )
     runs.append(['llm_sft', [*started['lora_ddp_ds'].flags, '--dry_run', 'true']])
     plan = tmp_path / 'plan.json'
     plan.write_text(json.dumps({'runs': runs, 'notes': str(tmp_path), 'fail': None}))
