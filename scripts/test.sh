@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh [--quick] [WORD ...]
 #
-# --quick runs only the tests that take seconds, in one process and without optional libraries: 3 minutes on 2 CPU cores.
+# --quick runs only the tests that take seconds, in one process and without optional libraries: 3 to 4 minutes on 2 CPU cores.
 # The words go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
