@@ -15,7 +15,6 @@ from utils.cli.arguments import CommonArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.resolution import Decide, Ready, log_decision
 from utils.cli.resolve import quantized_problems
-from utils.encode.make import make_encoder
 from utils.loading.devices import Spread, pick_dtype
 from utils.loading.folder import stored_quantization
 from utils.loading.info import LoadOptions, ModelInfo
@@ -49,6 +48,8 @@ def open_encoder(
 
     If `model` is given, rows with ids outside its embedding are refused. With `cuts`, rows are cut to --max_length.
     """
+    from utils.encode.make import make_encoder  # not before a model is open: --help does without it
+
     return make_encoder(
         tokenizer,
         template_type=str(args.template_type),
