@@ -22,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.data.encode_plan import encode_rows, prepare_data
+from utils.data.encoding_report import EncodingReport
 from utils.data.plan import plan_rows
-from utils.data.tally import EncodingReport
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.formats.conversation import Row

@@ -21,8 +21,8 @@ from utils.base import cache
 from utils.base.cache import cache_dir, cached_folder
 from utils.base.errors import ConfigError
 from utils.data.encode_plan import EncodedRows, PreparedData, encode_rows, prepare_data
+from utils.data.encoding_report import EncodingReport
 from utils.data.plan import plan_rows
-from utils.data.tally import EncodingReport
 from utils.encode.encoded import Encoded
 from utils.encode.make import make_encoder
 

@@ -37,7 +37,7 @@ from utils.base.errors import ConfigError
 from utils.base.names import LossScope
 from utils.data.collator import Collator
 from utils.data.encode_plan import EncodedAgain, encode_rows
-from utils.data.tally import EncodingReport
+from utils.data.encoding_report import EncodingReport
 from utils.encode.account import Account, leaves
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import RowRefused

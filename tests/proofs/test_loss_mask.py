@@ -15,7 +15,7 @@ from utils.base.errors import ConfigError
 from utils.data.collator import Collator
 from utils.data.encode_plan import encode_rows
 from utils.data.encoded_rows import EncodedRows
-from utils.data.tally import EncodingReport
+from utils.data.encoding_report import EncodingReport
 from utils.encode.encoded import IGNORE_INDEX, NOTHING_TRAINED, Encoded
 from utils.encode.make import make_encoder
 from utils.encode.show import show_samples

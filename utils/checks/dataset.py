@@ -22,9 +22,10 @@ from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready, run_name
 from utils.data.encode_plan import EncodedAgain, batches, encode_batch
+from utils.data.encoding_report import EncodingReport
 from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
-from utils.data.tally import EncodingReport, Tally
+from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
 from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded
 from utils.encode.encoder import Encoder, cut_row

@@ -22,9 +22,10 @@ from utils.base import dist
 from utils.base.cache import cached_folder
 from utils.base.errors import ConfigError
 from utils.data.encoded_rows import EncodedRows, length_statistics
+from utils.data.encoding_report import EncodingReport, log_report
 from utils.data.parts import TRAIN, UNUSED, VAL
 from utils.data.plan import Plan, served_by
-from utils.data.tally import EncodingReport, Tally, log_report
+from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
 from utils.encode.encoded import NOTHING_TRAINED, Encoded, RowRefused, trains_nothing
 from utils.encode.encoder import Encoder

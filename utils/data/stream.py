@@ -17,9 +17,10 @@ from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.data.encode_plan import EncodedAgain, PreparedData, encode_batch, encode_rows
 from utils.data.encoded_rows import length_statistics
+from utils.data.encoding_report import EncodingReport, log_report
 from utils.data.parts import Part, Streams, first_rows, row_notes
 from utils.data.plan import served_by
-from utils.data.tally import EncodingReport, Tally, log_report
+from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, Account
 from utils.encode.encoder import Encoder
 from utils.encode.show import show_samples

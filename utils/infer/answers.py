@@ -12,8 +12,8 @@ from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.cli.arguments import InferArguments
 from utils.data.encode_plan import encode_rows
+from utils.data.encoding_report import EncodingReport
 from utils.data.plan import draw
-from utils.data.tally import EncodingReport
 from utils.encode.encoder import Encoder
 from utils.formats.conversation import Row, message_text
 from utils.infer.generation import generate_rows, wanted_texts
