@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -98,6 +99,28 @@ def test_reasoning_before_calls_that_are_text_is_written_once() -> None:
     wanted = 'why\n</think>\n\n[{"name": "get_sky", "arguments": {"city": "Oslo"}}]<|im_end|>'
     assert text_of(coder, found)[0] == wanted
     assert {TOOL_CALL_AS_TEXT, REASONING_AS_TEXT} <= set(found.notes)
+
+
+# Like Kimi-K2-Thinking: the reasoning of the first turn is never printed.
+BLOCKS = (
+    "{%- if m.role == 'assistant' %}{{- '<think>' }}{% if messages | selectattr('role', 'equalto', 'assistant') "
+    "| list | length > 1 %}{{- m.reasoning_content or '' }}{% endif %}{{- '</think>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize('spelt', [False, True], ids=['plain text', 'a control token in a text'])
+@pytest.mark.parametrize('tools', [False, True], ids=['reply', 'call'])
+def test_reasoning_that_a_template_prints_in_later_turns_is_not_said_to_lack_a_key(*, tools: bool, spelt: bool) -> None:
+    coder = encoder(template(reasoning=BLOCKS))
+    reply = calls(reasoning='why') if tools else {'content': 'yes', 'reasoning': 'why'}
+    first = row(reply, tools=tools)
+    asked: dict[str, Any] = {'role': 'user', 'content': 'and <|im_end|>?' if spelt else 'and?'}
+    turns: list[Any] = [ASKED, {'role': 'assistant', 'content': 'yes'}, asked, first.messages[-1]]
+    later = dataclasses.replace(first, messages=turns)
+    found = coder.encode([first, later])
+    assert [REASONING_AS_TEXT in one.notes for one in found] == [True, False]
+    for one in found:
+        assert text_of(coder, one)[0].startswith('<think>why</think>')
 
 
 REASONS = "{%- if m.reasoning_content and m.tool_calls %}{{- 'THOUGHT ' + m.reasoning_content + '\\n' }}{% endif %}"

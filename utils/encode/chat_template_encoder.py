@@ -370,8 +370,13 @@ class AutoEncoder(Encoder):
 
     # --- from a row to text
 
-    def spoken(self, message: Message, *, with_tools: bool = False, is_last: bool = False) -> Message:
-        """Return the message in the form that the template expects. With images, the content is a list of items."""
+    def spoken(
+        self, message: Message, *, with_tools: bool = False, is_last: bool = False, key: str | None = None
+    ) -> Message:
+        """Return the message in the form that the template expects. With images, the content is a list of items.
+
+        The reasoning is stored under `key`. Without `key`, it is stored under the key that a probe found.
+        """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
             items = [item for text in texts for item in ({'type': 'image'}, {'type': 'text', 'text': text})][1:]
@@ -388,7 +393,7 @@ class AutoEncoder(Encoder):
             said['tool_calls'] = self._with_arguments(said['tool_calls'])
         if reasoning := message.get('reasoning'):
             tag = _THINK_SOURCE.search(self._source)
-            key = self._reasoning_keys['tool_calls' in said, with_tools]
+            key = key or self._reasoning_keys['tool_calls' in said, with_tools]
             if key:
                 said[key] = reasoning
             elif tag and is_last and 'tool_calls' not in said:
@@ -407,15 +412,17 @@ class AutoEncoder(Encoder):
     def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
         """Return the source messages, converted to the keys and format that the template expects."""
         with_tools = self._lists_tools(row)
+        key = self._key_in(row)
         made: list[Any] = []
         for message in messages:
+            is_last = message is messages[-1]
             reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), None)
             said: dict[str, Any] = {k: v for k, v in message.items() if k not in _REASONING_KEYS}
             if reasoning:
                 said['reasoning'] = reasoning
             if isinstance(said['content'], str):
-                spoken = self.spoken(cast(Message, said), with_tools=with_tools, is_last=message is messages[-1])
-                said = dict(spoken)
+                own = key if is_last else None
+                said = dict(self.spoken(cast(Message, said), with_tools=with_tools, is_last=is_last, key=own))
             made.append(said)
         return made
 
@@ -446,17 +453,41 @@ class AutoEncoder(Encoder):
         """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
+    def _key_in(self, row: Row) -> str | None:
+        """Return the key from which the template prints the reasoning of the row's last reply, or None.
+
+        Some templates print reasoning only in some turns, so that no probe finds the key. The template of
+        Kimi-K2-Thinking prints reasoning after a reply without reasoning. So the row itself is rendered with each key.
+        """
+        reply, with_tools = row.messages[-1], self._lists_tools(row)
+        known = self._key_of(reply, with_tools=with_tools)
+        if known or not reply.get('reasoning'):
+            return known
+        mark = secrets.token_hex(8)
+        marked = cast(Message, {**reply, 'reasoning': mark})
+        context = [self.spoken(message, with_tools=with_tools) for message in row.messages[:-1]]
+        for key in _PRINTED_KEYS:
+            if key not in self._source:
+                continue
+            last = self.spoken(marked, with_tools=with_tools, is_last=True, key=key)
+            if mark in self._try([*context, last], row.tools if with_tools else None, settings=self._switch):
+                return key
+        return None
+
     def _reasons(self, reply: Message, *, with_tools: bool) -> bool:
         """Return whether a reply has reasoning that can be printed, from the template's key or as a think block."""
         if reply.get('reasoning'):
             return bool(self._key_of(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
         return _thinks(reply['content'], opened=self._opens)
 
-    def _chat(self, row: Row, context: Sequence[Message], *, reasons: bool) -> tuple[_Chat, bool, list[str]]:
+    def _chat(
+        self, row: Row, context: Sequence[Message], *, reasons: bool, key: str | None = None
+    ) -> tuple[_Chat, bool, list[str]]:
         """Return the chat to render for a row, whether the chat has stand-ins for control tokens, and notes.
 
         If any text of the chat contains a control token, the whole chat is guarded: each control token in the data is
-        replaced by a stand-in. So the prompt and the whole row are tokenised in the same way.
+        replaced by a stand-in. So the prompt and the whole row are tokenised in the same way. `key` is the key for the
+        reasoning of the last reply.
         """
         notes = []
         tools = row.tools
@@ -465,7 +496,11 @@ class AutoEncoder(Encoder):
             notes.append(TOOLS_IGNORED)
         with_tools = bool(tools)
         last = row.messages[-1]
-        messages = [self.spoken(message, with_tools=with_tools, is_last=message is last) for message in context]
+        messages = []
+        for message in context:
+            is_last = message is last
+            own = key if is_last else None
+            messages.append(self.spoken(message, with_tools=with_tools, is_last=is_last, key=own))
         if self.system is not None and (not messages or messages[0]['role'] != 'system'):
             messages.insert(0, {'role': 'system', 'content': self.system})
         if any('tool_calls' in message for message in row.messages) and not self.says_calls[with_tools]:
@@ -489,8 +524,8 @@ class AutoEncoder(Encoder):
         for row in rows:
             reply, with_tools = row.messages[-1], self._lists_tools(row)
             reasons = self._reasons(reply, with_tools=with_tools)
-            key = self._key_of(reply, with_tools=with_tools)
-            chat, guarded, notes = self._chat(row, row.messages, reasons=reasons)
+            key = self._key_in(row)
+            chat, guarded, notes = self._chat(row, row.messages, reasons=reasons, key=key)
             if reply.get('reasoning') and reasons and not key:
                 notes.append(REASONING_AS_TEXT)
             chats.append((chat, guarded, notes, reply.get('reasoning', ''), key, reasons))
