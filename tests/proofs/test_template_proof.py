@@ -15,6 +15,7 @@ from tests.support.modern_models import ENDS, template_tokenizer
 from tests.support.tiny_models import CHATML, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.encode.chat_template_encoder import AutoEncoder
+from utils.encode.encoded import ADDED_END, FULL_DIFFERS
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.encode.template_encoder import TemplateEncoder
@@ -274,6 +275,27 @@ def test_calls_that_a_template_prints_whole_keep_the_order_of_their_keys(call: d
     shown = by.tokenizer.decode(by.encode([row])[0].input_ids)
     keys = [key for key in call if key in ('type', 'id', 'function')]
     assert sorted(keys, key=lambda key: shown.index(f'"{key}": ')) == keys
+
+
+def test_a_text_beside_a_call_that_is_lost_stops_although_the_prompt_has_the_same_text(tmp_path: Path) -> None:
+    class Other(AutoEncoder):
+        def _part(self, *args: Any, **options: Any) -> Any:
+            part = super()._part(*args, **options)
+            return dataclasses.replace(part, reply=part.reply.removesuffix('deep'), notes=[*part.notes, FULL_DIFFERS])
+
+    source = (
+        "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{%- for c in m.tool_calls or [] %}{{ 'CALL ' + c.function.name + '\\n' }}{% endfor %}{{ m.content or '' }}"
+        "{% endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(chat_template=source)
+    call = {'id': 'abcdefgh1', 'function': {'name': 'depth', 'arguments': {}}}
+    row = read(turns({'content': 'deep', 'tool_calls': [call]}, 'deep'))
+    whole = AutoEncoder(tokenizer, system=None, max_length=-1)
+    assert ADDED_END in whole.encode([row])[0].notes
+    prove_template(whole, [row], tmp_path)
+    with pytest.raises(ConfigError, match='no counted reason explains it'):
+        prove_template(Other(tokenizer, system=None, max_length=-1), [row], tmp_path)
 
 
 def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import secrets
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -115,11 +116,13 @@ def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
     log_decision('thinking', switch, f'the run was trained with it: {reason}')
 
 
-def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False) -> str:
+def _rendering(
+    encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False, reply: str | None = None
+) -> str:
     """Return the text of the tokenizer's chat template for the row as written, or with `prompt` only for its prompt.
 
     With `inert`, control tokens that occur in the texts of the row are replaced by placeholders while the template is
-    rendered, so that the template treats them as plain text.
+    rendered, so that the template treats them as plain text. With `reply`, the last message has this text instead.
     """
     messages: list[Any] = list(encoder.open_images(row)[0].messages)
     settings: Mapping[str, Any] = {}
@@ -135,6 +138,8 @@ def _rendering(encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool 
     if system is not None and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system})
 
+    if reply is not None:
+        messages = [*messages[:-1], {'role': 'assistant', 'content': reply}]
     tools: Any = tools_as_written(row)
     if inert:
         messages = [{**map_strings(message, encoder.text.guard), 'role': message['role']} for message in messages]
@@ -245,22 +250,27 @@ class _Check:
             # With these notes, the texts must be equal: only the boundaries between tokens may differ.
             return ours == full and self._decodes_to(ours, notes)
 
-        if not ours.startswith(prompt) or not self._is_printed_last(ours[len(prompt) :], full, prompt, notes):
+        if not ours.startswith(prompt) or not self._is_printed_last(ours[len(prompt) :], full, notes):
             return False
         return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
 
-    def _is_printed_last(self, follows: str, full: str, prompt: str, notes: set[str]) -> bool:
+    def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
         """Return whether the template's text `full` ends with `follows`, the text after our prompt.
 
-        Think blocks and whitespace are ignored.
+        Think blocks and whitespace are ignored. If an end of turn was added, a text after `follows` is allowed if the
+        template prints this text after every chat.
         """
         # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.
         plain = _without_blocks if _without_blocks(follows) else _bare
         before, reply, after = plain(full).rpartition(plain(follows))
-        # If an end of turn was added, a text after `follows` is allowed if the template prints it after every chat:
-        # then the prompt contains the same text.
-        is_last = not after or (ADDED_END in notes and after in plain(prompt))
+        is_last = not after or (ADDED_END in notes and plain(self._printed_after_reply(notes)).endswith(after))
         return bool(before or reply) and is_last
+
+    def _printed_after_reply(self, notes: set[str]) -> str:
+        """Return the text that the template prints after the last turn, whatever its text is."""
+        marker = secrets.token_hex(8)
+        text = _rendering(self.encoder, self.row, inert=CONTROL_TOKENS in notes, reply=marker)
+        return text.rpartition(marker)[2]
 
     def _has_whole_reply(self, ours: str, full: str) -> bool:
         """Return whether our text contains the whole last message as written.
