@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -59,10 +60,16 @@ def test_exact_spans_of_every_template() -> None:
         assert rows[0].notes == []
 
 
-def test_the_default_is_the_last_round_alone() -> None:
+def test_without_a_typed_scope_the_row_decides_which_replies_carry_loss() -> None:
     for name in MULTI_TURN:
         coder = make_encoder(TOKENIZER, template_type=name, system='s', system_typed=False, max_length=-1)
-        assert coder.encode([chat('hi', 'yo', 'who?', 'me')])[0].earlier == []
+        last = chat('hi', 'yo', 'who?', 'me')
+        every = dataclasses.replace(last, loss_scope='all_rounds')
+        both = coder.encode([last, every])
+        assert both[0].earlier == []
+        assert spans(both[1])[0] == EARLIER[name]
+        typed = encoder(name, scope='last_round')
+        assert typed.encode([every])[0].earlier == []
 
 
 @pytest.mark.slow
@@ -189,6 +196,20 @@ def test_a_run_trains_every_reply_and_inference_takes_the_scope_from_the_run(
     assert shares == [row.trained[1] - row.trained[0], sum(e - s for s, e in (*row.earlier, row.trained))]
     assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-2'), '--max_new_tokens', '2']) == 0
     assert json.loads((run / 'sft_args.json').read_text())['loss_scope'] == 'all_rounds'
+
+
+def test_a_run_without_a_typed_scope_trains_every_reply_of_a_chat(run_sft: Callable[..., Path], tmp_path: Path) -> None:
+    turns = [('user', 'hi'), ('assistant', 'yo'), ('user', 'who?'), ('assistant', 'me')]
+    chats = [{'messages': [{'role': role, 'content': text} for role, text in turns]}] * 20
+    data = str(write_jsonl(tmp_path / 'chats.jsonl', chats))
+    run = run_sft('--dataset', data, '--max_steps', '1', '--template_type', 'llama')
+    assert (run / 'sample.txt').read_text(encoding='utf-8').count('⟦') == 2
+    said = 'loss is on every reply of rows with messages or conversations because --loss_scope is not typed: '
+    decisions = json.loads((run / 'run.json').read_text())['decisions']
+    assert [line for line in decisions if line.startswith(said)] == [
+        f'{said}20 earlier replies carry loss too in 20 of 20 rows read'
+    ]
+    assert json.loads((run / 'sft_args.json').read_text())['loss_scope'] is None
 
 
 # The generation prompt opens a think block. The last reply closes it; earlier replies have none.

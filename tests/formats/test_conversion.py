@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.support.runs import get_dataset
-from utils.data.parts import TRAIN
-from utils.data.plan import plan_rows
+from utils.data.parts import TRAIN, open_streams
+from utils.data.plan import plan_rows, stream_decisions
 from utils.formats import data_file
 from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, check_row, find_converter
 from utils.formats.conversation import BadRow, Message, Row, message_text
@@ -306,6 +306,38 @@ def test_earlier_replies_without_loss_are_a_decision(tmp_path: Path) -> None:
         '1 of 3 rows read'
     ]
     assert plan.decisions('all_rounds') == []
+
+
+def test_the_columns_decide_which_replies_carry_loss_if_no_scope_is_typed(tmp_path: Path) -> None:
+    chats = write_lines(
+        tmp_path / 'chats.jsonl',
+        json.dumps({'messages': [ASKED, TOLD, ASKED, TOLD]}),
+        json.dumps({'messages': [ASKED, {**TOLD, 'loss': False}, ASKED, TOLD]}),
+    )
+    shared = write_lines(
+        tmp_path / 'shared.jsonl',
+        json.dumps({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}] * 3}),
+    )
+    rounds = write_lines(
+        tmp_path / 'rounds.jsonl', json.dumps({'query': 'a', 'response': 'b', 'history': [['c', 'd'], ['e', 'f']]})
+    )
+    on_all = (
+        'loss is on every reply of rows with messages or conversations because --loss_scope is not typed: '
+        '3 earlier replies carry loss too in 2 of 4 rows read'
+    )
+    on_last = (
+        'loss is on the last reply of rows with a history because --loss_scope is not typed: '
+        '2 earlier replies carry no loss in 1 of 4 rows read'
+    )
+    words = [chats, shared, rounds]
+    plan = plan_rows(words, test_ratio=0)
+    assert plan.decisions(None) == [on_all, on_last]
+    assert [row.loss_scope for _, row in plan.rows(TRAIN)] == ['all_rounds'] * 3 + ['last_round']
+    streams = open_streams(words, hub='modelscope')
+    assert stream_decisions(None, streams) == [
+        line.replace('4 rows read', 'the first 4 rows') for line in (on_all, on_last)
+    ]
+    assert stream_decisions('all_rounds', streams) == []
 
 
 def test_rows_of_parquet_have_their_own_keys_alone(tmp_path: Path) -> None:

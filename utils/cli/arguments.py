@@ -48,8 +48,10 @@ class CommonArguments:
         'you are a helpful assistant!',
         "system prompt; a row's own prompt takes precedence; template auto uses this one only if it is typed",
     )
-    loss_scope: LossScope = flag(
-        'last_round', 'last_round: loss on the last reply of a row; all_rounds: loss on every reply'
+    loss_scope: LossScope | None = flag(
+        None,
+        'last_round: loss on the last reply of a row; all_rounds: loss on every reply; None: on every reply of rows '
+        'with messages or conversations, on the last reply of all other rows',
     )
     max_length: int = flag(2048, 'maximum tokens per row; a longer row loses its beginning; -1: no limit')
     max_pixels: int | None = flag(

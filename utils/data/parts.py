@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
-from utils.base.names import HubName
+from utils.base.names import HubName, LossScope
 from utils.data.sources import Source, find_files, parse_source
 from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING, RawRows
@@ -151,10 +152,10 @@ class Part:
     unusable: array[int] = field(default_factory=lambda: array('Q'))
     # Hash of the content that the first pass read.
     content: str = ''
-    # The number of replies before the last reply that are not marked to carry loss.
-    earlier_replies: int = 0
-    # The number of rows with such a reply.
-    rows_with_earlier: int = 0
+    # The number of replies before the last reply for which the row itself does not say whether they carry loss, and the
+    # number of rows with such a reply. The keys say which replies carry loss if --loss_scope is not typed.
+    earlier_replies: Counter[LossScope] = field(default_factory=Counter)
+    rows_with_earlier: Counter[LossScope] = field(default_factory=Counter)
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
         """Read the part once, and set the use of every row that can be trained on. Updates the tallies and the hash."""
@@ -170,9 +171,9 @@ class Part:
             for note in row_notes(row):
                 noted.add(note, location)
 
-            earlier = sum(m['role'] == 'assistant' and not m.get('loss') for m in row.messages[:-1])
-            self.earlier_replies += earlier
-            self.rows_with_earlier += bool(earlier)
+            if earlier := open_replies(row):
+                self.earlier_replies[row.loss_scope] += earlier
+                self.rows_with_earlier[row.loss_scope] += 1
             self.has_images |= bool(row.images)
             content.update(state_of_images(row))
 
@@ -290,6 +291,11 @@ def first_rows(sources: Streams, count: int) -> list[Row]:
         readable = (row for _, _, row in parts[-1].read(hashlib.sha256()) if isinstance(row, Row))
         found += itertools.islice(readable, count)
     return found
+
+
+def open_replies(row: Row) -> int:
+    """Return the number of earlier replies for which the row does not say whether they carry loss."""
+    return sum(message['role'] == 'assistant' and 'loss' not in message for message in row.messages[:-1])
 
 
 def row_notes(row: Row) -> list[str]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
-from utils.data.parts import TRAIN, UNUSED, VAL, Part, ReadRow, Streams, first_rows, open_parts
+from utils.data.parts import TRAIN, UNUSED, VAL, Part, ReadRow, Streams, first_rows, open_parts, open_replies
 from utils.data.sources import parse_source
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
 from utils.formats.data_file import OnBad, refuse
+
+# The number of rows of each stream that are read before training to see which replies carry loss.
+_FIRST_ROWS = 64
 
 
 def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
@@ -57,17 +61,15 @@ class Plan:
     drawn: list[str]
     digest: str
 
-    def decisions(self, loss_scope: LossScope) -> list[str]:
-        """Return the decisions that exclude rows, or exclude replies from the loss."""
-        replies = sum(part.earlier_replies for part in self.parts)
-        rows = sum(part.rows_with_earlier for part in self.parts)
-        if loss_scope != 'last_round' or not replies:
-            return self.drawn
-        return [
-            *self.drawn,
-            f'loss is on the last reply of a row because --loss_scope is last_round: {replies} earlier replies carry '
-            f'no loss in {rows} of {sum(len(part.uses) for part in self.parts)} rows read',
-        ]
+    def decisions(self, loss_scope: LossScope | None) -> list[str]:
+        """Return the decisions that exclude rows, and the decisions about which replies carry loss."""
+        replies: Counter[LossScope] = Counter()
+        rows: Counter[LossScope] = Counter()
+        for part in self.parts:
+            replies += part.earlier_replies
+            rows += part.rows_with_earlier
+        total = sum(len(part.uses) for part in self.parts)
+        return [*self.drawn, *_loss_decisions(loss_scope, replies, rows, f'of {total} rows read')]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
         """Yield (use, ReadRow) for every row of all parts."""
@@ -89,6 +91,50 @@ class Plan:
             }
             for part in self.parts
         }
+
+
+def _loss_decisions(
+    typed: LossScope | None, replies: Mapping[LossScope, int], rows: Mapping[LossScope, int], total: str
+) -> list[str]:
+    """Return the decisions about which replies carry loss. Rows with only one reply need no decision.
+
+    `typed` is --loss_scope. `replies` has the numbers of earlier replies, and `rows` the numbers of rows with earlier
+    replies, by the scope that holds if --loss_scope is not typed.
+    """
+    if typed == 'all_rounds':
+        return []
+    if typed == 'last_round':
+        earlier = sum(replies.values())
+        without = f'{earlier} earlier replies carry no loss in {sum(rows.values())} {total}'
+        return [f'loss is on the last reply of a row because --loss_scope is last_round: {without}'] if earlier else []
+
+    found = []
+    if replies.get('all_rounds'):
+        found.append(
+            'loss is on every reply of rows with messages or conversations because --loss_scope is not typed: '
+            f'{replies["all_rounds"]} earlier replies carry loss too in {rows["all_rounds"]} {total}'
+        )
+    if replies.get('last_round'):
+        found.append(
+            'loss is on the last reply of rows with a history because --loss_scope is not typed: '
+            f'{replies["last_round"]} earlier replies carry no loss in {rows["last_round"]} {total}'
+        )
+    return found
+
+
+def stream_decisions(typed: LossScope | None, sources: Streams) -> list[str]:
+    """Return the decisions about which replies carry loss, from the first rows of each training stream."""
+    replies: Counter[LossScope] = Counter()
+    rows: Counter[LossScope] = Counter()
+    read = 0
+    for parts in sources:
+        usable = (row for _, _, row in parts[0].read(hashlib.sha256()) if isinstance(row, Row))
+        for row in itertools.islice(usable, _FIRST_ROWS):
+            read += 1
+            if earlier := open_replies(row):
+                replies[row.loss_scope] += earlier
+                rows[row.loss_scope] += 1
+    return _loss_decisions(typed, replies, rows, f'of the first {read} rows')
 
 
 def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:

@@ -815,7 +815,7 @@ class AutoEncoder(Encoder):
         """
         found: list[_Earlier] = []
         for index, (source, part) in enumerate(zip(rows, parts, strict=True)):
-            wanted = [n for n, message in enumerate(source.messages[:-1]) if self.carries_loss(message)]
+            wanted = [n for n, message in enumerate(source.messages[:-1]) if self.carries_loss(message, source)]
             begin = len(part.chat.messages) - len(source.messages)
             for number in wanted:
                 spans = self._find_earlier(part, begin + number)

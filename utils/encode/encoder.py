@@ -38,7 +38,8 @@ class Encoder:
     name: str
     # The system text for rows that have no system text. If it is None, the template chooses the text.
     system: str | None
-    loss_scope: LossScope = 'last_round'
+    # None: the row decides which replies carry loss.
+    loss_scope: LossScope | None = None
     # Ids at which generation stops, in addition to the end of sequence of the tokenizer.
     stop_ids: list[int]
     # Whether the prompt of an unknown reply is rendered with the template's thinking switch. For a known reply, the
@@ -141,14 +142,16 @@ class Encoder:
         """Return the ids of the prompt of each row. The last message of a row is the reply, which may be empty."""
         raise NotImplementedError
 
-    def carries_loss(self, reply: Message) -> bool:
-        """Return whether an earlier turn carries loss.
+    def carries_loss(self, reply: Message, row: Row) -> bool:
+        """Return whether an earlier turn of a row carries loss.
 
-        The setting of the turn itself overrides --loss_scope. Empty replies never carry loss.
+        The setting of the turn itself overrides --loss_scope, and --loss_scope overrides the setting of the row. Empty
+        replies never carry loss.
         """
         is_empty = not (reply['content'].strip() or reply.keys() & {'tool_calls', 'reasoning'})
         is_reply = reply['role'] == 'assistant' and not is_empty
-        return is_reply and reply.get('loss', self.loss_scope == 'all_rounds')
+        scope = self.loss_scope or row.loss_scope
+        return is_reply and reply.get('loss', scope == 'all_rounds')
 
     def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:
         """Return whether these messages or tools contain the text of a control token.

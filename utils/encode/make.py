@@ -19,7 +19,7 @@ def make_encoder(
     system: str,
     system_typed: bool,
     max_length: int,
-    loss_scope: LossScope = 'last_round',
+    loss_scope: LossScope | None = None,
     images: Images | None = None,
     embedding: int | None = None,
 ) -> Encoder:

@@ -107,7 +107,7 @@ class TemplateEncoder(Encoder):
                 pieces += self._fill(self.template.prompt, QUERY=query, ROUND=str(index // 2 + 1))
             else:
                 reply = guard(turn['content'], reply=True)
-                pieces += [_Reply(reply) if self.carries_loss(turn) else reply]
+                pieces += [_Reply(reply) if self.carries_loss(turn, row) else reply]
                 pieces += self._fill(self.template.chat_sep or ())
         joined: list[str | list[int]] = []
         for piece in pieces:

@@ -414,18 +414,25 @@ def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *co
     )
 
 
+def _chat(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, column: str) -> Row:
+    """Return the Row of a chat. If --loss_scope is not typed, every reply of a chat carries loss."""
+    made = _row(row, messages, remarks, column)
+    made.loss_scope = 'all_rounds'
+    return made
+
+
 def _from_messages(row: Mapping[str, Any]) -> Row:
     remarks = _Remarks()
     keys: dict[str, Sequence[str]] = {'role_keys': ('role', 'from'), 'content_keys': ('content', 'value')}
     messages = _turns(row['messages'], remarks, column='messages', **keys)
-    return _row(row, messages, remarks, 'messages')
+    return _chat(row, messages, remarks, 'messages')
 
 
 def _from_conversations(row: Mapping[str, Any]) -> Row:
     remarks = _Remarks()
     keys: dict[str, Sequence[str]] = {'role_keys': ('from', 'role'), 'content_keys': ('value', 'content')}
     messages = _turns(row['conversations'], remarks, column='conversations', **keys)
-    return _row(row, messages, remarks, 'conversations')
+    return _chat(row, messages, remarks, 'conversations')
 
 
 def _history(row: Mapping[str, Any]) -> list[Message]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+from utils.base.names import LossScope
+
 
 class Message(TypedDict, total=False):
     """One turn. `role` and `content` are always present. The other keys are present only if the row has them.
@@ -42,6 +44,8 @@ class Row:
     # The folder of the data file, in which relative paths of images are looked up. None for typed text.
     folder: str | None = None
     origin: str = ''
+    # Which replies carry loss if --loss_scope is not typed. It depends on the columns of the source row.
+    loss_scope: LossScope = 'last_round'
     # The source row as it was read. It is not a copy, so never change it.
     written: Mapping[str, Any] = field(default_factory=dict)
     # Columns and keys that have a value but are not used, e.g. 'column `id`', 'message key `foo`'.

@@ -16,7 +16,7 @@ from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready
 from utils.data.held_out import held_out, read_held_out
 from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
-from utils.data.plan import Plan, plan_rows
+from utils.data.plan import Plan, plan_rows, stream_decisions
 from utils.formats.conversation import Row
 from utils.formats.data_file import OnBad, refuse
 from utils.run.folder import log_decisions
@@ -30,23 +30,23 @@ _INFER_REMEDY = 'or type --dataset to have all rows of a data set answered: whic
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """Return the rows of a training run: a plan, made in a first pass over the data, or opened streams.
 
-    For a plan, the decisions (rows not drawn, replies without loss) and the remarks on rows are logged and added to
-    `done`.
+    The decisions (rows not drawn, replies that carry loss) and the remarks on rows are logged and added to `done`.
     """
     args = done.args
+    rows: Plan | Streams
+    decided = Decided(args=args, typed=done.typed)
     if args.streaming:
-        return open_streams(args.dataset, hub=args.hub)
-    plan = plan_of(args, args.train_dataset_sample)
-    decided = Decided(
-        args=args,
-        typed=done.typed,
-        decisions=plan.decisions(args.loss_scope),
-        warnings=plan.noted.lines('noted'),
-    )
+        rows = open_streams(args.dataset, hub=args.hub)
+        decided.decisions += stream_decisions(args.loss_scope, rows)
+    else:
+        rows = plan_of(args, args.train_dataset_sample)
+        decided.decisions += rows.decisions(args.loss_scope)
+        decided.warnings += rows.noted.lines('noted')
+
     log_decisions(decided)
     done.decisions += decided.decisions
     done.warnings += decided.warnings
-    return plan
+    return rows
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
