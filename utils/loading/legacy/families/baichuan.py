@@ -51,7 +51,7 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
 
 
 def _variant(original: Config) -> str | None:
-    """Return the Baichuan model that a config.json describes: _V1, _V2 or _13B. Returns None if that is unclear.
+    """Return which Baichuan model a config.json describes: _V1, _V2 or _13B. Returns None if config.json does not tell.
 
     model_type does not help, because it is the same for all Baichuan models.
     """
@@ -83,7 +83,7 @@ def refuse_tied(config: Config, family: str) -> None:
 def native_tensors(state: State, original: Config, *, width: int) -> State:
     """Return the tensors with W_pack split into query, key and value. All other names are already the names of Llama.
 
-    If config.json does not state the hidden size, `width` is used, the default of the original class.
+    `width` is the hidden size if config.json does not state it: the default of the original class.
     """
     return map_each(state, partial(_split, width=original.get('hidden_size', width)))
 
@@ -105,7 +105,7 @@ def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Ten
     rows = next(iter(tensor.shape), 0)
     if rows != 3 * width:
         raise ConfigError(
-            f"tensor '{key}' has {rows} rows where query, key and value of hidden_size {width} need "
+            f"tensor '{key}' has {rows} rows, but query, key and value of hidden_size {width} need "
             f'{3 * width}: the file is damaged, or config.json is of another size. Use the weights and config.json of '
             'one repository or folder.'
         )
@@ -139,7 +139,7 @@ def with_normalised_head(native: State) -> State:
 
 
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
-    """Return the output head in fp32, with each row divided by its length. Rows of length 1 do not change.
+    """Return the output head in fp32, with each row divided by its Euclidean norm. Rows with norm 1 do not change.
 
     The original code divides in the dtype in which it runs. Here the division is in fp32, and the result is rounded
     only once, to the dtype of the opened model. So if half-precision files are opened in fp32, the logits are those of

@@ -85,12 +85,12 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
 
 
 def _renamed(original: Config) -> dict[str, Any]:
-    """Return the fields under the names of GlmConfig. A missing field gets the default of the original class."""
+    """Return the fields of config.json under the names of GlmConfig. Missing fields get the original default."""
     return {native: original.get(name, default) for native, (name, default) in _FIELDS.items()}
 
 
 def _rope(original: Config, family: str) -> dict[str, Any]:
-    """Return rope_parameters. Half of each head is rotated. The 32k model divides positions by rope_ratio.
+    """Return rope_parameters. They rotate half of each head. For the 32k model, they divide positions by rope_ratio.
 
     Raises ConfigError if rope_ratio is not 1 and the model is not the 32k model.
     """
@@ -105,15 +105,15 @@ def _rope(original: Config, family: str) -> dict[str, Any]:
         family,
         'rope_ratio',
         ratio,
-        'which chatglm2-6b-32k divides positions by and later ChatGLMs multiply the base by: '
-        'pass --model_type chatglm2-6b-32k if it is that model',
+        'and chatglm2-6b has no rope_ratio: if this is chatglm2-6b-32k, pass --model_type chatglm2-6b-32k; '
+        'later ChatGLM models use rope_ratio differently',
     )
 
     return {**rope, 'rope_type': 'linear', 'factor': float(ratio)}
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return the tensors under the names of GLM. The fused tensors are split into query, key and value."""
+    """Return the tensors under the names of GlmForCausalLM. The fused tensors are split into query, key and value."""
     config = _renamed(original)
     query_rows = config['num_attention_heads'] * config['head_dim']
     shared_rows = config['num_key_value_heads'] * config['head_dim']
