@@ -105,9 +105,9 @@ def _limit_gib() -> float:
 
 
 def _remove_surplus(newest: Path) -> None:
-    """Remove the least recently used folders of a kind, so that the rest fits the size limit. `newest` is kept.
+    """Remove the least recently used folders of the same kind as `newest`, until the rest fits the size limit.
 
-    Temporary folders that are older than a day are removed too: a killed process leaves its temporary folder.
+    `newest` is always kept. Temporary folders that are older than a day are removed too: killed processes left them.
     """
     kind = newest.name.partition('-')[0]
     folders = sorted(newest.parent.glob(f'{kind}-*'), key=lambda f: f.stat().st_mtime, reverse=True)

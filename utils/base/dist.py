@@ -52,7 +52,7 @@ def is_main() -> bool:
 
 
 def has_gpu_device() -> bool:
-    """Return whether the machine has a GPU that nccl supports. The answer depends only on the device files."""
+    """Return whether the machine has a GPU that nccl supports. Only the device files in /dev are checked."""
     return any(Path(name).exists() for name in _GPU_DEVICE_FILES)
 
 
@@ -134,7 +134,7 @@ def _cpu_group() -> Any:
 
 
 def from_all(value: T) -> list[T]:
-    """Return the `value` of every process, in rank order. A collective operation: every process must call it."""
+    """Return a list with the `value` of each process, in rank order. Every process must call this function."""
     if world_size() == 1:
         return [value]
 
@@ -154,7 +154,7 @@ def first_failure(failure: str | None) -> str | None:
 
 
 def sums(values: Sequence[float]) -> list[float]:
-    """Return the sum of each value over all processes, without waiting for a GPU.
+    """Return a list with the sum of each value over all processes. The sum is computed on the CPU.
 
     A collective operation: every process must call it.
     """

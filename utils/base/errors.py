@@ -1,4 +1,4 @@
-"""Errors that the user can correct: the exception, a collector of problems, and suggestions of close names."""
+"""Errors that the user can correct: an exception, a list of problems, and suggestions of similar names."""
 
 from __future__ import annotations
 

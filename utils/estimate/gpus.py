@@ -122,9 +122,9 @@ def gpus_that_fit(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
 def flops(shape: Shape, mode: Mode, tokens: int) -> float:
     """Return the number of floating-point operations of training on `tokens` tokens.
 
-    For each active parameter and token these are: 2 in the forward pass, 2 for the gradients of activations, 2 for the
-    gradients of weights (only full fine-tuning), and 2 in the second forward pass of gradient checkpointing. Attention
-    scores are not counted.
+    For each token and each parameter that is used for the token, these are: 2 in the forward pass, 2 for the
+    gradients of activations, 2 for the gradients of weights (only full fine-tuning), and 2 in the second forward pass
+    of gradient checkpointing. Attention scores are not counted.
     """
     return (4 + 2 * mode.full + 2 * mode.checkpointing) * float(shape.active) * tokens
 

@@ -1,4 +1,4 @@
-"""The memory of a training step on one device, in bytes. It is computed from the shape of the model.
+"""The memory of a training step on one device, in bytes. It is computed from the sizes of the model.
 
 benchmarks/estimate.py compares the results with measurements. `c` is the number of bytes of a value in the compute
 dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the inputs of
@@ -235,7 +235,7 @@ def _kept(longest: int) -> int:
 
 
 def _inputs(shape: Shape, mode: Mode) -> int:
-    """Return how many bytes per token the inputs take that all linear layers save for the backward pass."""
+    """Return the bytes per token of all inputs of linear layers that are saved for the backward pass."""
     c = mode.compute
     if mode.full and (mode.autocasts or mode.sharding):
         return sum(n * i * c for sizes in shape.linear.values() for n, i, _ in sizes)

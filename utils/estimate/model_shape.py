@@ -65,14 +65,14 @@ class Shape:
 
 
 def known_shape(model_type: str | None) -> Shape | None:
-    """Return the shape of a registered model from model_sizes.json. Returns None if it has no entry for the model."""
+    """Return the sizes of a registered model from model_sizes.json. Returns None if this file has no entry for it."""
     table = json.loads(TABLE.read_text(encoding='utf-8'))
     name = table['models'].get(model_type)
     return Shape(**table['shapes'][name]['shape']) if name else None
 
 
 def shape_of(model_dir: Path, info: ModelInfo) -> Shape:
-    """Return the shape of the model that is described by config.json in `model_dir`. No weights are read."""
+    """Return the sizes of the model that is described by config.json in `model_dir`. No weights are read."""
     import torch
 
     with torch.device('meta'):
@@ -97,7 +97,7 @@ def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
 
 
 def measure(model: PreTrainedModel) -> Shape:
-    """Return the shape of a model. The parameters of the model may be on the meta device."""
+    """Return the sizes of a model. The parameters of the model may be on the meta device."""
     from utils.loading.layers import expert_names, find_towers
 
     config = model.config.get_text_config()

@@ -33,9 +33,9 @@ _CONTINUE = 'Downloaded files are kept: run the same command again to continue.'
 
 
 def find_token(typed: str | None, hub: HubName) -> str | None:
-    """Return the typed token; if none was typed, return the hub's token in the environment, or None.
+    """Return the token that the user typed. If none was typed, return the token in the environment variable of the hub.
 
-    The token is never logged or saved.
+    Returns None if there is no token. The token is never logged or saved.
     """
     return typed or os.environ.get(TOKEN_VARIABLES[hub]) or None
 

@@ -147,7 +147,7 @@ def _partition(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | N
     """
     sums = [0, *accumulate(sizes)]
 
-    # Number of blocks placed so far -> (lowest cost, number of placed blocks after each device).
+    # Number of blocks placed so far -> (lowest cost, number of blocks that were placed after each device).
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
 
     for capacity in capacities:

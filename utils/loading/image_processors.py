@@ -174,7 +174,8 @@ READERS: dict[str, Callable[[Any, Any, Path, int | None], Images]] = {
 def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int | None) -> Images | None:
     """Return the object that converts images for a model. Returns None if the model takes no images.
 
-    Raises ConfigError if the files of the image processor cannot be used, or if the ids of the image token differ.
+    Raises ConfigError if the files of the image processor cannot be used, or if the
+    image token has different ids in the tokenizer and in the model.
     """
     reader = READERS.get(model.config.model_type)
 

@@ -93,7 +93,7 @@ def expert_names(model: PreTrainedModel) -> Counter[str]:
 
 
 def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
-    """Return those of `names` for which PEFT would put LoRA on the stacked experts, not on the linear layers.
+    """Return the set of the names in `names` for which PEFT puts LoRA on the stacked experts, not on linear layers.
 
     This happens on some mixture-of-experts models, because in earlier versions of transformers their experts had these
     names. So LoRA cannot be put on linear layers with these names, for example gate_proj of a shared expert. See

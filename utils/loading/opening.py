@@ -126,7 +126,7 @@ def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: Load
 
 
 def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTrainedModel:
-    """Return the model of a folder. Raises ConfigError if the folder or the library cannot open the model."""
+    """Return the model of a folder. Raises ConfigError if the model cannot be opened."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 

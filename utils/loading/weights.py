@@ -37,7 +37,7 @@ class Weights:
 
 
 def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
-    """Return the repositories in which to look for the model, in this order.
+    """Return the repositories in which to look for the model, in the order in which to try them.
 
     A registered entry may have an id on each hub. Any other id is looked up only on the hub `hub_name`.
     """
@@ -62,8 +62,8 @@ def find_on_hub(info: ModelInfo, *, revision: str, hub_name: HubName) -> tuple[h
 def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', skip: Sequence[str] = ()) -> Weights:
     """Return where the weights of a model are. If they are not on this machine, they are downloaded.
 
-    Files whose names match a glob in `skip` are not downloaded. A GGUF file is not converted here, but when the model
-    is opened.
+    Files whose names match a glob in `skip` are not downloaded. A GGUF file is not converted yet: that happens when the
+    model is opened.
     """
     local = Path(info.model_id_or_path)
 

@@ -23,7 +23,7 @@ _PREFIX = 'base_model.model.'
 
 
 def convert_adapter(family: Family, original: dict[str, Any], state: State) -> State:
-    """Return the tensors of an adapter under the native names.
+    """Return a state dict with the tensors of an adapter, under the names of the native class.
 
     If a fused layer is split, its LoRA matrix B is split in the same way as the weight of the layer. Each part gets a
     copy of the matrix A, because A acts before the split. So the base model with the adapter computes the same as

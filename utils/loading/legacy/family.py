@@ -30,7 +30,7 @@ _COMPUTED = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The functions that convert one original layout, and the names of the native classes. All functions are pure.
+    """The functions that convert one original layout of 2023, and the names of the native classes.
 
     `config` returns the arguments of the native configuration. If no native class computes a setting exactly, it raises
     a ConfigError that names the field. `tensors` converts all original tensors to all native tensors. It raises

@@ -67,7 +67,7 @@ class LazyMatrix(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class _Part(LazyMatrix):
-    """`count` contiguous rows of the lazy matrix `whole`, from row `first` on."""
+    """A part of the lazy matrix `whole`: `count` contiguous rows, from row `first` on."""
 
     whole: LazyMatrix
     first: int

@@ -52,7 +52,7 @@ FAMILIES: dict[str, Family] = {
 def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | None:
     """Return the family to which an original config.json belongs.
 
-    With `name`, this is the family `name`, or None if config.json has a different model_type. Without `name`, this is
+    With `name`, returns the family `name`, or None if config.json has a different model_type. Without `name`, returns
     the family that matches config.json, or None if no family or several families match.
     """
     if name is not None:

@@ -151,7 +151,7 @@ class QwenModel(Qwen2Model):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the outputs of Qwen2Model. The start of a prompt sets the NTK factors of its row."""
+        """Return the outputs of Qwen2Model. For a new prompt, the NTK factor of each row is set first."""
         # If the cache is not empty, the tokens continue a prompt. The factors of this prompt are already set.
         is_prompt = past_key_values is None or int(past_key_values.get_seq_length()) == 0
         if self.config.use_dynamic_ntk and not self.training and is_prompt:

@@ -89,7 +89,7 @@ def native_tensors(state: State, original: Config, *, width: int) -> State:
 
 
 def native_tensors_normalised(state: State, original: Config, *, width: int) -> State:
-    """Return the same as `native_tensors`, but with the rows of the output head scaled to length 1."""
+    """Return the same as `native_tensors`, but with each row of the output head divided by its Euclidean norm."""
     return with_normalised_head(native_tensors(state, original, width=width))
 
 
@@ -115,7 +115,7 @@ def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Ten
 
 @dataclass(frozen=True, kw_only=True)
 class NormalisedRows(LazyMatrix):
-    """An output head. When it is loaded, each row is divided by its length (the Euclidean norm)."""
+    """An output head. When it is loaded, each row is divided by its Euclidean norm."""
 
     head: torch.Tensor
 
@@ -125,12 +125,12 @@ class NormalisedRows(LazyMatrix):
         return self.head.shape[0], self.head.shape[1]
 
     def rows(self, which: slice) -> torch.Tensor:
-        """Return the rows `which`, scaled to length 1, in fp32."""
+        """Return the rows `which` in fp32, each divided by its Euclidean norm."""
         return normalise_rows(self.head[which])
 
 
 def with_normalised_head(native: State) -> State:
-    """Return the native tensors with the rows of the output head scaled to length 1."""
+    """Return the native tensors with a lazy output head, in which each row is divided by its Euclidean norm."""
     head = native.get('lm_head.weight')
     if head is None or head.dim() != 2:  # The loader reports such a head as missing or mismatched.
         return native

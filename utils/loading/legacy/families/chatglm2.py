@@ -1,6 +1,6 @@
 """ChatGLM2-6B and ChatGLM2-6B-32k. They are GLM models in which query, key and value are one fused tensor.
 
-The 32k model interpolates positions.
+In the 32k model, positions are divided by a constant (linear interpolation).
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def _renamed(original: Config) -> dict[str, Any]:
 
 
 def _rope(original: Config, family: str) -> dict[str, Any]:
-    """Return rope_parameters. They rotate half of each head. For the 32k model, they divide positions by rope_ratio.
+    """Return rope_parameters for GlmConfig. Half of each head is rotated.
 
-    Raises ConfigError if rope_ratio is not 1 and the model is not the 32k model.
+    In the 32k model, positions are divided by rope_ratio. Raises ConfigError if a different model has a rope_ratio.
     """
     rope = {'rope_type': 'default', 'rope_theta': 10000.0, 'partial_rotary_factor': 0.5}
 

@@ -103,7 +103,7 @@ def text_config(original: Config, family: str) -> dict[str, Any]:
 
 
 def _first(original: Config, names: tuple[str, ...], default: Any) -> Any:
-    """Return the value of the first field in `names` that is set. If no field is set, return the default."""
+    """Return the value of the first of the fields `names` that config.json sets. If none is set, return `default`."""
     return next((original[name] for name in names if original.get(name) is not None), default)
 
 
