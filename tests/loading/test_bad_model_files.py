@@ -175,7 +175,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     no_heads: 'config.json does not fit family qwen: ',
     width_in_words: 'config.json does not fit family qwen: ',
     config_of_another_size: '2 mismatched tensors:',
-    tokenizer_of_another_model: 'tokens, the model embeds 400: they do not belong together.',
+    tokenizer_of_another_model: 'tokens, but the model has only 400 embeddings: they do not belong together.',
     truncated_vocabulary: 'qwen.tiktoken',
 }
 

@@ -24,7 +24,10 @@ _DAY_SECONDS = 86400
 
 
 def cache_dir() -> Path:
-    """Return the folder for files made once per machine: $ASSAY_CACHE if set, else assay/ in the user's cache."""
+    """Return the cache folder of this project: $ASSAY_CACHE if it is set, else assay/ in the cache of the user.
+
+    The cache of the user is $XDG_CACHE_HOME if it is set, else ~/.cache.
+    """
     named = os.environ.get('ASSAY_CACHE')
     if named:
         return Path(named)
@@ -37,7 +40,8 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """Return the cache folder `name` (`<kind>-<key>`). The folder is made if it is absent or damaged.
 
     `make` fills a temporary folder, which is then renamed, so no process sees an incomplete folder. If all folders of
-    the kind together exceed $ASSAY_CACHE_GIB, the least recently used folders are removed.
+    this kind together exceed $ASSAY_CACHE_GIB, the least recently used folders are removed. Raises ConfigError if the
+    cache cannot be written.
     """
     target = cache_dir() / name
     if _is_whole(target):
@@ -101,7 +105,10 @@ def _limit_gib() -> float:
 
 
 def _remove_surplus(newest: Path) -> None:
-    """Remove the least recently used folders above the size limit, and temporary folders of killed processes."""
+    """Remove the least recently used folders of the same kind as `newest`, until the rest fits the size limit.
+
+    `newest` is always kept. Temporary folders that are older than a day are removed too: killed processes left them.
+    """
     kind = newest.name.partition('-')[0]
     folders = sorted(newest.parent.glob(f'{kind}-*'), key=lambda f: f.stat().st_mtime, reverse=True)
     bytes_left = _limit_gib() * 2**30

@@ -1,5 +1,6 @@
-"""Checkpoint folders. A folder is complete or absent, and is verified by its manifest.
+"""Writes, verifies and deletes checkpoint folders.
 
+A checkpoint is complete or absent. Its manifest.json holds the size and the sha256 of each file.
 This module imports only the standard library.
 """
 
@@ -17,7 +18,7 @@ MANIFEST = 'manifest.json'
 OPTIMIZER_STATE = 'optimizer.safetensors'
 PROCESS_STATES = 'process_states.safetensors'
 DEEPSPEED_STATES = 'global_step*'
-# Only DeepSpeed writes files with these names. proofs.json contains the names too.
+# Suffixes of pickle files. Only DeepSpeed writes such files into a checkpoint. proofs.json lists them.
 PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.pkl')
 _PREFIX = 'checkpoint-'
 # llm_infer.py overwrites this file with its generation settings; training never reads the file.
@@ -25,18 +26,18 @@ _MAY_CHANGE = 'generation_config.json'
 
 
 def partial_name(checkpoint: Path) -> Path:
-    """Return the path under which a checkpoint is written before it is complete."""
+    """Return the temporary folder into which a checkpoint is written. `seal` renames it when it is complete."""
     return checkpoint.with_name(f'.{checkpoint.name}.partial')
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, the newest last."""
+    """Return the checkpoint folders of a run, from the oldest to the newest."""
     found = [p for p in run_dir.glob(f'{_PREFIX}*') if p.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run. Returns None if the run has no checkpoint."""
+    """Return the newest checkpoint folder of a run. Returns None if the run has no checkpoint."""
     return next(reversed(all_checkpoints(run_dir)), None)
 
 
@@ -49,7 +50,7 @@ def _sha256(path: Path) -> str:
 
 
 def _hashes(files: Collection[Path]) -> list[str]:
-    """Return the sha256 of each file. Large files are hashed in parallel threads, because hashing releases the GIL."""
+    """Return the sha256 of each file, in the order of `files`. Threads work in parallel: hashing releases the GIL."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(_sha256, files))
 
@@ -64,7 +65,10 @@ def _sync(path: Path) -> None:
 
 
 def seal(partial: Path, checkpoint: Path) -> None:
-    """Write the manifest of a finished folder, flush everything to the disk, then rename the folder into place."""
+    """Make a checkpoint of the folder `partial`, in which all files are already written.
+
+    The manifest is written, everything is flushed to the disk, and then `partial` is renamed to `checkpoint`.
+    """
     all_files = [p for p in partial.rglob('*') if p.is_file()]
     for path in all_files:
         _sync(path)
@@ -84,7 +88,10 @@ def seal(partial: Path, checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return why a checkpoint must not be used. Returns None if all files of the manifest are unchanged."""
+    """Return the reason why a checkpoint must not be used, as text for a message.
+
+    Returns None if all files of the manifest are unchanged.
+    """
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files'].items()
         files = {checkpoint / name: (entry['bytes'], entry['sha256']) for name, entry in entries}
@@ -106,7 +113,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. The folder is renamed first, so no process uses a partly deleted checkpoint."""
+    """Delete a checkpoint. The folder is renamed first, so that no process uses a partly deleted checkpoint."""
     renamed = folder.with_name(f'.{folder.name.removeprefix(".")}.removed')
     folder.rename(renamed)
     shutil.rmtree(renamed, ignore_errors=True)

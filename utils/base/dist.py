@@ -1,4 +1,7 @@
-"""Rank and world size, read from the environment of torchrun without importing torch; collective operations."""
+"""The rank of this process and the number of processes, and operations in which all processes take part.
+
+Rank and number come from the environment variables of torchrun. torch is imported only for the collective operations.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def is_main() -> bool:
 
 
 def has_gpu_device() -> bool:
-    """Return whether the machine has a GPU that nccl supports. The answer depends only on the device files."""
+    """Return whether the machine has a GPU that nccl supports. Only the device files in /dev are checked."""
     return any(Path(name).exists() for name in _GPU_DEVICE_FILES)
 
 
@@ -65,7 +68,10 @@ def visible_gpus() -> int:
 
 
 def own_gpus(gpus: int) -> range:
-    """Return the device indices of this process. No two processes of a machine share a GPU."""
+    """Return the indices of the GPUs that this process uses, if the machine has `gpus` GPUs.
+
+    Every process of a machine gets the same number of GPUs. No two processes share a GPU.
+    """
     share = gpus // local_world_size()
     return range(local_rank() * share, (local_rank() + 1) * share)
 
@@ -92,9 +98,10 @@ def local_main_first() -> Iterator[None]:
 
 
 def gather(mine: list[T]) -> list[T]:
-    """Return the items of all ranks in their original order, on every rank.
+    """Return the complete list of which each rank holds a part. Every rank gets the list.
 
-    `mine` of rank r contains items r, r + world_size, r + 2 * world_size and so on.
+    `mine` is the part of this rank: rank r holds the items r, r + world_size, r + 2 * world_size and so on. A
+    collective operation: every process must call it.
     """
     parts = from_all(mine)
     world = len(parts)
@@ -103,7 +110,10 @@ def gather(mine: list[T]) -> list[T]:
 
 
 def report_failure(message: str, trace: str = '') -> None:
-    """Write the error file of this rank. From these files torchrun reports which rank failed first."""
+    """Write the error file of this rank. torchrun reads these files and reports which rank failed first.
+
+    Does nothing if torchrun asks for no error file.
+    """
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not file:
         return
@@ -116,7 +126,7 @@ def report_failure(message: str, trace: str = '') -> None:
 
 @functools.cache
 def _cpu_group() -> Any:
-    """Return the process group for values on the CPU. An nccl group would wait for the GPU."""
+    """Return a gloo process group, which exchanges values on the CPU. An nccl group would wait for the GPU."""
     import torch.distributed
 
     backend = torch.distributed.get_backend()
@@ -124,7 +134,7 @@ def _cpu_group() -> Any:
 
 
 def from_all(value: T) -> list[T]:
-    """Return the `value` of every process, in rank order. A collective operation: every process must call it."""
+    """Return a list with the `value` of each process, in rank order. Every process must call this function."""
     if world_size() == 1:
         return [value]
 
@@ -138,13 +148,13 @@ def from_all(value: T) -> list[T]:
 def first_failure(failure: str | None) -> str | None:
     """Return the failure of the lowest rank that failed. Returns None if no rank failed.
 
-    A collective operation: every process must call it.
+    `failure` is the failure of this process, or None. A collective operation: every process must call it.
     """
     return next((found for found in from_all(failure) if found), None)
 
 
 def sums(values: Sequence[float]) -> list[float]:
-    """Return the sum of each value over all processes, without waiting for a GPU.
+    """Return a list with the sum of each value over all processes. The sum is computed on the CPU.
 
     A collective operation: every process must call it.
     """

@@ -1,4 +1,4 @@
-"""Errors that the user can correct: the exception, a collector of problems, and suggestions of close names."""
+"""Errors that the user can correct: an exception, a list of problems, and suggestions of similar names."""
 
 from __future__ import annotations
 
@@ -42,14 +42,20 @@ class Problems:
 
 
 def error_text(error: Exception) -> str:
-    """Return the message of an exception in one line. If the message alone is not clear, the type comes first."""
+    """Return the message of an exception in one line.
+
+    The name of the type is put first, unless it is an OSError, ValueError or RuntimeError: their messages are clear.
+    """
     text = ' '.join(str(error).split())
     is_clear = text and isinstance(error, OSError | ValueError | RuntimeError)
     return text if is_clear else f'{type(error).__name__}: {text}'
 
 
 def close_names(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
-    """Return at most `count` known names similar to `name`, best first. Case is ignored, and `_` equals `-`."""
+    """Return at most `count` known names that are similar to `name`, the most similar first.
+
+    Case is ignored, and `_` equals `-`.
+    """
     folded: dict[str, str] = {}
     for candidate in known:
         folded.setdefault(candidate.lower().replace('_', '-'), candidate)
@@ -58,6 +64,9 @@ def close_names(name: str, known: Iterable[str], *, count: int = 3) -> list[str]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `: did you mean 'x' or 'y'?`, or `.` if no name is close."""
+    """Return the end of a message about an unknown name: `: did you mean 'x' or 'y'?` with similar known names.
+
+    Returns `.` if no known name is similar.
+    """
     names = close_names(name, known)
     return f': did you mean {" or ".join(repr(n) for n in names)}?' if names else '.'

@@ -1,4 +1,4 @@
-"""Reading and writing JSON files. Reading checks the content, because a file may be foreign or damaged."""
+"""Reads and writes JSON files. The content is checked on reading, because a file may be damaged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _REMEDY = 'Download or copy the file again.'
 
 
 def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict, *, remedy: str = _REMEDY) -> Any:
-    """Return the JSON object or list in a file, as `kind` requires.
+    """Return the content of a JSON file. It must be an object if `kind` is dict, and a list if `kind` is list.
 
-    Raises ConfigError if the file has no such content. The message ends in `remedy`.
+    Raises ConfigError if the file cannot be read or has different content. The message ends with `remedy`.
     """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))

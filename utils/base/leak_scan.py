@@ -1,7 +1,7 @@
 """Scan a folder for content that must not leave the machine: tokens, private keys and pickles.
 
-Every byte is scanned. Archives, and archives inside archives, are opened. An archive that cannot be scanned is a
-finding too.
+Every byte is scanned. Archives, and archives inside archives, are unpacked. An archive that cannot be scanned is
+reported too.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]
 
 
 def scan_tree(folder: Path, secrets: Mapping[str, str]) -> list[str]:
-    """Return one line per finding, with the file and the kind of secret. The secret itself is never shown."""
+    """Scan all files of a folder. Return one line for each finding: `<file>: <what was found>`.
+
+    `secrets` is a dictionary from descriptions to secrets. A secret itself is never shown.
+    """
     scan = _Scan(secrets)
     for path in sorted(p for p in folder.rglob('*') if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -132,7 +135,10 @@ class _Scan:
                 self.add(location, 'a pickle')
 
     def _members(self, data: Bytes) -> Iterator[tuple[str, bytes | None]]:
-        """Yield name and content of each member of an archive. The content is None if it is too large to unpack."""
+        """Yield the name and the content of each member of an archive. Yield nothing if `data` is not an archive.
+
+        The content is None if it is too large to unpack.
+        """
         head = bytes(data[:6])
         openers: dict[bytes, Any] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\x00': lzma.open}
         opener = next((o for magic, o in openers.items() if head.startswith(magic)), None)
@@ -157,7 +163,7 @@ class _Scan:
 
 
 def _starts_word(data: Bytes, start: int) -> bool:
-    """Return whether the character before this position is not a letter or digit."""
+    """Return whether the byte at `start` is the first of a word: no letter or digit is directly before it."""
     return not bytes(data[max(start - 1, 0) : start]).isalnum()
 
 
@@ -169,9 +175,10 @@ def _encodings(secret: str) -> list[bytes]:
 
 
 def _vocabulary(location: str, data: Bytes) -> tuple[set[str], bytes]:
-    """Return the words of a tokenizer file, and the content without these words. Any other file has no words.
+    """Return the words in the vocabulary of a tokenizer file, and the rest of the content without these words.
 
-    The words come from the base model. So a password that equals a word is not leaked by the vocabulary.
+    The words come from the base model. So if a password equals a word, the vocabulary does not leak the password. For
+    any other file, the words and the rest are empty.
     """
     name = location.rpartition('/')[2]
     try:
@@ -242,7 +249,7 @@ def _from_base64(text: bytes) -> bytes:
 
 
 def scan_for_push(folder: Path, token: str) -> list[str]:
-    """Return the findings that forbid a push of this folder.
+    """Return one line for each finding that forbids a push of this folder. The list is empty if a push is allowed.
 
     The scan searches for `token`, the secrets of the environment, and everything that scan_tree always finds.
     """

@@ -18,7 +18,7 @@ class _Formatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Attach one handler to the logger. Only the programs call this function; importing a module never does."""
+    """Make the logger write to standard error. Only the programs call this function; importing a module never does."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Formatter())

@@ -1,4 +1,4 @@
-"""The fixed choices of flags, and the names of files that several rooms read."""
+"""The fixed choices of flags, and names of files. Several rooms (subfolders of utils) use them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed libraries that can change the numbers of a run."""
+    """Return a dict from name to version: Python, and the installed libraries that can change the numbers of a run."""
     found = {'python': platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -30,7 +30,10 @@ def versions() -> dict[str, str]:
 
 
 def toolkit() -> dict[str, Any]:
-    """Return the version of this toolkit. In a git checkout, also the commit, and whether files were changed."""
+    """Return a dict with the version of this toolkit.
+
+    In a git checkout, the dict also has the commit, and whether tracked files differ from this commit.
+    """
     root = Path(__file__).resolve().parents[2]
     found: dict[str, Any] = {'version': VERSION}
     if not (root / '.git').exists():
@@ -50,9 +53,10 @@ def _git(root: Path, *words: str) -> str:
 
 
 def missing_requirement(requirement: str) -> str | None:
-    """Return why a package requirement of a registered model is not met, with the command to install the package.
+    """Return a message if the package that a model requires is missing or has a wrong version.
 
-    Returns None if the requirement is met.
+    `requirement` has the form 'transformers>=5.2'. The message contains the command that installs the package. Returns
+    None if the requirement is met.
     """
     from importlib.metadata import PackageNotFoundError, version
 

@@ -31,7 +31,10 @@ _ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits
 
 @dataclass(kw_only=True)
 class Found:
-    """The folder of the model if it is complete on this machine, its description, and the files to download."""
+    """Where the model is, and what the run would download.
+
+    `model_dir` is None if the model is not complete on this machine. `where` and `downloads` are lines for the output.
+    """
 
     model_dir: Path | None = None
     where: str = ''
@@ -39,10 +42,10 @@ class Found:
 
 
 def dry_run(done: Ready[SftArguments]) -> int:
-    """Print what the run would do, and return 0.
+    """Print what the run would do, and return the exit code 0.
 
-    Writes only to the cache, and downloads only file lists and data set cards. If no hub can be reached, the output
-    names no files, and gives an upper bound for the tokens instead of their number.
+    Only the cache is written. Only file lists and data set cards are downloaded. If no hub can be reached, the output
+    does not name the files to download, and it states an upper bound for the number of tokens.
     """
     args = done.args
     info = done.info
@@ -80,9 +83,10 @@ def _show(title: str, lines: Iterable[str]) -> None:
 
 
 def _machine() -> Machine:
-    """Return the processes and devices of this run.
+    """Return the number of processes of this run and the number of devices of each process.
 
-    If no GPU is visible, the GPUs that CUDA_VISIBLE_DEVICES names are counted.
+    If this machine has no GPU, the GPUs in CUDA_VISIBLE_DEVICES are counted, so that a different machine can be
+    planned.
     """
     named = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip() not in ('', '-1')]
     gpus = dist.visible_gpus() or len(named)
@@ -128,7 +132,7 @@ def _shape(done: Ready[SftArguments], found: Found) -> Shape | None:
 
 
 def _find_data(args: SftArguments, found: Found) -> bool:
-    """Return whether all data is on this machine. Missing files are added to `found.downloads`."""
+    """Return whether all data is on this machine. A line about missing files is added to `found.downloads`."""
     before = len(found.downloads)
     for word in args.dataset:
         entry = DATASET_MAPPING.get(parse_source(word).name)

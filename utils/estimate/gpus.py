@@ -1,4 +1,4 @@
-"""Compute from the flags of a run which GPUs have enough memory for it, and its time on these GPUs."""
+"""Computes from the flags of a run which GPUs have enough memory for the run, and how long it takes on these GPUs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from utils.estimate.model_shape import Shape
 from utils.loading.info import ModelInfo
 from utils.loading.layers import ALL, native_names
 
-# Memory of a GPU that holds no tensors: the bytes of the CUDA context and of library workspaces, and the share that is
-# lost to fragmentation.
+# GPU memory that is needed in addition to the tensors: the bytes of the CUDA context and of library workspaces, and the
+# share of the tensors' memory that is lost to fragmentation.
 _CONTEXT = GIB
 _FRAGMENTED = 0.05
-# Share of the peak FLOP/s that a training step reaches. It is assumed and was not measured.
+# Share of the peak FLOP/s that a training step reaches. The value is assumed and was not measured.
 UTILISATION = 0.4
 # Bytes of a value in each dtype.
 _WIDTHS = {'bf16': 2, 'fp16': 2, 'fp32': 4}
-# The assumed number of tokens of a row if --max_length is -1.
+# The number of tokens per row that is assumed if --max_length is -1.
 _UNBOUNDED = 2048
 # Number of values that an optimizer keeps per parameter. The key is the first part of the optimizer's name.
 _STATES = {'adamw': 2, 'ademamix': 3, 'lion': 1, 'rmsprop': 1, 'adagrad': 1, 'sgd': 0, 'adafactor': 0}
@@ -94,22 +94,22 @@ def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
 
 
 def longest_batch(args: SftArguments) -> Batch:
-    """Return the heaviest batch that --max_length allows if every token is trained. No data is read."""
+    """Return the batch in which every row has --max_length tokens and every token is trained. No data is read."""
     length = args.max_length if args.max_length > 0 else _UNBOUNDED
     tokens = args.batch_size * length
     return Batch(tokens=tokens, longest=length, trained=tokens)
 
 
 def known_gpus() -> list[tuple[str, int, int]]:
-    """Return the known GPUs as (name, GiB, TFLOP/s).
+    """Return the known GPUs as (name, memory in GiB, peak in TFLOP/s).
 
-    TFLOP/s is the peak for dense bf16 products in the data sheet. For T4 and V100, which have no bf16, it is fp16.
+    The peak is that of dense bf16 matrix products in the data sheet. T4 and V100 have no bf16: their peak is for fp16.
     """
     return [tuple(gpu) for gpu in json.loads(Path(__file__).with_name('gpus.json').read_text(encoding='utf-8'))]
 
 
 def need(found: Footprint) -> float:
-    """Return the GiB of memory that a GPU must have for this footprint."""
+    """Return how many GiB of memory a GPU must have, so that this footprint fits."""
     return (found.peak * (1 + _FRAGMENTED) + _CONTEXT) / GIB
 
 
@@ -122,9 +122,9 @@ def gpus_that_fit(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
 def flops(shape: Shape, mode: Mode, tokens: int) -> float:
     """Return the number of floating-point operations of training on `tokens` tokens.
 
-    For each active parameter and token these are: 2 in the forward pass, 2 for the gradients of activations, 2 for the
-    gradients of weights (only full fine-tuning), and 2 in the second forward pass of gradient checkpointing. Attention
-    scores are not counted.
+    For each token and each parameter that is used for the token, these are: 2 in the forward pass, 2 for the
+    gradients of activations, 2 for the gradients of weights (only full fine-tuning), and 2 in the second forward pass
+    of gradient checkpointing. Attention scores are not counted.
     """
     return (4 + 2 * mode.full + 2 * mode.checkpointing) * float(shape.active) * tokens
 

@@ -1,4 +1,4 @@
-"""The memory of a training step on one device, in bytes. It is computed from the shape of the model.
+"""The memory of a training step on one device, in bytes. It is computed from the sizes of the model.
 
 benchmarks/estimate.py compares the results with measurements. `c` is the number of bytes of a value in the compute
 dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the inputs of
@@ -49,25 +49,27 @@ class Mode:
     # Names of the linear layers that LoRA adapts, and the rank of the adapter.
     targets: tuple[str, ...] = ()
     rank: int = 8
-    # True: base and adapter are one operation (fast/lora.py). False: PEFT's layers cast their input to fp32.
+    # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
+    # cast their input to fp32.
     fused: bool = True
     checkpointing: bool = False
-    # RMSNorm saves only its input (fast/norm.py).
+    # Whether RMSNorm saves only its input for the backward pass (fast/norm.py).
     fused_norms: bool = True
-    # act(gate) is recomputed in the backward pass (fast/gated_mlp.py).
+    # Whether the activation in the MLP, act(gate), is recomputed in the backward pass (fast/gated_mlp.py).
     fused_mlp: bool = True
     # Bytes of optimizer state per trained parameter. DeepSpeed keeps an additional fp32 copy of the parameter.
     optimizer_bytes: int = 8
     # Whether gradients of earlier batches are in memory when a batch begins.
     accumulates: bool = True
-    # Whether rows are concatenated instead of padded, whether the loss is computed in chunks, and whether the device is
-    # a GPU. On a GPU a library computes attention.
+    # Whether rows are concatenated instead of padded.
     padding_free: bool = True
+    # Whether the loss is computed in chunks.
     chunked: bool = True
+    # Whether the device is a GPU. On a GPU, a library computes attention.
     gpu: bool = True
-    # '', zero2, zero3 or fsdp.
+    # How tensors are sharded over the processes: zero2, zero3, fsdp, or '' if they are not sharded.
     sharding: str = ''
-    # Whether optimizer state or, with ZeRO-3, weights are kept in CPU memory.
+    # Whether the optimizer state is kept in CPU memory. With ZeRO-3, the weights can be kept there too.
     offloads_optimizer: bool = False
     offloads_weights: bool = False
     processes: int = 1
@@ -76,7 +78,7 @@ class Mode:
 
     @property
     def autocasts(self) -> bool:
-        """Return whether fp32 weights are cast to a smaller compute dtype."""
+        """Return whether autocast copies fp32 weights to a smaller compute dtype."""
         return self.full and self.compute < 4 and not self.deepspeed
 
     @property
@@ -85,13 +87,17 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return the number of shards of a tensor that is divided among processes only in these modes of sharding."""
+        """Return the number of shards of a tensor that only these kinds of sharding divide. 1 means not divided."""
         return self.processes if self.sharding in stages else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The heaviest batch: the number of its tokens with padding, of its longest row, and of its trained tokens."""
+    """The batch that needs the most memory.
+
+    `tokens` is its number of tokens with padding, `longest` the length of its longest row, and `trained` its number of
+    trained tokens.
+    """
 
     tokens: int
     longest: int
@@ -100,7 +106,10 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes on each device. `peak` is the largest sum at one time; the other items do not all exist together."""
+    """The memory of one device in bytes. `peak` is the most memory that is in use at one time.
+
+    `peak` is not the sum of the other items, because they do not all exist at the same time.
+    """
 
     weights: int
     adapter: int
@@ -112,14 +121,20 @@ class Footprint:
 
 
 def lora_parameters(shape: Shape, targets: Sequence[str], rank: int) -> int:
-    """Return the number of adapter parameters. Every stacked expert has its own adapter weights."""
+    """Return the number of parameters of a LoRA adapter of this rank on the layers `targets`.
+
+    Every stacked expert has its own adapter weights.
+    """
     linear = sum(n * rank * (i + o) for name in targets for n, i, o in shape.linear.get(name, ()))
     stacked = (shape.stacked[name] for name in targets if name in shape.stacked)
     return linear + sum(layers * experts * rank * (i + o) for layers, experts, i, o in stacked)
 
 
 def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
-    """Return the memory of one device. The peak occurs at the loss, in the backward pass or in the optimizer step."""
+    """Return the memory that one device needs for a training step.
+
+    The peak is at the loss, in the backward pass, after the backward pass or in the optimizer step.
+    """
     trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
     own = trained // mode.shards('zero3', 'fsdp') // mode.devices
     width = mode.compute if mode.deepspeed else 4
@@ -179,7 +194,7 @@ def _weights(shape: Shape, mode: Mode) -> int:
 
 
 def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return the bytes that all layers on one device save for the backward pass, and the bytes that one layer saves."""
+    """Return two numbers of bytes saved for the backward pass: by all layers on one device, and by one layer."""
     c = mode.compute
     heads = shape.heads * shape.head_dim
     residual = 4 if mode.full else c
@@ -194,8 +209,8 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
     per_token += shape.layers * (heads + 2 * shape.kv_heads * shape.head_dim) * c
     if mode.gpu or not mode.padding_free:
-        # The library's attention saves fp32 sums and its output. The output needs no more memory if the next layer
-        # saves it as its input.
+        # The library's attention saves fp32 sums and its output. The output needs no additional memory if the
+        # next layer saves the same tensor as its input.
         shared = not mode.padding_free and (mode.full or ('o_proj' in mode.targets and not mode.packed))
         per_token += shape.layers * (4 * shape.heads + (0 if shared else heads * c))
     else:
@@ -214,13 +229,13 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
 
 def _kept(longest: int) -> int:
-    """Return how many attention weights a CPU keeps per token and head, for rows of `longest` tokens."""
+    """Return how many attention weights per token and head are saved on a CPU, for rows of `longest` tokens."""
     blocks = ((start, min(start + QUERY_BLOCK, longest)) for start in range(0, min(longest, KEPT_KEYS), QUERY_BLOCK))
     return sum((end - start) * end for start, end in blocks if end <= KEPT_KEYS) // longest
 
 
 def _inputs(shape: Shape, mode: Mode) -> int:
-    """Return the bytes per token that all linear layers together save of their inputs."""
+    """Return the bytes per token of all inputs of linear layers that are saved for the backward pass."""
     c = mode.compute
     if mode.full and (mode.autocasts or mode.sharding):
         return sum(n * i * c for sizes in shape.linear.values() for n, i, _ in sizes)
@@ -238,7 +253,11 @@ def _inputs(shape: Shape, mode: Mode) -> int:
 
 
 def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return the peak memory of the loss, and the memory of the head's fp32 gradient, which remains after the loss."""
+    """Return two numbers of bytes: the peak at the loss, and the fp32 gradient of the head.
+
+    The gradient remains in memory after the loss. It takes 0 bytes if the head is not trained, or if the loss is not
+    computed in chunks.
+    """
     c = mode.compute
     table = shape.vocabulary * shape.hidden
     if not mode.chunked:
@@ -257,7 +276,7 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
 
 def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
-    """Return the temporary memory of the backward pass of one layer. Saved activations are not included."""
+    """Return the temporary bytes in the backward pass of one layer. Saved activations are not included."""
     c = mode.compute
     layers = shape.layers
     mlp = 3 * shape.inner // layers * c * batch.tokens
@@ -274,7 +293,7 @@ def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
 
 
 def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
-    """Return the memory of weights and gradients that are gathered temporarily from other processes."""
+    """Return the bytes of weights and gradients that are gathered temporarily from all processes."""
     c = mode.compute
     bucket = min(shape.hidden**2, trained)
     if mode.sharding == 'zero2':
@@ -288,10 +307,10 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 
 
 def _step(shape: Shape, mode: Mode, own: int) -> int:
-    """Return the temporary memory of the optimizer step.
+    """Return the temporary bytes of the optimizer step.
 
-    A fused step needs no temporary memory. FSDP has no fused step. There, a GPU needs temporary memory for all trained
-    tensors together, and a CPU only for the largest tensor.
+    A fused step needs no temporary memory. With FSDP the step is not fused: a GPU then needs temporary memory for all
+    trained tensors together, and a CPU only for the largest tensor.
     """
     if mode.sharding != 'fsdp':
         return 0

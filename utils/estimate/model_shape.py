@@ -1,4 +1,7 @@
-"""The sizes of a model that determine its memory: counted on the real class without weights, or read from a table."""
+"""The sizes of a model that determine its memory.
+
+They are counted on the real class without weights, or read from the table model_sizes.json.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from utils.loading.opening import get_text_model_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# For each name of linear layers: the number of layers of each size (in, out).
+# Name of linear layers -> {(in, out): the number of layers of this size}.
 Sizes = dict[str, dict[tuple[int, int], int]]
 TABLE = Path(__file__).with_name('model_sizes.json')
 
@@ -32,7 +35,8 @@ class Shape:
     head: int
     experts: int
     tower: int
-    # Number of parameters that compute each token, including the head. Of the experts only the chosen ones count.
+    # Number of parameters that are used for one token, including the head. Of the experts, only those that the router
+    # chooses for the token are counted.
     active: int
     hidden: int
     layers: int
@@ -40,12 +44,14 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    # Sums over all layers: the widths of norms, and the input widths of the last linear layers of MLPs.
+    # Sum of the widths of the norms of all layers.
     normed: int
+    # Sum over all layers of the width inside the MLP: the input width of its last linear layer.
     inner: int
+    # Whether the MLPs have a gate.
     gated: bool
-    # `rows`: rows can be concatenated. With the other values rows are padded. `mixed`: some layers have no attention.
-    # `alibi`: a bias by position is added to the scores. `eager`: all scores are saved. `padded`: none of these.
+    # `rows`: rows can be concatenated. With all other values, rows are padded. `mixed`: some layers have no attention.
+    # `alibi`: a bias by distance is added to the scores. `eager`: all scores are saved. `padded`: none of these.
     attention: str
     # Linear layers by name: [count, in, out] for each size. The head and the vision tower are not included.
     linear: dict[str, list[list[int]]]
@@ -59,14 +65,14 @@ class Shape:
 
 
 def known_shape(model_type: str | None) -> Shape | None:
-    """Return the shape of a registered model from the table. Returns None if the table has no entry."""
+    """Return the sizes of a registered model from model_sizes.json. Returns None if this file has no entry for it."""
     table = json.loads(TABLE.read_text(encoding='utf-8'))
     name = table['models'].get(model_type)
     return Shape(**table['shapes'][name]['shape']) if name else None
 
 
 def shape_of(model_dir: Path, info: ModelInfo) -> Shape:
-    """Return the shape of the model that is described by config.json in `model_dir`. No weights are read."""
+    """Return the sizes of the model that is described by config.json in `model_dir`. No weights are read."""
     import torch
 
     with torch.device('meta'):
@@ -91,7 +97,7 @@ def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
 
 
 def measure(model: PreTrainedModel) -> Shape:
-    """Return the shape of a model. The parameters of the model may be on the meta device."""
+    """Return the sizes of a model. The parameters of the model may be on the meta device."""
     from utils.loading.layers import expert_names, find_towers
 
     config = model.config.get_text_config()
@@ -141,7 +147,7 @@ def measure(model: PreTrainedModel) -> Shape:
 
 
 def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
-    """Return the linear layers by name and size, and the sum of the widths of norms.
+    """Return the number of linear layers for each name and size, and the sum of the widths of all norms.
 
     The head and the vision tower are not included.
     """
@@ -166,9 +172,9 @@ def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int
 
 
 def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]], k: int) -> int:
-    """Return the sum of the input widths of the last linear layers of MLPs.
+    """Return the sum over all layers of the width inside the MLP: the input width of its last linear layer.
 
-    In a mixture of experts, `k` experts per layer are counted.
+    In a mixture of experts, the widths of `k` experts per layer are added.
     """
     dense = next((linear[n] for n in ('down_proj', 'w2', 'dense_4h_to_h') if n in linear), None)
     if dense is None and 'c_fc' in linear:
@@ -183,7 +189,7 @@ def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return the value of `Shape.attention` for a model."""
+    """Return how attention needs memory in this model, as a value of `Shape.attention`."""
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 

@@ -1,6 +1,6 @@
-"""The work of a run: rows, tokens, steps and the heaviest batch.
+"""The work of a run: its rows, tokens, steps, and the batch that needs the most memory.
 
-The tokens are counted if data and tokenizer are on this machine. If not, an upper bound is given.
+Tokens are counted only if the data and the tokenizer are on this machine. Otherwise an upper bound is computed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from utils.run.rows import plan_of
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The work of a run. `tokens` is for all steps; it is exact if `counted`, else an upper bound or None (unknown)."""
+    """The work of a run. `lines` describe it for the user.
+
+    `tokens` is the number of tokens in all steps. It was counted if `counted` is True. Otherwise it is an upper bound,
+    or None if there is no bound. `batch` is the batch that needs the most memory.
+    """
 
     lines: list[str]
     batch: Batch
@@ -38,10 +42,10 @@ class Work:
 def plan_work(
     done: Ready[SftArguments], model_dir: Path | None, mode: Mode | None, *, data_is_here: bool, has_vision: bool
 ) -> Work:
-    """Return the work of a run.
+    """Return the work of a run. Decisions and warnings about the data are added to `done`.
 
-    If data and tokenizer are on this machine, the rows are encoded and counted. If not, or if the data is streamed or
-    the model has a vision tower, the result is an upper bound.
+    The rows are encoded and counted if the data and the tokenizer are on this machine. Otherwise, or if the data is
+    streamed or the model has a vision tower, the result is an upper bound.
     """
     args = done.args
     if not data_is_here or args.streaming:
@@ -63,7 +67,10 @@ def plan_work(
 
 
 def _bounded(args: SftArguments, rows: int | None, line: str) -> Work:
-    """Return the work if every row has --max_length tokens and all tokens are trained. `line` describes the rows."""
+    """Return an upper bound of the work: every row has --max_length tokens, and all tokens are trained.
+
+    `rows` is the number of training rows, or None if it is not known. `line` describes the rows for the user.
+    """
     batch = longest_batch(args)
     lines = [line]
     steps = _steps(args, rows) if rows is not None or args.max_steps >= 0 else None
@@ -84,7 +91,7 @@ def _bounded(args: SftArguments, rows: int | None, line: str) -> Work:
 
 
 def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: bool) -> Work:
-    """Return the work, counted on the encoded rows. The rows are encoded as in the run, into the same cache."""
+    """Encode the rows and return the counted work. The run encodes in the same way and finds the rows in the cache."""
     args = done.args
     tokenizer = load_tokenizer(model_dir, model_type=args.model_type)
     encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed)
@@ -119,7 +126,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
 
 
 def _measure_batch(batch: list[dict[str, Any]], *, padded: bool) -> Batch:
-    """Return the sizes of a batch, whose items are rows or packs. With `padded`, padding counts as tokens."""
+    """Return the sizes of a batch. Its items are rows or packs. With `padded`, padding is counted in `tokens`."""
     rows = [row for item in batch for row in item.get('rows', [item])]
     lengths = [len(row['input_ids']) for row in rows]
     return Batch(
@@ -130,7 +137,7 @@ def _measure_batch(batch: list[dict[str, Any]], *, padded: bool) -> Batch:
 
 
 def _steps(args: SftArguments, rows: int | None) -> int:
-    """Return the number of optimizer steps of a run. It equals the number that the trainer computes."""
+    """Return the number of optimizer steps of a run: --max_steps if it is set, else computed as in the trainer."""
     if args.max_steps >= 0 or rows is None:
         return args.max_steps
     batches = -(-rows // (args.batch_size * dist.world_size()))

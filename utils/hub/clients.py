@@ -55,7 +55,7 @@ class UnreachableError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Repo:
-    """The hub, id and revision of a repository. It may be missing on the hub."""
+    """The hub, id and revision of a repository. The hub may have no such repository."""
 
     hub: HubName
     id: str
@@ -81,20 +81,23 @@ class ModelScope:
         self._listed: dict[str, dict[str, Any]] = {}
 
     def list_files(self, repo: Repo, kind: Kind) -> dict[str, Listed]:
-        """Return the size and digest of every file in a repository, by file name."""
+        """Return a dict from the name of each file in a repository to its size and digest."""
         with self._translated_errors():
             entries = self._api.legacy.list_repo_files(repo.id, kind, revision=repo.revision)
         self._listed = {entry['Path']: entry for entry in entries if entry.get('Type') != 'tree'}
         return {name: (entry.get('Size'), entry.get('Sha256') or '') for name, entry in self._listed.items()}
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
-        """Download these files and return their folder. The package verifies the files against the list of the hub."""
+        """Download these files and return the folder that contains them. `list_files` must be called before.
+
+        The package of the hub verifies the files against the list of the hub.
+        """
         listed = [self._listed[name] for name in names]
         with self._translated_errors():
             return Path(self._api.downloader.download_repo(repo.id, kind, revision=repo.revision, file_list=listed))
 
     def cached(self, repo: Repo, kind: Kind) -> Path:
-        """Return the cache folder of a repository. The folder may be missing."""
+        """Return the folder to which the package of the hub downloads a repository. The folder may not exist yet."""
         from modelscope_hub.errors import CacheNotFound
 
         manager = self._api.downloader

@@ -1,4 +1,7 @@
-"""Finds models and data sets on the hubs, and downloads them once per machine. Without network, the cache is used."""
+"""Finds models and data sets on the hubs, and downloads each only once per machine.
+
+If a hub cannot be reached, files that were downloaded before are used.
+"""
 
 from __future__ import annotations
 
@@ -30,22 +33,28 @@ _CONTINUE = 'Downloaded files are kept: run the same command again to continue.'
 
 
 def find_token(typed: str | None, hub: HubName) -> str | None:
-    """Return the typed token; if none was typed, return the hub's token in the environment, or None.
+    """Return the token that the user typed. If none was typed, return the token in the environment variable of the hub.
 
-    The token is never logged or saved.
+    Returns None if there is no token. The token is never logged or saved.
     """
     return typed or os.environ.get(TOKEN_VARIABLES[hub]) or None
 
 
 def repos_of(hub: HubName, ids: dict[HubName, Sequence[str]], *, revision: str = 'master') -> list[Repo]:
-    """Return the repositories in the order in which to try them. Repositories on the chosen hub come first."""
+    """Return the repositories in the order in which to try them: first all ids on the chosen hub `hub`.
+
+    `ids` is a dict from hub to the ids on this hub.
+    """
     order = sorted(ids, key=lambda name: name != hub)
     return [Repo(hub=name, id=repo_id, revision=revision) for name in order for repo_id in ids[name]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A repository and its files. `online` is False if the hub cannot be reached and the cache is used."""
+    """A repository that was found, and the size and digest of each of its files.
+
+    `online` is False if the hub cannot be reached. Then `files` are the files at the last download.
+    """
 
     repo: Repo
     kind: Kind
@@ -54,9 +63,10 @@ class Snapshot:
     client: Client
 
     def fetch(self, names: Sequence[str]) -> Path:
-        """Download these files and return their folder. Only one process per machine downloads.
+        """Download the files that are not on this machine yet, and return the folder that contains all `names`.
 
-        Raises ConfigError if the files cannot be downloaded.
+        Only one process of a machine downloads at a time. The others wait, and then find the files. Raises
+        ConfigError if the files cannot be downloaded.
         """
         record = _record_file(self.repo, self.kind)
         with _locked(record.with_suffix('.lock')):
@@ -85,10 +95,11 @@ class Snapshot:
         return folder
 
     def to_fetch(self, names: Sequence[str]) -> list[str]:
-        """Return the files that `fetch` would request: all `names` if any of them is new, changed or unverified.
+        """Return the names of the files that `fetch` would request from the hub.
 
-        The package of the hub hashes all bytes of each requested file. If all files were verified before, only the
-        files that are missing or have a wrong size are requested.
+        All `names` are requested if the hub changed a file, or if one of them was not verified yet. The package of the
+        hub then hashes every requested file. Otherwise, or without network, only the files that are missing or have a
+        wrong size are returned.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
         if self.online and not (recorded == self.files and verified >= set(names)):
@@ -96,7 +107,7 @@ class Snapshot:
         return self._absent(self.client.cached(self.repo, self.kind), names)
 
     def _absent(self, folder: Path, names: Sequence[str]) -> list[str]:
-        """Return the files that are missing in the folder, or have a different size on the hub."""
+        """Return the names of the files that are missing in the folder, or whose size is not the size on the hub."""
         absent = []
         for name in dict.fromkeys(names):
             path = folder / name
@@ -107,10 +118,11 @@ class Snapshot:
 
 
 def find(repos: Sequence[Repo], kind: Kind) -> Snapshot:
-    """Return the first repository that exists. Without network, the first repository in the cache is returned.
+    """Return the first repository of the list that exists on its hub.
 
-    Raises ConfigError if no repository exists, if a hub refuses the account, or if there is no network and no
-    repository is in the cache.
+    If a hub cannot be reached, return the first of the remaining repositories that was downloaded before. Raises
+    ConfigError if no repository exists, if a hub refuses the account, or if a hub cannot be reached and nothing was
+    downloaded before.
     """
     gone: list[str] = []
     for index, repo in enumerate(repos):
@@ -139,9 +151,9 @@ def find(repos: Sequence[Repo], kind: Kind) -> Snapshot:
 
 
 def push_folder(folder: Path, *, repo: str, hub: HubName, token: str, private: bool, message: str) -> str:
-    """Upload a folder to a model repository and return its id. The repository is created if it does not exist.
+    """Upload a folder to a model repository and return the id of the repository, `user/name`.
 
-    `repo` is `name` or `user/name`.
+    `repo` is `name` or `user/name`. The repository is created if it does not exist.
     """
     client = connect(hub, token)
     repo_id = repo if '/' in repo else f'{client.user()}/{repo}'
@@ -184,7 +196,7 @@ def _incomplete_offline(repo: Repo, kind: Kind, folder: Path, absent: Sequence[s
 
 
 def _absent_shards(files: Collection[str]) -> list[str]:
-    """Return the names of missing shards. The names of the present shards tell how many there are."""
+    """Return the names of missing shards. The name of each shard tells how many shards there must be."""
     wanted: set[str] = set()
     for name in files:
         match = _SHARD.fullmatch(name)
@@ -219,7 +231,10 @@ def _with_retries(repo: Repo, call: Callable[[], T]) -> T:
 
 
 def _one_line(error: Exception) -> str:
-    """Return the message of the operating system if the error contains it, else the first 300 characters."""
+    """Return the message of an error in one line, at most 300 characters.
+
+    If the message contains an error of the operating system ([Errno ...]), only this error is returned.
+    """
     cause = re.search(r'\[Errno -?\d+\][\w ,-]*', str(error))
     if cause:
         return cause[0]
@@ -240,9 +255,9 @@ def _save_record(path: Path, files: dict[str, Listed], verified: set[str]) -> No
 
 
 def _read_record(path: Path) -> tuple[dict[str, Listed], set[str]]:
-    """Return the size and digest of each file at the last download, and the names of the verified files.
+    """Return what the last download stored: the size and digest of each file, and the names of the verified files.
 
-    Both are empty if there is no record.
+    Both are empty if the record does not exist or is damaged.
     """
     if not path.is_file():
         return {}, set()

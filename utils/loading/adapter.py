@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None, family: str | None = None) -> Any:
     """Return the base model with the adapter of a checkpoint. Raises ConfigError if the adapter does not fit the model.
 
-    `base` is the folder of the base model. `family` is the name of its 2023 family. It is needed only if config.json
-    does not tell the family.
+    `base` is the folder of the base model. `family` is the name of the family if the base model has an original layout
+    of 2023. It is needed only if config.json does not tell the family.
     """
     from peft import PeftModel
     from safetensors import SafetensorError

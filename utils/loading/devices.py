@@ -1,4 +1,4 @@
-"""Chooses a GPU for each layer if one process uses several GPUs, and the dtype for the device."""
+"""Chooses the dtype of a model, and the GPU of each layer if one process uses several GPUs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Spread:
     """A request to place the layers of a model on several GPUs.
 
-    `memory` is the number of free bytes of each GPU. `linear_bytes` is the number of bytes per parameter in linear
-    layers except the output head; they may be quantised. `parameter_bytes` is that number for all other parameters.
+    `memory` is a dict from GPU to its free bytes. `linear_bytes` is the number of bytes per parameter in linear layers
+    except the output head. This number is small if the layers are quantised. `parameter_bytes` is the number of bytes
+    of each other parameter.
     """
 
     memory: Mapping[int, int]
@@ -33,9 +34,9 @@ class Spread:
     must_fit: bool = True
 
     def map(self, model: PreTrainedModel) -> dict[str, int] | str:
-        """Return a dict from the name of each block to its GPU. The model must be on the meta device.
+        """Return a device map: a dict from the path of each block to its GPU. The model must be on the meta device.
 
-        If the model does not fit on the GPUs, raises ConfigError, or returns 'auto' if `must_fit` is False.
+        If the model does not fit on the GPUs, returns 'auto' if `must_fit` is False, and raises ConfigError otherwise.
         """
         blocks = _blocks(model)
         sizes = _sizes(model, blocks, self)
@@ -62,7 +63,8 @@ class Spread:
 def resolve_device_map(device_map: Any, build: Callable[[], PreTrainedModel]) -> Any:
     """Return a device map that from_pretrained accepts.
 
-    A Spread is replaced by the map that it computes. For this, `build` makes the model without weights.
+    If `device_map` is a Spread, this is the map that the Spread computes for the model that `build` makes. Any other
+    `device_map` is returned unchanged.
     """
     if not isinstance(device_map, Spread):
         return device_map
@@ -74,9 +76,9 @@ def resolve_device_map(device_map: Any, build: Callable[[], PreTrainedModel]) ->
 
 
 def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Return the smallest modules that may be placed on different GPUs, by name, in the order of the model's modules.
+    """Return a dict from path to module for all blocks, in the order of the model.
 
-    A layer that the class lists in `_no_split_modules` is one block.
+    A block is a module whose parameters must be on the same GPU. For example, each decoder layer is one block.
     """
     whole = set(model._no_split_modules or ())
 
@@ -95,9 +97,10 @@ def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 
 def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Return a dict from each block to its owner. A block is placed on the GPU of its owner.
+    """Return a dict from each block to its owner, a block that must be on the same GPU.
 
-    If a block shares a parameter with earlier blocks, its owner is the first of them. Otherwise the block owns itself.
+    If a block shares a parameter with earlier blocks (tied weights), its owner is the first of them. Otherwise the
+    block is its own owner.
     """
     first: dict[int, str] = {}
     owners = {}
@@ -111,7 +114,7 @@ def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
 
 
 def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread: Spread) -> dict[str, int]:
-    """Return the size in bytes of each block that owns itself, including the blocks that it owns.
+    """Return a dict from each owner to the size in bytes of all blocks that it owns, including itself.
 
     A shared parameter is counted once.
     """
@@ -137,14 +140,14 @@ def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread
 
 
 def _partition(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
-    """Return the index of the device for each block. Returns None if the blocks do not fit.
+    """Return a list with the index of the device for each block. Returns None if the blocks do not fit.
 
     Each device gets contiguous blocks, so that activations move from one device to the next only once. The partition
     minimises the sum of load^2 / capacity, so that about the same share of each device is used.
     """
     sums = [0, *accumulate(sizes)]
 
-    # Number of blocks placed so far -> (lowest cost, number of placed blocks after each device).
+    # Number of blocks placed so far -> (lowest cost, number of blocks that were placed after each device).
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
 
     for capacity in capacities:
@@ -170,9 +173,9 @@ def _partition(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | N
 
 
 def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
-    """Return a torch dtype and the reason for the choice.
+    """Return a torch dtype, and the reason for this choice as text.
 
-    If `name` is given, the dtype is the one with this name. Otherwise it is the best dtype for the device.
+    If `name` is bf16, fp16 or fp32, this dtype is returned. If `name` is None, the best dtype for the device is chosen.
     """
     import torch
 
@@ -192,9 +195,9 @@ def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether the CPU has bf16 arithmetic.
+    """Return whether the CPU has instructions for bf16 arithmetic.
 
-    It has it if /proc/cpuinfo lists avx512_bf16 or amx_bf16 (x86), or bf16 (Arm).
+    This is the case if /proc/cpuinfo lists avx512_bf16 or amx_bf16 (x86), or bf16 (Arm).
     """
     cpuinfo = Path('/proc/cpuinfo')
     words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()

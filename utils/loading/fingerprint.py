@@ -1,4 +1,4 @@
-"""Fingerprints of base models. A fingerprint is a hash that tells whether two sets of weights are the same."""
+"""Fingerprints of base models: hashes that are compared to tell whether two sets of weights are the same."""
 
 from __future__ import annotations
 

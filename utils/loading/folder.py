@@ -1,4 +1,4 @@
-"""Functions that read facts about a model folder from its small files, without opening the model."""
+"""Reads facts about a model folder from its small files, without opening the model."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def _holds_only_gguf(model_dir: Path) -> bool:
 
 
 def stored_quantization(model_dir: Path) -> str | None:
-    """Return the quant_method of quantised weights that only LoRA can train: gptq, awq or bitsandbytes.
+    """Return the quant_method in config.json if it is gptq, awq or bitsandbytes. Only LoRA can train such weights.
 
-    Returns None if config.json states no quant_method or a different quant_method.
+    Returns None if config.json has no quant_method or a different quant_method.
     """
     config = read_config(model_dir) if (model_dir / 'config.json').is_file() else {}
 
@@ -63,7 +63,7 @@ def stored_quantization(model_dir: Path) -> str | None:
 
 
 def is_adapter(directory: Path) -> bool:
-    """Return whether a folder holds a PEFT adapter."""
+    """Return whether a folder contains a PEFT adapter."""
     return (directory / 'adapter_config.json').is_file()
 
 

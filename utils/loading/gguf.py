@@ -76,7 +76,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _complete_tokenizer(tokenizer: Any, gguf: Path) -> None:
-    """Add the control tokens and SmolLM's split at every digit. transformers does not read them from GGUF."""
+    """Add to the tokenizer what transformers does not read from GGUF: control tokens, and the split at every digit."""
     from gguf import GGUFReader
     from tokenizers import AddedToken, pre_tokenizers
 

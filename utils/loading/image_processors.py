@@ -1,4 +1,4 @@
-"""Image inputs of each model family: the tokens that stand for an image, and the tensors of its pixels."""
+"""Converts images to model inputs: the tokens that represent an image in the text, and the tensors of its pixels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Images(ABC):
     """Converts images to the inputs of one model.
 
-    `mark` is the text that templates print for an image. It contains one token with the id `slot`. In the input, this
-    token is repeated, so that there is one slot for each feature of the image.
+    `mark` is the text that templates print for an image. One of its tokens is the image token, with the id `slot`. In
+    input_ids, the image token is repeated, once for each feature of the image. Each repetition is called a slot.
     """
 
     mark: str
@@ -58,9 +58,9 @@ class Images(ABC):
         return {**self.pixels(paths), **self.per_token(input_ids)}
 
     def example(self, tokenizer: Any, text: list[int]) -> dict[str, torch.Tensor]:
-        """Return the inputs of one test row, on which two models are compared.
+        """Return all inputs of the model for one test row: the image of a gradient, then the token ids `text`.
 
-        The row is an image of a gradient, followed by the token ids `text`.
+        Two models are compared on this row.
         """
         import torch
         from PIL import Image
@@ -92,7 +92,7 @@ class Images(ABC):
 
 
 class QwenVLImages(Images):
-    """Images for Qwen-VL of 2023. Every image is resized to a square of the same size and has equally many features."""
+    """Images for Qwen-VL of 2023. Every image is resized to the same square and has the same number of slots."""
 
     mark = '<img><imgpad></img>'
 
@@ -117,7 +117,7 @@ class QwenVLImages(Images):
 class ProcessorImages(Images):
     """Images for models with an image processor in transformers.
 
-    An image keeps its aspect ratio. A larger image takes more slots.
+    An image keeps its aspect ratio. A larger image has more slots.
     """
 
     mark = '<|vision_start|><|image_pad|><|vision_end|>'
@@ -174,7 +174,8 @@ READERS: dict[str, Callable[[Any, Any, Path, int | None], Images]] = {
 def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int | None) -> Images | None:
     """Return the object that converts images for a model. Returns None if the model takes no images.
 
-    Raises ConfigError if the files of the image processor cannot be used, or if the ids of the image token differ.
+    Raises ConfigError if the files of the image processor cannot be used, or if the
+    image token has different ids in the tokenizer and in the model.
     """
     reader = READERS.get(model.config.model_type)
 

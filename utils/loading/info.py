@@ -29,10 +29,10 @@ class LoadOptions:
     distributed_config: Any = None
 
     def keywords(self, build: Callable[[], PreTrainedModel] | None = None) -> dict[str, Any]:
-        """Return the keyword arguments of from_pretrained.
+        """Return these options as keyword arguments for from_pretrained.
 
-        `build` makes the model without weights, which is needed to replace a Spread by a device map. Without `build`,
-        the device map is returned unchanged.
+        If `device_map` is a Spread, it is replaced by a device map for the model that `build` makes. Without `build`,
+        the Spread is returned unchanged.
         """
         return {
             'dtype': self.torch_dtype,
@@ -48,14 +48,14 @@ GetFunction = Callable[[Path, 'ModelInfo', LoadOptions], 'tuple[PreTrainedModel,
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """The registry entry of one model: its ids, and all settings in which models differ."""
+    """The registry entry of one model: its ids, and all settings that are not the same for all models."""
 
     # The ModelScope id or a local folder.
     model_id_or_path: str
     hf_model_id: str | None = None
     revision: str = 'master'
-    # The function that opens the model. If None, get_model_tokenizer_default opens the model in the class that
-    # config.json names.
+    # The function that opens the model and the tokenizer. If None, get_model_tokenizer_default is used: config.json
+    # tells the class of the model.
     get_function: GetFunction | None = None
     # The name of the native class of the model, if `family` is None.
     model_class: str | None = None
@@ -76,7 +76,7 @@ class ModelInfo:
     family: str | None = None
     # (package, file) of a GGUF file. If the package is installed, this file is used and nothing is downloaded.
     embedded: tuple[str, str] | None = None
-    # False if model_id_or_path is an id or folder that the user named. Such an id is searched only on the chosen hub.
+    # False if model_id_or_path is an id or folder that the user named. Such an id is looked up only on the chosen hub.
     registered: bool = True
 
     @property

@@ -1,4 +1,4 @@
-"""Functions that find the linear layers, experts and vision towers of a model, and tell whether it is sharded."""
+"""Finds the linear layers, the experts and the vision towers of a model, and tells whether the model is sharded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def is_sharded(model: Any) -> bool:
 # This value of --lora_target_modules selects all linear layers.
 ALL = 'ALL'
 
-# Layer name in a fused layout of 2023 -> names of the native layers that replace it. Recipes still use the old names.
+# Layer name in the original code of 2023 -> names of the layers in the class of transformers that replace this layer.
+# Many published training commands still use the old names.
 _OLD_NAMES = {
     'c_attn': ('q_proj', 'k_proj', 'v_proj'),
     'W_pack': ('q_proj', 'k_proj', 'v_proj'),
@@ -49,10 +50,10 @@ _OLD_NAMES = {
 
 
 def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[str]:
-    """Return a count for each layer name: how many linear layers, packed or not, have this name.
+    """Return a Counter from layer name to the number of linear layers with this name.
 
-    The layer name is the last part of the module's path. The output head and all layers inside the modules `frozen`
-    are not counted.
+    The layer name is the last part of the module's path, e.g. q_proj. Quantised layers are counted too. The output head
+    and all layers inside the modules `frozen` are not counted.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -79,9 +80,10 @@ def _is_in(name: str, modules: Sequence[str]) -> bool:
 
 
 def expert_names(model: PreTrainedModel) -> Counter[str]:
-    """Return a count for each name of a 3-D parameter. Stacked experts are 3-D parameters.
+    """Return a Counter from the name of a stacked expert weight to the number of layers that have this weight.
 
-    The name is relative to the layer, for example `mlp.experts.gate_up_proj`.
+    A stacked expert weight is a 3-D parameter with the matrices of all experts of a layer. The name is relative to the
+    layer, for example `mlp.experts.gate_up_proj`.
     """
     return Counter(
         re.sub(r'^.*?\.\d+\.', '', name)
@@ -91,10 +93,10 @@ def expert_names(model: PreTrainedModel) -> Counter[str]:
 
 
 def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
-    """Return the names of linear layers that PEFT would apply to the stacked experts instead.
+    """Return the set of the names in `names` for which PEFT puts LoRA on the stacked experts, not on linear layers.
 
     This happens on some mixture-of-experts models, because in earlier versions of transformers their experts had these
-    names. So LoRA cannot be put on the linear layers of the same names, for example gate_proj of a shared expert. See
+    names. So LoRA cannot be put on linear layers with these names, for example gate_proj of a shared expert. See
     https://github.com/huggingface/peft, utils/transformers_weight_conversion.py.
     """
     from peft import LoraConfig
@@ -106,7 +108,10 @@ def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
 
 
 def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
-    """Return the wanted names without duplicates. A name of a fused 2023 layout is replaced by the native names."""
+    """Return the layer names `wanted` without duplicates. Names of 2023 are replaced by names of the model's layers.
+
+    `names` are the names of the model's layers. For example, c_attn becomes q_proj, k_proj and v_proj.
+    """
     native: list[str] = []
 
     for name in wanted:
@@ -125,7 +130,7 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
 
 
 def find_towers(model: Any) -> list[str]:
-    """Return the names of the vision towers.
+    """Return the paths of the vision towers, as in named_modules(). A text model has none, and the list is empty.
 
     A vision tower is a module with parameters that shares no submodule with the language model or the output head, and
     that is not inside a larger module of this kind.
@@ -146,9 +151,10 @@ def find_towers(model: Any) -> list[str]:
 
 
 def exclude_towers(quantization: Any, build: Callable[[], Any]) -> None:
-    """If bitsandbytes quantises a model with vision towers, exclude the towers and the output head from quantisation.
+    """Change `quantization` so that bitsandbytes quantises neither the vision towers nor the output head.
 
-    The function changes `quantization`. It calls `build` to make the model on the meta device, without weights.
+    Nothing is changed if the model has no vision tower, or if bitsandbytes is not used. `build` must make the model. It
+    is called on the meta device, so that the model has no weights.
     """
     import torch
     from transformers import BitsAndBytesConfig

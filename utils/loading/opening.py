@@ -1,4 +1,7 @@
-"""Opens the model and the tokenizer of a folder in native classes."""
+"""Opens the model and the tokenizer of a folder in native classes: classes of transformers or of this project.
+
+Code in the folder is never run.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ _PROBE_TEXTS = (
     '你好，世界 🌍', 'def f(x):\n    return  x ** 2\n', 'User: hi\nAssistant:', ' ', '...  --', '▁a ▁', 'ABC abcDEF',
 )  # fmt: skip
 
-# Matches the tensor names of the language model in a checkpoint for text and images. The prefix `language_model.` is
-# that of Gemma 3 on the hub. The prefix `model.language_model.` is written by transformers 5.
+# Matches the names of the tensors of the language model in a multimodal checkpoint. On the hub, the names of Gemma 3
+# start with `language_model.`. In folders that transformers 5 saved, they start with `model.language_model.`.
 _LANGUAGE = re.compile(r'^(?:language_model\.(model\.|lm_head\.)|(model\.)language_model\.|(lm_head\.))')
 
 
@@ -52,11 +55,11 @@ def get_model_tokenizer_default(model_dir: Path, info: ModelInfo, options: LoadO
 
 
 def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return the language model of a multimodal checkpoint, without the vision and audio towers, and the tokenizer.
+    """Return the language model of a multimodal checkpoint and the tokenizer. Vision and audio towers are not opened.
 
     AutoModelForCausalLM opens Gemma 3 and 4 with their towers. LoRA would then also be put on the layers of the towers,
-    because they have the same names. The language model has its own native class. A merged model is saved in this
-    class, and an adapter fits only this class.
+    because they have the same names. transformers has a separate class for the language model. A merged model is saved
+    in this class, and an adapter fits only this class.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
@@ -66,8 +69,8 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     if 'text_config' not in read_config(model_dir):
         return get_model_tokenizer_default(model_dir, info, options)
 
-    # The names are changed here and not with key_mapping of from_pretrained. With key_mapping, save_pretrained would
-    # later write the names of the whole checkpoint again.
+    # The names are changed here and not with key_mapping of from_pretrained, because save_pretrained would undo a
+    # key_mapping and write the names of the multimodal checkpoint.
     state = {
         _LANGUAGE.sub(r'\1\2\3', name): tensor
         for name, tensor in read_state(model_dir).items()
@@ -95,9 +98,10 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
 
 
 def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return gpt-oss and its tokenizer. The 4-bit experts (MXFP4) are unpacked, because packed experts get no gradient.
+    """Return the gpt-oss model and its tokenizer.
 
-    Raises ConfigError if the options ask for quantisation.
+    The 4-bit experts (MXFP4) are unpacked, because packed experts get no gradient. Raises
+    ConfigError if the options ask for quantisation.
     """
     if not (model_dir / 'config.json').is_file() or 'quantization_config' not in read_config(model_dir):
         return get_model_tokenizer_default(model_dir, info, options)
@@ -122,7 +126,7 @@ def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: Load
 
 
 def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTrainedModel:
-    """Return the model of a folder. An error of a library is raised as ConfigError."""
+    """Return the model of a folder. Raises ConfigError if the model cannot be opened."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -148,10 +152,10 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
 
 
 def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> PreTrainedModel:
-    """Return the model of a folder, opened by the reader for its layout.
+    """Return the model of a folder. config.json tells which function must open it.
 
-    config.json tells the layout: an original layout of 2023, a class of this project, or a class of transformers.
-    Raises ConfigError if the layout is unknown or does not fit the family of `info`.
+    The folder has an original layout of 2023, or it was saved by a class of this project, or it belongs to a class of
+    transformers. Raises ConfigError if it is none of these, or if it does not belong to the family that `info` names.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -189,7 +193,10 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
 
 
 def _open_native(model_dir: Path, keywords: dict[str, Any]) -> PreTrainedModel:
-    """Return the model of a folder in a class of transformers, either for text only or for text and images."""
+    """Return the model of a folder in a class of transformers: for text only if there is one, else for text and images.
+
+    Raises ConfigError if tensors are missing or have a wrong shape.
+    """
     import transformers as t
 
     from utils.loading.legacy.opening import check_loading, drop_unsupported_attention
@@ -232,7 +239,7 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
     config = read_config(model_dir) if (model_dir / 'config.json').is_file() else {}
     family = find_family(config, info.family)
 
-    # AutoTokenizer looks up the model_type of config.json. It does not know a model_type of this project.
+    # AutoTokenizer reads model_type in config.json. It fails if the model_type is one of this project.
     opener = PreTrainedTokenizerFast if find_saved(config) else AutoTokenizer
 
     try:
@@ -263,9 +270,9 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
 
 
 def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
-    """Return the tokenizer if it encodes texts as tokenizer.json says, else a tokenizer built from tokenizer.json.
+    """Return `tokenizer` if it encodes test texts as tokenizer.json says. If not, return one built from tokenizer.json.
 
-    Some classes of transformers 5 read only the vocabulary from tokenizer.json and build the rules themselves. For
+    Some classes of transformers 5 read only the vocabulary from tokenizer.json, and use rules of their own. For
     example, LlamaTokenizer then loses a space at the start of a text.
     """
     from tokenizers import Tokenizer
@@ -290,8 +297,8 @@ def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
 
     text = next(text for text, one, other in zip(_PROBE_TEXTS, found, wanted, strict=True) if one != other)
     logger.info(
-        f'tokenizer = that of {file.name} because {type(tokenizer).__name__} gives {text!r} and other texts other ids '
-        'than the file'
+        f'tokenizer = built from {file.name} because {type(tokenizer).__name__} does not encode {text!r} as that file '
+        'says'
     )
     return by_file
 
@@ -306,15 +313,15 @@ def unembedded_from(model: Any, tokenizer: Any) -> int | None:
 
 
 def check_embedded(embedding: int, ids: Sequence[int], where: str) -> None:
-    """Raise ConfigError if an id is greater than or equal to `embedding`, the number of rows of the model's embedding.
+    """Raise ConfigError if a token id has no row in the model's embedding, which has `embedding` rows.
 
-    `where` tells in the message where the ids come from.
+    `where` is the start of the message. It says where the ids come from.
     """
     largest = max(ids, default=0)
     if largest >= embedding:
         raise ConfigError(
-            f'{where}: it holds the token of id {largest}, the model embeds {embedding}. Remove the text of this '
-            'token, or use the model and the tokenizer of one repository or folder.'
+            f'{where}: it contains the token id {largest}, but the model has only {embedding} embeddings. Remove the '
+            'text of this token, or use the model and the tokenizer of one repository or folder.'
         )
 
 
@@ -325,9 +332,10 @@ def open_entry(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[
 
 
 def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
-    """Return the model and the tokenizer of an entry. The model's name_or_path is set to the public id, not to a path.
+    """Return the model and the tokenizer of a registry entry, opened from `weights`.
 
-    Raises ConfigError if the eos or pad token has no row in the embedding. Logs a warning if other tokens have none.
+    name_or_path of the model is set to its public id, so that no local path is saved. Raises ConfigError if the eos
+    or pad token has no row in the embedding. Logs a warning if other tokens have no row.
     """
     path = weights.path
     if path.is_file():
@@ -346,13 +354,13 @@ def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions)
 
     if max(tokenizer.eos_token_id, tokenizer.pad_token_id) >= first:
         raise ConfigError(
-            f'{path}: the tokenizer has {len(tokenizer)} tokens, the model embeds {first}: they do not belong '
-            'together. Use the model and the tokenizer of one repository or folder.'
+            f'{path}: the tokenizer has {len(tokenizer)} tokens, but the model has only {first} embeddings: they do '
+            'not belong together. Use the model and the tokenizer of one repository or folder.'
         )
 
     logger.warning(
-        f'the tokenizer has {len(tokenizer)} tokens, the model embeds {first}: {len(tokenizer) - first} of them, '
-        f'first {tokenizer.convert_ids_to_tokens(first)!r}, can be neither read nor written; data that holds one '
-        'is refused'
+        f'the tokenizer has {len(tokenizer)} tokens, but the model has only {first} embeddings: it can neither read '
+        f'nor write the last {len(tokenizer) - first} tokens, from {tokenizer.convert_ids_to_tokens(first)!r} on. Data '
+        'that contains one of these tokens is refused.'
     )
     return model, tokenizer

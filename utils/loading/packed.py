@@ -1,4 +1,4 @@
-"""Settings for layers with packed (quantised) weights: their kernel, and the changes for training and saving."""
+"""Settings for packed layers: linear layers with quantised weights. They are needed for training and for saving."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trainable_backend() -> str:
 
 
 def loading_settings(config: Mapping[str, Any]) -> Any:
-    """Return the quantization_config that opens a GPTQ folder with a trainable kernel.
+    """Return the quantization_config with which from_pretrained opens a GPTQ folder, with a kernel that can train.
 
     Returns None if the folder does not hold GPTQ weights.
     """
@@ -43,7 +43,7 @@ def loading_settings(config: Mapping[str, Any]) -> Any:
 
 
 def keep_trainable(model: Any) -> None:
-    """Switch off two optimisations of packed layers on a CPU.
+    """Switch off two optimisations of packed layers on a CPU. `model` is changed in place.
 
     The first optimisation stops gradients. The second optimisation needs a C++ compiler.
     """

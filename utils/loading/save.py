@@ -1,4 +1,4 @@
-"""Saves a model as an ordinary model folder. The folder is either complete or does not exist."""
+"""Saves a model as an ordinary model folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.loading.packed import record_packed_format
 
 
 def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None = None) -> None:
-    """Save the weights, the config, the generation settings, the tokenizer and the image processor if there is one.
+    """Write all files of the model to `folder`: weights, settings, tokenizer and, if there is one, image processor.
 
     References to code and local paths are removed from the saved files.
     """
@@ -48,7 +48,7 @@ def _add_end_token(tokenizer: Any, settings: Any) -> None:
 
 
 def export_native(model: Any, tokenizer: Any, target: Path, images: Images | None = None) -> None:
-    """Write the model to the new folder `target`. If writing fails, `target` does not exist."""
+    """Write all files of the model to the new folder `target`. If writing fails, `target` does not exist."""
     temporary = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Reads the weight files of a checkpoint folder. Files are memory-mapped, and no code in them is executed."""
+"""Reads the weight files of a model folder. The files are memory-mapped, and code in them is never run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def read_state(model_dir: Path) -> State:
-    """Return all tensors of a folder under their original names. A .bin file is read with weights_only.
+    """Return a dict from name to tensor for all weight files of a folder. The names are the names in the files.
 
     Raises ConfigError if a file is truncated or is not a tensor archive, or if two shards have a tensor of the same
     name.
@@ -85,9 +85,9 @@ def read_state(model_dir: Path) -> State:
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Return a dict from names to the memory-mapped entries of a weight file.
+    """Return a dict from name to memory-mapped tensor for one weight file.
 
-    Raises ConfigError if the file is damaged or holds code.
+    In the 4-bit files of 2023, some values are lists. Raises ConfigError if the file is damaged or contains code.
     """
     import pickle
     import zipfile

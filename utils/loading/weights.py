@@ -27,7 +27,7 @@ class Weights:
     served: str | None = None
 
     def record(self, info: ModelInfo) -> dict[str, str]:
-        """Return the entries about the base model that a run stores. They contain no path of this machine."""
+        """Return a dict about the base model that is stored with a run. It contains no path of this machine."""
         return {
             'id': info.public_id,
             'source': self.served or self.path.name,
@@ -37,9 +37,9 @@ class Weights:
 
 
 def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
-    """Return the repositories in which the model is searched.
+    """Return the repositories in which to look for the model, in the order in which to try them.
 
-    A registered entry may have an id on each hub. Any other id is searched only on the hub `hub_name`.
+    A registered entry may have an id on each hub. Any other id is looked up only on the hub `hub_name`.
     """
     ids: dict[HubName, Sequence[str]] = {hub_name: (info.model_id_or_path,)}
 
@@ -50,22 +50,25 @@ def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
 
 
 def find_on_hub(info: ModelInfo, *, revision: str, hub_name: HubName) -> tuple[hub.Snapshot, list[str]]:
-    """Return the snapshot of a model on a hub, and the names of its files without the ignored files."""
+    """Return the Snapshot of a model on a hub, and the names of the files to download.
+
+    Files that match `info.ignore_file_pattern` are not among these names.
+    """
     snapshot = hub.find(_repos(info, hub_name, revision), 'model')
     ignored = [re.compile(pattern) for pattern in info.ignore_file_pattern]
     return snapshot, [name for name in snapshot.files if not any(p.match(name) for p in ignored)]
 
 
 def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', skip: Sequence[str] = ()) -> Weights:
-    """Find the weights of a model and return their location. They are downloaded if they are not on this machine.
+    """Return where the weights of a model are. If they are not on this machine, they are downloaded.
 
-    Files whose names match a glob in `skip` are not downloaded. A GGUF file is not converted here, but when the model
-    is opened.
+    Files whose names match a glob in `skip` are not downloaded. A GGUF file is not converted yet: that happens when the
+    model is opened.
     """
     local = Path(info.model_id_or_path)
 
     if info.embedded and (packaged := find_packaged_file(*info.embedded)):
-        reason = f'the package {info.embedded[0]} holds it (4-bit GGUF, another base than the hub has)'
+        reason = f'the package {info.embedded[0]} contains it (4-bit GGUF; the weights on the hub are different)'
         return Weights(path=packaged, reason=reason, fingerprint=fingerprint(packaged))
 
     if local.is_dir():

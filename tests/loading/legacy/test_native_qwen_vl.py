@@ -521,10 +521,10 @@ def test_tensors_that_do_not_fit_are_named(kind: str, tmp_path: Path) -> None:
 def test_images_and_slots_that_do_not_fit_are_refused(golden: State) -> None:
     model, ids, pixels = open_folder(), golden['input_ids'], golden['pixel_values']
     for given, images in ((None, 0), (pixels[:1], 1), (torch.cat([pixels, pixels]), 4)):
-        with pytest.raises(ConfigError, match=rf'^{images} images fill {images} x 16 slots, the token ids hold 32'):
+        with pytest.raises(ConfigError, match=rf'^{images} images need {images} x 16 image tokens, but .* contain 32'):
             model(ids, pixel_values=given)
     cut = int((ids[0] == 301).nonzero()[0])
-    with pytest.raises(ConfigError, match='2 images fill 2 x 16 slots, the token ids hold 0'):
+    with pytest.raises(ConfigError, match='2 images need 2 x 16 image tokens, but the token ids contain 0'):
         model(ids[:1, :cut], pixel_values=pixels)
     with pytest.raises(ConfigError, match='pixel_values need input_ids'):
         model(inputs_embeds=torch.zeros(1, 3, 128), pixel_values=pixels)

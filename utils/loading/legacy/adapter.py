@@ -1,4 +1,4 @@
-"""Converts adapters of a fused 2023 layout to adapters of the native class."""
+"""Converts LoRA adapters for an original layout of 2023 to adapters for the native class."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _PREFIX = 'base_model.model.'
 
 
 def convert_adapter(family: Family, original: dict[str, Any], state: State) -> State:
-    """Return the tensors of an adapter under the native names.
+    """Return a state dict with the tensors of an adapter, under the names of the native class.
 
-    If a fused layer is split, its matrix B is split in the same way as the weight of the layer. Each part gets a copy
-    of A, because A acts before the split. So the base model with the adapter computes the same as before. Raises
-    ConfigError if a tensor is neither an A nor a B, or if an A has no B.
+    If a fused layer is split, its LoRA matrix B is split in the same way as the weight of the layer. Each part gets a
+    copy of the matrix A, because A acts before the split. So the base model with the adapter computes the same as
+    before. Raises ConfigError if a tensor is neither an A nor a B, or if an A has no B.
     """
     native: State = {}
 
@@ -60,7 +60,7 @@ def native_adapter(
 ) -> Iterator[Path]:
     """Yield a folder with the adapter as safetensors under native names.
 
-    The folder is the checkpoint, if nothing has to be converted. Otherwise it is a temporary folder. `layers` are the
+    If nothing has to be converted, it is the folder `checkpoint`. Otherwise it is a temporary folder. `layers` are the
     names of the model's linear layers. `base` is the folder of the base model. `name` is the family of the base model;
     it is needed only if config.json does not tell the family.
     """

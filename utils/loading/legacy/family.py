@@ -1,4 +1,7 @@
-"""Family: the functions that convert checkpoints of one 2023 layout to a native class of transformers."""
+"""Family: the functions that convert the checkpoints of one original layout of 2023 to a native class.
+
+A native class is a class of transformers or of this project.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 Config = Mapping[str, Any]
-# Tensor name -> tensor. The tensors of a file stay memory-mapped until they are used in a computation.
+# A state dict: tensor name -> tensor. Tensors of files stay memory-mapped until they are used in a computation.
 State = dict[str, 'torch.Tensor']
 
-# Matches the names of tables that old code stored. Native code computes these tables. The dot before `attn` and the `$`
+# Matches the names of tables, e.g. of rotary frequencies, that old code stored. Native classes compute these tables.
+# The dot before `attn` and the `$`
 # at the end are needed: without them, the pattern would also match `c_attn.bias`.
 _COMPUTED = re.compile(
     r'(?:^|\.)(?:rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$'
@@ -26,7 +30,7 @@ _COMPUTED = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family: pure functions that convert the original layout to the native layout.
+    """The functions that convert one original layout of 2023, and the names of the native classes.
 
     `config` returns the arguments of the native configuration. If no native class computes a setting exactly, it raises
     a ConfigError that names the field. `tensors` converts all original tensors to all native tensors. It raises
@@ -46,7 +50,7 @@ class Family:
     # Builds the tokenizer from the file `vocabulary`. If the folder has no such file, tokenizer.json is read instead.
     tokenizer: Callable[[Path], Any] | None = None
     vocabulary: str | None = None
-    # The model_type that a class of this project saves. None if the class is in transformers.
+    # The model_type in config.json after a class of this project saved the model. None if the class is in transformers.
     saved_model_type: str | None = None
     # If transformers knows saved_model_type too, only a config.json with this field was saved by a class of this
     # project.
@@ -54,7 +58,7 @@ class Family:
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Return the model_type of the original layout. If there is a saved_model_type, return both."""
+        """Return the model_type of the original layout, followed by saved_model_type if there is one."""
         return (self.model_type, self.saved_model_type) if self.saved_model_type else (self.model_type,)
 
 
@@ -64,9 +68,9 @@ def is_computed(key: str) -> bool:
 
 
 def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> State:
-    """Call `rename(key, tensor)` for all tensors except computed tables, and return all results in one dict.
+    """Call `rename(key, tensor)` for each tensor of `state`, and return all results in one dict.
 
-    Raises ConfigError if two results contain the same name.
+    Tables that native classes compute are left out. Raises ConfigError if two results contain the same name.
     """
     mapped: State = {}
 
@@ -85,7 +89,7 @@ def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> S
 
 
 def same_tensors(state: State, original: Config) -> State:
-    """Return the tensors without computed tables. The names are not changed: they are already the native names."""
+    """Return the tensors without the tables that native classes compute. The names are already the native names."""
     return map_each(state, lambda key, tensor: {key: tensor})
 
 

@@ -1,6 +1,6 @@
-"""GPTQ tensors: splits fused layers into parts, and computes weights from the packed integers.
+"""GPTQ tensors: splits the tensors of fused layers, and computes weights from packed integers.
 
-The layout is the layout of AutoGPTQ (auto_gptq/nn_modules/qlinear). A layer is stored transposed, as (inputs, outputs):
+The layout is that of AutoGPTQ (auto_gptq/nn_modules/qlinear). A layer is stored transposed, as (inputs, outputs):
 
 * qweight (inputs * bits / 32, outputs): the packed integers. Each int32 packs 32 / bits rows.
 * qzeros (groups, outputs * bits / 32): the packed zero points. Each int32 packs 32 / bits columns.
@@ -51,7 +51,7 @@ def packed_available() -> bool:
 
 
 def read_format(original: Config, family: str) -> Format:
-    """Return the format that quantization_config states.
+    """Return the GPTQ format that quantization_config in config.json states.
 
     Raises ConfigError if the weights are not GPTQ weights with 4 or 8 bits.
     """
@@ -73,7 +73,7 @@ def read_format(original: Config, family: str) -> Format:
 
 
 def packed_settings(original: Config) -> dict[str, Any]:
-    """Return the quantization_config with which the weights stay packed and the kernel has a backward pass."""
+    """Return a quantization_config with which weights stay packed and the kernel can train (has a backward pass)."""
     return {**original['quantization_config'], 'backend': trainable_backend()}
 
 
@@ -81,8 +81,8 @@ def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor
     """Split one tensor of a fused layer along the outputs and return the `count` equal parts.
 
     `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx is copied for each part; all other parts are
-    views. Raises ConfigError if the axis of the outputs cannot be split into equal parts. Packed zero points can be
-    split only between two int32.
+    views. Raises ConfigError if the axis of the outputs cannot be split into equal parts. For packed zero points, this
+    axis counts the int32, not the zero points in them.
     """
     name = key.rpartition('.')[2]
     if name == 'g_idx':
@@ -102,8 +102,8 @@ def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor
 class PackedWeight(LazyMatrix):
     """A weight that stays packed until the loader needs its values.
 
-    A value is (integer - zero) * scale and has at most 20 significant bits. So values are exact in fp32, and they are
-    rounded once in fp16 and bf16.
+    A value is (integer - zero point) * scale. It has at most 20 significant bits, so it is exact in fp32. In fp16 and
+    bf16, it is rounded once.
     """
 
     qweight: torch.Tensor
@@ -120,7 +120,7 @@ class PackedWeight(LazyMatrix):
     def rows(self, which: slice) -> torch.Tensor:
         """Return the rows `which` of the weight in fp32, one row per output.
 
-        The zero point of the first row must be the first zero point in its int32.
+        `which.start` must be a multiple of `format.per_word`, so that the first zero point starts an int32.
         """
         import torch
 
@@ -159,7 +159,7 @@ class PackedWeight(LazyMatrix):
             shapes = ', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in self._tensors())
             raise ConfigError(
                 f"layer '{layer}' does not hold {self.format.bits}-bit GPTQ weights: {shapes} do not fit each other. "
-                'The checkpoint is damaged, or its quantization_config belongs to another one. '
+                'The checkpoint is damaged, or its quantization_config belongs to a different one. '
                 'Download or copy it again.'
             )
 
@@ -168,12 +168,12 @@ class PackedWeight(LazyMatrix):
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self._tensors())
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return pairs of name and tensor for the four tensors of the layer."""
+        """Return (name, tensor) for each of the four tensors of the layer."""
         return zip(TENSORS, (self.qweight, self.qzeros, self.scales, self.g_idx), strict=True)
 
 
 def packed_layers(state: State, packing: Format) -> dict[str, PackedWeight]:
-    """Return a dict from layer names to packed weights.
+    """Return a dict from layer name to packed weight, for all GPTQ layers in `state`.
 
     Raises ConfigError if a layer lacks a tensor or if the tensors of a layer do not fit each other.
     """
@@ -200,10 +200,10 @@ def packed_layers(state: State, packing: Format) -> dict[str, PackedWeight]:
 
 
 def dequantise(state: State, packing: Format) -> State:
-    """Return the state with the four tensors of each packed layer replaced by one weight.
+    """Return `state` with one lazy weight in place of the four tensors of each packed layer.
 
-    The values of the weight are computed when the loader needs them. If there are packed layers, a warning with the
-    required memory is logged.
+    The values of the weight are computed when the loader needs them. If there are packed layers, a warning is logged
+    that states the required memory.
     """
     weights = packed_layers(state, packing)
 

@@ -1,6 +1,6 @@
-"""Matrices that are computed only when they are loaded.
+"""Matrices that are computed only when the loader copies them into the model.
 
-They are computed one after the other, so that memory never holds two copies of all matrices.
+They are computed one after the other. So memory never holds all matrices twice.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 # About this many elements are computed at a time.
 _BLOCK = 2**18
 
-# The number of rows in a block is a multiple of this number. So a block never starts inside a word of packed zero
-# points.
+# The number of rows in a block is a multiple of this number. So a block of GPTQ weights never starts in the middle of
+# an int32 with packed zero points.
 _ROWS = 32
 
 
@@ -29,11 +29,11 @@ class LazyMatrix(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Return the numbers of rows and columns."""
+        """Return (number of rows, number of columns)."""
 
     @abstractmethod
     def rows(self, which: slice) -> torch.Tensor:
-        """Compute the rows `which` and return them."""
+        """Compute the rows `which`, a slice with start and stop, and return them."""
 
     def __getitem__(self, index: Any) -> Any:
         return self if index is Ellipsis else self.to()[index]
@@ -51,7 +51,7 @@ class LazyMatrix(ABC):
     def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Compute the matrix and return it as a tensor in `dtype` (default fp32).
 
-        The temporary tensors for this take a few megabytes.
+        The computation needs only a few megabytes of temporary memory.
         """
         import torch
 
@@ -67,7 +67,7 @@ class LazyMatrix(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class _Part(LazyMatrix):
-    """`count` contiguous rows of the lazy matrix `whole`, from row `first` on."""
+    """A part of the lazy matrix `whole`: `count` contiguous rows, from row `first` on."""
 
     whole: LazyMatrix
     first: int
@@ -82,7 +82,7 @@ class _Part(LazyMatrix):
 
 
 def compute_all(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state with every lazy matrix replaced by its computed tensor.
+    """Return the state dict with a computed tensor in place of every lazy matrix.
 
     This is for loaders that can copy only tensors.
     """

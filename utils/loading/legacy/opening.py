@@ -1,4 +1,7 @@
-"""Opens a checkpoint with an original layout of 2023 in a native class."""
+"""Opens a model folder with an original layout of 2023 in a native class.
+
+A native class is a class of transformers or of this project.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ _MAX_NAMES = 5
 
 
 def _class(name: str) -> Any:
-    """Return the class with this name. 'module:class' is a class of this project; other names are in transformers."""
+    """Return the class with this name: 'module:class' is a class of this project, 'class' a class of transformers."""
     module, _, cls = name.rpartition(':')
     return getattr(importlib.import_module(f'utils.loading.legacy.classes.{module}' if module else 'transformers'), cls)
 
 
 def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
-    """Return the model of a checkpoint with the original layout, in the native class of the family.
+    """Return the model of a folder with an original layout, in the native class of its family.
 
     `options` are passed to from_pretrained (dtype, device_map, quantization_config, ...). Raises ConfigError if a
     tensor of the class is missing, if a tensor of the checkpoint is not used, or if a shape is wrong. The message names
@@ -87,9 +90,9 @@ def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
 
 
 def build_empty(family: Family, model_dir: Path) -> Any:
-    """Return the model that the config.json of a folder describes. Weight files are not read.
+    """Return the model that the config.json of a folder describes. No weight file is read.
 
-    The weights are random. On the `meta` device, the model has no weights.
+    The weights of the model are random. If it is built on the `meta` device, it has no weights.
     """
     cls = _class(family.model_class)
 
@@ -100,7 +103,7 @@ def build_empty(family: Family, model_dir: Path) -> Any:
 
 
 def drop_unsupported_attention(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options. If the class does not support flash attention, the returned options do not ask for it.
+    """Return the options, without flash attention if the class does not support it.
 
     ALiBi and Bloom add a bias to the attention scores. Flash attention cannot add such a bias.
     """
@@ -112,7 +115,10 @@ def drop_unsupported_attention(cls: Any, options: dict[str, Any]) -> dict[str, A
 
 
 def _read_generation(model: Any, model_dir: Path) -> None:
-    """Apply generation_config.json to the model. Settings that only the original code knows are ignored."""
+    """Set the generation settings of the model from generation_config.json, if the folder has this file.
+
+    Settings that only the original code knows are ignored.
+    """
     from transformers import GenerationConfig
 
     if not (model_dir / 'generation_config.json').is_file():
@@ -126,7 +132,7 @@ def _read_generation(model: Any, model_dir: Path) -> None:
 
 
 def make_generation_savable(model: Any) -> None:
-    """Make the generation settings of a model valid, because transformers does not save invalid settings.
+    """Change the generation settings of a model so that they are valid. transformers does not save invalid settings.
 
     In 2023, sampling settings without do_sample meant that tokens are sampled. So do_sample is set to True. If
     do_sample is False, the sampling settings have no effect and are removed.
@@ -145,9 +151,10 @@ def make_generation_savable(model: Any) -> None:
 
 
 def check_loading(info: dict[str, Any], model_dir: Path, what: str, *, unexpected: bool = True) -> None:
-    """Raise ConfigError if tensors are missing or have a wrong shape. With `unexpected`, unused tensors raise it too.
+    """Raise ConfigError if tensors are missing or have a wrong shape.
 
-    `info` is the loading info of from_pretrained.
+    With `unexpected`, ConfigError is also raised if tensors of the files are not used. `info` is the loading info of
+    from_pretrained.
     """
     kinds = ['missing', 'mismatched']
     if unexpected:

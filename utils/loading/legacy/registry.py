@@ -1,4 +1,4 @@
-"""The table of all families, and the functions that find the family of a config.json."""
+"""The table of all families, and functions that find the family to which a config.json belongs."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | None:
-    """Return the family of an original config.json.
+    """Return the family to which an original config.json belongs.
 
-    With `name`, this is the family `name`, or None if config.json has a different model_type. Without `name`, this is
+    With `name`, returns the family `name`, or None if config.json has a different model_type. Without `name`, returns
     the family that matches config.json, or None if no family or several families match.
     """
     if name is not None:

@@ -48,7 +48,7 @@ class NoRotary(nn.Module):
 
 
 class AlibiLlamaModel(LlamaModel):
-    """LlamaModel that does not rotate queries and keys. Instead it adds a bias to the attention scores by distance."""
+    """LlamaModel with ALiBi: queries and keys are not rotated. Each attention score gets a bias for the distance."""
 
     config_class = AlibiLlamaConfig
     _supports_flash_attn = False
@@ -67,10 +67,10 @@ class AlibiLlamaModel(LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the same as LlamaModel.
+        """Return the outputs of LlamaModel.
 
         Positions are counted from the start of the padded row. Left padding does not change the result, because only
-        distances matter.
+        the distances between positions matter.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('pass either input_ids or inputs_embeds.')

@@ -1,8 +1,8 @@
 """Qwen2 with the long-context inference of Qwen (2023): dynamic NTK and log-n attention.
 
-Both extensions act only at inference, and only beyond the training length (`max_position_embeddings`). Otherwise the
-model computes the same as Qwen2 of transformers. The class is also named Qwen2ForCausalLM. So transformers can open a
-saved model without the code of this project.
+Both extensions act only at inference, and only beyond the training length (`max_position_embeddings`). In all other
+cases, the model computes the same as Qwen2 of transformers. The class is also named Qwen2ForCausalLM, so that
+transformers can open a saved model without the code of this project.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 
 def ntk_alpha(length: int, trained: int) -> float:
-    """Return the NTK factor for a prompt of `length` tokens, from which the rotary base is computed.
+    """Return the NTK factor for a prompt of `length` tokens. The base of the rotary embedding is computed from it.
 
     The factor is 1 up to the training length `trained`, 3 up to twice this length, 7 up to four times, and so on.
     """
@@ -31,7 +31,7 @@ def ntk_alpha(length: int, trained: int) -> float:
 
 
 def logn_factors(positions: torch.Tensor, trained: int) -> torch.Tensor:
-    """Return the factor by which the query at each position is multiplied.
+    """Return the log-n factor of each position. Attention multiplies the query at a position by this factor.
 
     The factor is the logarithm of position + 1 to the base `trained`, but never less than 1.
     """
@@ -151,7 +151,7 @@ class QwenModel(Qwen2Model):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the same as Qwen2Model."""
+        """Return the outputs of Qwen2Model. For a new prompt, the NTK factor of each row is set first."""
         # If the cache is not empty, the tokens continue a prompt. The factors of this prompt are already set.
         is_prompt = past_key_values is None or int(past_key_values.get_seq_length()) == 0
         if self.config.use_dynamic_ntk and not self.training and is_prompt:

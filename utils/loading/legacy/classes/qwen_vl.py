@@ -1,8 +1,10 @@
 """Qwen-VL: a Qwen with a vision tower.
 
-The features of the tower replace the embeddings of the tokens between two control tokens. The parameters of the tower
-have the same names as in the checkpoint. The model is saved under a model_type of this project. So AutoModel refuses to
-open the saved folder. Otherwise it would open a Qwen2 without the tower.
+The tower converts an image to features. They replace the embeddings of the tokens between two control tokens. The
+parameters of the tower have the same names as in the checkpoint.
+
+The model is saved under a model_type of this project. So AutoModel refuses to open the saved folder. Otherwise it would
+open a Qwen2 without the tower.
 """
 
 from __future__ import annotations
@@ -53,9 +55,9 @@ def image_slots(ids: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def resize_table(table: torch.Tensor, count: int) -> torch.Tensor:
-    """Resize a position table of a square, (S * S, C), by bicubic interpolation and return it as (count, C).
+    """Resize a position table from S x S positions to `count` positions, by bicubic interpolation.
 
-    `count` must be the square of an integer.
+    `table` is (S * S, C), and the result is (count, C). `count` must be the square of an integer.
     """
     source = math.isqrt(table.shape[0])
     target = math.isqrt(count)
@@ -70,7 +72,7 @@ def resize_table(table: torch.Tensor, count: int) -> torch.Tensor:
 class GroupedHeads(nn.Module):
     """Self-attention over all patches.
 
-    The outputs of in_proj are ordered by head, then by q, k and v, then by position in the head.
+    The outputs of in_proj are (heads, 3, head size): first q, k and v of the first head, then of the second, and so on.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -208,7 +210,7 @@ class VisualTower(nn.Module):
 
 
 class QwenVLForCausalLM(Qwen2ForCausalLM):
-    """The language model with its vision tower.
+    """Qwen2ForCausalLM with a vision tower.
 
     `pixel_values` are (images, 3, side, side). The images are in the order of their slots: first all images of the
     first row, then all images of the second row, and so on.
@@ -236,7 +238,7 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         pixel_values: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the same as Qwen2ForCausalLM. Raises ConfigError if the number of images does not fit the slots."""
+        """Return the outputs of Qwen2ForCausalLM. Raises ConfigError if the number of images does not fit the slots."""
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values)
         elif pixel_values is not None:
@@ -274,8 +276,8 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         each = self.config.visual['n_queries']
         if slots != images * each:
             raise ConfigError(
-                f'{images} images fill {images} x {each} slots, the token ids hold {slots}: '
-                'each image needs its own tag, and a row must not be cut within one.'
+                f'{images} images need {images} x {each} image tokens, but the token ids contain {slots}. Give one '
+                'image for each image tag, and do not truncate a row inside an image.'
             )
 
     def _expand_inputs_for_generation(

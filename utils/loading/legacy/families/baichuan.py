@@ -51,7 +51,7 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
 
 
 def _variant(original: Config) -> str | None:
-    """Return the Baichuan model that a config.json describes: _V1, _V2 or _13B. Returns None if that is unclear.
+    """Return which Baichuan model a config.json describes: _V1, _V2 or _13B. Returns None if config.json does not tell.
 
     model_type does not help, because it is the same for all Baichuan models.
     """
@@ -83,13 +83,13 @@ def refuse_tied(config: Config, family: str) -> None:
 def native_tensors(state: State, original: Config, *, width: int) -> State:
     """Return the tensors with W_pack split into query, key and value. All other names are already the names of Llama.
 
-    If config.json does not state the hidden size, `width` is used, the default of the original class.
+    `width` is the hidden size if config.json does not state it: the default of the original class.
     """
     return map_each(state, partial(_split, width=original.get('hidden_size', width)))
 
 
 def native_tensors_normalised(state: State, original: Config, *, width: int) -> State:
-    """Return the same as `native_tensors`, but with the rows of the output head scaled to length 1."""
+    """Return the same as `native_tensors`, but with each row of the output head divided by its Euclidean norm."""
     return with_normalised_head(native_tensors(state, original, width=width))
 
 
@@ -105,7 +105,7 @@ def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Ten
     rows = next(iter(tensor.shape), 0)
     if rows != 3 * width:
         raise ConfigError(
-            f"tensor '{key}' has {rows} rows where query, key and value of hidden_size {width} need "
+            f"tensor '{key}' has {rows} rows, but query, key and value of hidden_size {width} need "
             f'{3 * width}: the file is damaged, or config.json is of another size. Use the weights and config.json of '
             'one repository or folder.'
         )
@@ -115,7 +115,7 @@ def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Ten
 
 @dataclass(frozen=True, kw_only=True)
 class NormalisedRows(LazyMatrix):
-    """An output head. When it is loaded, each row is divided by its length (the Euclidean norm)."""
+    """An output head. When it is loaded, each row is divided by its Euclidean norm."""
 
     head: torch.Tensor
 
@@ -125,12 +125,12 @@ class NormalisedRows(LazyMatrix):
         return self.head.shape[0], self.head.shape[1]
 
     def rows(self, which: slice) -> torch.Tensor:
-        """Return the rows `which`, scaled to length 1, in fp32."""
+        """Return the rows `which` in fp32, each divided by its Euclidean norm."""
         return normalise_rows(self.head[which])
 
 
 def with_normalised_head(native: State) -> State:
-    """Return the native tensors with the rows of the output head scaled to length 1."""
+    """Return the native tensors with a lazy output head, in which each row is divided by its Euclidean norm."""
     head = native.get('lm_head.weight')
     if head is None or head.dim() != 2:  # The loader reports such a head as missing or mismatched.
         return native
@@ -139,7 +139,7 @@ def with_normalised_head(native: State) -> State:
 
 
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
-    """Return the output head in fp32, with each row divided by its length. Rows of length 1 do not change.
+    """Return the output head in fp32, with each row divided by its Euclidean norm. Rows with norm 1 do not change.
 
     The original code divides in the dtype in which it runs. Here the division is in fp32, and the result is rounded
     only once, to the dtype of the opened model. So if half-precision files are opened in fp32, the logits are those of

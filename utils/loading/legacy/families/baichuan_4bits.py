@@ -24,7 +24,7 @@ _QUANT = '.quant_state'
 
 
 def _dense(original: Config) -> Config:
-    """Return config.json without quantization_config. It then describes the unpacked (full-width) model."""
+    """Return config.json without quantization_config, which is the config.json of the unpacked (full-width) model."""
     return {field: value for field, value in original.items() if field != 'quantization_config'}
 
 
@@ -35,10 +35,10 @@ def _matches(original: Config, *, full_width: Family) -> bool:
 
 
 def unpack_state(state: State) -> State:
-    """Return the state with each pair of `<name>.data` and `<name>.quant_state` replaced by the weight `<name>`.
+    """Return the state dict with a lazy weight `<name>` in place of each `<name>.data` and `<name>.quant_state`.
 
-    Raises ConfigError if one entry of a pair is missing. If there are packed weights, a warning with the required
-    memory is logged.
+    Raises ConfigError if one of the two entries is missing. If there are packed weights, a warning is logged that
+    states the required memory.
     """
     unpacked: State = {}
 
@@ -73,10 +73,13 @@ def unpack_state(state: State) -> State:
 class Nf4Weight(LazyMatrix):
     """A packed weight. The unpacked values are exactly the same as in bitsandbytes of 2023.
 
-    Each byte holds two values, the first in its high half. Four bits select one of the 16 numbers in `values` (nf4 or
-    fp4). This number is multiplied by the scale of its block. If `nested` is None, `absmax` holds the scales in fp32.
-    Otherwise the scales are packed too, in blocks of scales: `absmax` holds indices into a second table. The selected
-    number is multiplied by the scale of its block of scales, and then an offset is added.
+    Each byte of `packed` holds two values of four bits, the first value in the high bits. Four bits select one of the
+    16 numbers in `values` (nf4 or fp4). A value of the weight is this number times the scale of its block. A block is
+    `block` contiguous values.
+
+    If `nested` is None, `absmax` holds the scales in fp32. Otherwise the scales are packed too: `absmax` holds indices
+    into a table in `nested`. A scale is the number in this table, times the scale of its block of scales, plus an
+    offset. `nested` holds these scales and the offset.
     """
 
     packed: torch.Tensor
@@ -123,7 +126,7 @@ class Nf4Weight(LazyMatrix):
 
 
 def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
-    """Return the weight that the two entries `.data` and `.quant_state` describe.
+    """Return the weight that the entries `.data` (`packed`) and `.quant_state` describe.
 
     Raises ConfigError if quant_state has an unknown layout, or if the two entries do not fit each other.
     """

@@ -1,6 +1,6 @@
 """ChatGLM2-6B and ChatGLM2-6B-32k. They are GLM models in which query, key and value are one fused tensor.
 
-The 32k model interpolates positions.
+In the 32k model, positions are divided by a constant (linear interpolation).
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ def native_config(original: Config, *, family: str) -> dict[str, Any]:
 
 
 def _renamed(original: Config) -> dict[str, Any]:
-    """Return the fields under the names of GlmConfig. A missing field gets the default of the original class."""
+    """Return the fields of config.json under the names of GlmConfig. Missing fields get the original default."""
     return {native: original.get(name, default) for native, (name, default) in _FIELDS.items()}
 
 
 def _rope(original: Config, family: str) -> dict[str, Any]:
-    """Return rope_parameters. Half of each head is rotated. The 32k model divides positions by rope_ratio.
+    """Return rope_parameters for GlmConfig. Half of each head is rotated.
 
-    Raises ConfigError if rope_ratio is not 1 and the model is not the 32k model.
+    In the 32k model, positions are divided by rope_ratio. Raises ConfigError if a different model has a rope_ratio.
     """
     rope = {'rope_type': 'default', 'rope_theta': 10000.0, 'partial_rotary_factor': 0.5}
 
@@ -105,15 +105,15 @@ def _rope(original: Config, family: str) -> dict[str, Any]:
         family,
         'rope_ratio',
         ratio,
-        'which chatglm2-6b-32k divides positions by and later ChatGLMs multiply the base by: '
-        'pass --model_type chatglm2-6b-32k if it is that model',
+        'and chatglm2-6b has no rope_ratio: if this is chatglm2-6b-32k, pass --model_type chatglm2-6b-32k; '
+        'later ChatGLM models use rope_ratio differently',
     )
 
     return {**rope, 'rope_type': 'linear', 'factor': float(ratio)}
 
 
 def native_tensors(state: State, original: Config) -> State:
-    """Return the tensors under the names of GLM. The fused tensors are split into query, key and value."""
+    """Return the tensors under the names of GlmForCausalLM. The fused tensors are split into query, key and value."""
     config = _renamed(original)
     query_rows = config['num_attention_heads'] * config['head_dim']
     shared_rows = config['num_key_value_heads'] * config['head_dim']

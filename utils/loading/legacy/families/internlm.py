@@ -26,8 +26,8 @@ def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> 
     """Return the LlamaConfig arguments that config.json stores under the same names, without rotary settings.
 
     If config.json does not have a field, the value is taken from `defaults`, the defaults of the original class. Raises
-    ConfigError if hidden_size is not divisible by the number of heads, or if the weights are quantised: other
-    families read those.
+    ConfigError if hidden_size is not divisible by the number of heads, or if the weights are quantised, because
+    other families read quantised weights.
     """
     config = {name: original.get(name, default) for name, default in {**_DEFAULTS, **defaults}.items()}
 
@@ -50,7 +50,7 @@ def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> 
 
 
 def static_rope(original: Config, family: str) -> dict[str, Any]:
-    """Return rope_parameters for a family that does not scale positions.
+    """Return rope_parameters for LlamaConfig, for a family whose original class has no rope_scaling.
 
     Raises ConfigError if config.json has rope_scaling.
     """
@@ -73,7 +73,7 @@ def native_config(original: Config) -> dict[str, Any]:
 
 
 def _rope(original: Config) -> dict[str, Any]:
-    """Return rope_parameters. Raises ConfigError if the type of scaling is unknown.
+    """Return rope_parameters for LlamaConfig. Raises ConfigError if the type of scaling is unknown.
 
     A config.json of November 2023 has the field `rotary`. A config.json of December 2023 has rope_theta and
     rope_scaling.

@@ -1,4 +1,4 @@
-"""PolyLM, a GPT-2 model of a different size. Its config.json names the wrong begin and end tokens."""
+"""PolyLM, a GPT-2 model of a different size. Its config.json states wrong ids of the begin and end tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from utils.loading.legacy.family import Config, Family, State, map_each, refuse
 if TYPE_CHECKING:
     import torch
 
-# The fields of config.json that affect the computation or the training. GPT2Config accepts the long names in the first
-# line in place of its own short names.
+# The fields of config.json that affect the computation or the training. GPT2Config accepts both the names in the first
+# line and its shorter names, e.g. hidden_size and n_embd.
 _FIELDS = (
     'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'max_position_embeddings',
     'vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'n_inner', 'activation_function', 'resid_pdrop',

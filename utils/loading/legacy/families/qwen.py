@@ -1,7 +1,7 @@
 """Qwen 7B and 14B of 2023, plain and GPTQ.
 
-They are Qwen2 with two differences in the layout: q, k and v are one fused layer, and w2, not w1, is the gate of the
-MLP.
+They are Qwen2 models with two differences in the layout: q, k and v are one fused layer, and the gate of the MLP is w2,
+not w1.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     'num_hidden_layers': (('num_hidden_layers', 'n_layer'), 32),
     'num_attention_heads': (('num_attention_heads', 'n_head'), 32),
     'rms_norm_eps': (('layer_norm_epsilon',), 1e-6),
-    # The plain class computes exactly up to this length. In the original, max_position_embeddings is only the size of
-    # the tables.
+    # Up to this length, no extension for long contexts is used. In the original, max_position_embeddings is only the
+    # size of the tables.
     'max_position_embeddings': (('seq_length', 'max_position_embeddings', 'n_positions'), 8192),
     'attention_dropout': (('attn_dropout_prob', 'attn_pdrop'), 0.0),
     'initializer_range': (('initializer_range',), 0.02),
@@ -71,7 +71,7 @@ _LAYER = re.compile(r'transformer\.h\.(\d+)\.(.+)')
 def text_config(original: Config, family: str) -> dict[str, Any]:
     """Return the arguments of Qwen2Config for the language model.
 
-    They include the fields that the long-context classes read. Raises ConfigError if a field has a value that is not
+    They include the fields that the classes in qwen_long.py read. Raises ConfigError if a field has a value that is not
     supported.
     """
     for name, (required, why) in _REQUIRED.items():
@@ -103,7 +103,7 @@ def text_config(original: Config, family: str) -> dict[str, Any]:
 
 
 def _first(original: Config, names: tuple[str, ...], default: Any) -> Any:
-    """Return the value of the first field in `names` that is set. If no field is set, return the default."""
+    """Return the value of the first of the fields `names` that config.json sets. If none is set, return `default`."""
     return next((original[name] for name in names if original.get(name) is not None), default)
 
 
@@ -184,9 +184,9 @@ def gptq_tensors(state: State, original: Config) -> State:
 
 
 def _rename_gptq(key: str, tensor: Any) -> dict[str, Any]:
-    """Return the same as `rename_text`, but drop the zero biases that AutoGPTQ adds to layers without a bias.
+    """Return the same as `rename_text`, but an empty dict for a bias that AutoGPTQ added to a layer without a bias.
 
-    Raises ConfigError if such a bias is not zero.
+    All values of such a bias are zero. Raises ConfigError if a value is not zero.
     """
     layer = _LAYER.fullmatch(key.removesuffix('.bias'))
 

@@ -71,7 +71,7 @@ def _visual(original: Config, text: Config, family: str) -> dict[str, Any]:
 
     visual = {**_DEFAULTS, **dict(found or {})}
     for name in _NEEDED:
-        refuse(visual.get(name) is None, family, f'visual.{name}', None, 'which the tower cannot be built without')
+        refuse(visual.get(name) is None, family, f'visual.{name}', None, 'but the vision tower needs this setting')
 
     width = visual['width']
     heads = visual['heads']
@@ -128,7 +128,7 @@ def gptq_tensors_of_both(state: State, original: Config) -> State:
 
 
 def _is_gptq(config: Config) -> bool:
-    """Return whether a config.json has a quantization_config. Whether it states GPTQ is checked later."""
+    """Return whether a config.json has a quantization_config. `gptq_config` later checks that it states GPTQ."""
     return config.get('quantization_config') is not None
 
 

@@ -33,7 +33,7 @@ class Vocabulary:
     """The content of a sentencepiece model.
 
     `pieces` are (text, score, type) in the order of their ids. `charsmap`, `dummy_prefix` and `strip_spaces` tell how
-    text is normalised.
+    text is normalised. With `dummy_prefix`, a space is added before each text.
     """
 
     pieces: list[tuple[str, float, int]]
@@ -49,15 +49,15 @@ class Vocabulary:
 
     @property
     def isolates_symbols(self) -> bool:
-        """Return whether user-defined pieces are split off by a regex, after the dummy prefix is added to the text.
+        """Return whether a regex must find the user-defined pieces in the text, after the dummy prefix was added.
 
-        If not, they become added tokens of the `tokenizers` library.
+        If False, `tokenizers` finds them itself, because they are made added tokens.
         """
         return self.dummy_prefix and bool(self.of_type(_USER_DEFINED))
 
 
 def read_settings(model_dir: Path, name: str = 'tokenizer_config.json') -> dict[str, Any]:
-    """Return the object in a JSON file of a folder. If the file does not exist, return an empty dict.
+    """Return the content of a JSON file of a folder. If the file does not exist, return an empty dict.
 
     Raises ConfigError if the content is not a JSON object.
     """
@@ -98,8 +98,8 @@ def added_token(value: Any, where: Path) -> Any:
 
     flags = {flag: bool(fields.get(flag, False)) for flag in ('single_word', 'lstrip', 'rstrip')}
 
-    # With normalized=False, the token is found in the text before normalisation. Normalisation would add the dummy
-    # prefix to the token.
+    # With normalized=False, the token is found in the text before normalisation. Normalisation would put the dummy
+    # prefix before the token.
     return AddedToken(fields['content'], special=True, normalized=False, **flags)
 
 
@@ -142,7 +142,7 @@ def read_vocabulary(file: Path) -> Vocabulary:
 def _problem(vocabulary: Vocabulary, trainer: Any, normalizer: Any) -> str | None:
     """Return the reason why the `tokenizers` library cannot give the same ids as a sentencepiece model.
 
-    Returns None if it can.
+    Returns None if the library can give the same ids.
     """
     texts = {text for text, _, _ in vocabulary.pieces}
     spaced = vocabulary.strip_spaces and any(_SPACE in text for text in vocabulary.of_type(_USER_DEFINED))
@@ -165,7 +165,7 @@ def _problem(vocabulary: Vocabulary, trainer: Any, normalizer: Any) -> str | Non
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Return all BPE merges: all pairs of normal pieces whose concatenation is a normal piece.
 
-    As in sentencepiece, the order of the merges is that of the scores of the concatenations, not that of their ids.
+    As in sentencepiece, the merges are in the order of the scores of their concatenations, not of the ids.
     """
     known = {text: (-score, i) for i, (text, score, kind) in enumerate(vocabulary.pieces) if kind == _NORMAL}
 
@@ -201,16 +201,16 @@ def _model(vocabulary: Vocabulary) -> Any:
 
 
 def _cut_pattern(vocabulary: Vocabulary) -> str:
-    """Return the regex at whose matches normalised text is split before the model encodes it.
+    """Return a regex. Before the model encodes normalised text, the text is split at the matches of this regex.
 
-    Returns an empty string if the text is not split. The regex has two purposes.
+    Returns an empty string if the text must not be split. The regex has two purposes.
 
-    It splits off user-defined pieces. The longest piece is tried first. The model does not split these pieces further
-    (ignore_merges).
+    First, it separates user-defined pieces from the rest of the text. It tries the longest piece first. The model then
+    keeps each user-defined piece whole (ignore_merges).
 
-    It also prevents that text which looks like a control or byte piece becomes this piece. A BPE model would form the
-    piece after a user-defined piece. A unigram model would form the piece if it contains a character that no normal
-    piece contains. In both cases, the regex splits the text.
+    Second, it keeps ordinary text from becoming a control or byte piece, for example the text `<s>`. A BPE model would
+    form such a piece after a user-defined piece. A unigram model would form a piece with a character that no normal
+    piece contains. In both cases, the regex splits the text inside the piece.
     """
     literals = [t for t in vocabulary.of_type(_UNKNOWN, _CONTROL, _BYTE) if len(t) > 1]
     known = set(''.join(vocabulary.of_type(_NORMAL)))
@@ -233,9 +233,10 @@ def _cut_pattern(vocabulary: Vocabulary) -> str:
 
 
 def _split_point(text: str, known: set[str]) -> int:
-    """Return the first position between a known and an unknown character. Returns 1 if there is no such position.
+    """Return the first position in `text` between a known and an unknown character. Returns 1 if there is none.
 
-    Several unknown characters in a row are one token. So a split between two unknown characters would have no effect.
+    `known` are the characters that normal pieces contain. Several unknown characters in a row are one token. So a split
+    between two unknown characters would have no effect.
     """
     for at in range(1, len(text)):
         if (text[at] in known) != (text[at - 1] in known):
@@ -296,7 +297,7 @@ def build_backend(vocabulary: Vocabulary, special: Sequence[Any]) -> Any:
 
 
 def _set_template(backend: Any, first: Sequence[str], last: Sequence[str]) -> None:
-    """Make the tokenizer add the tokens `first` before each text and the tokens `last` after each text."""
+    """Change `backend` so that it adds the tokens `first` before each text and the tokens `last` after each text."""
     from tokenizers import processors
 
     if not first and not last:

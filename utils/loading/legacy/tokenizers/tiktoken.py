@@ -23,13 +23,13 @@ _END_OF_TEXT = '<|endoftext|>'
 _IM_START = '<|im_start|>'
 _IM_END = '<|im_end|>'
 
-# The special tokens in the order of their ids. The first id is the number of ranks.
+# The special tokens in the order of their ids. Their ids follow the last rank in qwen.tiktoken.
 _SPECIAL = (_END_OF_TEXT, _IM_START, _IM_END, *(f'<|extra_{i}|>' for i in range(205)))
 _VISION = ('<ref>', '</ref>', '<box>', '</box>', '<quad>', '</quad>', '<img>', '</img>', '<imgpad>')
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Return a dict from the tokens of a tiktoken file to their ranks.
+    """Return a dict from token to rank for all lines of a tiktoken file.
 
     Raises ConfigError if the file is missing, truncated or corrupt.
     """
@@ -104,7 +104,7 @@ def _end_token(model_dir: Path, first_special: int) -> str:
 
 
 def _build(model_dir: Path, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Return the tokenizer for the qwen.tiktoken of a folder, with these special tokens."""
+    """Return the tokenizer of a folder: the tokens in qwen.tiktoken, followed by the tokens `special`."""
     from transformers import PreTrainedTokenizerFast
 
     ranks = read_ranks(model_dir / 'qwen.tiktoken')
