@@ -39,7 +39,7 @@ class Row:
     messages: list[Message]
     tools: list[Any] | None = None
     images: list[str] = field(default_factory=list)
-    # The folder of the data file, in which relative paths of images are looked up. None for typed text.
+    # The folder of the data file. Relative paths of images start in this folder. It is None if the user typed the text.
     folder: str | None = None
     origin: str = ''
     # The source row as it was read. It is not a copy, so never change it.
@@ -59,4 +59,4 @@ class BadRow(ValueError):
 
 
 class Filtered(BadRow):
-    """The entry of the data set skips this row on purpose. The row is not defective."""
+    """The row is valid, but the registry entry of its data set skips the row on purpose."""
