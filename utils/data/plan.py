@@ -39,7 +39,7 @@ def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int,
 
 
 def served_by(parts: Iterable[Part]) -> dict[str, str]:
-    """Return a dictionary with the hub, id and revision of each data set that came from a hub. The keys are names."""
+    """Return {name of the data set: hub, id and revision} for the data sets that were downloaded from a hub."""
     return {part.name: part.served for part in parts if part.served and not part.is_val}
 
 
@@ -47,8 +47,8 @@ def served_by(parts: Iterable[Part]) -> dict[str, str]:
 class Plan:
     """Says which rows a run uses.
 
-    `left_out` counts the rows that cannot be trained on. `noted` counts the remarks on all other rows. `drawn` has a
-    line for each decision to use only some rows of a larger set. `digest` is a hash of all rows and their uses.
+    `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has a line
+    of text for each decision to use only some of the available rows. `digest` is a hash of all rows and their uses.
     """
 
     parts: list[Part]
@@ -58,7 +58,7 @@ class Plan:
     digest: str
 
     def decisions(self, loss_scope: LossScope) -> list[str]:
-        """Return the decisions that exclude rows, or exclude replies from the loss."""
+        """Return a line of text for each decision that excludes rows from the run, or replies from the loss."""
         replies = sum(part.earlier_replies for part in self.parts)
         rows = sum(part.rows_with_earlier for part in self.parts)
         if loss_scope != 'last_round' or not replies:
@@ -81,7 +81,7 @@ class Plan:
                 yield use, row
 
     def lock(self) -> dict[str, dict[str, Any]]:
-        """Return, for lock.json, the number of used rows of each part and a hash of its content and uses."""
+        """Return {part: {'rows': number of used rows, 'sha256': hash of the content and the uses}} for lock.json."""
         return {
             part.name: {
                 'rows': len(part.uses) - part.uses.count(UNUSED),
@@ -109,7 +109,7 @@ def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
 
 
 def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
-    """Return a list with the decision that some available rows are not used. Returns [] if all rows are used."""
+    """Return a list with one line of text, which says that some rows are not used. Returns [] if all rows are used."""
     if sample >= available:
         return []
     return [f'rows = {sample} of {available} {what} because {why}: {available - sample} rows are not used']
