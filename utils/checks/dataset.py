@@ -69,7 +69,7 @@ class Findings(Tally):
     def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
         """Count one row, and write its location and column to the file.
 
-        If the row repeats a different row, `of` is the location of the different row.
+        If the row has the same content as a second row, `of` is the location of the second row.
         """
         if reason in self.skip:
             return
@@ -310,7 +310,7 @@ class DataCheck:
 
 
 def _by_reason(findings: Findings) -> dict[str, dict[str, Any]]:
-    """Return for each reason the number of rows and the locations of the first rows."""
+    """Return {reason: {'rows': number of rows, 'first': locations of the first rows}}."""
     return {reason: {'rows': n, 'first': findings.places[reason]} for reason, n in findings.counts.items()}
 
 

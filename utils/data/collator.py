@@ -89,9 +89,9 @@ def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[s
 
 
 def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, torch.Tensor]:
-    """Return a batch with only these rows of a batch without images. It is padded or concatenated as before.
+    """Return a batch with only these rows of a batch without images.
 
-    Padded rows are cut to the length of the longest of these rows.
+    The new batch is padded or concatenated like `batch`. Padding beyond the longest of these rows is cut.
     """
     if 'attention_mask' not in batch:
         rows = _split_concatenated(batch)

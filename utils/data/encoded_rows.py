@@ -156,8 +156,8 @@ class EncodedRows:
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
         """Return the batches of `count` rows that need the most memory.
 
-        The first batch has the longest rows. If the rows with the most tokens that carry loss are different rows, they
-        are a second batch.
+        The first batch has the longest rows. A second batch has the rows with the most tokens that carry loss, if
+        these are different rows.
         """
         ends = np.asarray(self.arrays['spans_ends'])
         first_spans = np.concatenate([[0], ends[:-1] // 2]).astype(np.int64)

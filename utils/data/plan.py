@@ -20,9 +20,9 @@ from utils.formats.data_file import OnBad, refuse
 
 
 def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
-    """Draw up to `count` of the rows whose use is `use`.
+    """Draw up to `count` random rows among the rows whose use is `use`.
 
-    The use of the drawn rows is set to `drawn`, the use of the rest to `rest`.
+    The use of these rows is set: to `drawn` for the drawn rows, to `rest` for the others.
     """
     total = sum(part.uses.count(use) for part in parts)
     chosen = bytearray(total)
@@ -58,7 +58,7 @@ class Plan:
     digest: str
 
     def decisions(self, loss_scope: LossScope) -> list[str]:
-        """Return a line of text for each decision that excludes rows from the run, or replies from the loss."""
+        """Return one line of text for each decision that excludes rows from the run, or replies from the loss."""
         replies = sum(part.earlier_replies for part in self.parts)
         rows = sum(part.rows_with_earlier for part in self.parts)
         if loss_scope != 'last_round' or not replies:

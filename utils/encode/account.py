@@ -148,7 +148,7 @@ def _other_words(value: Any) -> Iterator[str]:
 
 
 def _texts(value: Any, path: _Path, label: str, name: str, turn: int = -1, kind: str = 'text') -> Iterator[_Leaf]:
-    """Yield one leaf for every string in a nested value. All leaves have the given label, name, turn and kind."""
+    """Yield a _Leaf for every string in a nested value. All have the given label, name, turn and kind."""
     for place, text in _strings(value, path):
         yield _Leaf(label, name, text, turn, kind, place)
 
@@ -212,7 +212,7 @@ def _of_content(value: Any, path: _Path, label: str, turn: int) -> Iterator[_Lea
 
 
 def _of_item(item: Mapping[str, Any], path: _Path, label: str, turn: int) -> Iterator[_Leaf]:
-    """Yield a leaf for every text in one item of a content list, such as {'type': 'text', 'text': ...}."""
+    """Yield a _Leaf for every text in one item of a content list, such as {'type': 'text', 'text': ...}."""
     image = 'image' if item.get('image') else 'path'
     for key, part in item.items():
         at = (*path, key)
@@ -266,7 +266,7 @@ def _of_history(history: Any) -> Iterator[_Leaf]:
 
 
 def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
-    """Yield a leaf for every text of a row. `raw` is the row as it was written in the file."""
+    """Yield a _Leaf for every text of a row. `raw` is the row as it was written in the file."""
     shape = next((columns for columns in _SHAPES if all(c in raw for c in columns[:2])), ())
     after = {'query': 'user text', 'instruction': 'user text', 'input': 'user text', 'response': 'reply text',
              'output': 'reply text'}  # fmt: skip
@@ -315,9 +315,9 @@ class _Text:
         self.trained = [self.ends[i - 1] for i in range(1, len(encoded.pieces), 2)]
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """Return the first span at or after `start` that has this text, unchanged or with the escapes of JSON.
+        """Return the span (start, end) of the first match of this text at or after `start`.
 
-        Returns None if the text is not found.
+        The text matches unchanged, or with the escapes of JSON. Returns None if the text is not found.
         """
         at = self.text.find(text, start)
         if at >= 0:
@@ -332,7 +332,7 @@ class _Text:
         return None
 
     def masked(self) -> str:
-        """Return the text with NUL characters in the spans that leaves have claimed."""
+        """Return the text with NUL characters in the spans in which leaves were already found."""
         parts, position = [], 0
         for start, end in sorted(self.claimed):
             parts += [self.text[position:start], '\0' * (end - max(start, position))]
@@ -549,9 +549,9 @@ class Account:
             self.unused[name] = self.unused.get(name, 0) + 1
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
-        """Search the texts of a row in the order of its turns, and yield one place for each text.
+        """Search the texts of a row in the order of its turns, and yield a _Place for each text.
 
-        The places of identities (names and ids) come last.
+        The texts that are identities (names and ids) come last.
         """
         found = list(leaves(row.written))
         replies = sorted({leaf.turn for leaf in found if leaf.label in ('reply text', 'reasoning', 'tool calls')})
@@ -594,7 +594,7 @@ class Account:
             missed[leaf.name] = None
 
     def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
-        """Return the place of a leaf, and the position in the text at which the leaf ends (0 if not found)."""
+        """Return (_Place of a leaf, position in the text at which the leaf ends). It is 0 if the leaf is not found."""
         size = len(leaf.text)
         if leaf.kind == STRUCTURE:
             return _Place(leaf, {STRUCTURE: size}), 0

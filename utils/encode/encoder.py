@@ -68,7 +68,7 @@ class Encoder:
                 'today': today, 'embedding': self.embedding}  # fmt: skip
 
     def embed(self, embedding: int | None) -> None:
-        """Set the number of rows of the embedding. Raises ConfigError if it has no row for any end-of-turn token."""
+        """Set the number of rows of the embedding. Raises ConfigError if no end-of-turn token has a row in it."""
         self.embedding = embedding
         beyond = [end for end in self.stop_ids if embedding is not None and end >= embedding]
         if not beyond:

@@ -148,7 +148,7 @@ class TextTokenizer:
         return self._active.sub('', text)
 
     def guard(self, data: str, *, reply: bool = False) -> str:
-        """Return the data with each control token replaced by a stand-in. A reply keeps its think tags."""
+        """Return the data with each control token replaced by a random stand-in. A reply keeps its think tags."""
         pattern = self._inert_in_replies if reply else self._active
         return pattern.sub(lambda m: f'{self._nonce}:{self._number[m[0]]};', data)
 

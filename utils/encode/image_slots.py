@@ -18,7 +18,7 @@ FoundImages = list[tuple[str, int]]
 
 
 def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
-    """Return the new position of each id after `fill_slots`, and then the new length. `slot` is the id of the slot."""
+    """Return a list with the new position of each id after `fill_slots`, and with the new length at the end."""
     counts = iter(found)
     return [0, *accumulate(next(counts)[1] if token == slot else 1 for token in ids)]
 

@@ -28,8 +28,8 @@ class _Reply(str):
 class TemplateEncoder(Encoder):
     """Encodes rows with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix.
 
-    Under all_rounds, loss also covers each earlier reply. If chat_sep has a token at which generation stops, loss also
-    covers chat_sep up to this token.
+    With --loss_scope all_rounds, loss also covers each earlier reply. If chat_sep has a token at which generation
+    stops, loss also covers chat_sep up to this token.
     """
 
     def __init__(

@@ -237,7 +237,7 @@ def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
 def _in_order_of(written: Mapping[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """Return `made` with its keys in the order of `written`, because some templates print the whole object.
 
-    If `written` has no `type`, `type` comes first. Any other key that is not in `written` comes last.
+    If `written` has no `type`, `type` comes first. All other keys that are not in `written` come last.
     """
     positions = {key: position for position, key in enumerate(written)}
     positions.setdefault('type', -1)

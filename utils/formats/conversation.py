@@ -13,7 +13,8 @@ class Message(TypedDict, total=False):
 
     `content` is '' in a turn with only tool calls. An item of `tool_calls` is {'type': 'function', 'function': {'name',
     'arguments'}}, with an 'id' if the row has an id. If `arguments` is the JSON text of an object, the text is parsed;
-    any other value is unchanged. `loss` says whether the turn carries loss. It is absent if the row does not say so.
+    any other value is unchanged. `loss` says whether the turn carries loss. Without such a setting in the row, `loss`
+    is absent.
     """
 
     role: str

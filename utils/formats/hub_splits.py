@@ -122,7 +122,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split: str) -> list[str]:
-    """Return the files of a split in the list. Returns [] if the list does not contain the split."""
+    """Return the files of a split, from the list of files. Returns [] if the list does not contain the split."""
     splits = listed.get(subset)
     # An entry without subsets has the subset 'default'. The repository may use a different name for this subset.
     if not splits and subset == 'default' and len(listed) == 1:
