@@ -2,5 +2,6 @@
 
 from pathlib import Path
 
-# Commands of earlier versions, such as `python -m utils.push`, are found in this folder. They print their new name.
+# The folder old_commands has the commands of earlier versions, such as `python -m utils.push`. Each of these commands
+# prints its new name.
 __path__ = [*__path__, str(Path(__file__).parent / 'old_commands')]

@@ -1,4 +1,4 @@
-"""The registry of models, and functions that find an entry of the registry and open a model from a folder."""
+"""The registry of models, and functions that find an entry of the registry and load a model from a folder."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# For repositories with the weights in two formats, .safetensors and .bin: the .bin files are not downloaded.
+# Patterns of files that are not downloaded, for repositories with the weights both as .safetensors and as .bin.
 _NO_BIN = (r'.+\.bin$',)
 
 # The layers that get LoRA adapters by default. The stacked parameters of experts get adapters only if the user names
-# them. If PEFT would apply gate_proj, up_proj and down_proj to these parameters, only the attention gets adapters.
+# them. For some models, PEFT would apply gate_proj, up_proj and down_proj to these parameters. The entries of these
+# models use _ATTENTION.
 _ATTENTION = (*QKV, 'o_proj')
 _STANDARD = (*_ATTENTION, 'gate_proj', 'up_proj', 'down_proj')
 _FUSED_MLP = (*_ATTENTION, 'gate_up_proj', 'down_proj')
 _GATED_DELTA = (*_STANDARD, 'in_proj_qkv', 'in_proj_z', 'in_proj_a', 'in_proj_b', 'out_proj')
 _LATENT_ATTENTION = ('q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')
 
-# For repositories that also contain the weights in the original layout of their author: these are not downloaded.
+# Patterns of files that are not downloaded, for repositories with a second copy of the weights in the author's layout.
 _NO_ORIGINAL = ('original/.*', 'consolidated.*')
 
 
@@ -799,7 +800,10 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
 
 
 def infer_model_type(model_id_or_path: str) -> str | None:
-    """Return the key of the entry with this hub id, or with this folder name. Returns None if no entry matches."""
+    """Return the key in MODEL_MAPPING for a hub id or a model folder. Returns None if no entry matches.
+
+    A folder matches an entry if its name is the last part of the hub id of the entry.
+    """
     path = Path(model_id_or_path)
     folder = path.name
 
@@ -820,9 +824,10 @@ def infer_model_type(model_id_or_path: str) -> str | None:
 
 
 def get_model_info(model_type: str | None, model_id_or_path: str | None = None) -> ModelInfo:
-    """Return the entry with the key `model_type`. If `model_id_or_path` is a different model, it replaces the id.
+    """Return the entry of MODEL_MAPPING with the key `model_type`.
 
-    Without a key, a new entry for `model_id_or_path` is returned. Raises ConfigError if the key is unknown.
+    If `model_id_or_path` is not an id of this entry, a copy of the entry with `model_id_or_path` as its id is returned.
+    If `model_type` is None, a new entry for `model_id_or_path` is returned. Raises ConfigError if the key is unknown.
     """
     if model_type is None:
         assert model_id_or_path is not None, 'resolve names a type or a path'
@@ -844,7 +849,10 @@ def get_model_info(model_type: str | None, model_id_or_path: str | None = None) 
 def load_model(
     model_dir: str | Path, *, model_type: str | None = None, torch_dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load the model in a folder with its native class. Without `torch_dtype`, the best dtype of the device is used."""
+    """Return the model in a folder, loaded with its native class.
+
+    Without `torch_dtype`, the best dtype of the device is used.
+    """
     info = get_model_info(model_type, str(model_dir))
     dtype = torch_dtype or pick_dtype(info.torch_dtype)[0]
 
@@ -855,5 +863,5 @@ def load_model(
 
 
 def load_tokenizer(model_dir: str | Path, *, model_type: str | None = None) -> Any:
-    """Load the tokenizer in a folder. It always has a pad token. No code from the folder is run."""
+    """Return the tokenizer in a folder. The tokenizer always has a pad token. No code from the folder is run."""
     return read_tokenizer(Path(model_dir), get_model_info(model_type, str(model_dir)))

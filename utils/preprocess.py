@@ -16,9 +16,12 @@ Piece = str | tuple[int | str, ...]
 class Template:
     """The text and control tokens around the turns of a conversation.
 
-    A string piece is text with placeholders: {{SYSTEM}} in `prefix`, {{QUERY}} and {{ROUND}} (counted from 1) in
-    `prompt`. A tuple piece contains token ids or names of tokenizer attributes. `chat_sep` is written between two
-    rounds. If it is None, the template allows only one round.
+    A conversation is `prefix`, then `prompt` and the reply for each round, then `suffix`. `chat_sep` is written between
+    two rounds. If `chat_sep` is None, the template allows only one round.
+
+    Each field is a tuple of pieces. A piece is a text or a tuple. A text may have placeholders: {{SYSTEM}} in `prefix`,
+    {{QUERY}} and {{ROUND}} (counted from 1) in `prompt`. A tuple contains token ids, or names of tokenizer attributes
+    that contain a token id, such as 'eos_token_id'.
     """
 
     prefix: tuple[Piece, ...]
@@ -37,7 +40,7 @@ _OPENBUDDY = Template(
     prefix=('{{SYSTEM}}\n\n',), prompt=('User: {{QUERY}}\nAssistant: ',), chat_sep=('\n',), suffix=_EOS
 )
 
-# The name that selects the chat template of the tokenizer. So its entry in TEMPLATE_MAPPING is None.
+# The name that selects the chat template of the tokenizer. TEMPLATE_MAPPING has no template for this name, only None.
 AUTO = 'auto'
 
 TEMPLATE_MAPPING: dict[str, Template | None] = {

@@ -303,7 +303,7 @@ def test_what_a_data_set_filters_is_counted_and_named_but_no_defect(
     loopback.add('dataset', 'wyj123456/firefly', {'a.jsonl': '\n'.join(map(json.dumps, rows)).encode()})
     found, findings, report = examine(tokenizer_dir, tmp_path / 'out', 'firefly-all-zh')
     assert (found, report['clean']) == (code, not code)
-    reason = 'dropped by firefly-all-zh: another kind, or no input or target'
+    reason = 'dropped by firefly-all-zh: a kind that is not used, or no input or target'
     assert report['filtered'][reason]['rows'] == 2 and len(report['filtered'][reason]['first']) == 2
     assert report['left_out'].keys() == ({reason} if broken else set())
     assert report['rows'] == {

@@ -244,7 +244,7 @@ def test_a_registered_template_is_carried_in_jinja_with_the_same_ids(name: str) 
     encoder = make_encoder(make_tokenizer(), template_type=name, system='be kind', system_typed=False, max_length=-1)
     jinja, how = serving_template(encoder, probes())
     if name == 'baichuan':
-        assert jinja is None and 'in Jinja gives other ids (probe: one turn)' in how
+        assert jinja is None and 'in Jinja gives different ids (probe: one turn)' in how
         return
     conversations = 7 if TEMPLATE_MAPPING[name].chat_sep is None else 10
     assert how == f"template '{name}' was written into its chat template: the same ids on {conversations} conversations"

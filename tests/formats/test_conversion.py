@@ -382,7 +382,7 @@ def test_a_row_of_another_shape_is_told_by_its_columns(tmp_path: Path) -> None:
         '{"query": "a"}',
     )
     assert list(plan_rows([file], test_ratio=0).left_out.counts) == [
-        'the row has another shape than the first row, from its columns messages',
+        'the row has a different format than the first row, because it has the columns messages',
         'columns are missing that the first row has: response',
     ]
 

@@ -230,7 +230,7 @@ def test_what_is_not_offered_is_said_with_what_to_do(tmp_path: Path) -> None:
 def test_columns_in_capitals_or_with_blanks_are_told_as_such(tmp_path: Path) -> None:
     file = tmp_path / 'a.csv'
     file.write_text('Query, Response\na,b\n')
-    with pytest.raises(ConfigError, match='Write their names in lower case and without blanks'):
+    with pytest.raises(ConfigError, match='Write their names in lower case and without spaces'):
         plan_rows([str(file)])
 
 

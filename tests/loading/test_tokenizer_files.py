@@ -116,7 +116,7 @@ def test_a_template_whose_replies_end_beyond_the_embedding_is_refused() -> None:
 def test_an_end_of_calls_beyond_the_embedding_stops_no_answer_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = ends_in('<|im_end|>', LARGE)
     assert encoder_of(tokenizer).stop_ids == [tokenizer.convert_tokens_to_ids('<|im_end|>')]
-    assert f"'{LARGE}' (id 400) can end a turn and is beyond the 400 tokens" in caplog.text
+    assert f"'{LARGE}' (id 400) can end a turn and is beyond the 400 rows" in caplog.text
     whole = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=-1)
     assert set(whole.stop_ids) == set(tokenizer.convert_tokens_to_ids(['<|im_end|>', LARGE]))
 

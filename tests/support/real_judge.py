@@ -415,7 +415,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     (r'control tokens typed', _typed_control),
     (r'prints no end of turn', _added_end),
     (r'alters (?:or adds to )?the reply', _altered),
-    (r'whole chat otherwise', _full_differs),
+    (r'differently in the whole chat', _full_differs),
     (r'closes the think block', _switched),
     (WRITTEN_AS_BLOCK, _reasoning_as_text),
     (LEFT_OUT, _reasoning_left_out),

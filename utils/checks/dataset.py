@@ -1,6 +1,6 @@
 """The data check (--check_dataset true): find all problems in the data of a run. No weights are loaded.
 
-The memory that it needs does not grow with the data.
+Memory use does not grow with the size of the data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from utils.run.open_model import open_encoder
 from utils.run.rows import plan_of
 
 DUPLICATE = 'duplicate row'
-CONFLICT = 'same prompt, another answer'
+CONFLICT = 'same prompt, different answer'
 LEAKED = 'validation row that is in the training set'
 EMPTY_EARLIER = 'empty earlier reply'
 PAST_POSITIONS = 'longer than the {} positions that config.json of the model states'
@@ -48,9 +48,11 @@ _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.ms
 _REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output')
 _TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', 'query', 'instruction', 'input', 'tools')
 _CONTROL = re.compile(r'<\|[A-Za-z_]{2,}\|>')
-# The second and later bytes of a UTF-8 character are 80 to BF. These are their characters in Latin-1 and Windows-1252.
+# The second and later bytes of a UTF-8 character are 80 to BF. _LATER matches the characters that these bytes are in
+# Latin-1 and in Windows-1252.
 _LATER = '[\x80-\xbf' + bytes(i for i in range(0x80, 0xA0) if i not in b'\x81\x8d\x8f\x90\x9d').decode('cp1252') + ']'
 _MOJIBAKE = re.compile(f'[ÂÃ]{_LATER}|(?:[ÐÑ]{_LATER}){{2}}|[à-ï]{_LATER}{{2}}|ð{_LATER}{{3}}|\ufffd|锟斤拷|烫烫烫')
+# The role of the previous turn ('' at the start), and the roles that may follow it.
 _MAY_FOLLOW = {'': ('user',), 'user': ('assistant',), 'assistant': ('user', 'tool'), 'tool': ('assistant', 'tool')}
 
 
@@ -65,7 +67,10 @@ class Findings(Tally):
         self.skip = skip
 
     def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
-        """Count one row, and write its location and column to the file. `of` is the location of the row it repeats."""
+        """Count one row, and write its location and column to the file.
+
+        If the row has the same content as a second row, `of` is the location of the second row.
+        """
         if reason in self.skip:
             return
         super().add(reason, f'{place} {column}'.strip() + (f' of {of}' if of else ''))
@@ -79,7 +84,7 @@ class Findings(Tally):
 
 
 class Seen:
-    """Stores the first location of each row and each prompt by hash. The hashes are in a file, not in memory."""
+    """Finds rows and prompts that occurred earlier. Hash and location of each are in a file, not in memory."""
 
     def __init__(self, file: Path) -> None:
         self._database = sqlite3.connect(file, isolation_level=None)
@@ -88,9 +93,9 @@ class Seen:
             self._database.execute(statement)
 
     def find_earlier(self, content: Any, place: str, use: int) -> tuple[str, int] | None:
-        """Return location and use of equal content that was stored earlier.
+        """Return (location, use) of the earlier row that has the same content.
 
-        If no equal content is stored, store this content and return None.
+        If no earlier row has the same content, this content is stored, and None is returned.
         """
         digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
@@ -114,7 +119,7 @@ class Lengths:
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count a row that is not cut yet. Returns the row cut to --max_length, as in training."""
+        """Add a row that is not cut yet to the counts. Returns the row, cut to --max_length as in training."""
         length = len(row.input_ids)
         cut = cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
@@ -126,7 +131,11 @@ class Lengths:
         return cut
 
     def record(self) -> dict[str, Any]:
-        """Return the numbers for the report. The keys of the histogram are upper bounds, which are powers of two."""
+        """Return the numbers for the report.
+
+        `rows_up_to` is a histogram of the lengths. Each key is a power of two, and its value counts the rows with at
+        most this many tokens that are not counted under a smaller key.
+        """
         counts = self.counts
         return {
             'mean': round(counts['tokens'] / max(counts['rows'], 1), 1),
@@ -184,7 +193,7 @@ class DataCheck:
         self.left_out.add(problem, place)
 
     def examine(self, batch: Sequence[tuple[int, ReadRow]]) -> None:
-        """Examine pairs of (use, row). Rows that are used for training or validation are also encoded."""
+        """Check each (use, row) pair for problems. Rows that are used for training or validation are also encoded."""
         encoded: list[Row] = []
         columns: dict[str, str] = {}
         for use, (place, raw, row) in batch:
@@ -301,7 +310,7 @@ class DataCheck:
 
 
 def _by_reason(findings: Findings) -> dict[str, dict[str, Any]]:
-    """Return for each reason the number of rows and the locations of the first rows."""
+    """Return {reason: {'rows': number of rows, 'first': locations of the first rows}}."""
     return {reason: {'rows': n, 'first': findings.places[reason]} for reason, n in findings.counts.items()}
 
 
@@ -340,7 +349,10 @@ def _positions(folder: Path) -> int | None:
 
 
 def _plan(args: SftArguments, check: DataCheck) -> Plan:
-    """Return the plan of the run. Bad lines are counted only here, because the check reads the rows a second time."""
+    """Return the plan of the run, and count the lines that cannot be read.
+
+    The check reads the rows a second time, and then it does not count these lines again.
+    """
     planning = True
 
     def bad_line(place: str, problem: str) -> None:

@@ -70,7 +70,10 @@ def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
 
 
 def _libraries() -> Iterator[Finding]:
-    """Yield a finding for the required libraries (missing, or not a tested version) and one per optional library."""
+    """Yield one finding for all required libraries, and one for each optional library.
+
+    The first finding names the required libraries that are missing or do not have a tested version.
+    """
     from packaging.requirements import Requirement
 
     wrong: list[str] = []
@@ -90,7 +93,7 @@ def _libraries() -> Iterator[Finding]:
         remedy = f'{sys.executable} -m pip install -r {_REQUIRED.name}'
         yield Finding('libraries', False if missing else None, ', '.join(wrong), remedy)
     else:
-        yield Finding('libraries', True, 'all are of versions that the tests ran with')
+        yield Finding('libraries', True, 'each library has a version that the tests ran with')
 
     for name, use in _OPTIONAL.items():
         try:
@@ -100,7 +103,10 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    """Yield one finding for each device, and one for each dtype: are a matrix product and its gradient right?"""
+    """Yield one finding for each device, and one for each dtype.
+
+    The finding for a dtype says whether a matrix product and its gradient are correct.
+    """
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -133,7 +139,10 @@ def _device() -> Iterator[Finding]:
 
 
 def _bitsandbytes() -> Iterator[Finding]:
-    """Yield whether a 4-bit layer computes correctly. Yields nothing if bitsandbytes is not installed."""
+    """Yield a finding that says whether a 4-bit layer computes correctly.
+
+    Yields nothing if bitsandbytes is not installed.
+    """
     try:
         version('bitsandbytes')
     except PackageNotFoundError:
@@ -155,7 +164,10 @@ def _bitsandbytes() -> Iterator[Finding]:
 
 
 def _all_reduce() -> Iterator[Finding]:
-    """Yield whether an all-reduce of two processes on this machine works with the backend that training would use."""
+    """Yield a finding that says whether an all-reduce of two processes works.
+
+    It uses the backend that training on this machine would use.
+    """
     import torch
 
     backend = 'nccl' if torch.cuda.is_available() and torch.cuda.device_count() > 1 else 'gloo'
@@ -196,7 +208,7 @@ def _all_reduce() -> Iterator[Finding]:
 
 
 def _disk(output_dir: Path) -> Iterator[Finding]:
-    """Yield whether a file can be written, synced and renamed in --output_dir, and how much space is free there."""
+    """Yield a finding that says whether a file can be written in --output_dir, and how much space is free there."""
     existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.is_dir())
     gib = shutil.disk_usage(existing).free / 2**30
     try:

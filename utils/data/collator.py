@@ -21,7 +21,7 @@ NOT_FOR_THE_MODEL = _PER_ROW | {'labels'}
 class Collator:
     """Makes a batch from rows or from packs of rows.
 
-    With `pads`, rows are padded on the right to the length of the longest row. Without it, they are concatenated.
+    With `pads`, rows are padded on the right to the length of the longest row. Without `pads`, rows are concatenated.
     """
 
     def __init__(self, pad_token_id: int, images: Images | None = None, *, pads: bool = True) -> None:
@@ -72,10 +72,10 @@ class Collator:
 
 
 def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[str, torch.Tensor]]:
-    """Move the rows of concatenated batches into fewer batches of at most `capacity` tokens, and return the batches.
+    """Return the rows of concatenated batches in fewer concatenated batches of at most `capacity` tokens.
 
-    The list keeps its length: an empty dictionary replaces each batch that is no longer needed, at the start of the
-    list. If fewer batches are not enough, the batches are returned unchanged.
+    The returned list has the same length as `batches`: an empty dictionary for each batch that is no longer needed, and
+    then the new batches. If the rows do not fit into fewer batches, `batches` is returned unchanged.
     """
     lengths = [length for batch in batches for length in batch['row_lengths'].tolist()]
     packs = pack_evenly(lengths, capacity)
@@ -89,7 +89,10 @@ def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[s
 
 
 def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, torch.Tensor]:
-    """Return these rows of a text batch, in the same layout. Padded rows are cut to the length of the longest row."""
+    """Return a batch with only these rows of a batch without images.
+
+    The new batch is padded or concatenated like `batch`. Padding beyond the longest of these rows is cut.
+    """
     if 'attention_mask' not in batch:
         rows = _split_concatenated(batch)
         return _concatenate([rows[index] for index in indices])
@@ -100,7 +103,7 @@ def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, t
 
 
 def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
-    """Split the tensor `name` of a batch, and return a list with one tensor per row, without padding."""
+    """Split the tensor `name` of a batch into its rows. Returns a list with one tensor per row, without padding."""
     lengths = batch['row_lengths'].tolist()
     if 'attention_mask' not in batch:
         return list(batch[name][0].split(lengths))

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from utils.data.stream import TrainingStream
 
 BATCH_ROWS = 1024
-# Number of batches that are encoded at the same time. The tokenizer releases Python's lock, so the template can render
-# the next batch in the meantime.
+# Number of batches that are encoded at the same time. The tokenizer releases Python's global lock. So while one batch
+# is tokenised, the template can render the next batch.
 _THREADS = 2
 _REPORT = 'report.json'
 # The source files that decide which ids a row gets, as globs relative to utils/.
 _DECIDES_IDS = ('preprocess.py', 'formats/*.py', 'encode/*.py', 'data/*.py', 'loading/image_processors.py')
-# (use, row) for each row of a batch.
+# (use, row) for each row of a batch. The use is TRAIN or VAL.
 _Batch = list[tuple[int, Row]]
 T = TypeVar('T')
 
@@ -51,7 +51,7 @@ T = TypeVar('T')
 class EncodedAgain:
     """Encodes a row again with some of its data changed.
 
-    The account needs this if the text alone does not show how the data is used.
+    The account of characters (utils/encode/account.py) needs this to find out how the changed data is used.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -101,7 +101,7 @@ def encode_batch(
             report.account.skip(rows[0].written, LEFT_OUT)
             return
 
-        # The error does not say which row of the batch was refused: halve the batch until that row is alone.
+        # The error does not say which row of the batch was refused: halve the batch until it contains only this row.
         middle = len(rows) // 2
         for half in (rows[:middle], rows[middle:]):
             yield from encode_batch(encoder, half, report)
@@ -126,14 +126,14 @@ def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
     largest = max(ids.input_ids)
     if largest >= encoder.embedding:
         raise ConfigError(
-            f'{row.origin}: the token {encoder.tokenizer.decode([largest])!r} has the id {largest}, and the model '
-            f'embeds only {encoder.embedding} ids. Remove the text of this token from the row, or take model and '
-            'tokenizer from the same repository or folder.'
+            f'{row.origin}: the token {encoder.tokenizer.decode([largest])!r} has the id {largest}, and the '
+            f"model's embedding has only {encoder.embedding} rows. Remove the text of this token from the row, or take "
+            'model and tokenizer from the same repository or folder.'
         )
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
-    """Return the encoded rows, and the list of the rows that were encoded.
+    """Return (encoded rows, source rows). The second list has only the source rows that were encoded.
 
     Skipped rows and rows with notes are added to the report.
     """
@@ -159,7 +159,7 @@ def batches(rows: Iterable[T], size: int = BATCH_ROWS) -> Iterator[list[T]]:
 def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, Callable[[], list[Encoded]]]]:
     """Yield each batch with a function that waits for the encoded rows and returns them.
 
-    Meanwhile, threads encode the next batches.
+    While the caller works on a batch, threads encode the next batches.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         submitted: deque[tuple[_Batch, Callable[[], list[Encoded]]]] = deque()
@@ -173,7 +173,7 @@ def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple
 
 
 def _used_rows(plan: Plan, account: Account) -> Iterator[tuple[int, Row]]:
-    """Yield (use, row) for each training or validation row. All other rows are marked as skipped in the account."""
+    """Yield (use, row) for each training or validation row. The account counts the characters of all other rows."""
     for use, (_, raw, row) in plan.used():
         if isinstance(row, BadRow):
             account.skip(raw, LEFT_OUT)

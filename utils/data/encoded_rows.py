@@ -1,4 +1,4 @@
-"""Encoded rows in flat arrays, in memory or mapped from files, and the methods that every training set has."""
+"""Encoded rows in flat arrays, in memory or in memory-mapped files. Also the interface of all training sets."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 
 from utils.encode.encoded import Encoded
 
-# Arrays whose length varies from row to row. Each is concatenated over all rows: 32-bit ids and span limits, and texts
-# as bytes. `<name>_ends` stores the position at which each row ends.
+# Fields whose length differs from row to row, and their array types: ids and span limits are 32-bit integers, images
+# and origins are texts as bytes. One array has the field of all rows, concatenated. The array `<name>_ends` has the
+# position at which each row ends.
 _RAGGED = {'ids': 'i', 'spans': 'i', 'images': 'B', 'origins': 'B'}
 _ARRAYS = {**_RAGGED, **{f'{name}_ends': 'q' for name in _RAGGED}, 'prompt_lengths': 'i'}
 
@@ -36,7 +37,7 @@ class TrainRows(Protocol):
 
 
 class IndexedRows(TrainRows, Protocol):
-    """A training set with a known number of items: a torch map-style data set."""
+    """A training set with a length and an item for each index: a torch map-style data set."""
 
     def __len__(self) -> int: ...
 
@@ -155,8 +156,8 @@ class EncodedRows:
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
         """Return the batches of `count` rows that need the most memory.
 
-        The first batch has the longest rows. If the rows with the most tokens that carry loss are different rows, they
-        are a second batch.
+        The first batch has the longest rows. A second batch has the rows with the most tokens that carry loss, if
+        these are different rows.
         """
         ends = np.asarray(self.arrays['spans_ends'])
         first_spans = np.concatenate([[0], ends[:-1] // 2]).astype(np.int64)

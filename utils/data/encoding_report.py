@@ -1,4 +1,4 @@
-"""What happened to the rows of a run while they were encoded."""
+"""The report on the rows of a run: how many were skipped or noted while they were encoded, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.encode.encoded import CUT_PROMPT, CUT_REPLY, THINKING_SWITCH
 
 @dataclass(kw_only=True)
 class EncodingReport:
-    """Counts of encoded rows: `left_out` counts the skipped rows, `noted` counts the used rows with a remark."""
+    """Counts of rows by reason: `left_out` counts the skipped rows, `noted` counts the notes on the used rows."""
 
     left_out: Tally = field(default_factory=Tally)
     noted: Tally = field(default_factory=Tally)

@@ -14,10 +14,10 @@ from utils.formats.conversation import Row
 
 
 def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return, for each part, a hash of its files and the positions of its held-out rows among all its rows.
+    """Return {name of part: {'files_sha256': hash, 'rows': positions}} for the parts of the data sets of a run.
 
-    The hash is None if the part has no local files or has images, because the rows then depend on data that the hash
-    does not cover.
+    The positions are those of the held-out rows among all rows of the part. The hash covers the files of the part. The
+    hash is None if the part has no local files or has images, because the rows then depend on data outside its files.
     """
     return {
         part.name: {
@@ -48,9 +48,9 @@ def files_sha256(part: Part) -> str:
 
 
 def read_held_out(kept: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> list[Row] | None:
-    """Return the held-out rows of the data sets that `words` name.
+    """Return the held-out rows of an earlier run. `kept` is what `held_out` returned in that run.
 
-    Returns None if the data sets or their files are not the same as in the run.
+    Returns None if `words`, the data sets of --dataset, or their files are not the same as in the earlier run.
     """
     found: list[Row] = []
     sources = [parse_source(word) for word in words]

@@ -1,4 +1,4 @@
-"""Decides which rows share a batch: makes packs that fill max_length, and orders the rows of an optimizer step."""
+"""Decides which rows share a batch: packs rows up to max_length tokens, and orders the rows of an optimizer step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return as many packs of row indices as `best_fit` needs, with similar numbers of tokens.
+    """Return as many packs of row indices as `best_fit` returns, but with similar numbers of tokens.
 
     If such packs would exceed `capacity`, return the packs of `best_fit`.
     """
@@ -113,7 +113,8 @@ class StepSampler(Sampler[int]):
     def _balanced(self, rows: list[int]) -> list[int]:
         """Distribute the sorted rows over the batches, and return the rows of all batches in one list.
 
-        The rows are dealt in snake order: every second turn goes through the batches backwards.
+        The rows are distributed in turns. In each turn, every batch gets one row. Every second turn goes through the
+        batches in reverse order.
         """
         turns = [rows[i : i + self.batches] for i in range(0, len(rows), self.batches)]
         dealt = [turn[:: -1 if number % 2 else 1] for number, turn in enumerate(turns)]

@@ -1,7 +1,7 @@
-"""Reads the rows of data sets in two passes: the first counts the rows and marks their use, the second encodes them.
+"""Reads the rows of data sets in two passes: the first counts the rows and sets their use, the second returns them.
 
-Only the use of each row is kept in memory, as one byte. So rows can be drawn from the whole set even if the data is
-larger than memory.
+The use of a row is training, validation or unused. Only the use of each row is kept in memory, as one byte. So rows can
+be drawn from the whole data set even if the data is larger than memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from utils.formats.data_file import (
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.images import state_of_images
 
-# The use of a row.
+# The values for the use of a row.
 UNUSED, TRAIN, VAL = range(3)
 # Column names that other tools use for query and response.
 _OTHER_NAMES = (
@@ -46,7 +46,7 @@ _OTHER_NAMES = (
     ('question', 'response'),
 )
 
-# (location, columns, the conversation in the columns or the problem with it)
+# (location, columns, conversation). If the columns contain no usable conversation, the third item is a BadRow.
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 
 
@@ -61,7 +61,7 @@ def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[
         located = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
 
     for location, row in located:
-        # Only text, numbers, lists and objects can reach a conversation. For all other values the type is enough.
+        # Only text, numbers, lists and objects can get into a conversation. Of other values, only the type is hashed.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
         yield location, row
 
@@ -107,7 +107,7 @@ def _unknown_columns(name: str, columns: Sequence[str]) -> str:
     """Return the error message for columns that no converter supports, with the best-fitting remedy."""
     problem = f'unknown columns {", ".join(columns)}. '
     if find_converter([column.strip().lower() for column in columns]):
-        return f'{problem}Write their names in lower case and without blanks.'
+        return f'{problem}Write their names in lower case and without spaces.'
 
     for names in _OTHER_NAMES:
         if set(names) <= set(columns):
@@ -129,26 +129,29 @@ def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str
     needed = needed_columns(converter)
     if needed <= set(raw):
         others = ', '.join(sorted(set(raw) - first))
-        return BadRow(f'the row has another shape than the first row, from its columns {others}', others)
+        return BadRow(f'the row has a different format than the first row, because it has the columns {others}', others)
     missing = ', '.join(sorted(needed - set(raw)))
     return BadRow(f'columns are missing that the first row has: {missing}', missing)
 
 
 @dataclass(kw_only=True)
 class Part:
-    """A part of a data set that can be read several times. `uses` has the use of each row that can be trained on."""
+    """The training rows, the validation rows, or all rows of a data set. They can be read several times.
+
+    `uses` has the use of each row that can be trained on.
+    """
 
     name: str
     # Reads the rows from the start, and updates the given hash object with the content that it reads.
     read: Callable[[Any], Iterator[ReadRow]]
     is_val: bool = False
-    # The hub, id and revision of the download. Empty for files.
+    # The hub, id and revision of the download. It is empty for local files.
     served: str = ''
     uses: bytearray = field(default_factory=bytearray)
-    # The local files of the part, each with its signature when the part was opened. Empty for a registered data set.
+    # The local files of the part, each with its signature when the part was opened. A registered data set has none.
     files: Sequence[tuple[Path, Signature]] = ()
     has_images: bool = False
-    # Positions, among all rows read, of the rows that cannot be trained on.
+    # The positions of the rows that cannot be trained on, among all rows that were read.
     unusable: array[int] = field(default_factory=lambda: array('Q'))
     # Hash of the content that the first pass read.
     content: str = ''
@@ -256,7 +259,7 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
 
 
 def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
-    """Return a part of a registered data set. `half` is 0 for the training part, 1 for the validation part."""
+    """Return the training part (`half` is 0) or the validation part (`half` is 1) of a registered data set."""
     shown = f'{name} (validation)' if half else name
 
     def read(digest: Any) -> Iterator[ReadRow]:
@@ -269,7 +272,7 @@ def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
     return Part(name=shown, read=read, is_val=bool(half), served=served)
 
 
-# The parts of each data set that is streamed.
+# For each data set of a stream, the list of its parts.
 Streams = list[list[Part]]
 
 
@@ -299,5 +302,5 @@ def open_replies(row: Row) -> int:
 
 
 def row_notes(row: Row) -> list[str]:
-    """Return the remarks on a row that is used: the notes of the row, and one remark for each column that is unused."""
+    """Return the notes of a row, and one more note for each of its unused columns."""
     return [*row.notes, *(f'{name} is not used' for name in row.unused)]

@@ -24,9 +24,9 @@ _FIRST_ROWS = 64
 
 
 def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
-    """Draw up to `count` of the rows whose use is `use`.
+    """Draw up to `count` random rows among the rows whose use is `use`.
 
-    The use of the drawn rows is set to `drawn`, the use of the rest to `rest`.
+    The use of these rows is set: to `drawn` for the drawn rows, to `rest` for the others.
     """
     total = sum(part.uses.count(use) for part in parts)
     chosen = bytearray(total)
@@ -43,7 +43,7 @@ def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int,
 
 
 def served_by(parts: Iterable[Part]) -> dict[str, str]:
-    """Return a dictionary with the hub, id and revision of each data set that came from a hub. The keys are names."""
+    """Return {name of the data set: hub, id and revision} for the data sets that were downloaded from a hub."""
     return {part.name: part.served for part in parts if part.served and not part.is_val}
 
 
@@ -51,8 +51,8 @@ def served_by(parts: Iterable[Part]) -> dict[str, str]:
 class Plan:
     """Says which rows a run uses.
 
-    `left_out` counts the rows that cannot be trained on. `noted` counts the remarks on all other rows. `drawn` has a
-    line for each decision to use only some rows of a larger set. `digest` is a hash of all rows and their uses.
+    `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has a line
+    of text for each decision to use only some of the available rows. `digest` is a hash of all rows and their uses.
     """
 
     parts: list[Part]
@@ -62,7 +62,7 @@ class Plan:
     digest: str
 
     def decisions(self, loss_scope: LossScope | None) -> list[str]:
-        """Return the decisions that exclude rows, and the decisions about which replies carry loss."""
+        """Return one line of text for each decision that excludes rows, or that says which replies carry loss."""
         replies: Counter[LossScope] = Counter()
         rows: Counter[LossScope] = Counter()
         for part in self.parts:
@@ -83,7 +83,7 @@ class Plan:
                 yield use, row
 
     def lock(self) -> dict[str, dict[str, Any]]:
-        """Return, for lock.json, the number of used rows of each part and a hash of its content and uses."""
+        """Return {part: {'rows': number of used rows, 'sha256': hash of the content and the uses}} for lock.json."""
         return {
             part.name: {
                 'rows': len(part.uses) - part.uses.count(UNUSED),
@@ -155,7 +155,7 @@ def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
 
 
 def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
-    """Return a list with the decision that some available rows are not used. Returns [] if all rows are used."""
+    """Return a list with one line of text, which says that some rows are not used. Returns [] if all rows are used."""
     if sample >= available:
         return []
     return [f'rows = {sample} of {available} {what} because {why}: {available - sample} rows are not used']

@@ -26,9 +26,9 @@ class Source:
 
 
 def parse_source(word: str) -> Source:
-    """Return the source that a word of --dataset names, without opening a file.
+    """Return the source that a word of --dataset names. No file is opened.
 
-    Raises ConfigError if the word is not understood. For an unknown name, the message suggests the closest known names.
+    Raises ConfigError if the word is not a valid source. For an unknown name, the message suggests similar names.
     """
     if '://' in word:
         raise ConfigError(
@@ -80,7 +80,7 @@ def _hub_remedy(name: str) -> str:
 def find_files(source: Source) -> list[Path]:
     """Return the data files of a path, folder or glob, sorted. Raises ConfigError if there are no data files.
 
-    The file names must be UTF-8, because logs and records name the file of a row. Otherwise raises ConfigError.
+    Also raises ConfigError if a file name is not UTF-8, because logs and records name the file of a row.
     """
     files = _matching_files(source)
     for file in files:
@@ -152,7 +152,7 @@ def abbreviated(path: Path) -> str:
 
 
 def check_sources(words: Sequence[str], started_in: str | None = None) -> list[str]:
-    """Return the problems of all words: words that are not understood, missing files, and files that are named twice.
+    """Return an error message for each word that is not a valid source, each missing file and each file named twice.
 
     If the words come from the record of a run, `started_in` is the folder in which they were typed.
     """

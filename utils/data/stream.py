@@ -32,7 +32,7 @@ SHUFFLE_ROWS = 10_000
 _BATCH_ROWS = 64
 # Number of first rows that are read before training, to estimate lengths.
 _FIRST_ROWS = 256
-# Number of yielded rows that are remembered, so that an error can name the row.
+# Number of yielded rows that are kept in memory, so that an error can name the row.
 _REMEMBERED_ROWS = 16_384
 
 
@@ -62,9 +62,10 @@ def shuffled(rows: Iterable[Row], size: int, rng: random.Random) -> Iterator[Row
 
 
 class TrainingStream(IterableDataset[dict[str, Any]]):
-    """Yields the training rows in endless passes. Each pass has a different order. Each process yields its own rows.
+    """Yields the training rows in endless passes, each in a different order.
 
-    The order depends only on seed, rank and world size, so a resumed run skips exactly the rows that were trained.
+    Each process yields a different share of the rows. The order depends only on seed, rank and world size. So a
+    resumed run skips exactly the rows that were trained.
     """
 
     def __init__(self, encoder: Encoder, sources: Streams, *, val_rows: int, seed: int) -> None:
@@ -72,7 +73,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources]
         self.encoder = encoder
         self.seed = seed
-        # Every process reads all rows, so the next three attributes are the same in each process.
+        # Counts of the skipped rows, of the notes, and of the characters of the skipped rows. Every process reads all
+        # rows, so these three counts are the same in each process.
         self.unread = LoggedTally()
         self.row_noted = LoggedTally()
         self.unread_text = Account()
@@ -86,7 +88,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self._yielded = 0
 
     def _rows(self, unread: Tally, noted: Tally, account: Account) -> Iterator[Row]:
-        """Yield the rows of one pass, one row from each data set in turn. Skipped rows and remarks are counted."""
+        """Yield the rows of one pass, one row from each data set in turn. Counts the skipped rows and the notes."""
 
         def rows_of(part: Part, held_out: int) -> Iterator[Row]:
             for location, raw, row in part.read(hashlib.sha256()):
@@ -112,7 +114,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                     yield row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the encoded rows of this process. Skipped rows and remarks are counted only in the first pass."""
+        """Yield the encoded rows of this process. Skipped rows and notes are counted only in the first pass."""
         index = 0
         for number in itertools.count():
             if number == 0:
@@ -143,7 +145,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 logger.info(f'a pass over the stream is done: {index} rows')
 
     def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
-        """Encode the rows, and yield each encoded row with its index. The last rows are remembered."""
+        """Encode the rows, and yield each encoded row with its index. The last rows are kept in memory."""
         again = EncodedAgain(self.encoder)
         for source, row in encode_batch(self.encoder, rows, report):
             report.account.add(source, row, again)
@@ -154,13 +156,13 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             yield item
 
     def origin(self, index: int) -> str:
-        """Return where a row came from. A row that is no longer remembered is 'an earlier row of the stream'."""
+        """Return where a row came from. For a row that is not in memory, returns 'an earlier row of the stream'."""
         if index not in self._recent:
             return 'an earlier row of the stream'
         return self._recent[index][1]
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row with this index. It must be one of the last rows, which are remembered."""
+        """Return the row with this index. It must be one of the last rows, which are kept in memory."""
         return self._recent[index][0]
 
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
@@ -169,7 +171,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), report or EncodingReport())]
 
     def lengths(self) -> list[int]:
-        """Return [--max_length]. If rows are not limited, return the number of tokens of each of the first rows."""
+        """Return a list with only --max_length. Without a limit, return the numbers of tokens of the first rows."""
         limit = self.encoder.max_length
         if limit > 0:
             return [limit]
@@ -201,8 +203,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
     """Return the first `count` rows of each data set, or of its validation part if it has one.
 
-    The report counts the skipped rows and remarks of validation parts only. Training reads all other parts from the
-    beginning and counts their skipped rows and remarks.
+    The report counts the skipped rows and notes of validation parts only. Training reads all other parts from the
+    beginning and counts their skipped rows and notes.
     """
     for parts in sources:
         if len(parts) == 1:

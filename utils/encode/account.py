@@ -40,7 +40,7 @@ _MARKS = ('weight', 'loss', 'train')
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 # Keys of a tool whose values decide how the tool is printed. Few templates print these values.
 _OF_SCHEMAS = ('type', 'required')
-# The columns of each shape of a row. The first shape whose columns the row has is used.
+# The columns of each row format. The first format whose first two columns the row has is used.
 _SHAPES = (
     ('messages',),
     ('conversations',),
@@ -54,8 +54,8 @@ _Path = tuple[str | int, ...]
 _Span = tuple[int, int]
 
 
-# Replaces the texts at these paths of a row, and returns the pieces of the tokenised text. Returns None if the changed
-# row is refused.
+# A function that replaces the texts at the given paths of a row, encodes the row, and returns the pieces of its
+# tokenised text. It returns None if the changed row is refused.
 _Rendering = Callable[[Sequence[tuple[_Path, str]]], tuple[str, ...] | None]
 
 # If the texts of a row cannot be searched together, at most this number of texts is searched one by one.
@@ -63,16 +63,17 @@ _MOST_ALONE = 16
 
 
 class _Leaf(NamedTuple):
-    """One text of a row.
+    """One text of a row. Its characters are counted under `label`.
 
-    If the text is not used, it is reported under `name`. `turn` is -1 for texts that do not belong to a turn.
+    If the text is not used, it is reported under `name`. `turn` is the index of its turn, or -1 for a text that does
+    not belong to a turn.
     """
 
     label: str
     name: str
     text: str
     turn: int
-    # One of 'text', 'identity', 'structure', 'image' and 'never' (never printed).
+    # One of 'text', 'identity' (a name or id), 'structure' (e.g. a role), 'image' and 'never' (never printed).
     kind: str = 'text'
     # The keys and indices that lead to the text in the row. If a value on this path is JSON text, the path continues in
     # the parsed value.
@@ -87,11 +88,11 @@ class Again(Protocol):
         """Return the text that the template prints for any row."""
 
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
-        """Encode the row with `written` as its data. Returns None if such a row could not be trained."""
+        """Encode the row with `written` as its data. Returns None if this row cannot be trained on."""
 
 
 def _parsed(value: Any) -> Any:
-    """Return the parsed value of JSON text with a list or object. Any other value is returned unchanged."""
+    """If the value is JSON text of a list or object, return the list or object. Else return the value unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
         return value
     try:
@@ -131,7 +132,7 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield the words of a nested value that templates may print without its texts: keys, numbers and schema words."""
+    """Yield the keys, numbers and schema words of a nested value. Templates may print them in addition to its texts."""
     value = _parsed(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -147,7 +148,7 @@ def _other_words(value: Any) -> Iterator[str]:
 
 
 def _texts(value: Any, path: _Path, label: str, name: str, turn: int = -1, kind: str = 'text') -> Iterator[_Leaf]:
-    """Yield one leaf of the given kind for every string in a nested value."""
+    """Yield a _Leaf for every string in a nested value. All have the given label, name, turn and kind."""
     for place, text in _strings(value, path):
         yield _Leaf(label, name, text, turn, kind, place)
 
@@ -211,7 +212,7 @@ def _of_content(value: Any, path: _Path, label: str, turn: int) -> Iterator[_Lea
 
 
 def _of_item(item: Mapping[str, Any], path: _Path, label: str, turn: int) -> Iterator[_Leaf]:
-    """Yield a leaf for every text in one item of a content that is a list."""
+    """Yield a _Leaf for every text in one item of a content list, such as {'type': 'text', 'text': ...}."""
     image = 'image' if item.get('image') else 'path'
     for key, part in item.items():
         at = (*path, key)
@@ -265,7 +266,7 @@ def _of_history(history: Any) -> Iterator[_Leaf]:
 
 
 def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
-    """Yield a leaf for every text of a row. `raw` is the row as it was written in the file."""
+    """Yield a _Leaf for every text of a row. `raw` is the row as it was written in the file."""
     shape = next((columns for columns in _SHAPES if all(c in raw for c in columns[:2])), ())
     after = {'query': 'user text', 'instruction': 'user text', 'input': 'user text', 'response': 'reply text',
              'output': 'reply text'}  # fmt: skip
@@ -300,7 +301,11 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 class _Text:
-    """The tokenised text of a row, and the positions at which its pieces end."""
+    """The tokenised text of a row.
+
+    `ends` has the positions at which its pieces end, `trained` the positions at which its trained pieces begin, and
+    `claimed` the spans in which leaves were found.
+    """
 
     def __init__(self, encoded: Encoded) -> None:
         self.text = ''.join(encoded.pieces)
@@ -310,9 +315,9 @@ class _Text:
         self.trained = [self.ends[i - 1] for i in range(1, len(encoded.pieces), 2)]
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """Return the first span at or after `start` that has this text, unchanged or as JSON writes it.
+        """Return the span (start, end) of the first match of this text at or after `start`.
 
-        Returns None if the text is not found.
+        The text matches unchanged, or with the escapes of JSON. Returns None if the text is not found.
         """
         at = self.text.find(text, start)
         if at >= 0:
@@ -327,7 +332,7 @@ class _Text:
         return None
 
     def masked(self) -> str:
-        """Return the text with NUL characters in the spans that leaves have claimed."""
+        """Return the text with NUL characters in the spans in which leaves were already found."""
         parts, position = [], 0
         for start, end in sorted(self.claimed):
             parts += [self.text[position:start], '\0' * (end - max(start, position))]
@@ -335,9 +340,9 @@ class _Text:
         return ''.join([*parts, self.text[position:]])
 
     def buckets(self, start: int, end: int, characters: int) -> dict[str, int]:
-        """Return how many of a leaf's characters are cut, context and trained, if the leaf is printed at this span.
+        """Return {bucket: count} for a leaf that is printed at this span. The buckets are cut, context and trained.
 
-        The counts are scaled to `characters`, the length of the leaf, if the span has a different length.
+        `characters` is the length of the leaf. If the span has a different length, the counts are scaled to the leaf.
         """
         found: dict[str, int] = {}
         position = start
@@ -382,7 +387,7 @@ class _Place(NamedTuple):
 
 
 def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
-    """Return the indices of the places where the match may be accidental and not come from this field.
+    """Return the indices of `places` whose match may be accidental: the match may come from a different field.
 
     A match is doubtful if the text has several matches, if the match overlaps a different text, or if the template
     prints these words for any row.
@@ -426,10 +431,10 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
 
 
 def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
-    """Find the right positions of the doubtful texts with markers, and change `places` accordingly.
+    """Find the right positions of the doubtful texts, and store them in `places`.
 
-    A text keeps its first position if the row cannot be rendered with a marker instead of the text, or if the marker
-    also changes different parts of the row.
+    The row is rendered with markers instead of the doubtful texts. A text keeps its first position if this rendering
+    fails, or if the rendering with its marker differs in more than this text.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _mark(number) for number in whole}
@@ -461,9 +466,10 @@ def _mark(number: int) -> str:
 
 
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
-    """Replace the place of a text by the first of these spans. Without spans, the text counts as not used.
+    """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    If an identity has several spans, its span is removed from the list, so that an equal identity takes the next span.
+    If there are several spans and the text is an identity, the first span is removed from the list, so that an equal
+    identity gets the next span.
     """
     leaf = places[number].leaf
     if not spans:
@@ -476,7 +482,7 @@ def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) ->
 
 
 def _forms(text: str) -> list[str]:
-    """Return the forms in which a text may be printed: unchanged, without spaces around it, or as JSON writes it."""
+    """Return the forms in which a text may be printed: unchanged, without spaces around it, or with JSON escapes."""
     stripped = text.strip()
     json_forms = [json.dumps(one, ensure_ascii=only)[1:-1] for one in (text, stripped) for only in (False, True)]
     return list(dict.fromkeys([text, stripped, *json_forms]))
@@ -485,9 +491,10 @@ def _forms(text: str) -> list[str]:
 def _marked(
     places: Sequence[_Place], marks: Mapping[int, str], text: _Text, render: _Rendering
 ) -> dict[str, list[_Span]] | None:
-    """Render the row with markers, and return for each marker the spans in `text` of the text that it replaced.
+    """Return {marker: spans} for these markers. The spans are where `text` has the text that the marker replaces.
 
-    Returns None if the row cannot be rendered, or if the two renderings differ in more than the markers.
+    The row is rendered with the markers and compared with `text`. Returns None if the row cannot be rendered, or if the
+    two renderings differ in more than the markers.
     """
     pieces = render([(places[number].leaf.path, mark) for number, mark in marks.items()])
     if pieces is None or any(mark in text.text for mark in marks.values()):
@@ -509,9 +516,9 @@ def _marked(
 
 @dataclass(kw_only=True)
 class Account:
-    """Character counts by label and bucket.
+    """Character counts. `fields` is {label: {bucket: number of characters}}, for example {'user text': {'context': 9}}.
 
-    `unused` has the number of rows with unused text for each field name.
+    `unused` is {name of a field: number of rows in which text of this field is not used}.
     """
 
     fields: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -523,7 +530,7 @@ class Account:
             counts[bucket] = counts.get(bucket, 0) + characters
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
-        """For a row that is not encoded, add its characters to the count of `reason`."""
+        """Count all characters of a row that is not encoded in the bucket `reason`."""
         for leaf in leaves(raw):
             self._count(leaf.label, reason, len(leaf.text))
 
@@ -542,9 +549,9 @@ class Account:
             self.unused[name] = self.unused.get(name, 0) + 1
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
-        """Search the texts of a row in the order of its turns, and yield one place for each text.
+        """Search the texts of a row in the order of its turns, and yield a _Place for each text.
 
-        The places of identities (names and ids) come last.
+        The texts that are identities (names and ids) come last.
         """
         found = list(leaves(row.written))
         replies = sorted({leaf.turn for leaf in found if leaf.label in ('reply text', 'reasoning', 'tool calls')})
@@ -562,14 +569,14 @@ class Account:
                 later.append(leaf)
                 continue
             if leaf.label == 'tools' and leaf.kind != STRUCTURE and TOOLS_IGNORED in encoded.notes:
-                # A search could find the name of the tool in a call, although the tools are not printed.
+                # The tools are not printed. A search could find the name of a tool in a call, which would be wrong.
                 yield _Place(leaf, {NOT_USED: len(leaf.text)} if leaf.text else {})
                 continue
             place, end = self._place(leaf, text, 0 if leaf.turn < 0 else begin, has_images=bool(encoded.images))
             cursor = max(cursor, end) if leaf.turn >= 0 else cursor
             yield place
         for leaf in later:
-            # Each identity claims its span. So one printed identity is not counted for two equal identities.
+            # A found identity claims its span. So a name that is printed once is not counted for two equal names.
             shown = leaf.text.strip()
             own = text.masked().find(shown) if shown else -1
             at = own if own >= 0 or not shown else text.text.find(shown)
@@ -587,7 +594,7 @@ class Account:
             missed[leaf.name] = None
 
     def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
-        """Return the place of a leaf, and the position in the text at which the leaf ends (0 if not found)."""
+        """Return (_Place of a leaf, position in the text at which the leaf ends). It is 0 if the leaf is not found."""
         size = len(leaf.text)
         if leaf.kind == STRUCTURE:
             return _Place(leaf, {STRUCTURE: size}), 0
@@ -604,16 +611,17 @@ class Account:
                 text.claimed.append(at)
                 return _Place(leaf, text.buckets_of(leaf.text, shown, at), at, start), at[1]
         buckets, end = self._place_parts(leaf.text, text, start, has_images=has_images)
-        # The text before may have matched too late by accident, so that this search began after the right position.
+        # The search for the previous text may have found a later, wrong match. Then this search began too late. So
+        # search again from the beginning of the row.
         early = text.find(stripped, 0)
         if early is not None:
             text.claimed.append(early)
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Search a text that is not printed as a whole, split at line ends, think tags and image tags.
+        """Search a text that is not printed as a whole, in parts: split at line ends, think tags and image tags.
 
-        Returns the counts of all parts, and the position at which the last found part ends.
+        Returns (counts of the buckets for all parts, position at which the last found part ends).
         """
         buckets: dict[str, int] = {}
         end = 0
@@ -654,5 +662,5 @@ class Account:
         return [*(['text: ' + '; '.join(shares)] if shares else []), *([f'not used: {names}'] if names else [])]
 
     def record(self) -> dict[str, Any]:
-        """Return the counts in the form in which files store them."""
+        """Return the counts as the JSON object that run.json and dataset_report.json store."""
         return {'fields': self.fields, 'unused': self.unused}

@@ -2,8 +2,11 @@
 
 The ids of a row are the ids of its prompt and then the ids of its reply. The prompt is the text that the template
 renders with `add_generation_prompt=True`. So inference, here and on any server, starts exactly where the reply starts
-in training. The reply is the text that the template prints after the prompt: a lead (a space, the name of a channel, an
-empty think block), the text of the reply, and the end of turn. The whole reply carries loss, including the end of turn.
+in training. The reply is the text that the template prints after the prompt: the lead (text before the content, such as
+a space, the name of a channel or an empty think block), the content of the reply, and the end of turn. The whole reply
+carries loss, including the end of turn.
+
+To learn the properties of a template, the encoder renders probes: short chats with random texts.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ _CLOSED_THINK = re.compile(rf'(?:{CLOSE_TAG})\s*$')
 _BEGINS_CLOSING = re.compile(rf'\s*(?:{CLOSE_TAG})')
 _BEGINS_THINKING = re.compile(rf'\s*({OPEN_TAG})\s*')
 _EMPTY_BLOCK = re.compile(rf'\s*(?:{OPEN_TAG})\s*(?:{CLOSE_TAG})')
-# If the prompt opened the think block of a reply, the closing tag stands at the end or at the beginning of a line.
+# If the prompt opens the think block of a reply, the closing tag is at the end or at the beginning of a line.
 _CLOSES_LINE = re.compile(rf'(?:{CLOSE_TAG})[ \t]*(?:\n|$)|\n(?:{CLOSE_TAG})')
 _ANY_THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 _THINK_SOURCE = re.compile(OPEN_TAG)
@@ -56,7 +59,7 @@ _THINK_SOURCE = re.compile(OPEN_TAG)
 _REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 # Keys under which templates read the reasoning. Cohere's templates read `tool_plan` before calls.
 _PRINTED_KEYS = (*_REASONING_KEYS, 'tool_plan')
-# Variables of templates, with the value that switches thinking on.
+# Variables that templates read, each with the value that switches thinking on.
 _SWITCHES: tuple[tuple[str, Any], ...] = (
     ('enable_thinking', True),
     ('thinking', True),
@@ -67,16 +70,16 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
     ('reasoning_effort', 'high'),
 )
 
-# No added token that a template prints is longer than this.
+# The maximum number of characters of an added token that a template prints.
 _LONGEST_TAG = 64
-# The number of ends of prompts that are cached with their ids. Most templates have few different ends. But a template
-# that ends in the question has as many ends as questions.
+# The maximum number of ends of prompts that are cached with their ids (see _learn_tails). Most templates have few
+# different ends. But if the prompt of a template ends in the question, every question is a different end.
 _TAILS_KEPT = 4096
 _NOTHING: Mapping[str, Any] = {}
 
 
 class _Chat(NamedTuple):
-    """The input of one rendering: messages in the form of the template, tools, and the settings of the template."""
+    """The input of one rendering: messages as the template expects them, tools, and the settings of the template."""
 
     messages: list[Message]
     tools: Sequence[Any] | None
@@ -85,7 +88,7 @@ class _Chat(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text: its prompt, the part of the reply that carries loss, and the rest."""
+    """A row as text: its prompt, its reply with the end of turn, and the text after it. Only the reply carries loss."""
 
     chat: _Chat
     prompt: str
@@ -93,7 +96,7 @@ class _Parts:
     rest: str
     # The id of the end of turn to add. It is None if the template prints an end of turn.
     end: int | None
-    # Whether the text has stand-ins, because the row contains the text of control tokens.
+    # Whether stand-ins replace control tokens in the data of the row (see guarded_tokenizer.py).
     guarded: bool
     notes: list[str]
 
@@ -106,8 +109,8 @@ class _Parts:
 class _Frame(NamedTuple):
     """What a template prints around the reply of a one-turn chat.
 
-    `lead` is printed between the prompt and the reply, and `end` after the reply. `alone` is the end of the prompt that
-    is missing in the whole chat, such as a think block that only the generation prompt opens.
+    `lead` is printed between the prompt and the reply, and `end` after the reply. `alone` is the end of the generation
+    prompt that the template does not print if the reply follows, such as the opening tag of a think block.
     """
 
     lead: str
@@ -144,8 +147,8 @@ class AutoEncoder(Encoder):
         super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)
         self.system = system
         self._tails: dict[str, list[int]] = {}
-        # The key says whether the chat lists tools. A tokenizer may have a separate template for chats with tools, and
-        # a template may print more around such a chat.
+        # The key of the dict says whether the chat lists tools. A tokenizer may have a separate template for chats with
+        # tools, or the template may print different text around the reply of such a chat.
         frame = self._find_frame()
         self._frames = {False: frame, True: frame}
         self.says_tools = self._prints_tools()
@@ -162,7 +165,8 @@ class AutoEncoder(Encoder):
             self.says_calls = {with_tools: self._prints_calls(with_tools=with_tools) for with_tools in (False, True)}
             if any(self.says_calls.values()):
                 break
-        # The keys say whether the turn has calls, and whether the chat lists tools. Each case may use a different key.
+        # (whether the turn has calls, whether the chat lists tools) -> the message key from which the template prints
+        # reasoning. The four keys may differ.
         self._reasoning_keys = {
             (is_call, with_tools): self._find_reasoning_key(is_call=is_call, with_tools=with_tools)
             for is_call in (False, True)
@@ -171,8 +175,8 @@ class AutoEncoder(Encoder):
         self._openers = self._find_openers()
         self._eos_ends_turns = self._prints_eos_between_turns()
         self._switch, self._opens = self._find_switch()
-        # The token that begins the turn after a reply, and after a call. If the template prints no end of turn, this
-        # token is the end of turn.
+        # Whether the turn is a call -> the control token that begins the next turn. If the template prints no end of
+        # turn, this token is used as the end of turn.
         self._next = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
         self.stop_ids = self._find_stop_ids()
 
@@ -213,7 +217,7 @@ class AutoEncoder(Encoder):
             for chat in chats
         ]
 
-    # --- properties of the template, found once by rendering probes
+    # --- properties of the template, found once by rendering probes (short chats with random texts)
 
     def _probe(self, *turns: Message, user: str = 'a') -> list[Message]:
         begin: list[Message] = [{'role': 'system', 'content': self.system}] if self.system else []
@@ -231,7 +235,7 @@ class AutoEncoder(Encoder):
         return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
 
     def _find_frame(self, tools: Sequence[Any] | None = None) -> _Frame:
-        """Return what the template prints around a reply. Raises ConfigError if the template cannot be used."""
+        """Return the text that the template prints around a reply. Raises ConfigError if the template is unusable."""
         reply = secrets.token_hex(8)
         messages = self._probe({'role': 'assistant', 'content': reply})
         try:
@@ -266,7 +270,7 @@ class AutoEncoder(Encoder):
         return name in text
 
     def _prints_calls(self, *, with_tools: bool) -> bool:
-        """Return whether the template prints calls. `with_tools` says whether the chat lists tools."""
+        """Return whether the template prints tool calls. `with_tools` says whether the probe chat lists tools."""
         name, tool = self._probe_tool()
         tools = [tool] if with_tools else None
         text = self._try(self._probe(self._probe_call(name)), tools)
@@ -275,7 +279,7 @@ class AutoEncoder(Encoder):
         return text.count(name) > listed.count(name)
 
     def _find_reasoning_key(self, *, is_call: bool, with_tools: bool) -> str | None:
-        """Return the key from which the template prints the reasoning of a turn. Returns None if no key is printed."""
+        """Return the message key from which the template prints reasoning. Returns None if there is no such key."""
         mark = secrets.token_hex(8)
         name, tool = self._probe_tool()
         turn: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': 'b'}
@@ -285,10 +289,11 @@ class AutoEncoder(Encoder):
         return None
 
     def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
-        """Return the setting with which the generation prompt lets the reply think, and whether it opens a think block.
+        """Return (setting, opens) for replies with reasoning.
 
-        With this setting, the generation prompt opens a think block, or prints no closed think block. The setting is
-        empty if the template has no such variable.
+        The setting is a template variable with its value, for example {'enable_thinking': True}. With this setting, the
+        generation prompt opens a think block, or prints no closed think block. The setting is empty if the template has
+        no such variable. `opens` says whether the generation prompt then opens a think block.
         """
         mark = secrets.token_hex(8)
 
@@ -304,10 +309,10 @@ class AutoEncoder(Encoder):
         return _NOTHING, self._frames[False].opens
 
     def _find_openers(self) -> frozenset[str]:
-        """Return a set with the control token that begins the first turn of a chat.
+        """Return a set with one control token: the token that begins the first turn of a chat.
 
-        If this token occurs again, a new turn begins. The set is empty if the turn of a reply or call can also contain
-        the token, as in Kimi-K3's template.
+        If this token occurs again, a new turn begins. The set is empty if there is no such token, or if the turn of a
+        reply or call can also contain the token, as in Kimi-K3's template.
         """
         ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
         begin = self._try(self._probe(), prompt=True)
@@ -328,16 +333,16 @@ class AutoEncoder(Encoder):
         return frozenset([first])
 
     def _prints_eos_between_turns(self) -> bool:
-        """Return whether the template prints the end of sequence after a reply that is not the last turn."""
+        """Return whether the template prints the end-of-sequence token after a reply that is not the last turn."""
         asked, reply = secrets.token_hex(8), secrets.token_hex(8)
         text = self._try([*self._probe({'role': 'assistant', 'content': reply}), {'role': 'user', 'content': asked}])
         between = text[text.rfind(reply) : text.rfind(asked)]
         return any(match[0] == self.tokenizer.eos_token for match in self.text.find_controls(between))
 
     def _find_next_token(self, *, is_call: bool) -> str | None:
-        """Return the control token that begins the turn after a reply, or after a call.
+        """Return the control token that begins the turn after a reply, or with `is_call` the turn after a tool call.
 
-        Returns None if the turn does not begin with a control token.
+        Returns None if this turn does not begin with a control token.
         """
         name, tool = self._probe_tool()
         reply: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': secrets.token_hex(8)}
@@ -356,7 +361,7 @@ class AutoEncoder(Encoder):
         return token[0]
 
     def _find_stop_ids(self) -> list[int]:
-        """Return the ids of the tokens that end a turn of the assistant, after a reply or after a call."""
+        """Return the ids of the tokens that end a turn of the assistant. Replies and calls may end differently."""
         ends = [(frame.end, False) for frame in self._frames.values()]
         name, tool = self._probe_tool()
         if any(self.says_calls.values()):
@@ -373,9 +378,10 @@ class AutoEncoder(Encoder):
     def spoken(
         self, message: Message, *, with_tools: bool = False, is_last: bool = False, key: str | None = None
     ) -> Message:
-        """Return the message in the form that the template expects. With images, the content is a list of items.
+        """Return the message with the keys and values that the template expects.
 
-        The reasoning is stored under `key`. Without `key`, it is stored under the key that a probe found.
+        If the message has images, its content becomes a list of items. The reasoning is stored under `key`. Without
+        `key`, the reasoning is stored under the key that a probe found.
         """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -406,11 +412,11 @@ class AutoEncoder(Encoder):
         return next((f'{name}={value}' for name, value in self._switch.items()), None)
 
     def settings_of(self, row: Row) -> Mapping[str, Any]:
-        """Return the settings for rendering a row: the thinking switch if the reply has reasoning, else no settings."""
+        """Return the template settings for a row: the thinking switch if the last reply has reasoning, else nothing."""
         return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
 
     def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
-        """Return the source messages, converted to the keys and format that the template expects."""
+        """Return the messages of a source row with the keys and values that the template expects."""
         with_tools = self._lists_tools(row)
         key = self._key_in(row)
         made: list[Any] = []
@@ -427,7 +433,7 @@ class AutoEncoder(Encoder):
         return made
 
     def _with_arguments(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the calls with their arguments in the form that the template expects: as JSON text, or unchanged."""
+        """Return the calls. Their arguments become JSON text if the template expects text, else they are unchanged."""
         if not self._arguments_as_text:
             return calls
         made = []
@@ -439,7 +445,10 @@ class AutoEncoder(Encoder):
         return made
 
     def _as_block(self, reasoning: str, tag: str) -> str:
-        """Return the reasoning as a think block. It has line ends if the template has a line end after the tag."""
+        """Return the reasoning in a think block that `tag` opens.
+
+        If the source of the template has a line end after the tag, the block has line ends too.
+        """
         line = '\n' if f'{tag}\\n' in self._source or f'{tag}\n' in self._source else ''
         return f'{tag}{line}{reasoning}{line}{_closing_tag(tag)}{2 * line}'
 
@@ -447,17 +456,18 @@ class AutoEncoder(Encoder):
         return bool(row.tools) and self.says_tools
 
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
-        """Return the key for the reasoning of a reply. Returns None if the template has no such key.
+        """Return the message key for the reasoning of a reply. Returns None if no probe found a key.
 
-        If the template prints no calls, the calls become text of the reply, and the key for plain replies is returned.
+        If the template prints no calls, calls become text of the reply, and the key for replies without calls is used.
         """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
     def _key_in(self, row: Row) -> str | None:
-        """Return the key from which the template prints the reasoning of the row's last reply, or None.
+        """Return the message key from which the template prints the reasoning of the row's last reply.
 
-        Some templates print reasoning only in some turns, so that no probe finds the key. The template of
-        Kimi-K2-Thinking prints reasoning after a reply without reasoning. So the row itself is rendered with each key.
+        Some templates print reasoning only in some turns, so that no probe finds the key. For example, the template of
+        Kimi-K2-Thinking prints reasoning after a reply without reasoning. In this case, the row itself is rendered with
+        each possible key. Returns None if the template prints the reasoning for none of the keys.
         """
         reply, with_tools = row.messages[-1], self._lists_tools(row)
         known = self._key_of(reply, with_tools=with_tools)
@@ -475,7 +485,7 @@ class AutoEncoder(Encoder):
         return None
 
     def _reasons(self, reply: Message, *, with_tools: bool) -> bool:
-        """Return whether a reply has reasoning that can be printed, from the template's key or as a think block."""
+        """Return whether a reply has reasoning that can be printed: from a key of the message, or as a think block."""
         if reply.get('reasoning'):
             return bool(self._key_of(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
         return _thinks(reply['content'], opened=self._opens)
@@ -483,11 +493,11 @@ class AutoEncoder(Encoder):
     def _chat(
         self, row: Row, context: Sequence[Message], *, reasons: bool, key: str | None = None
     ) -> tuple[_Chat, bool, list[str]]:
-        """Return the chat to render for a row, whether the chat has stand-ins for control tokens, and notes.
+        """Return (chat to render, whether it is guarded, notes) for a row.
 
         If any text of the chat contains a control token, the whole chat is guarded: each control token in the data is
-        replaced by a stand-in. So the prompt and the whole row are tokenised in the same way. `key` is the key for the
-        reasoning of the last reply.
+        replaced by a stand-in. So the prompt and the whole row are tokenised in the same way. `context` has the
+        messages of the row to render. `key` is the message key for the reasoning of the last reply.
         """
         notes = []
         tools = row.tools
@@ -543,9 +553,9 @@ class AutoEncoder(Encoder):
         return parts
 
     def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
-        """Return the think block to put before the call of a reply with reasoning that the template has no key for.
+        """Return a think block with the reasoning of a call, if the template prints the reasoning from no message key.
 
-        Returns '' for a reply without a call or without such reasoning.
+        The block is put before the call. Returns '' if the reply has no call or no reasoning, or if there is a key.
         """
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or key or tag is None or not reasoning:
@@ -584,15 +594,15 @@ class AutoEncoder(Encoder):
         cut = start + len(before) + len(stop)
         rest = follows[cut:]
         if end is not None and rest:
-            # The end of turn is added after all text. So the text that the template prints after the turn is removed.
+            # The end-of-turn token is added at the end. So text that the template prints after the turn is removed.
             rest = ''
             notes += [] if FULL_DIFFERS in notes else [FULL_DIFFERS]
         return _Parts(chat=chat, prompt=prompt, reply=follows[:cut], rest=rest, end=end, guarded=guarded, notes=notes)
 
     def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
-        """Return the text that the template prints after the generation prompt. Returns None if it cannot be found.
+        """Return the text of the whole chat `full` after the prompt. Returns None if this text cannot be found.
 
-        Templates may print the prompt differently if a reply follows: without the think block that the generation
+        If a reply follows, templates may print the prompt differently: without the think block that the generation
         prompt opens, or without the system text that the template puts into the last user turn.
         """
         if full.startswith(prompt):
@@ -611,10 +621,10 @@ class AutoEncoder(Encoder):
         return full[at + len(anchor) :] if at >= 0 else None
 
     def _repeated(self, alone: str, follows: str) -> int:
-        """Return the length of the turn header that ends `alone` and that `follows` repeats at its beginning.
+        """Return the length of the turn header that is at the end of `alone` and again at the beginning of `follows`.
 
-        Returns 0 if no header is repeated. The template of Command R+ repeats the header, because it puts an
-        instruction before the header of the generation prompt.
+        Returns 0 if there is no such header. The template of Command R+ prints the header in both texts, because it
+        puts an instruction before the header of the generation prompt.
         """
         headers = (match.start() for match in self.text.find_controls(alone))
         return next((len(alone) - at for at in headers if follows.startswith(alone[at:])), 0)
@@ -633,9 +643,9 @@ class AutoEncoder(Encoder):
         return common
 
     def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
-        """Return the text after a prompt that opens a think block.
+        """Return the text `follows`, changed so that it continues a prompt that opens a think block.
 
-        If the reply has reasoning, the text begins with the reasoning. Else it begins with the end of the think block.
+        If the reply has reasoning, the text then begins with the reasoning. Else it begins with a closing tag.
         """
         own = _BEGINS_THINKING.match(follows)
         if own:
@@ -643,7 +653,7 @@ class AutoEncoder(Encoder):
         return follows if reasons else self._closing(prompt) + follows
 
     def _closing(self, prompt: str) -> str:
-        """Return the text that closes the think block of the prompt, before a reply without reasoning."""
+        """Return the closing tag for the think block that the prompt opens, with the line ends around the tag."""
         opened = _OPEN_THINK.search(prompt)
         assert opened is not None, 'the prompt opens a think block'
         if not opened[1].startswith('<') or opened[1].startswith('<|'):
@@ -652,7 +662,10 @@ class AutoEncoder(Encoder):
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
     def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
-        """Return the text after the prompt if the template alters the reply: lead, reply as it was written, and end."""
+        """Return the text to train after the prompt if the template alters the reply.
+
+        This text is the lead of the template, the reply as it is in the row, and the end of turn.
+        """
         lead = frame.lead
         opens = _OPEN_THINK.search(prompt)
         if reasons:
@@ -664,7 +677,10 @@ class AutoEncoder(Encoder):
         return lead + content + frame.end
 
     def _reply_end(self, follows: str, last: Message, content: str, frame: _Frame) -> int:
-        """Return the position in `follows` at which the text of the reply ends, or the name of its last call."""
+        """Return the position in `follows` at which the content of the reply ends.
+
+        If the reply has calls, return the position at which the name of its last call ends.
+        """
         names = [str(call.get('function', call).get('name') or '') for call in last.get('tool_calls', ())]
         if names:
             return max(follows.rfind(name) + len(name) for name in names)
@@ -674,9 +690,10 @@ class AutoEncoder(Encoder):
         return at + len(content.strip()) if at >= 0 else 0
 
     def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
-        """Return the text before the end of turn, the token of the end of turn, and the id to add.
+        """Split `end`, the text after a reply. Returns (text before the end of turn, end-of-turn token, id to add).
 
-        If the template prints an end of turn, the id is None. If the template prints no end of turn, the token is ''.
+        If the template prints an end of turn, the id is None. Else the token is '', and the id is that of the token to
+        add.
         """
         end_of_reply = self._end_of_reply(self.text.find_controls(frame.end))
         stops = {self.tokenizer.eos_token, *([] if end_of_reply is None else [end_of_reply[0]])}
@@ -693,9 +710,10 @@ class AutoEncoder(Encoder):
         return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
 
     def _end_of_call(self, end: str, markers: Sequence[re.Match[str]], stops: set[str]) -> re.Match[str] | None:
-        """Return the match of the end of turn after a call: the first token that ends turns, else the last marker.
+        """Return the match of the end-of-turn token after a call. `markers` are the control tokens in `end`.
 
-        Returns None if there is no marker, if the last marker only closes the call, or if text follows this marker.
+        The match is the first marker in `stops`, else the last marker. Returns None if there is no marker, if the last
+        marker only closes the call, or if text follows the last marker.
         """
         named = next((match for match in markers if match[0] in stops), None)
         if named is not None or not markers:
@@ -704,10 +722,11 @@ class AutoEncoder(Encoder):
         return None if last[0].startswith('</') or end[last.end() :].strip() else last
 
     def _end_of_reply(self, markers: Sequence[re.Match[str]]) -> re.Match[str] | None:
-        """Return the match of the end of turn after a reply: the first marker, or the end of sequence.
+        """Return the match of the end-of-turn token after a reply. `markers` are the control tokens after the reply.
 
-        The end of sequence is returned if the template prints it after each turn. Cohere's templates print a token that
-        closes the reply, and then a token that closes the turn. Returns None if there is no marker.
+        The match is the end-of-sequence token if the template prints this token after each turn, else the first marker.
+        For example, Cohere's templates print a token that closes the reply, and then the token that closes the turn.
+        Returns None if there is no marker.
         """
         eos = self.tokenizer.eos_token
         end = next((match for match in markers if match[0] == eos), None) if self._eos_ends_turns else None
@@ -746,7 +765,7 @@ class AutoEncoder(Encoder):
     def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
         """Add the ids of the ends of these prompts to the cache, and return the cache.
 
-        The end of a prompt begins with its last control token.
+        The end of a prompt is the text from its last control token to its end. The cache is {end: ids}.
         """
         if len(self._tails) > _TAILS_KEPT:
             self._tails = {}  # not cleared: a different thread may still read the old cache
@@ -756,7 +775,7 @@ class AutoEncoder(Encoder):
         return known
 
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
-        """Return the number of ids at the start of `whole` that are the ids of the prompt. Returns 0 if not certain.
+        """Return how many ids at the start of `whole` are the ids of the prompt. Returns 0 if this is not certain.
 
         Tokenizers first split text at added tokens. So the ids up to the last control token of the prompt cannot depend
         on the text after the prompt. The rest of the prompt is often only the word `assistant`. The ids of the rest
@@ -776,8 +795,8 @@ class AutoEncoder(Encoder):
     def _assemble(self, part: _Parts, prompt: list[int], whole: list[int]) -> Encoded:
         """Return the encoded row.
 
-        The row is tokenised as one text if this text begins with the ids of the prompt. Else the prompt and the reply
-        are tokenised separately.
+        `whole` has the ids of the row tokenised as one text. These ids are used if they begin with the ids of the
+        prompt. Else the ids of the prompt and the ids of the reply, tokenised separately, are used.
         """
         ids, notes = whole, part.notes
         if whole[: len(prompt)] != prompt:
@@ -794,7 +813,7 @@ class AutoEncoder(Encoder):
         )
 
     def _trained_end(self, ids: list[int], part: _Parts) -> int:
-        """Return the position just after the end-of-turn token.
+        """Return the position in `ids` just after the end-of-turn token.
 
         The end-of-turn token is the last control token before the control tokens of `part.rest`.
         """
@@ -809,9 +828,9 @@ class AutoEncoder(Encoder):
     # --- earlier replies that carry loss
 
     def _add_earlier(self, rows: Sequence[Row], parts: Sequence[_Parts], encoded: list[Encoded]) -> None:
-        """Add the spans of the earlier replies that carry loss.
+        """Add to each encoded row the spans of its earlier replies that carry loss.
 
-        If the row sets no loss on its last reply, the span of the last reply is removed.
+        If the row says that its last reply carries no loss, the span of the last reply is removed.
         """
         found: list[_Earlier] = []
         for index, (source, part) in enumerate(zip(rows, parts, strict=True)):
@@ -852,10 +871,10 @@ class AutoEncoder(Encoder):
         return start, end
 
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
-        """Return the spans of an earlier reply, with its end of turn, in the text of the prompt.
+        """Return a list with the span of an earlier reply and its end of turn. The span is in the text of the prompt.
 
-        Returns [] if the template does not print the reply. If a reply has calls and text, and the template prints the
-        text after the results of the calls, the text has a separate span.
+        The list is empty if the template does not print the reply. If a reply has calls and text, and the template
+        prints the text after the results of the calls, the list has a second span for the text.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -876,9 +895,9 @@ class AutoEncoder(Encoder):
     def _turn_start(self, part: _Parts, index: int, first: int) -> int:
         """Return the position in the prompt at which an earlier turn begins to carry loss.
 
-        The text of the turn begins at `first`. The generation prompt before the turn ends at the returned position.
-        Text that only the generation prompt has, such as a think block, is not counted. Returns the length of the
-        prompt if the position cannot be found.
+        This is the position at which the generation prompt for the turn ends. Text that the template prints only in a
+        generation prompt, such as a think block, is not counted. The content of the turn begins at `first`. Returns the
+        length of the prompt if the position cannot be found.
         """
         chat = part.chat
         starts = [self._start_under(part, index, first, chat.settings)]
@@ -894,8 +913,8 @@ class AutoEncoder(Encoder):
         common = self._common_length(before, prompt)
         if before and common >= len(history.rstrip()):
             return common
-        # The turns before are printed differently too. So use the nearest header before the text, if no turn ends
-        # between the header and the text.
+        # The earlier turns are also printed differently. So use the nearest turn header before the content, if no turn
+        # ends between the header and the content.
         markers = self.text.find_controls(before)
         header = _ANY_THINK_TAG.split(before[markers[-1].start() if markers else 0 :])[0]
         at = prompt.rfind(header, 0, first) if header.strip() else -1
@@ -909,10 +928,10 @@ class AutoEncoder(Encoder):
         return self.text.control_ids[marker] in (*self.stop_ids, self.tokenizer.eos_token_id)
 
     def _find_printed(self, part: _Parts, index: int, other: Message) -> tuple[int, int] | None:
-        """Return the span of the prompt that prints the turn `index`.
+        """Return the span of the prompt in which the template prints the turn `index`.
 
-        The chat is rendered once more with `other` in place of this turn, and the span is the part of the prompt that
-        differs. Returns None if the template prints nothing of the turn.
+        The chat is rendered once more with the message `other` instead of this turn. The span is the text of the prompt
+        that differs between the two renderings. Returns None if nothing differs, or if the second rendering fails.
         """
         chat, prompt = part.chat, part.prompt
         messages = list(chat.messages[:-1])
@@ -925,7 +944,7 @@ class AutoEncoder(Encoder):
         return first, len(prompt) - shared
 
     def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
-        """Return the position in the prompt just after the end of a turn. The text of the turn ends at `last`."""
+        """Return the position in the prompt just after the end of a turn. The content of the turn ends at `last`."""
         match = self.text.find_control(prompt, last)
         while is_call and match is not None and not self._stops(match[0]):
             if match[0] in self._openers:
@@ -940,7 +959,7 @@ class AutoEncoder(Encoder):
 
 
 def _is_unknown(reply: Message) -> bool:
-    """Return whether a reply is empty, because inference will generate it."""
+    """Return whether a reply is not known yet: inference passes an empty reply, which it will generate."""
     return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 
@@ -952,7 +971,7 @@ def _closing_tag(opening: str) -> str:
 
 
 def _thinks(content: str, *, opened: bool) -> bool:
-    """Return whether a reply has a think block. With `opened`, the opening tag may be in the prompt."""
+    """Return whether a reply has a think block. If `opened` is True, the opening tag may be in the prompt."""
     own = _BEGINS_THINKING.match(content)
     if own:
         return _closing_tag(own[1]) in content[own.end() :]
@@ -960,21 +979,22 @@ def _thinks(content: str, *, opened: bool) -> bool:
 
 
 def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
-    """Return whether `follows` has the whole text of the reply, unchanged except for the form of the think block."""
+    """Return whether `follows` contains the content and the reasoning of the reply. The think tags may differ."""
     if not (reasons or is_call or reasoning):
         return content in follows
     pieces = [piece.strip() for piece in (*_ANY_THINK_TAG.split(content), reasoning)]
     places = [follows.find(piece) for piece in pieces if piece]
-    # If the template prints a closed think block first, the reasoning would be trained after this block.
+    # If `follows` begins with a closed think block, the reasoning would be trained after this block.
     begins_closed = _BEGINS_CLOSING.match(follows) or _EMPTY_BLOCK.match(follows)
     return -1 not in places and not (reasons and begins_closed)
 
 
 def _replaced(message: Message, *, text: bool = False) -> Message:
-    """Return a copy of a turn with different content. If the turn has calls, only their arguments are changed.
+    """Return a copy of a turn with a random text as its content. If the turn has calls, their arguments change instead.
 
-    With `text`, the content is changed instead. Names of calls are kept, because templates print the names again with
-    the results. The new text begins and ends with characters that no data contains.
+    If `text` is True, the content changes even if the turn has calls. The names of calls never change, because
+    templates print the names again with the results. The random text begins and ends with characters that no data
+    contains.
     """
     mark = f'\ue000{secrets.token_hex(8)}\ue001'
     if text or 'tool_calls' not in message:

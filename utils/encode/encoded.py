@@ -18,35 +18,34 @@ class RowRefused(ValueError):
         self.reason, self.detail = reason, detail
 
 
-# Notes say what happened to a row while it was encoded. The rows with a note are counted, and the first are shown.
-MERGED_BOUNDARY = 'a token would merge across the start of the reply: the reply is tokenised by itself'
+# Notes and reasons. A note says what happened to a row while it was encoded. The report counts the rows of each note,
+# and names the first of these rows.
+MERGED_BOUNDARY = 'a token would merge across the start of the reply: the reply is tokenised separately'
 CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
-RENDERED_DIFFERENTLY = 'the chat template alters the reply (blanks, a think block): trained as written'
-FULL_DIFFERS = (
-    'the chat template prints the whole chat otherwise than the generation prompt: trained after the generation prompt'
-)
-THINKING_SWITCH = 'the reply reasons and the generation prompt closes the think block: rendered with {switch}'
-CLOSED_THINKING = 'the reply reasons, and the generation prompt closes the think block, which no setting opens'
+RENDERED_DIFFERENTLY = 'the chat template alters the reply (whitespace, a think block): trained as written'
+FULL_DIFFERS = 'the chat template prints the prompt differently in the whole chat: trained after the generation prompt'
+THINKING_SWITCH = 'the reply has reasoning, and the generation prompt closes the think block: rendered with {switch}'
+CLOSED_THINKING = 'the reply has reasoning, but the generation prompt closes the think block and no setting opens it'
 REASONING_AS_TEXT = 'the chat template has no key for reasoning: written as a think block before the reply'
-REASONING_LEFT_OUT = 'the chat template prints no reasoning before the reply: it is left out'
-ADDED_END = 'the chat template prints no end of turn: the token that ends it is added'
+REASONING_LEFT_OUT = 'the chat template prints no reasoning before the reply: the reasoning is left out'
+ADDED_END = 'the chat template prints no end of turn: an end-of-turn token is added'
 TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
 TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
-SYSTEM_IGNORED = "the template has no place for a system text: the row's is left out"
+SYSTEM_IGNORED = 'the template has no place for a system text: the system text of the row is left out'
 TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
 EARLIER_CHANGED = 'the chat template does not print an earlier reply: no loss on that reply'
 EARLIER_MERGED = 'a token merges across the start or end of an earlier reply: no loss on that token'
-NO_LOSS_MARKED = 'every reply of it is marked to carry no loss (weight, loss or train)'
+NO_LOSS_MARKED = 'every reply of the row is marked to carry no loss (weight, loss or train)'
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
 
 
 @dataclass(kw_only=True, slots=True)
 class Encoded:
-    """A row as ids. `trained` is the half-open span of the last reply that carries loss.
+    """A row as token ids. The first `prompt_length` ids are the prompt.
 
-    The first `prompt_length` ids are the prompt. `earlier` has the spans of the other replies that carry loss, in the
-    order of the row.
+    `trained` is the half-open span (start, end) of the last reply that carries loss. `earlier` has the spans of the
+    replies before it that carry loss, in the order of the row.
     """
 
     input_ids: list[int]
@@ -55,7 +54,7 @@ class Encoded:
     notes: list[str] = field(default_factory=list)
     images: tuple[str, ...] = ()
     earlier: list[tuple[int, int]] = field(default_factory=list)
-    # The tokenised text, split at the start and end of each span that carries loss: context, trained, context, ...
+    # The text of the row, split at the start and end of each span that carries loss: context, trained, context, ...
     pieces: tuple[str, ...] = ()
     # The number of characters that were cut from the start of the text in `pieces`.
     cut: int = 0
@@ -88,7 +87,10 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with these spans of the prompt's text (the earlier replies) marked as trained in `pieces`."""
+    """Return the row with its prompt in `pieces` split at these spans, so that each span is a trained piece.
+
+    The spans are the earlier replies that carry loss, as positions in the text of the prompt.
+    """
     prompt, *others = row.pieces
     pieces: list[str] = []
     position = 0
@@ -121,7 +123,7 @@ def row_labels(row: dict[str, Any]) -> list[int]:
     return labels
 
 
-NOTHING_TRAINED = 'no token of it carries loss, so nothing would be learnt from it'
+NOTHING_TRAINED = 'no token of the row carries loss, so nothing would be learnt from it'
 Spans = Sequence[tuple[int, int]]
 
 
@@ -131,5 +133,5 @@ def spans_of(row: dict[str, Any]) -> Spans:
 
 
 def trains_nothing(spans: Spans) -> bool:
-    """Return whether the spans contain no predicted position. The first position of a row is never predicted."""
+    """Return True if the spans contain no token that is predicted. The first token of a row is never predicted."""
     return not any(end > max(start, 1) for start, end in spans)

@@ -42,8 +42,8 @@ class Encoder:
     loss_scope: LossScope | None = None
     # Ids at which generation stops, in addition to the end of sequence of the tokenizer.
     stop_ids: list[int]
-    # Whether the prompt of an unknown reply is rendered with the template's thinking switch. For a known reply, the
-    # switch is used if the reply has reasoning.
+    # Used only if the reply is not known, as in inference: whether the prompt is rendered with the template's thinking
+    # switch. If the reply is known, the switch is used if the reply has reasoning.
     asks_to_think = False
     # The number of rows of the model's embedding, if the tokenizer has more ids. Rows with a larger id are refused.
     embedding: int | None = None
@@ -69,7 +69,7 @@ class Encoder:
                 'today': today, 'embedding': self.embedding}  # fmt: skip
 
     def embed(self, embedding: int | None) -> None:
-        """Set the number of rows of the embedding. Raises ConfigError if it has no row for any end-of-turn token."""
+        """Set the number of rows of the embedding. Raises ConfigError if no end-of-turn token has a row in it."""
         self.embedding = embedding
         beyond = [end for end in self.stop_ids if embedding is not None and end >= embedding]
         if not beyond:
@@ -78,12 +78,13 @@ class Encoder:
         self.stop_ids = [end for end in self.stop_ids if end not in beyond]
         if not self.stop_ids:
             raise ConfigError(
-                f"template '{self.name}': a reply ends in {named}, which is beyond the {embedding} tokens that the "
-                'model embeds. Choose another --template_type, or take model and tokenizer from the same place.'
+                f"template '{self.name}': a reply ends in {named}, which is beyond the {embedding} rows of the "
+                "model's embedding. Choose another --template_type, or take model and tokenizer from the same "
+                'repository or folder.'
             )
         logger.warning(
-            f"template '{self.name}': {named} can end a turn and is beyond the {embedding} tokens that the model "
-            'embeds: answers never stop there, and rows that hold it are refused'
+            f"template '{self.name}': {named} can end a turn and is beyond the {embedding} rows of the model's "
+            'embedding: answers never stop at this token, and rows that contain it are refused'
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
@@ -111,14 +112,14 @@ class Encoder:
         return tuple(path for path, _ in self.open_images(row)[1])
 
     def open_images(self, row: Row) -> tuple[Row, FoundImages]:
-        """Return the row with a stand-in for each image in its text, and the images."""
+        """Return the row and its images. In the text of the row, `self.text.image` replaces each image tag."""
         return open_images_of(row, self.images, stand_in=self.text.image)
 
     def _fill_slots(self, ids: list[int], found: FoundImages) -> list[int]:
         return fill_slots(ids, found, self.images.slot, self.max_length) if self.images and found else ids
 
     def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
-        """Return the row with its image slots repeated, and with the ids before the last max_length removed."""
+        """Return the row with each image slot repeated once per feature of the image, and cut to max_length."""
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
         if found:

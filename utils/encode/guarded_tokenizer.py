@@ -1,7 +1,10 @@
 """Converts text to token ids. Control tokens are active in template text and inert in data.
 
-Control tokens are the special tokens of the tokenizer, and also all added tokens that the template itself prints. An
-example is `<｜User｜>` in DeepSeek's templates, which is not a special token of the tokenizer.
+Active means that the text of a control token becomes the id of this token. Inert means that it is tokenised as plain
+text. Control tokens are the special tokens of the tokenizer, and also all added tokens that the template itself prints.
+An example is `<｜User｜>` in DeepSeek's templates, which is not a special token of the tokenizer.
+
+Guarded text is template text with data, in which a stand-in replaces each control token of the data.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _is_pure_backend(tokenizer: Any) -> bool:
-    """Return whether the tokenizer only calls its Rust backend. Direct calls to the backend are faster."""
+    """Return whether the tokenizer adds nothing to its Rust backend. Then the backend is called directly (faster)."""
     from transformers import TokenizersBackend
 
     kind = type(tokenizer)
@@ -61,10 +64,10 @@ class TextTokenizer:
         self._backend: Any = tokenizer.backend_tokenizer if _is_pure_backend(tokenizer) else None
         # The copy of the backend that tokenises guarded text. It is made when the first guarded text is tokenised.
         self._inert: Any = None
-        # Every stand-in in guarded data begins with this random text, which no data can contain.
+        # Each stand-in is this random text, which no data can contain, and the number of a control token.
         self._nonce = secrets.token_hex(8)
         self._guarded = re.compile(f'{self._nonce}:([0-9]+);')
-        # The stand-in for an image in the text of a turn.
+        # The text that replaces an image tag in the text of a turn.
         self.image = f'{self._nonce}:image;'
         # All known texts of the template: its source, and renderings of probes.
         self.printed = printed
@@ -124,7 +127,7 @@ class TextTokenizer:
         return (self._inert_in_replies if reply else self._active).search(text) is not None
 
     def last_control(self, text: str) -> tuple[int, int]:
-        """Return the number of control tokens in the text, and where the last begins. Returns (0, 0) without any."""
+        """Return (number of control tokens in the text, position of the last one). Returns (0, 0) if there is none."""
         starts = [match.start() for match in self._active.finditer(text)]
         return len(starts), starts[-1] if starts else 0
 
@@ -145,7 +148,7 @@ class TextTokenizer:
         return self._active.sub('', text)
 
     def guard(self, data: str, *, reply: bool = False) -> str:
-        """Return the data with each control token replaced by a stand-in. A reply keeps its think tags."""
+        """Return the data with each control token replaced by a random stand-in. A reply keeps its think tags."""
         pattern = self._inert_in_replies if reply else self._active
         return pattern.sub(lambda m: f'{self._nonce}:{self._number[m[0]]};', data)
 
@@ -163,7 +166,8 @@ class TextTokenizer:
             if self._inert is None:
                 self._inert = self._make_inert()
         backend, real_ids = self._inert
-        # Data cannot contain an alias. So only aliases become control tokens, and control tokens in the data stay text.
+        # An alias is a random text for a control token, which data cannot contain. The control tokens of the template
+        # become aliases. In the copy, only aliases are control tokens, so the control tokens of the data stay text.
         aliased = self._active.sub(lambda m: self._alias(self._number[m[0]]), text)
         found = backend.encode(self.unguard(aliased), add_special_tokens=False).ids
         return [real_ids.get(token, token) for token in found]
@@ -172,10 +176,10 @@ class TextTokenizer:
         return f'{self._nonce}={number};'
 
     def _make_inert(self) -> tuple[Any, dict[int, int]]:
-        """Return a copy of the backend in which only aliases are control tokens, and the real ids of the copy's tokens.
+        """Return (backend, real ids): a copy of the backend, and a dict from its added ids to the tokenizer's ids.
 
-        An alias removes the spaces around it like its token (lstrip, rstrip). Text next to an alias has the same ids as
-        text next to the token.
+        In the copy, only aliases are control tokens (see guarded_ids). An alias removes the spaces around it like its
+        token (lstrip, rstrip). Text next to an alias has the same ids as text next to the token.
         """
         from tokenizers import AddedToken, Tokenizer
 
@@ -227,7 +231,7 @@ class TextTokenizer:
     def _text_ids(self, run: str) -> list[int]:
         """Return the ids of guarded text that contains no active control token."""
         ids: list[int] = []
-        # This tokenizer always matches added tokens that are not special. So the text of such a token is split in two.
+        # This tokenizer always finds added tokens that are not special. So the text of such a token is cut into two.
         cut = f'{self._nonce}/'
         for piece in self._guarded.sub(lambda m: self._as_text(self._by_number[int(m[1])], cut), run).split(cut):
             if piece:

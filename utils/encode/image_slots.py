@@ -1,4 +1,7 @@
-"""Finds the images of a row and gives them their positions among the token ids."""
+"""Finds the images of a row and gives them their positions among the token ids.
+
+An image slot is the token that the template prints for an image. It is repeated once for each feature of the image.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ from utils.formats.conversation import Message, Row
 from utils.formats.images import BadImage, find_images, name_images, place_image, replace_tags
 from utils.loading.image_processors import Images
 
-# The path of each image of a row, and the number of the image's features. Each feature takes one position.
+# (path, number of features) for each image of a row. Each feature takes the position of one token.
 FoundImages = list[tuple[str, int]]
 
 
 def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
-    """Return, for each position of `ids` and for their end, its position after `fill_slots`."""
+    """Return a list with the new position of each id after `fill_slots`, and with the new length at the end."""
     counts = iter(found)
     return [0, *accumulate(next(counts)[1] if token == slot else 1 for token in ids)]
 
 
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
-    """Return the row and its images. In the row, a stand-in replaces each image tag of the user turns.
+    """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
 
     Raises RowRefused if an image cannot be used, or if the row has images and the model has no vision tower.
     """
@@ -43,7 +46,7 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
 
 
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:
-    """Return the ids with each image's slot repeated, once for each feature of the image.
+    """Return the ids with the slot of each image repeated once for each feature of the image.
 
     Raises RowRefused if the cut to `max_length` would remove image tokens.
     """
@@ -52,5 +55,7 @@ def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -
     counts = iter(found)
     filled = [i for token in ids for i in ([token] * next(counts)[1] if token == slot else (token,))]
     if max_length > 0 and len(filled) - max_length >= filled.index(slot):
-        raise RowRefused('longer than max_length, which would cut an image off: raise it, or lower --max_pixels')
+        raise RowRefused(
+            'longer than max_length, which would cut an image off: raise --max_length, or lower --max_pixels'
+        )
     return filled

@@ -15,7 +15,7 @@ from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.conversation import Row
 from utils.preprocess import Piece
 
-# A system text may come first. Then come turns of user and assistant.
+# The Jinja template for a chat: first a system text, which is optional, then turns of user and assistant.
 _FRAME = """\
 {{%- if messages[0]['role'] == 'system' %}}{{%- set system = messages[0]['content'] %}}\
 {{%- set turns = messages[1:] %}}\
@@ -35,7 +35,7 @@ _PLACES = {
 
 
 def jinja_of(encoder: TemplateEncoder) -> str:
-    """Return the template as Jinja source. The ids in its pieces are written as the text of their tokens."""
+    """Return the registered template as Jinja source. Token ids in its pieces are written as the text of the tokens."""
     tokenizer, template = encoder.tokenizer, encoder.template
 
     def print_pieces(pieces: Iterable[Piece]) -> str:
@@ -65,7 +65,7 @@ def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None,
     the model correctly.
     """
     if not isinstance(encoder, TemplateEncoder):
-        return encoder.tokenizer.chat_template, 'its chat template is the one it was trained with'
+        return encoder.tokenizer.chat_template, 'its chat template is the template used in training'
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.chat_template = jinja_of(encoder)
     compared = 0
@@ -81,7 +81,7 @@ def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None,
         except TemplateError as error:
             return None, f"template '{encoder.name}' cannot be written in Jinja ({error})"
         if found != wanted:
-            return None, f"template '{encoder.name}' in Jinja gives other ids ({row.origin})"
+            return None, f"template '{encoder.name}' in Jinja gives different ids ({row.origin})"
         compared += 1
     name = f"template '{encoder.name}' was written into its chat template: the same ids on {compared} conversations"
     return tokenizer.chat_template, name

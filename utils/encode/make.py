@@ -23,7 +23,7 @@ def make_encoder(
     images: Images | None = None,
     embedding: int | None = None,
 ) -> Encoder:
-    """Return the encoder of a template. Under auto, `system` is used only if the user typed it.
+    """Return the encoder of a template. For the template `auto`, `system` is used only if the user typed it.
 
     `embedding` is the number of rows of the model's embedding. Pass it only if the tokenizer has more ids.
     """

@@ -1,4 +1,4 @@
-"""Shows encoded rows as text, with the trained parts marked."""
+"""Shows encoded rows as text, with the spans that carry loss marked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.base import dist
 from utils.base.logger import logger
 from utils.encode.encoded import spans_of
 
-# Before and after a trained part in a terminal: black on green, and reset.
+# Written before and after a trained span in a terminal: black on green, and reset.
 _COLOURS = ('\x1b[30;42m', '\x1b[0m')
 MARKS = ('⟦', '⟧')
 
@@ -31,9 +31,9 @@ def show_row(tokenizer: Any, row: dict[str, Any], marks: tuple[str, str] = MARKS
 
 
 def show_samples(tokenizer: Any, rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Log rows with their trained parts marked, and write the rows to sample.txt.
+    """Log rows as text, and write them to sample.txt in the run folder. The spans that carry loss are marked.
 
-    In a terminal the trained parts are coloured. Elsewhere they stand between ⟦ and ⟧.
+    In a terminal these spans are coloured. In files and logs they are between ⟦ and ⟧.
     """
     coloured = sys.stderr.isatty() and 'NO_COLOR' not in os.environ
     for row in rows:

@@ -28,8 +28,8 @@ class _Reply(str):
 class TemplateEncoder(Encoder):
     """Encodes rows with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix.
 
-    Under all_rounds, loss also covers each earlier reply. If chat_sep has a token at which generation stops, loss also
-    covers chat_sep up to this token.
+    With --loss_scope all_rounds, loss also covers each earlier reply. If chat_sep has a token at which generation
+    stops, loss also covers chat_sep up to this token.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TemplateEncoder(Encoder):
         return [fill(p) if isinstance(p, str) else [self.token_id(part) for part in p] for p in pieces]
 
     def token_id(self, part: int | str) -> int:
-        """Return the id for one part of a template piece: an id, or the name of a tokenizer attribute.
+        """Return the token id for a part of a template piece. The part is an id, or the name of a tokenizer attribute.
 
         Raises ConfigError if the tokenizer has no value for this attribute.
         """
@@ -79,7 +79,10 @@ class TemplateEncoder(Encoder):
         return int(value)
 
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
-        """Return the pieces of a prompt with adjacent texts joined, whether the pieces have guarded data, and notes."""
+        """Return (pieces, is guarded, notes) for the prompt of a row. Adjacent texts are joined into one piece.
+
+        The pieces are guarded if the row contains the text of a control token: a stand-in replaces this text.
+        """
         guarded = self._spells_control(row.messages)
         system = self.system
         turns = row.messages
@@ -139,7 +142,7 @@ class TemplateEncoder(Encoder):
     def _encode_contexts(
         self, contexts: Sequence[tuple[list[str | list[int]], bool, list[str]]]
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Return the ids of each prompt, and the spans of the earlier replies that carry loss."""
+        """Return (ids, spans) for each prompt. The spans are those of the earlier replies that carry loss."""
         plain = [p for pieces, guarded, _ in contexts if not guarded for p in pieces if isinstance(p, str) and p]
         plain_ids = iter(self.text.ids(plain))
         encoded = []
@@ -184,7 +187,7 @@ class TemplateEncoder(Encoder):
         ]
 
     def _texts(self, pieces: Sequence[str | list[int]]) -> list[str]:
-        """Return the text of a prompt, split before and after each earlier reply that carries loss."""
+        """Return the text of a prompt as a list, split before and after each earlier reply that carries loss."""
         texts = ['']
         for piece in pieces:
             if isinstance(piece, _Reply):

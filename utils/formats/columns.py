@@ -1,6 +1,6 @@
 """Converters from rows in the known formats to conversations.
 
-A converter is a pure function and raises BadRow if the row cannot be used.
+A converter is a pure function. It returns a Row, or raises BadRow if the row cannot be used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from utils.formats.conversation import BadRow, Message, Row
 
-# Names of roles in lower case.
+# Names of roles in data files, in lower case, and the role that each name means. The content of a 'call' turn is a
+# tool call.
 _ROLES = {
     'system': 'system',
     'developer': 'system',
@@ -53,14 +54,14 @@ NO_USER_TURN = 'a reply directly after the system text, without a user turn'
 class _Remarks:
     """The unused columns and keys of a row, and the notes about the row.
 
-    They are kept as keys of dicts, because a dict keeps the order and holds each entry once.
+    Both are the keys of a dict, because a dict keeps the order and contains each key once. The values are None.
     """
 
     unused: dict[str, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
 
     def note_unused(self, values: Mapping[str, Any], used: Collection[str], what: str) -> None:
-        """Record each key of `values` that is not in `used` and whose value is not empty."""
+        """Record each key that is not in `used` and whose value is not empty. `what` says what the keys are."""
         for key, value in values.items():
             if key not in used and not _is_empty(value):
                 self.unused[f'{what} `{key}`'] = None
@@ -87,7 +88,7 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _text(value: Any, what: str, column: str = '') -> str:
-    """Return a text unchanged and a number as text. Raises BadRow for any other value."""
+    """Return a text unchanged, or a number as text. Raises BadRow for any other value. `what` names the value."""
     if _is_missing(value):
         raise BadRow(f'null {what}', column or what)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -96,7 +97,10 @@ def _text(value: Any, what: str, column: str = '') -> str:
 
 
 def _parse_json(value: Any, column: str) -> Any:
-    """Return the list or object in a cell. JSON text is parsed, because CSV files can hold only text."""
+    """Return the list or object in a cell. Returns None if the cell has only whitespace.
+
+    JSON text is parsed, because a cell of a CSV file is always text. Raises BadRow if the text is not JSON.
+    """
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -109,7 +113,7 @@ def _parse_json(value: Any, column: str) -> Any:
 
 
 def _parse_object(value: Any) -> Any:
-    """Parse a value that is the JSON text of an object. Any other value is returned unchanged."""
+    """Return the object if the value is the JSON text of an object. Any other value is returned unchanged."""
     if not isinstance(value, str):
         return value
 
@@ -170,7 +174,7 @@ def _content(value: Any, what: str, column: str, remarks: _Remarks) -> str:
 
 
 def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
-    """Return a tool as {'type': 'function', 'function': {...}}. Parameters given as JSON text are parsed."""
+    """Return a tool as {'type': 'function', 'function': {...}}. If the parameters are JSON text, they are parsed."""
     wrapped = tool if 'function' in tool else {'type': 'function', 'function': tool}
     function = wrapped['function']
     if not isinstance(function, dict) or not isinstance(function.get('parameters'), str):
@@ -183,7 +187,10 @@ def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
 
 
 def _tools(row: Mapping[str, Any], remarks: _Remarks) -> list[Any] | None:
-    """Return the tools of a row, from `tools` or the older `functions`. Returns None if the row has no tools."""
+    """Return the tools of a row from the column `tools`, or `functions` (the older name).
+
+    Returns None if the row has no tools.
+    """
     given = {column: _parse_json(_cell(row, column), column) for column in ('tools', 'functions')}
     column = 'tools' if given['tools'] else 'functions'
     tools = given[column]
@@ -199,7 +206,7 @@ def _tools(row: Mapping[str, Any], remarks: _Remarks) -> list[Any] | None:
 
 
 def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
-    """Return a call as {'type': 'function', 'function': {...}}. Arguments given as JSON text are parsed."""
+    """Return a call as {'type': 'function', 'function': {...}}. If the arguments are JSON text, they are parsed."""
     wrapper = call if isinstance(call, dict) and 'function' in call else {'function': call}
     kind = wrapper.get('type') or 'function'
     function = wrapper['function']
@@ -230,7 +237,7 @@ def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
 def _in_order_of(written: Mapping[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """Return `made` with its keys in the order of `written`, because some templates print the whole object.
 
-    If `written` has no `type`, `type` comes first. Any other key that is not in `written` comes last.
+    If `written` has no `type`, `type` comes first. All other keys that are not in `written` come last.
     """
     positions = {key: position for position, key in enumerate(written)}
     positions.setdefault('type', -1)
@@ -238,7 +245,7 @@ def _in_order_of(written: Mapping[str, Any], made: dict[str, Any]) -> dict[str, 
 
 
 def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
-    """Return the converted tool calls of a list of calls or of one call. Raises BadRow for any other value."""
+    """Return a list of converted calls. `calls` is a list of calls, or one call. Raises BadRow for any other value."""
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
@@ -249,7 +256,7 @@ def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
 
 
 def _calls_in_text(content: str, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
-    """Return the tool calls of a turn with the role of a call. The whole content of such a turn is JSON calls."""
+    """Return the tool calls of a turn with the role 'call'. `content` is one call or a list of calls as JSON text."""
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError):
@@ -262,7 +269,7 @@ def _calls_in_text(content: str, column: str, remarks: _Remarks) -> list[dict[st
 
 
 def _loss(turn: Mapping[str, Any]) -> tuple[str, bool] | None:
-    """Return the key with which a turn sets whether it carries loss, and the value of the key.
+    """Return (key, value) of the key that says whether the turn carries loss, for example ('weight', False).
 
     Returns None if the turn has no such key.
     """
@@ -293,7 +300,7 @@ class _Turn:
         self.used: set[str] = set()
 
     def first(self, keys: Sequence[str]) -> Any:
-        """Return the value of the first key whose value is not empty. Returns None if all values are empty."""
+        """Return the first value of these keys that is not empty. Returns None if all values are empty."""
         for key in keys:
             if not _is_empty(self.turn.get(key)):
                 self.used.add(key)
@@ -311,7 +318,7 @@ class _Turn:
         return _calls(calls, self.column, self.remarks) if calls else []
 
     def message(self, role: str, role_key: str, content_key: str) -> Message:
-        """Return the turn as a message, and record the keys of the turn that the message does not use."""
+        """Return the turn as a message. The keys of the turn that are not in the message are recorded as unused."""
         self.used |= {role_key, content_key}
         content = self.turn.get(content_key)
         calls = self.calls() if role == 'assistant' else []
@@ -338,9 +345,9 @@ class _Turn:
         return message
 
     def _set_loss(self, message: Message) -> None:
-        """Set whether a reply carries loss, if the turn says so.
+        """Set the key `loss` of a reply if the turn says whether it carries loss.
 
-        Turns that are not replies never carry loss: a key that requests loss for such a turn is reported as unused.
+        A turn that is not a reply never carries loss. If such a turn requests loss, its key is reported as unused.
         """
         requested = _loss(self.turn)
         if requested is None:
@@ -361,7 +368,10 @@ def _key_in(turn: Mapping[str, Any], keys: Sequence[str]) -> str:
 def _turns(
     turns: Any, remarks: _Remarks, *, column: str, role_keys: Sequence[str], content_keys: Sequence[str]
 ) -> list[Message]:
-    """Return the messages of a column. If a turn has several keys for the same field, the first key is read."""
+    """Return the turns of a column as messages.
+
+    `role_keys` and `content_keys` are the possible names of two keys. Of the names that a turn has, the first is read.
+    """
     turns = _parse_json(turns, column)
     if not isinstance(turns, list) or not turns:
         raise BadRow(f'{column} is not a list of turns', column)
@@ -379,7 +389,7 @@ def _turns(
 
 
 def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Return the messages. If the row has text in the system column, this text becomes the first message."""
+    """Return the messages. If the row has text in the column `system`, a system message with this text comes first."""
     value = _cell(row, 'system')
     system = '' if _is_empty(value) else _text(value, 'system')
     if not system:
@@ -527,7 +537,7 @@ def check_row(row: Row) -> Row:
     """
     try:
         ''.join(_texts(row)).encode()
-    except UnicodeEncodeError:  # JSON can write it: "\ud83d"
+    except UnicodeEncodeError:  # JSON text can contain half of a character: "\ud83d"
         raise BadRow('a text is not UTF-8, or holds half of a character (a lone surrogate)') from None
 
     last = row.messages[-1]

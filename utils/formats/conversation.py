@@ -15,7 +15,8 @@ class Message(TypedDict, total=False):
 
     `content` is '' in a turn with only tool calls. An item of `tool_calls` is {'type': 'function', 'function': {'name',
     'arguments'}}, with an 'id' if the row has an id. If `arguments` is the JSON text of an object, the text is parsed;
-    any other value is unchanged. `loss` says whether the turn carries loss. It is absent if the row does not say so.
+    any other value is unchanged. `loss` says whether the turn carries loss. Without such a setting in the row, `loss`
+    is absent.
     """
 
     role: str
@@ -41,7 +42,7 @@ class Row:
     messages: list[Message]
     tools: list[Any] | None = None
     images: list[str] = field(default_factory=list)
-    # The folder of the data file, in which relative paths of images are looked up. None for typed text.
+    # The folder of the data file. Relative paths of images start in this folder. It is None if the user typed the text.
     folder: str | None = None
     origin: str = ''
     # Which replies carry loss if --loss_scope is not typed. It depends on the columns of the source row.
@@ -63,4 +64,4 @@ class BadRow(ValueError):
 
 
 class Filtered(BadRow):
-    """The entry of the data set skips this row on purpose. The row is not defective."""
+    """The row is valid, but the registry entry of its data set skips the row on purpose."""

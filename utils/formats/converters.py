@@ -17,7 +17,7 @@ ToRow = Callable[[SourceRow], PlainRow | None]
 
 
 class Unwanted(Exception):
-    """The row is valid, but the entry of its data set skips the row on purpose."""
+    """The row is valid, but the registry entry of its data set skips the row on purpose."""
 
 
 def _text(row: SourceRow, column: str) -> str:
@@ -40,7 +40,7 @@ def _literal(value: Any) -> list[Any] | None:
 def pair(query: str, response: str, *, query_may_be_empty: bool = False) -> ToRow:
     """Return a converter that copies the query and the response from two columns.
 
-    A row with an empty response is dropped. A row with an empty query is dropped unless `query_may_be_empty`.
+    A row with an empty response is dropped. A row with an empty query is dropped unless `query_may_be_empty` is True.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -58,7 +58,8 @@ def alpaca(
 ) -> ToRow:
     """Return a converter for columns with instruction, input and output. The query is instruction, newline, input.
 
-    Without an instruction, the query is only the input. `drop_prefix` is removed from the beginning of the input.
+    Without an instruction, the query is only the input. `drop_prefix` is removed from the beginning of the input. A row
+    without a query or an output is dropped.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -72,7 +73,7 @@ def alpaca(
 
 
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
-    """Return a converter that keeps only rows of these kinds. `column` contains the kind of a row.
+    """Return a converter that keeps only rows whose kind is in `kinds`. `column` contains the kind of a row.
 
     Rows of a different kind are skipped. Rows without a kind are dropped.
     """
@@ -106,7 +107,10 @@ def without_history(column: str, to_row: ToRow) -> ToRow:
 
 
 def with_answer(query: str, response: str, answer: str) -> ToRow:
-    """Return a converter that appends an empty line and the answer to the response, if the row has an answer."""
+    """Return a converter that copies the query and the response, and appends the answer to the response.
+
+    If the row has no answer, nothing is appended.
+    """
 
     def to_row(row: SourceRow) -> PlainRow | None:
         asked = _text(row, query)
@@ -139,8 +143,8 @@ def human_assistant(column: str) -> ToRow:
 def agent(plugin: str) -> ToRow:
     """Return a converter for a list of {from, value} turns. The first turn is a system text that lists plugins.
 
-    `plugin` is a pattern that finds the names of the plugins in the system text. A row is skipped if it lists fewer
-    than two plugins, or if its turns do not alternate between user and assistant.
+    `plugin` is a regular expression that finds the names of the plugins in the system text. A row is skipped if it
+    lists fewer than two plugins, or if its turns do not alternate between user and assistant.
     """
     pattern = re.compile(plugin)
 
@@ -188,7 +192,7 @@ def two_rounds(column: str) -> ToRow:
 def leetcode(row: SourceRow) -> PlainRow | None:
     """Return a row whose query is the programming problem and whose response is the code with its explanation.
 
-    The row must contain exactly one code block.
+    A row that does not contain exactly one block of Python code is skipped.
     """
     problem, mark, code = _text(row, 'code_with_problem').partition('```python')
     if not mark or '```python' in code:
@@ -214,7 +218,7 @@ def law_text(row: SourceRow) -> PlainRow | None:
 
 
 def advertise(row: SourceRow) -> PlainRow | None:
-    """Return a row whose query asks for an advertisement from keywords."""
+    """Return a row whose query asks for an advertisement with some keywords. The response is the advertisement."""
     keywords = _text(row, 'content')
     text = _text(row, 'summary')
     if not keywords or not text:
@@ -225,7 +229,7 @@ def advertise(row: SourceRow) -> PlainRow | None:
 def ask_question(row: SourceRow) -> PlainRow | None:
     """Return a row whose query gives an answer and its context, and asks for the question.
 
-    The column `text1` is '<answer>[SEP]<context>'.
+    The response is the question. The column `text1` is '<answer>[SEP]<context>'.
     """
     answer, mark, context = _text(row, 'text1').partition('[SEP]')
     question = _text(row, 'text2')

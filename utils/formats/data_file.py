@@ -33,7 +33,7 @@ _MAX_ROW_BYTES = 1 << 26
 _GZIP_RATIO = 100
 _GZIP_FREE_BYTES = 1 << 26
 _BLANK = re.compile(r'[ \t\r\n]*')
-# An error this close to the end of the buffer may come from a truncated value, such as `tru` or `\u00`.
+# If a JSON error is this close to the end of the buffer, the value may only be truncated, such as `tru` or `\u00`.
 _MAX_TRUNCATED = 12
 
 
@@ -59,7 +59,7 @@ class WrittenNumber(float):
 
 
 class RowWithRepeatedKeys(dict[str, Any]):
-    """A row with a JSON object that has the same key twice. The last value is used, as by most JSON readers."""
+    """A row with a JSON object that has the same key twice (`repeated_keys`). The last value of a key is used."""
 
     def __init__(self, row: dict[str, Any], keys: Iterable[str]) -> None:
         super().__init__(row)
@@ -67,7 +67,7 @@ class RowWithRepeatedKeys(dict[str, Any]):
 
 
 class _JsonObjects:
-    """Builds each object from the pairs of a JSON parser, and records keys that occur twice in one object."""
+    """Makes a dict from the pairs of each JSON object, for a JSON parser. Records keys that an object has twice."""
 
     def __init__(self) -> None:
         self.repeated: list[str] = []
@@ -80,7 +80,7 @@ class _JsonObjects:
         return made
 
     def row(self, value: Any) -> Any:
-        """Return a parsed value: as RowWithRepeatedKeys if keys were recorded, else unchanged. Clears the record."""
+        """Return the value, as RowWithRepeatedKeys if repeated keys were recorded. Clears the recorded keys."""
         if self.repeated and isinstance(value, dict):
             value = RowWithRepeatedKeys(value, self.repeated)
         self.repeated.clear()
@@ -102,7 +102,7 @@ def refuse(location: str, problem: str) -> NoReturn:
 
 
 def signature(path: Path) -> Signature:
-    """Return size, modification time and inode of a file. If they differ later, the file was changed."""
+    """Return (size, modification time, inode) of a file. If one of them differs later, the file was changed."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -160,7 +160,7 @@ class _Bytes:
         self.is_gzip = path.suffix.lower() == '.gz'
         self.limit = max(_GZIP_FREE_BYTES, _GZIP_RATIO * path.stat().st_size)
         try:
-            self.stream: Any = gzip.open(path) if self.is_gzip else path.open('rb')  # noqa: SIM115 (closed at its end)
+            self.stream: Any = gzip.open(path) if self.is_gzip else path.open('rb')  # noqa: SIM115 (_take closes it)
         except OSError as error:
             raise ConfigError(f'{path}: the data file cannot be read: {error.strerror}. {_CHECK_PATH}') from None
 
@@ -189,14 +189,14 @@ class _Bytes:
         return self._take(self.stream.read, _BLOCK_BYTES)
 
     def lines(self, bad: OnBad) -> Iterator[tuple[int, str]]:
-        """Yield each line with its number. If a line is not UTF-8, `bad` is called and an empty line is yielded."""
+        """Yield (number, line) for each line. If a line is not UTF-8, calls `bad` and yields an empty line."""
         number = 0
         while line := self._take(self.stream.readline, _MAX_ROW_BYTES + 1):
             number += 1
             if len(line) > _MAX_ROW_BYTES:
                 refuse(
                     f'{self.path}:{number}',
-                    f'this line exceeds {_MAX_ROW_BYTES >> 20} MiB, which no row may. Split the row, or check that '
+                    f'this line exceeds {_MAX_ROW_BYTES >> 20} MiB, the limit for a row. Split the row, or check that '
                     'the file has line breaks.',
                 )
             try:
@@ -276,7 +276,7 @@ class _JsonText:
         refuse(f'{self.source.path}:{line}', f'the JSON is broken in the row that starts at line {self.line}: {why}.')
 
     def value(self) -> Any:
-        """Return the JSON value that starts at the current position."""
+        """Return the JSON value that starts at the current position. Raises UnreadableRow if the JSON is broken."""
         while True:
             self._objects.repeated.clear()  # an attempt that failed at the end of the buffer may have recorded keys
             try:

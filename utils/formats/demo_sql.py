@@ -1,8 +1,8 @@
 """Demonstration data. The query is a table definition and a question; the response is one line of SQLite.
 
-All rows are generated from word lists with a fixed seed. The held-out rows have the same intents as the training
-rows and the same short phrases for conditions ("at least 5"). They have different table names, column names, text
-values and sentences. So a model cannot answer them correctly by memorising the training rows.
+All rows are generated from word lists with a fixed seed. The held-out rows ask for the same kinds of SQL as the
+training rows, and use the same short phrases for conditions ("at least 5"). But their table names, column names, text
+values and sentences are different. So a model that memorises the training rows cannot answer the held-out rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILLS = 12
 CELLS = 40
 TASK = 'Write one SQLite query.'
 
-# (word, SQL). AGGREGATES fills the slots {f} and {F}, ORDERS fills {o} and {O}.
+# (word in the question, word in the SQL). AGGREGATES fills the slots {f} and {F}, ORDERS fills {o} and {O}.
 AGGREGATES = (('highest', 'MAX'), ('lowest', 'MIN'), ('average', 'AVG'), ('total', 'SUM'))
 ORDERS = (('highest', 'DESC'), ('lowest', 'ASC'))
 
@@ -33,14 +33,14 @@ ORDERS = (('highest', 'DESC'), ('lowest', 'ASC'))
 def _words() -> dict[str, Any]:
     """Return the lists from which rows are made. Training rows (seen) and held-out rows (unseen) have separate lists.
 
-    words: table names, text columns as name:kind, and number columns. A dot after a number column means REAL. A row
-    uses only the words of one entry, so that the row makes sense.
+    words: table names, text columns as name:kind, and number columns. A number column has the type REAL if a dot
+    follows its name, else INT. A row uses only the words of one entry, so that the row makes sense.
     values: text values for each kind.
     tests: conditions in SQL, and phrases for them that follow "with" or "having". {c} is the column, {v} and {u} are
     values, {p} is the beginning of a value.
-    patterns: one entry per intent, with its SQL and sentences that ask for it. {t} is the table, {a} the requested
-    column, {b} a number column, {g} a text column, {n} a small number. {w} and {w2} are conditions in words, {q} and
-    {q2} the same conditions in SQL.
+    patterns: one entry for each kind of SQL, with the sentences that ask for this SQL. {t} is the table, {a} the
+    requested column, {b} a number column, {g} a text column, {n} a small number. {w} and {w2} are conditions in words,
+    {q} and {q2} the same conditions in SQL.
     """
     found: dict[str, Any] = json.loads(Path(__file__).with_name('demo_sql.json').read_text(encoding='utf-8'))
     return found
@@ -64,14 +64,14 @@ def _rows(unseen: bool, count: int, seed: int) -> list[dict[str, str]]:
     patterns = _words()['patterns']
     rows: dict[str, str] = {}
     while len(rows) < count:
-        # Patterns alternate, so that any sequence of rows contains all of them.
+        # The patterns are used in turn, so that any long sequence of rows contains all patterns.
         query, response = _row(rng, unseen, patterns[len(rows) % len(patterns)])
         rows.setdefault(query, response)
     return [{'system': TASK, 'query': query, 'response': response} for query, response in rows.items()]
 
 
 def _row(rng: random.Random, unseen: bool, pattern: dict[str, Any]) -> tuple[str, str]:
-    """Return the query and the response of one row."""
+    """Return (query, response) of one row, made from the pattern."""
     names = rng.choice(_words()['unseen_words' if unseen else 'seen_words'])
     tables = names['tables'].split()
     texts = names['texts'].split()
@@ -111,7 +111,7 @@ def _definition(column: str) -> str:
 
 
 def _condition(rng: random.Random, unseen: bool, column: str) -> tuple[str, str]:
-    """Return a condition on a column, in words and in SQL."""
+    """Return a random condition on a column, as (words, SQL)."""
     name, _, kind = column.partition(':')
     slots = {'c': name.rstrip('.')}
     if kind:
@@ -129,13 +129,13 @@ def _condition(rng: random.Random, unseen: bool, column: str) -> tuple[str, str]
 
 
 def is_right(row: dict[str, str], answer: str) -> bool:
-    """Return whether the SQL of the answer selects the same records as the reference, the response of `row`.
+    """Return whether the SQL of the answer selects the same records as the reference SQL, row['response'].
 
-    Both run on the table of the row. The table is filled several times with different random data near the values of
-    the reference, so that a wrong column, value or comparison changes the result. The order of the records matters
+    Both are run on the table of the row. The table is filled several times with different random data near the values
+    of the reference, so that a wrong column, value or comparison changes the result. The order of the records matters
     only if the reference sorts. If the answer has a fenced code block, only this block is used. Text after the first
-    semicolon is ignored. But the answer is wrong if this text is a second statement, or if the SQL is not a plain
-    SELECT.
+    semicolon is ignored, but the answer is wrong if this text is a second statement. The answer is also wrong if the
+    SQL is not a plain SELECT.
     """
     sql = _statement(answer)
     if not sql:
@@ -173,7 +173,10 @@ def _fill(row: dict[str, str], seed: int) -> tuple[str, list[tuple[str | float, 
 
 
 def _cells(rng: random.Random, definition: str, sql: str) -> list[str | float]:
-    """Return random cells for a column. Many cells equal a value with which the SQL compares, or are close to it."""
+    """Return random cells for a column.
+
+    If the SQL compares the column with a value, many cells equal this value or are close to it.
+    """
     name, kind = definition.split()
     if kind == 'TEXT':
         # The values have different frequencies, so that counts per group differ.
@@ -198,13 +201,16 @@ def _cells(rng: random.Random, definition: str, sql: str) -> list[str | float]:
 
 
 def _allow(action: int, name: str | None, *_: str | None) -> int:
-    """Allow only the actions that a SELECT needs. This is the authorizer callback of sqlite3."""
+    """Return SQLITE_OK for the actions that a SELECT needs, else SQLITE_DENY. sqlite3 calls this as its authorizer."""
     plain = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
     return sqlite3.SQLITE_OK if plain else sqlite3.SQLITE_DENY
 
 
 def _run(row: dict[str, str], sql: str, seed: int, with_order: bool) -> list[tuple[object, ...]] | None:
-    """Return the records that the SQL selects. They are sorted unless `with_order`. Returns None if the SQL fails."""
+    """Return the records that the SQL selects. Returns None if the SQL fails.
+
+    The records are sorted. If `with_order` is True, they keep their order.
+    """
     create, records = _fill(row, seed)
     db = sqlite3.connect(':memory:')
     try:

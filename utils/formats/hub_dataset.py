@@ -1,4 +1,4 @@
-"""Registered data sets of the hubs: downloads the files, reads and converts the rows, and unpacks the images."""
+"""Registered data sets on hubs: downloads the files, reads and converts the rows, and unpacks the images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.formats.images import BadImage, place_image
 from utils.hub import snapshot as hub
 from utils.hub.clients import Repo
 
-# The seed of `take`. Never change it: the rows of these data sets would change.
+# The seed with which `take` rows are drawn. Never change the seed: other rows would be drawn.
 _TAKE_SEED = 42
 
 
@@ -31,7 +31,7 @@ _TAKE_SEED = 42
 class HubDataset:
     """The description of a data set on the hubs. Calling it returns (train, validation or None)."""
 
-    # The id on ModelScope in 2023, and the later ids if the data set moved.
+    # The id on ModelScope in 2023, and the later ids if the data set got a new id.
     id: str
     moved: tuple[str, ...] = ()
     # The id of the same data on Hugging Face.
@@ -147,7 +147,8 @@ class RowStream:
 
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp')
-# Images are already compressed. So an archive that expands more than this was probably made to fill the disk.
+# Images are already compressed. So if an archive expands to more than this many times its size, it was probably made to
+# fill the disk.
 _MAX_EXPANSION = 50
 
 

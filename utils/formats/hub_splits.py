@@ -46,10 +46,11 @@ def _plain(text: str) -> str:
 
 
 def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[str]]:
-    """Return the files of each split. If the repository has no list of files, the files are chosen by their names.
+    """Return {split: file names}. If the repository has no list of files, the files are chosen by their names.
 
-    The list of files is <name>.json on ModelScope ({subset: {split: {meta: file}}}), or `configs` in the README on
-    Hugging Face. Raises ConfigError if a subset or split is not found; the message names the existing ones.
+    A list of files says which files a split has. On ModelScope it is <name>.json ({subset: {split: {meta: file}}}), on
+    Hugging Face it is `configs` in the README. Raises ConfigError if a subset or split is not found. The message names
+    the existing subsets and splits.
     """
     listed = _listed_files(snapshot)
     chosen: dict[str, list[str]] = {}
@@ -70,7 +71,7 @@ def _listed_files(snapshot: hub.Snapshot) -> FileList:
     """Return the list of files in the repository. Returns {} if the repository has no such list."""
     modelscope_name = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
     for name, reader in ((modelscope_name, _read_modelscope_list), ('README.md', _read_readme_list)):
-        # A data file can have the same name, but a data file is larger.
+        # A data file can have the same name as a list of files, but a data file is larger.
         if name in snapshot.files and (snapshot.files[name][0] or 0) < _MAX_LIST_BYTES:
             text = (snapshot.fetch([name]) / name).read_text(encoding='utf-8', errors='replace')
             listed = reader(text, list(snapshot.files))
@@ -121,7 +122,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split: str) -> list[str]:
-    """Return the files of a split in the list. Returns [] if the list does not contain the split."""
+    """Return the files of a split, from the list of files. Returns [] if the list does not contain the split."""
     splits = listed.get(subset)
     # An entry without subsets has the subset 'default'. The repository may use a different name for this subset.
     if not splits and subset == 'default' and len(listed) == 1:

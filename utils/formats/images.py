@@ -1,4 +1,4 @@
-"""Images of rows: finds their tags in a text, checks their paths, and opens the files."""
+"""Images of rows: finds the image tags in a text, checks the paths of the images, and opens the files."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class BadImage(ConfigError):
     path = ''
 
     def __init__(self, text: str) -> None:
-        # An error in a data-loader process reaches the user as a traceback, followed by this message.
+        # If the error comes from a data-loader process, a traceback precedes the message. Keep only the message.
         super().__init__(text.rsplit('BadImage: ', 1)[-1].strip())
 
 
 def bad_image(path: str, reason: str, more: str = '') -> BadImage:
-    """Return the error for an image. The message ends in `more`, the details of this image."""
+    """Return the error for one image. The message is `reason`, then `more` with the details of this image."""
     error = BadImage(f'image {path!r} {reason}{more}')
     error.reason = reason
     error.path = path
@@ -56,10 +56,10 @@ def replace_tags(text: str, mark: str) -> str:
 
 
 def name_images(texts: Sequence[str], images: Iterable[str]) -> list[str]:
-    """Fill the images of a row into the empty tags `<img></img>` of its texts, in order, and return the texts.
+    """Return the texts of a row with the path of one image in each empty tag `<img></img>`, in order.
 
-    An image that is already in a tag is not used again. Raises BadImage if the remaining images are more or fewer than
-    the empty tags.
+    An image whose path is already in a tag is not used again. Raises BadImage if the number of the remaining images
+    differs from the number of empty tags.
     """
     named = {path for text in texts for path in find_images(text) if path}
     unnamed = [path for path in images if path not in named]
@@ -99,7 +99,10 @@ def place_image(path: str, folder: str | None) -> str:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """Open a file as a Pillow image and check its size. Raises BadImage, also if code in the with block fails."""
+    """Open a file as a Pillow image and check its size.
+
+    Raises BadImage if the file cannot be used, or if the code in the with block fails.
+    """
     from PIL import Image
 
     # Pipes and devices are refused too, because reading them may never end.
@@ -168,7 +171,7 @@ def _read_image(path: str, side: int) -> torch.Tensor:
 
 
 def state_of_images(row: Row) -> bytes:
-    """Return the paths, sizes and modification times of the images of a row as bytes.
+    """Return the paths, sizes and modification times of the images of a row as bytes. Returns b'' without images.
 
     If the bytes differ later, an image was changed.
     """
