@@ -51,7 +51,10 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
 
 
 def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
-    """Return the resolved command line of llm_infer.py. The caller has already set the values of the checkpoint."""
+    """Return the resolved command line of llm_infer.py. Problems are collected, not raised.
+
+    With --ckpt_dir, `parsed` must already have the values from the record of the training run.
+    """
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
     check_common_numbers(done)
@@ -98,7 +101,10 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
 
 
 def _merge_unquantised(done: Resolution[InferArguments]) -> None:
-    """Turn quantisation off for a merge. Add a problem if --quantization_bit was typed."""
+    """Set quantization_bit to 0, because a merge needs unquantised weights.
+
+    If --quantization_bit was typed, add a problem instead.
+    """
     bits = done.args.quantization_bit
     if 'quantization_bit' in done.typed:
         done.problems.add(
