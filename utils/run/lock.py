@@ -64,9 +64,7 @@ def read_lock(run_dir: Path) -> dict[str, Any]:
     lock: dict[str, Any] = read_json(run_dir / LOCK_JSON, remedy=remedy)
     kinds = {'command': list, 'processes': int, 'base_model': dict, 'data': dict, 'versions': dict}
     if wrong := [name for name, kind in kinds.items() if not isinstance(lock.get(name), kind)]:
-        raise ConfigError(
-            f'{run_dir / LOCK_JSON}: {wrong[0]} is missing or has another type than a run writes. {remedy}'
-        )
+        raise ConfigError(f'{run_dir / LOCK_JSON}: {wrong[0]} is missing or has the wrong type. {remedy}')
     return lock
 
 

@@ -222,9 +222,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
     """
     resumed = find_record(checkpoint)
     if resumed is None:
-        return [
-            f'{checkpoint} has no {SFT_ARGS}, so the arguments cannot be compared with the arguments of its run.'
-        ]
+        return [f'{checkpoint} has no {SFT_ARGS}, so the arguments cannot be compared with the arguments of its run.']
 
     problems = Problems()
     check_base(resumed, record.base_model or {}, problems)
