@@ -189,7 +189,7 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
     """Add a problem for each environment variable with a secret-like name whose value is not UTF-8.
 
-    The run folder cannot be scanned for such a value.
+    After training, the run folder is searched for the values of these variables. This needs UTF-8.
     """
     for holder, secret in find_secrets(environment, {}).items():
         try:
@@ -219,7 +219,10 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if training cannot resume from a checkpoint. Only one process per machine hashes the files."""
+    """Add a problem if training cannot resume from a checkpoint.
+
+    To save time, only one process per machine compares the files with their hashes.
+    """
     given = f'--resume_from_checkpoint {checkpoint}'
     has_deepspeed = any(checkpoint.glob(DEEPSPEED_STATES))
     if not checkpoint.is_dir():

@@ -186,7 +186,7 @@ def parse(
     """Parse the command line `argv`, and return the result with its problems. Only --help ends the program.
 
     A script may write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
-    the same flag before it. This is also so for --dataset, which may otherwise be typed several times. `earlier` is the
+    the same flag before it. This is also so for --dataset, although its values are otherwise added up. `earlier` is the
     command line of an earlier run. A flag of `earlier` is used only if `argv` does not have the same flag.
     """
     parser = _build_parser(cls, program=program, about=about)

@@ -1,4 +1,4 @@
-"""The ranges of numeric flags, and the allowed names of flags with many choices."""
+"""Checks that numeric flags are in their ranges, and that the named optimizer and schedule exist."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def is_of_bitsandbytes(optim: str) -> bool:
 
 
 def _check_number(done: Resolution[Any], name: str, ok: bool, wanted: str) -> None:
-    """Add a problem if the argument `name` is not finite, or if `ok` is False. `wanted` describes the range."""
+    """Add a problem if `ok` is False, or if the argument `name` is not a finite number.
+
+    `wanted` describes the allowed values in the message.
+    """
     value = getattr(done.args, name)
     if not ok or (isinstance(value, float) and not math.isfinite(value)):
         done.problems.add(f'--{name} takes {wanted}, got {value}.')

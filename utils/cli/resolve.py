@@ -131,7 +131,7 @@ def _resolve_model(done: Resolution[Any]) -> None:
     if args.model_type is None and args.model_id_or_path is None:
         done.decide('model_type', DEFAULT_MODEL_TYPE, 'no model was named')
     elif args.model_type is None and (found := infer_model_type(args.model_id_or_path)):
-        done.decide('model_type', found, f"'{args.model_id_or_path}' is the model of that entry")
+        done.decide('model_type', found, f"'{args.model_id_or_path}' is the model of this registry entry")
 
     if 'model_type' in done.typed or Path(str(args.model_id_or_path)).is_absolute():
         done.without_effect(('model_revision',), 'it is for a hub id in --model_id_or_path')
@@ -168,7 +168,7 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
 
     args = done.args
     if args.template_type is None:
-        reason = 'the model entry names it' if args.model_type else 'no entry names one'
+        reason = 'the model entry names it' if args.model_type else 'the model has no registry entry'
         done.decide('template_type', info.template, reason)
 
     template = TEMPLATE_MAPPING[args.template_type]
@@ -220,7 +220,7 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
             )
 
     unused = ('train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers', 'group_by_length')
-    reason = 'with --streaming true the training process reads every row and holds the first ones out'
+    reason = 'with --streaming true the training process reads all rows, and the first rows are held out'
     done.without_effect(unused, reason)
     done.decide('dataloader_num_workers', 0, 'a stream is read by the training process')
 
@@ -307,7 +307,7 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
         )
 
     if args.eval_batch_size is None and args.predict_with_generate:
-        done.decide('eval_batch_size', 1, 'evaluation generates')
+        done.decide('eval_batch_size', 1, 'evaluation generates answers')
     elif args.eval_batch_size is None:
         done.decide('eval_batch_size', args.batch_size, 'it follows --batch_size')
 
