@@ -132,9 +132,9 @@ class _Buffers:
 def _logits(
     hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the logits (N, V) in fp32 and the derivative of the cap (N, V), or None if the head has no cap.
+    """Return two tensors: the logits (N, V) in fp32, and the derivative of the cap (N, V).
 
-    If the head has no cap, the logits are in a buffer that the next chunk overwrites.
+    If the head has no cap, the second value is None, and the logits are in a buffer that the next chunk overwrites.
     """
     bias_V = head.linear.bias
     logits_NV = buffers.take(len(hidden_NC), weight_VC, weight_VC.dtype)

@@ -1,6 +1,6 @@
-"""A forward for gated MLPs (for example SwiGLU) that needs less memory. It replaces the forward of any such class.
+"""Replaces the forward of gated MLPs (for example SwiGLU) by a fused forward that needs less memory.
 
-It computes act(gate) * up in one step, and saves only gate and up for the backward pass.
+The fused forward computes act(gate) * up in one step, and saves only gate and up for the backward pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fused RMSNorm that needs little memory for the backward pass. It replaces norm layers with bitwise equal output."""
+"""A fused RMSNorm that needs little memory for the backward pass. Its output is bitwise that of the original layer."""
 
 from __future__ import annotations
 
