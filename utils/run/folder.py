@@ -38,9 +38,9 @@ class Run:
         self._write(replace(self.record, **facts))
 
     def decide(self, name: str, value: Any, reason: str) -> None:
-        """Log a decision that is made after the run was opened. Record the decided value and the value before it.
+        """Log a decision that is made after the run was opened. Store the new and the old value in the record.
 
-        The value before it is needed when the run is resumed: it does not depend on the machine, so it is compared.
+        When the run is resumed, the old values are compared, because they do not depend on the machine.
         """
         line = decision(name, value, reason)
         logger.info(line)

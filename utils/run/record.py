@@ -63,7 +63,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: Path, *, remedy: str = _RESTORE) -> RunRecord:
-        """Return the record in a folder. Raises ConfigError, with a message that ends in `remedy`, if it is damaged."""
+        """Return the record in a folder. If sft_args.json is missing or damaged, raises ConfigError with `remedy`."""
         return cls.from_json(read_json(folder / SFT_ARGS, remedy=remedy))
 
     def to_json(self) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
 
 
 def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
-    """Return a warning for each argument whose value differs from its value in the resumed run.
+    """Return a list of warnings, one for each argument whose value differs from its value in the resumed run.
 
     Raises ConfigError if the base weights or the optimizer differ, or if the same data flags now give different rows.
     """
