@@ -94,7 +94,7 @@ class Guard(TrainerCallback):
         return {'window': list(self._window), 'spikes': self.spikes, 'skipped': self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set the state that `state` returned when the checkpoint was written."""
+        """Restore the guard from a checkpoint. `state` is the dict that the method `state` returned."""
         self._window.extend(state['window'])
         self.spikes = state['spikes']
         self.skipped = state['skipped']

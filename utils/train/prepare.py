@@ -50,7 +50,7 @@ def find_targets(
 
     taken = taken_for_experts(model, names)
     if taken and takes_all:
-        logger.info(f'ALL skips {", ".join(sorted(taken))}: on this class PEFT puts these names on the experts')
+        logger.info(f'ALL skips {", ".join(sorted(taken))}: PEFT would add LoRA to the experts, not to linear layers')
     elif refused := [name for name in wanted if name in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: on {type(model).__name__} PEFT puts these names on the '
@@ -147,7 +147,7 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
         raise ConfigError(f'--sft_type lora: {class_name} has no layer for LoRA. Use --sft_type full.')
 
     if args.lora_target_modules is None:
-        decide('lora_target_modules', targets, 'the model has no entry and these are its names')
+        decide('lora_target_modules', targets, 'the model has no registry entry, and its layers have these names')
     elif set(targets) != set(args.lora_target_modules):
         typed = ','.join(args.lora_target_modules)
         decide('lora_target_modules', targets, f'these are the layers of {class_name} that {typed} names')

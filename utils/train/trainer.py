@@ -344,7 +344,10 @@ class SftTrainer(Seq2SeqTrainer):
             self._finish_cut_evaluation(checkpoint)
 
     def _finish_cut_evaluation(self, checkpoint: str) -> None:
-        """Repeat the evaluation that the stopped run did not finish. If its checkpoint is now the best, record this."""
+        """Repeat the evaluation that the stopped run did not finish.
+
+        If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint.
+        """
         metrics = self.evaluate()
         self.evaluation_pending = False
         is_saved = self.state.global_step % self.args.save_steps == 0
@@ -355,7 +358,7 @@ class SftTrainer(Seq2SeqTrainer):
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Return the ids of the last reply of each row: the labels after the prompt, which includes all earlier replies.
 
-    If the last reply of a row carries no loss, its labels are empty, and the ids after the prompt are returned instead.
+    The last reply of a row may carry no loss and so have no labels. Then all ids after the prompt are returned instead.
     """
     replies = []
     ids_of_rows = split_rows(inputs, 'input_ids')
