@@ -208,9 +208,10 @@ class FirstStepGate(TrainerCallback):
         )
 
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
-        """Return a list of (flag that saves memory, the batch as it is with this flag). `tokens` is the longest row.
+        """Return a list of (flag that saves memory, the batch as it is with this flag).
 
-        For --gradient_checkpointing true the batch is the object `rows` itself.
+        `tokens` is the number of tokens in the longest row. For --gradient_checkpointing true the batch is the object
+        `rows` itself.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:

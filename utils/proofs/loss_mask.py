@@ -1,4 +1,4 @@
-"""Check the labels in real batches: a token must have a label if its row marks the token as trained, else none."""
+"""Check the labels in real batches: exactly the tokens that a row marks as trained must have a label."""
 
 from __future__ import annotations
 
