@@ -63,7 +63,7 @@ def finish_run(
 ) -> Path:
     """Write run.json, the curves and the report, and log the commands to run next. Returns the best checkpoint.
 
-    `asked` also generates its answers after training here, and writes answers.json.
+    `asked` generates the answers of the trained model, and writes answers.json.
     """
     state = trainer.state
     run_dir = run.folder

@@ -94,9 +94,9 @@ def _data(run: RunFiles) -> list[Markup]:
 
 
 def _account(account: dict[str, Any]) -> list[Markup]:
-    """Return a table that shows for each field how many of its characters were trained, context, cut and so on.
+    """Return a list of tables. The first shows for each field how many characters were trained, context, cut and so on.
 
-    If texts of the data were not used, a second table shows their number of rows. Without counts the list is empty.
+    If texts of the data were not used, a second table shows in how many rows. Without counts the list is empty.
     """
     fields = account.get('fields', {})
     if not fields:
