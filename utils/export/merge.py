@@ -260,8 +260,8 @@ def _recover(target: Path) -> None:
 def put_in_place(folder: Path, target: Path) -> None:
     """Rename a complete folder to `target`.
 
-    If `target` exists already, it is renamed first, and deleted only at the end. If the second rename fails, the
-    earlier folder is restored and OSError is raised.
+    An existing `target` is first moved aside, and deleted only after the rename. If the rename fails, it is moved back
+    and OSError is raised.
     """
     earlier = _replaced(target)
     if target.exists():
