@@ -28,10 +28,10 @@ _INFER_REMEDY = 'or type --dataset to answer all rows of a data set: which rows 
 
 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
-    """Return the rows of a training run. With --streaming true they are opened streams, otherwise a plan.
+    """Return the rows of a training run: a plan, made in a first pass over the data, or opened streams.
 
-    A plan is made in a first pass over the data. Its decisions (rows not drawn, replies without loss) and its remarks
-    on rows are logged and added to `done`.
+    For a plan, the decisions (rows not drawn, replies without loss) and the remarks on rows are logged and added to
+    `done`.
     """
     args = done.args
     if args.streaming:
