@@ -445,7 +445,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed. Add --deepspeed_config_path.'),
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
-    'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has another type than a run writes.'),
+    'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has the wrong type.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
