@@ -333,7 +333,7 @@ PROGRAMS: dict[str, Row] = {
         'exists already and is not replaced. Name a new folder.',
     ),
     # DeepSpeed's configuration
-    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, but a dict is expected. --deepspeed_config_path'),
+    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, but a dict is expected. Use --deepspeed'),
     'half a file for DeepSpeed': (deepspeed('{'), 'ds.json cannot be read as JSON: Expecting'),
     'no UTF-8 for DeepSpeed': (deepspeed(LATIN), 'ds.json cannot be read as JSON: '),
     'brackets for DeepSpeed': (deepspeed(DEEP), 'ds.json cannot be read as JSON: maximum recursion'),
