@@ -215,7 +215,7 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     template.write_text(template.read_text().replace("{{ '\n' }}", "{{ '\n\n' }}"))
     run_sft(*resumed, expect=2)
     assert problems()[-1].startswith(
-        f'--resume_from_checkpoint {run / "checkpoint-1"}: the template has changed since (sha256 '
+        f'--resume_from_checkpoint {run / "checkpoint-1"}: the template has changed since that run (its sha256 '
     )
 
 
@@ -244,7 +244,7 @@ def test_rows_past_the_length_of_rotary_positions_are_warned_about(caplog: pytes
     check_positions(model, 512)
     assert not caplog.text
     check_positions(model, 513)
-    assert 'the longest row has 513 tokens, LlamaForCausalLM was made for 512' in caplog.text
+    assert 'the longest row has 513 tokens, but LlamaForCausalLM was made for at most 512' in caplog.text
 
 
 def test_output_folders_that_cannot_be_made_are_one_message(

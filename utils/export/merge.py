@@ -218,9 +218,9 @@ def verify_merged(
 def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float:
     """Return which share of the adapter's effect the merged model has: 0 is no effect, 1 is the whole effect.
 
-    The logits of the base are `bare`, of base + adapter `tuned`, and of the merged model `found`. Rounding errors have
-    random directions, so they hardly change the share. If the effect of the adapter is much smaller than the rounding
-    errors, the share cannot be computed, and 1 is returned.
+    `bare` are the logits of the base, `tuned` of the base with the adapter, and `found` of the merged model. Rounding
+    errors have random directions, so they hardly change the share. If the effect of the adapter is much smaller than
+    the rounding errors, the share cannot be computed, and 1 is returned.
     """
     moved = tuned - bare
     error = found - tuned

@@ -53,7 +53,10 @@ class LossProof(TrainerCallback):
         # Under FSDP a forward pass without gradients before the first training step crashes the process (SIGSEGV).
         # Under DeepSpeed, which may shard the model too, the comparison is skipped as well.
         if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
-            logger.info('loss value: not compared with single rows, because DeepSpeed or FSDP shards the model')
+            logger.info(
+                'loss value: the loss of a batch is not compared with the losses of its rows, because DeepSpeed or '
+                'FSDP shards the model'
+            )
             return
 
         trainer.model_wrapped.eval()

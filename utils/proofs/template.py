@@ -330,8 +330,8 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
     """Check the rows and the probes, and write the outcome to proofs.json.
 
     Raises ConfigError if the run would train a wrong text. A registered template may differ from the tokenizer's chat
-    template, because the user chose it; then only the first difference is reported. Rows with images are compared only
-    with --template_type auto, and with one token for each image.
+    template, because the user chose it; then only the first difference is reported. Rows with images are compared with
+    the chat template only if --template_type is auto. In this comparison each image counts as one token.
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)

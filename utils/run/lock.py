@@ -156,7 +156,8 @@ def check_repeated_template(run_dir: Path, sha256: str) -> None:
     trained = read_lock(run_dir).get('template_sha256')
     if trained not in (None, sha256):
         raise ConfigError(
-            f'--from_run {run_dir}: the template has changed since (sha256 {trained[:12]}, now {sha256[:12]}). '
+            f'--from_run {run_dir}: the template has changed since that run (its sha256 was '
+            f'{trained[:12]}, now it is {sha256[:12]}). '
             'Put the old template back, or type --template_type to train with the present template.'
         )
 

@@ -286,6 +286,7 @@ def check_resumed_template(checkpoint: Path, record: RunRecord) -> None:
     if then is None or now is None or then == now or not same_name:
         return
     raise ConfigError(
-        f'--resume_from_checkpoint {checkpoint}: the template has changed since (sha256 {then[:12]}, now {now[:12]}), '
+        f'--resume_from_checkpoint {checkpoint}: the template has changed since that run (its sha256 was '
+        f'{then[:12]}, now it is {now[:12]}), '
         f'so other prompts would be trained. Put the template back, {_RESUME_REMEDY}.'
     )

@@ -284,9 +284,9 @@ def check_positions(model: Any, longest: int) -> None:
             f'has {longest} tokens. Use --max_length {limit} or less, which cuts the front of longer rows.'
         )
     logger.warning(
-        f'--max_length: the longest row has {longest} tokens, {type(model).__name__} was made for {limit} '
-        f'(max_position_embeddings): training beyond that may have little effect. Use --max_length {limit} to cut such '
-        'rows.'
+        f'--max_length: the longest row has {longest} tokens, but {type(model).__name__} was made for at most {limit} '
+        f'(max_position_embeddings). The model may learn little from later tokens. Use --max_length {limit} to cut '
+        'such rows.'
     )
 
 
