@@ -19,7 +19,11 @@ from utils.cli.arguments import CommonArguments, flag_types
 # Maps a misspelt flag that scripts of users contain to the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
 # If a flag of this list is typed several times, all values are used. For any other flag, the last value is used.
-ADDING_UP = frozenset({'dataset'})
+ADDING_UP = frozenset({'dataset', 'template_settings'})
+# Lists of name=value. A comma separates two of them only if a name and = follow, because a value may contain commas.
+_SETTINGS = frozenset({'template_settings'})
+_NEXT_SETTING = re.compile(r',(?=[A-Za-z_]\w*=)')
+_JSON_SETTING = re.compile(r'\w+=[\[{"]')
 # A negative number with an exponent. argparse would take it for a flag.
 _NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
 
@@ -42,6 +46,14 @@ def _unwrap_optional(hint: Any) -> Any:
     return hint
 
 
+def _split_names(word: str) -> list[str]:
+    return word.split(',')
+
+
+def _split_settings(word: str) -> list[str]:
+    return [word] if _JSON_SETTING.match(word) else _NEXT_SETTING.split(word)
+
+
 def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
     """Convert the words typed for a flag to a value of its type. Raises ValueError if the words do not fit the type.
 
@@ -55,7 +67,8 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
         raise ValueError(f'--{name}: the value is not UTF-8. Type it in a terminal that is set to UTF-8.')
 
     if typing.get_origin(hint) is list:
-        values = [part for word in words for part in word.split(',') if part]
+        split = _split_settings if name in _SETTINGS else _split_names
+        values = [part for word in words for part in split(word) if part]
         if not values:
             raise ValueError(f'--{name} needs at least one value.')
         return values

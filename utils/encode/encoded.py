@@ -27,6 +27,7 @@ FULL_DIFFERS = (
 )
 THINKING_SWITCH = 'the reply reasons and the generation prompt closes the think block: rendered with {switch}'
 CLOSED_THINKING = 'the reply reasons, and the generation prompt closes the think block, which no setting opens'
+CLOSED_BY_SETTING = 'the reply reasons, and the template setting {setting} closes the think block'
 REASONING_AS_TEXT = 'the chat template has no key for reasoning: written as a think block before the reply'
 REASONING_LEFT_OUT = 'the chat template prints no reasoning before the reply: it is left out'
 ADDED_END = 'the chat template prints no end of turn: the token that ends it is added'
