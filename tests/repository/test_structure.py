@@ -23,7 +23,7 @@ ROOMS = {
     'data': 'base formats dataset loading encode',
     'cli': 'base preprocess hub formats dataset loading model data',
     'fast': 'base loading encode data cli',
-    'run': 'base formats loading encode data cli',
+    'run': 'base preprocess formats loading encode data cli',
     'infer': 'base preprocess formats loading encode data cli run',
     'estimate': 'base hub formats dataset loading model encode data cli fast run',
     'checks': 'base hub formats loading model encode data cli run',

@@ -35,6 +35,18 @@ class CommonArguments:
         'lora', 'lora, or full to train all weights; for QLoRA use lora with --quantization_bit 4 or 8'
     )
     template_type: str | None = flag(None, 'key of TEMPLATE_MAPPING; None: the template of the model entry')
+    chat_template: str | None = flag(
+        None,
+        'file with a Jinja chat template, or folder of a model or checkpoint that has one; template auto uses it '
+        "instead of the tokenizer's own",
+    )
+    template_settings: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'variables of the chat template as name=value, e.g. enable_thinking=false; a value is true, false, '
+            'none, a number, JSON or text. Checkpoints keep them'
+        },
+    )
     seed: int = flag(42, 'global seed; process r of a distributed run uses seed + r, e.g. for dropout')
     dtype: DtypeName | None = flag(
         None,

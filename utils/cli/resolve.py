@@ -19,6 +19,7 @@ from utils.cli.ranges import check_common_numbers, check_generation, check_sft_n
 from utils.cli.resolution import Resolution, run_name
 from utils.data.sources import parse_source
 from utils.loading.info import ModelInfo
+from utils.loading.template_settings import parse_settings
 from utils.model import get_model_info, infer_model_type
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
@@ -32,6 +33,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     """Return the resolved command line of a training run. Problems are collected, not raised."""
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
+    _check_chat_template(done)
     check_common_numbers(done)
     check_sft_numbers(done)
     _resolve_datasets(done)
@@ -57,6 +59,7 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     """
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
+    _check_chat_template(done)
     check_common_numbers(done)
     if done.args.reads_data:
         _resolve_datasets(done)
@@ -167,7 +170,10 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
         return
 
     args = done.args
-    if args.template_type is None:
+    names_file = args.chat_template is not None and 'template_type' not in done.typed
+    if names_file and args.template_type != AUTO:
+        done.decide('template_type', AUTO, '--chat_template names the chat template')
+    elif args.template_type is None:
         reason = 'the model entry names it' if args.model_type else 'the model has no registry entry'
         done.decide('template_type', info.template, reason)
 
@@ -176,6 +182,31 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
         done.without_effect(('system',), f"template '{args.template_type}' has no place for a system text")
     if args.template_type == AUTO and 'system' not in done.typed:
         done.decisions.append("system = the template's own default because template auto passes only a typed --system")
+
+
+def _check_chat_template(done: Resolution[Any]) -> None:
+    """Add the problems of --chat_template and --template_settings that the command line alone shows."""
+    args = done.args
+    name = args.template_type
+    is_fixed = TEMPLATE_MAPPING.get(name) is not None
+    if is_fixed and args.chat_template is not None:
+        done.problems.add(
+            f"--chat_template {args.chat_template}: template '{name}' does not use it. Leave --template_type out, or "
+            'use --template_type auto.'
+        )
+    if args.template_settings is None:
+        return
+
+    if is_fixed:
+        done.problems.add(
+            f"--template_settings: template '{name}' is fixed text without variables. Leave --template_settings out, "
+            'or use --template_type auto.'
+        )
+    try:
+        parse_settings(args.template_settings)
+    except ConfigError as error:
+        for problem in error.problems:
+            done.problems.add(problem)
 
 
 def _resolve_datasets(done: Resolution[Any]) -> None:

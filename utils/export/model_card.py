@@ -69,6 +69,10 @@ def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictur
     if switch:
         thinking = f' Pass `{switch}` to its chat template: its replies were trained with it.'
 
+    settings = ' '.join(f'`{word}`' for word in record.flags.get('template_settings') or ())
+    if settings:
+        thinking += f' Its chat template sets {settings}: its replies were trained with it.'
+
     card = Path(__file__).with_suffix('.md').read_text(encoding='utf-8')
     return card.format(
         name=name,

@@ -9,12 +9,14 @@ from typing import Any
 from utils.base import dist
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
-from utils.base.names import LOCK_JSON
+from utils.base.names import LOCK_JSON, TEMPLATE_FLAGS
 from utils.base.packages import toolkit, versions
 from utils.cli.arguments import SftArguments, flag_types
 from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready
 from utils.data.sources import abbreviated
+from utils.loading.chat_template import TEMPLATE_FILE
+from utils.preprocess import AUTO
 
 # The flags that decide which rows are trained on and which rows are held out.
 DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
@@ -81,7 +83,34 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     except ConfigError as error:
         parsed.problems.add(error.problems[0])
         return parsed
-    return parse(SftArguments, words, program='llm_sft.py', about='', earlier=lock['command'])
+    earlier = _with_kept_template(lock['command'], Path(parsed.args.from_run), parsed)
+    return parse(SftArguments, words, program='llm_sft.py', about='', earlier=earlier)
+
+
+def _with_kept_template(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
+    """Return the command of a run with the run folder as --chat_template, because the file may have moved since.
+
+    The folder holds the template with its settings. If another --template_type is typed now, the command has no chat
+    template.
+    """
+    earlier = parse(SftArguments, command, program='llm_sft.py', about='')
+    if parsed.args.template_type not in (None, AUTO):
+        return _without(command, *TEMPLATE_FLAGS)
+    if earlier.args.chat_template is None or not (run_dir / TEMPLATE_FILE).is_file():
+        return list(command)
+    return [*_without(command, 'chat_template'), *flag_words('chat_template', str(run_dir))]
+
+
+def _without(command: Sequence[str], *names: str) -> list[str]:
+    """Return the words of a command without these flags and their values."""
+    kept = []
+    skips = False
+    for word in command:
+        if word.startswith('--'):
+            skips = word[2:].partition('=')[0] in names
+        if not skips:
+            kept.append(word)
+    return kept
 
 
 def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
