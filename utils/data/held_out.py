@@ -16,15 +16,17 @@ from utils.formats.conversation import Row
 def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return, for each part, a hash of its files and the positions of its held-out rows among all its rows.
 
-    The hash is None if the part has no local files or has images, because the rows then depend on data that the hash
-    does not cover.
+    If there are validation sets, only their parts are in the dictionary, because no other part has held-out rows. The
+    hash is None if the part has no local files or has images, because the rows then depend on data that the hash does
+    not cover.
     """
+    sets = [part for part in plan.parts if part.val_set]
     return {
         part.name: {
             'files_sha256': files_sha256(part) if part.files and not part.has_images else None,
             'rows': list(_positions(part)),
         }
-        for part in plan.parts
+        for part in sets or plan.parts
     }
 
 
