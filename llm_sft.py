@@ -16,8 +16,9 @@ from utils.cli.machine import settle_sft
 from utils.cli.parser import parse
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import resolve_sft
-from utils.data.parts import TRAIN, Streams
-from utils.data.plan import Plan, some_rows
+from utils.data.parts import TRAIN
+from utils.data.plan import Plan
+from utils.data.stream_parts import Streams, some_rows
 from utils.loading.image_processors import open_images
 from utils.run.folder import Run, log_decisions, open_run
 from utils.run.lock import repeat

@@ -216,7 +216,10 @@ def test_resuming_refuses_another_template_and_takes_the_same_from_another_path(
     train(base_dir, '--chat_template', str(run / 'checkpoint-1'), *resume)
 
     train(base_dir, '--chat_template', str(file), '--template_settings', 'enable_thinking=true', *resume, expect=2)
-    assert f'--resume_from_checkpoint {run}/checkpoint-1: the template has changed since that run (its sha256 ' in problems()[-1]
+    assert (
+        f'--resume_from_checkpoint {run}/checkpoint-1: the template has changed since that run (its sha256 '
+        in problems()[-1]
+    )
     assert 'Type --template_settings enable_thinking=false, or start a new run' in problems()[-1]
     file.write_text(SWITCHED + 'x')
     train(base_dir, *flags, *resume, expect=2)

@@ -5,6 +5,7 @@ Arguments whose value depends on the machine are set. No function uses the netwo
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
 from utils.base.names import LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
-from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
@@ -78,7 +79,8 @@ def _settle(done: Resolution[Any]) -> None:
     _settle_chat_template(done)
 
     if args.reads_data:
-        for problem in check_sources(args.dataset, _started_in(args)):
+        words, val_words = args.words_read()
+        for problem in check_sources(words, _started_in(args), val_words=val_words):
             problems.add(problem)
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
@@ -166,7 +168,8 @@ def _reads_hub_data(args: CommonArguments) -> bool:
     """Return whether this command reads rows of a data set on a hub."""
     if not args.reads_data:
         return False
-    entries = [DATASET_MAPPING.get(word.split('#')[0]) for word in args.dataset]
+    words = itertools.chain(*args.words_read())
+    entries = [DATASET_MAPPING.get(without_amount(word)) for word in words]
     return any(isinstance(entry, HubDataset) for entry in entries)
 
 
