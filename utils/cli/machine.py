@@ -26,9 +26,8 @@ from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import quantized_problems
-from utils.data.sources import check_sources
-from utils.dataset import DATASET_MAPPING
-from utils.formats.hub_dataset import HubDataset
+from utils.data.sources import check_sources, parse_source
+from utils.formats.hub_files import HubFiles
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 from utils.loading.folder import check_model_dir, has_chat_template, is_adapter, stored_quantization
@@ -80,7 +79,7 @@ def _settle(done: Resolution[Any]) -> None:
             problems.add(problem)
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
-    if model_is_here and not _reads_hub_data(args) and not pushes:
+    if model_is_here and not _reads_hub_data(done) and not pushes:
         done.without_effect(('hub',), 'model and data are on this machine, and nothing is pushed')
 
     if args.quantization_bit and not has_package('bitsandbytes'):
@@ -122,12 +121,13 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
         done.problems.add(f'{directory} has no chat template. Choose one with --template_type: {names}.')
 
 
-def _reads_hub_data(args: CommonArguments) -> bool:
-    """Return whether this command reads rows of a data set on a hub."""
-    if not args.reads_data:
-        return False
-    entries = [DATASET_MAPPING.get(word.split('#')[0]) for word in args.dataset]
-    return any(isinstance(entry, HubDataset) for entry in entries)
+def _reads_hub_data(done: Resolution[Any]) -> bool:
+    """Return whether this command reads a data set from the hub of --hub. `hf:` and `ms:` choose a hub themselves."""
+    args = done.args
+    if not args.reads_data or done.problems.found:
+        return bool(args.reads_data)  # words that are not understood are reported already
+    entries = [parse_source(word).entry for word in args.dataset]
+    return any(entry is not None and not (isinstance(entry, HubFiles) and entry.chosen_hub) for entry in entries)
 
 
 def _is_path(model_id_or_path: str) -> bool:

@@ -173,16 +173,18 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
 
 
 def _resolve_datasets(done: Resolution[Any]) -> None:
-    seen: set[str] = set()
+    seen: set[Any] = set()
     for word in done.args.dataset:
         try:
             source = parse_source(word)
         except ConfigError as error:
             done.problems.add(error.problems[0])
             continue
-        if source.name in seen:
+        # The same data set of a hub can be written in two ways.
+        key = source.name if source.hub is None else source.hub.key(done.args.hub)
+        if key in seen:
             done.problems.add(f"--dataset: '{source.name}' is named twice, its rows would be used twice. Name it once.")
-        seen.add(source.name)
+        seen.add(key)
 
 
 def _resolve_streaming(done: Resolution[SftArguments]) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName
-from utils.data.sources import Source, find_files, parse_source
+from utils.data.own_rows import halves_of, located_rows
+from utils.data.sources import Source, find_files, not_found_remedy, parse_source, shadowed_id
 from utils.data.tally import Tally
-from utils.dataset import DATASET_MAPPING, RawRows
+from utils.dataset import DATASET_MAPPING
 from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
 from utils.formats.conversation import BadRow, Row
 from utils.formats.data_file import (
@@ -33,6 +34,7 @@ from utils.formats.data_file import (
     signature,
 )
 from utils.formats.hub_dataset import HubDataset, RowStream
+from utils.formats.hub_files import HubFiles
 from utils.formats.images import state_of_images
 
 # The use of a row.
@@ -49,16 +51,10 @@ _OTHER_NAMES = (
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 
 
-def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield (location, row) for each row of a registered data set.
-
-    If the entry of the data set drops a row, a BadRow with the reason is yielded instead of the row.
-    """
-    if isinstance(rows, RowStream):
-        located = rows.with_locations()
-    else:
-        located = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
-
+def _hashed(
+    located: Iterable[tuple[str, dict[str, Any] | BadRow]], digest: Any
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Yield the same (location, row), and update the hash with the content of each row."""
     for location, row in located:
         # Only text, numbers, lists and objects can reach a conversation. For all other values the type is enough.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
@@ -141,8 +137,9 @@ class Part:
     # Reads the rows from the start, and updates the given hash object with the content that it reads.
     read: Callable[[Any], Iterator[ReadRow]]
     is_val: bool = False
-    # The hub, id and revision of the download. Empty for files.
+    # The hub, id and revision of the download, and its commit if the hub names it. Empty for local files.
     served: str = ''
+    commit: str = ''
     uses: bytearray = field(default_factory=bytearray)
     # The local files of the part, each with its signature when the part was opened. Empty for a registered data set.
     files: Sequence[tuple[Path, Signature]] = ()
@@ -155,6 +152,11 @@ class Part:
     earlier_replies: int = 0
     # The number of rows with such a reply.
     rows_with_earlier: int = 0
+
+    def source(self) -> dict[str, str]:
+        """Return, for lock.json, what the hub served and its commit. Returns {} for local files and own functions."""
+        found = {'served': self.served, 'commit': self.commit}
+        return {name: value for name, value in found.items() if value}
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
         """Read the part once, and set the use of every row that can be trained on. Updates the tallies and the hash."""
@@ -205,30 +207,62 @@ class Part:
 
 def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
     """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits."""
+    if source.hub is not None:
+        return _hub_parts(source, source.hub, bad, hub)
     if source.path is None:
         entry = DATASET_MAPPING[source.name]
-        served = ''
-        if isinstance(entry, HubDataset):
-            train, val, served = entry.load(hub)
-            logger.info(f'{source.name}: {served}')
-            loaded: Any = train if val is None else (train, val)
-        else:
-            loaded = entry()
-        halves = loaded if isinstance(loaded, tuple) else (loaded,)
-        return [_registered(source.name, rows, half, served) for half, rows in enumerate(halves)]
+        return _registered_parts(source.name, entry, hub) if isinstance(entry, HubDataset) else _own_parts(source.name)
 
+    if shadowed_id(source):
+        logger.info(
+            f'{source.name}: the local path {source.path.absolute()} is read. A data set of a hub with this id is '
+            f'hf:{source.name} or ms:{source.name}'
+        )
     files = [(file, signature(file)) for file in find_files(source)]
+    return [Part(name=source.name, read=_reader(files, [str(file) for file, _ in files], bad), files=files)]
+
+
+def _reader(
+    files: Sequence[tuple[Path, Signature]], names: Sequence[str], bad: OnBad
+) -> Callable[[Any], Iterator[ReadRow]]:
+    """Return a function that reads the files from the start. The hash also covers `names`, one name for each file."""
 
     def read(digest: Any) -> Iterator[ReadRow]:
-        for file, known in files:
-            digest.update(f'{file}\n'.encode())
+        for (file, known), name in zip(files, names, strict=True):
+            digest.update(f'{name}\n'.encode())
             try:
                 rows = read_rows(file, bad=bad, known=known, digest=digest)
                 yield from _converted(rows, str(file), folder=str(file.absolute().parent))
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
-    return [Part(name=source.name, read=read, files=files)]
+    return read
+
+
+def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName) -> list[Part]:
+    """Return the parts of a data set that is named by its id. Its files are downloaded once per machine."""
+    fetched = files.load(hub, remedy=not_found_remedy(source))
+    at_commit = f' at commit {fetched.commit[:12]}' if fetched.commit else ''
+    logger.info(f'{source.name}: {fetched.served}{at_commit}: {fetched.chosen.about}')
+    parts: list[Part] = []
+    for names, is_val in ((fetched.chosen.train, False), (fetched.chosen.val, True)):
+        if not names:
+            continue
+        # The hash covers the names in the repository, because the folder of the cache differs between machines.
+        paths = [fetched.folder / name for name in names]
+        part = Part(
+            name=_shown(source.name, is_val),
+            read=_reader([(path, signature(path)) for path in paths], names, bad),
+            is_val=is_val,
+            served=fetched.served,
+            commit=fetched.commit,
+        )
+        parts.append(part)
+    return parts
+
+
+def _shown(name: str, is_val: bool) -> str:
+    return f'{name} (validation)' if is_val else name
 
 
 def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
@@ -254,18 +288,34 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
     return found
 
 
-def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
-    """Return a part of a registered data set. `half` is 0 for the training part, 1 for the validation part."""
-    shown = f'{name} (validation)' if half else name
+def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
+    """Return the parts of a registered data set that a hub serves."""
+    train, val, snapshot = entry.load(hub)
+    logger.info(f'{name}: {snapshot.repo}')
 
-    def read(digest: Any) -> Iterator[ReadRow]:
-        again = rows
-        if iter(rows) is rows:  # a generator can be read only once: call the function again
-            loaded: Any = DATASET_MAPPING[name]()
-            again = loaded[half] if isinstance(loaded, tuple) else loaded
-        yield from _converted(_located(shown, again, digest), shown)
+    def part(rows: RowStream, is_val: bool) -> Part:
+        shown = _shown(name, is_val)
 
-    return Part(name=shown, read=read, is_val=bool(half), served=served)
+        def read(digest: Any) -> Iterator[ReadRow]:
+            yield from _converted(_hashed(rows.with_locations(), digest), shown)
+
+        return Part(name=shown, read=read, is_val=is_val, served=str(snapshot.repo), commit=snapshot.commit)
+
+    return [part(rows, is_val) for rows, is_val in ((train, False), (val, True)) if rows is not None]
+
+
+def _own_parts(name: str) -> list[Part]:
+    """Return the parts of a data set whose rows a function of the user returns."""
+
+    def part(half: int, rows: Any) -> Part:
+        shown = _shown(name, half == 1)
+
+        def read(digest: Any) -> Iterator[ReadRow]:
+            yield from _converted(_hashed(located_rows(name, half, rows, shown), digest), shown)
+
+        return Part(name=shown, read=read, is_val=half == 1)
+
+    return [part(half, rows) for half, rows in enumerate(halves_of(name, logs=True)) if rows is not None]
 
 
 # The parts of each data set that is streamed.

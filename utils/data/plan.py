@@ -81,11 +81,12 @@ class Plan:
                 yield use, row
 
     def lock(self) -> dict[str, dict[str, Any]]:
-        """Return, for lock.json, the number of used rows of each part and a hash of its content and uses."""
+        """Return, for lock.json, the number of used rows of each part, their hash, and the commit they came from."""
         return {
             part.name: {
                 'rows': len(part.uses) - part.uses.count(UNUSED),
                 'sha256': hashlib.sha256(part.content.encode() + part.uses).hexdigest(),
+                **part.source(),
             }
             for part in self.parts
         }

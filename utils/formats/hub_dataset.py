@@ -61,8 +61,12 @@ class HubDataset:
         }
         return hub.repos_of(hub_name, ids)
 
-    def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, str]:
-        """Return (train, validation or None, name of the repository). Downloads only the files that are needed."""
+    def names(self, snapshot: hub.Snapshot) -> list[str]:
+        """Return the files that are needed. Downloads only the list of files in the repository."""
+        return [name for names in choose_files(snapshot, self).values() for name in names]
+
+    def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, hub.Snapshot]:
+        """Return (train, validation or None, the repository). Downloads only the files that are needed."""
         snapshot = hub.find(self.repos(hub_name), 'dataset')
         chosen = choose_files(snapshot, self)
         folder = snapshot.fetch([name for names in chosen.values() for name in names])
@@ -73,7 +77,7 @@ class HubDataset:
 
         train = stream(self.train, self.take)
         validation = stream(self.val) if self.val else None
-        return train, validation, str(snapshot.repo)
+        return train, validation, snapshot
 
     def __call__(self) -> tuple[RowStream, RowStream | None]:
         """Return (train, validation or None) from the default hub."""
