@@ -80,7 +80,7 @@ def _settle(done: Resolution[Any]) -> None:
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
     if model_is_here and not _reads_hub_data(done) and not pushes:
-        done.without_effect(('hub',), 'model and data are on this machine, and nothing is pushed')
+        done.without_effect(('hub',), 'model and data are on this machine or name their hub, and nothing is pushed')
 
     if args.quantization_bit and not has_package('bitsandbytes'):
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')

@@ -102,7 +102,8 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
         for source in sorted({*earlier['data'], *lock['data']}):
             then = earlier['data'].get(source, {})
             now = lock['data'].get(source, {})
-            _compare(problems, f'the rows of {source}', then, now, remedy='--dataset')
+            note = _commit_then(source, then, now)
+            _compare(problems, f'the rows of {source}', then, now, remedy='--dataset', note=note)
     problems.raise_if_any()
 
     for name in sorted({*earlier['versions'], *lock['versions']}):
@@ -138,9 +139,20 @@ def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *
             problems.add(
                 f'--dataset {source}: its rows are not those that {checkpoint.name} was trained with (sha256 '
                 f'{str(had.get("sha256"))[:12]}, now {str(has.get("sha256"))[:12]}, {had.get("rows", 0)} rows then and '
-                f'{has.get("rows", 0)} now). Put the data back, {remedy}.'
+                f'{has.get("rows", 0)} now). Put the data back, {remedy}.{_commit_then(source, had, has)}'
             )
     return []
+
+
+def _commit_then(source: str, then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return a sentence with the earlier commit if a hub serves another commit now. Returns '' otherwise."""
+    commit = then.get('commit')
+    if not commit or commit == now.get('commit'):
+        return ''
+    # Names of registered data sets contain no slash, and take no revision.
+    word = source.removesuffix(' (validation)')
+    remedy = f' Its rows are --dataset {word}@{commit}.' if '/' in word and '@' not in word else ''
+    return f' The hub served commit {commit[:12]} then.{remedy}'
 
 
 def described(found: dict[str, Any]) -> str:
@@ -159,11 +171,14 @@ def check_repeated_template(run_dir: Path, sha256: str) -> None:
         )
 
 
-def _compare(problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str) -> None:
+def _compare(
+    problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str, note: str = ''
+) -> None:
     if then.get('sha256') != now.get('sha256'):
         has_rows = 'rows' in then or 'rows' in now
         counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if has_rows else ''
         problems.add(
             f'--from_run: {what} are not those of the repeated run (sha256 {str(then.get("sha256"))[:12]}, now '
-            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there now.'
+            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there '
+            f'now.{note}'
         )
