@@ -41,7 +41,11 @@ class CommonArguments:
         'data type of weights and computation; None: that of the model entry, else bf16 if the device supports it, '
         'else fp16 on a GPU and fp32 on a CPU',
     )
-    dataset: list[str] = list_flag(['blossom-math-zh'], 'DATASET_MAPPING keys or data files; name#500 draws 500 rows')
+    dataset: list[str] = list_flag(
+        ['blossom-math-zh'],
+        'DATASET_MAPPING keys, data files, or ids on a hub: owner/name[:subset][:split][@revision], with hf: or ms: in '
+        'front for another hub than --hub; name#500 draws 500 rows',
+    )
     dataset_seed: int = flag(42, 'seed for drawing rows and for the train/validation split')
     dataset_test_ratio: float = flag(0.01, 'share of rows for validation, for data sets without a validation split')
     system: str = flag(

@@ -84,4 +84,4 @@ def _plain(value: Any) -> Any:
 
 
 def _named(value: Any) -> str:
-    return 'None' if value is None else f'a {type(value).__name__}'
+    return 'None' if value is None else f'a value of type {type(value).__name__}'
