@@ -35,7 +35,7 @@ from utils.formats.data_file import (
 )
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.hub_files import HubFiles
-from utils.formats.images import state_of_images
+from utils.formats.images import state_of_images, with_image_files
 
 # The use of a row.
 UNUSED, TRAIN, VAL = range(3)
@@ -84,7 +84,8 @@ def _converted(
         try:
             if find_converter(raw) is not converter:
                 raise _other_columns(converter, first_columns, raw)
-            row = check_row(converter(raw))
+            columns = dict(with_image_files(raw))
+            row = check_row(converter(columns))
         except BadRow as problem:
             yield location, raw, problem
             continue
@@ -95,7 +96,7 @@ def _converted(
             row.notes += tuple(
                 f'the JSON key `{key}` occurs twice in an object: the last value is used' for key in raw.repeated_keys
             )
-        yield location, raw, row
+        yield location, columns, row
 
 
 def _unknown_columns(name: str, columns: Sequence[str]) -> str:

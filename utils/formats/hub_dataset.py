@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 import tempfile
 import zlib
@@ -19,7 +18,7 @@ from utils.formats.conversation import BadRow, Filtered
 from utils.formats.converters import PlainRow, SourceRow, ToRow, Unwanted
 from utils.formats.data_file import read_objects, read_rows
 from utils.formats.hub_splits import choose_files
-from utils.formats.images import BadImage, place_image
+from utils.formats.images import BadImage, cached_image, place_image
 from utils.hub import snapshot as hub
 from utils.hub.clients import Repo
 
@@ -199,7 +198,7 @@ def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
         data = image.get('bytes')
         path = str(image.get('path') or '')
         if data is not None:
-            return {**found, column: str(_cached_image(data, suffix=Path(path).suffix.lower() or '.jpg'))}
+            return {**found, column: cached_image(data, path)}
         image = path
 
     if image in (None, ''):
@@ -210,14 +209,3 @@ def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
         return {**found, column: place_image(str(image), str(base))}
     except BadImage as error:
         raise BadRow(f'an image {error.reason}', column) from None
-
-
-def _cached_image(data: bytes, *, suffix: str) -> Path:
-    """Return the path of a file in the cache with these image bytes. The file is written if it is absent."""
-    file = cache_dir() / 'images' / 'bytes' / (hashlib.sha256(data).hexdigest() + suffix)
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f'{file.name}.{os.getpid()}')
-        temporary.write_bytes(data)
-        temporary.replace(file)
-    return file
