@@ -14,6 +14,7 @@ from tests.support.loopback_hub import Fault, Files, LoopbackHub
 from tests.support.runs import get_dataset, write_jsonl
 from utils.base.errors import ConfigError
 from utils.base.names import HubName
+from utils.data.parts import open_streams
 from utils.data.plan import plan_rows
 from utils.data.sources import check_sources, parse_source
 from utils.formats.hub_splits import CardList, _read_readme_list
@@ -350,12 +351,35 @@ def test_a_run_that_read_a_local_folder_is_not_repeated_with_a_data_set_of_a_hub
 
 @pytest.mark.parametrize('hub', HUBS)
 def test_words_of_all_kinds_are_mixed(hub: HubName, loopback: LoopbackHub, tmp_path: Path) -> None:
-    loopback.add('dataset', 'owner/name', {'train.jsonl': lines('hub', 8), 'validation.jsonl': lines('held', 2)})
+    loopback.add('dataset', 'owner/name', {'train.jsonl': lines('hub', 8), 'test.jsonl': lines('held', 2)})
     local = write_jsonl(tmp_path / 'a.jsonl', rows('local', 3))
-    found = get_dataset(['owner/name#5', str(local), 'hf:owner/name:validation', 'sql-demo#2'], hub=hub, test_ratio=0.0)
+    found = get_dataset(['owner/name#5', str(local), 'hf:owner/name:test', 'sql-demo#2'], hub=hub, test_ratio=0.0)
     texts = [row.messages[0]['content'].split()[0] for row in found.train]
     assert texts[:-2] == ['hub'] * 5 + ['local'] * 3 + ['held'] * 2
-    assert set(found.served) == {'owner/name', 'hf:owner/name:validation'}
+    assert set(found.served) == {'owner/name', 'hf:owner/name:test'}
+
+
+def test_a_file_that_two_words_read_is_refused(loopback: LoopbackHub) -> None:
+    files = {'train.jsonl': lines('a'), 'validation.jsonl': lines('b'), 'test.jsonl': lines('c')}
+    loopback.add('dataset', 'owner/name', files)
+    for other in ('owner/name:validation', 'owner/name:default', 'owner/name:train.jsonl'):
+        with pytest.raises(ConfigError) as caught:
+            plan_rows(['owner/name', other])
+        assert 'both read modelscope:owner/name@master/' in str(caught.value)
+        assert '.jsonl, so its rows would be used twice. Remove one of the two, or name other subs' in str(caught.value)
+        with pytest.raises(ConfigError, match='both read'):
+            open_streams(['owner/name', other], hub='modelscope')
+    assert len(get_dataset(['owner/name', 'owner/name:test'], test_ratio=0.0).train) == 8
+
+
+def test_an_archive_of_a_split_is_not_read_and_said(loopback: LoopbackHub, caplog: pytest.LogCaptureFixture) -> None:
+    told = {'default': {'train': {'meta': 'a.csv', 'file': 'pictures.zip'}}}
+    files = {'name.json': json.dumps(told).encode(), 'a.csv': b'query,response,image:FILE\nq,r,1.jpg\n'}
+    loopback.add('dataset', 'owner/name', {**files, 'pictures.zip': b'PK'})
+    with caplog.at_level(logging.INFO):
+        assert queries('owner/name') == (['q'], [])
+    assert 'training rows from split train (1 file); files not read: pictures.zip' in caplog.text
+    assert not any('pictures.zip' in request for request in loopback.fetched())
 
 
 def test_rows_that_cannot_be_used_are_named_with_file_and_row(loopback: LoopbackHub) -> None:

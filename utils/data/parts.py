@@ -141,6 +141,8 @@ class Part:
     # The hub, id and revision of the download, and its commit if the hub names it. Empty for local files.
     served: str = ''
     commit: str = ''
+    # The files of the download, as <hub>:<id>@<revision>/<file>. Empty for other parts.
+    hub_files: Sequence[str] = ()
     uses: bytearray = field(default_factory=bytearray)
     # The local files of the part, each with its signature when the part was opened. Empty for a registered data set.
     files: Sequence[tuple[Path, Signature]] = ()
@@ -257,9 +259,23 @@ def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName) -> lis
             is_val=is_val,
             served=fetched.served,
             commit=fetched.commit,
+            hub_files=[f'{fetched.served}/{name}' for name in names],
         )
         parts.append(part)
     return parts
+
+
+def check_read_once(parts: Iterable[Part]) -> None:
+    """Raise ConfigError if two parts read the same file of a hub. Local files are compared before they are read."""
+    readers: dict[str, str] = {}
+    for part in parts:
+        for file in part.hub_files:
+            if file in readers:
+                raise ConfigError(
+                    f"--dataset: '{readers[file]}' and '{part.name}' both read {file}, so its rows would be used "
+                    'twice. Remove one of the two, or name other subsets or splits.'
+                )
+            readers[file] = part.name
 
 
 def _shown(name: str, is_val: bool) -> str:
@@ -326,6 +342,7 @@ Streams = list[list[Part]]
 def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
     """Return the parts of each data set to stream. Raises ConfigError if the first row of a part cannot be read."""
     sources = [open_parts(parse_source(word), hub=hub) for word in words]
+    check_read_once(itertools.chain.from_iterable(sources))
     for part in itertools.chain.from_iterable(sources):
         next(part.read(hashlib.sha256()), None)
     return sources

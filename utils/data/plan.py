@@ -12,7 +12,7 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
-from utils.data.parts import TRAIN, UNUSED, VAL, Part, ReadRow, Streams, first_rows, open_parts
+from utils.data.parts import TRAIN, UNUSED, VAL, Part, ReadRow, Streams, check_read_once, first_rows, open_parts
 from utils.data.sources import parse_source
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
@@ -139,6 +139,7 @@ def plan_rows(
     for word in words:
         source = parse_source(word)
         opened = open_parts(source, bad, hub)
+        check_read_once([*parts, *opened])
         for part in opened:
             part.count(left_out, noted, digest)
 

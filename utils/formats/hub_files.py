@@ -97,14 +97,18 @@ class HubFiles:
         subset, split = self._choose_subset(subsets, default)
         splits = subsets[subset]
         train, val = self._choose_splits(splits, subset, split)
-        self._check_suffixes([*splits[train], *(splits[val] if val else [])])
+        files = {name: _with_rows(splits[name]) for name in (train, val) if name}
+        unread = [name for split in files for name in splits[split] if name not in files[split]]
+        if not files[train]:
+            self._check_suffixes(unread)
 
         about = f'subset {subset}, ' if len(subsets) > 1 else ''
-        about += f'training rows from split {train} ({_count(splits[train])})'
-        about += f', validation rows from split {val} ({_count(splits[val])})' if val else ''
+        about += f'training rows from split {train} ({_count(files[train])})'
+        about += f', validation rows from split {val} ({_count(files[val])})' if val else ''
         others = [name for name in splits if name not in (train, val)]
         about += f'; splits not used: {", ".join(others)}' if others else ''
-        return Chosen(train=splits[train], val=splits[val] if val else (), about=about)
+        about += f'; files not read: {_listed(unread)}' if unread else ''
+        return Chosen(train=files[train], val=files[val] if val else (), about=about)
 
     def _subsets(self, snapshot: Snapshot) -> tuple[Mapping[str, Mapping[str, list[str]]], str]:
         """Return the files of each split of each subset, and the default subset.
@@ -201,6 +205,10 @@ class HubFiles:
         prefix = self.word[: self.word.index(self.id)]
         revision = '' if self.revision == 'master' else f'@{self.revision}'
         return ':'.join((prefix + self.id, *parts)) + revision
+
+
+def _with_rows(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.lower().endswith(SUFFIXES)]
 
 
 def _count(names: Sequence[str]) -> str:
