@@ -61,7 +61,8 @@ class CommonArguments:
     )
     dataset: list[str] = list_flag(
         ['blossom-math-zh'],
-        'DATASET_MAPPING keys or data files; name#500 draws 500 rows; name%0.3 gives 30 % of the training rows',
+        'DATASET_MAPPING keys, data files, or ids on a hub: owner/name[:subset][:split][@revision], with hf: or ms: in '
+        'front for another hub than --hub; name#500 draws 500 rows; name%0.3 gives 30 % of the training rows',
     )
     val_dataset: list[str] | None = flag(
         None,

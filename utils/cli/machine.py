@@ -20,15 +20,14 @@ from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
 from utils.base.names import LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
-from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import quantized_problems
-from utils.data.sources import check_sources
-from utils.dataset import DATASET_MAPPING
-from utils.formats.hub_dataset import HubDataset
+from utils.data.sources import check_sources, parse_source
+from utils.formats.hub_files import HubFiles
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 from utils.loading.chat_template import folder_templates, read_chat_template
@@ -84,8 +83,8 @@ def _settle(done: Resolution[Any]) -> None:
             problems.add(problem)
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
-    if model_is_here and not _reads_hub_data(args) and not pushes:
-        done.without_effect(('hub',), 'model and data are on this machine, and nothing is pushed')
+    if model_is_here and not _reads_hub_data(done) and not pushes:
+        done.without_effect(('hub',), 'model and data are on this machine or name their hub, and nothing is pushed')
 
     if args.quantization_bit and not has_package('bitsandbytes'):
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
@@ -164,13 +163,13 @@ def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
         raise ConfigError(*problems)
 
 
-def _reads_hub_data(args: CommonArguments) -> bool:
-    """Return whether this command reads rows of a data set on a hub."""
-    if not args.reads_data:
-        return False
-    words = itertools.chain(*args.words_read())
-    entries = [DATASET_MAPPING.get(without_amount(word)) for word in words]
-    return any(isinstance(entry, HubDataset) for entry in entries)
+def _reads_hub_data(done: Resolution[Any]) -> bool:
+    """Return whether this command reads a data set from the hub of --hub. `hf:` and `ms:` choose a hub themselves."""
+    args = done.args
+    if not args.reads_data or done.problems.found:
+        return bool(args.reads_data)  # words that are not understood are reported already
+    entries = [parse_source(word).entry for word in itertools.chain(*args.words_read())]
+    return any(entry is not None and not (isinstance(entry, HubFiles) and entry.chosen_hub) for entry in entries)
 
 
 def _is_path(model_id_or_path: str) -> bool:

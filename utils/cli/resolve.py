@@ -254,16 +254,18 @@ def _resolve_datasets(done: Resolution[Any]) -> list[Source]:
 
 def _parse_sources(done: Resolution[Any], flag: str, words: Sequence[str]) -> list[Source]:
     sources: list[Source] = []
-    seen: set[str] = set()
+    seen: set[Any] = set()
     for word in words:
         try:
             source = parse_source(word)
         except ConfigError as error:
             done.problems.add(of_flag(error.problems[0], flag))
             continue
-        if source.name in seen:
+        # The same data set of a hub can be written in two ways.
+        key = source.name if source.hub is None else source.hub.key(done.args.hub)
+        if key in seen:
             done.problems.add(f"--{flag}: '{source.name}' is named twice, its rows would be used twice. Name it once.")
-        seen.add(source.name)
+        seen.add(key)
         sources.append(source)
     return sources
 

@@ -19,9 +19,10 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
-from utils.data.sources import Source, find_files
+from utils.data.own_rows import halves_of, located_rows
+from utils.data.sources import Source, find_files, not_found_remedy, shadowed_id
 from utils.data.tally import Tally
-from utils.dataset import DATASET_MAPPING, RawRows
+from utils.dataset import DATASET_MAPPING
 from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
 from utils.formats.conversation import BadRow, Row
 from utils.formats.data_file import (
@@ -34,7 +35,8 @@ from utils.formats.data_file import (
     signature,
 )
 from utils.formats.hub_dataset import HubDataset, RowStream
-from utils.formats.images import state_of_images
+from utils.formats.hub_files import HubFiles
+from utils.formats.images import state_of_images, with_image_files
 
 # The values for the use of a row.
 UNUSED, TRAIN, VAL = range(3)
@@ -52,16 +54,10 @@ _OTHER_NAMES = (
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 
 
-def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield (location, row) for each row of a registered data set.
-
-    If the entry of the data set drops a row, a BadRow with the reason is yielded instead of the row.
-    """
-    if isinstance(rows, RowStream):
-        located = rows.with_locations()
-    else:
-        located = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
-
+def _hashed(
+    located: Iterable[tuple[str, dict[str, Any] | BadRow]], digest: Any
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Yield the same (location, row), and update the hash with the content of each row."""
     for location, row in located:
         # Only text, numbers, lists and objects can get into a conversation. Of other values, only the type is hashed.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
@@ -91,7 +87,8 @@ def _converted(
         try:
             if find_converter(raw) is not converter:
                 raise _other_columns(converter, first_columns, raw)
-            row = check_row(converter(raw))
+            columns = dict(with_image_files(raw))
+            row = check_row(converter(columns))
         except BadRow as problem:
             yield location, raw, problem
             continue
@@ -102,7 +99,7 @@ def _converted(
             row.notes += tuple(
                 f'the JSON key `{key}` occurs twice in an object: the last value is used' for key in raw.repeated_keys
             )
-        yield location, raw, row
+        yield location, columns, row
 
 
 def _unknown_columns(name: str, columns: Sequence[str]) -> str:
@@ -147,8 +144,11 @@ class Part:
     # Reads the rows from the start, and updates the given hash object with the content that it reads.
     read: Callable[[Any], Iterator[ReadRow]]
     is_val: bool = False
-    # The hub, id and revision of the download. It is empty for local files.
+    # The hub, id and revision of the download, and its commit if the hub names it. They are empty for local files.
     served: str = ''
+    commit: str = ''
+    # The files of the download, as <hub>:<id>@<revision>/<file>. Empty for other parts.
+    hub_files: Sequence[str] = ()
     uses: bytearray = field(default_factory=bytearray)
     # The local files of the part, each with its signature when the part was opened. A registered data set has none.
     files: Sequence[tuple[Path, Signature]] = ()
@@ -166,6 +166,11 @@ class Part:
     # How often an epoch trains each training row. A row that has 1 in `once_more` is trained once more than this.
     passes: int = 1
     once_more: bytearray = field(default_factory=bytearray)
+
+    def source(self) -> dict[str, str]:
+        """Return, for lock.json, what the hub served and its commit. Returns {} for local files and own functions."""
+        found = {'served': self.served, 'commit': self.commit}
+        return {name: value for name, value in found.items() if value}
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
         """Read the part once, and set the use of every row that can be trained on. Updates the tallies and the hash."""
@@ -248,30 +253,76 @@ def draw_uses(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: 
 
 def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
     """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits."""
+    if source.hub is not None:
+        return _hub_parts(source, source.hub, bad, hub)
     if source.path is None:
         entry = DATASET_MAPPING[source.name]
-        served = ''
-        if isinstance(entry, HubDataset):
-            train, val, served = entry.load(hub)
-            logger.info(f'{source.name}: {served}')
-            loaded: Any = train if val is None else (train, val)
-        else:
-            loaded = entry()
-        halves = loaded if isinstance(loaded, tuple) else (loaded,)
-        return [_registered(source.name, rows, half, served) for half, rows in enumerate(halves)]
+        return _registered_parts(source.name, entry, hub) if isinstance(entry, HubDataset) else _own_parts(source.name)
 
+    if shadowed_id(source):
+        logger.info(
+            f'{source.name}: the local path {source.path.absolute()} is read. A data set of a hub with this id is '
+            f'hf:{source.name} or ms:{source.name}'
+        )
     files = [(file, signature(file)) for file in find_files(source)]
+    return [Part(name=source.name, read=_reader(files, [str(file) for file, _ in files], bad), files=files)]
+
+
+def _reader(
+    files: Sequence[tuple[Path, Signature]], names: Sequence[str], bad: OnBad
+) -> Callable[[Any], Iterator[ReadRow]]:
+    """Return a function that reads the files from the start. The hash also covers `names`, one name for each file."""
 
     def read(digest: Any) -> Iterator[ReadRow]:
-        for file, known in files:
-            digest.update(f'{file}\n'.encode())
+        for (file, known), name in zip(files, names, strict=True):
+            digest.update(f'{name}\n'.encode())
             try:
                 rows = read_rows(file, bad=bad, known=known, digest=digest)
                 yield from _converted(rows, str(file), folder=str(file.absolute().parent))
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
-    return [Part(name=source.name, read=read, files=files)]
+    return read
+
+
+def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName) -> list[Part]:
+    """Return the parts of a data set that is named by its id. Its files are downloaded once per machine."""
+    fetched = files.load(hub, remedy=not_found_remedy(source))
+    at_commit = f' at commit {fetched.commit[:12]}' if fetched.commit else ''
+    logger.info(f'{source.name}: {fetched.served}{at_commit}: {fetched.chosen.about}')
+    parts: list[Part] = []
+    for names, is_val in ((fetched.chosen.train, False), (fetched.chosen.val, True)):
+        if not names:
+            continue
+        # The hash covers the names in the repository, because the folder of the cache differs between machines.
+        paths = [fetched.folder / name for name in names]
+        part = Part(
+            name=_shown(source.name, is_val),
+            read=_reader([(path, signature(path)) for path in paths], names, bad),
+            is_val=is_val,
+            served=fetched.served,
+            commit=fetched.commit,
+            hub_files=[f'{fetched.served}/{name}' for name in names],
+        )
+        parts.append(part)
+    return parts
+
+
+def check_read_once(parts: Iterable[Part]) -> None:
+    """Raise ConfigError if two parts read the same file of a hub. Local files are compared before they are read."""
+    readers: dict[str, str] = {}
+    for part in parts:
+        for file in part.hub_files:
+            if file in readers:
+                raise ConfigError(
+                    f"--dataset: '{readers[file]}' and '{part.name}' both read {file}, so its rows would be used "
+                    'twice. Remove one of the two, or name other subsets or splits.'
+                )
+            readers[file] = part.name
+
+
+def _shown(name: str, is_val: bool) -> str:
+    return name + VALIDATION if is_val else name
 
 
 def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
@@ -297,18 +348,34 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
     return found
 
 
-def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
-    """Return the training part (`half` is 0) or the validation part (`half` is 1) of a registered data set."""
-    shown = name + VALIDATION if half else name
+def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
+    """Return the parts of a registered data set that a hub serves."""
+    train, val, snapshot = entry.load(hub)
+    logger.info(f'{name}: {snapshot.repo}')
 
-    def read(digest: Any) -> Iterator[ReadRow]:
-        again = rows
-        if iter(rows) is rows:  # a generator can be read only once: call the function again
-            loaded: Any = DATASET_MAPPING[name]()
-            again = loaded[half] if isinstance(loaded, tuple) else loaded
-        yield from _converted(_located(shown, again, digest), shown)
+    def part(rows: RowStream, is_val: bool) -> Part:
+        shown = _shown(name, is_val)
 
-    return Part(name=shown, read=read, is_val=bool(half), served=served)
+        def read(digest: Any) -> Iterator[ReadRow]:
+            yield from _converted(_hashed(rows.with_locations(), digest), shown)
+
+        return Part(name=shown, read=read, is_val=is_val, served=str(snapshot.repo), commit=snapshot.commit)
+
+    return [part(rows, is_val) for rows, is_val in ((train, False), (val, True)) if rows is not None]
+
+
+def _own_parts(name: str) -> list[Part]:
+    """Return the parts of a data set whose rows a function of the user returns."""
+
+    def part(half: int, rows: Any) -> Part:
+        shown = _shown(name, half == 1)
+
+        def read(digest: Any) -> Iterator[ReadRow]:
+            yield from _converted(_hashed(located_rows(name, half, rows, shown), digest), shown)
+
+        return Part(name=shown, read=read, is_val=half == 1)
+
+    return [part(half, rows) for half, rows in enumerate(halves_of(name, logs=True)) if rows is not None]
 
 
 def open_replies(row: Row) -> int:

@@ -13,7 +13,17 @@ from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
 from utils.data.mixture import Ingredient, mix
-from utils.data.parts import TRAIN, UNUSED, VAL, VALIDATION, Part, ReadRow, draw_uses, open_parts
+from utils.data.parts import (
+    TRAIN,
+    UNUSED,
+    VAL,
+    VALIDATION,
+    Part,
+    ReadRow,
+    check_read_once,
+    draw_uses,
+    open_parts,
+)
 from utils.data.sources import parse_source, val_set_names
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
@@ -65,12 +75,14 @@ class Plan:
     def lock(self) -> dict[str, dict[str, Any]]:
         """Return {part: {'rows': number of used rows, 'sha256': hash of the content and the uses}} for lock.json.
 
-        The entry of a set of --val_dataset also has the key `flag`.
+        The entry of a data set of a hub also has the keys `served` and `commit`. The entry of a validation set has
+        the key `flag`.
         """
         return {
             part.name: {
                 'rows': part.uses.count(VAL) + part.trained_rows(),
                 'sha256': hashlib.sha256(part.content.encode() + part.uses_digest()).hexdigest(),
+                **part.source(),
                 **({'flag': 'val_dataset'} if part.val_set else {}),
             }
             for part in self.parts
@@ -145,6 +157,7 @@ class _Planner:
         if test_ratio is None:
             self.drawn += [part_not_used(part) for part in opened[1:]]
             opened = opened[:1]
+        check_read_once([*self.parts, *opened])
         for part in opened:
             part.count(self.left_out, self.noted, self.digest)
 
@@ -170,6 +183,7 @@ class _Planner:
                 '--dataset or from --val_dataset.'
             )
 
+        check_read_once([*self.parts, part])
         left_out = Tally()
         part.is_val = True
         part.val_set = name

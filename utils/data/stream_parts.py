@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from utils.base.names import HubName, LossScope
-from utils.data.parts import VAL, Part, open_parts, open_replies
+from utils.data.parts import VAL, Part, check_read_once, open_parts, open_replies
 from utils.data.plan import Plan, loss_decisions, part_not_used, plan_validation
 from utils.data.sources import parse_source
 from utils.formats.conversation import Row
@@ -49,6 +49,7 @@ def open_streams(words: Sequence[str], *, hub: HubName, val_words: Sequence[str]
         val = plan_validation(val_words, trained={parts[0].name for parts in sources}, seed=seed, hub=hub)
         decisions += val.drawn
 
+    check_read_once([*itertools.chain.from_iterable(sources), *(val.parts if val else ())])
     for part in itertools.chain.from_iterable(sources):
         next(part.read(hashlib.sha256()), None)
     shares = [source.share for source in named if source.share is not None]

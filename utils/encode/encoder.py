@@ -18,6 +18,7 @@ from utils.encode.encoded import (
 from utils.encode.guarded_tokenizer import TextTokenizer
 from utils.encode.image_slots import FoundImages, fill_slots, new_places, open_images_of
 from utils.formats.conversation import Message, Row
+from utils.formats.images import ImageFiles
 from utils.loading.image_processors import Images
 from utils.preprocess import TEMPLATE_MAPPING
 
@@ -122,6 +123,8 @@ class Encoder:
         """Return the row with each image slot repeated once per feature of the image, and cut to max_length."""
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
+        if self.images is None and isinstance(source.images, ImageFiles) and source.images:
+            row.notes.append(f'column `{source.images.column}` is not used: the model sees no images')
         if found:
             filled = self._fill_slots(row.input_ids, found)
             assert self.images is not None, 'it found them'

@@ -410,15 +410,15 @@ def _read_csv(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
         refuse(f'{source.path}:{line}', f'the CSV is broken here: {error}. Check the quotes in this row.')
 
 
-def _without_null_keys(value: Any) -> Any:
+def without_null_keys(value: Any) -> Any:
     """Return a value without the keys whose value is null.
 
     A struct in a parquet file has the same keys in every row. If the source row lacks a key, the value is null.
     """
     if isinstance(value, dict):
-        return {key: _without_null_keys(item) for key, item in value.items() if item is not None}
+        return {key: without_null_keys(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_null_keys(item) for item in value]
+        return [without_null_keys(item) for item in value]
     return value
 
 
@@ -435,7 +435,7 @@ def _read_parquet(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    cells = {name: _without_null_keys(value) for name, value in row.items()}
+                    cells = {name: without_null_keys(value) for name, value in row.items()}
                     yield f'{source.path}: row {number}', cells
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(

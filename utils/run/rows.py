@@ -80,7 +80,7 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
         digest = hashlib.sha256(b'' if share is None else str(share).encode())
         for row in rows:
             digest.update(json.dumps([row.messages, row.tools, row.images], default=str).encode())
-        found[parts[0].name] = {'rows': len(rows), 'sha256': digest.hexdigest()}
+        found[parts[0].name] = {'rows': len(rows), 'sha256': digest.hexdigest(), **parts[0].source()}
     return found
 
 
