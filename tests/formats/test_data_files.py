@@ -237,16 +237,11 @@ def test_columns_in_capitals_or_with_blanks_are_told_as_such(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ('row', 'remedy'),
     [
-        ({'prompt': 'a', 'completion': 'b'}, 'Rename prompt to query and completion to response.'),
-        ({'id': 1, 'question': 'a', 'answer': 'b'}, 'Rename question to query and answer to response.'),
-        (
-            {'text': 'a'},
-            'To train on plain text, write each row as {"query": "", "response": the text}, and choose --template_type',
-        ),
-        ({'x': 'a'}, 'Rename the columns of'),
+        ({'x': 'a'}, 'Say which columns hold question and reply: --columns NAME=query,OTHER=response, or register a'),
+        ({'question': 'a', 'choices': ['b']}, 'Supported: query/response[/history][/system], instruction/input/output'),
     ],
 )
-def test_columns_of_other_tools_are_told_with_their_names_here(
+def test_columns_that_no_format_reads_are_told_with_a_flag_for_them(
     row: dict[str, Any], remedy: str, tmp_path: Path
 ) -> None:
     file = tmp_path / 'a.jsonl'

@@ -45,8 +45,9 @@ PAST_POSITIONS = 'longer than the {} positions that config.json of the model sta
 MOJIBAKE = 'mojibake: UTF-8 that was read as another encoding'
 
 _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.msgpack', '*.h5')
-_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output')
-_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', 'query', 'instruction', 'input', 'tools')
+_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output', 'completion', 'answer')
+_ASKED_COLUMNS = ('query', 'instruction', 'input', 'prompt', 'question')
+_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', *_ASKED_COLUMNS, 'tools')
 _CONTROL = re.compile(r'<\|[A-Za-z_]{2,}\|>')
 # The second and later bytes of a UTF-8 character are 80 to BF. These are their characters in Latin-1 and Windows-1252.
 _LATER = '[\x80-\xbf' + bytes(i for i in range(0x80, 0xA0) if i not in b'\x81\x8d\x8f\x90\x9d').decode('cp1252') + ']'

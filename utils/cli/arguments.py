@@ -42,6 +42,13 @@ class CommonArguments:
         'else fp16 on a GPU and fp32 on a CPU',
     )
     dataset: list[str] = list_flag(['blossom-math-zh'], 'DATASET_MAPPING keys or data files; name#500 draws 500 rows')
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'names for the columns of data files, as NAME=COLUMN: the name in the file, then the name that is '
+            'read, e.g. question=query,answer=response; NAME= leaves a column out; None: the names in the files',
+        },
+    )
     dataset_seed: int = flag(42, 'seed for drawing rows and for the train/validation split')
     dataset_test_ratio: float = flag(0.01, 'share of rows for validation, for data sets without a validation split')
     system: str = flag(

@@ -19,7 +19,7 @@ from utils.cli.arguments import CommonArguments, flag_types
 # Maps a misspelt flag that scripts of users contain to the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
 # If a flag of this list is typed several times, all values are used. For any other flag, the last value is used.
-ADDING_UP = frozenset({'dataset'})
+ADDING_UP = frozenset({'dataset', 'columns'})
 # A negative number with an exponent. argparse would take it for a flag.
 _NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
 

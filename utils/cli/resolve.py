@@ -18,6 +18,7 @@ from utils.cli.parser import Parsed
 from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers
 from utils.cli.resolution import Resolution, run_name
 from utils.data.sources import parse_source
+from utils.formats.reading import read_columns
 from utils.loading.info import ModelInfo
 from utils.model import get_model_info, infer_model_type
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
@@ -174,6 +175,7 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
 
 def _resolve_datasets(done: Resolution[Any]) -> None:
     seen: set[str] = set()
+    from_files = False
     for word in done.args.dataset:
         try:
             source = parse_source(word)
@@ -183,6 +185,12 @@ def _resolve_datasets(done: Resolution[Any]) -> None:
         if source.name in seen:
             done.problems.add(f"--dataset: '{source.name}' is named twice, its rows would be used twice. Name it once.")
         seen.add(source.name)
+        from_files = from_files or source.path is not None
+
+    for problem in read_columns(done.args.columns or ())[1]:
+        done.problems.add(problem)
+    if not from_files:
+        done.without_effect(('columns',), 'the columns of a registered data set are those of its entry')
 
 
 def _resolve_streaming(done: Resolution[SftArguments]) -> None:

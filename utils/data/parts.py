@@ -21,7 +21,14 @@ from utils.base.names import HubName
 from utils.data.sources import Source, find_files, parse_source
 from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING, RawRows
-from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
+from utils.formats.columns import (
+    KNOWN_SHAPES,
+    Converter,
+    ambiguous_shapes,
+    check_row,
+    find_converter,
+    needed_columns,
+)
 from utils.formats.conversation import BadRow, Row
 from utils.formats.data_file import (
     OnBad,
@@ -34,16 +41,14 @@ from utils.formats.data_file import (
 )
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.images import state_of_images
+from utils.formats.reading import Reading
 
+# Files are read with the names that they give their columns.
+AS_WRITTEN = Reading()
+# The number of rows of each stream in which the columns of --columns are looked for.
+_FIRST_ROWS = 1000
 # The use of a row.
 UNUSED, TRAIN, VAL = range(3)
-# Column names that other tools use for query and response.
-_OTHER_NAMES = (
-    ('prompt', 'completion'),
-    ('prompt', 'response'),
-    ('question', 'answer'),
-    ('question', 'response'),
-)
 
 # (location, columns, the conversation in the columns or the problem with it)
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
@@ -66,24 +71,33 @@ def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[
 
 
 def _converted(
-    located: Iterable[tuple[str, dict[str, Any] | BadRow]], name: str, *, folder: str | None = None
+    located: Iterable[tuple[str, dict[str, Any] | BadRow]],
+    name: str,
+    *,
+    folder: str | None = None,
+    reading: Reading = AS_WRITTEN,
+    seen: dict[str, None] | None = None,
 ) -> Iterator[ReadRow]:
     """Convert the rows to conversations, and yield a ReadRow for each row.
 
-    The columns of the first row decide which converter is used for all rows.
+    The columns of the first row decide which converter is used for all rows. `seen` gets the names of the columns of
+    the first row, and of all columns that --columns renames.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
-    for location, raw in located:
-        if isinstance(raw, BadRow):
-            yield location, {}, type(raw)(f'dropped by {name}: {raw}', raw.column)
+    seen = {} if seen is None else seen
+    for location, written in located:
+        if isinstance(written, BadRow):
+            yield location, {}, type(written)(f'dropped by {name}: {written}', written.column)
             continue
 
+        raw = reading.renamed(written, location)
         if converter is None:
-            converter = find_converter(raw)
-            if converter is None:
-                raise ConfigError(f'{location}: {_unknown_columns(name, list(map(str, raw)))}')
+            seen.update(dict.fromkeys(map(str, written)))
+            converter = _first_converter(raw, written, location, reading)
             first_columns = frozenset(raw)
+        elif raw is not written:
+            seen.update(dict.fromkeys(reading.columns.keys() & written.keys()))
 
         try:
             if find_converter(raw) is not converter:
@@ -102,25 +116,41 @@ def _converted(
         yield location, raw, row
 
 
-def _unknown_columns(name: str, columns: Sequence[str]) -> str:
+def _first_converter(raw: Mapping[str, Any], written: Mapping[str, Any], location: str, reading: Reading) -> Converter:
+    """Return the converter for the first row of a file. Raises ConfigError if no converter fits its columns.
+
+    `raw` is the row with the columns renamed, `written` is the row as it is in the file.
+    """
+    converter = find_converter(raw)
+    if converter is None:
+        missing = reading.missing(list(map(str, written)), location)
+        raise ConfigError(*missing, f'{location}: {_unknown_columns(list(map(str, raw)))}')
+    return converter
+
+
+def _unknown_columns(columns: Sequence[str]) -> str:
     """Return the error message for columns that no converter supports, with the best-fitting remedy."""
     problem = f'unknown columns {", ".join(columns)}. '
     if find_converter([column.strip().lower() for column in columns]):
         return f'{problem}Write their names in lower case and without blanks.'
 
-    for names in _OTHER_NAMES:
-        if set(names) <= set(columns):
-            return f'{problem}Rename {names[0]} to query and {names[1]} to response.'
-
-    if 'text' in columns:
-        return (
-            f'{problem}To train on plain text, write each row as {{"query": "", "response": the text}}, and choose '
-            '--template_type default-generation.'
-        )
+    if shapes := ambiguous_shapes(columns):
+        return _ambiguous(shapes, columns)
     return (
-        f"{problem}Supported: {KNOWN_SHAPES}. Rename the columns of '{name}', or register a function in "
-        'DATASET_MAPPING in utils/dataset.py.'
+        f'{problem}Supported: {KNOWN_SHAPES}. Say which columns hold question and reply: --columns '
+        'NAME=query,OTHER=response, or register a function in DATASET_MAPPING in utils/dataset.py.'
     )
+
+
+def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str]) -> str:
+    """Return the error message for columns that fit several shapes, with a remedy for each shape."""
+    names = {shape: '/'.join(column for column in columns if column in shape) for shape in shapes}
+    every = frozenset().union(*shapes)
+    choices = [
+        f'to read {names[shape]}, add --columns {",".join(f"{column}=" for column in sorted(every - shape))}'
+        for shape in shapes
+    ]
+    return f'the columns fit more than one shape of rows: {", ".join(names.values())}. Choose: {"; ".join(choices)}.'
 
 
 def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
@@ -155,6 +185,9 @@ class Part:
     earlier_replies: int = 0
     # The number of rows with such a reply.
     rows_with_earlier: int = 0
+    # The names of the columns in the files: those of first rows, and those that --columns renames. Empty for a
+    # registered data set, whose columns are not renamed.
+    columns: dict[str, None] = field(default_factory=dict)
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
         """Read the part once, and set the use of every row that can be trained on. Updates the tallies and the hash."""
@@ -203,8 +236,13 @@ class Part:
             )
 
 
-def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
-    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits."""
+def open_parts(
+    source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope', reading: Reading = AS_WRITTEN
+) -> list[Part]:
+    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits.
+
+    `reading` is for files. The rows of a registered data set have the columns that its entry gives them.
+    """
     if source.path is None:
         entry = DATASET_MAPPING[source.name]
         served = ''
@@ -218,20 +256,34 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
         return [_registered(source.name, rows, half, served) for half, rows in enumerate(halves)]
 
     files = [(file, signature(file)) for file in find_files(source)]
+    columns: dict[str, None] = {}
 
     def read(digest: Any) -> Iterator[ReadRow]:
         for file, known in files:
             digest.update(f'{file}\n'.encode())
             try:
                 rows = read_rows(file, bad=bad, known=known, digest=digest)
-                yield from _converted(rows, str(file), folder=str(file.absolute().parent))
+                folder = str(file.absolute().parent)
+                yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns)
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
-    return [Part(name=source.name, read=read, files=files)]
+    return [Part(name=source.name, read=read, files=files, columns=columns)]
 
 
-def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
+def check_columns(parts: Iterable[Part], reading: Reading) -> None:
+    """Raise ConfigError if --columns names a column that no row of the parts has had so far."""
+    from_files = [part for part in parts if part.files]
+    if not from_files:
+        return
+    seen = dict.fromkeys(itertools.chain.from_iterable(part.columns for part in from_files))
+    if missing := reading.missing(seen, ', '.join(part.name for part in from_files)):
+        raise ConfigError(*missing)
+
+
+def read_rows_at(
+    files: Sequence[tuple[Path, Signature]], positions: Collection[int], reading: Reading = AS_WRITTEN
+) -> list[Row | BadRow]:
     """Return the rows at these positions among all rows of the files.
 
     Only these rows and the first row of each file are converted and checked.
@@ -248,7 +300,8 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
                 placed.append((place, raw))
             count += 1
 
-        rows = [row for _, _, row in _converted(placed, str(file), folder=str(file.absolute().parent))]
+        folder = str(file.absolute().parent)
+        rows = [row for _, _, row in _converted(placed, str(file), folder=folder, reading=reading)]
         found += rows if is_wanted else rows[1:]
         start += count
     return found
@@ -272,11 +325,18 @@ def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
 Streams = list[list[Part]]
 
 
-def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
-    """Return the parts of each data set to stream. Raises ConfigError if the first row of a part cannot be read."""
-    sources = [open_parts(parse_source(word), hub=hub) for word in words]
-    for part in itertools.chain.from_iterable(sources):
-        next(part.read(hashlib.sha256()), None)
+def open_streams(words: Sequence[str], *, hub: HubName, reading: Reading = AS_WRITTEN) -> Streams:
+    """Return the parts of each data set to stream.
+
+    Raises ConfigError if the first row of a part cannot be read, or if the first rows of all parts lack a column that
+    --columns names.
+    """
+    sources = [open_parts(parse_source(word), hub=hub, reading=reading) for word in words]
+    parts = list(itertools.chain.from_iterable(sources))
+    for part in parts:
+        for _ in itertools.islice(part.read(hashlib.sha256()), _FIRST_ROWS if reading.columns else 1):
+            pass
+    check_columns(parts, reading)
     return sources
 
 

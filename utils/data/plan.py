@@ -12,11 +12,23 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
-from utils.data.parts import TRAIN, UNUSED, VAL, Part, ReadRow, Streams, first_rows, open_parts
+from utils.data.parts import (
+    AS_WRITTEN,
+    TRAIN,
+    UNUSED,
+    VAL,
+    Part,
+    ReadRow,
+    Streams,
+    check_columns,
+    first_rows,
+    open_parts,
+)
 from utils.data.sources import parse_source
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
 from utils.formats.data_file import OnBad, refuse
+from utils.formats.reading import Reading
 
 
 def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
@@ -123,21 +135,23 @@ def plan_rows(
     train_sample: int = -1,
     hub: HubName = 'modelscope',
     bad: OnBad = refuse,
+    reading: Reading = AS_WRITTEN,
 ) -> Plan:
     """Read all data sets once, and return the plan that says which rows are used.
 
     First, rows are drawn from each data set (name#count), and the data set is split into training and validation rows.
     Then up to `train_sample` training rows and up to max(1, train_sample * test_ratio) validation rows are drawn from
-    all data sets together. Raises ConfigError if data cannot be read or no training row is left.
+    all data sets together. Raises ConfigError if data cannot be read, if no row has a
+    column that --columns names, or if no training row is left.
     """
     parts: list[Part] = []
     left_out = Tally()
     noted = Tally()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(reading).encode())
     drawn: list[str] = []
     for word in words:
         source = parse_source(word)
-        opened = open_parts(source, bad, hub)
+        opened = open_parts(source, bad, hub, reading)
         for part in opened:
             part.count(left_out, noted, digest)
 
@@ -153,6 +167,7 @@ def plan_rows(
             validation = min(max(1, round(count * test_ratio)), count - 1)
             _draw(opened, TRAIN, max(validation, 0), seed, drawn=VAL, rest=TRAIN)
         parts += opened
+    check_columns(parts, reading)
 
     if bad is refuse and not any(TRAIN in part.uses for part in parts):
         raise ConfigError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from utils.cli.resolution import Ready
 from utils.data.sources import abbreviated
 
 # The flags that decide which rows are trained on and which rows are held out.
-DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
+DATA_FLAGS = (
+    'dataset', 'columns', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows',
+)  # fmt: skip
 # Flags that are left out of the recorded command: a secret, and the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
+
+
+def recorded(flags: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a flag in a record. If the record is older than the flag, return the default."""
+    return flags.get(name, next(f.default for f in fields(SftArguments) if f.name == name))
 
 
 def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:

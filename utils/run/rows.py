@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
 from utils.data.plan import Plan, plan_rows
 from utils.formats.conversation import Row
 from utils.formats.data_file import OnBad, refuse
+from utils.formats.reading import Reading, read_columns
 from utils.run.folder import log_decisions
-from utils.run.lock import DATA_FLAGS, check_same_data
+from utils.run.lock import DATA_FLAGS, check_same_data, recorded
 from utils.run.record import Trained
 
 HELD_OUT_JSON = 'held_out.json'
@@ -35,7 +36,7 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """
     args = done.args
     if args.streaming:
-        return open_streams(args.dataset, hub=args.hub)
+        return open_streams(args.dataset, hub=args.hub, reading=reading_of(args))
     plan = plan_of(args, args.train_dataset_sample)
     decided = Decided(
         args=args,
@@ -49,6 +50,11 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     return plan
 
 
+def reading_of(args: CommonArguments) -> Reading:
+    """Return how these flags say that data files are read."""
+    return Reading(columns=read_columns(args.columns or ())[0])
+
+
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
     """Return the plan of the rows for a run with these flags. `bad` is called for each line that cannot be read."""
     return plan_rows(
@@ -58,6 +64,7 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
         train_sample=train_sample,
         hub=args.hub,
         bad=bad,
+        reading=reading_of(args),
     )
 
 
@@ -102,16 +109,17 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
                 '--dataset: the run was trained on rows of it, and all its rows are answered. '
                 'Leave --dataset out for those that the run held out.'
             )
-        return _all_rows(args)
+        reading = replace(reading_of(args), complete='columns' in done.typed)
+        return _all_rows(args, reading)
 
     if flags.get('streaming'):
-        streams = open_streams(args.dataset, hub=args.hub)
+        streams = open_streams(args.dataset, hub=args.hub, reading=reading_of(args))
         count = int(flags['stream_val_rows'])
         _check_data(done, trained, streams_lock(streams, count))
         return first_rows(streams, count)
 
     if trained is not None and _same_data_flags(done, trained):
-        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset)
+        rows = _kept_rows(trained.checkpoint.absolute().parent, args)
         if rows is not None:
             return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
@@ -119,7 +127,7 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
     return [row for _, row in plan.rows(VAL)]
 
 
-def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
+def _kept_rows(run_dir: Path, args: InferArguments) -> list[Row] | None:
     """Return the rows that held_out.json names.
 
     Returns None if the run has no held_out.json, which older versions did not write, or if the data files have changed.
@@ -128,12 +136,12 @@ def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
     if not file.is_file():
         return None
     kept = read_json(file, remedy='Remove the file: the rows are then found by reading all data.')
-    return read_held_out(kept, words)
+    return read_held_out(kept, args.dataset, reading_of(args))
 
 
-def _all_rows(args: InferArguments) -> list[Row]:
+def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
     """Return every row of each data set. If a data set has a validation split, return only the rows of this split."""
-    plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
+    plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub, reading=reading)
     names = {part.name for part in plan.parts}
     chosen = [part for part in plan.parts if f'{part.name} (validation)' not in names]
     for part in chosen:
@@ -156,4 +164,4 @@ def _check_data(done: Ready[InferArguments], trained: Trained | None, now: dict[
 
 def _same_data_flags(done: Ready[InferArguments], trained: Trained) -> bool:
     shared = [name for name in DATA_FLAGS if hasattr(done.args, name)]
-    return all(getattr(done.args, name) == trained.record.flags[name] for name in shared)
+    return all(getattr(done.args, name) == recorded(trained.record.flags, name) for name in shared)
