@@ -27,7 +27,7 @@ from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded
+from utils.encode.encoded import CONTROL_TOKENS, CUTS, Encoded
 from utils.encode.encoder import Encoder, cut_row
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.loading.folder import read_config
@@ -45,7 +45,7 @@ PAST_POSITIONS = 'longer than the {} positions that config.json of the model sta
 MOJIBAKE = 'mojibake: UTF-8 that was read as another encoding'
 
 _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.msgpack', '*.h5')
-_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output', 'completion', 'answer')
+_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output', 'completion', 'answer', 'text')
 _ASKED_COLUMNS = ('query', 'instruction', 'input', 'prompt', 'question')
 _TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', *_ASKED_COLUMNS, 'tools')
 _CONTROL = re.compile(r'<\|[A-Za-z_]{2,}\|>')
@@ -204,7 +204,7 @@ class DataCheck:
             self._check_text(place, raw)
             self._check_repetition(use, row, columns[place])
 
-            if problem := wrong_order(row.messages):
+            if not row.is_text and (problem := wrong_order(row.messages)):
                 self.defects.add(problem, place, columns[place])
                 self.account.skip(raw, LEFT_OUT)
             elif use != UNUSED:
@@ -238,6 +238,8 @@ class DataCheck:
             else:
                 self.defects.add(LEAKED, earlier, column, of=row.origin)
             return
+        if row.is_text:
+            return  # without a prompt
 
         same_prompt = self.seen.find_earlier([row.messages[:-1], row.tools, row.images], row.origin, use)
         if same_prompt:
@@ -256,7 +258,7 @@ class DataCheck:
                 self.account.add(row, cut, again)
                 if self.positions is not None and len(cut.input_ids) > self.positions:
                     self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
-                for note in {CUT_PROMPT, CUT_REPLY}.intersection(cut.notes):
+                for note in set(CUTS).intersection(cut.notes):
                     self.defects.add(note, row.origin, columns[row.origin])
         except ConfigError as error:
             if len(rows) == 1:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftType
+from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftType, TextRows
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -48,6 +48,9 @@ class CommonArguments:
             'help': 'names for the columns of data files, as NAME=COLUMN: the name in the file, then the name that is '
             'read, e.g. question=query,answer=response; NAME= leaves a column out; None: the names in the files',
         },
+    )
+    text_rows: TextRows = flag(
+        'document', 'rows of .txt and .md files: document, one row a file; paragraph, rows end at blank lines'
     )
     dataset_seed: int = flag(42, 'seed for drawing rows and for the train/validation split')
     dataset_test_ratio: float = flag(0.01, 'share of rows for validation, for data sets without a validation split')

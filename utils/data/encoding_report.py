@@ -8,7 +8,7 @@ from typing import Any
 from utils.base.logger import logger
 from utils.data.tally import Tally
 from utils.encode.account import Account
-from utils.encode.encoded import CUT_PROMPT, CUT_REPLY, THINKING_SWITCH
+from utils.encode.encoded import CUTS, THINKING_SWITCH
 
 
 @dataclass(kw_only=True)
@@ -48,5 +48,5 @@ def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) 
     for line in report.lines():
         logger.warning(line)
 
-    if CUT_REPLY in report.noted.counts or CUT_PROMPT in report.noted.counts:
+    if not report.noted.counts.keys().isdisjoint(CUTS):
         logger.warning('a larger --max_length (-1: no limit) keeps these rows whole')

@@ -185,6 +185,8 @@ class Part:
     earlier_replies: int = 0
     # The number of rows with such a reply.
     rows_with_earlier: int = 0
+    # The number of rows of plain text.
+    text_rows: int = 0
     # The names of the columns in the files: those of first rows, and those that --columns renames. Empty for a
     # registered data set, whose columns are not renamed.
     columns: dict[str, None] = field(default_factory=dict)
@@ -207,6 +209,7 @@ class Part:
             self.earlier_replies += earlier
             self.rows_with_earlier += bool(earlier)
             self.has_images |= bool(row.images)
+            self.text_rows += row.is_text
             content.update(state_of_images(row))
 
         self.content = content.hexdigest()
@@ -262,7 +265,7 @@ def open_parts(
         for file, known in files:
             digest.update(f'{file}\n'.encode())
             try:
-                rows = read_rows(file, bad=bad, known=known, digest=digest)
+                rows = read_rows(file, bad=bad, known=known, digest=digest, text_rows=reading.text_rows)
                 folder = str(file.absolute().parent)
                 yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns)
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
@@ -294,7 +297,7 @@ def read_rows_at(
         is_wanted = start in positions
         placed: list[tuple[str, dict[str, Any] | BadRow]] = []
         count = 0
-        for place, raw in read_rows(file, known=known):
+        for place, raw in read_rows(file, known=known, text_rows=reading.text_rows):
             # The first row of a file is always kept: it decides how all rows of the file are converted.
             if count == 0 or start + count in positions:
                 placed.append((place, raw))

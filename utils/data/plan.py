@@ -70,15 +70,22 @@ class Plan:
     digest: str
 
     def decisions(self, loss_scope: LossScope) -> list[str]:
-        """Return the decisions that exclude rows, or exclude replies from the loss."""
+        """Return the decisions that exclude rows, or say which tokens of rows carry loss."""
+        decided = list(self.drawn)
+        every = sum(len(part.uses) for part in self.parts)
+        if texts := sum(part.text_rows for part in self.parts):
+            decided.append(
+                f'loss is on every token of {texts} of {every} rows read because they are plain text: no template is '
+                'applied, and the end of sequence is added'
+            )
         replies = sum(part.earlier_replies for part in self.parts)
         rows = sum(part.rows_with_earlier for part in self.parts)
         if loss_scope != 'last_round' or not replies:
-            return self.drawn
+            return decided
         return [
-            *self.drawn,
+            *decided,
             f'loss is on the last reply of a row because --loss_scope is last_round: {replies} earlier replies carry '
-            f'no loss in {rows} of {sum(len(part.uses) for part in self.parts)} rows read',
+            f'no loss in {rows} of {every} rows read',
         ]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:

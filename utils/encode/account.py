@@ -51,6 +51,7 @@ _SHAPES: tuple[tuple[str, ...], ...] = (
     ('question', 'answer', 'history'),
     ('question', 'response', 'history'),
     ('input', 'output', 'history'),
+    ('text',),
 )
 # The columns with what is asked. Any other column of such a shape has the reply.
 _ASKED = ('query', 'instruction', 'input', 'prompt', 'question')
@@ -315,6 +316,10 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
         at = (column,)
         if column in shape and column in ('messages', 'conversations'):
             yield from _of_turns(_parsed(value), column)
+        elif column in shape and column == 'text':
+            yield from _texts(value, at, 'plain text', 'plain text', 0)
+        elif shape == ('text',):
+            yield from _unused(value, at, f'column `{column}`')  # no template is applied
         elif column in shape and column != 'history':
             yield from _of_side(raw, column, shape, last)
         elif column == 'system':

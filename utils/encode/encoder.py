@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,11 +11,7 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import LossScope
-from utils.encode.encoded import (
-    TAGS_AS_TEXT,
-    Encoded,
-    cut_front,
-)
+from utils.encode.encoded import CONTROL_TOKENS, TAGS_AS_TEXT, Encoded, cut_front, whole_text
 from utils.encode.guarded_tokenizer import TextTokenizer
 from utils.encode.image_slots import FoundImages, fill_slots, new_places, open_images_of
 from utils.formats.conversation import Message, Row
@@ -30,6 +27,10 @@ def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
         text = tokenizer.decode(row.input_ids[:lost], clean_up_tokenization_spaces=False)
         cut.cut = min(len(text), sum(map(len, row.pieces)))
     return cut
+
+
+def _beginning_of(row: Encoded) -> list[int]:
+    return row.input_ids[: row.prompt_length]
 
 
 class Encoder:
@@ -87,22 +88,47 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Return each row encoded. Rows longer than max_length lose ids at the start."""
-        opened = [self.open_images(row) for row in rows]
-        encoded = self._encode([row for row, _ in opened])
-        return [self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)]
+        opened = [self.open_images(row) for row in rows if not row.is_text]
+        encoded = self._encode([row for row, _ in opened]) if opened else []
+        chats = iter([self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)])
+        texts = iter(self._encode_texts([row for row in rows if row.is_text]))
+        return [next(texts if row.is_text else chats) for row in rows]
+
+    @functools.cached_property
+    def beginning(self) -> list[int]:
+        """Return the ids before the text of a row of plain text: those that the tokenizer itself puts there."""
+        return self.text.beginning()
+
+    def _whole_texts(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Return each row of plain text encoded, without a cut: its beginning, its text and the end of sequence."""
+        texts = [row.messages[0]['content'] for row in rows]
+        before = self.tokenizer.decode(self.beginning) if self.beginning else ''
+        encoded = []
+        for text, ids in zip(texts, self.text.ids(texts, inert=True), strict=True):
+            row = whole_text([*self.beginning, *ids, self.tokenizer.eos_token_id])
+            row.notes += [CONTROL_TOKENS] if self.text.has_control(text, reply=True) else []
+            row.pieces = (before, text, '')
+            encoded.append(row)
+        return encoded
+
+    def _encode_texts(self, rows: Sequence[Row]) -> list[Encoded]:
+        return [cut_row(row, self.max_length, self.tokenizer) for row in self._whole_texts(rows)]
 
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return the ids of the prompt of each row, as inference uses them: without the last reply.
 
-        Prompts longer than max_length lose ids at the start.
+        The prompt of plain text is its beginning. Prompts longer than max_length lose ids at the start.
         """
-        opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
+        chats = [row for row in rows if not row.is_text]
+        opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in chats]
         shown = [
             dataclasses.replace(context, messages=[*context.messages, row.messages[-1]])
-            for (context, _), row in zip(opened, rows, strict=True)
+            for (context, _), row in zip(opened, chats, strict=True)
         ]
-        prompts = self._encode_prompts(shown)
-        prompts = [self._fill_slots(ids, found) for ids, (_, found) in zip(prompts, opened, strict=True)]
+        encoded = self._encode_prompts(shown) if shown else []
+        asked = iter([self._fill_slots(ids, found) for ids, (_, found) in zip(encoded, opened, strict=True)])
+        texts = iter(self._whole_texts([row for row in rows if row.is_text]))
+        prompts = [_beginning_of(next(texts)) if row.is_text else next(asked) for row in rows]
         return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
 
     def image_paths(self, row: Row) -> tuple[str, ...]:
@@ -110,7 +136,9 @@ class Encoder:
         return tuple(path for path, _ in self.open_images(row)[1])
 
     def open_images(self, row: Row) -> tuple[Row, FoundImages]:
-        """Return the row with a stand-in for each image in its text, and the images."""
+        """Return the row with a stand-in for each image in its text, and the images. Plain text has no images."""
+        if row.is_text:
+            return row, []
         return open_images_of(row, self.images, stand_in=self.text.image)
 
     def _fill_slots(self, ids: list[int], found: FoundImages) -> list[int]:
@@ -140,6 +168,9 @@ class Encoder:
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return the ids of the prompt of each row. The last message of a row is the reply, which may be empty."""
         raise NotImplementedError
+
+    def check_chat(self) -> None:
+        """Raise ConfigError if this encoder cannot encode a conversation."""
 
     def carries_loss(self, reply: Message) -> bool:
         """Return whether an earlier turn carries loss.

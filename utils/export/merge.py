@@ -13,6 +13,7 @@ from utils.base.errors import ConfigError
 from utils.base.names import SFT_ARGS
 from utils.encode.encoder import Encoder
 from utils.encode.jinja import serving_template
+from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.conversation import Row
 from utils.loading.image_processors import Images
 from utils.loading.save import save_whole
@@ -65,7 +66,10 @@ def user_rows(run_dir: Path) -> list[Row]:
     """Return the rows that the run answered for its report. With --report_samples 0 the list is empty."""
     file = run_dir / ANSWERS_JSON
     answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
-    return [Row(messages=a['messages'], tools=a['tools'], origin=f'{file}:{n}') for n, a in enumerate(answers, 1)]
+    return [
+        Row(messages=a['messages'], is_text='beginning' in a, tools=a['tools'], origin=f'{file}:{n}')
+        for n, a in enumerate(answers, 1)
+    ]
 
 
 def merge_checkpoint(
@@ -106,7 +110,7 @@ def merge_checkpoint(
     serves = f'serve it: transformers serve {target}\n      or: vllm serve {target}'
     if encoder.asks_to_think:
         serves += f'\nask it with {encoder.switch} (chat_template_kwargs): its replies were trained with it'
-    if not encoder.tokenizer.chat_template:
+    if isinstance(encoder, TemplateEncoder) and not encoder.tokenizer.chat_template:
         serves = 'serve it with llm_infer.py: no other program knows its template'
     return target, f'{outcome["says"]}\n{serves}'
 

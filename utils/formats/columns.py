@@ -460,6 +460,15 @@ def _from_instruction(row: Mapping[str, Any]) -> Row:
     return _row(row, [*_history(row), asked, answered], _Remarks(), *columns)
 
 
+def _from_text(row: Mapping[str, Any]) -> Row:
+    """Return the row of plain text. No other column is used, because no template is applied."""
+    remarks = _Remarks()
+    text = _text(row['text'], 'text')
+    remarks.note_unused(row, ('text',), 'column')
+    message: Message = {'role': 'assistant', 'content': text}
+    return Row(messages=[message], is_text=True, written=row, unused=tuple(remarks.unused))
+
+
 def _said(row: Mapping[str, Any], column: str, role: str, remarks: _Remarks) -> list[Message]:
     """Return the messages of a cell that holds a text, one message or a list of messages.
 
@@ -508,12 +517,15 @@ PAIRS = (
 )
 # The formats for rows that fit none of SHAPES. A row whose columns fit two of these formats is refused, because
 # nothing in the row says which format is meant.
-OTHER_SHAPES: tuple[tuple[frozenset[str], Converter], ...] = tuple(
-    (frozenset(pair), functools.partial(_from_pair, asked=pair[0], answered=pair[1])) for pair in PAIRS
+OTHER_SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
+    *((frozenset(pair), functools.partial(_from_pair, asked=pair[0], answered=pair[1])) for pair in PAIRS),
+    (frozenset({'text'}), _from_text),
 )
 KNOWN_SHAPES = (
     'query/response[/history][/system], instruction/input/output, messages with role/content, '
-    'conversations with from/value, ' + ', '.join('/'.join(pair) for pair in PAIRS) + '; tools and images are optional'
+    'conversations with from/value, '
+    + ', '.join('/'.join(pair) for pair in PAIRS)
+    + ', text; tools and images are optional'
 )
 # Every column name that some format reads.
 _NEEDED = [name for needed, _ in (*SHAPES, *OTHER_SHAPES) for name in sorted(needed)]
@@ -585,6 +597,11 @@ def check_row(row: Row) -> Row:
         ''.join(_texts(row)).encode()
     except UnicodeEncodeError:  # JSON can write it: "\ud83d"
         raise BadRow('a text is not UTF-8, or holds half of a character (a lone surrogate)') from None
+
+    if row.is_text:
+        if not row.messages[0]['content'].strip():
+            raise BadRow('empty text', 'text')
+        return row
 
     last = row.messages[-1]
     if last['role'] != 'assistant':

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.base.errors import ConfigError, did_you_mean
+from utils.base.names import TextRows
 from utils.formats.columns import KNOWN_COLUMNS
 from utils.formats.data_file import RowWithRepeatedKeys
 
@@ -19,6 +20,8 @@ class Reading:
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
+    # The rows of a text file.
+    text_rows: TextRows = 'document'
     # Whether a name of `columns` that no row has is an error. It is none if the names are those of an earlier run.
     complete: bool = True
 

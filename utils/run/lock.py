@@ -19,7 +19,8 @@ from utils.data.sources import abbreviated
 
 # The flags that decide which rows are trained on and which rows are held out.
 DATA_FLAGS = (
-    'dataset', 'columns', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows',
+    'dataset', 'columns', 'text_rows', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming',
+    'stream_val_rows',
 )  # fmt: skip
 # Flags that are left out of the recorded command: a secret, and the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')

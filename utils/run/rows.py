@@ -13,13 +13,13 @@ from utils.base.errors import Problems
 from utils.base.files import read_json, write_json
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
-from utils.cli.resolution import Decided, Ready
+from utils.cli.resolution import Decided, Ready, reading_of
 from utils.data.held_out import held_out, read_held_out
 from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
 from utils.data.plan import Plan, plan_rows
 from utils.formats.conversation import Row
 from utils.formats.data_file import OnBad, refuse
-from utils.formats.reading import Reading, read_columns
+from utils.formats.reading import Reading
 from utils.run.folder import log_decisions
 from utils.run.lock import DATA_FLAGS, check_same_data, recorded
 from utils.run.record import Trained
@@ -48,11 +48,6 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     done.decisions += decided.decisions
     done.warnings += decided.warnings
     return plan
-
-
-def reading_of(args: CommonArguments) -> Reading:
-    """Return how these flags say that data files are read."""
-    return Reading(columns=read_columns(args.columns or ())[0])
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
