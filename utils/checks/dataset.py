@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
+from utils.base.names import Overlong
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready, run_name
 from utils.data.encode_plan import EncodedAgain, batches, encode_batch
@@ -27,7 +28,7 @@ from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import CONTROL_TOKENS, CUTS, Encoded
+from utils.encode.encoded import CONTROL_TOKENS, CUTS, DROPPED, REFUSED, SPLIT, Encoded
 from utils.encode.encoder import Encoder, cut_row
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.loading.folder import read_config
@@ -110,14 +111,15 @@ class Lengths:
 
     max_length: int
     tokenizer: Any
+    overlong: Overlong = 'cut'
     longest: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count a row that is not cut yet. Returns the row cut to --max_length, as in training."""
+        """Count a row that is not cut yet. Returns the row, cut to --max_length if --overlong is cut."""
         length = len(row.input_ids)
-        cut = cut_row(row, self.max_length, self.tokenizer)
+        cut = row if self.overlong != 'cut' else cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
         trained = sum(end - start for start, end in (*cut.earlier, cut.trained))
 
@@ -173,7 +175,7 @@ class DataCheck:
         self.defects = Findings('defect', stream)
         self.noted = Findings('noted', stream, skip=[CONTROL_TOKENS])
         self.filtered = Findings('filtered', stream)
-        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
+        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer, overlong=encoder.overlong)
         self.account = Account()
         # Log lines that describe what is excluded from training on purpose.
         self.decisions: list[str] = []
@@ -255,8 +257,14 @@ class DataCheck:
         try:
             for row, ids in encode_batch(self.encoder, rows, report):
                 cut = self.lengths.add(ids)
+                length = len(cut.input_ids)
+                if 0 < self.lengths.max_length < length:
+                    if not self._keeps_long(cut, row, columns[row.origin]):
+                        self.account.skip(row.written, LEFT_OUT)
+                        continue
+                    length = self.lengths.max_length  # of the longest piece
                 self.account.add(row, cut, again)
-                if self.positions is not None and len(cut.input_ids) > self.positions:
+                if self.positions is not None and length > self.positions:
                     self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
                 for note in set(CUTS).intersection(cut.notes):
                     self.defects.add(note, row.origin, columns[row.origin])
@@ -271,6 +279,18 @@ class DataCheck:
             middle = len(rows) // 2
             self._measure(rows[:middle], columns)
             self._measure(rows[middle:], columns)
+
+    def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
+        """Return whether a row longer than --max_length is used. Counts the row under what happens to it."""
+        overlong = self.encoder.overlong
+        if overlong == 'split' and ids.is_text:
+            self.noted.add(SPLIT, row.origin, column)
+            return True
+        if overlong == 'drop':
+            self.left_out.add(DROPPED, row.origin, column)
+        else:
+            self.defects.add(REFUSED.format(overlong), row.origin, column)
+        return False
 
     def record(self, args: SftArguments) -> dict[str, Any]:
         """Return the content of dataset_report.json."""

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftType, TextRows
+from utils.base.names import DtypeName, HubName, LossScope, Overlong, PushStrategy, SftType, TextRows
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -61,7 +61,12 @@ class CommonArguments:
     loss_scope: LossScope = flag(
         'last_round', 'last_round: loss on the last reply of a row; all_rounds: loss on every reply'
     )
-    max_length: int = flag(2048, 'maximum tokens per row; a longer row loses its beginning; -1: no limit')
+    max_length: int = flag(2048, 'maximum tokens per row; --overlong says what happens to a longer row; -1: no limit')
+    overlong: Overlong = flag(
+        'cut',
+        'a row longer than --max_length: cut, it loses its beginning; drop, it is skipped and counted; refuse, the run '
+        'stops and lists such rows; split, plain text becomes several rows, and a conversation is refused',
+    )
     max_pixels: int | None = flag(
         None,
         'images with more pixels are scaled down to this number, so that they take fewer tokens; None: the limit of '

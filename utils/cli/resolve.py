@@ -189,6 +189,8 @@ def _resolve_datasets(done: Resolution[Any]) -> None:
 
     for problem in read_columns(done.args.columns or ())[1]:
         done.problems.add(problem)
+    if done.args.max_length == -1:
+        done.without_effect(('overlong',), '--max_length -1 is no limit')
     if not from_files:
         done.without_effect(('columns',), 'the columns of a registered data set are those of its entry')
 

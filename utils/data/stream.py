@@ -145,13 +145,16 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
     def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
         """Encode the rows, and yield each encoded row with its index. The last rows are remembered."""
         again = EncodedAgain(self.encoder)
-        for source, row in encode_batch(self.encoder, rows, report):
+        encoded = list(encode_batch(self.encoder, rows, report))
+        report.refused.raise_if_any(self.encoder.overlong, self.encoder.max_length)
+        for source, row in encoded:
             report.account.add(source, row, again)
-            item = {**row.as_item(), 'row': self._yielded}
-            self._recent[self._yielded] = (item, source.origin)
-            self._recent.pop(self._yielded - _REMEMBERED_ROWS, None)
-            self._yielded += 1
-            yield item
+            for piece in self.encoder.pieces_of(row, self.encoder.max_length):
+                item = {**piece.as_item(), 'row': self._yielded}
+                self._recent[self._yielded] = (item, source.origin)
+                self._recent.pop(self._yielded - _REMEMBERED_ROWS, None)
+                self._yielded += 1
+                yield item
 
     def origin(self, index: int) -> str:
         """Return where a row came from. A row that is no longer remembered is 'an earlier row of the stream'."""
@@ -166,7 +169,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
         """Return the first rows of the stream, encoded and not shuffled. Skipped rows are counted only in `report`."""
         rows = itertools.islice(self._rows(Tally(), Tally(), Account()), count)
-        return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), report or EncodingReport())]
+        report = report or EncodingReport()
+        limit = self.encoder.max_length
+        encoded = [row for _, row in encode_batch(self.encoder, list(rows), report)]
+        report.refused.raise_if_any(self.encoder.overlong, limit)
+        return [piece.as_item() for row in encoded for piece in self.encoder.pieces_of(row, limit)]
 
     def lengths(self) -> list[int]:
         """Return [--max_length]. If rows are not limited, return the number of tokens of each of the first rows."""

@@ -40,6 +40,9 @@ NO_LOSS_MARKED = 'every reply of it is marked to carry no loss (weight, loss or 
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
 CUT_TEXT = 'longer than max_length: lost the beginning of its text'
+SPLIT = 'longer than max_length: split into several rows'
+DROPPED = 'longer than max_length: dropped (--overlong drop)'
+REFUSED = 'longer than max_length: refused (--overlong {})'
 CUTS = (CUT_PROMPT, CUT_REPLY, CUT_TEXT)
 # A row of plain text has no question. In its place, a model gets the beginning of the text: half of its tokens, but at
 # most this number.

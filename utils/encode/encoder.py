@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
-from utils.base.names import LossScope
+from utils.base.names import LossScope, Overlong
 from utils.encode.encoded import CONTROL_TOKENS, TAGS_AS_TEXT, Encoded, cut_front, whole_text
 from utils.encode.guarded_tokenizer import TextTokenizer
 from utils.encode.image_slots import FoundImages, fill_slots, new_places, open_images_of
@@ -40,6 +40,8 @@ class Encoder:
     # The system text for rows that have no system text. If it is None, the template chooses the text.
     system: str | None
     loss_scope: LossScope = 'last_round'
+    # What happens to a row longer than max_length. Only under 'cut' the encoder itself shortens rows.
+    overlong: Overlong = 'cut'
     # Ids at which generation stops, in addition to the end of sequence of the tokenizer.
     stop_ids: list[int]
     # Whether the prompt of an unknown reply is rendered with the template's thinking switch. For a known reply, the
@@ -66,7 +68,7 @@ class Encoder:
         today = time.strftime('%Y-%m-%d') if 'strftime_now' in str(self.tokenizer.chat_template) else None
         template = repr(TEMPLATE_MAPPING[self.name])
         return {'template': template, 'system': self.system, 'scope': self.loss_scope, 'max_length': self.max_length,
-                'today': today, 'embedding': self.embedding}  # fmt: skip
+                'overlong': self.overlong, 'today': today, 'embedding': self.embedding}  # fmt: skip
 
     def embed(self, embedding: int | None) -> None:
         """Set the number of rows of the embedding. Raises ConfigError if it has no row for any end-of-turn token."""
@@ -87,7 +89,7 @@ class Encoder:
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Return each row encoded. Rows longer than max_length lose ids at the start."""
+        """Return each row encoded. Rows longer than max_length lose ids at the start, if `overlong` is 'cut'."""
         opened = [self.open_images(row) for row in rows if not row.is_text]
         encoded = self._encode([row for row, _ in opened]) if opened else []
         chats = iter([self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)])
@@ -112,7 +114,28 @@ class Encoder:
         return encoded
 
     def _encode_texts(self, rows: Sequence[Row]) -> list[Encoded]:
-        return [cut_row(row, self.max_length, self.tokenizer) for row in self._whole_texts(rows)]
+        return [self._shortened(row) for row in self._whole_texts(rows)]
+
+    def _shortened(self, row: Encoded) -> Encoded:
+        return cut_row(row, self.max_length, self.tokenizer) if self.overlong == 'cut' else row
+
+    def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
+        """Return the rows of at most `max_length` ids into which plain text is split. A shorter row is not split.
+
+        Each piece begins with the ids that the tokenizer puts before a text, or else with the last id of the piece
+        before. So every id of the text is predicted once, except the first id of a text without such a beginning.
+        """
+        ids = row.input_ids
+        if not row.is_text or not 0 < max_length < len(ids):
+            return [row]
+        pieces = [whole_text(ids[:max_length])]
+        position = max_length
+        while position < len(ids):
+            lead = self.beginning[1 - max_length :] if self.beginning else ids[position - 1 : position]
+            end = position + max_length - len(lead)
+            pieces.append(whole_text([*lead, *ids[position:end]]))
+            position = end
+        return pieces
 
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return the ids of the prompt of each row, as inference uses them: without the last reply.
@@ -126,7 +149,9 @@ class Encoder:
             for (context, _), row in zip(opened, chats, strict=True)
         ]
         encoded = self._encode_prompts(shown) if shown else []
-        asked = iter([self._fill_slots(ids, found) for ids, (_, found) in zip(encoded, opened, strict=True)])
+        asked = iter(
+            [self._fill_slots(ids, found, self.max_length) for ids, (_, found) in zip(encoded, opened, strict=True)]
+        )
         texts = iter(self._whole_texts([row for row in rows if row.is_text]))
         prompts = [_beginning_of(next(texts)) if row.is_text else next(asked) for row in rows]
         return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
@@ -141,15 +166,15 @@ class Encoder:
             return row, []
         return open_images_of(row, self.images, stand_in=self.text.image)
 
-    def _fill_slots(self, ids: list[int], found: FoundImages) -> list[int]:
-        return fill_slots(ids, found, self.images.slot, self.max_length) if self.images and found else ids
+    def _fill_slots(self, ids: list[int], found: FoundImages, max_length: int) -> list[int]:
+        return fill_slots(ids, found, self.images.slot, max_length) if self.images and found else ids
 
     def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
-        """Return the row with its image slots repeated, and with the ids before the last max_length removed."""
+        """Return the row with its image slots repeated, and shortened if `overlong` is 'cut'."""
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
         if found:
-            filled = self._fill_slots(row.input_ids, found)
+            filled = self._fill_slots(row.input_ids, found, self.max_length if self.overlong == 'cut' else -1)
             assert self.images is not None, 'it found them'
             places = new_places(row.input_ids, found, self.images.slot)
             row = dataclasses.replace(
@@ -160,7 +185,7 @@ class Encoder:
                 earlier=[(places[start], places[end]) for start, end in row.earlier],
                 images=tuple(path for path, _ in found),
             )
-        return cut_row(row, self.max_length, self.tokenizer)
+        return self._shortened(row)
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         raise NotImplementedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.base.names import LossScope
+from utils.base.names import LossScope, Overlong
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoder import Encoder
 from utils.encode.template_encoder import TemplateEncoder
@@ -21,6 +21,7 @@ def make_encoder(
     system_typed: bool,
     max_length: int,
     loss_scope: LossScope = 'last_round',
+    overlong: Overlong = 'cut',
     images: Images | None = None,
     embedding: int | None = None,
 ) -> Encoder:
@@ -39,5 +40,6 @@ def make_encoder(
     else:
         encoder = TextEncoder(tokenizer, **options)
     encoder.loss_scope = loss_scope
+    encoder.overlong = overlong
     encoder.embed(embedding)
     return encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -72,6 +73,13 @@ def user_rows(run_dir: Path) -> list[Row]:
     ]
 
 
+def _cutting(encoder: Encoder) -> Encoder:
+    """Return a copy of the encoder that cuts rows longer than --max_length. The proof needs no whole rows."""
+    made = copy.copy(encoder)
+    made.overlong = 'cut'
+    return made
+
+
 def merge_checkpoint(
     model: Any,
     encoder: Encoder,
@@ -95,7 +103,7 @@ def merge_checkpoint(
 
     outcome: dict[str, Any] = {'passed': False}
     try:
-        texts = [encoded.input_ids for encoded in encoder.encode(rows)]
+        texts = [encoded.input_ids for encoded in _cutting(encoder).encode(rows)]
         proven = merge_and_save(
             model, encoder.tokenizer, target, record=record, images=images, texts=texts, config=config
         )
