@@ -218,7 +218,10 @@ def test_a_prefix_chooses_the_hub(loopback: LoopbackHub) -> None:
 @pytest.mark.parametrize(
     ('word', 'problem'),
     [
-        ('owner/name.x:a:b:c', 'neither a registered data set nor a .json, .jsonl, .csv (each also .gz) or .parquet'),
+        (
+            'owner/name.x:a:b:c',
+            'neither a registered data set nor a .json, .jsonl, .csv, .txt, .md (each also .gz) or .parquet',
+        ),
         ('owner/a.b@', 'and a data set of a hub as [hf:|ms:]owner/name[:subset][:split][@revision].'),
     ],
 )

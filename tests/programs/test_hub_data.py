@@ -169,16 +169,31 @@ PUBLIC: dict[str, tuple[str, Files, int, int]] = {
         22,
         2,
     ),
-    # The columns of this data set are question and answer.
     'openai/gsm8k': (
         'openai/gsm8k:main',
         {
             'README.md': CARDS['gsm8k'].encode(),
             **{
-                f'{subset}/{split}-00000-of-00001.parquet': as_parquet(qa(20, f'{subset} {split}'))
+                f'{subset}/{split}-00000-of-00001.parquet': as_parquet(
+                    [{'question': f'{subset} {split} {i}', 'answer': f'#### {i}'} for i in range(20)]
+                )
                 for subset in ('main', 'socratic')
                 for split in ('train', 'test')
             },
+        },
+        18,
+        2,
+    ),
+    'databricks/databricks-dolly-15k': (
+        'databricks/databricks-dolly-15k',
+        {
+            'README.md': b'---\nlicense: cc-by-sa-3.0\n---\n',
+            'databricks-dolly-15k.jsonl': as_lines(
+                [
+                    {'instruction': f'Name {i}.', 'context': '1 2' * (i % 2), 'response': f'{i}', 'category': 'open_qa'}
+                    for i in range(20)
+                ]
+            ),
         },
         18,
         2,
@@ -212,12 +227,16 @@ PUBLIC: dict[str, tuple[str, Files, int, int]] = {
 }  # fmt: skip
 
 
+# What a command says about a data set whose columns have names of their own.
+MORE = {'databricks/databricks-dolly-15k': ['--columns', 'context=input,response=output']}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('public_id', PUBLIC)
 def test_a_public_data_set_is_trained_on_by_one_command(public_id: str, loopback: LoopbackHub, run_sft: Sft) -> None:
     word, files, train, val = PUBLIC[public_id]
     loopback.add('dataset', public_id, files, commit=NEWER)
-    run = run_sft('--hub', 'huggingface', '--dataset', word, '--max_steps', '2')
+    run = run_sft('--hub', 'huggingface', '--dataset', word, '--max_steps', '2', *MORE.get(public_id, ()))
     record = json.loads((run / 'run.json').read_text())
     assert record['steps'] == 2 and record['data']['left_out'] == {}
     assert (record['data']['train']['rows'], record['data']['validation']['rows']) == (train, val)

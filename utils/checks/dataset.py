@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
+from utils.base.names import Overlong
 from utils.cli.arguments import SftArguments, without_amount
 from utils.cli.resolution import Ready, run_name
 from utils.data.encode_plan import EncodedAgain, batches, encode_batch
@@ -27,7 +28,7 @@ from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded
+from utils.encode.encoded import CONTROL_TOKENS, CUTS, DROPPED, REFUSED, SPLIT, Encoded
 from utils.encode.encoder import Encoder, cut_row
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.loading.folder import read_config
@@ -45,8 +46,9 @@ PAST_POSITIONS = 'longer than the {} positions that config.json of the model sta
 MOJIBAKE = 'mojibake: UTF-8 that was read as another encoding'
 
 _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.msgpack', '*.h5')
-_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output')
-_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', 'query', 'instruction', 'input', 'tools')
+_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output', 'completion', 'answer', 'text')
+_ASKED_COLUMNS = ('query', 'instruction', 'input', 'prompt', 'question')
+_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', *_ASKED_COLUMNS, 'tools')
 _CONTROL = re.compile(r'<\|[A-Za-z_]{2,}\|>')
 # The second and later bytes of a UTF-8 character are 80 to BF. _LATER matches the characters that these bytes are in
 # Latin-1 and in Windows-1252.
@@ -121,14 +123,15 @@ class Lengths:
 
     max_length: int
     tokenizer: Any
+    overlong: Overlong = 'cut'
     longest: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count a row that has its full length. Returns the row, cut to --max_length as in training."""
+        """Count a row that has its full length. Returns the row, cut to --max_length if --overlong is cut."""
         length = len(row.input_ids)
-        cut = cut_row(row, self.max_length, self.tokenizer)
+        cut = row if self.overlong != 'cut' else cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
         trained = sum(end - start for start, end in (*cut.earlier, cut.trained))
 
@@ -188,7 +191,7 @@ class DataCheck:
         self.defects = Findings('defect', stream)
         self.noted = Findings('noted', stream, skip=[CONTROL_TOKENS])
         self.filtered = Findings('filtered', stream)
-        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
+        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer, overlong=encoder.overlong)
         self.account = Account()
         # Log lines that describe what is excluded from training on purpose.
         self.decisions: list[str] = []
@@ -219,7 +222,7 @@ class DataCheck:
             self._check_text(place, raw)
             self._check_repetition(use, row, columns[place])
 
-            if problem := wrong_order(row.messages):
+            if not row.is_text and (problem := wrong_order(row.messages)):
                 self.defects.add(problem, place, columns[place])
                 self.account.skip(raw, LEFT_OUT)
             elif use != UNUSED:
@@ -253,6 +256,8 @@ class DataCheck:
             else:
                 self.defects.add(LEAKED, earlier, column, of=row.origin)
             return
+        if row.is_text:
+            return  # without a prompt
 
         same_prompt = self.seen.find_earlier([row.messages[:-1], row.tools, row.images], row.origin, use)
         if same_prompt:
@@ -268,10 +273,16 @@ class DataCheck:
         try:
             for row, ids in encode_batch(self.encoder, rows, report):
                 cut = self.lengths.add(ids)
+                length = len(cut.input_ids)
+                if 0 < self.lengths.max_length < length:
+                    if not self._keeps_long(cut, row, columns[row.origin]):
+                        self.account.skip(row.written, LEFT_OUT)
+                        continue
+                    length = self.lengths.max_length  # of the longest piece
                 self.account.add(row, cut, again)
-                if self.positions is not None and len(cut.input_ids) > self.positions:
+                if self.positions is not None and length > self.positions:
                     self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
-                for note in {CUT_PROMPT, CUT_REPLY}.intersection(cut.notes):
+                for note in set(CUTS).intersection(cut.notes):
                     self.defects.add(note, row.origin, columns[row.origin])
         except ConfigError as error:
             if len(rows) == 1:
@@ -284,6 +295,18 @@ class DataCheck:
             middle = len(rows) // 2
             self._measure(rows[:middle], columns)
             self._measure(rows[middle:], columns)
+
+    def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
+        """Return whether a row longer than --max_length is used. Counts the row under what happens to it."""
+        overlong = self.encoder.overlong
+        if overlong == 'split' and ids.is_text:
+            self.noted.add(SPLIT, row.origin, column)
+            return True
+        if overlong == 'drop':
+            self.left_out.add(DROPPED, row.origin, column)
+        else:
+            self.defects.add(REFUSED.format(overlong), row.origin, column)
+        return False
 
     def record(self, args: SftArguments) -> dict[str, Any]:
         """Return the content of dataset_report.json."""

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftType
+from utils.base.names import DtypeName, HubName, LossScope, Overlong, PushStrategy, SftType, TextRows
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -69,6 +69,16 @@ class CommonArguments:
         'validation sets, named as in --dataset; no row of --dataset is then held out, and several sets are also '
         'evaluated one by one',
     )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'names for the columns of data files, as NAME=COLUMN: the name in the file, then the name that is '
+            'read, e.g. question=query,answer=response; NAME= leaves a column out; None: the names in the files',
+        },
+    )
+    text_rows: TextRows = flag(
+        'document', 'rows of .txt and .md files: document, one row a file; paragraph, rows end at blank lines'
+    )
     dataset_seed: int = flag(42, 'seed for drawing rows and for the train/validation split')
     dataset_test_ratio: float = flag(0.01, 'share of rows for validation, for data sets without a validation split')
     system: str = flag(
@@ -80,7 +90,12 @@ class CommonArguments:
         'last_round: loss on the last reply of a row; all_rounds: loss on every reply; None: on every reply of rows '
         'with messages or conversations, on the last reply of all other rows',
     )
-    max_length: int = flag(2048, 'maximum tokens per row; a longer row loses its beginning; -1: no limit')
+    max_length: int = flag(2048, 'maximum tokens per row; --overlong says what happens to a longer row; -1: no limit')
+    overlong: Overlong = flag(
+        'cut',
+        'a row longer than --max_length: cut, it loses its beginning; drop, it is skipped and counted; refuse, the run '
+        'stops and lists such rows; split, plain text becomes several rows, and a conversation is refused',
+    )
     max_pixels: int | None = flag(
         None,
         'images with more pixels are scaled down to this number, so that they take fewer tokens; None: the limit of '

@@ -19,7 +19,7 @@ from utils.cli.arguments import CommonArguments, flag_types
 # Misspelt flags that are accepted, because scripts of users contain them. The value is the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
 # If a flag of this set is typed several times, all its values are used. For all other flags, the last value is used.
-ADDING_UP = frozenset({'dataset', 'val_dataset', 'template_settings'})
+ADDING_UP = frozenset({'dataset', 'val_dataset', 'columns', 'template_settings'})
 # Flags with a list of name=value. A comma separates two items only if a name and = follow, because a value may contain
 # commas.
 _SETTINGS = frozenset({'template_settings'})

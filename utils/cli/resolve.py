@@ -20,6 +20,7 @@ from utils.cli.parser import Parsed
 from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers
 from utils.cli.resolution import Resolution, run_name
 from utils.data.sources import Source, of_flag, parse_source
+from utils.formats.reading import read_columns
 from utils.loading.info import ModelInfo
 from utils.loading.template_settings import parse_settings
 from utils.model import get_model_info, infer_model_type
@@ -243,12 +244,20 @@ def _resolve_datasets(done: Resolution[Any]) -> list[Source]:
     """Return the sources of --dataset. Adds the problems of the words of --dataset and --val_dataset."""
     words, val_words = done.args.words_read()
     sources = _parse_sources(done, 'dataset', words)
-    for source in _parse_sources(done, 'val_dataset', val_words):
+    val_sources = _parse_sources(done, 'val_dataset', val_words)
+    for source in val_sources:
         if source.share is not None:
             done.problems.add(
                 f"--val_dataset '{source.name}': a share (%) is for training rows. Write {source.name}, or "
                 f'{source.name}#100 for 100 rows.'
             )
+
+    for problem in read_columns(done.args.columns or ())[1]:
+        done.problems.add(problem)
+    if done.args.max_length == -1:
+        done.without_effect(('overlong',), '--max_length -1 is no limit')
+    if all(source.path is None and source.hub is None for source in (*sources, *val_sources)):
+        done.without_effect(('columns',), 'the columns of a registered data set are those of its entry')
     return sources
 
 

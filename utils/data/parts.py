@@ -7,6 +7,7 @@ be drawn from the whole data set even if the data is larger than memory.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from array import array
@@ -23,7 +24,14 @@ from utils.data.own_rows import halves_of, located_rows
 from utils.data.sources import Source, find_files, not_found_remedy, shadowed_id
 from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING
-from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
+from utils.formats.columns import (
+    KNOWN_SHAPES,
+    Converter,
+    ambiguous_shapes,
+    check_row,
+    find_converter,
+    needed_columns,
+)
 from utils.formats.conversation import BadRow, Row
 from utils.formats.data_file import (
     OnBad,
@@ -37,18 +45,14 @@ from utils.formats.data_file import (
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.hub_files import HubFiles
 from utils.formats.images import state_of_images, with_image_files
+from utils.formats.reading import Reading
 
+# Files are read with the names that they give their columns.
+AS_WRITTEN = Reading()
 # The values for the use of a row.
 UNUSED, TRAIN, VAL = range(3)
 # Follows the name of a data set in the name of its validation part.
 VALIDATION = ' (validation)'
-# Column names that other tools use for query and response.
-_OTHER_NAMES = (
-    ('prompt', 'completion'),
-    ('prompt', 'response'),
-    ('question', 'answer'),
-    ('question', 'response'),
-)
 
 # (location, columns, conversation). If the columns contain no usable conversation, the third item is a BadRow.
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
@@ -65,24 +69,33 @@ def _hashed(
 
 
 def _converted(
-    located: Iterable[tuple[str, dict[str, Any] | BadRow]], name: str, *, folder: str | None = None
+    located: Iterable[tuple[str, dict[str, Any] | BadRow]],
+    name: str,
+    *,
+    folder: str | None = None,
+    reading: Reading = AS_WRITTEN,
+    seen: dict[str, None] | None = None,
 ) -> Iterator[ReadRow]:
     """Convert the rows to conversations, and yield a ReadRow for each row.
 
-    The columns of the first row decide which converter is used for all rows.
+    The columns of the first row decide which converter is used for all rows. `seen` gets the names of the columns of
+    the first row, and of all columns that --columns renames.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
-    for location, raw in located:
-        if isinstance(raw, BadRow):
-            yield location, {}, type(raw)(f'dropped by {name}: {raw}', raw.column)
+    seen = {} if seen is None else seen
+    for location, written in located:
+        if isinstance(written, BadRow):
+            yield location, {}, type(written)(f'dropped by {name}: {written}', written.column)
             continue
 
+        raw = reading.renamed(written, location)
         if converter is None:
-            converter = find_converter(raw)
-            if converter is None:
-                raise ConfigError(f'{location}: {_unknown_columns(name, list(map(str, raw)))}')
+            seen.update(dict.fromkeys(map(str, written)))
+            converter = _first_converter(raw, written, location, reading)
             first_columns = frozenset(raw)
+        elif raw is not written:
+            seen.update(dict.fromkeys(reading.columns.keys() & written.keys()))
 
         try:
             if find_converter(raw) is not converter:
@@ -102,25 +115,41 @@ def _converted(
         yield location, columns, row
 
 
-def _unknown_columns(name: str, columns: Sequence[str]) -> str:
+def _first_converter(raw: Mapping[str, Any], written: Mapping[str, Any], location: str, reading: Reading) -> Converter:
+    """Return the converter for the first row of a file. Raises ConfigError if no converter fits its columns.
+
+    `raw` is the row with the columns renamed, `written` is the row as it is in the file.
+    """
+    converter = find_converter(raw)
+    if converter is None:
+        missing = reading.missing(list(map(str, written)), location)
+        raise ConfigError(*missing, f'{location}: {_unknown_columns(list(map(str, raw)))}')
+    return converter
+
+
+def _unknown_columns(columns: Sequence[str]) -> str:
     """Return the error message for columns that no converter supports, with the best-fitting remedy."""
     problem = f'unknown columns {", ".join(columns)}. '
     if find_converter([column.strip().lower() for column in columns]):
         return f'{problem}Write their names in lower case and without spaces.'
 
-    for names in _OTHER_NAMES:
-        if set(names) <= set(columns):
-            return f'{problem}Rename {names[0]} to query and {names[1]} to response.'
-
-    if 'text' in columns:
-        return (
-            f'{problem}To train on plain text, write each row as {{"query": "", "response": the text}}, and choose '
-            '--template_type default-generation.'
-        )
+    if shapes := ambiguous_shapes(columns):
+        return _ambiguous(shapes, columns)
     return (
-        f"{problem}Supported: {KNOWN_SHAPES}. Rename the columns of '{name}', or register a function in "
-        'DATASET_MAPPING in utils/dataset.py.'
+        f'{problem}Supported: {KNOWN_SHAPES}. Say which columns hold question and reply: --columns '
+        'NAME=query,OTHER=response, or register a function in DATASET_MAPPING in utils/dataset.py.'
     )
+
+
+def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str]) -> str:
+    """Return the error message for columns that fit several shapes, with a remedy for each shape."""
+    names = {shape: '/'.join(column for column in columns if column in shape) for shape in shapes}
+    every = frozenset().union(*shapes)
+    choices = [
+        f'to read {names[shape]}, add --columns {",".join(f"{column}=" for column in sorted(every - shape))}'
+        for shape in shapes
+    ]
+    return f'the columns fit more than one shape of rows: {", ".join(names.values())}. Choose: {"; ".join(choices)}.'
 
 
 def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
@@ -167,6 +196,12 @@ class Part:
     passes: int = 1
     once_more: bytearray = field(default_factory=bytearray)
 
+    # The number of rows of plain text.
+    text_rows: int = 0
+    # The names of the columns in the files: those of first rows, and those that --columns renames. Empty for a
+    # registered data set, whose columns are not renamed.
+    columns: dict[str, None] = field(default_factory=dict)
+
     def source(self) -> dict[str, str]:
         """Return, for lock.json, what the hub served and its commit. Returns {} for local files and own functions."""
         found = {'served': self.served, 'commit': self.commit}
@@ -190,6 +225,7 @@ class Part:
                 self.earlier_replies[row.loss_scope] += earlier
                 self.rows_with_earlier[row.loss_scope] += 1
             self.has_images |= bool(row.images)
+            self.text_rows += row.is_text
             content.update(state_of_images(row))
 
         self.content = content.hexdigest()
@@ -251,10 +287,15 @@ def draw_uses(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: 
             position = part.uses.find(use, position + 1)
 
 
-def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
-    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits."""
+def open_parts(
+    source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope', reading: Reading = AS_WRITTEN
+) -> list[Part]:
+    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits.
+
+    `reading` is for files. The rows of a registered data set have the columns that its entry gives them.
+    """
     if source.hub is not None:
-        return _hub_parts(source, source.hub, bad, hub)
+        return _hub_parts(source, source.hub, bad, hub, reading)
     if source.path is None:
         entry = DATASET_MAPPING[source.name]
         return _registered_parts(source.name, entry, hub) if isinstance(entry, HubDataset) else _own_parts(source.name)
@@ -265,27 +306,37 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
             f'hf:{source.name} or ms:{source.name}'
         )
     files = [(file, signature(file)) for file in find_files(source)]
-    return [Part(name=source.name, read=_reader(files, [str(file) for file, _ in files], bad), files=files)]
+    columns: dict[str, None] = {}
+    read = _reader(files, [str(file) for file, _ in files], bad, reading, columns)
+    return [Part(name=source.name, read=read, files=files, columns=columns)]
 
 
 def _reader(
-    files: Sequence[tuple[Path, Signature]], names: Sequence[str], bad: OnBad
+    files: Sequence[tuple[Path, Signature]],
+    names: Sequence[str],
+    bad: OnBad,
+    reading: Reading,
+    columns: dict[str, None],
 ) -> Callable[[Any], Iterator[ReadRow]]:
-    """Return a function that reads the files from the start. The hash also covers `names`, one name for each file."""
+    """Return a function that reads the files from the start, and adds the names of their columns to `columns`.
+
+    The hash also covers `names`, one name for each file.
+    """
 
     def read(digest: Any) -> Iterator[ReadRow]:
         for (file, known), name in zip(files, names, strict=True):
             digest.update(f'{name}\n'.encode())
             try:
-                rows = read_rows(file, bad=bad, known=known, digest=digest)
-                yield from _converted(rows, str(file), folder=str(file.absolute().parent))
+                rows = read_rows(file, bad=bad, known=known, digest=digest, text_rows=reading.text_rows)
+                folder = str(file.absolute().parent)
+                yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns)
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
     return read
 
 
-def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName) -> list[Part]:
+def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, reading: Reading) -> list[Part]:
     """Return the parts of a data set that is named by its id. Its files are downloaded once per machine."""
     fetched = files.load(hub, remedy=not_found_remedy(source))
     at_commit = f' at commit {fetched.commit[:12]}' if fetched.commit else ''
@@ -296,9 +347,11 @@ def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName) -> lis
             continue
         # The hash covers the names in the repository, because the folder of the cache differs between machines.
         paths = [fetched.folder / name for name in names]
+        columns: dict[str, None] = {}
         part = Part(
             name=_shown(source.name, is_val),
-            read=_reader([(path, signature(path)) for path in paths], names, bad),
+            read=_reader([(path, signature(path)) for path in paths], names, bad, reading, columns),
+            columns=columns,
             is_val=is_val,
             served=fetched.served,
             commit=fetched.commit,
@@ -325,7 +378,19 @@ def _shown(name: str, is_val: bool) -> str:
     return name + VALIDATION if is_val else name
 
 
-def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
+def check_columns(parts: Iterable[Part], reading: Reading) -> None:
+    """Raise ConfigError if --columns names a column that no row of the parts has had so far."""
+    from_files = [part for part in parts if part.files or part.hub_files]
+    if not from_files:
+        return
+    seen = dict.fromkeys(itertools.chain.from_iterable(part.columns for part in from_files))
+    if missing := reading.missing(seen, ', '.join(part.name for part in from_files)):
+        raise ConfigError(*missing)
+
+
+def read_rows_at(
+    files: Sequence[tuple[Path, Signature]], positions: Collection[int], reading: Reading = AS_WRITTEN
+) -> list[Row | BadRow]:
     """Return the rows at these positions among all rows of the files.
 
     Only these rows and the first row of each file are converted and checked.
@@ -336,13 +401,14 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
         is_wanted = start in positions
         placed: list[tuple[str, dict[str, Any] | BadRow]] = []
         count = 0
-        for place, raw in read_rows(file, known=known):
+        for place, raw in read_rows(file, known=known, text_rows=reading.text_rows):
             # The first row of a file is always kept: it decides how all rows of the file are converted.
             if count == 0 or start + count in positions:
                 placed.append((place, raw))
             count += 1
 
-        rows = [row for _, _, row in _converted(placed, str(file), folder=str(file.absolute().parent))]
+        folder = str(file.absolute().parent)
+        rows = [row for _, _, row in _converted(placed, str(file), folder=folder, reading=reading)]
         found += rows if is_wanted else rows[1:]
         start += count
     return found

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from utils.base.errors import ConfigError, close_names, did_you_mean
 from utils.dataset import DATASET_MAPPING
-from utils.formats.data_file import SUFFIXES
+from utils.formats.data_file import SUFFIXES, TEXT_SUFFIXES
 from utils.formats.hub_dataset import HubDataset
 from utils.formats.hub_files import HUB_PREFIXES, HubFiles
 
-_KINDS = '.json, .jsonl, .csv (each also .gz) or .parquet'
+_KINDS = '.json, .jsonl, .csv, .txt, .md (each also .gz) or .parquet'
+_ALL_SUFFIXES = (*SUFFIXES, *TEXT_SUFFIXES)
 _HUB_FORM = '[hf:|ms:]owner/name[:subset][:split][@revision]'
 _HUB_WORD = re.compile(
     r'(?:(?P<hub>hf|ms):)?(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)'
@@ -93,7 +94,7 @@ def _parse_unshared(word: str) -> Source:
     name, mark, count = word.rpartition('#')
     if not mark:
         name = word
-    elif not count.isdecimal() and word.lower().endswith(SUFFIXES):
+    elif not count.isdecimal() and word.lower().endswith(_ALL_SUFFIXES):
         # The # is part of a file name.
         name, mark, count = word, '', ''
     if mark and not (count.isdecimal() and len(count) < 19 and int(count) > 0):
@@ -109,7 +110,7 @@ def _parse_unshared(word: str) -> Source:
         return Source(name=name, sample=sample, hub=found)
 
     is_folder = name.endswith('/') or ('/' in name and ('.' not in Path(name).name or Path(name).is_dir()))
-    if name.lower().endswith(SUFFIXES) or is_folder or glob.has_magic(name):
+    if name.lower().endswith(_ALL_SUFFIXES) or is_folder or glob.has_magic(name):
         return Source(name=name, sample=sample, path=Path(name))
 
     if '/' in name or '.' in name:
@@ -195,7 +196,7 @@ def _matching_files(source: Source) -> list[Path]:
         return [path]
 
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(SUFFIXES) and not f.name.startswith('.'))
+        files = _in_folder(path)
         if not files:
             raise ConfigError(
                 f"--dataset '{source.name}': folder {path} holds no {_KINDS} file, and the folders in it are not "
@@ -209,7 +210,7 @@ def _matching_files(source: Source) -> list[Path]:
                 f"--dataset '{source.name}': {path} is a pipe or a device, which can be read only once. Write its rows "
                 'to a file and give that file.'
             )
-        kind = 'data file' if source.name.lower().endswith(SUFFIXES) else 'data folder'
+        kind = 'data file' if source.name.lower().endswith(_ALL_SUFFIXES) else 'data folder'
         raise ConfigError(f'{kind} {path} is not there (looked in {path.absolute().parent}).')
 
     files = sorted(map(Path, glob.glob(source.name, recursive=True)))  # noqa: PTH207 (Path.glob: no absolute pattern)
@@ -219,12 +220,31 @@ def _matching_files(source: Source) -> list[Path]:
             'or start the command in another folder.'
         )
     for file in files:
-        if not file.is_file() or not file.name.lower().endswith(SUFFIXES):
+        if not file.is_file() or not file.name.lower().endswith(_ALL_SUFFIXES):
             raise ConfigError(
                 f"--dataset '{source.name}': the pattern matches {file}, which is not a {_KINDS} file. Use a pattern "
                 'that matches only data files.'
             )
+    if other := next((file for file in files if is_text_file(file) != is_text_file(files[0])), None):
+        raise ConfigError(
+            f"--dataset '{source.name}': the pattern matches {files[0]} and {other}, and a pattern is for files with "
+            'rows or for files of plain text. Give two patterns.'
+        )
     return files
+
+
+def is_text_file(file: Path) -> bool:
+    """Return whether a data file holds plain text, by its name."""
+    return file.name.lower().endswith(TEXT_SUFFIXES)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Return the data files directly in a folder, sorted.
+
+    Text files are returned only if no file has rows: a README.md next to data files is no data.
+    """
+    found = sorted(f for f in folder.iterdir() if f.name.lower().endswith(_ALL_SUFFIXES) and not f.name.startswith('.'))
+    return [file for file in found if not is_text_file(file)] or found
 
 
 def _is_gone(source: Source | None, started_in: str | None) -> bool:

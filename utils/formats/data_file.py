@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.base.errors import ConfigError
+from utils.base.names import TextRows
 
+# Files with rows. Files with TEXT_SUFFIXES hold plain text without rows of their own.
 SUFFIXES = ('.json', '.jsonl', '.csv', '.parquet', '.json.gz', '.jsonl.gz', '.csv.gz')
+
+TEXT_SUFFIXES = ('.txt', '.md', '.txt.gz', '.md.gz')
 
 # (location of a row, e.g. 'data/train.jsonl:12', the row)
 LocatedRow = tuple[str, dict[str, Any]]
@@ -111,20 +115,30 @@ def signature(path: Path) -> Signature:
 
 
 def read_rows(
-    path: Path, *, bad: OnBad = refuse, known: Signature | None = None, digest: Any = None
+    path: Path,
+    *,
+    bad: OnBad = refuse,
+    known: Signature | None = None,
+    digest: Any = None,
+    text_rows: TextRows = 'document',
 ) -> Iterator[LocatedRow]:
     """Yield each row of a data file with its location. `bad` is called for a row that cannot be read.
+
+    A text file has one row, or with 'paragraph' a row for each run of lines that are not blank. Its only column is
+    `text`, which is empty for a file without text.
 
     Raises ConfigError if the file cannot be read, or has no rows. `known` is the signature from an earlier reading.
     Raises ConfigError if the file changed since then, or changes while it is read. `digest` is a hash object; it is
     updated with all bytes that are read.
     """
     before = known or signature(path)
-    if before[0] == 0:
+    kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]
+    is_text = path.name.lower().endswith(TEXT_SUFFIXES)
+    if before[0] == 0 and not is_text:
         raise ConfigError(f'{path}: the data file is empty (0 bytes). {_USE_ANOTHER}')
 
     readers = {'json': _read_json, 'jsonl': _read_jsonl, 'csv': _read_csv, 'parquet': _read_parquet}
-    reader = readers[path.name.lower().removesuffix('.gz').rpartition('.')[2]]
+    reader = _TEXT_READERS[text_rows] if is_text else readers[kind]
     count = 0
     try:
         for location, row in reader(_Bytes(path, digest or hashlib.sha256()), bad):
@@ -370,6 +384,43 @@ def _read_jsonl(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
 
         is_first = False
         yield location, row
+
+
+def _read_document(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
+    """Yield one row with the whole text of the file, unchanged."""
+    lines: list[str] = []
+    for _, line in source.lines(bad):
+        if source.total > _MAX_ROW_BYTES:
+            refuse(
+                str(source.path),
+                f'the document exceeds {_MAX_ROW_BYTES >> 20} MiB, which no row may. Split the file, or add '
+                '--text_rows paragraph.',
+            )
+        lines.append(line)
+    yield f'{source.path}:1', {'text': ''.join(lines)}
+
+
+def _read_paragraphs(source: _Bytes, bad: OnBad) -> Iterator[tuple[str, Any]]:
+    """Yield a row for each run of lines that are not blank. The line break after its last line is left out."""
+    paragraph: list[str] = []
+    first = 1
+    has_text = False
+    for number, line in source.lines(bad):
+        if line.strip():
+            first = first if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield f'{source.path}:{first}', {'text': ''.join(paragraph).rstrip('\r\n')}
+            paragraph = []
+            has_text = True
+    if paragraph or not has_text:
+        yield f'{source.path}:{first}', {'text': ''.join(paragraph).rstrip('\r\n')}
+
+
+_TEXT_READERS: dict[TextRows, Callable[[_Bytes, OnBad], Iterator[tuple[str, Any]]]] = {
+    'document': _read_document,
+    'paragraph': _read_paragraphs,
+}
 
 
 def _check_header(location: str, cells: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ from utils.preprocess import AUTO
 
 # The flags that decide which rows are trained on and which rows are held out.
 DATA_FLAGS = (
-    'dataset', 'val_dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming',
-    'stream_val_rows',
+    'dataset', 'val_dataset', 'columns', 'text_rows', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample',
+    'streaming', 'stream_val_rows',
 )  # fmt: skip
 # Flags that are never recorded: --hub_token is secret, and --from_run only names the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
+
+
+def recorded(flags: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a flag in a record. If the record is older than the flag, return the default."""
+    return flags.get(name, next(f.default for f in fields(SftArguments) if f.name == name))
 
 
 def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:

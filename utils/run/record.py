@@ -21,7 +21,7 @@ from utils.base.names import SFT_ARGS
 from utils.cli.arguments import GENERATION, HUB_FLAGS, InferArguments, SftArguments, flag_types, to_dict
 from utils.cli.parser import Parsed
 from utils.loading.folder import is_adapter
-from utils.run.lock import DATA_FLAGS, check_same_data, flag_words
+from utils.run.lock import DATA_FLAGS, check_same_data, flag_words, recorded
 
 ANSWERS_JSON = 'answers.json'
 PROOFS_JSON = 'proofs.json'
@@ -247,7 +247,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
     now = {**record.flags, 'system_typed': record.system_typed}
     _check_resumed_optimizer(then, now, problems)
     unchecked = []
-    if all(then.get(name) == now[name] for name in DATA_FLAGS):
+    if all(recorded(then, name) == now[name] for name in DATA_FLAGS):
         unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
     problems.raise_if_any()
 
