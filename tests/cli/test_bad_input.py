@@ -257,6 +257,21 @@ RULES = {
     ('--batch_size', '1', '2'): 'takes one value, got 2: 1 2',
     ('stray',): "the word 'stray' belongs to no flag",
     ('--tuner_backend', 'unsloth'): 'takes swift, peft',
+    ('--warmup_steps', '5', '--warmup_ratio', '0.1'): '--warmup_steps 5 and --warmup_ratio 0.1 both give the length',
+    ('--warmup_steps', '-1'): '--warmup_steps takes 0 or more, got -1',
+    ('--min_lr_ratio', '0.1', '--lr_scheduler_type', 'constant'): 'Remove --min_lr_ratio, or use one of cosine, linear',
+    ('--min_lr_ratio', '0.1', '--lr_scheduler_type', 'inverse_sqrt'): 'scheduler_type inverse_sqrt does not end at',
+    ('--min_lr_ratio', '1'): '--min_lr_ratio takes a share from 0 to below 1, got 1.0',
+    ('--decay_ratio', '0.2'): '--decay_ratio 0.2 is for --lr_scheduler_type warmup_stable_decay, got cosine. Remove',
+    ('--decay_ratio', '0', '--lr_scheduler_type', 'warmup_stable_decay'): 'decay_ratio takes a share above 0, up to 1',
+    ('--lr_scheduler_type', 'warmup_stable_dekay'): "did you mean 'warmup_stable_decay'",
+    ('--adam_beta1', '1'): '--adam_beta1 takes a share from 0 to below 1, got 1.0',
+    ('--adam_epsilon', '0'): '--adam_epsilon takes a number above 0, got 0.0',
+    ('--eval_steps', '1.5'): '--eval_steps takes 1 or more whole steps, or a share of the run between 0 and 1, got 1.5',
+    ('--eval_steps', 'inf'): '--eval_steps takes 1 or more whole steps, or a share of the run between 0 and 1, got inf',
+    ('--save_steps', '0'): '--save_steps takes 1 or more whole steps, or a share of the run between 0 and 1, got 0',
+    ('--num_train_epochs', '0'): '--num_train_epochs takes a number above 0, got 0',
+    ('--num_train_epochs', 'half'): "--num_train_epochs takes a number, got 'half'",
 }  # fmt: skip
 
 
@@ -276,8 +291,12 @@ def test_unknown_words_can_be_ignored(run_sft: Run, caplog: pytest.LogCaptureFix
 @pytest.mark.slow
 def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     flags = ('--bnb_4bit_quant_type', 'fp4', '--hub_private_repo', 'false', '--top_k', '5', '--hub', 'modelscope')
+    flags += ('--optim', 'sgd', '--adam_beta1', '0.8', '--adam_beta2', '0.9', '--adam_epsilon', '1e-6')
     run_sft('--max_steps', '1', *flags, '--lr_scheduler_type', 'constant', '--warmup_ratio', '0.1')
-    for name in ('bnb_4bit_quant_type', 'hub_private_repo', 'top_k', 'hub', 'warmup_ratio'):
+    for name in (
+        'bnb_4bit_quant_type', 'hub_private_repo', 'top_k', 'hub', 'warmup_ratio', 'adam_beta1', 'adam_beta2',
+        'adam_epsilon',
+    ):  # fmt: skip
         assert f'--{name} has no effect' in caplog.text
 
 

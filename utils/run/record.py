@@ -250,7 +250,8 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
     """
     fixed = ['optim']
     if now['deepspeed_config_path'] is not None:
-        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed restores these settings together with its optimizer
+        # DeepSpeed restores these settings together with its optimizer.
+        fixed += ['learning_rate', 'weight_decay', 'adam_beta1', 'adam_beta2', 'adam_epsilon']
     for name in fixed:
         typed = now[name]
         had = then.get(name, typed)

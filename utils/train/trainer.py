@@ -31,7 +31,14 @@ from utils.infer.generation import generate_batch, generation_config
 from utils.loading.image_processors import Images
 from utils.loading.layers import is_sharded
 from utils.run.folder import Run
-from utils.train.callbacks import EpochOrder, EvaluateAtEnd, EvaluationCutError, Speedometer, StopCallback
+from utils.train.callbacks import (
+    EpochOrder,
+    EvaluateAtEnd,
+    EvaluationCutError,
+    Speedometer,
+    StepIntervals,
+    StopCallback,
+)
 from utils.train.checkpoints import Checkpoints
 from utils.train.guard import Guard, check_positions
 from utils.train.metrics import compute_loss_metrics, generation_metrics
@@ -216,8 +223,9 @@ class SftTrainer(Seq2SeqTrainer):
                 optimizer or self.optimizer,
                 self.args.lr_scheduler_type,
                 learning_rate=self.args.learning_rate,
-                warmup_ratio=self.args.warmup_steps,
+                warmup=self.args.warmup_steps,
                 steps=num_training_steps,
+                **self.args.lr_scheduler_kwargs,
             )
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
@@ -350,7 +358,7 @@ class SftTrainer(Seq2SeqTrainer):
         """
         metrics = self.evaluate()
         self.evaluation_pending = False
-        is_saved = self.state.global_step % self.args.save_steps == 0
+        is_saved = self.state.global_step % self.state.save_steps == 0
         if is_saved and super()._determine_best_metric(metrics, None):
             self.state.best_model_checkpoint = checkpoint
 
@@ -429,7 +437,7 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         train = _arranged(data.train, args, pad_id)
     head = exact_head(base, args, setup.run.decide)
 
-    return SftTrainer(
+    trainer = SftTrainer(
         run=setup.run,
         save_total_limit=args.save_total_limit,
         generation=setup.generation,
@@ -444,3 +452,5 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         processing_class=setup.tokenizer,
         compute_metrics=generation_metrics(setup.tokenizer) if args.predict_with_generate else compute_loss_metrics,
     )
+    trainer.add_callback(StepIntervals(args, setup.run))
+    return trainer
