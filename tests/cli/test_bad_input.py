@@ -271,6 +271,9 @@ RULES = {
     ('--eval_steps', 'inf'): '--eval_steps takes 1 or more whole steps, or a share of the run between 0 and 1, got inf',
     ('--save_steps', '0'): '--save_steps takes 1 or more whole steps, or a share of the run between 0 and 1, got 0',
     ('--num_train_epochs', '0'): '--num_train_epochs takes a number above 0, got 0',
+    ('--report_to', 'wnadb'): "--report_to 'wnadb' is not known: did you mean 'wandb'? Use tensorboard, wandb, swanlab",
+    ('--report_to', 'none', 'wandb'): 'none means no tracker. Use --report_to wandb, or none alone.',
+    ('--report_to', 'wandb,comet', 'mlflow'): 'wandb comet mlflow: not installed. Run: pip install wandb comet-ml',
     ('--num_train_epochs', 'half'): "--num_train_epochs takes a number, got 'half'",
 }  # fmt: skip
 

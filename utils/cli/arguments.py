@@ -178,6 +178,10 @@ class SftArguments(CommonArguments):
     )
     save_total_limit: int = flag(2, 'number of checkpoints to keep; 2: the best and the last one; -1: all')
     logging_steps: int = flag(5, 'steps between log lines')
+    report_to: list[str] = list_flag(
+        ['tensorboard'],
+        'trackers that get the log lines: tensorboard, wandb, swanlab, mlflow, trackio, comet; none: no tracker',
+    )
     dataloader_num_workers: int = flag(
         1, 'number of processes that prepare batches; 0: the training process prepares them'
     )

@@ -25,6 +25,7 @@ from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import quantized_problems
+from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.sources import check_sources
 from utils.dataset import DATASET_MAPPING
 from utils.formats.hub_dataset import HubDataset
@@ -169,6 +170,9 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     if args.deepspeed_config_path is not None:
         _check_deepspeed(Path(args.deepspeed_config_path), done)
     check_processes(done)
+    if 'report_to' in done.typed:  # the default is among the packages that every run needs
+        check_tracker_packages(args.report_to, problems)
+    done.warnings += variables_without_effect(args.report_to, os.environ)
 
     if not dist.has_gpu_device():
         if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl':

@@ -18,6 +18,7 @@ from utils.cli.parser import Parsed
 from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers, has_betas, has_epsilon
 from utils.cli.resolution import Resolution, run_name
 from utils.cli.schedule import ENDS_AT_A_RATIO, STABLE_DECAY, not_a_multiple
+from utils.cli.trackers import resolve_trackers
 from utils.data.sources import parse_source
 from utils.loading.info import ModelInfo
 from utils.model import get_model_info, infer_model_type
@@ -42,6 +43,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     _resolve_tuning(done)
     _resolve_schedule(done)
     _resolve_intervals(done)
+    resolve_trackers(done)
     _check_layout(done)
     _resolve_hub(done)
 

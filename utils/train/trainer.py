@@ -45,6 +45,7 @@ from utils.train.metrics import compute_loss_metrics, generation_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
+from utils.train.trackers import add_trackers
 from utils.train.trainer_args import make_schedule, training_arguments
 
 if TYPE_CHECKING:
@@ -99,17 +100,6 @@ class SftTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
             self.add_callback(callback)
-
-    def log_to(self, run_dir: Path) -> None:
-        """On the main process, write TensorBoard logs to runs/ and the trainer's arguments to training_args.json."""
-        if not self.args.should_save:
-            return
-
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        self.add_callback(TensorBoardCallback(SummaryWriter(run_dir / 'runs')))
-        write_json(run_dir / 'training_args.json', self.args.to_dict())
 
     @property
     def stopped(self) -> bool:
@@ -392,7 +382,10 @@ class TrainerSetup:
 def build_trainer(
     args: SftArguments, run: Run, model: Any, encoder: Encoder, data: PreparedData, *, dtype: torch.dtype
 ) -> SftTrainer:
-    """Return the trainer of a run. It writes its logs to the run folder."""
+    """Return the trainer of a run.
+
+    Its main process passes the log lines to the trackers of --report_to, and writes training_args.json.
+    """
     setup = TrainerSetup(
         run=run,
         tokenizer=encoder.tokenizer,
@@ -401,7 +394,9 @@ def build_trainer(
         images=encoder.images,
     )
     trainer = make_trainer(args, model, data, setup)
-    trainer.log_to(run.folder)
+    if trainer.args.should_save:
+        write_json(run.folder / 'training_args.json', trainer.args.to_dict())
+        add_trackers(trainer, args, run)
     return trainer
 
 

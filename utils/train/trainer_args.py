@@ -70,6 +70,7 @@ def training_arguments(
         deepspeed=args.deepspeed_config_path,
         remove_unused_columns=False,
         label_names=['labels'],
+        # --report_to is done by train/trackers.py.
         report_to='none',
         disable_tqdm=not dist.is_main(),
     )
