@@ -182,30 +182,52 @@ class SftArguments(CommonArguments):
     eval_batch_size: int | None = flag(
         None, 'validation rows per device and forward pass; None: 1 with --predict_with_generate, else --batch_size'
     )
-    num_train_epochs: int = flag(1, 'passes over the training rows')
+    num_train_epochs: int | float = flag(1, 'passes over the training rows; a fraction ends within a pass, e.g. 0.5')
     max_steps: int = flag(-1, 'number of optimizer steps; 1 or more overrides --num_train_epochs; -1: whole epochs')
     optim: str = flag(
         'adamw_torch', 'optimizer, by its name in transformers; adamw_torch is fused if nothing is sharded'
     )
     learning_rate: float | None = flag(None, 'highest learning rate; None: 1e-4 for lora, 2e-5 for full')
     weight_decay: float = flag(0.01, 'AdamW weight decay')
+    adam_beta1: float = flag(0.9, 'decay of the mean of the gradients, for optimizers of the Adam and Lion kind')
+    adam_beta2: float = flag(0.999, 'decay of the mean of the squared gradients (Adam), or of the momentum (Lion)')
+    adam_epsilon: float = flag(1e-8, 'added to the denominator of the update, for optimizers of the Adam kind')
     gradient_accumulation_steps: int = flag(
         16, 'batches per optimizer step; total batch = batch_size x this x number of processes'
     )
     max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
     predict_with_generate: bool = flag(False, 'evaluate generated answers (ROUGE, BLEU) instead of the loss')
     lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
+    min_lr_ratio: float | None = flag(
+        None,
+        'the learning rate ends at this share of --learning_rate, for cosine, linear, polynomial and '
+        'warmup_stable_decay; None: the end of the schedule itself, which is 0 or near 0',
+    )
+    decay_ratio: float = flag(
+        0.1, 'share of the steps, at the end, with a falling learning rate; for warmup_stable_decay only'
+    )
     warmup_ratio: float = flag(
         0.05, 'share of the steps with a rising learning rate, at most half of them; no step has a rate of 0'
     )
-    eval_steps: int = flag(50, 'steps between evaluations')
-    save_steps: int | None = flag(None, 'steps between checkpoints; None: same as --eval_steps')
+    warmup_steps: int | None = flag(
+        None, 'number of steps with a rising learning rate, at most half of all steps; None: --warmup_ratio decides'
+    )
+    eval_steps: int | float = flag(50, 'steps between evaluations; below 1: share of all steps, rounded up')
+    save_steps: int | float | None = flag(
+        None,
+        'steps between checkpoints; below 1: share of all steps, rounded up to a step with an evaluation; None: same '
+        'as --eval_steps',
+    )
     only_save_model: bool | None = flag(
         None,
         'checkpoints hold weights only and cannot be resumed; None: false for lora without DeepSpeed, else true',
     )
     save_total_limit: int = flag(2, 'number of checkpoints to keep; 2: the best and the last one; -1: all')
     logging_steps: int = flag(5, 'steps between log lines')
+    report_to: list[str] = list_flag(
+        ['tensorboard'],
+        'trackers that get the log lines: tensorboard, wandb, swanlab, mlflow, trackio, comet; none: no tracker',
+    )
     dataloader_num_workers: int = flag(
         1, 'number of processes that prepare batches; 0: the training process prepares them'
     )

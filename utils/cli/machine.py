@@ -27,6 +27,7 @@ from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution, reading_of
 from utils.cli.resolve import quantized_problems
+from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.parts import open_parts
 from utils.data.sources import check_sources, find_files, is_text_file, parse_source
 from utils.formats.conversation import Row
@@ -245,6 +246,9 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     if args.deepspeed_config_path is not None:
         _check_deepspeed(Path(args.deepspeed_config_path), done)
     check_processes(done)
+    if 'report_to' in done.typed:  # the default is among the packages that every run needs
+        check_tracker_packages(args.report_to, problems)
+    done.warnings += variables_without_effect(args.report_to, os.environ)
 
     if not dist.has_gpu_device():
         if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl':
