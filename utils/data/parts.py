@@ -22,19 +22,14 @@ from utils.base.names import HubName, LossScope
 from utils.data.sources import Source, find_files, parse_source
 from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING, RawRows
-from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
+from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns, tidy_columns
 from utils.formats.conversation import BadRow, Row
-from utils.formats.data_file import (
-    OnBad,
-    RowWithRepeatedKeys,
-    Signature,
-    UnreadableRow,
-    read_rows,
-    refuse,
-    signature,
-)
+from utils.formats.data_file import Signature, ignore, read_rows, signature
+from utils.formats.file_bytes import OnBad, UnreadableRow, refuse
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.images import state_of_images
+from utils.formats.json_text import RowWithRepeatedKeys, repeated_key, with_columns
+from utils.formats.table import Remark
 
 # The values for the use of a row.
 UNUSED, TRAIN, VAL = range(3)
@@ -67,19 +62,33 @@ def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[
 
 
 def _converted(
-    located: Iterable[tuple[str, dict[str, Any] | BadRow]], name: str, *, folder: str | None = None
+    located: Iterable[tuple[str, dict[str, Any] | BadRow]],
+    name: str,
+    *,
+    folder: str | None = None,
+    remark: Remark = ignore,
 ) -> Iterator[ReadRow]:
     """Convert the rows to conversations, and yield a ReadRow for each row.
 
-    The columns of the first row decide which converter is used for all rows.
+    The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
+    `remark` is called with the names that are not read as they are written.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
-    for location, raw in located:
+    renamed: dict[str, str] = {}
+    for location, written in located:
+        raw = written
         if isinstance(raw, BadRow):
             yield location, {}, type(raw)(f'dropped by {name}: {raw}', raw.column)
             continue
 
+        if converter is None:
+            renamed = tidy_columns(list(map(str, raw)))
+            if renamed:
+                shown = ', '.join(f"'{column}' as {read_as}" for column, read_as in renamed.items())
+                remark(f'{name}: columns are read by other names than they are written: {shown}')
+        if renamed:
+            raw = with_columns(raw, renamed)
         if converter is None:
             converter = find_converter(raw)
             if converter is None:
@@ -97,17 +106,17 @@ def _converted(
         row.origin = location
         row.folder = folder
         if isinstance(raw, RowWithRepeatedKeys):
-            row.notes += tuple(
-                f'the JSON key `{key}` occurs twice in an object: the last value is used' for key in raw.repeated_keys
-            )
+            row.notes = tuple(dict.fromkeys([*row.notes, *map(repeated_key, raw.repeated_keys)]))
         yield location, raw, row
 
 
 def _unknown_columns(name: str, columns: Sequence[str]) -> str:
     """Return the error message for columns that no converter supports, with the best-fitting remedy."""
     problem = f'unknown columns {", ".join(columns)}. '
-    if find_converter([column.strip().lower() for column in columns]):
-        return f'{problem}Write their names in lower case and without spaces.'
+    tidy = [column.strip().lower() for column in columns]
+    if find_converter(tidy):
+        twice = [column for column, name in zip(columns, tidy, strict=True) if tidy.count(name) > 1]
+        return f'{problem}Their names are equal without capital letters and spaces: {", ".join(twice)}. Rename one.'
 
     for names in _OTHER_NAMES:
         if set(names) <= set(columns):
@@ -153,6 +162,8 @@ class Part:
     has_images: bool = False
     # The positions of the rows that cannot be trained on, among all rows that were read.
     unusable: array[int] = field(default_factory=lambda: array('Q'))
+    # Remarks on how the files are read, as keys. They are added while the files are read.
+    remarks: dict[str, None] = field(default_factory=dict)
     # Hash of the content that the first pass read.
     content: str = ''
     # The number of replies before the last reply for which the row itself does not say whether they carry loss, and the
@@ -222,17 +233,21 @@ def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope')
         return [_registered(source.name, rows, half, served) for half, rows in enumerate(halves)]
 
     files = [(file, signature(file)) for file in find_files(source)]
+    remarks: dict[str, None] = {}
+
+    def remark(text: str) -> None:
+        remarks[text] = None
 
     def read(digest: Any) -> Iterator[ReadRow]:
         for file, known in files:
             digest.update(f'{file}\n'.encode())
             try:
-                rows = read_rows(file, bad=bad, known=known, digest=digest)
-                yield from _converted(rows, str(file), folder=str(file.absolute().parent))
+                rows = read_rows(file, bad=bad, known=known, digest=digest, remark=remark)
+                yield from _converted(rows, str(file), folder=str(file.absolute().parent), remark=remark)
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
-    return [Part(name=source.name, read=read, files=files)]
+    return [Part(name=source.name, read=read, files=files, remarks=remarks)]
 
 
 def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
@@ -282,6 +297,11 @@ def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
     for part in itertools.chain.from_iterable(sources):
         next(part.read(hashlib.sha256()), None)
     return sources
+
+
+def remarks_of(sources: Streams) -> list[str]:
+    """Return the remarks on how the files were read so far."""
+    return [remark for part in itertools.chain.from_iterable(sources) for remark in part.remarks]
 
 
 def first_rows(sources: Streams, count: int) -> list[Row]:

@@ -13,11 +13,22 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
-from utils.data.parts import TRAIN, UNUSED, VAL, Part, ReadRow, Streams, first_rows, open_parts, open_replies
+from utils.data.parts import (
+    TRAIN,
+    UNUSED,
+    VAL,
+    Part,
+    ReadRow,
+    Streams,
+    first_rows,
+    open_parts,
+    open_replies,
+    remarks_of,
+)
 from utils.data.sources import parse_source
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
-from utils.formats.data_file import OnBad, refuse
+from utils.formats.file_bytes import OnBad, refuse
 
 # The number of rows of each stream that are read before training to see which replies carry loss.
 _FIRST_ROWS = 64
@@ -69,7 +80,11 @@ class Plan:
             replies += part.earlier_replies
             rows += part.rows_with_earlier
         total = sum(len(part.uses) for part in self.parts)
-        return [*self.drawn, *_loss_decisions(loss_scope, replies, rows, f'of {total} rows read')]
+        return [
+            *remarks_of([self.parts]),
+            *self.drawn,
+            *_loss_decisions(loss_scope, replies, rows, f'of {total} rows read'),
+        ]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
         """Yield (use, ReadRow) for every row of all parts."""

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from utils.base.errors import ConfigError, did_you_mean
 from utils.dataset import DATASET_MAPPING
-from utils.formats.data_file import SUFFIXES
-
-_KINDS = '.json, .jsonl, .csv (each also .gz) or .parquet'
+from utils.formats.data_file import KINDS, SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +56,12 @@ def parse_source(word: str) -> Source:
 
     if '/' in name or '.' in name:
         raise ConfigError(
-            f"--dataset '{name}': this is neither a registered data set nor a {_KINDS} file. Write a folder as {name}/."
+            f"--dataset '{name}': this is neither a registered data set nor a {KINDS} file. Write a folder as {name}/."
             + _hub_remedy(name)
         )
     raise ConfigError(
         f"--dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
-        f'Give a {_KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
+        f'Give a {KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
     )
 
 
@@ -105,7 +103,7 @@ def _matching_files(source: Source) -> list[Path]:
         files = sorted(f for f in path.iterdir() if f.name.lower().endswith(SUFFIXES) and not f.name.startswith('.'))
         if not files:
             raise ConfigError(
-                f"--dataset '{source.name}': folder {path} holds no {_KINDS} file, and the folders in it are not "
+                f"--dataset '{source.name}': folder {path} holds no {KINDS} file, and the folders in it are not "
                 f'searched. Give files, or a glob such as {path}/**/*.jsonl in quotes.'
             )
         return files
@@ -129,7 +127,7 @@ def _matching_files(source: Source) -> list[Path]:
     for file in files:
         if not file.is_file() or not file.name.lower().endswith(SUFFIXES):
             raise ConfigError(
-                f"--dataset '{source.name}': the pattern matches {file}, which is not a {_KINDS} file. Use a pattern "
+                f"--dataset '{source.name}': the pattern matches {file}, which is not a {KINDS} file. Use a pattern "
                 'that matches only data files.'
             )
     return files

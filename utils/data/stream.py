@@ -18,7 +18,7 @@ from utils.base.logger import logger
 from utils.data.encode_plan import EncodedAgain, PreparedData, encode_batch, encode_rows
 from utils.data.encoded_rows import length_statistics
 from utils.data.encoding_report import EncodingReport, log_report
-from utils.data.parts import Part, Streams, first_rows, row_notes
+from utils.data.parts import Part, Streams, first_rows, remarks_of, row_notes
 from utils.data.plan import served_by
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, Account
@@ -71,6 +71,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
     def __init__(self, encoder: Encoder, sources: Streams, *, val_rows: int, seed: int) -> None:
         # (training part, number of its first rows that are held out). The number is 0 if there is a validation part.
         self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources]
+        # The remarks that are logged already. A file gets others when its end is read.
+        self._remarks = set(remarks_of(sources))
         self.encoder = encoder
         self.seed = seed
         # Counts of the skipped rows, of the notes, and of the characters of the skipped rows. Every process reads all
@@ -143,6 +145,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             if number == 0:
                 self.rows_read = index
                 logger.info(f'a pass over the stream is done: {index} rows')
+                for remark in remarks_of([[part for part, _ in self.parts]]):
+                    if remark not in self._remarks:
+                        logger.info(remark)
 
     def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
         """Encode the rows, and yield each encoded row with its index. The last rows are kept in memory."""

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from utils.encode.encoded import TOOLS_IGNORED, Encoded
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG
 from utils.formats.conversation import Row
+from utils.formats.json_text import JsonParser, json_as_written
 
 TRAINED, CONTEXT, CUT, TRIMMED, STRUCTURE = 'trained', 'context', 'cut', 'trimmed', 'structure'
 LEFT_OUT, NOT_DRAWN, NOT_USED = 'left out', 'not drawn', 'not used'
@@ -96,7 +97,7 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
         return value
     try:
-        found = json.loads(value)
+        found = JsonParser().parse(value)
     except (ValueError, RecursionError):
         return value
     return found if isinstance(found, list | dict) else value
@@ -116,7 +117,7 @@ def _replaced(value: Any, path: _Path, text: str) -> Any:
     else:
         made = list(whole)
         made[key] = _replaced(made[key], rest, text)
-    return json.dumps(made, ensure_ascii=False, default=str) if isinstance(value, str) else made
+    return json_as_written(made, default=str) if isinstance(value, str) else made
 
 
 def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:

@@ -37,6 +37,7 @@ from utils.encode.encoder import Encoder
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.conversation import Row
+from utils.formats.json_text import Spelling
 from utils.loading.image_processors import Images
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.proofs.as_written import REASONING_KEYS, messages_as_written, tools_as_written
@@ -145,14 +146,15 @@ def _rendering(
         messages = [{**map_strings(message, encoder.text.guard), 'role': message['role']} for message in messages]
         tools = map_strings(tools, encoder.text.guard)
 
+    spelling = Spelling()
     text = encoder.tokenizer.apply_chat_template(
-        messages[:-1] if prompt else messages,
-        tools=tools,
+        spelling.hide(messages[:-1] if prompt else messages),
+        tools=spelling.hide(tools),
         add_generation_prompt=prompt,
         tokenize=False,
         **settings,
     )
-    return encoder.text.unguard(str(text))
+    return encoder.text.unguard(spelling.show(str(text)))
 
 
 def _template_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:

@@ -15,10 +15,10 @@ from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready
 from utils.data.held_out import held_out, read_held_out
-from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
+from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams, remarks_of
 from utils.data.plan import Plan, plan_rows, stream_decisions
 from utils.formats.conversation import Row
-from utils.formats.data_file import OnBad, refuse
+from utils.formats.file_bytes import OnBad, refuse
 from utils.run.folder import log_decisions
 from utils.run.lock import DATA_FLAGS, check_same_data
 from utils.run.record import Trained
@@ -37,7 +37,7 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     decided = Decided(args=args, typed=done.typed)
     if args.streaming:
         rows = open_streams(args.dataset, hub=args.hub)
-        decided.decisions += stream_decisions(args.loss_scope, rows)
+        decided.decisions += [*remarks_of(rows), *stream_decisions(args.loss_scope, rows)]
     else:
         rows = plan_of(args, args.train_dataset_sample)
         decided.decisions += rows.decisions(args.loss_scope)
@@ -106,6 +106,7 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
 
     if flags.get('streaming'):
         streams = open_streams(args.dataset, hub=args.hub)
+        _log(remarks_of(streams))
         count = int(flags['stream_val_rows'])
         _check_data(done, trained, streams_lock(streams, count))
         return first_rows(streams, count)
@@ -116,7 +117,13 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
             return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
     _check_data(done, trained, plan.lock())
+    _log(remarks_of([plan.parts]))
     return [row for _, row in plan.rows(VAL)]
+
+
+def _log(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.info(line)
 
 
 def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
@@ -134,6 +141,7 @@ def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
 def _all_rows(args: InferArguments) -> list[Row]:
     """Return every row of each data set. If a data set has a validation split, return only the rows of this split."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
+    _log(remarks_of([plan.parts]))
     names = {part.name for part in plan.parts}
     chosen = [part for part in plan.parts if f'{part.name} (validation)' not in names]
     for part in chosen:
