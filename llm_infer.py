@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def infer(parsed: Parsed[InferArguments]) -> None:
-    """Answer rows, chat, merge or export, as the arguments say. Arguments and data are checked before slow imports."""
+    """Answer rows, chat, merge or export, as the arguments say.
+
+    Arguments and data are checked before torch is imported, so that a wrong command fails quickly.
+    """
     done, trained = resolve(parsed)
     args = done.args
     log_decisions(done)
@@ -71,9 +74,9 @@ def infer(parsed: Parsed[InferArguments]) -> None:
 
 
 def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trained | None]:
-    """Return the arguments, ready for use, and the checkpoint with the record of its run.
+    """Return the arguments, ready for use, and the checkpoint with the record of its run (None without --ckpt_dir).
 
-    Arguments that were not typed are taken from the record. Without --ckpt_dir, the second value is None.
+    Arguments that were not typed are taken from the record. Raises ConfigError if there are problems.
     """
     trained: Trained | None = None
     warnings: list[str] = []
@@ -132,7 +135,8 @@ class Served:
 def open_served(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> Served:
     """Open and return the model (with the adapter of the checkpoint), tokenizer, encoder and generation settings.
 
-    Raises ConfigError if the template has changed since training; if --template_type is typed, only logs a warning.
+    If the template has changed since training, raises ConfigError. If --template_type is typed, only a warning is
+    logged.
     """
     from transformers import set_seed
 

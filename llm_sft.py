@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int:
-    """Train with the resolved arguments, and return the exit code.
+    """Train with the resolved arguments, and return the exit code. With --check_dataset or --dry_run, do not train.
 
-    Arguments, files and data are checked before any slow import. With --check_dataset or --dry_run, nothing is trained.
+    Arguments, files and data are checked before torch is imported, so that a wrong command fails quickly.
     """
     started = time.time()
     done = settle_sft(resolved)

@@ -1,6 +1,6 @@
-"""Generates blocks of the documentation pages.
+"""Generates parts of the documentation pages, e.g. the tables of flags and models, from the code.
 
-`python -m tools.docs --write` updates the blocks. `python -m tools.docs --check` fails if a block is stale.
+`python -m tools.docs --write` updates these parts. `python -m tools.docs --check` fails if a part is out of date.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _cell(text: str) -> str:
 def flag_table(cls: type, *, common: bool) -> str:
     """Return a Markdown table of a program's flags.
 
-    With `common`, the table lists the flags that both programs share. Otherwise, it lists the program's own flags.
+    If `common` is True, the table has the flags that both programs share. Otherwise, it has all other flags.
     """
     types = flag_types(cls)
     lines = ['| flag | takes | default | meaning |', '|---|---|---|---|']
@@ -49,7 +49,7 @@ GOLDEN_NATIVE = frozenset({'ziya2-13b', 'ziya2-13b-chat', 'seqgpt-560m'})
 
 
 def proof(key: str, info: ModelInfo) -> str:
-    """Return what the tests prove about a registry entry, as text.
+    """Return a short text that says what the tests prove about a registry entry, for the table of models.
 
     The tests use small models of the entry's class, and the chat template of the entry.
     """
@@ -65,7 +65,7 @@ def native_class(info: ModelInfo) -> str:
 
 
 def model_table() -> str:
-    """Return a Markdown table of MODEL_MAPPING."""
+    """Return a Markdown table with one line for each entry of MODEL_MAPPING."""
     lines = ['| model_type | ModelScope | Hugging Face | class | template | LoRA targets | proven |', '|' + '---|' * 7]
     for key, info in MODEL_MAPPING.items():
         ids = (
@@ -127,7 +127,10 @@ def render(text: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Update or check the pages, and return the exit code: 1 for a stale page, 2 for wrong arguments, else 0."""
+    """Update or check the pages, and return the exit code.
+
+    It is 1 if --check finds a page that is out of date, 2 for wrong arguments, else 0.
+    """
     if argv not in (['--write'], ['--check']):
         print('usage: python -m tools.docs --write | --check', file=sys.stderr)
         return 2

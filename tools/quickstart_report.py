@@ -28,7 +28,10 @@ def _one_line(text: str) -> str:
 
 
 def table(before: list[bool], after: list[bool]) -> str:
-    """Return a text table with the share of held-out questions that each model answered with the right SQL."""
+    """Return a text table that shows how many held-out questions each model answered with the right SQL.
+
+    `before` and `after` say for each question whether the base model and the fine-tuned model were right.
+    """
     lines = [f'{"held-out questions":<24}{"right":>12}{"per cent":>12}']
     for name, right in (('base model', before), ('fine-tuned', after)):
         lines.append(f'{name:<24}{f"{sum(right)} of {len(right)}":>12}{100 * sum(right) / len(right):>11.1f}%')
@@ -36,10 +39,9 @@ def table(before: list[bool], after: list[bool]) -> str:
 
 
 def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: list[bool]) -> str:
-    """Return up to three questions with the reference and both answers, as text.
+    """Return a text with up to three questions, each with the reference answer and the answers of both models.
 
-    One of them is a question that the tuned model answered wrongly, if there is such a question. The other questions
-    were answered right.
+    If the tuned model answered a question wrongly, one such question is shown. It answered the other questions right.
     """
     wrong = [i for i, ok in enumerate(right) if not ok]
     chosen = [i for i, ok in enumerate(right) if ok][: 3 - bool(wrong)] + wrong[:1]

@@ -1,6 +1,6 @@
-"""Generates the table in scripts/README.md.
+"""Generates the table of scripts in scripts/README.md.
 
-It has the model, mode, hardware, effective batch size and estimated memory of each script.
+It shows the model, mode, hardware, effective batch size and estimated memory of each script.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_script(path: Path) -> Script:
 
 
 def _memory(done: Resolution[SftArguments], machine: Machine) -> str:
-    """Return the estimated memory per device in GiB, as text. For a GPU, it includes memory that tensors do not use."""
+    """Return the estimated memory per device in GiB, as text. For a GPU, fragmentation and CUDA itself are included."""
     shape = known_shape(done.args.model_type)
     if shape is None or done.info is None:
         return 'unknown'

@@ -152,18 +152,19 @@ Go = Callable[..., Done]
 def test_text_beside_calls_is_trained_and_names_and_ids_that_are_not_printed_are_counted(template: str, go: Go) -> None:
     done = go(OPENAI, template)
     assert 'NARRATION Let me look.<tool_call>' in done.sample.replace('\n', '')
-    first, second = (span.replace('\n', '') for span in done.trained())
-    assert first == 'It is 42 m deep.<|im_end|>'
+    called, answered, second = (span.replace('\n', '') for span in done.trained())
+    assert called.startswith('NARRATION Let me look.<tool_call>{"name": "get_depth", "arguments": {"lake": "A"')
+    assert answered == 'It is 42 m deep.<|im_end|>'
     assert second.startswith('NARRATION I check.<tool_call>{"name": "get_depth", "arguments": {"lake": "B"}}')
     unused = {'tool call key `id`': 2, 'message key `tool_call_id`': 1, 'message key `name`': 1}
     assert done.data['account']['unused'] == done.report['account']['unused'] == unused
-    assert done.share('reply text') == {'context': 22, 'trained': 34}
+    assert done.share('reply text') == {'trained': 56}
 
 
 def test_tool_turns_keep_name_and_id_and_ids_of_nine_characters_pass(go: Go) -> None:
     done = go(OPENAI, NINE)
     assert '42 m[to abcdefgh1 of get_depth]' in done.sample
-    assert '<tool_call>abcdefgh1{"name": "get_depth", "arguments": {"lake": "B"}}' in done.trained()[1]
+    assert '<tool_call>abcdefgh1{"name": "get_depth", "arguments": {"lake": "B"}}' in done.trained()[2]
     assert done.data['account']['unused'] == {} and done.data['train']['rows'] == 2
 
 

@@ -333,7 +333,7 @@ PROGRAMS: dict[str, Row] = {
         'exists already and is not replaced. Name a new folder.',
     ),
     # DeepSpeed's configuration
-    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, but a dict is expected. --deepspeed_config_path'),
+    'a list for DeepSpeed': (deepspeed('[]'), 'ds.json holds a list, but a dict is expected. Use --deepspeed'),
     'half a file for DeepSpeed': (deepspeed('{'), 'ds.json cannot be read as JSON: Expecting'),
     'no UTF-8 for DeepSpeed': (deepspeed(LATIN), 'ds.json cannot be read as JSON: '),
     'brackets for DeepSpeed': (deepspeed(DEEP), 'ds.json cannot be read as JSON: maximum recursion'),
@@ -445,7 +445,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed. Add --deepspeed_config_path.'),
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
-    'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has another type than a run writes.'),
+    'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has the wrong type.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (

@@ -89,7 +89,7 @@ def test_another_template_is_refused(first: Path, problems: Problems) -> None:
     try:
         template.write_text(before.replace("{{ '\n' }}", "{{ '\n\n' }}"))
         assert again(first)[0] == 2
-        assert problems()[0].startswith(f'--from_run {first}: the template has changed since (sha256 ')
+        assert problems()[0].startswith(f'--from_run {first}: the template has changed since that run (its sha256 was ')
         assert again(first, '--template_type', 'auto', '--max_steps', '1')[0] == 0
     finally:
         template.write_text(before)

@@ -115,7 +115,7 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     write_jsonl(data, [{'query': 'new', 'response': 'one more'}, *made_rows(20)])
     assert llm_infer.main(serve) == 2
     assert problems()[-1].startswith(f'--dataset {data}: its rows are not those that checkpoint-2 was trained with')
-    assert '20 rows then and 21 now). Put the data back, or type --dataset to have all rows' in problems()[-1]
+    assert '20 rows then and 21 now). Put the data back, or type --dataset to answer all rows' in problems()[-1]
     run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
     assert problems()[-1].startswith(f'--dataset {data}: its rows are not those that checkpoint-1 was trained with')
     assert problems()[-1].endswith('or start a new run on what is there now: leave --resume_from_checkpoint out.')
@@ -126,7 +126,7 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     (run / 'lock.json').unlink()
     (run / 'held_out.json').unlink()
     assert llm_infer.main(serve) == 0
-    assert 'lock.json is missing: whether the data are those of the run is not checked.' in caplog.text
+    assert 'lock.json is missing, so the data cannot be compared with the data of the run.' in caplog.text
 
 
 def test_held_out_rows_are_found_without_planning(
@@ -188,9 +188,9 @@ def test_a_typed_data_set_is_answered_whole(
     assert len(answered(target)) == 4
     assert '4 of 30 rows are answered: --show_dataset_sample 4; -1 is all' in caplog.text
     assert f'--result_path {target} exists and is replaced.' in caplog.text
-    assert 'the run was trained on rows of it' not in caplog.text
+    assert 'also the rows that the run was trained on' not in caplog.text
     assert llm_infer.main([*serve, '--dataset', str(data_file), '--show_dataset_sample', '1']) == 0
-    assert '--dataset: the run was trained on rows of it, and all its rows' in caplog.text
+    assert '--dataset: all its rows are answered, also the rows that the run was trained on' in caplog.text
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     template.write_text(template.read_text().replace("{{ '\n' }}", "{{ '\n\n' }}"))
     run_sft(*resumed, expect=2)
     assert problems()[-1].startswith(
-        f'--resume_from_checkpoint {run / "checkpoint-1"}: the template has changed since (sha256 '
+        f'--resume_from_checkpoint {run / "checkpoint-1"}: the template has changed since that run (its sha256 '
     )
 
 
@@ -244,7 +244,7 @@ def test_rows_past_the_length_of_rotary_positions_are_warned_about(caplog: pytes
     check_positions(model, 512)
     assert not caplog.text
     check_positions(model, 513)
-    assert 'the longest row has 513 tokens, LlamaForCausalLM was made for 512' in caplog.text
+    assert 'the longest row has 513 tokens, but LlamaForCausalLM was made for at most 512' in caplog.text
 
 
 def test_output_folders_that_cannot_be_made_are_one_message(

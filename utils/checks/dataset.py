@@ -67,9 +67,9 @@ class Findings(Tally):
         self.skip = skip
 
     def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
-        """Count one row, and write its location and column to the file.
+        """Count one row, and write its location and column to the file of findings.
 
-        If the row has the same content as a second row, `of` is the location of the second row.
+        If an earlier row has the same content, `of` is the location of the earlier row.
         """
         if reason in self.skip:
             return
@@ -119,7 +119,7 @@ class Lengths:
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Add a row that is not cut yet to the counts. Returns the row, cut to --max_length as in training."""
+        """Count a row that has its full length. Returns the row, cut to --max_length as in training."""
         length = len(row.input_ids)
         cut = cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)

@@ -16,7 +16,7 @@ from utils.cli.arguments import SftArguments
 class ZeroConfig:
     """The settings that this project reads from a DeepSpeed configuration, and the whole content of the file."""
 
-    # What is sharded. 0: nothing; 1: optimizer states; 2: also gradients; 3: also weights.
+    # The ZeRO stage. It says what is sharded. 0: nothing; 1: optimizer states; 2: also gradients; 3: also weights.
     stage: int = 0
     offloads_optimizer: bool = False
     offloads_weights: bool = False
@@ -24,8 +24,11 @@ class ZeroConfig:
 
 
 def read_zero(path: str | Path) -> ZeroConfig:
-    """Return the settings of a configuration file. Raises ConfigError if it is not a DeepSpeed configuration."""
-    content = read_json(Path(path), remedy='--deepspeed_config_path takes one such as ds_config/zero2.json.')
+    """Return the sharding and offloading settings of a DeepSpeed configuration file.
+
+    Raises ConfigError if the file holds no JSON object, or if its `zero_optimization` is not an object.
+    """
+    content = read_json(Path(path), remedy='Use --deepspeed_config_path ds_config/zero2.json, for example.')
     zero = content.get('zero_optimization', {})
     if not isinstance(zero, dict):
         raise ConfigError(
@@ -41,13 +44,13 @@ def read_zero(path: str | Path) -> ZeroConfig:
 
 
 def _offloads(zero: Mapping[str, Any], name: str) -> bool:
-    """Return whether the settings under this name move tensors from the GPU to a different device."""
+    """Return whether the section `name` of zero_optimization moves tensors from the GPU to a CPU or a disk."""
     settings = zero.get(name)
     return isinstance(settings, dict) and settings.get('device', 'cpu') != 'none'
 
 
 def shards_weights(args: SftArguments) -> bool:
-    """Return whether each process holds only a part of the weights. This is so with FSDP2 and with ZeRO-3."""
+    """Return whether each process holds only a part of the weights: with --fsdp true, or with ZeRO stage 3."""
     if args.fsdp:
         return True
     return args.deepspeed_config_path is not None and read_zero(args.deepspeed_config_path).stage == 3

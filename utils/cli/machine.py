@@ -1,7 +1,6 @@
-"""Checks a resolved command line against the files, packages and processes of this machine, and fills in what depends
-on them.
+"""Checks a resolved command line against the files, packages and processes of this machine.
 
-No function uses the network or imports a heavy library.
+Arguments whose value depends on the machine are set. No function uses the network or imports a heavy library.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def started_in(run_dir: Path) -> str | None:
         return None
     try:
         directory = read_json(run_dir / LOCK_JSON).get('directory')
-    except ConfigError:  # the code that needs the lock reports it
+    except ConfigError:  # the code that needs lock.json reports that it is damaged
         return None
     return directory if isinstance(directory, str) else None
 
@@ -61,9 +60,9 @@ def _started_in(args: CommonArguments) -> str | None:
 
 
 def _settle(done: Resolution[Any]) -> None:
-    """Check the arguments that both programs have against the file system and the installed packages.
+    """Check the arguments that both programs have: whether the files exist and the packages are installed.
 
-    Problems are added to `done`.
+    Problems and warnings are added to `done`.
     """
     args = done.args
     problems = done.problems
@@ -92,7 +91,10 @@ def _settle(done: Resolution[Any]) -> None:
 
 
 def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
-    """Return the command line that llm_infer.py runs. Raises ConfigError with all problems if there are any."""
+    """Check the command line of llm_infer.py on this machine, and return it ready to run.
+
+    If there are problems, raises ConfigError with all of them.
+    """
     _settle(done)
     args = done.args
     problems = done.problems
@@ -109,7 +111,10 @@ def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
 
 
 def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
-    """Add the problems of a model folder. Set in the model entry how the weights in the folder are stored."""
+    """Add a problem if a model folder cannot be used.
+
+    If its weights are stored quantised, set the kind of quantisation in `done.info`.
+    """
     if problem := check_model_dir(directory):
         done.problems.add(problem)
         return
@@ -141,7 +146,10 @@ def _is_path(model_id_or_path: str) -> bool:
 
 
 def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
-    """Return the command line that llm_sft.py runs. Raises ConfigError with all problems if there are any."""
+    """Check the command line of llm_sft.py on this machine, and return it ready to run.
+
+    If there are problems, raises ConfigError with all of them.
+    """
     _settle(done)
     args = done.args
     problems = done.problems
@@ -181,7 +189,7 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
     """Add a problem for each environment variable with a secret-like name whose value is not UTF-8.
 
-    The run folder cannot be scanned for such a value.
+    After training, the run folder is searched for the values of these variables. This needs UTF-8.
     """
     for holder, secret in find_secrets(environment, {}).items():
         try:
@@ -204,14 +212,17 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
                 f'--{flag} {given} cannot be written: you have no write permission for {existing}. Give another folder.'
             )
         else:
-            # The permissions do not show whether a quota is full or the file system accepts no new folders (/proc).
+            # Try it, because the permissions do not show a full quota or a file system without new folders (/proc).
             tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
     except OSError as error:  # `exists` also raises OSError, if a name is too long
         problems.add(f'--{flag} {given} cannot be created: {error.strerror}. Give another folder.')
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if training cannot resume from a checkpoint. Only one process per machine hashes the files."""
+    """Add a problem if training cannot resume from a checkpoint.
+
+    To save time, only one process per machine compares the files with their hashes.
+    """
     given = f'--resume_from_checkpoint {checkpoint}'
     has_deepspeed = any(checkpoint.glob(DEEPSPEED_STATES))
     if not checkpoint.is_dir():
@@ -256,7 +267,10 @@ def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems
 
 
 def _check_deepspeed(path: Path, done: Resolution[SftArguments]) -> None:
-    """Add the problems of a DeepSpeed configuration file. Also add a problem if the package is not installed."""
+    """Add a problem if the DeepSpeed configuration cannot be read or does not fit the arguments.
+
+    Also add a problem if the package deepspeed is not installed.
+    """
     problems = done.problems
     if not path.is_file():
         problems.add(

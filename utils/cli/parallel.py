@@ -1,4 +1,4 @@
-"""Rules for combinations of the flags for several processes and devices. Each problem names a remedy."""
+"""Checks which flags for several processes and devices cannot be combined. Each problem names a remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
 
 
 def resolve_scale(done: Resolution[SftArguments]) -> None:
-    """Set the flags whose value depends on sharding. Add the problems that can be seen without the machine."""
+    """Add a problem for each flag that cannot be combined with --fsdp. Set --only_save_model if --fsdp decides it.
+
+    Only the flags are checked here. Files and devices are checked in cli/machine.py.
+    """
     args = done.args
     problems = done.problems
     if args.check_dataset:

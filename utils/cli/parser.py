@@ -16,11 +16,11 @@ from utils.base.errors import Problems, did_you_mean
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, flag_types
 
-# Maps a misspelt flag that scripts of users contain to the correct flag.
+# Misspelt flags that are accepted, because scripts of users contain them. The value is the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
-# If a flag of this list is typed several times, all values are used. For any other flag, the last value is used.
+# If a flag of this set is typed several times, all its values are used. For all other flags, the last value is used.
 ADDING_UP = frozenset({'dataset'})
-# A negative number with an exponent. argparse would take it for a flag.
+# Matches a negative number with an exponent, e.g. -1e-4. argparse would take such a number for a flag.
 _NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
@@ -43,9 +43,9 @@ def _unwrap_optional(hint: Any) -> Any:
 
 
 def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
-    """Convert the words typed for a flag to a value of its type. Raises ValueError if the words do not fit the type.
+    """Return the words typed for the flag `name` as a value of the flag's type.
 
-    The message of the error is a whole sentence.
+    Raises ValueError if the words do not fit the type. Its message is shown to the user unchanged.
     """
     hint = _unwrap_optional(hint)
 
@@ -64,7 +64,7 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
         return True
     if len(words) != 1:
         got = f'{len(words)}: {" ".join(words)}' if words else 'none'
-        raise ValueError(f'--{name} takes one value, got {got}. Put a value with blanks in quotes.')
+        raise ValueError(f'--{name} takes one value, got {got}. Put a value with spaces in quotes.')
 
     word = words[0]
     if hint is bool:
@@ -123,9 +123,9 @@ def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentPa
 
 
 def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool, problems: Problems) -> None:
-    """Add a problem for each unknown flag and each word that belongs to no flag.
+    """Add a problem for each unknown flag, and for each word that is neither a flag nor a value of a flag.
 
-    If `ignore` is True, log warnings instead.
+    If `ignore` is True, log a warning instead of adding a problem.
     """
     follows_unknown_flag = False
     for word in words:
@@ -138,7 +138,7 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
             continue  # this word is a value of an unknown flag, and the flag is reported already
         else:
             text = (
-                f"the word '{word}' belongs to no flag. Write flags as --name value, and values with blanks in quotes."
+                f"the word '{word}' belongs to no flag. Write flags as --name value, and values with spaces in quotes."
             )
 
         if ignore:
@@ -148,7 +148,7 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
 
 
 def _negative_values_attached(argv: Sequence[str]) -> list[str]:
-    """Return the words. A negative number with an exponent is joined to the flag before it, as --name=-1e-4."""
+    """Return the words of a command line. A negative number with an exponent is joined to its flag: --name=-1e-4."""
     words: list[str] = []
     for word in argv:
         is_value = bool(words) and words[-1].startswith('--') and '=' not in words[-1]
@@ -160,7 +160,10 @@ def _negative_values_attached(argv: Sequence[str]) -> list[str]:
 
 
 def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the words before a bare `--` and the words after it. Without a bare `--`, the first part is empty."""
+    """Split a command line at the word `--`. Return the words before it and the words after it.
+
+    If there is no word `--`, return an empty sequence and all words.
+    """
     if '--' not in argv:
         return (), argv
     position = list(argv).index('--')
@@ -168,7 +171,7 @@ def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def _values_typed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the words typed after each flag, and the words that belong to no flag."""
+    """Return a dict from each typed flag to the words after it, and a list of unknown flags and unexpected words."""
     namespace, unknown = parser.parse_known_args(_negative_values_attached(argv))
     typed = {
         name: list(itertools.chain(*times)) if name in ADDING_UP else times[-1]
@@ -180,11 +183,11 @@ def _values_typed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple
 def parse(
     cls: type[ArgumentsT], argv: Sequence[str], *, program: str, about: str, earlier: Sequence[str] = ()
 ) -> Parsed[ArgumentsT]:
-    """Return the parsed command line. Problems are collected, not raised. Only --help ends the program.
+    """Parse the command line `argv`, and return the result with its problems. Only --help ends the program.
 
-    The words before a bare `--` come from a script. A flag after the `--` replaces the same flag of the script, even if
-    the values of this flag would otherwise be added. `earlier` is an earlier command line: its flags are used if they
-    are not in `argv`.
+    A script may write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
+    the same flag before it. This is also so for --dataset, although its values are otherwise added up. `earlier` is the
+    command line of an earlier run. A flag of `earlier` is used only if `argv` does not have the same flag.
     """
     parser = _build_parser(cls, program=program, about=about)
     typed: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The ranges of numeric flags, and the allowed names of flags with many choices."""
+"""Checks that numeric flags are in their ranges, and that the named optimizer and schedule exist."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def is_of_bitsandbytes(optim: str) -> bool:
 
 
 def _check_number(done: Resolution[Any], name: str, ok: bool, wanted: str) -> None:
-    """Add a problem if the argument `name` is not finite, or if `ok` is False. `wanted` describes the range."""
+    """Add a problem if `ok` is False, or if the argument `name` is not a finite number.
+
+    `wanted` describes the allowed values in the message.
+    """
     value = getattr(done.args, name)
     if not ok or (isinstance(value, float) and not math.isfinite(value)):
         done.problems.add(f'--{name} takes {wanted}, got {value}.')
 
 
 def check_common_numbers(done: Resolution[Any]) -> None:
-    """Add a problem for each number out of range, among the flags that both programs have."""
+    """Check the numeric flags that both programs have, and add a problem for each value out of range."""
     args = done.args
     _check_number(done, 'dataset_test_ratio', 0 <= args.dataset_test_ratio < 1, 'a share from 0 to below 1')
     if args.max_length != -1 and args.max_length < 2:
@@ -46,14 +49,14 @@ def check_common_numbers(done: Resolution[Any]) -> None:
             'Give 2 or more, or -1 for no limit.'
         )
 
-    # The seeds of numpy are below 2**32, and each process adds its rank to the seed.
+    # numpy accepts only seeds below 2**32, and each process adds its rank to the seed.
     seeds = 2**32 - dist.world_size()
     _check_number(done, 'seed', 0 <= args.seed <= seeds, f'a whole number from 0 to {seeds}')
     _check_number(done, 'max_pixels', args.max_pixels is None or args.max_pixels >= 1, '1 or more')
 
 
 def check_sft_numbers(done: Resolution[SftArguments]) -> None:
-    """Add a problem for each number out of range and each unknown name, among the flags of llm_sft.py."""
+    """Check the flags of llm_sft.py, and add a problem for each number out of range and each unknown name."""
     args = done.args
     at_least_one = (
         'lora_rank', 'lora_alpha', 'batch_size', 'gradient_accumulation_steps', 'eval_steps', 'logging_steps',
@@ -89,7 +92,7 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
 
 
 def check_generation(done: Resolution[Any]) -> None:
-    """Add the problems of the generation flags. Add a warning for flags that greedy decoding ignores."""
+    """Add a problem for each generation flag out of range, and a warning for each flag that greedy decoding ignores."""
     args = done.args
     _check_number(done, 'max_new_tokens', args.max_new_tokens >= 1, '1 or more')
     _check_number(done, 'repetition_penalty', args.repetition_penalty > 0, 'a number above 0')

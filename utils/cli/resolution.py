@@ -17,7 +17,7 @@ ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 
 @dataclass(kw_only=True)
 class Decided(Generic[ArgumentsT]):
-    """Arguments, the names of the typed flags, and each automatic decision with its reason."""
+    """The arguments, the names of the typed flags, the automatic decisions with their reasons, and the warnings."""
 
     args: ArgumentsT
     typed: frozenset[str]
@@ -25,14 +25,14 @@ class Decided(Generic[ArgumentsT]):
     warnings: list[str] = field(default_factory=list)
 
     def decide(self, name: str, value: Any, reason: str) -> None:
-        """Set an argument, and record the reason for this value."""
+        """Set the argument `name` to `value`, and add this decision with its reason to `decisions`."""
         setattr(self.args, name, value)
         self.decisions.append(decision(name, value, reason))
 
 
 @dataclass(kw_only=True)
 class Ready(Decided[ArgumentsT]):
-    """A command line without problems. The programs run with it."""
+    """A command line that was checked and has no problems. A program can run with it."""
 
     info: ModelInfo
 
@@ -48,7 +48,7 @@ class Resolution(Decided[ArgumentsT]):
     problems: Problems = field(default_factory=Problems)
 
     def checked(self) -> Ready[ArgumentsT]:
-        """Return the command line without problems. Raises ConfigError with all problems if there are any."""
+        """Return this command line as Ready. If it has problems, raises ConfigError with all of them."""
         self.problems.raise_if_any()
         assert self.info is not None, 'an unknown model is a problem'
         return Ready(
@@ -60,21 +60,21 @@ class Resolution(Decided[ArgumentsT]):
         )
 
     def without_effect(self, names: tuple[str, ...], reason: str) -> None:
-        """Add a warning for each of these flags if it was typed: it has no effect for this reason."""
+        """For each flag of `names` that was typed, add a warning that the flag has no effect, with the reason."""
         self.warnings += [f'--{name} has no effect: {reason}.' for name in names if name in self.typed]
 
 
-# A function that records a decision. It is called with the name of the argument, the value and the reason.
+# The type of a function that records a decision. Its parameters are the name of the argument, the value and the reason.
 Decide = Callable[[str, Any, str], None]
 
 
 def decision(name: str, value: Any, reason: str) -> str:
-    """Return the log line of an automatic decision."""
+    """Return the log line of an automatic decision: 'name = value because reason'."""
     return f'{name} = {_shown(value)} because {reason}'
 
 
 def log_decision(name: str, value: Any, reason: str) -> None:
-    """Log a decision that no run record stores."""
+    """Log an automatic decision. The decision is only logged and is not stored in a run folder."""
     logger.info(decision(name, value, reason))
 
 
@@ -88,5 +88,9 @@ def _shown(value: Any) -> str:
 
 
 def run_name(args: CommonArguments) -> str:
-    """Return the name of the folder for the runs of a model: the model type, or the last part of its path or id."""
+    """Return the name of the folder in which the runs of a model are stored.
+
+    It is the model type. For a model without a model type, it is the last part of the model's path or hub id, in lower
+    case.
+    """
     return args.model_type or Path(str(args.model_id_or_path)).resolve().name.lower()

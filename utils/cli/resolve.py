@@ -51,7 +51,10 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
 
 
 def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
-    """Return the resolved command line of llm_infer.py. The caller has already set the values of the checkpoint."""
+    """Return the resolved command line of llm_infer.py. Problems are collected, not raised.
+
+    With --ckpt_dir, `parsed` must already have the values from the record of the training run.
+    """
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
     check_common_numbers(done)
@@ -98,7 +101,10 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
 
 
 def _merge_unquantised(done: Resolution[InferArguments]) -> None:
-    """Turn quantisation off for a merge. Add a problem if --quantization_bit was typed."""
+    """Set quantization_bit to 0, because a merge needs unquantised weights.
+
+    If --quantization_bit was typed, add a problem instead.
+    """
     bits = done.args.quantization_bit
     if 'quantization_bit' in done.typed:
         done.problems.add(
@@ -125,7 +131,7 @@ def _resolve_model(done: Resolution[Any]) -> None:
     if args.model_type is None and args.model_id_or_path is None:
         done.decide('model_type', DEFAULT_MODEL_TYPE, 'no model was named')
     elif args.model_type is None and (found := infer_model_type(args.model_id_or_path)):
-        done.decide('model_type', found, f"'{args.model_id_or_path}' is the model of that entry")
+        done.decide('model_type', found, f"'{args.model_id_or_path}' is the model of this registry entry")
 
     if 'model_type' in done.typed or Path(str(args.model_id_or_path)).is_absolute():
         done.without_effect(('model_revision',), 'it is for a hub id in --model_id_or_path')
@@ -162,7 +168,7 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
 
     args = done.args
     if args.template_type is None:
-        reason = 'the model entry names it' if args.model_type else 'no entry names one'
+        reason = 'the model entry names it' if args.model_type else 'the model has no registry entry'
         done.decide('template_type', info.template, reason)
 
     template = TEMPLATE_MAPPING[args.template_type]
@@ -214,7 +220,7 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
             )
 
     unused = ('train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers', 'group_by_length')
-    reason = 'with --streaming true the training process reads every row and holds the first ones out'
+    reason = 'with --streaming true the training process reads all rows, and the first rows are held out'
     done.without_effect(unused, reason)
     done.decide('dataloader_num_workers', 0, 'a stream is read by the training process')
 
@@ -301,7 +307,7 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
         )
 
     if args.eval_batch_size is None and args.predict_with_generate:
-        done.decide('eval_batch_size', 1, 'evaluation generates')
+        done.decide('eval_batch_size', 1, 'evaluation generates answers')
     elif args.eval_batch_size is None:
         done.decide('eval_batch_size', args.batch_size, 'it follows --batch_size')
 

@@ -33,7 +33,7 @@ class TrainRows(Protocol):
         """Return the row whose `row` field equals `index`."""
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return one or more batches of `count` items: the batches that need the most memory."""
+        """Return the one or two batches that need the most memory. Each batch has `count` items."""
 
 
 class IndexedRows(TrainRows, Protocol):
@@ -154,7 +154,7 @@ class EncodedRows:
         return np.maximum(limits[1::2] - np.maximum(limits[::2], 1), 0)
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of `count` rows that need the most memory.
+        """Return the one or two batches that need the most memory. Each batch has `count` rows.
 
         The first batch has the longest rows. A second batch has the rows with the most tokens that carry loss, if
         these are different rows.
@@ -205,7 +205,7 @@ class Filled(Sequence[dict[str, Any]]):
         return self.filler if index < 0 else dict(self.rows.row(index))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of `count` items that need the most memory. They contain no fillers."""
+        """Return the batches that need the most memory. None of their `count` items is the filler."""
         return self.rows.heaviest(count)
 
     def __getitem__(self, index: Any) -> Any:

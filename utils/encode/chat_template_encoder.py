@@ -731,9 +731,9 @@ class AutoEncoder(Encoder):
     def _end_of_reply(self, markers: Sequence[re.Match[str]]) -> re.Match[str] | None:
         """Return the match of the end-of-turn token after a reply. `markers` are the control tokens after the reply.
 
-        The match is the end-of-sequence token if the template prints this token after each turn, else the first marker.
-        For example, Cohere's templates print a token that closes the reply, and then the token that closes the turn.
-        Returns None if there is no marker.
+        If the template prints the end-of-sequence token after each turn, the match is this token, even if a different
+        marker comes first: Cohere's templates first print a token that closes the reply. Otherwise the match is the
+        first marker. Returns None if there is no marker.
         """
         eos = self.tokenizer.eos_token
         end = next((match for match in markers if match[0] == eos), None) if self._eos_ends_turns else None

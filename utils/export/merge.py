@@ -1,4 +1,7 @@
-"""Merging an adapter: the merged model is written to a hidden folder, reopened, compared, then renamed into place."""
+"""Merges an adapter into its base model.
+
+The merged model is written to a hidden folder, opened again and compared. If it is correct, the folder is renamed.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ if TYPE_CHECKING:
 # largest logit. Merging rounds the weights once more. In bf16, rounding has a large effect: on SmolLM2, the logits of
 # the same weights in fp32 and in bf16 differed by up to 5 %.
 _BOUND = {'float32': 1e-3, 'bfloat16': 1e-1, 'float16': 1e-2}
-# The largest allowed difference between the logits of the reopened model and of the merged model in memory, as the same
-# fraction. Both have the same weights and use the same kernels.
+# The largest allowed difference between the logits of the reopened model and of the merged model in memory, also as a
+# fraction of the largest logit. It is small because both have the same weights and use the same kernels.
 _SAME = 1e-5
 # Limits for the share of the adapter's effect on the logits that remains after merging. Below _LOST merging fails.
-# Below _WHOLE the text of the proof says that rounding removed a part of the effect.
+# Below _WHOLE the outcome in proofs.json says that rounding removed a part of the effect.
 _LOST = 0.05
 _WHOLE = 0.9
 _TEXT = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
@@ -41,9 +44,9 @@ _TEXT = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\
 def probe_logits(
     model: Any, tokenizer: Any, images: Images | None = None, *, ids: list[int] | None = None
 ) -> torch.Tensor:
-    """Return the model's logits (1, T, V), fp32 on the CPU.
+    """Run the model on the token ids `ids`, and return its logits (1, T, V) in fp32 on the CPU.
 
-    The input is `ids`. If `ids` is None, the input is a fixed text; for a vision model an example image precedes it.
+    If `ids` is None, the input is a fixed text. For a vision model, an example image precedes this text.
     """
     import torch
 
@@ -62,7 +65,7 @@ def probe_logits(
 
 
 def user_rows(run_dir: Path) -> list[Row]:
-    """Return the rows that the run answered for its report. With --report_samples 0 the list is empty."""
+    """Return the rows that the run answered for its report. The list is empty if the run has no answers.json."""
     file = run_dir / ANSWERS_JSON
     answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
     return [Row(messages=a['messages'], tools=a['tools'], origin=f'{file}:{n}') for n, a in enumerate(answers, 1)]
@@ -77,9 +80,10 @@ def merge_checkpoint(
     record: RunRecord,
     images: Images | None = None,
 ) -> tuple[Path, str]:
-    """Merge the adapter of a checkpoint into the new folder <checkpoint>-merged.
+    """Merge the adapter of a checkpoint, and write the merged model to the folder <checkpoint>-merged.
 
-    Returns the new folder, and a text that says what was proven and how to serve the model.
+    Returns this folder, and a text that says what was proven and how to serve the model. Raises ConfigError if the
+    merged model differs too much from base + adapter.
     """
     started = time.perf_counter()
     if checkpoint.name in ('', '..'):  # with_name fails for '' and gives a wrong folder for '..'
@@ -121,10 +125,11 @@ def merge_and_save(
     texts: Sequence[list[int]] = (),
     config: GenerationConfig | None = None,
 ) -> str:
-    """Merge the adapter, save the whole model as `target`, and return a text that says what was compared.
+    """Merge the adapter, save the whole model in the folder `target`, and return a text that says what was compared.
 
-    The saved folder is reopened, and its logits are compared with base + adapter on a fixed text and on `texts`. Raises
-    ConfigError if they differ by more than rounding explains; then an earlier folder at `target` is not changed.
+    The saved model is opened again. Its logits are compared with the logits of base + adapter, on a fixed text and on
+    the token ids `texts`. If they differ by more than rounding explains, raises ConfigError and leaves `target` as it
+    was.
     """
     _recover(target)
     probed = [None, *texts]
@@ -171,10 +176,11 @@ def verify_merged(
     merged_logits: Sequence[torch.Tensor],
     images: Images | None = None,
 ) -> tuple[float, str | None]:
-    """Open a merged folder with the ordinary loading code, and compare it with the merged model in memory.
+    """Open a merged folder as users open it, and compare the model with the merged model in memory.
 
-    Returns the largest difference of its logits from `wanted` (base + adapter), and the text of the first problem or
-    None.
+    `wanted` are the logits of base + adapter for `texts`, and `merged_logits` those of the merged model in memory.
+    Returns the largest difference of the opened model's logits from `wanted`, and a text that describes the first
+    problem, or None if there is no problem.
     """
     dtype = next(merged.parameters()).dtype
     reopened = load_model(folder, torch_dtype=dtype).to(merged.device).eval()
@@ -210,11 +216,11 @@ def verify_merged(
 
 
 def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the share of the adapter's effect on the logits that `found` has: 0 is none, 1 is the whole effect.
+    """Return which share of the adapter's effect the merged model has: 0 is no effect, 1 is the whole effect.
 
-    `bare` are the logits of the base, `tuned` those of base + adapter. Rounding errors have random directions, so they
-    hardly change the share. If the effect of the adapter is much smaller than the rounding errors, the share cannot be
-    computed, and 1 is returned.
+    `bare` are the logits of the base, `tuned` of the base with the adapter, and `found` of the merged model. Rounding
+    errors have random directions, so they hardly change the share. If the effect of the adapter is much smaller than
+    the rounding errors, the share cannot be computed, and 1 is returned.
     """
     moved = tuned - bare
     error = found - tuned
@@ -233,7 +239,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _is_tied(model: Any) -> tuple[bool, bool]:
-    """Return two booleans: output head and embedding are one tensor; config.json says that they are tied."""
+    """Return two booleans: whether output head and embedding share one tensor, and whether the config says so."""
     head = model.get_output_embeddings()
     shared = head is not None and head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     # Some vision models store tie_word_embeddings only for the whole model, not for the language model.
@@ -246,7 +252,7 @@ def _replaced(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Restore the earlier folder if put_in_place was interrupted between its two renames."""
+    """Restore the earlier folder `target` if an earlier `put_in_place` was interrupted between its two renames."""
     if not target.exists() and _replaced(target).exists():
         _replaced(target).rename(target)
 
@@ -254,7 +260,8 @@ def _recover(target: Path) -> None:
 def put_in_place(folder: Path, target: Path) -> None:
     """Rename a complete folder to `target`.
 
-    An earlier folder at `target` is removed only after the rename. If the rename fails, the earlier folder is restored.
+    An existing `target` is first moved aside, and deleted only after the rename. If the rename fails, it is moved back
+    and OSError is raised.
     """
     earlier = _replaced(target)
     if target.exists():

@@ -10,7 +10,7 @@ from typing import Any
 from utils.cli.arguments import SftArguments, to_dict
 from utils.run.record import RunRecord
 
-# Flags that the card shows elsewhere, or that concern only this machine.
+# Flags that are not in the card's table of flags: the card shows them elsewhere, or they concern only this machine.
 _NOT_SHOWN = {
     'model_type', 'model_id_or_path', 'dataset', 'output_dir', 'resume_from_checkpoint', 'push_to_hub', 'hub',
     'hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token', 'ignore_args_error',
@@ -48,9 +48,9 @@ def _flags(flags: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictures: Sequence[str]) -> str:
-    """Return the card as Markdown, with the metadata that both hubs read.
+    """Return the text of the card as Markdown, with the metadata that both hubs read.
 
-    `progress` has the keys step, log_history and data. `pictures` are paths in the repository.
+    `progress` has the keys `step`, `log_history` and `data`. `pictures` are the paths of the curves in the repository.
     """
     base = record.base_model
     assert base is not None, 'every run that pushes records it'

@@ -1,4 +1,7 @@
-"""Pushing checkpoints to a hub. Each checkpoint is staged in the run folder, then a separate process pushes it.
+"""Pushes checkpoints to a hub.
+
+The files of a checkpoint are first staged: linked into a folder with the layout of the repository. Then a separate
+process pushes this folder.
 
 `python -m utils.export.push RUN_DIR` repeats failed pushes. It needs no GPU and does not load the model.
 """
@@ -40,14 +43,15 @@ _DAMAGED = 'Restore the file that the run wrote.'
 
 
 def folder_in_repo(strategy: str, checkpoint: str) -> str:
-    """Return the folder of a checkpoint in the repository, as a name; '' is the root of the repository."""
+    """Return the name of the folder in the repository to which a checkpoint is pushed. '' is the root folder."""
     return {'checkpoint': 'last-checkpoint', 'all_checkpoints': checkpoint}.get(strategy, '')
 
 
 def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str, Any]) -> Path:
-    """Return a new folder in which the files of a checkpoint have the layout of the repository.
+    """Make a folder in which the files of a checkpoint have the layout of the repository, and return the folder.
 
-    The files are hard links, so they remain if the checkpoint is deleted. `progress` is saved in <folder>.json.
+    The files are hard links, so they remain if the checkpoint is deleted. `progress`, which the model card shows, is
+    written to <folder>.json.
     """
     target = run_dir / _STAGED / checkpoint.name
     shutil.rmtree(target, ignore_errors=True)
@@ -65,20 +69,20 @@ def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str,
 
 
 def staged_folders(run_dir: Path) -> list[Path]:
-    """Return the staged folders that have not been pushed, oldest first."""
+    """Return the staged folders of a run that have not been pushed yet, oldest first."""
     return [p for p in all_checkpoints(run_dir / _STAGED) if p.with_suffix('.json').is_file()]
 
 
 def unstage(folder: Path) -> None:
-    """Remove a staged folder and the file with its progress."""
+    """Delete a staged folder and its file <folder>.json."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.with_suffix('.json').unlink(missing_ok=True)
 
 
 def push_one(run_dir: Path, folder: Path) -> None:
-    """Write the model card into a staged folder, search the folder for secrets, push it, and remove it.
+    """Push a staged folder, and delete it. Before the push, add the model card and search the folder for secrets.
 
-    Raises ConfigError if a secret is found or if the push fails.
+    Raises ConfigError, and keeps the folder, if there is no token, if a secret is found, or if the push fails.
     """
     record = read_run_record(run_dir)
     flags = record.flags
@@ -134,7 +138,7 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
 
 
 def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
-    """Return the existing checkpoints that --push_hub_strategy selects, newest last."""
+    """Return the existing checkpoints that are to be pushed according to --push_hub_strategy, newest last."""
     existing = all_checkpoints(run_dir)
     if record.flags['push_hub_strategy'] == 'all_checkpoints':
         return existing
@@ -145,7 +149,10 @@ def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
 
 
 def push_again(run_dir: Path) -> None:
-    """Push the staged folders of a run. If there are none, push the checkpoints that its strategy selects."""
+    """Push the staged folders of a run. If there are none, push the checkpoints that --push_hub_strategy selects.
+
+    Raises ConfigError if the run names no repository, if it has no checkpoint, or if a push fails.
+    """
     record = read_run_record(run_dir)
     if not record.flags.get('hub_model_id'):
         raise ConfigError(
@@ -168,7 +175,10 @@ def push_again(run_dir: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Push a staged checkpoint (RUN_DIR CHECKPOINT) or call push_again (RUN_DIR). Returns the exit code."""
+    """Repeat the pushes of a run (argv: RUN_DIR), or push one staged checkpoint (argv: RUN_DIR CHECKPOINT).
+
+    Returns the exit code: 0, or 2 for a problem.
+    """
     set_up_logging()
     if len(argv) not in (1, 2) or argv[0].startswith('-'):
         print('usage: python -m utils.export.push RUN_DIR', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Pushing during training. A hub that fails or hangs does not stop or delay the training."""
+"""Pushes checkpoints to a hub during training. A hub that fails or hangs does not stop or delay the training."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
-# A push that takes longer than this is killed. Training itself never waits for a push; only its end does.
+# A push that takes longer than this is killed. Training steps do not wait for a push, but after the last step the
+# program waits for the remaining pushes.
 PUSH_SECONDS = 3600.0
 
 
 class Pusher:
-    """Pushes folders one after the other. Each push is a separate process, which can be killed if a hub hangs."""
+    """Pushes staged folders one after the other. Each push is a separate process, which is killed if a hub hangs."""
 
     def __init__(self, run_dir: Path, environment: dict[str, str], *, keeps_all: bool) -> None:
-        """If `keeps_all` is false, a new folder replaces the folders that are still waiting."""
+        """Set up an empty queue. `environment` has the environment variables of the push processes.
+
+        If `keeps_all` is False, a new folder replaces the folders that are still waiting.
+        """
         self.run_dir = run_dir
         self.environment = environment
         self.keeps_all = keeps_all
@@ -39,7 +43,7 @@ class Pusher:
     def add(self, folder: Path) -> None:
         """Add a folder to the queue, and start the thread that pushes.
 
-        If `keeps_all` is false, waiting folders are removed, except the folder that is being pushed.
+        If `keeps_all` is False, all other folders in the queue are deleted, except the folder that is being pushed.
         """
         with self._lock:
             self._waiting += [f for f in self._failed if f != folder] + [folder]
@@ -63,7 +67,7 @@ class Pusher:
             with self._lock:
                 if pushed:
                     self._waiting.pop(0)
-                else:  # the next folders would fail too: retry all of them at the next checkpoint
+                else:  # the next folders would fail too, so all of them are retried when the next checkpoint is added
                     self._failed = self._waiting
                     self._waiting = []
 
@@ -91,7 +95,7 @@ class Pusher:
         return True
 
     def finish(self) -> None:
-        """Wait until the queue is empty. If pushes failed, log the command that repeats them."""
+        """Wait until no folder is waiting. If pushes failed, log a warning with the command that repeats them."""
         while (thread := self._thread) is not None:
             thread.join()
         if self._failed:

@@ -27,7 +27,7 @@ _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar('row_lengths', default
 
 
 class Block(NamedTuple):
-    """The positions of a block: its queries are `start` to `end`, its keys `first_key` to `end` (`end` is excluded)."""
+    """A block of queries at the positions `start` to `end`, with keys at `first_key` to `end`; `end` is excluded."""
 
     first_key: int
     start: int
@@ -36,10 +36,10 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class RowMask:
-    """The row lengths, which attention layers get instead of a mask tensor.
+    """The row lengths of a concatenated batch. Attention layers get this object instead of a mask tensor.
 
-    A query sees its own key and the keys before it in its row, at most `window` keys in all. If `window` is None, the
-    number is not limited.
+    A query sees the key at its own position and the keys before it in its row, at most `window` keys in all. If
+    `window` is None, the number of keys is not limited.
     """
 
     lengths: tuple[int, ...]
@@ -76,7 +76,7 @@ class RowMask:
 
 @contextmanager
 def concatenated_rows(lengths: Sequence[int]) -> Iterator[None]:
-    """Inside this context, a model that was passed to `attend_by_rows` treats its input as rows of these lengths."""
+    """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths."""
     token = _LENGTHS.set(tuple(lengths))
     try:
         yield
@@ -85,7 +85,10 @@ def concatenated_rows(lengths: Sequence[int]) -> Iterator[None]:
 
 
 def attend_by_rows(model: Any) -> None:
-    """Switch a model to this module's attention. Padded batches still use the model's own attention."""
+    """Switch a model to this module's attention, which is used only inside the context `concatenated_rows`.
+
+    Outside of the context, for example for padded batches, the model uses its own attention.
+    """
     before = model.config._attn_implementation
     if before.startswith('flash_attention'):
         return  # the flash-attention kernel finds the rows from position_ids
@@ -166,7 +169,7 @@ def attend_in_groups(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Return the attention output (T, H, E), with one library call for each group of rows of similar length.
+    """Return the attention output (T, H, E). Calls torch's attention once for each group of rows of similar length.
 
     Rows are padded at their ends to the longest row of the group. The padding needs no mask, because causal attention
     never looks at later tokens.
@@ -206,10 +209,10 @@ def attend_in_groups(
 def _hiding_bias(
     queries: int, keys: int, diagonal: int, repeats: int, dtype: torch.dtype, device: torch.device, *, low: bool = False
 ) -> torch.Tensor:
-    """Return a bias for scores, (1, repeats * queries, keys): -inf hides a key from a query, 0 leaves it visible.
+    """Return a tensor (1, repeats * queries, keys) to add to scores: -inf hides a key from a query, 0 does not.
 
-    The bias is -inf on and above the diagonal `diagonal`, and 0 below it. With `low` it is -inf on and below the
-    diagonal, and 0 above it.
+    The values are -inf on and above the diagonal number `diagonal`, and 0 below it. With `low` they are -inf on and
+    below the diagonal, and 0 above it.
     """
     # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.
     full_QK = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
@@ -218,12 +221,12 @@ def _hiding_bias(
 
 
 class RowAttention(torch.autograd.Function):
-    """Causal attention by matrix products, one block of queries at a time. On a CPU it is faster than the library's.
+    """Causal attention by matrix products, one block of queries at a time. On a CPU it is faster than torch's own.
 
-    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None; returns (T, H, E). Attention weights
-    are saved for the backward pass only if their block has few keys. All other weights are computed again, so that
-    memory does not grow with the square of the row length. Scores and weights are stored in the dtype of the query.
-    The softmax and the sums over blocks are computed in fp32.
+    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None. Returns the output (T, H, E).
+    Attention weights are saved for the backward pass only if their block has few keys. All other weights are computed
+    again, so that memory does not grow with the square of the row length. Scores and weights are stored in the dtype of
+    the query. The softmax and the sums over blocks are computed in fp32.
     """
 
     @staticmethod
@@ -281,7 +284,7 @@ class RowAttention(torch.autograd.Function):
             else:
                 weights, slope = _weights(query_HTD, key_GTD, sinks_H, block, ctx.settings)
 
-            # The block's queries of the R heads that share a key head are one dimension of R * Q.
+            # R query heads share a key head. Their queries in this block are joined into one dimension of R * Q.
             out_grad = grad_GRTE[:, :, start:end].flatten(1, 2)
             value_grad_GTE[:, first_key:end].add_(torch.bmm(weights.mT, out_grad))
             weights_grad = torch.bmm(out_grad, value_GTE[:, first_key:end].mT)
@@ -292,7 +295,7 @@ class RowAttention(torch.autograd.Function):
                 sink_weight_GRQ = 1 - weights.sum(-1, dtype=exact).view(shape_GRQ)
                 sinks_grad_GR -= (sink_weight_GRQ * mean_GRQ).sum(-1)
 
-            # With this function of the library the gradient is exactly 0 if one key has the whole weight.
+            # With this function of torch, the gradient is exactly 0 if one key has the whole weight.
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
             if slope is not None:
                 scores_grad = scores_grad.mul_(slope)
@@ -320,9 +323,9 @@ def _weights(
     block: Block,
     settings: tuple[RowMask, float, float | None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the attention weights of a block, (G, R * Q, K), and the slope of the score cap.
+    """Return the attention weights of a block, (G, R * Q, K), and the derivative of the score cap.
 
-    The slope has the shape of the weights. It is None if scores are not capped.
+    The derivative has the shape of the weights. It is None if scores are not capped.
     """
     first_key, start, end = block
     rows, scaling, softcap = settings
@@ -332,8 +335,8 @@ def _weights(
     keys = end - first_key
     query_block = query_HTD[:, start:end].unflatten(0, (groups, -1)).flatten(1, 2)
 
-    # On 16-bit scores the library's softmax is fast only if the number of keys is a multiple of 32. So the block also
-    # gets keys after its end. The bias hides these keys, as it hides all keys after a query.
+    # With 16-bit scores, torch's softmax is fast only if the number of keys is a multiple of 32. So the block also gets
+    # keys after its end. The bias hides these keys, as it hides all keys after a query.
     padded_keys = keys
     if query_HTD.dtype != torch.float32:
         padded_keys = min(-(-keys // 32) * 32, key_GTD.shape[1] - first_key)

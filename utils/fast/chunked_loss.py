@@ -1,4 +1,4 @@
-"""The logits and the loss, computed only at trained positions and in chunks: memory does not grow with the text.
+"""Computes logits and loss only at trained positions and in chunks, so that memory does not grow with the text.
 
 Shapes in names: P trained positions, N positions of one chunk, V vocabulary, C hidden width, T tokens.
 """
@@ -22,7 +22,7 @@ _FP16_SCALE = 256.0
 
 @dataclass(frozen=True)
 class Head:
-    """An output head that computes logits = scale * (W h + b). With a `cap` the result is cap * tanh(logits / cap)."""
+    """An output head: logits = scale * (W h + b). If `cap` is set, the logits become cap * tanh(logits / cap)."""
 
     linear: nn.Linear
     scale: float = 1.0
@@ -36,8 +36,8 @@ class Head:
 def find_head(model: Any) -> Head | None:
     """Return the model's output head, or None if the head is not a plain linear layer.
 
-    Scale and cap come from the config fields of Gemma, Granite and Cohere. A different class may compute more than the
-    config says, so `head_is_exact` compares the head with the model.
+    Scale and cap are read from the config fields that Gemma, Granite and Cohere use. The model's class may compute more
+    than these fields say, so `head_is_exact` compares the head with the model.
     """
     linear = model.get_output_embeddings()
     if type(linear) is not nn.Linear or linear.weight.dim() != 2 or type(linear.weight.data) is not torch.Tensor:
@@ -49,7 +49,10 @@ def find_head(model: Any) -> Head | None:
 
 @contextmanager
 def head_input(head: Head) -> Iterator[list[torch.Tensor]]:
-    """Collect the inputs of the head in the returned list. The head itself gets zero positions, so it costs nothing."""
+    """A context that yields a list, to which each input of the head (hidden states) is appended.
+
+    The head itself gets an input with zero positions, so it costs no time or memory.
+    """
     collected: list[torch.Tensor] = []
 
     def take(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -83,7 +86,10 @@ def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
 
 
 def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, divisor: float) -> torch.Tensor:
-    """Return the sum of -log p(target), divided by `divisor`. The forward pass computes the gradients too."""
+    """Return the sum of -log p(target) over all positions, divided by `divisor`, as a scalar tensor with gradient.
+
+    The gradients are already computed in the forward pass.
+    """
     total: torch.Tensor = _SummedLoss.apply(hidden_PC, head.linear.weight, head.linear.bias, targets_P, head, divisor)
     return total
 
@@ -111,7 +117,7 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 class _Buffers:
-    """Memory for the logits of a chunk. The next chunk uses the same memory, because new memory is slow on a CPU."""
+    """Memory for the logits of a chunk. All chunks use the same memory, because new memory is slow on a CPU."""
 
     def __init__(self) -> None:
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
@@ -126,9 +132,9 @@ class _Buffers:
 def _logits(
     hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the logits (N, V) in fp32, and the slope of the cap (N, V). The slope is None if the head has no cap.
+    """Return two tensors: the logits (N, V) in fp32, and the derivative of the cap (N, V).
 
-    Without a cap the logits are in a buffer, which the next chunk overwrites.
+    If the head has no cap, the second value is None, and the logits are in a buffer that the next chunk overwrites.
     """
     bias_V = head.linear.bias
     logits_NV = buffers.take(len(hidden_NC), weight_VC, weight_VC.dtype)
@@ -219,7 +225,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         hidden_grad_PC, weight_grad_VC, bias_grad_V = ctx.grads
-        # If nothing else refers to a gradient tensor, autograd gives it to the parameter without a copy.
+        # Drop the references: autograd gives a gradient to its parameter without a copy if nothing else refers to it.
         ctx.grads = None
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         scale = grads[0]

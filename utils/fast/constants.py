@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-# The number of queries in one block of attention. The scores of a block fit in the CPU cache, and keys after the block
-# are not computed.
+# The number of queries in one block of attention. The scores of such a block fit in the CPU cache. No scores are
+# computed for keys after the block.
 QUERY_BLOCK = 128
-# The attention weights of a block are saved for the backward pass if the block has at most this many keys. Otherwise
-# they are computed again.
+# The attention weights of a block are saved for the backward pass if the block has at most this many keys. The weights
+# of all other blocks are computed again.
 KEPT_KEYS = 384
 # The number of logits in one chunk of the loss: 32 MiB in fp32. Smaller chunks make the matrix products slower. Larger
-# chunks only need more memory.
+# chunks need more memory and are not faster.
 CHUNK_LOGITS = 2**23

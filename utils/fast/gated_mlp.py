@@ -1,6 +1,6 @@
-"""Gated MLPs (for example SwiGLU) of any class that compute act(gate) * up in one step.
+"""Replaces the forward of gated MLPs (for example SwiGLU) by a fused forward that needs less memory.
 
-This step saves only gate and up for the backward pass.
+The fused forward computes act(gate) * up in one step, and saves only gate and up for the backward pass.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _GatedStep(torch.autograd.Function):
 
 
 class _FusedGate(nn.Module):
-    """Mixin for the class of a gated MLP. The layers stay the same, and `_GatedStep` computes act(gate) * up."""
+    """Mixin for the class of a gated MLP. It keeps the layers, and computes act(gate) * up with `_GatedStep`."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -65,7 +65,7 @@ class _FusedGate(nn.Module):
 def fuse_gates(model: nn.Module) -> int:
     """Replace the forward of a model's gated MLPs by the fused forward, and return the number of replaced MLPs.
 
-    An MLP is fused only if its class, tried with small layers, gives exactly the values of the fused forward.
+    An MLP is fused only if a copy with small test layers gives bitwise the same output with both forwards.
     """
     fused = 0
     for block in list(model.modules()):
@@ -79,7 +79,10 @@ def fuse_gates(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _is_gated(block: nn.Module) -> bool:
-    """Return whether the class of a block, tried with small layers, gives exactly the values of `_FusedGate`."""
+    """Return whether the forward of a block gives bitwise the same output as the forward of `_FusedGate`.
+
+    Both are called with small test layers in place of the layers of the block.
+    """
     if len(inspect.signature(type(block).forward).parameters) != 2:
         return False
 

@@ -1,6 +1,7 @@
-"""Choose between padded and concatenated batches, and between the model's own logits and the loss in chunks.
+"""Decide whether batches are padded or concatenated, and whether the loss is computed in chunks.
 
-The faster way is chosen if a check on the loaded model shows that it gives the same result.
+Concatenated batches and chunks are faster. They are used if a check on the loaded model shows that the result is the
+same.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ _SHARDED = 'the weights are sharded over several processes'
 
 
 def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: Decide = log_decision) -> bool:
-    """Switch the model to concatenated rows if this changes no result, and return whether it was switched.
+    """Switch the model to concatenated rows if this changes no result, and return whether the model was switched.
 
-    `decide` gets the decision and its reason. Raises ConfigError if --padding_free true or --packing true is not
-    possible.
+    `decide` is called with the decision and its reason. Raises ConfigError if --padding_free true or --packing true is
+    not possible.
     """
     if args.padding_free is False:
         return False
@@ -40,9 +41,10 @@ def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: De
 
 
 def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) -> Head | None:
-    """Return the output head with which the loss can be computed in chunks.
+    """Return the output head, if the loss can be computed from it in chunks.
 
-    Returns None if the logits must come from the model itself; then `decide` gets the reason.
+    Returns None if --chunked_loss is false, or if the logits must be computed by the model itself. In the second case
+    `decide` is called with the reason.
     """
     if not args.chunked_loss:
         return None
@@ -58,7 +60,10 @@ def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) ->
 
 
 def why_padded(model: Any, longest: int) -> str | None:
-    """Return why the model needs padded rows, or None if nothing in its class, config or sharding needs padding."""
+    """Return the reason why rows must be padded for this model, or None if there is no reason.
+
+    Only the class, the config and the sharding of the model are checked; the model is not run.
+    """
     config = model.config
     name = type(model).__name__
     settings = config.to_dict()
@@ -76,14 +81,14 @@ def why_padded(model: Any, longest: int) -> str | None:
 
 
 def _some_ids(model: Any, count: int, first: int = 0) -> torch.Tensor:
-    """Return `count` ids of the vocabulary for a test, (1, count). A different `first` gives different ids."""
+    """Return token ids for a test, as a tensor (1, count). A different `first` gives different ids."""
     size = model.get_input_embeddings().weight.shape[0]
     return torch.tensor([[(first + 7 * i) % size for i in range(1, count + 1)]], device=model.device)
 
 
 @torch.no_grad()
 def _difference(model: Any) -> str | None:
-    """Switch the attention, and compare the logits of a row alone with its logits after different rows.
+    """Switch the attention to concatenated rows, and check that rows before a row do not change its logits.
 
     Returns None if the logits are equal within rounding. If they differ, or if the model refuses concatenated rows,
     the attention is switched back and the reason is returned.
@@ -111,7 +116,10 @@ def _difference(model: Any) -> str | None:
 
 
 def _logits_after_others(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenate four rows, and return the logits (2, T, V) of the second and the fourth row, which have T tokens."""
+    """Run the model on four concatenated rows, and return the logits (2, T, V) of the second and the fourth row.
+
+    These two rows must have the same number of tokens T.
+    """
     lengths = [row.shape[1] for row in rows]
     device = rows[0].device
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]

@@ -1,4 +1,4 @@
-"""LoRA layers for tuner_backend swift: base layer and adapter in one step, which saves little for the backward pass.
+"""LoRA layers for --tuner_backend swift: one step computes base and adapter, with little memory for the backward pass.
 
 Shapes in names: N tokens, I input features, O output features, R rank of the adapter.
 """
@@ -16,10 +16,10 @@ from utils.fast.swap import swap_class
 
 
 class _LoraStep(torch.autograd.Function):
-    """Computes y = x W^T + b + scale (x A^T) B^T; W and b are frozen.
+    """Computes y = x W^T + b + scale (x A^T) B^T. W and b are frozen, A and B are trained.
 
-    Saves x and x A^T for the backward pass. Layers with the same input, such as query, key and value, share the
-    memory of x.
+    Only x and x A^T are saved for the backward pass. Layers with the same input, such as query, key and value, share
+    the memory of x.
     """
 
     @staticmethod
@@ -57,10 +57,10 @@ class _LoraStep(torch.autograd.Function):
 
 
 class _FusedLora(Linear):
-    """Mixin for PEFT's LoRA layer on a frozen linear layer.
+    """Mixin for PEFT's LoRA layer on a frozen linear layer. It computes the output with `_LoraStep`.
 
-    PEFT's own forward is called if there is not exactly one active adapter, if the adapter is merged or disabled, if
-    dropout is active, if the base layer is trained, or if there are keyword arguments.
+    PEFT's own forward is called instead if there is not exactly one active adapter, if the adapter is merged or
+    disabled, if dropout is active, if the base layer is trained, or if there are keyword arguments.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -92,9 +92,10 @@ class _FusedLora(Linear):
 
 
 def fuse_lora(model: nn.Module) -> tuple[int, int]:
-    """Replace the forward of a model's LoRA layers; return the number of replaced layers and of all LoRA layers.
+    """Replace the forward of a model's LoRA layers by the fused forward.
 
-    Quantised layers, Conv1D, DoRA and adapters with a bias keep PEFT's own forward.
+    Returns the number of layers that were replaced, and the number of all LoRA layers. Quantised layers, Conv1D, DoRA
+    and adapters with a bias are not replaced.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     fused = [layer for layer in layers if _can_be_fused(layer)]

@@ -1,4 +1,4 @@
-"""A fused RMSNorm that saves little for the backward pass. It replaces norm layers with exactly the same values."""
+"""A fused RMSNorm that needs little memory for the backward pass. Its output is bitwise that of the original layer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import nn
 
 from utils.fast.swap import swap_class
 
-# Each class computes x / rms(x) in fp32. Then it rounds and multiplies by the weight (Llama: round_first), multiplies
-# by the weight and rounds (OLMo 2: round_last), or multiplies by one plus the weight and rounds (Gemma: one_plus).
+# The kinds of RMSNorm. Each kind first computes x / rms(x) in fp32.
+# round_first (Llama): round, then multiply by the weight. round_last (OLMo 2): multiply by the weight, then round.
+# one_plus (Gemma): multiply by one plus the weight, then round.
 Kind = Literal['round_first', 'round_last', 'one_plus']
 _KINDS: tuple[Kind, ...] = ('round_first', 'round_last', 'one_plus')
-# The attribute names in different classes for epsilon, the constant that is added to the mean square.
+# The classes store epsilon, the constant that is added to the mean square, under one of these attribute names.
 _EPSILONS = ('variance_epsilon', 'eps', 'epsilon')
 
 
 class _NormStep(torch.autograd.Function):
-    """Computes w x / rms(x) in fp32 and rounds to the dtype of x. The backward pass normalises x again."""
+    """Computes weight * x / rms(x) and rounds it to the dtype of x. The backward pass normalises x again."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> torch.Tensor:
@@ -57,7 +58,7 @@ def _factor(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tenso
 
 
 class _FusedNorm(nn.Module):
-    """Mixin for the class of a norm layer. Weight and epsilon stay the same, and `_NormStep` computes the forward."""
+    """Mixin for the class of a norm layer. It keeps weight and epsilon, and computes the output with `_NormStep`."""
 
     weight: nn.Parameter
     norm_kind: Kind
@@ -93,7 +94,10 @@ def fuse_norms(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _kind_of(layer: nn.Module, epsilon: float) -> Kind | None:
-    """Return the first kind whose output is bitwise equal to the layer's on a test input, or None if no kind is."""
+    """Return the first kind of RMSNorm that gives bitwise the same output as the layer on a test input.
+
+    Returns None if there is no such kind.
+    """
     weight = layer.get_parameter('weight')
     equal = set(_KINDS)
     # bf16 input is tried too, because under autocast layers with fp32 weights get bf16 input. In fp32 nothing is

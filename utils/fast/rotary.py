@@ -1,6 +1,6 @@
-"""Some rotary embeddings choose their frequencies by the longest row of a batch.
+"""Keeps the result of a row independent of the other rows in its batch.
 
-The functions of this module make the result of a row independent of the other rows of its batch.
+This is needed because some rotary embeddings choose their frequencies by the longest row of a batch.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any
 
 
 def _parameters(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rope_parameters of a config; if each type of layer has its own parameters, yield each of them."""
+    """Yield the rope_parameters of a config. If each type of layer has separate parameters, yield one dict per type."""
     found = config.get_text_config().to_dict().get('rope_parameters') or {}
     nested = [value for value in found.values() if isinstance(value, dict) and 'rope_type' in value]
     yield from nested or [found]
 
 
 def depends_on_batch_from(config: Any) -> int | None:
-    """Return the row length up to which the frequencies stay the same, or None if they never change.
+    """Return the largest row length that does not change the rotary frequencies, or None if no length changes them.
 
-    If a batch has a longer row, all its rows get the frequencies of the longest row.
+    If a batch has a longer row, all rows of the batch get the frequencies of the longest row.
     """
     trained_length = getattr(config.get_text_config(), 'max_position_embeddings', None)
     limits = []
@@ -33,10 +33,10 @@ def depends_on_batch_from(config: Any) -> int | None:
 
 
 def forget_longer_batches(model: Any) -> None:
-    """Let the next forward pass compute its frequencies from its own length and not from an earlier batch.
+    """Make the next forward pass choose its rotary frequencies by its own length, not by the length of earlier batches.
 
-    A dynamic embedding keeps the frequencies of the longest batch so far until a short batch comes. A resumed run has
-    not seen that long batch, so it would continue with different frequencies.
+    A dynamic embedding keeps the frequencies of the longest batch so far, until a short batch comes. A resumed run has
+    not seen the longest batch, so it would continue with different frequencies.
     """
     for module in model.modules():
         kinds = getattr(module, 'rope_type', None)
@@ -49,7 +49,7 @@ def forget_longer_batches(model: Any) -> None:
 
 
 def groups_of_rows(lengths: list[int], limit: int) -> list[list[int]]:
-    """Group rows by forward pass, and return the row indices of each group.
+    """Return groups of row indices, one group for each forward pass.
 
     All rows of at most `limit` tokens form one group, and each longer row forms a group alone.
     """

@@ -1,6 +1,6 @@
-"""Loss and hits at the trained tokens of a padded or concatenated batch.
+"""Computes the loss and the hits of a padded or concatenated batch.
 
-A hit is a trained token to which the model gives the highest probability.
+A hit is a trained token to which the model gives the highest probability of all tokens.
 
 Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, K columns that predict
 a trained token in at least one row, C hidden width, V vocabulary.
@@ -30,8 +30,8 @@ class Scorer:
     def __init__(self, base: Any, head: Head | None, *, splits: bool = True) -> None:
         """Set up scoring for the model `base`.
 
-        With `splits`, rows whose result depends on longer rows of the batch are separated from them: all rows up to the
-        limit share one forward pass, and each longer row gets its own.
+        With some models, a row above a certain length changes the results of all rows in its batch. With `splits`, each
+        row above this length gets a separate forward pass, and all shorter rows share one forward pass.
         """
         self.base = base
         self.head = head
@@ -63,8 +63,8 @@ class Scorer:
     def _predictors(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
         """Return three tensors, each with one entry for each trained token.
 
-        The first predicts the tokens: with a head it has hidden states (P, C), without a head logits (P, V). The second
-        has the ids of the trained tokens (P), and the third the row index of each trained token (P).
+        The first tensor is what the token is predicted from: hidden states (P, C) if there is a head, else logits
+        (P, V). The second is the ids of the trained tokens (P). The third is the index of the token's row (P).
         """
         if self.row_limit is None:
             return self._in_one_pass(model, batch)
@@ -72,8 +72,8 @@ class Scorer:
         found: list[Predictors] = []
         for indices in groups_of_rows(batch['row_lengths'].tolist(), self.row_limit):
             forget_longer_batches(self.base)
-            # The wrapper `model` may run collective operations, and processes may have different numbers of groups.
-            # So only the first pass, which every process has, uses the wrapper.
+            # `model` may be a wrapper (DDP) that runs collective operations, and processes may have different numbers
+            # of groups. So only the first pass, which every process runs, uses the wrapper.
             module = self.base if found else model
             predictors, targets_P, row_P = self._in_one_pass(module, take_rows(batch, indices))
             found.append((predictors, targets_P, torch.tensor(indices, device=row_P.device)[row_P]))
@@ -88,7 +88,7 @@ class Scorer:
         is_concatenated = 'attention_mask' not in batch
 
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
-        # The value must be a tensor: if it is a number, Gemma 4 cuts its masks by this number.
+        # logits_to_keep must be a tensor: Gemma 4 would cut its masks to a number.
         keep = {'logits_to_keep': columns_K} if self.selects_logits else {}
         to_head: AbstractContextManager[list[torch.Tensor]] = head_input(self.head) if self.head else nullcontext([])
         layout = concatenated_rows(lengths_B.tolist()) if is_concatenated else nullcontext()

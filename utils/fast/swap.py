@@ -11,7 +11,7 @@ _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def swap_class(layer: nn.Module, mixin: type[nn.Module]) -> None:
-    """Give a layer the methods of `mixin`. Its new class is a subclass of `mixin` and of its original class.
+    """Change the class of a layer to a subclass of `mixin` and of its original class.
 
     For example, a LlamaRMSNorm becomes a FusedLlamaRMSNorm. The layer keeps its parameters, buffers and hooks.
     `restore_class` undoes the swap.
@@ -33,10 +33,10 @@ def restore_class(layer: nn.Module) -> None:
 
 
 def _bind_hooked_forward(layer: nn.Module) -> None:
-    """Let accelerate's hooks call the forward of the layer's new class.
+    """Make accelerate's hooks call the forward of the layer's present class. Does nothing for a layer without hooks.
 
-    In a model over several devices, accelerate sets a `forward` on the layer that moves the inputs and then calls
-    `_old_forward`. This `_old_forward` is still the forward of the class that the layer had before.
+    If a model is spread over several devices, accelerate gives each layer a `forward` that moves the inputs and then
+    calls `_old_forward`. Without this function, `_old_forward` would be the forward of the layer's previous class.
     """
     if '_old_forward' in vars(layer):
         vars(layer)['_old_forward'] = types.MethodType(type(layer).forward, layer)

@@ -33,9 +33,9 @@ def answer_rows(
     args: InferArguments,
     target: Path,
 ) -> dict[str, float]:
-    """Answer the rows, and return the mean scores. Each process answers its share of the rows.
+    """Answer the rows, and return the mean scores by name. Each process answers its share of the rows.
 
-    Rank 0 prints all answers and writes them to `target`. All other ranks return an empty dictionary. Raises
+    Rank 0 prints all answers and writes them to the file `target`. All other ranks return an empty dictionary. Raises
     ConfigError if every row is skipped.
     """
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)

@@ -20,14 +20,15 @@ from utils.formats.conversation import Row
 from utils.infer.generation import generate_batch, generation_config, wanted_texts
 from utils.run.record import ANSWERS_JSON
 
-# The most tokens of an answer: enough to show a change, at little cost.
+# The largest number of tokens in an answer. It is enough to show a change, and costs little time.
 _NEW_TOKENS = 64
 
 
 class BeforeAfter:
-    """Generates the answers on the main process, greedily and in one batch.
+    """Chooses a few rows, and generates the answers of the model before and after training to these rows.
 
-    With LoRA, the answers before training are generated after training, with the adapter switched off.
+    The main process generates all answers in one batch, without sampling. With LoRA, the answers before training are
+    also generated after training, with the adapter switched off.
     """
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
@@ -54,7 +55,10 @@ class BeforeAfter:
                     self.rows.append(row)
 
     def ask(self, model: Any) -> list[str]:
-        """Return the model's answers. The mode of the model (training or evaluation) is the same afterwards."""
+        """Return the model's answers as texts, one for each chosen row; the list is empty on all other processes.
+
+        The mode of the model (training or evaluation) is restored afterwards.
+        """
         if not self.rows:
             return []
         was_training = model.training
@@ -64,12 +68,12 @@ class BeforeAfter:
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def ask_before(self, model: Any, args: SftArguments) -> None:
-        """For full fine-tuning, generate the answers before training, because training changes the base weights."""
+        """With --sft_type full, generate the answers before training now, because training changes the base weights."""
         if args.sft_type == 'full':
             self.before = self.ask(model)
 
     def write(self, model: Any, run_dir: Path) -> None:
-        """Generate the answers after the last step, and write answers.json."""
+        """Generate the answers of the trained model, and write all answers to answers.json in the run folder."""
         if not self.rows:
             return
         if not self.before:

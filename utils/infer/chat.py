@@ -27,7 +27,7 @@ Answer = Callable[[list[int], Sequence[str]], str]
 
 
 class Chat:
-    """A conversation: keeps its messages, and handles each new line that the user types."""
+    """A conversation with a model: keeps the messages so far, and handles each new line that the user types."""
 
     def __init__(self, encoder: Encoder, answer: Answer, say: Callable[[str], None]) -> None:
         template = TEMPLATE_MAPPING[encoder.name]
@@ -36,7 +36,7 @@ class Chat:
         self.answer = answer
         self.say = say
         self.limit = encoder.max_length
-        # An encoder without a length limit: a prompt that is too long loses its oldest turns and is not cut.
+        # An encoder without a length limit, because the chat shortens a long prompt itself: it drops the oldest turns.
         self._uncut = copy.copy(encoder)
         self._uncut.max_length = -1
         self.system: str | None = None
@@ -63,13 +63,14 @@ class Chat:
     def _row(self, query: str) -> Row:
         system = [Message(role='system', content=self.system)] if self.system is not None else []
         question = Message(role='user', content=query)
-        # encode_prompts drops the last message, which is the reply in a training row.
+        # The empty reply is needed because encode_prompts drops the last message of a row.
         return Row(messages=[*system, *self.turns, question, Message(role='assistant', content='')], origin='chat')
 
     def _prompt(self, query: str) -> list[int]:
-        """Return the ids of the conversation and the query. If there are too many ids, the oldest turns are dropped.
+        """Return the token ids of the prompt: the conversation so far and the query.
 
-        Raises RowRefused if the query alone is too long.
+        If it is longer than --max_length, the oldest turns are dropped. Raises RowRefused if the query is too long even
+        without earlier turns.
         """
         prompt = self._uncut.encode_prompts([self._row(query)])[0]
         turns = self.turns

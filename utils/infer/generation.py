@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 # Flags that have an effect only with --do_sample true.
 _SAMPLING = ('temperature', 'top_k', 'top_p')
-# The largest number of bytes of an unfinished character. Each of these bytes may be decoded as U+FFFD.
+# An unfinished character at the end of a text has at most this many bytes. Each byte may be decoded as U+FFFD.
 _UNFINISHED = 3
 
 
 def generation_config(
     args: CommonArguments, tokenizer: Any, stop_ids: Sequence[int], base: GenerationConfig | None = None
 ) -> GenerationConfig:
-    """Return the generation settings of the command line.
+    """Return the generation settings for the flags in `args`.
 
-    Sampling fields are set only if sampling is on, because transformers requires this. The stop tokens are those of the
-    tokenizer, of the template, and of the base model's generation settings.
+    Sampling settings are set only if sampling is on, because transformers requires this. Generation stops at the eos
+    token of the tokenizer, at `stop_ids`, and at the stop tokens in `base`, the generation settings of the base model.
     """
     from transformers import GenerationConfig
 
@@ -61,8 +61,8 @@ def served_config(
 ) -> GenerationConfig:
     """Return the generation settings for a merged model folder.
 
-    They are the settings of the base model, with the stop, padding and bos tokens of `config`. A setting that was typed
-    now, or that differs from its default in `args`, replaces the setting of the base model.
+    They are a copy of `base`, the settings of the base model, with the stop, padding and bos tokens of `config`. A flag
+    replaces its setting if the flag was typed now, or if its value in `args` differs from the default.
     """
     served = copy.deepcopy(base)
     served.eos_token_id = config.eos_token_id
@@ -105,11 +105,11 @@ def generate_batch(
     images: Images | None = None,
     pixels: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt, up to the first stop token, which is left out.
+    """Return the generated ids for each prompt, without the first stop token and all ids after it.
 
     An empty prompt starts from the bos token. Whenever half of the rows of the batch have ended, the ended rows are
-    removed from the batch. The remaining rows continue with their key-value caches. With images, no row is removed
-    early. `pixels` has the model's inputs for the images of all prompts, in the order of the prompts.
+    removed from the batch, and the remaining rows continue with their key-value caches. If there are images, no row is
+    removed early. `pixels` has the model's inputs for the images of all prompts, in the order of the prompts.
     """
     import torch
 
@@ -159,9 +159,9 @@ def generate_batch(
 
 
 def _rows_can_leave(model: Any) -> bool:
-    """Return True if keys and values are the only state that the model keeps for the rows of a batch.
+    """Return whether rows can be removed from a batch during generation.
 
-    Only then can rows be removed from a running batch.
+    This is so if keys and values are the only state that the model keeps for the rows of a batch.
     """
     settings = model.config.get_text_config().to_dict()
     # With dynamic NTK, Qwen also keeps a factor for each row of the first batch.
@@ -192,10 +192,10 @@ def _half_have_ended(config: GenerationConfig) -> Any:
 
 
 def wanted_texts(encoder: Encoder, rows: Sequence[Row], stop_ids: Sequence[int]) -> list[str]:
-    """Return the expected answer for each row: the text of its last reply, as it is trained.
+    """Return the expected answer for each row: the text of its last reply.
 
-    A reply with tool calls or reasoning is decoded from its trained ids, so that the text is as the template renders
-    it. A plain reply is returned unchanged.
+    A plain reply is returned unchanged. A reply with tool calls or reasoning is returned as the template renders it:
+    its trained ids are decoded.
     """
     whole = copy.copy(encoder)
     whole.max_length = -1
@@ -222,7 +222,7 @@ def generate_rows(
     paths: Sequence[Sequence[str]] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt, in the order of the prompts. Prompts of similar length share a batch.
+    """Return the generated ids for each prompt, in the order of the prompts. Prompts of similar length share a batch.
 
     `paths` has the image paths of each prompt. The images of a batch are opened when the batch starts. `progress` is
     called after each batch with the number of answered prompts.
@@ -247,10 +247,10 @@ def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dic
 
 
 class _TextStream:
-    """A streamer for generate(). It passes text to `say` as soon as later ids cannot change this text.
+    """A streamer for generate(). It passes each new piece of text to `say`, once no later id can change the piece.
 
-    All ids are decoded each time. If a piece were decoded separately, it would lose its leading space with tokenizers
-    that strip the first space of a text (Llama 2).
+    Each time, all ids so far are decoded. If only the new ids were decoded, their text would lose its leading space
+    with tokenizers that strip the first space of a text (Llama 2).
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
@@ -262,14 +262,17 @@ class _TextStream:
         self._has_prompt = False
 
     def put(self, value: Any) -> None:
-        """Take new ids from generate(), and show the text that can no longer change. The first call has the prompt."""
+        """Take new ids from generate(), and show the text that can no longer change.
+
+        generate() passes the prompt in the first call, so the ids of the first call are not shown.
+        """
         if self._has_prompt:
             self.ids += value.reshape(-1).tolist()
             self._show(self._settled(self.text()))
         self._has_prompt = True
 
     def end(self) -> None:
-        """Show the rest of the text, which no later id can change now."""
+        """Show the rest of the text. generate() calls this after the last id."""
         text = self.text()
         differing = (index for index, (one, other) in enumerate(zip(text, self.shown, strict=False)) if one != other)
         # Some decoders change earlier text if invalid bytes follow this text.

@@ -11,9 +11,9 @@ _WORD = re.compile(r'\w+|[^\w\s]')
 
 
 class WordTokenizer:
-    """Splits text into lower-case words.
+    """Splits text into lower-case words, for ROUGE and BLEU. Text with Chinese characters is split by jieba.
 
-    Text with Chinese characters is split by jieba. The default tokenizer of rouge_score drops Chinese characters.
+    The default tokenizer of rouge_score is not used, because it drops Chinese characters.
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -29,7 +29,7 @@ class WordTokenizer:
 
 
 def _bleu_4(answer: list[str], label: list[str]) -> float:
-    """Return the sentence BLEU score over n-grams of up to 4 words.
+    """Return the sentence BLEU score over n-grams of up to 4 words, from 0 to 1.
 
     If the answer or the label has fewer than 4 words, n-grams longer than the shorter text are not used.
     """
@@ -43,9 +43,10 @@ def _bleu_4(answer: list[str], label: list[str]) -> float:
 
 
 def score_texts(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Return the means of ROUGE-1, ROUGE-2, ROUGE-L (F1) and BLEU-4 over all pairs, from 0 to 100.
+    """Return the mean scores over all pairs of answer and label, from 0 to 100.
 
-    If both texts of a pair have fewer than two words, ROUGE-1 is used for ROUGE-2, because ROUGE-2 needs two words.
+    The keys are rouge-1, rouge-2, rouge-l (F1) and bleu-4. If both texts of a pair have fewer than two words, ROUGE-1
+    is used for ROUGE-2, because ROUGE-2 needs two words.
     """
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -1,4 +1,4 @@
-"""Read rows from their source data a second time, for the proofs.
+"""Reads rows from their source data a second time, to check that the conversion of the data lost nothing.
 
 This module shares no code with the conversion, so it does not repeat errors of the conversion.
 """
@@ -14,7 +14,7 @@ from utils.formats.json_text import JsonParser
 
 REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 
-# For role names of data sets in lower case, the role names that chat templates use.
+# Role names in data sets (in lower case), each with the role name that chat templates use.
 _ROLES = {
     'human': 'user',
     'gpt': 'assistant',
@@ -29,15 +29,15 @@ _ROLES = {
     'tool_response': 'tool',
 }
 _CALL_ROLES = ('function_call', 'tool_call')
-# The keys of a turn that `_message` reads by name, and the keys that set whether a turn is trained.
+# The keys of a turn that `_message` does not copy: it reads them by name, or they only set whether a turn is trained.
 _READ_KEYS = {'role', 'from', 'content', 'value', 'weight', 'loss', 'train', 'tool_calls', 'function_call'}
 
 
 def messages_as_written(row: Row) -> list[dict[str, Any]]:
-    """Return the turns of a row as they are in the source data, with the parts that the conversion may have lost.
+    """Return the turns of a row as they are in the source data, with keys that the conversion may have lost.
 
-    Keys that the conversion reports as unused are skipped, because they are counted already. If the source row has
-    texts instead of turns, the converted turns are returned; the characters of these texts are counted elsewhere.
+    Keys that the conversion reports as unused are skipped, because they are counted already. If the source row has no
+    list of turns but separate texts (e.g. query and response), the converted turns are returned.
     """
     column = next((name for name in ('messages', 'conversations') if row.written.get(name)), None)
     turns = _parsed(row.written[column]) if column else None
@@ -54,7 +54,7 @@ def messages_as_written(row: Row) -> list[dict[str, Any]]:
 def tools_as_written(row: Row) -> list[Any] | None:
     """Return the tools of a row as they are in the source data, each as {'type': 'function', 'function': ...}.
 
-    Returns the converted tools if the source data has no list of tools, and None if the row has no tools at all.
+    If the source data has no list of tools, the converted tools are returned, or None if there are none.
     """
     found = [_parsed(row.written.get(column)) for column in ('tools', 'functions')]
     tools = next((value for value in found if isinstance(value, list) and value), None)
@@ -132,6 +132,6 @@ def _parsed(value: Any) -> Any:
 
 
 def _with_object(function: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return a copy of the function. If the value of `key` is the JSON text of an object, the text is parsed."""
+    """Return a copy of `function`. If the value of `key` is an object as JSON text, the copy has the parsed object."""
     found = _parsed(function.get(key))
     return {**function, key: found} if isinstance(found, dict) else dict(function)

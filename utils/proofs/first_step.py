@@ -1,6 +1,7 @@
-"""The first-step gate: before training, try a step, an evaluation and a checkpoint with the heaviest rows.
+"""The first-step gate: before training, try a step, an evaluation and a checkpoint, and then undo them.
 
-Afterwards the weights and all other state are bitwise the same as before.
+They are tried with the heaviest batches, which need the most memory. Afterwards the weights and all other state are
+bitwise the same as before.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ T = TypeVar('T')
 
 
 class FirstStepGate(TrainerCallback):
-    """Tries the parts of a run before the first step, when model, optimizer and processes are ready for training."""
+    """Tries the parts of a run before its first step, so that a run without enough memory or disk space ends early."""
 
     def __init__(self, trainer: SftTrainer, *, resumed_from: str | None) -> None:
         self.trainer = trainer
@@ -48,9 +49,9 @@ class FirstStepGate(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Try steps, an evaluation and a checkpoint, undo them, and record the outcome.
+        """Try steps, an evaluation and a checkpoint, undo them, and write the outcome to proofs.json.
 
-        Raises ConfigError with advice if one of them fails.
+        If one of them fails, raises ConfigError with a message that says which flags to change.
         """
         started = time.perf_counter()
         scratch = Path(args.output_dir) / _SCRATCH
@@ -90,7 +91,7 @@ class FirstStepGate(TrainerCallback):
         """A context that restores weights, optimizer, loss scale and random state when it ends without an error.
 
         A copy of the trainable weights is kept in main memory (4 bytes for each fp32 parameter). DeepSpeed shards the
-        weights, so with DeepSpeed a checkpoint is written and read instead.
+        weights, so with DeepSpeed a checkpoint in the folder `scratch` is used instead of the copy.
         """
         trainer = self.trainer
         engine = trainer.deepspeed
@@ -124,11 +125,12 @@ class FirstStepGate(TrainerCallback):
         set_random_state(random)
 
     def _steps(self, heaviest: list[Rows]) -> str | None:
-        """Do one step, and then forward and backward passes while the optimizer's state is in memory.
+        """Try the batches `heaviest`. Returns the first memory error, or None if the memory is sufficient.
 
-        Returns the first memory error, or None if the memory is sufficient. Passes run without collective operations,
-        so that no process waits for a process that runs out of memory. Only the last pass, over one row, averages the
-        gradients over the processes. A sharded model needs collective operations in every pass.
+        One whole step is done first, and then a forward and backward pass for each batch, because now the state of the
+        optimizer is in memory too. The passes run without collective operations, so that no process waits for a process
+        that runs out of memory. Only the last pass, over one row, averages the gradients over the processes. A sharded
+        model needs collective operations in every pass.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
@@ -148,7 +150,7 @@ class FirstStepGate(TrainerCallback):
         return bool(self.trainer.is_deepspeed_enabled or self.trainer.is_distributed_loading_by_transformers)
 
     def _forward_backward(self, rows: Rows, *, exchanges: bool) -> str | None:
-        """Do a forward and a backward pass over the rows; `exchanges` says whether processes average their gradients.
+        """Do a forward and a backward pass over the rows. If `exchanges` is True, processes average their gradients.
 
         Returns the first memory error of any process, or None if there was no error.
         """
@@ -172,12 +174,15 @@ class FirstStepGate(TrainerCallback):
         trainer.model_wrapped.zero_grad()
 
     def _advise(self, heaviest: list[Rows], failure: str) -> NoReturn:
-        """Try settings that need less memory, and raise a ConfigError that says which of them fit into memory."""
+        """Try settings that need less memory, and raise a ConfigError. Its message says which settings fit into memory.
+
+        `failure` is the memory error of the batches `heaviest`.
+        """
         trainer = self.trainer
         rows = heaviest[0]
         tokens = _longest(rows)
         tried = []
-        # If the model is sharded, processes are no longer synchronised after an error, so nothing can be tried.
+        # With a sharded model, processes are not synchronised after an error, so no other setting can be tried.
         for flag, lighter in [] if self._is_sharded() else self._lighter(rows, tokens):
             trainer.model_wrapped.zero_grad()
             trainer.optimizer.state.clear()
@@ -203,9 +208,10 @@ class FirstStepGate(TrainerCallback):
         )
 
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
-        """Return pairs of a flag that saves memory and the rows of the batch with this flag.
+        """Return a list of (flag that saves memory, the batch as it is with this flag).
 
-        With --gradient_checkpointing true the rows stay the same list object.
+        `tokens` is the number of tokens in the longest row. For --gradient_checkpointing true the batch is the object
+        `rows` itself.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:
@@ -219,7 +225,7 @@ class FirstStepGate(TrainerCallback):
         return lighter
 
     def _evaluate(self) -> None:
-        """Try an evaluation of the heaviest batch, with answers of a few tokens.
+        """Try an evaluation of the heaviest validation batch. If evaluation generates answers, they have few tokens.
 
         Raises ConfigError if the batch does not fit into memory, or if the loss of a row is not finite.
         """
@@ -250,9 +256,10 @@ class FirstStepGate(TrainerCallback):
         trainer.compute_metrics(EvalPrediction(predictions=found.cpu().numpy(), label_ids=labels.cpu().numpy()))
 
     def _save(self, scratch: Path) -> int:
-        """Write a checkpoint, and return its size in bytes. Warn if the disk has no space for later checkpoints.
+        """Write a checkpoint to the folder `scratch`, and return its size in bytes.
 
-        Raises ConfigError if the checkpoint cannot be written.
+        Logs a warning if the disk has too little space for the later checkpoints. Raises ConfigError if the checkpoint
+        cannot be written.
         """
         trainer = self.trainer
         checkpoint = scratch / 'checkpoint-0'
@@ -263,7 +270,7 @@ class FirstStepGate(TrainerCallback):
             )
 
         size = dist.from_all(sum(p.stat().st_size for p in checkpoint.rglob('*')) if dist.is_main() else 0)[0]
-        # The old checkpoints are deleted only after the next checkpoint is written.
+        # An old checkpoint is deleted only after the next checkpoint is written, so one more must fit on the disk.
         held = trainer.checkpoints.limit + 1 if trainer.checkpoints.limit > 0 else 2
         free = shutil.disk_usage(scratch.parent).free + size
         if free < held * size:
@@ -275,7 +282,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Call `work` and return (its result, None), or (None, the first line of the error) if memory is not sufficient."""
+    """Call `work`, and return (its result, None). If it runs out of memory, return (None, first line of the error)."""
     try:
         return work(), None
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""Check that in real batches a token has a label exactly if its row marks the token as trained."""
+"""Check the labels in real batches: exactly the tokens that a row marks as trained must have a label."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.run.record import record_proof
 
 # The number of rows that are checked.
 MASK_ROWS = 64
-# The number of rows in one batch. It must be more than one, so that the check notices if rows are mixed up.
+# The number of rows in one batch. It must be more than one, because a mistake may be that rows of a batch are mixed up.
 _BATCH_ROWS = 4
 
 
@@ -27,9 +27,10 @@ def prove_mask(
     encoder: Encoder,
     run_dir: Path,
 ) -> None:
-    """Make batches of the rows as in training, compare the labels with the trained spans, and record the outcome.
+    """Make batches of the rows as in training, and compare their labels with the trained spans of the rows.
 
-    Raises ConfigError if a label is missing, added, wrong or at a wrong position.
+    The outcome is written to proofs.json. Raises ConfigError if a label is missing, added, wrong or at a wrong
+    position.
     """
     started = time.perf_counter()
     rows = list(rows)
@@ -49,7 +50,7 @@ def prove_mask(
 
 
 def _sentence(checked: int, summary: dict[str, Any]) -> str:
-    """Return the sentence that the record and the log show if the check passed."""
+    """Return the sentence that proofs.json and the log show if the check passed."""
     share = 'the rows of a stream are not counted before training'
     if train := summary.get('train'):
         share = f'{train["rows"]} rows train {100 * train["trained_share"]:.4g} % of {train["tokens"]} tokens'
@@ -75,7 +76,10 @@ def _fault(rows: Sequence[dict[str, Any]], collate: Callable[..., dict[str, Any]
 
 
 def _split(batch: dict[str, Any], lengths: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Return the ids of each row, the labels of each row, and the labels of the padding."""
+    """Split a batch into the ids of each row, the labels of each row, and the labels of the padding.
+
+    `lengths` are the numbers of tokens of the rows.
+    """
     ids = batch['input_ids'].tolist()
     labels = batch['labels'].tolist()
     if len(ids) > 1:

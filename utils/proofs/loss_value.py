@@ -21,11 +21,13 @@ from utils.encode.encoded import Encoded, cut_front, spans_of, trains_nothing
 from utils.run.record import record_proof
 from utils.train.trainer import SftTrainer
 
-# A few short rows are enough to show a wrong shift, mask, position, scale or count, and cost little time.
+# At most this many rows are compared, each cut to this many tokens. They show a wrong shift, mask, position, scale or
+# count, and cost little time.
 _ROWS = 4
 _MAX_TOKENS = 256
 _BATCH_ROWS = 2
-# The allowed difference as a fraction of the loss, in fp32 and in 16 bits. A batch rounds differently than one row.
+# The allowed difference as a fraction of the loss, in fp32 and in 16 bits. It is not 0, because sums over a batch are
+# rounded differently than sums over one row.
 _EXACT = 1e-3
 _ROUNDED = 5e-2
 
@@ -42,7 +44,7 @@ class LossProof(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compare the losses and record the outcome.
+        """Compare the losses, and write the outcome to proofs.json.
 
         Raises ConfigError if the trainer's loss differs from the loss of the plain forward pass.
         """
@@ -51,7 +53,10 @@ class LossProof(TrainerCallback):
         # Under FSDP a forward pass without gradients before the first training step crashes the process (SIGSEGV).
         # Under DeepSpeed, which may shard the model too, the comparison is skipped as well.
         if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
-            logger.info('loss value: not compared with single rows, because DeepSpeed or FSDP shards the model')
+            logger.info(
+                'loss value: the loss of a batch is not compared with the losses of its rows, because DeepSpeed or '
+                'FSDP shards the model'
+            )
             return
 
         trainer.model_wrapped.eval()
@@ -69,7 +74,7 @@ class LossProof(TrainerCallback):
         summed_losses = []
         for row in self.rows:
             loss = self._plain_loss(row)
-            # Rows with an infinite or NaN loss are left to the guard, which names the row in its message.
+            # A row with an infinite or NaN loss is skipped here. The guard reports it in the first step.
             if math.isfinite(loss):
                 rows.append(row)
                 summed_losses.append(loss)
@@ -99,7 +104,7 @@ class LossProof(TrainerCallback):
         logger.info(f'loss value: {says}')
 
     def _plain_loss(self, row: dict[str, Any]) -> float:
-        """Return the summed loss of a row from a plain forward pass: the model gets only ids and images, no labels."""
+        """Return the loss of one row, summed over its trained tokens. The model gets only the row's ids and images."""
         trainer = self.trainer
         device = trainer.args.device
         ids_1T = torch.tensor([row['input_ids']], device=device)
@@ -114,9 +119,9 @@ class LossProof(TrainerCallback):
         return float(-log_p_TV[position_P - 1].gather(1, target_P[:, None]).double().sum())
 
     def _trainer_loss(self, rows: Items) -> tuple[float, int]:
-        """Return the loss that the trainer computes for these rows in one step, and the number of trained tokens.
+        """Return the mean loss that the trainer computes for these rows, and the number of their trained tokens.
 
-        The step has several batches.
+        The rows are divided into several batches of one step.
         """
         trainer = self.trainer
         parts = [rows[start : start + _BATCH_ROWS] for start in range(0, len(rows), _BATCH_ROWS)]
@@ -144,8 +149,8 @@ def trained_positions(row: dict[str, Any]) -> list[int]:
 def choose_rows(rows: Sequence[dict[str, Any]]) -> Items:
     """Return a few rows of different lengths for the comparison.
 
-    They are rows without images, cut to their last tokens. If no such row has a trained token left, rows with images
-    are returned without a cut.
+    Rows without images are preferred, and cut to their last _MAX_TOKENS tokens. If none of them has a trained token
+    left, rows with images are returned without a cut.
     """
     shortened = [_shortened(row) for row in rows if not row.get('images')]
     found = [row for row in shortened if row] or [row for row in rows if row.get('images')]

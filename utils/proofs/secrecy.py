@@ -18,14 +18,14 @@ from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
 from utils.run.record import record_proof
 
-# Files that DeepSpeed writes in its own format. Only these files are excepted from the check; the record lists them.
+# Files that DeepSpeed writes. What is found in them is only listed in proofs.json and does not fail the check.
 _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')
 
 
 def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
-    """Yield a message for each file that contains a path inside `home`.
+    """Yield a message for each file in the folder whose content has a path inside `home`.
 
-    A path is allowed if it begins with a path in `typed`.
+    A path is allowed if it begins with one of the paths in `typed`.
     """
     if home == home.parent:
         return
@@ -39,7 +39,10 @@ def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
 
 
 def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
-    """Search every byte of the run folder, record the findings in proofs.json, and warn if there are any."""
+    """Search all files of the run folder for secrets, pickles and paths of the home folder.
+
+    The outcome is written to proofs.json. If something is found, a warning is logged.
+    """
     started = time.perf_counter()
     secrets = find_secrets(os.environ, {'--hub_token': args.hub_token})
     files = sorted(p.relative_to(run_dir).as_posix() for p in run_dir.rglob('*') if p.is_file())

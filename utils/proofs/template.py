@@ -45,11 +45,14 @@ from utils.run.folder import Run
 from utils.run.lock import check_repeated_template
 from utils.run.record import RunRecord, Trained, record_proof
 
+# The result of the comparison for one row. equal: the ids are the same. explained: they differ, and the notes of the
+# row say why. different: they differ for another reason. refused: the row cannot be rendered. alone: there is no chat
+# template to compare with.
 Verdict = Literal['equal', 'explained', 'different', 'refused', 'alone']
 # The number of rows of the user that are checked. They are spread over the data.
 ROWS = 200
-# The notes that explain why the ids of a row differ from the ids of the chat template. All notes are counted and shown
-# to the user.
+# Notes are remarks of the encoder on a row, which are counted and shown to the user. These notes explain why the ids of
+# a row differ from the ids of the chat template.
 _EXPLAINS = {MERGED_BOUNDARY, CONTROL_TOKENS, RENDERED_DIFFERENTLY, FULL_DIFFERS, ADDED_END}
 _PROBE = 'probe: '
 _THINK_BLOCK = re.compile(rf'(?:{OPEN_TAG}).*?(?:{CLOSE_TAG})|.*(?:{CLOSE_TAG})', re.DOTALL)
@@ -57,7 +60,7 @@ _THINK_TAG = re.compile(f'{OPEN_TAG}|{CLOSE_TAG}')
 
 
 def probes() -> list[Row]:
-    """Return the probes: one conversation for each special case of templates. `origin` names the case."""
+    """Return the probes as rows: one conversation for each special case of templates. `origin` names the case."""
     written = json.loads(Path(__file__).with_name('probes.json').read_text(encoding='utf-8'))
     return [
         Row(messages=probe['messages'], tools=probe.get('tools'), origin=f'{_PROBE}{probe["kind"]}')
@@ -68,7 +71,8 @@ def probes() -> list[Row]:
 def template_hash(encoder: Encoder) -> str:
     """Return the sha256 of the encoder's template.
 
-    Under template auto it is the hash of the chat template's text, otherwise the hash of the entry of TEMPLATE_MAPPING.
+    With --template_type auto, the text of the tokenizer's chat template is hashed. Otherwise, the entry of
+    TEMPLATE_MAPPING is hashed.
     """
     own = TEMPLATE_MAPPING[encoder.name]
     content = encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own)
@@ -76,9 +80,10 @@ def template_hash(encoder: Encoder) -> str:
 
 
 def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
-    """Record the hash of the template that is used in training.
+    """Write the hash of the template to sft_args.json and lock.json.
 
-    Raises ConfigError if the run in `repeats`, which this run repeats, used a different template.
+    `repeats` is the folder of the run that this run repeats, or None. Raises ConfigError if that run used a different
+    template.
     """
     sha256 = template_hash(encoder)
     if repeats is not None:
@@ -90,10 +95,10 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
 
 
 def note_thinking(run: Run, encoder: Encoder, switched: tuple[int, int]) -> None:
-    """Decide and record whether prompts of the trained model use the template's thinking switch.
+    """Decide and record whether prompts of the trained model use the thinking switch, e.g. enable_thinking=True.
 
-    `switched` is (rows rendered with the switch, rows in total). If no row was rendered with the switch, nothing is
-    recorded.
+    `switched` is (number of rows rendered with the switch, number of all rows). If no row was rendered with the switch,
+    nothing is recorded.
     """
     rows, total = switched
     if rows:
@@ -107,7 +112,7 @@ def _thinking_reason(rows: int, total: int, switch: str | None) -> str:
 
 
 def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
-    """Let the encoder use the thinking switch in prompts, if most replies in training were rendered with the switch."""
+    """If most replies in training were rendered with the thinking switch, make the encoder use it in all prompts."""
     switch = record.thinking
     count = record.thinking_rows
     if switch is None or count is None or switch != encoder.switch:
@@ -165,7 +170,7 @@ def _template_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[i
 
 
 def _one_slot(ids: list[int], images: Images | None) -> list[int]:
-    """Return the ids with only one image token for each image, as in the text of a chat template."""
+    """Return the ids with one image token for each image, as in a chat template. Encoded ids have several per image."""
     if images is None:
         return ids
     return [token for before, token in zip([None, *ids], ids, strict=False) if token != images.slot or before != token]
@@ -199,9 +204,10 @@ class _Check:
         self.theirs: list[int] = []
 
     def faults(self) -> list[str]:
-        """Return descriptions of the faults that make inference differ from training, for any template.
+        """Return a description of each fault of the row. The list is empty if there is no fault.
 
-        The list is empty if there is no fault.
+        Two faults are possible, with any template: the prompt of inference is not the beginning of the trained row, or
+        the end-of-turn token carries no loss.
         """
         ids = self.encoded.input_ids
         _, end = self.encoded.trained
@@ -219,9 +225,9 @@ class _Check:
         return faults
 
     def verdict(self) -> Verdict:
-        """Compare the ids of the row with the ids of the chat template, and return the verdict.
+        """Compare the ids of the row with the ids of the chat template.
 
-        The verdict is 'equal', 'explained' or 'different'. Errors that the template raises for this row are not caught.
+        Returns 'equal', 'explained' or 'different'. An error that the template raises for this row is not caught here.
         """
         self.theirs = _template_ids(self.encoder, self.row)
         if self.encoder.name != AUTO:
@@ -238,7 +244,7 @@ class _Check:
         return 'explained' if notes & _EXPLAINS and self._is_explained(notes) else 'different'
 
     def _is_explained(self, notes: set[str]) -> bool:
-        """Return whether the notes of the row explain the whole difference from the chat template.
+        """Return whether the notes of the row explain its whole difference from the text of the chat template.
 
         Each note explains only the kind of difference that it describes.
         """
@@ -275,9 +281,9 @@ class _Check:
         return text.rpartition(marker)[2]
 
     def _has_whole_reply(self, ours: str, full: str) -> bool:
-        """Return whether our text contains the whole last message as written.
+        """Return whether our text `ours` contains the whole last message of the row, as it is in the source data.
 
-        The reasoning of the message must be in our text too, if the template prints the reasoning.
+        If the template's text `full` contains the reasoning of the message, our text must contain the reasoning too.
         """
         if _has_images(self.row):
             message: Mapping[str, Any] = {'content': self.row.messages[-1]['content']}
@@ -288,24 +294,24 @@ class _Check:
 
         texts = [message['content']]
         for key in REASONING_KEYS:
-            # If the template does not print the reasoning, its characters are counted elsewhere.
+            # Reasoning that the template does not print is no error here: its characters are counted as not used.
             text = str(message.get(key) or '')
             if _bare(text) in _bare(full):
                 texts.append(text)
         return all(_bare(text) in _bare(ours) for text in texts if isinstance(text, str))
 
     def _decodes_to(self, text: str, notes: set[str]) -> bool:
-        """Return whether the ids of the row decode to the text. An end of turn that was added is left out.
+        """Return whether the ids of the row decode to `text`. If an end of turn was added to the ids, it is left out.
 
-        Whitespace is ignored, because some tokenizers do not restore it exactly.
+        Think tags and whitespace are ignored. Some tokenizers do not restore whitespace exactly.
         """
         ids = self.encoded.input_ids[:-1] if ADDED_END in notes else self.encoded.input_ids
         return _bare(self.encoder.tokenizer.decode(ids)) == _bare(text)
 
     def context(self, other: list[int], name: str) -> str:
-        """Describe the first token in which the ids of the row differ from `other`, and the text before this token.
+        """Return a text that shows where the ids of the row first differ from `other`: both tokens and the text before.
 
-        `name` says in the description where `other` comes from.
+        `name` says in this text what `other` is, for example 'the chat template'.
         """
         ours = self.ours
         decode = self.encoder.tokenizer.decode
@@ -323,10 +329,11 @@ class _Check:
 
 
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
-    """Check rows and probes, and record the outcome. Raises ConfigError if the run would train a wrong text.
+    """Check the rows and the probes, and write the outcome to proofs.json.
 
-    A registered template may differ from the tokenizer's chat template, because the user chose it. Such a difference is
-    reported once. Rows with images are compared only under template auto, with one token for each image.
+    Raises ConfigError if the run would train a wrong text. A registered template may differ from the tokenizer's chat
+    template, because the user chose it; then only the first difference is reported. Rows with images are compared with
+    the chat template only if --template_type is auto. In this comparison each image counts as one token.
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
@@ -350,9 +357,10 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
 
 
 def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str | None]:
-    """Return the verdict on a row, and a description of the first difference, or None if there is none to report.
+    """Return the verdict on a row, and a text that describes its difference, or None if there is nothing to report.
 
-    Raises ConfigError if the row has a fault, or if under template auto no note explains a difference.
+    `has_own` says whether the tokenizer has a chat template. Raises ConfigError if the row has a fault, or, with
+    --template_type auto, if no note explains a difference.
     """
     from jinja2.exceptions import TemplateError
 
@@ -393,7 +401,7 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
 
 
 def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, first: str | None) -> str:
-    """Return the sentence that the record and the log show if the check passed."""
+    """Return the sentence that proofs.json and the log show if the check passed."""
     tried = sum(counts.values())
     what = f'{tried} conversations ({rows} of your rows, {tried - rows} probes)'
     refused = f', {counts["refused"]} cannot be rendered in it' if counts['refused'] else ''
@@ -410,9 +418,9 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
 
 
 def check_trained_template(encoder: Encoder, trained: Trained, *, typed: bool) -> None:
-    """Raise ConfigError if the present template is not the template used in training.
+    """Raise ConfigError if the template of the encoder is not the template used in training.
 
-    If --template_type was typed, log a warning instead.
+    If --template_type was typed (`typed`), log a warning instead.
     """
     checkpoint = trained.checkpoint
     then = trained.record.template_sha256

@@ -14,7 +14,10 @@ from utils.report.html import write_report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write report.html of a run again or, if two runs are given, compare them. Returns the exit code."""
+    """Write report.html of a run again or, if two runs are given, compare them.
+
+    Returns the exit code: 0, or 2 for a problem.
+    """
     parser = argparse.ArgumentParser(
         prog='python -m utils.report', description='Write report.html of a run again, or compare two runs.'
     )

@@ -11,7 +11,7 @@ from utils.report.page import Markup, page, section, table
 from utils.report.svg import Series, chart
 from utils.run.read_back import RunFiles, read_run
 
-# These values differ between any two runs, so they are not compared.
+# Names of values that are not compared, because they differ between any two runs.
 _NOT_COMPARED = {'output_dir', 'resume_from_checkpoint', 'best_checkpoint', 'decisions', 'warnings'}
 
 Change = tuple[str, Any, Any]
@@ -29,14 +29,17 @@ def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
-    """Return (name, value in a, value in b) for each difference. The value is None on a side that lacks the name."""
+    """Return (name, value in a, value in b) for each value that differs. A missing value is None."""
     left = _flat(a)
     right = _flat(b)
     return [(key, left.get(key), right.get(key)) for key in sorted(left | right) if left.get(key) != right.get(key)]
 
 
 def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
-    """Return the differences in flags, data, versions and results. A list is empty if both runs are equal there."""
+    """Return the differences of two runs, as lists under the keys flags, data, versions and results.
+
+    A list is empty if there is no difference of its kind.
+    """
     results = ('steps', 'seconds', 'train_tokens_per_second', 'peak_memory_gib', 'train_loss', 'last_evaluation')
     return {
         'flags': changes(a.record.to_json(), b.record.to_json()),

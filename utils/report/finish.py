@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def resume_command(done: Ready[SftArguments], checkpoint: Path) -> str:
-    """Return the command line that resumes from a checkpoint: the typed flags except the hub token."""
+    """Return the command line that resumes the run from a checkpoint. It has the typed flags except the hub token."""
     words = [*typed_words(done, 'resume_from_checkpoint'), *flag_words('resume_from_checkpoint', checkpoint)]
     launcher = ['python']
     if dist.started_by_torchrun():
@@ -45,7 +45,7 @@ def resume_command(done: Ready[SftArguments], checkpoint: Path) -> str:
 
 def stopped(trainer: SftTrainer, run_dir: Path, done: Ready[SftArguments]) -> Stopped:
     """Return the exception to raise after a signal. Its text says at which step the run stopped, and how to resume."""
-    signum = trainer.signals.signum or signal.SIGTERM  # None if only a different process received the signal
+    signum = trainer.signals.signum or signal.SIGTERM  # signum is 0 if only a different process received the signal
     checkpoint = run_dir / f'checkpoint-{trainer.state.global_step}'
     if trainer.args.save_only_model:
         how = 'It holds only weights (--only_save_model true), so the run cannot be resumed from it.'
@@ -63,7 +63,7 @@ def finish_run(
 ) -> Path:
     """Write run.json, the curves and the report, and log the commands to run next. Returns the best checkpoint.
 
-    `asked` answers its rows with the trained model, and writes the answers from before and after training.
+    `asked` generates the answers of the trained model, and writes answers.json.
     """
     state = trainer.state
     run_dir = run.folder
@@ -96,7 +96,7 @@ def finish_run(
     pictures = plot_curves(state.log_history, run_dir / 'images')
     logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures), tensorboard --logdir {run_dir / "runs"}')
 
-    # The report is written twice, because the scan for secrets reads the report and the report shows its outcome.
+    # The report is written twice: the scan for secrets must read the report, and the report must show its outcome.
     write_report(run_dir)
     prove_secrecy(run_dir, args)
     logger.info(f'report: {write_report(run_dir)}')

@@ -28,7 +28,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def curves(run: RunFiles) -> Markup:
-    """Return the charts of a run. A chart without points is omitted."""
+    """Return the charts of a run as HTML. A chart without points is omitted."""
     drawn = [
         chart(title, [Series(name=name, points=run.curve(key), colour=i) for i, (name, key) in enumerate(lines, 1)])
         for title, lines in CURVES
@@ -67,7 +67,7 @@ def _answers(run: RunFiles) -> list[Markup]:
 
 
 def _sample(sample: str) -> Markup:
-    """Return a decoded row as HTML that highlights the trained parts, which are between ⟦ and ⟧ in the text."""
+    """Return a decoded row as HTML. The trained parts, which are between ⟦ and ⟧ in `sample`, are highlighted."""
     if not sample:
         return Markup('')
     marked = text(sample.strip()).replace('⟦', '<mark>').replace('⟧', '</mark>')
@@ -94,7 +94,10 @@ def _data(run: RunFiles) -> list[Markup]:
 
 
 def _account(account: dict[str, Any]) -> list[Markup]:
-    """Return the tables that show for how many characters each use was counted (trained, context, cut, not used)."""
+    """Return a list of tables. The first shows for each field how many characters were trained, context, cut and so on.
+
+    If texts of the data were not used, a second table shows in how many rows. Without counts the list is empty.
+    """
     fields = account.get('fields', {})
     if not fields:
         return []
@@ -124,7 +127,7 @@ def _tiles(run: RunFiles) -> Markup:
 
 
 def _title(run: RunFiles) -> tuple[str, str]:
-    """Return the heading of the report, which is the name of the model, and a line with the method and the data."""
+    """Return two texts for the top of the report: the name of the model, and a line with the method and the data."""
     flags = run.record.flags
     method = 'all weights' if flags['sft_type'] == 'full' else 'LoRA'
     bits = f', {flags["quantization_bit"]}-bit base' if flags['quantization_bit'] else ''

@@ -1,4 +1,4 @@
-"""Parts of a self-contained HTML page. It uses no network and no script, and supports phones and dark mode."""
+"""Functions that make the parts of an HTML page. The page uses no network and no script, and supports phones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Markup(str):
-    """Text that is already HTML. Text of any other type is escaped when it is put on a page."""
+    """A text that is already HTML. Any other value is escaped before it is put on a page."""
 
 
 def text(value: object) -> str:
@@ -17,7 +17,7 @@ def text(value: object) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
-    """Return a table. If it is wider than the screen, only the table scrolls sideways, not the page."""
+    """Return an HTML table. If it is wider than the screen, only the table scrolls sideways, not the page."""
     head = ''.join(f'<th>{text(h)}</th>' for h in heads)
     head = f'<thead><tr>{head}</tr></thead>' if any(heads) else ''
     body = ''.join('<tr>' + ''.join(f'<td>{text(cell)}</td>' for cell in row) + '</tr>' for row in rows)
@@ -25,17 +25,17 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
 
 
 def figures(pairs: Iterable[tuple[str, object]]) -> Markup:
-    """Return pairs of name and value as tiles."""
+    """Return an HTML list that shows each pair (name, value) as a tile."""
     return Markup('<dl>' + ''.join(f'<div><dt>{text(a)}</dt><dd>{text(b)}</dd></div>' for a, b in pairs) + '</dl>')
 
 
 def block(content: object) -> Markup:
-    """Return the content as preformatted text (<pre>)."""
+    """Return the content as an HTML block of preformatted text (<pre>)."""
     return Markup(f'<pre>{text(content)}</pre>')
 
 
 def section(title: str, *parts: object) -> Markup:
-    """Return a section with a title and these parts. Returns '' if all parts are empty."""
+    """Return an HTML section with a title and these parts. Returns '' if all parts are empty."""
     body = ''.join(text(part) for part in parts if part)
     return Markup(f'<section><h2>{text(title)}</h2>{body}</section>' if body else '')
 

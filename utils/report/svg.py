@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# In units of the viewBox. A phone shows the chart at about this width, so it does not scale the text.
+# Size and margins of a chart in units of the viewBox. A phone screen has about this width, so its text is not scaled.
 _WIDTH, _HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
 
@@ -40,13 +40,13 @@ def _number(value: float) -> str:
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    # A flat line also gets space above and below.
+    # Space above and below the line. It is more than 0 also for a flat line.
     room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
     return low - room if low - room > 0 or low < 0 else 0.0, high + room
 
 
 def chart(title: str, series: Sequence[Series]) -> str:
-    """Return a figure with one chart. NaN and infinite points are skipped. Returns '' if no points remain."""
+    """Return a line chart as an HTML figure. NaN and infinite points are skipped. Returns '' if no points remain."""
     drawn = [Series(name=s.name, points=[p for p in s.points if math.isfinite(p[1])], colour=s.colour) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
@@ -85,9 +85,9 @@ def chart(title: str, series: Sequence[Series]) -> str:
 
 
 def _line(series: Series, drawn: Sequence[Point]) -> str:
-    """Return a line through the points `drawn`, which are in viewBox units.
+    """Return an SVG line through the points `drawn`, which are in units of the viewBox.
 
-    If there are at most 60 points, each also gets a dot that shows its value when the pointer is on it.
+    If there are at most 60 points, each point also gets a dot. The dot shows the value when the pointer is on it.
     """
     path = ' '.join(f'{a:.1f},{b:.1f}' for a, b in drawn)
     dots = ''

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-# The keys of the history that are drawn. The value is the title and axis label.
+# The keys of the log history that are drawn, each with the title of its picture.
 _CURVES = {
     'loss': 'training loss',
     'grad_norm': 'gradient norm',
@@ -17,12 +17,12 @@ _CURVES = {
     'eval_bleu-4': 'validation BLEU-4',
 }
 
-# With this number of points or fewer, no average is drawn, because the average would only lag behind the points.
+# A smoothed curve is drawn only if there are more points than this. With fewer points it would only lag behind them.
 _SMOOTHED_FROM = 50
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Return the exponential moving average of the values, corrected for its start at zero."""
+    """Return the exponential moving averages of the values, one for each value, corrected for the start at zero."""
     smoothed = []
     average = 0.0
     for count, value in enumerate(values, start=1):

@@ -24,7 +24,7 @@ from utils.run.record import RunRecord, check_resumed, record_of
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress. `note` and `decide` replace `record`, so keep a reference to the Run, not to its record."""
+    """A run in progress. `note` and `decide` replace `record`, so always read the record from the Run."""
 
     folder: Path
     record: RunRecord
@@ -38,9 +38,9 @@ class Run:
         self._write(replace(self.record, **facts))
 
     def decide(self, name: str, value: Any, reason: str) -> None:
-        """Log a decision made while the run is set up. Record the decided value and the value before the decision.
+        """Log a decision that is made after the run was opened. Store the new and the old value in the record.
 
-        When a run is resumed, the values before the decisions are compared, because they do not depend on the machine.
+        When the run is resumed, the old values are compared, because they do not depend on the machine.
         """
         line = decision(name, value, reason)
         logger.info(line)
@@ -56,9 +56,10 @@ class Run:
 def open_run(
     done: Ready[SftArguments], weights: Weights, data: dict[str, Any], typed_now: Collection[str] = frozenset()
 ) -> Run:
-    """Return a new run. Rank 0 creates the run folder with sft_args.json and lock.json. Logs new warnings.
+    """Return a new run. Rank 0 creates the run folder with sft_args.json and lock.json.
 
-    Raises ConfigError if the data, weights or optimizer differ from the run that is resumed or repeated.
+    If the run repeats or resumes an earlier run, warnings about differences are logged. Raises ConfigError if the data,
+    the weights or the optimizer differ from the earlier run.
     """
     args = done.args
     logged = len(done.warnings)
@@ -99,7 +100,10 @@ def log_decisions(done: Decided[Any]) -> None:
 
 
 def make_run_dir(output_dir: Path, name: str) -> Path:
-    """Create and return the folder <output_dir>/<name>/vN-<time>. N is the highest existing number plus one."""
+    """Create the folder <output_dir>/<name>/vN-<time>, and return it. N is the highest existing number plus one.
+
+    Raises ConfigError if the folder cannot be created.
+    """
     try:
         return _new_run_dir(output_dir / name)
     except OSError as error:

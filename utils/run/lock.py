@@ -18,7 +18,7 @@ from utils.data.sources import abbreviated
 
 # The flags that decide which rows are trained on and which rows are held out.
 DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
-# Flags that are left out of the recorded command: a secret, and the run that was repeated.
+# Flags that are never recorded: --hub_token is secret, and --from_run only names the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
 
 
@@ -48,7 +48,7 @@ def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[
     """Return the content of lock.json. The hash of the template is added later, when the tokenizer is open."""
     return {
         'command': typed_words(done),
-        # Relative paths of the command start here.
+        # The folder in which the command was started. Relative paths in the command start at this folder.
         'directory': abbreviated(Path.cwd()),
         'processes': dist.world_size(),
         'base_model': base_model,
@@ -64,16 +64,15 @@ def read_lock(run_dir: Path) -> dict[str, Any]:
     lock: dict[str, Any] = read_json(run_dir / LOCK_JSON, remedy=remedy)
     kinds = {'command': list, 'processes': int, 'base_model': dict, 'data': dict, 'versions': dict}
     if wrong := [name for name, kind in kinds.items() if not isinstance(lock.get(name), kind)]:
-        raise ConfigError(
-            f'{run_dir / LOCK_JSON}: {wrong[0]} is missing or has another type than a run writes. {remedy}'
-        )
+        raise ConfigError(f'{run_dir / LOCK_JSON}: {wrong[0]} is missing or has the wrong type. {remedy}')
     return lock
 
 
 def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArguments]:
-    """Return the parsed command line of the run in --from_run. Words typed now override the words of that run.
+    """Return the command line to run: with --from_run, the flags of that run, overridden by the flags typed now.
 
-    Without --from_run, `parsed` is returned.
+    `words` is the command line typed now, and `parsed` is its parsed form. Without --from_run, `parsed` is returned. If
+    lock.json cannot be read, `parsed` is returned with a problem.
     """
     if parsed.args.from_run is None:
         return parsed
@@ -86,7 +85,7 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
 
 
 def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
-    """Compare a lock with the lock of the repeated run.
+    """Compare `lock`, the lock.json content of this run, with lock.json of the run in --from_run, if there is one.
 
     Raises ConfigError if data or weights differ. Adds a warning for each version that differs. Data are not compared if
     a data flag is typed now. Weights are not compared if a model flag is typed now.
@@ -125,12 +124,12 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
 def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *, remedy: str) -> list[str]:
     """Add a problem for each data set whose rows differ from the rows of the run that wrote the checkpoint.
 
-    If the run folder has no lock.json, nothing is compared, and a list with one warning is returned.
+    Returns a list of warnings. It has one warning if the run folder has no lock.json: then nothing can be compared.
     """
     file = checkpoint.absolute().parent / LOCK_JSON
     if not file.is_file():
-        return [f'{file} is missing: whether the data are those of the run is not checked.']
-    then = read_json(file, remedy='Put back the one that the run wrote.').get('data') or {}
+        return [f'{file} is missing, so the data cannot be compared with the data of the run.']
+    then = read_json(file, remedy='Put back the file that the run wrote.').get('data') or {}
     for source in sorted({*then, *now}):
         had = then.get(source, {})
         has = now.get(source, {})
@@ -144,7 +143,10 @@ def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *
 
 
 def described(found: dict[str, Any]) -> str:
-    """Return a text with the version and commit of a toolkit, and a remark if files have changed since the commit."""
+    """Return version and commit of a toolkit as text. It ends with 'with changes' if files differ from the commit.
+
+    `found` is the entry `toolkit` of a lock.json or run.json.
+    """
     commit = f' at {found["commit"][:12]}' if 'commit' in found else ''
     return f'{found["version"]}{commit}' + (' with changes' if found.get('changed_since') else '')
 
@@ -154,8 +156,9 @@ def check_repeated_template(run_dir: Path, sha256: str) -> None:
     trained = read_lock(run_dir).get('template_sha256')
     if trained not in (None, sha256):
         raise ConfigError(
-            f'--from_run {run_dir}: the template has changed since (sha256 {trained[:12]}, now {sha256[:12]}). '
-            'Put it back, or type --template_type to train with the one that is there now.'
+            f'--from_run {run_dir}: the template has changed since that run (its sha256 was '
+            f'{trained[:12]}, now it is {sha256[:12]}). '
+            'Put the old template back, or type --template_type to train with the present template.'
         )
 
 

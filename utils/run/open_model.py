@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def find_weights(done: Ready[Any]) -> Weights:
-    """Return the location of the base weights, and log the location. Missing weights are downloaded first."""
+    """Return the location of the base weights on this machine, and log it. Missing weights are downloaded first."""
     weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
     logger.info(f'base weights = {weights.path} because {weights.reason}')
     return weights
@@ -44,9 +44,10 @@ def open_encoder(
     images: Images | None = None,
     cuts: bool = True,
 ) -> Encoder:
-    """Return the encoder for these arguments.
+    """Return the encoder (it turns rows into token ids) for these arguments.
 
-    If `model` is given, rows with ids outside its embedding are refused. With `cuts`, rows are cut to --max_length.
+    If `model` is given, rows with token ids outside of the model's embedding are refused. If `cuts` is True, rows are
+    cut to --max_length.
     """
     from utils.encode.make import make_encoder  # not before a model is open: --help does without it
 
@@ -65,9 +66,10 @@ def open_encoder(
 def open_model(
     args: CommonArguments, info: ModelInfo, weights: Weights, *, trains: bool, decide: Decide = log_decision
 ) -> tuple[Any, Any, Any]:
-    """Return (model, tokenizer, torch dtype). For full fine-tuning, the weights are kept in fp32 and autocast is used.
+    """Return (model, tokenizer, dtype of the computation).
 
-    `decide` is called for each setting that the command line leaves open.
+    For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype; DeepSpeed
+    handles this itself. `decide` is called for each setting that the command line leaves open.
     """
     import torch
 
@@ -140,7 +142,7 @@ def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype)
 
 
 def _zero_3(args: CommonArguments) -> Any:
-    """Return the object that makes transformers shard the weights while it reads them.
+    """Return an object that makes transformers shard the weights while it reads them, as long as the object exists.
 
     Returns None if ZeRO stage 3 is not used.
     """

@@ -19,9 +19,9 @@ _MMAP_MAX = -4
 
 
 def start_processes(backend: str, *, deepspeed: bool = False) -> None:
-    """Prepare this process, and silence the log output of libraries.
+    """Prepare this process for training or inference: choose its GPUs, and silence warnings of libraries.
 
-    If torchrun started several processes, this process joins the process group.
+    If torchrun started several processes, this process also joins the process group.
     """
     # The tokenizer uses threads before data workers are forked. Without this setting, it warns at each fork.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
@@ -52,7 +52,7 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     if deepspeed:
         import deepspeed as engine
 
-        # ZeRO-3 shards weights while they are read. This is before the trainer would join the process group.
+        # ZeRO-3 shards weights while they are read, so DeepSpeed must be ready before the trainer would prepare it.
         engine.init_distributed(dist_backend=backend, verbose=False)
 
 
@@ -67,16 +67,17 @@ def _take_gpus(gpus: int) -> None:
         )
     torch.cuda.set_device(own[0])
     if len(own) > 1 and dist.world_size() > 1:
-        # Without these variables, accelerate refuses a model that is spread over several GPUs in each of several
-        # processes, and each process uses the GPU with the number local_rank.
+        # Here each of several processes spreads its model over several GPUs. Without the first variable accelerate
+        # refuses such a model; without the second it would use the GPU with the number local_rank.
         os.environ['ACCELERATE_BYPASS_DEVICE_MAP'] = 'true'
         os.environ['ACCELERATE_TORCH_DEVICE'] = f'cuda:{own[0]}'
 
 
 def _reuse_freed_memory() -> None:
-    """Make glibc keep freed memory for the next tensor. If it returned the memory, the next tensor would page-fault.
+    """Make glibc keep freed memory for the next tensor. Memory that is new from the system is slow (page faults).
 
-    This makes attention over 200 tokens three times as fast. If a MALLOC_ variable is set, nothing is changed.
+    This makes attention over 200 tokens three times as fast. If an environment variable MALLOC_... is set, nothing is
+    changed.
     """
     if platform.libc_ver()[0] != 'glibc' or any(name.startswith('MALLOC_') for name in os.environ):
         return

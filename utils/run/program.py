@@ -1,4 +1,4 @@
-"""The frame of both programs: logging, error handling and exit codes."""
+"""Runs either program: sets up logging, turns errors into messages, and returns the exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from utils.base import dist
 from utils.base.errors import ConfigError, Stopped
 from utils.base.logger import logger
 
-# How long a process waits if a different process caused the failure. In this time torchrun can end the process.
+# The time that a process waits before it logs a failure that a different process caused. In this time torchrun usually
+# ends the process.
 _GRACE_SECONDS = 10
 # The message of a gloo or nccl error contains one of these texts if a different process has ended.
 _LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'third_party/gloo', 'NCCL error')
@@ -24,8 +25,9 @@ _LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken p
 def run_program(work: Callable[[], int | None]) -> int:
     """Call `work`, and return the exit code of the program.
 
-    The exit code is 2 for problems that the user can fix; each problem is logged. It is 128 + n if signal n ended the
-    program (130 for Ctrl-C, 143 for SIGTERM).
+    The exit code is the value that `work` returns, or 0 for None. It is 2 for problems that the user can fix; each
+    problem is logged. It is 128 + n if signal n ended the program (130 for Ctrl-C, 143 for SIGTERM). For any other
+    error, several processes log it and return 1, and a single process raises it.
     """
     from utils.base.logger import replace_unprintable, set_up_logging
 
@@ -75,7 +77,7 @@ def run_program(work: Callable[[], int | None]) -> int:
 
 
 def _missing_library(library: str) -> str:
-    """Return an error message that names the interpreter without this library, and the command that installs it."""
+    """Return the message for a library that is not installed. It names the interpreter and the install command."""
     own = Path(__file__).parents[2] / '.venv' / 'bin' / 'python'
     remedy = f'{sys.executable} -m pip install -r requirements.txt'
     if own.is_file() and Path(sys.prefix).resolve() != own.parent.parent.resolve():
@@ -84,9 +86,9 @@ def _missing_library(library: str) -> str:
 
 
 def _report(error: Exception) -> int:
-    """Log why this rank failed, and return the exit code.
+    """Log why this rank failed, and return the exit code 1.
 
-    If a different rank failed first, wait before logging, so that the error of that rank is seen first.
+    If the connection to a different rank was lost, wait first, so that the error of that rank is logged first.
     """
     import torch
 

@@ -14,7 +14,7 @@ HISTORY_JSON = 'history.json'
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The content of a run folder. If an older or stopped run did not write a file, its field is empty."""
+    """The content of a run folder. A field is empty if the run did not write its file (older version, or stopped)."""
 
     folder: Path
     record: RunRecord
@@ -25,12 +25,12 @@ class RunFiles:
     sample: str = ''
 
     def curve(self, key: str) -> list[tuple[float, float]]:
-        """Return a list of (step, value), with one item for each entry of the history that has the key."""
+        """Return the values logged under `key`, as a list of (step, value)."""
         return [(entry['step'], entry[key]) for entry in self.history if key in entry]
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Return the content of a run folder. Raises ConfigError if the folder is not a run folder."""
+    """Return the content of a run folder. Raises ConfigError if it is not a run folder, or if a file is damaged."""
 
     def read(name: str, kind: type) -> Any:
         file = folder / name

@@ -27,7 +27,7 @@ PROOFS_JSON = 'proofs.json'
 RUN_JSON = 'run.json'
 
 _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
-_RESTORE = 'Put back the one that the run wrote.'
+_RESTORE = 'Put back the file that the run wrote.'
 _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
 _SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
@@ -42,13 +42,14 @@ class RunRecord:
     # The value of every argument that the run used, by flag name, without secrets. Records of older versions may lack
     # newer flags.
     flags: Mapping[str, Any] = field(default_factory=dict)
-    # For each value that the machine or the model decided, the value from before the decision.
+    # Some flags get their value from the machine or the model. For each such flag, the value before this decision.
     asked: Mapping[str, Any] = field(default_factory=dict)
     system_typed: bool = False
     # The base weights, with the keys `id`, `source`, `sha256` and `covers`.
     base_model: Mapping[str, str] | None = None
     template_sha256: str | None = None
-    # The template's thinking switch. It is set only if most trained replies were rendered with it.
+    # The setting of the chat template that switches reasoning on, e.g. 'enable_thinking=True' (the "thinking switch").
+    # It is set only if most trained replies were rendered with this setting.
     thinking: str | None = None
     # The number of replies that were rendered with the switch ("switched"), and of all replies examined ("of").
     thinking_rows: Mapping[str, int] | None = None
@@ -62,7 +63,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: Path, *, remedy: str = _RESTORE) -> RunRecord:
-        """Return the record in a folder. If it cannot be read, raises ConfigError; the message ends with `remedy`."""
+        """Return the record in a folder. If sft_args.json is missing or damaged, raises ConfigError with `remedy`."""
         return cls.from_json(read_json(folder / SFT_ARGS, remedy=remedy))
 
     def to_json(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class RunRecord:
         return replace(self, flags={**self.flags, **flags})
 
     def with_decision(self, name: str, value: Any) -> RunRecord:
-        """Return a copy of the record with a decided value. `asked` keeps the value from before the first decision."""
+        """Return a copy of the record with the decided value. Its `asked` has the value before the first decision."""
         if name in _FACTS:
             before = getattr(self, name)
             decided = replace(self, **{name: value})
@@ -109,7 +110,10 @@ class Trained:
 
 
 def record_proof(run_dir: Path, name: str, outcome: dict[str, Any]) -> None:
-    """Set one entry of proofs.json, atomically, and keep all other entries. Only the main process writes the file."""
+    """Write the outcome of the proof `name` to proofs.json, and keep the other entries of the file.
+
+    The file is replaced atomically. Only the main process writes it.
+    """
     if not dist.is_main():
         return
     file = run_dir / PROOFS_JSON
@@ -131,7 +135,7 @@ def read_run_record(run_dir: Path) -> RunRecord:
 
 
 def find_record(checkpoint: Path) -> RunRecord | None:
-    """Return the record in a checkpoint, or else the record in its run folder. Returns None if neither has a record."""
+    """Return the record in a checkpoint folder or, if it has none, in its parent folder, else None."""
     for folder in (checkpoint, checkpoint.absolute().parent):
         if (folder / SFT_ARGS).is_file():
             return RunRecord.read(folder)
@@ -139,7 +143,10 @@ def find_record(checkpoint: Path) -> RunRecord | None:
 
 
 def open_checkpoint(checkpoint: Path, problems: Problems) -> Trained:
-    """Return the checkpoint with the record of its run. Raises ConfigError if the checkpoint cannot be used."""
+    """Return the checkpoint with the record of its run.
+
+    If the checkpoint cannot be used, raises ConfigError with this problem and the earlier problems in `problems`.
+    """
     if problem := _checkpoint_problem(checkpoint):
         problems.add(problem)
         problems.raise_if_any()
@@ -174,7 +181,7 @@ def _checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: list[str]) -> Parsed[InferArguments]:
-    """Return the arguments. A flag that was not typed gets its value from the record of the training run.
+    """Set each flag that was not typed to its value in the record of the training run, and return the arguments.
 
     Adds a problem if a different base model was typed. Adds a warning for each other typed flag whose value differs
     from the record.
@@ -209,15 +216,13 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
 
 
 def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
-    """Return a warning for each argument whose value differs from its value in the resumed run.
+    """Return a list of warnings, one for each argument whose value differs from its value in the resumed run.
 
     Raises ConfigError if the base weights or the optimizer differ, or if the same data flags now give different rows.
     """
     resumed = find_record(checkpoint)
     if resumed is None:
-        return [
-            f'{checkpoint} has no {SFT_ARGS}: whether the arguments are those that it was trained with is not checked.'
-        ]
+        return [f'{checkpoint} has no {SFT_ARGS}, so the arguments cannot be compared with the arguments of its run.']
 
     problems = Problems()
     check_base(resumed, record.base_model or {}, problems)
@@ -239,7 +244,10 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 
 
 def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], problems: Problems) -> None:
-    """Add a problem for each optimizer setting that differs from the resumed run although it must not change."""
+    """Add a problem for each optimizer setting that differs from the resumed run, if it must stay the same.
+
+    `then` and `now` are the flag values of the resumed run and of this run.
+    """
     fixed = ['optim']
     if now['deepspeed_config_path'] is not None:
         fixed += ['learning_rate', 'weight_decay']  # DeepSpeed restores these settings together with its optimizer
@@ -259,7 +267,7 @@ def check_base(record: RunRecord, found: Mapping[str, str], problems: Problems) 
     trained = record.base_model
     if trained is None:
         logger.warning(
-            f'{SFT_ARGS} does not name the base weights of the run: whether they are those found here is not checked.'
+            f'{SFT_ARGS} does not name the base weights of the run, so the weights found here cannot be checked.'
         )
     elif trained['sha256'] != found['sha256']:
         problems.add(
@@ -278,6 +286,7 @@ def check_resumed_template(checkpoint: Path, record: RunRecord) -> None:
     if then is None or now is None or then == now or not same_name:
         return
     raise ConfigError(
-        f'--resume_from_checkpoint {checkpoint}: the template has changed since (sha256 {then[:12]}, now {now[:12]}), '
+        f'--resume_from_checkpoint {checkpoint}: the template has changed since that run (its sha256 was '
+        f'{then[:12]}, now it is {now[:12]}), '
         f'so other prompts would be trained. Put the template back, {_RESUME_REMEDY}.'
     )

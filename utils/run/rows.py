@@ -24,7 +24,7 @@ from utils.run.lock import DATA_FLAGS, check_same_data
 from utils.run.record import Trained
 
 HELD_OUT_JSON = 'held_out.json'
-_INFER_REMEDY = 'or type --dataset to have all rows of a data set answered: which ones the run held out is not known'
+_INFER_REMEDY = 'or type --dataset to answer all rows of a data set: which rows the run held out cannot be found out'
 
 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
@@ -50,7 +50,10 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
-    """Return the plan of the rows for a run with these flags. `bad` is called for each line that cannot be read."""
+    """Return the plan for these flags: which rows are read, and which are for training and for validation.
+
+    `bad` is called for each line that cannot be read.
+    """
     return plan_rows(
         args.dataset,
         seed=args.dataset_seed,
@@ -62,7 +65,10 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 
 
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
-    """Return the entries of lock.json for streams: the number of held-out first rows of each stream, and their hash."""
+    """Return the data entry of lock.json for streams: for each stream, {'rows': ..., 'sha256': ...}.
+
+    They are the number and the hash of the first rows of the stream, which are held out.
+    """
     found: dict[str, dict[str, Any]] = {}
     for parts in sources:
         rows = first_rows([parts], max(count, 1))
@@ -74,12 +80,12 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
 
 
 def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any]]:
-    """Return the entries of lock.json for the data: the number of rows and a hash for each data set."""
+    """Return the data entry of lock.json: for each data set, the number of rows and their hash."""
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
 
 
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
-    """Write held_out.json, so that a later llm_infer.py does not need the first pass over the data.
+    """Write held_out.json, which names the validation rows: llm_infer.py then need not read all data to find them.
 
     Nothing is written for streams, because a stream always holds out its first rows.
     """
@@ -99,8 +105,8 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
     if args.answers_whole_dataset(done.typed):
         if set(args.dataset) & set(flags.get('dataset', ())):
             done.warnings.append(
-                '--dataset: the run was trained on rows of it, and all its rows are answered. '
-                'Leave --dataset out for those that the run held out.'
+                '--dataset: all its rows are answered, also the rows that the run was trained on. '
+                'Leave --dataset out to answer only the rows that the run held out.'
             )
         return _all_rows(args)
 
@@ -139,7 +145,7 @@ def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
 
 
 def _all_rows(args: InferArguments) -> list[Row]:
-    """Return every row of each data set. If a data set has a validation split, return only the rows of this split."""
+    """Return all rows of the data sets. If a data set has a validation split, only the rows of this split are used."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
     _log(remarks_of([plan.parts]))
     names = {part.name for part in plan.parts}

@@ -23,17 +23,17 @@ class EvaluateAtEnd(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Return the control, with an evaluation requested if this is the last step and the run evaluates at all."""
+        """Request an evaluation if this is the last step and the run has evaluations. Returns the control."""
         if state.global_step >= state.max_steps and str(args.eval_strategy.value) == 'steps':
             control.should_evaluate = True
         return control
 
 
 class EpochOrder(TrainerCallback):
-    """Tells the sampler that orders the rows which epoch begins.
+    """Passes the number of each epoch to the sampler of --group_by_length, which shuffles each epoch differently.
 
-    This is needed in a resumed epoch: there the sampler is wrapped in samplers that skip and distribute batches. These
-    wrappers do not pass the epoch on.
+    This is needed if an epoch is resumed: then the sampler is wrapped in samplers that skip and distribute batches, and
+    these wrappers do not pass the number on.
     """
 
     def __init__(self, trainer: SftTrainer) -> None:
@@ -57,11 +57,11 @@ class Speedometer(TrainerCallback):
         self._since: float | None = None
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Remember the tokens of one micro-batch until its step ends."""
+        """Count the tokens of one micro-batch. They are added to the totals when the step ends."""
         self._pending += int(inputs['row_lengths'].sum())
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Forget the start time, so that the first step is not counted: it is slower than the later steps."""
+        """Delete the start time, so that the first step is not counted: it is slower than the later steps."""
         self._since = None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -106,9 +106,9 @@ class StopCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """If the run has to stop, return the control with a checkpoint and the end of training requested.
+        """If a process has a signal to stop, request a checkpoint and the end of training. Returns the control.
 
-        An evaluation that is due at this step is left to the resumed run.
+        If an evaluation is due at this step, it is not run now. The resumed run does it first.
         """
         trainer = self.trainer
         if trainer.stop_agreed and state.global_step < state.max_steps:
@@ -123,7 +123,7 @@ class StopCallback(TrainerCallback):
     ) -> None:
         """Raise EvaluationCutError if any process has a signal to stop.
 
-        An evaluation that the resumed run repeats, and the evaluation of the last step, always run to the end.
+        It is not raised in the evaluation of the last step, and not in an evaluation that a resumed run repeats.
         """
         trainer = self.trainer
         if trainer.evaluation_pending or state.global_step >= state.max_steps:

@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from utils.run.folder import Run
     from utils.train.trainer import SftTrainer
 
-# The settings of a parameter group that come from flags. `initial_lr` is --learning_rate; the learning rate of each
-# step is computed from it.
+# The settings of an optimizer's parameter group that come from flags. `initial_lr` is --learning_rate, from which the
+# learning rate of each step is computed.
 _FLAG_SETTINGS = ('initial_lr', 'weight_decay')
 
 
 def first_failure_of(work: Callable[[], object]) -> str | None:
-    """Call `work` on every process, and return the message of the first failure, or None if no process failed."""
+    """Call `work` on every process. All processes return the message of the first failure, or None without failure."""
     failure = None
     try:
         work()
@@ -54,7 +54,10 @@ def first_failure_of(work: Callable[[], object]) -> str | None:
 
 
 def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, float]]) -> None:
-    """Apply the settings to the groups of an optimizer and to its schedule, and set the next step's learning rate."""
+    """Set learning rate and weight decay of an optimizer and its schedule. `settings` has one dict per parameter group.
+
+    The learning rate of the next step is computed from them.
+    """
     schedule.base_lrs = [setting['initial_lr'] for setting in settings]
     rates = [
         base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -88,14 +91,14 @@ class Checkpoints:
 
     def __init__(self, trainer: SftTrainer, *, run: Run, images: Images | None, limit: int) -> None:
         self.trainer = trainer
-        # The whole run is stored, because its record may still change until the training starts.
+        # The Run is stored and not its record, because the record may be replaced until the training starts.
         self.run = run
         self.images = images
-        # The number of checkpoints that are kept. The best checkpoint is always kept.
+        # At most this many checkpoints are kept (--save_total_limit). The best checkpoint is always kept.
         self.limit = limit
 
     def save(self) -> None:
-        """Write the checkpoint of this step, and delete old checkpoints if there are more than the limit.
+        """Write the checkpoint of this step. If there are more checkpoints than the limit, delete old checkpoints.
 
         Raises ConfigError if the checkpoint cannot be written. The message names the last complete checkpoint.
         """
@@ -125,7 +128,7 @@ class Checkpoints:
             rotate(run_dir, limit=self.limit, best=trainer.state.best_model_checkpoint)
 
     def keep_only_best(self) -> None:
-        """After training, if the limit is one checkpoint, delete the last checkpoint if an earlier one is the best."""
+        """With --save_total_limit 1, delete the last checkpoint after training if an earlier checkpoint is the best."""
         trainer = self.trainer
         if trainer.args.should_save and self.limit == 1 and not trainer.stopped:
             best = trainer.state.best_model_checkpoint
@@ -138,8 +141,8 @@ class Checkpoints:
         """
         trainer = self.trainer
         partial = partial_name(checkpoint)
-        # States are collected before anything can fail: this is a collective operation, and if one process had failed
-        # before it, the other processes would wait forever.
+        # Collecting the states is a collective operation. It comes first, because the other processes would wait
+        # forever for a process that failed before it.
         states = dist.from_all(self._process_state())
 
         def make_folder() -> None:
@@ -169,7 +172,7 @@ class Checkpoints:
         """Write weights, tokenizer, image processor and sft_args.json to the folder; nothing is pickled."""
         trainer = self.trainer
         if not trainer.args.should_save and not trainer.is_distributed_loading_by_transformers:
-            return  # with sharded weights every process must continue, because each has a part of the weights
+            return  # only with sharded weights all processes continue here, because each has a part of the weights
 
         folder.mkdir(parents=True, exist_ok=True)
         # save_embedding_layers='auto' would ask a hub for the original vocabulary size, which never changes here.
@@ -184,7 +187,7 @@ class Checkpoints:
         self.run.record.write(folder)
 
     def _write_optimizer(self, folder: Path) -> None:
-        """Write optimizer, schedule and loss scale. DeepSpeed writes its part of this state to its own files."""
+        """Write the states of optimizer, schedule and loss scale. DeepSpeed writes its part to its own files."""
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
             is_adapter = isinstance(trainer.model, PeftModel)
@@ -202,7 +205,7 @@ class Checkpoints:
         return isinstance(self.trainer.lr_scheduler, DeepSpeedSchedulerWrapper)
 
     def _process_state(self) -> dict[str, Any]:
-        """Return the state of this process: random generators, guard, loss not yet logged, and pending evaluation."""
+        """Return the state of this process for a checkpoint, as a dict that `load_process` restores."""
         trainer = self.trainer
         return {
             'random': random_state(),
@@ -213,7 +216,7 @@ class Checkpoints:
         }
 
     def load_model(self, checkpoint: Path) -> bool:
-        """Load the weights here and return True, or return False if transformers' trainer can load them.
+        """Load the weights of a checkpoint if transformers' trainer cannot load them. Return whether they were loaded.
 
         transformers' trainer loads weights by name. Some classes save weights in a different layout than in memory, for
         example each expert of a mixture separately. The trainer would ignore such weights and keep the base model's
@@ -236,7 +239,7 @@ class Checkpoints:
         return True
 
     def load_optimizer(self, checkpoint: Path) -> None:
-        """Restore optimizer, schedule and loss scale. DeepSpeed has already restored its part of this state.
+        """Restore the states of optimizer, schedule and loss scale. DeepSpeed has already restored its part.
 
         Learning rate and weight decay come from the flags of the resumed run, not from the checkpoint.
         """
@@ -253,7 +256,10 @@ class Checkpoints:
             trainer.accelerator.scaler.load_state_dict(tree['scaler'])
 
     def load_process(self, checkpoint: Path) -> None:
-        """Restore the state that `_process_state` returned; warn if the number of processes has changed."""
+        """Restore the state of this process: random generators, guard, logging and pending evaluation.
+
+        Logs a warning if the number of processes has changed.
+        """
         trainer = self.trainer
         states = load_tree(checkpoint / PROCESS_STATES)
         if len(states) != dist.world_size():

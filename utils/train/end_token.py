@@ -9,15 +9,15 @@ from typing import Any
 from utils.base.logger import logger
 
 _UNUSED = re.compile(r'unused|reserved|placeholder|extra_?\d', re.I)
-# The number of unused tokens, and of words, whose rows in the output head are compared. It is enough for a median.
+# About this many unused tokens, and as many words, are taken as samples. This number is enough for a median.
 _SAMPLE = 64
 # A row whose norm is below this fraction of the median norm of words counts as zero.
 _ZERO = 1e-3
 # The test needs a clear difference: the similarity (cosine) among unused rows must be higher than the similarity of
 # words to unused rows by at least this much.
 _MIN_SEPARATION = 0.3
-# An end token counts as untrained if its similarity to unused rows is at least this fraction of the way from the
-# words' similarity (0) to the similarity of unused rows (1).
+# Similarity to unused rows, on a scale on which words have 0 and unused rows have 1. An end token with at least this
+# value counts as untrained.
 _NEAR = 0.85
 
 
@@ -37,9 +37,9 @@ def warn_of_untrained_ends(model: Any, tokenizer: Any, stop_ids: Iterable[int]) 
 def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
     """Return the ids whose rows in the output head look like the rows of unused tokens.
 
-    Some tokens are known to be unused. A row looks unused if it is about as similar to the rows of these tokens as
-    those rows are to each other. Returns an empty list if the head is sharded or quantised, or if unused tokens cannot
-    be distinguished from words.
+    Tokens with a name such as <unused1>, and rows without a token, are known to be unused. A row looks unused if it is
+    about as similar to the known unused rows as these rows are to each other. Returns an empty list if the head is
+    sharded or quantised, or if unused rows cannot be distinguished from the rows of words.
     """
     import torch
 

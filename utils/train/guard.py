@@ -23,8 +23,9 @@ from utils.base.checkpoint import last_checkpoint
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 
-# A loss is a spike if it is more than _SPIKE_SIGMAS robust standard deviations above the median of the last _WINDOW
-# steps. It must also be more than _SPIKE_RATIO times the median, because a flat curve has a deviation close to zero.
+# A loss is a spike if two conditions hold. It is more than _SPIKE_SIGMAS robust standard deviations above the median of
+# the last _WINDOW steps, and it is more than _SPIKE_RATIO times this median. The second condition is needed because the
+# deviation of a flat curve is close to zero.
 _WINDOW = 20
 _SPIKE_SIGMAS = 8.0
 _SPIKE_RATIO = 1.5
@@ -34,9 +35,9 @@ _SIGMAS_OF_A_DIFFERENCE = 0.6745 * math.sqrt(2)
 # Each skipped step halves the loss scale. After this many skipped steps in a row it has fallen from 2^16 to 2^-4, so a
 # high scale is not the cause of the overflow.
 _MAX_SKIPPED_IN_A_ROW = 20
-# Below this loss a row is memorised, and gradients may round to zero.
+# Below this loss the rows are memorised, and gradients that round to zero are no error.
 _MEMORISED_LOSS = 1e-4
-# The largest number of rows that a message names.
+# A message names at most this many rows.
 _MAX_NAMED = 5
 # Matches the module names of learned positions, for example wpe, embed_positions and position_embeddings.
 _POSITIONS = re.compile(r'(?:^|[._])(?:wpe|positions?)(?:$|[._])')
@@ -60,9 +61,9 @@ class Guard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Store a fingerprint of the weights, unless the run is resumed.
+        """Store a fingerprint of the weights, so that `on_train_end` can check that training changed them.
 
-        A resumed run may have only a few steps left, which may not change the weights.
+        For a resumed run nothing is stored: its last few steps may be too small to change the weights.
         """
         if state.global_step == 0:
             self._fingerprint_at_start = weight_fingerprint(self.trainer.model)
@@ -83,7 +84,7 @@ class Guard(TrainerCallback):
             )
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Remember the micro-batches of the step that starts, and forget the losses of the step before."""
+        """Store the micro-batches of the step that starts, and delete the losses of the step before."""
         self._batches = batches
         self.losses = []
         self.norm = None
@@ -93,7 +94,7 @@ class Guard(TrainerCallback):
         return {'window': list(self._window), 'spikes': self.spikes, 'skipped': self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set the state that `state` returned when the checkpoint was written."""
+        """Restore the guard from a checkpoint. `state` is the dict that the method `state` returned."""
         self._window.extend(state['window'])
         self.spikes = state['spikes']
         self.skipped = state['skipped']
@@ -101,16 +102,20 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the loss and the gradients of the step, and warn of a loss spike."""
+        """Check the loss and the gradients of the step, and log a warning if the loss is a spike.
+
+        Raises ConfigError if they are not finite, or if every gradient is zero.
+        """
         step = state.global_step + 1
         loss, losses = self.judge(f'step {step}')
         self._judge_spike(step, loss, losses)
 
     def judge(self, where: str) -> tuple[float, list[float]]:
-        """Check the step; return its loss over all processes and the losses of this process's micro-batches.
+        """Check the loss and the gradients of a step. `where` names the step in messages.
 
-        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero. Also sets the
-        trainer's `stop_agreed` if any process has a signal to stop. `where` names the step in messages.
+        Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
+        ConfigError if the loss or the gradients are not finite, or if every gradient is zero. Also sets `stop_agreed`
+        of the trainer: whether any process has received a signal to stop.
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()
@@ -192,9 +197,9 @@ class Guard(TrainerCallback):
         )
 
     def judge_evaluation(self, where: str, sums: Any, rows: Iterable[int]) -> None:
-        """Raise ConfigError if the loss of a validation row is not finite.
+        """Raise ConfigError if the loss of a validation row is not finite. `where` names the step in the message.
 
-        `sums` is (rows, 3), and its first column is the loss. `rows` are the row indices.
+        `sums` has one line of 3 numbers for each row, and the first number is the loss. `rows` are the row indices.
         """
         bad = [index for index, (loss, *_) in zip(rows, sums, strict=False) if not math.isfinite(loss)]
         if bad:
@@ -215,9 +220,10 @@ class Guard(TrainerCallback):
         return [row for batch in self._batches for row in self._origins(batch)]
 
     def _bad_rows(self, batch: dict[str, Any]) -> list[str]:
-        """Return the origins of the rows of a micro-batch whose loss is not finite.
+        """Return the origins (where a row comes from) of all rows of a micro-batch whose loss is not finite.
 
-        Each row is computed alone. Returns all rows if each row has a finite loss alone, or if the model is sharded.
+        The loss of each row is computed separately. The origins of all rows are returned if each separate loss is
+        finite, or if the model is sharded.
         """
         trainer = self.trainer
         origins = self._origins(batch)
@@ -239,14 +245,15 @@ class Guard(TrainerCallback):
 def weight_fingerprint(model: torch.nn.Module) -> list[int]:
     """Return one checksum for each trainable weight, to find out whether training changes the model.
 
-    The A weights of an adapter are left out: weight decay changes A, but as long as B is zero, as at the start, the
-    adapter has no effect. A checksum is the sum of the weight's bits as integers, computed on the weight's device.
+    The A weights of an adapter are left out. Weight decay changes A from the first step on, but the adapter has no
+    effect as long as B is zero. A checksum is the sum of the weight's values, read as integers of the same width.
     """
     found: list[int] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or 'lora_A' in name or 'lora_embedding_A' in name:
             continue
-        # DeepSpeed stores the part of a weight on this process in the attribute ds_tensor, FSDP in a DTensor.
+        # If weights are sharded, only the part on this process is used. DeepSpeed stores it in `ds_tensor`, FSDP in a
+        # DTensor.
         part: Any = getattr(parameter, 'ds_tensor', parameter)
         part = part.to_local() if isinstance(part, DTensor) else part.detach()
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
@@ -257,8 +264,8 @@ def weight_fingerprint(model: torch.nn.Module) -> list[int]:
 def check_positions(model: Any, longest: int) -> None:
     """Raise ConfigError if the longest row has more tokens than the model has learned positions.
 
-    Rotary positions have no end. If a model has no learned positions, a row longer than max_position_embeddings only
-    gives a warning.
+    A model without learned positions, for example with rotary positions, can compute longer rows. For such a model, a
+    warning is logged if a row is longer than max_position_embeddings.
     """
     limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
     if limit is None or longest <= limit:
@@ -277,9 +284,9 @@ def check_positions(model: Any, longest: int) -> None:
             f'has {longest} tokens. Use --max_length {limit} or less, which cuts the front of longer rows.'
         )
     logger.warning(
-        f'--max_length: the longest row has {longest} tokens, {type(model).__name__} was made for {limit} '
-        f'(max_position_embeddings): training beyond that may have little effect. Use --max_length {limit} to cut such '
-        'rows.'
+        f'--max_length: the longest row has {longest} tokens, but {type(model).__name__} was made for at most {limit} '
+        f'(max_position_embeddings). The model may learn little from later tokens. Use --max_length {limit} to cut '
+        'such rows.'
     )
 
 

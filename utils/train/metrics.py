@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return `loss` and `acc` (token accuracy), each as the mean over all trained tokens of the validation set."""
+    """Return {'loss': ..., 'acc': ...}: the means of loss and token accuracy over all trained validation tokens."""
     import numpy as np
 
     loss, hits, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
@@ -19,7 +19,7 @@ def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def generation_metrics(tokenizer: Any) -> Any:
-    """Return a function for the trainer that computes ROUGE and BLEU scores of generated ids against the labels."""
+    """Return a function for the trainer that scores generated ids against the labels, by ROUGE and BLEU (0 to 100)."""
     import numpy as np
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

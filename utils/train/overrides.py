@@ -1,4 +1,7 @@
-"""A decorator for methods that override a library's methods. If the library renames a method, the import fails."""
+"""A decorator for methods that override a library's methods.
+
+If a new version of the library renames such a method or its parameters, the import fails.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ MethodT = TypeVar('MethodT', bound=Callable[..., Any])
 
 
 def overrides(base: type) -> Callable[[MethodT], MethodT]:
-    """Return a decorator that checks that a method overrides a method of `base` with the same parameters.
+    """Return a decorator that checks, when a class is defined, that a method overrides a method of `base`.
 
-    Raises TypeError if `base` has no method of the same name, or if names or order of the parameters differ. The error
-    is raised when the class is defined. A method may take the last parameters as **kwargs.
+    The decorator raises TypeError if `base` has no method of the same name, or if the names or the order of the
+    parameters differ. A method may take the last parameters as **kwargs.
     """
 
     def checked(method: MethodT) -> MethodT:

@@ -15,7 +15,8 @@ from utils.loading.layers import ALL, expert_names, find_towers, linear_names, n
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The possible names of the query, key and value projections, used for a model that has no registry entry.
+# The names that query, key and value projections have in different classes. A model without a registry entry gets LoRA
+# on the first group of names that it has.
 _QKV_NAMES = (('q_proj', 'k_proj', 'v_proj'), ('qkv_proj',), ('query_key_value',), ('c_attn',), ('W_pack',))
 
 
@@ -24,8 +25,9 @@ def find_targets(
 ) -> tuple[list[str], list[str]]:
     """Return two lists: the names of the modules that get LoRA, and the names of the expert parameters that get LoRA.
 
-    Modules inside `frozen` are left out. An expert parameter is named by the end of its path, for example
-    experts.down_proj. Raises ConfigError if a name in `wanted` matches nothing.
+    Modules inside the modules `frozen` are left out. An expert parameter is the stacked weight of all experts of a
+    layer. It is named by the end of its path, e.g. experts.down_proj. Raises ConfigError if a name in `wanted` matches
+    nothing.
     """
     names = linear_names(model, frozen)
     experts = expert_names(model)
@@ -48,7 +50,7 @@ def find_targets(
 
     taken = taken_for_experts(model, names)
     if taken and takes_all:
-        logger.info(f'ALL skips {", ".join(sorted(taken))}: on this class PEFT puts these names on the experts')
+        logger.info(f'ALL skips {", ".join(sorted(taken))}: PEFT would add LoRA to the experts, not to linear layers')
     elif refused := [name for name in wanted if name in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: on {type(model).__name__} PEFT puts these names on the '
@@ -72,9 +74,10 @@ def _no_match(model: PreTrainedModel, name: str, names: list[str], experts: list
 
 
 def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = log_decision) -> Any:
-    """Return the model ready to train, and log the number of trainable parameters.
+    """Make the model ready to train, and return it. Log the number of trainable parameters.
 
-    With --sft_type lora, a PeftModel with fp32 adapters is returned; with --sft_type full, `model` itself.
+    With --sft_type lora, the model is returned as a PeftModel with fp32 adapters. With --sft_type full, `model` itself
+    is returned.
     """
     towers = find_towers(model)
     if not args.freeze_vision and not towers:
@@ -101,7 +104,7 @@ def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = l
 
 
 def _fuse_layers(model: PreTrainedModel, args: SftArguments) -> None:
-    """Fuse norms and gated MLPs if the flags ask for it and the weights are not sharded; log the numbers."""
+    """Fuse norms and gated MLPs as the flags say, and log how many were fused. Sharded models are not changed."""
     from utils.fast.gated_mlp import fuse_gates
     from utils.fast.norm import fuse_norms
     from utils.loading.layers import is_sharded
@@ -144,7 +147,7 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
         raise ConfigError(f'--sft_type lora: {class_name} has no layer for LoRA. Use --sft_type full.')
 
     if args.lora_target_modules is None:
-        decide('lora_target_modules', targets, 'the model has no entry and these are its names')
+        decide('lora_target_modules', targets, 'the model has no registry entry, and its layers have these names')
     elif set(targets) != set(args.lora_target_modules):
         typed = ','.join(args.lora_target_modules)
         decide('lora_target_modules', targets, f'these are the layers of {class_name} that {typed} names')

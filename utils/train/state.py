@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a nested value of dict, list, tuple, str, bool, int, float, None and tensors to a safetensors file.
+    """Write a nested value to a safetensors file. `load_tree` reads it back.
 
-    Raises TypeError for any other type. A tensor that occurs twice is stored once. Everything except the tensors is
-    stored as JSON in the header of the file.
+    The value may contain dict, list, tuple, str, bool, int, float, None and tensors; all other types raise TypeError. A
+    tensor that occurs twice is stored once. Everything except the tensors is stored as JSON in the header of the file.
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
@@ -69,7 +69,7 @@ def load_tree(path: Path) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of the random generators of Python, NumPy and torch (CPU and every GPU), ready for save_tree."""
+    """Return the states of the random generators of Python, NumPy and torch (CPU and all GPUs), for save_tree."""
     name, words, *rest = np.random.get_state()
     return {
         'python': random.getstate(),
@@ -80,7 +80,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore a state that `random_state` returned. States of GPUs that do not exist now are ignored."""
+    """Set the random generators to the states that `random_state` returned. GPUs that do not exist now are ignored."""
     random.setstate(state['python'])
     name, words, *rest = state['numpy']
     np.random.set_state((name, words.numpy().astype(np.uint32), *rest))

@@ -1,6 +1,6 @@
-"""Stop a run by a signal. After the first signal the run completes the step and writes a checkpoint.
+"""Stops a run after SIGINT (Ctrl-C) or SIGTERM.
 
-A second signal ends the process at once.
+After the first signal the run completes the step and writes a checkpoint. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # this is a data worker that has not called ignore_signals yet
+            return  # this process is a data worker that has not called ignore_signals yet
         if not self.signum:
             self.signum = signum
             self._since = time.monotonic()
@@ -57,9 +57,9 @@ class StopSignals:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM in this data worker, because the current step still needs the worker.
+    """Ignore SIGINT and SIGTERM in this data worker, because the training needs its data to complete the step.
 
-    The worker still ends: the training process sends it a message, and it also ends if the training process is gone.
+    The worker ends when the training process tells it to end, or when the training process is gone.
     """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

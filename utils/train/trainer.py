@@ -1,4 +1,4 @@
-"""The trainer: replaces parts of a step, an evaluation and a checkpoint in transformers' trainer."""
+"""A subclass of transformers' trainer with its own training step, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class SftTrainer(Seq2SeqTrainer):
     """A trainer whose loss is the mean over all trained tokens of a step, for padded and concatenated batches.
 
     In one step the base class calls get_batch_samples, then training_step and compute_loss for each micro-batch, then
-    _get_grad_norm, then the optimizer. @overrides marks each method that replaces a method of the base class, and
-    compares their parameters.
+    _get_grad_norm, then the optimizer. Each method that replaces a method of the base class has the decorator
+    @overrides, which checks that the parameters of both methods are the same.
     """
 
     # Declared here, because the library declares no type for it.
@@ -81,13 +81,14 @@ class SftTrainer(Seq2SeqTrainer):
         self.in_preflight = False
         self.preflight_seconds: float | None = None
         self.order: StepSampler | None = None
-        # The micro-batches of a step are joined up to this number of tokens. If it is None, they are not joined.
+        # Micro-batches of one step are joined into batches of up to this many tokens. If None, they are not joined.
         self.capacity: int | None = None
         # stop_agreed: all processes know that a process got a signal to stop. evaluation_pending: an evaluation was
         # left out or ended early because of the signal, and the resumed run has to repeat it.
         self.stop_agreed = False
         self.evaluation_pending = False
-        # Makes the base class count num_items_in_batch for any model; compute_loss divides by this number.
+        # With True the base class counts the trained tokens of a step (num_items_in_batch) for any model. compute_loss
+        # divides by this number.
         self.model_accepts_loss_kwargs = True
         for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
             self.add_callback(callback)
@@ -112,7 +113,7 @@ class SftTrainer(Seq2SeqTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train until the last step or a signal to stop, and return the output of the base class.
 
-        If the limit is one checkpoint, only the best is kept.
+        With --save_total_limit 1, only the best checkpoint remains after the last step.
         """
         with self.signals:
             output = super().train(*args, **kwargs)
@@ -125,7 +126,8 @@ class SftTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of training batches.
 
-        The base class is not used for a stream: accelerate would divide the rows between processes a second time.
+        A stream already divides its rows between processes. The method of the base class is not called for it, because
+        accelerate would divide the rows a second time.
         """
         if isinstance(self.train_dataset, TrainingStream):
             return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
@@ -133,7 +135,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the sampler of rows. With --group_by_length it rearranges the rows of each step by length."""
+        """Return the sampler of rows. With --group_by_length the sampler sorts the rows within each step by length."""
         order = super()._get_train_sampler(train_dataset)
         if not self.groups_by_length or not isinstance(order, RandomSampler):
             return order
@@ -149,16 +151,16 @@ class SftTrainer(Seq2SeqTrainer):
         )
         is_sharded = self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
         if not self.data_collator.pads and self.scorer.head is not None and not is_sharded:
-            # The number of tokens in the heaviest batch. The first-step gate tries this batch, so joined batches need
-            # no more memory than the gate.
+            # The capacity is the number of tokens in the batch of the longest rows. The first-step gate tries this
+            # batch, so joined batches need no more memory than the gate.
             self.capacity = sum(heapq.nlargest(args.train_batch_size, self.order.lengths))
         return self.order
 
     @overrides(Seq2SeqTrainer)
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the micro-batches of one step and their number of trained tokens; pass the micro-batches to the guard.
+        """Return the micro-batches of one step, and the number of their trained tokens.
 
-        Micro-batches are joined if they fit into `capacity`.
+        Micro-batches that fit into `capacity` together are joined. The guard gets the micro-batches too.
         """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.capacity is not None and len(batches) > 1:
@@ -170,7 +172,7 @@ class SftTrainer(Seq2SeqTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Return the loss of one micro-batch and pass it to the guard.
 
-        Returns 0 for a micro-batch that is empty because its rows were joined to a different micro-batch.
+        Returns 0 for an empty micro-batch, whose rows were all joined to a different micro-batch.
         """
         if not inputs:
             return torch.zeros((), device=self.args.device)
@@ -186,9 +188,9 @@ class SftTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the part of a micro-batch in the loss of the step.
+        """Return the share of a micro-batch in the loss of the whole step.
 
-        It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step and
+        It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step, and
         multiplied by the number of processes.
         """
         self.speedometer.count(inputs)
@@ -230,7 +232,10 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the metrics. If a signal ends the evaluation early, restore the random state and return {}."""
+        """Evaluate, and return the metrics by name. If a signal ends the evaluation early, return {}.
+
+        In this case the random state from before the evaluation is restored, and a checkpoint is requested.
+        """
         before = random_state()
         try:
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
@@ -244,12 +249,12 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the result of the base class; each row is in it once.
+        """Return the evaluation result of the base class, in which each row is counted exactly once.
 
         Raises ConfigError if the loss of a row is not finite.
         """
-        # The last batches are filled up with repeated rows. gather_for_metrics removes these rows; the function that
-        # Seq2SeqTrainer.evaluate sets keeps them.
+        # accelerate fills up the last batches with repeated rows. gather_for_metrics removes these rows; the function
+        # that Seq2SeqTrainer.evaluate sets would keep them.
         self.gather_function = self.accelerator.gather_for_metrics
         output = super().evaluation_loop(*args, **kwargs)
         if not self.args.predict_with_generate:
@@ -265,10 +270,10 @@ class SftTrainer(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **_: Any,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Return None in place of the loss, and the values for the metrics of each row.
+        """Return (None, predictions, labels) for a batch of B rows. None stands for the loss, which is not needed.
 
-        The values are (loss, hits, trained tokens) and the row length. With --predict_with_generate they are the
-        generated ids and the labels.
+        Predictions are (B, 3): summed loss, hits and trained tokens of each row. Labels are the row lengths (B, 1).
+        With --predict_with_generate, predictions are the generated ids, and labels are the ids of the expected replies.
         """
         inputs = self._prepare_inputs(inputs)
         if self.args.predict_with_generate:
@@ -278,9 +283,10 @@ class SftTrainer(Seq2SeqTrainer):
         return None, sums, inputs['row_lengths'][:, None]
 
     def _generated(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Generate an answer to the prompt of each row; return the generated ids (B, N) and the last replies (B, L).
+        """Generate an answer to the prompt of each row.
 
-        Both are padded with IGNORE_INDEX.
+        Returns the generated ids (B, N) and the ids of the expected last replies (B, L). Both are padded with
+        IGNORE_INDEX.
         """
         prompts = [
             ids[:length].tolist()
@@ -300,7 +306,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Return whether this step is the best so far. Returns False if no checkpoint is saved at this step."""
+        """Return whether the metrics of this step are the best so far, and a checkpoint is saved at this step."""
         return bool(metrics and self.control.should_save and super()._determine_best_metric(metrics, trial))
 
     # A checkpoint
@@ -326,7 +332,10 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the random state, guard and logging state of this process, and repeat a pending evaluation."""
+        """Restore the random state, the guard and the logging state of this process from a checkpoint.
+
+        If the stopped run did not finish an evaluation, repeat it.
+        """
         if checkpoint is None:
             return
 
@@ -335,7 +344,10 @@ class SftTrainer(Seq2SeqTrainer):
             self._finish_cut_evaluation(checkpoint)
 
     def _finish_cut_evaluation(self, checkpoint: str) -> None:
-        """Repeat the evaluation that the stopped run did not finish. If its checkpoint is now the best, record this."""
+        """Repeat the evaluation that the stopped run did not finish.
+
+        If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint.
+        """
         metrics = self.evaluate()
         self.evaluation_pending = False
         is_saved = self.state.global_step % self.args.save_steps == 0
@@ -344,9 +356,9 @@ class SftTrainer(Seq2SeqTrainer):
 
 
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the last reply of each row: the labels after the prompt. Earlier replies are part of the prompt.
+    """Return the ids of the last reply of each row: the labels after the prompt, which includes all earlier replies.
 
-    If a last reply carries no loss, all ids after the prompt of its row are returned.
+    The last reply of a row may carry no loss and so have no labels. Then all ids after the prompt are returned instead.
     """
     replies = []
     ids_of_rows = split_rows(inputs, 'input_ids')
@@ -361,7 +373,7 @@ def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 class TrainerSetup:
     """The arguments of `make_trainer` besides the flags, the model and the data."""
 
-    # Checkpoints are written to the folder of this run, with its record.
+    # Checkpoints are written to the folder of this run. Each checkpoint contains the record of the run.
     run: Run
     tokenizer: Any
     dtype: torch.dtype
@@ -386,9 +398,9 @@ def build_trainer(
 
 
 def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> IndexedRows:
-    """Return the training rows after sorting and packing, if the flags ask for it.
+    """Return the training rows: sorted with --test_oom_error, packed with --packing, otherwise unchanged.
 
-    With several processes, rows without loss are added so that each process has the same number of rows.
+    With several processes, rows without loss are added, so that each process has the same number of rows.
     """
     arranged: IndexedRows = rows
     if args.test_oom_error:
@@ -406,7 +418,7 @@ def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> Index
 
 
 def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: TrainerSetup) -> SftTrainer:
-    """Return a trainer that writes no logs. Its batches are concatenated if the model allows it, otherwise padded."""
+    """Return a trainer that writes no log files. Rows are concatenated if the model allows it, otherwise padded."""
     base = model.get_base_model() if args.sft_type == 'lora' else model
     longest = max([*data.train.lengths(), *data.val.lengths()])
     check_positions(base, longest)

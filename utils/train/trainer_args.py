@@ -20,7 +20,7 @@ def training_arguments(
     """Return the arguments of the trainer. They contain no access token, because they are written to the run folder."""
     has_cuda = torch.cuda.is_available()
     # Frozen bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
-    # reads the precision of the model and of adapters from the arguments bf16 and fp16 below.
+    # needs the arguments bf16 and fp16 below, because it reads the precision of the model and of adapters from them.
     autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
     sharded = args.fsdp or args.deepspeed_config_path is not None
     return Seq2SeqTrainingArguments(
@@ -60,7 +60,7 @@ def training_arguments(
         dataloader_num_workers=args.dataloader_num_workers,
         dataloader_pin_memory=has_cuda,
         ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
-        # If the vision tower is trained, it gets no gradient from a batch without images.
+        # A vision tower that is trained gets no gradient from a batch without images, and DDP must allow this.
         ddp_find_unused_parameters=not args.freeze_vision if dist.world_size() > 1 else None,
         deepspeed=args.deepspeed_config_path,
         remove_unused_columns=False,
@@ -82,8 +82,8 @@ def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_rat
     warm-up step has rate 0, so it changes no weight, and a run of one step trains nothing.
     """
     warmup = 0 if name == 'constant' else count_warmup_steps(warmup_ratio, steps)
-    # A schedule sets the rate of its optimizer when it is made, so it is made for an optimizer that is not used. Only
-    # the function of the schedule is used.
+    # Only the function of transformers' schedule is used. A schedule changes the learning rate of its optimizer when it
+    # is made, so this schedule gets an optimizer that is not used.
     unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     original = get_scheduler(name, unused_optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     (after_warmup,) = original.lr_lambdas

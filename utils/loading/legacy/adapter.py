@@ -38,8 +38,8 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
             if key.replace('.lora_B.', '.lora_A.') in state and '.lora_B.' in key:
                 continue  # This B is converted together with its A.
             raise ConfigError(
-                f"the adapter's tensor '{key}' is neither a lora_A nor a lora_B, so it has no native name. "
-                'Train the adapter again with --sft_type lora.'
+                f"the adapter's tensor '{key}' is neither a lora_A nor a lora_B, so it cannot be converted to "
+                'the layer names of transformers. Train the adapter again with --sft_type lora.'
             )
 
         matrix_b = state.get(key.replace('.lora_A.', '.lora_B.'))

@@ -134,7 +134,10 @@ def read_vocabulary(file: Path) -> Vocabulary:
         raise ConfigError(f'{file} cannot be read as a sentencepiece model: {why}. Download it again.') from None
 
     if problem := _problem(vocabulary, trainer, normalizer):
-        raise ConfigError(f'{file}: {problem}. Tokens would differ from those the model was trained on.')
+        raise ConfigError(
+            f'{file}: {problem}. The file is refused, because its tokens would differ from the tokens of the '
+            "model's training. Download it again."
+        )
 
     return vocabulary
 
