@@ -5,6 +5,8 @@ Arguments whose value depends on the machine are set. No function uses the netwo
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import os
 import tempfile
 from collections.abc import Mapping
@@ -25,7 +27,7 @@ from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import quantized_problems
-from utils.data.sources import check_sources
+from utils.data.sources import check_sources, find_files, parse_source
 from utils.dataset import DATASET_MAPPING
 from utils.formats.hub_dataset import HubDataset
 from utils.hub import snapshot as hub
@@ -155,6 +157,9 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     problems = done.problems
     _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
 
+    if args.write_clean is not None:
+        _check_clean_copy(Path(args.write_clean), args, problems)
+
     if args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
         _check_resume(checkpoint, args, problems)
@@ -216,6 +221,45 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
             tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
     except OSError as error:  # `exists` also raises OSError, if a name is too long
         problems.add(f'--{flag} {given} cannot be created: {error.strerror}. Give another folder.')
+
+
+def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
+    """Add a problem if the file of --write_clean exists, cannot be written, or would become a file of --dataset."""
+    given = f'--write_clean {target}'
+    inputs = [file.resolve() for word in args.dataset for file in _files_of(word)]
+    if target.resolve() in inputs:
+        problems.add(f'{given} is a file of --dataset, which is never changed. Name a new file.')
+    elif target.exists() or target.is_symlink():
+        problems.add(f'{given} exists already and is not replaced. Name a new file.')
+    elif any(_will_name(word, target) for word in args.dataset):
+        problems.add(
+            f'{given} lies where --dataset reads every file, so the next run would read the rows twice. Name a file in '
+            'another folder.'
+        )
+    else:
+        _check_writable('write_clean', str(target), target, problems)
+
+
+def _files_of(word: str) -> list[Path]:
+    """Return the files of a word of --dataset. Returns [] if they cannot be found; other code reports this."""
+    try:
+        source = parse_source(word)
+        return [] if source.path is None else find_files(source)
+    except ConfigError:
+        return []
+
+
+def _will_name(word: str, target: Path) -> bool:
+    """Return whether a folder or pattern of --dataset names the file as soon as it exists."""
+    try:
+        source = parse_source(word)
+    except ConfigError:
+        return False
+    if source.path is None:
+        return False
+    if source.path.is_dir():
+        return target.absolute().parent.resolve() == source.path.resolve()
+    return glob.has_magic(source.name) and fnmatch.fnmatch(str(target.absolute()), str(source.path.absolute()))
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:

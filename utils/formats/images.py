@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,11 @@ def find_images(text: str) -> list[str]:
 def replace_tags(text: str, mark: str) -> str:
     """Return the text with each image tag replaced by `mark`."""
     return _TAG.sub(lambda tag: mark, text)
+
+
+def map_tags(text: str, change: Callable[[str], str]) -> str:
+    """Return the text with `change` applied to the path in each image tag. Empty tags stay empty."""
+    return _TAG.sub(lambda tag: f'<img>{change(tag[1])}</img>', text)
 
 
 def name_images(texts: Sequence[str], images: Iterable[str]) -> list[str]:
