@@ -281,6 +281,8 @@ class DataCheck:
     def _check_text(self, place: str, raw: dict[str, Any]) -> None:
         for column in _TEXT_COLUMNS:
             value = raw.get(column)
+            if not value:
+                continue
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             if self.encoder.images is not None:
                 text = replace_tags(text, '')  # the tags are control tokens in the tokenizer of Qwen-VL

@@ -42,7 +42,7 @@ class LoggedTally(Tally):
     def add(self, reason: str, place: str) -> None:
         """Count one row under `reason`, and log it if the count is a power of ten."""
         super().add(reason, place)
-        count = self.counts[reason]
+        count = self.counts[self.known(reason)]
         if count == 10 ** (len(str(count)) - 1):
             logger.warning(f'{count} rows so far: {reason} ({place})')
 

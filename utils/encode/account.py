@@ -59,6 +59,10 @@ _Span = tuple[int, int]
 # tokenised text. It returns None if the changed row is refused.
 _Rendering = Callable[[Sequence[tuple[_Path, str]]], tuple[str, ...] | None]
 
+# Names of columns and keys are data. Beyond this number of names, the account must not grow with the data.
+_MOST_FIELDS = 500
+OTHER_FIELDS = f'another column or key than the first {_MOST_FIELDS}'
+
 # If the texts of a row cannot be searched together, at most this number of texts is searched one by one.
 _MOST_ALONE = 16
 
@@ -515,6 +519,11 @@ def _marked(
     return spans if position == len(text.text) else None
 
 
+def _known(name: str, counted: Mapping[str, Any]) -> str:
+    """Return the name under which a field is counted. If too many fields are counted, it is OTHER_FIELDS."""
+    return name if name in counted or len(counted) < _MOST_FIELDS else OTHER_FIELDS
+
+
 @dataclass(kw_only=True)
 class Account:
     """Character counts. `fields` is {label: {bucket: number of characters}}, for example {'user text': {'context': 9}}.
@@ -527,8 +536,12 @@ class Account:
 
     def _count(self, label: str, bucket: str, characters: int) -> None:
         if characters:
-            counts = self.fields.setdefault(label, {})
+            counts = self.fields.setdefault(_known(label, self.fields), {})
             counts[bucket] = counts.get(bucket, 0) + characters
+
+    def _count_unused(self, name: str, rows: int) -> None:
+        name = _known(name, self.unused)
+        self.unused[name] = self.unused.get(name, 0) + rows
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
         """Count all characters of a row that is not encoded in the bucket `reason`."""
@@ -546,8 +559,9 @@ class Account:
         missed: dict[str, None] = {}
         for place in places:
             self._settle(place.leaf, place.buckets, missed)
-        for name in missed:
-            self.unused[name] = self.unused.get(name, 0) + 1
+        # Several names of one row may be counted together.
+        for name in dict.fromkeys(_known(name, self.unused) for name in missed):
+            self._count_unused(name, 1)
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
         """Search the texts of a row in the order of its turns, and yield a _Place for each text.
@@ -650,7 +664,7 @@ class Account:
             for bucket, count in counts.items():
                 self._count(label, bucket, count)
         for name, rows in other.unused.items():
-            self.unused[name] = self.unused.get(name, 0) + rows
+            self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
         """Return a line with the percentages for each label, and a line with the names of unused fields."""
