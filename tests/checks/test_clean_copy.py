@@ -269,13 +269,15 @@ def test_rows_of_validation_splits_are_counted_and_a_repeated_training_row_is_ke
     file = write_jsonl(tmp_path / 'a.jsonl', later)
     copy = tmp_path / 'copy.jsonl'
     _, report = check(folder, f'pair {file}', tmp_path / 'out', '--write_clean', str(copy), '--dataset_test_ratio', '0')
-    assert report['clean_copy']['not_written'] == {
-        'row of a validation split': 2,
-        'validation row that is in the training set': 1,
-    }
-    assert report['defects'].keys() == {'validation row that is in the training set'}
+    assert report['clean_copy']['not_written'] == {'row of a validation set': 2, 'duplicate row': 1}
+    assert report['defects'].keys() == {'validation row that is in the training set', 'duplicate row'}
     questions = [json.loads(line)['messages'][0]['content'] for line in copy.read_text().splitlines()]
     assert questions == ['0', '1', '2', '3', '9', 'new']
+
+    flags = ['--write_clean', str(tmp_path / 'two.jsonl'), '--val_dataset', 'pair']
+    _, report = check(folder, file, tmp_path / 'out', *flags)
+    assert report['clean_copy']['not_written'] == {'row of a validation set': 2, 'duplicate row': 1}
+    assert report['clean_copy']['rows'] == 2
 
 
 def test_all_rows_are_copied_unless_a_number_is_typed(folder: Path, tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def test_all_rows_are_copied_unless_a_number_is_typed(folder: Path, tmp_path: Pa
     assert report['decisions'] == ['train_dataset_sample = -1 because --write_clean copies all rows']
     flags = ['--write_clean', str(tmp_path / 'some.jsonl'), '--train_dataset_sample', '10']
     _, report = check(folder, f'{file}#40', tmp_path / 'out', *flags)
-    drawn = 'row that is not drawn (--train_dataset_sample, or # after a data set)'
+    drawn = 'row that is not drawn (--train_dataset_sample, or # or % after a data set)'
     assert report['clean_copy'] == {
         'file': str(tmp_path / 'some.jsonl'), 'rows': 11, 'not_written': {drawn: 39}, 'not_copied': {},
     }  # fmt: skip
@@ -414,10 +416,10 @@ def test_an_unusable_file_is_refused_before_anything_is_read(
         f'--write_clean {new}: the copy holds JSON lines. Give a name that ends in .jsonl or .jsonl.gz.',
     ]
     assert refused(file, file) == [
-        f'--write_clean {file} is a file of --dataset, which is never changed. Name a new file.'
+        f'--write_clean {file} is one of the data files, which are never changed. Name a new file.'
     ]
     assert refused(file, other) == [f'--write_clean {other} exists already and is not replaced. Name a new file.']
-    lies = 'lies where --dataset reads every file, so the next run would read the rows twice. Name a file in another '
+    lies = 'lies where the data names every file, so the next run would read the rows twice. Name a file in another '
     inside = tmp_path / 'rows' / 'b.jsonl'
     for word in (tmp_path / 'rows', f'{tmp_path}/ro*/*.jsonl'):
         assert refused(word, inside) == [f'--write_clean {inside} {lies}folder.']

@@ -14,9 +14,9 @@ import llm_infer
 import llm_sft
 from tests.support.runs import small_flags
 from utils.base.errors import ConfigError
-from utils.data.parts import open_streams
 from utils.data.plan import plan_rows
 from utils.data.stream import TrainingStream
+from utils.data.stream_parts import open_streams
 from utils.formats.data_file import read_rows
 
 Problems = Callable[[], list[str]]
@@ -213,7 +213,7 @@ def test_a_stream_says_how_it_reads_a_file_and_what_it_skips(
     for _ in range(5):
         next(stream)
     skipped = f'{file}: rows with only empty cells are skipped: 1, the first in line 3'
-    assert list(streams[0][0].remarks) == [
+    assert list(streams.sources[0][0].remarks) == [
         f'{file}: the cells are separated by semicolons because its header has several cells with them',
         f"{file}: columns are read by other names than they are written: 'Query' as query, 'Response' as response",
         skipped,

@@ -15,8 +15,8 @@ from utils.base.errors import ConfigError
 from utils.formats.conversation import Row
 from utils.formats.messages_form import json_line, messages_form
 
-NOT_DRAWN_ROW = 'row that is not drawn (--train_dataset_sample, or # after a data set)'
-OF_VALIDATION = 'row of a validation split'
+NOT_DRAWN_ROW = 'row that is not drawn (--train_dataset_sample, or # or % after a data set)'
+OF_VALIDATION = 'row of a validation set'
 
 
 class CleanCopy:

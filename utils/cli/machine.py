@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import os
 import tempfile
 from collections.abc import Mapping
@@ -21,19 +22,21 @@ from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
 from utils.base.names import LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
-from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import quantized_problems
-from utils.data.sources import check_sources, find_files, parse_source
+from utils.data.sources import Source, check_sources, find_files, parse_source
 from utils.dataset import DATASET_MAPPING
 from utils.formats.hub_dataset import HubDataset
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
+from utils.loading.chat_template import folder_templates, read_chat_template
 from utils.loading.folder import check_model_dir, has_chat_template, is_adapter, stored_quantization
 from utils.loading.info import ModelInfo
+from utils.loading.template_settings import setting_names, settings_problems
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 TRAINER_STATE = 'trainer_state.json'
@@ -75,9 +78,11 @@ def _settle(done: Resolution[Any]) -> None:
     model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
     if model_is_here and done.info is not None:
         _settle_model_directory(done, done.info, Path(args.model_id_or_path))
+    _settle_chat_template(done)
 
     if args.reads_data:
-        for problem in check_sources(args.dataset, _started_in(args)):
+        words, val_words = args.words_read()
+        for problem in check_sources(words, _started_in(args), val_words=val_words):
             problems.add(problem)
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
@@ -124,16 +129,49 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
     done.info = replace(info, quantization=info.quantization or stored_quantization(directory))
     for problem in quantized_problems(done.args, done.info):
         done.problems.add(problem)
-    if done.args.template_type == AUTO and not has_chat_template(directory):
+    if done.args.template_type == AUTO and done.args.chat_template is None and not has_chat_template(directory):
         names = ', '.join(name for name in TEMPLATE_MAPPING if name != AUTO)
-        done.problems.add(f'{directory} has no chat template. Choose one with --template_type: {names}.')
+        done.problems.add(
+            f'{directory} has no chat template. Name a file with --chat_template, or choose a --template_type: {names}.'
+        )
+
+
+def _settle_chat_template(done: Resolution[Any]) -> None:
+    """Add the problems of the file in --chat_template, and of settings that the template does not have.
+
+    Settings for a template that is not on this machine yet are checked when the weights are found.
+    """
+    args = done.args
+    if args.template_type not in (AUTO, None):
+        return
+    try:
+        check_chat_template(args, Path(str(args.model_id_or_path)))
+    except ConfigError as error:
+        for problem in error.problems:
+            done.problems.add(problem)
+
+
+def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
+    """Raise ConfigError if --chat_template cannot be used, or if the template has not all of --template_settings.
+
+    The template is that of --chat_template, or that of the model folder. Without a template, nothing is checked.
+    """
+    if args.chat_template is not None:
+        templates = read_chat_template(Path(args.chat_template))
+    elif args.template_settings and (found := folder_templates(model_dir)):
+        templates = found
+    else:
+        return
+    if problems := settings_problems(setting_names(args.template_settings or ()), templates):
+        raise ConfigError(*problems)
 
 
 def _reads_hub_data(args: CommonArguments) -> bool:
     """Return whether this command reads rows of a data set on a hub."""
     if not args.reads_data:
         return False
-    entries = [DATASET_MAPPING.get(word.split('#')[0]) for word in args.dataset]
+    words = itertools.chain(*args.words_read())
+    entries = [DATASET_MAPPING.get(without_amount(word)) for word in words]
     return any(isinstance(entry, HubDataset) for entry in entries)
 
 
@@ -224,39 +262,42 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
 
 
 def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if the file of --write_clean exists, cannot be written, or would become a file of --dataset."""
+    """Add a problem if the file of --write_clean exists, cannot be written, or would become one of the data files."""
     given = f'--write_clean {target}'
-    inputs = [file.resolve() for word in args.dataset for file in _files_of(word)]
-    if target.resolve() in inputs:
-        problems.add(f'{given} is a file of --dataset, which is never changed. Name a new file.')
+    sources = [source for word in itertools.chain(*args.words_read()) for source in _local_source(word)]
+    if target.resolve() in [file.resolve() for source in sources for file in _files_of(source)]:
+        problems.add(f'{given} is one of the data files, which are never changed. Name a new file.')
     elif target.exists() or target.is_symlink():
         problems.add(f'{given} exists already and is not replaced. Name a new file.')
-    elif any(_will_name(word, target) for word in args.dataset):
+    elif any(_will_name(source, target) for source in sources):
         problems.add(
-            f'{given} lies where --dataset reads every file, so the next run would read the rows twice. Name a file in '
+            f'{given} lies where the data names every file, so the next run would read the rows twice. Name a file in '
             'another folder.'
         )
     else:
         _check_writable('write_clean', str(target), target, problems)
 
 
-def _files_of(word: str) -> list[Path]:
-    """Return the files of a word of --dataset. Returns [] if they cannot be found; other code reports this."""
+def _local_source(word: str) -> list[Source]:
+    """Return a list with the source if a word names local files, else []. Other code reports wrong words."""
     try:
         source = parse_source(word)
-        return [] if source.path is None else find_files(source)
+    except ConfigError:
+        return []
+    return [] if source.path is None else [source]
+
+
+def _files_of(source: Source) -> list[Path]:
+    """Return the files of a source. Returns [] if there are none, which other code reports."""
+    try:
+        return find_files(source)
     except ConfigError:
         return []
 
 
-def _will_name(word: str, target: Path) -> bool:
-    """Return whether a folder or pattern of --dataset names the file as soon as it exists."""
-    try:
-        source = parse_source(word)
-    except ConfigError:
-        return False
-    if source.path is None:
-        return False
+def _will_name(source: Source, target: Path) -> bool:
+    """Return whether a folder or pattern names the file as soon as the file exists."""
+    assert source.path is not None, 'it is local'
     if source.path.is_dir():
         return target.absolute().parent.resolve() == source.path.resolve()
     return glob.has_magic(source.name) and fnmatch.fnmatch(str(target.absolute()), str(source.path.absolute()))

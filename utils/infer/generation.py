@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.cli.arguments import GENERATION, CommonArguments
+from utils.loading.cache_names import cache_of, named_cache
 from utils.loading.image_processors import Images
 from utils.loading.layers import ATTENDING
 from utils.loading.opening import check_embedded
@@ -125,7 +126,7 @@ def generate_batch(
 
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # for each row of the batch, the index of its prompt
-    cache = None
+    cache: dict[str, Any] = {}
     leaves = len(prompts) > 1 and not shown and _rows_can_leave(model)
     while rows:
         with torch.no_grad():
@@ -135,7 +136,7 @@ def generate_batch(
                 **shown,
                 generation_config=_up_to(config, last_width - ids.shape[1]),
                 **({'stopping_criteria': [_half_have_ended(config)]} if leaves else {}),
-                **({'past_key_values': cache} if cache is not None else {}),
+                **cache,
             )
 
         going = []
@@ -149,8 +150,8 @@ def generate_batch(
             break
 
         chosen = torch.tensor(going, device=ids.device)
-        cache = output.past_key_values
-        cache.batch_select_indices(chosen)
+        cache = named_cache(output)
+        cache_of(cache).batch_select_indices(chosen)
         made = output.sequences.shape[1] - ids.shape[1]
         mask = torch.nn.functional.pad(mask[chosen], (0, made), value=1)
         ids = output.sequences[chosen]

@@ -19,6 +19,7 @@ from tests.support.old_models import pack_text
 from tests.support.runs import ROOT
 from utils.base.errors import ConfigError
 from utils.formats.images import BadImage, find_images, image_size, name_images, place_image, read_images, replace_tags
+from utils.infer.generation import generate_batch
 from utils.loading.legacy.families.qwen import QWEN, QWEN_GPTQ
 from utils.loading.legacy.families.qwen_vl import QWEN_VL, QWEN_VL_GPTQ
 from utils.loading.legacy.family import Family, State
@@ -377,6 +378,23 @@ def test_lora_on_the_tower_reaches_every_layer_of_it(golden: State) -> None:
     outer = {name: w.grad for name, w in model.named_parameters() if 'lora_B' in name}
     assert len(outer) == 2 * 4 + 2
     assert all(grad is not None and grad.abs().max() > 0 for grad in outer.values())
+
+
+def test_rows_with_an_adapter_leave_the_batch_when_they_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import GenerationConfig
+
+    model = get_peft_model(open_folder(), LoraConfig(r=4, target_modules=['q_proj', 'v_proj'])).eval()
+    model.config.use_dynamic_ntk = False  # with it, no row leaves
+    sizes: list[int] = []
+    generate = model.generate
+    monkeypatch.setattr(model, 'generate', lambda **words: sizes.append(len(words['input_ids'])) or generate(**words))
+
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=list(range(40)), pad_token_id=0)
+    prompts = [[60 + 7 * row, 50 + row, 40 + row] for row in range(8)]
+    together = generate_batch(model, prompts, config)
+    assert len(sizes) > 1 and sizes[0] == 8
+    assert together == [generate_batch(model, [prompt], config)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize('frozen', [False, True])

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaPreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaModel
+
+from utils.loading.cache_names import cache_of
 
 # The attention implementations that add a bias per head. All others refuse the bias or silently ignore it.
 _ATTENTION = ('eager', 'sdpa')
@@ -63,7 +64,7 @@ class AlibiLlamaModel(LlamaModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        *,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -82,21 +83,22 @@ class AlibiLlamaModel(LlamaModel):
         if name not in _ATTENTION:
             raise ValueError(f"attention '{name}' takes no ALiBi: open the model with {' or '.join(_ATTENTION)}.")
 
+        # The cache is passed by its position, because its name depends on the version of transformers.
+        cache = cache_of(kwargs)
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            cache,
             position_ids=position_ids,
             allow_is_causal_skip=False,
         )
-        first = 0 if past_key_values is None else past_key_values.get_query_offset(0)
+        first = 0 if cache is None else cache.get_query_offset(0)
 
         # A mask with four dimensions reaches the attention layers unchanged.
         return super().forward(
             attention_mask=self._with_distance(mask, inputs_embeds, first),
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )

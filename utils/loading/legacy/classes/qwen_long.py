@@ -21,6 +21,8 @@ from transformers.models.qwen2.modeling_qwen2 import (
     eager_attention_forward,
 )
 
+from utils.loading.cache_names import cache_of, without_cache
+
 
 def ntk_alpha(length: int, trained: int) -> float:
     """Return the NTK factor for a prompt of `length` tokens. The base of the rotary embedding is computed from it.
@@ -83,7 +85,6 @@ class QwenLogNAttention(Qwen2Attention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output (B, T, hidden) and the attention weights, as Qwen2Attention does.
@@ -92,7 +93,7 @@ class QwenLogNAttention(Qwen2Attention):
         """
         if self.training:
             plain: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+                hidden_states, position_embeddings, attention_mask, **kwargs
             )
             return plain
 
@@ -108,8 +109,9 @@ class QwenLogNAttention(Qwen2Attention):
         factors = logn_factors(kwargs['position_ids'], self.config.max_position_embeddings)
         query = query * factors[:, None, :, None].to(query.dtype)
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = cache_of(kwargs)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
@@ -121,7 +123,7 @@ class QwenLogNAttention(Qwen2Attention):
             dropout=0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
-            **kwargs,
+            **without_cache(kwargs),
         )
 
         return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
@@ -147,13 +149,14 @@ class QwenModel(Qwen2Model):
         input_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the outputs of Qwen2Model. For a new prompt, the NTK factor of each row is set first."""
         # If the cache is not empty, the tokens continue a prompt. The factors of this prompt are already set.
-        is_prompt = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+        cache = cache_of(kwargs)
+        is_prompt = cache is None or int(cache.get_seq_length()) == 0
         if self.config.use_dynamic_ntk and not self.training and is_prompt:
             inputs = input_ids if input_ids is not None else inputs_embeds
             if inputs is not None:
@@ -163,7 +166,6 @@ class QwenModel(Qwen2Model):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )

@@ -1,0 +1,35 @@
+"""The two names of the key-value cache.
+
+transformers 5.24 renamed the argument and the output `past_key_values` to `cache`, in every model, decoder layer and
+attention layer (https://github.com/huggingface/transformers/releases/tag/v5.24.0). Until then the name was
+`past_key_values`. So code of this project gives the cache no parameter of its own, but leaves it in the keyword
+arguments and asks this module for it.
+
+Remove this module once requirements.txt asks for 5.24 or later: the cache is then an ordinary parameter `cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# The name since 5.24 comes first. An output of 5.24 also answers to the name before, but with a warning.
+_NAMES = ('cache', 'past_key_values')
+
+
+def named_cache(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the cache in `values` under the name that it has there. The result is empty if there is no cache.
+
+    `values` are the keyword arguments or the output of a model or a layer.
+    """
+    return next(({name: values[name]} for name in _NAMES if values.get(name) is not None), {})
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """Return the cache in `values`, or None if there is none."""
+    return next(iter(named_cache(values).values()), None)
+
+
+def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` without the cache."""
+    return {name: value for name, value in values.items() if name not in _NAMES}
