@@ -13,6 +13,7 @@ import pytest
 import llm_infer
 import llm_sft
 from tests.support.runs import small_flags
+from utils import dataset
 from utils.base.errors import ConfigError
 from utils.data.plan import plan_rows
 from utils.data.stream import TrainingStream
@@ -129,9 +130,10 @@ def test_trailing_commas_and_empty_lines_of_spreadsheets_are_dropped_and_counted
     assert rows == [
         (2, {'': '0', 'query': 'a', 'response': 'b\nc'}),
         (4, {'': '1', 'query': 'd', 'response': 'e'}),
+        (5, {'': '', 'query': '', 'response': ''}),
         (6, {'': '2', 'query': 'f', 'response': 'g'}),
     ]
-    assert remarks == ['rows with only empty cells are skipped: 3, the first in line 5']
+    assert remarks == ['lines with only separators after the last row are skipped: 2, from line 7']
 
 
 HEADS = ' Query ;Response;HISTORY;Note;Source'
@@ -187,6 +189,13 @@ def test_json_and_parquet_columns_are_read_by_the_same_names(name: str, tmp_path
     ]
 
 
+def test_columns_of_a_registered_function_are_read_by_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dataset.DATASET_MAPPING, 'mine', lambda: [{'Query': 'a', 'Response': 'b'}])
+    plan = plan_rows(['mine'], test_ratio=0)
+    said = "mine: columns are read by other names than they are written: 'Query' as query, 'Response' as response"
+    assert plan.decisions(None) == [said] and plan.parts[0].uses.count(1) == 1
+
+
 def test_exact_names_are_preferred_and_equal_names_are_refused(tmp_path: Path) -> None:
     file = tmp_path / 'a.jsonl'
     file.write_text('{"query": "a", "response": "b", "System": "s"}\n')
@@ -206,13 +215,13 @@ def test_a_stream_says_how_it_reads_a_file_and_what_it_skips(
     from utils.encode.make import make_encoder
 
     file = tmp_path / 'a.tsv'
-    file.write_text('Query;Response\na;b\n;\nc;d\n')
+    file.write_text('Query;Response\na;b\nc;d\n;\n')
     streams = open_streams([str(file)], hub='modelscope')
     encoder = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=64)
     stream = iter(TrainingStream(encoder, streams, val_rows=0, seed=1))
     for _ in range(5):
         next(stream)
-    skipped = f'{file}: rows with only empty cells are skipped: 1, the first in line 3'
+    skipped = f'{file}: lines with only separators after the last row are skipped: 1, from line 4'
     assert list(streams.sources[0][0].remarks) == [
         f'{file}: the cells are separated by semicolons because its header has several cells with them',
         f"{file}: columns are read by other names than they are written: 'Query' as query, 'Response' as response",

@@ -316,15 +316,19 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
 def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
     """Return the training part (`half` is 0) or the validation part (`half` is 1) of a registered data set."""
     shown = name + VALIDATION if half else name
+    remarks: dict[str, None] = {}
+
+    def remark(text: str) -> None:
+        remarks[text] = None
 
     def read(digest: Any) -> Iterator[ReadRow]:
         again = rows
         if iter(rows) is rows:  # a generator can be read only once: call the function again
             loaded: Any = DATASET_MAPPING[name]()
             again = loaded[half] if isinstance(loaded, tuple) else loaded
-        yield from _converted(_located(shown, again, digest), shown)
+        yield from _converted(_located(shown, again, digest), shown, remark=remark)
 
-    return Part(name=shown, read=read, is_val=bool(half), served=served)
+    return Part(name=shown, read=read, is_val=bool(half), served=served, remarks=remarks)
 
 
 def remarks_of(sources: Iterable[Sequence[Part]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -122,8 +123,8 @@ def _misfit(cells: Sequence[str], names: Sequence[str], width: int, separator: s
 def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> Iterator[tuple[str, Any]]:
     """Yield (location, row) for each row of a table. `usual` is the separator that the kind of file normally has.
 
-    A different separator is found from the header and the first rows, and `remark` is called with it. Rows with only
-    empty cells are skipped, and `remark` is called with their number.
+    A different separator is found from the header and the first rows, and `remark` is called with it. Lines with only
+    separators after the last row are skipped, and `remark` is called with their number.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     path = source.path
@@ -141,23 +142,27 @@ def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> 
     reader = csv.reader(itertools.chain(head[skipped:], (text for _, text in lines)), delimiter=separator, strict=True)
     names: list[str] = []
     width = 0
-    empty: list[int] = [0, 0]
+    # The lines that have only separators so far: they are skipped if no row follows.
+    empty = array('Q')
     line = skipped + 1
     try:
         for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                # A line without cells holds nothing. Spreadsheet programs write lines with only separators.
+            if not any(cell.strip() for cell in cells) and len(cells) != 1:
                 if cells:
-                    empty = [empty[0] + 1, empty[1] or line]
+                    empty.append(line)
             elif not names:
                 names = _column_names(f'{path}:{line}', cells)
                 width = len(cells)
-            elif problem := _misfit(cells, names, width, separator):
-                bad(f'{path}:{line}', problem)
+                empty = array('Q')
             else:
-                yield f'{path}:{line}', dict(zip(names, cells, strict=False))
+                yield from ((f'{path}:{number}', dict.fromkeys(names, '')) for number in empty)
+                empty = array('Q')
+                if problem := _misfit(cells, names, width, separator):
+                    bad(f'{path}:{line}', problem)
+                else:
+                    yield f'{path}:{line}', dict(zip(names, cells, strict=False))
             line = skipped + reader.line_num + 1
     except csv.Error as error:
         refuse(f'{path}:{line}', f'the CSV is broken here: {error}. Check the quotes in this row.')
-    if empty[0]:
-        remark(f'{path}: rows with only empty cells are skipped: {empty[0]}, the first in line {empty[1]}')
+    if empty:
+        remark(f'{path}: lines with only separators after the last row are skipped: {len(empty)}, from line {empty[0]}')
