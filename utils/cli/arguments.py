@@ -143,6 +143,10 @@ class SftArguments(CommonArguments):
     check_dataset: bool = flag(
         False, 'do not train: read the data and report its problems; exit code 1 if there are any'
     )
+    write_clean: str | None = flag(
+        None,
+        'new .jsonl or .jsonl.gz file for a cleaned copy of the data, in messages form; needs --check_dataset true',
+    )
     dry_run: bool = flag(
         False,
         'do not train: print decisions, data plan, downloads, memory per device and GPUs that fit; fetches only the '

@@ -5,6 +5,8 @@ Arguments whose value depends on the machine are set. No function uses the netwo
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import itertools
 import os
 import tempfile
@@ -29,7 +31,7 @@ from utils.cli.resolution import Ready, Resolution, reading_of
 from utils.cli.resolve import quantized_problems
 from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.parts import open_parts
-from utils.data.sources import check_sources, find_files, is_text_file, parse_source
+from utils.data.sources import Source, check_sources, find_files, is_text_file, parse_source
 from utils.formats.conversation import Row
 from utils.formats.hub_files import HubFiles
 from utils.hub import snapshot as hub
@@ -232,6 +234,9 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     problems = done.problems
     _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
 
+    if args.write_clean is not None:
+        _check_clean_copy(Path(args.write_clean), args, problems)
+
     if args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
         _check_resume(checkpoint, args, problems)
@@ -296,6 +301,48 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
             tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
     except OSError as error:  # `exists` also raises OSError, if a name is too long
         problems.add(f'--{flag} {given} cannot be created: {error.strerror}. Give another folder.')
+
+
+def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
+    """Add a problem if the file of --write_clean exists, cannot be written, or would become one of the data files."""
+    given = f'--write_clean {target}'
+    sources = [source for word in itertools.chain(*args.words_read()) for source in _local_source(word)]
+    if target.resolve() in [file.resolve() for source in sources for file in _files_of(source)]:
+        problems.add(f'{given} is one of the data files, which are never changed. Name a new file.')
+    elif target.exists() or target.is_symlink():
+        problems.add(f'{given} exists already and is not replaced. Name a new file.')
+    elif any(_will_name(source, target) for source in sources):
+        problems.add(
+            f'{given} lies where the data names every file, so the next run would read the rows twice. Name a file in '
+            'another folder.'
+        )
+    else:
+        _check_writable('write_clean', str(target), target, problems)
+
+
+def _local_source(word: str) -> list[Source]:
+    """Return a list with the source if a word names local files, else []. Other code reports wrong words."""
+    try:
+        source = parse_source(word)
+    except ConfigError:
+        return []
+    return [] if source.path is None else [source]
+
+
+def _files_of(source: Source) -> list[Path]:
+    """Return the files of a source. Returns [] if there are none, which other code reports."""
+    try:
+        return find_files(source)
+    except ConfigError:
+        return []
+
+
+def _will_name(source: Source, target: Path) -> bool:
+    """Return whether a folder or pattern names the file as soon as the file exists."""
+    assert source.path is not None, 'it is local'
+    if source.path.is_dir():
+        return target.absolute().parent.resolve() == source.path.resolve()
+    return glob.has_magic(source.name) and fnmatch.fnmatch(str(target.absolute()), str(source.path.absolute()))
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:

@@ -47,6 +47,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     _resolve_validation(done)
     _resolve_mixture(done, sources)
     _resolve_streaming(done)
+    _resolve_clean_copy(done)
     _resolve_quantization(done)
     resolve_scale(done)
     _resolve_tuning(done)
@@ -358,6 +359,24 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
         reason = 'with --streaming true the training process reads all rows'
     done.without_effect(tuple(unused), reason)
     done.decide('dataloader_num_workers', 0, 'a stream is read by the training process')
+
+
+def _resolve_clean_copy(done: Resolution[SftArguments]) -> None:
+    """Check --write_clean, and let it copy all rows if --train_dataset_sample is not typed."""
+    args = done.args
+    problems = done.problems
+    if args.write_clean is None:
+        return
+
+    given = f'--write_clean {args.write_clean}'
+    if not args.check_dataset:
+        problems.add(f'{given}: the data check writes the copy. Add --check_dataset true.')
+    if not args.write_clean.lower().endswith(('.jsonl', '.jsonl.gz')):
+        problems.add(f'{given}: the copy holds JSON lines. Give a name that ends in .jsonl or .jsonl.gz.')
+    if dist.world_size() > 1:
+        problems.add(f'{given}: one process writes the copy. Start the command with python, not torchrun.')
+    if 'train_dataset_sample' not in done.typed:
+        done.decide('train_dataset_sample', -1, '--write_clean copies all rows')
 
 
 def _resolve_quantization(done: Resolution[Any]) -> None:

@@ -31,21 +31,17 @@ from utils.formats.columns import (
     check_row,
     find_converter,
     needed_columns,
+    tidy_columns,
 )
 from utils.formats.conversation import BadRow, Row
-from utils.formats.data_file import (
-    OnBad,
-    RowWithRepeatedKeys,
-    Signature,
-    UnreadableRow,
-    read_rows,
-    refuse,
-    signature,
-)
+from utils.formats.data_file import Signature, ignore, read_rows, signature
+from utils.formats.file_bytes import OnBad, UnreadableRow, refuse
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.hub_files import HubFiles
 from utils.formats.images import state_of_images, with_image_files
+from utils.formats.json_text import RowWithRepeatedKeys, repeated_key, with_columns
 from utils.formats.reading import Reading
+from utils.formats.table import Remark
 
 # Files are read with the names that they give their columns.
 AS_WRITTEN = Reading()
@@ -75,14 +71,17 @@ def _converted(
     folder: str | None = None,
     reading: Reading = AS_WRITTEN,
     seen: dict[str, None] | None = None,
+    remark: Remark = ignore,
 ) -> Iterator[ReadRow]:
     """Convert the rows to conversations, and yield a ReadRow for each row.
 
-    The columns of the first row decide which converter is used for all rows. `seen` gets the names of the columns of
-    the first row, and of all columns that --columns renames.
+    The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
+    `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remark` is called
+    with the names that are not read as they are written.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
+    renamed: dict[str, str] = {}
     seen = {} if seen is None else seen
     for location, written in located:
         if isinstance(written, BadRow):
@@ -92,6 +91,13 @@ def _converted(
         raw = reading.renamed(written, location)
         if converter is None:
             seen.update(dict.fromkeys(map(str, written)))
+            renamed = tidy_columns(list(map(str, raw)))
+            if renamed:
+                shown = ', '.join(f"'{column}' as {read_as}" for column, read_as in renamed.items())
+                remark(f'{name}: columns are read by other names than they are written: {shown}')
+        if renamed:
+            raw = with_columns(raw, renamed)
+        if converter is None:
             converter = _first_converter(raw, written, location, reading)
             first_columns = frozenset(raw)
         elif raw is not written:
@@ -109,9 +115,7 @@ def _converted(
         row.origin = location
         row.folder = folder
         if isinstance(raw, RowWithRepeatedKeys):
-            row.notes += tuple(
-                f'the JSON key `{key}` occurs twice in an object: the last value is used' for key in raw.repeated_keys
-            )
+            row.notes = tuple(dict.fromkeys([*row.notes, *map(repeated_key, raw.repeated_keys)]))
         yield location, columns, row
 
 
@@ -130,8 +134,10 @@ def _first_converter(raw: Mapping[str, Any], written: Mapping[str, Any], locatio
 def _unknown_columns(columns: Sequence[str]) -> str:
     """Return the error message for columns that no converter supports, with the best-fitting remedy."""
     problem = f'unknown columns {", ".join(columns)}. '
-    if find_converter([column.strip().lower() for column in columns]):
-        return f'{problem}Write their names in lower case and without spaces.'
+    tidy = [column.strip().lower() for column in columns]
+    if find_converter(tidy):
+        twice = [column for column, name in zip(columns, tidy, strict=True) if tidy.count(name) > 1]
+        return f'{problem}Their names are equal without capital letters and spaces: {", ".join(twice)}. Rename one.'
 
     if shapes := ambiguous_shapes(columns):
         return _ambiguous(shapes, columns)
@@ -184,6 +190,8 @@ class Part:
     has_images: bool = False
     # The positions of the rows that cannot be trained on, among all rows that were read.
     unusable: array[int] = field(default_factory=lambda: array('Q'))
+    # Remarks on how the files are read, as keys. They are added while the files are read.
+    remarks: dict[str, None] = field(default_factory=dict)
     # Hash of the content that the first pass read.
     content: str = ''
     # The number of replies before the last reply for which the row itself does not say whether they carry loss, and the
@@ -307,8 +315,9 @@ def open_parts(
         )
     files = [(file, signature(file)) for file in find_files(source)]
     columns: dict[str, None] = {}
-    read = _reader(files, [str(file) for file, _ in files], bad, reading, columns)
-    return [Part(name=source.name, read=read, files=files, columns=columns)]
+    remarks: dict[str, None] = {}
+    read = _reader(files, [str(file) for file, _ in files], bad, reading, columns, remarks)
+    return [Part(name=source.name, read=read, files=files, columns=columns, remarks=remarks)]
 
 
 def _reader(
@@ -317,19 +326,24 @@ def _reader(
     bad: OnBad,
     reading: Reading,
     columns: dict[str, None],
+    remarks: dict[str, None],
 ) -> Callable[[Any], Iterator[ReadRow]]:
-    """Return a function that reads the files from the start, and adds the names of their columns to `columns`.
+    """Return a function that reads the files from the start.
 
-    The hash also covers `names`, one name for each file.
+    The function adds the names of the columns in the files to `columns`, and remarks on how the files are read to
+    `remarks`. The hash also covers `names`, one name for each file.
     """
+
+    def remark(text: str) -> None:
+        remarks[text] = None
 
     def read(digest: Any) -> Iterator[ReadRow]:
         for (file, known), name in zip(files, names, strict=True):
             digest.update(f'{name}\n'.encode())
             try:
-                rows = read_rows(file, bad=bad, known=known, digest=digest, text_rows=reading.text_rows)
+                rows = read_rows(file, bad=bad, known=known, digest=digest, text_rows=reading.text_rows, remark=remark)
                 folder = str(file.absolute().parent)
-                yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns)
+                yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns, remark=remark)
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
@@ -348,10 +362,12 @@ def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, readin
         # The hash covers the names in the repository, because the folder of the cache differs between machines.
         paths = [fetched.folder / name for name in names]
         columns: dict[str, None] = {}
+        remarks: dict[str, None] = {}
         part = Part(
             name=_shown(source.name, is_val),
-            read=_reader([(path, signature(path)) for path in paths], names, bad, reading, columns),
+            read=_reader([(path, signature(path)) for path in paths], names, bad, reading, columns, remarks),
             columns=columns,
+            remarks=remarks,
             is_val=is_val,
             served=fetched.served,
             commit=fetched.commit,
@@ -421,11 +437,19 @@ def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
 
     def part(rows: RowStream, is_val: bool) -> Part:
         shown = _shown(name, is_val)
+        remarks: dict[str, None] = {}
 
         def read(digest: Any) -> Iterator[ReadRow]:
-            yield from _converted(_hashed(rows.with_locations(), digest), shown)
+            yield from _converted(_hashed(rows.with_locations(), digest), shown, remark=remarks.setdefault)
 
-        return Part(name=shown, read=read, is_val=is_val, served=str(snapshot.repo), commit=snapshot.commit)
+        return Part(
+            name=shown,
+            read=read,
+            is_val=is_val,
+            served=str(snapshot.repo),
+            commit=snapshot.commit,
+            remarks=remarks,
+        )
 
     return [part(rows, is_val) for rows, is_val in ((train, False), (val, True)) if rows is not None]
 
@@ -435,13 +459,20 @@ def _own_parts(name: str) -> list[Part]:
 
     def part(half: int, rows: Any) -> Part:
         shown = _shown(name, half == 1)
+        remarks: dict[str, None] = {}
 
         def read(digest: Any) -> Iterator[ReadRow]:
-            yield from _converted(_hashed(located_rows(name, half, rows, shown), digest), shown)
+            located = located_rows(name, half, rows, shown)
+            yield from _converted(_hashed(located, digest), shown, remark=remarks.setdefault)
 
-        return Part(name=shown, read=read, is_val=half == 1)
+        return Part(name=shown, read=read, is_val=half == 1, remarks=remarks)
 
     return [part(half, rows) for half, rows in enumerate(halves_of(name, logs=True)) if rows is not None]
+
+
+def remarks_of(sources: Iterable[Sequence[Part]]) -> list[str]:
+    """Return the remarks on how the files were read so far. `sources` has the parts of each data set."""
+    return [remark for part in itertools.chain.from_iterable(sources) for remark in part.remarks]
 
 
 def open_replies(row: Row) -> int:

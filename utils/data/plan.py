@@ -25,11 +25,12 @@ from utils.data.parts import (
     check_read_once,
     draw_uses,
     open_parts,
+    remarks_of,
 )
 from utils.data.sources import parse_source, val_set_names
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
-from utils.formats.data_file import OnBad, refuse
+from utils.formats.file_bytes import OnBad, refuse
 from utils.formats.reading import Reading
 
 
@@ -62,7 +63,7 @@ class Plan:
             replies += part.earlier_replies
             rows += part.rows_with_earlier
 
-        decided = list(self.drawn)
+        decided = [*remarks_of([self.parts]), *self.drawn]
         total = sum(len(part.uses) for part in self.parts)
         if texts := sum(part.text_rows for part in self.parts):
             decided.append(

@@ -27,7 +27,7 @@ from utils.data.encode_plan import (
 from utils.data.encoded_rows import EncodedRows, length_statistics
 from utils.data.encoding_report import EncodingReport, log_report
 from utils.data.mixture import take_turns
-from utils.data.parts import row_notes
+from utils.data.parts import remarks_of, row_notes
 from utils.data.plan import served_by
 from utils.data.stream_parts import Streams, first_rows
 from utils.data.tally import Tally
@@ -56,7 +56,7 @@ class LoggedTally(Tally):
     def add(self, reason: str, place: str) -> None:
         """Count one row under `reason`, and log it if the count is a power of ten."""
         super().add(reason, place)
-        count = self.counts[reason]
+        count = self.counts[self.known(reason)]
         if count == 10 ** (len(str(count)) - 1):
             logger.warning(f'{count} rows so far: {reason} ({place})')
 
@@ -86,6 +86,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
     def __init__(self, encoder: Encoder, sources: Streams, *, val_rows: int, seed: int) -> None:
         # (training part, number of its first rows that are held out). The number is 0 if there is a validation part.
         self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources.sources]
+        # The remarks that are logged already. A file gets others when its end is read.
+        self._remarks = set(remarks_of(sources.sources))
         self.shares = sources.shares
         self.encoder = encoder
         self.seed = seed
@@ -178,6 +180,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             if number == 0:
                 self.rows_read = index
                 logger.info(f'a pass over the stream is done: {index} rows')
+                for remark in remarks_of([[part for part, _ in self.parts]]):
+                    if remark not in self._remarks:
+                        logger.info(remark)
 
     def _order(self, number: int) -> random.Random:
         """Return the random generator that shuffles a pass."""

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from utils.base.names import HubName, LossScope
-from utils.data.parts import AS_WRITTEN, VAL, Part, check_columns, check_read_once, open_parts, open_replies
+from utils.data.parts import (
+    AS_WRITTEN,
+    VAL,
+    Part,
+    check_columns,
+    check_read_once,
+    open_parts,
+    open_replies,
+    remarks_of,
+)
 from utils.data.plan import Plan, loss_decisions, part_not_used, plan_validation
 from utils.data.sources import parse_source
 from utils.formats.conversation import Row
@@ -68,6 +77,7 @@ def open_streams(
         for _ in itertools.islice(part.read(hashlib.sha256()), _COLUMN_ROWS if reading.columns else 1):
             pass
     check_columns([*opened, *(val.parts if val else ())], reading)
+    decisions = [*remarks_of([*sources, val.parts if val else ()]), *decisions]
     shares = [source.share for source in named if source.share is not None]
     return Streams(sources=sources, shares=shares, val=val, decisions=decisions)
 

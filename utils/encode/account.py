@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from utils.encode.encoded import TOOLS_IGNORED, Encoded
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG
 from utils.formats.conversation import Row
+from utils.formats.json_text import JsonParser, json_as_written
 
 TRAINED, CONTEXT, CUT, TRIMMED, STRUCTURE = 'trained', 'context', 'cut', 'trimmed', 'structure'
 LEFT_OUT, NOT_DRAWN, NOT_USED = 'left out', 'not drawn', 'not used'
@@ -66,6 +67,10 @@ _Span = tuple[int, int]
 # tokenised text. It returns None if the changed row is refused.
 _Rendering = Callable[[Sequence[tuple[_Path, str]]], tuple[str, ...] | None]
 
+# Names of columns and keys are data. Beyond this number of names, the account must not grow with the data.
+_MOST_FIELDS = 500
+OTHER_FIELDS = f'another column or key than the first {_MOST_FIELDS}'
+
 # If the texts of a row cannot be searched together, at most this number of texts is searched one by one.
 _MOST_ALONE = 16
 
@@ -104,7 +109,7 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
         return value
     try:
-        found = json.loads(value)
+        found = JsonParser().parse(value)
     except (ValueError, RecursionError):
         return value
     return found if isinstance(found, list | dict) else value
@@ -124,7 +129,7 @@ def _replaced(value: Any, path: _Path, text: str) -> Any:
     else:
         made = list(whole)
         made[key] = _replaced(made[key], rest, text)
-    return json.dumps(made, ensure_ascii=False, default=str) if isinstance(value, str) else made
+    return json_as_written(made, default=str) if isinstance(value, str) else made
 
 
 def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
@@ -547,6 +552,11 @@ def _marked(
     return spans if position == len(text.text) else None
 
 
+def _known(name: str, counted: Mapping[str, Any]) -> str:
+    """Return the name under which a field is counted. If too many fields are counted, it is OTHER_FIELDS."""
+    return name if name in counted or len(counted) < _MOST_FIELDS else OTHER_FIELDS
+
+
 @dataclass(kw_only=True)
 class Account:
     """Character counts. `fields` is {label: {bucket: number of characters}}, for example {'user text': {'context': 9}}.
@@ -559,8 +569,12 @@ class Account:
 
     def _count(self, label: str, bucket: str, characters: int) -> None:
         if characters:
-            counts = self.fields.setdefault(label, {})
+            counts = self.fields.setdefault(_known(label, self.fields), {})
             counts[bucket] = counts.get(bucket, 0) + characters
+
+    def _count_unused(self, name: str, rows: int) -> None:
+        name = _known(name, self.unused)
+        self.unused[name] = self.unused.get(name, 0) + rows
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
         """Count all characters of a row that is not encoded in the bucket `reason`."""
@@ -578,8 +592,9 @@ class Account:
         missed: dict[str, None] = {}
         for place in places:
             self._settle(place.leaf, place.buckets, missed)
-        for name in missed:
-            self.unused[name] = self.unused.get(name, 0) + 1
+        # Several names of one row may be counted together.
+        for name in dict.fromkeys(_known(name, self.unused) for name in missed):
+            self._count_unused(name, 1)
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
         """Search the texts of a row in the order of its turns, and yield a _Place for each text.
@@ -682,7 +697,7 @@ class Account:
             for bucket, count in counts.items():
                 self._count(label, bucket, count)
         for name, rows in other.unused.items():
-            self.unused[name] = self.unused.get(name, 0) + rows
+            self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
         """Return a line with the percentages for each label, and a line with the names of unused fields."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import secrets
@@ -44,6 +45,7 @@ from utils.encode.encoded import (
 from utils.encode.encoder import Encoder
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 from utils.formats.conversation import Message, Row
+from utils.formats.json_text import Spelling, json_as_written
 from utils.loading.image_processors import Images
 from utils.loading.template_settings import as_word, split_settings
 from utils.preprocess import AUTO
@@ -186,13 +188,18 @@ class AutoEncoder(Encoder):
     def _apply(self, chats: list[Any], tools: Sequence[Any] | None, prompt: bool, settings: Mapping[str, Any]) -> Any:
         from jinja2.exceptions import TemplateError
 
+        # Only tools and calls contain numbers. A template prints them with a JSON writer.
+        spelling = Spelling()
+        if tools or _have_calls(chats):
+            chats, tools = spelling.hide(chats), spelling.hide(tools)
         try:
             render = self.tokenizer.apply_chat_template
-            return render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False, **settings)
+            text = render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False, **settings)
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
         except Exception as error:  # a template is a program and can fail with any error
             raise RowRefused(f'the chat template fails: {error_text(error)}') from error
+        return spelling.show(str(text)) if not isinstance(text, list) else [spelling.show(one) for one in text]
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False,
@@ -404,7 +411,7 @@ class AutoEncoder(Encoder):
             return message
         said: dict[str, Any] = {key: value for key, value in message.items() if key not in ('reasoning', 'loss')}
         if 'tool_calls' in said and not self.says_calls[with_tools]:
-            calls = json.dumps([call.get('function', call) for call in said.pop('tool_calls')], ensure_ascii=False)
+            calls = json_as_written([call.get('function', call) for call in said.pop('tool_calls')])
             said['content'] = f'{said["content"]}\n{calls}' if said['content'] else calls
         if 'tool_calls' in said:
             said['content'] = said['content'] or self._no_text
@@ -452,7 +459,7 @@ class AutoEncoder(Encoder):
         for call in calls:
             function = call.get('function', call)
             arguments = function.get('arguments')
-            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            text = arguments if isinstance(arguments, str) else json_as_written(arguments)
             made.append({**call, 'function': {**function, 'arguments': text}})
         return made
 
@@ -968,6 +975,12 @@ class AutoEncoder(Encoder):
                 return match.end()
         # The end of turn may be plain text without a control token.
         return last + len(frame.end) if prompt.startswith(frame.end, last) else last
+
+
+def _have_calls(chats: Sequence[Any]) -> bool:
+    """Return whether a message has tool calls. `chats` is a list of chats, or the messages of one chat."""
+    messages = itertools.chain.from_iterable(chat if isinstance(chat, list) else (chat,) for chat in chats)
+    return any('tool_calls' in message for message in messages)
 
 
 def _is_unknown(reply: Message) -> bool:

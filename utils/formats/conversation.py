@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from utils.base.names import LossScope
+from utils.formats.json_text import json_as_written
 
 
 class Message(TypedDict, total=False):
@@ -31,7 +31,7 @@ class Message(TypedDict, total=False):
 def message_text(message: Message) -> str:
     """Return the content of a turn, followed by its tool calls as JSON."""
     calls = [call['function'] for call in message.get('tool_calls', ())]
-    parts = [message['content'], json.dumps(calls, ensure_ascii=False) if calls else '']
+    parts = [message['content'], json_as_written(calls) if calls else '']
     return '\n'.join(part for part in parts if part)
 
 

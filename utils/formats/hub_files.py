@@ -128,7 +128,7 @@ class HubFiles:
         return {subset: splits_by_name(names) for subset, names in grouped.items()}, 'default'
 
     def _no_data(self, snapshot: Snapshot) -> str:
-        supported = ', '.join(SUFFIXES[:4])
+        supported = ', '.join(SUFFIXES[:5])
         scripts = sorted(name for name in snapshot.files if name.endswith('.py') and '/' not in name)
         if not scripts:
             shown = ', '.join(sorted(snapshot.files)[:_MANY]) or 'no file'
@@ -196,7 +196,7 @@ class HubFiles:
     def _check_suffixes(self, names: Sequence[str]) -> None:
         if other := [name for name in names if not name.lower().endswith(SUFFIXES)]:
             raise ConfigError(
-                f"--dataset '{self.word}': {other[0]} is not read; {', '.join(SUFFIXES[:4])} files are. Name another "
+                f"--dataset '{self.word}': {other[0]} is not read; {', '.join(SUFFIXES[:5])} files are. Name another "
                 'subset, or convert the file and give the converted one.'
             )
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,11 @@ def find_images(text: str) -> list[str]:
 def replace_tags(text: str, mark: str) -> str:
     """Return the text with each image tag replaced by `mark`."""
     return _TAG.sub(lambda tag: mark, text)
+
+
+def map_tags(text: str, change: Callable[[str], str]) -> str:
+    """Return the text with `change` applied to the path in each image tag. Empty tags stay empty."""
+    return _TAG.sub(lambda tag: f'<img>{change(tag[1])}</img>', text)
 
 
 def name_images(texts: Sequence[str], images: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from utils.base.errors import ConfigError, did_you_mean
 from utils.base.names import TextRows
 from utils.formats.columns import KNOWN_COLUMNS
-from utils.formats.data_file import RowWithRepeatedKeys
+from utils.formats.json_text import RowWithRepeatedKeys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ This module shares no code with the conversion, so it does not repeat errors of 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from utils.formats.conversation import Row
+from utils.formats.json_text import JsonParser
 
 REASONING_KEYS = ('reasoning_content', 'reasoning', 'thinking')
 
@@ -157,7 +157,7 @@ def _is_empty(value: Any) -> bool:
 def _parsed(value: Any) -> Any:
     """Return the object or list that a JSON text contains. Any other value is returned unchanged."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        found = JsonParser().parse(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value
     return found if isinstance(found, dict | list) else value

@@ -38,6 +38,7 @@ from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 from utils.encode.template_encoder import TemplateEncoder
 from utils.encode.text_encoder import TextEncoder
 from utils.formats.conversation import Row
+from utils.formats.json_text import Spelling
 from utils.loading.chat_template import read_chat_template, write_templates
 from utils.loading.image_processors import Images
 from utils.loading.template_settings import split_settings
@@ -172,16 +173,17 @@ def _rendering(
 
     # The encoder renders the template with its settings in front of it. Here the same settings are passed as keywords.
     in_front, template = split_settings(encoder.tokenizer.get_chat_template(tools=tools))
+    spelling = Spelling()
     text = encoder.tokenizer.apply_chat_template(
-        messages[:-1] if prompt else messages,
-        tools=tools,
+        spelling.hide(messages[:-1] if prompt else messages),
+        tools=spelling.hide(tools),
         chat_template=template,
         add_generation_prompt=prompt,
         tokenize=False,
         **settings,
         **in_front,
     )
-    return encoder.text.unguard(str(text))
+    return encoder.text.unguard(spelling.show(str(text)))
 
 
 def _template_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:

@@ -17,11 +17,11 @@ from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
 from utils.cli.resolution import Decided, Ready, reading_of
 from utils.data.held_out import held_out, read_held_out
-from utils.data.parts import UNUSED, VAL, VALIDATION
+from utils.data.parts import UNUSED, VAL, VALIDATION, remarks_of
 from utils.data.plan import Plan, plan_rows, plan_validation
 from utils.data.stream_parts import Streams, first_rows, open_streams, stream_decisions
 from utils.formats.conversation import Row
-from utils.formats.data_file import OnBad, refuse
+from utils.formats.file_bytes import OnBad, refuse
 from utils.formats.reading import Reading
 from utils.run.folder import log_decisions
 from utils.run.lock import DATA_FLAGS, check_same_data, recorded
@@ -131,6 +131,7 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
 
     if flags.get('streaming'):
         streams = open_streams(args.dataset, hub=args.hub, reading=reading_of(args))
+        _log(streams.decisions)
         count = int(flags['stream_val_rows'])
         _check_data(done, trained, streams_lock(streams, count))
         return first_rows(streams.sources, count)
@@ -141,7 +142,13 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
             return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
     _check_data(done, trained, plan.lock())
+    _log(remarks_of([plan.parts]))
     return [row for _, row in plan.rows(VAL)]
+
+
+def _log(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.info(line)
 
 
 def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: Sequence[str]) -> list[Row]:
@@ -169,6 +176,7 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
         now = plan.lock()
         done.warnings += check_same_data(trained.checkpoint, now, problems, remedy=_INFER_REMEDY, only=now)
         problems.raise_if_any()
+    _log(remarks_of([plan.parts]))
     for line in plan.left_out.lines('left out'):
         logger.warning(line)
     return [row for _, row in plan.rows(VAL)]
@@ -189,6 +197,7 @@ def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading) -> list[Ro
 def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
     """Return all rows of the data sets. If a data set has a validation split, only the rows of this split are used."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub, reading=reading)
+    _log(remarks_of([plan.parts]))
     names = {part.name for part in plan.parts}
     chosen = [part for part in plan.parts if part.name + VALIDATION not in names]
     for part in chosen:
