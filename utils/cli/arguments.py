@@ -102,8 +102,9 @@ class SftArguments(CommonArguments):
         'swift', "peft, or swift: PEFT's layers and files, with base and adapter computed in one step"
     )
     output_dir: str = flag('output', 'a run writes to <output_dir>/<model_type>/vN-<time>, where N counts up')
-    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl'] = flag(
-        'nccl', 'torch.distributed backend; on a machine without GPU the default is gloo'
+    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl', 'xccl', 'hccl'] = flag(
+        'nccl',
+        'torch.distributed backend; the default is xccl on Intel GPUs, hccl on Ascend NPUs, and gloo without GPU',
     )
     resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to resume training from')
     check_dataset: bool = flag(

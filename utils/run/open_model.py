@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.packages import has_package
@@ -119,19 +119,17 @@ def open_model(
 
 
 def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, trains: bool) -> Any:
-    import torch
-
-    if not torch.cuda.is_available():
+    if device.kind() == 'cpu':
         return None
-    own = dist.own_gpus(torch.cuda.device_count())
+    own = dist.own_gpus(device.count())
     if len(own) == 1:
-        return {'': own[0]}
+        return {'': device.address(own[0])}
 
     # Full fine-tuning also holds a gradient for each parameter. A tenth of the memory stays free for activations.
     width = held.itemsize * (2 if trains and args.sft_type == 'full' else 1)
     stored_bits = 4 if info.quantization else 8 * width
     bits = args.quantization_bit or stored_bits
-    memory = {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in own}
+    memory = {device.address(gpu): int(0.9 * device.memory(gpu)[0]) for gpu in own}
     must_fit = trains or dist.world_size() > 1
     return Spread(memory=memory, parameter_bytes=width, linear_bytes=bits / 8, must_fit=must_fit)
 
@@ -176,7 +174,7 @@ def _zero_3(args: CommonArguments) -> Any:
 def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype, decide: Decide) -> bool:
     import torch
 
-    fits = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    fits = device.has_flash_attention() and dtype != torch.float32
     if args.use_flash_attn and not fits:
         raise ConfigError(
             '--use_flash_attn true: it needs an NVIDIA GPU of compute capability 8 or more, and bf16 or fp16. '
