@@ -141,6 +141,11 @@ class SftArguments(CommonArguments):
         True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
     )
     gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
+    full_weights: Literal['fp32', 'bf16'] = flag(
+        'fp32',
+        'full fine-tuning: data type of the weights. fp32: 16 bytes per parameter with gradient and AdamW state; bf16: '
+        '10 bytes, updates are rounded stochastically',
+    )
     deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
     fsdp: bool = flag(
         False, 'shard weights, gradients and optimizer over all processes (FSDP2); checkpoints hold weights only'

@@ -80,8 +80,9 @@ def open_model(
 ) -> tuple[Any, Any, Any]:
     """Return (model, tokenizer, dtype of the computation).
 
-    For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype; DeepSpeed
-    handles this itself. `decide` is called for each setting that the command line leaves open.
+    For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype, except with
+    --full_weights bf16. DeepSpeed handles this itself. `decide` is called for each setting that the command line leaves
+    open.
     """
     import torch
 
@@ -98,10 +99,8 @@ def open_model(
         decide('bnb_4bit_comp_dtype', names[dtype], 'it follows the dtype')
 
     held = dtype
-    if trains and args.sft_type == 'full' and dtype != torch.float32 and not _deepspeed_path(args):
-        held = torch.float32
-        logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
-                    'parameter with gradient and AdamW state')  # fmt: skip
+    if trains and isinstance(args, SftArguments) and args.sft_type == 'full' and not args.deepspeed_config_path:
+        held = _held_dtype(args, dtype)
 
     shards = isinstance(args, SftArguments) and (args.fsdp or args.deepspeed_config_path is not None)
     options = LoadOptions(
@@ -118,6 +117,20 @@ def open_model(
     return model, tokenizer, dtype
 
 
+def _held_dtype(args: SftArguments, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the weights in full fine-tuning. `dtype` is the dtype of the computation."""
+    import torch
+
+    if args.full_weights == 'bf16':
+        logger.info('weights are held in bfloat16 and rounded stochastically: 10 bytes per parameter with gradient and '
+                    'AdamW state')  # fmt: skip
+        return torch.bfloat16
+    if dtype != torch.float32:
+        logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
+                    'parameter with gradient and AdamW state')  # fmt: skip
+    return torch.float32
+
+
 def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, trains: bool) -> Any:
     if device.kind() == 'cpu':
         return None
@@ -132,10 +145,6 @@ def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, tr
     memory = {device.address(gpu): int(0.9 * device.memory(gpu)[0]) for gpu in own}
     must_fit = trains or dist.world_size() > 1
     return Spread(memory=memory, parameter_bytes=width, linear_bytes=bits / 8, must_fit=must_fit)
-
-
-def _deepspeed_path(args: CommonArguments) -> str | None:
-    return args.deepspeed_config_path if isinstance(args, SftArguments) else None
 
 
 def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype) -> Any:

@@ -18,9 +18,10 @@ def training_arguments(
     args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
 ) -> Seq2SeqTrainingArguments:
     """Return the arguments of the trainer. They contain no access token, because they are written to the run folder."""
-    # Frozen bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
+    # bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
     # needs the arguments bf16 and fp16 below, because it reads the precision of the model and of adapters from them.
-    autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
+    has_fp32_weights = args.sft_type == 'full' and args.full_weights == 'fp32'
+    autocasts = has_fp32_weights or dtype == torch.float16 or args.deepspeed_config_path is not None
     sharded = args.fsdp or args.deepspeed_config_path is not None
     return Seq2SeqTrainingArguments(
         output_dir=str(run_dir),
