@@ -19,6 +19,7 @@ from utils.data.parts import TRAIN, Streams
 from utils.data.plan import Plan, some_rows
 from utils.loading.image_processors import open_images
 from utils.run.folder import Run, log_decisions, open_run
+from utils.run.last import resume_last
 from utils.run.lock import repeat
 from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
@@ -59,7 +60,12 @@ def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int
     rows = rows_of(done)
 
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
-    run = open_run(done, find_weights(done), lock_of(rows, args), typed_now)
+    weights = find_weights(done)
+    data = lock_of(rows, args)
+    if resume_last(done, weights, data):
+        return 0
+
+    run = open_run(done, weights, data, typed_now)
     keep_held_out(rows, run.folder)
     carry_out(done, run, rows, typed_now, started=started)
     return 0

@@ -14,3 +14,5 @@ Kind = Literal['model', 'dataset']
 
 SFT_ARGS = 'sft_args.json'
 LOCK_JSON = 'lock.json'
+# The value of --resume_from_checkpoint that stands for the newest checkpoint whose run fits the command.
+LAST = 'last'

@@ -93,7 +93,11 @@ class SftArguments(CommonArguments):
     ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl'] = flag(
         'nccl', 'torch.distributed backend; on a machine without GPU the default is gloo'
     )
-    resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to resume training from')
+    resume_from_checkpoint: str | None = flag(
+        None,
+        'checkpoint directory to resume training from; last: the newest whole checkpoint under '
+        '<output_dir>/<model_type> of a run with the same flags, data and weights, or a new run if there is none',
+    )
     check_dataset: bool = flag(
         False, 'do not train: read the data and report its problems; exit code 1 if there are any'
     )

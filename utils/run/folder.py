@@ -112,10 +112,19 @@ def make_run_dir(output_dir: Path, name: str) -> Path:
         ) from error
 
 
+def run_dirs(parent: Path) -> list[Path]:
+    """Return the run folders vN-<time> in a folder, the newest (the highest number) first."""
+    return [path for _, path in sorted(_numbered(parent), reverse=True)] if parent.is_dir() else []
+
+
+def _numbered(parent: Path) -> list[tuple[int, Path]]:
+    return [(int(m[1]), path) for path in parent.iterdir() if (m := re.match(r'v(\d+)-', path.name))]
+
+
 def _new_run_dir(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     while True:
-        numbers = [int(m[1]) for f in parent.iterdir() if (m := re.match(r'v(\d+)-', f.name))]
+        numbers = [number for number, _ in _numbered(parent)]
         run_dir = parent / f'v{max(numbers, default=-1) + 1}-{time.strftime("%Y%m%d-%H%M%S")}'
         try:
             run_dir.mkdir()
