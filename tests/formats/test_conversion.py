@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from tests.support.runs import get_dataset
-from utils.data.parts import TRAIN, open_streams
-from utils.data.plan import plan_rows, stream_decisions
+from utils.data.parts import TRAIN
+from utils.data.plan import plan_rows
+from utils.data.stream_parts import open_streams, stream_decisions
 from utils.formats import data_file
 from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, check_row, find_converter
 from utils.formats.conversation import BadRow, Message, Row, message_text

@@ -12,6 +12,9 @@ LossScope = Literal['last_round', 'all_rounds']
 HubName = Literal['modelscope', 'huggingface']
 Kind = Literal['model', 'dataset']
 
+# The flags that decide which template is used, and how it is steered.
+TEMPLATE_FLAGS = ('template_type', 'chat_template', 'template_settings')
+
 SFT_ARGS = 'sft_args.json'
 LOCK_JSON = 'lock.json'
 # The value of --resume_from_checkpoint that stands for the newest checkpoint whose run fits the command.

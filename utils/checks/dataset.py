@@ -12,14 +12,14 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
-from utils.cli.arguments import SftArguments
+from utils.cli.arguments import SftArguments, without_amount
 from utils.cli.resolution import Ready, run_name
 from utils.data.encode_plan import EncodedAgain, batches, encode_batch
 from utils.data.encoding_report import EncodingReport
@@ -84,7 +84,11 @@ class Findings(Tally):
 
 
 class Seen:
-    """Finds rows and prompts that occurred earlier. Hash and location of each are in a file, not in memory."""
+    """Finds rows and prompts that occurred earlier. Hash and location of each are in a file, not in memory.
+
+    Of equal rows, the first one is stored, but a training row replaces any other row, and a validation row replaces a
+    row that is not used. So a validation row is found in the training set although other equal rows came before.
+    """
 
     def __init__(self, file: Path) -> None:
         self._database = sqlite3.connect(file, isolation_level=None)
@@ -105,6 +109,9 @@ class Seen:
 
         earlier: tuple[str, int]
         earlier = self._database.execute('select place, use from seen where hash = ?', (key,)).fetchone()
+        by_priority = (UNUSED, VAL, TRAIN)
+        if by_priority.index(use) > by_priority.index(earlier[1]):
+            self._database.execute('update seen set place = ?, use = ? where hash = ?', (place, use, key))
         return earlier
 
 
@@ -282,6 +289,7 @@ class DataCheck:
         """Return the content of dataset_report.json."""
         return {
             'dataset': args.dataset,
+            **({'val_dataset': args.val_dataset} if args.val_dataset else {}),
             'clean': bool(self.rows['kept']) and not (self.left_out or self.defects),
             'rows': {**self.rows, 'filtered': len(self.filtered), 'left_out': len(self.left_out)},
             'left_out': _by_reason(self.left_out),
@@ -359,7 +367,11 @@ def _plan(args: SftArguments, check: DataCheck) -> Plan:
         if planning:
             check.bad_line(place, problem)
 
-    plan = plan_of(args, args.train_dataset_sample, bad=bad_line)
+    sample = args.train_dataset_sample
+    if args.streaming:  # a stream trains every row, in each pass, and a share says only how often
+        args = replace(args, dataset=[without_amount(word) for word in args.dataset])
+        sample = -1
+    plan = plan_of(args, sample, bad=bad_line)
     planning = False
     check.decisions = plan.decisions(args.loss_scope)
     return plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ def list_flag(default: Sequence[str], help_text: str) -> Any:
     return field(default_factory=lambda: list(default), metadata={'help': help_text})
 
 
+def without_amount(word: str) -> str:
+    """Return a word of --dataset without its number of rows (name#500) or its share (name%0.3)."""
+    return re.sub(r'(?<=.)[#%][\d.]+$', '', word)
+
+
 @dataclass(kw_only=True)
 class CommonArguments:
     """The flags that both programs have."""
@@ -35,13 +41,33 @@ class CommonArguments:
         'lora', 'lora, or full to train all weights; for QLoRA use lora with --quantization_bit 4 or 8'
     )
     template_type: str | None = flag(None, 'key of TEMPLATE_MAPPING; None: the template of the model entry')
+    chat_template: str | None = flag(
+        None,
+        'file with a Jinja chat template, or folder of a model or checkpoint that has one; template auto uses it '
+        "instead of the tokenizer's own",
+    )
+    template_settings: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'variables of the chat template as name=value, e.g. enable_thinking=false; a value is true, false, '
+            'none, a number, JSON or text. Checkpoints keep them'
+        },
+    )
     seed: int = flag(42, 'global seed; process r of a distributed run uses seed + r, e.g. for dropout')
     dtype: DtypeName | None = flag(
         None,
         'data type of weights and computation; None: that of the model entry, else bf16 if the device supports it, '
         'else fp16 on a GPU and fp32 on a CPU',
     )
-    dataset: list[str] = list_flag(['blossom-math-zh'], 'DATASET_MAPPING keys or data files; name#500 draws 500 rows')
+    dataset: list[str] = list_flag(
+        ['blossom-math-zh'],
+        'DATASET_MAPPING keys or data files; name#500 draws 500 rows; name%0.3 gives 30 % of the training rows',
+    )
+    val_dataset: list[str] | None = flag(
+        None,
+        'validation sets, named as in --dataset; no row of --dataset is then held out, and several sets are also '
+        'evaluated one by one',
+    )
     dataset_seed: int = flag(42, 'seed for drawing rows and for the train/validation split')
     dataset_test_ratio: float = flag(0.01, 'share of rows for validation, for data sets without a validation split')
     system: str = flag(
@@ -80,6 +106,10 @@ class CommonArguments:
     def reads_data(self) -> bool:
         """Return whether this command reads a data set."""
         return True
+
+    def words_read(self) -> tuple[list[str], list[str]]:
+        """Return the words of --dataset and the words of --val_dataset whose rows this command reads."""
+        return self.dataset, self.val_dataset or []
 
 
 @dataclass(kw_only=True)
@@ -224,7 +254,9 @@ class InferArguments(CommonArguments):
     )
     eval_human: bool = flag(False, 'true: chat in the terminal; false: answer the validation rows')
     show_dataset_sample: int = flag(
-        20, 'validation rows to answer; -1: all. A typed --dataset is answered whole, unless this flag is typed too'
+        20,
+        'validation rows to answer; -1: all. A typed --dataset or --val_dataset is answered whole, unless this flag is '
+        'typed too',
     )
     use_streamer: bool = flag(True, 'print tokens while they are generated')
     merge_lora_and_save: bool = flag(False, 'merge the adapter into the base model and save it as <ckpt_dir>-merged')
@@ -246,12 +278,20 @@ class InferArguments(CommonArguments):
         """Return whether the program answers rows of data. It does not if it chats, merges or exports."""
         return not (self.eval_human or self.merge_lora_and_save or self.export_native)
 
+    def words_read(self) -> tuple[list[str], list[str]]:
+        """Return the words of --dataset and the words of --val_dataset whose rows this command reads.
+
+        If there are validation sets, only their rows are answered.
+        """
+        return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
+
     def answers_whole_dataset(self, typed: Collection[str]) -> bool:
         """Return whether every row of --dataset is answered.
 
-        This is so if --dataset was typed and --dataset_test_ratio was not.
+        This is so if --dataset was typed, and neither --dataset_test_ratio nor --val_dataset was typed.
         """
-        return self.reads_data and 'dataset' in typed and 'dataset_test_ratio' not in typed
+        others = {'dataset_test_ratio', 'val_dataset'}
+        return self.reads_data and 'dataset' in typed and not others & set(typed)
 
 
 def flag_types(cls: type) -> dict[str, Any]:

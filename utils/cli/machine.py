@@ -5,6 +5,7 @@ Arguments whose value depends on the machine are set. No function uses the netwo
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
 from utils.base.names import LAST, LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
-from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
@@ -30,8 +31,10 @@ from utils.dataset import DATASET_MAPPING
 from utils.formats.hub_dataset import HubDataset
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
+from utils.loading.chat_template import folder_templates, read_chat_template
 from utils.loading.folder import check_model_dir, has_chat_template, is_adapter, stored_quantization
 from utils.loading.info import ModelInfo
+from utils.loading.template_settings import setting_names, settings_problems
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 TRAINER_STATE = 'trainer_state.json'
@@ -73,9 +76,11 @@ def _settle(done: Resolution[Any]) -> None:
     model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
     if model_is_here and done.info is not None:
         _settle_model_directory(done, done.info, Path(args.model_id_or_path))
+    _settle_chat_template(done)
 
     if args.reads_data:
-        for problem in check_sources(args.dataset, _started_in(args)):
+        words, val_words = args.words_read()
+        for problem in check_sources(words, _started_in(args), val_words=val_words):
             problems.add(problem)
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
@@ -122,16 +127,49 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
     done.info = replace(info, quantization=info.quantization or stored_quantization(directory))
     for problem in quantized_problems(done.args, done.info):
         done.problems.add(problem)
-    if done.args.template_type == AUTO and not has_chat_template(directory):
+    if done.args.template_type == AUTO and done.args.chat_template is None and not has_chat_template(directory):
         names = ', '.join(name for name in TEMPLATE_MAPPING if name != AUTO)
-        done.problems.add(f'{directory} has no chat template. Choose one with --template_type: {names}.')
+        done.problems.add(
+            f'{directory} has no chat template. Name a file with --chat_template, or choose a --template_type: {names}.'
+        )
+
+
+def _settle_chat_template(done: Resolution[Any]) -> None:
+    """Add the problems of the file in --chat_template, and of settings that the template does not have.
+
+    Settings for a template that is not on this machine yet are checked when the weights are found.
+    """
+    args = done.args
+    if args.template_type not in (AUTO, None):
+        return
+    try:
+        check_chat_template(args, Path(str(args.model_id_or_path)))
+    except ConfigError as error:
+        for problem in error.problems:
+            done.problems.add(problem)
+
+
+def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
+    """Raise ConfigError if --chat_template cannot be used, or if the template has not all of --template_settings.
+
+    The template is that of --chat_template, or that of the model folder. Without a template, nothing is checked.
+    """
+    if args.chat_template is not None:
+        templates = read_chat_template(Path(args.chat_template))
+    elif args.template_settings and (found := folder_templates(model_dir)):
+        templates = found
+    else:
+        return
+    if problems := settings_problems(setting_names(args.template_settings or ()), templates):
+        raise ConfigError(*problems)
 
 
 def _reads_hub_data(args: CommonArguments) -> bool:
     """Return whether this command reads rows of a data set on a hub."""
     if not args.reads_data:
         return False
-    entries = [DATASET_MAPPING.get(word.split('#')[0]) for word in args.dataset]
+    words = itertools.chain(*args.words_read())
+    entries = [DATASET_MAPPING.get(without_amount(word)) for word in words]
     return any(isinstance(entry, HubDataset) for entry in entries)
 
 

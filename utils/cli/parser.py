@@ -19,7 +19,12 @@ from utils.cli.arguments import CommonArguments, flag_types
 # Misspelt flags that are accepted, because scripts of users contain them. The value is the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
 # If a flag of this set is typed several times, all its values are used. For all other flags, the last value is used.
-ADDING_UP = frozenset({'dataset'})
+ADDING_UP = frozenset({'dataset', 'val_dataset', 'template_settings'})
+# Flags with a list of name=value. A comma separates two items only if a name and = follow, because a value may contain
+# commas.
+_SETTINGS = frozenset({'template_settings'})
+_NEXT_SETTING = re.compile(r',(?=[A-Za-z_]\w*=)')
+_JSON_SETTING = re.compile(r'\w+=[\[{"]')
 # Matches a negative number with an exponent, e.g. -1e-4. argparse would take such a number for a flag.
 _NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
 
@@ -42,6 +47,14 @@ def _unwrap_optional(hint: Any) -> Any:
     return hint
 
 
+def _split_names(word: str) -> list[str]:
+    return word.split(',')
+
+
+def _split_settings(word: str) -> list[str]:
+    return [word] if _JSON_SETTING.match(word) else _NEXT_SETTING.split(word)
+
+
 def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
     """Return the words typed for the flag `name` as a value of the flag's type.
 
@@ -55,7 +68,8 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
         raise ValueError(f'--{name}: the value is not UTF-8. Type it in a terminal that is set to UTF-8.')
 
     if typing.get_origin(hint) is list:
-        values = [part for word in words for part in word.split(',') if part]
+        split = _split_settings if name in _SETTINGS else _split_names
+        values = [part for word in words for part in split(word) if part]
         if not values:
             raise ValueError(f'--{name} needs at least one value.')
         return values

@@ -16,15 +16,17 @@ from utils.formats.conversation import Row
 def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return {name of part: {'files_sha256': hash, 'rows': positions}} for the parts of the data sets of a run.
 
-    The positions are those of the held-out rows among all rows of the part. The hash covers the files of the part. The
+    The positions are those of the held-out rows among all rows of the part. If there are validation sets, only their
+    parts are in the dictionary, because no other part has held-out rows. The hash covers the files of the part. The
     hash is None if the part has no local files or has images, because the rows then depend on data outside its files.
     """
+    sets = [part for part in plan.parts if part.val_set]
     return {
         part.name: {
             'files_sha256': files_sha256(part) if part.files and not part.has_images else None,
             'rows': list(_positions(part)),
         }
-        for part in plan.parts
+        for part in sets or plan.parts
     }
 
 

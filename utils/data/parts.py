@@ -7,8 +7,8 @@ be drawn from the whole data set even if the data is larger than memory.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
-from utils.data.sources import Source, find_files, parse_source
+from utils.data.sources import Source, find_files
 from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING, RawRows
 from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns
@@ -38,6 +38,8 @@ from utils.formats.images import state_of_images
 
 # The values for the use of a row.
 UNUSED, TRAIN, VAL = range(3)
+# Follows the name of a data set in the name of its validation part.
+VALIDATION = ' (validation)'
 # Column names that other tools use for query and response.
 _OTHER_NAMES = (
     ('prompt', 'completion'),
@@ -159,6 +161,11 @@ class Part:
     # number of rows with such a reply. The keys say which replies carry loss if --loss_scope is not typed.
     earlier_replies: Counter[LossScope] = field(default_factory=Counter)
     rows_with_earlier: Counter[LossScope] = field(default_factory=Counter)
+    # The name in metrics, for a set of --val_dataset. Empty for all other parts.
+    val_set: str = ''
+    # How often an epoch trains each training row. A row that has 1 in `once_more` is trained once more than this.
+    passes: int = 1
+    once_more: bytearray = field(default_factory=bytearray)
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
         """Read the part once, and set the use of every row that can be trained on. Updates the tallies and the hash."""
@@ -183,6 +190,19 @@ class Part:
         self.content = content.hexdigest()
         digest.update(content.digest())
 
+    def times(self, position: int) -> int:
+        """Return how often an epoch trains the training row at this position among the rows in `uses`."""
+        return self.passes + (self.once_more[position] if self.once_more else 0)
+
+    def trained_rows(self) -> int:
+        """Return the number of rows that an epoch trains. A row that is repeated counts each time."""
+        return self.passes * self.uses.count(TRAIN) + self.once_more.count(1)
+
+    def uses_digest(self) -> bytes:
+        """Return bytes that differ if rows are used differently."""
+        repeats = b'' if self.passes == 1 and not any(self.once_more) else f'x{self.passes}'.encode() + self.once_more
+        return bytes(self.uses) + repeats
+
     def used(self) -> Iterator[tuple[int, ReadRow]]:
         """Yield (use, ReadRow) for every row, with the use that `count` set. The use of a BadRow is UNUSED.
 
@@ -205,6 +225,25 @@ class Part:
                 f"data set '{self.name}': the second read returned other rows than the first. Make its function in "
                 'utils/dataset.py deterministic: the same rows in the same order.'
             )
+
+
+def draw_uses(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
+    """Draw up to `count` of the rows whose use is `use`.
+
+    The use of the drawn rows is set to `drawn`, the use of the rest to `rest`.
+    """
+    total = sum(part.uses.count(use) for part in parts)
+    chosen = bytearray(total)
+    for index in random.Random(seed).sample(range(total), min(count, total)):
+        chosen[index] = 1
+
+    index = 0
+    for part in parts:
+        position = part.uses.find(use)
+        while position >= 0:
+            part.uses[position] = drawn if chosen[index] else rest
+            index += 1
+            position = part.uses.find(use, position + 1)
 
 
 def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
@@ -260,7 +299,7 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
 
 def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
     """Return the training part (`half` is 0) or the validation part (`half` is 1) of a registered data set."""
-    shown = f'{name} (validation)' if half else name
+    shown = name + VALIDATION if half else name
 
     def read(digest: Any) -> Iterator[ReadRow]:
         again = rows
@@ -270,30 +309,6 @@ def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
         yield from _converted(_located(shown, again, digest), shown)
 
     return Part(name=shown, read=read, is_val=bool(half), served=served)
-
-
-# For each data set of a stream, the list of its parts.
-Streams = list[list[Part]]
-
-
-def open_streams(words: Sequence[str], *, hub: HubName) -> Streams:
-    """Return the parts of each data set to stream. Raises ConfigError if the first row of a part cannot be read."""
-    sources = [open_parts(parse_source(word), hub=hub) for word in words]
-    for part in itertools.chain.from_iterable(sources):
-        next(part.read(hashlib.sha256()), None)
-    return sources
-
-
-def first_rows(sources: Streams, count: int) -> list[Row]:
-    """Return the rows that a stream holds out: the first `count` rows of each data set.
-
-    If a data set has a validation part, they are the first rows of the validation part.
-    """
-    found: list[Row] = []
-    for parts in sources:
-        readable = (row for _, _, row in parts[-1].read(hashlib.sha256()) if isinstance(row, Row))
-        found += itertools.islice(readable, count)
-    return found
 
 
 def open_replies(row: Row) -> int:

@@ -1,12 +1,14 @@
-"""Reads the words of --dataset: names of registered data sets, files, folders and globs of files."""
+"""Reads the words of --dataset and --val_dataset: names of registered data sets, files, folders and globs of files."""
 
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from utils.base.errors import ConfigError, did_you_mean
@@ -18,11 +20,14 @@ _KINDS = '.json, .jsonl, .csv (each also .gz) or .parquet'
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One word of --dataset: a registered name, file, folder or glob, and the number of rows to draw from it."""
+    """One word of --dataset: a registered name, file, folder or glob, and how many of its rows are used."""
 
     name: str
+    # The number of rows to draw (name#500).
     sample: int | None
     path: Path | None
+    # The share of the training rows (name%0.3).
+    share: Fraction | None = None
 
 
 def parse_source(word: str) -> Source:
@@ -30,6 +35,36 @@ def parse_source(word: str) -> Source:
 
     Raises ConfigError if the word is not a valid source. For an unknown name, the message suggests similar names.
     """
+    whole, share = _split_share(word)
+    return replace(_parse_unshared(whole), share=share)
+
+
+def _split_share(word: str) -> tuple[str, Fraction | None]:
+    """Return the word without `%` and its share, and the share. Returns (word, None) if the word has no share.
+
+    A % is part of the name if a / follows it, or if the word ends in the suffix of a data file.
+    """
+    name, mark, share = word.rpartition('%')
+    number, counted, _ = share.partition('#')
+    is_number = number.replace('.', '').isdecimal()
+    if not mark or '/' in share or word.lower().endswith(SUFFIXES) or (counted and not is_number):
+        return word, None
+
+    if counted or re.search(r'#\d+$', name):
+        raise ConfigError(
+            f"--dataset '{word}': # and % both say how many rows are used. Keep one of them: # for a number of rows, % "
+            'for a share of the training rows.'
+        )
+    if not re.fullmatch(r'0*\.\d+', share) or not Fraction(share):
+        raise ConfigError(
+            f"--dataset '{word}': the share after % must be above 0 and below 1, got '{share}'. Write for example "
+            'sql-demo%0.3 for 30 % of the training rows.'
+        )
+    return name, Fraction(share)
+
+
+def _parse_unshared(word: str) -> Source:
+    """Return the source of a word that has no share."""
     if '://' in word:
         raise ConfigError(
             f"--dataset '{word}': this is a URL, and rows are not fetched from the web. Download the file and give its "
@@ -151,14 +186,22 @@ def abbreviated(path: Path) -> str:
     return str(path)
 
 
-def check_sources(words: Sequence[str], started_in: str | None = None) -> list[str]:
+def of_flag(problem: str, flag: str) -> str:
+    """Return a message about a word of --dataset as a message about a word of the flag."""
+    rest = problem.removeprefix('--dataset ')
+    return problem if rest == problem else f'--{flag} {rest}'
+
+
+def check_sources(words: Sequence[str], started_in: str | None = None, *, val_words: Sequence[str] = ()) -> list[str]:
     """Return an error message for each word that is not a valid source, each missing file and each file named twice.
 
-    If the words come from the record of a run, `started_in` is the folder in which they were typed.
+    `words` are the words of --dataset, `val_words` the words of --val_dataset. If they come from the record of a run,
+    `started_in` is the folder in which they were typed.
     """
     problems: list[str] = []
     named: dict[Path, str] = {}
-    for word in words:
+    typed = [*(('dataset', word) for word in words), *(('val_dataset', word) for word in val_words)]
+    for flag, word in typed:
         source: Source | None = None
         try:
             source = parse_source(word)
@@ -167,14 +210,39 @@ def check_sources(words: Sequence[str], started_in: str | None = None) -> list[s
             hint = ''
             if _is_gone(source, started_in):
                 hint = f' The run was started in {started_in}: run the command there.'
-            problems += [problem + hint for problem in error.problems]
+            problems += [of_flag(problem, flag) + hint for problem in error.problems]
             continue
 
         for file in files:
             if file.resolve() in named:
                 problems.append(
-                    f"--dataset '{word}': '{named[file.resolve()]}' already names {file}, so its rows would be used "
+                    f"--{flag} '{word}': {named[file.resolve()]} already names {file}, so its rows would be used "
                     'twice. Remove one of the two.'
                 )
-            named.setdefault(file.resolve(), word)
+            named.setdefault(file.resolve(), f"--{flag} '{word}'")
     return problems
+
+
+def val_set_names(words: Sequence[str]) -> list[str]:
+    """Return the name of each validation set in metrics, e.g. math for the file val/math.jsonl.
+
+    Only letters, digits, '.', '_' and '-' are kept. A name that is taken gets a number: math_2.
+    """
+    names: list[str] = []
+    for word in words:
+        source = parse_source(word)
+        parts = (
+            [source.name] if source.path is None else [_without_suffix(source.path.name), *source.path.parts[-2::-1]]
+        )
+        safe = (re.sub(r'[^\w.-]+', '_', part).strip('._-') for part in parts)
+        base = next((name for name in safe if name), 'set')
+        numbered = (base if number == 1 else f'{base}_{number}' for number in itertools.count(1))
+        taken = {name.casefold() for name in names}
+        names.append(next(name for name in numbered if name.casefold() not in taken))
+    return names
+
+
+def _without_suffix(name: str) -> str:
+    longest_first = sorted(SUFFIXES, key=len, reverse=True)
+    suffix = next((suffix for suffix in longest_first if name.lower().endswith(suffix)), '')
+    return name[: len(name) - len(suffix)]

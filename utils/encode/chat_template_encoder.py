@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 from utils.base.errors import ConfigError, error_text
 from utils.encode.encoded import (
     ADDED_END,
+    CLOSED_BY_SETTING,
     CLOSED_THINKING,
     CONTROL_TOKENS,
     EARLIER_CHANGED,
@@ -44,6 +45,7 @@ from utils.encode.encoder import Encoder
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 from utils.formats.conversation import Message, Row
 from utils.loading.image_processors import Images
+from utils.loading.template_settings import as_word, split_settings
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 _OPEN_THINK = re.compile(rf'({OPEN_TAG})\s*$')
@@ -69,6 +71,9 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
     ('thinking_mode', 'on'),
     ('reasoning_effort', 'high'),
 )
+
+# The variables among these that decide whether replies think. If one of them is set, no other variable is switched.
+_DECIDES_THINKING = frozenset(name for name, _ in _SWITCHES if name != 'reasoning_effort')
 
 # The maximum number of characters of an added token that a template prints.
 _LONGEST_TAG = 64
@@ -140,7 +145,8 @@ class AutoEncoder(Encoder):
         if not tokenizer.chat_template:
             raise ConfigError(
                 'template auto needs a chat template, and this tokenizer has none. '
-                f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
+                'Name a file with --chat_template, or choose a --template_type: '
+                f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
             )
         templates = tokenizer.chat_template
         self._source = ''.join(templates.values()) if isinstance(templates, dict) else str(templates)
@@ -174,6 +180,7 @@ class AutoEncoder(Encoder):
         }
         self._openers = self._find_openers()
         self._eos_ends_turns = self._prints_eos_between_turns()
+        self._why_closed = CLOSED_THINKING
         self._switch, self._opens = self._find_switch()
         # Whether the turn is a call -> the control token that begins the next turn. If the template prints no end of
         # turn, this token is used as the end of turn.
@@ -293,7 +300,8 @@ class AutoEncoder(Encoder):
 
         The setting is a template variable with its value, for example {'enable_thinking': True}. With this setting, the
         generation prompt opens a think block, or prints no closed think block. The setting is empty if the template has
-        no such variable. `opens` says whether the generation prompt then opens a think block.
+        no such variable, or if the user has set whether replies think. `opens` says whether the generation prompt then
+        opens a think block.
         """
         mark = secrets.token_hex(8)
 
@@ -302,10 +310,20 @@ class AutoEncoder(Encoder):
             return text[text.rfind(mark) + len(mark) :] if mark in text else ''
 
         plain = generation_prompt(_NOTHING)
+        set_by_user, template = split_settings(self.tokenizer.get_chat_template())
         for name, value in _SWITCHES:
-            text = generation_prompt({name: value}) if name in self._source else plain
-            if text and text != plain and (plain.startswith(text) or _OPEN_THINK.search(text)):
-                return {name: value}, _OPEN_THINK.search(text) is not None
+            if name not in self._source:
+                continue
+            # What the user has set is not switched. It is only tried here, to name it if it closes the block.
+            tried = {'chat_template': template, **set_by_user} if name in set_by_user else {}
+            text = generation_prompt({**tried, name: value})
+            if not text or text == plain or not (plain.startswith(text) or _OPEN_THINK.search(text)):
+                continue
+            if decided := [other for other in set_by_user if other in _DECIDES_THINKING or other == name]:
+                setting = as_word(decided[0], set_by_user[decided[0]])
+                self._why_closed = CLOSED_BY_SETTING.format(setting=setting)
+                break
+            return {name: value}, _OPEN_THINK.search(text) is not None
         return _NOTHING, self._frames[False].opens
 
     def _find_openers(self) -> frozenset[str]:
@@ -573,7 +591,7 @@ class AutoEncoder(Encoder):
         reasoning = str(last.get(key or '') or '')
         opens = _OPEN_THINK.search(prompt)
         if reasons and _CLOSED_THINK.search(prompt):
-            raise RowRefused(CLOSED_THINKING)
+            raise RowRefused(self._why_closed)
         follows = self._after_prompt(prompt, full, frame)
         if follows is not None and thought:
             empty = _EMPTY_BLOCK.match(follows)

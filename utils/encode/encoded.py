@@ -26,6 +26,7 @@ RENDERED_DIFFERENTLY = 'the chat template alters the reply (whitespace, a think 
 FULL_DIFFERS = 'the chat template prints the prompt differently in the whole chat: trained after the generation prompt'
 THINKING_SWITCH = 'the reply has reasoning, and the generation prompt closes the think block: rendered with {switch}'
 CLOSED_THINKING = 'the reply has reasoning, but the generation prompt closes the think block and no setting opens it'
+CLOSED_BY_SETTING = 'the reply has reasoning, but the template setting {setting} closes the think block'
 REASONING_AS_TEXT = 'the chat template has no key for reasoning: written as a think block before the reply'
 REASONING_LEFT_OUT = 'the chat template prints no reasoning before the reply: the reasoning is left out'
 ADDED_END = 'the chat template prints no end of turn: an end-of-turn token is added'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,7 +135,7 @@ def _shape(done: Ready[SftArguments], found: Found) -> Shape | None:
 def _find_data(args: SftArguments, found: Found) -> bool:
     """Return whether all data is on this machine. A line about missing files is added to `found.downloads`."""
     before = len(found.downloads)
-    for word in args.dataset:
+    for word in itertools.chain(*args.words_read()):
         entry = DATASET_MAPPING.get(parse_source(word).name)
         if not isinstance(entry, HubDataset):
             continue

@@ -15,7 +15,7 @@ from utils.cli.resolution import Ready
 from utils.data.encode_plan import encode_plan
 from utils.data.encoded_rows import IndexedRows
 from utils.data.packing import PackedRows
-from utils.data.parts import TRAIN, VAL
+from utils.data.parts import VAL
 from utils.data.plan import Plan
 from utils.encode.encoded import IGNORE_INDEX, row_labels
 from utils.estimate.gpus import longest_batch
@@ -60,10 +60,18 @@ def plan_work(
     if model_dir is not None and not has_vision:
         return _encoded(done, plan, model_dir, padded=mode is not None and not mode.padding_free)
 
-    train = sum(part.uses.count(TRAIN) for part in plan.parts)
+    train = sum(part.trained_rows() for part in plan.parts)
     val = sum(part.uses.count(VAL) for part in plan.parts)
     why = 'only the model counts the tokens of images' if has_vision else 'the tokenizer is not here'
-    return _bounded(args, train, f'{train} training rows, {val} validation; tokens are not counted: {why}')
+    work = _bounded(args, train, f'{train} training rows, {val} validation; tokens are not counted: {why}')
+    work.lines.extend(_sets(plan))
+    return work
+
+
+def _sets(plan: Plan) -> list[str]:
+    """Return a line with the rows of each set of --val_dataset, or [] without such sets."""
+    sets = [f'{part.val_set} {part.uses.count(VAL)} rows' for part in plan.parts if part.val_set]
+    return [f'validation sets: {", ".join(sets)}'] if sets else []
 
 
 def _bounded(args: SftArguments, rows: int | None, line: str) -> Work:
@@ -121,6 +129,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
         f'{int(sizes.max())}',
         _step_line(args, steps),
         f'the heaviest batch: {batch.tokens} tokens{" with padding" if padded else ""}, {batch.trained} trained',
+        *_sets(plan),
     ]
     return Work(lines=lines, batch=batch, tokens=tokens, counted=True)
 

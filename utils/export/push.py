@@ -33,7 +33,7 @@ PUSHED = (
     'adapter_config.json', 'adapter_model.safetensors', 'config.json', 'generation_config.json', 'model.safetensors',
     'model-*-of-*.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
     'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', '*.tiktoken',
-    'chat_template.*', '*processor_config.json', 'processor.json',
+    'chat_template.*', 'additional_chat_templates/*.jinja', '*processor_config.json', 'processor.json',
 )  # fmt: skip
 CURVES = ('loss', 'eval_loss', 'eval_rouge-l')
 # Seconds to wait before each retry.
@@ -59,10 +59,12 @@ def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str,
     inside.mkdir(parents=True)
 
     for file in sorted({f for pattern in PUSHED for f in checkpoint.glob(pattern)}):
+        staged = inside / file.relative_to(checkpoint)
+        staged.parent.mkdir(exist_ok=True)
         try:
-            os.link(file, inside / file.name)
+            os.link(file, staged)
         except OSError:  # the run folder is on a file system without hard links
-            shutil.copy2(file, inside / file.name)
+            shutil.copy2(file, staged)
 
     write_json(target.with_suffix('.json'), progress)
     return target

@@ -12,8 +12,9 @@ from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
 from utils.cli.deepspeed import shards_weights
-from utils.data.parts import TRAIN, VAL, Streams
-from utils.data.plan import Plan, some_rows
+from utils.data.parts import TRAIN, VAL
+from utils.data.plan import Plan
+from utils.data.stream_parts import Streams, some_rows
 from utils.encode.encoded import RowRefused
 from utils.encode.encoder import Encoder
 from utils.formats.conversation import Row

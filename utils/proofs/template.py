@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
-from utils.base.names import LOCK_JSON
+from utils.base.names import LOCK_JSON, TEMPLATE_FLAGS
 from utils.cli.resolution import log_decision
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import (
@@ -37,7 +37,9 @@ from utils.encode.encoder import Encoder
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.conversation import Row
+from utils.loading.chat_template import read_chat_template, write_templates
 from utils.loading.image_processors import Images
+from utils.loading.template_settings import split_settings
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.proofs.as_written import REASONING_KEYS, messages_as_written, tools_as_written
 from utils.run.folder import Run
@@ -74,23 +76,40 @@ def template_hash(encoder: Encoder) -> str:
     TEMPLATE_MAPPING is hashed.
     """
     own = TEMPLATE_MAPPING[encoder.name]
-    content = encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own)
+    return hash_templates(encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own))
+
+
+def hash_templates(content: Any) -> str:
+    """Return the sha256 of a template: of a text, or of the JSON of an entry or of several templates."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
     """Write the hash of the template to sft_args.json and lock.json.
 
-    `repeats` is the folder of the run that this run repeats, or None. Raises ConfigError if that run used a different
-    template.
+    A template that the command line names is also written to the run folder. `repeats` is the folder of the run that
+    this run repeats, or None. Raises ConfigError if that run used a different template.
     """
     sha256 = template_hash(encoder)
     if repeats is not None:
         check_repeated_template(Path(repeats), sha256)
     run.note(template_sha256=sha256)
     run.lock['template_sha256'] = sha256
-    if dist.is_main():
-        write_json(run.folder / LOCK_JSON, run.lock)
+    if path := run.record.flags.get('chat_template'):
+        run.lock['chat_template'] = {'path': path, 'sha256': _hash_of_file(Path(path))}
+    if not dist.is_main():
+        return
+
+    write_json(run.folder / LOCK_JSON, run.lock)
+    if any(run.record.flags.get(name) is not None for name in TEMPLATE_FLAGS[1:]):
+        write_templates(run.folder, encoder.tokenizer.chat_template)
+
+
+def _hash_of_file(path: Path) -> str:
+    """Return the sha256 of a template file. For a folder, return the hash of its templates."""
+    if path.is_dir():
+        return hash_templates(read_chat_template(path))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def note_thinking(run: Run, encoder: Encoder, switched: tuple[int, int]) -> None:
@@ -150,12 +169,16 @@ def _rendering(
         messages = [{**map_strings(message, encoder.text.guard), 'role': message['role']} for message in messages]
         tools = map_strings(tools, encoder.text.guard)
 
+    # The encoder renders the template with its settings in front of it. Here the same settings are passed as keywords.
+    in_front, template = split_settings(encoder.tokenizer.get_chat_template(tools=tools))
     text = encoder.tokenizer.apply_chat_template(
         messages[:-1] if prompt else messages,
         tools=tools,
+        chat_template=template,
         add_generation_prompt=prompt,
         tokenize=False,
         **settings,
+        **in_front,
     )
     return encoder.text.unguard(str(text))
 
@@ -415,31 +438,43 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
     return f'{equal}{explained}{refused}{holds}'
 
 
-def check_trained_template(encoder: Encoder, trained: Trained, *, typed: bool) -> None:
+def check_trained_template(encoder: Encoder, trained: Trained, *, typed: Collection[str]) -> None:
     """Raise ConfigError if the template of the encoder is not the template used in training.
 
-    If --template_type was typed (`typed`), log a warning instead.
+    `typed` has the names of all typed flags. If the user typed a template or settings of a template, log a warning
+    instead.
     """
     checkpoint = trained.checkpoint
     then = trained.record.template_sha256
     present = template_hash(encoder)
-    if then is None or then == present or trained.record.flags.get('template_type') != encoder.name:
+    if then is None or then == present:
         return
+
+    steering = [name for name in TEMPLATE_FLAGS[1:] if name in typed]
+    if steering:
+        logger.warning(
+            f'--{" and --".join(steering)}: {checkpoint.name} was trained with another template (sha256 {then[:12]}, '
+            f'now {present[:12]}), so the model gets prompts that it was not trained on.'
+        )
+        return
+    if trained.record.flags.get('template_type') != encoder.name:
+        return  # --template_type is typed, and a warning names the template of the run
 
     if encoder.name != AUTO:
         what = f"the entry '{encoder.name}' of TEMPLATE_MAPPING"
         remedy = 'Restore the entry'
     else:
         what = 'the chat template of this tokenizer'
-        is_adapter = (checkpoint / 'adapter_config.json').is_file()
+        own = (checkpoint / 'adapter_config.json').is_file()
+        own &= all(trained.record.flags.get(name) is None for name in TEMPLATE_FLAGS[1:])
         remedy = 'Restore the chat_template.jinja that the run wrote'
-        if is_adapter:
+        if own:
             remedy = f'Copy the trained one from {checkpoint / "chat_template.jinja"}'
     message = (
         f'--template_type {encoder.name}: {what} has changed since {checkpoint.name} was trained (sha256 '
         f'{then[:12]}, now {present[:12]}), so the model would get prompts that it was not trained on. {remedy}, or '
         f'add --template_type {encoder.name} to continue anyway.'
     )
-    if not typed:
+    if 'template_type' not in typed:
         raise ConfigError(message)
     logger.warning(message)

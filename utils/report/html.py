@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.svg import Series, chart
+from utils.run.curves import curves_of_sets
 from utils.run.lock import described
 from utils.run.read_back import RunFiles, read_run
 
@@ -27,11 +29,17 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
+def curves_of(*runs: RunFiles) -> list[tuple[str, Sequence[tuple[str, str]]]]:
+    """Return the charts of these runs, in the form of CURVES: the same for every run, and those of validation sets."""
+    titles = {key: title for run in runs for key, title in curves_of_sets(run.history).items()}
+    return [*CURVES, *((title, [(title, key)]) for key, title in titles.items())]
+
+
 def curves(run: RunFiles) -> Markup:
     """Return the charts of a run as HTML. A chart without points is omitted."""
     drawn = [
         chart(title, [Series(name=name, points=run.curve(key), colour=i) for i, (name, key) in enumerate(lines, 1)])
-        for title, lines in CURVES
+        for title, lines in curves_of(run)
     ]
     return Markup(f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else '')
 
@@ -90,7 +98,24 @@ def _data(run: RunFiles) -> list[Markup]:
     if changed:
         changes = table(['rows', 'what happened', 'why'], changed)
 
-    return [counts, changes, *_account(data.get('account', {}))]
+    repeated = ''
+    if 'distinct_rows' in data.get('train', {}):
+        repeated = '<p>Rows that are repeated count each time under "rows of", and once everywhere below.</p>'
+    given = [[name, rows] for name, rows in data.get('mixture', {}).items()]
+    mixture = Markup(table(['data set of the mixture', 'rows of an epoch'], given) if given else '')
+    return [counts, mixture, Markup(repeated), changes, *_account(data.get('account', {}))]
+
+
+def _sets(run: RunFiles) -> Markup:
+    """Return the table with the rows and the last scores of each validation set. Returns '' for less than two."""
+    last = run.outcome.get('last_evaluation') or {}
+    rows = run.outcome.get('data', {}).get('validation_sets', {})
+    scores = [score for score in ('loss', 'acc', 'rouge-l', 'bleu-4') if f'eval_{score}' in last]
+    if len(rows) < 2 or not scores:
+        return Markup('')
+    lines = [[name, count, *(last.get(f'eval_{name}_{score}', '') for score in scores)] for name, count in rows.items()]
+    lines.append(['all', sum(rows.values()), *(last[f'eval_{score}'] for score in scores)])
+    return table(['validation set', 'rows', *scores], lines)
 
 
 def _account(account: dict[str, Any]) -> list[Markup]:
@@ -153,6 +178,7 @@ def render(run: RunFiles) -> str:
         Markup(f'<h1>{text(name)}</h1><p class="faint">{text(how)}</p>'),
         _tiles(run),
         section('What was proven', _proofs(run)),
+        section('Validation sets at the last evaluation', _sets(run)),
         section('Curves', curves(run)),
         section('Before and after', *_answers(run)),
         section('Use it and repeat it', *(map(block, commands) if best else [])),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ _CURVES = {
     'eval_rouge-l': 'validation ROUGE-L',
     'eval_bleu-4': 'validation BLEU-4',
 }
+
+# The keys of the history for one set of --val_dataset, with the name of the set.
+_OF_A_SET = re.compile(r'eval_(?P<name>.+)_(?P<score>loss|acc|rouge-l|bleu-4)')
 
 # A smoothed curve is drawn only if there are more points than this. With fewer points it would only lag behind them.
 _SMOOTHED_FROM = 50
@@ -31,13 +36,22 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
+def curves_of_sets(log_history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the keys of the history that belong to one set of --val_dataset, each with the title of its curve."""
+    found: dict[str, str] = {}
+    for key in dict.fromkeys(key for entry in log_history for key in entry):
+        if match := _OF_A_SET.fullmatch(key):
+            found[key] = f'{_CURVES["eval_" + match["score"]]}: {match["name"]}'
+    return found
+
+
 def plot_curves(log_history: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write one PNG file for each curve that the run logged, and return the paths of the files."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for key, title in _CURVES.items():
+    for key, title in {**_CURVES, **curves_of_sets(log_history)}.items():
         entries = [entry for entry in log_history if key in entry and math.isfinite(entry[key])]
         if not entries:
             continue

@@ -13,12 +13,15 @@ from utils.base.logger import logger
 from utils.base.packages import has_package
 from utils.cli.arguments import CommonArguments, SftArguments
 from utils.cli.deepspeed import read_zero
+from utils.cli.machine import check_chat_template
 from utils.cli.resolution import Decide, Ready, log_decision
 from utils.cli.resolve import quantized_problems
+from utils.loading.chat_template import set_chat_template
 from utils.loading.devices import Spread, pick_dtype
 from utils.loading.folder import stored_quantization
 from utils.loading.info import LoadOptions, ModelInfo
 from utils.loading.opening import get_model_tokenizer, unembedded_from
+from utils.loading.template_settings import parse_settings
 from utils.loading.weights import Weights, locate
 
 if TYPE_CHECKING:
@@ -32,7 +35,13 @@ def find_weights(done: Ready[Any]) -> Weights:
     """Return the location of the base weights on this machine, and log it. Missing weights are downloaded first."""
     weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
     logger.info(f'base weights = {weights.path} because {weights.reason}')
+    check_chat_template(done.args, weights.path)
     return weights
+
+
+def set_template(args: CommonArguments, tokenizer: Any) -> None:
+    """Give the tokenizer the chat template of --chat_template and --template_settings, if they are given."""
+    set_chat_template(tokenizer, args.chat_template, parse_settings(args.template_settings or ()))
 
 
 def open_encoder(
@@ -46,11 +55,14 @@ def open_encoder(
 ) -> Encoder:
     """Return the encoder (it turns rows into token ids) for these arguments.
 
+    The tokenizer gets the chat template that the arguments name.
+
     If `model` is given, rows with token ids outside of the model's embedding are refused. If `cuts` is True, rows are
     cut to --max_length.
     """
     from utils.encode.make import make_encoder  # not before a model is open: --help does without it
 
+    set_template(args, tokenizer)
     return make_encoder(
         tokenizer,
         template_type=str(args.template_type),

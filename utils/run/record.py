@@ -6,6 +6,7 @@ The record is compared with the arguments if the run is resumed, or if llm_infer
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from utils.base.names import SFT_ARGS
 from utils.cli.arguments import GENERATION, HUB_FLAGS, InferArguments, SftArguments, flag_types, to_dict
 from utils.cli.parser import Parsed
 from utils.loading.folder import is_adapter
-from utils.run.lock import DATA_FLAGS, check_same_data
+from utils.run.lock import DATA_FLAGS, check_same_data, flag_words
 
 ANSWERS_JSON = 'answers.json'
 PROOFS_JSON = 'proofs.json'
@@ -31,6 +32,8 @@ _RESTORE = 'Put back the file that the run wrote.'
 _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
 _SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
+# The hash of the template shows whether it differs. The same template may be at another path.
+_OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
 _FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows')
 
@@ -202,8 +205,9 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
                 f"'{flags.get('model_type') or flags.get('model_id_or_path')}'. Leave --{name} out."
             )
 
+    _use_saved_template(parsed, trained)
     for name in flag_types(InferArguments):
-        if name not in flags or name in ('ckpt_dir', 'ignore_args_error', 'output_dir'):
+        if name not in flags or name in ('ckpt_dir', 'ignore_args_error', 'output_dir', *_OF_CHAT_TEMPLATE):
             continue
         value = flags[name]
         if name == 'use_flash_attn' and value is not record.asked.get(name, value):
@@ -213,6 +217,18 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
         elif name not in (*base, *GENERATION, 'seed', 'hub') and getattr(args, name) != value:
             warnings.append(f'--{name} {getattr(args, name)} is not what the run was trained with ({value}).')
     return Parsed(args=args, typed=parsed.typed, problems=parsed.problems)
+
+
+def _use_saved_template(parsed: Parsed[InferArguments], trained: Trained) -> None:
+    """Let the checkpoint's own copy be the chat template, if the run was trained with a template of the command line.
+
+    The copy holds the settings of the run. Nothing is set if a different template is typed.
+    """
+    flags = trained.record.flags
+    args = parsed.args
+    is_other = 'chat_template' in parsed.typed or args.template_type not in (None, flags.get('template_type'))
+    if not is_other and any(flags.get(name) is not None for name in _OF_CHAT_TEMPLATE):
+        args.chat_template = str(trained.checkpoint)
 
 
 def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
@@ -237,6 +253,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
     return unchecked + [
         f'--{name} is {value}, the run that is resumed had {earlier}: the result will differ from it.'
         for name, value, earlier in changed_flags(resumed, record)
+        if name not in _OF_CHAT_TEMPLATE
     ]
 
 
@@ -303,6 +320,18 @@ def check_resumed_template(checkpoint: Path, record: RunRecord) -> None:
         return
     raise ConfigError(
         f'--resume_from_checkpoint {checkpoint}: the template has changed since that run (its sha256 was '
-        f'{then[:12]}, now it is {now[:12]}), '
-        f'so other prompts would be trained. Put the template back, {_RESUME_REMEDY}.'
+        f'{then[:12]}, now it is {now[:12]}), so other prompts would be trained. '
+        f'{_template_remedy(resumed.flags, record.flags)}, {_RESUME_REMEDY}.'
     )
+
+
+def _template_remedy(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the words that bring the template of the resumed run back."""
+    words = []
+    for name in _OF_CHAT_TEMPLATE:
+        had = then.get(name)
+        if had == now.get(name):
+            continue
+        words.append(f'leave --{name} out' if had is None else f'type {shlex.join(flag_words(name, had))}')
+    remedy = ' and '.join(words) or 'put the template back'
+    return remedy[0].upper() + remedy[1:]

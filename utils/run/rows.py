@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from utils.base import dist
 from utils.base.errors import Problems
 from utils.base.files import read_json, write_json
 from utils.base.logger import logger
-from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
 from utils.cli.resolution import Decided, Ready
 from utils.data.held_out import held_out, read_held_out
-from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
-from utils.data.plan import Plan, plan_rows, stream_decisions
+from utils.data.parts import UNUSED, VAL, VALIDATION
+from utils.data.plan import Plan, plan_rows, plan_validation
+from utils.data.stream_parts import Streams, first_rows, open_streams, stream_decisions
 from utils.formats.conversation import Row
 from utils.formats.data_file import OnBad, refuse
 from utils.run.folder import log_decisions
@@ -30,23 +32,24 @@ _INFER_REMEDY = 'or type --dataset to answer all rows of a data set: which rows 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """Return the rows of a training run: a plan, made in a first pass over the data, or opened streams.
 
-    The decisions (rows not drawn, replies that carry loss) and the remarks on rows are logged and added to `done`.
+    The decisions (rows not drawn, replies that carry loss, validation parts not used) and, for a plan, the notes on
+    rows are logged and added to `done`.
     """
     args = done.args
-    rows: Plan | Streams
-    decided = Decided(args=args, typed=done.typed)
     if args.streaming:
-        rows = open_streams(args.dataset, hub=args.hub)
-        decided.decisions += stream_decisions(args.loss_scope, rows)
-    else:
-        rows = plan_of(args, args.train_dataset_sample)
-        decided.decisions += rows.decisions(args.loss_scope)
-        decided.warnings += rows.noted.lines('noted')
+        streams = open_streams(args.dataset, hub=args.hub, val_words=args.val_dataset or (), seed=args.dataset_seed)
+        _note(done, [*streams.decisions, *stream_decisions(args.loss_scope, streams)], [])
+        return streams
+    plan = plan_of(args, args.train_dataset_sample)
+    _note(done, plan.decisions(args.loss_scope), plan.noted.lines('noted'))
+    return plan
 
-    log_decisions(decided)
-    done.decisions += decided.decisions
-    done.warnings += decided.warnings
-    return rows
+
+def _note(done: Ready[SftArguments], decisions: list[str], warnings: list[str]) -> None:
+    """Log the decisions and warnings, and add them to `done`."""
+    log_decisions(Decided(args=done.args, typed=done.typed, decisions=decisions, warnings=warnings))
+    done.decisions += decisions
+    done.warnings += warnings
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
@@ -56,6 +59,7 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
     """
     return plan_rows(
         args.dataset,
+        val_words=args.val_dataset or (),
         seed=args.dataset_seed,
         test_ratio=args.dataset_test_ratio,
         train_sample=train_sample,
@@ -67,12 +71,13 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
     """Return the data entry of lock.json for streams: for each stream, {'rows': ..., 'sha256': ...}.
 
-    They are the number and the hash of the first rows of the stream, which are held out.
+    They are the number and the hash of the first rows of the stream. The hash covers the share of the stream. The
+    entries of sets of --val_dataset are those of their plan.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for parts in sources:
+    found: dict[str, dict[str, Any]] = sources.val.lock() if sources.val else {}
+    for parts, share in itertools.zip_longest(sources.sources, sources.shares):
         rows = first_rows([parts], max(count, 1))
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b'' if share is None else str(share).encode())
         for row in rows:
             digest.update(json.dumps([row.messages, row.tools, row.images], default=str).encode())
         found[parts[0].name] = {'rows': len(rows), 'sha256': digest.hexdigest()}
@@ -87,21 +92,25 @@ def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
     """Write held_out.json, which names the validation rows: llm_infer.py then need not read all data to find them.
 
-    Nothing is written for streams, because a stream always holds out its first rows.
+    Nothing is written for streams without --val_dataset, because such a stream always holds out its first rows.
     """
-    if isinstance(rows, Plan) and dist.is_main():
-        write_json(run_dir / HELD_OUT_JSON, held_out(rows))
+    plan = rows if isinstance(rows, Plan) else rows.val
+    if plan is not None and dist.is_main():
+        write_json(run_dir / HELD_OUT_JSON, held_out(plan))
 
 
 def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
     """Return the rows that llm_infer.py answers.
 
-    If --dataset is typed, return all its rows. Otherwise return the validation rows that the run held out, or, for an
-    untuned model, the rows that a run would hold out. Raises ConfigError if the data have changed since the run: the
-    rows drawn now could include rows that the run trained on.
+    If there are validation sets (--val_dataset), typed now or in the run, return their rows. If --dataset is typed,
+    return all its rows. Otherwise return the validation rows that the run held out, or, for an untuned model, the rows
+    that a run would hold out. Raises ConfigError if the data have changed since the run: the rows drawn now could
+    include rows that the run trained on.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
+    if args.val_dataset:
+        return _rows_of_sets(done, trained, args.val_dataset)
     if args.answers_whole_dataset(done.typed):
         if set(args.dataset) & set(flags.get('dataset', ())):
             done.warnings.append(
@@ -114,7 +123,7 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
         streams = open_streams(args.dataset, hub=args.hub)
         count = int(flags['stream_val_rows'])
         _check_data(done, trained, streams_lock(streams, count))
-        return first_rows(streams, count)
+        return first_rows(streams.sources, count)
 
     if trained is not None and _same_data_flags(done, trained):
         rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset)
@@ -122,6 +131,36 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
             return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
     _check_data(done, trained, plan.lock())
+    return [row for _, row in plan.rows(VAL)]
+
+
+def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: Sequence[str]) -> list[Row]:
+    """Return the rows of the sets of --val_dataset. The data sets of --dataset are not read.
+
+    Raises ConfigError if the sets are those of the run, and their rows have changed since.
+    """
+    args = done.args
+    flags = trained.record.flags if trained is not None else {}
+    same = [flags.get('val_dataset'), flags.get('dataset_seed')] == [words, args.dataset_seed]
+    if trained is not None and same:
+        rows = _kept_rows(trained.checkpoint.absolute().parent, words)
+        if rows is not None:
+            return rows
+
+    plan = plan_validation(words, seed=args.dataset_seed, hub=args.hub)
+    trained_on = {without_amount(word) for word in flags.get('dataset', ())}
+    done.warnings += [
+        f'--val_dataset {part.name}: the run was trained on rows of it.'
+        for part in plan.parts
+        if part.name in trained_on
+    ]
+    if trained is not None and same:
+        problems = Problems()
+        now = plan.lock()
+        done.warnings += check_same_data(trained.checkpoint, now, problems, remedy=_INFER_REMEDY, only=now)
+        problems.raise_if_any()
+    for line in plan.left_out.lines('left out'):
+        logger.warning(line)
     return [row for _, row in plan.rows(VAL)]
 
 
@@ -141,7 +180,7 @@ def _all_rows(args: InferArguments) -> list[Row]:
     """Return all rows of the data sets. If a data set has a validation split, only the rows of this split are used."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
     names = {part.name for part in plan.parts}
-    chosen = [part for part in plan.parts if f'{part.name} (validation)' not in names]
+    chosen = [part for part in plan.parts if part.name + VALIDATION not in names]
     for part in chosen:
         what = 'its validation split' if part.is_val else 'all of it'
         logger.info(f'{part.name}: {what}, {len(part.uses) - part.uses.count(UNUSED)} rows')
@@ -162,4 +201,4 @@ def _check_data(done: Ready[InferArguments], trained: Trained | None, now: dict[
 
 def _same_data_flags(done: Ready[InferArguments], trained: Trained) -> bool:
     shared = [name for name in DATA_FLAGS if hasattr(done.args, name)]
-    return all(getattr(done.args, name) == trained.record.flags[name] for name in shared)
+    return all(getattr(done.args, name) == trained.record.flags.get(name) for name in shared)

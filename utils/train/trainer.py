@@ -34,7 +34,7 @@ from utils.run.folder import Run
 from utils.train.callbacks import EpochOrder, EvaluateAtEnd, EvaluationCutError, Speedometer, StopCallback
 from utils.train.checkpoints import Checkpoints
 from utils.train.guard import Guard, check_positions
-from utils.train.metrics import compute_loss_metrics, generation_metrics
+from utils.train.metrics import ValidationSets, generation_metrics, loss_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
@@ -272,15 +272,18 @@ class SftTrainer(Seq2SeqTrainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Return (None, predictions, labels) for a batch of B rows. None stands for the loss, which is not needed.
 
-        Predictions are (B, 3): summed loss, hits and trained tokens of each row. Labels are the row lengths (B, 1).
-        With --predict_with_generate, predictions are the generated ids, and labels are the ids of the expected replies.
+        Predictions are (B, 3): summed loss, hits and trained tokens of each row. Labels are the indices of the rows
+        (B, 1). With --predict_with_generate, predictions are the generated ids, and labels are the index of the row
+        followed by the ids of the expected reply.
         """
         inputs = self._prepare_inputs(inputs)
+        indices = inputs['rows'][:, None]
         if self.args.predict_with_generate:
-            return (None, *self._generated(model, inputs))
+            answers, labels = self._generated(model, inputs)
+            return None, answers, torch.cat([indices, labels], dim=1)
         with self.accelerator.autocast():
             sums = self.scorer.by_row(model, inputs)
-        return None, sums, inputs['row_lengths'][:, None]
+        return None, sums, indices
 
     def _generated(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Generate an answer to the prompt of each row.
@@ -408,7 +411,7 @@ def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> Index
 
     if args.packing:
         packed = PackedRows(rows, args.max_length)
-        fill = len(rows.ids) / len(packed) / args.max_length
+        fill = int(rows.sizes().sum()) / len(packed) / args.max_length
         logger.info(f'packing: {len(rows)} rows in {len(packed)} packs, {fill:.1%} of --max_length filled')
         arranged = packed
 
@@ -428,6 +431,8 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     if isinstance(data.train, EncodedRows):
         train = _arranged(data.train, args, pad_id)
     head = exact_head(base, args, setup.run.decide)
+    val = data.val.longest_first()
+    sets = ValidationSets(rows=val, names=data.val_sets)
 
     return SftTrainer(
         run=setup.run,
@@ -439,8 +444,8 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         groups_by_length=args.group_by_length,
         args=training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0),
         train_dataset=train,
-        eval_dataset=data.val.longest_first() if len(data.val) else None,
+        eval_dataset=val if len(val) else None,
         data_collator=Collator(pad_id, setup.images, pads=not is_concatenated),
         processing_class=setup.tokenizer,
-        compute_metrics=generation_metrics(setup.tokenizer) if args.predict_with_generate else compute_loss_metrics,
+        compute_metrics=generation_metrics(setup.tokenizer, sets) if args.predict_with_generate else loss_metrics(sets),
     )
