@@ -87,6 +87,7 @@ def carry_out(
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
     from utils.proofs.template import ROWS, note_template, note_thinking, prove_template
+    from utils.proofs.time_trial import keep_to_time
     from utils.report.finish import finish_run, stopped
     from utils.train.end_token import warn_of_untrained_ends
     from utils.train.prepare import prepare_model
@@ -132,6 +133,7 @@ def carry_out(
     trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
+    keep_to_time(trainer, args, typed_now, started=started)
 
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stopped:

@@ -77,12 +77,14 @@ def test_deepspeed_values_that_contradict_the_flags_are_named(
 ) -> None:
     config = tmp_path / 'ds.json'
     zero = {'stage': 2, 'offload_optimizer': {'device': 'cpu'}}
-    config.write_text(json.dumps({'zero_optimization': zero, 'gradient_accumulation_steps': 7}))
-    flags = ['--deepspeed_config_path', str(config), '--optim', 'adafactor']
+    own = {'scheduler': {'type': 'WarmupLR'}, 'gradient_accumulation_steps': 7}
+    config.write_text(json.dumps({'zero_optimization': zero, **own}))
+    flags = ['--deepspeed_config_path', str(config), '--optim', 'adafactor', '--max_minutes', '30']
     assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), *flags]) == 2
     assert any("sets gradient_accumulation_steps 7, and --gradient_accumulation_steps is 2. Write 'auto'" in p
                for p in problems())  # fmt: skip
     assert any('offloads the optimizer, and --optim adafactor cannot run there' in line for line in problems())
+    assert any('has its own schedule (the block scheduler), and --max_minutes has' in line for line in problems())
 
 
 def test_a_deepspeed_checkpoint_of_another_number_of_processes_is_refused(

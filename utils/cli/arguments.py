@@ -172,6 +172,11 @@ class SftArguments(CommonArguments):
     )
     num_train_epochs: int = flag(1, 'passes over the training rows')
     max_steps: int = flag(-1, 'number of optimizer steps; 1 or more overrides --num_train_epochs; -1: whole epochs')
+    max_minutes: float | None = flag(
+        None,
+        'end within this time, counted from the start of the program: steps are measured, and the schedule gets as '
+        'many as fit, at most those of the other flags; a resumed run keeps its schedule and gets this time again',
+    )
     optim: str = flag(
         'adamw_torch', 'optimizer, by its name in transformers; adamw_torch is fused if nothing is sharded'
     )

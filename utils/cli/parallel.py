@@ -101,6 +101,12 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
             f'{path} offloads the optimizer, and --optim {args.optim} cannot run there. Use --optim adamw_torch.'
         )
 
+    if args.max_minutes is not None and 'scheduler' in zero.content:
+        problems.add(
+            f'{path} has its own schedule (the block scheduler), and --max_minutes has to set its length. Remove the '
+            'block from the file, or remove --max_minutes.'
+        )
+
     from_flags = {
         'train_micro_batch_size_per_gpu': ('batch_size', args.batch_size),
         'gradient_accumulation_steps': ('gradient_accumulation_steps', args.gradient_accumulation_steps),

@@ -80,6 +80,7 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
     _check_number(done, 'save_total_limit', args.save_total_limit == -1 or args.save_total_limit >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
 
+    _check_number(done, 'max_minutes', args.max_minutes is None or args.max_minutes > 0, 'a number above 0')
     if args.max_steps < 0:
         _check_number(done, 'num_train_epochs', args.num_train_epochs >= 1, '1 or more')
     elif args.max_steps == 0:

@@ -37,12 +37,13 @@ class Run:
         """Set fields of the record, and write the record to the run folder. Later checkpoints contain these fields."""
         self._write(replace(self.record, **facts))
 
-    def decide(self, name: str, value: Any, reason: str) -> None:
+    def decide(self, name: str, value: Any, reason: str, *, shown: str | None = None) -> None:
         """Log a decision that is made after the run was opened. Store the new and the old value in the record.
 
-        When the run is resumed, the old values are compared, because they do not depend on the machine.
+        The log shows `shown` instead of the value, if it is given. When the run is resumed, the old values are
+        compared, because they do not depend on the machine.
         """
-        line = decision(name, value, reason)
+        line = decision(name, value if shown is None else shown, reason)
         logger.info(line)
         self.decisions.append(line)
         self._write(self.record.with_decision(name, value))

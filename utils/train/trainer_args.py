@@ -75,6 +75,11 @@ def count_warmup_steps(share: float, steps: int) -> int:
     return min(math.ceil(share * steps), steps // 2)
 
 
+def unused_optimizer(learning_rate: float) -> Any:
+    """Return an optimizer for a schedule of which only the function is used. A new schedule changes its optimizer."""
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+
+
 def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_ratio: float, steps: int) -> LambdaLR:
     """Return the learning-rate schedule of transformers, with a different warm-up.
 
@@ -82,10 +87,8 @@ def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_rat
     warm-up step has rate 0, so it changes no weight, and a run of one step trains nothing.
     """
     warmup = 0 if name == 'constant' else count_warmup_steps(warmup_ratio, steps)
-    # Only the function of transformers' schedule is used. A schedule changes the learning rate of its optimizer when it
-    # is made, so this schedule gets an optimizer that is not used.
-    unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
-    original = get_scheduler(name, unused_optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    # Only the function of transformers' schedule is used, so this schedule gets an optimizer that is not used.
+    original = get_scheduler(name, unused_optimizer(learning_rate), num_warmup_steps=warmup, num_training_steps=steps)
     (after_warmup,) = original.lr_lambdas
 
     def share_of_rate(step: int) -> float:
