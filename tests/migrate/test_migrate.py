@@ -370,7 +370,7 @@ batch_size: 8
 fsdp_config: {reshard_after_forward: true}
 wandb_project: mine
 hub_model_id: me/out
-bf16: full
+bf16: true
 lora_model_dir:
 chat_template: tokenizer_default
 excess_length_strategy: raise
@@ -498,6 +498,12 @@ def test_one_time_per_run_is_a_share_below_1(migrate, write) -> None:
     assert flags['eval_steps'] == flags['save_steps'] == ['0.99999']
     chat = 'model_name_or_path: owner/Model\ndo_train: true\ndataset: lima\nsave_strategy: epoch\n'
     assert migrate(write(chat)).flags()['save_steps'] == ['0.333333'], 'three epochs are the default there'
+
+
+def test_full_fine_tuning_in_16_bits(migrate, write) -> None:
+    recipe = 'base_model: owner/Model\nbf16: full\ndatasets: [{path: owner/a, type: alpaca}]\n'
+    flags = migrate(write(recipe)).flags()
+    assert (flags['dtype'], flags['full_weights'], flags['sft_type']) == (['bf16'], ['bf16'], ['full'])
 
 
 def test_continued_pre_training_of_swift(migrate) -> None:

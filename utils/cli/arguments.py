@@ -136,8 +136,9 @@ class SftArguments(CommonArguments):
         'swift', "peft, or swift: PEFT's layers and files, with base and adapter computed in one step"
     )
     output_dir: str = flag('output', 'a run writes to <output_dir>/<model_type>/vN-<time>, where N counts up')
-    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl'] = flag(
-        'nccl', 'torch.distributed backend; on a machine without GPU the default is gloo'
+    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl', 'xccl', 'hccl'] = flag(
+        'nccl',
+        'torch.distributed backend; the default is xccl on Intel GPUs, hccl on Ascend NPUs, and gloo without GPU',
     )
     resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to resume training from')
     check_dataset: bool = flag(
@@ -178,6 +179,11 @@ class SftArguments(CommonArguments):
         True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
     )
     gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
+    full_weights: Literal['fp32', 'bf16'] = flag(
+        'fp32',
+        'full fine-tuning: data type of the weights. fp32: 16 bytes per parameter with gradient and AdamW state; bf16: '
+        '10 bytes, updates are rounded stochastically',
+    )
     deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
     fsdp: bool = flag(
         False, 'shard weights, gradients and optimizer over all processes (FSDP2); checkpoints hold weights only'

@@ -27,7 +27,7 @@ from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
-from utils.cli.resolution import Ready, Resolution, reading_of
+from utils.cli.resolution import Ready, Resolution, reading_of, run_name
 from utils.cli.resolve import quantized_problems
 from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.parts import open_parts
@@ -44,6 +44,14 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 TRAINER_STATE = 'trainer_state.json'
 ADAPTER_CONFIG = 'adapter_config.json'
+# The backends of torch.distributed that need a kind of device, and how the device is called.
+_BACKEND_DEVICES = {
+    'nccl': ('cuda', 'a GPU'),
+    'xccl': ('xpu', 'an Intel GPU'),
+    'hccl': ('npu', 'an Ascend NPU'),
+}
+_DEVICES = {'mps': 'the GPU of a Mac', 'npu': 'an Ascend NPU', 'xpu': 'an Intel GPU'}
+_WITHOUT_BITSANDBYTES = ('mps', 'npu')
 _GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N.'
 
 
@@ -94,6 +102,7 @@ def _settle(done: Resolution[Any]) -> None:
     if model_is_here and not _reads_hub_data(done) and not pushes:
         done.without_effect(('hub',), 'model and data are on this machine or name their hub, and nothing is pushed')
 
+    _check_device(done)
     if args.quantization_bit and not has_package('bitsandbytes'):
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
     if args.use_flash_attn and not has_package('flash_attn'):
@@ -255,20 +264,77 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
         check_tracker_packages(args.report_to, problems)
     done.warnings += variables_without_effect(args.report_to, os.environ)
 
-    if not dist.has_gpu_device():
-        if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl':
-            problems.add(
-                '--ddp_backend nccl needs a GPU, and this machine shows none. Use --ddp_backend gloo, or remove '
-                '--ddp_backend.'
-            )
-        elif 'ddp_backend' not in done.typed and dist.world_size() > 1:
-            done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
-
+    _settle_backend(done)
+    _check_training_device(args, problems)
     if not (args.check_dataset or args.dry_run):
         check_environment(os.environ, problems)
     if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:
         problems.add(f'--push_to_hub true needs a token: set the environment variable {TOKEN_VARIABLES[args.hub]}.')
     return done.checked()
+
+
+def _settle_backend(done: Resolution[SftArguments]) -> None:
+    """Set the backend of torch.distributed if it was not typed. Add a problem if its device is missing."""
+    args = done.args
+    kind = dist.visible_kind()
+    backend = dist.default_backend()
+    if 'ddp_backend' in done.typed:
+        needed, device = _BACKEND_DEVICES.get(args.ddp_backend, (kind, ''))
+        if needed != kind:
+            done.problems.add(
+                f'--ddp_backend {args.ddp_backend} needs {device}, and this machine shows none. Use --ddp_backend '
+                'gloo, or remove --ddp_backend.'
+            )
+    elif dist.world_size() > 1 and backend != args.ddp_backend:
+        shows = 'no GPU' if kind == 'cpu' else f'a device of kind {kind}'
+        done.decide('ddp_backend', backend, f'this machine shows {shows}')
+
+
+def _check_device(done: Resolution[Any]) -> None:
+    """Add a problem for each flag that needs a library that does not run on the device of this machine."""
+    args = done.args
+    kind = dist.visible_kind()
+    if args.use_flash_attn and kind not in ('cuda', 'cpu'):
+        done.problems.add(
+            f'--use_flash_attn true: flash-attn does not run on {_DEVICES[kind]}. Leave --use_flash_attn out.'
+        )
+    if kind not in _WITHOUT_BITSANDBYTES:
+        return
+
+    if args.quantization_bit:
+        done.problems.add(
+            f'--quantization_bit {args.quantization_bit}: bitsandbytes does not run on {_DEVICES[kind]}. Remove '
+            '--quantization_bit.'
+        )
+    elif done.info is not None and done.info.quantization == 'nf4':
+        done.problems.add(
+            f"the weights of '{run_name(args)}' are stored in 4 bits: bitsandbytes, which reads them, does not run on "
+            f'{_DEVICES[kind]}. Use the same model without int4: --model_type.'
+        )
+
+
+def _check_training_device(args: SftArguments, problems: Problems) -> None:
+    """Add a problem for each flag of training that the device of this machine does not support."""
+    kind = dist.visible_kind()
+    if kind in _WITHOUT_BITSANDBYTES and is_of_bitsandbytes(args.optim):
+        problems.add(
+            f'--optim {args.optim}: bitsandbytes does not run on {_DEVICES[kind]}. Use --optim adamw_torch; with '
+            '--sft_type full, --full_weights bf16 saves memory.'
+        )
+    if kind != 'mps':
+        return
+
+    if args.deepspeed_config_path is not None:
+        problems.add(
+            '--deepspeed_config_path: DeepSpeed does not run on the GPU of a Mac. Remove --deepspeed_config_path.'
+        )
+    if args.fsdp:
+        problems.add('--fsdp true: a Mac has one GPU, so nothing can be sharded. Remove --fsdp.')
+    if args.dtype == 'fp16':
+        problems.add(
+            '--dtype fp16: training on the GPU of a Mac has no loss scaling, which fp16 needs. Use --dtype bf16 or '
+            '--dtype fp32.'
+        )
 
 
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:

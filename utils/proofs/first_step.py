@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import EvalPrediction
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.encode.encoded import Encoded, cut_front
@@ -187,8 +187,7 @@ class FirstStepGate(TrainerCallback):
             trainer.model_wrapped.zero_grad()
             trainer.optimizer.state.clear()
             clear_device_cache(garbage_collection=True)
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            device.reset_peak()
 
             if lighter is rows:
                 trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
@@ -197,7 +196,7 @@ class FirstStepGate(TrainerCallback):
                 trainer.model.gradient_checkpointing_disable()
 
             result = 'fits' if fits else 'does not fit'
-            if fits and torch.cuda.is_available():
+            if fits and device.kind() != 'cpu':
                 result += f' (peak {peak_memory_gib()} GiB)'
             tried.append(f'{flag}: {result}')
 

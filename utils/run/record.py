@@ -264,7 +264,8 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
 
     `then` and `now` are the flag values of the resumed run and of this run.
     """
-    fixed = ['optim']
+    fixed = ['optim', 'full_weights']
+    then = {'full_weights': 'fp32', **then}  # runs from before the flag
     if now['deepspeed_config_path'] is not None:
         # DeepSpeed restores these settings together with its optimizer.
         fixed += ['learning_rate', 'weight_decay', 'adam_beta1', 'adam_beta2', 'adam_epsilon']

@@ -16,7 +16,7 @@ from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from peft import PeftModel
 from safetensors import safe_open
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.checkpoint import (
     OPTIMIZER_STATE,
     PICKLE_SUFFIXES,
@@ -271,6 +271,12 @@ class Checkpoints:
             )
 
         state = states[min(dist.rank(), len(states) - 1)]
+        had = state['random'].get('device')
+        if had not in (None, device.kind()):
+            logger.warning(
+                f'{checkpoint} was written on {had}, and this run uses {device.kind()}: the result will differ from an '
+                'uninterrupted run.'
+            )
         set_random_state(state['random'])
         trainer.guard.restore(state['guard'])
         trainer._tr_loss = torch.tensor(state['loss_not_logged'], device=trainer.args.device)

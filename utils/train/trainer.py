@@ -31,6 +31,7 @@ from utils.infer.generation import generate_batch, generation_config
 from utils.loading.image_processors import Images
 from utils.loading.layers import is_sharded
 from utils.run.folder import Run
+from utils.train.bf16_adamw import BF16AdamW
 from utils.train.callbacks import (
     EpochOrder,
     EvaluateAtEnd,
@@ -49,7 +50,7 @@ from utils.train.trackers import add_trackers
 from utils.train.trainer_args import make_schedule, training_arguments
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, TrainingArguments
 
 # The model inputs of a batch without images. Images add further inputs.
 _TEXT_INPUTS = ('input_ids', 'attention_mask', 'position_ids')
@@ -75,9 +76,11 @@ class SftTrainer(Seq2SeqTrainer):
         scorer: Scorer,
         groups_by_length: bool,
         images: Images | None = None,
+        optimizer_of: tuple[type[BF16AdamW], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.optimizer_cls_and_kwargs = optimizer_of
         self.scorer = scorer
         self.groups_by_length = groups_by_length
         self.images = images
@@ -197,6 +200,14 @@ class SftTrainer(Seq2SeqTrainer):
         with self.accelerator.autocast():
             loss = self.scorer.loss(model, inputs, divisor)
         return (loss, {}) if return_outputs else loss
+
+    @overrides(Seq2SeqTrainer)
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients, and return their norm. The optimizer of bf16 weights clips them in fp32."""
+        inner = self.optimizer.optimizer  # inside the wrapper of accelerate
+        if isinstance(inner, BF16AdamW):
+            return inner.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     @overrides(Seq2SeqTrainer)
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -423,6 +434,21 @@ def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> Index
     return arranged
 
 
+def _optimizer_of_bf16(
+    args: SftArguments, training: TrainingArguments
+) -> tuple[type[BF16AdamW], dict[str, Any]] | None:
+    """Return the class and the settings of the optimizer of bf16 weights. Returns None if the weights are not bf16."""
+    if args.sft_type != 'full' or args.full_weights != 'bf16':
+        return None
+    settings = {
+        'lr': training.learning_rate,
+        'betas': (training.adam_beta1, training.adam_beta2),
+        'eps': training.adam_epsilon,
+        'seed': args.seed,
+    }
+    return BF16AdamW, settings
+
+
 def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: TrainerSetup) -> SftTrainer:
     """Return a trainer that writes no log files. Rows are concatenated if the model allows it, otherwise padded."""
     base = model.get_base_model() if args.sft_type == 'lora' else model
@@ -436,6 +462,7 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     head = exact_head(base, args, setup.run.decide)
     val = data.val.longest_first()
     sets = ValidationSets(rows=val, names=data.val_sets)
+    training = training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0)
 
     trainer = SftTrainer(
         run=setup.run,
@@ -445,7 +472,8 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         model=model,
         scorer=Scorer(base, head, splits=setup.images is None and not is_sharded(base)),
         groups_by_length=args.group_by_length,
-        args=training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0),
+        args=training,
+        optimizer_of=_optimizer_of_bf16(args, training),
         train_dataset=train,
         eval_dataset=val if len(val) else None,
         data_collator=Collator(pad_id, setup.images, pads=not is_concatenated),
