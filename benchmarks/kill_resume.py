@@ -98,7 +98,7 @@ def start(words: list[str], output: Path, processes: int) -> list[int]:
     with socket.socket() as found:
         found.bind(('127.0.0.1', 0))
         port = found.getsockname()[1]
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     ids = []
     for rank in range(processes):
         child = os.fork()

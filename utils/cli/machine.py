@@ -21,13 +21,13 @@ from utils.base.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpo
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
-from utils.base.names import LOCK_JSON
+from utils.base.names import LAST, LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
-from utils.cli.resolution import Ready, Resolution, reading_of, run_name
+from utils.cli.resolution import Ready, Resolution, decision, reading_of, run_name
 from utils.cli.resolve import quantized_problems
 from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.parts import open_parts
@@ -52,7 +52,7 @@ _BACKEND_DEVICES = {
 }
 _DEVICES = {'mps': 'the GPU of a Mac', 'npu': 'an Ascend NPU', 'xpu': 'an Intel GPU'}
 _WITHOUT_BITSANDBYTES = ('mps', 'npu')
-_GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N.'
+_GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N, or the word last.'
 
 
 def started_in(run_dir: Path) -> str | None:
@@ -246,14 +246,13 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     if args.write_clean is not None:
         _check_clean_copy(Path(args.write_clean), args, problems)
 
-    if args.resume_from_checkpoint is not None:
+    if args.resume_from_checkpoint == LAST:
+        if args.dry_run:
+            done.decisions.append(decision('resume_from_checkpoint', LAST, 'it is chosen when the training starts'))
+    elif args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
-        _check_resume(checkpoint, args, problems)
-        pattern = partial_name(Path('checkpoint-*')).name
-        done.warnings += [
-            f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
-            for partial in sorted(checkpoint.absolute().parent.glob(pattern))
-        ]
+        check_resume(checkpoint, args, problems)
+        done.warnings += partial_checkpoints(checkpoint.absolute().parent)
 
     if is_of_bitsandbytes(args.optim) and not has_package('bitsandbytes'):
         problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')
@@ -411,7 +410,16 @@ def _will_name(source: Source, target: Path) -> bool:
     return glob.has_magic(source.name) and fnmatch.fnmatch(str(target.absolute()), str(source.path.absolute()))
 
 
-def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
+def partial_checkpoints(run_dir: Path) -> list[str]:
+    """Return a warning for each checkpoint of a run that was not complete when the run ended."""
+    pattern = partial_name(Path('checkpoint-*')).name
+    return [
+        f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
+        for partial in sorted(run_dir.glob(pattern))
+    ]
+
+
+def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
     """Add a problem if training cannot resume from a checkpoint.
 
     To save time, only one process per machine compares the files with their hashes.
@@ -445,6 +453,9 @@ def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> N
     elif args.sft_type == 'lora':
         _check_resumed_rank(checkpoint, args, problems)
 
+    if args.deepspeed_config_path is not None and checkpoint.is_dir():
+        _check_resumed_shards(checkpoint, problems)
+
 
 def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
     """Add a problem if the rank of the adapter differs from --lora_rank.
@@ -456,6 +467,22 @@ def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems
         problems.add(
             f'--lora_rank {args.lora_rank}: the adapter in {checkpoint} has rank {config.get("r")}. '
             f'Use --lora_rank {config.get("r")}, or remove --resume_from_checkpoint to start a new run.'
+        )
+
+
+def _check_resumed_shards(checkpoint: Path, problems: Problems) -> None:
+    """Add a problem if a checkpoint does not hold the DeepSpeed state of as many processes as this run has."""
+    shards = len(list(checkpoint.glob('global_step*/*optim_states.pt')))
+    given = f'--resume_from_checkpoint {checkpoint}'
+    if shards == 0:
+        problems.add(
+            f'{given} holds no optimizer state of DeepSpeed: it was saved with --only_save_model true, or without '
+            'DeepSpeed. Remove --deepspeed_config_path, or start a new run without --resume_from_checkpoint.'
+        )
+    elif shards != dist.world_size():
+        problems.add(
+            f'{given} holds the optimizer state of {shards} DeepSpeed processes, and this run has '
+            f'{dist.world_size()}. Start the command with {shards} processes.'
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from utils.base import dist
 from utils.base.errors import ConfigError, did_you_mean
+from utils.base.names import LAST
 from utils.cli.arguments import GENERATION, HUB_FLAGS, CommonArguments, InferArguments, SftArguments
 from utils.cli.parallel import resolve_scale
 from utils.cli.parser import Parsed
@@ -453,6 +454,11 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None
         reason = f'sft_type is {args.sft_type}' + (' with DeepSpeed' if args.deepspeed_config_path else '')
         done.decide('only_save_model', not resumable, reason)
+    if args.only_save_model and args.resume_from_checkpoint == LAST:
+        done.warnings.append(
+            '--resume_from_checkpoint last: with --only_save_model true no checkpoint of this run can be resumed, so a '
+            'restarted command trains from the beginning. Add --only_save_model false.'
+        )
 
 
 def _resolve_full_weights(done: Resolution[SftArguments]) -> None:

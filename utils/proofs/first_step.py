@@ -54,19 +54,16 @@ class FirstStepGate(TrainerCallback):
         If one of them fails, raises ConfigError with a message that says which flags to change.
         """
         started = time.perf_counter()
-        scratch = Path(args.output_dir) / _SCRATCH
         heaviest = self.trainer.train_dataset.heaviest(args.per_device_train_batch_size)
         self.trainer.in_preflight = True
         try:
-            with self._undone(scratch):
+            with self._scratch(_SCRATCH) as scratch, self._undone(scratch):
                 if failure := self._steps(heaviest):
                     self._advise(heaviest, failure)
                 self._evaluate()
                 size = self._save(scratch)
         finally:
             self.trainer.in_preflight = False
-            if args.should_save:
-                shutil.rmtree(scratch, ignore_errors=True)
 
         self.trainer.preflight_seconds = round(time.perf_counter() - started, 2)
         tokens = _longest(heaviest[0])
@@ -85,6 +82,16 @@ class FirstStepGate(TrainerCallback):
         }
         record_proof(Path(args.output_dir), 'first_step', outcome)
         logger.info(f'first step, {self.trainer.preflight_seconds} s: {says}')
+
+    @contextlib.contextmanager
+    def _scratch(self, name: str) -> Iterator[Path]:
+        """A context with the path of a folder in the run folder. The folder is deleted when the context ends."""
+        folder = Path(self.trainer.args.output_dir) / name
+        try:
+            yield folder
+        finally:
+            if self.trainer.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _undone(self, scratch: Path) -> Iterator[None]:

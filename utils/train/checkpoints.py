@@ -199,6 +199,8 @@ class Checkpoints:
                 'scheduler': None if self._deepspeed_has_schedule() else trainer.lr_scheduler.state_dict(),
                 'scaler': scaler.state_dict() if scaler is not None else None,
             }
+            if trainer.timetable.segments:
+                tree['timetable'] = trainer.timetable.state()
             save_tree(folder / OPTIMIZER_STATE, tree)
 
     def _deepspeed_has_schedule(self) -> bool:
@@ -252,6 +254,7 @@ class Checkpoints:
             trainer.optimizer.load_state_dict(tree['optimizer'])
         if not self._deepspeed_has_schedule():
             trainer.lr_scheduler.load_state_dict(tree['scheduler'])
+        trainer.deadline.restore(tree.get('timetable'))
         if not trainer.is_deepspeed_enabled:
             use_settings(trainer.optimizer, trainer.lr_scheduler, settings)
         if tree['scaler'] is not None and trainer.accelerator.scaler is not None:

@@ -41,15 +41,18 @@ from utils.train.callbacks import (
     StopCallback,
 )
 from utils.train.checkpoints import Checkpoints
+from utils.train.deadline import Deadline
 from utils.train.guard import Guard, check_positions
 from utils.train.metrics import ValidationSets, generation_metrics, loss_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
+from utils.train.timetable import Timetable
 from utils.train.trackers import add_trackers
-from utils.train.trainer_args import make_schedule, training_arguments
+from utils.train.trainer_args import make_schedule, training_arguments, unused_optimizer
 
 if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import GenerationConfig, TrainingArguments
 
 # The model inputs of a batch without images. Images add further inputs.
@@ -87,6 +90,8 @@ class SftTrainer(Seq2SeqTrainer):
         self.generation = generation
         self.checkpoints = Checkpoints(self, run=run, images=images, limit=save_total_limit)
         self.signals = StopSignals()
+        self.timetable = Timetable()
+        self.deadline = Deadline(self)
         self.guard = Guard(self)
         self.speedometer = Speedometer()
         self.in_preflight = False
@@ -101,7 +106,9 @@ class SftTrainer(Seq2SeqTrainer):
         # With True the base class counts the trained tokens of a step (num_items_in_batch) for any model. compute_loss
         # divides by this number.
         self.model_accepts_loss_kwargs = True
-        for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
+        # The deadline may end the run earlier, so it comes before the callbacks that look for the last step.
+        callbacks = (self.guard, self.deadline, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd())
+        for callback in callbacks:
             self.add_callback(callback)
 
     @property
@@ -119,6 +126,12 @@ class SftTrainer(Seq2SeqTrainer):
             output = super().train(*args, **kwargs)
         self.checkpoints.keep_only_best()
         return output
+
+    @overrides(Seq2SeqTrainer)
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """Return the output of the base class. `num_train_samples` are the rows of the steps that the flags ask for."""
+        asked = max(self.deadline.asked, 1)
+        return super()._finalize_training(trial, num_train_samples * self.state.max_steps / asked, start_time)
 
     # A step
 
@@ -155,6 +168,26 @@ class SftTrainer(Seq2SeqTrainer):
             # batch, so joined batches need no more memory than the gate.
             self.capacity = sum(heapq.nlargest(args.train_batch_size, self.order.lengths))
         return self.order
+
+    def typical_batches(self, number: int) -> list[list[dict[str, Any]]]:
+        """Return the rows of the batches of one step of one process, for a trial. Each `number` gives other rows.
+
+        The rows are at equal distances in the training set. Of a stream, they are the first rows.
+        """
+        size = self.args.per_device_train_batch_size
+        batches = self.args.gradient_accumulation_steps
+        count = size * batches
+        if isinstance(self.train_dataset, TrainingStream):
+            first = self.train_dataset.first(count)
+            rows = [first[i % len(first)] for i in range(count)]
+        else:
+            known: Any = self.train_dataset
+            indices = [(i * len(known) // count + number) % len(known) for i in range(count)]
+            order = self.order
+            if order is not None:
+                indices = list(StepSampler(indices, order.lengths, batch=size, batches=batches, pads=order.pads))
+            rows = [known[index] for index in indices]
+        return [rows[start : start + size] for start in range(0, count, size)]
 
     @overrides(Seq2SeqTrainer)
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -220,14 +253,19 @@ class SftTrainer(Seq2SeqTrainer):
         """Create the learning-rate schedule if there is none yet, and return it. DeepSpeed passes its own optimizer."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
         if scheduler is None:
-            scheduler = make_schedule(
-                optimizer or self.optimizer,
-                self.args.lr_scheduler_type,
-                learning_rate=self.args.learning_rate,
-                warmup=self.args.warmup_steps,
-                steps=num_training_steps,
-                **self.args.lr_scheduler_kwargs,
-            )
+
+            def made_for(steps: int, optimizer: Any) -> LambdaLR:
+                return make_schedule(
+                    optimizer,
+                    self.args.lr_scheduler_type,
+                    learning_rate=self.args.learning_rate,
+                    warmup=self.args.warmup_steps,
+                    steps=steps,
+                    **self.args.lr_scheduler_kwargs,
+                )
+
+            scheduler = made_for(num_training_steps, optimizer or self.optimizer)
+            self.timetable.follow(scheduler, lambda steps: made_for(steps, unused_optimizer(self.args.learning_rate)))
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
         return scheduler

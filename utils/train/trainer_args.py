@@ -84,6 +84,11 @@ def _schedule_settings(args: SftArguments) -> dict[str, float]:
     return settings
 
 
+def unused_optimizer(learning_rate: float) -> Any:
+    """Return an optimizer for a schedule of which only the function is used. A new schedule changes its optimizer."""
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+
+
 def make_schedule(
     optimizer: Any,
     name: str,
@@ -107,12 +112,10 @@ def make_schedule(
         settings['num_decay_steps'] = count_decay_steps(decay_ratio, steps, warmup=first)
     elif name == 'polynomial' and min_lr_ratio is not None:
         settings['lr_end'] = 0.0  # instead of 1e-7, so that the rate ends exactly at the lowest rate
-    # Only the function of transformers' schedule is used. A schedule changes the learning rate of its optimizer when it
-    # is made, so this schedule gets an optimizer that is not used.
-    unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    # Only the function of transformers' schedule is used, so this schedule gets an optimizer that is not used.
     original = get_scheduler(
         name,
-        unused_optimizer,
+        unused_optimizer(learning_rate),
         num_warmup_steps=first,
         num_training_steps=steps,
         scheduler_specific_kwargs=settings,
