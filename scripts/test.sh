@@ -3,8 +3,8 @@
 #
 #   bash scripts/test.sh [--quick] [WORD ...]
 #
-# --quick runs only the tests that take seconds, in one process and without optional libraries: 3 to 4 minutes on 2 CPU cores.
-# The words go to pytest.
+# --quick runs only the tests that take seconds, without tests of several processes and of optional libraries.
+# The words go to pytest. Its tests run in as many processes as there are CPU cores, at most 4; -n 0 runs them in one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -13,8 +13,9 @@ only=()
 if [[ ${1:-} == --quick ]]; then
     shift
     only=(-m 'not slow and not processes and not optional and not gpu')
-    export OMP_NUM_THREADS=1 # tiny models only wait for a second thread
 fi
+# Tiny models only wait for a second thread. So each process gets one thread, and the tests of a file stay in one process.
+export OMP_NUM_THREADS=1
 make_venv all requirements-all.txt
 
 export PATH="$PWD/.venv/bin:$PATH"
@@ -24,4 +25,4 @@ mypy utils tools llm_sft.py llm_infer.py
 find scripts .ci -name '*.sh' -print0 | xargs -0 shellcheck -x
 shellcheck .ci/run
 python -m tools.docs --check
-python -m pytest -q "${only[@]}" "$@"
+python -m pytest -q -n auto --maxprocesses 4 --dist loadfile "${only[@]}" "$@"

@@ -24,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption('--record-errors', action='store_true', help='record which test reaches which message for users')
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse --record-errors in several processes, which would overwrite each other's table."""
+    if config.getoption('--record-errors') and config.getoption('numprocesses', None):
+        raise pytest.UsageError('--record-errors: add -n 0, because only one process can write the table')
+
+
 RECORDER = pytest.StashKey[Recorder]()
 
 
