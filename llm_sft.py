@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.base import dist
@@ -13,16 +13,16 @@ from utils.base.names import TEMPLATE_FLAGS
 from utils.checks.machine import check_machine
 from utils.cli.arguments import SftArguments
 from utils.cli.machine import settle_sft
-from utils.cli.parser import parse
+from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import resolve_sft
 from utils.data.parts import TRAIN
 from utils.data.plan import Plan
 from utils.data.stream_parts import Streams, some_rows
 from utils.loading.image_processors import open_images
-from utils.run.folder import Run, log_decisions, open_run
+from utils.run.folder import Run, log_decisions, open_run, removed_at_end
 from utils.run.last import resume_last
-from utils.run.lock import repeat
+from utils.run.lock import repeat, steps_to_verify
 from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = repeat(parsed, words)
     if parsed.args.doctor:
         return run_program(lambda: check_machine(parsed))
-    return run_program(lambda: train(resolve_sft(whole), parsed.typed))
+    return run_program(lambda: train(resolve_sft(whole), parsed))
 
 
-def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int:
+def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
     """Train with the resolved arguments, and return the exit code. With --check_dataset or --dry_run, do not train.
 
-    Arguments, files and data are checked before torch is imported, so that a wrong command fails quickly.
+    `now` is the command line that was typed now, without the flags of the run in --from_run. Arguments, files and data
+    are checked before torch is imported, so that a wrong command fails quickly.
     """
     started = time.time()
     done = settle_sft(resolved)
@@ -67,16 +68,19 @@ def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int
     if resume_last(done, weights, data):
         return 0
 
-    run = open_run(done, weights, data, typed_now)
-    keep_held_out(rows, run.folder)
-    carry_out(done, run, rows, typed_now, started=started)
-    return 0
+    run = open_run(done, weights, data, now.typed)
+    with removed_at_end(run.folder, removes=args.verify):
+        keep_held_out(rows, run.folder)
+        return carry_out(done, run, rows, now, started=started)
 
 
 def carry_out(
-    done: Ready[SftArguments], run: Run, rows: Plan | Streams, typed_now: Collection[str], *, started: float
-) -> None:
-    """Load the model, encode the rows, train, and write the proofs and the report to the run folder."""
+    done: Ready[SftArguments], run: Run, rows: Plan | Streams, now: Parsed[SftArguments], *, started: float
+) -> int:
+    """Load the model, encode the rows, train, and write the proofs and the report to the run folder.
+
+    Returns the exit code. With --verify true, steps of a run are repeated and compared, and there is no report.
+    """
     from transformers import set_seed
 
     from utils.data.encode_plan import prepare_data
@@ -86,6 +90,7 @@ def carry_out(
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
+    from utils.proofs.repetition import verify
     from utils.proofs.template import ROWS, note_template, note_thinking, prove_template
     from utils.proofs.time_trial import keep_to_time
     from utils.report.finish import finish_run, stopped
@@ -102,7 +107,7 @@ def carry_out(
     if args.sft_type == 'lora':
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
 
-    note_template(run, encoder, None if set(TEMPLATE_FLAGS) & set(typed_now) else args.from_run)
+    note_template(run, encoder, None if set(TEMPLATE_FLAGS) & now.typed else args.from_run)
     if args.resume_from_checkpoint is not None:
         check_resumed_template(Path(args.resume_from_checkpoint), run.record)
     prove_template(encoder, some_rows(rows, TRAIN, ROWS), run.folder)
@@ -133,7 +138,9 @@ def carry_out(
     trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
-    keep_to_time(trainer, args, typed_now, started=started)
+    keep_to_time(trainer, args, now.typed, started=started)
+    if args.verify:
+        return verify(trainer, args, run, steps=steps_to_verify(now))
 
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stopped:
@@ -142,6 +149,7 @@ def carry_out(
     summary = data.final()
     if dist.is_main():
         finish_run(args, trainer, run, started=started, data=summary, asked=asked)
+    return 0
 
 
 if __name__ == '__main__':

@@ -42,6 +42,8 @@ SftTrainer.training_step = timed
 codes = [wait(start(base, folder / 'whole', 2))]
 (checkpoint,) = (folder / 'whole').glob('*/*/checkpoint-20')
 codes.append(wait(start([*base, '--resume_from_checkpoint', str(checkpoint)], folder / 're', 2)))
+again = ['--from_run', str(checkpoint.parent), '--verify', 'true', '--max_steps', '5']
+codes.append(wait(start(again, folder / 'verified', 2)))
 (folder / 'codes.json').write_text(json.dumps(codes))
 """
 
@@ -56,7 +58,7 @@ def test_processes_end_at_the_same_step_and_the_resumed_run_keeps_the_schedule(t
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     log = (tmp_path / 'whole' / 'log-0.txt').read_text()
-    assert json.loads((tmp_path / 'codes.json').read_text()) == [[0, 0], [0, 0]], log[-3000:]
+    assert json.loads((tmp_path / 'codes.json').read_text()) == [[0, 0]] * 3, log[-3000:]
 
     (run,) = (tmp_path / 'whole').glob('*/v*')
     decided = [s for s in json.loads((run / 'run.json').read_text())['decisions'] if s.startswith('max_steps')]
@@ -73,3 +75,8 @@ def test_processes_end_at_the_same_step_and_the_resumed_run_keeps_the_schedule(t
         == json.loads((run / 'lock.json').read_text())['timetable']
     )
     assert_equal(resumed / last.name, last)
+
+    verified = (tmp_path / 'verified' / 'log-0.txt').read_text()
+    assert f'equal to the bit up to step 5 of {run}\n' in verified
+    assert f'max_steps = {ends[-1]} of 60 because it is the timetable of the repeated run' in verified
+    assert [path.name for path in (tmp_path / 'verified').glob('*/*')] == []

@@ -286,6 +286,11 @@ class SftArguments(CommonArguments):
         None,
         'run folder to repeat with its flags; flags typed now override them; data, weights and template must be equal',
     )
+    verify: bool = flag(
+        False,
+        'with --from_run: repeat its first --max_steps steps (default 20) and compare log lines and weights bit by '
+        'bit; nothing is kept; exit code 1 if they differ',
+    )
     show_samples: int = flag(
         1, 'number of training rows to show with the tokens that carry loss; sample.txt keeps them'
     )

@@ -44,6 +44,7 @@ _LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p'
 def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     """Return the resolved command line of a training run. Problems are collected, not raised."""
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
+    _resolve_verification(done)
     _resolve_model(done)
     _check_chat_template(done)
     check_common_numbers(done)
@@ -68,6 +69,18 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     else:
         done.without_effect(GENERATION, 'evaluation is by loss (no --predict_with_generate true)')
     return done
+
+
+def _resolve_verification(done: Resolution[SftArguments]) -> None:
+    """With --verify true, switch off what does not change the numbers of a run."""
+    args = done.args
+    if not args.verify:
+        return
+    if args.from_run is None:
+        done.problems.add('--verify true: no run is named. Add --from_run output/<model>/vN-<time>.')
+    for name, value in {'preflight': False, 'push_to_hub': False, 'show_samples': 0, 'report_samples': 0}.items():
+        if getattr(args, name) != value:
+            done.decide(name, value, '--verify true only compares numbers')
 
 
 def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:

@@ -38,7 +38,8 @@ def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[
     if args.max_minutes is None:
         return
     repeated = None
-    if args.from_run is not None and not _DECIDE_STEPS & set(typed_now):
+    # With --verify true, --max_steps is the number of steps to verify.
+    if args.from_run is not None and (args.verify or not _DECIDE_STEPS & set(typed_now)):
         repeated = read_lock(Path(args.from_run)).get('timetable')
     trainer.deadline.set(args.max_minutes, started=started, repeated=repeated)
     trainer.add_callback(TimeTrial(trainer, resumed_from=args.resume_from_checkpoint))

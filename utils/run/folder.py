@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import shutil
+import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +75,8 @@ def open_run(
     if args.resume_from_checkpoint:
         done.warnings += check_resumed(Path(args.resume_from_checkpoint), record, data)
 
-    made = str(make_run_dir(Path(args.output_dir), run_name(args))) if dist.is_main() else ''
+    make = _make_hidden_dir if args.verify else make_run_dir
+    made = str(make(Path(args.output_dir), run_name(args))) if dist.is_main() else ''
     folder = Path(dist.from_all(made)[0])  # the folder that rank 0 made
     run = Run(
         folder=folder,
@@ -90,6 +94,16 @@ def open_run(
     for line in done.warnings[logged:]:
         logger.warning(line)
     return run
+
+
+@contextlib.contextmanager
+def removed_at_end(folder: Path, *, removes: bool) -> Iterator[None]:
+    """A context after which the folder is deleted, if `removes` is True. The main process deletes it."""
+    try:
+        yield
+    finally:
+        if removes and dist.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def log_decisions(done: Decided[Any]) -> None:
@@ -120,6 +134,13 @@ def run_dirs(parent: Path) -> list[Path]:
 
 def _numbered(parent: Path) -> list[tuple[int, Path]]:
     return [(int(m[1]), path) for path in parent.iterdir() if (m := re.match(r'v(\d+)-', path.name))]
+
+
+def _make_hidden_dir(output_dir: Path, name: str) -> Path:
+    """Create a hidden folder next to the run folders, for a run that is not kept, and return it."""
+    parent = output_dir / name
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix='.verify-', dir=parent))
 
 
 def _new_run_dir(parent: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,8 +26,10 @@ DATA_FLAGS = (
     'dataset', 'val_dataset', 'columns', 'text_rows', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample',
     'streaming', 'stream_val_rows',
 )  # fmt: skip
+# --verify true repeats this many steps if --max_steps is not typed.
+_VERIFIED_STEPS = 20
 # Flags that are never recorded: --hub_token is secret, and --from_run only names the run that was repeated.
-_NOT_REPEATED = ('hub_token', 'from_run')
+_NOT_REPEATED = ('hub_token', 'from_run', 'verify')
 
 
 def recorded(flags: Mapping[str, Any], name: str) -> Any:
@@ -68,7 +72,29 @@ def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[
         'data': data,
         'versions': versions(),
         'toolkit': toolkit(),
+        'machine': _machine(),
     }
+
+
+def _machine() -> dict[str, Any]:
+    """Return what can change the rounding of a run: the processor, its instructions, the threads and the GPUs."""
+    import torch
+
+    cuda = torch.cuda
+    return {
+        'processor': _processor(),
+        'instructions': torch.backends.cpu.get_cpu_capability(),
+        'threads': torch.get_num_threads(),
+        'gpus': [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else [],
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def read_lock(run_dir: Path) -> dict[str, Any]:
@@ -95,7 +121,28 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
         parsed.problems.add(error.problems[0])
         return parsed
     earlier = _with_kept_template(lock['command'], Path(parsed.args.from_run), parsed)
-    return parse(SftArguments, words, program='llm_sft.py', about='', earlier=earlier)
+    if not parsed.args.verify:
+        return parse(SftArguments, words, program='llm_sft.py', about='', earlier=earlier)
+
+    # --max_steps is the number of steps to verify, and the schedule stays that of the run.
+    whole = parse(SftArguments, _without(words, 'max_steps'), program='llm_sft.py', about='', earlier=earlier)
+    _check_verification(parsed, whole.problems)
+    return whole
+
+
+def _check_verification(parsed: Parsed[SftArguments], problems: Problems) -> None:
+    """Add a problem for each flag typed now that contradicts --verify true, and the problems of the command line."""
+    for problem in parsed.problems.found:
+        problems.add(problem)
+    if steps_to_verify(parsed) < 1:
+        problems.add(f'--verify true: --max_steps takes 1 or more, got {parsed.args.max_steps}.')
+    if 'resume_from_checkpoint' in parsed.typed:
+        problems.add('--verify true repeats a run from where the run started. Remove --resume_from_checkpoint.')
+
+
+def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
+    """Return how many steps --verify true repeats. `parsed` is the command line typed now."""
+    return parsed.args.max_steps if 'max_steps' in parsed.typed else _VERIFIED_STEPS
 
 
 def _with_kept_template(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
@@ -128,11 +175,14 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
     """Compare `lock`, the lock.json content of this run, with lock.json of the run in --from_run, if there is one.
 
     Raises ConfigError if data or weights differ. Adds a warning for each version that differs. Data are not compared if
-    a data flag is typed now. Weights are not compared if a model flag is typed now.
+    a data flag is typed now. Weights are not compared if a model flag is typed now. With --verify true both are always
+    compared.
     """
     if done.args.from_run is None:
         return
     earlier = read_lock(Path(done.args.from_run))
+    if done.args.verify:
+        typed_now = ()
 
     problems = Problems()
     if not {'model_type', 'model_id_or_path', 'model_revision'} & set(typed_now):
@@ -145,21 +195,34 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
             _compare(problems, f'the rows of {source}', then, now, remedy=f'--{_flag_of(then, now)}', note=note)
     problems.raise_if_any()
 
-    for name in sorted({*earlier['versions'], *lock['versions']}):
-        then = earlier['versions'].get(name)
-        now = lock['versions'].get(name)
-        if now != then:
-            done.warnings.append(f'{name} is {now}, the repeated run had {then}: the numbers may differ.')
-    if earlier.get('toolkit', lock['toolkit']) != lock['toolkit']:
-        done.warnings.append(
-            f'this toolkit is {described(lock["toolkit"])}, the repeated run was made by '
-            f'{described(earlier["toolkit"])}: the numbers may differ.'
-        )
+    done.warnings += [f'{change}: the numbers may differ.' for change in changes_since(earlier, lock)]
     if earlier['processes'] != lock['processes']:
         done.warnings.append(
             f'{lock["processes"]} processes train, the repeated run had {earlier["processes"]}: '
             'the total batch size differs.'
         )
+
+
+def changes_since(earlier: dict[str, Any], lock: dict[str, Any]) -> list[str]:
+    """Return a line for each version, toolkit and property of the machine that differs between two lock.json files.
+
+    `earlier` is of the repeated run. A property that older versions did not record is not compared.
+    """
+    lines = []
+    for part in ('versions', 'machine'):
+        then = earlier.get(part)
+        now = lock[part]
+        if then is None:
+            continue
+        for name in sorted({*then, *now}):
+            if now.get(name) != then.get(name):
+                lines.append(f'{name} is {now.get(name)}, the repeated run had {then.get(name)}')
+    if earlier.get('toolkit', lock['toolkit']) != lock['toolkit']:
+        lines.append(
+            f'this toolkit is {described(lock["toolkit"])}, the repeated run was made by '
+            f'{described(earlier["toolkit"])}'
+        )
+    return lines
 
 
 def check_same_data(

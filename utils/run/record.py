@@ -31,7 +31,7 @@ _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 _RESTORE = 'Put back the file that the run wrote.'
 _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
-_SHOWN = ('show_samples', 'report_samples', 'report_to', 'from_run', 'doctor')
+_SHOWN = ('show_samples', 'report_samples', 'report_to', 'from_run', 'doctor', 'verify')
 # The hash of the template shows whether it differs. The same template may be at another path.
 _OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
