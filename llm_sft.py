@@ -81,7 +81,7 @@ def carry_out(
     from utils.proofs.template import ROWS, note_template, note_thinking, prove_template
     from utils.report.finish import finish_run, stopped
     from utils.train.end_token import warn_of_untrained_ends
-    from utils.train.prepare import prepare_model
+    from utils.train.prepare import prepare_model, say_what_all_adds
     from utils.train.trainer import build_trainer
 
     args = done.args
@@ -114,6 +114,8 @@ def carry_out(
     asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
 
+    if 'lora_target_modules' not in done.typed and (line := say_what_all_adds(model, args)):
+        run.say(line)
     model = prepare_model(model, args, run.decide)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
     if args.push_to_hub:

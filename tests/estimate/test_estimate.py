@@ -40,7 +40,10 @@ UNKNOWN = {'openbuddy-llama2-13b-chat', 'openbuddy-llama2-70b-chat', 'openbuddy-
 TINY = Shape(
     model_class='Tiny', parameters=1000, embedding=100, head=100, experts=0, tower=0, active=900, hidden=10, layers=2,
     vocabulary=10, heads=2, kv_heads=1, head_dim=5, normed=50, inner=60, gated=True, attention='rows',
-    linear={'q_proj': [[2, 10, 10]], 'k_proj': [[2, 10, 5]], 'v_proj': [[2, 10, 5]], 'down_proj': [[2, 30, 10]]},
+    modules={
+        'layers.#.q_proj': [('0-1', 10, 10)], 'layers.#.k_proj': [('0-1', 10, 5)], 'layers.#.v_proj': [('0-1', 10, 5)],
+        'layers.#.mlp.down_proj': [('0-1', 30, 10)],
+    },
     stacked={},
 )  # fmt: skip
 BATCH = Batch(tokens=8, longest=8, trained=4)

@@ -117,8 +117,10 @@ class SftArguments(CommonArguments):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            'help': 'module names; None: those of the model entry; ALL: every linear layer except the output head. '
-            'Stacked experts are parameters and not part of ALL: name them too, e.g. mlp.experts.gate_up_proj',
+            'help': 'module names; None: those of the model entry, without an entry all-linear; all-linear (or ALL): '
+            'every linear layer except the output head; re:PATTERN: linear layers whose whole path matches the regular '
+            'expression. Stacked experts are parameters and not part of all-linear: name them too, e.g. '
+            'mlp.experts.gate_up_proj',
         },
     )
     lora_rank: int = flag(8, 'rank of the adapter')

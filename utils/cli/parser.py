@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from utils.base.errors import Problems, did_you_mean
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, flag_types
+from utils.loading.layers import PATTERN
 
 # Misspelt flags that are accepted, because scripts of users contain them. The value is the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
@@ -55,7 +56,9 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
         raise ValueError(f'--{name}: the value is not UTF-8. Type it in a terminal that is set to UTF-8.')
 
     if typing.get_origin(hint) is list:
-        values = [part for word in words for part in word.split(',') if part]
+        # A comma in a pattern of --lora_target_modules belongs to the pattern.
+        lists = [[word] if word.startswith(PATTERN) else word.split(',') for word in words]
+        values = [part for parts in lists for part in parts if part]
         if not values:
             raise ValueError(f'--{name} needs at least one value.')
         return values

@@ -19,6 +19,7 @@ from utils.cli.ranges import check_common_numbers, check_generation, check_sft_n
 from utils.cli.resolution import Resolution, run_name
 from utils.data.sources import parse_source
 from utils.loading.info import ModelInfo
+from utils.loading.layers import ALL_LINEAR, bad_pattern
 from utils.model import get_model_info, infer_model_type
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
@@ -287,8 +288,13 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
 
     if args.sft_type == 'full':
         done.without_effect(_LORA_ONLY, 'it is for --sft_type lora')
-    elif args.lora_target_modules is None and done.info is not None and args.model_type is not None:
+    elif args.lora_target_modules is not None:
+        for problem in filter(None, map(bad_pattern, args.lora_target_modules)):
+            done.problems.add(problem)
+    elif done.info is not None and args.model_type is not None:
         done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
+    elif done.info is not None:
+        done.decide('lora_target_modules', [ALL_LINEAR], 'the model has no registry entry')
 
     if args.only_save_model is None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None

@@ -23,6 +23,7 @@ from utils.hub import snapshot as hub
 from utils.hub.clients import Listed
 from utils.loading.devices import cpu_has_bf16
 from utils.loading.gguf import dense_directory, find_packaged_file
+from utils.loading.layers import named_by, what_all_adds
 from utils.loading.weights import find_on_hub
 from utils.run.processes import start_processes
 
@@ -63,6 +64,8 @@ def dry_run(done: Ready[SftArguments]) -> int:
         done.decide('dtype', 'bf16' if has_bf16 else 'fp32', reason)
 
     mode = None if shape is None else mode_of(args, info, shape, machine)
+    if shape is not None and mode is not None and 'lora_target_modules' not in done.typed:
+        done.decisions += _what_all_adds(shape, mode)
     has_vision = shape is not None and shape.tower > 0
     work = plan_work(done, found.model_dir, mode, data_is_here=data_is_here, has_vision=has_vision)
 
@@ -75,6 +78,15 @@ def dry_run(done: Ready[SftArguments]) -> int:
         _show('GPUs that this fits on, an estimate', _fitting(shape, mode, work.batch))
         _show('time, an estimate', _time(shape, mode, work))
     return 0
+
+
+def _what_all_adds(shape: Shape, mode: Mode) -> list[str]:
+    """Return a line that says what all-linear would add to the LoRA targets, or no line if it adds nothing."""
+    added = set(shape.paths) - set(named_by(mode.targets, shape.paths))
+    if mode.full or not added:
+        return []
+    trained = lora_parameters(shape, mode.targets, mode.rank)
+    return [what_all_adds(len(added), lora_parameters(shape, list(added), mode.rank), trained)]
 
 
 def _show(title: str, lines: Iterable[str]) -> None:

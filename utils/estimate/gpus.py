@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.cli.deepspeed import ZeroConfig, read_zero
 from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint
 from utils.estimate.model_shape import Shape
 from utils.loading.info import ModelInfo
-from utils.loading.layers import ALL, native_names
+from utils.loading.layers import ALL, choose_layers, no_layer
 
 # GPU memory that is needed in addition to the tensors: the bytes of the CUDA context and of library workspaces, and the
 # share of the tensors' memory that is lost to fragmentation.
@@ -85,12 +86,23 @@ def _packing(args: SftArguments, info: ModelInfo) -> str:
 
 
 def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
-    """Return the names of the layers that LoRA adapts. For full fine-tuning the list is empty."""
+    """Return the layers that LoRA adapts, by name or path. For full fine-tuning the list is empty.
+
+    Raises ConfigError if a word of --lora_target_modules names neither a layer nor an expert. Layers of a vision tower
+    are not known here, so nothing is raised for a model with a vision tower.
+    """
     if args.sft_type == 'full':
         return []
-    named = args.lora_target_modules or list(info.lora_target_modules)
-    wanted = native_names([name for name in named if name != ALL], shape.linear)
-    return list(dict.fromkeys([*wanted, *(shape.linear if ALL in named else ())]))
+    paths = list(shape.paths)
+    chosen, unmatched = choose_layers(args.lora_target_modules or info.lora_target_modules, paths)
+
+    experts = [name for word in unmatched for name in shape.stacked if f'.{name}'.endswith(f'.{word}')]
+    missing = [
+        word for word in unmatched if word not in ALL and not any(f'.{name}'.endswith(f'.{word}') for name in experts)
+    ]
+    if missing and not shape.tower:
+        raise ConfigError(*(no_layer(word, shape.model_class, paths, list(shape.stacked)) for word in missing))
+    return [*chosen, *experts]
 
 
 def longest_batch(args: SftArguments) -> Batch:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from utils.estimate.model_shape import Shape
 from utils.fast.constants import CHUNK_LOGITS, KEPT_KEYS, QUERY_BLOCK
+from utils.loading.layers import named_by
 
 GIB = 2**30
 # Bytes per weight of a quantised linear layer. nf4: 4 bits, and an fp32 scale for each 64 weights. nf4x2: 4 bits, an
@@ -46,7 +47,7 @@ class Mode:
     # Bytes of a value in the compute dtype, and the quantisation of linear layers: a key of PACKED, or '' for none.
     compute: int
     packed: str = ''
-    # Names of the linear layers that LoRA adapts, and the rank of the adapter.
+    # Names or paths of the linear layers that LoRA adapts, and the rank of the adapter.
     targets: tuple[str, ...] = ()
     rank: int = 8
     # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
@@ -125,7 +126,7 @@ def lora_parameters(shape: Shape, targets: Sequence[str], rank: int) -> int:
 
     Every stacked expert has its own adapter weights.
     """
-    linear = sum(n * rank * (i + o) for name in targets for n, i, o in shape.linear.get(name, ()))
+    linear = sum(rank * sum(shape.paths[path]) for path in named_by(targets, shape.paths))
     stacked = (shape.stacked[name] for name in targets if name in shape.stacked)
     return linear + sum(layers * experts * rank * (i + o) for layers, experts, i, o in stacked)
 
@@ -240,16 +241,16 @@ def _inputs(shape: Shape, mode: Mode) -> int:
     if mode.full and (mode.autocasts or mode.sharding):
         return sum(n * i * c for sizes in shape.linear.values() for n, i, _ in sizes)
 
-    names = list(shape.linear) if mode.full else [name for name in mode.targets if name in shape.linear]
-    between = 0 if mode.full else sum(n * mode.rank for name in names for n, _, _ in shape.linear[name])
+    linear = shape.linear if mode.full else shape.sizes_of(named_by(mode.targets, shape.paths))
+    between = 0 if mode.full else sum(n * mode.rank for sizes in linear.values() for n, _, _ in sizes)
     if not mode.full and not mode.fused and not mode.deepspeed:
-        return sum(4 * n * i for name in names for n, i, _ in shape.linear[name]) + 4 * between
+        return sum(4 * n * i for sizes in linear.values() for n, i, _ in sizes) + 4 * between
 
     # Layers of a group in _SHARED save one input together.
-    firsts = [next((name for name in group if name in names), None) for group in _SHARED]
-    others = [name for name in names if not any(name in group for group in _SHARED)]
+    firsts = [next((name for name in group if name in linear), None) for group in _SHARED]
+    others = [name for name in linear if not any(name in group for group in _SHARED)]
     counted = (*others, *filter(None, firsts))
-    return c * (sum(n * i for name in counted for n, i, _ in shape.linear[name]) + between)
+    return c * (sum(n * i for name in counted for n, i, _ in linear[name]) + between)
 
 
 def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:

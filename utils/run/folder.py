@@ -37,14 +37,17 @@ class Run:
         """Set fields of the record, and write the record to the run folder. Later checkpoints contain these fields."""
         self._write(replace(self.record, **facts))
 
+    def say(self, line: str) -> None:
+        """Log a line, and store it with the decisions of the run."""
+        logger.info(line)
+        self.decisions.append(line)
+
     def decide(self, name: str, value: Any, reason: str) -> None:
         """Log a decision that is made after the run was opened. Store the new and the old value in the record.
 
         When the run is resumed, the old values are compared, because they do not depend on the machine.
         """
-        line = decision(name, value, reason)
-        logger.info(line)
-        self.decisions.append(line)
+        self.say(decision(name, value, reason))
         self._write(self.record.with_decision(name, value))
 
     def _write(self, record: RunRecord) -> None:
