@@ -126,6 +126,10 @@ class SftArguments(CommonArguments):
     lora_rank: int = flag(8, 'rank of the adapter')
     lora_alpha: int = flag(32, 'the adapter is scaled by alpha / rank')
     lora_dropout_p: float = flag(0.0, 'dropout on the input of the adapter')
+    use_dora: bool = flag(
+        False, 'DoRA: the adapter also trains the length of each row of a weight; slower, and its layers are not fused'
+    )
+    use_rslora: bool = flag(False, 'rsLoRA: the adapter is scaled by alpha / sqrt(rank), for high ranks')
     freeze_vision: bool = flag(
         True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
     )

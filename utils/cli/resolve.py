@@ -26,7 +26,15 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 DEFAULT_MODEL_TYPE = 'qwen-7b-chat'
 
 _BNB_4BIT = ('bnb_4bit_comp_dtype', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant')
-_LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p', 'tuner_backend')
+_LORA_ONLY = (
+    'lora_target_modules',
+    'lora_rank',
+    'lora_alpha',
+    'lora_dropout_p',
+    'use_dora',
+    'use_rslora',
+    'tuner_backend',
+)
 
 
 def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
@@ -265,6 +273,12 @@ def quantized_problems(args: CommonArguments, info: ModelInfo | None) -> list[st
             'without --fsdp.'
         )
 
+    if isinstance(args, SftArguments) and args.use_dora and info.quantization in ('gptq', 'awq'):
+        problems.append(
+            f'--use_dora true: {stored}, and PEFT has no DoRA for such weights. Remove --use_dora, or use the same '
+            'model without int4 or int8, with --quantization_bit 4.'
+        )
+
     # Weights in nf4 (Baichuan2) are first converted to full precision, so that bitsandbytes can quantise them again.
     if args.quantization_bit and info.quantization != 'nf4':
         problems.append(
@@ -295,6 +309,14 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
         done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
     elif done.info is not None:
         done.decide('lora_target_modules', [ALL_LINEAR], 'the model has no registry entry')
+
+    if args.use_dora and args.sft_type == 'lora' and args.quantization_bit == 8:
+        # PEFT 0.21 moves the weight that it reads, and bitsandbytes then loses its scales. See
+        # https://github.com/huggingface/peft, utils/integrations.py, dequantize_module_weight.
+        done.problems.add(
+            '--use_dora true cannot read the weights of --quantization_bit 8. Use --quantization_bit 4, or remove '
+            '--use_dora.'
+        )
 
     if args.only_save_model is None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None

@@ -14,7 +14,7 @@ from utils.cli.resolution import Ready, run_name
 from utils.data.sources import parse_source
 from utils.dataset import DATASET_MAPPING
 from utils.estimate.gpus import UTILISATION, Machine, flops, gpus_that_fit, known_gpus, mode_of, need, seconds
-from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint, lora_parameters
+from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint, trained_parameters
 from utils.estimate.model_shape import Shape, known_shape, shape_of
 from utils.estimate.work import Work, plan_work
 from utils.formats.hub_dataset import HubDataset
@@ -85,8 +85,8 @@ def _what_all_adds(shape: Shape, mode: Mode) -> list[str]:
     added = set(shape.paths) - set(named_by(mode.targets, shape.paths))
     if mode.full or not added:
         return []
-    trained = lora_parameters(shape, mode.targets, mode.rank)
-    return [what_all_adds(len(added), lora_parameters(shape, list(added), mode.rank), trained)]
+    more = trained_parameters(shape, replace(mode, targets=tuple(added)))
+    return [what_all_adds(len(added), more, trained_parameters(shape, mode))]
 
 
 def _show(title: str, lines: Iterable[str]) -> None:
@@ -170,7 +170,7 @@ def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[s
             'no entry for it'
         ]
 
-    trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
+    trained = trained_parameters(shape, mode)
     total = shape.parameters + (0 if mode.full else trained)
     lines = [
         f'{shape.model_class}, {shape.parameters:,} parameters',

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from utils.estimate.model_shape import Shape
 from utils.fast.constants import CHUNK_LOGITS, KEPT_KEYS, QUERY_BLOCK
-from utils.loading.layers import named_by
+from utils.loading.layers import adapter_size, named_by
 
 GIB = 2**30
 # Bytes per weight of a quantised linear layer. nf4: 4 bits, and an fp32 scale for each 64 weights. nf4x2: 4 bits, an
@@ -50,6 +50,8 @@ class Mode:
     # Names or paths of the linear layers that LoRA adapts, and the rank of the adapter.
     targets: tuple[str, ...] = ()
     rank: int = 8
+    # Whether the adapter is a DoRA adapter.
+    dora: bool = False
     # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
     # cast their input to fp32.
     fused: bool = True
@@ -121,12 +123,19 @@ class Footprint:
     peak: int
 
 
-def lora_parameters(shape: Shape, targets: Sequence[str], rank: int) -> int:
+def trained_parameters(shape: Shape, mode: Mode) -> int:
+    """Return the number of parameters that a run trains."""
+    if mode.full:
+        return shape.parameters - shape.tower
+    return lora_parameters(shape, mode.targets, mode.rank, dora=mode.dora)
+
+
+def lora_parameters(shape: Shape, targets: Sequence[str], rank: int, *, dora: bool = False) -> int:
     """Return the number of parameters of a LoRA adapter of this rank on the layers `targets`.
 
     Every stacked expert has its own adapter weights.
     """
-    linear = sum(rank * sum(shape.paths[path]) for path in named_by(targets, shape.paths))
+    linear = sum(adapter_size(*shape.paths[path], rank, dora=dora) for path in named_by(targets, shape.paths))
     stacked = (shape.stacked[name] for name in targets if name in shape.stacked)
     return linear + sum(layers * experts * rank * (i + o) for layers, experts, i, o in stacked)
 
@@ -136,7 +145,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
 
     The peak is at the loss, in the backward pass, after the backward pass or in the optimizer step.
     """
-    trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
+    trained = trained_parameters(shape, mode)
     own = trained // mode.shards('zero3', 'fsdp') // mode.devices
     width = mode.compute if mode.deepspeed else 4
     weights = _weights(shape, mode)
@@ -243,6 +252,8 @@ def _inputs(shape: Shape, mode: Mode) -> int:
 
     linear = shape.linear if mode.full else shape.sizes_of(named_by(mode.targets, shape.paths))
     between = 0 if mode.full else sum(n * mode.rank for sizes in linear.values() for n, _, _ in sizes)
+    if mode.dora:  # The outputs of the base layer and, in fp32, of the adapter are saved for the magnitude.
+        between += sum(n * o * (c + 4) // 4 for sizes in linear.values() for n, _, o in sizes)
     if not mode.full and not mode.fused and not mode.deepspeed:
         return sum(4 * n * i for sizes in linear.values() for n, i, _ in sizes) + 4 * between
 
@@ -286,11 +297,22 @@ def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
         attention += 4 * c * min(QUERY_BLOCK, batch.longest) * batch.longest * shape.heads
     largest = max((i * o for sizes in shape.linear.values() for _, i, o in sizes), default=0)
     weight = 0
-    if mode.full:
+    if mode.dora:
+        weight = _dora(shape, mode)
+    elif mode.full:
         weight = largest * (c + 4)
     elif mode.packed:
         weight = largest * c
     return max(mlp, attention) + weight
+
+
+def _dora(shape: Shape, mode: Mode) -> int:
+    """Return the temporary bytes of the largest DoRA layer.
+
+    PEFT computes the product of A and B from an identity matrix, and adds it to a copy of the weight, all in fp32.
+    """
+    sizes = [shape.paths[path] for path in named_by(mode.targets, shape.paths)]
+    return max((4 * (i * i + 3 * i * o) for i, o in sizes), default=0)
 
 
 def _gathered(shape: Shape, mode: Mode, trained: int) -> int:

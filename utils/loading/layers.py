@@ -88,6 +88,11 @@ def layer_size(layer: Any) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
+def adapter_size(inputs: int, outputs: int, rank: int, *, dora: bool) -> int:
+    """Return the number of parameters of a LoRA adapter on a linear layer with these numbers of features."""
+    return rank * (inputs + outputs) + (outputs if dora else 0)
+
+
 def last_name(name: str) -> str:
     """Return the last part of a module's path, or the last two parts if the last part is a number."""
     parts = name.split('.')

@@ -15,6 +15,7 @@ from utils.loading.layers import (
     ALL,
     ALL_LINEAR,
     PATTERN,
+    adapter_size,
     choose_layers,
     expert_names,
     find_towers,
@@ -90,12 +91,12 @@ def say_what_all_adds(model: PreTrainedModel, args: SftArguments) -> str | None:
     every, _ = choose_layers([ALL_LINEAR], list(layers), taken)
     named, _ = choose_layers(args.lora_target_modules or [], list(layers))
 
-    widths = {path: sum(layer_size(layer)) for path, layer in layers.items()}
-    trained = [widths[path] for path in named_by(named, layers)]
-    added = [widths[path] for path in named_by(set(every) - set(named), layers)]
-    if not added:
-        return None
-    return what_all_adds(len(added), args.lora_rank * sum(added), args.lora_rank * sum(trained))
+    sizes = {
+        path: adapter_size(*layer_size(layer), args.lora_rank, dora=args.use_dora) for path, layer in layers.items()
+    }
+    trained = [sizes[path] for path in named_by(named, layers)]
+    added = [sizes[path] for path in named_by(set(every) - set(named), layers)]
+    return what_all_adds(len(added), sum(added), sum(trained)) if added else None
 
 
 def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = log_decision) -> Any:
@@ -182,10 +183,18 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
             '--lora_target_modules.'
         )
 
+    if parameters and args.use_dora:
+        raise ConfigError(
+            f'--use_dora true is not possible on expert parameters ({parameters[0]}): PEFT has no DoRA for them. '
+            'Remove --use_dora, or remove them from --lora_target_modules.'
+        )
+
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout_p,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
         target_modules=modules,
         target_parameters=parameters or None,
         exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
@@ -200,8 +209,30 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
     counts = Counter(map(last_name, adapted)) + Counter({name: expert_names(model)[name] for name in parameters})
 
     prepared = get_peft_model(model, config)
+    if args.use_dora:
+        _start_dora(prepared)
     if args.tuner_backend == 'swift' and not is_sharded(model):
         fused, layers = fuse_lora(prepared)
         logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
     logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
     return prepared
+
+
+def _start_dora(model: Any) -> None:
+    """Set the magnitudes of new DoRA layers, so that an untrained adapter changes no output.
+
+    A magnitude is the length of a row of the weight. PEFT rounds it to the dtype of the weight, and then compares it
+    with the length in fp32.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        lengths = torch.linalg.norm(dequantize_module_weight(base).float(), dim=0 if isinstance(base, Conv1D) else 1)
+        for magnitude in layer.lora_magnitude_vector.values():
+            magnitude.weight.data = lengths
