@@ -94,6 +94,11 @@ class SftArguments(CommonArguments):
         'nccl', 'torch.distributed backend; on a machine without GPU the default is gloo'
     )
     resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to resume training from')
+    adapter: str | None = flag(
+        None,
+        'trained LoRA adapter (a checkpoint directory) to start from, on new rows with a new optimizer and schedule; '
+        'its shape, base model and template are used',
+    )
     check_dataset: bool = flag(
         False, 'do not train: read the data and report its problems; exit code 1 if there are any'
     )

@@ -73,5 +73,11 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
 def _typed_paths(args: SftArguments) -> list[str]:
     # An entry of --dataset may end in '#' and a number of rows, which is removed here.
     data_sets = [word.rpartition('#')[0] or word for word in args.dataset]
-    words = [args.model_id_or_path, args.output_dir, args.resume_from_checkpoint, args.deepspeed_config_path]
+    words = [
+        args.model_id_or_path,
+        args.output_dir,
+        args.resume_from_checkpoint,
+        args.adapter,
+        args.deepspeed_config_path,
+    ]
     return [word for word in [*words, *data_sets] if word]

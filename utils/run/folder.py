@@ -18,6 +18,7 @@ from utils.base.names import LOCK_JSON
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready, decision, run_name
 from utils.loading.weights import Weights
+from utils.run.lineage import find_lineage
 from utils.run.lock import check_repeated, make_lock
 from utils.run.record import RunRecord, check_resumed, record_of
 
@@ -67,8 +68,9 @@ def open_run(
     args = done.args
     logged = len(done.warnings)
     base_model = weights.record(done.info)
-    record = record_of(args, system_typed='system' in done.typed, base_model=base_model)
-    lock = make_lock(done, base_model, data)
+    lineage = find_lineage(args, done.info, base_model, done.warnings)
+    record = replace(record_of(args, system_typed='system' in done.typed, base_model=base_model), lineage=lineage)
+    lock = make_lock(done, base_model, data, lineage)
 
     check_repeated(done, lock, typed_now)
     if args.resume_from_checkpoint:

@@ -32,7 +32,7 @@ _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_c
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
 _SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
 # The fields of sft_args.json that are not flags.
-_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows')
+_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,9 @@ class RunRecord:
     thinking: str | None = None
     # The number of replies that were rendered with the switch ("switched"), and of all replies examined ("of").
     thinking_rows: Mapping[str, int] | None = None
+
+    # The adapter from which the run started (--adapter), as `find_lineage` of run/lineage.py returns it.
+    lineage: Mapping[str, Any] | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
@@ -79,6 +82,8 @@ class RunRecord:
             content['thinking'] = self.thinking
         if self.thinking_rows is not None:
             content['thinking_rows'] = self.thinking_rows
+        if self.lineage is not None:
+            content['lineage'] = self.lineage
         return content
 
     def write(self, folder: Path) -> None:
@@ -235,7 +240,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
         unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
     problems.raise_if_any()
 
-    free = {'resume_from_checkpoint', 'output_dir', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
+    free = {'resume_from_checkpoint', 'adapter', 'output_dir', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
     return unchecked + [
         f'--{name} is {value}, the run that is resumed had {then[name]}: the result will differ from it.'
         for name, value in now.items()

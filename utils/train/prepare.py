@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
@@ -99,11 +100,18 @@ def say_what_all_adds(model: PreTrainedModel, args: SftArguments) -> str | None:
     return what_all_adds(len(added), sum(added), sum(trained)) if added else None
 
 
-def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = log_decision) -> Any:
+def prepare_model(
+    model: PreTrainedModel,
+    args: SftArguments,
+    decide: Decide = log_decision,
+    *,
+    base: Path | None = None,
+    family: str | None = None,
+) -> Any:
     """Make the model ready to train, and return it. Log the number of trainable parameters.
 
     With --sft_type lora, the model is returned as a PeftModel with fp32 adapters. With --sft_type full, `model` itself
-    is returned.
+    is returned. `base` and `family` are the folder and the family of the base model, for --adapter (see load_adapter).
     """
     towers = find_towers(model)
     if not args.freeze_vision and not towers:
@@ -116,7 +124,7 @@ def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = l
             logger.info(f'{name} is not trained (--freeze_vision true)')
         prepared: Any = model
     else:
-        prepared = _put_adapter(model, args, towers, decide)
+        prepared = _put_adapter(model, args, towers, decide, base, family)
 
     _fuse_layers(model, args)
     if args.gradient_checkpointing:
@@ -155,14 +163,20 @@ def _log_trainable(model: Any) -> None:
     logger.info(f'trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4g} %)')
 
 
-def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[str], decide: Decide) -> Any:
-    """Return the model with a new LoRA adapter.
+def _put_adapter(
+    model: PreTrainedModel,
+    args: SftArguments,
+    towers: Sequence[str],
+    decide: Decide,
+    base: Path | None,
+    family: str | None,
+) -> Any:
+    """Return the model with a new LoRA adapter, or with the adapter of --adapter.
 
     Raises ConfigError if a target name matches nothing, or if there is no layer for LoRA.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
-
     from utils.fast.lora import fuse_lora
+    from utils.loading.adapter import load_adapter
     from utils.loading.layers import is_sharded
 
     class_name = type(model).__name__
@@ -189,6 +203,32 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
             'Remove --use_dora, or remove them from --lora_target_modules.'
         )
 
+    adapted = named_by(modules, linear_layers(model, frozen))
+    if towers and not frozen and not any(is_in(path, towers) for path in adapted):
+        in_towers = sorted({last_name(path) for path in linear_layers(model) if is_in(path, towers)})
+        logger.warning(
+            f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({", ".join(in_towers)})'
+        )
+    counts = Counter(map(last_name, adapted)) + Counter({name: expert_names(model)[name] for name in parameters})
+
+    if args.adapter is None:
+        prepared = _new_adapter(model, args, modules, parameters, frozen)
+    else:
+        prepared = load_adapter(model, Path(args.adapter), base, family, dropout=args.lora_dropout_p)
+        _check_layers(prepared, args, adapted, parameters)
+    if args.tuner_backend == 'swift' and not is_sharded(model):
+        fused, layers = fuse_lora(prepared)
+        logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
+    logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
+    return prepared
+
+
+def _new_adapter(
+    model: PreTrainedModel, args: SftArguments, modules: list[str], parameters: list[str], frozen: Sequence[str]
+) -> Any:
+    """Return the model with a new LoRA adapter on these modules and expert parameters."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
@@ -200,22 +240,31 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
         exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
         task_type=TaskType.CAUSAL_LM,
     )
-    adapted = named_by(modules, linear_layers(model, frozen))
-    if towers and not frozen and not any(is_in(path, towers) for path in adapted):
-        in_towers = sorted({last_name(path) for path in linear_layers(model) if is_in(path, towers)})
-        logger.warning(
-            f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({", ".join(in_towers)})'
-        )
-    counts = Counter(map(last_name, adapted)) + Counter({name: expert_names(model)[name] for name in parameters})
-
     prepared = get_peft_model(model, config)
     if args.use_dora:
         _start_dora(prepared)
-    if args.tuner_backend == 'swift' and not is_sharded(model):
-        fused, layers = fuse_lora(prepared)
-        logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
-    logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
     return prepared
+
+
+def _check_layers(model: Any, args: SftArguments, expected: Sequence[str], parameters: Sequence[str]) -> None:
+    """Raise ConfigError if the adapter of --adapter is not on the layers `expected` and the expert parameters."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    layers = model.get_base_model().named_modules()
+    found = [path for path, layer in layers if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)]
+    experts = model.peft_config['default'].target_parameters or ()
+    if set(found) == set(expected) and set(experts) == set(parameters):
+        return
+
+    given = f'--adapter {args.adapter}'
+    if args.freeze_vision and any(is_in(path, find_towers(model.get_base_model())) for path in found):
+        raise ConfigError(f'{given}: the adapter is on layers of the vision tower. Add --freeze_vision false.')
+    names = sorted({*map(last_name, found), *experts})
+    raise ConfigError(
+        f'--lora_target_modules {" ".join(args.lora_target_modules or [])}: the adapter in {args.adapter} is on '
+        f'{len(found)} layers ({", ".join(names)}), and these words name {len(expected)}. Remove '
+        '--lora_target_modules, or train a new adapter without --adapter.'
+    )
 
 
 def _start_dora(model: Any) -> None:
