@@ -101,7 +101,7 @@ def carry_out(
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     system_typed = 'system' in done.typed
     encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
-    if args.sft_type == 'lora':
+    if args.sft_type == 'lora' and not args.lora_modules_to_save:
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
 
     note_template(run, encoder, None if 'template_type' in typed_now else args.from_run)

@@ -135,6 +135,13 @@ class SftArguments(CommonArguments):
         False, 'DoRA: the adapter also trains the length of each row of a weight; slower, and its layers are not fused'
     )
     use_rslora: bool = flag(False, 'rsLoRA: the adapter is scaled by alpha / sqrt(rank), for high ranks')
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'layers that are trained whole beside the adapter, e.g. embed_tokens lm_head; both are one if they '
+            'are tied. They need 16 bytes more per parameter'
+        },
+    )
     freeze_vision: bool = flag(
         True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
     )

@@ -33,6 +33,7 @@ _LORA_ONLY = (
     'lora_dropout_p',
     'use_dora',
     'use_rslora',
+    'lora_modules_to_save',
     'tuner_backend',
 )
 

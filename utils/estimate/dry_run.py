@@ -172,10 +172,12 @@ def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[s
 
     trained = trained_parameters(shape, mode)
     total = shape.parameters + (0 if mode.full else trained)
+    whole = args.lora_modules_to_save if not mode.full and args.lora_modules_to_save else []
     lines = [
         f'{shape.model_class}, {shape.parameters:,} parameters',
         f'trained: {trained:,} of {total:,} ({100 * trained / total:.3g} %)'
-        + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else ''),
+        + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else '')
+        + (f', and whole: {", ".join(whole)}' if whole else ''),
     ]
     if shape.attention == 'mixed':
         lines.append('layers without attention are counted as attention layers of the same width: a lower bound')

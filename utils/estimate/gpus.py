@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
@@ -12,7 +13,7 @@ from utils.cli.deepspeed import ZeroConfig, read_zero
 from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint
 from utils.estimate.model_shape import Shape
 from utils.loading.info import ModelInfo
-from utils.loading.layers import ALL, choose_layers, no_layer
+from utils.loading.layers import ALL, choose_layers, named_by, no_layer
 
 # GPU memory that is needed in addition to the tensors: the bytes of the CUDA context and of library workspaces, and the
 # share of the tensors' memory that is lost to fragmentation.
@@ -53,6 +54,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         targets=tuple(targets_of(args, info, shape)),
         rank=args.lora_rank,
         dora=args.sft_type == 'lora' and args.use_dora,
+        **_saved(args, shape),
         fused_norms=args.fused_norms and whole,
         optimizer_bytes=optimizer_bytes(args.optim),
         fused_mlp=args.fused_mlp and whole,
@@ -68,6 +70,20 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         processes=machine.processes,
         devices=machine.devices,
     )
+
+
+def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
+    """Return the fields of Mode for the layers of --lora_modules_to_save. Norms are small and not counted."""
+    words = args.lora_modules_to_save if args.sft_type == 'lora' else None
+    if words is None:
+        return {}
+    ends = {word.rpartition('.')[2] for word in words} & {'embed_tokens', 'lm_head'}
+    both = bool(ends) and not shape.head
+    return {
+        'trains_embedding': both or 'embed_tokens' in ends,
+        'trains_head': both or 'lm_head' in ends,
+        'saved': tuple(word for word in words if named_by([word], shape.paths)),
+    }
 
 
 def optimizer_bytes(name: str) -> int:

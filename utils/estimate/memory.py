@@ -7,6 +7,7 @@ linear layers to the compute dtype. LoRA computes in the dtype of the base model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ class Mode:
     rank: int = 8
     # Whether the adapter is a DoRA adapter.
     dora: bool = False
+    # Whether the input embedding and the output head are trained whole beside the adapter. If they are tied, both are.
+    trains_embedding: bool = False
+    trains_head: bool = False
+    # Other linear layers that are trained whole, by name or path.
+    saved: tuple[str, ...] = ()
     # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
     # cast their input to fp32.
     fused: bool = True
@@ -127,7 +133,12 @@ def trained_parameters(shape: Shape, mode: Mode) -> int:
     """Return the number of parameters that a run trains."""
     if mode.full:
         return shape.parameters - shape.tower
-    return lora_parameters(shape, mode.targets, mode.rank, dora=mode.dora)
+    adapter = lora_parameters(shape, mode.targets, mode.rank, dora=mode.dora)
+    layers = sum(math.prod(shape.paths[path]) for path in named_by(mode.saved, shape.paths))
+    tables = shape.embedding if mode.trains_embedding else 0
+    if mode.trains_head and shape.head:
+        tables += shape.head
+    return adapter + layers + tables
 
 
 def lora_parameters(shape: Shape, targets: Sequence[str], rank: int, *, dora: bool = False) -> int:
@@ -278,13 +289,16 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     rows = min(batch.trained, max(16, CHUNK_LOGITS // shape.vocabulary))
     chunk = rows * shape.vocabulary * (4 if c == 4 else 4 + c)
     hidden = 3 * batch.trained * shape.hidden * c
-    if not mode.full:
+    if not mode.full and not mode.trains_head:
         return chunk + hidden, 0
 
     # Each chunk computes a part of the head's gradient. A CPU converts the part to fp32 before it is added to the sum.
     adding = chunk + table * (c + (0 if mode.gpu else 4))
     # The sum is fp32. Under autocast, torch and chunked_loss.py each make a copy of the head's weights.
-    return adding + hidden + table * (4 + (2 * c if mode.autocasts else 0)), 4 * table
+    copies = 2 * c if mode.autocasts else 0
+    if not mode.full and c < 4:
+        copies = c
+    return adding + hidden + table * (4 + copies), 4 * table
 
 
 def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:

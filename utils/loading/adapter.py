@@ -24,7 +24,7 @@ def load_adapter(
 
     `base` is the folder of the base model. `family` is the name of the family if the base model has an original layout
     of 2023. It is needed only if config.json does not tell the family. With `dropout`, the adapter is trained on, with
-    this dropout.
+    this dropout. Then ConfigError is also raised if its file does not have exactly its tensors.
     """
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
@@ -48,6 +48,18 @@ def load_adapter(
             f'{error_text(error)[:300]} It is damaged, or was trained on another base model. Copy the checkpoint again '
             'or name its base model with --model_id_or_path.'
         ) from error
+
+
+def restore_adapter(model: Any, checkpoint: Path) -> None:
+    """Set the weights of the adapter again to those of a checkpoint, without rounding them.
+
+    On loading, PEFT rounds layers that are trained whole to the dtype of the model.
+    """
+    from peft import set_peft_model_state_dict
+
+    from utils.loading.legacy.adapter import read_adapter
+
+    set_peft_model_state_dict(model, read_adapter(checkpoint))
 
 
 def _check_complete(model: Any, folder: Path, checkpoint: Path) -> None:

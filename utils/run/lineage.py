@@ -35,7 +35,6 @@ _UNEXPRESSED: dict[str, tuple[Any, ...]] = {
     'alpha_pattern': (None, {}),
     'layers_to_transform': (None, []),
     'layer_replication': (None, []),
-    'modules_to_save': (None, []),
     'trainable_token_indices': (None, [], {}),
     'use_qalora': (None, False),
 }
@@ -129,13 +128,14 @@ def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
         'use_dora': bool(config.get('use_dora')),
         'use_rslora': bool(config.get('use_rslora')),
         'lora_target_modules': names + sorted(config.get('target_parameters') or []),
+        'lora_modules_to_save': sorted(config.get('modules_to_save') or []) or None,
     }
 
 
 def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: str, decisions: list[str]) -> None:
     """Set the flags of `adapter_flags` that are not typed. Add a problem for each typed flag that differs.
 
-    Typed target modules are kept: they are compared with the adapter when the model is open.
+    Typed names of layers are kept: they are compared with the adapter when the model is open.
     """
     for name, value in adapter_flags(config).items():
         typed = getattr(parsed.args, name)
@@ -143,7 +143,7 @@ def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: 
             if typed != value:
                 decisions.append(decision(name, value, 'the adapter has it'))
             setattr(parsed.args, name, value)
-        elif name != 'lora_target_modules' and typed != value:
+        elif name not in ('lora_target_modules', 'lora_modules_to_save') and typed != value:
             parsed.problems.add(
                 f'--{name} {str(typed).lower()}: {whose} {str(value).lower()}. Remove --{name}, or train a new adapter '
                 'without --adapter.'

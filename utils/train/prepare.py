@@ -175,9 +175,12 @@ def _put_adapter(
 
     Raises ConfigError if a target name matches nothing, or if there is no layer for LoRA.
     """
+    from peft import get_peft_model
+
     from utils.fast.lora import fuse_lora
-    from utils.loading.adapter import load_adapter
+    from utils.loading.adapter import load_adapter, restore_adapter
     from utils.loading.layers import is_sharded
+    from utils.train.saved_modules import check_saved, find_saved, hold_in_fp32, with_tied
 
     class_name = type(model).__name__
     frozen = towers if args.freeze_vision else []
@@ -211,11 +214,22 @@ def _put_adapter(
         )
     counts = Counter(map(last_name, adapted)) + Counter({name: expert_names(model)[name] for name in parameters})
 
+    saved = find_saved(model, args.lora_modules_to_save or [], adapted=adapted, frozen=frozen)
+    if saved and set(saved) != set(args.lora_modules_to_save or []):
+        decide('lora_modules_to_save', saved, f'these are the layers of {class_name} with these names')
+    copied, ties = with_tied(model, saved)
     if args.adapter is None:
-        prepared = _new_adapter(model, args, modules, parameters, frozen)
+        prepared = get_peft_model(model, _lora_config(args, modules, parameters, frozen, saved, ties=ties))
+        if args.use_dora:
+            _start_dora(prepared)
     else:
         prepared = load_adapter(model, Path(args.adapter), base, family, dropout=args.lora_dropout_p)
         _check_layers(prepared, args, adapted, parameters)
+        check_saved(prepared, args, copied)
+    if args.deepspeed_config_path is None:  # DeepSpeed holds a copy of each trained weight in fp32 itself
+        hold_in_fp32(prepared)
+        if args.adapter is not None and saved:
+            restore_adapter(prepared, Path(args.adapter))
     if args.tuner_backend == 'swift' and not is_sharded(model):
         fused, layers = fuse_lora(prepared)
         logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
@@ -223,13 +237,22 @@ def _put_adapter(
     return prepared
 
 
-def _new_adapter(
-    model: PreTrainedModel, args: SftArguments, modules: list[str], parameters: list[str], frozen: Sequence[str]
+def _lora_config(
+    args: SftArguments,
+    modules: list[str],
+    parameters: list[str],
+    frozen: Sequence[str],
+    saved: Sequence[str],
+    *,
+    ties: bool,
 ) -> Any:
-    """Return the model with a new LoRA adapter on these modules and expert parameters."""
-    from peft import LoraConfig, TaskType, get_peft_model
+    """Return the settings of PEFT for an adapter on these modules and expert parameters.
 
-    config = LoraConfig(
+    The layers `saved` are trained whole. With `ties`, the copies of embedding and head are one tensor.
+    """
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout_p,
@@ -238,12 +261,10 @@ def _new_adapter(
         target_modules=modules,
         target_parameters=parameters or None,
         exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
+        modules_to_save=list(saved) or None,
+        ensure_weight_tying=ties,
         task_type=TaskType.CAUSAL_LM,
     )
-    prepared = get_peft_model(model, config)
-    if args.use_dora:
-        _start_dora(prepared)
-    return prepared
 
 
 def _check_layers(model: Any, args: SftArguments, expected: Sequence[str], parameters: Sequence[str]) -> None:

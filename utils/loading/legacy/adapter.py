@@ -85,7 +85,7 @@ def native_adapter(
         yield checkpoint
         return
 
-    state = _read_adapter(checkpoint)
+    state = read_adapter(checkpoint)
     if family is not None:
         state = convert_adapter(family, original, state)
         config['target_modules'] = sorted({key.partition('.lora_')[0].rpartition('.')[2] for key in state})
@@ -96,7 +96,7 @@ def native_adapter(
         yield Path(folder)
 
 
-def _read_adapter(checkpoint: Path) -> State:
+def read_adapter(checkpoint: Path) -> State:
     """Return the tensors of an adapter. They are read from the .bin file only if there is no .safetensors file."""
     for name in (_FILE, _OLD_FILE):
         if (checkpoint / name).is_file():
