@@ -22,11 +22,12 @@ from utils.data.stream_parts import Streams, some_rows
 from utils.loading.image_processors import open_images
 from utils.run.folder import Run, log_decisions, open_run, removed_at_end
 from utils.run.last import resume_last
+from utils.run.lineage import fill_from_adapter
 from utils.run.lock import repeat, steps_to_verify
 from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
-from utils.run.record import check_resumed_template
+from utils.run.record import Trained, check_resumed_template, find_record
 from utils.run.rows import keep_held_out, lock_of, rows_of
 
 
@@ -37,7 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = repeat(parsed, words)
     if parsed.args.doctor:
         return run_program(lambda: check_machine(parsed))
-    return run_program(lambda: train(resolve_sft(whole), parsed))
+    return run_program(lambda: train(resolve(whole), parsed))
+
+
+def resolve(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
+    """Return the resolved command line. Flags that the adapter of --adapter decides are taken from it."""
+    decisions: list[str] = []
+    warnings: list[str] = []
+    resolved = resolve_sft(fill_from_adapter(parsed, decisions, warnings))
+    resolved.decisions[:0] = decisions
+    resolved.warnings[:0] = warnings
+    return resolved
 
 
 def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
@@ -91,11 +102,11 @@ def carry_out(
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
     from utils.proofs.repetition import verify
-    from utils.proofs.template import ROWS, note_template, note_thinking, prove_template
+    from utils.proofs.template import ROWS, check_trained_template, note_template, note_thinking, prove_template
     from utils.proofs.time_trial import keep_to_time
     from utils.report.finish import finish_run, stopped
     from utils.train.end_token import warn_of_untrained_ends
-    from utils.train.prepare import prepare_model
+    from utils.train.prepare import prepare_model, say_what_all_adds
     from utils.train.trainer import build_trainer
 
     args = done.args
@@ -104,12 +115,15 @@ def carry_out(
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     system_typed = 'system' in done.typed
     encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
-    if args.sft_type == 'lora':
+    if args.sft_type == 'lora' and not args.lora_modules_to_save:
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
 
     note_template(run, encoder, None if set(TEMPLATE_FLAGS) & now.typed else args.from_run)
     if args.resume_from_checkpoint is not None:
         check_resumed_template(Path(args.resume_from_checkpoint), run.record)
+    if args.adapter is not None and (record := find_record(Path(args.adapter))):
+        started_from = Trained(checkpoint=Path(args.adapter), record=record)
+        check_trained_template(encoder, started_from, typed=done.typed)
     prove_template(encoder, some_rows(rows, TRAIN, ROWS), run.folder)
 
     if isinstance(rows, Plan):
@@ -128,7 +142,11 @@ def carry_out(
     asked = BeforeAfter(args, encoder, rows, model.generation_config)
     asked.ask_before(model, args)
 
-    model = prepare_model(model, args, run.decide)
+    if args.adapter is None and 'lora_target_modules' not in done.typed and (line := say_what_all_adds(model, args)):
+        run.say(line)
+    model = prepare_model(model, args, run.decide, base=run.weights.path, family=done.info.family)
+    if args.adapter is not None:
+        asked.ask_now(model)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
     if args.push_to_hub:
         trainer.add_callback(push_while_training(args, run.folder, data.summary))

@@ -59,8 +59,9 @@ def test_a_dry_run_says_what_the_run_then_does(
     assert said['model'][1] == 'LlamaForCausalLM, 44,192 parameters'
     adapter = int(said['model'][2].split()[1].replace(',', ''))
     stored = json.loads((run / 'checkpoint-12' / 'adapter_config.json').read_text())
-    assert sorted(stored['target_modules']) == ['k_proj', 'q_proj', 'v_proj']
-    assert adapter == 2 * 8 * ((32 + 32) + 2 * (32 + 16)), 'two layers, rank 8: q, and k and v of half the width'
+    assert len(stored['target_modules']) == 7
+    attention = 2 * (32 + 32) + 2 * (32 + 16)  # q and o, and k and v of half the width
+    assert adapter == 2 * 8 * (attention + 3 * (32 + 64)), 'two layers, rank 8'
     (memory,) = (lines for title, lines in said.items() if title.startswith('memory of this CPU'))
     assert [line.split()[0] for line in memory[1:8]] == [
         'weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits', 'peak',
@@ -76,6 +77,12 @@ def test_a_model_that_is_not_here_is_planned_without_network(
     monkeypatch.chdir(tmp_path)
     before = sorted(Path.home().rglob('*.safetensors'))
     said = dry(capsys, *QLORA, '--dataset', str(data_file), '--max_length', '1024')
+    adapter = 32 * 8 * (3 * (4096 + 4096))
+    rest = 32 * 8 * ((4096 + 4096) + 3 * (4096 + 11008))
+    assert (
+        f'lora_target_modules all-linear would add 128 linear layers: {adapter + rest:,} trainable parameters instead '
+        f'of {adapter:,}'
+    ) in said['decisions']
     assert said['model'][:2] == ['qwen-7b-chat: not on this machine', 'Qwen2ForCausalLM, 7,721,324,544 parameters']
     assert said['data'] == [
         '39 training rows, 1 validation; tokens are not counted: the tokenizer is not here',

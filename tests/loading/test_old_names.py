@@ -28,6 +28,7 @@ def test_old_names_are_aliases_of_native_ones() -> None:
         [],
     )
     assert find_targets(model, ['ALL']) == (sorted([*QKV, 'o_proj', 'gate_proj', 'up_proj', 'down_proj']), [])
+    assert find_targets(model, ['all-linear']) == find_targets(model, ['ALL'])
     assert find_targets(model, ['q_proj', 'c_attn']) == (QKV, [])
     # With the parent module, which distinguishes Qwen's two c_proj layers.
     assert find_targets(model, ['attn.c_proj', 'mlp.w2', 'mlp.c_proj']) == (['o_proj', 'gate_proj', 'down_proj'], [])

@@ -42,6 +42,9 @@ def answered(path: Path) -> list[str]:
     return [json.loads(line)['label'] for line in path.read_text(encoding='utf-8').splitlines()]
 
 
+EVERY = 'down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj'
+
+
 @pytest.mark.slow
 def test_arguments_are_recorded_as_used_and_served_so(
     model_dir: Path, data_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -61,11 +64,12 @@ def test_arguments_are_recorded_as_used_and_served_so(
     record = json.loads((run / 'checkpoint-1' / 'sft_args.json').read_text())
     used = {
         'dtype': 'bf16', 'use_flash_attn': False, 'padding_free': True,
-        'lora_target_modules': ['q_proj', 'k_proj', 'v_proj'],
+        'lora_target_modules': ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj'],
     }  # fmt: skip
+    asked = {'lora_target_modules': ['all-linear']}
     for name, value in used.items():
         assert record[name] == value
-        assert record['asked'][name] is None
+        assert record['asked'][name] == asked.get(name)
         assert any(line.startswith(f'{name} = ') for line in outcome['decisions']), outcome['decisions']
     assert not [name for name in ('dtype', 'use_flash_attn', 'padding_free') if record[name] is None]
     assert json.loads((run / 'lock.json').read_text())['toolkit'] == outcome['toolkit']
@@ -208,8 +212,8 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     )
     run_sft(*resumed, '--lora_target_modules', 'q_proj', expect=2)
     assert problems()[-1] == (
-        f'--lora_target_modules q_proj: the adapter in {run / "checkpoint-1"} is on k_proj,q_proj,v_proj. Use '
-        '--lora_target_modules k_proj,q_proj,v_proj, or remove --resume_from_checkpoint to start a new run.'
+        f'--lora_target_modules q_proj: the adapter in {run / "checkpoint-1"} is on {EVERY}. Use '
+        f'--lora_target_modules {EVERY}, or remove --resume_from_checkpoint to start a new run.'
     )
     template = model / 'chat_template.jinja'
     template.write_text(template.read_text().replace("{{ '\n' }}", "{{ '\n\n' }}"))

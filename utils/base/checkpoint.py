@@ -42,7 +42,8 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return next(reversed(all_checkpoints(run_dir)), None)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file."""
     digest = hashlib.sha256()
     with path.open('rb') as stream:
         while block := stream.read(1 << 20):
@@ -53,7 +54,7 @@ def _sha256(path: Path) -> str:
 def _hashes(files: Collection[Path]) -> list[str]:
     """Return the sha256 of each file, in the order of `files`. Threads work in parallel: hashing releases the GIL."""
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return list(pool.map(_sha256, files))
+        return list(pool.map(sha256_of, files))
 
 
 def seal(partial: Path, checkpoint: Path) -> None:

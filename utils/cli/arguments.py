@@ -145,6 +145,11 @@ class SftArguments(CommonArguments):
         'checkpoint directory to resume training from; last: the newest whole checkpoint under '
         '<output_dir>/<model_type> of a run with the same flags, data and weights, or a new run if there is none',
     )
+    adapter: str | None = flag(
+        None,
+        'trained LoRA adapter (a checkpoint directory) to start from, on new rows with a new optimizer and schedule; '
+        'its shape, base model and template are used',
+    )
     check_dataset: bool = flag(
         False, 'do not train: read the data and report its problems; exit code 1 if there are any'
     )
@@ -172,13 +177,26 @@ class SftArguments(CommonArguments):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            'help': 'module names; None: those of the model entry; ALL: every linear layer except the output head. '
-            'Stacked experts are parameters and not part of ALL: name them too, e.g. mlp.experts.gate_up_proj',
+            'help': 'module names; None: those of the model entry, without an entry all-linear; all-linear (or ALL): '
+            'every linear layer except the output head; re:PATTERN: linear layers whose whole path matches the regular '
+            'expression. Stacked experts are parameters and not part of all-linear: name them too, e.g. '
+            'mlp.experts.gate_up_proj',
         },
     )
     lora_rank: int = flag(8, 'rank of the adapter')
     lora_alpha: int = flag(32, 'the adapter is scaled by alpha / rank')
     lora_dropout_p: float = flag(0.0, 'dropout on the input of the adapter')
+    use_dora: bool = flag(
+        False, 'DoRA: the adapter also trains the length of each row of a weight; slower, and its layers are not fused'
+    )
+    use_rslora: bool = flag(False, 'rsLoRA: the adapter is scaled by alpha / sqrt(rank), for high ranks')
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'layers that are trained whole beside the adapter, e.g. embed_tokens lm_head; both are one if they '
+            'are tied. They need 16 bytes more per parameter'
+        },
+    )
     freeze_vision: bool = flag(
         True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
     )

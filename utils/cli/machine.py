@@ -451,23 +451,30 @@ def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> No
             'original run.'
         )
     elif args.sft_type == 'lora':
-        _check_resumed_rank(checkpoint, args, problems)
+        _check_resumed_adapter(checkpoint, args, problems)
 
     if args.deepspeed_config_path is not None and checkpoint.is_dir():
         _check_resumed_shards(checkpoint, problems)
 
 
-def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if the rank of the adapter differs from --lora_rank.
+def _check_resumed_adapter(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
+    """Add a problem for each flag that differs from the adapter, if it decides the shape or the scale of the adapter.
 
     The target modules are compared later, when the model is open.
     """
     config = read_json(checkpoint / ADAPTER_CONFIG, remedy=_GIVE_CHECKPOINT)
-    if config.get('r') != args.lora_rank:
-        problems.add(
-            f'--lora_rank {args.lora_rank}: the adapter in {checkpoint} has rank {config.get("r")}. '
-            f'Use --lora_rank {config.get("r")}, or remove --resume_from_checkpoint to start a new run.'
-        )
+    found = {
+        'lora_rank': (config.get('r'), 'rank'),
+        'use_dora': (config.get('use_dora', False), 'use_dora'),
+        'use_rslora': (config.get('use_rslora', False), 'use_rslora'),
+    }
+    for name, (has, what) in found.items():
+        value = getattr(args, name)
+        if has != value:
+            problems.add(
+                f'--{name} {str(value).lower()}: the adapter in {checkpoint} has {what} {str(has).lower()}. '
+                f'Use --{name} {str(has).lower()}, or remove --resume_from_checkpoint to start a new run.'
+            )
 
 
 def _check_resumed_shards(checkpoint: Path, problems: Problems) -> None:

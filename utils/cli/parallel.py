@@ -36,6 +36,16 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
         problems.add(
             '--fsdp true with --dtype fp16 would scale the loss differently on each process. Use --dtype bf16 or fp32.'
         )
+    if args.lora_modules_to_save is not None:
+        problems.add(
+            '--fsdp true shards the weights, and --lora_modules_to_save needs whole layers. Remove '
+            '--lora_modules_to_save, or use --deepspeed_config_path ds_config/zero2.json instead of --fsdp.'
+        )
+    if args.use_dora:
+        problems.add(
+            '--fsdp true shards the weights, and --use_dora true needs the whole weight of a layer. Remove --use_dora, '
+            'or use --deepspeed_config_path ds_config/zero2.json instead of --fsdp.'
+        )
     if is_of_bitsandbytes(args.optim) and args.sft_type == 'full':
         problems.add(f'--optim {args.optim} cannot update sharded weights. Use --optim adamw_torch with --fsdp true.')
     if args.resume_from_checkpoint is not None or args.only_save_model is False:
@@ -96,6 +106,16 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
     path = f'--deepspeed_config_path {args.deepspeed_config_path}'
     if zero.stage == 3 and (args.quantization_bit or (done.info is not None and done.info.quantization)):
         problems.add(f'{path}: ZeRO stage 3 does not shard quantised weights. Use ds_config/zero2.json.')
+    if zero.stage == 3 and args.lora_modules_to_save is not None:
+        problems.add(
+            f'{path}: ZeRO stage 3 shards the weights, and --lora_modules_to_save needs whole layers. Use '
+            'ds_config/zero2.json, or remove --lora_modules_to_save.'
+        )
+    if zero.stage == 3 and args.use_dora:
+        problems.add(
+            f'{path}: ZeRO stage 3 shards the weights, and --use_dora true needs the whole weight of a layer. Use '
+            'ds_config/zero2.json, or remove --use_dora.'
+        )
     if zero.offloads_optimizer and 'optimizer' not in zero.content and args.optim not in _OFFLOADED:
         problems.add(
             f'{path} offloads the optimizer, and --optim {args.optim} cannot run there. Use --optim adamw_torch.'

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from utils.base.errors import Problems, did_you_mean
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, flag_types
+from utils.loading.layers import PATTERN
 
 # Misspelt flags that are accepted, because scripts of users contain them. The value is the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
@@ -60,7 +61,8 @@ def _number(word: str) -> int | float:
 
 
 def _split_names(word: str) -> list[str]:
-    return word.split(',')
+    # A comma in a pattern of --lora_target_modules belongs to the pattern.
+    return [word] if word.startswith(PATTERN) else word.split(',')
 
 
 def _split_settings(word: str) -> list[str]:

@@ -25,6 +25,7 @@ from utils.cli.trackers import resolve_trackers
 from utils.data.sources import Source, of_flag, parse_source
 from utils.formats.reading import read_columns
 from utils.loading.info import ModelInfo
+from utils.loading.layers import ALL_LINEAR, bad_pattern
 from utils.loading.template_settings import parse_settings
 from utils.model import get_model_info, infer_model_type
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
@@ -38,7 +39,16 @@ _SHARES_TOLERANCE = Fraction(1, 10**6)
 _ADAMW = ('adamw_torch', 'adamw_torch_fused')
 # A number in bf16 has 8 bits. If a sum has 64 equal summands, only 2 bits of the next summand are added.
 _MAX_SUMMANDS = 64
-_LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p', 'tuner_backend')
+_LORA_ONLY = (
+    'lora_target_modules',
+    'lora_rank',
+    'lora_alpha',
+    'lora_dropout_p',
+    'use_dora',
+    'use_rslora',
+    'lora_modules_to_save',
+    'tuner_backend',
+)
 
 
 def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
@@ -437,6 +447,12 @@ def quantized_problems(args: CommonArguments, info: ModelInfo | None) -> list[st
             'without --fsdp.'
         )
 
+    if isinstance(args, SftArguments) and args.use_dora and info.quantization in ('gptq', 'awq'):
+        problems.append(
+            f'--use_dora true: {stored}, and PEFT has no DoRA for such weights. Remove --use_dora, or use the same '
+            'model without int4 or int8, with --quantization_bit 4.'
+        )
+
     # Weights in nf4 (Baichuan2) are first converted to full precision, so that bitsandbytes can quantise them again.
     if args.quantization_bit and info.quantization != 'nf4':
         problems.append(
@@ -460,8 +476,21 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
 
     if args.sft_type == 'full':
         done.without_effect(_LORA_ONLY, 'it is for --sft_type lora')
-    elif args.lora_target_modules is None and done.info is not None and args.model_type is not None:
+    elif args.lora_target_modules is not None:
+        for problem in filter(None, map(bad_pattern, args.lora_target_modules)):
+            done.problems.add(problem)
+    elif done.info is not None and args.model_type is not None:
         done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
+    elif done.info is not None:
+        done.decide('lora_target_modules', [ALL_LINEAR], 'the model has no registry entry')
+
+    if args.use_dora and args.sft_type == 'lora' and args.quantization_bit == 8:
+        # PEFT 0.21 moves the weight that it reads, and bitsandbytes then loses its scales. See
+        # https://github.com/huggingface/peft, utils/integrations.py, dequantize_module_weight.
+        done.problems.add(
+            '--use_dora true cannot read the weights of --quantization_bit 8. Use --quantization_bit 4, or remove '
+            '--use_dora.'
+        )
 
     if args.only_save_model is None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None

@@ -14,13 +14,14 @@ from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready, run_name
 from utils.data.sources import parse_source
 from utils.estimate.gpus import UTILISATION, Machine, flops, gpus_that_fit, known_gpus, mode_of, need, seconds
-from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint, lora_parameters
+from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint, trained_parameters
 from utils.estimate.model_shape import Shape, known_shape, shape_of
 from utils.estimate.work import Work, plan_work
 from utils.hub import snapshot as hub
 from utils.hub.clients import Listed
 from utils.loading.devices import cpu_has_bf16
 from utils.loading.gguf import dense_directory, find_packaged_file
+from utils.loading.layers import named_by, what_all_adds
 from utils.loading.weights import find_on_hub
 from utils.run.processes import start_processes
 
@@ -61,6 +62,8 @@ def dry_run(done: Ready[SftArguments]) -> int:
         done.decide('dtype', 'bf16' if has_bf16 else 'fp32', reason)
 
     mode = None if shape is None else mode_of(args, info, shape, machine)
+    if shape is not None and mode is not None and 'lora_target_modules' not in done.typed:
+        done.decisions += _what_all_adds(shape, mode)
     has_vision = shape is not None and shape.tower > 0
     work = plan_work(done, found.model_dir, mode, data_is_here=data_is_here, has_vision=has_vision)
 
@@ -73,6 +76,15 @@ def dry_run(done: Ready[SftArguments]) -> int:
         _show('GPUs that this fits on, an estimate', _fitting(shape, mode, work.batch))
         _show('time, an estimate', _time(shape, mode, work))
     return 0
+
+
+def _what_all_adds(shape: Shape, mode: Mode) -> list[str]:
+    """Return a line that says what all-linear would add to the LoRA targets, or no line if it adds nothing."""
+    added = set(shape.paths) - set(named_by(mode.targets, shape.paths))
+    if mode.full or not added:
+        return []
+    more = trained_parameters(shape, replace(mode, targets=tuple(added)))
+    return [what_all_adds(len(added), more, trained_parameters(shape, mode))]
 
 
 def _show(title: str, lines: Iterable[str]) -> None:
@@ -156,12 +168,14 @@ def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[s
             'no entry for it'
         ]
 
-    trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
+    trained = trained_parameters(shape, mode)
     total = shape.parameters + (0 if mode.full else trained)
+    whole = args.lora_modules_to_save if not mode.full and args.lora_modules_to_save else []
     lines = [
         f'{shape.model_class}, {shape.parameters:,} parameters',
         f'trained: {trained:,} of {total:,} ({100 * trained / total:.3g} %)'
-        + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else ''),
+        + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else '')
+        + (f', and whole: {", ".join(whole)}' if whole else ''),
     ]
     if shape.attention == 'mixed':
         lines.append('layers without attention are counted as attention layers of the same width: a lower bound')

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.cli.deepspeed import ZeroConfig, read_zero
 from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint
 from utils.estimate.model_shape import Shape
 from utils.loading.info import ModelInfo
-from utils.loading.layers import ALL, native_names
+from utils.loading.layers import ALL, choose_layers, named_by, no_layer
 
 # GPU memory that is needed in addition to the tensors: the bytes of the CUDA context and of library workspaces, and the
 # share of the tensors' memory that is lost to fragmentation.
@@ -56,10 +58,12 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         packed=packed,
         targets=tuple(targets_of(args, info, shape)),
         rank=args.lora_rank,
+        dora=args.sft_type == 'lora' and args.use_dora,
+        **_saved(args, shape),
         fused_norms=args.fused_norms and whole,
         optimizer_bytes=_BF16_ADAMW if bf16_weights else optimizer_bytes(args.optim),
         fused_mlp=args.fused_mlp and whole,
-        fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p,
+        fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p and not args.use_dora,
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
         padding_free=args.padding_free is not False and shape.attention == 'rows' and whole,
@@ -71,6 +75,20 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         processes=machine.processes,
         devices=machine.devices,
     )
+
+
+def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
+    """Return the fields of Mode for the layers of --lora_modules_to_save. Norms are small and not counted."""
+    words = args.lora_modules_to_save if args.sft_type == 'lora' else None
+    if words is None:
+        return {}
+    ends = {word.rpartition('.')[2] for word in words} & {'embed_tokens', 'lm_head'}
+    both = bool(ends) and not shape.head
+    return {
+        'trains_embedding': both or 'embed_tokens' in ends,
+        'trains_head': both or 'lm_head' in ends,
+        'saved': tuple(word for word in words if named_by([word], shape.paths)),
+    }
 
 
 def optimizer_bytes(name: str) -> int:
@@ -90,12 +108,23 @@ def _packing(args: SftArguments, info: ModelInfo) -> str:
 
 
 def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
-    """Return the names of the layers that LoRA adapts. For full fine-tuning the list is empty."""
+    """Return the layers that LoRA adapts, by name or path. For full fine-tuning the list is empty.
+
+    Raises ConfigError if a word of --lora_target_modules names neither a layer nor an expert. Layers of a vision tower
+    are not known here, so nothing is raised for a model with a vision tower.
+    """
     if args.sft_type == 'full':
         return []
-    named = args.lora_target_modules or list(info.lora_target_modules)
-    wanted = native_names([name for name in named if name != ALL], shape.linear)
-    return list(dict.fromkeys([*wanted, *(shape.linear if ALL in named else ())]))
+    paths = list(shape.paths)
+    chosen, unmatched = choose_layers(args.lora_target_modules or info.lora_target_modules, paths)
+
+    experts = [name for word in unmatched for name in shape.stacked if f'.{name}'.endswith(f'.{word}')]
+    missing = [
+        word for word in unmatched if word not in ALL and not any(f'.{name}'.endswith(f'.{word}') for name in experts)
+    ]
+    if missing and not shape.tower:
+        raise ConfigError(*(no_layer(word, shape.model_class, paths, list(shape.stacked)) for word in missing))
+    return [*chosen, *experts]
 
 
 def longest_batch(args: SftArguments) -> Batch:

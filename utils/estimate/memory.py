@@ -8,11 +8,13 @@ in the dtype of the base model's weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.estimate.model_shape import Shape
 from utils.fast.constants import CHUNK_LOGITS, KEPT_KEYS, QUERY_BLOCK, STEP_CHUNK
+from utils.loading.layers import adapter_size, named_by
 
 GIB = 2**30
 # Bytes per weight of a quantised linear layer. nf4: 4 bits, and an fp32 scale for each 64 weights. nf4x2: 4 bits, an
@@ -51,9 +53,16 @@ class Mode:
     # Bytes of a value in the compute dtype, and the quantisation of linear layers: a key of PACKED, or '' for none.
     compute: int
     packed: str = ''
-    # Names of the linear layers that LoRA adapts, and the rank of the adapter.
+    # Names or paths of the linear layers that LoRA adapts, and the rank of the adapter.
     targets: tuple[str, ...] = ()
     rank: int = 8
+    # Whether the adapter is a DoRA adapter.
+    dora: bool = False
+    # Whether the input embedding and the output head are trained whole beside the adapter. If they are tied, both are.
+    trains_embedding: bool = False
+    trains_head: bool = False
+    # Other linear layers that are trained whole, by name or path.
+    saved: tuple[str, ...] = ()
     # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
     # cast their input to fp32.
     fused: bool = True
@@ -125,12 +134,24 @@ class Footprint:
     peak: int
 
 
-def lora_parameters(shape: Shape, targets: Sequence[str], rank: int) -> int:
+def trained_parameters(shape: Shape, mode: Mode) -> int:
+    """Return the number of parameters that a run trains."""
+    if mode.full:
+        return shape.parameters - shape.tower
+    adapter = lora_parameters(shape, mode.targets, mode.rank, dora=mode.dora)
+    layers = sum(math.prod(shape.paths[path]) for path in named_by(mode.saved, shape.paths))
+    tables = shape.embedding if mode.trains_embedding else 0
+    if mode.trains_head and shape.head:
+        tables += shape.head
+    return adapter + layers + tables
+
+
+def lora_parameters(shape: Shape, targets: Sequence[str], rank: int, *, dora: bool = False) -> int:
     """Return the number of parameters of a LoRA adapter of this rank on the layers `targets`.
 
     Every stacked expert has its own adapter weights.
     """
-    linear = sum(n * rank * (i + o) for name in targets for n, i, o in shape.linear.get(name, ()))
+    linear = sum(adapter_size(*shape.paths[path], rank, dora=dora) for path in named_by(targets, shape.paths))
     stacked = (shape.stacked[name] for name in targets if name in shape.stacked)
     return linear + sum(layers * experts * rank * (i + o) for layers, experts, i, o in stacked)
 
@@ -140,7 +161,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
 
     The peak is at the loss, in the backward pass, after the backward pass or in the optimizer step.
     """
-    trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
+    trained = trained_parameters(shape, mode)
     own = trained // mode.shards('zero3', 'fsdp') // mode.devices
     width = mode.compute if mode.deepspeed else mode.trained
     weights = _weights(shape, mode)
@@ -245,16 +266,18 @@ def _inputs(shape: Shape, mode: Mode) -> int:
     if mode.full and (mode.autocasts or mode.sharding):
         return sum(n * i * c for sizes in shape.linear.values() for n, i, _ in sizes)
 
-    names = list(shape.linear) if mode.full else [name for name in mode.targets if name in shape.linear]
-    between = 0 if mode.full else sum(n * mode.rank for name in names for n, _, _ in shape.linear[name])
+    linear = shape.linear if mode.full else shape.sizes_of(named_by(mode.targets, shape.paths))
+    between = 0 if mode.full else sum(n * mode.rank for sizes in linear.values() for n, _, _ in sizes)
+    if mode.dora:  # The outputs of the base layer and, in fp32, of the adapter are saved for the magnitude.
+        between += sum(n * o * (c + 4) // 4 for sizes in linear.values() for n, _, o in sizes)
     if not mode.full and not mode.fused and not mode.deepspeed:
-        return sum(4 * n * i for name in names for n, i, _ in shape.linear[name]) + 4 * between
+        return sum(4 * n * i for sizes in linear.values() for n, i, _ in sizes) + 4 * between
 
     # Layers of a group in _SHARED save one input together.
-    firsts = [next((name for name in group if name in names), None) for group in _SHARED]
-    others = [name for name in names if not any(name in group for group in _SHARED)]
+    firsts = [next((name for name in group if name in linear), None) for group in _SHARED]
+    others = [name for name in linear if not any(name in group for group in _SHARED)]
     counted = (*others, *filter(None, firsts))
-    return c * (sum(n * i for name in counted for n, i, _ in shape.linear[name]) + between)
+    return c * (sum(n * i for name in counted for n, i, _ in linear[name]) + between)
 
 
 def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
@@ -271,13 +294,16 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     rows = min(batch.trained, max(16, CHUNK_LOGITS // shape.vocabulary))
     chunk = rows * shape.vocabulary * (4 if c == 4 else 4 + c)
     hidden = 3 * batch.trained * shape.hidden * c
-    if not mode.full:
+    if not mode.full and not mode.trains_head:
         return chunk + hidden, 0
 
     # Each chunk computes a part of the head's gradient. A CPU converts the part to fp32 before it is added to the sum.
     adding = chunk + table * (c + (0 if mode.gpu else 4))
     # The sum is fp32. Under autocast, torch and chunked_loss.py each make a copy of the head's weights.
-    return adding + hidden + table * (4 + (2 * c if mode.autocasts else 0)), 4 * table
+    copies = 2 * c if mode.autocasts else 0
+    if not mode.full and c < 4:
+        copies = c
+    return adding + hidden + table * (4 + copies), 4 * table
 
 
 def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
@@ -290,11 +316,22 @@ def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
         attention += 4 * c * min(QUERY_BLOCK, batch.longest) * batch.longest * shape.heads
     largest = max((i * o for sizes in shape.linear.values() for _, i, o in sizes), default=0)
     weight = 0
-    if mode.full:
+    if mode.dora:
+        weight = _dora(shape, mode)
+    elif mode.full:
         weight = largest * (c + mode.trained)
     elif mode.packed:
         weight = largest * c
     return max(mlp, attention) + weight
+
+
+def _dora(shape: Shape, mode: Mode) -> int:
+    """Return the temporary bytes of the largest DoRA layer.
+
+    PEFT computes the product of A and B from an identity matrix, and adds it to a copy of the weight, all in fp32.
+    """
+    sizes = [shape.paths[path] for path in named_by(mode.targets, shape.paths)]
+    return max((4 * (i * i + 3 * i * o) for i, o in sizes), default=0)
 
 
 def _gathered(shape: Shape, mode: Mode, trained: int) -> int:

@@ -5,13 +5,17 @@ They are counted on the real class without weights, or read from the table model
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.loading.folder import read_config
 from utils.loading.info import ModelInfo
+from utils.loading.layers import last_name
 from utils.loading.legacy.opening import build_empty
 from utils.loading.legacy.registry import find_family, find_saved
 from utils.loading.opening import get_text_model_tokenizer
@@ -19,8 +23,9 @@ from utils.loading.opening import get_text_model_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Name of linear layers -> {(in, out): the number of layers of this size}.
-Sizes = dict[str, dict[tuple[int, int], int]]
+# Path of linear layers, with # for the index of the layer -> {(in, out): the indices of the layers of this size}. The
+# index is None for a path without an index.
+Sizes = dict[str, dict[tuple[int, int], list[int | None]]]
 TABLE = Path(__file__).with_name('model_sizes.json')
 
 
@@ -53,15 +58,61 @@ class Shape:
     # `rows`: rows can be concatenated. With all other values, rows are padded. `mixed`: some layers have no attention.
     # `alibi`: a bias by distance is added to the scores. `eager`: all scores are saved. `padded`: none of these.
     attention: str
-    # Linear layers by name: [count, in, out] for each size. The head and the vision tower are not included.
-    linear: dict[str, list[list[int]]]
+    # Linear layers by path, with # for the index of the layer: [indices, in, out] for each size. The indices are text
+    # like '0-3 8'. The head and the vision tower are not included.
+    modules: dict[str, list[tuple[str, int, int]]]
     # Stacked expert parameters by name: [layers, experts, in, out].
     stacked: dict[str, list[int]]
+
+    @functools.cached_property
+    def paths(self) -> dict[str, tuple[int, int]]:
+        """Return a dict from the path of each linear layer to its numbers of input and output features."""
+        return {
+            path: (rows, columns)
+            for pattern, sizes in self.modules.items()
+            for indices, rows, columns in sizes
+            for path in _unfolded(pattern, indices)
+        }
+
+    @functools.cached_property
+    def linear(self) -> dict[str, list[list[int]]]:
+        """Return the sizes of the linear layers by name: [count, in, out] for each size."""
+        return self.sizes_of(self.paths)
+
+    def sizes_of(self, paths: Iterable[str]) -> dict[str, list[list[int]]]:
+        """Return the sizes of the linear layers with these paths, by the last name of the path: [count, in, out]."""
+        counts = Counter((last_name(path), *self.paths[path]) for path in paths)
+        found: dict[str, list[list[int]]] = {}
+        for (name, rows, columns), count in counts.items():
+            found.setdefault(name, []).append([count, rows, columns])
+        return found
 
     @property
     def linear_parameters(self) -> int:
         """Return the number of parameters of all layers in `linear`."""
         return sum(count * rows * columns for sizes in self.linear.values() for count, rows, columns in sizes)
+
+
+def _unfolded(pattern: str, indices: str) -> list[str]:
+    """Return the paths of a pattern and its indices, e.g. 'layers.#.q_proj' and '0-3 8'."""
+    paths = []
+    for part in indices.split():
+        first, _, last = part.partition('-')
+        paths += [pattern.replace('#', str(index), 1) for index in range(int(first), int(last or first) + 1)]
+    return paths or [pattern]
+
+
+def _folded(indices: Sequence[int | None]) -> str:
+    """Return indices in rising order as text: 0, 1, 2, 3, 8 are '0-3 8'. The text is empty for a path without index."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if index is None:
+            continue
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ' '.join(f'{run[0]}-{run[-1]}' if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def known_shape(model_type: str | None) -> Shape | None:
@@ -109,7 +160,12 @@ def measure(model: PreTrainedModel) -> Shape:
 
     heads = config.num_attention_heads
     kv_heads = settings.get('num_key_value_heads') or heads
-    linear, normed = _layers(model, towers, heads, kv_heads)
+    modules, normed = _layers(model, towers, heads, kv_heads)
+    linear: dict[str, dict[tuple[int, int], int]] = {}
+    for path, of_path in modules.items():
+        for size, indices in of_path.items():
+            counts = linear.setdefault(last_name(path), {})
+            counts[size] = counts.get(size, 0) + len(indices)
 
     stacked = {
         name: [count, *next(p.shape for n, p in model.named_parameters() if n.endswith(f'.{name}'))]
@@ -141,13 +197,15 @@ def measure(model: PreTrainedModel) -> Shape:
         inner=_inner(settings, linear, stacked, chosen),
         gated=any(name in linear for name in ('gate_proj', 'gate_up_proj', 'w1')) or bool(stacked),
         attention=_attention(model),
-        linear={name: [[count, *size] for size, count in sizes.items()] for name, sizes in linear.items()},
+        modules={
+            path: [(_folded(indices), *size) for size, indices in sizes.items()] for path, sizes in modules.items()
+        },
         stacked=stacked,
     )
 
 
 def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
-    """Return the number of linear layers for each name and size, and the sum of the widths of all norms.
+    """Return the indices of the linear layers for each path and size, and the sum of the widths of all norms.
 
     The head and the vision tower are not included.
     """
@@ -155,7 +213,7 @@ def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int
     from transformers.pytorch_utils import Conv1D
 
     excluded = {id(part) for module in (*towers, model.get_output_embeddings()) for part in module.modules()}
-    linear: Sizes = {}
+    modules: Sizes = {}
     normed = 0
     for name, module in model.named_modules():
         last = name.rpartition('.')[2]
@@ -164,14 +222,18 @@ def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int
 
         if isinstance(module, torch.nn.Linear | Conv1D):
             rows, columns = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-            sizes = linear.setdefault(last, {})
-            sizes[rows, columns] = sizes.get((rows, columns), 0) + 1
+            index = next((part for part in name.split('.') if part.isdigit()), None)
+            pattern = name if index is None else name.replace(f'.{index}.', '.#.', 1)
+            indices = modules.setdefault(pattern, {}).setdefault((rows, columns), [])
+            indices.append(None if index is None else int(index))
         elif 'norm' in type(module).__name__.lower():
             normed += {'q_norm': heads, 'k_norm': kv_heads}.get(last, 1) * module.weight.numel()
-    return linear, normed
+    return modules, normed
 
 
-def _inner(settings: dict[str, Any], linear: Sizes, stacked: dict[str, list[int]], k: int) -> int:
+def _inner(
+    settings: dict[str, Any], linear: dict[str, dict[tuple[int, int], int]], stacked: dict[str, list[int]], k: int
+) -> int:
     """Return the sum over all layers of the width inside the MLP: the input width of its last linear layer.
 
     In a mixture of experts, the widths of `k` experts per layer are added.

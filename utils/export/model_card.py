@@ -13,11 +13,12 @@ from utils.run.record import RunRecord
 
 # Flags that are not in the card's table of flags: the card shows them elsewhere, or they concern only this machine.
 _NOT_SHOWN = {
-    'model_type', 'model_id_or_path', 'dataset', 'output_dir', 'resume_from_checkpoint', 'push_to_hub', 'hub',
-    'hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token', 'ignore_args_error',
+    'model_type', 'model_id_or_path', 'dataset', 'output_dir', 'resume_from_checkpoint', 'adapter', 'push_to_hub',
+    'hub', 'hub_model_id', 'hub_private_repo', 'push_hub_strategy', 'hub_token', 'ignore_args_error',
 }  # fmt: skip
 _SCORES = ('eval_loss', 'eval_acc', 'eval_rouge-1', 'eval_rouge-2', 'eval_rouge-l', 'eval_bleu-4')
 _MAX_TABLE_ROWS = 20
+_LINEAGE = ' Its training started from an earlier adapter with the sha256 `{sha256}`.'
 
 
 def _name(text: Any) -> str:
@@ -83,6 +84,7 @@ def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictur
         what='A LoRA adapter for' if adapter else 'All weights, fine-tuned from',
         step=progress['step'],
         thinking=thinking,
+        lineage='' if record.lineage is None else _LINEAGE.format(sha256=record.lineage['sha256']),
         sha256=base['sha256'],
         covers=base['covers'],
         data=': '.join(filter(None, (_name(record.flags['dataset']), ', '.join(counts)))),

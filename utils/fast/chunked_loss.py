@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from utils.base.device import sum_dtype
@@ -23,15 +24,32 @@ _FP16_SCALE = 256.0
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: logits = scale * (W h + b). If `cap` is set, the logits become cap * tanh(logits / cap)."""
+    """An output head: logits = scale * (W h + b). If `cap` is set, the logits become cap * tanh(logits / cap).
 
-    linear: nn.Linear
+    `linear` is a linear layer, or PEFT's wrapper around it (--lora_modules_to_save). Weights that are held in fp32 are
+    computed in `dtype`, the dtype of the model. If `dtype` is None, it is the dtype of the weights.
+    """
+
+    linear: nn.Module
     scale: float = 1.0
     cap: float | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return the weight (V, C) that the model uses now."""
+        weight: torch.Tensor = self.linear.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Return the bias (V), or None."""
+        bias: torch.Tensor | None = self.linear.bias  # type: ignore[assignment]
+        return bias
 
     def chunk(self) -> int:
         """Return the number of positions in one chunk."""
-        return max(16, CHUNK_LOGITS // self.linear.out_features)
+        return max(16, CHUNK_LOGITS // len(self.weight))
 
 
 def find_head(model: Any) -> Head | None:
@@ -41,11 +59,14 @@ def find_head(model: Any) -> Head | None:
     than these fields say, so `head_is_exact` compares the head with the model.
     """
     linear = model.get_output_embeddings()
-    if type(linear) is not nn.Linear or linear.weight.dim() != 2 or type(linear.weight.data) is not torch.Tensor:
+    is_trained_copy = isinstance(linear, ModulesToSaveWrapper)
+    plain = linear.original_module if is_trained_copy else linear
+    if type(plain) is not nn.Linear or plain.weight.dim() != 2 or type(plain.weight.data) is not torch.Tensor:
         return None
     config = model.config.get_text_config().to_dict()
     scale = float(config.get('logit_scale') or 1.0) / float(config.get('logits_scaling') or 1.0)
-    return Head(linear, scale=scale, cap=config.get('final_logit_softcapping'))
+    dtype = plain.weight.dtype if is_trained_copy else None
+    return Head(linear, scale=scale, cap=config.get('final_logit_softcapping'), dtype=dtype)
 
 
 @contextmanager
@@ -69,7 +90,7 @@ def head_input(head: Head) -> Iterator[list[torch.Tensor]]:
 
 def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
     """Return whether `head` gives the same logits as the model on ids (1, T), up to rounding in the head's dtype."""
-    weight_VC = head.linear.weight
+    weight_VC = head.weight.to(head.dtype or head.weight.dtype)
     training = model.training
     model.eval()
 
@@ -91,15 +112,15 @@ def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, di
 
     The gradients are already computed in the forward pass.
     """
-    total: torch.Tensor = _SummedLoss.apply(hidden_PC, head.linear.weight, head.linear.bias, targets_P, head, divisor)
+    total: torch.Tensor = _SummedLoss.apply(hidden_PC, head.weight, head.bias, targets_P, head, divisor)
     return total
 
 
 @torch.no_grad()
 def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two tensors of shape (P): -log p(target), and whether the target is the most likely token."""
-    dtype = _compute_dtype(head.linear.weight)
-    weight_VC = head.linear.weight.to(dtype)
+    dtype = _compute_dtype(head, head.weight)
+    weight_VC = head.weight.to(dtype)
     size = head.chunk()
     buffers = _Buffers()
 
@@ -112,9 +133,9 @@ def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tupl
     return torch.cat(losses), torch.cat(hits)
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+def _compute_dtype(head: Head, weight: torch.Tensor) -> torch.dtype:
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype or weight.dtype
 
 
 class _Buffers:
@@ -137,7 +158,7 @@ def _logits(
 
     If the head has no cap, the second value is None, and the logits are in a buffer that the next chunk overwrites.
     """
-    bias_V = head.linear.bias
+    bias_V = head.bias
     logits_NV = buffers.take(len(hidden_NC), weight_VC, weight_VC.dtype)
     if bias_V is None:
         torch.mm(hidden_NC, weight_VC.t(), out=logits_NV)
@@ -170,7 +191,7 @@ class _SummedLoss(torch.autograd.Function):
         head: Head,
         divisor: float,
     ) -> torch.Tensor:
-        dtype = _compute_dtype(weight_VC)
+        dtype = _compute_dtype(head, weight_VC)
         inner_scale = _FP16_SCALE if dtype == torch.float16 else 1.0 / divisor
         # In fp16 training the gradient of the hidden states stays in fp32 until it is multiplied by the loss scale.
         hidden_grad_dtype = torch.float32 if dtype == torch.float16 else dtype

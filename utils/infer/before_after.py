@@ -30,7 +30,8 @@ class BeforeAfter:
 
     The main process generates all answers in one batch, without sampling. Plain text has no question: the model
     continues the beginning of the text. With LoRA, the answers before training are also generated after training, with
-    the adapter switched off.
+    the adapter switched off. With --adapter, they are generated before training, with the adapter from which the run
+    starts.
     """
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
@@ -72,7 +73,11 @@ class BeforeAfter:
     def ask_before(self, model: Any, args: SftArguments) -> None:
         """With --sft_type full, generate the answers before training now, because training changes the base weights."""
         if args.sft_type == 'full':
-            self.before = self.ask(model)
+            self.ask_now(model)
+
+    def ask_now(self, model: Any) -> None:
+        """Generate the answers before training now, by the model as it is."""
+        self.before = self.ask(model)
 
     def write(self, model: Any, run_dir: Path) -> None:
         """Generate the answers of the trained model, and write all answers to answers.json in the run folder."""

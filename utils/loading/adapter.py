@@ -6,26 +6,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError, error_text
-from utils.loading.layers import linear_names
+from utils.loading.layers import linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = None, family: str | None = None) -> Any:
+def load_adapter(
+    model: PreTrainedModel,
+    checkpoint: Path,
+    base: Path | None = None,
+    family: str | None = None,
+    *,
+    dropout: float | None = None,
+) -> Any:
     """Return the base model with the adapter of a checkpoint. Raises ConfigError if the adapter does not fit the model.
 
     `base` is the folder of the base model. `family` is the name of the family if the base model has an original layout
-    of 2023. It is needed only if config.json does not tell the family.
+    of 2023. It is needed only if config.json does not tell the family. With `dropout`, the adapter is trained on, with
+    this dropout. Then ConfigError is also raised if its file does not have exactly its tensors.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
 
     from utils.loading.legacy.adapter import native_adapter
 
     try:
-        with native_adapter(checkpoint, linear_names(model), base, family) as folder:
-            return PeftModel.from_pretrained(model, str(folder))
+        with native_adapter(checkpoint, linear_layers(model), base, family) as folder:
+            if dropout is None:
+                return PeftModel.from_pretrained(model, str(folder))
+            config = LoraConfig.from_pretrained(str(folder))
+            config.lora_dropout = dropout
+            prepared = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
+            _check_complete(prepared, folder, checkpoint)
+            return prepared
     except ConfigError:
         raise
     except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
@@ -34,3 +48,35 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path, base: Path | None = N
             f'{error_text(error)[:300]} It is damaged, or was trained on another base model. Copy the checkpoint again '
             'or name its base model with --model_id_or_path.'
         ) from error
+
+
+def restore_adapter(model: Any, checkpoint: Path) -> None:
+    """Set the weights of the adapter again to those of a checkpoint, without rounding them.
+
+    On loading, PEFT rounds layers that are trained whole to the dtype of the model.
+    """
+    from peft import set_peft_model_state_dict
+
+    from utils.loading.legacy.adapter import read_adapter
+
+    set_peft_model_state_dict(model, read_adapter(checkpoint))
+
+
+def _check_complete(model: Any, folder: Path, checkpoint: Path) -> None:
+    """Raise ConfigError if a tensor of the adapter was not in its file, or if the file has another tensor.
+
+    PEFT only warns of missing tensors, and gives them random values.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / 'adapter_model.safetensors', 'pt') as file:
+        stored = set(file.keys())
+    for names, what in ((wanted - stored, 'lacks'), (stored - wanted, 'has in addition')):
+        if names:
+            raise ConfigError(
+                f'--adapter {checkpoint}: its file {what} {len(names)} tensors, first {min(names)}: it does not fit '
+                f'its adapter_config.json and {type(model.get_base_model()).__name__}. Copy the complete checkpoint, '
+                'or train a new adapter without --adapter.'
+            )

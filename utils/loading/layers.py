@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from utils.base.errors import did_you_mean
 from utils.base.logger import logger
 from utils.loading.packed import packed_classes
 
@@ -28,8 +29,11 @@ def is_sharded(model: Any) -> bool:
     return type(first) is not torch.Tensor or first.numel() == 0 or bool(is_deepspeed_zero3_enabled())
 
 
-# This value of --lora_target_modules selects all linear layers.
-ALL = 'ALL'
+# These values of --lora_target_modules select all linear layers. Both mean the same.
+ALL_LINEAR = 'all-linear'
+ALL = ('ALL', ALL_LINEAR)
+# A value of --lora_target_modules that starts with this is a regular expression.
+PATTERN = 're:'
 
 # Layer name in the original code of 2023 -> names of the layers in the class of transformers that replace this layer.
 # Many published training commands still use the old names.
@@ -49,11 +53,10 @@ _OLD_NAMES = {
 }
 
 
-def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[str]:
-    """Return a Counter from layer name to the number of linear layers with this name.
+def linear_layers(model: PreTrainedModel, frozen: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a dict from the path of each linear layer, as in named_modules(), to the layer.
 
-    The layer name is the last part of the module's path, e.g. q_proj. Quantised layers are counted too. The output head
-    and all layers inside the modules `frozen` are not counted.
+    Quantised layers are included. The output head and all layers inside the modules `frozen` are not included.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -61,20 +64,42 @@ def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[
     kinds = (torch.nn.Linear, Conv1D, *packed_classes())
     head = model.get_output_embeddings()
 
-    return Counter(
-        _last_name(name)
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head and not _is_in(name, frozen)
-    )
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and not is_in(path, frozen)
+    }
 
 
-def _last_name(name: str) -> str:
+def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> Counter[str]:
+    """Return a Counter from layer name to the number of linear layers with this name.
+
+    The layer name is the last part of the layer's path, e.g. q_proj. The layers are those of `linear_layers`.
+    """
+    return Counter(map(last_name, linear_layers(model, frozen)))
+
+
+def layer_size(layer: Any) -> tuple[int, int]:
+    """Return the numbers of input and output features of a linear layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features
+
+
+def adapter_size(inputs: int, outputs: int, rank: int, *, dora: bool) -> int:
+    """Return the number of parameters of a LoRA adapter on a linear layer with these numbers of features."""
+    return rank * (inputs + outputs) + (outputs if dora else 0)
+
+
+def last_name(name: str) -> str:
     """Return the last part of a module's path, or the last two parts if the last part is a number."""
     parts = name.split('.')
     return '.'.join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
-def _is_in(name: str, modules: Sequence[str]) -> bool:
+def is_in(name: str, modules: Sequence[str]) -> bool:
     """Return whether the module `name` is in the list `modules` or inside a module of the list."""
     return any(name == module or name.startswith(f'{module}.') for module in modules)
 
@@ -127,6 +152,98 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
             native += new
 
     return list(dict.fromkeys(native))
+
+
+def choose_layers(
+    wanted: Sequence[str], paths: Sequence[str], taken: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Return two lists: the layers that `wanted` names, and the words of `wanted` that name no layer.
+
+    `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A layer is given
+    as PEFT takes it: by its last name if all layers of this name are chosen, else by its path. The names in `taken` are
+    chosen only if they are typed as names.
+    """
+    names = Counter(map(last_name, paths))
+    chosen: list[str] = []
+    missing: list[str] = []
+
+    for word in wanted:
+        if word in ALL:
+            found = sorted(set(names) - set(taken))
+        elif word.startswith(PATTERN):
+            pattern = re.compile(word.removeprefix(PATTERN))
+            matched = [path for path in paths if pattern.fullmatch(path) and last_name(path) not in taken]
+            found = _shortened(matched, names)
+        else:
+            found = [name for name in native_names([word], names) if name in names or named_by([name], paths)]
+
+        chosen += found
+        if not found:
+            missing.append(word)
+
+    return list(dict.fromkeys(chosen)), list(dict.fromkeys(missing))
+
+
+def _shortened(paths: Sequence[str], names: Counter[str]) -> list[str]:
+    """Return the last names of which all layers are in `paths`, and the paths of the other layers.
+
+    `names` counts all layers of the model by their last name.
+    """
+    counts = Counter(map(last_name, paths))
+    whole = [name for name, count in counts.items() if count == names[name]]
+    return sorted(whole) + [path for path in paths if last_name(path) not in whole]
+
+
+def named_by(targets: Collection[str], paths: Iterable[str]) -> list[str]:
+    """Return the paths that PEFT finds for these targets: a target is a path, or the end of a path after a dot."""
+    return [path for path in paths if any(f'.{path}'.endswith(f'.{target}') for target in targets)]
+
+
+def no_layer(word: str, class_name: str, paths: Sequence[str], experts: Sequence[str] = ()) -> str:
+    """Return the message for a word of --lora_target_modules that names no layer. It suggests similar names.
+
+    `paths` are the paths of the linear layers of the class `class_name`, `experts` the names of its stacked experts.
+    """
+    names = sorted(set(map(last_name, paths)))
+    if word.startswith(PATTERN):
+        message = (
+            f"--lora_target_modules '{word}' matches the whole path of no linear layer of {class_name}"
+            f'{did_you_mean(word.removeprefix(PATTERN), [*names, *paths])} Its paths are like {paths[0]}. For any path '
+            f"with this name, write 're:.*\\.NAME'."
+        )
+    else:
+        message = (
+            f"--lora_target_modules '{word}' matches no linear layer of {class_name}"
+            f'{did_you_mean(word, [*names, *experts, ALL_LINEAR])} Its layers: {", ".join(names)}; or {ALL_LINEAR}.'
+        )
+    if experts:
+        message += f' Its experts: {", ".join(sorted(experts))}.'
+    return message
+
+
+def bad_pattern(word: str) -> str | None:
+    """Return what is wrong with a word of --lora_target_modules that is a pattern. Returns None if nothing is wrong."""
+    if not word.startswith(PATTERN):
+        return None
+    try:
+        re.compile(word.removeprefix(PATTERN))
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"--lora_target_modules '{word}' is not a regular expression of Python: {error}. Correct it, in quotes."
+    if word == PATTERN:
+        return f"--lora_target_modules '{word}' has no pattern. Write for example 're:.*\\.(q|v)_proj', in quotes."
+    return None
+
+
+def what_all_adds(layers: int, parameters: int, trained: int) -> str:
+    """Return the line that says what --lora_target_modules all-linear would add to the layers of the model entry.
+
+    `layers` and `parameters` are the numbers of linear layers and of adapter parameters that it would add. `trained` is
+    the number of adapter parameters without it.
+    """
+    return (
+        f'lora_target_modules {ALL_LINEAR} would add {layers} linear layers: {trained + parameters:,} trainable '
+        f'parameters instead of {trained:,}'
+    )
 
 
 def find_towers(model: Any) -> list[str]:

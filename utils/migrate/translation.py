@@ -15,9 +15,9 @@ Kind = Literal['used', 'default', 'different', 'without effect', 'not understood
 
 # Flags that recipes need and that this version does not have yet. A key for such a flag is reported and left out of
 # the command. Remove a name here when the flag exists.
-SOON = frozenset({'adapter', 'early_stop', 'lora_modules_to_save', 'use_dora', 'use_rslora'})
+SOON = frozenset({'early_stop'})
 # True while --lora_target_modules does not take re:PATTERN.
-SOON_PATTERNS = True
+SOON_PATTERNS = False
 
 _FLAGS = flag_types(SftArguments)
 

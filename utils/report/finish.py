@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 
 def resume_command(done: Ready[SftArguments], checkpoint: Path) -> str:
-    """Return the command line that resumes the run from a checkpoint. It has the typed flags except the hub token."""
-    words = [*typed_words(done, 'resume_from_checkpoint'), *flag_words('resume_from_checkpoint', checkpoint)]
+    """Return the command line that resumes the run from a checkpoint. It has the typed flags except the hub token.
+
+    --adapter is left out, because the checkpoint holds the adapter.
+    """
+    words = [*typed_words(done, 'resume_from_checkpoint', 'adapter'), *flag_words('resume_from_checkpoint', checkpoint)]
     launcher = ['python']
     if dist.started_by_torchrun():
         machines = dist.world_size() // dist.local_world_size()

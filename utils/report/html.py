@@ -165,7 +165,10 @@ def _title(run: RunFiles) -> tuple[str, str]:
     method = 'all weights' if flags['sft_type'] == 'full' else 'LoRA'
     bits = f', {flags["quantization_bit"]}-bit base' if flags['quantization_bit'] else ''
     name = flags['model_type'] or flags['model_id_or_path']
-    return name, f'{method}{bits} on {", ".join(flags["dataset"])} · {run.folder.name}'
+    start = ''
+    if lineage := run.record.lineage:
+        start = f', from the adapter {lineage["path"]} (sha256 {lineage["sha256"][:12]})'
+    return name, f'{method}{bits}{start} on {", ".join(flags["dataset"])} · {run.folder.name}'
 
 
 def _versions(outcome: dict[str, Any]) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from utils.base.names import LOCK_JSON
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready, decision, run_name
 from utils.loading.weights import Weights
+from utils.run.lineage import find_lineage
 from utils.run.lock import check_repeated, make_lock
 from utils.run.record import RunRecord, check_resumed, record_of
 
@@ -40,15 +41,18 @@ class Run:
         """Set fields of the record, and write the record to the run folder. Later checkpoints contain these fields."""
         self._write(replace(self.record, **facts))
 
+    def say(self, line: str) -> None:
+        """Log a line, and store it with the decisions of the run."""
+        logger.info(line)
+        self.decisions.append(line)
+
     def decide(self, name: str, value: Any, reason: str, *, shown: str | None = None) -> None:
         """Log a decision that is made after the run was opened. Store the new and the old value in the record.
 
         The log shows `shown` instead of the value, if it is given. When the run is resumed, the old values are
         compared, because they do not depend on the machine.
         """
-        line = decision(name, value if shown is None else shown, reason)
-        logger.info(line)
-        self.decisions.append(line)
+        self.say(decision(name, value if shown is None else shown, reason))
         self._write(self.record.with_decision(name, value))
 
     def _write(self, record: RunRecord) -> None:
@@ -68,8 +72,9 @@ def open_run(
     args = done.args
     logged = len(done.warnings)
     base_model = weights.record(done.info)
-    record = record_of(args, system_typed='system' in done.typed, base_model=base_model)
-    lock = make_lock(done, base_model, data)
+    lineage = find_lineage(args, done.info, base_model, done.warnings)
+    record = replace(record_of(args, system_typed='system' in done.typed, base_model=base_model), lineage=lineage)
+    lock = make_lock(done, base_model, data, lineage)
 
     check_repeated(done, lock, typed_now)
     if args.resume_from_checkpoint:

@@ -61,9 +61,14 @@ def flag_words(name: str, value: Any) -> list[str]:
     return [f'--{name}', *values]
 
 
-def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of lock.json. The hash of the template is added later, when the tokenizer is open."""
-    return {
+def make_lock(
+    done: Ready[SftArguments], base_model: dict[str, str], data: dict[str, Any], lineage: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the content of lock.json. The hash of the template is added later, when the tokenizer is open.
+
+    `lineage` is the adapter from which the run starts, if there is one.
+    """
+    lock = {
         'command': typed_words(done),
         # The folder in which the command was started. Relative paths in the command start at this folder.
         'directory': abbreviated(Path.cwd()),
@@ -74,6 +79,7 @@ def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[
         'toolkit': toolkit(),
         'machine': _machine(),
     }
+    return lock if lineage is None else {**lock, 'adapter': lineage}
 
 
 def _machine() -> dict[str, Any]:
@@ -187,6 +193,14 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
     problems = Problems()
     if not {'model_type', 'model_id_or_path', 'model_revision'} & set(typed_now):
         _compare(problems, 'the base weights', earlier['base_model'], lock['base_model'], remedy='--model_id_or_path')
+    if 'adapter' not in typed_now:
+        _compare(
+            problems,
+            'the weights of the adapter',
+            earlier.get('adapter') or {},
+            lock.get('adapter') or {},
+            remedy='--adapter',
+        )
     if not set(DATA_FLAGS) & set(typed_now):
         for source in sorted({*earlier['data'], *lock['data']}):
             then = earlier['data'].get(source, {})

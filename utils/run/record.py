@@ -35,7 +35,7 @@ _SHOWN = ('show_samples', 'report_samples', 'report_to', 'from_run', 'doctor', '
 # The hash of the template shows whether it differs. The same template may be at another path.
 _OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
-_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows')
+_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,9 @@ class RunRecord:
     thinking: str | None = None
     # The number of replies that were rendered with the switch ("switched"), and of all replies examined ("of").
     thinking_rows: Mapping[str, int] | None = None
+
+    # The adapter from which the run started (--adapter), as `find_lineage` of run/lineage.py returns it.
+    lineage: Mapping[str, Any] | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
@@ -82,6 +85,8 @@ class RunRecord:
             content['thinking'] = self.thinking
         if self.thinking_rows is not None:
             content['thinking_rows'] = self.thinking_rows
+        if self.lineage is not None:
+            content['lineage'] = self.lineage
         return content
 
     def write(self, folder: Path) -> None:
@@ -268,7 +273,7 @@ def _asked(record: RunRecord) -> dict[str, Any]:
 def changed_flags(earlier: RunRecord, record: RunRecord) -> list[tuple[str, Any, Any]]:
     """Return (name, value in `record`, value in `earlier`) of each flag that differs and decides how a run trains."""
     then = _asked(earlier)
-    free = {'resume_from_checkpoint', 'output_dir', 'hub', 'preflight', 'push_to_hub', *_SHOWN, *HUB_FLAGS}
+    free = {'resume_from_checkpoint', 'adapter', 'output_dir', 'hub', 'preflight', 'push_to_hub', *_SHOWN, *HUB_FLAGS}
     return [
         (name, value, then[name])
         for name, value in _asked(record).items()

@@ -78,6 +78,14 @@ def check_targets(model: PeftModel, checkpoint: Path) -> None:
             f'Use --lora_target_modules {",".join(found)}, or remove --resume_from_checkpoint to start a new run.'
         )
 
+    saved = [sorted(config.get('modules_to_save') or ()) for config in (model.peft_config['default'].to_dict(), stored)]
+    if saved[0] != saved[1]:
+        then, now = (' '.join(names) or 'no layer' for names in reversed(saved))
+        raise ConfigError(
+            f'--lora_modules_to_save: {checkpoint} was trained with {then}, and this run has {now}. Use the value of '
+            'that run, or remove --resume_from_checkpoint to start a new run.'
+        )
+
 
 def _targets(adapter_config: dict[str, Any]) -> list[str]:
     """Return the sorted names of all modules and parameters to which an adapter is added."""

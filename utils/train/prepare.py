@@ -3,81 +3,115 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.base.errors import ConfigError, did_you_mean
+from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Decide, log_decision
-from utils.loading.layers import ALL, expert_names, find_towers, linear_names, native_names, taken_for_experts
+from utils.loading.layers import (
+    ALL,
+    ALL_LINEAR,
+    PATTERN,
+    adapter_size,
+    choose_layers,
+    expert_names,
+    find_towers,
+    is_in,
+    last_name,
+    layer_size,
+    linear_layers,
+    named_by,
+    no_layer,
+    taken_for_experts,
+    what_all_adds,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The names that query, key and value projections have in different classes. A model without a registry entry gets LoRA
-# on the first group of names that it has.
-_QKV_NAMES = (('q_proj', 'k_proj', 'v_proj'), ('qkv_proj',), ('query_key_value',), ('c_attn',), ('W_pack',))
-
 
 def find_targets(
-    model: PreTrainedModel, wanted: list[str] | None, frozen: Sequence[str] = ()
+    model: PreTrainedModel, wanted: Sequence[str], frozen: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Return two lists: the names of the modules that get LoRA, and the names of the expert parameters that get LoRA.
+    """Return two lists: the modules that get LoRA, by name or path, and the names of the expert parameters that get it.
 
     Modules inside the modules `frozen` are left out. An expert parameter is the stacked weight of all experts of a
-    layer. It is named by the end of its path, e.g. experts.down_proj. Raises ConfigError if a name in `wanted` matches
+    layer. It is named by the end of its path, e.g. experts.down_proj. Raises ConfigError if a word of `wanted` matches
     nothing.
     """
-    names = linear_names(model, frozen)
+    paths = list(linear_layers(model, frozen))
     experts = expert_names(model)
-    if wanted is None:
-        wanted = next((list(group) for group in _QKV_NAMES if set(group) <= set(names)), [ALL])
-    takes_all = ALL in wanted
-    wanted = native_names([name for name in wanted if name != ALL], names)
+    taken = taken_for_experts(model, Counter(map(last_name, paths)))
+    modules, unmatched = choose_layers(wanted, paths, taken)
 
     parameters: dict[str, None] = {}
     missing = []
-    for name in wanted:
-        if name in names:
-            continue
-        matched = [expert for expert in experts if f'.{expert}'.endswith(f'.{name}')]
+    for word in unmatched:
+        matched = [expert for expert in experts if f'.{expert}'.endswith(f'.{word}')]
         parameters.update(dict.fromkeys(matched))
-        if not matched and name not in missing:
-            missing.append(name)
+        if not matched and word not in ALL:
+            missing.append(word)
     if missing:
-        raise ConfigError(*(_no_match(model, name, list(names), list(experts)) for name in missing))
+        raise ConfigError(*(_no_match(model, word, paths, list(experts)) for word in missing))
 
-    taken = taken_for_experts(model, names)
-    if taken and takes_all:
-        logger.info(f'ALL skips {", ".join(sorted(taken))}: PEFT would add LoRA to the experts, not to linear layers')
-    elif refused := [name for name in wanted if name in taken]:
+    if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: on {type(model).__name__} PEFT puts these names on the '
             f'experts, not on linear layers. Use --lora_target_modules {",".join(sorted(experts))}.'
         )
-    modules = sorted(set(names) - taken) if takes_all else [name for name in wanted if name in names]
+    if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
+        logger.info(
+            f'{several[0]} skips {", ".join(sorted(taken))}: PEFT would add LoRA to the experts, not to linear layers'
+        )
     return modules, list(parameters)
 
 
-def _no_match(model: PreTrainedModel, name: str, names: list[str], experts: list[str]) -> str:
-    """Return the error message for a name that matches no layer. It lists the layers and experts of the model."""
-    message = (
-        f"--lora_target_modules '{name}' matches no linear layer of {type(model).__name__}"
-        f'{did_you_mean(name, [*names, *experts])} Its layers: {", ".join(sorted(names))}; or ALL.'
-    )
-    if experts:
-        message += f' Its experts: {", ".join(sorted(experts))}.'
-    if name in linear_names(model):
+def _no_match(model: PreTrainedModel, word: str, paths: Sequence[str], experts: list[str]) -> str:
+    """Return the error message for a word that matches no layer outside the frozen modules."""
+    message = no_layer(word, type(model).__name__, paths, experts)
+    if choose_layers([word], list(linear_layers(model)))[0]:
         message += ' It belongs to the vision tower: add --freeze_vision false.'
     return message
 
 
-def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = log_decision) -> Any:
+def say_what_all_adds(model: PreTrainedModel, args: SftArguments) -> str | None:
+    """Return a line that says what all-linear would add to --lora_target_modules.
+
+    Returns None for full fine-tuning, and if all linear layers get LoRA already. Call this before the model gets its
+    adapter.
+    """
+    if args.sft_type == 'full':
+        return None
+    frozen = find_towers(model) if args.freeze_vision else []
+    layers = linear_layers(model, frozen)
+    taken = taken_for_experts(model, Counter(map(last_name, layers)))
+    every, _ = choose_layers([ALL_LINEAR], list(layers), taken)
+    named, _ = choose_layers(args.lora_target_modules or [], list(layers))
+
+    sizes = {
+        path: adapter_size(*layer_size(layer), args.lora_rank, dora=args.use_dora) for path, layer in layers.items()
+    }
+    trained = [sizes[path] for path in named_by(named, layers)]
+    added = [sizes[path] for path in named_by(set(every) - set(named), layers)]
+    return what_all_adds(len(added), sum(added), sum(trained)) if added else None
+
+
+def prepare_model(
+    model: PreTrainedModel,
+    args: SftArguments,
+    decide: Decide = log_decision,
+    *,
+    base: Path | None = None,
+    family: str | None = None,
+) -> Any:
     """Make the model ready to train, and return it. Log the number of trainable parameters.
 
     With --sft_type lora, the model is returned as a PeftModel with fp32 adapters. With --sft_type full, `model` itself
-    is returned.
+    is returned. `base` and `family` are the folder and the family of the base model, for --adapter (see load_adapter).
     """
     towers = find_towers(model)
     if not args.freeze_vision and not towers:
@@ -90,7 +124,7 @@ def prepare_model(model: PreTrainedModel, args: SftArguments, decide: Decide = l
             logger.info(f'{name} is not trained (--freeze_vision true)')
         prepared: Any = model
     else:
-        prepared = _put_adapter(model, args, towers, decide)
+        prepared = _put_adapter(model, args, towers, decide, base, family)
 
     _fuse_layers(model, args)
     if args.gradient_checkpointing:
@@ -129,27 +163,35 @@ def _log_trainable(model: Any) -> None:
     logger.info(f'trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4g} %)')
 
 
-def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[str], decide: Decide) -> Any:
-    """Return the model with a new LoRA adapter.
+def _put_adapter(
+    model: PreTrainedModel,
+    args: SftArguments,
+    towers: Sequence[str],
+    decide: Decide,
+    base: Path | None,
+    family: str | None,
+) -> Any:
+    """Return the model with a new LoRA adapter, or with the adapter of --adapter.
 
     Raises ConfigError if a target name matches nothing, or if there is no layer for LoRA.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
 
     from utils.fast.lora import fuse_lora
+    from utils.loading.adapter import load_adapter, restore_adapter
     from utils.loading.layers import is_sharded
+    from utils.train.saved_modules import check_saved, find_saved, hold_in_fp32, with_tied
 
     class_name = type(model).__name__
     frozen = towers if args.freeze_vision else []
-    modules, parameters = find_targets(model, args.lora_target_modules, frozen)
+    wanted = args.lora_target_modules or [ALL_LINEAR]
+    modules, parameters = find_targets(model, wanted, frozen)
     targets = [*modules, *parameters]
     if not targets:
         raise ConfigError(f'--sft_type lora: {class_name} has no layer for LoRA. Use --sft_type full.')
 
-    if args.lora_target_modules is None:
-        decide('lora_target_modules', targets, 'the model has no registry entry, and its layers have these names')
-    elif set(targets) != set(args.lora_target_modules):
-        typed = ','.join(args.lora_target_modules)
+    if set(targets) != set(wanted):
+        typed = ' '.join(wanted)
         decide('lora_target_modules', targets, f'these are the layers of {class_name} that {typed} names')
     if parameters and args.lora_dropout_p:
         raise ConfigError(
@@ -158,24 +200,109 @@ def _put_adapter(model: PreTrainedModel, args: SftArguments, towers: Sequence[st
             '--lora_target_modules.'
         )
 
-    config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout_p,
-        target_modules=modules,
-        target_parameters=parameters or None,
-        exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
-        task_type=TaskType.CAUSAL_LM,
-    )
-    matched = linear_names(model, frozen) + expert_names(model)
-    outside_towers = linear_names(model, towers)
-    if towers and not frozen and all(matched[name] == outside_towers[name] for name in modules):
-        in_towers = ', '.join(sorted(linear_names(model) - outside_towers))
-        logger.warning(f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({in_towers})')
+    if parameters and args.use_dora:
+        raise ConfigError(
+            f'--use_dora true is not possible on expert parameters ({parameters[0]}): PEFT has no DoRA for them. '
+            'Remove --use_dora, or remove them from --lora_target_modules.'
+        )
 
-    prepared = get_peft_model(model, config)
+    adapted = named_by(modules, linear_layers(model, frozen))
+    if towers and not frozen and not any(is_in(path, towers) for path in adapted):
+        in_towers = sorted({last_name(path) for path in linear_layers(model) if is_in(path, towers)})
+        logger.warning(
+            f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({", ".join(in_towers)})'
+        )
+    counts = Counter(map(last_name, adapted)) + Counter({name: expert_names(model)[name] for name in parameters})
+
+    saved = find_saved(model, args.lora_modules_to_save or [], adapted=adapted, frozen=frozen)
+    if saved and set(saved) != set(args.lora_modules_to_save or []):
+        decide('lora_modules_to_save', saved, f'these are the layers of {class_name} with these names')
+    copied, ties = with_tied(model, saved)
+    if args.adapter is None:
+        prepared = get_peft_model(model, _lora_config(args, modules, parameters, frozen, saved, ties=ties))
+        if args.use_dora:
+            _start_dora(prepared)
+    else:
+        prepared = load_adapter(model, Path(args.adapter), base, family, dropout=args.lora_dropout_p)
+        _check_layers(prepared, args, adapted, parameters)
+        check_saved(prepared, args, copied)
+    if args.deepspeed_config_path is None:  # DeepSpeed holds a copy of each trained weight in fp32 itself
+        hold_in_fp32(prepared)
+        if args.adapter is not None and saved:
+            restore_adapter(prepared, Path(args.adapter))
     if args.tuner_backend == 'swift' and not is_sharded(model):
         fused, layers = fuse_lora(prepared)
         logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
-    logger.info('LoRA is on ' + ', '.join(f'{matched[target]} x {target}' for target in targets))
+    logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
     return prepared
+
+
+def _lora_config(
+    args: SftArguments,
+    modules: list[str],
+    parameters: list[str],
+    frozen: Sequence[str],
+    saved: Sequence[str],
+    *,
+    ties: bool,
+) -> Any:
+    """Return the settings of PEFT for an adapter on these modules and expert parameters.
+
+    The layers `saved` are trained whole. With `ties`, the copies of embedding and head are one tensor.
+    """
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout_p,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
+        modules_to_save=list(saved) or None,
+        ensure_weight_tying=ties,
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def _check_layers(model: Any, args: SftArguments, expected: Sequence[str], parameters: Sequence[str]) -> None:
+    """Raise ConfigError if the adapter of --adapter is not on the layers `expected` and the expert parameters."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    layers = model.get_base_model().named_modules()
+    found = [path for path, layer in layers if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)]
+    experts = model.peft_config['default'].target_parameters or ()
+    if set(found) == set(expected) and set(experts) == set(parameters):
+        return
+
+    given = f'--adapter {args.adapter}'
+    if args.freeze_vision and any(is_in(path, find_towers(model.get_base_model())) for path in found):
+        raise ConfigError(f'{given}: the adapter is on layers of the vision tower. Add --freeze_vision false.')
+    names = sorted({*map(last_name, found), *experts})
+    raise ConfigError(
+        f'--lora_target_modules {" ".join(args.lora_target_modules or [])}: the adapter in {args.adapter} is on '
+        f'{len(found)} layers ({", ".join(names)}), and these words name {len(expected)}. Remove '
+        '--lora_target_modules, or train a new adapter without --adapter.'
+    )
+
+
+def _start_dora(model: Any) -> None:
+    """Set the magnitudes of new DoRA layers, so that an untrained adapter changes no output.
+
+    A magnitude is the length of a row of the weight. PEFT rounds it to the dtype of the weight, and then compares it
+    with the length in fp32.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        lengths = torch.linalg.norm(dequantize_module_weight(base).float(), dim=0 if isinstance(base, Conv1D) else 1)
+        for magnitude in layer.lora_magnitude_vector.values():
+            magnitude.weight.data = lengths

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
 from utils.loading.folder import read_config
+from utils.loading.layers import named_by
 from utils.loading.legacy.family import Family, State
 from utils.loading.legacy.registry import find_family
 from utils.loading.weight_files import read_file
@@ -56,12 +57,12 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
 
 @contextlib.contextmanager
 def native_adapter(
-    checkpoint: Path, layers: Container[str], base: Path | None = None, name: str | None = None
+    checkpoint: Path, layers: Collection[str], base: Path | None = None, name: str | None = None
 ) -> Iterator[Path]:
     """Yield a folder with the adapter as safetensors under native names.
 
     If nothing has to be converted, it is the folder `checkpoint`. Otherwise it is a temporary folder. `layers` are the
-    names of the model's linear layers. `base` is the folder of the base model. `name` is the family of the base model;
+    paths of the model's linear layers. `base` is the folder of the base model. `name` is the family of the base model;
     it is needed only if config.json does not tell the family.
     """
     from safetensors.torch import save_file
@@ -74,7 +75,7 @@ def native_adapter(
         base is not None
         and base.is_dir()
         and not isinstance(targets, str)
-        and not all(target in layers for target in targets)
+        and not all(named_by([target], layers) for target in targets)
     ):
         original = read_config(base)
 
@@ -84,7 +85,7 @@ def native_adapter(
         yield checkpoint
         return
 
-    state = _read_adapter(checkpoint)
+    state = read_adapter(checkpoint)
     if family is not None:
         state = convert_adapter(family, original, state)
         config['target_modules'] = sorted({key.partition('.lora_')[0].rpartition('.')[2] for key in state})
@@ -95,7 +96,7 @@ def native_adapter(
         yield Path(folder)
 
 
-def _read_adapter(checkpoint: Path) -> State:
+def read_adapter(checkpoint: Path) -> State:
     """Return the tensors of an adapter. They are read from the .bin file only if there is no .safetensors file."""
     for name in (_FILE, _OLD_FILE):
         if (checkpoint / name).is_file():

@@ -1,0 +1,267 @@
+"""--adapter: reads a trained adapter that a run starts from, checks it, and records which adapter it was.
+
+The run takes the shape of the adapter, its base model and its template from the files of the adapter. Rows, optimizer
+and schedule are new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.base.checkpoint import MANIFEST, damage, last_checkpoint, sha256_of
+from utils.base.errors import ConfigError
+from utils.base.files import read_json
+from utils.cli.arguments import SftArguments
+from utils.cli.machine import ADAPTER_CONFIG, started_in
+from utils.cli.parser import Parsed
+from utils.cli.resolution import decision
+from utils.data.sources import abbreviated
+from utils.loading.folder import is_adapter
+from utils.loading.info import ModelInfo
+from utils.loading.layers import PATTERN
+from utils.run.record import RunRecord, find_record
+
+ADAPTER_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
+# The flags that the run of the adapter decides, unless they are typed.
+_OF_RUN = ('template_type', 'freeze_vision')
+# Settings of PEFT that no flag here expresses, with the values that have no effect.
+_UNEXPRESSED: dict[str, tuple[Any, ...]] = {
+    'bias': (None, 'none'),
+    'lora_bias': (None, False),
+    'init_lora_weights': (None, True, False, 'gaussian'),
+    'rank_pattern': (None, {}),
+    'alpha_pattern': (None, {}),
+    'layers_to_transform': (None, []),
+    'layer_replication': (None, []),
+    'trainable_token_indices': (None, [], {}),
+    'use_qalora': (None, False),
+}
+_GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/checkpoint-N.'
+
+
+def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnings: list[str]) -> Parsed[SftArguments]:
+    """Set the flags that the adapter of --adapter decides and that were not typed, and return the command line.
+
+    Adds a line to `decisions` for each flag that is set, a line to `warnings` if the base of the adapter or its
+    template cannot be checked or differs, and a problem for each typed flag that does not fit the adapter. A run that
+    resumes a run with --adapter takes the same flags from the checkpoint. Other command lines are returned unchanged.
+    """
+    args = parsed.args
+    if args.adapter is None:
+        return _fill_from_checkpoint(parsed, decisions)
+
+    problems = parsed.problems
+    given = f'--adapter {args.adapter}'
+    if args.resume_from_checkpoint is not None:
+        problems.add(
+            f'{given}: a run that is resumed goes on from the adapter in its checkpoint. Remove --adapter to resume, '
+            'or remove --resume_from_checkpoint to start a new run from the adapter.'
+        )
+        args.resume_from_checkpoint = None  # so that the flags are not compared with the checkpoint too
+    if args.sft_type == 'full':
+        problems.add(f'{given} is for --sft_type lora. Remove --sft_type full, or merge the adapter and train that.')
+
+    folder = Path(args.adapter)
+    if problem := _folder_problem(folder, args.from_run):
+        problems.add(f'{given} {problem}')
+        return parsed
+    try:
+        config = read_json(folder / ADAPTER_CONFIG, remedy=_GIVE_ADAPTER)
+        record = find_record(folder)
+    except ConfigError as error:
+        problems.add(error.problems[0])
+        return parsed
+
+    for name, without_effect in _UNEXPRESSED.items():
+        if config.get(name) not in without_effect:
+            problems.add(
+                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag here expresses. Merge it into its base with '
+                'merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
+            )
+    _fill_shape(parsed, config, f'{given}: the adapter has', decisions)
+    _fill_model(parsed, config, record, decisions)
+    if record is None:
+        warnings.append(
+            f'{given}: it has no record of its run (sft_args.json), so neither its base weights nor its template can '
+            'be checked.'
+        )
+    else:
+        _fill_from_run(parsed, record, decisions, warnings)
+    return parsed
+
+
+def _folder_problem(folder: Path, from_run: str | None) -> str | None:
+    """Return the reason why a folder cannot be used as --adapter, as the end of a message, or None."""
+    if not folder.is_dir():
+        hint = f' The run was started in {started_in(Path(from_run))}.' if from_run and not folder.is_absolute() else ''
+        return f'is not a directory (looked in {folder.absolute().parent}). {_GIVE_ADAPTER}{hint}'
+    if not is_adapter(folder):
+        if newest := last_checkpoint(folder):
+            return f'is a run folder. Give one of its checkpoints, e.g. {newest}.'
+        if (folder / 'config.json').is_file():
+            return 'is a whole model, not an adapter. Name it with --model_id_or_path instead.'
+        return f'is not an adapter: it has no {ADAPTER_CONFIG}. {_GIVE_ADAPTER}'
+    if _adapter_file(folder) is None:
+        return f'holds no adapter weights: neither {" nor ".join(ADAPTER_FILES)}. Copy the complete checkpoint.'
+    if (folder / MANIFEST).is_file() and (problem := damage(folder)):
+        return f'cannot be used: {problem}. Copy the checkpoint again, or give another one.'
+
+    kind = read_json(folder / ADAPTER_CONFIG, remedy=_GIVE_ADAPTER).get('peft_type')
+    if kind != 'LORA':
+        return f'is an adapter of the kind {kind}, and only LoRA adapters are trained here. {_GIVE_ADAPTER}'
+    return None
+
+
+def _adapter_file(folder: Path) -> Path | None:
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+
+
+def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that describe an adapter, from the content of its adapter_config.json."""
+    targets = config.get('target_modules') or []
+    names = [f'{PATTERN}{targets}'] if isinstance(targets, str) else sorted(targets)
+    return {
+        'lora_rank': config.get('r'),
+        'lora_alpha': config.get('lora_alpha'),
+        'use_dora': bool(config.get('use_dora')),
+        'use_rslora': bool(config.get('use_rslora')),
+        'lora_target_modules': names + sorted(config.get('target_parameters') or []),
+        'lora_modules_to_save': sorted(config.get('modules_to_save') or []) or None,
+    }
+
+
+def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: str, decisions: list[str]) -> None:
+    """Set the flags of `adapter_flags` that are not typed. Add a problem for each typed flag that differs.
+
+    Typed names of layers are kept: they are compared with the adapter when the model is open.
+    """
+    for name, value in adapter_flags(config).items():
+        typed = getattr(parsed.args, name)
+        if name not in parsed.typed:
+            if typed != value:
+                decisions.append(decision(name, value, 'the adapter has it'))
+            setattr(parsed.args, name, value)
+        elif name not in ('lora_target_modules', 'lora_modules_to_save') and typed != value:
+            parsed.problems.add(
+                f'--{name} {str(typed).lower()}: {whose} {str(value).lower()}. Remove --{name}, or train a new adapter '
+                'without --adapter.'
+            )
+
+
+def _fill_model(
+    parsed: Parsed[SftArguments], config: Mapping[str, Any], record: RunRecord | None, decisions: list[str]
+) -> None:
+    """Set the model to the base model of the adapter, if no model is typed."""
+    names = ('model_type', 'model_id_or_path')
+    if parsed.typed & set(names):
+        return
+    found = {name: record.flags.get(name) for name in names} if record is not None else {}
+    if not any(found.values()):
+        found = {'model_id_or_path': config.get('base_model_name_or_path')}
+    if not any(found.values()):
+        parsed.problems.add(
+            f'--adapter {parsed.args.adapter} does not say which base model it was trained on. Name it with '
+            '--model_type or --model_id_or_path.'
+        )
+    for name, value in found.items():
+        setattr(parsed.args, name, value)
+        if value is not None:
+            decisions.append(decision(name, value, 'the adapter was trained on it'))
+
+
+def _fill_from_run(
+    parsed: Parsed[SftArguments], record: RunRecord, decisions: list[str], warnings: list[str] | None = None
+) -> None:
+    """Set the flags in _OF_RUN to their values in the run of the adapter, unless they are typed.
+
+    If `warnings` is given, a line is added for each typed flag that differs, and if the system text differs.
+    """
+    args = parsed.args
+    for name in _OF_RUN:
+        then = record.flags.get(name)
+        if then is None:
+            continue
+        if name not in parsed.typed:
+            if getattr(args, name) != then:
+                decisions.append(decision(name, then, 'the adapter was trained with it'))
+            setattr(args, name, then)
+        elif getattr(args, name) != then and warnings is not None:
+            warnings.append(f'--{name} {getattr(args, name)} is not what the adapter was trained with ({then}).')
+
+    system = record.flags.get('system')
+    if warnings is not None and system is not None and system != args.system:
+        warnings.append(f"--system '{args.system}': the adapter was trained with '{system}'.")
+
+
+def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) -> Parsed[SftArguments]:
+    """Set the flags that are not typed, if the command resumes a run that began with --adapter."""
+    if parsed.args.resume_from_checkpoint is None:
+        return parsed
+    checkpoint = Path(parsed.args.resume_from_checkpoint)
+    try:
+        record = find_record(checkpoint)
+        if record is None or record.lineage is None or not is_adapter(checkpoint):
+            return parsed
+        config = read_json(checkpoint / ADAPTER_CONFIG)
+    except ConfigError:  # the checks of --resume_from_checkpoint report the damaged file
+        return parsed
+
+    own = [name for name in adapter_flags(config) if name not in parsed.typed]
+    for name in own:
+        setattr(parsed.args, name, adapter_flags(config)[name])
+    decisions += [decision(name, getattr(parsed.args, name), 'the checkpoint has it') for name in own]
+    _fill_model(parsed, config, record, decisions)
+    _fill_from_run(parsed, record, decisions)
+    return parsed
+
+
+def find_lineage(
+    args: SftArguments, info: ModelInfo, base_model: Mapping[str, str], warnings: list[str]
+) -> dict[str, Any] | None:
+    """Return what is recorded about the adapter from which a run starts. Returns None for a run with a new adapter.
+
+    The keys are path, sha256 (of the adapter's file), run (the name of its run folder, or None) and base ('checked' or
+    'not checked'). A resumed run has the lineage of the run that it resumes. Raises ConfigError if the adapter was
+    trained on other base weights.
+    """
+    if args.resume_from_checkpoint is not None:
+        resumed = find_record(Path(args.resume_from_checkpoint))
+        return None if resumed is None or resumed.lineage is None else dict(resumed.lineage)
+    if args.adapter is None:
+        return None
+
+    folder = Path(args.adapter)
+    record = find_record(folder)
+    trained_on = None if record is None else record.base_model
+    if trained_on is None:
+        _compare_names(folder, args, info, warnings)
+    elif trained_on['sha256'] != base_model['sha256']:
+        raise ConfigError(
+            f'--adapter {folder}: the base weights differ: it was trained on {trained_on["source"]} (sha256 '
+            f'{trained_on["sha256"][:12]}), but {base_model["source"]} was found (sha256 {base_model["sha256"][:12]}). '
+            'An adapter is valid only for the weights it was trained on. Name them with --model_id_or_path.'
+        )
+
+    file = _adapter_file(folder)
+    assert file is not None, 'checked'
+    return {
+        'path': abbreviated(folder.absolute()),
+        'sha256': sha256_of(file),
+        'run': None if record is None else folder.absolute().parent.name,
+        'base': 'not checked' if trained_on is None else 'checked',
+    }
+
+
+def _compare_names(folder: Path, args: SftArguments, info: ModelInfo, warnings: list[str]) -> None:
+    """Add a warning if the adapter names another base model than this run trains. Only names can be compared."""
+    named = read_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')
+    own = {str(name).rstrip('/').rsplit('/', 1)[-1].lower() for name in (
+        info.model_id_or_path, info.hf_model_id, info.public_id, args.model_id_or_path, args.model_type,
+    ) if name}  # fmt: skip
+    if named and str(named).rstrip('/').rsplit('/', 1)[-1].lower() not in own:
+        warnings.append(
+            f"--adapter {folder}: its {ADAPTER_CONFIG} names the base model '{named}', and this run trains on "
+            f"'{info.public_id}'. An adapter is valid only for the weights it was trained on."
+        )
