@@ -24,7 +24,7 @@ from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
 from utils.run.record import check_resumed_template
-from utils.run.rows import keep_held_out, lock_of, rows_of
+from utils.run.rows import held_out_rows, keep_held_out, lock_of, rows_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +75,7 @@ def carry_out(
     from utils.data.stream import prepare_stream
     from utils.export.push_queue import push_while_training
     from utils.infer.before_after import BeforeAfter
+    from utils.infer.scores import Scores
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
@@ -86,6 +87,7 @@ def carry_out(
 
     args = done.args
     set_seed(args.seed)
+    scores = Scores(args.score) if args.predict_with_generate else None
     model, tokenizer, dtype = open_model(args, done.info, run.weights, trains=True, decide=run.decide)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     system_typed = 'system' in done.typed
@@ -115,7 +117,9 @@ def carry_out(
     asked.ask_before(model, args)
 
     model = prepare_model(model, args, run.decide)
-    trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
+    own_scores = scores is not None and scores.functions
+    held_out = held_out_rows(rows, args.stream_val_rows) if own_scores else None
+    trainer = build_trainer(args, run, model, encoder, data, dtype=dtype, scores=scores, held_out=held_out)
     if args.push_to_hub:
         trainer.add_callback(push_while_training(args, run.folder, data.summary))
 

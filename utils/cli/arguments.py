@@ -75,6 +75,11 @@ class CommonArguments:
     top_k: int = flag(20, 'generation: sample only from the k most likely tokens; 0: from all tokens')
     top_p: float = flag(0.9, 'generation: sample only from the most likely tokens that together have this probability')
     repetition_penalty: float = flag(1.0, 'generation: values above 1 make tokens less likely that occur already')
+    score: list[str] = list_flag(
+        ['rouge'],
+        'scores of generated answers: rouge (with BLEU), exact, json, or FILE.py:name, a function (answer, label, row) '
+        'of a file of yours; the first one decides which checkpoint is best',
+    )
 
     @property
     def reads_data(self) -> bool:
@@ -147,12 +152,15 @@ class SftArguments(CommonArguments):
         16, 'batches per optimizer step; total batch = batch_size x this x number of processes'
     )
     max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
-    predict_with_generate: bool = flag(False, 'evaluate generated answers (ROUGE, BLEU) instead of the loss')
+    predict_with_generate: bool = flag(False, 'evaluate generated answers (--score) instead of the loss')
     lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
     warmup_ratio: float = flag(
         0.05, 'share of the steps with a rising learning rate, at most half of them; no step has a rate of 0'
     )
     eval_steps: int = flag(50, 'steps between evaluations')
+    early_stop: int = flag(
+        0, 'end after this number of evaluations in a row that were not better than the best one before; 0: off'
+    )
     save_steps: int | None = flag(None, 'steps between checkpoints; None: same as --eval_steps')
     only_save_model: bool | None = flag(
         None,

@@ -25,6 +25,7 @@ from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import quantized_problems
+from utils.cli.scores import check_score_files
 from utils.data.sources import check_sources
 from utils.dataset import DATASET_MAPPING
 from utils.formats.hub_dataset import HubDataset
@@ -102,6 +103,8 @@ def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
         _check_writable('result_path', args.result_path, Path(args.result_path), problems)
         if Path(args.result_path).is_dir():
             problems.add(f'--result_path {args.result_path} is a folder. Give a file in it, e.g. answers.jsonl.')
+    if args.reads_data:
+        check_score_files(args.score, problems)
 
     if args.export_native and args.output_dir is not None:
         _check_writable('output_dir', args.output_dir, Path(args.output_dir), problems)
@@ -154,6 +157,8 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     args = done.args
     problems = done.problems
     _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
+    if args.predict_with_generate:
+        check_score_files(args.score, problems)
 
     if args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)

@@ -68,6 +68,7 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
 
     at_least_zero = (
         'weight_decay', 'max_grad_norm', 'dataloader_num_workers', 'stream_val_rows', 'show_samples', 'report_samples',
+        'early_stop',
     )  # fmt: skip
     for name in at_least_zero:
         _check_number(done, name, getattr(args, name) >= 0, '0 or more')

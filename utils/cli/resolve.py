@@ -17,6 +17,7 @@ from utils.cli.parallel import resolve_scale
 from utils.cli.parser import Parsed
 from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers
 from utils.cli.resolution import Resolution, run_name
+from utils.cli.scores import check_scores
 from utils.data.sources import parse_source
 from utils.loading.info import ModelInfo
 from utils.model import get_model_info, infer_model_type
@@ -45,8 +46,9 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
 
     if done.args.predict_with_generate:
         check_generation(done)
+        check_scores(done.args.score, done.problems)
     else:
-        done.without_effect(GENERATION, 'evaluation is by loss (no --predict_with_generate true)')
+        done.without_effect((*GENERATION, 'score'), 'evaluation is by loss (no --predict_with_generate true)')
     return done
 
 
@@ -63,6 +65,9 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
         if done.args.answers_whole_dataset(done.typed) and 'show_dataset_sample' not in done.typed:
             done.decide('show_dataset_sample', -1, '--dataset is typed: all its rows are answered')
         done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
+        check_scores(done.args.score, done.problems)
+    else:
+        done.without_effect(('score',), 'no rows are answered')
 
     if done.args.merge_lora_and_save and done.args.quantization_bit:
         _merge_unquantised(done)

@@ -21,6 +21,7 @@ from utils.base.errors import ConfigError
 from utils.base.files import read_json, write_json
 from utils.base.leak_scan import scan_for_push
 from utils.base.logger import logger, set_up_logging
+from utils.cli.scores import score_name
 from utils.export.model_card import model_card
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
@@ -93,8 +94,10 @@ def push_one(run_dir: Path, folder: Path) -> None:
             f'{folder.name}: pushing needs a token. Set the environment variable {TOKEN_VARIABLES[flags["hub"]]}.'
         )
 
-    history = [{k: v for k, v in e.items() if k in ('step', *CURVES)} for e in progress['log_history']]
-    pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images')]
+    scores = [score_name(word) for word in flags.get('score', ())]
+    shown = {'step', *CURVES, *(f'eval_{score}' for score in scores)}
+    history = [{k: v for k, v in e.items() if k in shown} for e in progress['log_history']]
+    pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images', scores)]
     name = flags['hub_model_id'].rsplit('/', 1)[-1]
     card = model_card(name, record, progress, pictures)
     (folder / 'README.md').write_text(card, encoding='utf-8')

@@ -17,7 +17,7 @@ from utils.data.plan import draw
 from utils.encode.encoder import Encoder
 from utils.formats.conversation import Row, message_text
 from utils.infer.generation import generate_rows, wanted_texts
-from utils.infer.scores import score_texts
+from utils.infer.scores import ByRow, Scores, means
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -31,6 +31,7 @@ def answer_rows(
     rows: Sequence[Row],
     *,
     args: InferArguments,
+    scores: Scores,
     target: Path,
 ) -> dict[str, float]:
     """Answer the rows, and return the mean scores by name. Each process answers its share of the rows.
@@ -68,18 +69,27 @@ def answer_rows(
         return {}
 
     labels = wanted_texts(encoder, kept, config.eos_token_id)
-    _show_and_write(kept, answers, labels, target)
-    means = score_texts([answer.strip() for answer in answers], [label.strip() for label in labels])
-    logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
+    by_row = scores.by_row(answers, labels, kept)
+    _show_and_write(kept, answers, labels, by_row, target)
+    mean = means(by_row)
+    logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.4g}' for name, value in mean.items()))
     logger.info(f'written to {target}')
-    return means
+    return mean
 
 
-def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequence[str], target: Path) -> None:
+def _show_and_write(
+    rows: Sequence[Row], answers: Sequence[str], labels: Sequence[str], by_row: ByRow, target: Path
+) -> None:
     with target.open('w', encoding='utf-8') as stream:
-        for row, answer, label in zip(rows, answers, labels, strict=True):
-            scores = score_texts([answer.strip()], [label.strip()])
-            content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
+        for row, answer, label, scores in zip(rows, answers, labels, by_row, strict=True):
+            rounded = {name: round(value, 4) for name, value in scores.items()}
+            content = {
+                'origin': row.origin,
+                'messages': row.messages[:-1],
+                'label': label,
+                'answer': answer,
+                'scores': rounded,
+            }
             if row.images:
                 content['images'] = row.images
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
@@ -253,7 +254,13 @@ class FirstStepGate(TrainerCallback):
         _, found, labels = result
         if not trainer.args.predict_with_generate:
             trainer.guard.judge_evaluation(_GATE, found.tolist(), [row['row'] for row in batch])
-        trainer.compute_metrics(EvalPrediction(predictions=found.cpu().numpy(), label_ids=labels.cpu().numpy()))
+        trainer.compute_metrics(
+            EvalPrediction(
+                predictions=found.cpu().numpy(),
+                label_ids=labels.cpu().numpy(),
+                inputs=np.array([row['row'] for row in batch]),
+            )
+        )
 
     def _save(self, scratch: Path) -> int:
         """Write a checkpoint to the folder `scratch`, and return its size in bytes.

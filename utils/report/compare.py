@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.report.html import CURVES
+from utils.report.html import curves_of
 from utils.report.page import Markup, page, section, table
 from utils.report.svg import Series, chart
 from utils.run.read_back import RunFiles, read_run
@@ -54,7 +54,7 @@ def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
 def render(a: RunFiles, b: RunFiles) -> str:
     """Return the comparison as HTML. Each chart shows both runs."""
     charts = []
-    for title, lines in CURVES:
+    for title, lines in curves_of(a, b):
         for line, key in lines:
             both = [Series(name=name, points=run.curve(key), colour=i) for i, name, run in ((1, 'A', a), (2, 'B', b))]
             charts.append(chart(f'{title}: {line}' if len(lines) > 1 else title, both))

@@ -16,6 +16,7 @@ from utils.base.logger import logger
 from utils.base.packages import versions
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready
+from utils.cli.scores import score_name
 from utils.proofs.secrecy import prove_secrecy
 from utils.report.html import write_report
 from utils.run.curves import plot_curves
@@ -68,12 +69,17 @@ def finish_run(
     state = trainer.state
     run_dir = run.folder
     asked.write(trainer.model, run_dir)
+    ended_early = trainer.early_stop.reason if trainer.early_stop is not None else None
+    if ended_early:
+        logger.info(ended_early)
+        run.decisions.append(ended_early)
     evaluations = [entry for entry in state.log_history if 'eval_runtime' in entry]
     best = Path(state.best_model_checkpoint or str(last_checkpoint(run_dir)))
     write_json(
         run_dir / RUN_JSON,
         {
             'steps': state.global_step,
+            'ended_early': ended_early,
             'processes': dist.world_size(),
             'seconds': round(time.time() - started, 1),
             'train_tokens_per_second': trainer.speedometer.tokens_per_second(),
@@ -93,7 +99,8 @@ def finish_run(
     )
     write_json(run_dir / HISTORY_JSON, state.log_history)
 
-    pictures = plot_curves(state.log_history, run_dir / 'images')
+    scores = [score_name(word) for word in args.score] if args.predict_with_generate else []
+    pictures = plot_curves(state.log_history, run_dir / 'images', scores)
     logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures), tensorboard --logdir {run_dir / "runs"}')
 
     # The report is written twice: the scan for secrets must read the report, and the report must show its outcome.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from utils.cli.scores import score_name
 from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.svg import Series, chart
@@ -27,11 +28,25 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
+def score_names(run: RunFiles) -> list[str]:
+    """Return the names of the scores of generated answers that have no chart in CURVES."""
+    flags = run.record.flags
+    if not flags.get('predict_with_generate'):
+        return []
+    return [name for word in flags.get('score', ()) if (name := score_name(word)) != 'rouge-l']
+
+
+def curves_of(*runs: RunFiles) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+    """Return the charts of these runs: CURVES, and one for each other score of generated answers."""
+    names = dict.fromkeys(name for run in runs for name in score_names(run))
+    return [*((f'validation {name}', ((name, f'eval_{name}'),)) for name in names), *CURVES]
+
+
 def curves(run: RunFiles) -> Markup:
     """Return the charts of a run as HTML. A chart without points is omitted."""
     drawn = [
         chart(title, [Series(name=name, points=run.curve(key), colour=i) for i, (name, key) in enumerate(lines, 1)])
-        for title, lines in CURVES
+        for title, lines in curves_of(run)
     ]
     return Markup(f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else '')
 
@@ -118,6 +133,7 @@ def _tiles(run: RunFiles) -> Markup:
         ('validation loss', last.get('eval_loss')),
         ('token accuracy', last.get('eval_acc')),
         ('ROUGE-L', last.get('eval_rouge-l')),
+        *((name, last.get(f'eval_{name}')) for name in score_names(run)),
         ('tokens per second', outcome.get('train_tokens_per_second')),
         ('peak memory, GiB', outcome.get('peak_memory_gib')),
         ('seconds', outcome.get('seconds')),
@@ -152,6 +168,7 @@ def render(run: RunFiles) -> str:
         f'{name}: {run.folder.name}',
         Markup(f'<h1>{text(name)}</h1><p class="faint">{text(how)}</p>'),
         _tiles(run),
+        _line(outcome['ended_early']) if outcome.get('ended_early') else '',
         section('What was proven', _proofs(run)),
         section('Curves', curves(run)),
         section('Before and after', *_answers(run)),

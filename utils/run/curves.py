@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def plot_curves(log_history: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write one PNG file for each curve that the run logged, and return the paths of the files."""
+def plot_curves(log_history: list[dict[str, Any]], folder: Path, scores: Sequence[str] = ()) -> list[Path]:
+    """Write one PNG file for each curve that the run logged, and return the paths of the files.
+
+    `scores` are the names of the scores of generated answers.
+    """
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for key, title in _CURVES.items():
+    curves = {f'eval_{name}': f'validation {name}' for name in scores} | _CURVES
+    for key, title in curves.items():
         entries = [entry for entry in log_history if key in entry and math.isfinite(entry[key])]
         if not entries:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from utils.base.packages import toolkit, versions
 from utils.cli.arguments import SftArguments, flag_types
 from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready
+from utils.cli.scores import own_score, own_words
 from utils.data.sources import abbreviated
 
 # The flags that decide which rows are trained on and which rows are held out.
@@ -46,6 +48,7 @@ def flag_words(name: str, value: Any) -> list[str]:
 
 def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
     """Return the content of lock.json. The hash of the template is added later, when the tokenizer is open."""
+    scored = done.args.score if done.args.predict_with_generate else []
     return {
         'command': typed_words(done),
         # The folder in which the command was started. Relative paths in the command start at this folder.
@@ -53,9 +56,31 @@ def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[
         'processes': dist.world_size(),
         'base_model': base_model,
         'data': data,
+        # {word of --score: sha256 of its file} for each function of a file.
+        'scores': {word: _sha256_of_score(word) for word in own_words(scored)},
         'versions': versions(),
         'toolkit': toolkit(),
     }
+
+
+def _sha256_of_score(word: str) -> str:
+    own = own_score(word)
+    assert own is not None, 'only called for functions of files'
+    return hashlib.sha256(own.file.read_bytes()).hexdigest()
+
+
+def warn_of_other_scores(then: dict[str, Any], now: dict[str, Any], warnings: list[str]) -> None:
+    """Add a warning for each file of --score whose content differs between two runs.
+
+    `then` and `now` are the contents of the two lock.json files.
+    """
+    earlier = then.get('scores', {})
+    for word, sha256 in now['scores'].items():
+        if earlier.get(word, sha256) != sha256:
+            warnings.append(
+                f'--score {word}: the file is not that of the earlier run (sha256 {earlier[word][:12]}, now '
+                f'{sha256[:12]}): the scores may differ.'
+            )
 
 
 def read_lock(run_dir: Path) -> dict[str, Any]:
@@ -81,7 +106,14 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     except ConfigError as error:
         parsed.problems.add(error.problems[0])
         return parsed
-    return parse(SftArguments, words, program='llm_sft.py', about='', earlier=lock['command'])
+    whole = parse(SftArguments, words, program='llm_sft.py', about='', earlier=lock['command'])
+    if 'score' not in parsed.typed and own_words(whole.args.score):
+        typed = ' '.join(whole.args.score)
+        whole.problems.add(
+            f'--from_run {parsed.args.from_run}: the run was scored by a function of a file, and such a function is '
+            f'only executed if it is typed now. Add --score {typed}.'
+        )
+    return whole
 
 
 def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
@@ -104,6 +136,7 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
             _compare(problems, f'the rows of {source}', then, now, remedy='--dataset')
     problems.raise_if_any()
 
+    warn_of_other_scores(earlier, lock, done.warnings)
     for name in sorted({*earlier['versions'], *lock['versions']}):
         then = earlier['versions'].get(name)
         now = lock['versions'].get(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base import dist
-from utils.base.errors import Problems
+from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json, write_json
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
@@ -43,10 +43,21 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
         decided.decisions += rows.decisions(args.loss_scope)
         decided.warnings += rows.noted.lines('noted')
 
+    if args.early_stop and not _holds_out(rows, args):
+        raise ConfigError(
+            f'--early_stop {args.early_stop} needs validation rows, and none are held out. Raise --dataset_test_ratio '
+            '(--stream_val_rows with --streaming true), or remove --early_stop.'
+        )
     log_decisions(decided)
     done.decisions += decided.decisions
     done.warnings += decided.warnings
     return rows
+
+
+def _holds_out(rows: Plan | Streams, args: SftArguments) -> bool:
+    if isinstance(rows, Plan):
+        return any(VAL in part.uses for part in rows.parts)
+    return bool(first_rows(rows, min(args.stream_val_rows, 1)))
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
@@ -82,6 +93,12 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
 def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any]]:
     """Return the data entry of lock.json: for each data set, the number of rows and their hash."""
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
+
+
+def held_out_rows(rows: Plan | Streams, stream_val_rows: int) -> dict[str, Row]:
+    """Return the validation rows of a training run, by their origin (file and line)."""
+    found = (row for _, row in rows.rows(VAL)) if isinstance(rows, Plan) else first_rows(rows, stream_val_rows)
+    return {row.origin: row for row in found}
 
 
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,22 @@ from utils.encode.encoder import Encoder
 from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
+from utils.infer.scores import Scores
 from utils.loading.image_processors import Images
 from utils.loading.layers import is_sharded
 from utils.run.folder import Run
-from utils.train.callbacks import EpochOrder, EvaluateAtEnd, EvaluationCutError, Speedometer, StopCallback
+from utils.train.callbacks import (
+    EarlyStop,
+    EndedEarlyError,
+    EpochOrder,
+    EvaluateAtEnd,
+    EvaluationCutError,
+    Speedometer,
+    StopCallback,
+)
 from utils.train.checkpoints import Checkpoints
 from utils.train.guard import Guard, check_positions
-from utils.train.metrics import compute_loss_metrics, generation_metrics
+from utils.train.metrics import GenerationMetrics, compute_loss_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
@@ -42,6 +52,8 @@ from utils.train.trainer_args import make_schedule, training_arguments
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
+
+    from utils.formats.conversation import Row
 
 # The model inputs of a batch without images. Images add further inputs.
 _TEXT_INPUTS = ('input_ids', 'attention_mask', 'position_ids')
@@ -67,6 +79,7 @@ class SftTrainer(Seq2SeqTrainer):
         scorer: Scorer,
         groups_by_length: bool,
         images: Images | None = None,
+        early_stop: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -90,8 +103,11 @@ class SftTrainer(Seq2SeqTrainer):
         # With True the base class counts the trained tokens of a step (num_items_in_batch) for any model. compute_loss
         # divides by this number.
         self.model_accepts_loss_kwargs = True
+        self.early_stop = EarlyStop(early_stop) if early_stop else None
         for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
             self.add_callback(callback)
+        if self.early_stop is not None:
+            self.add_callback(self.early_stop)
 
     def log_to(self, run_dir: Path) -> None:
         """On the main process, write TensorBoard logs to runs/ and the trainer's arguments to training_args.json."""
@@ -155,6 +171,14 @@ class SftTrainer(Seq2SeqTrainer):
             # batch, so joined batches need no more memory than the gate.
             self.capacity = sum(heapq.nlargest(args.train_batch_size, self.order.lengths))
         return self.order
+
+    @overrides(Seq2SeqTrainer)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train one epoch. A resumed run trains no step if the evaluation that it repeats is the last attempt."""
+        try:
+            super()._run_epoch(*args, **kwargs)
+        except EndedEarlyError:
+            self.checkpoints.save()
 
     @overrides(Seq2SeqTrainer)
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -346,13 +370,17 @@ class SftTrainer(Seq2SeqTrainer):
     def _finish_cut_evaluation(self, checkpoint: str) -> None:
         """Repeat the evaluation that the stopped run did not finish.
 
-        If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint.
+        If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint. Raises EndedEarlyError
+        if --early_stop ends the run now.
         """
         metrics = self.evaluate()
         self.evaluation_pending = False
-        is_saved = self.state.global_step % self.args.save_steps == 0
+        ends = self.early_stop is not None and self.early_stop.reason is not None
+        is_saved = self.state.global_step % self.args.save_steps == 0 or ends
         if is_saved and super()._determine_best_metric(metrics, None):
             self.state.best_model_checkpoint = checkpoint
+        if ends:
+            raise EndedEarlyError
 
 
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -379,18 +407,38 @@ class TrainerSetup:
     dtype: torch.dtype
     generation: GenerationConfig
     images: Images | None = None
+    # The metrics of generated answers, with --predict_with_generate.
+    metrics: GenerationMetrics | None = None
 
 
 def build_trainer(
-    args: SftArguments, run: Run, model: Any, encoder: Encoder, data: PreparedData, *, dtype: torch.dtype
+    args: SftArguments,
+    run: Run,
+    model: Any,
+    encoder: Encoder,
+    data: PreparedData,
+    *,
+    dtype: torch.dtype,
+    scores: Scores | None = None,
+    held_out: Mapping[str, Row] | None = None,
 ) -> SftTrainer:
-    """Return the trainer of a run. It writes its logs to the run folder."""
+    """Return the trainer of a run. It writes its logs to the run folder.
+
+    `scores` are for --predict_with_generate. `held_out` has the validation rows by origin; it is only read by scores
+    that are functions of a file.
+    """
+    metrics = None
+    if scores is not None:
+        rows = held_out or {}
+        validation = data.val.longest_first()
+        metrics = GenerationMetrics(encoder.tokenizer, scores, lambda index: rows[validation.origin(index)])
     setup = TrainerSetup(
         run=run,
         tokenizer=encoder.tokenizer,
         dtype=dtype,
         generation=generation_config(args, encoder.tokenizer, encoder.stop_ids, model.generation_config),
         images=encoder.images,
+        metrics=metrics,
     )
     trainer = make_trainer(args, model, data, setup)
     trainer.log_to(run.folder)
@@ -432,6 +480,7 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     return SftTrainer(
         run=setup.run,
         save_total_limit=args.save_total_limit,
+        early_stop=args.early_stop if len(data.val) else 0,
         generation=setup.generation,
         images=setup.images,
         model=model,
@@ -442,5 +491,5 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         eval_dataset=data.val.longest_first() if len(data.val) else None,
         data_collator=Collator(pad_id, setup.images, pads=not is_concatenated),
         processing_class=setup.tokenizer,
-        compute_metrics=generation_metrics(setup.tokenizer) if args.predict_with_generate else compute_loss_metrics,
+        compute_metrics=setup.metrics or compute_loss_metrics,
     )
