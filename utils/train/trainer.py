@@ -266,6 +266,8 @@ class SftTrainer(Seq2SeqTrainer):
         except EvaluationCutError:
             set_random_state(before)
             self.evaluation_pending = True
+            # Otherwise the base class would evaluate once more at the end of the epoch.
+            self.control.should_evaluate = False
             self.control.should_save = True
             self.control.should_training_stop = True
             return {}
