@@ -158,6 +158,11 @@ class SftArguments(CommonArguments):
         0.05, 'share of the steps with a rising learning rate, at most half of them; no step has a rate of 0'
     )
     eval_steps: int = flag(50, 'steps between evaluations')
+    drift: bool | None = flag(
+        None,
+        'at each evaluation, measure how far the model moved from its base on 32 neutral texts (eval_drift_kl); None: '
+        'true for lora without DeepSpeed and FSDP',
+    )
     early_stop: int = flag(
         0, 'end after this number of evaluations in a row that were not better than the best one before; 0: off'
     )

@@ -295,10 +295,26 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
     elif args.lora_target_modules is None and done.info is not None and args.model_type is not None:
         done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
 
+    _resolve_drift(done)
     if args.only_save_model is None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None
         reason = f'sft_type is {args.sft_type}' + (' with DeepSpeed' if args.deepspeed_config_path else '')
         done.decide('only_save_model', not resumable, reason)
+
+
+def _resolve_drift(done: Resolution[SftArguments]) -> None:
+    """Decide --drift. It compares the model with the same model without its adapter, on each process alone."""
+    args = done.args
+    reason = None
+    if args.sft_type == 'full':
+        reason = '--sft_type full has no adapter that could be switched off to compare with the base'
+    elif args.fsdp or args.deepspeed_config_path is not None:
+        reason = 'no process holds all weights with --fsdp or --deepspeed_config_path'
+
+    if args.drift is None:
+        done.decide('drift', reason is None, reason or 'sft_type is lora')
+    elif args.drift and reason is not None:
+        done.problems.add(f'--drift true: {reason}. Remove --drift.')
 
 
 def _resolve_schedule(done: Resolution[SftArguments]) -> None:

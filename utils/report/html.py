@@ -23,6 +23,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ('validation token accuracy', (('accuracy', 'eval_acc'),)),
     ('validation ROUGE-L', (('ROUGE-L', 'eval_rouge-l'),)),
     ('validation BLEU-4', (('BLEU-4', 'eval_bleu-4'),)),
+    ('drift from the base on neutral texts, nats', (('KL', 'eval_drift_kl'),)),
     ('gradient norm', (('gradient norm', 'grad_norm'),)),
     ('learning rate', (('learning rate', 'learning_rate'),)),
 )
@@ -134,6 +135,7 @@ def _tiles(run: RunFiles) -> Markup:
         ('token accuracy', last.get('eval_acc')),
         ('ROUGE-L', last.get('eval_rouge-l')),
         *((name, last.get(f'eval_{name}')) for name in score_names(run)),
+        ('drift, KL in nats', last.get('eval_drift_kl')),
         ('tokens per second', outcome.get('train_tokens_per_second')),
         ('peak memory, GiB', outcome.get('peak_memory_gib')),
         ('seconds', outcome.get('seconds')),

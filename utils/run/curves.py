@@ -16,6 +16,7 @@ _CURVES = {
     'eval_acc': 'validation token accuracy',
     'eval_rouge-l': 'validation ROUGE-L',
     'eval_bleu-4': 'validation BLEU-4',
+    'eval_drift_kl': 'drift from the base on neutral texts, nats',
 }
 
 # A smoothed curve is drawn only if there are more points than this. With fewer points it would only lag behind them.

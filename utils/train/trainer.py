@@ -43,6 +43,7 @@ from utils.train.callbacks import (
     StopCallback,
 )
 from utils.train.checkpoints import Checkpoints
+from utils.train.drift import Drift
 from utils.train.guard import Guard, check_positions
 from utils.train.metrics import GenerationMetrics, compute_loss_metrics
 from utils.train.overrides import overrides
@@ -80,6 +81,7 @@ class SftTrainer(Seq2SeqTrainer):
         groups_by_length: bool,
         images: Images | None = None,
         early_stop: int = 0,
+        drift: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -103,6 +105,7 @@ class SftTrainer(Seq2SeqTrainer):
         # With True the base class counts the trained tokens of a step (num_items_in_batch) for any model. compute_loss
         # divides by this number.
         self.model_accepts_loss_kwargs = True
+        self.drift = Drift(self) if drift else None
         self.early_stop = EarlyStop(early_stop) if early_stop else None
         for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
             self.add_callback(callback)
@@ -285,6 +288,8 @@ class SftTrainer(Seq2SeqTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         if not self.args.predict_with_generate:
             self.guard.judge_evaluation(f'step {self.state.global_step}', output.predictions, itertools.count())
+        if self.drift is not None and output.metrics is not None:
+            output.metrics['eval_drift_kl'] = self.drift.measure()
         return output
 
     @overrides(Seq2SeqTrainer)
@@ -483,6 +488,7 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         run=setup.run,
         save_total_limit=args.save_total_limit,
         early_stop=args.early_stop if len(data.val) else 0,
+        drift=bool(args.drift),
         generation=setup.generation,
         images=setup.images,
         model=model,
