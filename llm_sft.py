@@ -83,6 +83,7 @@ def carry_out(
     from utils.report.finish import finish_run, stopped
     from utils.train.end_token import warn_of_untrained_ends
     from utils.train.prepare import prepare_model
+    from utils.train.row_losses import RowLosses
     from utils.train.trainer import build_trainer
 
     args = done.args
@@ -125,6 +126,8 @@ def carry_out(
 
     checked = data.spread(MASK_ROWS)
     prove_mask(checked, data.summary, trainer.data_collator, encoder, run.folder)
+    row_losses = RowLosses(trainer, args.compare_rows, args.resume_from_checkpoint)
+    trainer.add_callback(row_losses)
     trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
@@ -133,6 +136,7 @@ def carry_out(
     if trainer.stopped:
         raise stopped(trainer, run.folder, done)
 
+    row_losses.finish()
     summary = data.final()
     if dist.is_main():
         finish_run(args, trainer, run, started=started, data=summary, asked=asked)

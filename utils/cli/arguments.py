@@ -218,6 +218,11 @@ class SftArguments(CommonArguments):
     report_samples: int = flag(
         3, 'number of rows answered before and after tuning for the report, up to 64 tokens; 0: none'
     )
+    compare_rows: int = flag(
+        32,
+        'number of validation rows whose loss before tuning is computed too, for the report and rows.jsonl; -1: all, '
+        'which costs one more evaluation; 0: none',
+    )
     test_oom_error: bool = flag(False, 'train the longest rows first, so that an out-of-memory error occurs at once')
     preflight: bool = flag(
         True, 'before training, try a step, an evaluation and a checkpoint on the heaviest rows, and undo them'

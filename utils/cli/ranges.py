@@ -78,6 +78,7 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
     _check_number(done, 'learning_rate', args.learning_rate is None or args.learning_rate > 0, 'a number above 0')
     _check_number(done, 'train_dataset_sample', args.train_dataset_sample == -1 or args.train_dataset_sample >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
+    _check_number(done, 'compare_rows', args.compare_rows >= -1, '0 or more, or -1 for all')
     _check_number(done, 'save_total_limit', args.save_total_limit == -1 or args.save_total_limit >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
 

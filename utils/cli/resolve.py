@@ -296,6 +296,7 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
         done.decide('lora_target_modules', list(done.info.lora_target_modules), 'the model entry names them')
 
     _resolve_drift(done)
+    _resolve_compare_rows(done)
     if args.only_save_model is None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None
         reason = f'sft_type is {args.sft_type}' + (' with DeepSpeed' if args.deepspeed_config_path else '')
@@ -315,6 +316,19 @@ def _resolve_drift(done: Resolution[SftArguments]) -> None:
         done.decide('drift', reason is None, reason or 'sft_type is lora')
     elif args.drift and reason is not None:
         done.problems.add(f'--drift true: {reason}. Remove --drift.')
+
+
+def _resolve_compare_rows(done: Resolution[SftArguments]) -> None:
+    args = done.args
+    reason = None
+    if args.predict_with_generate:
+        reason = 'evaluation is by generated answers, and the loss of rows is not computed'
+    elif args.fsdp or args.deepspeed_config_path is not None:
+        reason = 'no process holds all weights with --fsdp or --deepspeed_config_path'
+    if reason is None:
+        return
+    done.without_effect(('compare_rows',), reason)
+    done.decide('compare_rows', 0, reason)
 
 
 def _resolve_schedule(done: Resolution[SftArguments]) -> None:

@@ -170,6 +170,13 @@ class EncodedRows:
             batches.append(by_loss)
         return [[self[index] for index in batch] for batch in batches]
 
+    def evenly(self, count: int) -> EncodedRows:
+        """Return `count` of these rows, spread evenly over them. Returns all rows if `count` is -1 or too large."""
+        if count < 0 or count >= len(self):
+            return self
+        chosen = np.arange(count, dtype=np.int64) * len(self) // count
+        return EncodedRows(self.arrays, self._ordered(np.arange(len(self), dtype=np.int32))[chosen])
+
     def longest_first(self) -> EncodedRows:
         """Return the same rows sorted by length, the longest first."""
         by_length = np.argsort(-self.sizes(), kind='stable').astype(np.int32)

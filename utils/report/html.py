@@ -11,6 +11,7 @@ from typing import Any
 from utils.cli.scores import score_name
 from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
+from utils.report.rows import losses_section
 from utils.report.svg import Series, chart
 from utils.run.lock import described
 from utils.run.read_back import RunFiles, read_run
@@ -174,6 +175,7 @@ def render(run: RunFiles) -> str:
         section('What was proven', _proofs(run)),
         section('Curves', curves(run)),
         section('Before and after', *_answers(run)),
+        section('Validation rows before and after', *losses_section(run.rows)),
         section('Use it and repeat it', *(map(block, commands) if best else [])),
         section('Data', *_data(run)),
         section('One row as it was trained (the marked text has loss)', _sample(run.sample)),

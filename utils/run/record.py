@@ -31,7 +31,7 @@ _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 _RESTORE = 'Put back the file that the run wrote.'
 _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
-_SHOWN = ('show_samples', 'report_samples', 'drift', 'from_run', 'doctor')
+_SHOWN = ('show_samples', 'report_samples', 'drift', 'compare_rows', 'from_run', 'doctor')
 # The fields of sft_args.json that are not flags.
 _FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows')
 

@@ -106,6 +106,8 @@ class SftTrainer(Seq2SeqTrainer):
         # divides by this number.
         self.model_accepts_loss_kwargs = True
         self.drift = Drift(self) if drift else None
+        # The result of the last evaluation by loss: summed loss, hits and trained tokens of each validation row.
+        self.last_sums: Any = None
         self.early_stop = EarlyStop(early_stop) if early_stop else None
         for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
             self.add_callback(callback)
@@ -288,9 +290,16 @@ class SftTrainer(Seq2SeqTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         if not self.args.predict_with_generate:
             self.guard.judge_evaluation(f'step {self.state.global_step}', output.predictions, itertools.count())
+            self.last_sums = output.predictions
         if self.drift is not None and output.metrics is not None:
             output.metrics['eval_drift_kl'] = self.drift.measure()
         return output
+
+    def sums_by_row(self, rows: EncodedRows) -> Any:
+        """Return the summed loss, the hits and the trained tokens of each row, (N, 3). Nothing is logged."""
+        self.gather_function = self.accelerator.gather_for_metrics
+        loader = self.get_eval_dataloader(rows)
+        return super().evaluation_loop(loader, 'rows', prediction_loss_only=False).predictions
 
     @overrides(Seq2SeqTrainer)
     def prediction_step(
