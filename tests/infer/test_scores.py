@@ -142,7 +142,7 @@ def test_wrong_scores_are_reported_together(
     (tmp_path / 'cut.py').write_text('def f(:\n')
     words = [
         'rogue', 'exact', 'exact', f'{own}:1x', f'{own}:loss', f'{own}:lenght', f'{tmp_path}/none.py:f',
-        f'{tmp_path}/cut.py:f',
+        f'{tmp_path}/cut.py:g',
     ]  # fmt: skip
     command = ['--model_id_or_path', str(model_dir), '--dataset', str(data_file), '--score', *words]
     assert llm_infer.main(command) == 2
@@ -154,7 +154,7 @@ def test_wrong_scores_are_reported_together(
         f"--score '{own}:loss': an evaluation logs other values as 'loss'. Rename the function.",
         f"--score {own}:lenght: {own} defines no function 'lenght': did you mean 'length'?",
         f'--score {tmp_path}/none.py:f: {tmp_path}/none.py is not a file (looked in {tmp_path}). Correct the path.',
-        f'--score {tmp_path}/cut.py:f: {tmp_path}/cut.py:1 cannot be read: invalid syntax',
+        f'--score {tmp_path}/cut.py:g: {tmp_path}/cut.py:1 cannot be read: invalid syntax',
     ):
         assert any(problem.startswith(wanted) for problem in problems())
 

@@ -80,9 +80,10 @@ def check_score_files(words: Sequence[str], problems: Problems) -> None:
             names = _defined_names(own.file.read_bytes())
         except (SyntaxError, ValueError, OSError) as error:
             line = f':{error.lineno}' if isinstance(error, SyntaxError) and error.lineno else ''
-            problems.add(f'--score {word}: {own.file}{line} cannot be read: {error}. Correct the file.')
+            why = error.msg if isinstance(error, SyntaxError) else error
+            problems.add(f'--score {word}: {own.file}{line} cannot be read: {why}. Correct the file.')
             continue
-        if own.function not in names and '*' not in names:
+        if own.function.isidentifier() and own.function not in names and '*' not in names:
             problems.add(
                 f"--score {word}: {own.file} defines no function '{own.function}'"
                 f'{did_you_mean(own.function, names)} Add the function, or correct the name.'
