@@ -21,7 +21,7 @@ from utils.loading.folder import is_adapter
 from utils.loading.image_processors import Images, open_images
 from utils.loading.weights import Weights
 from utils.run.folder import log_decisions, result_path
-from utils.run.open_model import find_weights, open_encoder, open_model
+from utils.run.open_model import find_weights, open_encoder, open_model, set_template
 from utils.run.processes import start_processes
 from utils.run.program import run_program
 from utils.run.record import Trained, check_base, fill_from_run, open_checkpoint
@@ -94,6 +94,8 @@ def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trai
     done = settle_infer(resolved)
     if trained is not None and 'dtype' not in done.typed and 'dtype' in trained.record.asked:
         done.decide('dtype', done.args.dtype, 'the run was trained in it')
+    if trained is not None and done.args.chat_template == str(trained.checkpoint):
+        done.decide('chat_template', done.args.chat_template, 'the checkpoint holds the one of its run')
     return done, trained
 
 
@@ -127,6 +129,7 @@ def export(done: Ready[InferArguments], weights: Weights) -> None:
 
     args = done.args
     model, tokenizer, _ = open_model(args, done.info, weights, trains=False)
+    set_template(args, tokenizer)
     images = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
     export_native(model.eval(), tokenizer, Path(str(args.output_dir)), images)
     logger.info(f'written: {args.output_dir}, for AutoModelForCausalLM or --model_id_or_path')
@@ -145,8 +148,8 @@ class Served:
 def open_served(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> Served:
     """Open and return the model (with the adapter of the checkpoint), tokenizer, encoder and generation settings.
 
-    If the template has changed since training, raises ConfigError. If --template_type is typed, only a warning is
-    logged.
+    If the template has changed since training, raises ConfigError. If a template or a setting of it is typed, only a
+    warning is logged.
     """
     from transformers import set_seed
 
@@ -165,7 +168,7 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     system_typed = 'system' in done.typed or (trained is not None and trained.record.system_typed)
     encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
     if trained is not None:
-        check_trained_template(encoder, trained, typed='template_type' in done.typed)
+        check_trained_template(encoder, trained, typed=done.typed)
         ask_as_trained(encoder, trained.record)
     config = generation_config(args, tokenizer, encoder.stop_ids, model.generation_config)
     return Served(model=model, tokenizer=tokenizer, encoder=encoder, config=config)

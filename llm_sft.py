@@ -9,14 +9,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from utils.base import dist
+from utils.base.names import TEMPLATE_FLAGS
 from utils.checks.machine import check_machine
 from utils.cli.arguments import SftArguments
 from utils.cli.machine import settle_sft
 from utils.cli.parser import parse
 from utils.cli.resolution import Ready, Resolution
 from utils.cli.resolve import resolve_sft
-from utils.data.parts import TRAIN, Streams
-from utils.data.plan import Plan, some_rows
+from utils.data.parts import TRAIN
+from utils.data.plan import Plan
+from utils.data.stream_parts import Streams, some_rows
 from utils.loading.image_processors import open_images
 from utils.run.folder import Run, log_decisions, open_run
 from utils.run.lock import repeat
@@ -96,7 +98,7 @@ def carry_out(
     if args.sft_type == 'lora':
         warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
 
-    note_template(run, encoder, None if 'template_type' in typed_now else args.from_run)
+    note_template(run, encoder, None if set(TEMPLATE_FLAGS) & set(typed_now) else args.from_run)
     if args.resume_from_checkpoint is not None:
         check_resumed_template(Path(args.resume_from_checkpoint), run.record)
     prove_template(encoder, some_rows(rows, TRAIN, ROWS), run.folder)

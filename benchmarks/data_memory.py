@@ -1,6 +1,9 @@
 """Peak anonymous memory, above the imported libraries, of the data check and of encoding, at two sizes of data.
 
-python benchmarks/data_memory.py [SMALL LARGE]   (default: 100000 1000000 rows; allow 20 minutes)
+python benchmarks/data_memory.py [SMALL LARGE]   (default: 100000 1000000 rows; allow an hour)
+
+The data check runs on good rows, whose copy it also writes, and on rows with a finding each: a column and a key that no
+other row has, mis-decoded text, and a role that is not known in every second row.
 
 Memory-mapped files do not count, because the system can drop them at any time (RssAnon in /proc/self/status). Every
 measurement is a separate process.
@@ -36,8 +39,18 @@ def write_file(path: Path, count: int) -> None:
             stream.write(json.dumps({'instruction': f'{query} {index}', 'input': '', 'output': reply}) + '\n')
 
 
+def write_findings(path: Path, count: int) -> None:
+    """Write short rows, each with its own problems, so that no two rows have the same text or names."""
+    with path.open('w', encoding='utf-8') as stream:
+        for index in range(count):
+            reply = {'role': f'narrator {index}' if index % 2 else 'assistant', 'content': 'cafÃ©', f'key {index}': 'x'}
+            turns = [{'role': 'user', 'content': f'what is {index}?'}, reply]
+            stream.write(json.dumps({'messages': turns, f'column {index}': 'y'}) + '\n')
+
+
 def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
     """Run one task in this process; returns its peak in MB above the libraries, and its seconds."""
+    from utils.checks.clean_copy import CleanCopy
     from utils.checks.dataset import DataCheck, Seen
     from utils.data.encode_plan import batches, prepare_data
     from utils.data.plan import plan_rows
@@ -64,8 +77,11 @@ def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
         if task == 'encoding':
             prepare_data(encoder, plan, Path(name))
         else:
-            with (Path(name) / 'findings.jsonl').open('w', encoding='utf-8') as stream:
-                check = DataCheck(encoder, 2048, stream, Seen(Path(name) / 'seen.db'))
+            with (
+                (Path(name) / 'findings.jsonl').open('w', encoding='utf-8') as stream,
+                CleanCopy(Path(name) / 'copy.jsonl', marks_loss=True) as copy,
+            ):
+                check = DataCheck(encoder, 2048, stream, Seen(Path(name) / 'seen.db'), copy=copy)
                 for batch in batches(plan.used()):
                     check.examine(batch)
     seconds = time.perf_counter() - start
@@ -82,10 +98,12 @@ def main() -> None:
     sizes = tuple(map(int, sys.argv[1:])) or SIZES
     directory = tokenizer_directory()
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f'{size}.jsonl' for size in sizes]
-        for file, size in zip(files, sizes, strict=True):
-            write_file(file, size)
-        for task in ('data check', 'encoding'):
+        for task, write in (
+            ('data check', write_file), ('data check with findings', write_findings), ('encoding', write_file)
+        ):  # fmt: skip
+            files = [Path(folder) / f'{write.__name__}-{size}.jsonl' for size in sizes]
+            for file, size in zip(files, sizes, strict=True):
+                write(file, size)
             peaks = []
             for file, size in zip(files, sizes, strict=True):
                 words = [sys.executable, __file__, '--measure', task, str(file), str(directory)]

@@ -19,6 +19,8 @@ from tests.support.tiny_models import make_model, make_tokenizer
 from utils import dataset
 from utils.checks import dataset as dataset_check
 from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order
+from utils.data.tally import Tally
+from utils.encode.account import leaves
 from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY
 
 Plain = dict[str, Any]
@@ -283,6 +285,35 @@ def test_turns_that_a_template_cannot_say_are_left_out_by_name(tokenizer_dir: Pa
     assert code == 1 and [(f['line'], f['kind']) for f in findings] == [(1, 'left_out')]
     assert "turn 2 is a tool call turn, and template 'chatml' has only assistant turns there" in findings[0]['reason']
     assert report['lengths']['tokens'] > 0
+
+
+def test_names_and_reasons_of_the_data_do_not_fill_the_memory(tokenizer_dir: Path, tmp_path: Path) -> None:
+    def row(index: int) -> Plain:
+        reply = {'role': 'assistant' if index % 2 else f'narrator {index}', 'content': 'a', f'key {index}': 'x'}
+        return {'messages': [{'role': 'user', 'content': f'{index}'}, reply], f'column {index}': 'y' * 2000}
+
+    file = write_jsonl(tmp_path / 'a.jsonl', [row(index) for index in range(1, 1801)])
+    _, findings, report = examine(tokenizer_dir, tmp_path / 'out', str(file))
+    for kind, rows, other in (('left_out', 900, 400), ('noted', 1800, 1300)):
+        counts = {reason: found['rows'] for reason, found in report[kind].items()}
+        assert len(counts) == 501 and sum(counts.values()) == rows
+        assert counts['another reason than the first 500'] == other
+    account = report['account']
+    assert len(account['unused']) == len(account['fields']) == 501
+    assert account['unused']['another column or key than the first 500'] == 650
+    assert sum(sum(counts.values()) for counts in account['fields'].values()) == sum(
+        len(leaf.text) for index in range(1, 1801) for leaf in leaves(row(index))
+    )
+    reasons = {finding['reason'] for finding in findings}
+    assert len(reasons) == len(findings) == 900 + 1800 and 'column `column 1799` is not used' in reasons
+
+
+def test_a_long_reason_is_shortened_in_the_counts() -> None:
+    tally, other = Tally(), Tally()
+    for part in (tally, other):
+        part.add('unknown role ' + 'x' * 5000, 'a:1')
+    tally.merge(other)
+    assert tally.counts == {f'unknown role {"x" * 987} ...': 2} and tally.places.popitem()[1] == ['a:1', 'a:1']
 
 
 def test_rows_that_are_not_drawn_are_looked_at_but_not_measured(tokenizer_dir: Path, tmp_path: Path) -> None:

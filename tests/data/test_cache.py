@@ -229,7 +229,7 @@ def test_a_run_without_validation_rows_is_mapped_too(tmp_path: Path) -> None:
 def test_no_array_is_pickled(tmp_path: Path) -> None:
     prepare(write_jsonl(tmp_path / 'a.jsonl', ROWS), tmp_path)
     files = {f.name: f for f in (cache_dir() / entries()[0]).iterdir()}
-    assert len(files) == 20
+    assert len(files) == 24
     arrays = [f for name, f in files.items() if not name.endswith('.json')]
     assert not any(f.read_bytes()[:1] == b'\x80' for f in arrays)
     assert json.loads(files['sha256.json'].read_text()).keys() == files.keys() - {'sha256.json'}

@@ -20,8 +20,8 @@ from tests.support.tiny_models import make_tokenizer
 from utils import dataset
 from utils.base.errors import ConfigError
 from utils.data import stream
-from utils.data.parts import open_streams
 from utils.data.stream import TrainingStream, shuffled
+from utils.data.stream_parts import open_streams
 from utils.encode.make import make_encoder
 
 Run = Callable[..., Path]

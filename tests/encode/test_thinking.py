@@ -12,6 +12,7 @@ import pytest
 
 import llm_infer
 from tests.support.runs import write_jsonl
+from tests.support.templates import SWITCHED
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
@@ -23,15 +24,6 @@ from utils.proofs.template import ask_as_trained
 from utils.run.record import RunRecord
 
 SftRun = Callable[..., Path]
-# Like DeepSeek-V3.1 and EXAONE 4: closed, unless a variable opens it.
-SWITCHED = (
-    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
-    "{%- if m.role == 'assistant' and loop.last %}"
-    "{{- '<think>\\n' + (m.reasoning_content or '') + '</think>\\n\\n' }}{% endif %}"
-    "{{- m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}"
-    "{%- if not enable_thinking %}{{ '</think>\\n\\n' }}{% endif %}{% endif %}"
-)
 OPENED, CLOSED = '<|im_start|>assistant\n<think>\n', '<|im_start|>assistant\n<think>\n</think>\n\n'
 SWITCH = 'enable_thinking=True'
 

@@ -20,6 +20,7 @@ from tests.support.runs import run_program, small_flags
 from utils.base.names import HubName
 from utils.export import push, push_queue
 from utils.hub.clients import TOKEN_VARIABLES
+from utils.loading.chat_template import folder_templates, write_templates
 
 Run = Callable[..., Path]
 TOKEN = 'ms-canary-0123456789'
@@ -237,3 +238,11 @@ def test_canaries_are_found_nowhere(
     for place, data in places.items():
         content = everything_in(data)
         assert b'canary-' not in content and TOKEN.encode() not in content, place
+
+
+def test_named_templates_are_staged_in_their_folder(tmp_path: Path) -> None:
+    checkpoint = tmp_path / 'checkpoint-1'
+    checkpoint.mkdir()
+    write_templates(checkpoint, {'default': 'a', 'tool_use': 'b'})
+    inside = push.stage(tmp_path, checkpoint, strategy='push_best', progress={})
+    assert folder_templates(inside) == {'default': 'a', 'tool_use': 'b'}

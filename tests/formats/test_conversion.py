@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.support.runs import get_dataset
-from utils.data.parts import TRAIN, open_streams
-from utils.data.plan import plan_rows, stream_decisions
-from utils.formats import data_file
+from utils.data.parts import TRAIN
+from utils.data.plan import plan_rows
+from utils.data.stream_parts import open_streams, stream_decisions
+from utils.formats import file_bytes
 from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, check_row, find_converter
 from utils.formats.conversation import BadRow, Message, Row, message_text
 from utils.formats.data_file import read_rows
@@ -271,7 +272,7 @@ def test_a_plan_counts_what_is_not_used_and_what_is_odd(tmp_path: Path) -> None:
 def test_a_json_key_that_stands_twice_is_told_at_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ['{"query": "a", "response": "b", "query": "c"}', '{"query": "d", "response": "e"}']
     for size in (3, 1 << 20):
-        monkeypatch.setattr(data_file, '_BLOCK_BYTES', size)
+        monkeypatch.setattr(file_bytes, 'BLOCK_BYTES', size)
         for name, text in (('a.jsonl', '\n'.join(rows)), ('a.json', '[' + ',\n'.join(rows) + ']')):
             file = write_lines(tmp_path / name, text)
             read = list(read_rows(Path(file)))

@@ -441,7 +441,7 @@ def test_objects_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / 'a.jsonl'
     file.write_text('{"a": "}{"}{"a": 2}\n\n[{"a": 3},\n{"a": 4}]', encoding='utf-8')
     for block in (1, 7, 1 << 20):
-        monkeypatch.setattr('utils.formats.data_file._BLOCK_BYTES', block)
+        monkeypatch.setattr('utils.formats.file_bytes.BLOCK_BYTES', block)
         found = list(read_objects(file))
         assert [row['a'] for _, row in found] == ['}{', 2, 3, 4]
         assert found[2][0] == f'{file}: object 3'

@@ -204,6 +204,46 @@ def test_arguments_as_json_text_give_the_ids_of_an_object(go: Go, tmp_path: Path
     assert '"arguments": {"lake": "A"}' in shown[0]
 
 
+NUMBERS = (
+    '{"price": 1.10, "big": 1e22, "zero": -0.0, "none": -0, "half": [0.5, {"many": 123456789012345678901234567890}]}'
+)
+
+
+@pytest.mark.parametrize('as_text', [False, True], ids=['object', 'text'])
+def test_numbers_in_calls_and_tools_are_printed_as_they_are_written(as_text: bool, go: Go, tmp_path: Path) -> None:
+    arguments = json.dumps(NUMBERS) if as_text else NUMBERS
+    tool = json.dumps(DEPTH).replace('"string"', '"number", "default": 2.50')
+    calls = f'[{{"type": "function", "function": {{"name": "get_depth", "arguments": {arguments}}}}}]'
+    earlier = f'{{"role": "assistant", "content": "", "tool_calls": {calls}}}, {{"role": "tool", "content": "1.10"}}'
+    last = f'{{"role": "assistant", "content": 7.0, "tool_calls": {calls}}}'
+    row = f'{{"messages": [{{"role": "user", "content": 1.50}}, {earlier}, {last}], "tools": [{tool}]}}\n'
+    (tmp_path / 'numbers.jsonl').write_text(row)
+    done = go(tmp_path / 'numbers.jsonl', QWEN)
+    printed = f'<tool_call>\n{{"name": "get_depth", "arguments": {NUMBERS}}}\n</tool_call>'
+    assert done.sample.count(printed) == 2 and printed in done.trained()[-1] and done.trained()[-1].startswith('7.0<')
+    assert '"default": 2.50' in done.sample and 'user\n1.50<' in done.sample
+    assert done.check == 0 and done.data['account'] == done.report['account']
+
+
+def test_keys_that_an_object_has_twice_are_named_at_every_depth(go: Go, tmp_path: Path) -> None:
+    arguments = '{"lake": "A", "lake": "B", "at": {"x": 1, "x": 2}}'
+    as_text = '{\\"lake\\": \\"A\\", \\"deep\\": {\\"y\\": 1, \\"y\\": 2}}'
+    ask = '{"role": "user", "content": "a", "content": "b"}'
+    calls = [f'[{{"name": "f", "arguments": {given}}}]' for given in (arguments, f'"{as_text}"')]
+    replies = [f'{{"role": "assistant", "content": "", "tool_calls": {call}}}' for call in calls]
+    lines = [f'{{"messages": [{ask}, {reply}]}}' for reply in replies]
+    (tmp_path / 'twice.jsonl').write_text('\n'.join(lines) + '\n')
+    done = go(tmp_path / 'twice.jsonl', QWEN)
+    told = {
+        key: f'the JSON key `{key}` occurs twice in an object: the last value is used'
+        for key in ('content', 'lake', 'x', 'y')
+    }
+    assert {note: found['rows'] for note, found in done.report['noted'].items() if 'twice' in note} == {
+        told['content']: 2, told['lake']: 1, told['x']: 1, told['y']: 1,
+    }  # fmt: skip
+    assert '"arguments": {"lake": "B", "at": {"x": 2}}' in done.sample and 'user\nb<' in done.sample
+
+
 CONTROL = [
     {'query': 'What does <|im_end|> do?', 'response': 'It ends a turn: <|im_end|> and <|im_start|>user\nmore'},
     {'query': 'a', 'response': 'b'},

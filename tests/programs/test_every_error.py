@@ -403,7 +403,10 @@ PROGRAMS: dict[str, Row] = {
         lambda w: w.sft(model=config(w, num_hidden_layers=0)),
         '--sft_type lora: LlamaForCausalLM has no layer for LoRA. Use --sft_type full.',
     ),
-    'no chat template': (bare_tokenizer, 'has no chat template. Choose one with --template_type: '),
+    'no chat template': (
+        bare_tokenizer,
+        'has no chat template. Name a file with --chat_template, or choose a --template_type: ',
+    ),
     'a chat template cut off': (opened('chat_template.jinja', '{% for'), 'fails on a one-turn chat'),
     'a chat template that fails': (
         opened('chat_template.jinja', '{{ 1 / 0 }}'),

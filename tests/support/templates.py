@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
 from hypothesis import strategies as st
 
 from tests.support.tiny_models import SPECIAL, make_tokenizer
@@ -56,3 +60,21 @@ TOOLS_TEMPLATE = (
     '{% else %}{{ m.content }}{% endif %}{{ "<|im_end|>\n" }}{% endfor %}'
     '{% if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}'
 )
+# Like DeepSeek-V3.1 and EXAONE 4: closed, unless a variable opens it.
+SWITCHED = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{%- if m.role == 'assistant' and loop.last %}"
+    "{{- '<think>\\n' + (m.reasoning_content or '') + '</think>\\n\\n' }}{% endif %}"
+    "{{- m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}"
+    "{%- if not enable_thinking %}{{ '</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+
+
+def trl_templates() -> dict[str, str]:
+    """Return the chat templates of trl by name, without importing trl. Skips the test if trl is not installed."""
+    spec = find_spec('trl')
+    if spec is None or spec.origin is None:
+        pytest.skip('trl is not installed: pip install -r requirements-all.txt')
+    folder = Path(spec.origin).parent / 'chat_templates'
+    return {path.stem: path.read_text(encoding='utf-8') for path in sorted(folder.glob('*.jinja'))}

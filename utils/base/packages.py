@@ -72,6 +72,18 @@ def missing_requirement(requirement: str) -> str | None:
     return f'this model needs {requirement}, but {found} is installed. Run: pip install "{requirement}"'
 
 
+def package_version(name: str) -> str:
+    """Return the version of an installed package. Returns '' if the package is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ''
+
+
 def has_package(name: str) -> bool:
-    """Return whether a package is installed. The package is not imported."""
-    return importlib.util.find_spec(name) is not None
+    """Return whether a package is installed. The package is not imported.
+
+    A folder of the same name without Python files is no package. Some tools leave such a folder where they run.
+    """
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None

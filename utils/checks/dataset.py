@@ -5,21 +5,25 @@ Memory use does not grow with the size of the data.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
-from utils.cli.arguments import SftArguments
+from utils.base.names import Overlong
+from utils.checks import clean_copy
+from utils.checks.clean_copy import NOT_DRAWN_ROW, OF_VALIDATION, CleanCopy
+from utils.cli.arguments import SftArguments, without_amount
 from utils.cli.resolution import Ready, run_name
 from utils.data.encode_plan import EncodedAgain, batches, encode_batch
 from utils.data.encoding_report import EncodingReport
@@ -27,11 +31,14 @@ from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded
+from utils.encode.encoded import CONTROL_TOKENS, CUTS, DROPPED, REFUSED, SPLIT, Encoded
 from utils.encode.encoder import Encoder, cut_row
 from utils.formats.conversation import BadRow, Filtered, Message, Row
+from utils.formats.images import replace_tags
+from utils.formats.json_text import json_as_written
 from utils.loading.folder import read_config
 from utils.loading.gguf import dense_directory
+from utils.loading.image_processors import open_images_of_folder
 from utils.loading.weights import locate
 from utils.model import load_tokenizer
 from utils.run.open_model import open_encoder
@@ -45,8 +52,9 @@ PAST_POSITIONS = 'longer than the {} positions that config.json of the model sta
 MOJIBAKE = 'mojibake: UTF-8 that was read as another encoding'
 
 _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.msgpack', '*.h5')
-_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output')
-_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', 'query', 'instruction', 'input', 'tools')
+_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output', 'completion', 'answer', 'text')
+_ASKED_COLUMNS = ('query', 'instruction', 'input', 'prompt', 'question')
+_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', *_ASKED_COLUMNS, 'tools')
 _CONTROL = re.compile(r'<\|[A-Za-z_]{2,}\|>')
 # The second and later bytes of a UTF-8 character are 80 to BF. _LATER matches the characters that these bytes are in
 # Latin-1 and in Windows-1252.
@@ -83,28 +91,46 @@ class Findings(Tally):
         self.stream.write(json.dumps(record, ensure_ascii=False) + '\n')
 
 
+class Earlier(NamedTuple):
+    """An earlier row with the same content: its location, its use, and whether --write_clean may write it."""
+
+    place: str
+    use: int
+    may_write: bool
+
+
 class Seen:
-    """Finds rows and prompts that occurred earlier. Hash and location of each are in a file, not in memory."""
+    """Finds rows and prompts that occurred earlier. Hash and location of each are in a file, not in memory.
+
+    Of equal rows, the first one is stored, but a training row replaces any other row, and a validation row replaces a
+    row that is not used. So a validation row is found in the training set although other equal rows came before.
+    """
 
     def __init__(self, file: Path) -> None:
         self._database = sqlite3.connect(file, isolation_level=None)
-        for statement in ('pragma journal_mode=off', 'pragma synchronous=off', 'begin',
-                          'create table seen (hash integer primary key, place text, use integer)'):  # fmt: skip
+        for statement in ('pragma journal_mode=off', 'pragma synchronous=off', 'begin', 'create table seen '
+                          '(hash integer primary key, place text, use integer, may_write integer)'):  # fmt: skip
             self._database.execute(statement)
 
-    def find_earlier(self, content: Any, place: str, use: int) -> tuple[str, int] | None:
-        """Return (location, use) of the earlier row that has the same content.
+    def find_earlier(self, content: str, row: Earlier) -> Earlier | None:
+        """Return the earlier row that has the same content. `row` describes the row that has the content now.
 
-        If no earlier row has the same content, this content is stored, and None is returned.
+        If no earlier row has the same content, this content is stored, and None is returned. If the earlier row may not
+        be written and this row may, the next row with the same content is told that it may.
         """
-        digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
-        is_new = self._database.execute('insert or ignore into seen values (?, ?, ?)', (key, place, use)).rowcount
+        is_new = self._database.execute('insert or ignore into seen values (?, ?, ?, ?)', (key, *row)).rowcount
         if is_new:
             return None
 
-        earlier: tuple[str, int]
-        earlier = self._database.execute('select place, use from seen where hash = ?', (key,)).fetchone()
+        find = 'select place, use, may_write from seen where hash = ?'
+        earlier = Earlier(*self._database.execute(find, (key,)).fetchone())
+        by_priority = (UNUSED, VAL, TRAIN)
+        if by_priority.index(row.use) > by_priority.index(earlier.use):
+            self._database.execute('update seen set place = ?, use = ? where hash = ?', (row.place, row.use, key))
+        if row.may_write and not earlier.may_write:
+            self._database.execute('update seen set may_write = 1 where hash = ?', (key,))
         return earlier
 
 
@@ -114,14 +140,15 @@ class Lengths:
 
     max_length: int
     tokenizer: Any
+    overlong: Overlong = 'cut'
     longest: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count a row that has its full length. Returns the row, cut to --max_length as in training."""
+        """Count a row that has its full length. Returns the row, cut to --max_length if --overlong is cut."""
         length = len(row.input_ids)
-        cut = cut_row(row, self.max_length, self.tokenizer)
+        cut = row if self.overlong != 'cut' else cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
         trained = sum(end - start for start, end in (*cut.earlier, cut.trained))
 
@@ -163,6 +190,14 @@ def wrong_order(messages: Sequence[Message]) -> str | None:
     return None
 
 
+def _content(messages: Sequence[Message], row: Row) -> str:
+    """Return a text that is equal for rows with equal content. `messages` are all or some messages of the row."""
+    has_images = bool(row.images) or any('</img>' in message['content'] for message in messages)
+    content = [messages, row.tools, row.images, row.folder if has_images else None]
+    has_numbers = bool(row.tools) or any('tool_calls' in message for message in messages)
+    return (json_as_written if has_numbers else json.dumps)(content, sort_keys=True)
+
+
 def _reply_column(raw: dict[str, Any]) -> str:
     return next((column for column in _REPLY_COLUMNS if column in raw), '')
 
@@ -171,17 +206,27 @@ class DataCheck:
     """Examines rows, one batch at a time, and collects the findings."""
 
     def __init__(
-        self, encoder: Encoder, max_length: int, stream: TextIO, seen: Seen, positions: int | None = None
+        self,
+        encoder: Encoder,
+        max_length: int,
+        stream: TextIO,
+        seen: Seen,
+        positions: int | None = None,
+        copy: CleanCopy | None = None,
     ) -> None:
-        """`positions` is the number of positions in the model's config.json, or None if it has no such number."""
+        """`positions` is the number of positions in the model's config.json, or None if it has no such number.
+
+        The rows that can be trained on are added to `copy`, except rows of validation splits and repeated rows.
+        """
         self.encoder = encoder
+        self.copy = copy
         self.seen = seen
         self.positions = positions
         self.left_out = Findings('left_out', stream)
         self.defects = Findings('defect', stream)
         self.noted = Findings('noted', stream, skip=[CONTROL_TOKENS])
         self.filtered = Findings('filtered', stream)
-        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
+        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer, overlong=encoder.overlong)
         self.account = Account()
         # Log lines that describe what is excluded from training on purpose.
         self.decisions: list[str] = []
@@ -192,9 +237,14 @@ class DataCheck:
         self.rows['read'] += 1
         self.left_out.add(problem, place)
 
-    def examine(self, batch: Sequence[tuple[int, ReadRow]]) -> None:
-        """Check each (use, row) pair for problems. Rows that are used for training or validation are also encoded."""
+    def examine(self, batch: Sequence[tuple[int, ReadRow]], *, is_val: bool = False) -> None:
+        """Check each (use, row) pair for problems. Rows that are used for training or validation are also encoded.
+
+        `is_val` says whether the rows are from a validation split of the data.
+        """
         encoded: list[Row] = []
+        # The reason why a row is not added to the copy, by the id() of the row.
+        not_copied: dict[int, str] = {}
         columns: dict[str, str] = {}
         for use, (place, raw, row) in batch:
             self.rows['read'] += 1
@@ -210,78 +260,120 @@ class DataCheck:
             for note in row_notes(row):
                 self.noted.add(note, place, columns[place])
             self._check_text(place, raw)
-            self._check_repetition(use, row, columns[place])
+            repeats = self._check_repetition(Earlier(place, use, use != UNUSED and not is_val), row, columns[place])
+            if reason := OF_VALIDATION if is_val else repeats:
+                not_copied[id(row)] = reason
 
-            if problem := wrong_order(row.messages):
+            if not row.is_text and (problem := wrong_order(row.messages)):
                 self.defects.add(problem, place, columns[place])
-                self.account.skip(raw, LEFT_OUT)
-            elif use != UNUSED:
+            if use != UNUSED:
                 encoded.append(row)
             else:
                 self.account.skip(raw, NOT_DRAWN)
+                self._copy([row], {id(row): NOT_DRAWN_ROW})
 
             earlier_replies = (m for m in row.messages[:-1] if m['role'] == 'assistant' and 'tool_calls' not in m)
             if any(not message['content'].strip() for message in earlier_replies):
                 self.defects.add(EMPTY_EARLIER, place, 'history' if raw.get('history') else columns[place])
 
-        self._measure(encoded, columns)
+        self._copy(self._measure(encoded, columns), not_copied)
+
+    def _copy(self, rows: Sequence[Row], not_copied: Mapping[int, str]) -> None:
+        """Add rows to the copy, or count them under the reason that `not_copied` has for the id() of the row."""
+        if self.copy is None:
+            return
+        for row in rows:
+            if reason := not_copied.get(id(row)):
+                self.copy.skip(reason)
+            else:
+                self.copy.add(row)
 
     def _check_text(self, place: str, raw: dict[str, Any]) -> None:
         for column in _TEXT_COLUMNS:
             value = raw.get(column)
+            if not value:
+                continue
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            if self.encoder.images is not None:
+                text = replace_tags(text, '')  # the tags are control tokens in the tokenizer of Qwen-VL
             if _MOJIBAKE.search(text):
                 self.defects.add(MOJIBAKE, place, column)
             if _CONTROL.search(text) or self.encoder.text.has_control(text):
                 self.defects.add(CONTROL_TOKENS, place, column)
 
-    def _check_repetition(self, use: int, row: Row, column: str) -> None:
-        same_row = self.seen.find_earlier([row.messages, row.tools, row.images], row.origin, use)
-        if same_row:
-            earlier, earlier_use = same_row
-            if {use, earlier_use} != {TRAIN, VAL}:
-                self.defects.add(DUPLICATE, row.origin, column, of=earlier)
-            elif use == VAL:
-                self.defects.add(LEAKED, row.origin, column, of=earlier)
-            else:
-                self.defects.add(LEAKED, earlier, column, of=row.origin)
-            return
+    def _check_repetition(self, read: Earlier, row: Row, column: str) -> str | None:
+        """Report a row or a prompt that occurred earlier.
 
-        same_prompt = self.seen.find_earlier([row.messages[:-1], row.tools, row.images], row.origin, use)
-        if same_prompt:
-            self.defects.add(CONFLICT, row.origin, column, of=same_prompt[0])
+        Returns the reason why --write_clean does not write the row. Returns None if it is not written yet.
+        """
+        earlier = self.seen.find_earlier(_content(row.messages, row), read)
+        if earlier is None and row.is_text:
+            return None  # plain text has no prompt
+        if earlier is None:
+            same_prompt = self.seen.find_earlier(_content(row.messages[:-1], row), read)
+            if same_prompt:
+                self.defects.add(CONFLICT, row.origin, column, of=same_prompt.place)
+            return None
 
-    def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> None:
-        """Encode rows and count their lengths, cuts and notes.
+        reason = LEAKED if {read.use, earlier.use} == {TRAIN, VAL} else DUPLICATE
+        repeated, of = row.origin, earlier.place
+        if reason == LEAKED and earlier.use == VAL:
+            repeated, of = of, repeated
+        self.defects.add(reason, repeated, column, of=of)
+        return reason if earlier.may_write else None
+
+    def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
+        """Encode rows and count their lengths, cuts and notes. Returns the rows that can be trained on.
 
         If a batch cannot be encoded, it is split in halves until the bad row is the only row of a batch.
         """
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
         again = EncodedAgain(self.encoder)
+        measured: list[Row] = []
         try:
             for row, ids in encode_batch(self.encoder, rows, report):
                 cut = self.lengths.add(ids)
+                length = len(cut.input_ids)
+                if 0 < self.lengths.max_length < length:
+                    if not self._keeps_long(cut, row, columns[row.origin]):
+                        self.account.skip(row.written, LEFT_OUT)
+                        continue
+                    length = self.lengths.max_length  # of the longest piece
                 self.account.add(row, cut, again)
-                if self.positions is not None and len(cut.input_ids) > self.positions:
+                if self.positions is not None and length > self.positions:
                     self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
-                for note in {CUT_PROMPT, CUT_REPLY}.intersection(cut.notes):
+                for note in set(CUTS).intersection(cut.notes):
                     self.defects.add(note, row.origin, columns[row.origin])
+                measured.append(row)
         except ConfigError as error:
             if len(rows) == 1:
                 row = rows[0]
                 reason = str(error).replace(row.origin, '').lstrip(': ')
                 self.left_out.add(reason, row.origin, columns[row.origin])
                 self.account.skip(row.written, LEFT_OUT)
-                return
+                return []
 
             middle = len(rows) // 2
-            self._measure(rows[:middle], columns)
-            self._measure(rows[middle:], columns)
+            return [*self._measure(rows[:middle], columns), *self._measure(rows[middle:], columns)]
+        return measured
+
+    def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
+        """Return whether a row longer than --max_length is used. Counts the row under what happens to it."""
+        overlong = self.encoder.overlong
+        if overlong == 'split' and ids.is_text:
+            self.noted.add(SPLIT, row.origin, column)
+            return True
+        if overlong == 'drop':
+            self.left_out.add(DROPPED, row.origin, column)
+        else:
+            self.defects.add(REFUSED.format(overlong), row.origin, column)
+        return False
 
     def record(self, args: SftArguments) -> dict[str, Any]:
         """Return the content of dataset_report.json."""
         return {
             'dataset': args.dataset,
+            **({'val_dataset': args.val_dataset} if args.val_dataset else {}),
             'clean': bool(self.rows['kept']) and not (self.left_out or self.defects),
             'rows': {**self.rows, 'filtered': len(self.filtered), 'left_out': len(self.left_out)},
             'left_out': _by_reason(self.left_out),
@@ -291,6 +383,7 @@ class DataCheck:
             'decisions': self.decisions,
             'lengths': self.lengths.record(),
             'account': self.account.record(),
+            **({'clean_copy': self.copy.record(self.left_out.counts | self.filtered.counts)} if self.copy else {}),
         }
 
     def lines(self, record: dict[str, Any]) -> list[str]:
@@ -306,6 +399,7 @@ class DataCheck:
             'tokens per row: ' + ', '.join(f'up to {n}: {c}' for n, c in record['lengths']['rows_up_to'].items()),
             'lengths: ' + ', '.join(f'{name} {value}' for name, value in lengths.items()),
             *self.account.lines(),
+            *(clean_copy.lines(record['clean_copy'], self.rows['read']) if self.copy else ()),
         ]
 
 
@@ -322,16 +416,24 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     args = done.args
     weights = locate(done.info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
+    config = read_config(folder) if (folder / 'config.json').is_file() else {}
     tokenizer = load_tokenizer(folder, model_type=args.model_type)
-    encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, cuts=False)
+    images = open_images_of_folder(config, tokenizer, folder, max_pixels=args.max_pixels)
+    encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, images=images, cuts=False)
 
     report = Path(args.output_dir) / run_name(args) / 'dataset_report.json'
     report.parent.mkdir(parents=True, exist_ok=True)
-    with report.with_suffix('.jsonl').open('w', encoding='utf-8') as stream, tempfile.TemporaryDirectory() as scratch:
-        seen = Seen(Path(scratch) / 'seen.db')
-        check = DataCheck(encoder, args.max_length, stream, seen, _positions(folder))
-        for batch in batches(_plan(args, check).used()):
-            check.examine(batch)
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(report.with_suffix('.jsonl').open('w', encoding='utf-8'))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        copy = stack.enter_context(_open_copy(args)) if args.write_clean else None
+        check = DataCheck(encoder, args.max_length, stream, Seen(Path(scratch) / 'seen.db'), _positions(config), copy)
+        check.decisions += [line for line in done.decisions if line.startswith('train_dataset_sample = ')]
+        for part in _plan(args, check).parts:
+            for batch in batches(part.used()):
+                check.examine(batch, is_val=part.is_val)
+        if copy is not None:
+            copy.finish()
 
     record = check.record(args)
     write_json(report, record)
@@ -340,9 +442,13 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     return 0 if record['clean'] else 1
 
 
-def _positions(folder: Path) -> int | None:
-    """Return the number of positions in the config.json of a folder. Returns None if it has no such number."""
-    config = read_config(folder) if (folder / 'config.json').is_file() else {}
+def _open_copy(args: SftArguments) -> CleanCopy:
+    """Return the opened copy of --write_clean. Rows say themselves which replies carry loss, as no flag says it."""
+    return CleanCopy(Path(str(args.write_clean)), marks_loss=args.loss_scope is None)
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a config.json states. Returns None if it states no number."""
     config = config.get('text_config') or config
     stated = config.get('max_position_embeddings') or config.get('n_positions')
     return stated if isinstance(stated, int) else None
@@ -359,7 +465,11 @@ def _plan(args: SftArguments, check: DataCheck) -> Plan:
         if planning:
             check.bad_line(place, problem)
 
-    plan = plan_of(args, args.train_dataset_sample, bad=bad_line)
+    sample = args.train_dataset_sample
+    if args.streaming:  # a stream trains every row, in each pass, and a share says only how often
+        args = replace(args, dataset=[without_amount(word) for word in args.dataset])
+        sample = -1
+    plan = plan_of(args, sample, bad=bad_line)
     planning = False
-    check.decisions = plan.decisions(args.loss_scope)
+    check.decisions += plan.decisions(args.loss_scope)
     return plan

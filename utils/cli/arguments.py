@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftType
+from utils.base.names import DtypeName, HubName, LossScope, Overlong, PushStrategy, SftType, TextRows
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -19,6 +20,11 @@ def flag(default: Any, help_text: str) -> Any:
 def list_flag(default: Sequence[str], help_text: str) -> Any:
     """Return the dataclass field for a flag with a list of values. The user separates them by spaces or commas."""
     return field(default_factory=lambda: list(default), metadata={'help': help_text})
+
+
+def without_amount(word: str) -> str:
+    """Return a word of --dataset without its number of rows (name#500) or its share (name%0.3)."""
+    return re.sub(r'(?<=.)[#%][\d.]+$', '', word)
 
 
 @dataclass(kw_only=True)
@@ -35,13 +41,44 @@ class CommonArguments:
         'lora', 'lora, or full to train all weights; for QLoRA use lora with --quantization_bit 4 or 8'
     )
     template_type: str | None = flag(None, 'key of TEMPLATE_MAPPING; None: the template of the model entry')
+    chat_template: str | None = flag(
+        None,
+        'file with a Jinja chat template, or folder of a model or checkpoint that has one; template auto uses it '
+        "instead of the tokenizer's own",
+    )
+    template_settings: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'variables of the chat template as name=value, e.g. enable_thinking=false; a value is true, false, '
+            'none, a number, JSON or text. Checkpoints keep them'
+        },
+    )
     seed: int = flag(42, 'global seed; process r of a distributed run uses seed + r, e.g. for dropout')
     dtype: DtypeName | None = flag(
         None,
         'data type of weights and computation; None: that of the model entry, else bf16 if the device supports it, '
         'else fp16 on a GPU and fp32 on a CPU',
     )
-    dataset: list[str] = list_flag(['blossom-math-zh'], 'DATASET_MAPPING keys or data files; name#500 draws 500 rows')
+    dataset: list[str] = list_flag(
+        ['blossom-math-zh'],
+        'DATASET_MAPPING keys, data files, or ids on a hub: owner/name[:subset][:split][@revision], with hf: or ms: in '
+        'front for another hub than --hub; name#500 draws 500 rows; name%0.3 gives 30 % of the training rows',
+    )
+    val_dataset: list[str] | None = flag(
+        None,
+        'validation sets, named as in --dataset; no row of --dataset is then held out, and several sets are also '
+        'evaluated one by one',
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'names for the columns of data files, as NAME=COLUMN: the name in the file, then the name that is '
+            'read, e.g. question=query,answer=response; NAME= leaves a column out; None: the names in the files',
+        },
+    )
+    text_rows: TextRows = flag(
+        'document', 'rows of .txt and .md files: document, one row a file; paragraph, rows end at blank lines'
+    )
     dataset_seed: int = flag(42, 'seed for drawing rows and for the train/validation split')
     dataset_test_ratio: float = flag(0.01, 'share of rows for validation, for data sets without a validation split')
     system: str = flag(
@@ -53,7 +90,12 @@ class CommonArguments:
         'last_round: loss on the last reply of a row; all_rounds: loss on every reply; None: on every reply of rows '
         'with messages or conversations, on the last reply of all other rows',
     )
-    max_length: int = flag(2048, 'maximum tokens per row; a longer row loses its beginning; -1: no limit')
+    max_length: int = flag(2048, 'maximum tokens per row; --overlong says what happens to a longer row; -1: no limit')
+    overlong: Overlong = flag(
+        'cut',
+        'a row longer than --max_length: cut, it loses its beginning; drop, it is skipped and counted; refuse, the run '
+        'stops and lists such rows; split, plain text becomes several rows, and a conversation is refused',
+    )
     max_pixels: int | None = flag(
         None,
         'images with more pixels are scaled down to this number, so that they take fewer tokens; None: the limit of '
@@ -86,6 +128,10 @@ class CommonArguments:
         """Return whether this command reads a data set."""
         return True
 
+    def words_read(self) -> tuple[list[str], list[str]]:
+        """Return the words of --dataset and the words of --val_dataset whose rows this command reads."""
+        return self.dataset, self.val_dataset or []
+
 
 @dataclass(kw_only=True)
 class SftArguments(CommonArguments):
@@ -95,12 +141,17 @@ class SftArguments(CommonArguments):
         'swift', "peft, or swift: PEFT's layers and files, with base and adapter computed in one step"
     )
     output_dir: str = flag('output', 'a run writes to <output_dir>/<model_type>/vN-<time>, where N counts up')
-    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl'] = flag(
-        'nccl', 'torch.distributed backend; on a machine without GPU the default is gloo'
+    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl', 'xccl', 'hccl'] = flag(
+        'nccl',
+        'torch.distributed backend; the default is xccl on Intel GPUs, hccl on Ascend NPUs, and gloo without GPU',
     )
     resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to resume training from')
     check_dataset: bool = flag(
         False, 'do not train: read the data and report its problems; exit code 1 if there are any'
+    )
+    write_clean: str | None = flag(
+        None,
+        'new .jsonl or .jsonl.gz file for a cleaned copy of the data, in messages form; needs --check_dataset true',
     )
     dry_run: bool = flag(
         False,
@@ -133,6 +184,11 @@ class SftArguments(CommonArguments):
         True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
     )
     gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
+    full_weights: Literal['fp32', 'bf16'] = flag(
+        'fp32',
+        'full fine-tuning: data type of the weights. fp32: 16 bytes per parameter with gradient and AdamW state; bf16: '
+        '10 bytes, updates are rounded stochastically',
+    )
     deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
     fsdp: bool = flag(
         False, 'shard weights, gradients and optimizer over all processes (FSDP2); checkpoints hold weights only'
@@ -141,23 +197,37 @@ class SftArguments(CommonArguments):
     eval_batch_size: int | None = flag(
         None, 'validation rows per device and forward pass; None: 1 with --predict_with_generate, else --batch_size'
     )
-    num_train_epochs: int = flag(1, 'passes over the training rows')
+    num_train_epochs: int | float = flag(1, 'passes over the training rows; a fraction ends within a pass, e.g. 0.5')
     max_steps: int = flag(-1, 'number of optimizer steps; 1 or more overrides --num_train_epochs; -1: whole epochs')
     optim: str = flag(
         'adamw_torch', 'optimizer, by its name in transformers; adamw_torch is fused if nothing is sharded'
     )
     learning_rate: float | None = flag(None, 'highest learning rate; None: 1e-4 for lora, 2e-5 for full')
     weight_decay: float = flag(0.01, 'AdamW weight decay')
+    adam_beta1: float = flag(0.9, 'decay of the mean of the gradients, for optimizers of the Adam and Lion kind')
+    adam_beta2: float = flag(0.999, 'decay of the mean of the squared gradients (Adam), or of the momentum (Lion)')
+    adam_epsilon: float = flag(1e-8, 'added to the denominator of the update, for optimizers of the Adam kind')
     gradient_accumulation_steps: int = flag(
         16, 'batches per optimizer step; total batch = batch_size x this x number of processes'
     )
     max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
     predict_with_generate: bool = flag(False, 'evaluate generated answers (--score) instead of the loss')
     lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
+    min_lr_ratio: float | None = flag(
+        None,
+        'the learning rate ends at this share of --learning_rate, for cosine, linear, polynomial and '
+        'warmup_stable_decay; None: the end of the schedule itself, which is 0 or near 0',
+    )
+    decay_ratio: float = flag(
+        0.1, 'share of the steps, at the end, with a falling learning rate; for warmup_stable_decay only'
+    )
     warmup_ratio: float = flag(
         0.05, 'share of the steps with a rising learning rate, at most half of them; no step has a rate of 0'
     )
-    eval_steps: int = flag(50, 'steps between evaluations')
+    warmup_steps: int | None = flag(
+        None, 'number of steps with a rising learning rate, at most half of all steps; None: --warmup_ratio decides'
+    )
+    eval_steps: int | float = flag(50, 'steps between evaluations; below 1: share of all steps, rounded up')
     drift: bool | None = flag(
         None,
         'at each evaluation, measure how far the model moved from its base on 32 neutral texts (eval_drift_kl); None: '
@@ -166,13 +236,21 @@ class SftArguments(CommonArguments):
     early_stop: int = flag(
         0, 'end after this number of evaluations in a row that were not better than the best one before; 0: off'
     )
-    save_steps: int | None = flag(None, 'steps between checkpoints; None: same as --eval_steps')
+    save_steps: int | float | None = flag(
+        None,
+        'steps between checkpoints; below 1: share of all steps, rounded up to a step with an evaluation; None: same '
+        'as --eval_steps',
+    )
     only_save_model: bool | None = flag(
         None,
         'checkpoints hold weights only and cannot be resumed; None: false for lora without DeepSpeed, else true',
     )
     save_total_limit: int = flag(2, 'number of checkpoints to keep; 2: the best and the last one; -1: all')
     logging_steps: int = flag(5, 'steps between log lines')
+    report_to: list[str] = list_flag(
+        ['tensorboard'],
+        'trackers that get the log lines: tensorboard, wandb, swanlab, mlflow, trackio, comet; none: no tracker',
+    )
     dataloader_num_workers: int = flag(
         1, 'number of processes that prepare batches; 0: the training process prepares them'
     )
@@ -238,7 +316,9 @@ class InferArguments(CommonArguments):
     )
     eval_human: bool = flag(False, 'true: chat in the terminal; false: answer the validation rows')
     show_dataset_sample: int = flag(
-        20, 'validation rows to answer; -1: all. A typed --dataset is answered whole, unless this flag is typed too'
+        20,
+        'validation rows to answer; -1: all. A typed --dataset or --val_dataset is answered whole, unless this flag is '
+        'typed too',
     )
     use_streamer: bool = flag(True, 'print tokens while they are generated')
     merge_lora_and_save: bool = flag(False, 'merge the adapter into the base model and save it as <ckpt_dir>-merged')
@@ -260,12 +340,20 @@ class InferArguments(CommonArguments):
         """Return whether the program answers rows of data. It does not if it chats, merges or exports."""
         return not (self.eval_human or self.merge_lora_and_save or self.export_native)
 
+    def words_read(self) -> tuple[list[str], list[str]]:
+        """Return the words of --dataset and the words of --val_dataset whose rows this command reads.
+
+        If there are validation sets, only their rows are answered.
+        """
+        return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
+
     def answers_whole_dataset(self, typed: Collection[str]) -> bool:
         """Return whether every row of --dataset is answered.
 
-        This is so if --dataset was typed and --dataset_test_ratio was not.
+        This is so if --dataset was typed, and neither --dataset_test_ratio nor --val_dataset was typed.
         """
-        return self.reads_data and 'dataset' in typed and 'dataset_test_ratio' not in typed
+        others = {'dataset_test_ratio', 'val_dataset'}
+        return self.reads_data and 'dataset' in typed and not others & set(typed)
 
 
 def flag_types(cls: type) -> dict[str, Any]:

@@ -5,10 +5,14 @@ Arguments whose value depends on the machine are set. No function uses the netwo
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import itertools
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +27,32 @@ from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
-from utils.cli.resolution import Ready, Resolution
+from utils.cli.resolution import Ready, Resolution, reading_of, run_name
 from utils.cli.resolve import quantized_problems
 from utils.cli.scores import check_score_files
-from utils.data.sources import check_sources
-from utils.dataset import DATASET_MAPPING
-from utils.formats.hub_dataset import HubDataset
+from utils.cli.trackers import check_tracker_packages, variables_without_effect
+from utils.data.parts import open_parts
+from utils.data.sources import Source, check_sources, find_files, is_text_file, parse_source
+from utils.formats.conversation import Row
+from utils.formats.hub_files import HubFiles
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
+from utils.loading.chat_template import folder_templates, read_chat_template
 from utils.loading.folder import check_model_dir, has_chat_template, is_adapter, stored_quantization
 from utils.loading.info import ModelInfo
+from utils.loading.template_settings import setting_names, settings_problems
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 TRAINER_STATE = 'trainer_state.json'
 ADAPTER_CONFIG = 'adapter_config.json'
+# The backends of torch.distributed that need a kind of device, and how the device is called.
+_BACKEND_DEVICES = {
+    'nccl': ('cuda', 'a GPU'),
+    'xccl': ('xpu', 'an Intel GPU'),
+    'hccl': ('npu', 'an Ascend NPU'),
+}
+_DEVICES = {'mps': 'the GPU of a Mac', 'npu': 'an Ascend NPU', 'xpu': 'an Intel GPU'}
+_WITHOUT_BITSANDBYTES = ('mps', 'npu')
 _GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N.'
 
 
@@ -74,15 +90,20 @@ def _settle(done: Resolution[Any]) -> None:
     model_is_here = args.model_id_or_path is not None and _is_path(args.model_id_or_path)
     if model_is_here and done.info is not None:
         _settle_model_directory(done, done.info, Path(args.model_id_or_path))
+    _settle_chat_template(done)
 
     if args.reads_data:
-        for problem in check_sources(args.dataset, _started_in(args)):
+        words, val_words = args.words_read()
+        for problem in check_sources(words, _started_in(args), val_words=val_words):
             problems.add(problem)
+        if 'text_rows' in done.typed and not _text_files(args):
+            done.without_effect(('text_rows',), '--dataset names no .txt or .md file')
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
-    if model_is_here and not _reads_hub_data(args) and not pushes:
-        done.without_effect(('hub',), 'model and data are on this machine, and nothing is pushed')
+    if model_is_here and not _reads_hub_data(done) and not pushes:
+        done.without_effect(('hub',), 'model and data are on this machine or name their hub, and nothing is pushed')
 
+    _check_device(done)
     if args.quantization_bit and not has_package('bitsandbytes'):
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
     if args.use_flash_attn and not has_package('flash_attn'):
@@ -125,17 +146,84 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
     done.info = replace(info, quantization=info.quantization or stored_quantization(directory))
     for problem in quantized_problems(done.args, done.info):
         done.problems.add(problem)
-    if done.args.template_type == AUTO and not has_chat_template(directory):
+    args = done.args
+    lacks_template = args.chat_template is None and not has_chat_template(directory)
+    if args.template_type == AUTO and lacks_template and _needs_template(args):
         names = ', '.join(name for name in TEMPLATE_MAPPING if name != AUTO)
-        done.problems.add(f'{directory} has no chat template. Choose one with --template_type: {names}.')
+        done.problems.add(
+            f'{directory} has no chat template. Name a file with --chat_template, or choose a --template_type: {names}.'
+        )
 
 
-def _reads_hub_data(args: CommonArguments) -> bool:
-    """Return whether this command reads rows of a data set on a hub."""
+def _settle_chat_template(done: Resolution[Any]) -> None:
+    """Add the problems of the file in --chat_template, and of settings that the template does not have.
+
+    Settings for a template that is not on this machine yet are checked when the weights are found.
+    """
+    args = done.args
+    if args.template_type not in (AUTO, None):
+        return
+    try:
+        check_chat_template(args, Path(str(args.model_id_or_path)))
+    except ConfigError as error:
+        for problem in error.problems:
+            done.problems.add(problem)
+
+
+def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
+    """Raise ConfigError if --chat_template cannot be used, or if the template has not all of --template_settings.
+
+    The template is that of --chat_template, or that of the model folder. Without a template, nothing is checked.
+    """
+    if args.chat_template is not None:
+        templates = read_chat_template(Path(args.chat_template))
+    elif args.template_settings and (found := folder_templates(model_dir)):
+        templates = found
+    else:
+        return
+    if problems := settings_problems(setting_names(args.template_settings or ()), templates):
+        raise ConfigError(*problems)
+
+
+def _needs_template(args: CommonArguments) -> bool:
+    """Return whether the command makes conversations into prompts. Plain text needs no template.
+
+    Only the first row of each data set is read. A data set that cannot be read is reported later, before the model.
+    """
     if not args.reads_data:
+        return isinstance(args, InferArguments) and args.eval_human
+    try:
+        sources = [parse_source(word) for word in itertools.chain(*args.words_read())]
+        if any(source.hub is not None for source in sources):
+            return False  # rows that are not on this machine yet are judged when they are encoded
+        if any(source.path is None for source in sources):
+            return True  # the entries of registered data sets give questions and replies
+        parts = [part for source in sources for part in open_parts(source, reading=reading_of(args))]
+        rows = [next((row for _, _, row in part.read(sha256()) if isinstance(row, Row)), None) for part in parts]
+    except ConfigError:
         return False
-    entries = [DATASET_MAPPING.get(word.split('#')[0]) for word in args.dataset]
-    return any(isinstance(entry, HubDataset) for entry in entries)
+    return not all(row is not None and row.is_text for row in rows)
+
+
+def _text_files(args: CommonArguments) -> list[Path]:
+    """Return the files of plain text that --dataset names. Words that name no files are skipped."""
+    found: list[Path] = []
+    for word in itertools.chain(*args.words_read()):
+        try:
+            source = parse_source(word)
+            found += find_files(source) if source.path is not None else []
+        except ConfigError:  # reported with the other problems of the words
+            continue
+    return [file for file in found if is_text_file(file)]
+
+
+def _reads_hub_data(done: Resolution[Any]) -> bool:
+    """Return whether this command reads a data set from the hub of --hub. `hf:` and `ms:` choose a hub themselves."""
+    args = done.args
+    if not args.reads_data or done.problems.found:
+        return bool(args.reads_data)  # words that are not understood are reported already
+    entries = [parse_source(word).entry for word in itertools.chain(*args.words_read())]
+    return any(entry is not None and not (isinstance(entry, HubFiles) and entry.chosen_hub) for entry in entries)
 
 
 def _is_path(model_id_or_path: str) -> bool:
@@ -160,6 +248,9 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     if args.predict_with_generate:
         check_score_files(args.score, problems)
 
+    if args.write_clean is not None:
+        _check_clean_copy(Path(args.write_clean), args, problems)
+
     if args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
         _check_resume(checkpoint, args, problems)
@@ -174,21 +265,81 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     if args.deepspeed_config_path is not None:
         _check_deepspeed(Path(args.deepspeed_config_path), done)
     check_processes(done)
+    if 'report_to' in done.typed:  # the default is among the packages that every run needs
+        check_tracker_packages(args.report_to, problems)
+    done.warnings += variables_without_effect(args.report_to, os.environ)
 
-    if not dist.has_gpu_device():
-        if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl':
-            problems.add(
-                '--ddp_backend nccl needs a GPU, and this machine shows none. Use --ddp_backend gloo, or remove '
-                '--ddp_backend.'
-            )
-        elif 'ddp_backend' not in done.typed and dist.world_size() > 1:
-            done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
-
+    _settle_backend(done)
+    _check_training_device(args, problems)
     if not (args.check_dataset or args.dry_run):
         check_environment(os.environ, problems)
     if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:
         problems.add(f'--push_to_hub true needs a token: set the environment variable {TOKEN_VARIABLES[args.hub]}.')
     return done.checked()
+
+
+def _settle_backend(done: Resolution[SftArguments]) -> None:
+    """Set the backend of torch.distributed if it was not typed. Add a problem if its device is missing."""
+    args = done.args
+    kind = dist.visible_kind()
+    backend = dist.default_backend()
+    if 'ddp_backend' in done.typed:
+        needed, device = _BACKEND_DEVICES.get(args.ddp_backend, (kind, ''))
+        if needed != kind:
+            done.problems.add(
+                f'--ddp_backend {args.ddp_backend} needs {device}, and this machine shows none. Use --ddp_backend '
+                'gloo, or remove --ddp_backend.'
+            )
+    elif dist.world_size() > 1 and backend != args.ddp_backend:
+        shows = 'no GPU' if kind == 'cpu' else f'a device of kind {kind}'
+        done.decide('ddp_backend', backend, f'this machine shows {shows}')
+
+
+def _check_device(done: Resolution[Any]) -> None:
+    """Add a problem for each flag that needs a library that does not run on the device of this machine."""
+    args = done.args
+    kind = dist.visible_kind()
+    if args.use_flash_attn and kind not in ('cuda', 'cpu'):
+        done.problems.add(
+            f'--use_flash_attn true: flash-attn does not run on {_DEVICES[kind]}. Leave --use_flash_attn out.'
+        )
+    if kind not in _WITHOUT_BITSANDBYTES:
+        return
+
+    if args.quantization_bit:
+        done.problems.add(
+            f'--quantization_bit {args.quantization_bit}: bitsandbytes does not run on {_DEVICES[kind]}. Remove '
+            '--quantization_bit.'
+        )
+    elif done.info is not None and done.info.quantization == 'nf4':
+        done.problems.add(
+            f"the weights of '{run_name(args)}' are stored in 4 bits: bitsandbytes, which reads them, does not run on "
+            f'{_DEVICES[kind]}. Use the same model without int4: --model_type.'
+        )
+
+
+def _check_training_device(args: SftArguments, problems: Problems) -> None:
+    """Add a problem for each flag of training that the device of this machine does not support."""
+    kind = dist.visible_kind()
+    if kind in _WITHOUT_BITSANDBYTES and is_of_bitsandbytes(args.optim):
+        problems.add(
+            f'--optim {args.optim}: bitsandbytes does not run on {_DEVICES[kind]}. Use --optim adamw_torch; with '
+            '--sft_type full, --full_weights bf16 saves memory.'
+        )
+    if kind != 'mps':
+        return
+
+    if args.deepspeed_config_path is not None:
+        problems.add(
+            '--deepspeed_config_path: DeepSpeed does not run on the GPU of a Mac. Remove --deepspeed_config_path.'
+        )
+    if args.fsdp:
+        problems.add('--fsdp true: a Mac has one GPU, so nothing can be sharded. Remove --fsdp.')
+    if args.dtype == 'fp16':
+        problems.add(
+            '--dtype fp16: training on the GPU of a Mac has no loss scaling, which fp16 needs. Use --dtype bf16 or '
+            '--dtype fp32.'
+        )
 
 
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
@@ -221,6 +372,48 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
             tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
     except OSError as error:  # `exists` also raises OSError, if a name is too long
         problems.add(f'--{flag} {given} cannot be created: {error.strerror}. Give another folder.')
+
+
+def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
+    """Add a problem if the file of --write_clean exists, cannot be written, or would become one of the data files."""
+    given = f'--write_clean {target}'
+    sources = [source for word in itertools.chain(*args.words_read()) for source in _local_source(word)]
+    if target.resolve() in [file.resolve() for source in sources for file in _files_of(source)]:
+        problems.add(f'{given} is one of the data files, which are never changed. Name a new file.')
+    elif target.exists() or target.is_symlink():
+        problems.add(f'{given} exists already and is not replaced. Name a new file.')
+    elif any(_will_name(source, target) for source in sources):
+        problems.add(
+            f'{given} lies where the data names every file, so the next run would read the rows twice. Name a file in '
+            'another folder.'
+        )
+    else:
+        _check_writable('write_clean', str(target), target, problems)
+
+
+def _local_source(word: str) -> list[Source]:
+    """Return a list with the source if a word names local files, else []. Other code reports wrong words."""
+    try:
+        source = parse_source(word)
+    except ConfigError:
+        return []
+    return [] if source.path is None else [source]
+
+
+def _files_of(source: Source) -> list[Path]:
+    """Return the files of a source. Returns [] if there are none, which other code reports."""
+    try:
+        return find_files(source)
+    except ConfigError:
+        return []
+
+
+def _will_name(source: Source, target: Path) -> bool:
+    """Return whether a folder or pattern names the file as soon as the file exists."""
+    assert source.path is not None, 'it is local'
+    if source.path.is_dir():
+        return target.absolute().parent.resolve() == source.path.resolve()
+    return glob.has_magic(source.name) and fnmatch.fnmatch(str(target.absolute()), str(source.path.absolute()))
 
 
 def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:

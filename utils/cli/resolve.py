@@ -6,7 +6,9 @@ library. So a wrong command line fails within a second, and all its mistakes are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,27 @@ from utils.base.errors import ConfigError, did_you_mean
 from utils.cli.arguments import GENERATION, HUB_FLAGS, CommonArguments, InferArguments, SftArguments
 from utils.cli.parallel import resolve_scale
 from utils.cli.parser import Parsed
-from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers
+from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers, has_betas, has_epsilon
 from utils.cli.resolution import Resolution, run_name
+from utils.cli.schedule import ENDS_AT_A_RATIO, STABLE_DECAY, not_a_multiple
 from utils.cli.scores import check_scores
-from utils.data.sources import parse_source
+from utils.cli.trackers import resolve_trackers
+from utils.data.sources import Source, of_flag, parse_source, val_set_names
+from utils.formats.reading import read_columns
 from utils.loading.info import ModelInfo
+from utils.loading.template_settings import parse_settings
 from utils.model import get_model_info, infer_model_type
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 DEFAULT_MODEL_TYPE = 'qwen-7b-chat'
 
 _BNB_4BIT = ('bnb_4bit_comp_dtype', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant')
+# Shares typed as 0.333333 need not sum to exactly 1.
+_SHARES_TOLERANCE = Fraction(1, 10**6)
+# The optimizers for which --full_weights bf16 has a version with stochastic rounding.
+_ADAMW = ('adamw_torch', 'adamw_torch_fused')
+# A number in bf16 has 8 bits. If a sum has 64 equal summands, only 2 bits of the next summand are added.
+_MAX_SUMMANDS = 64
 _LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p', 'tuner_backend')
 
 
@@ -33,20 +45,27 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     """Return the resolved command line of a training run. Problems are collected, not raised."""
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
+    _check_chat_template(done)
     check_common_numbers(done)
     check_sft_numbers(done)
-    _resolve_datasets(done)
+    sources = _resolve_datasets(done)
+    _resolve_validation(done)
+    _resolve_mixture(done, sources)
     _resolve_streaming(done)
+    _resolve_clean_copy(done)
     _resolve_quantization(done)
     resolve_scale(done)
     _resolve_tuning(done)
+    _resolve_full_weights(done)
     _resolve_schedule(done)
+    _resolve_intervals(done)
+    resolve_trackers(done)
     _check_layout(done)
     _resolve_hub(done)
 
     if done.args.predict_with_generate:
         check_generation(done)
-        check_scores(done.args.score, done.problems)
+        check_scores(done.args.score, done.problems, sets=val_set_names(done.args.val_dataset or ()))
     else:
         done.without_effect((*GENERATION, 'score'), 'evaluation is by loss (no --predict_with_generate true)')
     return done
@@ -59,11 +78,10 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     """
     done = Resolution(args=replace(parsed.args), typed=parsed.typed, problems=parsed.problems)
     _resolve_model(done)
+    _check_chat_template(done)
     check_common_numbers(done)
     if done.args.reads_data:
-        _resolve_datasets(done)
-        if done.args.answers_whole_dataset(done.typed) and 'show_dataset_sample' not in done.typed:
-            done.decide('show_dataset_sample', -1, '--dataset is typed: all its rows are answered')
+        _resolve_answered(done)
         done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
         check_scores(done.args.score, done.problems)
     else:
@@ -103,6 +121,32 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
                 'Remove --merge_lora_and_save: the checkpoint needs no merging.'
             )
     return done
+
+
+def _resolve_answered(done: Resolution[InferArguments]) -> None:
+    """Decide which data sets are answered: those of the flag that was typed, else those of the run."""
+    args = done.args
+    if 'val_dataset' in done.typed:
+        done.without_effect(('dataset', 'dataset_test_ratio'), '--val_dataset names the rows to answer')
+    elif 'dataset' in done.typed:
+        args.val_dataset = None
+    elif args.val_dataset:
+        done.without_effect(('dataset_test_ratio',), 'the rows of the --val_dataset of the run are answered')
+
+    sources = _resolve_datasets(done)
+    if args.answers_whole_dataset(done.typed):
+        for source in sources:
+            if source.share is not None:
+                done.problems.add(
+                    f"--dataset '{source.name}': a share (%) is for training, and here all rows are answered. Write "
+                    f'{source.name}, or {source.name}#100 for 100 rows.'
+                )
+    if 'show_dataset_sample' in done.typed:
+        return
+    if 'val_dataset' in done.typed:
+        done.decide('show_dataset_sample', -1, '--val_dataset is typed: all its rows are answered')
+    elif args.answers_whole_dataset(done.typed):
+        done.decide('show_dataset_sample', -1, '--dataset is typed: all its rows are answered')
 
 
 def _merge_unquantised(done: Resolution[InferArguments]) -> None:
@@ -172,7 +216,10 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
         return
 
     args = done.args
-    if args.template_type is None:
+    names_file = args.chat_template is not None and 'template_type' not in done.typed
+    if names_file and args.template_type != AUTO:
+        done.decide('template_type', AUTO, '--chat_template names the chat template')
+    elif args.template_type is None:
         reason = 'the model entry names it' if args.model_type else 'the model has no registry entry'
         done.decide('template_type', info.template, reason)
 
@@ -183,24 +230,115 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
         done.decisions.append("system = the template's own default because template auto passes only a typed --system")
 
 
-def _resolve_datasets(done: Resolution[Any]) -> None:
-    seen: set[str] = set()
-    for word in done.args.dataset:
+def _check_chat_template(done: Resolution[Any]) -> None:
+    """Add the problems of --chat_template and --template_settings that the command line alone shows."""
+    args = done.args
+    name = args.template_type
+    is_fixed = TEMPLATE_MAPPING.get(name) is not None
+    if is_fixed and args.chat_template is not None:
+        done.problems.add(
+            f"--chat_template {args.chat_template}: template '{name}' does not use it. Leave --template_type out, or "
+            'use --template_type auto.'
+        )
+    if args.template_settings is None:
+        return
+
+    if is_fixed:
+        done.problems.add(
+            f"--template_settings: template '{name}' is fixed text without variables. Leave --template_settings out, "
+            'or use --template_type auto.'
+        )
+    try:
+        parse_settings(args.template_settings)
+    except ConfigError as error:
+        for problem in error.problems:
+            done.problems.add(problem)
+
+
+def _resolve_datasets(done: Resolution[Any]) -> list[Source]:
+    """Return the sources of --dataset. Adds the problems of the words of --dataset and --val_dataset."""
+    words, val_words = done.args.words_read()
+    sources = _parse_sources(done, 'dataset', words)
+    val_sources = _parse_sources(done, 'val_dataset', val_words)
+    for source in val_sources:
+        if source.share is not None:
+            done.problems.add(
+                f"--val_dataset '{source.name}': a share (%) is for training rows. Write {source.name}, or "
+                f'{source.name}#100 for 100 rows.'
+            )
+
+    for problem in read_columns(done.args.columns or ())[1]:
+        done.problems.add(problem)
+    if done.args.max_length == -1:
+        done.without_effect(('overlong',), '--max_length -1 is no limit')
+    if all(source.path is None and source.hub is None for source in (*sources, *val_sources)):
+        done.without_effect(('columns',), 'the columns of a registered data set are those of its entry')
+    return sources
+
+
+def _parse_sources(done: Resolution[Any], flag: str, words: Sequence[str]) -> list[Source]:
+    sources: list[Source] = []
+    seen: set[Any] = set()
+    for word in words:
         try:
             source = parse_source(word)
         except ConfigError as error:
-            done.problems.add(error.problems[0])
+            done.problems.add(of_flag(error.problems[0], flag))
             continue
-        if source.name in seen:
-            done.problems.add(f"--dataset: '{source.name}' is named twice, its rows would be used twice. Name it once.")
-        seen.add(source.name)
+        # The same data set of a hub can be written in two ways.
+        key = source.name if source.hub is None else source.hub.key(done.args.hub)
+        if key in seen:
+            done.problems.add(f"--{flag}: '{source.name}' is named twice, its rows would be used twice. Name it once.")
+        seen.add(key)
+        sources.append(source)
+    return sources
+
+
+def _resolve_validation(done: Resolution[SftArguments]) -> None:
+    if not done.args.val_dataset:
+        return
+    done.decisions.append(
+        f'validation rows = all rows of --val_dataset {",".join(done.args.val_dataset)} because it is typed: no row of '
+        '--dataset is held out'
+    )
+    done.without_effect(('dataset_test_ratio', 'stream_val_rows'), '--val_dataset names the validation rows')
+
+
+def _resolve_mixture(done: Resolution[SftArguments], sources: Sequence[Source]) -> None:
+    """Check the shares of --dataset (name%0.3), and let them decide the number of training rows."""
+    shares = [source.share for source in sources if source.share is not None]
+    others = ', '.join(source.name for source in sources if source.share is None)
+    if not shares:
+        return
+
+    args = done.args
+    total = sum(shares, Fraction(0))
+    if args.streaming and others:
+        done.problems.add(
+            f'--dataset {others}: without a share (%), the number of its rows decides the mixture, and --streaming '
+            'true does not know this number. Give every data set a share, e.g. name%0.3, or remove --streaming.'
+        )
+    elif others and total >= 1:
+        done.problems.add(
+            f'--dataset: the shares after % sum to {float(total):.7g}, and nothing is left for {others}, which has no '
+            'share. Lower the shares, or give every data set a share so that they sum to 1.'
+        )
+    elif not others and abs(total - 1) > _SHARES_TOLERANCE:
+        done.problems.add(
+            f'--dataset: the shares after % sum to {float(total):.7g}, and they must sum to 1 if every data set has '
+            'one. Change them, or remove the share of a data set that gives all its rows.'
+        )
+
+    if not args.streaming and 'train_dataset_sample' not in done.typed:
+        done.decide('train_dataset_sample', -1, 'the shares (%) of --dataset decide the number of training rows')
 
 
 def _resolve_streaming(done: Resolution[SftArguments]) -> None:
     args = done.args
     problems = done.problems
     if not args.streaming:
-        done.without_effect(('stream_val_rows',), 'it is for --streaming true')
+        if not args.val_dataset:
+            done.without_effect(('stream_val_rows',), 'it is for --streaming true')
         return
 
     if args.max_steps < 1:
@@ -218,16 +356,37 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
             '--streaming.'
         )
     for word in args.dataset:
-        if '#' in word:
+        if '#' in word:  # a word of --val_dataset may have one: validation sets are read whole
             problems.add(
                 f"--dataset '{word}': # draws from all rows, and --streaming true never holds all rows. Remove "
                 '# and the number after it, or remove --streaming.'
             )
 
-    unused = ('train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers', 'group_by_length')
+    unused = ['train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers', 'group_by_length']
     reason = 'with --streaming true the training process reads all rows, and the first rows are held out'
-    done.without_effect(unused, reason)
+    if args.val_dataset:
+        unused.remove('dataset_test_ratio')
+        reason = 'with --streaming true the training process reads all rows'
+    done.without_effect(tuple(unused), reason)
     done.decide('dataloader_num_workers', 0, 'a stream is read by the training process')
+
+
+def _resolve_clean_copy(done: Resolution[SftArguments]) -> None:
+    """Check --write_clean, and let it copy all rows if --train_dataset_sample is not typed."""
+    args = done.args
+    problems = done.problems
+    if args.write_clean is None:
+        return
+
+    given = f'--write_clean {args.write_clean}'
+    if not args.check_dataset:
+        problems.add(f'{given}: the data check writes the copy. Add --check_dataset true.')
+    if not args.write_clean.lower().endswith(('.jsonl', '.jsonl.gz')):
+        problems.add(f'{given}: the copy holds JSON lines. Give a name that ends in .jsonl or .jsonl.gz.')
+    if dist.world_size() > 1:
+        problems.add(f'{given}: one process writes the copy. Start the command with python, not torchrun.')
+    if 'train_dataset_sample' not in done.typed:
+        done.decide('train_dataset_sample', -1, '--write_clean copies all rows')
 
 
 def _resolve_quantization(done: Resolution[Any]) -> None:
@@ -331,15 +490,83 @@ def _resolve_compare_rows(done: Resolution[SftArguments]) -> None:
     done.decide('compare_rows', 0, reason)
 
 
-def _resolve_schedule(done: Resolution[SftArguments]) -> None:
+def _resolve_full_weights(done: Resolution[SftArguments]) -> None:
     args = done.args
+    if args.full_weights == 'fp32' or args.sft_type == 'lora':
+        if args.full_weights == 'bf16':
+            done.problems.add(
+                '--full_weights bf16 needs --sft_type full, got lora: adapters are always trained in fp32. Use '
+                '--sft_type full, or remove --full_weights.'
+            )
+        elif args.sft_type == 'lora':
+            done.without_effect(('full_weights',), 'it is for --sft_type full')
+        return
+
+    if args.deepspeed_config_path is not None or args.fsdp:
+        sharded = '--fsdp true' if args.fsdp else '--deepspeed_config_path'
+        done.problems.add(
+            f'--full_weights bf16 and {sharded}: stochastic rounding needs whole weights, and {sharded} shards them. '
+            f'Remove --full_weights or {sharded}.'
+        )
+    if args.optim not in _ADAMW:
+        done.problems.add(
+            f'--optim {args.optim} rounds bf16 weights to the nearest number, which loses small updates. Use --optim '
+            'adamw_torch with --full_weights bf16, or remove --full_weights.'
+        )
+    if args.dtype in ('fp16', 'fp32') and 'dtype' in done.typed:
+        done.problems.add(
+            f'--full_weights bf16 computes in bf16, and --dtype is {args.dtype}. Use --dtype bf16, or remove '
+            '--full_weights.'
+        )
+    elif args.dtype != 'bf16':
+        done.decide('dtype', 'bf16', '--full_weights bf16 computes in bf16')
+    if args.gradient_accumulation_steps > _MAX_SUMMANDS:
+        done.warnings.append(
+            f'--gradient_accumulation_steps {args.gradient_accumulation_steps}: with --full_weights bf16 the gradients '
+            f'of a step are added in bf16, and more than {_MAX_SUMMANDS} summands lose precision. Use a larger '
+            '--batch_size with fewer steps.'
+        )
+
+
+def _resolve_schedule(done: Resolution[SftArguments]) -> None:
+    """Check the flags of the learning-rate schedule and of the optimizer against each other."""
+    args = done.args
+    problems = done.problems
+    kind = args.lr_scheduler_type
+    if {'warmup_steps', 'warmup_ratio'} <= done.typed:
+        problems.add(
+            f'--warmup_steps {args.warmup_steps} and --warmup_ratio {args.warmup_ratio} both give the length of the '
+            'warm-up. Remove --warmup_steps or --warmup_ratio.'
+        )
+    if args.min_lr_ratio is not None and kind not in ENDS_AT_A_RATIO:
+        problems.add(
+            f'--min_lr_ratio {args.min_lr_ratio}: --lr_scheduler_type {kind} does not end at a share of the rate. '
+            f'Remove --min_lr_ratio, or use one of {", ".join(ENDS_AT_A_RATIO)}.'
+        )
+    if 'decay_ratio' in done.typed and kind != STABLE_DECAY:
+        problems.add(
+            f'--decay_ratio {args.decay_ratio} is for --lr_scheduler_type {STABLE_DECAY}, got {kind}. Remove '
+            f'--decay_ratio, or add --lr_scheduler_type {STABLE_DECAY}.'
+        )
+    if kind == 'constant':
+        done.without_effect(
+            ('warmup_ratio', 'warmup_steps'), '--lr_scheduler_type constant has no warm-up; constant_with_warmup has'
+        )
+
+    if not has_betas(args.optim):
+        done.without_effect(('adam_beta1', 'adam_beta2'), f'--optim {args.optim} does not use it')
+    if not has_epsilon(args.optim):
+        done.without_effect(('adam_epsilon',), f'--optim {args.optim} does not use it')
+
+
+def _resolve_intervals(done: Resolution[SftArguments]) -> None:
+    """Set the intervals of checkpoints and the batch size of evaluations, if they were not typed."""
+    args = done.args
+    are_counts = args.eval_steps >= 1 and args.save_steps is not None and args.save_steps >= 1
     if args.save_steps is None:
         done.decide('save_steps', args.eval_steps, 'it follows --eval_steps')
-    elif args.save_steps % args.eval_steps and args.dataset_test_ratio > 0:
-        done.warnings.append(
-            f'--save_steps {args.save_steps} is not a multiple of --eval_steps {args.eval_steps}: '
-            'only the checkpoint of an evaluated step can become the best one.'
-        )
+    elif are_counts and args.save_steps % args.eval_steps and (args.dataset_test_ratio > 0 or args.val_dataset):
+        done.warnings.append(not_a_multiple(args.save_steps, args.eval_steps))
 
     if args.eval_batch_size is None and args.predict_with_generate:
         done.decide('eval_batch_size', 1, 'evaluation generates answers')
@@ -348,8 +575,6 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
 
     if args.max_steps > 0:
         done.without_effect(('num_train_epochs',), f'--max_steps {args.max_steps} overrides it')
-    if args.lr_scheduler_type == 'constant':
-        done.without_effect(('warmup_ratio',), '--lr_scheduler_type constant has no warm-up; constant_with_warmup has')
     if 'ddp_backend' in done.typed and dist.world_size() == 1:
         done.without_effect(('ddp_backend',), 'there is one process; start several with torchrun')
 

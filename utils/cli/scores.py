@@ -6,6 +6,7 @@ A file is only parsed here and is not executed.
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,8 +47,11 @@ def score_name(word: str) -> str:
     return 'rouge-l' if word == 'rouge' else word
 
 
-def check_scores(words: Sequence[str], problems: Problems) -> None:
-    """Add a problem for each word of --score that names no score, and for each name that two words have."""
+def check_scores(words: Sequence[str], problems: Problems, sets: Sequence[str] = ()) -> None:
+    """Add a problem for each word of --score that names no score, and for each name that two words have.
+
+    `sets` are the names of the validation sets, of which each has its own scores.
+    """
     seen: set[str] = set()
     for word in words:
         own = own_score(word)
@@ -63,6 +67,21 @@ def check_scores(words: Sequence[str], problems: Problems) -> None:
         elif score_name(word) in seen:
             problems.add(f"--score '{word}': the score '{score_name(word)}' is named twice. Name it once.")
         seen.add(score_name(word))
+    if len(sets) > 1:
+        _check_names_of_sets(words, sets, problems)
+
+
+def _check_names_of_sets(words: Sequence[str], sets: Sequence[str], problems: Problems) -> None:
+    """Add a problem for each score of a validation set whose name belongs to another value."""
+    taken = {*_TAKEN, *map(score_name, words)}
+    for name, word in itertools.product(sets, dict.fromkeys(words)):
+        logged = f'{name}_{score_name(word)}'
+        if logged in taken:
+            problems.add(
+                f"--score '{word}': for the validation set '{name}' it would be logged as '{logged}', and another "
+                'value has this name. Rename a function or the file of the set.'
+            )
+        taken.add(logged)
 
 
 def check_score_files(words: Sequence[str], problems: Problems) -> None:

@@ -9,25 +9,26 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from utils.base import dist
 from utils.base.cache import cached_folder
 from utils.base.errors import ConfigError
+from utils.base.logger import logger
 from utils.data.encoded_rows import EncodedRows, length_statistics
 from utils.data.encoding_report import EncodingReport, log_report
 from utils.data.parts import TRAIN, UNUSED, VAL
 from utils.data.plan import Plan, served_by
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import NOTHING_TRAINED, Encoded, RowRefused, trains_nothing
+from utils.encode.encoded import DROPPED, NOTHING_TRAINED, SPLIT, Encoded, RowRefused, trains_nothing
 from utils.encode.encoder import Encoder
 from utils.encode.show import show_samples
 from utils.formats.columns import check_row, find_converter
@@ -43,9 +44,19 @@ _THREADS = 2
 _REPORT = 'report.json'
 # The source files that decide which ids a row gets, as globs relative to utils/.
 _DECIDES_IDS = ('preprocess.py', 'formats/*.py', 'encode/*.py', 'data/*.py', 'loading/image_processors.py')
-# (use, row) for each row of a batch. The use is TRAIN or VAL.
-_Batch = list[tuple[int, Row]]
 T = TypeVar('T')
+
+
+class UsedRow(NamedTuple):
+    """A row that a run uses: its use, the number of its part in the plan, and how often an epoch trains it."""
+
+    row: Row
+    use: int
+    part: int
+    times: int
+
+
+_Batch = list[UsedRow]
 
 
 class EncodedAgain:
@@ -113,9 +124,27 @@ def encode_batch(
             report.account.skip(row.written, LEFT_OUT)
             continue
         _check_embedded(encoder, row, ids)
+        if 0 < encoder.max_length < len(ids.input_ids) and not _keeps_long(encoder, ids, row, report):
+            report.account.skip(row.written, LEFT_OUT)
+            continue
         for note in ids.notes:
             report.noted.add(note, row.origin)
         yield row, ids
+
+
+def _keeps_long(encoder: Encoder, ids: Encoded, row: Row, report: EncodingReport) -> bool:
+    """Return whether a row is used although it is longer than the limit. Else it is added to the report.
+
+    The caller splits a row that is used. A row that is cut is not longer than the limit.
+    """
+    if encoder.overlong == 'split' and ids.is_text:
+        ids.notes.append(SPLIT)
+        return True
+    if encoder.overlong == 'drop':
+        report.left_out.add(DROPPED, row.origin)
+    else:
+        report.refused.add(row.origin, len(ids.input_ids))
+    return False
 
 
 def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
@@ -135,17 +164,19 @@ def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
     """Return (encoded rows, source rows). The second list has only the source rows that were encoded.
 
-    Skipped rows and rows with notes are added to the report.
+    Skipped rows and rows with notes are added to the report. Raises ConfigError if a row is too long and refused.
     """
     encoded = EncodedRows()
     kept_rows = []
     again = EncodedAgain(encoder)
     for start in range(0, len(rows), BATCH_ROWS):
         for row, ids in encode_batch(encoder, rows[start : start + BATCH_ROWS], report):
-            encoded.append(ids, row.origin)
+            for piece in encoder.pieces_of(ids, encoder.max_length):
+                encoded.append(piece, row.origin)
             report.account.add(row, ids, again)
             kept_rows.append(row)
 
+    report.refused.raise_if_any(encoder.overlong, encoder.max_length)
     return encoded, kept_rows
 
 
@@ -164,7 +195,7 @@ def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple
     with ThreadPoolExecutor(_THREADS) as pool:
         submitted: deque[tuple[_Batch, Callable[[], list[Encoded]]]] = deque()
         for batch in batches:
-            future = pool.submit(encoder.encode, [row for _, row in batch])
+            future = pool.submit(encoder.encode, [one.row for one in batch])
             submitted.append((batch, future.result))
             if len(submitted) > _THREADS:
                 yield submitted.popleft()
@@ -172,15 +203,46 @@ def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple
         yield from submitted
 
 
-def _used_rows(plan: Plan, account: Account) -> Iterator[tuple[int, Row]]:
-    """Yield (use, row) for each training or validation row. The account counts the characters of all other rows."""
-    for use, (_, raw, row) in plan.used():
-        if isinstance(row, BadRow):
-            account.skip(raw, LEFT_OUT)
-        elif use == UNUSED:
-            account.skip(raw, NOT_DRAWN)
-        else:
-            yield use, row
+def _used_rows(plan: Plan, account: Account) -> Iterator[UsedRow]:
+    """Yield each training or validation row once. The account counts the characters of all other rows."""
+    for number, part in enumerate(plan.parts):
+        position = -1
+        for use, (_, raw, row) in part.used():
+            if isinstance(row, BadRow):
+                account.skip(raw, LEFT_OUT)
+                continue
+
+            position += 1
+            if use == UNUSED:
+                account.skip(raw, NOT_DRAWN)
+            else:
+                yield UsedRow(row, use, number, part.times(position) if use == TRAIN else 1)
+
+
+def encode_used(encoder: Encoder, plan: Plan, report: EncodingReport) -> Iterator[list[tuple[UsedRow, Encoded]]]:
+    """Encode the rows of a plan, and yield them in batches. Skipped rows and rows with notes are added to the report.
+
+    A row that is split (--overlong split) gives several encoded rows. Raises ConfigError if --overlong refuses a row or
+    if every row of a set of --val_dataset was skipped.
+    """
+    again = EncodedAgain(encoder)
+    kept: Counter[int] = Counter()
+    for batch, result in _encode_ahead(encoder, batches(_used_rows(plan, report.account))):
+        used = {id(one.row): one for one in batch}
+        encoded: list[tuple[UsedRow, Encoded]] = []
+        for row, ids in encode_batch(encoder, [one.row for one in batch], report, result):
+            encoded += [(used[id(row)], piece) for piece in encoder.pieces_of(ids, encoder.max_length)]
+            report.account.add(row, ids, again)
+        kept.update(one.part for one, _ in encoded)
+        yield encoded
+
+    report.refused.raise_if_any(encoder.overlong, encoder.max_length)
+    for number in plan.val_sets():
+        if not kept[number]:
+            raise ConfigError(
+                f'--val_dataset {plan.parts[number].name}: every row was skipped: {"; ".join(report.lines())}. Correct '
+                'the rows, or name other data.'
+            )
 
 
 def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
@@ -189,13 +251,10 @@ def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
     Raises ConfigError if no training row is left.
     """
     report = EncodingReport()
-    again = EncodedAgain(encoder)
     files = {TRAIN: ('train', EncodedRows()), VAL: ('val', EncodedRows())}
-    for batch, result in _encode_ahead(encoder, batches(_used_rows(plan, report.account))):
-        uses = {id(row): use for use, row in batch}
-        for row, ids in encode_batch(encoder, [row for _, row in batch], report, result):
-            files[uses[id(row)]][1].append(ids, row.origin)
-            report.account.add(row, ids, again)
+    for batch in encode_used(encoder, plan, report):
+        for one, ids in batch:
+            files[one.use][1].append(ids, one.row.origin, part=one.part, times=one.times)
         for name, rows in files.values():
             rows.spill(folder, name)
 
@@ -241,6 +300,8 @@ class PreparedData:
     # (number of rows rendered with the template's thinking switch, number of all rows). For a stream, only its first
     # rows are counted.
     switched: tuple[int, int] = (0, 0)
+    # The names of the sets of --val_dataset, by the number of their part. Empty if there are fewer than two.
+    val_sets: Mapping[int, str] = field(default_factory=dict)
     # Returns the facts that are known only after training: the counts of a stream.
     at_end: Callable[[], dict[str, Any]] = dict
 
@@ -285,8 +346,47 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
     train, val, report = encode_plan(encoder, plan)
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
     log_report(report, statistics)
+    mixture = _trained_of_each_part(plan, train) if plan.mixed else {}
+    sets = rows_of_sets(plan, val)
     show_samples(encoder.tokenizer, [train[index] for index in range(min(samples, len(train)))], run_dir)
 
-    summary = {**statistics, **report.counts(), 'served': served_by(plan.parts)}
-    switched = (report.switched, len(train) + len(val))
-    return PreparedData(train=train, val=val, summary=summary, switched=switched)
+    summary = {**statistics, **mixture, **sets, **report.counts(), 'served': served_by(plan.parts)}
+    switched = (report.switched, train.stored + val.stored)
+    return PreparedData(train=train, val=val, summary=summary, switched=switched, val_sets=names_of_sets(plan))
+
+
+def names_of_sets(plan: Plan) -> dict[int, str]:
+    """Return the names of the sets of --val_dataset by the number of their part. Returns {} if there is only one."""
+    names = plan.val_sets()
+    return names if len(names) > 1 else {}
+
+
+def rows_of_sets(plan: Plan, val: EncodedRows) -> dict[str, Any]:
+    """Log and return, for run.json, the number of rows of each set of --val_dataset. Returns {} without such sets."""
+    counts = Counter(val.parts().tolist())
+    rows = {name: counts[number] for number, name in plan.val_sets().items()}
+    if not rows:
+        return {}
+    logger.info('validation sets: ' + ', '.join(f'{name} {count} rows' for name, count in rows.items()))
+    return {'validation_sets': rows}
+
+
+def _trained_of_each_part(plan: Plan, train: EncodedRows) -> dict[str, Any]:
+    """Return, for run.json, the number of rows that an epoch of a mixture trains of each data set.
+
+    Logs a warning for each data set that gives fewer rows than planned, because some of its rows were skipped.
+    """
+    counts = Counter(train.parts().tolist())
+    trained: dict[str, int] = {}
+    for number, part in enumerate(plan.parts):
+        if part.is_val:
+            continue
+        trained[part.name] = counts[number]
+        if counts[number] < part.trained_rows():
+            logger.warning(
+                f'mixture: {part.name} gives {counts[number]} rows instead of {part.trained_rows()}, because some of '
+                'its rows were skipped'
+            )
+    if train.stored != len(train):
+        logger.info('characters, notes and skipped rows are counted once for each row, also if it is repeated')
+    return {'mixture': trained}

@@ -17,7 +17,8 @@ from utils.encode.encoded import Encoded
 # and origins are texts as bytes. One array has the field of all rows, concatenated. The array `<name>_ends` has the
 # position at which each row ends.
 _RAGGED = {'ids': 'i', 'spans': 'i', 'images': 'B', 'origins': 'B'}
-_ARRAYS = {**_RAGGED, **{f'{name}_ends': 'q' for name in _RAGGED}, 'prompt_lengths': 'i'}
+# `parts` stores the number of the part of the plan, and `times` how often an epoch trains the row.
+_ARRAYS = {**_RAGGED, **{f'{name}_ends': 'q' for name in _RAGGED}, 'prompt_lengths': 'i', 'parts': 'i', 'times': 'i'}
 
 
 class TrainRows(Protocol):
@@ -48,7 +49,8 @@ class EncodedRows:
     """Rows of token ids in flat arrays: a torch map-style data set.
 
     A row has one or more spans that carry loss. The last span is the last reply of the row. `order`, if given, lists
-    indices into the arrays in the order in which the rows are returned.
+    indices into the arrays in the order in which the rows are returned. A row that is repeated is stored once, and its
+    index is several times in `order`.
     """
 
     def __init__(self, arrays: dict[str, Any] | None = None, order: Any = None) -> None:
@@ -58,7 +60,7 @@ class EncodedRows:
 
     @classmethod
     def map(cls, folder: Path, name: str) -> EncodedRows:
-        """Memory-map the rows that were spilled to `folder` under `name`, and return them."""
+        """Memory-map the rows that were spilled to `folder` under `name`, and return them with their repetitions."""
         arrays: dict[str, Any] = {}
         for kind, code in _ARRAYS.items():
             file = folder / f'{name}.{kind}'
@@ -66,20 +68,31 @@ class EncodedRows:
                 arrays[kind] = np.memmap(file, dtype=code, mode='r')
             else:  # an empty file cannot be mapped
                 arrays[kind] = np.empty(0, dtype=code)
-        return cls(arrays)
+
+        times = arrays['times']
+        passes = int(times.max(initial=1))
+        if passes == 1:
+            return cls(arrays)
+        return cls(arrays, np.concatenate([np.flatnonzero(times > done).astype(np.int32) for done in range(passes)]))
 
     @property
     def ids(self) -> Any:
-        """Return the ids of all rows, concatenated."""
+        """Return the ids of all stored rows, concatenated."""
         return self.arrays['ids']
 
-    def append(self, row: Encoded, origin: str = '') -> None:
-        """Add one row. `origin` says where the row came from."""
+    @property
+    def stored(self) -> int:
+        """Return the number of stored rows. A row that is repeated counts once."""
+        return len(self.arrays['prompt_lengths'])
+
+    def append(self, row: Encoded, origin: str = '', *, part: int = 0, times: int = 1) -> None:
+        """Add one row, which came from `origin` in the part with this number, and is trained `times` in an epoch."""
         self._add('ids', row.input_ids)
         self._add('spans', (limit for span in (*row.earlier, row.trained) for limit in span))
         self._add('images', json.dumps(row.images).encode() if row.images else b'')
         self._add('origins', origin.encode())
-        self.arrays['prompt_lengths'].append(row.prompt_length)
+        for kind, value in (('prompt_lengths', row.prompt_length), ('parts', part), ('times', times)):
+            self.arrays[kind].append(value)
 
     def _add(self, kind: str, values: Iterable[int]) -> None:
         self.arrays[kind].extend(values)
@@ -95,7 +108,7 @@ class EncodedRows:
             del values[:]
 
     def __len__(self) -> int:
-        return len(self.arrays['prompt_lengths'])
+        return self.stored if self.order is None else len(self.order)
 
     def _stored_index(self, index: int) -> int:
         """Return the index of a row in the arrays. It differs from `index` if `order` is set."""
@@ -143,15 +156,24 @@ class EncodedRows:
 
     def trained_tokens(self) -> int:
         """Return the number of tokens that carry loss."""
-        return int(self._trained_by_span().sum(dtype=np.int64))
+        return int(self._trained_by_row().sum(dtype=np.int64))
 
-    def _trained_by_span(self) -> Any:
-        """Return the number of tokens that carry loss in each span.
+    def parts(self) -> Any:
+        """Return the number of the part of each row, as an int32 array of shape (rows,)."""
+        return self._ordered(np.asarray(self.arrays['parts'], dtype=np.int32))
+
+    def _trained_by_row(self) -> Any:
+        """Return the number of tokens that carry loss in each row.
 
         The first token of a row is not counted, because it is never predicted.
         """
+        if not self.stored:
+            return np.empty(0, dtype=np.int64)
         limits = np.asarray(self.arrays['spans'])
-        return np.maximum(limits[1::2] - np.maximum(limits[::2], 1), 0)
+        by_span = np.maximum(limits[1::2] - np.maximum(limits[::2], 1), 0)
+        ends = np.asarray(self.arrays['spans_ends'])
+        first_spans = np.concatenate([[0], ends[:-1] // 2]).astype(np.int64)
+        return self._ordered(np.add.reduceat(by_span, first_spans))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
         """Return the one or two batches that need the most memory. Each batch has `count` rows.
@@ -159,10 +181,7 @@ class EncodedRows:
         The first batch has the longest rows. A second batch has the rows with the most tokens that carry loss, if
         these are different rows.
         """
-        ends = np.asarray(self.arrays['spans_ends'])
-        first_spans = np.concatenate([[0], ends[:-1] // 2]).astype(np.int64)
-        trained = self._ordered(np.add.reduceat(self._trained_by_span(), first_spans)) if len(self) else []
-
+        trained = self._trained_by_row()
         by_length = heapq.nlargest(count, range(len(self)), key=self.sizes().__getitem__)
         by_loss = heapq.nlargest(count, range(len(self)), key=trained.__getitem__)
         batches = [by_length]
@@ -171,16 +190,24 @@ class EncodedRows:
         return [[self[index] for index in batch] for batch in batches]
 
     def evenly(self, count: int) -> EncodedRows:
-        """Return `count` of these rows, spread evenly over them. Returns all rows if `count` is -1 or too large."""
-        if count < 0 or count >= len(self):
+        """Return `count` of these rows, spread evenly over them. Returns all rows if `count` is -1 or too large.
+
+        All pieces of a row that was split (--overlong split) count as one row.
+        """
+        by_origin: dict[str, list[int]] = {}
+        for index in range(len(self)):
+            by_origin.setdefault(self.origin(index), []).append(index)
+        if count < 0 or count >= len(by_origin):
             return self
-        chosen = np.arange(count, dtype=np.int64) * len(self) // count
-        return EncodedRows(self.arrays, self._ordered(np.arange(len(self), dtype=np.int32))[chosen])
+
+        pieces = list(by_origin.values())
+        chosen = [index for i in range(count) for index in pieces[i * len(pieces) // count]]
+        return EncodedRows(self.arrays, self._ordered(np.arange(self.stored, dtype=np.int32))[chosen])
 
     def longest_first(self) -> EncodedRows:
         """Return the same rows sorted by length, the longest first."""
         by_length = np.argsort(-self.sizes(), kind='stable').astype(np.int32)
-        return EncodedRows(self.arrays, self._ordered(np.arange(len(self), dtype=np.int32))[by_length])
+        return EncodedRows(self.arrays, self._ordered(np.arange(self.stored, dtype=np.int32))[by_length])
 
 
 class Filled(Sequence[dict[str, Any]]):
@@ -224,7 +251,7 @@ def length_statistics(rows: EncodedRows) -> dict[str, float]:
     """Return statistics of the rows for run.json.
 
     These are the number of rows, the tokens per row (min, median, mean, p95, max), the total number of tokens, and the
-    share of tokens that carry loss.
+    share of tokens that carry loss. A row that is repeated counts each time; then `distinct_rows` counts it once.
     """
     sizes = np.sort(rows.sizes())
     if not len(sizes):
@@ -240,4 +267,5 @@ def length_statistics(rows: EncodedRows) -> dict[str, float]:
         'max': int(sizes[-1]),
         'tokens': tokens,
         'trained_share': round(rows.trained_tokens() / tokens, 4),
+        **({'distinct_rows': rows.stored} if len(rows) != rows.stored else {}),
     }

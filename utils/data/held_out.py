@@ -7,24 +7,27 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from utils.data.parts import VAL, Part, open_parts, read_rows_at
+from utils.data.parts import AS_WRITTEN, VAL, Part, open_parts, read_rows_at
 from utils.data.plan import Plan
 from utils.data.sources import parse_source
 from utils.formats.conversation import Row
+from utils.formats.reading import Reading
 
 
 def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return {name of part: {'files_sha256': hash, 'rows': positions}} for the parts of the data sets of a run.
 
-    The positions are those of the held-out rows among all rows of the part. The hash covers the files of the part. The
+    The positions are those of the held-out rows among all rows of the part. If there are validation sets, only their
+    parts are in the dictionary, because no other part has held-out rows. The hash covers the files of the part. The
     hash is None if the part has no local files or has images, because the rows then depend on data outside its files.
     """
+    sets = [part for part in plan.parts if part.val_set]
     return {
         part.name: {
             'files_sha256': files_sha256(part) if part.files and not part.has_images else None,
             'rows': list(_positions(part)),
         }
-        for part in plan.parts
+        for part in sets or plan.parts
     }
 
 
@@ -47,7 +50,9 @@ def files_sha256(part: Part) -> str:
     return digest.hexdigest()
 
 
-def read_held_out(kept: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> list[Row] | None:
+def read_held_out(
+    kept: Mapping[str, Mapping[str, Any]], words: Sequence[str], reading: Reading = AS_WRITTEN
+) -> list[Row] | None:
     """Return the held-out rows of an earlier run. `kept` is what `held_out` returned in that run.
 
     Returns None if `words`, the data sets of --dataset, or their files are not the same as in the earlier run.
@@ -61,10 +66,10 @@ def read_held_out(kept: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -
         entry = kept[source.name]
         if source.path is None or entry['files_sha256'] is None:
             return None
-        (part,) = open_parts(source)
+        (part,) = open_parts(source, reading=reading)
         if files_sha256(part) != entry['files_sha256']:
             return None
-        rows = read_rows_at(part.files, frozenset(entry['rows']))
+        rows = read_rows_at(part.files, frozenset(entry['rows']), reading)
         usable = [row for row in rows if isinstance(row, Row)]
         if len(usable) != len(entry['rows']):
             return None  # a different version of this toolkit wrote the positions, and it accepted different rows

@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
-from utils.data.parts import TRAIN, UNUSED, VAL, Part, ReadRow, Streams, first_rows, open_parts, open_replies
-from utils.data.sources import parse_source
+from utils.data.mixture import Ingredient, mix
+from utils.data.parts import (
+    AS_WRITTEN,
+    TRAIN,
+    UNUSED,
+    VAL,
+    VALIDATION,
+    Part,
+    ReadRow,
+    check_columns,
+    check_read_once,
+    draw_uses,
+    open_parts,
+    remarks_of,
+)
+from utils.data.sources import parse_source, val_set_names
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
-from utils.formats.data_file import OnBad, refuse
-
-# The number of rows of each stream that are read before training to see which replies carry loss.
-_FIRST_ROWS = 64
-
-
-def _draw(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
-    """Draw up to `count` random rows among the rows whose use is `use`.
-
-    The use of these rows is set: to `drawn` for the drawn rows, to `rest` for the others.
-    """
-    total = sum(part.uses.count(use) for part in parts)
-    chosen = bytearray(total)
-    for index in random.Random(seed).sample(range(total), min(count, total)):
-        chosen[index] = 1
-
-    index = 0
-    for part in parts:
-        position = part.uses.find(use)
-        while position >= 0:
-            part.uses[position] = drawn if chosen[index] else rest
-            index += 1
-            position = part.uses.find(use, position + 1)
+from utils.formats.file_bytes import OnBad, refuse
+from utils.formats.reading import Reading
 
 
 def served_by(parts: Iterable[Part]) -> dict[str, str]:
     """Return {name of the data set: hub, id and revision} for the data sets that were downloaded from a hub."""
-    return {part.name: part.served for part in parts if part.served and not part.is_val}
+    return {part.name.removesuffix(VALIDATION): part.served for part in parts if part.served}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +45,7 @@ class Plan:
 
     `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has a line
     of text for each decision to use only some of the available rows. `digest` is a hash of all rows and their uses.
+    `mixed` says whether the training rows are a mixture with shares.
     """
 
     parts: list[Part]
@@ -60,16 +53,24 @@ class Plan:
     noted: Tally
     drawn: list[str]
     digest: str
+    mixed: bool = False
 
     def decisions(self, loss_scope: LossScope | None) -> list[str]:
-        """Return one line of text for each decision that excludes rows, or that says which replies carry loss."""
+        """Return one line of text for each decision that excludes rows, or says which tokens of rows carry loss."""
         replies: Counter[LossScope] = Counter()
         rows: Counter[LossScope] = Counter()
         for part in self.parts:
             replies += part.earlier_replies
             rows += part.rows_with_earlier
+
+        decided = [*remarks_of([self.parts]), *self.drawn]
         total = sum(len(part.uses) for part in self.parts)
-        return [*self.drawn, *_loss_decisions(loss_scope, replies, rows, f'of {total} rows read')]
+        if texts := sum(part.text_rows for part in self.parts):
+            decided.append(
+                f'loss is on every token of {texts} of {total} rows read because they are plain text: no template is '
+                'applied, and the end of sequence is added'
+            )
+        return [*decided, *loss_decisions(loss_scope, replies, rows, f'of {total} rows read')]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
         """Yield (use, ReadRow) for every row of all parts."""
@@ -83,17 +84,27 @@ class Plan:
                 yield use, row
 
     def lock(self) -> dict[str, dict[str, Any]]:
-        """Return {part: {'rows': number of used rows, 'sha256': hash of the content and the uses}} for lock.json."""
+        """Return {part: {'rows': number of used rows, 'sha256': hash of the content and the uses}} for lock.json.
+
+        The entry of a data set of a hub also has the keys `served` and `commit`. The entry of a validation set has
+        the key `flag`.
+        """
         return {
             part.name: {
-                'rows': len(part.uses) - part.uses.count(UNUSED),
-                'sha256': hashlib.sha256(part.content.encode() + part.uses).hexdigest(),
+                'rows': part.uses.count(VAL) + part.trained_rows(),
+                'sha256': hashlib.sha256(part.content.encode() + part.uses_digest()).hexdigest(),
+                **part.source(),
+                **({'flag': 'val_dataset'} if part.val_set else {}),
             }
             for part in self.parts
         }
 
+    def val_sets(self) -> dict[int, str]:
+        """Return the name in metrics of each set of --val_dataset. The keys are its numbers in `parts`."""
+        return {number: part.val_set for number, part in enumerate(self.parts) if part.val_set}
 
-def _loss_decisions(
+
+def loss_decisions(
     typed: LossScope | None, replies: Mapping[LossScope, int], rows: Mapping[LossScope, int], total: str
 ) -> list[str]:
     """Return the decisions about which replies carry loss. Rows with only one reply need no decision.
@@ -122,38 +133,6 @@ def _loss_decisions(
     return found
 
 
-def stream_decisions(typed: LossScope | None, sources: Streams) -> list[str]:
-    """Return the decisions about which replies carry loss, from the first rows of each training stream."""
-    replies: Counter[LossScope] = Counter()
-    rows: Counter[LossScope] = Counter()
-    read = 0
-    for parts in sources:
-        usable = (row for _, _, row in parts[0].read(hashlib.sha256()) if isinstance(row, Row))
-        for row in itertools.islice(usable, _FIRST_ROWS):
-            read += 1
-            if earlier := open_replies(row):
-                replies[row.loss_scope] += earlier
-                rows[row.loss_scope] += 1
-    return _loss_decisions(typed, replies, rows, f'of the first {read} rows')
-
-
-def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
-    """Return up to `count` rows whose use is `use`: the first rows of each part, in equal shares.
-
-    For streams, `use` is ignored.
-    """
-    if not isinstance(rows, Plan):
-        return first_rows(rows, -(-count // len(rows)))[:count]
-
-    parts = [part for part in rows.parts if use in part.uses]
-    share = -(-count // max(len(parts), 1))
-    found: list[Row] = []
-    for part in parts:
-        of_this_use = (row for u, (_, _, row) in part.used() if u == use and isinstance(row, Row))
-        found += itertools.islice(of_this_use, share)
-    return found[:count]
-
-
 def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
     """Return a list with one line of text, which says that some rows are not used. Returns [] if all rows are used."""
     if sample >= available:
@@ -161,63 +140,171 @@ def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
     return [f'rows = {sample} of {available} {what} because {why}: {available - sample} rows are not used']
 
 
+def part_not_used(part: Part) -> str:
+    """Return the decision that a validation part is not used."""
+    return f'{part.name} is not used because --val_dataset names the validation rows'
+
+
+@dataclass(kw_only=True)
+class _Planner:
+    """Reads data sets one after the other, and collects their parts for a plan."""
+
+    seed: int
+    hub: HubName
+    bad: OnBad
+    reading: Reading = AS_WRITTEN
+    parts: list[Part] = field(default_factory=list)
+    left_out: Tally = field(default_factory=Tally)
+    noted: Tally = field(default_factory=Tally)
+    drawn: list[str] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def __post_init__(self) -> None:
+        self.digest.update(repr(self.reading).encode())
+
+    def add_training(self, word: str, test_ratio: float | None) -> Ingredient:
+        """Read a data set of --dataset, draw its rows (name#count), and hold rows out. Returns its training part.
+
+        If `test_ratio` is None, nothing is held out, and a validation part of the data set is not used.
+        """
+        source = parse_source(word)
+        opened = open_parts(source, self.bad, self.hub, self.reading)
+        if test_ratio is None:
+            self.drawn += [part_not_used(part) for part in opened[1:]]
+            opened = opened[:1]
+        check_read_once([*self.parts, *opened])
+        for part in opened:
+            part.count(self.left_out, self.noted, self.digest)
+
+        self._draw(opened[0], source.sample, f"--dataset '{word}'", word)
+        if len(opened) == 1 and test_ratio:
+            count = opened[0].uses.count(TRAIN)
+            validation = min(max(1, round(count * test_ratio)), count - 1)
+            draw_uses(opened, TRAIN, max(validation, 0), self.seed, drawn=VAL, rest=TRAIN)
+        self.parts += opened
+        return Ingredient(word=word, part=opened[0], share=source.share)
+
+    def add_validation(self, word: str, name: str, trained: Collection[str]) -> None:
+        """Read a data set of --val_dataset: its validation part if it has one, else all its rows.
+
+        Raises ConfigError if no row is left, or if the data set has no validation part and is trained on.
+        """
+        source = parse_source(word)
+        opened = open_parts(source, self.bad, self.hub, self.reading)
+        part = opened[-1]
+        if len(opened) == 1 and part.name in trained:
+            raise ConfigError(
+                f"--val_dataset '{word}': --dataset trains on its rows, and it has no validation part. Remove it from "
+                '--dataset or from --val_dataset.'
+            )
+
+        check_read_once([*self.parts, part])
+        left_out = Tally()
+        part.is_val = True
+        part.val_set = name
+        part.count(left_out, self.noted, self.digest)
+        self.left_out.merge(left_out)
+        if self.bad is refuse and not part.uses:
+            raise ConfigError(f"--val_dataset '{word}': no row is left, {_skipped(left_out)}")
+        self._draw(part, source.sample, f"--val_dataset '{word}'", word)
+        self.parts.append(part)
+
+    def _draw(self, part: Part, sample: int | None, given: str, word: str) -> None:
+        """Draw rows from a part (name#count), if a number was given."""
+        if sample is None:
+            return
+        use = VAL if part.is_val else TRAIN
+        count = len(part.uses)
+        if sample > count:
+            logger.warning(f'{given} asks for {sample} rows of {count}: all of them are used')
+        flag = given.partition(' ')[0]
+        self.drawn += _not_used(sample, count, f'of {given}', f'{flag} {word} asks for them')
+        draw_uses([part], use, sample, self.seed, drawn=use, rest=UNUSED)
+
+    def plan(self, *, mixed: bool = False) -> Plan:
+        """Return the plan of the data sets that were added. `mixed` says whether --dataset gives shares."""
+        for part in self.parts:
+            self.digest.update(part.uses_digest())
+        return Plan(
+            parts=self.parts,
+            left_out=self.left_out,
+            noted=self.noted,
+            drawn=self.drawn,
+            digest=self.digest.hexdigest(),
+            mixed=mixed,
+        )
+
+
+def _skipped(left_out: Tally) -> str:
+    """Return how many rows were skipped and why, and a remedy."""
+    reasons = '; '.join(sorted(left_out.counts))
+    return f'{len(left_out)} rows were skipped ({reasons}). Correct the rows, or name other data.'
+
+
 def plan_rows(
     words: Sequence[str],
     *,
+    val_words: Sequence[str] = (),
     seed: int = 42,
     test_ratio: float = 0.01,
     train_sample: int = -1,
     hub: HubName = 'modelscope',
     bad: OnBad = refuse,
+    reading: Reading = AS_WRITTEN,
 ) -> Plan:
     """Read all data sets once, and return the plan that says which rows are used.
 
     First, rows are drawn from each data set (name#count), and the data set is split into training and validation rows.
     Then up to `train_sample` training rows and up to max(1, train_sample * test_ratio) validation rows are drawn from
-    all data sets together. Raises ConfigError if data cannot be read or no training row is left.
+    all data sets together. If words have a share (name%0.3), the training rows are instead those of the mixture.
+
+    `val_words` are the words of --val_dataset. If there are any, nothing is split off, and the validation sets are used
+    whole. Raises ConfigError if data cannot be read, if no row has a column that
+    --columns names, or if no training row or no row of a validation set is left.
     """
-    parts: list[Part] = []
-    left_out = Tally()
-    noted = Tally()
-    digest = hashlib.sha256()
-    drawn: list[str] = []
-    for word in words:
-        source = parse_source(word)
-        opened = open_parts(source, bad, hub)
-        for part in opened:
-            part.count(left_out, noted, digest)
-
-        count = len(opened[0].uses)
-        if source.sample is not None:
-            if source.sample > count:
-                logger.warning(f"--dataset '{word}' asks for {source.sample} rows of {count}: all of them are used")
-            drawn += _not_used(source.sample, count, f"of --dataset '{word}'", f'--dataset {word} asks for them')
-            _draw(opened[:1], TRAIN, source.sample, seed, drawn=TRAIN, rest=UNUSED)
-            count = min(count, source.sample)
-
-        if len(opened) == 1 and test_ratio > 0:
-            validation = min(max(1, round(count * test_ratio)), count - 1)
-            _draw(opened, TRAIN, max(validation, 0), seed, drawn=VAL, rest=TRAIN)
-        parts += opened
-
+    planner = _Planner(seed=seed, hub=hub, bad=bad, reading=reading)
+    ingredients = [planner.add_training(word, None if val_words else test_ratio) for word in words]
+    parts = [*planner.parts]
     if bad is refuse and not any(TRAIN in part.uses for part in parts):
-        raise ConfigError(
-            f'--dataset {" ".join(words)}: no training row is left, {len(left_out)} rows were skipped '
-            f'({"; ".join(sorted(left_out.counts))}). Correct the rows, or name other data.'
-        )
+        raise ConfigError(f'--dataset {" ".join(words)}: no training row is left, {_skipped(planner.left_out)}')
 
+    why = f'--train_dataset_sample is {train_sample}'
+    limits = [(VAL, max(1, int(train_sample * test_ratio)), 'for validation')]
+    mixed = any(one.share is not None for one in ingredients)
+    if mixed and (bad is refuse or all(TRAIN in one.part.uses for one in ingredients)):
+        planner.drawn.append(mix(ingredients, limit=train_sample, seed=seed))
+    elif not mixed:
+        limits.insert(0, (TRAIN, train_sample, 'for training'))
     if train_sample >= 0:
-        why = f'--train_dataset_sample is {train_sample}'
-        for use, sample, what in (
-            (TRAIN, train_sample, 'for training'),
-            (VAL, max(1, int(train_sample * test_ratio)), 'for validation'),
-        ):
-            drawn += _not_used(sample, sum(part.uses.count(use) for part in parts), what, why)
-            _draw(parts, use, sample, seed, drawn=use, rest=UNUSED)
+        for use, sample, what in limits:
+            planner.drawn += _not_used(sample, sum(part.uses.count(use) for part in parts), what, why)
+            draw_uses(parts, use, sample, seed, drawn=use, rest=UNUSED)
 
-    for part in parts:
-        digest.update(part.uses)
-    return Plan(parts=parts, left_out=left_out, noted=noted, drawn=drawn, digest=digest.hexdigest())
+    _add_validation_sets(planner, val_words, {one.part.name for one in ingredients})
+    check_columns(planner.parts, reading)
+    return planner.plan(mixed=mixed)
+
+
+def plan_validation(
+    val_words: Sequence[str],
+    *,
+    trained: Collection[str] = (),
+    seed: int = 42,
+    hub: HubName = 'modelscope',
+    reading: Reading = AS_WRITTEN,
+) -> Plan:
+    """Read the data sets of --val_dataset once, and return the plan of their rows.
+
+    `trained` has the names of the data sets that are trained on. Raises ConfigError if no row of a set is left.
+    """
+    planner = _Planner(seed=seed, hub=hub, bad=refuse, reading=reading)
+    _add_validation_sets(planner, val_words, trained)
+    return planner.plan()
+
+
+def _add_validation_sets(planner: _Planner, val_words: Sequence[str], trained: Collection[str]) -> None:
+    for word, name in zip(val_words, val_set_names(val_words), strict=True):
+        planner.add_validation(word, name, trained)
 
 
 def draw(rows: list[Row], count: int, seed: int) -> list[Row]:

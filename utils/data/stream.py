@@ -6,22 +6,33 @@ import hashlib
 import heapq
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset
 
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
-from utils.data.encode_plan import EncodedAgain, PreparedData, encode_batch, encode_rows
-from utils.data.encoded_rows import length_statistics
+from utils.data.encode_plan import (
+    EncodedAgain,
+    PreparedData,
+    encode_batch,
+    encode_rows,
+    encode_used,
+    names_of_sets,
+    rows_of_sets,
+)
+from utils.data.encoded_rows import EncodedRows, length_statistics
 from utils.data.encoding_report import EncodingReport, log_report
-from utils.data.parts import Part, Streams, first_rows, row_notes
+from utils.data.mixture import take_turns
+from utils.data.parts import remarks_of, row_notes
 from utils.data.plan import served_by
+from utils.data.stream_parts import Streams, first_rows
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, Account
+from utils.encode.encoded import Encoded
 from utils.encode.encoder import Encoder
 from utils.encode.show import show_samples
 from utils.formats.conversation import BadRow, Row
@@ -36,20 +47,23 @@ _FIRST_ROWS = 256
 _REMEMBERED_ROWS = 16_384
 
 
+T = TypeVar('T')
+
+
 class LoggedTally(Tally):
     """A tally that also logs the 1st, 10th, 100th ... row of each reason, while the stream runs."""
 
     def add(self, reason: str, place: str) -> None:
         """Count one row under `reason`, and log it if the count is a power of ten."""
         super().add(reason, place)
-        count = self.counts[reason]
+        count = self.counts[self.known(reason)]
         if count == 10 ** (len(str(count)) - 1):
             logger.warning(f'{count} rows so far: {reason} ({place})')
 
 
-def shuffled(rows: Iterable[Row], size: int, rng: random.Random) -> Iterator[Row]:
+def shuffled(rows: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
     """Yield every row once, in random order. Each row is drawn from a buffer of `size` rows."""
-    held: list[Row] = []
+    held: list[T] = []
     for row in rows:
         if len(held) < size:
             held.append(row)
@@ -64,13 +78,17 @@ def shuffled(rows: Iterable[Row], size: int, rng: random.Random) -> Iterator[Row
 class TrainingStream(IterableDataset[dict[str, Any]]):
     """Yields the training rows in endless passes, each in a different order.
 
-    Each process yields a different share of the rows. The order depends only on seed, rank and world size. So a
-    resumed run skips exactly the rows that were trained.
+    Each process yields a different share of the rows. If the data sets have shares, each has its own passes, and every
+    row is taken from the data set whose turn it is by its share. The order depends only on seed, rank and world size.
+    So a resumed run skips exactly the rows that were trained.
     """
 
     def __init__(self, encoder: Encoder, sources: Streams, *, val_rows: int, seed: int) -> None:
         # (training part, number of its first rows that are held out). The number is 0 if there is a validation part.
-        self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources]
+        self.parts = [(parts[0], val_rows if len(parts) == 1 else 0) for parts in sources.sources]
+        # The remarks that are logged already. A file gets others when its end is read.
+        self._remarks = set(remarks_of(sources.sources))
+        self.shares = sources.shares
         self.encoder = encoder
         self.seed = seed
         # Counts of the skipped rows, of the notes, and of the characters of the skipped rows. Every process reads all
@@ -87,24 +105,26 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self._recent: dict[int, tuple[dict[str, Any], str]] = {}
         self._yielded = 0
 
-    def _rows(self, unread: Tally, noted: Tally, account: Account) -> Iterator[Row]:
-        """Yield the rows of one pass, one row from each data set in turn. Counts the skipped rows and the notes."""
+    def _read(self, number: int, *, counts: bool) -> Iterator[Row]:
+        """Yield the training rows of one pass over a data set. With `counts`, skipped rows and notes are counted."""
+        part, held_out = self.parts[number]
+        for location, raw, row in part.read(hashlib.sha256()):
+            if isinstance(row, BadRow):
+                if counts:
+                    self.unread.add(str(row), location)
+                    self.unread_text.skip(raw, LEFT_OUT)
+                continue
 
-        def rows_of(part: Part, held_out: int) -> Iterator[Row]:
-            for location, raw, row in part.read(hashlib.sha256()):
-                if isinstance(row, BadRow):
-                    unread.add(str(row), location)
-                    account.skip(raw, LEFT_OUT)
-                    continue
+            for note in row_notes(row) if counts else ():
+                self.row_noted.add(note, location)
+            if held_out:
+                held_out -= 1
+            else:
+                yield row
 
-                for note in row_notes(row):
-                    noted.add(note, location)
-                if held_out:
-                    held_out -= 1
-                else:
-                    yield row
-
-        readers = [rows_of(part, held_out) for part, held_out in self.parts]
+    def _in_turn(self, *, counts: bool) -> Iterator[Row]:
+        """Yield the rows of one pass over all data sets, one row from each data set in turn."""
+        readers = [self._read(number, counts=counts) for number in range(len(self.parts))]
         while readers:
             for reader in list(readers):
                 row = next(reader, None)
@@ -113,28 +133,45 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 else:
                     yield row
 
+    def _passes(self, number: int, *, counts: bool) -> Iterator[tuple[Row, bool]]:
+        """Yield (row, whether it is read for the first time) of a data set, in endless passes.
+
+        Raises ConfigError if the data set has no training row.
+        """
+        name = self.parts[number][0].name
+        for done in itertools.count():
+            rows = 0
+            for row in self._read(number, counts=counts and done == 0):
+                rows += 1
+                yield row, done == 0
+
+            if not rows:
+                raise ConfigError(
+                    f'--dataset {name}: no training row is left to fill its share: its rows are skipped or held out. '
+                    'Lower --stream_val_rows, or remove it from --dataset.'
+                )
+            if counts and done == 0:
+                logger.info(f'{name}: all its {rows} rows are read, its next pass starts')
+
+    def _mixed(self, *, counts: bool) -> Iterator[tuple[Row, bool]]:
+        """Yield (row, whether it is read for the first time) of all data sets, without end, each by its share."""
+        readers = [self._passes(number, counts=counts) for number in range(len(self.parts))]
+        for number in take_turns(self.shares):
+            row, is_new = next(readers[number])
+            self.rows_read += counts and is_new
+            yield row, is_new
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the encoded rows of this process. Skipped rows and notes are counted only in the first pass."""
+        if self.shares:
+            yield from self._of_process(shuffled(self._mixed(counts=True), SHUFFLE_ROWS, self._order(0)), 0)
+            return
+
         index = 0
         for number in itertools.count():
-            if number == 0:
-                rows = self._rows(self.unread, self.row_noted, self.unread_text)
-                report = self.report
-            else:
-                rows = self._rows(Tally(), Tally(), Account())
-                report = EncodingReport()
-
+            rows = shuffled(self._in_turn(counts=number == 0), SHUFFLE_ROWS, self._order(number))
             first = index
-            mine: list[Row] = []
-            for row in shuffled(rows, SHUFFLE_ROWS, random.Random(f'{self.seed}/{number}')):
-                if index % dist.world_size() == dist.rank():
-                    mine.append(row)
-                index += 1
-                if len(mine) == _BATCH_ROWS:
-                    yield from self._encoded(mine, report)
-                    mine = []
-            yield from self._encoded(mine, report)
-
+            index = yield from self._of_process(zip(rows, itertools.repeat(number == 0)), first)
             if index == first:
                 raise ConfigError(
                     f'--streaming true: no training row is left, {len(self.unread)} rows were skipped and the first '
@@ -143,17 +180,54 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             if number == 0:
                 self.rows_read = index
                 logger.info(f'a pass over the stream is done: {index} rows')
+                for remark in remarks_of([[part for part, _ in self.parts]]):
+                    if remark not in self._remarks:
+                        logger.info(remark)
 
-    def _encoded(self, rows: Sequence[Row], report: EncodingReport) -> Iterator[dict[str, Any]]:
-        """Encode the rows, and yield each encoded row with its index. The last rows are kept in memory."""
+    def _order(self, number: int) -> random.Random:
+        """Return the random generator that shuffles a pass."""
+        return random.Random(f'{self.seed}/{number}')
+
+    def _of_process(self, rows: Iterable[tuple[Row, bool]], index: int) -> Generator[dict[str, Any], None, int]:
+        """Yield the rows of this process, encoded. Returns the index of the next row.
+
+        Each row comes with whether it is read for the first time. `index` is the index of the first row.
+        """
+        mine: list[tuple[Row, bool]] = []
+        for row in rows:
+            if index % dist.world_size() == dist.rank():
+                mine.append(row)
+            index += 1
+            if len(mine) == _BATCH_ROWS:
+                yield from self._encoded(mine)
+                mine = []
+        yield from self._encoded(mine)
+        return index
+
+    def _encoded(self, rows: Sequence[tuple[Row, bool]]) -> Iterator[dict[str, Any]]:
+        """Encode the rows, and yield each encoded row with its index. The last rows are kept in memory.
+
+        Rows that are read for the first time are added to the report.
+        """
         again = EncodedAgain(self.encoder)
-        for source, row in encode_batch(self.encoder, rows, report):
-            report.account.add(source, row, again)
-            item = {**row.as_item(), 'row': self._yielded}
-            self._recent[self._yielded] = (item, source.origin)
-            self._recent.pop(self._yielded - _REMEMBERED_ROWS, None)
-            self._yielded += 1
-            yield item
+        found: dict[int, Encoded] = {}
+        for is_new, report in ((True, self.report), (False, EncodingReport())):
+            of_report = [row for row, row_is_new in rows if row_is_new is is_new]
+            for row, ids in encode_batch(self.encoder, of_report, report) if of_report else ():
+                found[id(row)] = ids
+                if is_new:
+                    report.account.add(row, ids, again)
+            report.refused.raise_if_any(self.encoder.overlong, self.encoder.max_length)
+
+        for row, _ in rows:
+            if id(row) not in found:
+                continue
+            for piece in self.encoder.pieces_of(found[id(row)], self.encoder.max_length):
+                item = {**piece.as_item(), 'row': self._yielded}
+                self._recent[self._yielded] = (item, row.origin)
+                self._recent.pop(self._yielded - _REMEMBERED_ROWS, None)
+                self._yielded += 1
+                yield item
 
     def origin(self, index: int) -> str:
         """Return where a row came from. For a row that is not in memory, returns 'an earlier row of the stream'."""
@@ -167,8 +241,12 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
         """Return the first rows of the stream, encoded and not shuffled. Skipped rows are counted only in `report`."""
-        rows = itertools.islice(self._rows(Tally(), Tally(), Account()), count)
-        return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), report or EncodingReport())]
+        rows = (row for row, _ in self._mixed(counts=False)) if self.shares else self._in_turn(counts=False)
+        report = report or EncodingReport()
+        limit = self.encoder.max_length
+        encoded = [row for _, row in encode_batch(self.encoder, list(itertools.islice(rows, count)), report)]
+        report.refused.raise_if_any(self.encoder.overlong, limit)
+        return [piece.as_item() for row in encoded for piece in self.encoder.pieces_of(row, limit)]
 
     def lengths(self) -> list[int]:
         """Return a list with only --max_length. Without a limit, return the numbers of tokens of the first rows."""
@@ -206,7 +284,7 @@ def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]
     The report counts the skipped rows and notes of validation parts only. Training reads all other parts from the
     beginning and counts their skipped rows and notes.
     """
-    for parts in sources:
+    for parts in sources.sources:
         if len(parts) == 1:
             continue
         rows = 0
@@ -222,23 +300,42 @@ def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]
             for note in row_notes(row):
                 report.noted.add(note, location)
 
-    return first_rows(sources, count)
+    return first_rows(sources.sources, count)
+
+
+def _validation(
+    encoder: Encoder, sources: Streams, val_rows: int, report: EncodingReport
+) -> tuple[EncodedRows, dict[str, Any]]:
+    """Return the encoded validation rows, and for run.json the number of rows of each set of --val_dataset."""
+    if sources.val is None:
+        val, _ = encode_rows(encoder, _held_out(sources, val_rows, report), report)
+        return val, {}
+
+    val = EncodedRows()
+    for batch in encode_used(encoder, sources.val, report):
+        for one, ids in batch:
+            val.append(ids, one.row.origin, part=one.part)
+    report.left_out.merge(sources.val.left_out)
+    report.noted.merge(sources.val.noted)
+    return val, rows_of_sets(sources.val, val)
 
 
 def prepare_stream(
     encoder: Encoder, sources: Streams, run_dir: Path, *, val_rows: int, seed: int, samples: int
 ) -> PreparedData:
-    """Return the training stream and the encoded held-out rows. Shows `samples` training rows (sample.txt).
+    """Return the training stream and the encoded validation rows. Shows `samples` training rows (sample.txt).
 
-    Raises ConfigError if no training row is left.
+    The first `val_rows` rows of each data set are held out, unless there are validation sets (--val_dataset). Raises
+    ConfigError if no training row is left.
     """
     report = EncodingReport()
-    val, _ = encode_rows(encoder, _held_out(sources, val_rows, report), report)
+    val, sets = _validation(encoder, sources, val_rows, report)
     statistics = {'validation': length_statistics(val)}
     log_report(report, statistics)
-    served = {'served': served_by(parts[0] for parts in sources)}
+    val_parts = sources.val.parts if sources.val else []
+    served = {'served': served_by([*(parts[0] for parts in sources.sources), *val_parts])}
 
-    stream = TrainingStream(encoder, sources, val_rows=val_rows, seed=seed)
+    stream = TrainingStream(encoder, sources, val_rows=0 if sources.val else val_rows, seed=seed)
     stream.held_out = report
     report_of_first = EncodingReport()
     first = stream.first(_FIRST_ROWS, report_of_first)
@@ -252,7 +349,8 @@ def prepare_stream(
     return PreparedData(
         train=stream,
         val=val,
-        summary={**statistics, **served},
+        summary={**statistics, **sets, **served},
         switched=(report_of_first.switched, len(first)),
+        val_sets=names_of_sets(sources.val) if sources.val else {},
         at_end=stream.summary,
     )

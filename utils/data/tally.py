@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 _NAMED_PER_REASON = 3
+# Reasons can contain text of the data, such as the name of a column. Beyond this number of different reasons, and
+# beyond this length of a reason, the tally must not grow with the data.
+_MOST_REASONS = 500
+_LONGEST_REASON = 1000
+OTHER_REASONS = f'another reason than the first {_MOST_REASONS}'
 
 
 @dataclass(kw_only=True)
@@ -15,16 +20,27 @@ class Tally:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, place: str) -> None:
-        """Count one row under `reason`. `place` is the location of the row."""
+        """Count one row under `reason`. `place` is the location of the row.
+
+        If there are too many different reasons, a new reason is counted under OTHER_REASONS.
+        """
+        reason = self.known(reason)
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if self.counts[reason] <= _NAMED_PER_REASON:
             self.places.setdefault(reason, []).append(place)
 
+    def known(self, reason: str) -> str:
+        """Return the text under which a reason is counted."""
+        if len(reason) > _LONGEST_REASON:
+            reason = f'{reason[:_LONGEST_REASON]} ...'
+        return reason if reason in self.counts or len(self.counts) < _MOST_REASONS else OTHER_REASONS
+
     def merge(self, other: Tally) -> None:
         """Add the counts and locations of the tally `other` to this tally."""
-        for reason, count in other.counts.items():
+        for named, count in other.counts.items():
+            reason = self.known(named)
             self.counts[reason] = self.counts.get(reason, 0) + count
-            self.places[reason] = [*self.places.get(reason, ()), *other.places[reason]][:_NAMED_PER_REASON]
+            self.places[reason] = [*self.places.get(reason, ()), *other.places[named]][:_NAMED_PER_REASON]
 
     def __len__(self) -> int:
         return sum(self.counts.values())

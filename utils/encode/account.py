@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from utils.encode.encoded import TOOLS_IGNORED, Encoded
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG
 from utils.formats.conversation import Row
+from utils.formats.json_text import JsonParser, json_as_written
 
 TRAINED, CONTEXT, CUT, TRIMMED, STRUCTURE = 'trained', 'context', 'cut', 'trimmed', 'structure'
 LEFT_OUT, NOT_DRAWN, NOT_USED = 'left out', 'not drawn', 'not used'
@@ -40,13 +41,21 @@ _MARKS = ('weight', 'loss', 'train')
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 # Keys of a tool whose values decide how the tool is printed. Few templates print these values.
 _OF_SCHEMAS = ('type', 'required')
-# The columns of each row format. The first format whose first two columns the row has is used.
-_SHAPES = (
+# The columns of each row format. The first format whose columns the row has is used.
+_SHAPES: tuple[tuple[str, ...], ...] = (
     ('messages',),
     ('conversations',),
     ('query', 'response', 'history'),
     ('instruction', 'output', 'input', 'history'),
+    ('prompt', 'completion', 'history'),
+    ('prompt', 'response', 'history'),
+    ('question', 'answer', 'history'),
+    ('question', 'response', 'history'),
+    ('input', 'output', 'history'),
+    ('text',),
 )
+# The columns with what is asked. Any other column of such a shape has the reply.
+_ASKED = ('query', 'instruction', 'input', 'prompt', 'question')
 _SEPARATE = re.compile(rf'({OPEN_TAG}|{CLOSE_TAG}|<img>.*?</img>|\n)')
 
 
@@ -57,6 +66,10 @@ _Span = tuple[int, int]
 # A function that replaces the texts at the given paths of a row, encodes the row, and returns the pieces of its
 # tokenised text. It returns None if the changed row is refused.
 _Rendering = Callable[[Sequence[tuple[_Path, str]]], tuple[str, ...] | None]
+
+# Names of columns and keys are data. Beyond this number of names, the account must not grow with the data.
+_MOST_FIELDS = 500
+OTHER_FIELDS = f'another column or key than the first {_MOST_FIELDS}'
 
 # If the texts of a row cannot be searched together, at most this number of texts is searched one by one.
 _MOST_ALONE = 16
@@ -96,7 +109,7 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
         return value
     try:
-        found = json.loads(value)
+        found = JsonParser().parse(value)
     except (ValueError, RecursionError):
         return value
     return found if isinstance(found, list | dict) else value
@@ -116,7 +129,7 @@ def _replaced(value: Any, path: _Path, text: str) -> Any:
     else:
         made = list(whole)
         made[key] = _replaced(made[key], rest, text)
-    return json.dumps(made, ensure_ascii=False, default=str) if isinstance(value, str) else made
+    return json_as_written(made, default=str) if isinstance(value, str) else made
 
 
 def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
@@ -265,11 +278,41 @@ def _of_history(history: Any) -> Iterator[_Leaf]:
             yield from _texts(text, ('history', number, half), label, label, 2 * number + half)
 
 
+def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
+    """Yield the leaves of a column with a list of turns, or with one turn. `number` is the number of its first turn."""
+    keys, contents = ('role', 'from'), ('content', 'value')
+    if column == 'conversations':
+        keys, contents = ('from', 'role'), ('value', 'content')
+    if isinstance(value, Mapping):
+        yield from _of_turn(value, (column,), number, keys, contents)
+        return
+    for index, turn in enumerate(value if isinstance(value, list | tuple) else [value]):
+        if isinstance(turn, Mapping):
+            yield from _of_turn(turn, (column, index), number + index, keys, contents)
+        else:
+            yield from _unused(turn, (column, index), f'column `{column}`')
+
+
+def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
+    """Yield the leaves of a column with what is asked, or with the reply, after this number of rounds of history."""
+    value = raw[column]
+    is_asked = column in _ASKED
+    first = 2 * rounds + (not is_asked)
+    prompt = raw[shape[0]]
+    if not is_asked and isinstance(prompt, list):
+        first = len(prompt)
+    if isinstance(value, list | Mapping):
+        yield from _of_turns(value, column, first)
+    else:
+        label = 'user text' if is_asked else 'reply text'
+        yield from _texts(value, (column,), label, label, first)
+
+
 def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
     """Yield a _Leaf for every text of a row. `raw` is the row as it was written in the file."""
     shape = next((columns for columns in _SHAPES if all(c in raw for c in columns[:2])), ())
-    after = {'query': 'user text', 'instruction': 'user text', 'input': 'user text', 'response': 'reply text',
-             'output': 'reply text'}  # fmt: skip
+    if 'history' in shape and isinstance(raw[shape[0]], list | Mapping):
+        shape = shape[:2]  # a prompt of messages has its own history
     history = _parsed(raw.get('history')) if 'history' in shape else None
     last = len(history) if isinstance(history, list | tuple) else 0
     if history is not None:
@@ -278,18 +321,13 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
     for column, value in raw.items():
         at = (column,)
         if column in shape and column in ('messages', 'conversations'):
-            keys, contents = ('role', 'from'), ('content', 'value')
-            if column == 'conversations':
-                keys, contents = ('from', 'role'), ('value', 'content')
-            turns = _parsed(value)
-            for number, turn in enumerate(turns if isinstance(turns, list | tuple) else [turns]):
-                if isinstance(turn, Mapping):
-                    yield from _of_turn(turn, (column, number), number, keys, contents)
-                else:
-                    yield from _unused(turn, (column, number), f'column `{column}`')
-        elif column in shape and column in after:
-            label = after[column]
-            yield from _texts(value, at, label, label, 2 * last + (label == 'reply text'))
+            yield from _of_turns(_parsed(value), column)
+        elif column in shape and column == 'text':
+            yield from _texts(value, at, 'plain text', 'plain text', 0)
+        elif shape == ('text',):
+            yield from _unused(value, at, f'column `{column}`')  # no template is applied
+        elif column in shape and column != 'history':
+            yield from _of_side(raw, column, shape, last)
         elif column == 'system':
             yield from _texts(value, at, 'system text', 'system text')
         elif column == 'tools' or (column == 'functions' and not has_tools):
@@ -514,6 +552,11 @@ def _marked(
     return spans if position == len(text.text) else None
 
 
+def _known(name: str, counted: Mapping[str, Any]) -> str:
+    """Return the name under which a field is counted. If too many fields are counted, it is OTHER_FIELDS."""
+    return name if name in counted or len(counted) < _MOST_FIELDS else OTHER_FIELDS
+
+
 @dataclass(kw_only=True)
 class Account:
     """Character counts. `fields` is {label: {bucket: number of characters}}, for example {'user text': {'context': 9}}.
@@ -526,8 +569,12 @@ class Account:
 
     def _count(self, label: str, bucket: str, characters: int) -> None:
         if characters:
-            counts = self.fields.setdefault(label, {})
+            counts = self.fields.setdefault(_known(label, self.fields), {})
             counts[bucket] = counts.get(bucket, 0) + characters
+
+    def _count_unused(self, name: str, rows: int) -> None:
+        name = _known(name, self.unused)
+        self.unused[name] = self.unused.get(name, 0) + rows
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
         """Count all characters of a row that is not encoded in the bucket `reason`."""
@@ -545,8 +592,9 @@ class Account:
         missed: dict[str, None] = {}
         for place in places:
             self._settle(place.leaf, place.buckets, missed)
-        for name in missed:
-            self.unused[name] = self.unused.get(name, 0) + 1
+        # Several names of one row may be counted together.
+        for name in dict.fromkeys(_known(name, self.unused) for name in missed):
+            self._count_unused(name, 1)
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
         """Search the texts of a row in the order of its turns, and yield a _Place for each text.
@@ -649,7 +697,7 @@ class Account:
             for bucket, count in counts.items():
                 self._count(label, bucket, count)
         for name, rows in other.unused.items():
-            self.unused[name] = self.unused.get(name, 0) + rows
+            self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
         """Return a line with the percentages for each label, and a line with the names of unused fields."""

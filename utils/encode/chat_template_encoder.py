@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import secrets
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple, cast
 from utils.base.errors import ConfigError, error_text
 from utils.encode.encoded import (
     ADDED_END,
+    CLOSED_BY_SETTING,
     CLOSED_THINKING,
     CONTROL_TOKENS,
     EARLIER_CHANGED,
@@ -43,8 +45,10 @@ from utils.encode.encoded import (
 from utils.encode.encoder import Encoder
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 from utils.formats.conversation import Message, Row
+from utils.formats.json_text import Spelling, json_as_written
 from utils.loading.image_processors import Images
-from utils.preprocess import AUTO, TEMPLATE_MAPPING
+from utils.loading.template_settings import as_word, split_settings
+from utils.preprocess import AUTO
 
 _OPEN_THINK = re.compile(rf'({OPEN_TAG})\s*$')
 _CLOSED_THINK = re.compile(rf'(?:{CLOSE_TAG})\s*$')
@@ -69,6 +73,9 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
     ('thinking_mode', 'on'),
     ('reasoning_effort', 'high'),
 )
+
+# The variables among these that decide whether replies think. If one of them is set, no other variable is switched.
+_DECIDES_THINKING = frozenset(name for name, _ in _SWITCHES if name != 'reasoning_effort')
 
 # The maximum number of characters of an added token that a template prints.
 _LONGEST_TAG = 64
@@ -137,11 +144,6 @@ class AutoEncoder(Encoder):
     name = AUTO
 
     def __init__(self, tokenizer: Any, *, system: str | None, max_length: int, images: Images | None = None) -> None:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                'template auto needs a chat template, and this tokenizer has none. '
-                f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
-            )
         templates = tokenizer.chat_template
         self._source = ''.join(templates.values()) if isinstance(templates, dict) else str(templates)
         super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)
@@ -174,6 +176,7 @@ class AutoEncoder(Encoder):
         }
         self._openers = self._find_openers()
         self._eos_ends_turns = self._prints_eos_between_turns()
+        self._why_closed = CLOSED_THINKING
         self._switch, self._opens = self._find_switch()
         # Whether the turn is a call -> the control token that begins the next turn. If the template prints no end of
         # turn, this token is used as the end of turn.
@@ -185,13 +188,18 @@ class AutoEncoder(Encoder):
     def _apply(self, chats: list[Any], tools: Sequence[Any] | None, prompt: bool, settings: Mapping[str, Any]) -> Any:
         from jinja2.exceptions import TemplateError
 
+        # Only tools and calls contain numbers. A template prints them with a JSON writer.
+        spelling = Spelling()
+        if tools or _have_calls(chats):
+            chats, tools = spelling.hide(chats), spelling.hide(tools)
         try:
             render = self.tokenizer.apply_chat_template
-            return render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False, **settings)
+            text = render(chats, tools=tools or None, add_generation_prompt=prompt, tokenize=False, **settings)
         except TemplateError as error:
             raise RowRefused(f'the chat template refuses it: {error}') from error
         except Exception as error:  # a template is a program and can fail with any error
             raise RowRefused(f'the chat template fails: {error_text(error)}') from error
+        return spelling.show(str(text)) if not isinstance(text, list) else [spelling.show(one) for one in text]
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False,
@@ -293,7 +301,8 @@ class AutoEncoder(Encoder):
 
         The setting is a template variable with its value, for example {'enable_thinking': True}. With this setting, the
         generation prompt opens a think block, or prints no closed think block. The setting is empty if the template has
-        no such variable. `opens` says whether the generation prompt then opens a think block.
+        no such variable, or if the user has set whether replies think. `opens` says whether the generation prompt then
+        opens a think block.
         """
         mark = secrets.token_hex(8)
 
@@ -302,10 +311,20 @@ class AutoEncoder(Encoder):
             return text[text.rfind(mark) + len(mark) :] if mark in text else ''
 
         plain = generation_prompt(_NOTHING)
+        set_by_user, template = split_settings(self.tokenizer.get_chat_template())
         for name, value in _SWITCHES:
-            text = generation_prompt({name: value}) if name in self._source else plain
-            if text and text != plain and (plain.startswith(text) or _OPEN_THINK.search(text)):
-                return {name: value}, _OPEN_THINK.search(text) is not None
+            if name not in self._source:
+                continue
+            # What the user has set is not switched. It is only tried here, to name it if it closes the block.
+            tried = {'chat_template': template, **set_by_user} if name in set_by_user else {}
+            text = generation_prompt({**tried, name: value})
+            if not text or text == plain or not (plain.startswith(text) or _OPEN_THINK.search(text)):
+                continue
+            if decided := [other for other in set_by_user if other in _DECIDES_THINKING or other == name]:
+                setting = as_word(decided[0], set_by_user[decided[0]])
+                self._why_closed = CLOSED_BY_SETTING.format(setting=setting)
+                break
+            return {name: value}, _OPEN_THINK.search(text) is not None
         return _NOTHING, self._frames[False].opens
 
     def _find_openers(self) -> frozenset[str]:
@@ -392,7 +411,7 @@ class AutoEncoder(Encoder):
             return message
         said: dict[str, Any] = {key: value for key, value in message.items() if key not in ('reasoning', 'loss')}
         if 'tool_calls' in said and not self.says_calls[with_tools]:
-            calls = json.dumps([call.get('function', call) for call in said.pop('tool_calls')], ensure_ascii=False)
+            calls = json_as_written([call.get('function', call) for call in said.pop('tool_calls')])
             said['content'] = f'{said["content"]}\n{calls}' if said['content'] else calls
         if 'tool_calls' in said:
             said['content'] = said['content'] or self._no_text
@@ -440,7 +459,7 @@ class AutoEncoder(Encoder):
         for call in calls:
             function = call.get('function', call)
             arguments = function.get('arguments')
-            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            text = arguments if isinstance(arguments, str) else json_as_written(arguments)
             made.append({**call, 'function': {**function, 'arguments': text}})
         return made
 
@@ -573,7 +592,7 @@ class AutoEncoder(Encoder):
         reasoning = str(last.get(key or '') or '')
         opens = _OPEN_THINK.search(prompt)
         if reasons and _CLOSED_THINK.search(prompt):
-            raise RowRefused(CLOSED_THINKING)
+            raise RowRefused(self._why_closed)
         follows = self._after_prompt(prompt, full, frame)
         if follows is not None and thought:
             empty = _EMPTY_BLOCK.match(follows)
@@ -956,6 +975,12 @@ class AutoEncoder(Encoder):
                 return match.end()
         # The end of turn may be plain text without a control token.
         return last + len(frame.end) if prompt.startswith(frame.end, last) else last
+
+
+def _have_calls(chats: Sequence[Any]) -> bool:
+    """Return whether a message has tool calls. `chats` is a list of chats, or the messages of one chat."""
+    messages = itertools.chain.from_iterable(chat if isinstance(chat, list) else (chat,) for chat in chats)
+    return any('tool_calls' in message for message in messages)
 
 
 def _is_unknown(reply: Message) -> bool:

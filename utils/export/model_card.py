@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from utils.cli.arguments import SftArguments, to_dict
-from utils.cli.scores import score_name
+from utils.run.curves import curves_of_scores, curves_of_sets
 from utils.run.record import RunRecord
 
 # Flags that are not in the card's table of flags: the card shows them elsewhere, or they concern only this machine.
@@ -58,7 +58,7 @@ def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictur
     history = progress['log_history']
     adapter = record.flags['sft_type'] == 'lora'
 
-    known = dict.fromkeys([*_SCORES, *(f'eval_{score_name(word)}' for word in record.flags.get('score', ()))])
+    known = dict.fromkeys([*_SCORES, *curves_of_scores(record.flags), *curves_of_sets(record.flags)])
     evaluations = [entry for entry in history if any(score in entry for score in known)]
     scores = [s for s in known if evaluations and s in evaluations[-1]]
     scored = [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)]
@@ -70,6 +70,10 @@ def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictur
     thinking = ''
     if switch:
         thinking = f' Pass `{switch}` to its chat template: its replies were trained with it.'
+
+    settings = ' '.join(f'`{word}`' for word in record.flags.get('template_settings') or ())
+    if settings:
+        thinking += f' Its chat template sets {settings}: its replies were trained with it.'
 
     card = Path(__file__).with_suffix('.md').read_text(encoding='utf-8')
     return card.format(

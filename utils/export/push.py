@@ -21,11 +21,10 @@ from utils.base.errors import ConfigError
 from utils.base.files import read_json, write_json
 from utils.base.leak_scan import scan_for_push
 from utils.base.logger import logger, set_up_logging
-from utils.cli.scores import score_name
 from utils.export.model_card import model_card
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
-from utils.run.curves import plot_curves
+from utils.run.curves import curves_of_scores, curves_of_sets, plot_curves
 from utils.run.record import RUN_JSON, RunRecord, read_run_record
 
 # Files that are pushed from a checkpoint: all files that are needed to open the model. The optimizer, the trainer's
@@ -34,7 +33,7 @@ PUSHED = (
     'adapter_config.json', 'adapter_model.safetensors', 'config.json', 'generation_config.json', 'model.safetensors',
     'model-*-of-*.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
     'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', '*.tiktoken',
-    'chat_template.*', '*processor_config.json', 'processor.json',
+    'chat_template.*', 'additional_chat_templates/*.jinja', '*processor_config.json', 'processor.json',
 )  # fmt: skip
 CURVES = ('loss', 'eval_loss', 'eval_rouge-l')
 # Seconds to wait before each retry.
@@ -60,10 +59,12 @@ def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str,
     inside.mkdir(parents=True)
 
     for file in sorted({f for pattern in PUSHED for f in checkpoint.glob(pattern)}):
+        staged = inside / file.relative_to(checkpoint)
+        staged.parent.mkdir(exist_ok=True)
         try:
-            os.link(file, inside / file.name)
+            os.link(file, staged)
         except OSError:  # the run folder is on a file system without hard links
-            shutil.copy2(file, inside / file.name)
+            shutil.copy2(file, staged)
 
     write_json(target.with_suffix('.json'), progress)
     return target
@@ -94,10 +95,9 @@ def push_one(run_dir: Path, folder: Path) -> None:
             f'{folder.name}: pushing needs a token. Set the environment variable {TOKEN_VARIABLES[flags["hub"]]}.'
         )
 
-    scores = [score_name(word) for word in flags.get('score', ())]
-    shown = {'step', *CURVES, *(f'eval_{score}' for score in scores)}
+    shown = {'step', *CURVES, *curves_of_scores(flags), *curves_of_sets(flags)}
     history = [{k: v for k, v in e.items() if k in shown} for e in progress['log_history']]
-    pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images', scores)]
+    pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images', flags)]
     name = flags['hub_model_id'].rsplit('/', 1)[-1]
     card = model_card(name, record, progress, pictures)
     (folder / 'README.md').write_text(card, encoding='utf-8')

@@ -5,6 +5,7 @@ A converter is a pure function. It returns a Row, or raises BadRow if the row ca
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from utils.formats.conversation import BadRow, Message, Row
+from utils.formats.json_text import JsonParser, repeated_key
 
 # Names of roles in data files, in lower case, and the role that each name means. The content of a 'call' turn is a
 # tool call.
@@ -96,7 +98,15 @@ def _text(value: Any, what: str, column: str = '') -> str:
     return str(value)
 
 
-def _parse_json(value: Any, column: str) -> Any:
+def _parsed(text: str, remarks: _Remarks) -> Any:
+    """Return the value of a JSON text, and note keys that occur twice. Raises ValueError or RecursionError."""
+    parser = JsonParser()
+    value = parser.parse(text)
+    remarks.notes.update(dict.fromkeys(map(repeated_key, parser.repeated)))
+    return value
+
+
+def _parse_json(value: Any, column: str, remarks: _Remarks) -> Any:
     """Return the list or object in a cell. Returns None if the cell has only whitespace.
 
     JSON text is parsed, because a cell of a CSV file is always text. Raises BadRow if the text is not JSON.
@@ -107,18 +117,18 @@ def _parse_json(value: Any, column: str) -> Any:
         return None
 
     try:
-        return json.loads(value)
+        return _parsed(value, remarks)
     except (ValueError, RecursionError):
         raise BadRow(f'{column} is text that is not JSON', column) from None
 
 
-def _parse_object(value: Any) -> Any:
+def _parse_object(value: Any, remarks: _Remarks) -> Any:
     """Return the object if the value is the JSON text of an object. Any other value is returned unchanged."""
     if not isinstance(value, str):
         return value
 
     try:
-        parsed = json.loads(value)
+        parsed = _parsed(value, remarks)
     except (ValueError, RecursionError):
         return value
     return parsed if isinstance(parsed, dict) else value
@@ -142,12 +152,12 @@ def _check_json(value: Any, column: str) -> None:
         raise BadRow(f'{column} holds NaN or Infinity, which JSON cannot represent', column) from None
 
 
-def _images(row: Mapping[str, Any]) -> list[str]:
+def _images(row: Mapping[str, Any], remarks: _Remarks) -> list[str]:
     """Return the paths in the images column. A cell may be one path, a list of paths, or such a list as JSON text."""
     images = _cell(row, 'images')
     if isinstance(images, str) and not images.lstrip().startswith('['):
         images = [images] if images else []
-    images = _parse_json(images, 'images') or []
+    images = _parse_json(images, 'images', remarks) or []
     if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
         raise BadRow('images is neither a path nor a list of paths', 'images')
     return images
@@ -180,7 +190,7 @@ def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get('parameters'), str):
         return wrapped
 
-    parameters = _parse_object(function['parameters'])
+    parameters = _parse_object(function['parameters'], remarks)
     if isinstance(parameters, str):
         remarks.notes[PARAMETERS_NOT_OBJECT] = None
     return {**wrapped, 'function': {**function, 'parameters': parameters}}
@@ -191,7 +201,7 @@ def _tools(row: Mapping[str, Any], remarks: _Remarks) -> list[Any] | None:
 
     Returns None if the row has no tools.
     """
-    given = {column: _parse_json(_cell(row, column), column) for column in ('tools', 'functions')}
+    given = {column: _parse_json(_cell(row, column), column, remarks) for column in ('tools', 'functions')}
     column = 'tools' if given['tools'] else 'functions'
     tools = given[column]
     if not tools:
@@ -222,7 +232,7 @@ def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
     arguments = function.get('arguments')
     if _is_missing(arguments) or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
-    arguments = _parse_object(arguments)
+    arguments = _parse_object(arguments, remarks)
     if not isinstance(arguments, dict):
         remarks.notes[ARGUMENTS_NOT_OBJECT] = None
 
@@ -258,7 +268,7 @@ def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
 def _calls_in_text(content: str, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
     """Return the tool calls of a turn with the role 'call'. `content` is one call or a list of calls as JSON text."""
     try:
-        parsed = json.loads(content)
+        parsed = _parsed(content, remarks)
     except (ValueError, RecursionError):
         raise BadRow('a function call is not JSON') from None
 
@@ -312,9 +322,9 @@ class _Turn:
 
     def calls(self) -> list[dict[str, Any]]:
         """Return the tool calls of an assistant turn. Returns [] if the turn has no calls."""
-        calls = _parse_json(self.first(['tool_calls']), 'tool_calls')
+        calls = _parse_json(self.first(['tool_calls']), 'tool_calls', self.remarks)
         if not calls:
-            calls = _parse_json(self.first(['function_call']), 'function_call')
+            calls = _parse_json(self.first(['function_call']), 'function_call', self.remarks)
         return _calls(calls, self.column, self.remarks) if calls else []
 
     def message(self, role: str, role_key: str, content_key: str) -> Message:
@@ -372,7 +382,7 @@ def _turns(
 
     `role_keys` and `content_keys` are the possible names of two keys. Of the names that a turn has, the first is read.
     """
-    turns = _parse_json(turns, column)
+    turns = _parse_json(turns, column, remarks)
     if not isinstance(turns, list) or not turns:
         raise BadRow(f'{column} is not a list of turns', column)
 
@@ -402,14 +412,15 @@ def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Messag
     return [{'role': 'system', 'content': system}, *messages]
 
 
-# Columns that are read in every format.
+# Columns that are read in some formats, and columns that are read in every format.
+_OPTIONAL = ('history', 'input')
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 
 
 def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *columns: str) -> Row:
     """Return the Row with these messages. `columns` are the columns from which the messages were read."""
     tools = _tools(row, remarks)
-    images = _images(row)
+    images = _images(row, remarks)
     remarks.note_unused(row, (*columns, *_EVERYWHERE), 'column')
     if any(value is not None and _is_missing(value) for value in row.values()):
         remarks.notes[NOT_A_NUMBER] = None
@@ -445,8 +456,8 @@ def _from_conversations(row: Mapping[str, Any]) -> Row:
     return _chat(row, messages, remarks, 'conversations')
 
 
-def _history(row: Mapping[str, Any]) -> list[Message]:
-    history = _parse_json(_cell(row, 'history'), 'history') or []
+def _history(row: Mapping[str, Any], remarks: _Remarks) -> list[Message]:
+    history = _parse_json(_cell(row, 'history'), 'history', remarks) or []
     if not isinstance(history, list | tuple):
         raise BadRow('history is not a list of [query, response] pairs', 'history')
 
@@ -462,7 +473,8 @@ def _history(row: Mapping[str, Any]) -> list[Message]:
 def _from_query(row: Mapping[str, Any]) -> Row:
     asked: Message = {'role': 'user', 'content': _text(row['query'], 'query')}
     answered: Message = {'role': 'assistant', 'content': _text(row['response'], 'response')}
-    return _row(row, [*_history(row), asked, answered], _Remarks(), 'query', 'response', 'history')
+    remarks = _Remarks()
+    return _row(row, [*_history(row, remarks), asked, answered], remarks, 'query', 'response', 'history')
 
 
 def _from_instruction(row: Mapping[str, Any]) -> Row:
@@ -473,7 +485,46 @@ def _from_instruction(row: Mapping[str, Any]) -> Row:
     asked: Message = {'role': 'user', 'content': query}
     answered: Message = {'role': 'assistant', 'content': _text(row['output'], 'output')}
     columns = ('instruction', 'input', 'output', 'history')
-    return _row(row, [*_history(row), asked, answered], _Remarks(), *columns)
+    remarks = _Remarks()
+    return _row(row, [*_history(row, remarks), asked, answered], remarks, *columns)
+
+
+def _from_text(row: Mapping[str, Any]) -> Row:
+    """Return the row of plain text. No other column is used, because no template is applied."""
+    remarks = _Remarks()
+    text = _text(row['text'], 'text')
+    remarks.note_unused(row, ('text',), 'column')
+    message: Message = {'role': 'assistant', 'content': text}
+    return Row(messages=[message], is_text=True, written=row, unused=tuple(remarks.unused))
+
+
+def _said(row: Mapping[str, Any], column: str, role: str, remarks: _Remarks) -> list[Message]:
+    """Return the messages of a cell that holds a text, one message or a list of messages.
+
+    `role` is the role of a text. The role of a message is its own.
+    """
+    value = row[column]
+    if not isinstance(value, list | dict):
+        return [{'role': role, 'content': _text(value, column)}]
+    turns = [value] if isinstance(value, dict) else value
+    return _turns(turns, remarks, column=column, role_keys=('role', 'from'), content_keys=('content', 'value'))
+
+
+def _from_pair(row: Mapping[str, Any], *, asked: str, answered: str) -> Row:
+    """Return the row of a column with a prompt and a column with its completion.
+
+    Every assistant message of the completion carries loss, unless the message itself says otherwise.
+    """
+    remarks = _Remarks()
+    prompt = _said(row, asked, 'user', remarks)
+    completion = _said(row, answered, 'assistant', remarks)
+    for message in completion[:-1]:
+        if message['role'] == 'assistant':
+            message.setdefault('loss', True)
+
+    if isinstance(row[asked], list | dict):  # such a prompt has its own history
+        return _row(row, [*prompt, *completion], remarks, asked, answered)
+    return _row(row, [*_history(row, remarks), *prompt, *completion], remarks, asked, answered, 'history')
 
 
 Converter = Callable[[Mapping[str, Any]], Row]
@@ -485,20 +536,70 @@ SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
     (frozenset({'query', 'response'}), _from_query),
     (frozenset({'instruction', 'output'}), _from_instruction),
 )
+# Columns of a question and of its answer, for rows that fit none of the formats above.
+PAIRS = (
+    ('prompt', 'completion'),
+    ('prompt', 'response'),
+    ('question', 'answer'),
+    ('question', 'response'),
+    ('input', 'output'),
+)
+# The formats for rows that fit none of SHAPES. A row whose columns fit two of these formats is refused, because
+# nothing in the row says which format is meant.
+OTHER_SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
+    *((frozenset(pair), functools.partial(_from_pair, asked=pair[0], answered=pair[1])) for pair in PAIRS),
+    (frozenset({'text'}), _from_text),
+)
 KNOWN_SHAPES = (
     'query/response[/history][/system], instruction/input/output, messages with role/content, '
-    'conversations with from/value; tools and images are optional'
+    'conversations with from/value, '
+    + ', '.join('/'.join(pair) for pair in PAIRS)
+    + ', text; tools and images are optional'
 )
+# Every column name that some format reads.
+_NEEDED = [name for needed, _ in (*SHAPES, *OTHER_SHAPES) for name in sorted(needed)]
+KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, 'history', *_EVERYWHERE]))
 
 
-def find_converter(columns: Collection[str]) -> Converter | None:
-    """Return the converter for rows with these columns. Returns None if no format matches."""
-    return next((converter for needed, converter in SHAPES if needed <= set(columns)), None)
+def find_converter(columns: Iterable[str]) -> Converter | None:
+    """Return the converter for rows with these columns. Returns None if no format matches, or more than one.
+
+    A format of SHAPES always matches before the formats of OTHER_SHAPES.
+    """
+    given = frozenset(columns)
+    first = next((converter for needed, converter in SHAPES if needed <= given), None)
+    if first is not None:
+        return first
+    fitting = [converter for needed, converter in OTHER_SHAPES if needed <= given]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
+    """Return the required columns of each format that matches, if find_converter cannot choose one. Else return []."""
+    given = frozenset(columns)
+    if any(needed <= given for needed, _ in SHAPES):
+        return []
+    fitting = [needed for needed, _ in OTHER_SHAPES if needed <= given]
+    return fitting if len(fitting) > 1 else []
+
+
+def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Return the names under which columns are read that are written with capital letters or spaces around the name.
+
+    Returns {} if the names as they are written fit a format, or if no format fits. Only names that a format reads are
+    changed, and only if no two columns would get the same name.
+    """
+    known = frozenset().union(*(needed for needed, _ in (*SHAPES, *OTHER_SHAPES)), _EVERYWHERE, _OPTIONAL)
+    tidy = {column: column.strip().lower() for column in columns}
+    names = {column: name if name in known else column for column, name in tidy.items()}
+    if find_converter(columns) or len(set(names.values())) < len(names) or not find_converter(names.values()):
+        return {}
+    return {column: name for column, name in names.items() if name != column}
 
 
 def needed_columns(converter: Converter) -> frozenset[str]:
     """Return the columns that a converter requires."""
-    return next(needed for needed, known in SHAPES if known is converter)
+    return next(needed for needed, known in (*SHAPES, *OTHER_SHAPES) if known is converter)
 
 
 def _turn_notes(messages: Sequence[Message]) -> Iterable[str]:
@@ -539,6 +640,11 @@ def check_row(row: Row) -> Row:
         ''.join(_texts(row)).encode()
     except UnicodeEncodeError:  # JSON text can contain half of a character: "\ud83d"
         raise BadRow('a text is not UTF-8, or holds half of a character (a lone surrogate)') from None
+
+    if row.is_text:
+        if not row.messages[0]['content'].strip():
+            raise BadRow('empty text', 'text')
+        return row
 
     last = row.messages[-1]
     if last['role'] != 'assistant':

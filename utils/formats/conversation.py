@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from utils.base.names import LossScope
+from utils.formats.json_text import json_as_written
 
 
 class Message(TypedDict, total=False):
@@ -31,15 +31,20 @@ class Message(TypedDict, total=False):
 def message_text(message: Message) -> str:
     """Return the content of a turn, followed by its tool calls as JSON."""
     calls = [call['function'] for call in message.get('tool_calls', ())]
-    parts = [message['content'], json.dumps(calls, ensure_ascii=False) if calls else '']
+    parts = [message['content'], json_as_written(calls) if calls else '']
     return '\n'.join(part for part in parts if part)
 
 
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """A conversation. The last message is a reply of the assistant, on which the model is trained."""
+    """A conversation. The last message is a reply of the assistant, on which the model is trained.
+
+    If `is_text` is True, the row is plain text instead: its only message holds the text, no template is applied, and
+    every token carries loss.
+    """
 
     messages: list[Message]
+    is_text: bool = False
     tools: list[Any] | None = None
     images: list[str] = field(default_factory=list)
     # The folder of the data file. Relative paths of images start in this folder. It is None if the user typed the text.

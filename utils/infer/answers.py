@@ -53,6 +53,8 @@ def answer_rows(
         logger.warning(line)
 
     prompts = encoder.encode_prompts(kept)
+    if texts := sum(row.is_text for row in kept):
+        logger.info(f'{texts} rows are plain text without a question: the model continues their beginning')
     paths = [encoder.image_paths(row) for row in kept]
     mine = slice(dist.rank(), None, dist.world_size())
     generated = generate_rows(
@@ -68,9 +70,10 @@ def answer_rows(
     if not dist.is_main():
         return {}
 
-    labels = wanted_texts(encoder, kept, config.eos_token_id)
+    labels = wanted_texts(encoder, kept, config)
     by_row = scores.by_row(answers, labels, kept)
-    _show_and_write(kept, answers, labels, by_row, target)
+    begun = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+    _show_and_write(kept, begun, answers, labels, by_row, target=target)
     mean = means(by_row)
     logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.4g}' for name, value in mean.items()))
     logger.info(f'written to {target}')
@@ -78,21 +81,24 @@ def answer_rows(
 
 
 def _show_and_write(
-    rows: Sequence[Row], answers: Sequence[str], labels: Sequence[str], by_row: ByRow, target: Path
+    rows: Sequence[Row],
+    begun: Sequence[str],
+    answers: Sequence[str],
+    labels: Sequence[str],
+    by_row: ByRow,
+    *,
+    target: Path,
 ) -> None:
+    """Print the answers and write them to `target`. `begun` has the prompts as text, which are shown for plain text."""
     with target.open('w', encoding='utf-8') as stream:
-        for row, answer, label, scores in zip(rows, answers, labels, by_row, strict=True):
+        for row, beginning, answer, label, scores in zip(rows, begun, answers, labels, by_row, strict=True):
+            asked = {'text': beginning} if row.is_text else {'messages': row.messages[:-1]}
             rounded = {name: round(value, 4) for name, value in scores.items()}
-            content = {
-                'origin': row.origin,
-                'messages': row.messages[:-1],
-                'label': label,
-                'answer': answer,
-                'scores': rounded,
-            }
+            content = {'origin': row.origin, **asked, 'label': label, 'answer': answer, 'scores': rounded}
             if row.images:
                 content['images'] = row.images
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
 
             question = message_text(row.messages[-2]) if len(row.messages) > 1 else ''
-            print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
+            shown = f'[TEXT] {beginning}' if row.is_text else f'[QUERY] {question}'
+            print(f'{shown}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError, error_text
 from utils.base.logger import logger
 from utils.formats.images import bad_image, image_size, open_upright, read_images
+from utils.loading.legacy.registry import find_family
 
 if TYPE_CHECKING:
     import torch
@@ -186,3 +188,19 @@ def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int 
         logger.warning('--max_pixels has no effect: the model sees no images')
 
     return None
+
+
+def open_images_of_folder(
+    config: Mapping[str, Any], tokenizer: Any, model_dir: Path, *, max_pixels: int | None
+) -> Images | None:
+    """Return the same object as `open_images`, without a model. `config` is the content of its config.json.
+
+    Returns None if the model takes no images, or if no layout of a vision model fits `config`.
+    """
+    family = find_family(config) if 'visual' in config else None
+    settings = {**config, **family.config(config), 'model_type': family.saved_model_type} if family else dict(config)
+    if settings.get('model_type') not in READERS:
+        return None
+
+    unopened = SimpleNamespace(config=SimpleNamespace(**settings))
+    return open_images(unopened, tokenizer, model_dir, max_pixels=max_pixels)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
@@ -23,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import EvalPrediction
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.encode.encoded import Encoded, cut_front
@@ -188,8 +187,7 @@ class FirstStepGate(TrainerCallback):
             trainer.model_wrapped.zero_grad()
             trainer.optimizer.state.clear()
             clear_device_cache(garbage_collection=True)
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            device.reset_peak()
 
             if lighter is rows:
                 trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
@@ -198,7 +196,7 @@ class FirstStepGate(TrainerCallback):
                 trainer.model.gradient_checkpointing_disable()
 
             result = 'fits' if fits else 'does not fit'
-            if fits and torch.cuda.is_available():
+            if fits and device.kind() != 'cpu':
                 result += f' (peak {peak_memory_gib()} GiB)'
             tried.append(f'{flag}: {result}')
 
@@ -254,13 +252,7 @@ class FirstStepGate(TrainerCallback):
         _, found, labels = result
         if not trainer.args.predict_with_generate:
             trainer.guard.judge_evaluation(_GATE, found.tolist(), [row['row'] for row in batch])
-        trainer.compute_metrics(
-            EvalPrediction(
-                predictions=found.cpu().numpy(),
-                label_ids=labels.cpu().numpy(),
-                inputs=np.array([row['row'] for row in batch]),
-            )
-        )
+        trainer.compute_metrics(EvalPrediction(predictions=found.cpu().numpy(), label_ids=labels.cpu().numpy()))
 
     def _save(self, scratch: Path) -> int:
         """Write a checkpoint to the folder `scratch`, and return its size in bytes.

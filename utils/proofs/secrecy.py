@@ -15,7 +15,7 @@ from pathlib import Path
 from utils.base.checkpoint import PICKLE_SUFFIXES
 from utils.base.leak_scan import find_secrets, scan_tree
 from utils.base.logger import logger
-from utils.cli.arguments import SftArguments
+from utils.cli.arguments import SftArguments, without_amount
 from utils.run.record import record_proof
 
 # Files that DeepSpeed writes. What is found in them is only listed in proofs.json and does not fail the check.
@@ -71,7 +71,6 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
 
 
 def _typed_paths(args: SftArguments) -> list[str]:
-    # An entry of --dataset may end in '#' and a number of rows, which is removed here.
-    data_sets = [word.rpartition('#')[0] or word for word in args.dataset]
+    data_sets = [without_amount(word) for words in args.words_read() for word in words]
     words = [args.model_id_or_path, args.output_dir, args.resume_from_checkpoint, args.deepspeed_config_path]
     return [word for word in [*words, *data_sets] if word]

@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
-from utils.base.names import LOCK_JSON
+from utils.base.names import LOCK_JSON, TEMPLATE_FLAGS
 from utils.cli.resolution import log_decision
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import (
@@ -36,8 +36,12 @@ from utils.encode.encoded import (
 from utils.encode.encoder import Encoder
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 from utils.encode.template_encoder import TemplateEncoder
+from utils.encode.text_encoder import TextEncoder
 from utils.formats.conversation import Row
+from utils.formats.json_text import Spelling
+from utils.loading.chat_template import read_chat_template, write_templates
 from utils.loading.image_processors import Images
+from utils.loading.template_settings import split_settings
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 from utils.proofs.as_written import REASONING_KEYS, messages_as_written, tools_as_written
 from utils.run.folder import Run
@@ -74,23 +78,40 @@ def template_hash(encoder: Encoder) -> str:
     TEMPLATE_MAPPING is hashed.
     """
     own = TEMPLATE_MAPPING[encoder.name]
-    content = encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own)
+    return hash_templates(encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own))
+
+
+def hash_templates(content: Any) -> str:
+    """Return the sha256 of a template: of a text, or of the JSON of an entry or of several templates."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
     """Write the hash of the template to sft_args.json and lock.json.
 
-    `repeats` is the folder of the run that this run repeats, or None. Raises ConfigError if that run used a different
-    template.
+    A template that the command line names is also written to the run folder. `repeats` is the folder of the run that
+    this run repeats, or None. Raises ConfigError if that run used a different template.
     """
     sha256 = template_hash(encoder)
     if repeats is not None:
         check_repeated_template(Path(repeats), sha256)
     run.note(template_sha256=sha256)
     run.lock['template_sha256'] = sha256
-    if dist.is_main():
-        write_json(run.folder / LOCK_JSON, run.lock)
+    if path := run.record.flags.get('chat_template'):
+        run.lock['chat_template'] = {'path': path, 'sha256': _hash_of_file(Path(path))}
+    if not dist.is_main():
+        return
+
+    write_json(run.folder / LOCK_JSON, run.lock)
+    if any(run.record.flags.get(name) is not None for name in TEMPLATE_FLAGS[1:]):
+        write_templates(run.folder, encoder.tokenizer.chat_template)
+
+
+def _hash_of_file(path: Path) -> str:
+    """Return the sha256 of a template file. For a folder, return the hash of its templates."""
+    if path.is_dir():
+        return hash_templates(read_chat_template(path))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def note_thinking(run: Run, encoder: Encoder, switched: tuple[int, int]) -> None:
@@ -150,14 +171,19 @@ def _rendering(
         messages = [{**map_strings(message, encoder.text.guard), 'role': message['role']} for message in messages]
         tools = map_strings(tools, encoder.text.guard)
 
+    # The encoder renders the template with its settings in front of it. Here the same settings are passed as keywords.
+    in_front, template = split_settings(encoder.tokenizer.get_chat_template(tools=tools))
+    spelling = Spelling()
     text = encoder.tokenizer.apply_chat_template(
-        messages[:-1] if prompt else messages,
-        tools=tools,
+        spelling.hide(messages[:-1] if prompt else messages),
+        tools=spelling.hide(tools),
+        chat_template=template,
         add_generation_prompt=prompt,
         tokenize=False,
         **settings,
+        **in_front,
     )
-    return encoder.text.unguard(str(text))
+    return encoder.text.unguard(spelling.show(str(text)))
 
 
 def _template_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[int]:
@@ -326,6 +352,30 @@ class _Check:
         return f'token {first}, after {before!r}, is {token(ours)}, {name} has {token(other)}'
 
 
+def _check_text(encoder: Encoder, row: Row) -> None:
+    """Raise ConfigError if a row of plain text has other ids than the tokenizer gives, or a token without loss.
+
+    Control tokens that occur in the text are plain text. So the ids of a text with such tokens must decode to it.
+    """
+    unlimited = copy.copy(encoder)
+    unlimited.max_length = -1
+    encoded = unlimited.encode([row])[0]
+    ours = encoded.input_ids
+    tokenizer = encoder.tokenizer
+    written = str(row.written.get('text', row.messages[0]['content']))
+    theirs: list[int] = tokenizer(written, verbose=False)['input_ids']
+    theirs += [] if theirs[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+
+    is_equal = ours == theirs
+    if CONTROL_TOKENS in encoded.notes:
+        is_equal = _bare(tokenizer.decode(ours[len(unlimited.beginning) : -1])) == _bare(written)
+    if not is_equal or encoded.trained != (0, len(ours)):
+        raise ConfigError(
+            f'{row.origin}: the row is plain text, and its trained ids are not those of the tokenizer and the end of '
+            'sequence. Please report this tokenizer.'
+        )
+
+
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
     """Check the rows and the probes, and write the outcome to proofs.json.
 
@@ -335,16 +385,28 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
-    compared = [row for row in rows if encoder.name == AUTO or not _has_images(row)]
+    texts = [row for row in rows if row.is_text]
+    chats = [row for row in rows if not row.is_text]
+    compared = [row for row in chats if encoder.name == AUTO or not _has_images(row)]
+    # Without a template there is nothing to try probes on.
+    tried = [] if isinstance(encoder, TextEncoder) and not compared else [*compared, *probes()]
     counts: Counter[Verdict] = Counter()
     first: str | None = None
     outcome: dict[str, Any] = {'passed': False}
     try:
-        for row in [*compared, *probes()]:
+        for row in texts:
+            _check_text(encoder, row)
+        for row in tried:
             verdict, difference = _judge(encoder, row, has_own=has_own)
             counts[verdict] += 1
             first = first or difference
-        says = _sentence(encoder.name, has_own, counts, len(compared), first)
+        sentences = [_sentence(encoder.name, has_own, counts, len(compared), first)] if tried else []
+        if texts:
+            sentences.append(
+                f'{len(texts)} rows of plain text have the ids of the tokenizer and the end of sequence, and every '
+                'token carries loss'
+            )
+        says = '; '.join(sentences)
         outcome = {'passed': True, 'says': says, **{name: counts[name] for name in sorted(counts)}}
         logger.info(f'template: {says}')
     except ConfigError as error:
@@ -415,31 +477,43 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
     return f'{equal}{explained}{refused}{holds}'
 
 
-def check_trained_template(encoder: Encoder, trained: Trained, *, typed: bool) -> None:
+def check_trained_template(encoder: Encoder, trained: Trained, *, typed: Collection[str]) -> None:
     """Raise ConfigError if the template of the encoder is not the template used in training.
 
-    If --template_type was typed (`typed`), log a warning instead.
+    `typed` has the names of all typed flags. If the user typed a template or settings of a template, log a warning
+    instead.
     """
     checkpoint = trained.checkpoint
     then = trained.record.template_sha256
     present = template_hash(encoder)
-    if then is None or then == present or trained.record.flags.get('template_type') != encoder.name:
+    if then is None or then == present:
         return
+
+    steering = [name for name in TEMPLATE_FLAGS[1:] if name in typed]
+    if steering:
+        logger.warning(
+            f'--{" and --".join(steering)}: {checkpoint.name} was trained with another template (sha256 {then[:12]}, '
+            f'now {present[:12]}), so the model gets prompts that it was not trained on.'
+        )
+        return
+    if trained.record.flags.get('template_type') != encoder.name:
+        return  # --template_type is typed, and a warning names the template of the run
 
     if encoder.name != AUTO:
         what = f"the entry '{encoder.name}' of TEMPLATE_MAPPING"
         remedy = 'Restore the entry'
     else:
         what = 'the chat template of this tokenizer'
-        is_adapter = (checkpoint / 'adapter_config.json').is_file()
+        own = (checkpoint / 'adapter_config.json').is_file()
+        own &= all(trained.record.flags.get(name) is None for name in TEMPLATE_FLAGS[1:])
         remedy = 'Restore the chat_template.jinja that the run wrote'
-        if is_adapter:
+        if own:
             remedy = f'Copy the trained one from {checkpoint / "chat_template.jinja"}'
     message = (
         f'--template_type {encoder.name}: {what} has changed since {checkpoint.name} was trained (sha256 '
         f'{then[:12]}, now {present[:12]}), so the model would get prompts that it was not trained on. {remedy}, or '
         f'add --template_type {encoder.name} to continue anyway.'
     )
-    if not typed:
+    if 'template_type' not in typed:
         raise ConfigError(message)
     logger.warning(message)

@@ -16,7 +16,6 @@ from utils.base.logger import logger
 from utils.base.packages import versions
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready
-from utils.cli.scores import score_name
 from utils.proofs.secrecy import prove_secrecy
 from utils.report.html import write_report
 from utils.run.curves import plot_curves
@@ -99,9 +98,9 @@ def finish_run(
     )
     write_json(run_dir / HISTORY_JSON, state.log_history)
 
-    scores = [score_name(word) for word in args.score] if args.predict_with_generate else []
-    pictures = plot_curves(state.log_history, run_dir / 'images', scores)
-    logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures), tensorboard --logdir {run_dir / "runs"}')
+    pictures = plot_curves(state.log_history, run_dir / 'images', run.record.flags)
+    also = f', tensorboard --logdir {run_dir / "runs"}' if 'tensorboard' in args.report_to else ''
+    logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures){also}')
 
     # The report is written twice: the scan for secrets must read the report, and the report must show its outcome.
     write_report(run_dir)

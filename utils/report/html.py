@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli.scores import score_name
 from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.rows import losses_section
 from utils.report.svg import Series, chart
+from utils.run.curves import curves_of_scores, curves_of_sets, scores_of
 from utils.run.lock import described
 from utils.run.read_back import RunFiles, read_run
 
@@ -30,18 +31,18 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
-def score_names(run: RunFiles) -> list[str]:
-    """Return the names of the scores of generated answers that have no chart in CURVES."""
-    flags = run.record.flags
-    if not flags.get('predict_with_generate'):
-        return []
-    return [name for word in flags.get('score', ()) if (name := score_name(word)) != 'rouge-l']
+def curves_of(*runs: RunFiles) -> list[tuple[str, Sequence[tuple[str, str]]]]:
+    """Return the charts of these runs, in the form of CURVES.
 
-
-def curves_of(*runs: RunFiles) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
-    """Return the charts of these runs: CURVES, and one for each other score of generated answers."""
-    names = dict.fromkeys(name for run in runs for name in score_names(run))
-    return [*((f'validation {name}', ((name, f'eval_{name}'),)) for name in names), *CURVES]
+    They are the charts of the scores of generated answers, the charts that every run has, and those of validation sets.
+    """
+    scores = {key: title for run in runs for key, title in curves_of_scores(run.record.flags).items()}
+    sets = {key: title for run in runs for key, title in curves_of_sets(run.record.flags).items()}
+    return [
+        *((title, [(title, key)]) for key, title in scores.items()),
+        *CURVES,
+        *((title, [(title, key)]) for key, title in sets.items()),
+    ]
 
 
 def curves(run: RunFiles) -> Markup:
@@ -76,11 +77,19 @@ def _proofs(run: RunFiles) -> Markup:
 def _answers(run: RunFiles) -> list[Markup]:
     return [
         Markup(
-            block(message_text(row['messages'][-2]) if len(row['messages']) > 1 else '')
+            _asked(row)
             + table(['', f'{row["split"]} row'], [[name, row[name]] for name in ('wanted', 'before', 'after')])
         )
         for row in run.answers
     ]
+
+
+def _asked(row: dict[str, Any]) -> Markup:
+    """Return the question of an answered row as HTML. Plain text has a beginning instead, which the model continued."""
+    if 'beginning' in row:
+        says = '<p class="faint">plain text: the model continues its beginning</p>'
+        return Markup(f'{says}{block(row["beginning"])}')
+    return block(message_text(row['messages'][-2]) if len(row['messages']) > 1 else '')
 
 
 def _sample(sample: str) -> Markup:
@@ -107,7 +116,24 @@ def _data(run: RunFiles) -> list[Markup]:
     if changed:
         changes = table(['rows', 'what happened', 'why'], changed)
 
-    return [counts, changes, *_account(data.get('account', {}))]
+    repeated = ''
+    if 'distinct_rows' in data.get('train', {}):
+        repeated = '<p>Rows that are repeated count each time under "rows of", and once everywhere below.</p>'
+    given = [[name, rows] for name, rows in data.get('mixture', {}).items()]
+    mixture = Markup(table(['data set of the mixture', 'rows of an epoch'], given) if given else '')
+    return [counts, mixture, Markup(repeated), changes, *_account(data.get('account', {}))]
+
+
+def _sets(run: RunFiles) -> Markup:
+    """Return the table with the rows and the last scores of each validation set. Returns '' for less than two."""
+    last = run.outcome.get('last_evaluation') or {}
+    rows = run.outcome.get('data', {}).get('validation_sets', {})
+    scores = [score for score in scores_of(run.record.flags) if f'eval_{score}' in last]
+    if len(rows) < 2 or not scores:
+        return Markup('')
+    lines = [[name, count, *(last.get(f'eval_{name}_{score}', '') for score in scores)] for name, count in rows.items()]
+    lines.append(['all', sum(rows.values()), *(last[f'eval_{score}'] for score in scores)])
+    return table(['validation set', 'rows', *scores], lines)
 
 
 def _account(account: dict[str, Any]) -> list[Markup]:
@@ -135,7 +161,7 @@ def _tiles(run: RunFiles) -> Markup:
         ('validation loss', last.get('eval_loss')),
         ('token accuracy', last.get('eval_acc')),
         ('ROUGE-L', last.get('eval_rouge-l')),
-        *((name, last.get(f'eval_{name}')) for name in score_names(run)),
+        *((key.removeprefix('eval_'), last.get(key)) for key in curves_of_scores(run.record.flags)),
         ('drift, KL in nats', last.get('eval_drift_kl')),
         ('tokens per second', outcome.get('train_tokens_per_second')),
         ('peak memory, GiB', outcome.get('peak_memory_gib')),
@@ -173,6 +199,7 @@ def render(run: RunFiles) -> str:
         _tiles(run),
         _line(outcome['ended_early']) if outcome.get('ended_early') else '',
         section('What was proven', _proofs(run)),
+        section('Validation sets at the last evaluation', _sets(run)),
         section('Curves', curves(run)),
         section('Before and after', *_answers(run)),
         section('Validation rows before and after', *losses_section(run.rows)),

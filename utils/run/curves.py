@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from utils.cli.scores import score_name
+from utils.data.sources import val_set_names
 
 # The keys of the log history that are drawn, each with the title of its picture.
 _CURVES = {
@@ -18,6 +22,10 @@ _CURVES = {
     'eval_bleu-4': 'validation BLEU-4',
     'eval_drift_kl': 'drift from the base on neutral texts, nats',
 }
+
+# Further values of a score that are drawn, by the word of --score.
+_ALSO = {'rouge': ('bleu-4',)}
+_NO_FLAGS: Mapping[str, Any] = MappingProxyType({})
 
 # A smoothed curve is drawn only if there are more points than this. With fewer points it would only lag behind them.
 _SMOOTHED_FROM = 50
@@ -33,17 +41,47 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def plot_curves(log_history: list[dict[str, Any]], folder: Path, scores: Sequence[str] = ()) -> list[Path]:
+def scores_of(flags: Mapping[str, Any]) -> list[str]:
+    """Return the names of the values that are drawn for each validation set. `flags` are those of the run's record."""
+    if not flags.get('predict_with_generate'):
+        return ['loss', 'acc']
+    words = flags.get('score', ['rouge'])  # the record of an older run has no scores
+    return list(dict.fromkeys(name for word in words for name in (score_name(word), *_ALSO.get(word, ()))))
+
+
+def curves_of_scores(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys of the history for scores of generated answers, each with the title of its curve.
+
+    ROUGE and BLEU are left out, because they have fixed titles.
+    """
+    keys = (f'eval_{score}' for score in scores_of(flags))
+    return {key: f'validation {key.removeprefix("eval_")}' for key in keys if key not in _CURVES}
+
+
+def curves_of_sets(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys of the history for each set of --val_dataset, each with the title of its curve.
+
+    The dictionary is empty if there are fewer than two sets.
+    """
+    names = val_set_names(flags.get('val_dataset') or ())
+    if len(names) < 2:
+        return {}
+    titles = {**curves_of_scores(flags), **_CURVES}
+    return {
+        f'eval_{name}_{score}': f'{titles["eval_" + score]}: {name}' for name in names for score in scores_of(flags)
+    }
+
+
+def plot_curves(log_history: list[dict[str, Any]], folder: Path, flags: Mapping[str, Any] = _NO_FLAGS) -> list[Path]:
     """Write one PNG file for each curve that the run logged, and return the paths of the files.
 
-    `scores` are the names of the scores of generated answers.
+    `flags` are those of the run's record. They name the validation sets and the scores of generated answers.
     """
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    curves = {f'eval_{name}': f'validation {name}' for name in scores} | _CURVES
-    for key, title in curves.items():
+    for key, title in {**curves_of_scores(flags), **_CURVES, **curves_of_sets(flags)}.items():
         entries = [entry for entry in log_history if key in entry and math.isfinite(entry[key])]
         if not entries:
             continue

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from utils.base import dist
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
-from utils.base.names import LOCK_JSON
+from utils.base.names import LOCK_JSON, TEMPLATE_FLAGS
 from utils.base.packages import toolkit, versions
 from utils.cli.arguments import SftArguments, flag_types
 from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready
 from utils.cli.scores import own_score, own_words
 from utils.data.sources import abbreviated
+from utils.loading.chat_template import TEMPLATE_FILE
+from utils.preprocess import AUTO
 
 # The flags that decide which rows are trained on and which rows are held out.
-DATA_FLAGS = ('dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming', 'stream_val_rows')
+DATA_FLAGS = (
+    'dataset', 'val_dataset', 'columns', 'text_rows', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample',
+    'streaming', 'stream_val_rows',
+)  # fmt: skip
 # Flags that are never recorded: --hub_token is secret, and --from_run only names the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
+
+
+def recorded(flags: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a flag in a record. If the record is older than the flag, return the default."""
+    return flags.get(name, next(f.default for f in fields(SftArguments) if f.name == name))
 
 
 def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:
@@ -106,7 +117,8 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     except ConfigError as error:
         parsed.problems.add(error.problems[0])
         return parsed
-    whole = parse(SftArguments, words, program='llm_sft.py', about='', earlier=lock['command'])
+    earlier = _with_kept_template(lock['command'], Path(parsed.args.from_run), parsed)
+    whole = parse(SftArguments, words, program='llm_sft.py', about='', earlier=earlier)
     if 'score' not in parsed.typed and own_words(whole.args.score):
         typed = ' '.join(whole.args.score)
         whole.problems.add(
@@ -114,6 +126,32 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
             f'only executed if it is typed now. Add --score {typed}.'
         )
     return whole
+
+
+def _with_kept_template(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
+    """Return the command of a run with the run folder as --chat_template, because the file may have moved since.
+
+    The folder holds the template with its settings. If another --template_type is typed now, the command has no chat
+    template.
+    """
+    earlier = parse(SftArguments, command, program='llm_sft.py', about='')
+    if parsed.args.template_type not in (None, AUTO):
+        return _without(command, *TEMPLATE_FLAGS)
+    if earlier.args.chat_template is None or not (run_dir / TEMPLATE_FILE).is_file():
+        return list(command)
+    return [*_without(command, 'chat_template'), *flag_words('chat_template', str(run_dir))]
+
+
+def _without(command: Sequence[str], *names: str) -> list[str]:
+    """Return the words of a command without these flags and their values."""
+    kept = []
+    skips = False
+    for word in command:
+        if word.startswith('--'):
+            skips = word[2:].partition('=')[0] in names
+        if not skips:
+            kept.append(word)
+    return kept
 
 
 def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
@@ -133,7 +171,8 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
         for source in sorted({*earlier['data'], *lock['data']}):
             then = earlier['data'].get(source, {})
             now = lock['data'].get(source, {})
-            _compare(problems, f'the rows of {source}', then, now, remedy='--dataset')
+            note = _commit_then(source, then, now)
+            _compare(problems, f'the rows of {source}', then, now, remedy=f'--{_flag_of(then, now)}', note=note)
     problems.raise_if_any()
 
     warn_of_other_scores(earlier, lock, done.warnings)
@@ -154,25 +193,44 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
         )
 
 
-def check_same_data(checkpoint: Path, now: dict[str, Any], problems: Problems, *, remedy: str) -> list[str]:
+def check_same_data(
+    checkpoint: Path, now: dict[str, Any], problems: Problems, *, remedy: str, only: Collection[str] | None = None
+) -> list[str]:
     """Add a problem for each data set whose rows differ from the rows of the run that wrote the checkpoint.
 
-    Returns a list of warnings. It has one warning if the run folder has no lock.json: then nothing can be compared.
+    If `only` is given, only these data sets are compared. Returns a list of warnings. It has one warning if the run
+    folder has no lock.json: then nothing can be compared.
     """
     file = checkpoint.absolute().parent / LOCK_JSON
     if not file.is_file():
         return [f'{file} is missing, so the data cannot be compared with the data of the run.']
     then = read_json(file, remedy='Put back the file that the run wrote.').get('data') or {}
-    for source in sorted({*then, *now}):
+    for source in sorted({*then, *now} if only is None else only):
         had = then.get(source, {})
         has = now.get(source, {})
         if had.get('sha256') != has.get('sha256'):
             problems.add(
-                f'--dataset {source}: its rows are not those that {checkpoint.name} was trained with (sha256 '
-                f'{str(had.get("sha256"))[:12]}, now {str(has.get("sha256"))[:12]}, {had.get("rows", 0)} rows then and '
-                f'{has.get("rows", 0)} now). Put the data back, {remedy}.'
+                f'--{_flag_of(had, has)} {source}: its rows are not those that {checkpoint.name} was trained with '
+                f'(sha256 {str(had.get("sha256"))[:12]}, now {str(has.get("sha256"))[:12]}, {had.get("rows", 0)} rows '
+                f'then and {has.get("rows", 0)} now). Put the data back, {remedy}.{_commit_then(source, had, has)}'
             )
     return []
+
+
+def _flag_of(*entries: dict[str, Any]) -> str:
+    """Return the flag that named a data set. Only the entries of lock.json for --val_dataset name their flag."""
+    return next((entry['flag'] for entry in entries if 'flag' in entry), 'dataset')
+
+
+def _commit_then(source: str, then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return a sentence with the earlier commit if a hub serves another commit now. Returns '' otherwise."""
+    commit = then.get('commit')
+    if not commit or commit == now.get('commit'):
+        return ''
+    # Names of registered data sets contain no slash, and take no revision.
+    word = source.removesuffix(' (validation)')
+    remedy = f' Its rows are --dataset {word}@{commit}.' if '/' in word and '@' not in word else ''
+    return f' The hub served commit {commit[:12]} then.{remedy}'
 
 
 def described(found: dict[str, Any]) -> str:
@@ -195,11 +253,14 @@ def check_repeated_template(run_dir: Path, sha256: str) -> None:
         )
 
 
-def _compare(problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str) -> None:
+def _compare(
+    problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str, note: str = ''
+) -> None:
     if then.get('sha256') != now.get('sha256'):
         has_rows = 'rows' in then or 'rows' in now
         counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if has_rows else ''
         problems.add(
             f'--from_run: {what} are not those of the repeated run (sha256 {str(then.get("sha256"))[:12]}, now '
-            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there now.'
+            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there '
+            f'now.{note}'
         )

@@ -7,18 +7,21 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.packages import has_package
 from utils.cli.arguments import CommonArguments, SftArguments
 from utils.cli.deepspeed import read_zero
+from utils.cli.machine import check_chat_template
 from utils.cli.resolution import Decide, Ready, log_decision
 from utils.cli.resolve import quantized_problems
+from utils.loading.chat_template import set_chat_template
 from utils.loading.devices import Spread, pick_dtype
 from utils.loading.folder import stored_quantization
 from utils.loading.info import LoadOptions, ModelInfo
 from utils.loading.opening import get_model_tokenizer, unembedded_from
+from utils.loading.template_settings import parse_settings
 from utils.loading.weights import Weights, locate
 
 if TYPE_CHECKING:
@@ -32,7 +35,13 @@ def find_weights(done: Ready[Any]) -> Weights:
     """Return the location of the base weights on this machine, and log it. Missing weights are downloaded first."""
     weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
     logger.info(f'base weights = {weights.path} because {weights.reason}')
+    check_chat_template(done.args, weights.path)
     return weights
+
+
+def set_template(args: CommonArguments, tokenizer: Any) -> None:
+    """Give the tokenizer the chat template of --chat_template and --template_settings, if they are given."""
+    set_chat_template(tokenizer, args.chat_template, parse_settings(args.template_settings or ()))
 
 
 def open_encoder(
@@ -46,11 +55,14 @@ def open_encoder(
 ) -> Encoder:
     """Return the encoder (it turns rows into token ids) for these arguments.
 
+    The tokenizer gets the chat template that the arguments name.
+
     If `model` is given, rows with token ids outside of the model's embedding are refused. If `cuts` is True, rows are
     cut to --max_length.
     """
     from utils.encode.make import make_encoder  # not before a model is open: --help does without it
 
+    set_template(args, tokenizer)
     return make_encoder(
         tokenizer,
         template_type=str(args.template_type),
@@ -59,6 +71,7 @@ def open_encoder(
         max_length=args.max_length if cuts else -1,
         images=images,
         loss_scope=args.loss_scope,
+        overlong=args.overlong,
         embedding=None if model is None else unembedded_from(model, tokenizer),
     )
 
@@ -68,8 +81,9 @@ def open_model(
 ) -> tuple[Any, Any, Any]:
     """Return (model, tokenizer, dtype of the computation).
 
-    For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype; DeepSpeed
-    handles this itself. `decide` is called for each setting that the command line leaves open.
+    For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype, except with
+    --full_weights bf16. DeepSpeed handles this itself. `decide` is called for each setting that the command line leaves
+    open.
     """
     import torch
 
@@ -86,10 +100,8 @@ def open_model(
         decide('bnb_4bit_comp_dtype', names[dtype], 'it follows the dtype')
 
     held = dtype
-    if trains and args.sft_type == 'full' and dtype != torch.float32 and not _deepspeed_path(args):
-        held = torch.float32
-        logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
-                    'parameter with gradient and AdamW state')  # fmt: skip
+    if trains and isinstance(args, SftArguments) and args.sft_type == 'full' and not args.deepspeed_config_path:
+        held = _held_dtype(args, dtype)
 
     shards = isinstance(args, SftArguments) and (args.fsdp or args.deepspeed_config_path is not None)
     options = LoadOptions(
@@ -106,26 +118,34 @@ def open_model(
     return model, tokenizer, dtype
 
 
-def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, trains: bool) -> Any:
+def _held_dtype(args: SftArguments, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the weights in full fine-tuning. `dtype` is the dtype of the computation."""
     import torch
 
-    if not torch.cuda.is_available():
+    if args.full_weights == 'bf16':
+        logger.info('weights are held in bfloat16 and rounded stochastically: 10 bytes per parameter with gradient and '
+                    'AdamW state')  # fmt: skip
+        return torch.bfloat16
+    if dtype != torch.float32:
+        logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
+                    'parameter with gradient and AdamW state')  # fmt: skip
+    return torch.float32
+
+
+def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, trains: bool) -> Any:
+    if device.kind() == 'cpu':
         return None
-    own = dist.own_gpus(torch.cuda.device_count())
+    own = dist.own_gpus(device.count())
     if len(own) == 1:
-        return {'': own[0]}
+        return {'': device.address(own[0])}
 
     # Full fine-tuning also holds a gradient for each parameter. A tenth of the memory stays free for activations.
     width = held.itemsize * (2 if trains and args.sft_type == 'full' else 1)
     stored_bits = 4 if info.quantization else 8 * width
     bits = args.quantization_bit or stored_bits
-    memory = {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in own}
+    memory = {device.address(gpu): int(0.9 * device.memory(gpu)[0]) for gpu in own}
     must_fit = trains or dist.world_size() > 1
     return Spread(memory=memory, parameter_bytes=width, linear_bytes=bits / 8, must_fit=must_fit)
-
-
-def _deepspeed_path(args: CommonArguments) -> str | None:
-    return args.deepspeed_config_path if isinstance(args, SftArguments) else None
 
 
 def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype) -> Any:
@@ -164,7 +184,7 @@ def _zero_3(args: CommonArguments) -> Any:
 def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype, decide: Decide) -> bool:
     import torch
 
-    fits = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    fits = device.has_flash_attention() and dtype != torch.float32
     if args.use_flash_attn and not fits:
         raise ConfigError(
             '--use_flash_attn true: it needs an NVIDIA GPU of compute capability 8 or more, and bf16 or fp16. '

@@ -6,6 +6,7 @@ The record is compared with the arguments if the run is resumed, or if llm_infer
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from utils.cli.arguments import GENERATION, HUB_FLAGS, InferArguments, SftArgume
 from utils.cli.parser import Parsed
 from utils.cli.scores import own_words, score_name
 from utils.loading.folder import is_adapter
-from utils.run.lock import DATA_FLAGS, check_same_data
+from utils.run.lock import DATA_FLAGS, check_same_data, flag_words, recorded
 
 ANSWERS_JSON = 'answers.json'
 PROOFS_JSON = 'proofs.json'
@@ -31,7 +32,9 @@ _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 _RESTORE = 'Put back the file that the run wrote.'
 _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
-_SHOWN = ('show_samples', 'report_samples', 'drift', 'compare_rows', 'from_run', 'doctor')
+_SHOWN = ('show_samples', 'report_samples', 'report_to', 'drift', 'compare_rows', 'from_run', 'doctor')
+# The hash of the template shows whether it differs. The same template may be at another path.
+_OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
 _FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows')
 
@@ -203,8 +206,9 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
                 f"'{flags.get('model_type') or flags.get('model_id_or_path')}'. Leave --{name} out."
             )
 
+    _use_saved_template(parsed, trained)
     for name in flag_types(InferArguments):
-        if name not in flags or name in ('ckpt_dir', 'ignore_args_error', 'output_dir'):
+        if name not in flags or name in ('ckpt_dir', 'ignore_args_error', 'output_dir', *_OF_CHAT_TEMPLATE):
             continue
         value = flags[name]
         if name == 'use_flash_attn' and value is not record.asked.get(name, value):
@@ -232,6 +236,18 @@ def _built_in_scores(words: Sequence[str], *, default: Sequence[str], warnings: 
     return [word for word in words if word not in own] or list(default)
 
 
+def _use_saved_template(parsed: Parsed[InferArguments], trained: Trained) -> None:
+    """Let the checkpoint's own copy be the chat template, if the run was trained with a template of the command line.
+
+    The copy holds the settings of the run. Nothing is set if a different template is typed.
+    """
+    flags = trained.record.flags
+    args = parsed.args
+    is_other = 'chat_template' in parsed.typed or args.template_type not in (None, flags.get('template_type'))
+    if not is_other and any(flags.get(name) is not None for name in _OF_CHAT_TEMPLATE):
+        args.chat_template = str(trained.checkpoint)
+
+
 def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
     """Return a list of warnings, one for each argument whose value differs from its value in the resumed run.
 
@@ -249,11 +265,11 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
     _check_resumed_optimizer(then, now, problems)
     _check_resumed_metric(then, now, problems)
     unchecked = []
-    if all(then.get(name) == now[name] for name in DATA_FLAGS):
+    if all(recorded(then, name) == now[name] for name in DATA_FLAGS):
         unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
     problems.raise_if_any()
 
-    free = {'resume_from_checkpoint', 'output_dir', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
+    free = {'resume_from_checkpoint', 'output_dir', 'hub', 'preflight', *_OF_CHAT_TEMPLATE, *_SHOWN, *HUB_FLAGS}
     return unchecked + [
         f'--{name} is {value}, the run that is resumed had {then[name]}: the result will differ from it.'
         for name, value in now.items()
@@ -266,9 +282,11 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
 
     `then` and `now` are the flag values of the resumed run and of this run.
     """
-    fixed = ['optim']
+    fixed = ['optim', 'full_weights']
+    then = {'full_weights': 'fp32', **then}  # runs from before the flag
     if now['deepspeed_config_path'] is not None:
-        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed restores these settings together with its optimizer
+        # DeepSpeed restores these settings together with its optimizer.
+        fixed += ['learning_rate', 'weight_decay', 'adam_beta1', 'adam_beta2', 'adam_epsilon']
     for name in fixed:
         typed = now[name]
         had = then.get(name, typed)
@@ -325,6 +343,18 @@ def check_resumed_template(checkpoint: Path, record: RunRecord) -> None:
         return
     raise ConfigError(
         f'--resume_from_checkpoint {checkpoint}: the template has changed since that run (its sha256 was '
-        f'{then[:12]}, now it is {now[:12]}), '
-        f'so other prompts would be trained. Put the template back, {_RESUME_REMEDY}.'
+        f'{then[:12]}, now it is {now[:12]}), so other prompts would be trained. '
+        f'{_template_remedy(resumed.flags, record.flags)}, {_RESUME_REMEDY}.'
     )
+
+
+def _template_remedy(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the words that bring the template of the resumed run back."""
+    words = []
+    for name in _OF_CHAT_TEMPLATE:
+        had = then.get(name)
+        if had == now.get(name):
+            continue
+        words.append(f'leave --{name} out' if had is None else f'type {shlex.join(flag_words(name, had))}')
+    remedy = ' and '.join(words) or 'put the template back'
+    return remedy[0].upper() + remedy[1:]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ from utils.base import dist
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json, write_json
 from utils.base.logger import logger
-from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
-from utils.cli.resolution import Decided, Ready
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
+from utils.cli.resolution import Decided, Ready, reading_of
 from utils.data.held_out import held_out, read_held_out
-from utils.data.parts import UNUSED, VAL, Streams, first_rows, open_streams
-from utils.data.plan import Plan, plan_rows, stream_decisions
+from utils.data.parts import UNUSED, VAL, VALIDATION, remarks_of
+from utils.data.plan import Plan, plan_rows, plan_validation
+from utils.data.stream_parts import Streams, first_rows, open_streams, stream_decisions
 from utils.formats.conversation import Row
-from utils.formats.data_file import OnBad, refuse
+from utils.formats.file_bytes import OnBad, refuse
+from utils.formats.reading import Reading
 from utils.run.folder import log_decisions
-from utils.run.lock import DATA_FLAGS, check_same_data
+from utils.run.lock import DATA_FLAGS, check_same_data, recorded
 from utils.run.record import Trained
 
 HELD_OUT_JSON = 'held_out.json'
@@ -30,34 +34,48 @@ _INFER_REMEDY = 'or type --dataset to answer all rows of a data set: which rows 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """Return the rows of a training run: a plan, made in a first pass over the data, or opened streams.
 
-    The decisions (rows not drawn, replies that carry loss) and the remarks on rows are logged and added to `done`.
+    The decisions (rows not drawn, replies that carry loss, validation parts not used) and, for a plan, the notes on
+    rows are logged and added to `done`.
     """
     args = done.args
-    rows: Plan | Streams
-    decided = Decided(args=args, typed=done.typed)
-    if args.streaming:
-        rows = open_streams(args.dataset, hub=args.hub)
-        decided.decisions += stream_decisions(args.loss_scope, rows)
-    else:
-        rows = plan_of(args, args.train_dataset_sample)
-        decided.decisions += rows.decisions(args.loss_scope)
-        decided.warnings += rows.noted.lines('noted')
-
+    rows = _opened(done)
     if args.early_stop and not _holds_out(rows, args):
         raise ConfigError(
             f'--early_stop {args.early_stop} needs validation rows, and none are held out. Raise --dataset_test_ratio '
             '(--stream_val_rows with --streaming true), or remove --early_stop.'
         )
-    log_decisions(decided)
-    done.decisions += decided.decisions
-    done.warnings += decided.warnings
     return rows
 
 
+def _opened(done: Ready[SftArguments]) -> Plan | Streams:
+    args = done.args
+    if args.streaming:
+        streams = open_streams(
+            args.dataset,
+            hub=args.hub,
+            val_words=args.val_dataset or (),
+            seed=args.dataset_seed,
+            reading=reading_of(args),
+        )
+        _note(done, [*streams.decisions, *stream_decisions(args.loss_scope, streams)], [])
+        return streams
+    plan = plan_of(args, args.train_dataset_sample)
+    _note(done, plan.decisions(args.loss_scope), plan.noted.lines('noted'))
+    return plan
+
+
+def _note(done: Ready[SftArguments], decisions: list[str], warnings: list[str]) -> None:
+    """Log the decisions and warnings, and add them to `done`."""
+    log_decisions(Decided(args=done.args, typed=done.typed, decisions=decisions, warnings=warnings))
+    done.decisions += decisions
+    done.warnings += warnings
+
+
 def _holds_out(rows: Plan | Streams, args: SftArguments) -> bool:
-    if isinstance(rows, Plan):
-        return any(VAL in part.uses for part in rows.parts)
-    return bool(first_rows(rows, min(args.stream_val_rows, 1)))
+    if isinstance(rows, Streams) and rows.val is None:
+        return bool(first_rows(rows.sources, min(args.stream_val_rows, 1)))
+    plan = rows.val if isinstance(rows, Streams) else rows
+    return plan is not None and any(VAL in part.uses for part in plan.parts)
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
@@ -67,26 +85,29 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
     """
     return plan_rows(
         args.dataset,
+        val_words=args.val_dataset or (),
         seed=args.dataset_seed,
         test_ratio=args.dataset_test_ratio,
         train_sample=train_sample,
         hub=args.hub,
         bad=bad,
+        reading=reading_of(args),
     )
 
 
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
     """Return the data entry of lock.json for streams: for each stream, {'rows': ..., 'sha256': ...}.
 
-    They are the number and the hash of the first rows of the stream, which are held out.
+    They are the number and the hash of the first rows of the stream. The hash covers the share of the stream. The
+    entries of sets of --val_dataset are those of their plan.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for parts in sources:
+    found: dict[str, dict[str, Any]] = sources.val.lock() if sources.val else {}
+    for parts, share in itertools.zip_longest(sources.sources, sources.shares):
         rows = first_rows([parts], max(count, 1))
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b'' if share is None else str(share).encode())
         for row in rows:
             digest.update(json.dumps([row.messages, row.tools, row.images], default=str).encode())
-        found[parts[0].name] = {'rows': len(rows), 'sha256': digest.hexdigest()}
+        found[parts[0].name] = {'rows': len(rows), 'sha256': digest.hexdigest(), **parts[0].source()}
     return found
 
 
@@ -97,52 +118,98 @@ def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any
 
 def held_out_rows(rows: Plan | Streams, stream_val_rows: int) -> dict[str, Row]:
     """Return the validation rows of a training run, by their origin (file and line)."""
-    found = (row for _, row in rows.rows(VAL)) if isinstance(rows, Plan) else first_rows(rows, stream_val_rows)
-    return {row.origin: row for row in found}
+    plan = rows if isinstance(rows, Plan) else rows.val
+    if isinstance(rows, Streams) and plan is None:
+        return {row.origin: row for row in first_rows(rows.sources, stream_val_rows)}
+    assert plan is not None, 'streams without a plan are above'
+    return {row.origin: row for _, row in plan.rows(VAL)}
 
 
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
     """Write held_out.json, which names the validation rows: llm_infer.py then need not read all data to find them.
 
-    Nothing is written for streams, because a stream always holds out its first rows.
+    Nothing is written for streams without --val_dataset, because such a stream always holds out its first rows.
     """
-    if isinstance(rows, Plan) and dist.is_main():
-        write_json(run_dir / HELD_OUT_JSON, held_out(rows))
+    plan = rows if isinstance(rows, Plan) else rows.val
+    if plan is not None and dist.is_main():
+        write_json(run_dir / HELD_OUT_JSON, held_out(plan))
 
 
 def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
     """Return the rows that llm_infer.py answers.
 
-    If --dataset is typed, return all its rows. Otherwise return the validation rows that the run held out, or, for an
-    untuned model, the rows that a run would hold out. Raises ConfigError if the data have changed since the run: the
-    rows drawn now could include rows that the run trained on.
+    If there are validation sets (--val_dataset), typed now or in the run, return their rows. If --dataset is typed,
+    return all its rows. Otherwise return the validation rows that the run held out, or, for an untuned model, the rows
+    that a run would hold out. Raises ConfigError if the data have changed since the run: the rows drawn now could
+    include rows that the run trained on.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
+    if args.val_dataset:
+        return _rows_of_sets(done, trained, args.val_dataset)
     if args.answers_whole_dataset(done.typed):
         if set(args.dataset) & set(flags.get('dataset', ())):
             done.warnings.append(
                 '--dataset: all its rows are answered, also the rows that the run was trained on. '
                 'Leave --dataset out to answer only the rows that the run held out.'
             )
-        return _all_rows(args)
+        reading = replace(reading_of(args), complete='columns' in done.typed)
+        return _all_rows(args, reading)
 
     if flags.get('streaming'):
-        streams = open_streams(args.dataset, hub=args.hub)
+        streams = open_streams(args.dataset, hub=args.hub, reading=reading_of(args))
+        _log(streams.decisions)
         count = int(flags['stream_val_rows'])
         _check_data(done, trained, streams_lock(streams, count))
-        return first_rows(streams, count)
+        return first_rows(streams.sources, count)
 
     if trained is not None and _same_data_flags(done, trained):
-        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset)
+        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset, reading_of(args))
         if rows is not None:
             return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
     _check_data(done, trained, plan.lock())
+    _log(remarks_of([plan.parts]))
     return [row for _, row in plan.rows(VAL)]
 
 
-def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
+def _log(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.info(line)
+
+
+def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: Sequence[str]) -> list[Row]:
+    """Return the rows of the sets of --val_dataset. The data sets of --dataset are not read.
+
+    Raises ConfigError if the sets are those of the run, and their rows have changed since.
+    """
+    args = done.args
+    flags = trained.record.flags if trained is not None else {}
+    same = [flags.get('val_dataset'), flags.get('dataset_seed')] == [words, args.dataset_seed]
+    if trained is not None and same:
+        rows = _kept_rows(trained.checkpoint.absolute().parent, words, reading_of(args))
+        if rows is not None:
+            return rows
+
+    plan = plan_validation(words, seed=args.dataset_seed, hub=args.hub, reading=reading_of(args))
+    trained_on = {without_amount(word) for word in flags.get('dataset', ())}
+    done.warnings += [
+        f'--val_dataset {part.name}: the run was trained on rows of it.'
+        for part in plan.parts
+        if part.name in trained_on
+    ]
+    if trained is not None and same:
+        problems = Problems()
+        now = plan.lock()
+        done.warnings += check_same_data(trained.checkpoint, now, problems, remedy=_INFER_REMEDY, only=now)
+        problems.raise_if_any()
+    _log(remarks_of([plan.parts]))
+    for line in plan.left_out.lines('left out'):
+        logger.warning(line)
+    return [row for _, row in plan.rows(VAL)]
+
+
+def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading) -> list[Row] | None:
     """Return the rows that held_out.json names.
 
     Returns None if the run has no held_out.json, which older versions did not write, or if the data files have changed.
@@ -151,14 +218,15 @@ def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
     if not file.is_file():
         return None
     kept = read_json(file, remedy='Remove the file: the rows are then found by reading all data.')
-    return read_held_out(kept, words)
+    return read_held_out(kept, words, reading)
 
 
-def _all_rows(args: InferArguments) -> list[Row]:
+def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
     """Return all rows of the data sets. If a data set has a validation split, only the rows of this split are used."""
-    plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
+    plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub, reading=reading)
+    _log(remarks_of([plan.parts]))
     names = {part.name for part in plan.parts}
-    chosen = [part for part in plan.parts if f'{part.name} (validation)' not in names]
+    chosen = [part for part in plan.parts if part.name + VALIDATION not in names]
     for part in chosen:
         what = 'its validation split' if part.is_val else 'all of it'
         logger.info(f'{part.name}: {what}, {len(part.uses) - part.uses.count(UNUSED)} rows')
@@ -179,4 +247,4 @@ def _check_data(done: Ready[InferArguments], trained: Trained | None, now: dict[
 
 def _same_data_flags(done: Ready[InferArguments], trained: Trained) -> bool:
     shared = [name for name in DATA_FLAGS if hasattr(done.args, name)]
-    return all(getattr(done.args, name) == trained.record.flags[name] for name in shared)
+    return all(getattr(done.args, name) == recorded(trained.record.flags, name) for name in shared)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.base import dist
+from utils.data.encoded_rows import EncodedRows
 from utils.infer.scores import Scores, means
 
 if TYPE_CHECKING:
@@ -13,45 +15,95 @@ if TYPE_CHECKING:
 
     from utils.formats.conversation import Row
 
+Metrics = Callable[['EvalPrediction'], dict[str, float]]
 
-def compute_loss_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return {'loss': ..., 'acc': ...}: the means of loss and token accuracy over all trained validation tokens."""
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSets:
+    """The rows of an evaluation, and the names of the sets of --val_dataset by the number of their part.
+
+    Without names, only the rows of all sets together are evaluated.
+    """
+
+    rows: EncodedRows
+    names: Mapping[int, str]
+
+    def groups(self, indices: Any) -> Iterator[tuple[str, Any]]:
+        """Yield (prefix of the metrics, positions in `indices`) for all rows together, and then for each set.
+
+        `indices` are indices of rows, with shape (rows,). A set without rows in `indices` is not yielded.
+        """
+        import numpy as np
+
+        yield '', np.arange(len(indices))
+        parts = self.rows.parts()[indices] if self.names else np.empty(0)
+        for number, name in self.names.items():
+            positions = np.flatnonzero(parts == number)
+            if len(positions):
+                yield f'{name}_', positions
+
+
+def loss_metrics(sets: ValidationSets) -> Metrics:
+    """Return a function for the trainer that computes `loss` and `acc` (token accuracy) from the sums of each row.
+
+    Each is a mean over all trained tokens: of all rows, and of each set (`<name>_loss`). The first column of the labels
+    has the index of the row.
+    """
     import numpy as np
 
-    loss, hits, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    return {'loss': float(loss / tokens), 'acc': float(hits / tokens)}
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        sums = np.asarray(prediction.predictions, dtype=np.float64)
+        metrics: dict[str, float] = {}
+        for prefix, positions in sets.groups(np.asarray(prediction.label_ids)[:, 0]):
+            loss, hits, tokens = sums[positions].sum(axis=0)
+            metrics[f'{prefix}loss'] = float(loss / tokens)
+            metrics[f'{prefix}acc'] = float(hits / tokens)
+        return metrics
+
+    return compute
 
 
 class GenerationMetrics:
     """Scores generated ids against the ids of the labels. The trainer calls it after each evaluation.
 
     The main process computes the scores and sends them to the others, because a function of the user may return
-    different numbers in each process. If it fails, every process raises the ConfigError.
+    different numbers in each process. If it fails, every process raises the ConfigError. `held_out` has the validation
+    rows by origin; it is only read by scores that are functions of a file.
     """
 
-    def __init__(self, tokenizer: Any, scores: Scores, row: Callable[[int], Row]) -> None:
+    def __init__(self, tokenizer: Any, scores: Scores, sets: ValidationSets, held_out: Mapping[str, Row]) -> None:
         self.tokenizer = tokenizer
         self.scores = scores
-        # Returns the validation row with an index.
-        self.row = row
+        self.sets = sets
+        self.held_out = held_out
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Return the mean scores by name.
+        """Return the mean scores by name: over all rows, and over each set (`<name>_rouge-l`).
 
-        `prediction.inputs` are the indices of the rows. If it is None, the rows are all validation rows in their order.
+        The first column of the labels has the index of the row.
         """
-        answers = self._texts(prediction.predictions)
-        labels = self._texts(prediction.label_ids)
-        indices = range(len(answers)) if prediction.inputs is None else prediction.inputs
-        return dist.from_main(lambda: means(self._by_row(answers, labels, indices)))
-
-    def _by_row(self, answers: list[str], labels: list[str], indices: Sequence[int]) -> list[dict[str, float]]:
-        rows = [self.row(index) for index in indices] if self.scores.functions else []
-        return self.scores.by_row(answers, labels, rows)
-
-    def _texts(self, ids: Any) -> list[str]:
         import numpy as np
 
-        return [
-            self.tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip() for row in np.asarray(ids)
-        ]
+        labels = np.asarray(prediction.label_ids)
+        indices = labels[:, 0]
+        answers = self._texts(np.asarray(prediction.predictions))
+        wanted = self._texts(labels[:, 1:])
+
+        def scored() -> dict[str, float]:
+            by_row = self.scores.by_row(answers, wanted, self._rows(indices))
+            return {
+                f'{prefix}{name}': value
+                for prefix, positions in self.sets.groups(indices)
+                for name, value in means([by_row[i] for i in positions]).items()
+            }
+
+        return dist.from_main(scored)
+
+    def _rows(self, indices: Any) -> list[Row]:
+        """Return the row of each index. The list is empty if no score reads rows."""
+        if not self.scores.functions:
+            return []
+        return [self.held_out[self.sets.rows.origin(index)] for index in indices]
+
+    def _texts(self, ids: Any) -> list[str]:
+        return [self.tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip() for row in ids]

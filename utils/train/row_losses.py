@@ -57,7 +57,7 @@ class RowLosses(TrainerCallback):
         random = random_state()
         try:
             sums = self.trainer.sums_by_row(self.rows)
-            self.before = {self.rows.origin(i): loss / tokens for i, (loss, _, tokens) in enumerate(sums)}
+            self.before = {o: loss / tokens for o, (loss, _, tokens) in _by_origin(self.rows, sums).items() if tokens}
         except EvaluationCutError:
             logger.info(f'{ROWS_JSONL}: no losses before training, because a signal stopped their computation')
         finally:
@@ -73,7 +73,7 @@ class RowLosses(TrainerCallback):
             with model.disable_adapter():
                 self._compute()
         if trainer.args.should_save:
-            self._write({trainer.eval_dataset.origin(i): row for i, row in enumerate(trainer.last_sums.tolist())})
+            self._write(_by_origin(trainer.eval_dataset, trainer.last_sums))
 
     def _write(self, sums: dict[str, list[float]]) -> None:
         """Write a line for each row that has a loss before or after training, in the order of the origins."""
@@ -88,3 +88,15 @@ class RowLosses(TrainerCallback):
             }
             lines.append(json.dumps(content, ensure_ascii=False) + '\n')
         (Path(self.trainer.args.output_dir) / ROWS_JSONL).write_text(''.join(lines), encoding='utf-8')
+
+
+def _by_origin(rows: EncodedRows, sums: Any) -> dict[str, list[float]]:
+    """Return the sums of each row by its origin. `sums` are those of the encoded rows, (N, 3).
+
+    A row that was split (--overlong split) has several encoded rows, whose sums are added.
+    """
+    found: dict[str, list[float]] = {}
+    for index, new in enumerate(sums.tolist()):
+        origin = rows.origin(index)
+        found[origin] = [a + b for a, b in zip(found.get(origin, (0.0, 0.0, 0.0)), new, strict=True)]
+    return found

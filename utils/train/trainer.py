@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from utils.infer.scores import Scores
 from utils.loading.image_processors import Images
 from utils.loading.layers import is_sharded
 from utils.run.folder import Run
+from utils.train.bf16_adamw import BF16AdamW
 from utils.train.callbacks import (
     EarlyStop,
     EndedEarlyError,
@@ -40,19 +41,21 @@ from utils.train.callbacks import (
     EvaluateAtEnd,
     EvaluationCutError,
     Speedometer,
+    StepIntervals,
     StopCallback,
 )
 from utils.train.checkpoints import Checkpoints
 from utils.train.drift import Drift
 from utils.train.guard import Guard, check_positions
-from utils.train.metrics import GenerationMetrics, compute_loss_metrics
+from utils.train.metrics import GenerationMetrics, Metrics, ValidationSets, loss_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
+from utils.train.trackers import add_trackers
 from utils.train.trainer_args import make_schedule, training_arguments
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, TrainingArguments
 
     from utils.formats.conversation import Row
 
@@ -82,9 +85,11 @@ class SftTrainer(Seq2SeqTrainer):
         images: Images | None = None,
         early_stop: int = 0,
         drift: bool = False,
+        optimizer_of: tuple[type[BF16AdamW], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.optimizer_cls_and_kwargs = optimizer_of
         self.scorer = scorer
         self.groups_by_length = groups_by_length
         self.images = images
@@ -113,17 +118,6 @@ class SftTrainer(Seq2SeqTrainer):
             self.add_callback(callback)
         if self.early_stop is not None:
             self.add_callback(self.early_stop)
-
-    def log_to(self, run_dir: Path) -> None:
-        """On the main process, write TensorBoard logs to runs/ and the trainer's arguments to training_args.json."""
-        if not self.args.should_save:
-            return
-
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        self.add_callback(TensorBoardCallback(SummaryWriter(run_dir / 'runs')))
-        write_json(run_dir / 'training_args.json', self.args.to_dict())
 
     @property
     def stopped(self) -> bool:
@@ -231,6 +225,14 @@ class SftTrainer(Seq2SeqTrainer):
         return (loss, {}) if return_outputs else loss
 
     @overrides(Seq2SeqTrainer)
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients, and return their norm. The optimizer of bf16 weights clips them in fp32."""
+        inner = self.optimizer.optimizer  # inside the wrapper of accelerate
+        if isinstance(inner, BF16AdamW):
+            return inner.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    @overrides(Seq2SeqTrainer)
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm of the gradients, and pass the norm to the guard."""
         self.guard.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -245,8 +247,9 @@ class SftTrainer(Seq2SeqTrainer):
                 optimizer or self.optimizer,
                 self.args.lr_scheduler_type,
                 learning_rate=self.args.learning_rate,
-                warmup_ratio=self.args.warmup_steps,
+                warmup=self.args.warmup_steps,
                 steps=num_training_steps,
+                **self.args.lr_scheduler_kwargs,
             )
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
@@ -312,15 +315,18 @@ class SftTrainer(Seq2SeqTrainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Return (None, predictions, labels) for a batch of B rows. None stands for the loss, which is not needed.
 
-        Predictions are (B, 3): summed loss, hits and trained tokens of each row. Labels are the row lengths (B, 1).
-        With --predict_with_generate, predictions are the generated ids, and labels are the ids of the expected replies.
+        Predictions are (B, 3): summed loss, hits and trained tokens of each row. Labels are the indices of the rows
+        (B, 1). With --predict_with_generate, predictions are the generated ids, and labels are the index of the row
+        followed by the ids of the expected reply.
         """
         inputs = self._prepare_inputs(inputs)
+        indices = inputs['rows'][:, None]
         if self.args.predict_with_generate:
-            return (None, *self._generated(model, inputs))
+            answers, labels = self._generated(model, inputs)
+            return None, answers, torch.cat([indices, labels], dim=1)
         with self.accelerator.autocast():
             sums = self.scorer.by_row(model, inputs)
-        return None, sums, inputs['row_lengths'][:, None]
+        return None, sums, indices
 
     def _generated(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Generate an answer to the prompt of each row.
@@ -392,7 +398,7 @@ class SftTrainer(Seq2SeqTrainer):
         metrics = self.evaluate()
         self.evaluation_pending = False
         ends = self.early_stop is not None and self.early_stop.reason is not None
-        is_saved = self.state.global_step % self.args.save_steps == 0 or ends
+        is_saved = self.state.global_step % self.state.save_steps == 0 or ends
         if is_saved and super()._determine_best_metric(metrics, None):
             self.state.best_model_checkpoint = checkpoint
         if ends:
@@ -423,8 +429,10 @@ class TrainerSetup:
     dtype: torch.dtype
     generation: GenerationConfig
     images: Images | None = None
-    # The metrics of generated answers, with --predict_with_generate.
-    metrics: GenerationMetrics | None = None
+    # The scores of generated answers, with --predict_with_generate.
+    scores: Scores | None = None
+    # The validation rows by origin, for scores that are functions of a file.
+    held_out: Mapping[str, Row] = field(default_factory=dict)
 
 
 def build_trainer(
@@ -438,26 +446,25 @@ def build_trainer(
     scores: Scores | None = None,
     held_out: Mapping[str, Row] | None = None,
 ) -> SftTrainer:
-    """Return the trainer of a run. It writes its logs to the run folder.
+    """Return the trainer of a run.
 
-    `scores` are for --predict_with_generate. `held_out` has the validation rows by origin; it is only read by scores
-    that are functions of a file.
+    Its main process passes the log lines to the trackers of --report_to, and writes training_args.json. `scores` are
+    for --predict_with_generate. `held_out` has the validation rows by origin; it is only read by scores that are
+    functions of a file.
     """
-    metrics = None
-    if scores is not None:
-        rows = held_out or {}
-        validation = data.val.longest_first()
-        metrics = GenerationMetrics(encoder.tokenizer, scores, lambda index: rows[validation.origin(index)])
     setup = TrainerSetup(
         run=run,
         tokenizer=encoder.tokenizer,
         dtype=dtype,
         generation=generation_config(args, encoder.tokenizer, encoder.stop_ids, model.generation_config),
         images=encoder.images,
-        metrics=metrics,
+        scores=scores,
+        held_out=held_out or {},
     )
     trainer = make_trainer(args, model, data, setup)
-    trainer.log_to(run.folder)
+    if trainer.args.should_save:
+        write_json(run.folder / 'training_args.json', trainer.args.to_dict())
+        add_trackers(trainer, args, run)
     return trainer
 
 
@@ -472,13 +479,34 @@ def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> Index
 
     if args.packing:
         packed = PackedRows(rows, args.max_length)
-        fill = len(rows.ids) / len(packed) / args.max_length
+        fill = int(rows.sizes().sum()) / len(packed) / args.max_length
         logger.info(f'packing: {len(rows)} rows in {len(packed)} packs, {fill:.1%} of --max_length filled')
         arranged = packed
 
     if dist.world_size() > 1:
         arranged = Filled(arranged, args.batch_size * dist.world_size(), pad_token_id)
     return arranged
+
+
+def _optimizer_of_bf16(
+    args: SftArguments, training: TrainingArguments
+) -> tuple[type[BF16AdamW], dict[str, Any]] | None:
+    """Return the class and the settings of the optimizer of bf16 weights. Returns None if the weights are not bf16."""
+    if args.sft_type != 'full' or args.full_weights != 'bf16':
+        return None
+    settings = {
+        'lr': training.learning_rate,
+        'betas': (training.adam_beta1, training.adam_beta2),
+        'eps': training.adam_epsilon,
+        'seed': args.seed,
+    }
+    return BF16AdamW, settings
+
+
+def _metrics(setup: TrainerSetup, sets: ValidationSets) -> Metrics:
+    if setup.scores is None:
+        return loss_metrics(sets)
+    return GenerationMetrics(setup.tokenizer, setup.scores, sets, setup.held_out)
 
 
 def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: TrainerSetup) -> SftTrainer:
@@ -492,8 +520,11 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     if isinstance(data.train, EncodedRows):
         train = _arranged(data.train, args, pad_id)
     head = exact_head(base, args, setup.run.decide)
+    val = data.val.longest_first()
+    sets = ValidationSets(rows=val, names=data.val_sets)
+    training = training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0)
 
-    return SftTrainer(
+    trainer = SftTrainer(
         run=setup.run,
         save_total_limit=args.save_total_limit,
         early_stop=args.early_stop if len(data.val) else 0,
@@ -503,10 +534,13 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         model=model,
         scorer=Scorer(base, head, splits=setup.images is None and not is_sharded(base)),
         groups_by_length=args.group_by_length,
-        args=training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0),
+        args=training,
+        optimizer_of=_optimizer_of_bf16(args, training),
         train_dataset=train,
-        eval_dataset=data.val.longest_first() if len(data.val) else None,
+        eval_dataset=val if len(val) else None,
         data_collator=Collator(pad_id, setup.images, pads=not is_concatenated),
         processing_class=setup.tokenizer,
-        compute_metrics=setup.metrics or compute_loss_metrics,
+        compute_metrics=_metrics(setup, sets),
     )
+    trainer.add_callback(StepIntervals(args, setup.run))
+    return trainer

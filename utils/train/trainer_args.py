@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainingArguments, get_scheduler
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.cli.arguments import SftArguments
+from utils.cli.schedule import STABLE_DECAY, count_decay_steps, count_warmup_steps, warmup_asked
 from utils.cli.scores import score_name
 
 
@@ -19,10 +19,10 @@ def training_arguments(
     args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
 ) -> Seq2SeqTrainingArguments:
     """Return the arguments of the trainer. They contain no access token, because they are written to the run folder."""
-    has_cuda = torch.cuda.is_available()
-    # Frozen bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
+    # bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
     # needs the arguments bf16 and fp16 below, because it reads the precision of the model and of adapters from them.
-    autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
+    has_fp32_weights = args.sft_type == 'full' and args.full_weights == 'fp32'
+    autocasts = has_fp32_weights or dtype == torch.float16 or args.deepspeed_config_path is not None
     sharded = args.fsdp or args.deepspeed_config_path is not None
     return Seq2SeqTrainingArguments(
         output_dir=str(run_dir),
@@ -35,9 +35,14 @@ def training_arguments(
         optim='adamw_torch_fused' if args.optim == 'adamw_torch' and not sharded else args.optim,
         learning_rate=args.learning_rate or 0.0,
         weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_epsilon=args.adam_epsilon,
         max_grad_norm=args.max_grad_norm,
         lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_ratio,
+        lr_scheduler_kwargs=_schedule_settings(args),
+        # The trainer takes a share of the steps if the value is below 1.
+        warmup_steps=warmup_asked(args),
         predict_with_generate=args.predict_with_generate,
         eval_strategy='steps' if evaluates else 'no',
         eval_steps=args.eval_steps,
@@ -54,18 +59,19 @@ def training_arguments(
         logging_nan_inf_filter=False,
         bf16=autocasts and dtype == torch.bfloat16,
         fp16=autocasts and dtype == torch.float16,
-        use_cpu=not has_cuda,
+        use_cpu=device.kind() == 'cpu',
         seed=args.seed + dist.rank(),
         data_seed=args.seed,
         train_sampling_strategy='sequential' if args.test_oom_error else 'random',
         dataloader_num_workers=args.dataloader_num_workers,
-        dataloader_pin_memory=has_cuda,
+        dataloader_pin_memory=device.pins_memory(),
         ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
         # A vision tower that is trained gets no gradient from a batch without images, and DDP must allow this.
         ddp_find_unused_parameters=not args.freeze_vision if dist.world_size() > 1 else None,
         deepspeed=args.deepspeed_config_path,
         remove_unused_columns=False,
         label_names=['labels'],
+        # --report_to is done by train/trackers.py.
         report_to='none',
         disable_tqdm=not dist.is_main(),
     )
@@ -76,27 +82,54 @@ def best_metric(args: SftArguments) -> str:
     return score_name(args.score[0]) if args.predict_with_generate else 'loss'
 
 
-def count_warmup_steps(share: float, steps: int) -> int:
-    """Return the number of warm-up steps: `share` of the steps, rounded up, but at most half of all steps."""
-    return min(math.ceil(share * steps), steps // 2)
+def _schedule_settings(args: SftArguments) -> dict[str, float]:
+    """Return the settings of the schedule that `make_schedule` takes besides the warm-up."""
+    settings = {} if args.min_lr_ratio is None else {'min_lr_ratio': args.min_lr_ratio}
+    if args.lr_scheduler_type == STABLE_DECAY:
+        settings['decay_ratio'] = args.decay_ratio
+    return settings
 
 
-def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_ratio: float, steps: int) -> LambdaLR:
-    """Return the learning-rate schedule of transformers, with a different warm-up.
+def make_schedule(
+    optimizer: Any,
+    name: str,
+    *,
+    learning_rate: float,
+    warmup: float,
+    steps: int,
+    min_lr_ratio: float | None = None,
+    decay_ratio: float = 0.0,
+) -> LambdaLR:
+    """Return the learning-rate schedule of transformers, with a different warm-up and with a lowest rate.
 
-    With w warm-up steps, step k (counted from 0) has (k + 1) / (w + 1) of the learning rate. In transformers the first
-    warm-up step has rate 0, so it changes no weight, and a run of one step trains nothing.
+    `warmup` is a share of the steps if it is below 1, else a number of steps. With w warm-up steps, step k (counted
+    from 0) has (k + 1) / (w + 1) of the learning rate. In transformers the first warm-up step has rate 0, so it changes
+    no weight, and a run of one step trains nothing. With `min_lr_ratio`, the schedule ends at this share of the
+    learning rate. `decay_ratio` is the share of the steps in the decay of warmup_stable_decay.
     """
-    warmup = 0 if name == 'constant' else count_warmup_steps(warmup_ratio, steps)
+    first = 0 if name == 'constant' else count_warmup_steps(warmup, steps)
+    settings: dict[str, float] = {}
+    if name == STABLE_DECAY:
+        settings['num_decay_steps'] = count_decay_steps(decay_ratio, steps, warmup=first)
+    elif name == 'polynomial' and min_lr_ratio is not None:
+        settings['lr_end'] = 0.0  # instead of 1e-7, so that the rate ends exactly at the lowest rate
     # Only the function of transformers' schedule is used. A schedule changes the learning rate of its optimizer when it
     # is made, so this schedule gets an optimizer that is not used.
     unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
-    original = get_scheduler(name, unused_optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    original = get_scheduler(
+        name,
+        unused_optimizer,
+        num_warmup_steps=first,
+        num_training_steps=steps,
+        scheduler_specific_kwargs=settings,
+    )
     (after_warmup,) = original.lr_lambdas
+    lowest = min_lr_ratio or 0.0
 
     def share_of_rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return float(after_warmup(step))
+        if step < first:
+            return (step + 1) / (first + 1)
+        share = float(after_warmup(step))
+        return share + lowest * (1 - share)
 
     return LambdaLR(optimizer, share_of_rate)

@@ -1,0 +1,109 @@
+"""The cleaned copy of the data (--write_clean): the rows that a run can train on, without repeated rows."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from utils.base.errors import ConfigError
+from utils.formats.conversation import Row
+from utils.formats.messages_form import json_line, messages_form
+
+NOT_DRAWN_ROW = 'row that is not drawn (--train_dataset_sample, or # or % after a data set)'
+OF_VALIDATION = 'row of a validation set'
+
+
+class CleanCopy:
+    """Writes rows in the form with messages to a new file. The file is complete or absent.
+
+    The rows are written to a temporary file in the same folder, which `finish` renames.
+    """
+
+    def __init__(self, path: Path, *, marks_loss: bool) -> None:
+        """Open the temporary file. With `marks_loss`, earlier replies without loss are marked in the rows."""
+        self.path = path
+        self.marks_loss = marks_loss
+        self.rows = 0
+        # The numbers of rows that can be trained on and that are not written, by reason.
+        self.skipped: Counter[str] = Counter()
+        # The numbers of rows in which an unused column or key is not copied.
+        self.not_copied: Counter[str] = Counter()
+        self._temporary = path.with_name(f'.{path.name}.aside')
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = self._temporary.open('wb')
+        self._stream: Any = self._file
+        if path.suffix.lower() == '.gz':
+            self._stream = gzip.GzipFile(filename='', mode='wb', fileobj=self._file, mtime=0)
+
+    def __enter__(self) -> CleanCopy:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Delete the temporary file if it is not renamed."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def add(self, row: Row) -> None:
+        """Write a row."""
+        made = messages_form(row, self.path.absolute().parent, marks_loss=self.marks_loss)
+        with _named(self.path):
+            self._stream.write(json_line(made.row))
+        self.rows += 1
+        self.not_copied.update(set(made.not_copied))
+
+    def skip(self, reason: str) -> None:
+        """Count a row that could be trained on and is not written."""
+        self.skipped[reason] += 1
+
+    def finish(self) -> None:
+        """Give the file its name. Nothing is written if there is no row. Raises ConfigError if the file exists."""
+        with _named(self.path):
+            if self._stream is not self._file:
+                self._stream.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if not self.rows:
+                return
+            if self.path.exists():
+                raise ConfigError(f'--write_clean {self.path} was made by another program meanwhile. Name a new file.')
+            self._temporary.rename(self.path)
+
+    def record(self, left_out: Mapping[str, int]) -> dict[str, Any]:
+        """Return the counts for the report. `left_out` has the rows that cannot be trained on, by reason."""
+        return {
+            'file': str(self.path),
+            'rows': self.rows,
+            'not_written': dict(self.skipped + Counter(left_out)),
+            'not_copied': dict(self.not_copied),
+        }
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise ConfigError with the name of the file for an error of the file system."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f'--write_clean {path} cannot be written: {error.strerror}. Give a file in another folder.'
+        ) from error
+
+
+def lines(record: Mapping[str, Any], read: int) -> list[str]:
+    """Return the counts as lines of text. `record` is the result of `CleanCopy.record`, `read` the number of rows."""
+    counts = ', '.join(f'{count} {reason}' for reason, count in record['not_written'].items())
+    said = f'wrote {record["rows"]} of {read} rows to {record["file"]}'
+    if not record['rows']:
+        said = f'wrote no file {record["file"]}: none of {read} rows can be written'
+    found = [said + (f'; not written: {counts}' if counts else '')]
+    if record['not_copied']:
+        names = ', '.join(f'{name} in {rows} rows' for name, rows in record['not_copied'].items())
+        found.append(f'not copied: {names}')
+    return found

@@ -1,0 +1,128 @@
+"""Shares of data sets in a mixture (name%0.3): how many rows each set gives, and which rows are repeated."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from utils.base.errors import ConfigError
+from utils.data.parts import TRAIN, UNUSED, Part, draw_uses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredient:
+    """A data set of a mixture. Its share is None if the set gives all its rows."""
+
+    word: str
+    part: Part
+    share: Fraction | None
+
+
+def split_size(size: int, shares: Sequence[Fraction]) -> list[int]:
+    """Split a number of rows by shares, with the largest-remainder method. Returns counts that sum to `size`.
+
+    Shares that do not sum to 1 are scaled. Of equal remainders, the first is rounded up.
+    """
+    quotas = [size * share / sum(shares) for share in shares]
+    counts = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - quotas[i])
+    for index in by_remainder[: size - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
+    """Choose the training rows of a mixture, and return the decision with the exact number of rows of each set.
+
+    The size of the mixture is `limit`. If `limit` is negative, it is the number of training rows of all sets. If some
+    sets have no share, they give all their rows, and the size follows from it: rows without share = size * (1 - sum of
+    shares). A smaller `limit` replaces this size, and the sets without a share then give a random part of their rows.
+    Raises ConfigError if a set with a share gives no row.
+    """
+    shared = [one for one in ingredients if one.share is not None]
+    others = [one for one in ingredients if one.share is None]
+    available = {id(one): one.part.uses.count(TRAIN) for one in ingredients}
+    whole = sum(available[id(one)] for one in others)
+    shares = [one.share for one in shared if one.share is not None]
+    rest = 1 - sum(shares, Fraction(0))
+
+    if not others:
+        size = limit if limit >= 0 else sum(available.values())
+        counts = split_size(size, shares)
+    else:
+        size = round(whole / rest)
+        counts = split_size(size - whole, shares)
+        if 0 <= limit < size:
+            size = limit
+            *counts, whole = split_size(size, [*shares, rest])
+        draw_uses([one.part for one in others], TRAIN, whole, seed, drawn=TRAIN, rest=UNUSED)
+
+    for one, count in zip(shared, counts, strict=True):
+        _check_rows(one, available[id(one)], count, size)
+        _give(one.part, count, seed)
+    given = [_described(one, available[id(one)], size) for one in ingredients]
+    return f'mixture = {size} training rows because --dataset gives shares: {", ".join(given)}'
+
+
+def _check_rows(one: Ingredient, available: int, count: int, size: int) -> None:
+    if not available:
+        raise ConfigError(
+            f"--dataset '{one.word}': no training row of it is left to fill its share. Correct its rows, or remove it."
+        )
+    if not count:
+        raise ConfigError(
+            f"--dataset '{one.word}': its share of a mixture of {size} rows is less than one row. Raise the share, or "
+            'use more rows in total.'
+        )
+
+
+def _give(part: Part, count: int, seed: int) -> None:
+    """Choose `count` training rows of a part. If it has fewer rows, use all in whole passes, and some once more."""
+    available = part.uses.count(TRAIN)
+    if count < available:
+        draw_uses([part], TRAIN, count, seed, drawn=TRAIN, rest=UNUSED)
+        return
+
+    part.passes = count // available
+    chosen = set(random.Random(seed).sample(range(available), count % available))
+    part.once_more = bytearray(len(part.uses))
+    positions = (position for position, use in enumerate(part.uses) if use == TRAIN)
+    for index, position in enumerate(positions):
+        part.once_more[position] = index in chosen
+
+
+def _described(one: Ingredient, available: int, size: int) -> str:
+    count = one.part.trained_rows()
+    if count < available:
+        how = f'drawn from its {available} rows'
+    elif count == available:
+        how = 'all its rows'
+    elif count % available == 0:
+        how = f'{count // available} passes of its {available} rows'
+    else:
+        how = f'{count / available:.1f} passes of its {available} rows'
+    share = 'no share' if one.share is None else f'{float(100 * one.share):g} % of {size}'
+    return f'{one.part.name} {count} rows ({share}, {how})'
+
+
+def take_turns(shares: Sequence[Fraction]) -> Iterator[int]:
+    """Yield without end the index of the source that gives the next row.
+
+    After every k rows, the count of each source differs from share * k by less than one. The order depends only on the
+    shares. Shares that do not sum to 1 are scaled.
+    """
+    scale = math.lcm(*(share.denominator for share in shares))
+    weights = [int(share * scale) for share in shares]
+    whole = sum(weights)
+    counts = [0] * len(shares)
+    for step in itertools.count(1):
+        # One more row of these sources is not too early. At least one source is in the list, because the counts sum to
+        # step - 1. Of them, the one whose next row must come soonest is taken: this order misses no deadline.
+        ready = [i for i, weight in enumerate(weights) if counts[i] * whole < weight * step]
+        chosen = min(ready, key=lambda i: -(-(counts[i] + 1) * whole // weights[i]))
+        counts[chosen] += 1
+        yield chosen

@@ -1,0 +1,195 @@
+"""Reads the bytes of a data file: decompressed, counted, hashed, and with text in UTF-16 converted to UTF-8."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils.base.errors import ConfigError
+from utils.formats.encodings import guess_encoding
+
+# Called as f(location, problem) for a row that cannot be read. It raises an error, or records the problem and returns.
+OnBad = Callable[[str, str], None]
+
+BLOCK_BYTES = 1 << 20
+MAX_ROW_BYTES = 1 << 26
+CHECK_PATH = 'Check its path and its permissions.'
+DOWNLOAD_AGAIN = 'Download or copy the file again.'
+
+# gzip compresses text 3 to 20 times. A file that expands to more than 100 times its size, and to more than 64 MiB, was
+# probably made to fill the memory or the disk.
+_GZIP_RATIO = 100
+_GZIP_FREE_BYTES = 1 << 26
+# The first bytes of a file, from which its kind is recognised.
+_HEAD_BYTES = 64
+# The byte-order marks of text that is converted to UTF-8, and its encoding. The mark of UTF-32-LE starts like the mark
+# of UTF-16-LE.
+_WIDE = (
+    (codecs.BOM_UTF32_LE, 'utf-32'),
+    (codecs.BOM_UTF32_BE, 'utf-32'),
+    (codecs.BOM_UTF16_LE, 'utf-16'),
+    (codecs.BOM_UTF16_BE, 'utf-16'),
+)
+# The first bytes of files that are not text, and the remedy for such a file.
+_NOT_TEXT = (
+    (b'\x1f\x8b', 'The file is compressed with gzip: rename it to {name}.gz.'),
+    (b'PAR1', 'This is a parquet file: rename it to {stem}.parquet.'),
+    (b'PK\x03\x04', 'This is an Excel workbook or a zip archive. Unpack it, or save the table as CSV UTF-8.'),
+)
+
+
+class UnreadableRow(ConfigError):
+    """A row cannot be read. The error holds the location of the row."""
+
+    def __init__(self, location: str, problem: str) -> None:
+        super().__init__(f'{location}: {problem}')
+        self.location = location
+        self.problem = problem
+
+
+def refuse(location: str, problem: str) -> NoReturn:
+    """Raise UnreadableRow. With this function as `bad`, the first row that cannot be read ends the run."""
+    raise UnreadableRow(location, problem)
+
+
+class _Converted(io.RawIOBase):
+    """A stream of text in UTF-16 or UTF-32, read as UTF-8.
+
+    Half of a character becomes bytes that are not UTF-8, so that the reader of the line reports it.
+    """
+
+    def __init__(self, stream: Any, encoding: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)('surrogatepass')
+        self._ready = b''
+
+    def readable(self) -> bool:
+        """Return True: the stream can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with the next bytes. Returns their number, 0 at the end."""
+        while not self._ready:
+            block = self._stream.read(BLOCK_BYTES)
+            self._ready = self._decoder.decode(block).encode('utf-8', 'surrogatepass')
+            if not block:
+                if not self._decoder.getstate()[0]:
+                    return 0
+                self._decoder.reset()
+                self._ready = b'\xff'
+
+        taken = self._ready[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._ready = self._ready[len(taken) :]
+        return len(taken)
+
+
+class FileBytes:
+    """Reads the bytes of a data file, and decompresses, counts and hashes them.
+
+    The bytes of a text file are UTF-8: UTF-16 with a byte-order mark is converted.
+    """
+
+    def __init__(self, path: Path, digest: Any, *, is_text: bool = True) -> None:
+        """Open the file. Raises ConfigError if it cannot be opened, or if a text file is not text."""
+        self.path = path
+        self.digest = digest
+        self.total = 0
+        self.is_gzip = path.suffix.lower() == '.gz'
+        self.limit = max(_GZIP_FREE_BYTES, _GZIP_RATIO * path.stat().st_size)
+        # The encoding of the file if it is converted to UTF-8, else ''.
+        self.converted = ''
+        try:
+            self.stream: Any = gzip.open(path) if self.is_gzip else path.open('rb')  # noqa: SIM115 (_take closes it)
+        except OSError as error:
+            raise ConfigError(f'{path}: the data file cannot be read: {error.strerror}. {CHECK_PATH}') from None
+        if is_text:
+            self._recognise(self._guarded(self.stream.peek, _HEAD_BYTES)[:_HEAD_BYTES])
+
+    def _recognise(self, head: bytes) -> None:
+        """Convert the stream to UTF-8 if its first bytes say that it is UTF-16. Raises UnreadableRow if it is no text.
+
+        Without a byte-order mark, UTF-16 is refused, because it could also be another encoding with zero bytes.
+        """
+        self.converted = next((encoding for mark, encoding in _WIDE if head.startswith(mark)), '')
+        if self.converted:
+            self.stream = io.BufferedReader(_Converted(self.stream, self.converted), BLOCK_BYTES)
+            return
+
+        name = self.path.name
+        for start, remedy in _NOT_TEXT:
+            if head.startswith(start):
+                self.stream.close()
+                shown = remedy.format(name=name, stem=name.partition('.')[0])
+                refuse(f'{self.path}:1', f'the file is not text. {shown}')
+        if b'\0' in head:
+            self.stream.close()
+            even, odd = head[::2].count(0), head[1::2].count(0)
+            encoding = 'UTF-16LE' if odd > even else 'UTF-16BE'
+            refuse(f'{self.path}:1', f'the text has zero bytes, so it is not UTF-8. {_convert(encoding, name)}')
+
+    def _guarded(self, read: Callable[[int], bytes], size: int) -> bytes:
+        try:
+            return read(size)
+        except (OSError, EOFError, zlib.error) as error:
+            what = 'gzip file is broken' if self.is_gzip else 'file cannot be read'
+            raise ConfigError(
+                f'{self.path}: the {what} after {self.total} bytes of data: {error}. {DOWNLOAD_AGAIN}'
+            ) from None
+
+    def _take(self, read: Callable[[int], bytes], size: int) -> bytes:
+        data = self._guarded(read, size)
+        self.total += len(data)
+        if self.is_gzip and self.total > self.limit:
+            raise ConfigError(
+                f'{self.path}: the file expands to more than {_GZIP_RATIO} times its size, which text never does, so '
+                'reading stopped. If this is intended, decompress it yourself.'
+            )
+
+        self.digest.update(data)
+        if not data:
+            self.stream.close()
+        return data
+
+    def block(self) -> bytes:
+        """Return the next bytes of the file. Returns b'' at the end."""
+        return self._take(self.stream.read, BLOCK_BYTES)
+
+    def lines(self, bad: OnBad) -> Iterator[tuple[int, str]]:
+        """Yield (number, line) for each line. If a line is not UTF-8, calls `bad` and yields an empty line."""
+        number = 0
+        while line := self._take(self.stream.readline, MAX_ROW_BYTES + 1):
+            number += 1
+            if len(line) > MAX_ROW_BYTES:
+                refuse(
+                    f'{self.path}:{number}',
+                    f'this line exceeds {MAX_ROW_BYTES >> 20} MiB, the limit for a row. Split the row, or check that '
+                    'the file has line breaks.',
+                )
+            try:
+                text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
+            except UnicodeDecodeError as error:
+                bad(f'{self.path}:{number}', self.not_utf8(error))
+                text = '\n'
+            yield number, text
+
+    def not_utf8(self, error: UnicodeDecodeError) -> str:
+        """Return the problem with text that is not UTF-8. It names the likely encoding, and a remedy."""
+        if self.converted:
+            return f'half of a character: the file says that it is {self.converted.upper()}. {DOWNLOAD_AGAIN}'
+
+        problem = f'byte 0x{error.object[error.start]:02x} is not UTF-8.'
+        return f'{problem} {_convert(guess_encoding(error.object[error.start :]), self.path.name)}'
+
+
+def _convert(encoding: str, name: str) -> str:
+    """Return the likely encoding as a sentence, and the command that converts the file."""
+    command = f'iconv -f {encoding} -t UTF-8 {name}'
+    if name.lower().endswith('.gz'):
+        command = f'gzip -dc {name} | iconv -f {encoding} -t UTF-8'
+    return f'It looks like {encoding}. Convert the file, e.g. {command}.'

@@ -1,0 +1,145 @@
+"""JSON with the spelling of the source: numbers keep their text, and keys that occur twice are recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+class WrittenNumber(float):
+    """A JSON number that keeps its text: 1.10 stays 1.10, and 1e22 does not become 1e+22."""
+
+    def __new__(cls, written: str) -> WrittenNumber:
+        """Parse the text of a number, and keep the text."""
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    written: str
+
+    def __str__(self) -> str:
+        """Return the text of the number in the file."""
+        return self.written
+
+    def __reduce__(self) -> tuple[type[WrittenNumber], tuple[str]]:
+        """Copy the number with its text."""
+        return WrittenNumber, (self.written,)
+
+
+def _read_integer(written: str) -> int | WrittenNumber:
+    """Return an integer. The integer -0 becomes a WrittenNumber, because an int has no sign for 0."""
+    return WrittenNumber(written) if written == '-0' else int(written)
+
+
+class RowWithRepeatedKeys(dict[str, Any]):
+    """A row with a JSON object that has the same key twice (`repeated_keys`). The last value of a key is used."""
+
+    def __init__(self, row: dict[str, Any], keys: Iterable[str]) -> None:
+        super().__init__(row)
+        self.repeated_keys = tuple(dict.fromkeys(keys))
+
+
+def with_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a copy of a row in which the columns that are keys of `names` have the names that are their values."""
+    made = {names.get(column, column): value for column, value in row.items()}
+    return RowWithRepeatedKeys(made, row.repeated_keys) if isinstance(row, RowWithRepeatedKeys) else made
+
+
+def repeated_key(key: str) -> str:
+    """Return the note for a row with an object that has this key twice."""
+    return f'the JSON key `{key}` occurs twice in an object: the last value is used'
+
+
+class JsonParser:
+    """Parses JSON text. Numbers keep their text. `repeated` has the keys that occurred twice in one object."""
+
+    def __init__(self) -> None:
+        self.repeated: list[str] = []
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_float=WrittenNumber, parse_int=_read_integer
+        )
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.repeated += [name for name in made if names.count(name) > 1]
+        return made
+
+    def parse(self, text: str) -> Any:
+        """Return the value of a JSON text. Raises ValueError or RecursionError if it cannot be parsed."""
+        return self._decoder.decode(text)
+
+    def parse_start(self, text: str, position: int) -> tuple[Any, int]:
+        """Return the JSON value that starts at a position of a text, and the position at which it ends."""
+        return self._decoder.raw_decode(text, position)
+
+    def row(self, value: Any) -> Any:
+        """Return the value, as RowWithRepeatedKeys if repeated keys were recorded. Clears the recorded keys."""
+        if self.repeated and isinstance(value, dict):
+            value = RowWithRepeatedKeys(value, self.repeated)
+        self.repeated.clear()
+        return value
+
+
+# Every stand-in for a number begins with these digits, which no data can contain.
+_NONCE = f'{secrets.randbelow(9) + 1}.{secrets.randbelow(10**8):08d}'
+
+
+class Spelling:
+    """Lets a JSON writer print numbers as they were written.
+
+    A JSON writer prints a WrittenNumber like any float: 1.10 as 1.1. So `hide` replaces such numbers by stand-ins,
+    which are floats, and `show` replaces the printed stand-ins by the text of the numbers.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[str, str] = {}
+
+    def hide(self, value: Any) -> Any:
+        """Return nested JSON data with a stand-in for each number that a JSON writer would print differently.
+
+        Data without such a number is returned unchanged, not copied.
+        """
+        if isinstance(value, WrittenNumber):
+            return value if repr(value) == value.written else self._stand_in(value.written)
+        if isinstance(value, dict):
+            made = {key: self.hide(item) for key, item in value.items()}
+            return made if any(made[key] is not item for key, item in value.items()) else value
+        if isinstance(value, list | tuple):
+            items = [self.hide(item) for item in value]
+            return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+        return value
+
+    def _stand_in(self, written: str) -> float:
+        # 15 digits, the last of which is not 0: every float with so few digits is printed with exactly these digits.
+        number = float(f'{_NONCE}{len(self._written) % 100_000:05d}1e187')
+        self._written[repr(number)] = written
+        return number
+
+    def show(self, text: str) -> str:
+        """Return a printed text with each stand-in replaced by the text of its number."""
+        if not self._written:
+            return text
+        return re.sub('|'.join(map(re.escape, self._written)), lambda match: self._written[match[0]], text)
+
+
+def json_as_written(
+    value: Any,
+    *,
+    default: Callable[[Any], Any] | None = None,
+    sort_keys: bool = False,
+    allow_nan: bool = True,
+) -> str:
+    """Return a value as JSON text in which numbers have the spelling of the source.
+
+    The options are those of json.dumps.
+    """
+    spelling = Spelling()
+    text = json.dumps(
+        spelling.hide(value), ensure_ascii=False, default=default, sort_keys=sort_keys, allow_nan=allow_nan
+    )
+    return spelling.show(text)

@@ -1,0 +1,156 @@
+"""Writes a row in the form with messages, so that reading it again gives the same conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.formats.columns import find_converter
+from utils.formats.conversation import Message, Row
+from utils.formats.images import BadImage, map_tags, place_image
+from utils.formats.json_text import JsonParser, json_as_written
+
+_COLUMN = 'column `'
+_KEY = 'message key `'
+
+
+@dataclass(kw_only=True)
+class MessagesForm:
+    """A row in the form with messages, and the names of its unused columns and keys that could not be copied."""
+
+    row: dict[str, Any]
+    not_copied: list[str] = field(default_factory=list)
+
+
+def messages_form(row: Row, folder: Path, *, marks_loss: bool) -> MessagesForm:
+    """Return the row in the form with messages, for a file in `folder`.
+
+    The conversation, the tools and the images are what conversion made of the row. Paths of images are changed so that
+    they are right from `folder`. Unused columns and keys of messages are copied. With `marks_loss`, each earlier reply
+    of a row that trains only its last reply gets `"loss": false`, because rows with messages train every reply. A row
+    of plain text stays a row of plain text.
+    """
+    made = MessagesForm(row={})
+    if row.is_text:
+        made.row['text'] = row.messages[0]['content']
+        _copy_columns(row, made)
+        return made
+
+    is_marked = marks_loss and row.loss_scope == 'last_round'
+    messages = [_message(message, row, folder) for message in row.messages]
+    for message in messages[:-1]:
+        if is_marked and message['role'] == 'assistant':
+            message.setdefault('loss', False)
+    for name in row.unused:
+        if not name.startswith((_COLUMN, _KEY)):
+            made.not_copied.append(name)
+
+    _copy_keys(row, messages, made)
+    made.row['messages'] = messages
+    if row.tools:
+        made.row['tools'] = row.tools
+    if row.images:
+        made.row['images'] = [_moved(path, row.folder, folder) for path in row.images]
+    _copy_columns(row, made)
+    return made
+
+
+def _message(message: Message, row: Row, folder: Path) -> dict[str, Any]:
+    """Return a message under the keys with which it is read again."""
+    made: dict[str, Any] = {'role': message['role'], 'content': message['content']}
+    if message['role'] == 'user':
+        made['content'] = map_tags(message['content'], lambda path: _moved(path, row.folder, folder))
+    if 'reasoning' in message:
+        made['reasoning_content'] = message['reasoning']
+    if 'tool_calls' in message:
+        made['tool_calls'] = message['tool_calls']
+    if 'name' in message:
+        made['name'] = message['name']
+    if 'tool_call_id' in message:
+        made['tool_call_id'] = message['tool_call_id']
+    if 'loss' in message:
+        made['loss'] = message['loss']
+    return made
+
+
+def _moved(path: str, source: str | None, target: Path) -> str:
+    """Return the path of an image for a data file in `target`. The path is right for a data file in `source`.
+
+    An image in `target` gets a relative path, and any other image an absolute path. A path that cannot be used, such
+    as a URL, stays as it is.
+    """
+    if not path or source == str(target):
+        return path
+    try:
+        place = Path(place_image(path, source)).absolute()
+    except BadImage:
+        return path
+    return str(place.relative_to(target)) if place.is_relative_to(target) else str(place)
+
+
+def _copy_keys(row: Row, messages: list[dict[str, Any]], made: MessagesForm) -> None:
+    """Copy the unused keys of the turns of a row to its messages."""
+    names = _names(row.unused, _KEY)
+    if names and not _turns_column(row):
+        made.not_copied += [f'{_KEY}{key}`' for key in names]
+        return
+    for turn, message in _written_turns(row, messages) if names else ():
+        for key in names:
+            if key not in turn:
+                continue
+            if key not in message and _is_json(turn[key]):
+                message[key] = turn[key]
+            else:
+                made.not_copied.append(f'{_KEY}{key}`')
+
+
+def _turns_column(row: Row) -> str:
+    """Return the column of the source row that has the turns of the whole conversation. Returns '' without one."""
+    return next((name for name in ('messages', 'conversations') if name in row.written), '')
+
+
+def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """Yield each turn of the source row with its message."""
+    turns = row.written[_turns_column(row)]
+    if isinstance(turns, str):
+        turns = JsonParser().parse(turns)
+    # A system column has made a message that no turn has.
+    yield from zip(turns, messages[len(messages) - len(turns) :], strict=True)
+
+
+def _copy_columns(row: Row, made: MessagesForm) -> None:
+    """Copy the unused columns of a row, except columns with which the row would be read differently."""
+    for name in _names(row.unused, _COLUMN):
+        value = row.written[name]
+        is_read_the_same = find_converter([*made.row, name]) is find_converter(made.row)
+        if is_read_the_same and name not in made.row and _is_json(value):
+            made.row[name] = value
+        else:
+            made.not_copied.append(f'{_COLUMN}{name}`')
+
+
+def _names(unused: tuple[str, ...], start: str) -> list[str]:
+    return [entry.removeprefix(start).removesuffix('`') for entry in unused if entry.startswith(start)]
+
+
+def _text_of(value: Any) -> str:
+    """Return a value that JSON cannot represent, such as a date, as text. Raises TypeError for bytes."""
+    if isinstance(value, bytes | bytearray):
+        raise TypeError('bytes are not text')
+    return str(value)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json_as_written(value, default=_text_of, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Return a row as one line of JSON in UTF-8. Numbers have the spelling of the source."""
+    # Half of a character (a lone surrogate) is written as an escape, which JSON allows.
+    return json_as_written(row, default=_text_of, allow_nan=False).encode('utf-8', 'backslashreplace') + b'\n'

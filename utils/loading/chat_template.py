@@ -1,0 +1,120 @@
+"""Reads and writes the chat templates of a folder, and gives a tokenizer the template that the user asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.base.errors import ConfigError
+from utils.base.files import read_json
+from utils.base.logger import logger
+from utils.loading.template_settings import Templates, add_settings, change_each, settings_problems, sources_of
+from utils.loading.template_source import parse_template, read_variables
+
+# The names of transformers: the template, and the folder of further templates, such as tool_use.jinja.
+TEMPLATE_FILE = 'chat_template.jinja'
+_FURTHER = 'additional_chat_templates'
+# Texts that are control tokens in most vocabularies.
+_MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
+
+
+def folder_templates(folder: Path) -> Templates | None:
+    """Return the chat template of a model folder, as its tokenizer will have it. Returns None if it has none."""
+    found = {}
+    if (folder / TEMPLATE_FILE).is_file():
+        found['default'] = _read_text(folder / TEMPLATE_FILE)
+    for file in sorted((folder / _FURTHER).glob('*.jinja')):
+        found[file.stem] = _read_text(file)
+    if found:
+        return found['default'] if list(found) == ['default'] else found
+
+    for file in (folder / 'tokenizer_config.json', folder / 'chat_template.json'):
+        stored = read_json(file).get('chat_template') if file.is_file() else None
+        if isinstance(stored, dict):
+            return {str(name): str(source) for name, source in stored.items()}
+        if isinstance(stored, str):
+            return stored or None
+        if isinstance(stored, list) and stored:
+            return {str(entry['name']): str(entry['template']) for entry in stored}
+    return None
+
+
+def read_chat_template(path: Path) -> Templates:
+    """Return the template that --chat_template names: a file, or a folder with a model or a checkpoint.
+
+    Raises ConfigError if there is no template, or if a template is not valid.
+    """
+    given = f'--chat_template {path}'
+    if path.is_dir():
+        found = folder_templates(path)
+        if found is None:
+            raise ConfigError(f'{given} has no chat template. Give a file with a Jinja chat template.')
+    elif path.is_file():
+        found = _read_text(path)
+    else:
+        raise ConfigError(f'{given} is not there (looked in {path.absolute().parent}). Correct the path.')
+
+    for source in sources_of(found):
+        if not source.strip():
+            raise ConfigError(f'{given} is empty. Give a file with a Jinja chat template.')
+        parse_template(source, given)
+        if 'messages' not in read_variables(source):
+            raise ConfigError(
+                f'{given} does not read `messages`, so it prints no chat. Give a file with a Jinja chat template.'
+            )
+    return found
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ConfigError(f'{file} is not UTF-8 (byte {error.start}). Save it as UTF-8.') from None
+    except OSError as error:
+        raise ConfigError(f'{file} cannot be read: {error.strerror}. Correct its permissions.') from None
+
+
+def write_templates(folder: Path, templates: Templates) -> None:
+    """Write the templates to a folder, with the file names of transformers."""
+    named = templates if isinstance(templates, dict) else {'default': templates}
+    for name, source in named.items():
+        file = folder / TEMPLATE_FILE if name == 'default' else folder / _FURTHER / f'{name}.jinja'
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(source, encoding='utf-8')
+
+
+def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, Any]) -> None:
+    """Give the tokenizer the template at `path`, if it is given, and write the settings in front of its template.
+
+    Raises ConfigError if a setting is not a variable of the template, or if there is no template.
+    """
+    if path is None and not settings:
+        return
+    templates = tokenizer.chat_template if path is None else read_chat_template(Path(path))
+    if not templates:
+        raise ConfigError('--template_settings: this tokenizer has no chat template. Name one with --chat_template.')
+    if problems := settings_problems(settings, templates, tokenizer.special_tokens_map):
+        raise ConfigError(*problems)
+
+    if path is not None and (unknown := _unknown_markers(templates, tokenizer)):
+        logger.warning(
+            f'--chat_template: {", ".join(unknown)} in it {"is" if len(unknown) == 1 else "are"} not in the vocabulary '
+            'of this tokenizer: printed and trained as several tokens of plain text'
+        )
+    tokenizer.chat_template = change_each(templates, lambda source: add_settings(source, settings))
+
+
+def _unknown_markers(templates: Templates, tokenizer: Any) -> list[str]:
+    """Return the texts in the templates that look like control tokens and are not in the vocabulary."""
+    from jinja2 import nodes
+
+    literals = []
+    for source in sources_of(templates):
+        tree = parse_template(source, 'the chat template')
+        literals += [node.data for node in tree.find_all(nodes.TemplateData)]
+        literals += [str(node.value) for node in tree.find_all(nodes.Const)]
+    vocabulary = tokenizer.get_vocab()
+    found = dict.fromkeys(marker for literal in literals for marker in _MARKER.findall(literal))
+    return [marker for marker in found if marker not in vocabulary]
