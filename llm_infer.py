@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from utils.encode.encoder import Encoder
     from utils.formats.conversation import Row
+    from utils.infer.scores import Scores
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +52,7 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     log_decisions(done)
     logged = len(done.warnings)
     rows = find_rows(done, trained) if args.reads_data else []
+    scores = load_scores(args) if args.reads_data else None
 
     start_processes('gloo')
     weights = find_weights(done)
@@ -70,7 +72,8 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     if args.eval_human:
         chat(done, served)
     else:
-        answer(done, served, rows)
+        assert scores is not None, 'rows are answered'
+        answer(done, served, rows, scores)
 
 
 def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trained | None]:
@@ -102,6 +105,13 @@ def find_rows(done: Ready[InferArguments], trained: Trained | None) -> list[Row]
     if not rows:
         raise ConfigError('no validation row to answer: the run held none out. Use --eval_human true, or other data.')
     return rows
+
+
+def load_scores(args: InferArguments) -> Scores:
+    """Return the scores of --score. The file of a function is executed now, so that its errors show early."""
+    from utils.infer.scores import Scores
+
+    return Scores(args.score)
 
 
 def check_weights(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> None:
@@ -191,7 +201,7 @@ def chat(done: Ready[InferArguments], served: Served) -> None:
     chat_until_left(served.model, served.tokenizer, served.encoder, served.config, streams=done.args.use_streamer)
 
 
-def answer(done: Ready[InferArguments], served: Served, rows: Sequence[Row]) -> None:
+def answer(done: Ready[InferArguments], served: Served, rows: Sequence[Row], scores: Scores) -> None:
     """Answer the rows. The answers are printed, and written to a file with their scores."""
     from utils.infer.answers import answer_rows
 
@@ -202,6 +212,7 @@ def answer(done: Ready[InferArguments], served: Served, rows: Sequence[Row]) -> 
         served.config,
         rows,
         args=done.args,
+        scores=scores,
         target=result_path(done.args),
     )
 

@@ -28,7 +28,7 @@ from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
 from utils.run.record import Trained, check_resumed_template, find_record
-from utils.run.rows import keep_held_out, lock_of, rows_of
+from utils.run.rows import held_out_rows, keep_held_out, lock_of, rows_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +98,7 @@ def carry_out(
     from utils.data.stream import prepare_stream
     from utils.export.push_queue import push_while_training
     from utils.infer.before_after import BeforeAfter
+    from utils.infer.scores import Scores
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
@@ -107,10 +108,12 @@ def carry_out(
     from utils.report.finish import finish_run, stopped
     from utils.train.end_token import warn_of_untrained_ends
     from utils.train.prepare import prepare_model, say_what_all_adds
+    from utils.train.row_losses import RowLosses
     from utils.train.trainer import build_trainer
 
     args = done.args
     set_seed(args.seed)
+    scores = Scores(args.score) if args.predict_with_generate else None
     model, tokenizer, dtype = open_model(args, done.info, run.weights, trains=True, decide=run.decide)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     system_typed = 'system' in done.typed
@@ -147,12 +150,16 @@ def carry_out(
     model = prepare_model(model, args, run.decide, base=run.weights.path, family=done.info.family)
     if args.adapter is not None:
         asked.ask_now(model)
-    trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)
+    own_scores = scores is not None and scores.functions
+    held_out = held_out_rows(rows, args.stream_val_rows) if own_scores else None
+    trainer = build_trainer(args, run, model, encoder, data, dtype=dtype, scores=scores, held_out=held_out)
     if args.push_to_hub:
         trainer.add_callback(push_while_training(args, run.folder, data.summary))
 
     checked = data.spread(MASK_ROWS)
     prove_mask(checked, data.summary, trainer.data_collator, encoder, run.folder)
+    row_losses = RowLosses(trainer, args.compare_rows, args.resume_from_checkpoint)
+    trainer.add_callback(row_losses)
     trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
@@ -164,6 +171,7 @@ def carry_out(
     if trainer.stopped:
         raise stopped(trainer, run.folder, done)
 
+    row_losses.finish()
     summary = data.final()
     if dist.is_main():
         finish_run(args, trainer, run, started=started, data=summary, asked=asked)

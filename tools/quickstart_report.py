@@ -11,15 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.logger import replace_unprintable
-from utils.formats.demo_sql import is_right
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-
-
-def _is_right(row: dict[str, Any]) -> bool:
-    return is_right({'query': row['messages'][-1]['content'], 'response': row['label']}, row['answer'])
 
 
 def _one_line(text: str) -> str:
@@ -59,8 +54,8 @@ def main(folder: Path) -> int:
     """Print the summary of a quick-start folder, and return the exit code."""
     before = _read(folder / 'before.jsonl')
     after = _read(folder / 'after.jsonl')
-    right_before = [_is_right(row) for row in before]
-    right_after = [_is_right(row) for row in after]
+    right_before = [row['scores']['right'] == 1 for row in before]
+    right_after = [row['scores']['right'] == 1 for row in after]
     run = next(folder.glob('*/v0-*/run.json'))
     outcome = json.loads(run.read_text(encoding='utf-8'))
 

@@ -302,7 +302,7 @@ def test_a_run_on_text_is_reported_answered_merged_and_checked(
     assert capsys.readouterr().out.count('[TEXT] the answer') == 2
     assert '2 rows are plain text without a question: the model continues their beginning' in caplog.text
     answered = [json.loads(line) for line in (run / 'checkpoint-2' / 'infer_result.jsonl').read_text().splitlines()]
-    assert set(answered[0]) == {'text', 'label', 'answer', 'scores'}
+    assert set(answered[0]) == {'origin', 'text', 'label', 'answer', 'scores'}
     assert llm_infer.main(['--ckpt_dir', checkpoint, '--eval_human', 'true']) == 2
     assert 'has no chat template. Name a file with --chat_template' in problems()[-1]
     assert llm_infer.main(['--ckpt_dir', checkpoint, '--merge_lora_and_save', 'true']) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,8 @@ def test_answers_the_validation_rows_of_the_run(checkpoint: Path, capsys: pytest
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), *GREEDY]) == 0
     rows = results(checkpoint / 'infer_result.jsonl')
     assert len(rows) == 4
-    assert {'messages', 'label', 'answer', 'scores'} == set(rows[0])
+    assert {'origin', 'messages', 'label', 'answer', 'scores'} == set(rows[0])
+    assert all(re.fullmatch(r'.*qa\.jsonl:\d+', row['origin']) for row in rows)
     assert set(rows[0]['scores']) == {'rouge-1', 'rouge-2', 'rouge-l', 'bleu-4'}
     assert rows[0]['label'] in capsys.readouterr().out
     settings = json.loads((checkpoint / 'generation_config.json').read_text())

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from utils.infer.scores import WordTokenizer, score_texts
+from utils.infer.scores import Scores, WordTokenizer, means
 from utils.run.curves import plot_curves
+
+
+def score_texts(answers: list[str], labels: list[str]) -> dict[str, float]:
+    return means(Scores(['rouge']).by_row(answers, labels))
 
 
 @pytest.mark.parametrize(

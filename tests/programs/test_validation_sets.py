@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import IGNORE_INDEX, row_labels
 from utils.loading.adapter import load_adapter
 from utils.model import load_model, load_tokenizer
+from utils.run.read_back import read_rows
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
@@ -325,3 +327,92 @@ def test_a_dry_run_shows_the_sets(
     assert '40 training rows, 16 validation, 0 skipped' in printed
     assert 'validation sets: short 5 rows, long 11 rows' in printed
     assert f'validation rows = all rows of --val_dataset {",".join(sets)}' in printed
+
+
+OWN = """
+def length(answer, label, row):
+    return {'query': len(row['query']), 'label': len(label)}
+
+
+def short_exact(answer, label, row):
+    return 1
+"""
+GENERATING = ('--predict_with_generate', 'true', *GREEDY, '--eval_batch_size', '4')
+
+
+@pytest.mark.parametrize('streaming', ['false', 'true'])
+def test_own_scores_are_given_for_each_set_with_its_own_rows(
+    run_sft: Run, sets: tuple[str, str], tmp_path: Path, streaming: str
+) -> None:
+    own = tmp_path / 'own.py'
+    own.write_text(OWN)
+    flags = (*GENERATING, '--val_dataset', *sets, '--score', f'{own}:length', 'exact')
+    run = run_sft(*flags, '--max_steps', '2', '--eval_steps', '1', '--streaming', streaming)
+    last = json.loads((run / 'run.json').read_text())['last_evaluation']
+    read = [[json.loads(line) for line in Path(file).read_text().splitlines()] for file in sets]
+    for prefix, rows in (('', [*read[0], *read[1]]), ('short_', read[0]), ('long_', read[1])):
+        query = sum(len(row['query']) for row in rows) / len(rows)
+        label = sum(len(row['response']) for row in rows) / len(rows)
+        assert last[f'eval_{prefix}length'] == last[f'eval_{prefix}length-query'] == pytest.approx(query, abs=1e-4)
+        assert last[f'eval_{prefix}length-label'] == pytest.approx(label, abs=1e-4)
+        assert f'eval_{prefix}exact' in last
+    drawn = {f'eval_{name}{score}.png' for name in ('', 'short_', 'long_') for score in ('length', 'exact')}
+    assert drawn <= {path.name for path in (run / 'images').iterdir()}
+    page = (run / 'report.html').read_text()
+    for title in ('validation length', 'validation length: short', 'validation exact: long'):
+        assert f'{title}<' in page or f'"{title}"' in page, title
+    table = page[page.index('Validation sets at the last evaluation') :]
+    assert re.findall(r'<th[^>]*>([^<]+)</th>', table)[:4] == ['validation set', 'rows', 'length', 'exact']
+
+
+def test_two_values_with_one_name_are_refused(
+    run_sft: Run, sets: tuple[str, str], tmp_path: Path, problems: Problems
+) -> None:
+    own = tmp_path / 'own.py'
+    own.write_text(OWN)
+    words = (*GENERATING, '--score', f'{own}:short_exact', 'exact')
+    run_sft(*words, '--val_dataset', *sets, expect=2)
+    assert problems() == [
+        "--score 'exact': for the validation set 'short' it would be logged as 'short_exact', and another value has "
+        'this name. Rename a function or the file of the set.'
+    ]
+    run_sft(*words, '--val_dataset', sets[0], '--max_steps', '1')
+
+
+@pytest.mark.parametrize('streaming', ['false', 'true'])
+def test_the_rows_of_sets_count_for_early_stop(run_sft: Run, sets: tuple[str, str], streaming: str) -> None:
+    flags = ('--learning_rate', '5', '--max_steps', '9', '--eval_steps', '1', '--early_stop', '1')
+    run = run_sft(*flags, '--val_dataset', *sets, '--stream_val_rows', '0', '--streaming', streaming)
+    told = json.loads((run / 'run.json').read_text())
+    assert told['steps'] < 9
+    assert told['ended_early'].startswith(f'training ended at step {told["steps"]} of 9 because of --early_stop 1')
+
+
+def test_the_losses_of_the_rows_are_those_of_their_sets(run_sft: Run, sets: tuple[str, str]) -> None:
+    run = run_sft('--val_dataset', *sets, '--compare_rows', '-1')
+    rows = read_rows(run)
+    assert len(rows) == 16 and all(row['loss_before'] for row in rows)
+    last = evaluations(run)[-1]
+    for name, file in zip(('short', 'long'), sets, strict=True):
+        of_set = [row for row in rows if row['origin'].startswith(f'{file}:')]
+        tokens = sum(row['trained_tokens'] for row in of_set)
+        mean = sum(row['loss_after'] * row['trained_tokens'] for row in of_set) / tokens
+        assert last[f'eval_{name}_loss'] == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_pieces_of_a_split_text_are_one_row(run_sft: Run, tmp_path: Path) -> None:
+    files = [tmp_path / 'long.txt', tmp_path / 'short.txt']
+    files[0].write_text(' '.join(f'sentence {i} of a long text.' for i in range(20)))
+    files[1].write_text('A short text.')
+    run = run_sft(
+        '--val_dataset', *map(str, files), '--overlong', 'split', '--max_length', '64', '--compare_rows', '1',
+    )  # fmt: skip
+    told = json.loads((run / 'run.json').read_text())
+    assert told['data']['validation_sets'] == {'long.txt': 7, 'short.txt': 1}
+    rows = {Path(row['origin'].partition(':')[0]).name: row for row in read_rows(run)}
+    last = evaluations(run)[-1]
+    assert {'long.txt', 'short.txt'} == rows.keys()
+    for name, row in rows.items():
+        assert last[f'eval_{name}_loss'] == pytest.approx(row['loss_after'], rel=1e-6)
+    assert rows['long.txt']['loss_before'] is not None and rows['short.txt']['loss_before'] is None
+    assert rows['long.txt']['loss_after'] == pytest.approx(rows['long.txt']['loss_before'], rel=0.2)

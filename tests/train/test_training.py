@@ -28,6 +28,7 @@ def test_run_folder_holds_what_is_promised(run_sft: Run) -> None:
     assert record['data']['train']['rows'] == 36 and record['data']['validation']['rows'] == 4
     assert {p.name for p in (run / 'images').iterdir()} == {
         'loss.png', 'grad_norm.png', 'learning_rate.png', 'eval_loss.png', 'eval_acc.png',
+        'eval_drift_kl.png',
     }  # fmt: skip
     assert list((run / 'runs').glob('events.out.tfevents*'))
     kept = sorted(p.name for p in run.glob('checkpoint-*'))

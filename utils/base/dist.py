@@ -13,12 +13,13 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.base.device import DeviceKind
+from utils.base.errors import ConfigError
 from utils.base.packages import package_version
 
 T = TypeVar('T')
@@ -185,6 +186,23 @@ def from_all(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value, group=_cpu_group())
     return values
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """Call `work` on the main process, and return its result on every process.
+
+    If `work` raises a ConfigError, every process raises it. A collective operation: every process must call it.
+    """
+    result: T | ConfigError | None = None
+    if is_main():
+        try:
+            result = work()
+        except ConfigError as error:
+            result = error
+    found: Any = from_all(result)[0]
+    if isinstance(found, ConfigError):
+        raise found
+    return found  # type: ignore[no-any-return]
 
 
 def first_failure(failure: str | None) -> str | None:

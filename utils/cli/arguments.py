@@ -117,6 +117,11 @@ class CommonArguments:
     top_k: int = flag(20, 'generation: sample only from the k most likely tokens; 0: from all tokens')
     top_p: float = flag(0.9, 'generation: sample only from the most likely tokens that together have this probability')
     repetition_penalty: float = flag(1.0, 'generation: values above 1 make tokens less likely that occur already')
+    score: list[str] = list_flag(
+        ['rouge'],
+        'scores of generated answers: rouge (with BLEU), exact, json, or FILE.py:name, a function (answer, label, row) '
+        'of a file of yours; the first one decides which checkpoint is best',
+    )
 
     @property
     def reads_data(self) -> bool:
@@ -233,7 +238,7 @@ class SftArguments(CommonArguments):
         16, 'batches per optimizer step; total batch = batch_size x this x number of processes'
     )
     max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
-    predict_with_generate: bool = flag(False, 'evaluate generated answers (ROUGE, BLEU) instead of the loss')
+    predict_with_generate: bool = flag(False, 'evaluate generated answers (--score) instead of the loss')
     lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
     min_lr_ratio: float | None = flag(
         None,
@@ -250,6 +255,14 @@ class SftArguments(CommonArguments):
         None, 'number of steps with a rising learning rate, at most half of all steps; None: --warmup_ratio decides'
     )
     eval_steps: int | float = flag(50, 'steps between evaluations; below 1: share of all steps, rounded up')
+    drift: bool | None = flag(
+        None,
+        'at each evaluation, measure how far the model moved from its base on 32 neutral texts (eval_drift_kl); None: '
+        'true for lora without DeepSpeed and FSDP',
+    )
+    early_stop: int = flag(
+        0, 'end after this number of evaluations in a row that were not better than the best one before; 0: off'
+    )
     save_steps: int | float | None = flag(
         None,
         'steps between checkpoints; below 1: share of all steps, rounded up to a step with an evaluation; None: same '
@@ -314,6 +327,11 @@ class SftArguments(CommonArguments):
     )
     report_samples: int = flag(
         3, 'number of rows answered before and after tuning for the report, up to 64 tokens; 0: none'
+    )
+    compare_rows: int = flag(
+        32,
+        'number of validation rows whose loss before tuning is computed too, for the report and rows.jsonl; -1: all, '
+        'which costs one more evaluation; 0: none',
     )
     test_oom_error: bool = flag(False, 'train the longest rows first, so that an out-of-memory error occurs at once')
     preflight: bool = flag(

@@ -29,6 +29,7 @@ from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution, decision, reading_of, run_name
 from utils.cli.resolve import quantized_problems
+from utils.cli.scores import check_score_files
 from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.parts import open_parts
 from utils.data.sources import Source, check_sources, find_files, is_text_file, parse_source
@@ -123,6 +124,8 @@ def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
         _check_writable('result_path', args.result_path, Path(args.result_path), problems)
         if Path(args.result_path).is_dir():
             problems.add(f'--result_path {args.result_path} is a folder. Give a file in it, e.g. answers.jsonl.')
+    if args.reads_data:
+        check_score_files(args.score, problems)
 
     if args.export_native and args.output_dir is not None:
         _check_writable('output_dir', args.output_dir, Path(args.output_dir), problems)
@@ -242,6 +245,8 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     args = done.args
     problems = done.problems
     _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
+    if args.predict_with_generate:
+        check_score_files(args.score, problems)
 
     if args.write_clean is not None:
         _check_clean_copy(Path(args.write_clean), args, problems)

@@ -83,6 +83,7 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
 
     at_least_zero = (
         'weight_decay', 'max_grad_norm', 'dataloader_num_workers', 'stream_val_rows', 'show_samples', 'report_samples',
+        'early_stop',
     )  # fmt: skip
     for name in at_least_zero:
         _check_number(done, name, getattr(args, name) >= 0, '0 or more')
@@ -91,6 +92,7 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
     _check_optimisation(done)
     _check_number(done, 'train_dataset_sample', args.train_dataset_sample == -1 or args.train_dataset_sample >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
+    _check_number(done, 'compare_rows', args.compare_rows >= -1, '0 or more, or -1 for all')
     _check_number(done, 'save_total_limit', args.save_total_limit == -1 or args.save_total_limit >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
 

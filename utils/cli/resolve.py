@@ -21,8 +21,9 @@ from utils.cli.parser import Parsed
 from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers, has_betas, has_epsilon
 from utils.cli.resolution import Resolution, run_name
 from utils.cli.schedule import ENDS_AT_A_RATIO, STABLE_DECAY, not_a_multiple
+from utils.cli.scores import check_scores
 from utils.cli.trackers import resolve_trackers
-from utils.data.sources import Source, of_flag, parse_source
+from utils.data.sources import Source, of_flag, parse_source, val_set_names
 from utils.formats.reading import read_columns
 from utils.loading.info import ModelInfo
 from utils.loading.layers import ALL_LINEAR, bad_pattern
@@ -76,8 +77,9 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
 
     if done.args.predict_with_generate:
         check_generation(done)
+        check_scores(done.args.score, done.problems, sets=val_set_names(done.args.val_dataset or ()))
     else:
-        done.without_effect(GENERATION, 'evaluation is by loss (no --predict_with_generate true)')
+        done.without_effect((*GENERATION, 'score'), 'evaluation is by loss (no --predict_with_generate true)')
     return done
 
 
@@ -105,6 +107,9 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     if done.args.reads_data:
         _resolve_answered(done)
         done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
+        check_scores(done.args.score, done.problems)
+    else:
+        done.without_effect(('score',), 'no rows are answered')
 
     if done.args.merge_lora_and_save and done.args.quantization_bit:
         _merge_unquantised(done)
@@ -492,6 +497,8 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
             '--use_dora.'
         )
 
+    _resolve_drift(done)
+    _resolve_compare_rows(done)
     if args.only_save_model is None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None
         reason = f'sft_type is {args.sft_type}' + (' with DeepSpeed' if args.deepspeed_config_path else '')
@@ -501,6 +508,34 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
             '--resume_from_checkpoint last: with --only_save_model true no checkpoint of this run can be resumed, so a '
             'restarted command trains from the beginning. Add --only_save_model false.'
         )
+
+
+def _resolve_drift(done: Resolution[SftArguments]) -> None:
+    """Decide --drift. It compares the model with the same model without its adapter, on each process alone."""
+    args = done.args
+    reason = None
+    if args.sft_type == 'full':
+        reason = '--sft_type full has no adapter that could be switched off to compare with the base'
+    elif args.fsdp or args.deepspeed_config_path is not None:
+        reason = 'no process holds all weights with --fsdp or --deepspeed_config_path'
+
+    if args.drift is None:
+        done.decide('drift', reason is None, reason or 'sft_type is lora')
+    elif args.drift and reason is not None:
+        done.problems.add(f'--drift true: {reason}. Remove --drift.')
+
+
+def _resolve_compare_rows(done: Resolution[SftArguments]) -> None:
+    args = done.args
+    reason = None
+    if args.predict_with_generate:
+        reason = 'evaluation is by generated answers, and the loss of rows is not computed'
+    elif args.fsdp or args.deepspeed_config_path is not None:
+        reason = 'no process holds all weights with --fsdp or --deepspeed_config_path'
+    if reason is None:
+        return
+    done.without_effect(('compare_rows',), reason)
+    done.decide('compare_rows', 0, reason)
 
 
 def _resolve_full_weights(done: Resolution[SftArguments]) -> None:

@@ -189,6 +189,21 @@ class EncodedRows:
             batches.append(by_loss)
         return [[self[index] for index in batch] for batch in batches]
 
+    def evenly(self, count: int) -> EncodedRows:
+        """Return `count` of these rows, spread evenly over them. Returns all rows if `count` is -1 or too large.
+
+        All pieces of a row that was split (--overlong split) count as one row.
+        """
+        by_origin: dict[str, list[int]] = {}
+        for index in range(len(self)):
+            by_origin.setdefault(self.origin(index), []).append(index)
+        if count < 0 or count >= len(by_origin):
+            return self
+
+        pieces = list(by_origin.values())
+        chosen = [index for i in range(count) for index in pieces[i * len(pieces) // count]]
+        return EncodedRows(self.arrays, self._ordered(np.arange(self.stored, dtype=np.int32))[chosen])
+
     def longest_first(self) -> EncodedRows:
         """Return the same rows sorted by length, the longest first."""
         by_length = np.argsort(-self.sizes(), kind='stable').astype(np.int32)

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from utils.cli.arguments import SftArguments, to_dict
-from utils.run.curves import curves_of_sets
+from utils.run.curves import curves_of_scores, curves_of_sets
 from utils.run.record import RunRecord
 
 # Flags that are not in the card's table of flags: the card shows them elsewhere, or they concern only this machine.
@@ -59,8 +59,9 @@ def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictur
     history = progress['log_history']
     adapter = record.flags['sft_type'] == 'lora'
 
-    evaluations = [entry for entry in history if any(score in entry for score in _SCORES)]
-    scores = [s for s in (*_SCORES, *curves_of_sets(evaluations)) if evaluations and s in evaluations[-1]]
+    known = dict.fromkeys([*_SCORES, *curves_of_scores(record.flags), *curves_of_sets(record.flags)])
+    evaluations = [entry for entry in history if any(score in entry for score in known)]
+    scores = [s for s in known if evaluations and s in evaluations[-1]]
     scored = [(e['step'], *(_number(e.get(s)) for s in scores)) for e in _thin(evaluations)]
     losses = [(e['step'], _number(e['loss'])) for e in _thin([h for h in history if 'loss' in h])]
 

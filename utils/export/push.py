@@ -24,7 +24,7 @@ from utils.base.logger import logger, set_up_logging
 from utils.export.model_card import model_card
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
-from utils.run.curves import plot_curves
+from utils.run.curves import curves_of_scores, curves_of_sets, plot_curves
 from utils.run.record import RUN_JSON, RunRecord, read_run_record
 
 # Files that are pushed from a checkpoint: all files that are needed to open the model. The optimizer, the trainer's
@@ -95,8 +95,9 @@ def push_one(run_dir: Path, folder: Path) -> None:
             f'{folder.name}: pushing needs a token. Set the environment variable {TOKEN_VARIABLES[flags["hub"]]}.'
         )
 
-    history = [{k: v for k, v in e.items() if k in ('step', *CURVES)} for e in progress['log_history']]
-    pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images')]
+    shown = {'step', *CURVES, *curves_of_scores(flags), *curves_of_sets(flags)}
+    history = [{k: v for k, v in e.items() if k in shown} for e in progress['log_history']]
+    pictures = [f'images/{path.name}' for path in plot_curves(history, folder / 'images', flags)]
     name = flags['hub_model_id'].rsplit('/', 1)[-1]
     card = model_card(name, record, progress, pictures)
     (folder / 'README.md').write_text(card, encoding='utf-8')

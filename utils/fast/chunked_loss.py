@@ -133,6 +133,12 @@ def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tupl
     return torch.cat(losses), torch.cat(hits)
 
 
+def head_logits(hidden_NC: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return the logits (N, V) of the hidden states in fp32. All N positions are computed at the same time."""
+    dtype = _compute_dtype(head, head.weight)
+    return _logits(hidden_NC.to(dtype), head.weight.to(dtype), head, _Buffers())[0]
+
+
 def _compute_dtype(head: Head, weight: torch.Tensor) -> torch.dtype:
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype or weight.dtype

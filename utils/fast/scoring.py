@@ -9,6 +9,7 @@ a trained token in at least one row, C hidden width, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,8 +20,11 @@ from utils.base.device import sum_dtype
 from utils.data.collator import NOT_FOR_THE_MODEL, take_rows
 from utils.encode.encoded import IGNORE_INDEX
 from utils.fast.attention import concatenated_rows
-from utils.fast.chunked_loss import Head, head_input, scored, summed_loss
+from utils.fast.chunked_loss import Head, head_input, head_logits, scored, summed_loss
 from utils.fast.rotary import depends_on_batch_from, forget_longer_batches, groups_of_rows
+
+# The number of logits that are compared at the same time: 16 MiB in float64 for each of the two models.
+_DIVERGENCE_LOGITS = 2**21
 
 Predictors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -64,6 +68,32 @@ class Scorer:
         parts_P3 = torch.stack([losses_P.to(exact), hits_P.to(exact), torch.ones_like(losses_P, dtype=exact)], dim=1)
         sums_B3 = torch.zeros(len(batch['row_lengths']), 3, dtype=exact, device=parts_P3.device)
         return sums_B3.index_add_(0, row_P.to(parts_P3.device), parts_P3)
+
+    @torch.no_grad()
+    def divergence(
+        self, model: Any, as_base: Callable[[], AbstractContextManager[None]], batch: dict[str, torch.Tensor]
+    ) -> float:
+        """Return KL(base || model) in nats, the mean over the trained tokens of the batch.
+
+        In the context `as_base` the model computes like its base. The probabilities are computed in float64.
+        """
+        tuned = self._predictors(model, batch)[0]
+        with as_base():
+            base = self._predictors(model, batch)[0]
+
+        columns = len(self.head.weight) if self.head is not None else tuned.shape[-1]
+        size = max(1, _DIVERGENCE_LOGITS // columns)
+        total = 0.0
+        for tuned_N, base_N in zip(tuned.split(size), base.split(size), strict=True):
+            tuned_NV = self._log_probabilities(tuned_N)
+            base_NV = self._log_probabilities(base_N)
+            total += float(F.kl_div(tuned_NV, base_NV, reduction='sum', log_target=True))
+        return total / len(tuned)
+
+    def _log_probabilities(self, found: torch.Tensor) -> torch.Tensor:
+        """Return the log-probabilities (N, V) in float64, from what `_predictors` returned for N tokens."""
+        logits_NV = found if self.head is None else head_logits(found, self.head)
+        return logits_NV.double().log_softmax(dim=-1)
 
     def _predictors(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
         """Return three tensors, each with one entry for each trained token.

@@ -17,7 +17,7 @@ from utils.data.plan import draw
 from utils.encode.encoder import Encoder
 from utils.formats.conversation import Row, message_text
 from utils.infer.generation import generate_rows, wanted_texts
-from utils.infer.scores import score_texts
+from utils.infer.scores import ByRow, Scores, means
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -31,6 +31,7 @@ def answer_rows(
     rows: Sequence[Row],
     *,
     args: InferArguments,
+    scores: Scores,
     target: Path,
 ) -> dict[str, float]:
     """Answer the rows, and return the mean scores by name. Each process answers its share of the rows.
@@ -70,23 +71,30 @@ def answer_rows(
         return {}
 
     labels = wanted_texts(encoder, kept, config)
+    by_row = scores.by_row(answers, labels, kept)
     begun = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
-    _show_and_write(kept, begun, answers, labels, target)
-    means = score_texts([answer.strip() for answer in answers], [label.strip() for label in labels])
-    logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
+    _show_and_write(kept, begun, answers, labels, by_row, target=target)
+    mean = means(by_row)
+    logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.4g}' for name, value in mean.items()))
     logger.info(f'written to {target}')
-    return means
+    return mean
 
 
 def _show_and_write(
-    rows: Sequence[Row], begun: Sequence[str], answers: Sequence[str], labels: Sequence[str], target: Path
+    rows: Sequence[Row],
+    begun: Sequence[str],
+    answers: Sequence[str],
+    labels: Sequence[str],
+    by_row: ByRow,
+    *,
+    target: Path,
 ) -> None:
     """Print the answers and write them to `target`. `begun` has the prompts as text, which are shown for plain text."""
     with target.open('w', encoding='utf-8') as stream:
-        for row, beginning, answer, label in zip(rows, begun, answers, labels, strict=True):
-            scores = score_texts([answer.strip()], [label.strip()])
+        for row, beginning, answer, label, scores in zip(rows, begun, answers, labels, by_row, strict=True):
             asked = {'text': beginning} if row.is_text else {'messages': row.messages[:-1]}
-            content = {**asked, 'label': label, 'answer': answer, 'scores': scores}
+            rounded = {name: round(value, 4) for name, value in scores.items()}
+            content = {'origin': row.origin, **asked, 'label': label, 'answer': answer, 'scores': rounded}
             if row.images:
                 content['images'] = row.images
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')

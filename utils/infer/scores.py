@@ -1,13 +1,28 @@
-"""Computes ROUGE and BLEU scores of answers against labels, from 0 to 100."""
+"""Scores answers against labels (--score): ROUGE and BLEU, exact match, equal JSON, or a function of the user."""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import inspect
+import json
+import math
 import re
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from statistics import fmean
+from typing import Any, NoReturn
+
+from utils.base.errors import ConfigError, error_text
+from utils.cli.scores import OwnScore, own_score
+from utils.formats.conversation import Row
 
 _CHINESE = re.compile(r'[\u3400-\u9fff]')
 _WORD = re.compile(r'\w+|[^\w\s]')
+
+ByRow = list[dict[str, float]]
 
 
 class WordTokenizer:
@@ -42,8 +57,8 @@ def _bleu_4(answer: list[str], label: list[str]) -> float:
     return float(sentence_bleu([label], answer, weights=weights, smoothing_function=SmoothingFunction().method3))
 
 
-def score_texts(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Return the mean scores over all pairs of answer and label, from 0 to 100.
+def rouge(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
+    """Return the ROUGE and BLEU scores of each pair of answer and label, from 0 to 100.
 
     The keys are rouge-1, rouge-2, rouge-l (F1) and bleu-4. If both texts of a pair have fewer than two words, ROUGE-1
     is used for ROUGE-2, because ROUGE-2 needs two words.
@@ -52,15 +67,190 @@ def score_texts(answers: Sequence[str], labels: Sequence[str]) -> dict[str, floa
 
     tokenizer = WordTokenizer()
     scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'], tokenizer=tokenizer)
-    pairs = list(zip(answers, labels, strict=True))
-    scores = [scorer.score(label, answer) for answer, label in pairs]
-    words = [(tokenizer.tokenize(answer), tokenizer.tokenize(label)) for answer, label in pairs]
-    rouge_2 = ['rouge1' if max(map(len, pair)) < 2 else 'rouge2' for pair in words]
+    found = []
+    for answer, label in zip(answers, labels, strict=True):
+        score = scorer.score(label, answer)
+        words = tokenizer.tokenize(answer), tokenizer.tokenize(label)
+        rouge_2 = 'rouge1' if max(map(len, words)) < 2 else 'rouge2'
+        found.append(
+            {
+                'rouge-1': 100 * score['rouge1'].fmeasure,
+                'rouge-2': 100 * score[rouge_2].fmeasure,
+                'rouge-l': 100 * score['rougeL'].fmeasure,
+                'bleu-4': 100 * _bleu_4(*words),
+            }
+        )
+    return found
 
-    means = {
-        'rouge-1': fmean(score['rouge1'].fmeasure for score in scores),
-        'rouge-2': fmean(score[key].fmeasure for score, key in zip(scores, rouge_2, strict=True)),
-        'rouge-l': fmean(score['rougeL'].fmeasure for score in scores),
-        'bleu-4': fmean(_bleu_4(answer, label) for answer, label in words),
-    }
-    return {name: round(100 * value, 4) for name, value in means.items()}
+
+def exact(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
+    """Return {'exact': 100 or 0} for each pair: 100 if both texts are equal without the white space around them."""
+    return [{'exact': 100.0 * (a.strip() == b.strip())} for a, b in zip(answers, labels, strict=True)]
+
+
+def equal_json(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
+    """Return the score of each pair as JSON values, each 100 or 0.
+
+    `json` is 100 if both texts are JSON and have the same value. The order of keys and the spelling of numbers do not
+    matter (1 equals 1.0), the order of lists does. `json-broken` is 100 if the answer is not JSON, and
+    `json-label-broken` is 100 if the label is not JSON.
+    """
+    found = []
+    for answer, label in zip(answers, labels, strict=True):
+        got = _parsed(answer)
+        wanted = _parsed(label)
+        found.append(
+            {
+                'json': 100.0 * (got is not None and got == wanted),
+                'json-broken': 100.0 * (got is None),
+                'json-label-broken': 100.0 * (wanted is None),
+            }
+        )
+    return found
+
+
+def _parsed(text: str) -> tuple[Any, ...] | None:
+    """Return the value of a JSON text in a form that == compares by value. Returns None if the text is not JSON."""
+    try:
+        return _comparable(json.loads(text, parse_constant=_refuse_constant))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f'{name} is not JSON')
+
+
+def _comparable(value: Any) -> tuple[Any, ...]:
+    """Return a JSON value in which each value has its kind, because Python's True equals 1."""
+    if isinstance(value, dict):
+        return 'object', {key: _comparable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return 'list', [_comparable(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        return 'constant', value
+    return ('text', value) if isinstance(value, str) else ('number', value)
+
+
+class Function:
+    """A scoring function of a file. The file is executed when this object is made."""
+
+    def __init__(self, word: str, own: OwnScore) -> None:
+        self.word = word
+        self.file = own.file.resolve()
+        self.name = own.function
+        self._call = self._load()
+        # The keys of the first row, and where this row came from. All rows must have the same keys.
+        self._keys: tuple[str, ...] | None = None
+        self._first = ''
+
+    def _load(self) -> Callable[..., Any]:
+        """Execute the file, and return the function. Raises ConfigError if there is no usable function."""
+        spec = importlib.util.spec_from_file_location(f'assay_score_{self.file.stem}', self.file)
+        assert spec is not None and spec.loader is not None, 'the name of the file ends with .py'
+        module = importlib.util.module_from_spec(spec)
+        if str(self.file.parent) not in sys.path:
+            sys.path.append(str(self.file.parent))  # the file may import its neighbours, as a script may
+        writes_bytecode = sys.dont_write_bytecode
+        sys.dont_write_bytecode = True
+        sys.modules[module.__name__] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ConfigError(
+                f'--score {self.word}: {self._place(error)} failed when it was loaded: {error_text(error)}. '
+                'Correct the file.'
+            ) from error
+        finally:
+            sys.dont_write_bytecode = writes_bytecode
+
+        function = getattr(module, self.name, None)
+        try:
+            inspect.signature(function).bind('', '', {})  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"--score {self.word}: '{self.name}' cannot be called with (answer, label, row): {error}. "
+                'Define it as a function of these three.'
+            ) from error
+        return function  # type: ignore[return-value]
+
+    def _place(self, error: Exception) -> str:
+        """Return the file and, if the error was raised in it, the line."""
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(self.file)]
+        return f'{self.file}:{lines[-1]}' if lines else str(self.file)
+
+    def __call__(self, answer: str, label: str, row: Row) -> dict[str, float]:
+        """Return the scores of a row by name. Raises ConfigError if the function fails or returns something else.
+
+        A number is returned under the name of the function. Of a dict, the first value also has this name, and each
+        value has the name <function>-<key>. The function gets a copy of the columns of the row as they were read.
+        """
+        try:
+            result = self._call(answer, label, copy.deepcopy(dict(row.written)))
+        except Exception as error:
+            raise ConfigError(
+                f'--score {self.word}: the function failed for {row.origin}: {error_text(error)} '
+                f'({self._place(error)}). Correct the function.'
+            ) from error
+
+        values = dict(result) if isinstance(result, Mapping) else {'': result}
+        if not values or not all(isinstance(key, str) and _is_number(value) for key, value in values.items()):
+            raise ConfigError(
+                f'--score {self.word}: the function returned {_shortened(result)} for {row.origin}. Return a number, '
+                'or a dict from names to numbers.'
+            )
+        self._check_keys(tuple(values), row)
+        first = {self.name: float(next(iter(values.values())))}
+        return first | {f'{self.name}-{key}': float(value) for key, value in values.items() if key}
+
+    def _check_keys(self, keys: tuple[str, ...], row: Row) -> None:
+        if self._keys is None:
+            self._keys = keys
+            self._first = row.origin
+        if keys != self._keys:
+            raise ConfigError(
+                f'--score {self.word}: the function returned {_listed(keys)} for {row.origin}, and '
+                f'{_listed(self._keys)} for {self._first}. Return the same names in the same order for every row.'
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _shortened(value: Any) -> str:
+    text = ' '.join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + '...'
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return ', '.join(keys) if any(keys) else 'a number'
+
+
+class Scores:
+    """The scores that --score names, in their order. The files of the user's functions are loaded here."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.built_in = {'rouge': rouge, 'exact': exact, 'json': equal_json}
+        self.words = list(words)
+        self.functions = {word: Function(word, own) for word in words if (own := own_score(word)) is not None}
+
+    def by_row(self, answers: Sequence[str], labels: Sequence[str], rows: Sequence[Row] = ()) -> ByRow:
+        """Return the scores of each answer, by name. `rows` are needed only if a score is a function of a file."""
+        answers = [answer.strip() for answer in answers]
+        labels = [label.strip() for label in labels]
+        found: ByRow = [{} for _ in answers]
+        for word in self.words:
+            if word in self.functions:
+                function = self.functions[word]
+                scored = [function(*texts) for texts in zip(answers, labels, rows, strict=True)]
+            else:
+                scored = self.built_in[word](answers, labels)
+            for scores, new in zip(found, scored, strict=True):
+                scores.update(new)
+        return found
+
+
+def means(by_row: ByRow) -> dict[str, float]:
+    """Return the mean of each score over all rows, rounded to 4 decimals. `by_row` has at least one row."""
+    return {name: round(fmean(scores[name] for scores in by_row), 4) for name in by_row[0]}

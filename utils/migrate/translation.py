@@ -15,7 +15,7 @@ Kind = Literal['used', 'default', 'different', 'without effect', 'not understood
 
 # Flags that recipes need and that this version does not have yet. A key for such a flag is reported and left out of
 # the command. Remove a name here when the flag exists.
-SOON = frozenset({'early_stop'})
+SOON: frozenset[str] = frozenset()
 # True while --lora_target_modules does not take re:PATTERN.
 SOON_PATTERNS = False
 

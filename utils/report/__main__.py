@@ -1,4 +1,4 @@
-"""`python -m utils.report RUN [OTHER]`: write report.html of a run again, or compare two runs as text and as a page."""
+"""`python -m utils.report RUN [OTHER]`: write report.html of a run again, or compare two runs or sets of answers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from utils.base.errors import ConfigError
 from utils.base.logger import replace_unprintable
 from utils.report.compare import compare_runs
 from utils.report.html import write_report
+from utils.report.rows import compare_answers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,10 +20,11 @@ def main(argv: Sequence[str]) -> int:
     Returns the exit code: 0, or 2 for a problem.
     """
     parser = argparse.ArgumentParser(
-        prog='python -m utils.report', description='Write report.html of a run again, or compare two runs.'
+        prog='python -m utils.report',
+        description='Write report.html of a run again, or compare two runs or two files of answers.',
     )
-    parser.add_argument('run', type=Path, help='run folder')
-    parser.add_argument('other', type=Path, nargs='?', help='another run folder, to compare with')
+    parser.add_argument('run', type=Path, help='run folder, or a file that llm_infer.py wrote')
+    parser.add_argument('other', type=Path, nargs='?', help='another one, to compare with')
     parser.add_argument(
         '--html', type=Path, default=Path('compare.html'), help='page of the comparison (default: compare.html)'
     )
@@ -30,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if words.other is None:
             print(write_report(words.run))
+        elif words.run.is_file() and words.other.is_file():
+            compare_answers(words.run, words.other, words.html)
         else:
             compare_runs(words.run, words.other, words.html)
     except ConfigError as error:

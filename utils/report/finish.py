@@ -71,12 +71,17 @@ def finish_run(
     state = trainer.state
     run_dir = run.folder
     asked.write(trainer.model, run_dir)
+    ended_early = trainer.early_stop.reason if trainer.early_stop is not None else None
+    if ended_early:
+        logger.info(ended_early)
+        run.decisions.append(ended_early)
     evaluations = [entry for entry in state.log_history if 'eval_runtime' in entry]
     best = Path(state.best_model_checkpoint or str(last_checkpoint(run_dir)))
     write_json(
         run_dir / RUN_JSON,
         {
             'steps': state.global_step,
+            'ended_early': ended_early,
             'processes': dist.world_size(),
             'seconds': round(time.time() - started, 1),
             'train_tokens_per_second': trainer.speedometer.tokens_per_second(),
@@ -96,7 +101,7 @@ def finish_run(
     )
     write_json(run_dir / HISTORY_JSON, state.log_history)
 
-    pictures = plot_curves(state.log_history, run_dir / 'images')
+    pictures = plot_curves(state.log_history, run_dir / 'images', run.record.flags)
     also = f', tensorboard --logdir {run_dir / "runs"}' if 'tensorboard' in args.report_to else ''
     logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures){also}')
 

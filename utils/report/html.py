@@ -11,8 +11,9 @@ from typing import Any
 
 from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
+from utils.report.rows import losses_section
 from utils.report.svg import Series, chart
-from utils.run.curves import curves_of_sets
+from utils.run.curves import curves_of_scores, curves_of_sets, scores_of
 from utils.run.lock import described
 from utils.run.read_back import RunFiles, read_run
 
@@ -24,15 +25,24 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ('validation token accuracy', (('accuracy', 'eval_acc'),)),
     ('validation ROUGE-L', (('ROUGE-L', 'eval_rouge-l'),)),
     ('validation BLEU-4', (('BLEU-4', 'eval_bleu-4'),)),
+    ('drift from the base on neutral texts, nats', (('KL', 'eval_drift_kl'),)),
     ('gradient norm', (('gradient norm', 'grad_norm'),)),
     ('learning rate', (('learning rate', 'learning_rate'),)),
 )
 
 
 def curves_of(*runs: RunFiles) -> list[tuple[str, Sequence[tuple[str, str]]]]:
-    """Return the charts of these runs, in the form of CURVES: the same for every run, and those of validation sets."""
-    titles = {key: title for run in runs for key, title in curves_of_sets(run.history).items()}
-    return [*CURVES, *((title, [(title, key)]) for key, title in titles.items())]
+    """Return the charts of these runs, in the form of CURVES.
+
+    They are the charts of the scores of generated answers, the charts that every run has, and those of validation sets.
+    """
+    scores = {key: title for run in runs for key, title in curves_of_scores(run.record.flags).items()}
+    sets = {key: title for run in runs for key, title in curves_of_sets(run.record.flags).items()}
+    return [
+        *((title, [(title, key)]) for key, title in scores.items()),
+        *CURVES,
+        *((title, [(title, key)]) for key, title in sets.items()),
+    ]
 
 
 def curves(run: RunFiles) -> Markup:
@@ -118,7 +128,7 @@ def _sets(run: RunFiles) -> Markup:
     """Return the table with the rows and the last scores of each validation set. Returns '' for less than two."""
     last = run.outcome.get('last_evaluation') or {}
     rows = run.outcome.get('data', {}).get('validation_sets', {})
-    scores = [score for score in ('loss', 'acc', 'rouge-l', 'bleu-4') if f'eval_{score}' in last]
+    scores = [score for score in scores_of(run.record.flags) if f'eval_{score}' in last]
     if len(rows) < 2 or not scores:
         return Markup('')
     lines = [[name, count, *(last.get(f'eval_{name}_{score}', '') for score in scores)] for name, count in rows.items()]
@@ -151,6 +161,8 @@ def _tiles(run: RunFiles) -> Markup:
         ('validation loss', last.get('eval_loss')),
         ('token accuracy', last.get('eval_acc')),
         ('ROUGE-L', last.get('eval_rouge-l')),
+        *((key.removeprefix('eval_'), last.get(key)) for key in curves_of_scores(run.record.flags)),
+        ('drift, KL in nats', last.get('eval_drift_kl')),
         ('tokens per second', outcome.get('train_tokens_per_second')),
         ('peak memory, GiB', outcome.get('peak_memory_gib')),
         ('seconds', outcome.get('seconds')),
@@ -188,10 +200,12 @@ def render(run: RunFiles) -> str:
         f'{name}: {run.folder.name}',
         Markup(f'<h1>{text(name)}</h1><p class="faint">{text(how)}</p>'),
         _tiles(run),
+        _line(outcome['ended_early']) if outcome.get('ended_early') else '',
         section('What was proven', _proofs(run)),
         section('Validation sets at the last evaluation', _sets(run)),
         section('Curves', curves(run)),
         section('Before and after', *_answers(run)),
+        section('Validation rows before and after', *losses_section(run.rows)),
         section('Use it and repeat it', *(map(block, commands) if best else [])),
         section('Data', *_data(run)),
         section('One row as it was trained (the marked text has loss)', _sample(run.sample)),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from utils.cli.scores import score_name
+from utils.data.sources import val_set_names
 
 # The keys of the log history that are drawn, each with the title of its picture.
 _CURVES = {
@@ -17,10 +20,12 @@ _CURVES = {
     'eval_acc': 'validation token accuracy',
     'eval_rouge-l': 'validation ROUGE-L',
     'eval_bleu-4': 'validation BLEU-4',
+    'eval_drift_kl': 'drift from the base on neutral texts, nats',
 }
 
-# The keys of the history for one set of --val_dataset, with the name of the set.
-_OF_A_SET = re.compile(r'eval_(?P<name>.+)_(?P<score>loss|acc|rouge-l|bleu-4)')
+# Further values of a score that are drawn, by the word of --score.
+_ALSO = {'rouge': ('bleu-4',)}
+_NO_FLAGS: Mapping[str, Any] = MappingProxyType({})
 
 # A smoothed curve is drawn only if there are more points than this. With fewer points it would only lag behind them.
 _SMOOTHED_FROM = 50
@@ -36,22 +41,47 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def curves_of_sets(log_history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the keys of the history that belong to one set of --val_dataset, each with the title of its curve."""
-    found: dict[str, str] = {}
-    for key in dict.fromkeys(key for entry in log_history for key in entry):
-        if match := _OF_A_SET.fullmatch(key):
-            found[key] = f'{_CURVES["eval_" + match["score"]]}: {match["name"]}'
-    return found
+def scores_of(flags: Mapping[str, Any]) -> list[str]:
+    """Return the names of the values that are drawn for each validation set. `flags` are those of the run's record."""
+    if not flags.get('predict_with_generate'):
+        return ['loss', 'acc']
+    words = flags.get('score', ['rouge'])  # the record of an older run has no scores
+    return list(dict.fromkeys(name for word in words for name in (score_name(word), *_ALSO.get(word, ()))))
 
 
-def plot_curves(log_history: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write one PNG file for each curve that the run logged, and return the paths of the files."""
+def curves_of_scores(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys of the history for scores of generated answers, each with the title of its curve.
+
+    ROUGE and BLEU are left out, because they have fixed titles.
+    """
+    keys = (f'eval_{score}' for score in scores_of(flags))
+    return {key: f'validation {key.removeprefix("eval_")}' for key in keys if key not in _CURVES}
+
+
+def curves_of_sets(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys of the history for each set of --val_dataset, each with the title of its curve.
+
+    The dictionary is empty if there are fewer than two sets.
+    """
+    names = val_set_names(flags.get('val_dataset') or ())
+    if len(names) < 2:
+        return {}
+    titles = {**curves_of_scores(flags), **_CURVES}
+    return {
+        f'eval_{name}_{score}': f'{titles["eval_" + score]}: {name}' for name in names for score in scores_of(flags)
+    }
+
+
+def plot_curves(log_history: list[dict[str, Any]], folder: Path, flags: Mapping[str, Any] = _NO_FLAGS) -> list[Path]:
+    """Write one PNG file for each curve that the run logged, and return the paths of the files.
+
+    `flags` are those of the run's record. They name the validation sets and the scores of generated answers.
+    """
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for key, title in {**_CURVES, **curves_of_sets(log_history)}.items():
+    for key, title in {**curves_of_scores(flags), **_CURVES, **curves_of_sets(flags)}.items():
         entries = [entry for entry in log_history if key in entry and math.isfinite(entry[key])]
         if not entries:
             continue

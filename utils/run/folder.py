@@ -22,7 +22,7 @@ from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready, decision, run_name
 from utils.loading.weights import Weights
 from utils.run.lineage import find_lineage
-from utils.run.lock import check_repeated, make_lock
+from utils.run.lock import check_repeated, make_lock, read_lock, warn_of_other_scores
 from utils.run.record import RunRecord, check_resumed, record_of
 
 
@@ -79,6 +79,9 @@ def open_run(
     check_repeated(done, lock, typed_now)
     if args.resume_from_checkpoint:
         done.warnings += check_resumed(Path(args.resume_from_checkpoint), record, data)
+        resumed = Path(args.resume_from_checkpoint).absolute().parent
+        if (resumed / LOCK_JSON).is_file():
+            warn_of_other_scores(read_lock(resumed), lock, done.warnings)
 
     make = _make_hidden_dir if args.verify else make_run_dir
     made = str(make(Path(args.output_dir), run_name(args))) if dist.is_main() else ''

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
@@ -17,6 +18,7 @@ from utils.base.packages import toolkit, versions
 from utils.cli.arguments import SftArguments, flag_types
 from utils.cli.parser import Parsed, parse
 from utils.cli.resolution import Ready
+from utils.cli.scores import own_score, own_words
 from utils.data.sources import abbreviated
 from utils.loading.chat_template import TEMPLATE_FILE
 from utils.preprocess import AUTO
@@ -68,6 +70,7 @@ def make_lock(
 
     `lineage` is the adapter from which the run starts, if there is one.
     """
+    scored = done.args.score if done.args.predict_with_generate else []
     lock = {
         'command': typed_words(done),
         # The folder in which the command was started. Relative paths in the command start at this folder.
@@ -75,6 +78,8 @@ def make_lock(
         'processes': dist.world_size(),
         'base_model': base_model,
         'data': data,
+        # {word of --score: sha256 of its file} for each function of a file.
+        'scores': {word: _sha256_of_score(word) for word in own_words(scored)},
         'versions': versions(),
         'toolkit': toolkit(),
         'machine': _machine(),
@@ -103,6 +108,26 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _sha256_of_score(word: str) -> str:
+    own = own_score(word)
+    assert own is not None, 'only called for functions of files'
+    return hashlib.sha256(own.file.read_bytes()).hexdigest()
+
+
+def warn_of_other_scores(then: dict[str, Any], now: dict[str, Any], warnings: list[str]) -> None:
+    """Add a warning for each file of --score whose content differs between two runs.
+
+    `then` and `now` are the contents of the two lock.json files.
+    """
+    earlier = then.get('scores', {})
+    for word, sha256 in now['scores'].items():
+        if earlier.get(word, sha256) != sha256:
+            warnings.append(
+                f'--score {word}: the file is not that of the earlier run (sha256 {earlier[word][:12]}, now '
+                f'{sha256[:12]}): the scores may differ.'
+            )
+
+
 def read_lock(run_dir: Path) -> dict[str, Any]:
     """Return the content of lock.json in a run folder. Raises ConfigError if the file is missing or damaged."""
     remedy = 'Give --from_run a run folder, output/<model>/vN-<time>.'
@@ -127,12 +152,16 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
         parsed.problems.add(error.problems[0])
         return parsed
     earlier = _with_kept_template(lock['command'], Path(parsed.args.from_run), parsed)
-    if not parsed.args.verify:
-        return parse(SftArguments, words, program='llm_sft.py', about='', earlier=earlier)
-
-    # --max_steps is the number of steps to verify, and the schedule stays that of the run.
-    whole = parse(SftArguments, _without(words, 'max_steps'), program='llm_sft.py', about='', earlier=earlier)
-    _check_verification(parsed, whole.problems)
+    verified = _without(words, 'max_steps') if parsed.args.verify else words
+    whole = parse(SftArguments, verified, program='llm_sft.py', about='', earlier=earlier)
+    if 'score' not in parsed.typed and own_words(whole.args.score):
+        typed = ' '.join(whole.args.score)
+        whole.problems.add(
+            f'--from_run {parsed.args.from_run}: the run was scored by a function of a file, and such a function is '
+            f'only executed if it is typed now. Add --score {typed}.'
+        )
+    if parsed.args.verify:  # --max_steps is the number of steps to verify, and the schedule stays that of the run
+        _check_verification(parsed, whole.problems)
     return whole
 
 
@@ -209,6 +238,7 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
             _compare(problems, f'the rows of {source}', then, now, remedy=f'--{_flag_of(then, now)}', note=note)
     problems.raise_if_any()
 
+    warn_of_other_scores(earlier, lock, done.warnings)
     done.warnings += [f'{change}: the numbers may differ.' for change in changes_since(earlier, lock)]
     if earlier['processes'] != lock['processes']:
         done.warnings.append(

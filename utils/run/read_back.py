@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.base.errors import ConfigError
 from utils.base.files import read_json
 from utils.run.record import ANSWERS_JSON, PROOFS_JSON, RUN_JSON, RunRecord, read_run_record
 
 HISTORY_JSON = 'history.json'
+ROWS_JSONL = 'rows.jsonl'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +25,27 @@ class RunFiles:
     history: list[dict[str, Any]] = field(default_factory=list)
     proofs: dict[str, dict[str, Any]] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    # The loss of each validation row before and after training.
+    rows: list[dict[str, Any]] = field(default_factory=list)
     sample: str = ''
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """Return the values logged under `key`, as a list of (step, value)."""
         return [(entry['step'], entry[key]) for entry in self.history if key in entry]
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the content of rows.jsonl in a run folder. The list is empty if there is no such file.
+
+    Raises ConfigError if the file is damaged.
+    """
+    file = folder / ROWS_JSONL
+    if not file.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+    except ValueError as error:
+        raise ConfigError(f'{file}: it is not JSON lines: {error}. Remove the file to see the rest.') from error
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -45,5 +64,6 @@ def read_run(folder: Path) -> RunFiles:
         history=read(HISTORY_JSON, list),
         proofs=read(PROOFS_JSON, dict),
         answers=read(ANSWERS_JSON, list),
+        rows=read_rows(folder),
         sample=sample.read_text(encoding='utf-8') if sample.is_file() else '',
     )

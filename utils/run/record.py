@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from utils.base.logger import logger
 from utils.base.names import SFT_ARGS
 from utils.cli.arguments import GENERATION, HUB_FLAGS, InferArguments, SftArguments, flag_types, to_dict
 from utils.cli.parser import Parsed
+from utils.cli.scores import own_words, score_name
 from utils.loading.folder import is_adapter
 from utils.run.lock import DATA_FLAGS, check_same_data, flag_words, recorded
 
@@ -31,7 +32,9 @@ _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 _RESTORE = 'Put back the file that the run wrote.'
 _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
-_SHOWN = ('show_samples', 'report_samples', 'report_to', 'from_run', 'doctor', 'verify')
+_SHOWN = (
+    'show_samples', 'report_samples', 'report_to', 'drift', 'compare_rows', 'from_run', 'doctor', 'verify',
+)  # fmt: skip
 # The hash of the template shows whether it differs. The same template may be at another path.
 _OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
@@ -217,11 +220,27 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
         value = flags[name]
         if name == 'use_flash_attn' and value is not record.asked.get(name, value):
             continue  # the value depended on the machine used for training, so this machine decides again
-        if name not in parsed.typed:
+        if name == 'score' and name not in parsed.typed:
+            args.score = _built_in_scores(value, default=args.score, warnings=warnings)
+        elif name not in parsed.typed:
             setattr(args, name, value)
-        elif name not in (*base, *GENERATION, 'seed', 'hub') and getattr(args, name) != value:
+        elif name not in (*base, *GENERATION, 'score', 'seed', 'hub') and getattr(args, name) != value:
             warnings.append(f'--{name} {getattr(args, name)} is not what the run was trained with ({value}).')
     return Parsed(args=args, typed=parsed.typed, problems=parsed.problems)
+
+
+def _built_in_scores(words: Sequence[str], *, default: Sequence[str], warnings: list[str]) -> list[str]:
+    """Return the built-in scores of a run, or `default` if it has none. Add a warning if functions of files are left.
+
+    Code is only executed if its file is typed, and never because a checkpoint names the file.
+    """
+    own = own_words(words)
+    if own:
+        warnings.append(
+            f'--score: the run was also scored by {" ".join(own)}. A function of a file is only executed if it is '
+            f'typed: add --score {" ".join(words)} to use it.'
+        )
+    return [word for word in words if word not in own] or list(default)
 
 
 def _use_saved_template(parsed: Parsed[InferArguments], trained: Trained) -> None:
@@ -250,6 +269,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
     then = _asked(resumed)
     now = _asked(record)
     _check_resumed_optimizer(then, now, problems)
+    _check_resumed_metric(then, now, problems)
     unchecked = []
     if all(recorded(then, name) == now[name] for name in DATA_FLAGS):
         unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
@@ -300,6 +320,26 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
                 f'--{name} {typed}: the state of the resumed optimizer was written with --{name} {had}. '
                 f'Type --{name} {had}, or start a new run: leave --resume_from_checkpoint out.'
             )
+
+
+def _check_resumed_metric(then: Mapping[str, Any], now: Mapping[str, Any], problems: Problems) -> None:
+    """Add a problem if another metric decides which checkpoint is best than in the resumed run.
+
+    The checkpoint stores the best value so far, and values of two metrics cannot be compared.
+    """
+    metrics = [
+        score_name(flags['score'][0]) if flags['predict_with_generate'] else 'loss'
+        for flags in (
+            {'score': ['rouge'], 'predict_with_generate': now['predict_with_generate'], **then},
+            now,
+        )
+    ]
+    if metrics[0] != metrics[1]:
+        problems.add(
+            f'--score: {metrics[1]} decides which checkpoint is best, and in the resumed run {metrics[0]} did. Type '
+            '--predict_with_generate and --score as in that run, or start a new run: leave --resume_from_checkpoint '
+            'out.'
+        )
 
 
 def check_base(record: RunRecord, found: Mapping[str, str], problems: Problems) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base import dist
-from utils.base.errors import Problems
+from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json, write_json
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
@@ -38,6 +38,17 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     rows are logged and added to `done`.
     """
     args = done.args
+    rows = _opened(done)
+    if args.early_stop and not _holds_out(rows, args):
+        raise ConfigError(
+            f'--early_stop {args.early_stop} needs validation rows, and none are held out. Raise --dataset_test_ratio '
+            '(--stream_val_rows with --streaming true), or remove --early_stop.'
+        )
+    return rows
+
+
+def _opened(done: Ready[SftArguments]) -> Plan | Streams:
+    args = done.args
     if args.streaming:
         streams = open_streams(
             args.dataset,
@@ -58,6 +69,13 @@ def _note(done: Ready[SftArguments], decisions: list[str], warnings: list[str]) 
     log_decisions(Decided(args=done.args, typed=done.typed, decisions=decisions, warnings=warnings))
     done.decisions += decisions
     done.warnings += warnings
+
+
+def _holds_out(rows: Plan | Streams, args: SftArguments) -> bool:
+    if isinstance(rows, Streams) and rows.val is None:
+        return bool(first_rows(rows.sources, min(args.stream_val_rows, 1)))
+    plan = rows.val if isinstance(rows, Streams) else rows
+    return plan is not None and any(VAL in part.uses for part in plan.parts)
 
 
 def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) -> Plan:
@@ -96,6 +114,15 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
 def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any]]:
     """Return the data entry of lock.json: for each data set, the number of rows and their hash."""
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
+
+
+def held_out_rows(rows: Plan | Streams, stream_val_rows: int) -> dict[str, Row]:
+    """Return the validation rows of a training run, by their origin (file and line)."""
+    plan = rows if isinstance(rows, Plan) else rows.val
+    if isinstance(rows, Streams) and plan is None:
+        return {row.origin: row for row in first_rows(rows.sources, stream_val_rows)}
+    assert plan is not None, 'streams without a plan are above'
+    return {row.origin: row for _, row in plan.rows(VAL)}
 
 
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:

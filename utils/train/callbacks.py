@@ -177,6 +177,70 @@ class StopCallback(TrainerCallback):
             raise EvaluationCutError
 
 
+class EarlyStop(TrainerCallback):
+    """Ends the training after `patience` evaluations in a row that were not better than the best one before.
+
+    Every process sees the same metrics, so all processes end at the same step. The state is part of each checkpoint.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best: float | None = None
+        self.best_step = 0
+        self.count = 0
+        # The reason why the training ended, or None if it goes on.
+        self.reason: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {'best': self.best, 'best_step': self.best_step, 'count': self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state of a checkpoint. Raises ConfigError if the run had ended in this state."""
+        self.best = state['best']
+        self.best_step = state['best_step']
+        self.count = state['count']
+        if self.count >= self.patience:
+            raise ConfigError(
+                f'--early_stop {self.patience}: the resumed run had ended, because its last {self.count} evaluations '
+                f'were not better than that of step {self.best_step}. Raise --early_stop, or remove it to train on.'
+            )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Compare the metric with the best one. After the last attempt, request a checkpoint and the end of training.
+
+        Returns the control.
+        """
+        name = f'eval_{args.metric_for_best_model}'
+        value = (metrics or {})[name]
+        if self.best is None or (value > self.best if args.greater_is_better else value < self.best):
+            self.best = value
+            self.best_step = state.global_step
+            self.count = 0
+            return control
+
+        self.count += 1
+        if self.count >= self.patience and state.global_step < state.max_steps:
+            self.reason = (
+                f'training ended at step {state.global_step} of {state.max_steps} because of --early_stop '
+                f'{self.patience}: no evaluation after step {self.best_step} had a better {name} than {self.best:.6g}'
+            )
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class EndedEarlyError(Exception):
+    """Ends a resumed run before its first step, because the evaluation that it repeated was the last attempt."""
+
+
 def peak_memory_gib() -> float:
     """Return the peak memory of this process in GiB: the sum over all GPUs, or resident memory if there is no GPU."""
     peak = system.peak_resident_bytes() if device.kind() == 'cpu' else device.peak_bytes()

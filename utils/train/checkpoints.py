@@ -223,6 +223,7 @@ class Checkpoints:
             'last_logged_step': trainer._globalstep_last_logged,
             'evaluation_pending': trainer.evaluation_pending,
             'guard': trainer.guard.state(),
+            **({'early_stop': trainer.early_stop.state()} if trainer.early_stop is not None else {}),
         }
 
     def load_model(self, checkpoint: Path) -> bool:
@@ -293,3 +294,5 @@ class Checkpoints:
         trainer._tr_loss = torch.tensor(state['loss_not_logged'], device=trainer.args.device)
         trainer._globalstep_last_logged = state['last_logged_step']
         trainer.evaluation_pending = state['evaluation_pending']
+        if trainer.early_stop is not None and 'early_stop' in state:
+            trainer.early_stop.restore(state['early_stop'])

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: loss and accuracy, or ROUGE and BLEU of generated answers."""
+"""The metrics of an evaluation: loss and accuracy, or the scores of generated answers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from utils.base import dist
 from utils.data.encoded_rows import EncodedRows
-from utils.infer.scores import score_texts
+from utils.infer.scores import Scores, means
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
+
+    from utils.formats.conversation import Row
 
 Metrics = Callable[['EvalPrediction'], dict[str, float]]
 
@@ -60,25 +63,47 @@ def loss_metrics(sets: ValidationSets) -> Metrics:
     return compute
 
 
-def generation_metrics(tokenizer: Any, sets: ValidationSets) -> Metrics:
-    """Return a function for the trainer that computes ROUGE and BLEU scores of generated ids against the labels.
+class GenerationMetrics:
+    """Scores generated ids against the ids of the labels. The trainer calls it after each evaluation.
 
-    The scores are means over all rows, and over each set (`<name>_rouge-l`). The first column of the labels has the
-    index of the row.
+    The main process computes the scores and sends them to the others, because a function of the user may return
+    different numbers in each process. If it fails, every process raises the ConfigError. `held_out` has the validation
+    rows by origin; it is only read by scores that are functions of a file.
     """
-    import numpy as np
 
-    def texts(rows: Any) -> list[str]:
-        return [tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip() for row in rows]
+    def __init__(self, tokenizer: Any, scores: Scores, sets: ValidationSets, held_out: Mapping[str, Row]) -> None:
+        self.tokenizer = tokenizer
+        self.scores = scores
+        self.sets = sets
+        self.held_out = held_out
 
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Return the mean scores by name: over all rows, and over each set (`<name>_rouge-l`).
+
+        The first column of the labels has the index of the row.
+        """
+        import numpy as np
+
         labels = np.asarray(prediction.label_ids)
-        answers = texts(np.asarray(prediction.predictions))
-        wanted = texts(labels[:, 1:])
-        metrics: dict[str, float] = {}
-        for prefix, positions in sets.groups(labels[:, 0]):
-            scores = score_texts([answers[i] for i in positions], [wanted[i] for i in positions])
-            metrics |= {f'{prefix}{name}': value for name, value in scores.items()}
-        return metrics
+        indices = labels[:, 0]
+        answers = self._texts(np.asarray(prediction.predictions))
+        wanted = self._texts(labels[:, 1:])
 
-    return compute
+        def scored() -> dict[str, float]:
+            by_row = self.scores.by_row(answers, wanted, self._rows(indices))
+            return {
+                f'{prefix}{name}': value
+                for prefix, positions in self.sets.groups(indices)
+                for name, value in means([by_row[i] for i in positions]).items()
+            }
+
+        return dist.from_main(scored)
+
+    def _rows(self, indices: Any) -> list[Row]:
+        """Return the row of each index. The list is empty if no score reads rows."""
+        if not self.scores.functions:
+            return []
+        return [self.held_out[self.sets.rows.origin(index)] for index in indices]
+
+    def _texts(self, ids: Any) -> list[str]:
+        return [self.tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True).strip() for row in ids]

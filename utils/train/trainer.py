@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,14 @@ from utils.encode.encoder import Encoder
 from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
+from utils.infer.scores import Scores
 from utils.loading.image_processors import Images
 from utils.loading.layers import is_sharded
 from utils.run.folder import Run
 from utils.train.bf16_adamw import BF16AdamW
 from utils.train.callbacks import (
+    EarlyStop,
+    EndedEarlyError,
     EpochOrder,
     EvaluateAtEnd,
     EvaluationCutError,
@@ -42,8 +46,9 @@ from utils.train.callbacks import (
 )
 from utils.train.checkpoints import Checkpoints
 from utils.train.deadline import Deadline
+from utils.train.drift import Drift
 from utils.train.guard import Guard, check_positions
-from utils.train.metrics import ValidationSets, generation_metrics, loss_metrics
+from utils.train.metrics import GenerationMetrics, Metrics, ValidationSets, loss_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
@@ -54,6 +59,8 @@ from utils.train.trainer_args import make_schedule, training_arguments, unused_o
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import GenerationConfig, TrainingArguments
+
+    from utils.formats.conversation import Row
 
 # The model inputs of a batch without images. Images add further inputs.
 _TEXT_INPUTS = ('input_ids', 'attention_mask', 'position_ids')
@@ -79,6 +86,8 @@ class SftTrainer(Seq2SeqTrainer):
         scorer: Scorer,
         groups_by_length: bool,
         images: Images | None = None,
+        early_stop: int = 0,
+        drift: bool = False,
         optimizer_of: tuple[type[BF16AdamW], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -106,10 +115,16 @@ class SftTrainer(Seq2SeqTrainer):
         # With True the base class counts the trained tokens of a step (num_items_in_batch) for any model. compute_loss
         # divides by this number.
         self.model_accepts_loss_kwargs = True
+        self.drift = Drift(self) if drift else None
+        # The result of the last evaluation by loss: summed loss, hits and trained tokens of each validation row.
+        self.last_sums: Any = None
+        self.early_stop = EarlyStop(early_stop) if early_stop else None
         # The deadline may end the run earlier, so it comes before the callbacks that look for the last step.
         callbacks = (self.guard, self.deadline, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd())
         for callback in callbacks:
             self.add_callback(callback)
+        if self.early_stop is not None:
+            self.add_callback(self.early_stop)
 
     @property
     def stopped(self) -> bool:
@@ -188,6 +203,14 @@ class SftTrainer(Seq2SeqTrainer):
                 indices = list(StepSampler(indices, order.lengths, batch=size, batches=batches, pads=order.pads))
             rows = [known[index] for index in indices]
         return [rows[start : start + size] for start in range(0, count, size)]
+
+    @overrides(Seq2SeqTrainer)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train one epoch. A resumed run trains no step if the evaluation that it repeats is the last attempt."""
+        try:
+            super()._run_epoch(*args, **kwargs)
+        except EndedEarlyError:
+            self.checkpoints.save()
 
     @overrides(Seq2SeqTrainer)
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -289,6 +312,8 @@ class SftTrainer(Seq2SeqTrainer):
         except EvaluationCutError:
             set_random_state(before)
             self.evaluation_pending = True
+            # Otherwise the base class would evaluate once more at the end of the epoch.
+            self.control.should_evaluate = False
             self.control.should_save = True
             self.control.should_training_stop = True
             return {}
@@ -306,7 +331,16 @@ class SftTrainer(Seq2SeqTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         if not self.args.predict_with_generate:
             self.guard.judge_evaluation(f'step {self.state.global_step}', output.predictions, itertools.count())
+            self.last_sums = output.predictions
+        if self.drift is not None and output.metrics is not None:
+            output.metrics['eval_drift_kl'] = self.drift.measure()
         return output
+
+    def sums_by_row(self, rows: EncodedRows) -> Any:
+        """Return the summed loss, the hits and the trained tokens of each row, (N, 3). Nothing is logged."""
+        self.gather_function = self.accelerator.gather_for_metrics
+        loader = self.get_eval_dataloader(rows)
+        return super().evaluation_loop(loader, 'rows', prediction_loss_only=False).predictions
 
     @overrides(Seq2SeqTrainer)
     def prediction_step(
@@ -396,13 +430,17 @@ class SftTrainer(Seq2SeqTrainer):
     def _finish_cut_evaluation(self, checkpoint: str) -> None:
         """Repeat the evaluation that the stopped run did not finish.
 
-        If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint.
+        If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint. Raises EndedEarlyError
+        if --early_stop ends the run now.
         """
         metrics = self.evaluate()
         self.evaluation_pending = False
-        is_saved = self.state.global_step % self.state.save_steps == 0
+        ends = self.early_stop is not None and self.early_stop.reason is not None
+        is_saved = self.state.global_step % self.state.save_steps == 0 or ends
         if is_saved and super()._determine_best_metric(metrics, None):
             self.state.best_model_checkpoint = checkpoint
+        if ends:
+            raise EndedEarlyError
 
 
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -429,14 +467,28 @@ class TrainerSetup:
     dtype: torch.dtype
     generation: GenerationConfig
     images: Images | None = None
+    # The scores of generated answers, with --predict_with_generate.
+    scores: Scores | None = None
+    # The validation rows by origin, for scores that are functions of a file.
+    held_out: Mapping[str, Row] = field(default_factory=dict)
 
 
 def build_trainer(
-    args: SftArguments, run: Run, model: Any, encoder: Encoder, data: PreparedData, *, dtype: torch.dtype
+    args: SftArguments,
+    run: Run,
+    model: Any,
+    encoder: Encoder,
+    data: PreparedData,
+    *,
+    dtype: torch.dtype,
+    scores: Scores | None = None,
+    held_out: Mapping[str, Row] | None = None,
 ) -> SftTrainer:
     """Return the trainer of a run.
 
-    Its main process passes the log lines to the trackers of --report_to, and writes training_args.json.
+    Its main process passes the log lines to the trackers of --report_to, and writes training_args.json. `scores` are
+    for --predict_with_generate. `held_out` has the validation rows by origin; it is only read by scores that are
+    functions of a file.
     """
     setup = TrainerSetup(
         run=run,
@@ -444,6 +496,8 @@ def build_trainer(
         dtype=dtype,
         generation=generation_config(args, encoder.tokenizer, encoder.stop_ids, model.generation_config),
         images=encoder.images,
+        scores=scores,
+        held_out=held_out or {},
     )
     trainer = make_trainer(args, model, data, setup)
     if trainer.args.should_save:
@@ -487,6 +541,12 @@ def _optimizer_of_bf16(
     return BF16AdamW, settings
 
 
+def _metrics(setup: TrainerSetup, sets: ValidationSets) -> Metrics:
+    if setup.scores is None:
+        return loss_metrics(sets)
+    return GenerationMetrics(setup.tokenizer, setup.scores, sets, setup.held_out)
+
+
 def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: TrainerSetup) -> SftTrainer:
     """Return a trainer that writes no log files. Rows are concatenated if the model allows it, otherwise padded."""
     base = model.get_base_model() if args.sft_type == 'lora' else model
@@ -505,6 +565,8 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     trainer = SftTrainer(
         run=setup.run,
         save_total_limit=args.save_total_limit,
+        early_stop=args.early_stop if len(data.val) else 0,
+        drift=bool(args.drift),
         generation=setup.generation,
         images=setup.images,
         model=model,
@@ -516,7 +578,7 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         eval_dataset=val if len(val) else None,
         data_collator=Collator(pad_id, setup.images, pads=not is_concatenated),
         processing_class=setup.tokenizer,
-        compute_metrics=generation_metrics(setup.tokenizer, sets) if args.predict_with_generate else loss_metrics(sets),
+        compute_metrics=_metrics(setup, sets),
     )
     trainer.add_callback(StepIntervals(args, setup.run))
     return trainer

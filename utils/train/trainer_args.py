@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainingArguments, get_scheduler
 from utils.base import device, dist
 from utils.cli.arguments import SftArguments
 from utils.cli.schedule import STABLE_DECAY, count_decay_steps, count_warmup_steps, warmup_asked
+from utils.cli.scores import score_name
 
 
 def training_arguments(
@@ -45,7 +46,7 @@ def training_arguments(
         predict_with_generate=args.predict_with_generate,
         eval_strategy='steps' if evaluates else 'no',
         eval_steps=args.eval_steps,
-        metric_for_best_model=('rouge-l' if args.predict_with_generate else 'loss') if evaluates else None,
+        metric_for_best_model=best_metric(args) if evaluates else None,
         greater_is_better=args.predict_with_generate,
         save_strategy='steps',
         save_steps=args.save_steps or args.eval_steps,
@@ -74,6 +75,11 @@ def training_arguments(
         report_to='none',
         disable_tqdm=not dist.is_main(),
     )
+
+
+def best_metric(args: SftArguments) -> str:
+    """Return the name of the metric that decides which checkpoint is best, without the prefix eval_."""
+    return score_name(args.score[0]) if args.predict_with_generate else 'loss'
 
 
 def _schedule_settings(args: SftArguments) -> dict[str, float]:

@@ -1,0 +1,131 @@
+"""What became of the held-out rows: by their loss before and after training, and by the scores of two sets of answers.
+
+The first is a section of report.html, the second is `python -m utils.report BEFORE.jsonl AFTER.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.base.errors import ConfigError
+from utils.report.page import Markup, page, section, table
+
+# A row is known if its loss per token is below this number of nats.
+KNOWN = 0.1
+# A row is learnt if training took away at least this share of its loss, and worse if it added this share.
+CHANGED = 0.1
+# The number of rows of a kind that are named.
+_NAMED = 5
+
+Row = dict[str, Any]
+
+
+def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Sort the rows that have both losses by what training did to them. Each row is of one kind.
+
+    `rows` is the content of rows.jsonl.
+    """
+    found: dict[str, list[Row]] = {'got worse': [], 'the base knew': [], 'learnt': [], 'not learnt': []}
+    for row in rows:
+        before = row['loss_before']
+        after = row['loss_after']
+        if before is None or after is None:
+            continue
+        if after > before * (1 + CHANGED) and after > KNOWN:
+            found['got worse'].append(row)
+        elif before < KNOWN:
+            found['the base knew'].append(row)
+        elif after < before * (1 - CHANGED):
+            found['learnt'].append(row)
+        else:
+            found['not learnt'].append(row)
+    return found
+
+
+def losses_section(rows: Sequence[Row]) -> list[Markup]:
+    """Return the tables of the losses per row, for report.html. The list is empty without losses before training."""
+    by_kind = kinds(rows)
+    count = sum(map(len, by_kind.values()))
+    if not count:
+        return []
+
+    lines = [
+        [kind, len(of_kind), ', '.join(_loss(row) for row in _most_changed(of_kind))]
+        for kind, of_kind in by_kind.items()
+    ]
+    says = (
+        f'Loss per token of {count} of {len(rows)} validation rows, before and after training. Known: below {KNOWN} '
+        f'nats. Learnt: at least {CHANGED:.0%} less; worse: more than {CHANGED:.0%} more. rows.jsonl has every row.'
+    )
+    return [Markup(f'<p class="faint">{says}</p>'), table(['rows that', 'count', 'first rows: before → after'], lines)]
+
+
+def _most_changed(rows: Sequence[Row]) -> list[Row]:
+    """Return a few of the rows: those whose loss grew most, or fell least, come first."""
+    return sorted(rows, key=lambda row: row['loss_before'] - row['loss_after'])[:_NAMED]
+
+
+def _loss(row: Row) -> str:
+    return f'{row["origin"]}: {row["loss_before"]:.3g} → {row["loss_after"]:.3g}'
+
+
+def read_answers(file: Path) -> dict[str, Row]:
+    """Return the answers in a file of llm_infer.py, by the origin of the row. Raises ConfigError for another file."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+        return {row['origin']: {'answer': row['answer'], 'scores': row['scores']} for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'{file}: it holds no answers of llm_infer.py with the origins of their rows ({type(error).__name__}). '
+            'Give the file of --result_path, or answer the rows again.'
+        ) from error
+
+
+def compare_answers(before: Path, after: Path, target: Path) -> None:
+    """Print which rows the second set of answers won and lost against the first, and write them to a page.
+
+    Rows are compared by the first score. Raises ConfigError if the files have no row or no score in common, or if
+    `target` cannot be written.
+    """
+    left = read_answers(before)
+    right = read_answers(after)
+    common = [origin for origin in left if origin in right]
+    score = next((name for o in common for name in left[o]['scores'] if name in right[o]['scores']), None)
+    if score is None:
+        raise ConfigError(
+            f'{before} and {after}: no row has the same score in both. Answer the same rows with the same --score.'
+        )
+
+    changed = {origin: right[origin]['scores'][score] - left[origin]['scores'][score] for origin in common}
+    by_kind = {
+        'won': [origin for origin in common if changed[origin] > 0],
+        'lost': [origin for origin in common if changed[origin] < 0],
+        'same': [origin for origin in common if changed[origin] == 0],
+    }
+    alone = len(left) + len(right) - 2 * len(common)
+    left_out = f', {alone} rows are only in one of the files' if alone else ''
+    print(f'{score} of {len(common)} rows{left_out}: ' + ', '.join(f'{len(v)} {name}' for name, v in by_kind.items()))
+    for name in ('won', 'lost'):
+        for origin in by_kind[name][:_NAMED]:
+            print(f'  {name}: {origin}: {left[origin]["scores"][score]:g} -> {right[origin]["scores"][score]:g}')
+
+    sections = [
+        section(
+            f'{len(by_kind[name])} rows {name}',
+            table(
+                ['row', 'before', 'after'],
+                [[origin, left[origin]['answer'], right[origin]['answer']] for origin in by_kind[name]],
+            )
+            if by_kind[name]
+            else '',
+        )
+        for name in ('won', 'lost')
+    ]
+    try:
+        target.write_text(page('Answers compared', Markup('<h1>Answers compared</h1>'), *sections), encoding='utf-8')
+    except OSError as error:
+        raise ConfigError(f'--html: {target} cannot be written: {error.strerror}. Name another file.') from error
+    print(f'answers: {target}')
