@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import ROOT
-from utils.cli.arguments import SftArguments, flag_types
 from utils.migrate import axolotl, llama_factory, swift
 from utils.migrate.__main__ import main
-from utils.migrate.translation import SOON, SOON_PATTERNS, Rule, Translation
+from utils.migrate.translation import Rule, Translation
 
 
 @dataclass(kw_only=True)
@@ -587,11 +586,3 @@ def test_every_rule_takes_every_kind_of_value_and_names_flags_that_exist(toolkit
             rule(Translation(toolkit=toolkit, values={key: value}), key, value)
             tried += 1
     assert tried > 8 * 100
-
-
-def test_flags_of_the_future_are_not_there_yet() -> None:
-    """Remove a name from SOON when its flag is there."""
-    flags = flag_types(SftArguments)
-    assert not SOON & set(flags)
-    help_text = SftArguments.__dataclass_fields__['lora_target_modules'].metadata['help']
-    assert ('re:' not in help_text) == SOON_PATTERNS

@@ -23,7 +23,6 @@ from utils.migrate.trainer_keys import (
     torch_dtype,
 )
 from utils.migrate.translation import (
-    SOON_PATTERNS,
     Rule,
     Translation,
     apply_defaults,
@@ -64,10 +63,7 @@ def _targets(t: Translation, key: str, value: Any) -> None:
 
 def lora_pattern(t: Translation, key: str, value: Any) -> None:
     """Translate a regular expression over the paths of layers."""
-    if SOON_PATTERNS:
-        t.refuse(key, 'this version takes no pattern. Name the layers with --lora_target_modules.')
-    else:
-        t.use(key, 'lora_target_modules', f're:{value}')
+    t.use(key, 'lora_target_modules', f're:{value}')
 
 
 def _truncation(t: Translation, key: str, value: Any) -> None:

@@ -13,12 +13,6 @@ from utils.cli.arguments import SftArguments, flag_types
 # What happens with a key of a recipe. The order is that of the report.
 Kind = Literal['used', 'default', 'different', 'without effect', 'not understood']
 
-# Flags that recipes need and that this version does not have yet. A key for such a flag is reported and left out of
-# the command. Remove a name here when the flag exists.
-SOON: frozenset[str] = frozenset()
-# True while --lora_target_modules does not take re:PATTERN.
-SOON_PATTERNS = False
-
 _FLAGS = flag_types(SftArguments)
 
 
@@ -59,14 +53,8 @@ class Translation:
             self.notes.append(added)
 
     def use(self, key: str, flag: str, value: Any, *, why: str = '', kind: Kind = 'used') -> None:
-        """Set a flag of the command from a key. `why` says what is different here; without it the meaning is the same.
-
-        A flag that this version does not have is left out, and the note says so.
-        """
+        """Set a flag of the command from a key. `why` says what is different here. Without `why` nothing differs."""
         words = [to_word(item) for item in (value if isinstance(value, list) else [value])]
-        if flag in SOON and not has_flag(flag):
-            self.note('different', key, f'left out: this version has no --{flag}')
-            return
         assert has_flag(flag), f'--{flag} is no flag of llm_sft.py'
 
         self.flags[flag] = words
