@@ -19,7 +19,7 @@ from utils.encode.make import make_encoder
 from utils.export.merge import merge_and_save
 from utils.formats.conversation import Row
 from utils.loading.info import LoadOptions
-from utils.loading.layers import ALL, find_towers, linear_names
+from utils.loading.layers import ALL_LINEAR, find_towers, linear_names
 from utils.loading.opening import get_model_tokenizer
 from utils.loading.packed import packed_classes
 from utils.loading.weights import locate
@@ -133,7 +133,7 @@ def test_family_trains_reloads_and_merges(key: str, tmp_path: Path) -> None:
         return load_model(folder, model_type=key, torch_dtype=torch.float32)
 
     torch.manual_seed(0)
-    tuned = prepare_model(base(), SftArguments(lora_target_modules=[ALL]))
+    tuned = prepare_model(base(), SftArguments(lora_target_modules=[ALL_LINEAR]))
     weights = check_it_trains(tuned)
     plain = gradients(tuned, weights)
     tuned.get_base_model().gradient_checkpointing_enable({'use_reentrant': False})
@@ -174,7 +174,7 @@ def test_family_is_packed_on_load_and_trains(key: str, bits: int, tmp_path: Path
     import bitsandbytes
     import torch
 
-    args = SftArguments(quantization_bit=bits, dtype='fp32', lora_target_modules=[ALL])
+    args = SftArguments(quantization_bit=bits, dtype='fp32', lora_target_modules=[ALL_LINEAR])
     info = get_model_info(key, str(original_folder(key, tmp_path)))
     model, _, _ = open_model(args, info, locate(info, revision='master'), trains=True)
     packed = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
@@ -240,7 +240,7 @@ def test_a_tensor_that_a_native_class_does_not_know_is_named(tmp_path: Path, cap
 def test_gptq_weights_stay_packed_and_train(key: str, dtype: str, tmp_path: Path) -> None:
     import torch
 
-    args = SftArguments(dtype=dtype, lora_target_modules=[ALL])
+    args = SftArguments(dtype=dtype, lora_target_modules=[ALL_LINEAR])
     info = get_model_info(key, str(original_folder(key, tmp_path)))
     model, _, _ = open_model(args, info, locate(info, revision='master'), trains=True)
     layers = [module for module in model.modules() if isinstance(module, packed_classes())]
