@@ -27,9 +27,11 @@ from utils.formats.converters import (
 )
 from utils.formats.hub_dataset import HubDataset
 
+# A list, a generator, a `datasets.Dataset`, or any other iterable of dictionaries.
 RawRows = Iterable[Mapping[str, Any]]
-# A callable without arguments that returns the rows, or a pair (train, validation). A HubDataset is such a callable.
-DatasetFunction = Callable[[], 'RawRows | tuple[RawRows, RawRows | None]']
+# A callable without arguments that returns the rows, a pair (train, validation), or a dictionary of splits. A
+# HubDataset is such a callable.
+DatasetFunction = Callable[[], 'RawRows | tuple[RawRows, RawRows | None] | Mapping[str, RawRows]']
 
 ALPACA = ('instruction', 'output')
 _NO_OUTPUT = 'no output'

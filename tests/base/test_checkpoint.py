@@ -120,7 +120,7 @@ def test_every_schedule_goes_on_as_if_never_stopped(name: str, tmp_path: Path) -
 
     def make() -> tuple[Any, Any]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-        return optimizer, make_schedule(optimizer, name, learning_rate=0.1, warmup_ratio=0.25, steps=12)
+        return optimizer, make_schedule(optimizer, name, learning_rate=0.1, warmup=0.25, steps=12, decay_ratio=0.3)
 
     _, schedule = make()
     for _ in range(5):

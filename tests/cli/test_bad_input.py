@@ -62,8 +62,8 @@ DATA = {
     'latin.jsonl': (b'{"query": "a", "response": "b"}\n{"query": "\xe9"}\n', 'latin.jsonl:2: byte 0xe9 is not UTF-8'),
     'broken.jsonl': (b'{"query": "a", "response": "b"}\n{"query": "c", \n', 'broken.jsonl:2: this line is not JSON'),
     'list.jsonl': (b'[1, 2]\n', 'list.jsonl:1: a row must be an object with named columns, got list'),
-    'columns.jsonl': (b'{"question": "a", "answer": "b"}\n', 'unknown columns question, answer.'),
-    'columns.csv': (b'question,answer\na,b\n', 'unknown columns question, answer.'),
+    'columns.jsonl': (b'{"title": "a", "body": "b"}\n', 'unknown columns title, body.'),
+    'columns.csv': (b'title,body\na,b\n', 'unknown columns title, body.'),
     'cells.csv': (b'query,response\na,b\nc\n', 'cells.csv:3: the number of cells in this row is 1'),
     'broken.parquet': (b'PAR1 nothing', 'the parquet file cannot be read'),
     'empties.jsonl': (b'{"query": "a", "response": ""}\n', 'no training row is left'),
@@ -242,7 +242,7 @@ RULES = {
     ('--dataset_test_ratio', '1'): 'a share from 0 to below 1',
     ('--dataset', 'sql-demo', 'sql-demo'): "'sql-demo' is named twice",
     ('--dataset', 'sql-demo#0'): 'the number of rows after # must be 1 or more',
-    ('--dataset', 'data.txt'): 'is neither a registered data set nor a .json',
+    ('--dataset', 'data.doc'): 'is neither a registered data set nor a .json',
     ('--lr_scheduler_type', 'cosin'): "did you mean 'cosine'",
     ('--train_dataset_sample', '0'): '1 or more, or -1 for all',
     ('--temperature', '0', '--predict_with_generate', 'true'): 'for greedy decoding use --do_sample false',
@@ -257,6 +257,24 @@ RULES = {
     ('--batch_size', '1', '2'): 'takes one value, got 2: 1 2',
     ('stray',): "the word 'stray' belongs to no flag",
     ('--tuner_backend', 'unsloth'): 'takes swift, peft',
+    ('--warmup_steps', '5', '--warmup_ratio', '0.1'): '--warmup_steps 5 and --warmup_ratio 0.1 both give the length',
+    ('--warmup_steps', '-1'): '--warmup_steps takes 0 or more, got -1',
+    ('--min_lr_ratio', '0.1', '--lr_scheduler_type', 'constant'): 'Remove --min_lr_ratio, or use one of cosine, linear',
+    ('--min_lr_ratio', '0.1', '--lr_scheduler_type', 'inverse_sqrt'): 'scheduler_type inverse_sqrt does not end at',
+    ('--min_lr_ratio', '1'): '--min_lr_ratio takes a share from 0 to below 1, got 1.0',
+    ('--decay_ratio', '0.2'): '--decay_ratio 0.2 is for --lr_scheduler_type warmup_stable_decay, got cosine. Remove',
+    ('--decay_ratio', '0', '--lr_scheduler_type', 'warmup_stable_decay'): 'decay_ratio takes a share above 0, up to 1',
+    ('--lr_scheduler_type', 'warmup_stable_dekay'): "did you mean 'warmup_stable_decay'",
+    ('--adam_beta1', '1'): '--adam_beta1 takes a share from 0 to below 1, got 1.0',
+    ('--adam_epsilon', '0'): '--adam_epsilon takes a number above 0, got 0.0',
+    ('--eval_steps', '1.5'): '--eval_steps takes 1 or more whole steps, or a share of the run between 0 and 1, got 1.5',
+    ('--eval_steps', 'inf'): '--eval_steps takes 1 or more whole steps, or a share of the run between 0 and 1, got inf',
+    ('--save_steps', '0'): '--save_steps takes 1 or more whole steps, or a share of the run between 0 and 1, got 0',
+    ('--num_train_epochs', '0'): '--num_train_epochs takes a number above 0, got 0',
+    ('--report_to', 'wnadb'): "--report_to 'wnadb' is not known: did you mean 'wandb'? Use tensorboard, wandb, swanlab",
+    ('--report_to', 'none', 'wandb'): 'none means no tracker. Use --report_to wandb, or none alone.',
+    ('--report_to', 'wandb,comet', 'mlflow'): 'wandb comet mlflow: not installed. Run: pip install wandb comet-ml',
+    ('--num_train_epochs', 'half'): "--num_train_epochs takes a number, got 'half'",
 }  # fmt: skip
 
 
@@ -276,8 +294,12 @@ def test_unknown_words_can_be_ignored(run_sft: Run, caplog: pytest.LogCaptureFix
 @pytest.mark.slow
 def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     flags = ('--bnb_4bit_quant_type', 'fp4', '--hub_private_repo', 'false', '--top_k', '5', '--hub', 'modelscope')
+    flags += ('--optim', 'sgd', '--adam_beta1', '0.8', '--adam_beta2', '0.9', '--adam_epsilon', '1e-6')
     run_sft('--max_steps', '1', *flags, '--lr_scheduler_type', 'constant', '--warmup_ratio', '0.1')
-    for name in ('bnb_4bit_quant_type', 'hub_private_repo', 'top_k', 'hub', 'warmup_ratio'):
+    for name in (
+        'bnb_4bit_quant_type', 'hub_private_repo', 'top_k', 'hub', 'warmup_ratio', 'adam_beta1', 'adam_beta2',
+        'adam_epsilon',
+    ):  # fmt: skip
         assert f'--{name} has no effect' in caplog.text
 
 

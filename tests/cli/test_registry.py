@@ -105,7 +105,7 @@ def test_names_of_optimizers_and_schedules_are_those_of_the_library() -> None:
     from transformers.training_args import OptimizerNames
 
     assert set(OPTIMIZERS) <= {o.value for o in OptimizerNames} and len(OPTIMIZERS) == 21
-    assert set(SCHEDULERS) <= {s.value for s in SchedulerType} and len(SCHEDULERS) == 7
+    assert set(SCHEDULERS) <= {s.value for s in SchedulerType} and len(SCHEDULERS) == 8
 
 
 def test_public_loaders_open_a_directory(model_dir: Path) -> None:

@@ -102,13 +102,15 @@ def test_names_of_sets_are_safe_and_unique(tmp_path: Path) -> None:
 def test_a_file_of_both_flags_is_refused_and_problems_name_the_flag(tmp_path: Path) -> None:
     a = numbered(tmp_path, 'a', 5)
     assert check_sources([a], val_words=[numbered(tmp_path, 'b', 5)]) == []
-    problems = check_sources([a], val_words=[f'{tmp_path}/a.jsonl#3', f'{tmp_path}/*.csv', 'nope/x.txt', 'gone.jsonl'])
+    problems = check_sources(
+        [a], val_words=[f'{tmp_path}/a.jsonl#3', f'{tmp_path}/*.csv', './nope/x.doc', 'gone.jsonl']
+    )
     assert problems[0] == (
         f"--val_dataset '{tmp_path}/a.jsonl#3': --dataset '{a}' already names {tmp_path}/a.jsonl, so its rows would be "
         'used twice. Remove one of the two.'
     )
     assert problems[1].startswith(f"--val_dataset '{tmp_path}/*.csv': the pattern matches no file")
-    assert problems[2].startswith("--val_dataset 'nope/x.txt': this is neither a registered data set nor a")
+    assert problems[2].startswith("--val_dataset './nope/x.doc': this is neither a registered data set nor a")
     assert problems[3].startswith('data file gone.jsonl is not there')
 
 

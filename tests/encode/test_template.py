@@ -184,7 +184,7 @@ def test_template_without_an_end_gets_the_end_of_sequence() -> None:
 
 def test_templates_that_cannot_serve_are_refused() -> None:
     with pytest.raises(ConfigError, match='needs a chat template, and this tokenizer has none'):
-        encoder(AUTO, make_tokenizer(chat_template=None))
+        encoder(AUTO, make_tokenizer(chat_template=None)).encode([chat('a', 'b')])
     with pytest.raises(ConfigError, match='does not print the assistant'):
         encoder(AUTO, make_tokenizer(chat_template='nothing'))
     refuses = (

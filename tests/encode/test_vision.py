@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -38,6 +39,7 @@ from utils.base.names import LossScope
 from utils.data.collator import Collator
 from utils.data.encode_plan import EncodedAgain, encode_rows
 from utils.data.encoding_report import EncodingReport
+from utils.data.plan import plan_rows
 from utils.encode.account import Account, leaves
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import RowRefused
@@ -326,7 +328,7 @@ def test_images_are_read_from_every_shape_of_row(tmp_path: Path) -> None:
         assert (read.images, read.folder) == (images, str(tmp_path))
     bad = [
         ({'query': 'a', 'response': 'b', 'images': [1]}, 'images is neither a path nor a list of paths'),
-        ({'query': 'a', 'response': 'b', 'images': [{'bytes': 'x'}]}, 'images is neither a path'),
+        ({'query': 'a', 'response': 'b', 'images': [{'bytes': 'x'}]}, 'an image has neither bytes nor a path'),
         ({'query': 'a', 'response': 'b', 'images': '[a'}, 'images is text that is not JSON'),
     ]
     good = {'query': 'a', 'response': 'b', 'images': ''}
@@ -473,6 +475,87 @@ def test_a_picture_damaged_after_its_header_stops_the_run_by_name(
     assert 'Traceback' not in problems()[0]
 
 
+# Image columns of parquet files, as `datasets` writes them
+
+
+def image_cells(names: list[str]) -> list[dict[str, Any]]:
+    return [{'bytes': (GOLDENS / 'qwenvl-a' / name).read_bytes(), 'path': name} for name in names]
+
+
+def parquet_of(rows: list[Any], file: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file
+
+
+def items(*kinds: str) -> list[dict[str, Any]]:
+    return [{'type': kind, 'text': 'name a colour' if kind == 'text' else None} for kind in kinds]
+
+
+@pytest.mark.parametrize('key', KEYS)
+def test_image_columns_of_parquet_are_encoded_like_tags(key: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    _, _, encoder = open_seeing(folders[key])
+    blue, yellow = PICTURES
+    both = ['a.png', 'b.png']
+    for number, (row, query) in enumerate([
+        ({'query': 'what?', 'image': image_cells(both[:1])[0]}, f'<img>{blue}</img>what?'),
+        ({'query': 'what?', 'images': image_cells(both)}, f'<img>{blue}</img><img>{yellow}</img>what?'),
+        ({'query': '<img></img>what <img></img>?', 'images': image_cells(both)},
+         f'<img>{blue}</img>what <img>{yellow}</img>?'),
+        ({'query': 'what?', 'image': None}, 'what?'),
+    ]):  # fmt: skip
+        file = parquet_of([{**row, 'response': 'blue'}], tmp_path / f'{number}.parquet')
+        (found,) = get_dataset([str(file)], test_ratio=0.0).train
+        (encoded,) = encoder.encode([found])
+        (wanted,) = encoder.encode([ask(query)])
+        assert encoded.input_ids == wanted.input_ids and encoded.trained == wanted.trained
+        assert [Path(p).read_bytes() for p in encoded.images] == [Path(p).read_bytes() for p in wanted.images]
+
+    turns = [{'role': 'user', 'content': items('text', 'image')}, {'role': 'assistant', 'content': items('text')}]
+    file = parquet_of([{'messages': turns, 'images': image_cells(both[:1])}], tmp_path / 'turns.parquet')
+    (found,) = get_dataset([str(file)], test_ratio=0.0).train
+    (encoded,) = encoder.encode([found])
+    (wanted,) = encoder.encode([ask(f'name a colour<img>{blue}</img>', 'name a colour')])
+    assert encoded.input_ids == wanted.input_ids
+
+
+def test_image_cells_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    shutil.copy(PICTURES[0], tmp_path / 'a.png')
+    bad = [{'path': str(tmp_path / 'a.png')}, {'path': 'a</img>.png'}, {'bytes': 'text'}, {'path': ''}]
+    rows = [{'query': 'what?', 'response': 'blue', 'image': cell} for cell in ({'path': 'a.png'}, *bad)]
+    found = get_dataset([str(write_jsonl(tmp_path / 'rows.jsonl', rows))], test_ratio=0.0)
+    assert [row.images for row in found.train] == [['a.png']]
+    assert found.left_out.counts == {
+        'an image has an absolute path or contains a tag': 2,
+        'an image has neither bytes nor a path': 2,
+    }
+
+
+def test_an_image_column_is_not_used_by_a_model_that_sees_none(tokenizer: Any, tmp_path: Path) -> None:
+    encoder = make_encoder(tokenizer, template_type='auto', system=None, system_typed=False, max_length=-1)
+    cell = image_cells(['a.png'])[0]
+    rows = [{'query': 'what?', 'response': 'blue', 'image': cell},
+            {'query': '<img></img>what?', 'response': 'blue', 'image': cell}]  # fmt: skip
+    plain, tagged = get_dataset([str(parquet_of(rows, tmp_path / 'a.parquet'))], test_ratio=0.0).train
+    (encoded,) = encoder.encode([plain])
+    assert encoded.input_ids == encoder.encode([ask('what?')])[0].input_ids
+    assert encoded.notes == ['column `image` is not used: the model sees no images'] and encoded.images == ()
+    with pytest.raises(RowRefused, match='the row has images, and the model sees none'):
+        encoder.encode([tagged])
+
+
+def test_rows_with_an_image_column_have_the_same_hash_after_the_cache_is_emptied(tmp_path: Path) -> None:
+    rows = [{'query': 'what?', 'response': 'blue', 'image': image_cells([name])[0]} for name in ('a.png', 'b.png')]
+    file = parquet_of(rows, tmp_path / 'a.parquet')
+    first = plan_rows([str(file)]).digest
+    shutil.rmtree(Path(os.environ['ASSAY_CACHE']) / 'images')
+    assert plan_rows([str(file)]).digest == first
+    assert len(list((Path(os.environ['ASSAY_CACHE']) / 'images' / 'bytes').iterdir())) == 2
+
+
 # Training and answering through the programs
 
 
@@ -488,6 +571,34 @@ def train(folder: Path, rows_file: Path, out: Path, *flags: str, expect: int = 0
 
 def losses(checkpoint: Path) -> list[float]:
     return [e['eval_loss'] for e in read_json(checkpoint / 'trainer_state.json')['log_history'] if 'eval_loss' in e]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', [QWEN_VL, QWEN3_VL])
+def test_an_image_column_is_trained_on_and_answered(key: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [
+        {'query': f'name a colour {i}', 'response': NAMES[name], 'image': image_cells([name])[0]}
+        for i in range(10)
+        for name in NAMES
+    ]
+    file = parquet_of(rows, tmp_path / 'rows.parquet')
+    checkpoint = train(folders[key], file, tmp_path / 'out', '--max_steps', '2', '--eval_steps', '2')
+    report = read_json(checkpoint.parent / 'run.json')['data']
+    assert report['left_out'] == {} and report['noted'] == {}
+    answers = tmp_path / 'answers.jsonl'
+    words = ['--ckpt_dir', str(checkpoint), '--result_path', str(answers), '--max_new_tokens', '2']
+    assert llm_infer.main(words) == 0
+    images = [json.loads(line)['images'] for line in answers.read_text().splitlines()]
+    assert len(images) == 2 and all(len(paths) == 1 and Path(paths[0]).is_file() for paths in images)
+
+
+@pytest.mark.slow
+def test_an_image_column_is_named_as_not_used_by_a_run_that_sees_none(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{'query': f'q {i}', 'response': 'r', 'image': image_cells(['a.png'])[0]} for i in range(20)]
+    train(model_dir, parquet_of(rows, tmp_path / 'rows.parquet'), tmp_path / 'out', '--max_steps', '2')
+    assert '20 rows noted: column `image` is not used: the model sees no images (' in caplog.text
 
 
 @pytest.mark.slow

@@ -50,10 +50,11 @@ def test_a_dry_run_says_what_the_run_then_does(
     train = data['train']
     longest = train['max']
     trained = round(train['trained_share'] * train['tokens'])
-    assert said['data'][:3] == [
+    assert said['data'][:4] == [
         f'{train["rows"]} training rows, {data["validation"]["rows"]} validation, 0 skipped',
         f'{train["tokens"]:,} training tokens an epoch, {trained:,} of them trained; the longest row has {longest}',
         '12 optimizer steps of 6 rows (batch 2 x accumulation 3 x processes 1)',
+        '1 of 12 steps are warm-up, evaluations every 3 steps and at the end, checkpoints every 3 steps and at the end',
     ]
     assert said['model'][1] == 'LlamaForCausalLM, 44,192 parameters'
     adapter = int(said['model'][2].split()[1].replace(',', ''))
@@ -79,6 +80,8 @@ def test_a_model_that_is_not_here_is_planned_without_network(
     assert said['data'] == [
         '39 training rows, 1 validation; tokens are not counted: the tokenizer is not here',
         '3 optimizer steps of 16 rows (batch 1 x accumulation 16 x processes 1); at most 39,936 tokens',
+        '1 of 3 steps are warm-up, evaluations every 50 steps and at the end, '
+        'checkpoints every 50 steps and at the end',
         'memory is counted for rows of 1024 tokens, each token trained',
     ]
     (download,) = said['would download']
@@ -142,3 +145,23 @@ def test_padding_and_packs_are_counted(model_dir: Path, tmp_path: Path, capsys: 
     first, second = (int(line.split()[3]) for line in (concatenated, padded))
     assert second > first and second % 2 == 0 and ' with padding' in padded
     assert re.search(r', in \d packs$', packed[0]) and int(packed[-1].split()[3]) > second
+
+
+@pytest.mark.slow
+def test_the_schedule_is_shown_as_the_run_uses_it(
+    model_dir: Path, data_file: Path, tmp_path: Path, run_sft: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ['--max_steps', '-1', '--num_train_epochs', '0.7', '--warmup_steps', '9', '--eval_steps', '0.3']
+    flags += ['--lr_scheduler_type', 'warmup_stable_decay', '--decay_ratio', '0.4']
+    said = dry(capsys, *small_flags(model_dir, data_file, tmp_path / 'output'), *flags)
+    assert said['data'][2].startswith('7 optimizer steps of 4 rows')
+    assert said['data'][3] == (
+        '3 of 7 steps are warm-up, 3 at the end are decay, evaluations every 3 steps and at the end, '
+        'checkpoints every 3 steps and at the end'
+    )
+    limited = '--warmup_steps 9: the run has 7 steps, and at most half of them can be warm-up'
+    assert any(limited in line for line in said['decisions'])
+    run = run_sft(*flags)
+    record = json.loads((run / 'sft_args.json').read_text())
+    assert (record['warmup_steps'], record['eval_steps'], record['save_steps']) == (3, 3, 3)
+    assert json.loads((run / 'run.json').read_text())['steps'] == 7

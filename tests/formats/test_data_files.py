@@ -201,12 +201,12 @@ def test_a_glob_is_one_data_set_split_and_drawn_from_as_one(tmp_path: Path) -> N
 def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / 'bare').mkdir()
     (tmp_path / 'mixed').mkdir()
-    (tmp_path / 'mixed' / 'notes.txt').write_text('x')
+    (tmp_path / 'mixed' / 'notes.pdf').write_text('x')
     file = write(tmp_path / 'a.jsonl')
     words = {
         f'{tmp_path}/*.csv': 'the pattern matches no file (looked from ',
-        f'{tmp_path}/bare': 'bare holds no .json, .jsonl, .csv, .tsv (each also .gz) or .parquet file, and the f',
-        f'{tmp_path}/mixed/*': f'the pattern matches {tmp_path}/mixed/notes.txt, which is not a .json',
+        f'{tmp_path}/bare': 'bare holds no .json, .jsonl, .csv, .tsv, .txt, .md (each also .gz) or .parquet file, and ',
+        f'{tmp_path}/mixed/*': f'the pattern matches {tmp_path}/mixed/notes.pdf, which is not a .json',
         f'{tmp_path}/gone/': f'data folder {tmp_path}/gone is not there (looked in {tmp_path}).',
         f'{tmp_path}/*.jsonl': f' already names {file}, so its rows would be used twice.',
         f'{tmp_path}/./a.jsonl': f' already names {tmp_path}/a.jsonl, so its rows would be used twice.',
@@ -216,36 +216,28 @@ def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) 
     for problem, part in zip(problems, words.values(), strict=True):
         assert part in problem
     with pytest.raises(ConfigError, match='neither a registered data set nor a .json'):
-        parse_source('data.txt')
+        parse_source('data.xlsx')
 
 
 def test_what_is_not_offered_is_said_with_what_to_do(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe.jsonl')
     words = {
         str(tmp_path / 'pipe.jsonl'): 'pipe.jsonl is a pipe or a device, which can be read only once. Write its',
-        'tatsu-lab/alpaca': 'is not there (looked in ',
-        'org/alpaca-v1.5': 'Download any other one and give its files, e.g. hf download org/alpaca-v1.5 --repo',
         'https://example.org/a.jsonl?x=1': 'this is a URL, and rows are not fetched from the web. Download the file',
     }
     problems = check_sources(list(words))
     for problem, part in zip(problems, words.values(), strict=True):
         assert part in problem
-    assert problems[1].endswith('hf download tatsu-lab/alpaca --repo-type dataset --local-dir rows')
 
 
 @pytest.mark.parametrize(
     ('row', 'remedy'),
     [
-        ({'prompt': 'a', 'completion': 'b'}, 'Rename prompt to query and completion to response.'),
-        ({'id': 1, 'question': 'a', 'answer': 'b'}, 'Rename question to query and answer to response.'),
-        (
-            {'text': 'a'},
-            'To train on plain text, write each row as {"query": "", "response": the text}, and choose --template_type',
-        ),
-        ({'x': 'a'}, 'Rename the columns of'),
+        ({'x': 'a'}, 'Say which columns hold question and reply: --columns NAME=query,OTHER=response, or register a'),
+        ({'question': 'a', 'choices': ['b']}, 'Supported: query/response[/history][/system], instruction/input/output'),
     ],
 )
-def test_columns_of_other_tools_are_told_with_their_names_here(
+def test_columns_that_no_format_reads_are_told_with_a_flag_for_them(
     row: dict[str, Any], remedy: str, tmp_path: Path
 ) -> None:
     file = tmp_path / 'a.jsonl'

@@ -401,5 +401,6 @@ def test_a_tool_call_is_held_against_what_was_trained() -> None:
         Row(messages=[asked, Message(role='assistant', content='', tool_calls=[call])], origin='a:1'),
         Row(messages=[asked, Message(role='assistant', content=' the answer ')], origin='a:2'),
     ]
-    assert wanted_texts(encoder, rows, [2, 4]) == ['<call>see({"a": 1})</call>', ' the answer ']
+    config = GenerationConfig(eos_token_id=[2, 4])
+    assert wanted_texts(encoder, rows, config) == ['<call>see({"a": 1})</call>', ' the answer ']
     assert encoder.max_length == 12

@@ -11,8 +11,10 @@ import pytest
 
 from tests.support.runs import run_program, small_flags
 from tests.support.tiny_models import make_model, make_tokenizer
+from tests.support.trackers import recorded, write_stand_ins
 from utils.base.leak_scan import find_secrets, scan_tree
 from utils.cli.arguments import SftArguments
+from utils.cli.trackers import TRACKERS
 from utils.proofs.secrecy import home_paths, prove_secrecy
 
 CANARY = 'canary-7f3b9c2e5d81'
@@ -40,6 +42,44 @@ def test_a_canary_in_every_holder_is_found_nowhere(data_file: Path, tmp_path: Pa
     found = scan_tree(run, secrets)
     assert not [line for line in found if 'a pickle' not in line], found
     assert not list(home_paths(run, home, [str(model), str(home / 'out')]))
+
+
+@pytest.mark.slow
+def test_trackers_get_no_canary_no_home_path_and_no_user_name(data_file: Path, tmp_path: Path) -> None:
+    """Every tracker is a stand-in that keeps all that it is given, the command line and the user that it sees."""
+    home = tmp_path / 'home' / 'alice'
+    model = home / 'models' / 'tiny'
+    make_model().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    stand_ins = write_stand_ins(tmp_path / 'packages')
+    environment = {name: f'{CANARY}-{name}' for name in (*HOLDERS, 'COMET_API_KEY', 'SWANLAB_API_KEY')}
+    uploads = ('WANDB_LOG_MODEL', 'WANDB_WATCH', 'HF_MLFLOW_LOG_ARTIFACTS', 'COMET_LOG_ASSETS', 'SWANLAB_LOG_MODEL')
+    places = {'HOME': str(home), 'USER': 'alice', 'LOGNAME': 'alice', 'PYTHONPATH': str(stand_ins)}
+    words = [*small_flags(model, data_file, home / 'out'), '--hub_token', f'{CANARY}-typed', '--report_to']
+    told = run_program('llm_sft.py', *words, *TRACKERS, **places, **environment, **dict.fromkeys(uploads, 'true'))
+    assert told.returncode == 0, told.stderr[-2000:]
+    for name in uploads:
+        assert f'the variable {name} has no effect: a tracker gets numbers and settings' in told.stderr
+
+    secrets = find_secrets(environment, {'--hub_token': f'{CANARY}-typed'})
+    assert len(secrets) == len(HOLDERS) + 3
+    assert not scan_tree(stand_ins, secrets)
+    given = recorded(stand_ins)
+    assert {entry['call'].partition('.')[0] for entry in given} == {'wandb', 'swanlab', 'mlflow', 'trackio', 'comet_ml'}
+    assert 'alice' not in json.dumps(given) and str(tmp_path) not in json.dumps([entry['args'] for entry in given])
+    opened = [entry for entry in given if entry['call'].endswith(('.init', '.start', '.start_run'))]
+    assert len(opened) == 5
+    for entry in given:
+        assert entry['user'] == 'user' and entry['argv'][0] == 'llm_sft.py' and '<secret>' in entry['argv']
+        assert '~/models/tiny' in entry['argv']
+    # The only calls that would upload files or weights.
+    assert not [
+        entry['call'] for entry in given if any(word in entry['call'] for word in ('rtifact', 'watch', 'asset'))
+    ]
+
+    run = next((home / 'out').glob('*/*'))
+    written = b''.join(file.read_bytes() for file in (run / 'runs').iterdir())
+    assert b'~/out/' in written and str(home).encode() not in written
 
 
 def prove(folder: Path, args: SftArguments) -> tuple[bool, str]:

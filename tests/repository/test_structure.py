@@ -21,11 +21,11 @@ ROOMS = {
     'model': 'base preprocess loading',
     'encode': 'base preprocess formats loading',
     'data': 'base formats dataset loading encode',
-    'cli': 'base preprocess hub formats dataset loading model data',
+    'cli': 'base preprocess hub formats loading model data',
     'fast': 'base loading encode data cli',
     'run': 'base preprocess formats loading encode data cli',
     'infer': 'base preprocess formats loading encode data cli run',
-    'estimate': 'base hub formats dataset loading model encode data cli fast run',
+    'estimate': 'base hub loading model encode data cli fast run',
     'checks': 'base hub formats loading model encode data cli run',
     'train': 'base loading model encode data cli fast run infer',
     'proofs': 'base preprocess formats loading encode cli run train',
@@ -39,8 +39,8 @@ REGISTRIES = {'dataset', 'model', 'preprocess'}
 # command line needs. Exceptions are the native classes of 2023, which need torch.
 LIGHT = {'base', 'preprocess', 'hub', 'formats', 'dataset', 'loading', 'model', 'cli', 'run'}
 LIGHT_OF_DATA = {
-    'utils.data.held_out', 'utils.data.mixture', 'utils.data.parts', 'utils.data.plan', 'utils.data.sources',
-    'utils.data.stream_parts', 'utils.data.tally',
+    'utils.data.held_out', 'utils.data.mixture', 'utils.data.own_rows', 'utils.data.parts', 'utils.data.plan',
+    'utils.data.sources', 'utils.data.stream_parts', 'utils.data.tally',
 }  # fmt: skip
 NOT_LIGHT = 'utils.loading.legacy.classes.'
 FORBIDDEN = (

@@ -109,9 +109,15 @@ class LoopbackHub:
         self.resumed = 0
         self.hang_seconds = 5.0
 
-    def add(self, kind: str, repo_id: str, files: Files) -> None:
-        """Put a repository on both hubs."""
-        (self.datasets if kind == 'dataset' else self.repos)[repo_id] = {'files': dict(files)}
+    def add(self, kind: str, repo_id: str, files: Files, *, commit: str = COMMIT) -> None:
+        """Put a repository on both hubs. `commit` is the newest commit of its main branch."""
+        repos = self.datasets if kind == 'dataset' else self.repos
+        repos[repo_id] = {'files': dict(files), 'commit': commit, 'others': {}}
+
+    def add_revision(self, repo_id: str, revision: str, files: Files, *, commit: str) -> None:
+        """Add a branch or tag to a data set. Its files are also served for the commit itself."""
+        for name in (revision, commit):
+            self.datasets[repo_id]['others'][name] = {'files': dict(files), 'commit': commit}
 
     def next_fault(self, method: str, path: str) -> int | str | None:
         """Return the fault of this request and count it down."""
@@ -153,21 +159,30 @@ class LoopbackHub:
         if '/commit/' in name:
             return self._modelscope_commit(name.split('/models/')[1].split('/commit/')[0], json.loads(body))
         match = re.fullmatch(r'/api/v1/(models|datasets)/([^/]+/[^/]+)(/repo.*)?', name)
-        repo = self._repo(match[1], match[2]) if match else None
-        if match is None or repo is None or query.get('Revision', ['master']) != ['master']:
+        revision = query.get('Revision', ['master'])[0]
+        repo = self._repo(match[1], match[2], revision, main='master') if match else None
+        if match is None or repo is None:
             return Answer(404, {'Code': 404, 'Message': f'not found: {method} {name}', 'Success': False})
         if match[3] == '/repo':
             data = repo['files'].get(query['FilePath'][0])
             return Answer(404, {'Code': 404}) if data is None else Answer(data=data)
         owner, short = match[2].split('/')
         listed = [
-            {'Path': path, 'Name': path.rsplit('/', 1)[-1], 'Size': len(data), 'Type': 'blob', 'Sha256': _sha(data)}
-            for path, data in repo['files'].items()
-        ]
+            {
+                'Path': path, 'Name': path.rsplit('/', 1)[-1], 'Size': len(data), 'Type': 'blob', 'Sha256': _sha(data),
+                # The hub names the last commit of each file.
+                'Revision': repo.get('commit', COMMIT) if index == 0 else f'{index:040x}', 'CommittedDate': 100 - index,
+            }
+            for index, (path, data) in enumerate(repo['files'].items())
+        ]  # fmt: skip
         return Answer(200, {'Code': 200, 'Success': True, 'Data': {'Name': short, 'Path': owner, 'Files': listed}})
 
-    def _repo(self, kind: str, repo_id: str) -> dict[str, Any] | None:
-        return (self.datasets if kind == 'datasets' else self.repos).get(repo_id)
+    def _repo(self, kind: str, repo_id: str, revision: str, *, main: str) -> dict[str, Any] | None:
+        repo = (self.datasets if kind == 'datasets' else self.repos).get(repo_id)
+        if repo is None or revision in (main, repo.get('commit', COMMIT)):
+            return repo
+        found: dict[str, Any] | None = repo.get('others', {}).get(revision)
+        return found
 
     def _batch(self, body: bytes) -> dict[str, Any]:
         objects = json.loads(body)['objects']
@@ -212,23 +227,25 @@ class LoopbackHub:
             return Answer(200, {'files': modes})
         if '/commit/' in name:
             return self._hugging_face_commit(name.removeprefix('/api/models/').split('/commit/')[0], body)
-        if match := re.fullmatch(r'/(datasets/)?(.+?)/resolve/([^/]+)/(.+)', name):
-            repo = self._repo('datasets' if match[1] else 'models', match[2])
+        if match := re.fullmatch(r'/(datasets/)?(.+?)/resolve/(refs/convert/parquet|[^/]+)/(.+)', name):
+            repo = self._repo('datasets' if match[1] else 'models', match[2], match[3], main='main')
             data = repo['files'].get(match[4]) if repo else None
             if data is None:
                 return Answer(404, {'error': 'no such file'}, headers={'X-Error-Code': 'EntryNotFound'})
-            return Answer(data=data, headers={'ETag': f'"{_sha(data)}"', 'X-Repo-Commit': COMMIT})
-        match = re.fullmatch(r'/api/(models|datasets)/(.+?)(?:/(revision|tree)/([^/]+))?', name)
-        repo = self._repo(match[1], match[2]) if match else None
-        if match is None or repo is None:
+            assert repo is not None, 'it has the file'
+            return Answer(data=data, headers={'ETag': f'"{_sha(data)}"', 'X-Repo-Commit': repo.get('commit', COMMIT)})
+        match = re.fullmatch(r'/api/(models|datasets)/(.+?)(?:/(revision|tree)/(refs/convert/parquet|[^/]+))?', name)
+        if match is None or self._repo(match[1], match[2], 'main', main='main') is None:
             return Answer(404, {'error': 'no such repository'}, headers={'X-Error-Code': 'RepoNotFound'})
-        if match[4] not in (None, 'main', COMMIT):
+        repo = self._repo(match[1], match[2], match[4] or 'main', main='main')
+        if repo is None:
             return Answer(404, {'error': 'no such revision'}, headers={'X-Error-Code': 'RevisionNotFound'})
         listed = [{'type': 'file', 'path': p, 'size': len(d), 'oid': _sha(d)[:40]} for p, d in repo['files'].items()]
         if match[3] == 'tree':
             return Answer(200, listed)
         siblings = [{'rfilename': f['path'], 'size': f['size'], 'blobId': f['oid']} for f in listed]
-        return Answer(200, {'id': match[2], 'sha': COMMIT, 'siblings': siblings, 'private': False, 'tags': []})
+        about = {'id': match[2], 'sha': repo.get('commit', COMMIT), 'private': False, 'tags': []}
+        return Answer(200, {**about, 'siblings': siblings})
 
     def _hugging_face_commit(self, repo_id: str, body: bytes) -> Answer:
         for line in body.splitlines():

@@ -20,7 +20,8 @@ from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.checkpoint import all_checkpoints
 from utils.base.errors import ConfigError
 from utils.cli.ranges import SCHEDULERS
-from utils.train.trainer_args import count_warmup_steps, make_schedule
+from utils.cli.schedule import count_warmup_steps
+from utils.train.trainer_args import make_schedule
 
 Run = Callable[..., Path]
 Problems = Callable[[], list[str]]
@@ -235,7 +236,7 @@ def test_a_resumed_run_may_end_on_steps_that_change_no_bit(run_sft: Run) -> None
 @pytest.mark.parametrize('steps', [1, 2, 3, 7, 40])
 def test_every_step_of_every_schedule_has_a_rate(steps: int, share: float, name: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    schedule = make_schedule(optimizer, name, learning_rate=0.1, warmup_ratio=share, steps=steps)
+    schedule = make_schedule(optimizer, name, learning_rate=0.1, warmup=share, steps=steps, decay_ratio=0.3)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]['lr'])

@@ -258,7 +258,11 @@ def test_optimizer_flags_typed_on_resuming_are_used(run_sft: Run, caplog: pytest
     run = run_sft(*flags)
     resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-3'))
     ends = {}
-    for name, value in (('learning_rate', '0.02'), ('weight_decay', '0.5'), ('max_grad_norm', '0.001')):
+    typed = {
+        'learning_rate': '0.02', 'weight_decay': '0.5', 'max_grad_norm': '0.001', 'adam_beta1': '0.5',
+        'adam_beta2': '0.5', 'adam_epsilon': '0.01',
+    }  # fmt: skip
+    for name, value in typed.items():
         other = run_sft(*flags, *resumed, f'--{name}', value)
         assert f'--{name} is {float(value)}, the run that is resumed had' in caplog.text
         assert json.loads((other / 'sft_args.json').read_text())[name] == float(value)
@@ -266,7 +270,7 @@ def test_optimizer_flags_typed_on_resuming_are_used(run_sft: Run, caplog: pytest
         rates = [line['learning_rate'] for line in log_lines(other / 'checkpoint-6') if 'loss' in line]
         assert rates == [0.01] * 3 + [float(value) if name == 'learning_rate' else 0.01] * 3
     ends['as it was'] = hashes(run / 'checkpoint-6')['adapter_model.safetensors']
-    assert len(set(ends.values())) == 4
+    assert len(set(ends.values())) == 7
 
 
 @pytest.mark.slow
@@ -291,9 +295,10 @@ def test_another_optimizer_is_refused_on_resuming(run_sft: Run, problems: Proble
     assert (run_sft('--optim', 'adamw_torch_fused', *resumed) / 'run.json').is_file()
 
 
-def test_deepspeed_cannot_be_resumed_with_another_learning_rate() -> None:
+def test_deepspeed_cannot_be_resumed_with_other_optimizer_flags() -> None:
     kept: dict[str, Any] = {'optim': 'adamw_torch', 'learning_rate': 0.1, 'weight_decay': 0.0}
+    kept |= {'adam_beta1': 0.9, 'adam_beta2': 0.999, 'adam_epsilon': 1e-8}
     kept |= {'deepspeed_config_path': 'ds_config/zero2.json'}
     problems = CollectedProblems()
-    _check_resumed_optimizer(kept, {**kept, 'learning_rate': 0.2}, problems)
-    assert [problem.split(':')[0] for problem in problems.found] == ['--learning_rate 0.2']
+    _check_resumed_optimizer(kept, {**kept, 'learning_rate': 0.2, 'adam_beta2': 0.99}, problems)
+    assert [problem.split(':')[0] for problem in problems.found] == ['--learning_rate 0.2', '--adam_beta2 0.99']

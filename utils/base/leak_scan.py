@@ -39,6 +39,7 @@ _PATTERNS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
     'an API key': ((b'sk-',), rb'(?:proj-|ant-)?[A-Za-z0-9_]{32}'),
     'a Slack token': ((b'xoxb-', b'xoxp-', b'xoxa-', b'xoxr-', b'xoxs-'), rb'[0-9]{8,}-[A-Za-z0-9-]{10}'),
 }
+_HIDDEN = b'<secret>'
 _MAX_DEPTH = 4
 _MAX_UNPACKED_BYTES = 1 << 30
 # Markers before the words of a vocabulary. In SentencePiece and byte-level BPE the marker means a space before the
@@ -60,6 +61,20 @@ def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]
     named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
     named |= {name: value for name, value in typed.items() if value}
     return {name: value for name, value in named.items() if len(value) >= _SHORTEST_SECRET}
+
+
+def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
+    """Return the text with <secret> in place of each secret and each token that scan_tree would find.
+
+    `secrets` is a dictionary from descriptions to secrets.
+    """
+    data = text.encode('utf-8', 'surrogatepass')
+    for encoded in sorted({e for secret in secrets.values() for e in _encodings(secret)}, key=len, reverse=True):
+        data = data.replace(encoded, _HIDDEN)
+    for starts, rest in _PATTERNS.values():
+        for start in starts:
+            data = re.sub(rb'(?<![A-Za-z0-9])' + re.escape(start) + rest + rb'[\w-]*', _HIDDEN, data)
+    return data.decode('utf-8', 'surrogatepass')
 
 
 def scan_tree(folder: Path, secrets: Mapping[str, str]) -> list[str]:

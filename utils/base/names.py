@@ -9,6 +9,10 @@ DtypeName = Literal['bf16', 'fp16', 'fp32']
 PushStrategy = Literal['end', 'push_best', 'push_last', 'checkpoint', 'all_checkpoints']
 # The choices of --loss_scope: which replies carry loss.
 LossScope = Literal['last_round', 'all_rounds']
+# The choices of --text_rows: the rows of a text file.
+TextRows = Literal['document', 'paragraph']
+# The choices of --overlong: what happens to a row that is longer than --max_length.
+Overlong = Literal['cut', 'drop', 'refuse', 'split']
 HubName = Literal['modelscope', 'huggingface']
 Kind = Literal['model', 'dataset']
 

@@ -73,5 +73,9 @@ def missing_requirement(requirement: str) -> str | None:
 
 
 def has_package(name: str) -> bool:
-    """Return whether a package is installed. The package is not imported."""
-    return importlib.util.find_spec(name) is not None
+    """Return whether a package is installed. The package is not imported.
+
+    A folder of the same name without Python files is no package. Some tools leave such a folder where they run.
+    """
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
+from utils.base.names import Overlong
 from utils.checks import clean_copy
 from utils.checks.clean_copy import NOT_DRAWN_ROW, OF_VALIDATION, CleanCopy
 from utils.cli.arguments import SftArguments, without_amount
@@ -30,7 +31,7 @@ from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, Encoded
+from utils.encode.encoded import CONTROL_TOKENS, CUTS, DROPPED, REFUSED, SPLIT, Encoded
 from utils.encode.encoder import Encoder, cut_row
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.formats.images import replace_tags
@@ -51,8 +52,9 @@ PAST_POSITIONS = 'longer than the {} positions that config.json of the model sta
 MOJIBAKE = 'mojibake: UTF-8 that was read as another encoding'
 
 _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.msgpack', '*.h5')
-_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output')
-_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', 'query', 'instruction', 'input', 'tools')
+_REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output', 'completion', 'answer', 'text')
+_ASKED_COLUMNS = ('query', 'instruction', 'input', 'prompt', 'question')
+_TEXT_COLUMNS = (*_REPLY_COLUMNS, 'system', 'history', *_ASKED_COLUMNS, 'tools')
 _CONTROL = re.compile(r'<\|[A-Za-z_]{2,}\|>')
 # The second and later bytes of a UTF-8 character are 80 to BF. _LATER matches the characters that these bytes are in
 # Latin-1 and in Windows-1252.
@@ -138,14 +140,15 @@ class Lengths:
 
     max_length: int
     tokenizer: Any
+    overlong: Overlong = 'cut'
     longest: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count a row that has its full length. Returns the row, cut to --max_length as in training."""
+        """Count a row that has its full length. Returns the row, cut to --max_length if --overlong is cut."""
         length = len(row.input_ids)
-        cut = cut_row(row, self.max_length, self.tokenizer)
+        cut = row if self.overlong != 'cut' else cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
         trained = sum(end - start for start, end in (*cut.earlier, cut.trained))
 
@@ -223,7 +226,7 @@ class DataCheck:
         self.defects = Findings('defect', stream)
         self.noted = Findings('noted', stream, skip=[CONTROL_TOKENS])
         self.filtered = Findings('filtered', stream)
-        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer)
+        self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer, overlong=encoder.overlong)
         self.account = Account()
         # Log lines that describe what is excluded from training on purpose.
         self.decisions: list[str] = []
@@ -261,7 +264,7 @@ class DataCheck:
             if reason := OF_VALIDATION if is_val else repeats:
                 not_copied[id(row)] = reason
 
-            if problem := wrong_order(row.messages):
+            if not row.is_text and (problem := wrong_order(row.messages)):
                 self.defects.add(problem, place, columns[place])
             if use != UNUSED:
                 encoded.append(row)
@@ -304,6 +307,8 @@ class DataCheck:
         Returns the reason why --write_clean does not write the row. Returns None if it is not written yet.
         """
         earlier = self.seen.find_earlier(_content(row.messages, row), read)
+        if earlier is None and row.is_text:
+            return None  # a text has no prompt
         if earlier is None:
             same_prompt = self.seen.find_earlier(_content(row.messages[:-1], row), read)
             if same_prompt:
@@ -328,10 +333,16 @@ class DataCheck:
         try:
             for row, ids in encode_batch(self.encoder, rows, report):
                 cut = self.lengths.add(ids)
+                length = len(cut.input_ids)
+                if 0 < self.lengths.max_length < length:
+                    if not self._keeps_long(cut, row, columns[row.origin]):
+                        self.account.skip(row.written, LEFT_OUT)
+                        continue
+                    length = self.lengths.max_length  # of the longest piece
                 self.account.add(row, cut, again)
-                if self.positions is not None and len(cut.input_ids) > self.positions:
+                if self.positions is not None and length > self.positions:
                     self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
-                for note in {CUT_PROMPT, CUT_REPLY}.intersection(cut.notes):
+                for note in set(CUTS).intersection(cut.notes):
                     self.defects.add(note, row.origin, columns[row.origin])
                 measured.append(row)
         except ConfigError as error:
@@ -345,6 +356,21 @@ class DataCheck:
             middle = len(rows) // 2
             return [*self._measure(rows[:middle], columns), *self._measure(rows[middle:], columns)]
         return measured
+
+    def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
+        """Return whether a row longer than --max_length is used. Counts the row under what happens to it."""
+        overlong = self.encoder.overlong
+        if overlong == 'split' and ids.is_text:
+            self.noted.add(SPLIT, row.origin, column)
+            return True
+        if overlong == 'drop':
+            self.left_out.add(DROPPED, row.origin, column)
+        else:
+            reason = REFUSED.format(overlong)
+            self.defects.add(reason, row.origin, column)
+            if self.copy is not None:
+                self.copy.skip(reason)
+        return False
 
     def record(self, args: SftArguments) -> dict[str, Any]:
         """Return the content of dataset_report.json."""
@@ -403,7 +429,7 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(report.with_suffix('.jsonl').open('w', encoding='utf-8'))
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        copy = stack.enter_context(_open_copy(args)) if args.write_clean else None
+        copy = stack.enter_context(_open_copy(args, encoder)) if args.write_clean else None
         check = DataCheck(encoder, args.max_length, stream, Seen(Path(scratch) / 'seen.db'), _positions(config), copy)
         check.decisions += [line for line in done.decisions if line.startswith('train_dataset_sample = ')]
         for part in _plan(args, check).parts:
@@ -419,9 +445,11 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     return 0 if record['clean'] else 1
 
 
-def _open_copy(args: SftArguments) -> CleanCopy:
-    """Return the opened copy of --write_clean. Rows say themselves which replies carry loss, as no flag says it."""
-    return CleanCopy(Path(str(args.write_clean)), marks_loss=args.loss_scope is None)
+def _open_copy(args: SftArguments, encoder: Encoder) -> CleanCopy:
+    """Return the opened copy of --write_clean. Without --loss_scope, its rows say which replies carry no loss."""
+    return CleanCopy(
+        Path(str(args.write_clean)), marks_loss=args.loss_scope is None, sees_images=encoder.images is not None
+    )
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:

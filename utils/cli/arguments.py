@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from utils.base.names import DtypeName, HubName, LossScope, PushStrategy, SftType
+from utils.base.names import DtypeName, HubName, LossScope, Overlong, PushStrategy, SftType, TextRows
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -61,12 +61,23 @@ class CommonArguments:
     )
     dataset: list[str] = list_flag(
         ['blossom-math-zh'],
-        'DATASET_MAPPING keys or data files; name#500 draws 500 rows; name%0.3 gives 30 % of the training rows',
+        'DATASET_MAPPING keys, data files, or ids on a hub: owner/name[:subset][:split][@revision], with hf: or ms: in '
+        'front for another hub than --hub; name#500 draws 500 rows; name%0.3 gives 30 % of the training rows',
     )
     val_dataset: list[str] | None = flag(
         None,
         'validation sets, named as in --dataset; no row of --dataset is then held out, and several sets are also '
         'evaluated one by one',
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            'help': 'names for the columns of data files, as NAME=COLUMN: the name in the file, then the name that is '
+            'read, e.g. question=query,answer=response; NAME= leaves a column out; None: the names in the files',
+        },
+    )
+    text_rows: TextRows = flag(
+        'document', 'rows of .txt and .md files: document, one row a file; paragraph, rows end at blank lines'
     )
     dataset_seed: int = flag(42, 'seed for drawing rows and for the train/validation split')
     dataset_test_ratio: float = flag(0.01, 'share of rows for validation, for data sets without a validation split')
@@ -79,7 +90,12 @@ class CommonArguments:
         'last_round: loss on the last reply of a row; all_rounds: loss on every reply; None: on every reply of rows '
         'with messages or conversations, on the last reply of all other rows',
     )
-    max_length: int = flag(2048, 'maximum tokens per row; a longer row loses its beginning; -1: no limit')
+    max_length: int = flag(2048, 'maximum tokens per row; --overlong says what happens to a longer row; -1: no limit')
+    overlong: Overlong = flag(
+        'cut',
+        'a row longer than --max_length: cut, it loses its beginning; drop, it is skipped and counted; refuse, the run '
+        'stops and lists such rows; split, plain text becomes several rows, and a conversation is refused',
+    )
     max_pixels: int | None = flag(
         None,
         'images with more pixels are scaled down to this number, so that they take fewer tokens; None: the limit of '
@@ -170,30 +186,52 @@ class SftArguments(CommonArguments):
     eval_batch_size: int | None = flag(
         None, 'validation rows per device and forward pass; None: 1 with --predict_with_generate, else --batch_size'
     )
-    num_train_epochs: int = flag(1, 'passes over the training rows')
+    num_train_epochs: int | float = flag(1, 'passes over the training rows; a fraction ends within a pass, e.g. 0.5')
     max_steps: int = flag(-1, 'number of optimizer steps; 1 or more overrides --num_train_epochs; -1: whole epochs')
     optim: str = flag(
         'adamw_torch', 'optimizer, by its name in transformers; adamw_torch is fused if nothing is sharded'
     )
     learning_rate: float | None = flag(None, 'highest learning rate; None: 1e-4 for lora, 2e-5 for full')
     weight_decay: float = flag(0.01, 'AdamW weight decay')
+    adam_beta1: float = flag(0.9, 'decay of the mean of the gradients, for optimizers of the Adam and Lion kind')
+    adam_beta2: float = flag(0.999, 'decay of the mean of the squared gradients (Adam), or of the momentum (Lion)')
+    adam_epsilon: float = flag(1e-8, 'added to the denominator of the update, for optimizers of the Adam kind')
     gradient_accumulation_steps: int = flag(
         16, 'batches per optimizer step; total batch = batch_size x this x number of processes'
     )
     max_grad_norm: float = flag(1.0, 'gradients are clipped to this norm')
     predict_with_generate: bool = flag(False, 'evaluate generated answers (ROUGE, BLEU) instead of the loss')
     lr_scheduler_type: str = flag('cosine', 'learning-rate schedule, by its name in transformers')
+    min_lr_ratio: float | None = flag(
+        None,
+        'the learning rate ends at this share of --learning_rate, for cosine, linear, polynomial and '
+        'warmup_stable_decay; None: the end of the schedule itself, which is 0 or near 0',
+    )
+    decay_ratio: float = flag(
+        0.1, 'share of the steps, at the end, with a falling learning rate; for warmup_stable_decay only'
+    )
     warmup_ratio: float = flag(
         0.05, 'share of the steps with a rising learning rate, at most half of them; no step has a rate of 0'
     )
-    eval_steps: int = flag(50, 'steps between evaluations')
-    save_steps: int | None = flag(None, 'steps between checkpoints; None: same as --eval_steps')
+    warmup_steps: int | None = flag(
+        None, 'number of steps with a rising learning rate, at most half of all steps; None: --warmup_ratio decides'
+    )
+    eval_steps: int | float = flag(50, 'steps between evaluations; below 1: share of all steps, rounded up')
+    save_steps: int | float | None = flag(
+        None,
+        'steps between checkpoints; below 1: share of all steps, rounded up to a step with an evaluation; None: same '
+        'as --eval_steps',
+    )
     only_save_model: bool | None = flag(
         None,
         'checkpoints hold weights only and cannot be resumed; None: false for lora without DeepSpeed, else true',
     )
     save_total_limit: int = flag(2, 'number of checkpoints to keep; 2: the best and the last one; -1: all')
     logging_steps: int = flag(5, 'steps between log lines')
+    report_to: list[str] = list_flag(
+        ['tensorboard'],
+        'trackers that get the log lines: tensorboard, wandb, swanlab, mlflow, trackio, comet; none: no tracker',
+    )
     dataloader_num_workers: int = flag(
         1, 'number of processes that prepare batches; 0: the training process prepares them'
     )

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
 from utils.base.names import LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
-from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
+from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
-from utils.cli.resolution import Ready, Resolution
+from utils.cli.resolution import Ready, Resolution, reading_of
 from utils.cli.resolve import quantized_problems
-from utils.data.sources import Source, check_sources, find_files, parse_source
-from utils.dataset import DATASET_MAPPING
-from utils.formats.hub_dataset import HubDataset
+from utils.cli.trackers import check_tracker_packages, variables_without_effect
+from utils.data.parts import open_parts
+from utils.data.sources import Source, check_sources, find_files, is_text_file, parse_source
+from utils.formats.conversation import Row
+from utils.formats.hub_files import HubFiles
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 from utils.loading.chat_template import folder_templates, read_chat_template
@@ -84,10 +87,12 @@ def _settle(done: Resolution[Any]) -> None:
         words, val_words = args.words_read()
         for problem in check_sources(words, _started_in(args), val_words=val_words):
             problems.add(problem)
+        if 'text_rows' in done.typed and not _text_files(args):
+            done.without_effect(('text_rows',), '--dataset names no .txt or .md file')
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
-    if model_is_here and not _reads_hub_data(args) and not pushes:
-        done.without_effect(('hub',), 'model and data are on this machine, and nothing is pushed')
+    if model_is_here and not _reads_hub_data(done) and not pushes:
+        done.without_effect(('hub',), 'model and data are on this machine or name their hub, and nothing is pushed')
 
     if args.quantization_bit and not has_package('bitsandbytes'):
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
@@ -129,7 +134,9 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
     done.info = replace(info, quantization=info.quantization or stored_quantization(directory))
     for problem in quantized_problems(done.args, done.info):
         done.problems.add(problem)
-    if done.args.template_type == AUTO and done.args.chat_template is None and not has_chat_template(directory):
+    args = done.args
+    lacks_template = args.chat_template is None and not has_chat_template(directory)
+    if args.template_type == AUTO and lacks_template and _needs_template(args):
         names = ', '.join(name for name in TEMPLATE_MAPPING if name != AUTO)
         done.problems.add(
             f'{directory} has no chat template. Name a file with --chat_template, or choose a --template_type: {names}.'
@@ -166,13 +173,45 @@ def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
         raise ConfigError(*problems)
 
 
-def _reads_hub_data(args: CommonArguments) -> bool:
-    """Return whether this command reads rows of a data set on a hub."""
+def _needs_template(args: CommonArguments) -> bool:
+    """Return whether the command makes conversations into prompts. Plain text needs no template.
+
+    Only the first row of each data set is read. A data set that cannot be read is reported later, before the model.
+    """
     if not args.reads_data:
+        return isinstance(args, InferArguments) and args.eval_human
+    try:
+        sources = [parse_source(word) for word in itertools.chain(*args.words_read())]
+        if any(source.hub is not None for source in sources):
+            return False  # rows that are not on this machine yet are judged when they are encoded
+        if any(source.path is None for source in sources):
+            return True  # the entries of registered data sets give questions and replies
+        parts = [part for source in sources for part in open_parts(source, reading=reading_of(args))]
+        rows = [next((row for _, _, row in part.read(sha256()) if isinstance(row, Row)), None) for part in parts]
+    except ConfigError:
         return False
-    words = itertools.chain(*args.words_read())
-    entries = [DATASET_MAPPING.get(without_amount(word)) for word in words]
-    return any(isinstance(entry, HubDataset) for entry in entries)
+    return not all(row is not None and row.is_text for row in rows)
+
+
+def _text_files(args: CommonArguments) -> list[Path]:
+    """Return the files of plain text that --dataset names. Words that name no files are skipped."""
+    found: list[Path] = []
+    for word in itertools.chain(*args.words_read()):
+        try:
+            source = parse_source(word)
+            found += find_files(source) if source.path is not None else []
+        except ConfigError:  # reported with the other problems of the words
+            continue
+    return [file for file in found if is_text_file(file)]
+
+
+def _reads_hub_data(done: Resolution[Any]) -> bool:
+    """Return whether this command reads a data set from the hub of --hub. `hf:` and `ms:` choose a hub themselves."""
+    args = done.args
+    if not args.reads_data or done.problems.found:
+        return bool(args.reads_data)  # words that are not understood are reported already
+    entries = [parse_source(word).entry for word in itertools.chain(*args.words_read())]
+    return any(entry is not None and not (isinstance(entry, HubFiles) and entry.chosen_hub) for entry in entries)
 
 
 def _is_path(model_id_or_path: str) -> bool:
@@ -212,6 +251,9 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     if args.deepspeed_config_path is not None:
         _check_deepspeed(Path(args.deepspeed_config_path), done)
     check_processes(done)
+    if 'report_to' in done.typed:  # the default is among the packages that every run needs
+        check_tracker_packages(args.report_to, problems)
+    done.warnings += variables_without_effect(args.report_to, os.environ)
 
     if not dist.has_gpu_device():
         if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl':

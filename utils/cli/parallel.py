@@ -122,6 +122,18 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
         'gradient_accumulation_steps': ('gradient_accumulation_steps', args.gradient_accumulation_steps),
         'gradient_clipping': ('max_grad_norm', args.max_grad_norm),
     }
+    optimizer = zero.content.get('optimizer') or {}
+    settings = optimizer.get('params', {}) if isinstance(optimizer, dict) else {}
+    betas = [args.adam_beta1, args.adam_beta2]
+    if settings.get('betas', 'auto') not in ('auto', betas):
+        problems.add(
+            f"{path} sets betas {settings['betas']}, and --adam_beta1 and --adam_beta2 are {betas}. Write 'auto' in "
+            'the file.'
+        )
+    if settings.get('eps', 'auto') not in ('auto', args.adam_epsilon):
+        problems.add(
+            f"{path} sets eps {settings['eps']}, and --adam_epsilon is {args.adam_epsilon}. Write 'auto' in the file."
+        )
     for name, (flag, value) in from_flags.items():
         if zero.content.get(name, 'auto') not in ('auto', value):
             problems.add(f"{path} sets {name} {zero.content[name]}, and --{flag} is {value}. Write 'auto' in the file.")

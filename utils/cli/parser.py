@@ -19,14 +19,19 @@ from utils.cli.arguments import CommonArguments, flag_types
 # Misspelt flags that are accepted, because scripts of users contain them. The value is the correct flag.
 ALIASES = {'tuner_bankend': 'tuner_backend'}
 # If a flag of this set is typed several times, all its values are used. For all other flags, the last value is used.
-ADDING_UP = frozenset({'dataset', 'val_dataset', 'template_settings'})
+ADDING_UP = frozenset({'dataset', 'val_dataset', 'columns', 'template_settings'})
 # Flags with a list of name=value. A comma separates two items only if a name and = follow, because a value may contain
 # commas.
 _SETTINGS = frozenset({'template_settings'})
 _NEXT_SETTING = re.compile(r',(?=[A-Za-z_]\w*=)')
 _JSON_SETTING = re.compile(r'\w+=[\[{"]')
+# Flags that set the same thing in two ways. A flag that is typed later replaces the other flag.
+_EITHER = {'warmup_steps': 'warmup_ratio', 'warmup_ratio': 'warmup_steps'}
 # Matches a negative number with an exponent, e.g. -1e-4. argparse would take such a number for a flag.
 _NEGATIVE = re.compile(r'-(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
+
+# The type of a flag that takes a whole number or a fraction.
+_NUMBER = int | float
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
 
@@ -41,10 +46,17 @@ class Parsed(typing.Generic[ArgumentsT]):
 
 
 def _unwrap_optional(hint: Any) -> Any:
-    """Return T if the type hint is T | None. Any other hint is returned unchanged."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return next(a for a in typing.get_args(hint) if a is not type(None))
-    return hint
+    """Return the type hint without None: T for T | None. A hint without None is returned unchanged."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 else _NUMBER
+
+
+def _number(word: str) -> int | float:
+    """Return the number that a word states: an int if it is whole, else a float. Raises ValueError for other words."""
+    value = float(word)
+    return int(value) if value.is_integer() else value
 
 
 def _split_names(word: str) -> list[str]:
@@ -93,9 +105,10 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
                 return choice
         raise ValueError(f"--{name} takes {', '.join(map(str, choices))}, got '{word}'.")
 
-    kinds = {int: 'a whole number', float: 'a number'}
+    kinds = {int: 'a whole number', float: 'a number', _NUMBER: 'a number'}
+    convert = _number if hint == _NUMBER else hint
     try:
-        return hint(word)
+        return convert(word)
     except ValueError:
         raise ValueError(f"--{name} takes {kinds[hint]}, got '{word}'.") from None
 
@@ -115,7 +128,7 @@ def describe_type(hint: Any) -> str:
         return '|'.join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is list:
         return 'name ...'
-    return {bool: 'true|false', int: 'int', float: 'float', str: 'text'}[hint]
+    return {bool: 'true|false', int: 'int', float: 'float', str: 'text', _NUMBER: 'number'}[hint]
 
 
 def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentParser:
@@ -201,14 +214,15 @@ def parse(
 
     A script may write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
     the same flag before it. This is also so for --dataset, although its values are otherwise added up. `earlier` is the
-    command line of an earlier run. A flag of `earlier` is used only if `argv` does not have the same flag.
+    command line of an earlier run. A flag of `earlier` is used only if `argv` does not have the same flag, or the other
+    flag of _EITHER.
     """
     parser = _build_parser(cls, program=program, about=about)
     typed: dict[str, list[str]] = {}
     unknown: list[str] = []
     for words in (earlier, *_at_separator(argv)):
         known, others = _values_typed(parser, words)
-        typed |= known
+        typed = {name: given for name, given in typed.items() if _EITHER.get(name) not in known} | known
         unknown += others
 
     hints = flag_types(cls)

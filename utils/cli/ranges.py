@@ -19,6 +19,7 @@ OPTIMIZERS = (
 )  # fmt: skip
 SCHEDULERS = (
     'linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', 'constant_with_warmup', 'inverse_sqrt',
+    'warmup_stable_decay',
 )  # fmt: skip
 
 _SAMPLING = ('temperature', 'top_k', 'top_p')
@@ -27,6 +28,21 @@ _SAMPLING = ('temperature', 'top_k', 'top_p')
 def is_of_bitsandbytes(optim: str) -> bool:
     """Return whether the optimizer `optim` comes from bitsandbytes."""
     return any(part in optim for part in ('8bit', '32bit', 'bnb', 'ademamix'))
+
+
+def has_betas(optim: str) -> bool:
+    """Return whether the optimizer `optim` uses --adam_beta1 and --adam_beta2."""
+    return 'lion' in optim or has_epsilon(optim)
+
+
+def has_epsilon(optim: str) -> bool:
+    """Return whether the optimizer `optim` uses --adam_epsilon."""
+    return 'adamw' in optim or 'ademamix' in optim
+
+
+def _is_interval(value: float) -> bool:
+    """Return whether the value is a whole number of steps, or a share of the run."""
+    return 0 < value < 1 or (value >= 1 and float(value).is_integer())
 
 
 def _check_number(done: Resolution[Any], name: str, ok: bool, wanted: str) -> None:
@@ -59,29 +75,43 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
     """Check the flags of llm_sft.py, and add a problem for each number out of range and each unknown name."""
     args = done.args
     at_least_one = (
-        'lora_rank', 'lora_alpha', 'batch_size', 'gradient_accumulation_steps', 'eval_steps', 'logging_steps',
+        'lora_rank', 'lora_alpha', 'batch_size', 'gradient_accumulation_steps', 'logging_steps',
     )  # fmt: skip
     for name in at_least_one:
         _check_number(done, name, getattr(args, name) >= 1, '1 or more')
-    for name in ('eval_batch_size', 'save_steps'):
-        _check_number(done, name, getattr(args, name) is None or getattr(args, name) >= 1, '1 or more')
+    _check_number(done, 'eval_batch_size', args.eval_batch_size is None or args.eval_batch_size >= 1, '1 or more')
 
     at_least_zero = (
         'weight_decay', 'max_grad_norm', 'dataloader_num_workers', 'stream_val_rows', 'show_samples', 'report_samples',
     )  # fmt: skip
     for name in at_least_zero:
         _check_number(done, name, getattr(args, name) >= 0, '0 or more')
-    for name in ('lora_dropout_p', 'warmup_ratio'):
-        _check_number(done, name, 0 <= getattr(args, name) < 1, 'a share from 0 to below 1')
+    _check_number(done, 'lora_dropout_p', 0 <= args.lora_dropout_p < 1, 'a share from 0 to below 1')
 
-    _check_number(done, 'learning_rate', args.learning_rate is None or args.learning_rate > 0, 'a number above 0')
+    _check_optimisation(done)
     _check_number(done, 'train_dataset_sample', args.train_dataset_sample == -1 or args.train_dataset_sample >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
     _check_number(done, 'save_total_limit', args.save_total_limit == -1 or args.save_total_limit >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
 
+
+def _check_optimisation(done: Resolution[SftArguments]) -> None:
+    """Check the flags of optimizer, schedule and intervals, and add a problem for each value out of range."""
+    args = done.args
+    _check_number(done, 'learning_rate', args.learning_rate is None or args.learning_rate > 0, 'a number above 0')
+    for name in ('adam_beta1', 'adam_beta2', 'warmup_ratio'):
+        _check_number(done, name, 0 <= getattr(args, name) < 1, 'a share from 0 to below 1')
+    _check_number(done, 'adam_epsilon', args.adam_epsilon > 0, 'a number above 0')
+    lowest = args.min_lr_ratio
+    _check_number(done, 'min_lr_ratio', lowest is None or 0 <= lowest < 1, 'a share from 0 to below 1')
+    _check_number(done, 'decay_ratio', 0 < args.decay_ratio <= 1, 'a share above 0, up to 1')
+    _check_number(done, 'warmup_steps', args.warmup_steps is None or args.warmup_steps >= 0, '0 or more')
+
+    interval = '1 or more whole steps, or a share of the run between 0 and 1'
+    _check_number(done, 'eval_steps', _is_interval(args.eval_steps), interval)
+    _check_number(done, 'save_steps', args.save_steps is None or _is_interval(args.save_steps), interval)
     if args.max_steps < 0:
-        _check_number(done, 'num_train_epochs', args.num_train_epochs >= 1, '1 or more')
+        _check_number(done, 'num_train_epochs', args.num_train_epochs > 0, 'a number above 0')
     elif args.max_steps == 0:
         done.problems.add('--max_steps 0 trains nothing. Give 1 or more, or remove --max_steps to train whole epochs.')
 

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from utils.base.errors import Problems
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments
+from utils.formats.reading import Reading, read_columns
 from utils.loading.info import ModelInfo
 
 ArgumentsT = TypeVar('ArgumentsT', bound=CommonArguments)
@@ -85,6 +86,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)
+
+
+def reading_of(args: CommonArguments) -> Reading:
+    """Return how these flags say that data files are read."""
+    return Reading(columns=read_columns(args.columns or ())[0], text_rows=args.text_rows)
 
 
 def run_name(args: CommonArguments) -> str:

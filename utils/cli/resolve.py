@@ -17,9 +17,12 @@ from utils.base.errors import ConfigError, did_you_mean
 from utils.cli.arguments import GENERATION, HUB_FLAGS, CommonArguments, InferArguments, SftArguments
 from utils.cli.parallel import resolve_scale
 from utils.cli.parser import Parsed
-from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers
+from utils.cli.ranges import check_common_numbers, check_generation, check_sft_numbers, has_betas, has_epsilon
 from utils.cli.resolution import Resolution, run_name
+from utils.cli.schedule import ENDS_AT_A_RATIO, STABLE_DECAY, not_a_multiple
+from utils.cli.trackers import resolve_trackers
 from utils.data.sources import Source, of_flag, parse_source
+from utils.formats.reading import read_columns
 from utils.loading.info import ModelInfo
 from utils.loading.template_settings import parse_settings
 from utils.model import get_model_info, infer_model_type
@@ -49,6 +52,8 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     resolve_scale(done)
     _resolve_tuning(done)
     _resolve_schedule(done)
+    _resolve_intervals(done)
+    resolve_trackers(done)
     _check_layout(done)
     _resolve_hub(done)
 
@@ -244,27 +249,37 @@ def _resolve_datasets(done: Resolution[Any]) -> list[Source]:
     """Return the sources of --dataset. Adds the problems of the words of --dataset and --val_dataset."""
     words, val_words = done.args.words_read()
     sources = _parse_sources(done, 'dataset', words)
-    for source in _parse_sources(done, 'val_dataset', val_words):
+    val_sources = _parse_sources(done, 'val_dataset', val_words)
+    for source in val_sources:
         if source.share is not None:
             done.problems.add(
                 f"--val_dataset '{source.name}': a share (%) is for training rows. Write {source.name}, or "
                 f'{source.name}#100 for 100 rows.'
             )
+
+    for problem in read_columns(done.args.columns or ())[1]:
+        done.problems.add(problem)
+    if done.args.max_length == -1:
+        done.without_effect(('overlong',), '--max_length -1 is no limit')
+    if all(source.path is None and source.hub is None for source in (*sources, *val_sources)):
+        done.without_effect(('columns',), 'the columns of a registered data set are those of its entry')
     return sources
 
 
 def _parse_sources(done: Resolution[Any], flag: str, words: Sequence[str]) -> list[Source]:
     sources: list[Source] = []
-    seen: set[str] = set()
+    seen: set[Any] = set()
     for word in words:
         try:
             source = parse_source(word)
         except ConfigError as error:
             done.problems.add(of_flag(error.problems[0], flag))
             continue
-        if source.name in seen:
+        # The same data set of a hub can be written in two ways.
+        key = source.name if source.hub is None else source.hub.key(done.args.hub)
+        if key in seen:
             done.problems.add(f"--{flag}: '{source.name}' is named twice, its rows would be used twice. Name it once.")
-        seen.add(source.name)
+        seen.add(key)
         sources.append(source)
     return sources
 
@@ -436,14 +451,44 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
 
 
 def _resolve_schedule(done: Resolution[SftArguments]) -> None:
+    """Check the flags of the learning-rate schedule and of the optimizer against each other."""
     args = done.args
+    problems = done.problems
+    kind = args.lr_scheduler_type
+    if {'warmup_steps', 'warmup_ratio'} <= done.typed:
+        problems.add(
+            f'--warmup_steps {args.warmup_steps} and --warmup_ratio {args.warmup_ratio} both give the length of the '
+            'warm-up. Remove --warmup_steps or --warmup_ratio.'
+        )
+    if args.min_lr_ratio is not None and kind not in ENDS_AT_A_RATIO:
+        problems.add(
+            f'--min_lr_ratio {args.min_lr_ratio}: --lr_scheduler_type {kind} does not end at a share of the rate. '
+            f'Remove --min_lr_ratio, or use one of {", ".join(ENDS_AT_A_RATIO)}.'
+        )
+    if 'decay_ratio' in done.typed and kind != STABLE_DECAY:
+        problems.add(
+            f'--decay_ratio {args.decay_ratio} is for --lr_scheduler_type {STABLE_DECAY}, got {kind}. Remove '
+            f'--decay_ratio, or add --lr_scheduler_type {STABLE_DECAY}.'
+        )
+    if kind == 'constant':
+        done.without_effect(
+            ('warmup_ratio', 'warmup_steps'), '--lr_scheduler_type constant has no warm-up; constant_with_warmup has'
+        )
+
+    if not has_betas(args.optim):
+        done.without_effect(('adam_beta1', 'adam_beta2'), f'--optim {args.optim} does not use it')
+    if not has_epsilon(args.optim):
+        done.without_effect(('adam_epsilon',), f'--optim {args.optim} does not use it')
+
+
+def _resolve_intervals(done: Resolution[SftArguments]) -> None:
+    """Set the intervals of checkpoints and the batch size of evaluations, if they were not typed."""
+    args = done.args
+    are_counts = args.eval_steps >= 1 and args.save_steps is not None and args.save_steps >= 1
     if args.save_steps is None:
         done.decide('save_steps', args.eval_steps, 'it follows --eval_steps')
-    elif args.save_steps % args.eval_steps and (args.dataset_test_ratio > 0 or args.val_dataset):
-        done.warnings.append(
-            f'--save_steps {args.save_steps} is not a multiple of --eval_steps {args.eval_steps}: '
-            'only the checkpoint of an evaluated step can become the best one.'
-        )
+    elif are_counts and args.save_steps % args.eval_steps and (args.dataset_test_ratio > 0 or args.val_dataset):
+        done.warnings.append(not_a_multiple(args.save_steps, args.eval_steps))
 
     if args.eval_batch_size is None and args.predict_with_generate:
         done.decide('eval_batch_size', 1, 'evaluation generates answers')
@@ -452,8 +497,6 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
 
     if args.max_steps > 0:
         done.without_effect(('num_train_epochs',), f'--max_steps {args.max_steps} overrides it')
-    if args.lr_scheduler_type == 'constant':
-        done.without_effect(('warmup_ratio',), '--lr_scheduler_type constant has no warm-up; constant_with_warmup has')
     if 'ddp_backend' in done.typed and dist.world_size() == 1:
         done.without_effect(('ddp_backend',), 'there is one process; start several with torchrun')
 

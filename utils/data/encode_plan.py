@@ -28,7 +28,7 @@ from utils.data.parts import TRAIN, UNUSED, VAL
 from utils.data.plan import Plan, served_by
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import NOTHING_TRAINED, Encoded, RowRefused, trains_nothing
+from utils.encode.encoded import DROPPED, NOTHING_TRAINED, SPLIT, Encoded, RowRefused, trains_nothing
 from utils.encode.encoder import Encoder
 from utils.encode.show import show_samples
 from utils.formats.columns import check_row, find_converter
@@ -124,9 +124,27 @@ def encode_batch(
             report.account.skip(row.written, LEFT_OUT)
             continue
         _check_embedded(encoder, row, ids)
+        if 0 < encoder.max_length < len(ids.input_ids) and not _keeps_long(encoder, ids, row, report):
+            report.account.skip(row.written, LEFT_OUT)
+            continue
         for note in ids.notes:
             report.noted.add(note, row.origin)
         yield row, ids
+
+
+def _keeps_long(encoder: Encoder, ids: Encoded, row: Row, report: EncodingReport) -> bool:
+    """Return whether a row is used although it is longer than the limit. Else it is added to the report.
+
+    The caller splits a row that is used. A row that is cut is not longer than the limit.
+    """
+    if encoder.overlong == 'split' and ids.is_text:
+        ids.notes.append(SPLIT)
+        return True
+    if encoder.overlong == 'drop':
+        report.left_out.add(DROPPED, row.origin)
+    else:
+        report.refused.add(row.origin, len(ids.input_ids))
+    return False
 
 
 def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
@@ -146,17 +164,19 @@ def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
     """Return (encoded rows, source rows). The second list has only the source rows that were encoded.
 
-    Skipped rows and rows with notes are added to the report.
+    Skipped rows and rows with notes are added to the report. Raises ConfigError if a row is too long and refused.
     """
     encoded = EncodedRows()
     kept_rows = []
     again = EncodedAgain(encoder)
     for start in range(0, len(rows), BATCH_ROWS):
         for row, ids in encode_batch(encoder, rows[start : start + BATCH_ROWS], report):
-            encoded.append(ids, row.origin)
+            for piece in encoder.pieces_of(ids, encoder.max_length):
+                encoded.append(piece, row.origin)
             report.account.add(row, ids, again)
             kept_rows.append(row)
 
+    report.refused.raise_if_any(encoder.overlong, encoder.max_length)
     return encoded, kept_rows
 
 
@@ -202,7 +222,8 @@ def _used_rows(plan: Plan, account: Account) -> Iterator[UsedRow]:
 def encode_used(encoder: Encoder, plan: Plan, report: EncodingReport) -> Iterator[list[tuple[UsedRow, Encoded]]]:
     """Encode the rows of a plan, and yield them in batches. Skipped rows and rows with notes are added to the report.
 
-    Raises ConfigError if every row of a set of --val_dataset was skipped.
+    A row that is split (--overlong split) gives several encoded rows. Raises ConfigError if --overlong refuses a row or
+    if every row of a set of --val_dataset was skipped.
     """
     again = EncodedAgain(encoder)
     kept: Counter[int] = Counter()
@@ -210,11 +231,12 @@ def encode_used(encoder: Encoder, plan: Plan, report: EncodingReport) -> Iterato
         used = {id(one.row): one for one in batch}
         encoded: list[tuple[UsedRow, Encoded]] = []
         for row, ids in encode_batch(encoder, [one.row for one in batch], report, result):
-            encoded.append((used[id(row)], ids))
+            encoded += [(used[id(row)], piece) for piece in encoder.pieces_of(ids, encoder.max_length)]
             report.account.add(row, ids, again)
         kept.update(one.part for one, _ in encoded)
         yield encoded
 
+    report.refused.raise_if_any(encoder.overlong, encoder.max_length)
     for number in plan.val_sets():
         if not kept[number]:
             raise ConfigError(

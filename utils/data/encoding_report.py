@@ -5,10 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from utils.base.errors import ConfigError
 from utils.base.logger import logger
+from utils.base.names import Overlong
 from utils.data.tally import Tally
 from utils.encode.account import Account
-from utils.encode.encoded import CUT_PROMPT, CUT_REPLY, THINKING_SWITCH
+from utils.encode.encoded import CUTS, THINKING_SWITCH
+
+# The number of rows that are too long and are named.
+_NAMED = 20
+
+
+@dataclass(kw_only=True)
+class RefusedRows:
+    """Counts the rows that are longer than --max_length and that --overlong refuses, and keeps the first locations."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str, length: int) -> None:
+        """Count one row of this many tokens."""
+        self.count += 1
+        if self.count <= _NAMED:
+            self.places.append(f'{place} ({length} tokens)')
+
+    def raise_if_any(self, overlong: Overlong, max_length: int) -> None:
+        """Raise ConfigError with the locations if a row was counted."""
+        if not self.count:
+            return
+        more = f', and {self.count - _NAMED} more' if self.count > _NAMED else ''
+        what = 'conversations' if overlong == 'split' else 'rows'
+        why = ', and only plain text is split' if overlong == 'split' else ''
+        raise ConfigError(
+            f'--overlong {overlong}: {self.count} {what} are longer than --max_length {max_length}{why}: '
+            f'{", ".join(self.places)}{more}. Give a larger --max_length, or add --overlong cut or --overlong drop. '
+            '--check_dataset true writes the list of all of them.'
+        )
 
 
 @dataclass(kw_only=True)
@@ -17,6 +49,8 @@ class EncodingReport:
 
     left_out: Tally = field(default_factory=Tally)
     noted: Tally = field(default_factory=Tally)
+    # The rows that end the run because of their length.
+    refused: RefusedRows = field(default_factory=RefusedRows)
     # How every character of the source rows was used.
     account: Account = field(default_factory=Account)
 
@@ -48,5 +82,7 @@ def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) 
     for line in report.lines():
         logger.warning(line)
 
-    if CUT_REPLY in report.noted.counts or CUT_PROMPT in report.noted.counts:
-        logger.warning('a larger --max_length (-1: no limit) keeps these rows whole')
+    if not report.noted.counts.keys().isdisjoint(CUTS):
+        logger.warning(
+            'a larger --max_length (-1: no limit) keeps these rows whole; --overlong split keeps all of plain text'
+        )

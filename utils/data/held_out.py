@@ -7,10 +7,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from utils.data.parts import VAL, Part, open_parts, read_rows_at
+from utils.data.parts import AS_WRITTEN, VAL, Part, open_parts, read_rows_at
 from utils.data.plan import Plan
 from utils.data.sources import parse_source
 from utils.formats.conversation import Row
+from utils.formats.reading import Reading
 
 
 def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -49,7 +50,9 @@ def files_sha256(part: Part) -> str:
     return digest.hexdigest()
 
 
-def read_held_out(kept: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> list[Row] | None:
+def read_held_out(
+    kept: Mapping[str, Mapping[str, Any]], words: Sequence[str], reading: Reading = AS_WRITTEN
+) -> list[Row] | None:
     """Return the held-out rows of an earlier run. `kept` is what `held_out` returned in that run.
 
     Returns None if `words`, the data sets of --dataset, or their files are not the same as in the earlier run.
@@ -63,10 +66,10 @@ def read_held_out(kept: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -
         entry = kept[source.name]
         if source.path is None or entry['files_sha256'] is None:
             return None
-        (part,) = open_parts(source)
+        (part,) = open_parts(source, reading=reading)
         if files_sha256(part) != entry['files_sha256']:
             return None
-        rows = read_rows_at(part.files, frozenset(entry['rows']))
+        rows = read_rows_at(part.files, frozenset(entry['rows']), reading)
         usable = [row for row in rows if isinstance(row, Row)]
         if len(usable) != len(entry['rows']):
             return None  # a different version of this toolkit wrote the positions, and it accepted different rows

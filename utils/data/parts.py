@@ -20,44 +20,43 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
-from utils.data.sources import Source, find_files
+from utils.data.own_rows import halves_of, located_rows
+from utils.data.sources import Source, find_files, not_found_remedy, shadowed_id
 from utils.data.tally import Tally
-from utils.dataset import DATASET_MAPPING, RawRows
-from utils.formats.columns import KNOWN_SHAPES, Converter, check_row, find_converter, needed_columns, tidy_columns
+from utils.dataset import DATASET_MAPPING
+from utils.formats.columns import (
+    KNOWN_SHAPES,
+    Converter,
+    ambiguous_shapes,
+    check_row,
+    find_converter,
+    needed_columns,
+    tidy_columns,
+)
 from utils.formats.conversation import BadRow, Row
-from utils.formats.data_file import Signature, ignore, read_rows, signature
+from utils.formats.data_file import Signature, read_rows, signature
 from utils.formats.file_bytes import OnBad, UnreadableRow, refuse
 from utils.formats.hub_dataset import HubDataset, RowStream
-from utils.formats.images import state_of_images
+from utils.formats.hub_files import HubFiles
+from utils.formats.images import state_of_images, with_image_files
 from utils.formats.json_text import RowWithRepeatedKeys, repeated_key, with_columns
-from utils.formats.table import Remark
+from utils.formats.reading import Reading
 
+# Files are read with the names that they give their columns.
+AS_WRITTEN = Reading()
 # The values for the use of a row.
 UNUSED, TRAIN, VAL = range(3)
 # Follows the name of a data set in the name of its validation part.
 VALIDATION = ' (validation)'
-# Column names that other tools use for query and response.
-_OTHER_NAMES = (
-    ('prompt', 'completion'),
-    ('prompt', 'response'),
-    ('question', 'answer'),
-    ('question', 'response'),
-)
 
 # (location, columns, conversation). If the columns contain no usable conversation, the third item is a BadRow.
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 
 
-def _located(name: str, rows: RawRows, digest: Any) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield (location, row) for each row of a registered data set.
-
-    If the entry of the data set drops a row, a BadRow with the reason is yielded instead of the row.
-    """
-    if isinstance(rows, RowStream):
-        located = rows.with_locations()
-    else:
-        located = ((f'{name}: row {number}', dict(row)) for number, row in enumerate(rows, start=1))
-
+def _hashed(
+    located: Iterable[tuple[str, dict[str, Any] | BadRow]], digest: Any
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Yield the same (location, row), and update the hash with the content of each row."""
     for location, row in located:
         # Only text, numbers, lists and objects can get into a conversation. Of other values, only the type is hashed.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
@@ -69,39 +68,46 @@ def _converted(
     name: str,
     *,
     folder: str | None = None,
-    remark: Remark = ignore,
+    reading: Reading = AS_WRITTEN,
+    seen: dict[str, None] | None = None,
+    remarks: dict[str, None] | None = None,
 ) -> Iterator[ReadRow]:
     """Convert the rows to conversations, and yield a ReadRow for each row.
 
     The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
-    `remark` is called with the names that are not read as they are written.
+    `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remarks` gets a
+    remark on names that are not read as they are written.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
-    renamed: dict[str, str] = {}
+    tidy: dict[str, str] = {}
+    seen = {} if seen is None else seen
+    remarks = {} if remarks is None else remarks
     for location, written in located:
-        raw = written
-        if isinstance(raw, BadRow):
-            yield location, {}, type(raw)(f'dropped by {name}: {raw}', raw.column)
+        if isinstance(written, BadRow):
+            yield location, {}, type(written)(f'dropped by {name}: {written}', written.column)
             continue
 
+        raw = reading.renamed(written, location)
         if converter is None:
-            renamed = tidy_columns(list(map(str, raw)))
-            if renamed:
-                shown = ', '.join(f"'{column}' as {read_as}" for column, read_as in renamed.items())
-                remark(f'{name}: columns are read by other names than they are written: {shown}')
-        if renamed:
-            raw = with_columns(raw, renamed)
-        if converter is None:
-            converter = find_converter(raw)
-            if converter is None:
-                raise ConfigError(f'{location}: {_unknown_columns(name, list(map(str, raw)))}')
+            seen.update(dict.fromkeys(map(str, written)))
+            tidy = tidy_columns(list(map(str, raw)))
+            if tidy:
+                shown = ', '.join(f"'{column}' as {read_as}" for column, read_as in tidy.items())
+                remarks[f'{name}: columns are read by other names than they are written: {shown}'] = None
+            raw = with_columns(raw, tidy)
+            converter = _first_converter(raw, written, location, reading)
             first_columns = frozenset(raw)
+        else:
+            if raw is not written:
+                seen.update(dict.fromkeys(reading.columns.keys() & written.keys()))
+            raw = with_columns(raw, tidy)
 
         try:
             if find_converter(raw) is not converter:
                 raise _other_columns(converter, first_columns, raw)
-            row = check_row(converter(raw))
+            columns = dict(with_image_files(raw))
+            row = check_row(converter(columns))
         except BadRow as problem:
             yield location, raw, problem
             continue
@@ -110,10 +116,22 @@ def _converted(
         row.folder = folder
         if isinstance(raw, RowWithRepeatedKeys):
             row.notes = tuple(dict.fromkeys([*row.notes, *map(repeated_key, raw.repeated_keys)]))
-        yield location, raw, row
+        yield location, columns, row
 
 
-def _unknown_columns(name: str, columns: Sequence[str]) -> str:
+def _first_converter(raw: Mapping[str, Any], written: Mapping[str, Any], location: str, reading: Reading) -> Converter:
+    """Return the converter for the first row of a file. Raises ConfigError if no converter fits its columns.
+
+    `raw` is the row with the columns renamed, `written` is the row as it is in the file.
+    """
+    converter = find_converter(raw)
+    if converter is None:
+        missing = reading.missing(list(map(str, written)), location)
+        raise ConfigError(*missing, f'{location}: {_unknown_columns(list(map(str, raw)))}')
+    return converter
+
+
+def _unknown_columns(columns: Sequence[str]) -> str:
     """Return the error message for columns that no converter supports, with the best-fitting remedy."""
     problem = f'unknown columns {", ".join(columns)}. '
     tidy = [column.strip().lower() for column in columns]
@@ -121,19 +139,23 @@ def _unknown_columns(name: str, columns: Sequence[str]) -> str:
         twice = [column for column, name in zip(columns, tidy, strict=True) if tidy.count(name) > 1]
         return f'{problem}Their names are equal without capital letters and spaces: {", ".join(twice)}. Rename one.'
 
-    for names in _OTHER_NAMES:
-        if set(names) <= set(columns):
-            return f'{problem}Rename {names[0]} to query and {names[1]} to response.'
-
-    if 'text' in columns:
-        return (
-            f'{problem}To train on plain text, write each row as {{"query": "", "response": the text}}, and choose '
-            '--template_type default-generation.'
-        )
+    if shapes := ambiguous_shapes(columns):
+        return _ambiguous(shapes, columns)
     return (
-        f"{problem}Supported: {KNOWN_SHAPES}. Rename the columns of '{name}', or register a function in "
-        'DATASET_MAPPING in utils/dataset.py.'
+        f'{problem}Supported: {KNOWN_SHAPES}. Say which columns hold question and reply: --columns '
+        'NAME=query,OTHER=response, or register a function in DATASET_MAPPING in utils/dataset.py.'
     )
+
+
+def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str]) -> str:
+    """Return the error message for columns that fit several shapes, with a remedy for each shape."""
+    names = {shape: '/'.join(column for column in columns if column in shape) for shape in shapes}
+    every = frozenset().union(*shapes)
+    choices = [
+        f'to read {names[shape]}, add --columns {",".join(f"{column}=" for column in sorted(every - shape))}'
+        for shape in shapes
+    ]
+    return f'the columns fit more than one shape of rows: {", ".join(names.values())}. Choose: {"; ".join(choices)}.'
 
 
 def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
@@ -157,8 +179,11 @@ class Part:
     # Reads the rows from the start, and updates the given hash object with the content that it reads.
     read: Callable[[Any], Iterator[ReadRow]]
     is_val: bool = False
-    # The hub, id and revision of the download. It is empty for local files.
+    # The hub, id and revision of the download, and its commit if the hub names it. They are empty for local files.
     served: str = ''
+    commit: str = ''
+    # The files of the download, as <hub>:<id>@<revision>/<file>. Empty for other parts.
+    hub_files: Sequence[str] = ()
     uses: bytearray = field(default_factory=bytearray)
     # The local files of the part, each with its signature when the part was opened. A registered data set has none.
     files: Sequence[tuple[Path, Signature]] = ()
@@ -179,6 +204,17 @@ class Part:
     passes: int = 1
     once_more: bytearray = field(default_factory=bytearray)
 
+    # The number of rows of plain text.
+    text_rows: int = 0
+    # The names of the columns in the files: those of first rows, and those that --columns renames. Empty for a
+    # registered data set, whose columns are not renamed.
+    columns: dict[str, None] = field(default_factory=dict)
+
+    def source(self) -> dict[str, str]:
+        """Return, for lock.json, what the hub served and its commit. Returns {} for local files and own functions."""
+        found = {'served': self.served, 'commit': self.commit}
+        return {name: value for name, value in found.items() if value}
+
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
         """Read the part once, and set the use of every row that can be trained on. Updates the tallies and the hash."""
         use = VAL if self.is_val else TRAIN
@@ -197,6 +233,7 @@ class Part:
                 self.earlier_replies[row.loss_scope] += earlier
                 self.rows_with_earlier[row.loss_scope] += 1
             self.has_images |= bool(row.images)
+            self.text_rows += row.is_text
             content.update(state_of_images(row))
 
         self.content = content.hexdigest()
@@ -258,39 +295,117 @@ def draw_uses(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: 
             position = part.uses.find(use, position + 1)
 
 
-def open_parts(source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope') -> list[Part]:
-    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits."""
+def open_parts(
+    source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope', reading: Reading = AS_WRITTEN
+) -> list[Part]:
+    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits.
+
+    `reading` is for files. The rows of a registered data set have the columns that its entry gives them.
+    """
+    if source.hub is not None:
+        return _hub_parts(source, source.hub, bad, hub, reading)
     if source.path is None:
         entry = DATASET_MAPPING[source.name]
-        served = ''
-        if isinstance(entry, HubDataset):
-            train, val, served = entry.load(hub)
-            logger.info(f'{source.name}: {served}')
-            loaded: Any = train if val is None else (train, val)
-        else:
-            loaded = entry()
-        halves = loaded if isinstance(loaded, tuple) else (loaded,)
-        return [_registered(source.name, rows, half, served) for half, rows in enumerate(halves)]
+        return _registered_parts(source.name, entry, hub) if isinstance(entry, HubDataset) else _own_parts(source.name)
 
+    if shadowed_id(source):
+        logger.info(
+            f'{source.name}: the local path {source.path.absolute()} is read. A data set of a hub with this id is '
+            f'hf:{source.name} or ms:{source.name}'
+        )
     files = [(file, signature(file)) for file in find_files(source)]
+    columns: dict[str, None] = {}
     remarks: dict[str, None] = {}
+    read = _reader(files, [str(file) for file, _ in files], bad, reading, columns, remarks)
+    return [Part(name=source.name, read=read, files=files, columns=columns, remarks=remarks)]
+
+
+def _reader(
+    files: Sequence[tuple[Path, Signature]],
+    names: Sequence[str],
+    bad: OnBad,
+    reading: Reading,
+    columns: dict[str, None],
+    remarks: dict[str, None],
+) -> Callable[[Any], Iterator[ReadRow]]:
+    """Return a function that reads the files from the start, and adds the names of their columns to `columns`.
+
+    The hash also covers `names`, one name for each file. Remarks on how the files are read are added to `remarks`.
+    """
 
     def remark(text: str) -> None:
         remarks[text] = None
 
     def read(digest: Any) -> Iterator[ReadRow]:
-        for file, known in files:
-            digest.update(f'{file}\n'.encode())
+        for (file, known), name in zip(files, names, strict=True):
+            digest.update(f'{name}\n'.encode())
             try:
-                rows = read_rows(file, bad=bad, known=known, digest=digest, remark=remark)
-                yield from _converted(rows, str(file), folder=str(file.absolute().parent), remark=remark)
+                rows = read_rows(file, bad=bad, known=known, digest=digest, text_rows=reading.text_rows, remark=remark)
+                folder = str(file.absolute().parent)
+                yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns, remarks=remarks)
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
-    return [Part(name=source.name, read=read, files=files, remarks=remarks)]
+    return read
 
 
-def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[int]) -> list[Row | BadRow]:
+def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, reading: Reading) -> list[Part]:
+    """Return the parts of a data set that is named by its id. Its files are downloaded once per machine."""
+    fetched = files.load(hub, remedy=not_found_remedy(source))
+    at_commit = f' at commit {fetched.commit[:12]}' if fetched.commit else ''
+    logger.info(f'{source.name}: {fetched.served}{at_commit}: {fetched.chosen.about}')
+    parts: list[Part] = []
+    for names, is_val in ((fetched.chosen.train, False), (fetched.chosen.val, True)):
+        if not names:
+            continue
+        # The hash covers the names in the repository, because the folder of the cache differs between machines.
+        paths = [fetched.folder / name for name in names]
+        columns: dict[str, None] = {}
+        remarks: dict[str, None] = {}
+        part = Part(
+            name=_shown(source.name, is_val),
+            read=_reader([(path, signature(path)) for path in paths], names, bad, reading, columns, remarks),
+            columns=columns,
+            remarks=remarks,
+            is_val=is_val,
+            served=fetched.served,
+            commit=fetched.commit,
+            hub_files=[f'{fetched.served}/{name}' for name in names],
+        )
+        parts.append(part)
+    return parts
+
+
+def check_read_once(parts: Iterable[Part]) -> None:
+    """Raise ConfigError if two parts read the same file of a hub. Local files are compared before they are read."""
+    readers: dict[str, str] = {}
+    for part in parts:
+        for file in part.hub_files:
+            if file in readers:
+                raise ConfigError(
+                    f"--dataset: '{readers[file]}' and '{part.name}' both read {file}, so its rows would be used "
+                    'twice. Remove one of the two, or name other subsets or splits.'
+                )
+            readers[file] = part.name
+
+
+def _shown(name: str, is_val: bool) -> str:
+    return name + VALIDATION if is_val else name
+
+
+def check_columns(parts: Iterable[Part], reading: Reading) -> None:
+    """Raise ConfigError if --columns names a column that no row of the parts has had so far."""
+    from_files = [part for part in parts if part.files or part.hub_files]
+    if not from_files:
+        return
+    seen = dict.fromkeys(itertools.chain.from_iterable(part.columns for part in from_files))
+    if missing := reading.missing(seen, ', '.join(part.name for part in from_files)):
+        raise ConfigError(*missing)
+
+
+def read_rows_at(
+    files: Sequence[tuple[Path, Signature]], positions: Collection[int], reading: Reading = AS_WRITTEN
+) -> list[Row | BadRow]:
     """Return the rows at these positions among all rows of the files.
 
     Only these rows and the first row of each file are converted and checked.
@@ -301,39 +416,54 @@ def read_rows_at(files: Sequence[tuple[Path, Signature]], positions: Collection[
         is_wanted = start in positions
         placed: list[tuple[str, dict[str, Any] | BadRow]] = []
         count = 0
-        for place, raw in read_rows(file, known=known):
+        for place, raw in read_rows(file, known=known, text_rows=reading.text_rows):
             # The first row of a file is always kept: it decides how all rows of the file are converted.
             if count == 0 or start + count in positions:
                 placed.append((place, raw))
             count += 1
 
-        rows = [row for _, _, row in _converted(placed, str(file), folder=str(file.absolute().parent))]
+        folder = str(file.absolute().parent)
+        rows = [row for _, _, row in _converted(placed, str(file), folder=folder, reading=reading)]
         found += rows if is_wanted else rows[1:]
         start += count
     return found
 
 
-def _registered(name: str, rows: RawRows, half: int, served: str) -> Part:
-    """Return the training part (`half` is 0) or the validation part (`half` is 1) of a registered data set."""
-    shown = name + VALIDATION if half else name
-    remarks: dict[str, None] = {}
-
-    def remark(text: str) -> None:
-        remarks[text] = None
-
-    def read(digest: Any) -> Iterator[ReadRow]:
-        again = rows
-        if iter(rows) is rows:  # a generator can be read only once: call the function again
-            loaded: Any = DATASET_MAPPING[name]()
-            again = loaded[half] if isinstance(loaded, tuple) else loaded
-        yield from _converted(_located(shown, again, digest), shown, remark=remark)
-
-    return Part(name=shown, read=read, is_val=bool(half), served=served, remarks=remarks)
-
-
 def remarks_of(sources: Iterable[Sequence[Part]]) -> list[str]:
     """Return the remarks on how the files were read so far. `sources` has the parts of each data set."""
     return [remark for part in itertools.chain.from_iterable(sources) for remark in part.remarks]
+
+
+def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
+    """Return the parts of a registered data set that a hub serves."""
+    train, val, snapshot = entry.load(hub)
+    logger.info(f'{name}: {snapshot.repo}')
+
+    def part(rows: RowStream, is_val: bool) -> Part:
+        shown = _shown(name, is_val)
+
+        def read(digest: Any) -> Iterator[ReadRow]:
+            yield from _converted(_hashed(rows.with_locations(), digest), shown)
+
+        return Part(name=shown, read=read, is_val=is_val, served=str(snapshot.repo), commit=snapshot.commit)
+
+    return [part(rows, is_val) for rows, is_val in ((train, False), (val, True)) if rows is not None]
+
+
+def _own_parts(name: str) -> list[Part]:
+    """Return the parts of a data set whose rows a function of the user returns."""
+
+    def part(half: int, rows: Any) -> Part:
+        shown = _shown(name, half == 1)
+        remarks: dict[str, None] = {}
+
+        def read(digest: Any) -> Iterator[ReadRow]:
+            located = _hashed(located_rows(name, half, rows, shown), digest)
+            yield from _converted(located, shown, remarks=remarks)
+
+        return Part(name=shown, read=read, is_val=half == 1, remarks=remarks)
+
+    return [part(half, rows) for half, rows in enumerate(halves_of(name, logs=True)) if rows is not None]
 
 
 def open_replies(row: Row) -> int:

@@ -13,11 +13,25 @@ from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
 from utils.data.mixture import Ingredient, mix
-from utils.data.parts import TRAIN, UNUSED, VAL, VALIDATION, Part, ReadRow, draw_uses, open_parts, remarks_of
+from utils.data.parts import (
+    AS_WRITTEN,
+    TRAIN,
+    UNUSED,
+    VAL,
+    VALIDATION,
+    Part,
+    ReadRow,
+    check_columns,
+    check_read_once,
+    draw_uses,
+    open_parts,
+    remarks_of,
+)
 from utils.data.sources import parse_source, val_set_names
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
 from utils.formats.file_bytes import OnBad, refuse
+from utils.formats.reading import Reading
 
 
 def served_by(parts: Iterable[Part]) -> dict[str, str]:
@@ -42,18 +56,21 @@ class Plan:
     mixed: bool = False
 
     def decisions(self, loss_scope: LossScope | None) -> list[str]:
-        """Return one line of text for each decision that excludes rows, or that says which replies carry loss."""
+        """Return one line of text for each decision that excludes rows, or says which tokens of rows carry loss."""
         replies: Counter[LossScope] = Counter()
         rows: Counter[LossScope] = Counter()
         for part in self.parts:
             replies += part.earlier_replies
             rows += part.rows_with_earlier
+
+        decided = [*remarks_of([self.parts]), *self.drawn]
         total = sum(len(part.uses) for part in self.parts)
-        return [
-            *remarks_of([self.parts]),
-            *self.drawn,
-            *loss_decisions(loss_scope, replies, rows, f'of {total} rows read'),
-        ]
+        if texts := sum(part.text_rows for part in self.parts):
+            decided.append(
+                f'loss is on every token of {texts} of {total} rows read because they are plain text: no template is '
+                'applied, and the end of sequence is added'
+            )
+        return [*decided, *loss_decisions(loss_scope, replies, rows, f'of {total} rows read')]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
         """Yield (use, ReadRow) for every row of all parts."""
@@ -69,12 +86,14 @@ class Plan:
     def lock(self) -> dict[str, dict[str, Any]]:
         """Return {part: {'rows': number of used rows, 'sha256': hash of the content and the uses}} for lock.json.
 
-        The entry of a set of --val_dataset also has the key `flag`.
+        The entry of a data set of a hub also has the keys `served` and `commit`. The entry of a validation set has
+        the key `flag`.
         """
         return {
             part.name: {
                 'rows': part.uses.count(VAL) + part.trained_rows(),
                 'sha256': hashlib.sha256(part.content.encode() + part.uses_digest()).hexdigest(),
+                **part.source(),
                 **({'flag': 'val_dataset'} if part.val_set else {}),
             }
             for part in self.parts
@@ -133,11 +152,15 @@ class _Planner:
     seed: int
     hub: HubName
     bad: OnBad
+    reading: Reading = AS_WRITTEN
     parts: list[Part] = field(default_factory=list)
     left_out: Tally = field(default_factory=Tally)
     noted: Tally = field(default_factory=Tally)
     drawn: list[str] = field(default_factory=list)
     digest: Any = field(default_factory=hashlib.sha256)
+
+    def __post_init__(self) -> None:
+        self.digest.update(repr(self.reading).encode())
 
     def add_training(self, word: str, test_ratio: float | None) -> Ingredient:
         """Read a data set of --dataset, draw its rows (name#count), and hold rows out. Returns its training part.
@@ -145,10 +168,11 @@ class _Planner:
         If `test_ratio` is None, nothing is held out, and a validation part of the data set is not used.
         """
         source = parse_source(word)
-        opened = open_parts(source, self.bad, self.hub)
+        opened = open_parts(source, self.bad, self.hub, self.reading)
         if test_ratio is None:
             self.drawn += [part_not_used(part) for part in opened[1:]]
             opened = opened[:1]
+        check_read_once([*self.parts, *opened])
         for part in opened:
             part.count(self.left_out, self.noted, self.digest)
 
@@ -166,7 +190,7 @@ class _Planner:
         Raises ConfigError if no row is left, or if the data set has no validation part and is trained on.
         """
         source = parse_source(word)
-        opened = open_parts(source, self.bad, self.hub)
+        opened = open_parts(source, self.bad, self.hub, self.reading)
         part = opened[-1]
         if len(opened) == 1 and part.name in trained:
             raise ConfigError(
@@ -174,6 +198,7 @@ class _Planner:
                 '--dataset or from --val_dataset.'
             )
 
+        check_read_once([*self.parts, part])
         left_out = Tally()
         part.is_val = True
         part.val_set = name
@@ -225,6 +250,7 @@ def plan_rows(
     train_sample: int = -1,
     hub: HubName = 'modelscope',
     bad: OnBad = refuse,
+    reading: Reading = AS_WRITTEN,
 ) -> Plan:
     """Read all data sets once, and return the plan that says which rows are used.
 
@@ -233,9 +259,10 @@ def plan_rows(
     all data sets together. If words have a share (name%0.3), the training rows are instead those of the mixture.
 
     `val_words` are the words of --val_dataset. If there are any, nothing is split off, and the validation sets are used
-    whole. Raises ConfigError if data cannot be read, or if no training row or no row of a validation set is left.
+    whole. Raises ConfigError if data cannot be read, if no row has a column that
+    --columns names, or if no training row or no row of a validation set is left.
     """
-    planner = _Planner(seed=seed, hub=hub, bad=bad)
+    planner = _Planner(seed=seed, hub=hub, bad=bad, reading=reading)
     ingredients = [planner.add_training(word, None if val_words else test_ratio) for word in words]
     parts = [*planner.parts]
     if bad is refuse and not any(TRAIN in part.uses for part in parts):
@@ -254,17 +281,23 @@ def plan_rows(
             draw_uses(parts, use, sample, seed, drawn=use, rest=UNUSED)
 
     _add_validation_sets(planner, val_words, {one.part.name for one in ingredients})
+    check_columns(planner.parts, reading)
     return planner.plan(mixed=mixed)
 
 
 def plan_validation(
-    val_words: Sequence[str], *, trained: Collection[str] = (), seed: int = 42, hub: HubName = 'modelscope'
+    val_words: Sequence[str],
+    *,
+    trained: Collection[str] = (),
+    seed: int = 42,
+    hub: HubName = 'modelscope',
+    reading: Reading = AS_WRITTEN,
 ) -> Plan:
     """Read the data sets of --val_dataset once, and return the plan of their rows.
 
     `trained` has the names of the data sets that are trained on. Raises ConfigError if no row of a set is left.
     """
-    planner = _Planner(seed=seed, hub=hub, bad=refuse)
+    planner = _Planner(seed=seed, hub=hub, bad=refuse, reading=reading)
     _add_validation_sets(planner, val_words, trained)
     return planner.plan()
 

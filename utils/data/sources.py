@@ -1,4 +1,4 @@
-"""Reads the words of --dataset and --val_dataset: names of registered data sets, files, folders and globs of files."""
+"""Reads the words of --dataset and --val_dataset: registered names, files, folders, globs and ids on a hub."""
 
 from __future__ import annotations
 
@@ -11,25 +11,47 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from utils.base.errors import ConfigError, did_you_mean
+from utils.base.errors import ConfigError, close_names, did_you_mean
 from utils.dataset import DATASET_MAPPING
-from utils.formats.data_file import KINDS, SUFFIXES
+from utils.formats.data_file import SUFFIXES, TEXT_SUFFIXES
+from utils.formats.hub_dataset import HubDataset
+from utils.formats.hub_files import HUB_PREFIXES, HubFiles
+
+_KINDS = '.json, .jsonl, .csv, .tsv, .txt, .md (each also .gz) or .parquet'
+_ALL_SUFFIXES = (*SUFFIXES, *TEXT_SUFFIXES)
+_HUB_FORM = '[hf:|ms:]owner/name[:subset][:split][@revision]'
+_HUB_WORD = re.compile(
+    r'(?:(?P<hub>hf|ms):)?(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)'
+    r'(?::(?P<part>[^:@]+))?(?::(?P<split>[^:@]+))?(?:@(?P<revision>[\w./-]+))?',
+    flags=re.ASCII,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One word of --dataset: a registered name, file, folder or glob, and how many of its rows are used."""
+    """One word of --dataset or --val_dataset, and how many of its rows are used.
+
+    `path` is set for a file, folder or glob, and `hub` for the id of a data set on a hub. For a registered name, both
+    are None.
+    """
 
     name: str
     # The number of rows to draw (name#500).
     sample: int | None
-    path: Path | None
+    path: Path | None = None
+    hub: HubFiles | None = None
     # The share of the training rows (name%0.3).
     share: Fraction | None = None
 
+    @property
+    def entry(self) -> HubDataset | HubFiles | None:
+        """Return the description of a data set that a hub serves. Returns None for files and own functions."""
+        registered = None if self.path is not None else DATASET_MAPPING.get(self.name)
+        return registered if isinstance(registered, HubDataset) else self.hub
+
 
 def parse_source(word: str) -> Source:
-    """Return the source that a word of --dataset names. No file is opened.
+    """Return the source that a word of --dataset names. No file is opened, and the network is not used.
 
     Raises ConfigError if the word is not a valid source. For an unknown name, the message suggests similar names.
     """
@@ -72,7 +94,7 @@ def _parse_unshared(word: str) -> Source:
     name, mark, count = word.rpartition('#')
     if not mark:
         name = word
-    elif not count.isdecimal() and word.lower().endswith(SUFFIXES):
+    elif not count.isdecimal() and word.lower().endswith(_ALL_SUFFIXES):
         # The # is part of a file name.
         name, mark, count = word, '', ''
     if mark and not (count.isdecimal() and len(count) < 19 and int(count) > 0):
@@ -83,31 +105,70 @@ def _parse_unshared(word: str) -> Source:
     sample = int(count) if mark else None
 
     if name in DATASET_MAPPING:
-        return Source(name=name, sample=sample, path=None)
+        return Source(name=name, sample=sample)
+    if (found := _hub_files(name)) is not None:
+        return Source(name=name, sample=sample, hub=found)
 
-    is_folder = name.endswith('/') or ('/' in name and '.' not in Path(name).name)
-    if name.lower().endswith(SUFFIXES) or is_folder or glob.has_magic(name):
+    is_folder = name.endswith('/') or ('/' in name and ('.' not in Path(name).name or Path(name).is_dir()))
+    if name.lower().endswith(_ALL_SUFFIXES) or is_folder or glob.has_magic(name):
         return Source(name=name, sample=sample, path=Path(name))
 
     if '/' in name or '.' in name:
         raise ConfigError(
-            f"--dataset '{name}': this is neither a registered data set nor a {KINDS} file. Write a folder as {name}/."
-            + _hub_remedy(name)
+            f"--dataset '{name}': this is neither a registered data set nor a {_KINDS} file. Write a folder as "
+            f'{name}/, and a data set of a hub as {_HUB_FORM}.'
         )
     raise ConfigError(
         f"--dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
-        f'Give a {KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
+        f'Give a {_KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
     )
 
 
-def _hub_remedy(name: str) -> str:
-    """Return a remedy for a name that may be the id of a data set on a hub. Returns '' for all other names."""
-    if not re.fullmatch(r'[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*', name):
-        return ''
-    return (
-        ' Only registered data sets are fetched from a hub. Download any other one and give its files, e.g. '
-        f'hf download {name} --repo-type dataset --local-dir rows'
+def _hub_files(name: str) -> HubFiles | None:
+    """Return the data set of a hub that a word names. Returns None if the word is not an id, or names a local path."""
+    match = _HUB_WORD.fullmatch(name)
+    if match is None:
+        return None
+
+    prefix = match['hub']
+    has_owner = '/' in match['id']
+    # The first data sets of Hugging Face have no owner.
+    if not has_owner and prefix != 'hf':
+        return None
+    if prefix is None and (Path(name).exists() or (name.lower().endswith(SUFFIXES) and not match['part'])):
+        return None
+    return HubFiles(
+        word=name,
+        id=match['id'],
+        chosen_hub=HUB_PREFIXES[prefix] if prefix else None,
+        part=match['part'],
+        split=match['split'],
+        revision=match['revision'] or 'master',
     )
+
+
+def shadowed_id(source: Source) -> str | None:
+    """Return the name of a local path if the same name could be the id of a data set on a hub, else None."""
+    match = _HUB_WORD.fullmatch(source.name)
+    is_id = source.path is not None and match is not None and '/' in match['id'] and source.path.exists()
+    return source.name if is_id and not source.name.lower().endswith(SUFFIXES) else None
+
+
+def not_found_remedy(source: Source) -> str:
+    """Return what to try if no hub has the data set of a word: close ids, the other hub, a local folder."""
+    assert source.hub is not None, 'only a data set of a hub can be missing on it'
+    known = [
+        repo_id
+        for entry in DATASET_MAPPING.values()
+        if isinstance(entry, HubDataset)
+        for repo_id in (entry.id, *entry.moved, entry.hf_id or entry.id)
+    ]
+    close = [repo_id for repo_id in close_names(source.hub.id, known) if repo_id != source.hub.id]
+    remedy = f' Ids close to it: {", ".join(close)}.' if close else ''
+    if source.hub.chosen_hub is None:
+        remedy += f' A data set of Hugging Face is hf:{source.hub.id}, one of ModelScope ms:{source.hub.id}.'
+        remedy += f' A local folder of this name is not there either (looked in {Path.cwd()}).'
+    return remedy
 
 
 def find_files(source: Source) -> list[Path]:
@@ -135,10 +196,10 @@ def _matching_files(source: Source) -> list[Path]:
         return [path]
 
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(SUFFIXES) and not f.name.startswith('.'))
+        files = _in_folder(path)
         if not files:
             raise ConfigError(
-                f"--dataset '{source.name}': folder {path} holds no {KINDS} file, and the folders in it are not "
+                f"--dataset '{source.name}': folder {path} holds no {_KINDS} file, and the folders in it are not "
                 f'searched. Give files, or a glob such as {path}/**/*.jsonl in quotes.'
             )
         return files
@@ -149,9 +210,8 @@ def _matching_files(source: Source) -> list[Path]:
                 f"--dataset '{source.name}': {path} is a pipe or a device, which can be read only once. Write its rows "
                 'to a file and give that file.'
             )
-        kind = 'data file' if source.name.lower().endswith(SUFFIXES) else 'data folder'
-        missing = f'{kind} {path} is not there (looked in {path.absolute().parent}).'
-        raise ConfigError(missing + _hub_remedy(source.name))
+        kind = 'data file' if source.name.lower().endswith(_ALL_SUFFIXES) else 'data folder'
+        raise ConfigError(f'{kind} {path} is not there (looked in {path.absolute().parent}).')
 
     files = sorted(map(Path, glob.glob(source.name, recursive=True)))  # noqa: PTH207 (Path.glob: no absolute pattern)
     if not files:
@@ -160,12 +220,31 @@ def _matching_files(source: Source) -> list[Path]:
             'or start the command in another folder.'
         )
     for file in files:
-        if not file.is_file() or not file.name.lower().endswith(SUFFIXES):
+        if not file.is_file() or not file.name.lower().endswith(_ALL_SUFFIXES):
             raise ConfigError(
-                f"--dataset '{source.name}': the pattern matches {file}, which is not a {KINDS} file. Use a pattern "
+                f"--dataset '{source.name}': the pattern matches {file}, which is not a {_KINDS} file. Use a pattern "
                 'that matches only data files.'
             )
+    if other := next((file for file in files if is_text_file(file) != is_text_file(files[0])), None):
+        raise ConfigError(
+            f"--dataset '{source.name}': the pattern matches {files[0]} and {other}, and a pattern is for files with "
+            'rows or for files of plain text. Give two patterns.'
+        )
     return files
+
+
+def is_text_file(file: Path) -> bool:
+    """Return whether a data file holds plain text, by its name."""
+    return file.name.lower().endswith(TEXT_SUFFIXES)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Return the data files directly in a folder, sorted.
+
+    Text files are returned only if no file has rows: a README.md next to data files is no data.
+    """
+    found = sorted(f for f in folder.iterdir() if f.name.lower().endswith(_ALL_SUFFIXES) and not f.name.startswith('.'))
+    return [file for file in found if not is_text_file(file)] or found
 
 
 def _is_gone(source: Source | None, started_in: str | None) -> bool:
@@ -174,6 +253,18 @@ def _is_gone(source: Source | None, started_in: str | None) -> bool:
     if started_in in (None, abbreviated(Path.cwd())) or path is None or path.is_absolute():
         return False
     return not path.exists() and not glob.glob(str(path), recursive=True)  # noqa: PTH207
+
+
+def _check_not_moved(source: Source, started_in: str | None) -> None:
+    """Raise ConfigError if a word that is read as an id named a local path in the folder where the run was started."""
+    if started_in is None:
+        return
+    there = Path(started_in).expanduser() / source.name
+    if there.exists():
+        raise ConfigError(
+            f"--dataset '{source.name}': the run read {there}, and here the name is the id of a data set on a hub. "
+            f'The run was started in {started_in}: run the command there.'
+        )
 
 
 def abbreviated(path: Path) -> str:
@@ -204,6 +295,8 @@ def check_sources(words: Sequence[str], started_in: str | None = None, *, val_wo
         try:
             source = parse_source(word)
             files = find_files(source) if source.path is not None else []
+            if source.hub is not None and source.hub.chosen_hub is None:
+                _check_not_moved(source, started_in)
         except ConfigError as error:
             hint = ''
             if _is_gone(source, started_in):

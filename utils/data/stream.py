@@ -217,15 +217,17 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 found[id(row)] = ids
                 if is_new:
                     report.account.add(row, ids, again)
+            report.refused.raise_if_any(self.encoder.overlong, self.encoder.max_length)
 
         for row, _ in rows:
             if id(row) not in found:
                 continue
-            item = {**found[id(row)].as_item(), 'row': self._yielded}
-            self._recent[self._yielded] = (item, row.origin)
-            self._recent.pop(self._yielded - _REMEMBERED_ROWS, None)
-            self._yielded += 1
-            yield item
+            for piece in self.encoder.pieces_of(found[id(row)], self.encoder.max_length):
+                item = {**piece.as_item(), 'row': self._yielded}
+                self._recent[self._yielded] = (item, row.origin)
+                self._recent.pop(self._yielded - _REMEMBERED_ROWS, None)
+                self._yielded += 1
+                yield item
 
     def origin(self, index: int) -> str:
         """Return where a row came from. For a row that is not in memory, returns 'an earlier row of the stream'."""
@@ -240,8 +242,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
         """Return the first rows of the stream, encoded and not shuffled. Skipped rows are counted only in `report`."""
         rows = (row for row, _ in self._mixed(counts=False)) if self.shares else self._in_turn(counts=False)
-        rows = itertools.islice(rows, count)
-        return [row.as_item() for _, row in encode_batch(self.encoder, list(rows), report or EncodingReport())]
+        report = report or EncodingReport()
+        limit = self.encoder.max_length
+        encoded = [row for _, row in encode_batch(self.encoder, list(itertools.islice(rows, count)), report)]
+        report.refused.raise_if_any(self.encoder.overlong, limit)
+        return [piece.as_item() for row in encoded for piece in self.encoder.pieces_of(row, limit)]
 
     def lengths(self) -> list[int]:
         """Return a list with only --max_length. Without a limit, return the numbers of tokens of the first rows."""

@@ -10,11 +10,23 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from utils.base.names import HubName, LossScope
-from utils.data.parts import VAL, Part, open_parts, open_replies, remarks_of
+from utils.data.parts import (
+    AS_WRITTEN,
+    VAL,
+    Part,
+    check_columns,
+    check_read_once,
+    open_parts,
+    open_replies,
+    remarks_of,
+)
 from utils.data.plan import Plan, loss_decisions, part_not_used, plan_validation
 from utils.data.sources import parse_source
 from utils.formats.conversation import Row
+from utils.formats.reading import Reading
 
+# The number of rows of each stream in which the columns of --columns are looked for.
+_COLUMN_ROWS = 1000
 # The number of rows of each stream that are read before training to see which replies carry loss.
 _FIRST_ROWS = 64
 
@@ -34,24 +46,38 @@ class Streams:
     decisions: Sequence[str] = ()
 
 
-def open_streams(words: Sequence[str], *, hub: HubName, val_words: Sequence[str] = (), seed: int = 42) -> Streams:
+def open_streams(
+    words: Sequence[str],
+    *,
+    hub: HubName,
+    val_words: Sequence[str] = (),
+    seed: int = 42,
+    reading: Reading = AS_WRITTEN,
+) -> Streams:
     """Return the opened data sets of a streamed run. The rows of --val_dataset are read once.
 
-    Raises ConfigError if the first row of a part cannot be read.
+    Raises ConfigError if the first row of a part cannot be read, or if the first rows of all parts lack a column that
+    --columns names.
     """
     named = [parse_source(word) for word in words]
-    sources = [open_parts(source, hub=hub) for source in named]
+    sources = [open_parts(source, hub=hub, reading=reading) for source in named]
     val: Plan | None = None
     decisions: list[str] = []
     if val_words:
         decisions = [part_not_used(parts[1]) for parts in sources if len(parts) > 1]
         sources = [parts[:1] for parts in sources]
-        val = plan_validation(val_words, trained={parts[0].name for parts in sources}, seed=seed, hub=hub)
+        val = plan_validation(
+            val_words, trained={parts[0].name for parts in sources}, seed=seed, hub=hub, reading=reading
+        )
         decisions += val.drawn
 
-    for part in itertools.chain.from_iterable(sources):
-        next(part.read(hashlib.sha256()), None)
-    decisions = [*remarks_of([*sources, val.parts if val else ()]), *decisions]
+    check_read_once([*itertools.chain.from_iterable(sources), *(val.parts if val else ())])
+    opened = list(itertools.chain.from_iterable(sources))
+    for part in opened:
+        for _ in itertools.islice(part.read(hashlib.sha256()), _COLUMN_ROWS if reading.columns else 1):
+            pass
+    check_columns([*opened, *(val.parts if val else ())], reading)
+    decisions = [*remarks_of([opened, val.parts if val else ()]), *decisions]
     shares = [source.share for source in named if source.share is not None]
     return Streams(sources=sources, shares=shares, val=val, decisions=decisions)
 

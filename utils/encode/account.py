@@ -41,13 +41,21 @@ _MARKS = ('weight', 'loss', 'train')
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 # Keys of a tool whose values decide how the tool is printed. Few templates print these values.
 _OF_SCHEMAS = ('type', 'required')
-# The columns of each row format. The first format whose first two columns the row has is used.
-_SHAPES = (
+# The columns of each row format. The first format whose columns the row has is used.
+_SHAPES: tuple[tuple[str, ...], ...] = (
     ('messages',),
     ('conversations',),
     ('query', 'response', 'history'),
     ('instruction', 'output', 'input', 'history'),
+    ('prompt', 'completion', 'history'),
+    ('prompt', 'response', 'history'),
+    ('question', 'answer', 'history'),
+    ('question', 'response', 'history'),
+    ('input', 'output', 'history'),
+    ('text',),
 )
+# The columns with what is asked. Any other column of such a shape has the reply.
+_ASKED = ('query', 'instruction', 'input', 'prompt', 'question')
 _SEPARATE = re.compile(rf'({OPEN_TAG}|{CLOSE_TAG}|<img>.*?</img>|\n)')
 
 
@@ -270,11 +278,41 @@ def _of_history(history: Any) -> Iterator[_Leaf]:
             yield from _texts(text, ('history', number, half), label, label, 2 * number + half)
 
 
+def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
+    """Yield the leaves of a column with a list of turns, or with one turn. `number` is the number of its first turn."""
+    keys, contents = ('role', 'from'), ('content', 'value')
+    if column == 'conversations':
+        keys, contents = ('from', 'role'), ('value', 'content')
+    if isinstance(value, Mapping):
+        yield from _of_turn(value, (column,), number, keys, contents)
+        return
+    for index, turn in enumerate(value if isinstance(value, list | tuple) else [value]):
+        if isinstance(turn, Mapping):
+            yield from _of_turn(turn, (column, index), number + index, keys, contents)
+        else:
+            yield from _unused(turn, (column, index), f'column `{column}`')
+
+
+def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
+    """Yield the leaves of a column with what is asked, or with the reply, after this number of rounds of history."""
+    value = raw[column]
+    is_asked = column in _ASKED
+    first = 2 * rounds + (not is_asked)
+    prompt = raw[shape[0]]
+    if not is_asked and isinstance(prompt, list):
+        first = len(prompt)
+    if isinstance(value, list | Mapping):
+        yield from _of_turns(value, column, first)
+    else:
+        label = 'user text' if is_asked else 'reply text'
+        yield from _texts(value, (column,), label, label, first)
+
+
 def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
     """Yield a _Leaf for every text of a row. `raw` is the row as it was written in the file."""
     shape = next((columns for columns in _SHAPES if all(c in raw for c in columns[:2])), ())
-    after = {'query': 'user text', 'instruction': 'user text', 'input': 'user text', 'response': 'reply text',
-             'output': 'reply text'}  # fmt: skip
+    if 'history' in shape and isinstance(raw[shape[0]], list | Mapping):
+        shape = shape[:2]  # a prompt of messages has its own history
     history = _parsed(raw.get('history')) if 'history' in shape else None
     last = len(history) if isinstance(history, list | tuple) else 0
     if history is not None:
@@ -283,18 +321,13 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
     for column, value in raw.items():
         at = (column,)
         if column in shape and column in ('messages', 'conversations'):
-            keys, contents = ('role', 'from'), ('content', 'value')
-            if column == 'conversations':
-                keys, contents = ('from', 'role'), ('value', 'content')
-            turns = _parsed(value)
-            for number, turn in enumerate(turns if isinstance(turns, list | tuple) else [turns]):
-                if isinstance(turn, Mapping):
-                    yield from _of_turn(turn, (column, number), number, keys, contents)
-                else:
-                    yield from _unused(turn, (column, number), f'column `{column}`')
-        elif column in shape and column in after:
-            label = after[column]
-            yield from _texts(value, at, label, label, 2 * last + (label == 'reply text'))
+            yield from _of_turns(_parsed(value), column)
+        elif column in shape and column == 'text':
+            yield from _texts(value, at, 'plain text', 'plain text', 0)
+        elif shape == ('text',):
+            yield from _unused(value, at, f'column `{column}`')  # no template is applied
+        elif column in shape and column != 'history':
+            yield from _of_side(raw, column, shape, last)
         elif column == 'system':
             yield from _texts(value, at, 'system text', 'system text')
         elif column == 'tools' or (column == 'functions' and not has_tools):

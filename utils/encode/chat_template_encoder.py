@@ -48,7 +48,7 @@ from utils.formats.conversation import Message, Row
 from utils.formats.json_text import Spelling, json_as_written
 from utils.loading.image_processors import Images
 from utils.loading.template_settings import as_word, split_settings
-from utils.preprocess import AUTO, TEMPLATE_MAPPING
+from utils.preprocess import AUTO
 
 _OPEN_THINK = re.compile(rf'({OPEN_TAG})\s*$')
 _CLOSED_THINK = re.compile(rf'(?:{CLOSE_TAG})\s*$')
@@ -144,12 +144,6 @@ class AutoEncoder(Encoder):
     name = AUTO
 
     def __init__(self, tokenizer: Any, *, system: str | None, max_length: int, images: Images | None = None) -> None:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                'template auto needs a chat template, and this tokenizer has none. '
-                'Name a file with --chat_template, or choose a --template_type: '
-                f'{", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
-            )
         templates = tokenizer.chat_template
         self._source = ''.join(templates.values()) if isinstance(templates, dict) else str(templates)
         super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)

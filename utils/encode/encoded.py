@@ -39,12 +39,21 @@ EARLIER_MERGED = 'a token merges across the start or end of an earlier reply: no
 NO_LOSS_MARKED = 'every reply of the row is marked to carry no loss (weight, loss or train)'
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
+CUT_TEXT = 'longer than max_length: lost the beginning of its text'
+SPLIT = 'longer than max_length: split into several rows'
+DROPPED = 'longer than max_length: dropped (--overlong drop)'
+REFUSED = 'longer than max_length: refused (--overlong {})'
+CUTS = (CUT_PROMPT, CUT_REPLY, CUT_TEXT)
+# A row of plain text has no question. In its place, a model gets the beginning of the text: half of its tokens, but at
+# most this number.
+_BEGINNING = 64
 
 
 @dataclass(kw_only=True, slots=True)
 class Encoded:
     """A row as token ids. The first `prompt_length` ids are the prompt.
 
+    The first `prompt_length` ids are the prompt. In a row of plain text they are its beginning, which carries loss too.
     `trained` is the half-open span (start, end) of the last reply that carries loss. `earlier` has the spans of the
     replies before it that carry loss, in the order of the row.
     """
@@ -59,12 +68,20 @@ class Encoded:
     pieces: tuple[str, ...] = ()
     # The number of characters that were cut from the start of the text in `pieces`.
     cut: int = 0
+    # Whether the row is plain text. Then every token carries loss.
+    is_text: bool = False
 
     def as_item(self) -> dict[str, Any]:
         """Return the row as an item of a data set. The keys `earlier` and `images` are left out if they are empty."""
         item = {'input_ids': self.input_ids, 'trained': self.trained, 'prompt_length': self.prompt_length}
         extra = {'earlier': self.earlier, 'images': self.images}
         return {**item, **{name: value for name, value in extra.items() if value}}
+
+
+def whole_text(ids: list[int]) -> Encoded:
+    """Return a row of plain text with these ids. Every token carries loss."""
+    length = min(len(ids) // 2, _BEGINNING)
+    return Encoded(input_ids=ids, trained=(0, len(ids)), prompt_length=length, is_text=True)
 
 
 def cut_front(row: Encoded, max_length: int) -> Encoded:
@@ -75,6 +92,9 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
     surplus = len(row.input_ids) - max_length
     if max_length < 0 or surplus <= 0:
         return row
+    if row.is_text:
+        ids = row.input_ids[surplus:]
+        return dataclasses.replace(whole_text(ids), pieces=row.pieces, notes=[*row.notes, CUT_TEXT])
     start, end = row.trained
     return Encoded(
         input_ids=row.input_ids[surplus:],

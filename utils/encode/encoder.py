@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
-from utils.base.names import LossScope
-from utils.encode.encoded import (
-    TAGS_AS_TEXT,
-    Encoded,
-    cut_front,
-)
+from utils.base.names import LossScope, Overlong
+from utils.encode.encoded import CONTROL_TOKENS, TAGS_AS_TEXT, Encoded, cut_front, whole_text
 from utils.encode.guarded_tokenizer import TextTokenizer
 from utils.encode.image_slots import FoundImages, fill_slots, new_places, open_images_of
 from utils.formats.conversation import Message, Row
+from utils.formats.images import ImageFiles
 from utils.loading.image_processors import Images
 from utils.preprocess import TEMPLATE_MAPPING
 
@@ -32,6 +30,10 @@ def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
     return cut
 
 
+def _beginning_of(row: Encoded) -> list[int]:
+    return row.input_ids[: row.prompt_length]
+
+
 class Encoder:
     """Converts rows to token ids, with one tokenizer call per batch."""
 
@@ -40,6 +42,8 @@ class Encoder:
     system: str | None
     # None: the row decides which replies carry loss.
     loss_scope: LossScope | None = None
+    # What happens to a row longer than max_length. Only under 'cut' the encoder itself shortens rows.
+    overlong: Overlong = 'cut'
     # Ids at which generation stops, in addition to the end of sequence of the tokenizer.
     stop_ids: list[int]
     # Used only if the reply is not known, as in inference: whether the prompt is rendered with the template's thinking
@@ -66,7 +70,7 @@ class Encoder:
         today = time.strftime('%Y-%m-%d') if 'strftime_now' in str(self.tokenizer.chat_template) else None
         template = repr(TEMPLATE_MAPPING[self.name])
         return {'template': template, 'system': self.system, 'scope': self.loss_scope, 'max_length': self.max_length,
-                'today': today, 'embedding': self.embedding}  # fmt: skip
+                'overlong': self.overlong, 'today': today, 'embedding': self.embedding}  # fmt: skip
 
     def embed(self, embedding: int | None) -> None:
         """Set the number of rows of the embedding. Raises ConfigError if no end-of-turn token has a row in it."""
@@ -88,23 +92,71 @@ class Encoder:
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Return each row encoded. Rows longer than max_length lose ids at the start."""
-        opened = [self.open_images(row) for row in rows]
-        encoded = self._encode([row for row, _ in opened])
-        return [self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)]
+        """Return each row encoded. Rows longer than max_length lose ids at the start, if `overlong` is 'cut'."""
+        opened = [self.open_images(row) for row in rows if not row.is_text]
+        encoded = self._encode([row for row, _ in opened]) if opened else []
+        chats = iter([self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)])
+        texts = iter(self._encode_texts([row for row in rows if row.is_text]))
+        return [next(texts if row.is_text else chats) for row in rows]
+
+    @functools.cached_property
+    def beginning(self) -> list[int]:
+        """Return the ids before the text of a row of plain text: those that the tokenizer itself puts there."""
+        return self.text.beginning()
+
+    def _whole_texts(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Return each row of plain text encoded, without a cut: its beginning, its text and the end of sequence."""
+        texts = [row.messages[0]['content'] for row in rows]
+        before = self.tokenizer.decode(self.beginning) if self.beginning else ''
+        encoded = []
+        for text, ids in zip(texts, self.text.ids(texts, inert=True), strict=True):
+            row = whole_text([*self.beginning, *ids, self.tokenizer.eos_token_id])
+            row.notes += [CONTROL_TOKENS] if self.text.has_control(text, reply=True) else []
+            row.pieces = (before, text, '')
+            encoded.append(row)
+        return encoded
+
+    def _encode_texts(self, rows: Sequence[Row]) -> list[Encoded]:
+        return [self._shortened(row) for row in self._whole_texts(rows)]
+
+    def _shortened(self, row: Encoded) -> Encoded:
+        return cut_row(row, self.max_length, self.tokenizer) if self.overlong == 'cut' else row
+
+    def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
+        """Return the rows of at most `max_length` ids into which plain text is split. A shorter row is not split.
+
+        Each piece begins with the ids that the tokenizer puts before a text, or else with the last id of the piece
+        before. So every id of the text is predicted once, except the first id of a text without such a beginning.
+        """
+        ids = row.input_ids
+        if not row.is_text or not 0 < max_length < len(ids):
+            return [row]
+        pieces = [whole_text(ids[:max_length])]
+        position = max_length
+        while position < len(ids):
+            lead = self.beginning[1 - max_length :] if self.beginning else ids[position - 1 : position]
+            end = position + max_length - len(lead)
+            pieces.append(whole_text([*lead, *ids[position:end]]))
+            position = end
+        return pieces
 
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return the ids of the prompt of each row, as inference uses them: without the last reply.
 
-        Prompts longer than max_length lose ids at the start.
+        The prompt of plain text is its beginning. Prompts longer than max_length lose ids at the start.
         """
-        opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in rows]
+        chats = [row for row in rows if not row.is_text]
+        opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in chats]
         shown = [
             dataclasses.replace(context, messages=[*context.messages, row.messages[-1]])
-            for (context, _), row in zip(opened, rows, strict=True)
+            for (context, _), row in zip(opened, chats, strict=True)
         ]
-        prompts = self._encode_prompts(shown)
-        prompts = [self._fill_slots(ids, found) for ids, (_, found) in zip(prompts, opened, strict=True)]
+        encoded = self._encode_prompts(shown) if shown else []
+        asked = iter(
+            [self._fill_slots(ids, found, self.max_length) for ids, (_, found) in zip(encoded, opened, strict=True)]
+        )
+        texts = iter(self._whole_texts([row for row in rows if row.is_text]))
+        prompts = [_beginning_of(next(texts)) if row.is_text else next(asked) for row in rows]
         return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
 
     def image_paths(self, row: Row) -> tuple[str, ...]:
@@ -112,18 +164,25 @@ class Encoder:
         return tuple(path for path, _ in self.open_images(row)[1])
 
     def open_images(self, row: Row) -> tuple[Row, FoundImages]:
-        """Return the row and its images. In the text of the row, `self.text.image` replaces each image tag."""
+        """Return the row and its images. In the text of the row, `self.text.image` replaces each image tag.
+
+        Plain text has no images.
+        """
+        if row.is_text:
+            return row, []
         return open_images_of(row, self.images, stand_in=self.text.image)
 
-    def _fill_slots(self, ids: list[int], found: FoundImages) -> list[int]:
-        return fill_slots(ids, found, self.images.slot, self.max_length) if self.images and found else ids
+    def _fill_slots(self, ids: list[int], found: FoundImages, max_length: int) -> list[int]:
+        return fill_slots(ids, found, self.images.slot, max_length) if self.images and found else ids
 
     def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
-        """Return the row with each image slot repeated once per feature of the image, and cut to max_length."""
+        """Return the row with each image slot repeated once per feature of the image, and cut if overlong is 'cut'."""
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
+        if self.images is None and isinstance(source.images, ImageFiles) and source.images:
+            row.notes.append(f'column `{source.images.column}` is not used: the model sees no images')
         if found:
-            filled = self._fill_slots(row.input_ids, found)
+            filled = self._fill_slots(row.input_ids, found, self.max_length if self.overlong == 'cut' else -1)
             assert self.images is not None, 'it found them'
             places = new_places(row.input_ids, found, self.images.slot)
             row = dataclasses.replace(
@@ -134,7 +193,7 @@ class Encoder:
                 earlier=[(places[start], places[end]) for start, end in row.earlier],
                 images=tuple(path for path, _ in found),
             )
-        return cut_row(row, self.max_length, self.tokenizer)
+        return self._shortened(row)
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         raise NotImplementedError
@@ -142,6 +201,9 @@ class Encoder:
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return the ids of the prompt of each row. The last message of a row is the reply, which may be empty."""
         raise NotImplementedError
+
+    def check_chat(self) -> None:
+        """Raise ConfigError if this encoder cannot encode a conversation."""
 
     def carries_loss(self, reply: Message, row: Row) -> bool:
         """Return whether an earlier turn of a row carries loss.

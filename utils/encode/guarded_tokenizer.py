@@ -122,6 +122,13 @@ class TextTokenizer:
             found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in found]
 
+    def beginning(self) -> list[int]:
+        """Return the ids that the tokenizer itself puts before a text. Many tokenizers put none."""
+        with self._turn:
+            whole: list[int] = self.tokenizer(['a'], return_attention_mask=False, verbose=False)['input_ids'][0]
+        plain = self.ids(['a'])[0]
+        return next(whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+
     def has_control(self, text: str, *, reply: bool = False) -> bool:
         """Return whether the text contains a control token. In a reply, think tags do not count."""
         return (self._inert_in_replies if reply else self._active).search(text) is not None

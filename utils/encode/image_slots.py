@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from utils.encode.encoded import RowRefused
 from utils.formats.conversation import Message, Row
-from utils.formats.images import BadImage, find_images, name_images, place_image, replace_tags
+from utils.formats.images import BadImage, find_images, is_untagged, name_images, place_image, replace_tags
 from utils.loading.image_processors import Images
 
 # (path, number of features) for each image of a row. Each feature takes the position of one token.
@@ -26,14 +26,20 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
     """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
 
-    Raises RowRefused if an image cannot be used, or if the row has images and the model has no vision tower.
+    Images of an image column that have no tag come before the text of the first user turn. If the model has no vision
+    tower, they are not used.
+
+    Raises RowRefused if an image cannot be used, or if the text refers to images and the model has no vision tower.
     """
     if images is None:
-        if row.images:
+        if row.images and not is_untagged(row):
             raise RowRefused('the row has images, and the model sees none', row.images[0])
         return row, []
     try:
-        texts = name_images([turn['content'] for turn in row.messages if turn['role'] == 'user'], row.images)
+        texts = [turn['content'] for turn in row.messages if turn['role'] == 'user']
+        if texts and is_untagged(row):
+            texts[0] = '<img></img>' * len(row.images) + texts[0]
+        texts = name_images(texts, row.images)
         paths = [place_image(path, row.folder) for text in texts for path in find_images(text)]
         found = [(path, images.count(path)) for path in paths]
     except BadImage as error:

@@ -12,6 +12,7 @@ from jinja2.exceptions import TemplateError
 from utils.base.errors import ConfigError
 from utils.encode.encoder import Encoder
 from utils.encode.template_encoder import TemplateEncoder
+from utils.encode.text_encoder import TextEncoder
 from utils.formats.conversation import Row
 from utils.preprocess import Piece
 
@@ -64,12 +65,16 @@ def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None,
     ids as the prompt of inference. If the ids differ, the returned template is None, and only llm_infer.py can serve
     the model correctly.
     """
+    if isinstance(encoder, TextEncoder):
+        return None, 'it has no chat template, as in training: it continues text'
     if not isinstance(encoder, TemplateEncoder):
         return encoder.tokenizer.chat_template, 'its chat template is the template used in training'
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.chat_template = jinja_of(encoder)
     compared = 0
     for row in rows:
+        if row.is_text:
+            continue
         try:
             wanted = encoder.encode_prompts([row])[0]
         except ConfigError:  # the template is single-turn, or has no form for a role of the row

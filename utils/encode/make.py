@@ -1,13 +1,14 @@
-"""Makes the encoder of a template: a registered template, or the chat template of the tokenizer."""
+"""Makes the encoder of a template: a registered template, or the chat template of the tokenizer if it has one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from utils.base.names import LossScope
+from utils.base.names import LossScope, Overlong
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoder import Encoder
 from utils.encode.template_encoder import TemplateEncoder
+from utils.encode.text_encoder import TextEncoder
 from utils.loading.image_processors import Images
 from utils.preprocess import TEMPLATE_MAPPING
 
@@ -20,19 +21,25 @@ def make_encoder(
     system_typed: bool,
     max_length: int,
     loss_scope: LossScope | None = None,
+    overlong: Overlong = 'cut',
     images: Images | None = None,
     embedding: int | None = None,
 ) -> Encoder:
     """Return the encoder of a template. For the template `auto`, `system` is used only if the user typed it.
 
-    `embedding` is the number of rows of the model's embedding. Pass it only if the tokenizer has more ids.
+    If the tokenizer has no chat template, the encoder of auto encodes only plain text. `embedding` is the number of
+    rows of the model's embedding. Pass it only if the tokenizer has more ids.
     """
     template = TEMPLATE_MAPPING[template_type]
     options: dict[str, Any] = {'max_length': max_length, 'images': images}
-    encoder: Encoder = (
-        AutoEncoder(tokenizer, system=system if system_typed else None, **options) if template is None
-        else TemplateEncoder(tokenizer, template, name=template_type, system=system, **options)
-    )  # fmt: skip
+    encoder: Encoder
+    if template is not None:
+        encoder = TemplateEncoder(tokenizer, template, name=template_type, system=system, **options)
+    elif tokenizer.chat_template:
+        encoder = AutoEncoder(tokenizer, system=system if system_typed else None, **options)
+    else:
+        encoder = TextEncoder(tokenizer, **options)
     encoder.loss_scope = loss_scope
+    encoder.overlong = overlong
     encoder.embed(embedding)
     return encoder

@@ -13,13 +13,10 @@ from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready, run_name
 from utils.data.sources import parse_source
-from utils.dataset import DATASET_MAPPING
 from utils.estimate.gpus import UTILISATION, Machine, flops, gpus_that_fit, known_gpus, mode_of, need, seconds
 from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint, lora_parameters
 from utils.estimate.model_shape import Shape, known_shape, shape_of
 from utils.estimate.work import Work, plan_work
-from utils.formats.hub_dataset import HubDataset
-from utils.formats.hub_splits import choose_files
 from utils.hub import snapshot as hub
 from utils.hub.clients import Listed
 from utils.loading.devices import cpu_has_bf16
@@ -136,12 +133,12 @@ def _find_data(args: SftArguments, found: Found) -> bool:
     """Return whether all data is on this machine. A line about missing files is added to `found.downloads`."""
     before = len(found.downloads)
     for word in itertools.chain(*args.words_read()):
-        entry = DATASET_MAPPING.get(parse_source(word).name)
-        if not isinstance(entry, HubDataset):
+        entry = parse_source(word).entry
+        if entry is None:
             continue
         try:
             snapshot = hub.find(entry.repos(args.hub), 'dataset')
-            names = [name for chosen in choose_files(snapshot, entry).values() for name in chosen]
+            names = entry.names(snapshot)
         except ConfigError as error:
             what = f'data set {word}: {entry.repos(args.hub)[0]}, files unknown: '
             found.downloads.append(what + error.problems[0].split('. ')[0])

@@ -5,6 +5,7 @@ Tokens are counted only if the data and the tokenizer are on this machine. Other
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from utils.base import dist
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready
+from utils.cli.schedule import step_counts
 from utils.data.encode_plan import encode_plan
 from utils.data.encoded_rows import IndexedRows
 from utils.data.packing import PackedRows
@@ -51,8 +53,8 @@ def plan_work(
     if not data_is_here or args.streaming:
         why = 'a stream is not counted in advance' if args.streaming else 'data that is not here cannot be counted'
         if args.streaming or args.train_dataset_sample < 0:
-            return _bounded(args, None, f'training rows: not known: {why}')
-        return _bounded(args, args.train_dataset_sample, f'at most {args.train_dataset_sample} training rows: {why}')
+            return _bounded(done, None, f'training rows: not known: {why}')
+        return _bounded(done, args.train_dataset_sample, f'at most {args.train_dataset_sample} training rows: {why}')
 
     plan = plan_of(args, args.train_dataset_sample)
     done.decisions += plan.decisions(args.loss_scope)
@@ -63,7 +65,7 @@ def plan_work(
     train = sum(part.trained_rows() for part in plan.parts)
     val = sum(part.uses.count(VAL) for part in plan.parts)
     why = 'only the model counts the tokens of images' if has_vision else 'the tokenizer is not here'
-    work = _bounded(args, train, f'{train} training rows, {val} validation; tokens are not counted: {why}')
+    work = _bounded(done, train, f'{train} training rows, {val} validation; tokens are not counted: {why}')
     work.lines.extend(_sets(plan))
     return work
 
@@ -74,11 +76,12 @@ def _sets(plan: Plan) -> list[str]:
     return [f'validation sets: {", ".join(sets)}'] if sets else []
 
 
-def _bounded(args: SftArguments, rows: int | None, line: str) -> Work:
+def _bounded(done: Ready[SftArguments], rows: int | None, line: str) -> Work:
     """Return an upper bound of the work: every row has --max_length tokens, and all tokens are trained.
 
     `rows` is the number of training rows, or None if it is not known. `line` describes the rows for the user.
     """
+    args = done.args
     batch = longest_batch(args)
     lines = [line]
     steps = _steps(args, rows) if rows is not None or args.max_steps >= 0 else None
@@ -87,9 +90,11 @@ def _bounded(args: SftArguments, rows: int | None, line: str) -> Work:
         per_step = args.batch_size * args.gradient_accumulation_steps * dist.world_size()
         trained_rows = steps * per_step
         if rows is not None and args.max_steps < 0:
-            trained_rows = rows * args.num_train_epochs
+            trained_rows = math.ceil(rows * args.num_train_epochs)
         tokens = trained_rows * batch.longest if args.max_length > 0 else None
         lines.append(_step_line(args, steps) + (f'; at most {tokens:,} tokens' if tokens else ''))
+        evaluates = args.stream_val_rows > 0 if args.streaming else args.dataset_test_ratio > 0
+        lines.append(_counts_line(done, steps, evaluates=evaluates))
 
     length = f'{batch.longest} tokens'
     if args.max_length <= 0:
@@ -119,7 +124,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
     # With --max_steps, tokens are steps times the mean number of tokens of a step. Without it, every epoch reads every
     # row once, even if the last step has fewer rows.
     per_step = per_epoch / max(len(rows), 1) * args.batch_size * args.gradient_accumulation_steps * dist.world_size()
-    tokens = round(per_step * steps) if args.max_steps >= 0 else per_epoch * args.num_train_epochs
+    tokens = round(per_step * steps if args.max_steps >= 0 else per_epoch * args.num_train_epochs)
 
     skipped = len(report.left_out) + len(plan.left_out)
     packs = f', in {len(rows)} packs' if args.packing else ''
@@ -128,6 +133,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
         f'{per_epoch:,} training tokens an epoch, {train.trained_tokens():,} of them trained; the longest row has '
         f'{int(sizes.max())}',
         _step_line(args, steps),
+        _counts_line(done, steps, evaluates=len(val) > 0),
         f'the heaviest batch: {batch.tokens} tokens{" with padding" if padded else ""}, {batch.trained} trained',
         *_sets(plan),
     ]
@@ -151,7 +157,14 @@ def _steps(args: SftArguments, rows: int | None) -> int:
         return args.max_steps
     batches = -(-rows // (args.batch_size * dist.world_size()))
     per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
-    return per_epoch * args.num_train_epochs
+    return math.ceil(per_epoch * args.num_train_epochs)
+
+
+def _counts_line(done: Ready[SftArguments], steps: int, *, evaluates: bool) -> str:
+    """Return the line about warm-up, evaluations and checkpoints. Adds a warning for each flag that cannot be kept."""
+    counts = step_counts(done.args, steps, evaluates=evaluates)
+    done.warnings += counts.warnings
+    return counts.describe()
 
 
 def _step_line(args: SftArguments, steps: int) -> str:

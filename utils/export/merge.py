@@ -5,6 +5,7 @@ The merged model is written to a hidden folder, opened again and compared. If it
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -16,6 +17,7 @@ from utils.base.errors import ConfigError
 from utils.base.names import SFT_ARGS
 from utils.encode.encoder import Encoder
 from utils.encode.jinja import serving_template
+from utils.encode.template_encoder import TemplateEncoder
 from utils.formats.conversation import Row
 from utils.loading.image_processors import Images
 from utils.loading.save import save_whole
@@ -68,7 +70,17 @@ def user_rows(run_dir: Path) -> list[Row]:
     """Return the rows that the run answered for its report. The list is empty if the run has no answers.json."""
     file = run_dir / ANSWERS_JSON
     answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
-    return [Row(messages=a['messages'], tools=a['tools'], origin=f'{file}:{n}') for n, a in enumerate(answers, 1)]
+    return [
+        Row(messages=a['messages'], is_text='beginning' in a, tools=a['tools'], origin=f'{file}:{n}')
+        for n, a in enumerate(answers, 1)
+    ]
+
+
+def _cutting(encoder: Encoder) -> Encoder:
+    """Return a copy of the encoder that cuts rows longer than --max_length. The proof needs no whole rows."""
+    made = copy.copy(encoder)
+    made.overlong = 'cut'
+    return made
 
 
 def merge_checkpoint(
@@ -95,7 +107,7 @@ def merge_checkpoint(
 
     outcome: dict[str, Any] = {'passed': False}
     try:
-        texts = [encoded.input_ids for encoded in encoder.encode(rows)]
+        texts = [encoded.input_ids for encoded in _cutting(encoder).encode(rows)]
         proven = merge_and_save(
             model, encoder.tokenizer, target, record=record, images=images, texts=texts, config=config
         )
@@ -110,7 +122,7 @@ def merge_checkpoint(
     serves = f'serve it: transformers serve {target}\n      or: vllm serve {target}'
     if encoder.asks_to_think:
         serves += f'\nask it with {encoder.switch} (chat_template_kwargs): its replies were trained with it'
-    if not encoder.tokenizer.chat_template:
+    if isinstance(encoder, TemplateEncoder) and not encoder.tokenizer.chat_template:
         serves = 'serve it with llm_infer.py: no other program knows its template'
     return target, f'{outcome["says"]}\n{serves}'
 

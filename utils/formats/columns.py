@@ -5,6 +5,7 @@ A converter is a pure function. It returns a Row, or raises BadRow if the row ca
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -411,8 +412,7 @@ def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Messag
     return [{'role': 'system', 'content': system}, *messages]
 
 
-# Columns that are read in some formats, and columns that are read in every format.
-_OPTIONAL = ('history', 'input')
+# Columns that are read in every format.
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 
 
@@ -488,6 +488,44 @@ def _from_instruction(row: Mapping[str, Any]) -> Row:
     return _row(row, [*_history(row, remarks), asked, answered], remarks, *columns)
 
 
+def _from_text(row: Mapping[str, Any]) -> Row:
+    """Return the row of plain text. No other column is used, because no template is applied."""
+    remarks = _Remarks()
+    text = _text(row['text'], 'text')
+    remarks.note_unused(row, ('text',), 'column')
+    message: Message = {'role': 'assistant', 'content': text}
+    return Row(messages=[message], is_text=True, written=row, unused=tuple(remarks.unused))
+
+
+def _said(row: Mapping[str, Any], column: str, role: str, remarks: _Remarks) -> list[Message]:
+    """Return the messages of a cell that holds a text, one message or a list of messages.
+
+    `role` is the role of a text. The role of a message is its own.
+    """
+    value = row[column]
+    if not isinstance(value, list | dict):
+        return [{'role': role, 'content': _text(value, column)}]
+    turns = [value] if isinstance(value, dict) else value
+    return _turns(turns, remarks, column=column, role_keys=('role', 'from'), content_keys=('content', 'value'))
+
+
+def _from_pair(row: Mapping[str, Any], *, asked: str, answered: str) -> Row:
+    """Return the row of a column with a prompt and a column with its completion.
+
+    Every assistant message of the completion carries loss, unless the message itself says otherwise.
+    """
+    remarks = _Remarks()
+    prompt = _said(row, asked, 'user', remarks)
+    completion = _said(row, answered, 'assistant', remarks)
+    for message in completion[:-1]:
+        if message['role'] == 'assistant':
+            message.setdefault('loss', True)
+
+    if isinstance(row[asked], list | dict):  # such a prompt has its own history
+        return _row(row, [*prompt, *completion], remarks, asked, answered)
+    return _row(row, [*_history(row, remarks), *prompt, *completion], remarks, asked, answered, 'history')
+
+
 Converter = Callable[[Mapping[str, Any]], Row]
 
 # (required columns, converter) of each format. The first format whose columns are all present is used.
@@ -497,15 +535,51 @@ SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
     (frozenset({'query', 'response'}), _from_query),
     (frozenset({'instruction', 'output'}), _from_instruction),
 )
+# Columns of a question and of its answer, for rows that fit none of the formats above.
+PAIRS = (
+    ('prompt', 'completion'),
+    ('prompt', 'response'),
+    ('question', 'answer'),
+    ('question', 'response'),
+    ('input', 'output'),
+)
+# The formats for rows that fit none of SHAPES. A row whose columns fit two of these formats is refused, because
+# nothing in the row says which format is meant.
+OTHER_SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
+    *((frozenset(pair), functools.partial(_from_pair, asked=pair[0], answered=pair[1])) for pair in PAIRS),
+    (frozenset({'text'}), _from_text),
+)
 KNOWN_SHAPES = (
     'query/response[/history][/system], instruction/input/output, messages with role/content, '
-    'conversations with from/value; tools and images are optional'
+    'conversations with from/value, '
+    + ', '.join('/'.join(pair) for pair in PAIRS)
+    + ', text; tools and images are optional'
 )
+# Every column name that some format reads.
+_NEEDED = [name for needed, _ in (*SHAPES, *OTHER_SHAPES) for name in sorted(needed)]
+KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, 'history', *_EVERYWHERE]))
 
 
-def find_converter(columns: Iterable[str]) -> Converter | None:
-    """Return the converter for rows with these columns. Returns None if no format matches."""
-    return next((converter for needed, converter in SHAPES if needed <= set(columns)), None)
+def find_converter(columns: Collection[str]) -> Converter | None:
+    """Return the converter for rows with these columns. Returns None if no format matches, or more than one.
+
+    A format of SHAPES always matches before the formats of OTHER_SHAPES.
+    """
+    given = frozenset(columns)
+    first = next((converter for needed, converter in SHAPES if needed <= given), None)
+    if first is not None:
+        return first
+    fitting = [converter for needed, converter in OTHER_SHAPES if needed <= given]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
+    """Return the required columns of each format that matches, if find_converter cannot choose one. Else return []."""
+    given = frozenset(columns)
+    if any(needed <= given for needed, _ in SHAPES):
+        return []
+    fitting = [needed for needed, _ in OTHER_SHAPES if needed <= given]
+    return fitting if len(fitting) > 1 else []
 
 
 def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
@@ -514,17 +588,16 @@ def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
     Returns {} if the names as they are written fit a format, or if no format fits. Only names that a format reads are
     changed, and only if no two columns would get the same name.
     """
-    known = frozenset().union(*(needed for needed, _ in SHAPES), _EVERYWHERE, _OPTIONAL)
     tidy = {column: column.strip().lower() for column in columns}
-    names = {column: name if name in known else column for column, name in tidy.items()}
-    if find_converter(columns) or len(set(names.values())) < len(names) or not find_converter(names.values()):
+    names = {column: name if name in KNOWN_COLUMNS else column for column, name in tidy.items()}
+    if find_converter(columns) or len(set(names.values())) < len(names) or not find_converter(list(names.values())):
         return {}
     return {column: name for column, name in names.items() if name != column}
 
 
 def needed_columns(converter: Converter) -> frozenset[str]:
     """Return the columns that a converter requires."""
-    return next(needed for needed, known in SHAPES if known is converter)
+    return next(needed for needed, known in (*SHAPES, *OTHER_SHAPES) if known is converter)
 
 
 def _turn_notes(messages: Sequence[Message]) -> Iterable[str]:
@@ -565,6 +638,11 @@ def check_row(row: Row) -> Row:
         ''.join(_texts(row)).encode()
     except UnicodeEncodeError:  # JSON text can contain half of a character: "\ud83d"
         raise BadRow('a text is not UTF-8, or holds half of a character (a lone surrogate)') from None
+
+    if row.is_text:
+        if not row.messages[0]['content'].strip():
+            raise BadRow('empty text', 'text')
+        return row
 
     last = row.messages[-1]
     if last['role'] != 'assistant':

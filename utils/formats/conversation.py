@@ -37,9 +37,14 @@ def message_text(message: Message) -> str:
 
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """A conversation. The last message is a reply of the assistant, on which the model is trained."""
+    """A conversation. The last message is a reply of the assistant, on which the model is trained.
+
+    If `is_text` is True, the row is plain text instead: its only message holds the text, no template is applied, and
+    every token carries loss.
+    """
 
     messages: list[Message]
+    is_text: bool = False
     tools: list[Any] | None = None
     images: list[str] = field(default_factory=list)
     # The folder of the data file. Relative paths of images start in this folder. It is None if the user typed the text.

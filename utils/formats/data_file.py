@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.base.errors import ConfigError
+from utils.base.names import TextRows
 from utils.formats import table
 from utils.formats.file_bytes import CHECK_PATH, DOWNLOAD_AGAIN, MAX_ROW_BYTES, FileBytes, OnBad, refuse
 from utils.formats.json_text import JsonParser
 from utils.formats.table import Remark
 
+# Files with rows. Files with TEXT_SUFFIXES hold plain text without rows of their own.
 SUFFIXES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet', '.json.gz', '.jsonl.gz', '.csv.gz', '.tsv.gz')
-# The kinds of SUFFIXES for messages.
-KINDS = '.json, .jsonl, .csv, .tsv (each also .gz) or .parquet'
+
+TEXT_SUFFIXES = ('.txt', '.md', '.txt.gz', '.md.gz')
 
 # (location of a row, e.g. 'data/train.jsonl:12', the row)
 LocatedRow = tuple[str, dict[str, Any]]
@@ -55,16 +57,22 @@ def read_rows(
     bad: OnBad = refuse,
     known: Signature | None = None,
     digest: Any = None,
+    text_rows: TextRows = 'document',
     remark: Remark = ignore,
 ) -> Iterator[LocatedRow]:
     """Yield each row of a data file with its location. `bad` is called for a row that cannot be read.
+
+    A text file has one row, or with 'paragraph' a row for each run of lines that are not blank. Its only column is
+    `text`, which is empty for a file without text.
 
     Raises ConfigError if the file cannot be read, or has no rows. `known` is the signature from an earlier reading.
     Raises ConfigError if the file changed since then, or changes while it is read. `digest` is a hash object; it is
     updated with all bytes that are read. `remark` is called with each remark on how the file is read.
     """
     before = known or signature(path)
-    if before[0] == 0:
+    kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]
+    is_text = path.name.lower().endswith(TEXT_SUFFIXES)
+    if before[0] == 0 and not is_text:
         raise ConfigError(f'{path}: the data file is empty (0 bytes). {_USE_ANOTHER}')
 
     readers: dict[str, _Reader] = {
@@ -74,11 +82,11 @@ def read_rows(
         'tsv': _read_tsv,
         'parquet': _read_parquet,
     }
-    kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]
+    reader = _TEXT_READERS[text_rows] if is_text else readers[kind]
     count = 0
     try:
         source = FileBytes(path, digest or hashlib.sha256(), is_text=kind != 'parquet')
-        for location, row in readers[kind](source, bad, remark):
+        for location, row in reader(source, bad, remark):
             count += 1
             if isinstance(row, dict):
                 yield location, row
@@ -236,6 +244,43 @@ def _read_jsonl(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple
         yield location, row
 
 
+def _read_document(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
+    """Yield one row with the whole text of the file, unchanged."""
+    lines: list[str] = []
+    for _, line in source.lines(bad):
+        if source.total > MAX_ROW_BYTES:
+            refuse(
+                str(source.path),
+                f'the document exceeds {MAX_ROW_BYTES >> 20} MiB, which no row may. Split the file, or add '
+                '--text_rows paragraph.',
+            )
+        lines.append(line)
+    yield f'{source.path}:1', {'text': ''.join(lines)}
+
+
+def _read_paragraphs(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
+    """Yield a row for each run of lines that are not blank. The line break after its last line is left out."""
+    paragraph: list[str] = []
+    first = 1
+    has_text = False
+    for number, line in source.lines(bad):
+        if line.strip():
+            first = first if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield f'{source.path}:{first}', {'text': ''.join(paragraph).rstrip('\r\n')}
+            paragraph = []
+            has_text = True
+    if paragraph or not has_text:
+        yield f'{source.path}:{first}', {'text': ''.join(paragraph).rstrip('\r\n')}
+
+
+_TEXT_READERS: dict[TextRows, _Reader] = {
+    'document': _read_document,
+    'paragraph': _read_paragraphs,
+}
+
+
 def _read_csv(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
     return table.read_table(source, bad, remark, usual=',')
 
@@ -244,15 +289,15 @@ def _read_tsv(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[s
     return table.read_table(source, bad, remark, usual='\t')
 
 
-def _without_null_keys(value: Any) -> Any:
+def without_null_keys(value: Any) -> Any:
     """Return a value without the keys whose value is null.
 
     A struct in a parquet file has the same keys in every row. If the source row lacks a key, the value is null.
     """
     if isinstance(value, dict):
-        return {key: _without_null_keys(item) for key, item in value.items() if item is not None}
+        return {key: without_null_keys(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_null_keys(item) for item in value]
+        return [without_null_keys(item) for item in value]
     return value
 
 
@@ -269,7 +314,7 @@ def _read_parquet(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tup
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    cells = {name: _without_null_keys(value) for name, value in row.items()}
+                    cells = {name: without_null_keys(value) for name, value in row.items()}
                     yield f'{source.path}: row {number}', cells
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(

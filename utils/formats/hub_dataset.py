@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 import tempfile
 import zlib
@@ -19,7 +18,7 @@ from utils.formats.conversation import BadRow, Filtered
 from utils.formats.converters import PlainRow, SourceRow, ToRow, Unwanted
 from utils.formats.data_file import read_objects, read_rows
 from utils.formats.hub_splits import choose_files
-from utils.formats.images import BadImage, place_image
+from utils.formats.images import BadImage, cached_image, place_image
 from utils.hub import snapshot as hub
 from utils.hub.clients import Repo
 
@@ -61,8 +60,12 @@ class HubDataset:
         }
         return hub.repos_of(hub_name, ids)
 
-    def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, str]:
-        """Return (train, validation or None, name of the repository). Downloads only the files that are needed."""
+    def names(self, snapshot: hub.Snapshot) -> list[str]:
+        """Return the files that are needed. Downloads only the list of files in the repository."""
+        return [name for names in choose_files(snapshot, self).values() for name in names]
+
+    def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, hub.Snapshot]:
+        """Return (train, validation or None, the repository). Downloads only the files that are needed."""
         snapshot = hub.find(self.repos(hub_name), 'dataset')
         chosen = choose_files(snapshot, self)
         folder = snapshot.fetch([name for names in chosen.values() for name in names])
@@ -73,7 +76,7 @@ class HubDataset:
 
         train = stream(self.train, self.take)
         validation = stream(self.val) if self.val else None
-        return train, validation, str(snapshot.repo)
+        return train, validation, snapshot
 
     def __call__(self) -> tuple[RowStream, RowStream | None]:
         """Return (train, validation or None) from the default hub."""
@@ -196,7 +199,7 @@ def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
         data = image.get('bytes')
         path = str(image.get('path') or '')
         if data is not None:
-            return {**found, column: str(_cached_image(data, suffix=Path(path).suffix.lower() or '.jpg'))}
+            return {**found, column: cached_image(data, path)}
         image = path
 
     if image in (None, ''):
@@ -207,14 +210,3 @@ def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
         return {**found, column: place_image(str(image), str(base))}
     except BadImage as error:
         raise BadRow(f'an image {error.reason}', column) from None
-
-
-def _cached_image(data: bytes, *, suffix: str) -> Path:
-    """Return the path of a file in the cache with these image bytes. The file is written if it is absent."""
-    file = cache_dir() / 'images' / 'bytes' / (hashlib.sha256(data).hexdigest() + suffix)
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f'{file.name}.{os.getpid()}')
-        temporary.write_bytes(data)
-        temporary.replace(file)
-    return file

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 _SPLITS = {'train': ('train', 'training'), 'test': ('test', 'testing')}
 _VALIDATION = ('validation', 'valid', 'val', 'dev', 'eval')
 _ALL_SPELLINGS = (*_SPLITS['train'], *_SPLITS['test'], *_VALIDATION)
+VALIDATION_NAMES = ('validation', 'valid', 'val', 'dev')
+# The words that name a split in a file name. The words of test sets come first, so that a file with several words is
+# not trained on. Both hubs take `eval` for a test set.
+_IN_NAMES = {
+    'test': ('test', 'testing', 'eval', 'evaluation'),
+    'validation': VALIDATION_NAMES,
+    'train': ('train', 'training'),
+}
+# The name of a shard, e.g. train_sft-00000-of-00003-a09b74b3ef9c3b56.parquet.
+_SHARD = re.compile(r'(\w[\w.]*)-\d{5}-of-\d{5}\b')
 _NO_DATA = ('dataset_infos.json', 'dataset_info.json', 'configuration.json', 'metadata.json')
 # If a file exists in several formats, only the first format in this order is read.
 _FORMATS = ('.parquet', '.jsonl', '.json', '.csv')
@@ -26,6 +36,14 @@ _MAX_LIST_BYTES = 1 << 20
 
 # subset -> split -> file names
 FileList = dict[str, dict[str, list[str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardList:
+    """The subsets that the card of a data set lists, and the subset that the card marks as the default ('': none)."""
+
+    subsets: FileList = field(default_factory=dict)
+    default: str = ''
 
 
 def _spellings(split: str) -> tuple[str, ...]:
@@ -52,7 +70,7 @@ def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[st
     Hugging Face it is `configs` in the README. Raises ConfigError if a subset or split is not found. The message names
     the existing subsets and splits.
     """
-    listed = _listed_files(snapshot)
+    listed = read_card_list(snapshot).subsets
     chosen: dict[str, list[str]] = {}
     for split in (*entry.train, *entry.val):
         for subset in entry.subsets:
@@ -67,20 +85,20 @@ def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[st
     return chosen
 
 
-def _listed_files(snapshot: hub.Snapshot) -> FileList:
-    """Return the list of files in the repository. Returns {} if the repository has no such list."""
+def read_card_list(snapshot: hub.Snapshot) -> CardList:
+    """Return the list of files in the repository. The list is empty if the repository has no such list."""
     modelscope_name = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
     for name, reader in ((modelscope_name, _read_modelscope_list), ('README.md', _read_readme_list)):
         # A data file can have the same name as a list of files, but a data file is larger.
         if name in snapshot.files and (snapshot.files[name][0] or 0) < _MAX_LIST_BYTES:
             text = (snapshot.fetch([name]) / name).read_text(encoding='utf-8', errors='replace')
             listed = reader(text, list(snapshot.files))
-            if listed:
+            if listed.subsets:
                 return listed
-    return {}
+    return CardList()
 
 
-def _read_modelscope_list(text: str, _: Sequence[str]) -> FileList:
+def _read_modelscope_list(text: str, _: Sequence[str]) -> CardList:
     listed: FileList = {}
     try:
         for subset, splits in json.loads(text).items():
@@ -91,30 +109,102 @@ def _read_modelscope_list(text: str, _: Sequence[str]) -> FileList:
                     archives = _as_list(about['file']) if about.get('file') else []
                     listed[subset][split] = [*_as_list(about['meta']), *archives]
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not a list of files
-        return {}
-    return listed
+        return CardList()
+    return CardList(subsets=listed)
 
 
-def _read_readme_list(text: str, files: Sequence[str]) -> FileList:
+def _read_readme_list(text: str, files: Sequence[str]) -> CardList:
     import yaml  # type: ignore[import-untyped]
 
     match = re.match(r'---\s*\n(.*?)\n---\s*(?:\n|$)', text, flags=re.DOTALL)
     listed: FileList = {}
+    default = ''
     try:
         head = yaml.safe_load(match[1]) if match else None
         configs = head.get('configs') if isinstance(head, dict) else None
         for config in configs or ():
-            data = config.get('data_files')
-            parts = data if isinstance(data, list) and data and isinstance(data[0], dict) else [{'path': data}]
-            splits = listed.setdefault(config.get('config_name', 'default'), {})
-            for part in parts:
-                patterns = [pattern for pattern in _as_list(part.get('path')) if isinstance(pattern, str)]
-                splits[part.get('split', 'train')] = [
-                    name for pattern in patterns for name in files if fnmatch.fnmatchcase(name, pattern)
-                ]
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):  # not a list of files
-        return {}
-    return listed
+            subset = str(config.get('config_name', 'default'))
+            listed[subset] = _splits_of_config(config, files)
+            if config.get('default') is True:
+                default = subset
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, re.error):  # not a list of files
+        return CardList()
+    return CardList(subsets=listed, default=default)
+
+
+def _splits_of_config(config: Mapping[str, Any], files: Sequence[str]) -> dict[str, list[str]]:
+    """Return the files of each split of a subset. Without patterns, the splits are found from the file names."""
+    folder = str(config.get('data_dir') or '').strip('./')
+    inside = [name for name in files if not folder or name.startswith(f'{folder}/')]
+    data = config.get('data_files')
+    if data is None:
+        return splits_by_name(inside)
+
+    parts = data if isinstance(data, list) and data and isinstance(data[0], dict) else [{'path': data}]
+    splits: dict[str, list[str]] = {}
+    for part in parts:
+        patterns = [pattern for pattern in _as_list(part.get('path')) if isinstance(pattern, str)]
+        expressions = [_pattern(f'{folder}/{pattern}' if folder else pattern) for pattern in patterns]
+        found = [name for expression in expressions for name in sorted(inside) if expression.fullmatch(name)]
+        splits[str(part.get('split', 'train'))] = list(dict.fromkeys(found))
+    return splits
+
+
+def _pattern(glob: str) -> re.Pattern[str]:
+    """Return a regular expression for a glob of a card. `*` stays inside a folder, `**` goes into folders."""
+    wild = {'**/': '(?:.*/)?', '**': '.*', '*': '[^/]*', '?': '[^/]'}
+    parts = re.split(r'(\*\*/|\*\*|\*|\?|\[[^]]+\])', glob.removeprefix('./'))
+    return re.compile(''.join(p if p.startswith('[') else wild.get(p, re.escape(p)) for p in parts))
+
+
+def data_files(files: Iterable[str]) -> list[str]:
+    """Return the files that can hold rows, sorted. Each file is returned in one format only."""
+    data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
+    visible = [name for name in data if not any(part.startswith(('.', '__')) for part in name.split('/'))]
+    return _in_one_format(visible)
+
+
+def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
+    """Return the data files of each split, found from the names of files and folders.
+
+    Files without the name of a split are the split `train`. If other files are named `train`, they are the split
+    `other`.
+    """
+    splits: dict[str, list[str]] = {}
+    for name in data_files(files):
+        splits.setdefault(_split_of(name), []).append(name)
+    if 'other' in splits and 'train' not in splits:
+        splits['train'] = splits.pop('other')
+    return splits
+
+
+def _split_of(name: str) -> str:
+    """Return the split that the name of a file or of its folder contains. Returns `other` if there is none."""
+    *folders, file = name.split('/')
+    if shard := _SHARD.match(file):
+        return shard[1]
+    for part in (file, *reversed(folders)):
+        words = _plain(part).split('-')
+        for split, spellings in _IN_NAMES.items():
+            if set(spellings) & set(words):
+                return split
+    return 'other'
+
+
+def is_held_back(split: str) -> bool:
+    """Return whether a split is for validation or tests, from the words of its name."""
+    words = set(_plain(split).split('-'))
+    return bool(words & {*_IN_NAMES['test'], *_IN_NAMES['validation']})
+
+
+def subset_of(name: str) -> str:
+    """Return the subset of a file in a repository without a list of files: the names of its folders.
+
+    Folders named `data` or after a split do not count. A file in no other folder is in the subset `default`.
+    """
+    names = {'data', *(spelling for spellings in _IN_NAMES.values() for spelling in spellings)}
+    folders = [folder for folder in name.split('/')[:-1] if folder.lower() not in names]
+    return '/'.join(folders) or 'default'
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -143,9 +233,14 @@ def _from_names(files: Iterable[str], entry: HubDataset, subset: str, split: str
     if not wanted and split == 'train':  # training files may have no split in their names
         wanted = [name for name in data if not _holds_any(name, _ALL_SPELLINGS)]
 
+    return _in_one_format(wanted)
+
+
+def _in_one_format(names: Iterable[str]) -> list[str]:
+    """Return the files, sorted. If a file is there in several formats, only one of them is returned."""
     by_stem: dict[str, str] = {}
-    for name in sorted(wanted, key=_format_rank):
-        by_stem.setdefault(name.rsplit('.', 1)[0], name)
+    for name in sorted(names, key=_format_rank):
+        by_stem.setdefault(name.removesuffix('.gz').rpartition('.')[0], name)
     return sorted(by_stem.values())
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.base.cache import cache_dir
 from utils.base.errors import ConfigError
-from utils.formats.conversation import Row
+from utils.formats.conversation import BadRow, Row
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +45,75 @@ def bad_image(path: str, reason: str, more: str = '') -> BadImage:
     error.reason = reason
     error.path = path
     return error
+
+
+class ImageFiles(list[str]):
+    """The paths of the images in an image column: a column of `datasets` whose cells are {bytes, path}."""
+
+    def __init__(self, paths: Iterable[str], column: str) -> None:
+        super().__init__(paths)
+        self.column = column
+
+
+def with_image_files(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the row with its image column as the paths of files, in the column `images`.
+
+    An image column is `images` or `image`, and its cells are {bytes, path} or lists of them. The bytes are written to
+    files in the cache. A row without such a cell is returned unchanged. Raises BadRow if a cell cannot be used.
+    """
+    for column in ('images', 'image'):
+        cells = row.get(column)
+        items = [cells] if isinstance(cells, Mapping) else cells
+        if not isinstance(items, list) or not items or not all(map(_is_image_cell, items)):
+            continue
+        if column == 'image' and row.get('images'):
+            return row  # `images` is read, and `image` is reported as not used
+        files = ImageFiles((_image_path(cell, column) for cell in items), column)
+        others = {name: value for name, value in row.items() if name != column}
+        return {**others, 'images': files}
+    return row
+
+
+def _is_image_cell(cell: Any) -> bool:
+    return isinstance(cell, Mapping) and bool(cell) and cell.keys() <= {'bytes', 'path'}
+
+
+def _image_path(cell: Mapping[str, Any], column: str) -> str:
+    """Return the path of an image. The path of the cell itself must be relative, because a hub may have sent it."""
+    data = cell.get('bytes')
+    path = str(cell.get('path') or '')
+    if isinstance(data, bytes):
+        return cached_image(data, path)
+    if data is not None or not path:
+        raise BadRow('an image has neither bytes nor a path', column)
+    if Path(path).is_absolute() or 'img>' in path:
+        raise BadRow('an image has an absolute path or contains a tag', column)
+    return path
+
+
+def _bytes_folder() -> Path:
+    return cache_dir() / 'images' / 'bytes'
+
+
+def cached_image(data: bytes, path: str) -> str:
+    """Return the path of a file in the cache with these image bytes. The file is written if it is absent.
+
+    `path` is the path of the image at its origin. Only its suffix is used.
+    """
+    suffix = Path(path).suffix.lower() or '.jpg'
+    file = _bytes_folder() / (hashlib.sha256(data).hexdigest() + suffix)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f'{file.name}.{os.getpid()}')
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    return str(file)
+
+
+def is_untagged(row: Row) -> bool:
+    """Return whether the images of a row come from an image column, and no text of the row says where they belong."""
+    is_column = isinstance(row.images, ImageFiles) and bool(row.images)
+    return is_column and not any('</img>' in turn['content'] for turn in row.messages if turn['role'] == 'user')
 
 
 def find_images(text: str) -> list[str]:
@@ -186,10 +257,15 @@ def state_of_images(row: Row) -> bytes:
 
     state: list[Any] = []
     try:
-        for text in name_images(texts, row.images):
-            for path in find_images(text):
-                about = Path(place_image(path, row.folder)).stat()
-                state.append((path, about.st_size, about.st_mtime_ns))
+        paths = row.images
+        if not isinstance(paths, ImageFiles):
+            paths = [path for text in name_images(texts, row.images) for path in find_images(text)]
+        for path in paths:
+            if Path(path).is_relative_to(_bytes_folder()):
+                state.append(Path(path).name)  # the file is named after its content
+                continue
+            about = Path(place_image(path, row.folder)).stat()
+            state.append((path, about.st_size, about.st_mtime_ns))
     except (ValueError, OSError) as error:  # BadImage, or an invalid path
         state.append(str(error))
     return repr(state).encode()

@@ -18,6 +18,15 @@ from utils.base.names import HubName, Kind
 # (size of a file on a hub, digest of its content). The size is None if the hub does not report it.
 Listed = tuple[int | None, str]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The files of a repository, and the newest commit of its revision. The commit is '' if the hub names none."""
+
+    files: dict[str, Listed]
+    commit: str = ''
+
+
 TOKEN_VARIABLES: dict[HubName, str] = {'modelscope': 'MODELSCOPE_API_TOKEN', 'huggingface': 'HF_TOKEN'}
 _ADDRESSES: dict[HubName, tuple[str, str]] = {
     'modelscope': ('MODELSCOPE_ENDPOINT', 'https://www.modelscope.cn'),
@@ -80,12 +89,18 @@ class ModelScope:
         self._api = HubApi(HubConfig(token=token))
         self._listed: dict[str, dict[str, Any]] = {}
 
-    def list_files(self, repo: Repo, kind: Kind) -> dict[str, Listed]:
-        """Return a dict from the name of each file in a repository to its size and digest."""
+    def list_files(self, repo: Repo, kind: Kind) -> Listing:
+        """Return the size and digest of every file in a repository, by file name, and the newest commit.
+
+        The hub names the last commit of each file. The newest of them is the commit of the revision, unless a later
+        commit only removed files.
+        """
         with self._translated_errors():
             entries = self._api.legacy.list_repo_files(repo.id, kind, revision=repo.revision)
         self._listed = {entry['Path']: entry for entry in entries if entry.get('Type') != 'tree'}
-        return {name: (entry.get('Size'), entry.get('Sha256') or '') for name, entry in self._listed.items()}
+        files = {name: (entry.get('Size'), entry.get('Sha256') or '') for name, entry in self._listed.items()}
+        dated = [(entry.get('CommittedDate') or 0, entry.get('Revision') or '') for entry in self._listed.values()]
+        return Listing(files=files, commit=max(dated, default=(0, ''))[1])
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
         """Download these files and return the folder that contains them. `list_files` must be called before.
@@ -160,11 +175,12 @@ class HuggingFace:
     def _revision(repo: Repo) -> str:
         return 'main' if repo.revision == 'master' else repo.revision
 
-    def list_files(self, repo: Repo, kind: Kind) -> dict[str, Listed]:
+    def list_files(self, repo: Repo, kind: Kind) -> Listing:
         with self._translated_errors():
             get_info = self._api.dataset_info if kind == 'dataset' else self._api.model_info
             info = get_info(repo.id, revision=self._revision(repo), files_metadata=True, timeout=30)
-        return {file.rfilename: (file.size, file.blob_id or '') for file in info.siblings or ()}
+        files = {file.rfilename: (file.size, file.blob_id or '') for file in info.siblings or ()}
+        return Listing(files=files, commit=info.sha or '')
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
         with self._translated_errors():
@@ -216,6 +232,9 @@ class HuggingFace:
                 raise DeniedError(str(error)) from error
             raise
         except (httpx2.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+            cause = error.__cause__  # the package also raises LocalEntryNotFoundError if the hub refuses a file
+            if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code in (401, 403):
+                raise DeniedError(str(cause)) from error
             raise UnreachableError(str(error)) from error
 
 

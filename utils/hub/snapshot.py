@@ -21,7 +21,17 @@ from utils.base.cache import cache_dir
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, Kind
-from utils.hub.clients import TOKEN_VARIABLES, Client, DeniedError, GoneError, Listed, Repo, UnreachableError, connect
+from utils.hub.clients import (
+    TOKEN_VARIABLES,
+    Client,
+    DeniedError,
+    GoneError,
+    Listed,
+    Listing,
+    Repo,
+    UnreachableError,
+    connect,
+)
 
 T = TypeVar('T')
 
@@ -61,6 +71,8 @@ class Snapshot:
     files: dict[str, Listed]
     online: bool
     client: Client
+    # The newest commit of the revision. '' if it is not known.
+    commit: str = ''
 
     def fetch(self, names: Sequence[str]) -> Path:
         """Download the files that are not on this machine yet, and return the folder that contains all `names`.
@@ -81,8 +93,9 @@ class Snapshot:
             try:
                 folder = _with_retries(self.repo, functools.partial(self.client.download, self.repo, self.kind, names))
             except (GoneError, DeniedError, UnreachableError) as error:
+                remedy = f'{_token_remedy(self.repo)} ' if isinstance(error, DeniedError) else ''
                 raise ConfigError(
-                    f'{self.kind} {self.repo}: the download stopped: {_one_line(error)}. {_CONTINUE}'
+                    f'{self.kind} {self.repo}: the download stopped: {_one_line(error)}. {remedy}{_CONTINUE}'
                 ) from error
 
             if absent := self._absent(folder, names):
@@ -90,8 +103,8 @@ class Snapshot:
                     f'{self.kind} {self.repo}: {absent[0]} is missing or differs from the list of the hub '
                     f'({len(absent)} files). Remove {folder} and run the same command again.'
                 )
-            still_verified = verified if recorded == self.files else set()
-            _save_record(record, self.files, still_verified | set(names))
+            still_verified = verified if recorded.files == self.files else set()
+            _save_record(record, Listing(files=self.files, commit=self.commit), still_verified | set(names))
         return folder
 
     def to_fetch(self, names: Sequence[str]) -> list[str]:
@@ -102,7 +115,7 @@ class Snapshot:
         wrong size are returned.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
-        if self.online and not (recorded == self.files and verified >= set(names)):
+        if self.online and not (recorded.files == self.files and verified >= set(names)):
             return list(names)
         return self._absent(self.client.cached(self.repo, self.kind), names)
 
@@ -117,18 +130,18 @@ class Snapshot:
         return absent
 
 
-def find(repos: Sequence[Repo], kind: Kind) -> Snapshot:
+def find(repos: Sequence[Repo], kind: Kind, *, remedy: str = '') -> Snapshot:
     """Return the first repository of the list that exists on its hub.
 
     If a hub cannot be reached, return the first of the remaining repositories that was downloaded before. Raises
     ConfigError if no repository exists, if a hub refuses the account, or if a hub cannot be reached and nothing was
-    downloaded before.
+    downloaded before. `remedy` is appended to the message if no repository is found.
     """
     gone: list[str] = []
     for index, repo in enumerate(repos):
         client = connect(repo.hub, find_token(None, repo.hub))
         try:
-            files = _with_retries(repo, functools.partial(client.list_files, repo, kind))
+            listing = _with_retries(repo, functools.partial(client.list_files, repo, kind))
         except GoneError:
             gone.append(str(repo))
             if index + 1 < len(repos):
@@ -136,17 +149,24 @@ def find(repos: Sequence[Repo], kind: Kind) -> Snapshot:
             continue
         except DeniedError as error:
             raise ConfigError(
-                f'{kind} {repo}: the hub refuses this account ({_one_line(error)}). Set the environment variable '
-                f'{TOKEN_VARIABLES[repo.hub]} to a token that may read it.'
+                f'{kind} {repo}: the hub refuses this account ({_one_line(error)}). {_token_remedy(repo)}'
             ) from error
         except UnreachableError as error:
-            return _find_cached(repos[index:], kind, why=_one_line(error))
-        return Snapshot(repo=repo, kind=kind, files=files, online=True, client=client)
+            return _find_cached(repos[index:], kind, why=_one_line(error), remedy=remedy)
+        return Snapshot(repo=repo, kind=kind, files=listing.files, online=True, client=client, commit=listing.commit)
 
     hint = ' Give a local directory with --model_id_or_path.' if kind == 'model' else ''
+    tokens = ' or '.join(dict.fromkeys(TOKEN_VARIABLES[repo.hub] for repo in repos))
     raise ConfigError(
-        f'{kind} {", ".join(gone)}: not found (404). It is gone, or private and hidden without a token. '
-        f'Check the id.{hint}'
+        f'{kind} {", ".join(gone)}: not found (404). It is gone, or private and hidden without a token ({tokens}). '
+        f'Check the id and the revision.{hint}{remedy}'
+    )
+
+
+def _token_remedy(repo: Repo) -> str:
+    return (
+        f'Set the environment variable {TOKEN_VARIABLES[repo.hub]} to a token that may read it. If its page asks to '
+        'accept terms, accept them first.'
     )
 
 
@@ -161,7 +181,7 @@ def push_folder(folder: Path, *, repo: str, hub: HubName, token: str, private: b
     return repo_id
 
 
-def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str) -> Snapshot:
+def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str, remedy: str) -> Snapshot:
     searched: list[Path] = []
     for repo in repos:
         client = connect(repo.hub, find_token(None, repo.hub))
@@ -170,7 +190,8 @@ def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str) -> Snapshot:
         if not folder.is_dir() or not any(folder.iterdir()):
             continue
 
-        files, _ = _read_record(_record_file(repo, kind))
+        recorded, _ = _read_record(_record_file(repo, kind))
+        files = recorded.files
         if not files:  # a different program downloaded the repository, so only the files in the folder are known
             found = [p for p in folder.rglob('*') if p.is_file()]
             files = {p.relative_to(folder).as_posix(): (p.stat().st_size, '') for p in found}
@@ -178,13 +199,13 @@ def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str) -> Snapshot:
                 raise ConfigError(_incomplete_offline(repo, kind, folder, absent))
 
         logger.warning(f'{repo.hub} cannot be reached ({why}): {kind} {repo} is taken from {folder}')
-        return Snapshot(repo=repo, kind=kind, files=files, online=False, client=client)
+        return Snapshot(repo=repo, kind=kind, files=files, online=False, client=client, commit=recorded.commit)
 
     local = ', give a local directory with --model_id_or_path,' if kind == 'model' else ''
     raise ConfigError(
         f'{repos[0].hub} cannot be reached ({why}), and {kind} {repos[0].id} is not in the cache (looked in '
         f'{", ".join(map(str, searched))}). Run once with network, copy that folder from a machine that has it'
-        f'{local or ","} or use another --hub.'
+        f'{local or ","} or use another --hub.{remedy}'
     )
 
 
@@ -248,26 +269,28 @@ def _record_file(repo: Repo, kind: Kind) -> Path:
     return cache_dir() / 'hub' / f'{name}-{digest}.json'
 
 
-def _save_record(path: Path, files: dict[str, Listed], verified: set[str]) -> None:
+def _save_record(path: Path, listing: Listing, verified: set[str]) -> None:
     temporary = path.with_name(f'{path.name}.aside')
-    temporary.write_text(json.dumps({'files': files, 'whole': sorted(verified)}), encoding='utf-8')
+    content = {'files': listing.files, 'whole': sorted(verified), 'commit': listing.commit}
+    temporary.write_text(json.dumps(content), encoding='utf-8')
     temporary.replace(path)
 
 
-def _read_record(path: Path) -> tuple[dict[str, Listed], set[str]]:
-    """Return what the last download stored: the size and digest of each file, and the names of the verified files.
+def _read_record(path: Path) -> tuple[Listing, set[str]]:
+    """Return what the last download stored: the files and the commit, and the names of the verified files.
 
     Both are empty if the record does not exist or is damaged.
     """
     if not path.is_file():
-        return {}, set()
+        return Listing(files={}), set()
 
     try:
         record = json.loads(path.read_text(encoding='utf-8'))
         files = {name: (size, digest) for name, (size, digest) in record['files'].items()}
-        return files, set(record['whole'])
+        # Records of older versions have no commit.
+        return Listing(files=files, commit=str(record.get('commit', ''))), set(record['whole'])
     except (ValueError, TypeError, KeyError, AttributeError):  # a damaged record is ignored
-        return {}, set()
+        return Listing(files={}), set()
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ def answer_rows(
         logger.warning(line)
 
     prompts = encoder.encode_prompts(kept)
+    if texts := sum(row.is_text for row in kept):
+        logger.info(f'{texts} rows are plain text without a question: the model continues their beginning')
     paths = [encoder.image_paths(row) for row in kept]
     mine = slice(dist.rank(), None, dist.world_size())
     generated = generate_rows(
@@ -67,22 +69,28 @@ def answer_rows(
     if not dist.is_main():
         return {}
 
-    labels = wanted_texts(encoder, kept, config.eos_token_id)
-    _show_and_write(kept, answers, labels, target)
+    labels = wanted_texts(encoder, kept, config)
+    begun = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+    _show_and_write(kept, begun, answers, labels, target)
     means = score_texts([answer.strip() for answer in answers], [label.strip() for label in labels])
     logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
     logger.info(f'written to {target}')
     return means
 
 
-def _show_and_write(rows: Sequence[Row], answers: Sequence[str], labels: Sequence[str], target: Path) -> None:
+def _show_and_write(
+    rows: Sequence[Row], begun: Sequence[str], answers: Sequence[str], labels: Sequence[str], target: Path
+) -> None:
+    """Print the answers and write them to `target`. `begun` has the prompts as text, which are shown for plain text."""
     with target.open('w', encoding='utf-8') as stream:
-        for row, answer, label in zip(rows, answers, labels, strict=True):
+        for row, beginning, answer, label in zip(rows, begun, answers, labels, strict=True):
             scores = score_texts([answer.strip()], [label.strip()])
-            content = {'messages': row.messages[:-1], 'label': label, 'answer': answer, 'scores': scores}
+            asked = {'text': beginning} if row.is_text else {'messages': row.messages[:-1]}
+            content = {**asked, 'label': label, 'answer': answer, 'scores': scores}
             if row.images:
                 content['images'] = row.images
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
 
             question = message_text(row.messages[-2]) if len(row.messages) > 1 else ''
-            print(f'[QUERY] {question}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')
+            shown = f'[TEXT] {beginning}' if row.is_text else f'[QUERY] {question}'
+            print(f'{shown}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')

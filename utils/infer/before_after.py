@@ -28,8 +28,9 @@ _NEW_TOKENS = 64
 class BeforeAfter:
     """Chooses a few rows, and generates the answers of the model before and after training to these rows.
 
-    The main process generates all answers in one batch, without sampling. With LoRA, the answers before training are
-    also generated after training, with the adapter switched off.
+    The main process generates all answers in one batch, without sampling. Plain text has no question: the model
+    continues the beginning of the text. With LoRA, the answers before training are also generated after training, with
+    the adapter switched off.
     """
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
@@ -82,16 +83,24 @@ class BeforeAfter:
                 self.before = self.ask(model)
         after = self.ask(model)
 
-        texts = wanted_texts(self.encoder, self.rows, self.config.eos_token_id)
+        texts = wanted_texts(self.encoder, self.rows, self.config)
+        decode = self.encoder.tokenizer.decode
         content = [
             {
                 'split': self.split,
-                'messages': row.messages,
+                **_asked(row, decode(ids, skip_special_tokens=True), wanted),
                 'tools': row.tools,
                 'wanted': wanted,
                 'before': before,
                 'after': now,
             }
-            for row, wanted, before, now in zip(self.rows, texts, self.before, after, strict=True)
+            for row, ids, wanted, before, now in zip(self.rows, self.prompts, texts, self.before, after, strict=True)
         ]
         write_json(run_dir / ANSWERS_JSON, content)
+
+
+def _asked(row: Row, prompt: str, wanted: str) -> dict[str, Any]:
+    """Return the messages of a row for answers.json. For plain text, return the part of it that is shown."""
+    if not row.is_text:
+        return {'messages': row.messages}
+    return {'messages': [{'role': 'assistant', 'content': prompt + wanted}], 'beginning': prompt}

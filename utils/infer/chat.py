@@ -134,7 +134,8 @@ def chat_in_terminal(chat: Chat) -> None:
 
 
 def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
-    """Chat in the terminal until the user leaves."""
+    """Chat in the terminal until the user leaves. Raises ConfigError if the encoder has no template."""
+    encoder.check_chat()
 
     def say(text: str) -> None:
         sys.stdout.write(text)

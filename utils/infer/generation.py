@@ -192,24 +192,30 @@ def _half_have_ended(config: GenerationConfig) -> Any:
     return HalfHaveEnded()
 
 
-def wanted_texts(encoder: Encoder, rows: Sequence[Row], stop_ids: Sequence[int]) -> list[str]:
+def wanted_texts(encoder: Encoder, rows: Sequence[Row], config: GenerationConfig) -> list[str]:
     """Return the expected answer for each row: the text of its last reply.
 
     A plain reply is returned unchanged. A reply with tool calls or reasoning is returned as the template renders it:
-    its trained ids are decoded.
+    its trained ids are decoded. For plain text the answer is the text after the beginning that the model gets, with as
+    many tokens as an answer may have.
     """
     whole = copy.copy(encoder)
     whole.max_length = -1
     texts = []
     for row in rows:
         last = row.messages[-1]
+        if row.is_text:
+            encoded = whole.encode([row])[0]
+            ids = encoded.input_ids[encoded.prompt_length :][: config.max_new_tokens]
+            texts.append(str(encoder.tokenizer.decode(ids, skip_special_tokens=True)))
+            continue
         if not set(last) & {'tool_calls', 'reasoning'}:
             texts.append(last['content'])
             continue
 
         encoded = whole.encode([row])[0]
         ids = encoded.input_ids[slice(*encoded.trained)]
-        texts.append(str(encoder.tokenizer.decode(_cut_at_stop(ids, stop_ids), skip_special_tokens=True)))
+        texts.append(str(encoder.tokenizer.decode(_cut_at_stop(ids, config.eos_token_id), skip_special_tokens=True)))
     return texts
 
 

@@ -28,6 +28,16 @@ _ROLES = {
     'function_response': 'tool',
     'tool_response': 'tool',
 }
+# Columns that always hold texts.
+_TEXTS = ({'query', 'response'}, {'instruction', 'output'})
+# Columns that may hold the turns of a prompt and of its completion.
+_PAIRS = (
+    ('prompt', 'completion'),
+    ('prompt', 'response'),
+    ('question', 'answer'),
+    ('question', 'response'),
+    ('input', 'output'),
+)
 _CALL_ROLES = ('function_call', 'tool_call')
 # The keys of a turn that `_message` does not copy: it reads them by name, or they only set whether a turn is trained.
 _READ_KEYS = {'role', 'from', 'content', 'value', 'weight', 'loss', 'train', 'tool_calls', 'function_call'}
@@ -39,9 +49,8 @@ def messages_as_written(row: Row) -> list[dict[str, Any]]:
     Keys that the conversion reports as unused are skipped, because they are counted already. If the source row has no
     list of turns but separate texts (e.g. query and response), the converted turns are returned.
     """
-    column = next((name for name in ('messages', 'conversations') if row.written.get(name)), None)
-    turns = _parsed(row.written[column]) if column else None
-    if not isinstance(turns, list):
+    turns = _turns_as_written(row.written)
+    if turns is None:
         return [dict(message) for message in row.messages]
 
     messages = [_message(turn, row.unused) for turn in turns]
@@ -49,6 +58,29 @@ def messages_as_written(row: Row) -> list[dict[str, Any]]:
     if isinstance(system, str) and system.strip() and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system})
     return messages
+
+
+def _turns_as_written(written: Mapping[str, Any]) -> list[Any] | None:
+    """Return the turns of a row. Returns None if the row has texts instead of turns."""
+    column = next((name for name in ('messages', 'conversations') if written.get(name)), None)
+    if column is not None:
+        turns = _parsed(written[column])
+        return turns if isinstance(turns, list) else None
+    if written.get('history') or any(names <= written.keys() for names in _TEXTS):
+        return None
+
+    for asked, answered in _PAIRS:
+        sides = (written.get(asked), written.get(answered))
+        if None not in sides and any(isinstance(side, list | dict) for side in sides):
+            return [*_side(sides[0], 'user'), *_side(sides[1], 'assistant')]
+    return None
+
+
+def _side(value: Any, role: str) -> list[Any]:
+    """Return the turns of a prompt or of a completion. A text is one turn with this role."""
+    if isinstance(value, list):
+        return value
+    return [value] if isinstance(value, dict) else [{'role': role, 'content': value}]
 
 
 def tools_as_written(row: Row) -> list[Any] | None:

@@ -36,6 +36,7 @@ from utils.encode.encoded import (
 from utils.encode.encoder import Encoder
 from utils.encode.guarded_tokenizer import CLOSE_TAG, OPEN_TAG, map_strings
 from utils.encode.template_encoder import TemplateEncoder
+from utils.encode.text_encoder import TextEncoder
 from utils.formats.conversation import Row
 from utils.formats.json_text import Spelling
 from utils.loading.chat_template import read_chat_template, write_templates
@@ -351,6 +352,30 @@ class _Check:
         return f'token {first}, after {before!r}, is {token(ours)}, {name} has {token(other)}'
 
 
+def _check_text(encoder: Encoder, row: Row) -> None:
+    """Raise ConfigError if a row of plain text has other ids than the tokenizer gives, or a token without loss.
+
+    Control tokens that occur in the text are plain text. So the ids of a text with such tokens must decode to it.
+    """
+    unlimited = copy.copy(encoder)
+    unlimited.max_length = -1
+    encoded = unlimited.encode([row])[0]
+    ours = encoded.input_ids
+    tokenizer = encoder.tokenizer
+    written = str(row.written.get('text', row.messages[0]['content']))
+    theirs: list[int] = tokenizer(written, verbose=False)['input_ids']
+    theirs += [] if theirs[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+
+    is_equal = ours == theirs
+    if CONTROL_TOKENS in encoded.notes:
+        is_equal = _bare(tokenizer.decode(ours[len(unlimited.beginning) : -1])) == _bare(written)
+    if not is_equal or encoded.trained != (0, len(ours)):
+        raise ConfigError(
+            f'{row.origin}: the row is plain text, and its trained ids are not those of the tokenizer and the end of '
+            'sequence. Please report this tokenizer.'
+        )
+
+
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
     """Check the rows and the probes, and write the outcome to proofs.json.
 
@@ -360,16 +385,28 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
-    compared = [row for row in rows if encoder.name == AUTO or not _has_images(row)]
+    texts = [row for row in rows if row.is_text]
+    chats = [row for row in rows if not row.is_text]
+    compared = [row for row in chats if encoder.name == AUTO or not _has_images(row)]
+    # Without a template there is nothing to try probes on.
+    tried = [] if isinstance(encoder, TextEncoder) and not compared else [*compared, *probes()]
     counts: Counter[Verdict] = Counter()
     first: str | None = None
     outcome: dict[str, Any] = {'passed': False}
     try:
-        for row in [*compared, *probes()]:
+        for row in texts:
+            _check_text(encoder, row)
+        for row in tried:
             verdict, difference = _judge(encoder, row, has_own=has_own)
             counts[verdict] += 1
             first = first or difference
-        says = _sentence(encoder.name, has_own, counts, len(compared), first)
+        sentences = [_sentence(encoder.name, has_own, counts, len(compared), first)] if tried else []
+        if texts:
+            sentences.append(
+                f'{len(texts)} rows of plain text have the ids of the tokenizer and the end of sequence, and every '
+                'token carries loss'
+            )
+        says = '; '.join(sentences)
         outcome = {'passed': True, 'says': says, **{name: counts[name] for name in sorted(counts)}}
         logger.info(f'template: {says}')
     except ConfigError as error:

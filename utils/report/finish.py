@@ -94,7 +94,8 @@ def finish_run(
     write_json(run_dir / HISTORY_JSON, state.log_history)
 
     pictures = plot_curves(state.log_history, run_dir / 'images')
-    logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures), tensorboard --logdir {run_dir / "runs"}')
+    also = f', tensorboard --logdir {run_dir / "runs"}' if 'tensorboard' in args.report_to else ''
+    logger.info(f'curves: {run_dir / "images"} ({len(pictures)} pictures){also}')
 
     # The report is written twice: the scan for secrets must read the report, and the report must show its outcome.
     write_report(run_dir)

@@ -67,11 +67,19 @@ def _proofs(run: RunFiles) -> Markup:
 def _answers(run: RunFiles) -> list[Markup]:
     return [
         Markup(
-            block(message_text(row['messages'][-2]) if len(row['messages']) > 1 else '')
+            _asked(row)
             + table(['', f'{row["split"]} row'], [[name, row[name]] for name in ('wanted', 'before', 'after')])
         )
         for row in run.answers
     ]
+
+
+def _asked(row: dict[str, Any]) -> Markup:
+    """Return the question of an answered row as HTML. Plain text has a beginning instead, which the model continued."""
+    if 'beginning' in row:
+        says = '<p class="faint">plain text: the model continues its beginning</p>'
+        return Markup(f'{says}{block(row["beginning"])}')
+    return block(message_text(row['messages'][-2]) if len(row['messages']) > 1 else '')
 
 
 def _sample(sample: str) -> Markup:

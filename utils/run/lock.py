@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ from utils.preprocess import AUTO
 
 # The flags that decide which rows are trained on and which rows are held out.
 DATA_FLAGS = (
-    'dataset', 'val_dataset', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample', 'streaming',
-    'stream_val_rows',
+    'dataset', 'val_dataset', 'columns', 'text_rows', 'dataset_seed', 'dataset_test_ratio', 'train_dataset_sample',
+    'streaming', 'stream_val_rows',
 )  # fmt: skip
 # Flags that are never recorded: --hub_token is secret, and --from_run only names the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run')
+
+
+def recorded(flags: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a flag in a record. If the record is older than the flag, return the default."""
+    return flags.get(name, next(f.default for f in fields(SftArguments) if f.name == name))
 
 
 def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:
@@ -133,7 +139,8 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
         for source in sorted({*earlier['data'], *lock['data']}):
             then = earlier['data'].get(source, {})
             now = lock['data'].get(source, {})
-            _compare(problems, f'the rows of {source}', then, now, remedy=f'--{_flag_of(then, now)}')
+            note = _commit_then(source, then, now)
+            _compare(problems, f'the rows of {source}', then, now, remedy=f'--{_flag_of(then, now)}', note=note)
     problems.raise_if_any()
 
     for name in sorted({*earlier['versions'], *lock['versions']}):
@@ -172,7 +179,7 @@ def check_same_data(
             problems.add(
                 f'--{_flag_of(had, has)} {source}: its rows are not those that {checkpoint.name} was trained with '
                 f'(sha256 {str(had.get("sha256"))[:12]}, now {str(has.get("sha256"))[:12]}, {had.get("rows", 0)} rows '
-                f'then and {has.get("rows", 0)} now). Put the data back, {remedy}.'
+                f'then and {has.get("rows", 0)} now). Put the data back, {remedy}.{_commit_then(source, had, has)}'
             )
     return []
 
@@ -180,6 +187,17 @@ def check_same_data(
 def _flag_of(*entries: dict[str, Any]) -> str:
     """Return the flag that named a data set. Only the entries of lock.json for --val_dataset name their flag."""
     return next((entry['flag'] for entry in entries if 'flag' in entry), 'dataset')
+
+
+def _commit_then(source: str, then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return a sentence with the earlier commit if a hub serves another commit now. Returns '' otherwise."""
+    commit = then.get('commit')
+    if not commit or commit == now.get('commit'):
+        return ''
+    # Names of registered data sets contain no slash, and take no revision.
+    word = source.removesuffix(' (validation)')
+    remedy = f' Its rows are --dataset {word}@{commit}.' if '/' in word and '@' not in word else ''
+    return f' The hub served commit {commit[:12]} then.{remedy}'
 
 
 def described(found: dict[str, Any]) -> str:
@@ -202,11 +220,14 @@ def check_repeated_template(run_dir: Path, sha256: str) -> None:
         )
 
 
-def _compare(problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str) -> None:
+def _compare(
+    problems: Problems, what: str, then: dict[str, Any], now: dict[str, Any], *, remedy: str, note: str = ''
+) -> None:
     if then.get('sha256') != now.get('sha256'):
         has_rows = 'rows' in then or 'rows' in now
         counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if has_rows else ''
         problems.add(
             f'--from_run: {what} are not those of the repeated run (sha256 {str(then.get("sha256"))[:12]}, now '
-            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there now.'
+            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there '
+            f'now.{note}'
         )

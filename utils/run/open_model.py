@@ -71,6 +71,7 @@ def open_encoder(
         max_length=args.max_length if cuts else -1,
         images=images,
         loss_scope=args.loss_scope,
+        overlong=args.overlong,
         embedding=None if model is None else unembedded_from(model, tokenizer),
     )
 

@@ -21,7 +21,7 @@ from utils.base.names import SFT_ARGS
 from utils.cli.arguments import GENERATION, HUB_FLAGS, InferArguments, SftArguments, flag_types, to_dict
 from utils.cli.parser import Parsed
 from utils.loading.folder import is_adapter
-from utils.run.lock import DATA_FLAGS, check_same_data, flag_words
+from utils.run.lock import DATA_FLAGS, check_same_data, flag_words, recorded
 
 ANSWERS_JSON = 'answers.json'
 PROOFS_JSON = 'proofs.json'
@@ -31,7 +31,7 @@ _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 _RESTORE = 'Put back the file that the run wrote.'
 _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
-_SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
+_SHOWN = ('show_samples', 'report_samples', 'report_to', 'from_run', 'doctor')
 # The hash of the template shows whether it differs. The same template may be at another path.
 _OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
@@ -247,7 +247,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
     now = {**record.flags, 'system_typed': record.system_typed}
     _check_resumed_optimizer(then, now, problems)
     unchecked = []
-    if all(then.get(name) == now[name] for name in DATA_FLAGS):
+    if all(recorded(then, name) == now[name] for name in DATA_FLAGS):
         unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
     problems.raise_if_any()
 
@@ -266,7 +266,8 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
     """
     fixed = ['optim']
     if now['deepspeed_config_path'] is not None:
-        fixed += ['learning_rate', 'weight_decay']  # DeepSpeed restores these settings together with its optimizer
+        # DeepSpeed restores these settings together with its optimizer.
+        fixed += ['learning_rate', 'weight_decay', 'adam_beta1', 'adam_beta2', 'adam_epsilon']
     for name in fixed:
         typed = now[name]
         had = then.get(name, typed)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from utils.base.errors import Problems
 from utils.base.files import read_json, write_json
 from utils.base.logger import logger
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
-from utils.cli.resolution import Decided, Ready
+from utils.cli.resolution import Decided, Ready, reading_of
 from utils.data.held_out import held_out, read_held_out
 from utils.data.parts import UNUSED, VAL, VALIDATION, remarks_of
 from utils.data.plan import Plan, plan_rows, plan_validation
 from utils.data.stream_parts import Streams, first_rows, open_streams, stream_decisions
 from utils.formats.conversation import Row
 from utils.formats.file_bytes import OnBad, refuse
+from utils.formats.reading import Reading
 from utils.run.folder import log_decisions
-from utils.run.lock import DATA_FLAGS, check_same_data
+from utils.run.lock import DATA_FLAGS, check_same_data, recorded
 from utils.run.record import Trained
 
 HELD_OUT_JSON = 'held_out.json'
@@ -37,7 +39,13 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """
     args = done.args
     if args.streaming:
-        streams = open_streams(args.dataset, hub=args.hub, val_words=args.val_dataset or (), seed=args.dataset_seed)
+        streams = open_streams(
+            args.dataset,
+            hub=args.hub,
+            val_words=args.val_dataset or (),
+            seed=args.dataset_seed,
+            reading=reading_of(args),
+        )
         _note(done, [*streams.decisions, *stream_decisions(args.loss_scope, streams)], [])
         return streams
     plan = plan_of(args, args.train_dataset_sample)
@@ -65,6 +73,7 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
         train_sample=train_sample,
         hub=args.hub,
         bad=bad,
+        reading=reading_of(args),
     )
 
 
@@ -80,7 +89,7 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
         digest = hashlib.sha256(b'' if share is None else str(share).encode())
         for row in rows:
             digest.update(json.dumps([row.messages, row.tools, row.images], default=str).encode())
-        found[parts[0].name] = {'rows': len(rows), 'sha256': digest.hexdigest()}
+        found[parts[0].name] = {'rows': len(rows), 'sha256': digest.hexdigest(), **parts[0].source()}
     return found
 
 
@@ -117,17 +126,18 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
                 '--dataset: all its rows are answered, also the rows that the run was trained on. '
                 'Leave --dataset out to answer only the rows that the run held out.'
             )
-        return _all_rows(args)
+        reading = replace(reading_of(args), complete='columns' in done.typed)
+        return _all_rows(args, reading)
 
     if flags.get('streaming'):
-        streams = open_streams(args.dataset, hub=args.hub)
+        streams = open_streams(args.dataset, hub=args.hub, reading=reading_of(args))
         _log(streams.decisions)
         count = int(flags['stream_val_rows'])
         _check_data(done, trained, streams_lock(streams, count))
         return first_rows(streams.sources, count)
 
     if trained is not None and _same_data_flags(done, trained):
-        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset)
+        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset, reading_of(args))
         if rows is not None:
             return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
@@ -150,11 +160,11 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
     flags = trained.record.flags if trained is not None else {}
     same = [flags.get('val_dataset'), flags.get('dataset_seed')] == [words, args.dataset_seed]
     if trained is not None and same:
-        rows = _kept_rows(trained.checkpoint.absolute().parent, words)
+        rows = _kept_rows(trained.checkpoint.absolute().parent, words, reading_of(args))
         if rows is not None:
             return rows
 
-    plan = plan_validation(words, seed=args.dataset_seed, hub=args.hub)
+    plan = plan_validation(words, seed=args.dataset_seed, hub=args.hub, reading=reading_of(args))
     trained_on = {without_amount(word) for word in flags.get('dataset', ())}
     done.warnings += [
         f'--val_dataset {part.name}: the run was trained on rows of it.'
@@ -172,7 +182,7 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
     return [row for _, row in plan.rows(VAL)]
 
 
-def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
+def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading) -> list[Row] | None:
     """Return the rows that held_out.json names.
 
     Returns None if the run has no held_out.json, which older versions did not write, or if the data files have changed.
@@ -181,12 +191,12 @@ def _kept_rows(run_dir: Path, words: Sequence[str]) -> list[Row] | None:
     if not file.is_file():
         return None
     kept = read_json(file, remedy='Remove the file: the rows are then found by reading all data.')
-    return read_held_out(kept, words)
+    return read_held_out(kept, words, reading)
 
 
-def _all_rows(args: InferArguments) -> list[Row]:
+def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
     """Return all rows of the data sets. If a data set has a validation split, only the rows of this split are used."""
-    plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub)
+    plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub, reading=reading)
     _log(remarks_of([plan.parts]))
     names = {part.name for part in plan.parts}
     chosen = [part for part in plan.parts if part.name + VALIDATION not in names]
@@ -210,4 +220,4 @@ def _check_data(done: Ready[InferArguments], trained: Trained | None, now: dict[
 
 def _same_data_flags(done: Ready[InferArguments], trained: Trained) -> bool:
     shared = [name for name in DATA_FLAGS if hasattr(done.args, name)]
-    return all(getattr(done.args, name) == trained.record.flags.get(name) for name in shared)
+    return all(getattr(done.args, name) == recorded(trained.record.flags, name) for name in shared)

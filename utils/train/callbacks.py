@@ -8,10 +8,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from utils.base import dist
 from utils.base.errors import ConfigError
+from utils.base.logger import logger
+from utils.cli.arguments import SftArguments
+from utils.cli.schedule import StepCounts, step_counts
+from utils.run.folder import Run
 
 if TYPE_CHECKING:
     from utils.train.trainer import SftTrainer
@@ -27,6 +32,47 @@ class EvaluateAtEnd(TrainerCallback):
         if state.global_step >= state.max_steps and str(args.eval_strategy.value) == 'steps':
             control.should_evaluate = True
         return control
+
+
+class StepIntervals(TrainerCallback):
+    """Sets at which steps a run evaluates and saves, and records the numbers of steps that follow from shares."""
+
+    def __init__(self, args: SftArguments, run: Run) -> None:
+        self.flags = args
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the intervals of the state to those of the flags. The state of a checkpoint holds those of its run."""
+        evaluates = str(args.eval_strategy.value) == 'steps'
+        counts = step_counts(self.flags, state.max_steps, evaluates=evaluates)
+        state.logging_steps = self.flags.logging_steps
+        state.save_steps = counts.saving
+        if evaluates:
+            state.eval_steps = counts.evaluation
+
+        # A DeepSpeed configuration can bring a schedule of its own, with its own warm-up.
+        self._record(counts, schedule_is_ours=isinstance(kwargs['lr_scheduler'], LambdaLR))
+
+    def _record(self, counts: StepCounts, *, schedule_is_ours: bool) -> None:
+        """Record each number of steps that is not the typed one, with the reason, and each warning."""
+        flags = self.flags
+        steps = f'of {counts.steps} steps'
+        self.run.warnings += counts.warnings
+        if dist.is_main():
+            for line in counts.warnings:
+                logger.warning(line)
+
+        if schedule_is_ours and flags.lr_scheduler_type != 'constant':
+            if flags.warmup_steps is None:
+                self.run.decide('warmup_steps', counts.warmup, f'--warmup_ratio is {flags.warmup_ratio} {steps}')
+            elif flags.warmup_steps != counts.warmup:
+                self.run.decide('warmup_steps', counts.warmup, f'at most half {steps} are warm-up')
+        if counts.evaluation and flags.eval_steps < 1:
+            self.run.decide('eval_steps', counts.evaluation, f'--eval_steps is {flags.eval_steps} {steps}')
+        if flags.save_steps is not None and flags.save_steps < 1:
+            self.run.decide('save_steps', counts.saving, f'--save_steps is {flags.save_steps} {steps}')
 
 
 class EpochOrder(TrainerCallback):

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from utils.train.trainer import SftTrainer
 
 # The settings of an optimizer's parameter group that come from flags. `initial_lr` is --learning_rate, from which the
-# learning rate of each step is computed.
-_FLAG_SETTINGS = ('initial_lr', 'weight_decay')
+# learning rate of each step is computed. Only some optimizers have `betas` and `eps`.
+_FLAG_SETTINGS = ('initial_lr', 'weight_decay', 'betas', 'eps')
 
 
 def first_failure_of(work: Callable[[], object]) -> str | None:
@@ -53,8 +53,8 @@ def first_failure_of(work: Callable[[], object]) -> str | None:
     return dist.first_failure(failure)
 
 
-def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, float]]) -> None:
-    """Set learning rate and weight decay of an optimizer and its schedule. `settings` has one dict per parameter group.
+def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, Any]]) -> None:
+    """Set the settings of an optimizer and its schedule that come from flags. `settings` has one dict per group.
 
     The learning rate of the next step is computed from them.
     """
@@ -241,11 +241,13 @@ class Checkpoints:
     def load_optimizer(self, checkpoint: Path) -> None:
         """Restore the states of optimizer, schedule and loss scale. DeepSpeed has already restored its part.
 
-        Learning rate and weight decay come from the flags of the resumed run, not from the checkpoint.
+        Learning rate, weight decay, betas and epsilon come from the flags of the resumed run, not from the checkpoint.
         """
         trainer = self.trainer
         tree = load_tree(checkpoint / OPTIMIZER_STATE)
-        settings = [{name: group[name] for name in _FLAG_SETTINGS} for group in trainer.optimizer.param_groups]
+        settings = [
+            {name: group[name] for name in _FLAG_SETTINGS if name in group} for group in trainer.optimizer.param_groups
+        ]
         if not trainer.is_deepspeed_enabled:
             trainer.optimizer.load_state_dict(tree['optimizer'])
         if not self._deepspeed_has_schedule():

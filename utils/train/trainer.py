@@ -31,13 +31,21 @@ from utils.infer.generation import generate_batch, generation_config
 from utils.loading.image_processors import Images
 from utils.loading.layers import is_sharded
 from utils.run.folder import Run
-from utils.train.callbacks import EpochOrder, EvaluateAtEnd, EvaluationCutError, Speedometer, StopCallback
+from utils.train.callbacks import (
+    EpochOrder,
+    EvaluateAtEnd,
+    EvaluationCutError,
+    Speedometer,
+    StepIntervals,
+    StopCallback,
+)
 from utils.train.checkpoints import Checkpoints
 from utils.train.guard import Guard, check_positions
 from utils.train.metrics import ValidationSets, generation_metrics, loss_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
+from utils.train.trackers import add_trackers
 from utils.train.trainer_args import make_schedule, training_arguments
 
 if TYPE_CHECKING:
@@ -92,17 +100,6 @@ class SftTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
             self.add_callback(callback)
-
-    def log_to(self, run_dir: Path) -> None:
-        """On the main process, write TensorBoard logs to runs/ and the trainer's arguments to training_args.json."""
-        if not self.args.should_save:
-            return
-
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        self.add_callback(TensorBoardCallback(SummaryWriter(run_dir / 'runs')))
-        write_json(run_dir / 'training_args.json', self.args.to_dict())
 
     @property
     def stopped(self) -> bool:
@@ -216,8 +213,9 @@ class SftTrainer(Seq2SeqTrainer):
                 optimizer or self.optimizer,
                 self.args.lr_scheduler_type,
                 learning_rate=self.args.learning_rate,
-                warmup_ratio=self.args.warmup_steps,
+                warmup=self.args.warmup_steps,
                 steps=num_training_steps,
+                **self.args.lr_scheduler_kwargs,
             )
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
@@ -353,7 +351,7 @@ class SftTrainer(Seq2SeqTrainer):
         """
         metrics = self.evaluate()
         self.evaluation_pending = False
-        is_saved = self.state.global_step % self.args.save_steps == 0
+        is_saved = self.state.global_step % self.state.save_steps == 0
         if is_saved and super()._determine_best_metric(metrics, None):
             self.state.best_model_checkpoint = checkpoint
 
@@ -387,7 +385,10 @@ class TrainerSetup:
 def build_trainer(
     args: SftArguments, run: Run, model: Any, encoder: Encoder, data: PreparedData, *, dtype: torch.dtype
 ) -> SftTrainer:
-    """Return the trainer of a run. It writes its logs to the run folder."""
+    """Return the trainer of a run.
+
+    Its main process passes the log lines to the trackers of --report_to, and writes training_args.json.
+    """
     setup = TrainerSetup(
         run=run,
         tokenizer=encoder.tokenizer,
@@ -396,7 +397,9 @@ def build_trainer(
         images=encoder.images,
     )
     trainer = make_trainer(args, model, data, setup)
-    trainer.log_to(run.folder)
+    if trainer.args.should_save:
+        write_json(run.folder / 'training_args.json', trainer.args.to_dict())
+        add_trackers(trainer, args, run)
     return trainer
 
 
@@ -434,7 +437,7 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     val = data.val.longest_first()
     sets = ValidationSets(rows=val, names=data.val_sets)
 
-    return SftTrainer(
+    trainer = SftTrainer(
         run=setup.run,
         save_total_limit=args.save_total_limit,
         generation=setup.generation,
@@ -449,3 +452,5 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         processing_class=setup.tokenizer,
         compute_metrics=generation_metrics(setup.tokenizer, sets) if args.predict_with_generate else loss_metrics(sets),
     )
+    trainer.add_callback(StepIntervals(args, setup.run))
+    return trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import Seq2SeqTrainingArguments, get_scheduler
 
 from utils.base import dist
 from utils.cli.arguments import SftArguments
+from utils.cli.schedule import STABLE_DECAY, count_decay_steps, count_warmup_steps, warmup_asked
 
 
 def training_arguments(
@@ -34,9 +34,14 @@ def training_arguments(
         optim='adamw_torch_fused' if args.optim == 'adamw_torch' and not sharded else args.optim,
         learning_rate=args.learning_rate or 0.0,
         weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_epsilon=args.adam_epsilon,
         max_grad_norm=args.max_grad_norm,
         lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_ratio,
+        lr_scheduler_kwargs=_schedule_settings(args),
+        # The trainer takes a share of the steps if the value is below 1.
+        warmup_steps=warmup_asked(args),
         predict_with_generate=args.predict_with_generate,
         eval_strategy='steps' if evaluates else 'no',
         eval_steps=args.eval_steps,
@@ -65,32 +70,60 @@ def training_arguments(
         deepspeed=args.deepspeed_config_path,
         remove_unused_columns=False,
         label_names=['labels'],
+        # --report_to is done by train/trackers.py.
         report_to='none',
         disable_tqdm=not dist.is_main(),
     )
 
 
-def count_warmup_steps(share: float, steps: int) -> int:
-    """Return the number of warm-up steps: `share` of the steps, rounded up, but at most half of all steps."""
-    return min(math.ceil(share * steps), steps // 2)
+def _schedule_settings(args: SftArguments) -> dict[str, float]:
+    """Return the settings of the schedule that `make_schedule` takes besides the warm-up."""
+    settings = {} if args.min_lr_ratio is None else {'min_lr_ratio': args.min_lr_ratio}
+    if args.lr_scheduler_type == STABLE_DECAY:
+        settings['decay_ratio'] = args.decay_ratio
+    return settings
 
 
-def make_schedule(optimizer: Any, name: str, *, learning_rate: float, warmup_ratio: float, steps: int) -> LambdaLR:
-    """Return the learning-rate schedule of transformers, with a different warm-up.
+def make_schedule(
+    optimizer: Any,
+    name: str,
+    *,
+    learning_rate: float,
+    warmup: float,
+    steps: int,
+    min_lr_ratio: float | None = None,
+    decay_ratio: float = 0.0,
+) -> LambdaLR:
+    """Return the learning-rate schedule of transformers, with a different warm-up and with a lowest rate.
 
-    With w warm-up steps, step k (counted from 0) has (k + 1) / (w + 1) of the learning rate. In transformers the first
-    warm-up step has rate 0, so it changes no weight, and a run of one step trains nothing.
+    `warmup` is a share of the steps if it is below 1, else a number of steps. With w warm-up steps, step k (counted
+    from 0) has (k + 1) / (w + 1) of the learning rate. In transformers the first warm-up step has rate 0, so it changes
+    no weight, and a run of one step trains nothing. With `min_lr_ratio`, the schedule ends at this share of the
+    learning rate. `decay_ratio` is the share of the steps in the decay of warmup_stable_decay.
     """
-    warmup = 0 if name == 'constant' else count_warmup_steps(warmup_ratio, steps)
+    first = 0 if name == 'constant' else count_warmup_steps(warmup, steps)
+    settings: dict[str, float] = {}
+    if name == STABLE_DECAY:
+        settings['num_decay_steps'] = count_decay_steps(decay_ratio, steps, warmup=first)
+    elif name == 'polynomial' and min_lr_ratio is not None:
+        settings['lr_end'] = 0.0  # instead of 1e-7, so that the rate ends exactly at the lowest rate
     # Only the function of transformers' schedule is used. A schedule changes the learning rate of its optimizer when it
     # is made, so this schedule gets an optimizer that is not used.
     unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
-    original = get_scheduler(name, unused_optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    original = get_scheduler(
+        name,
+        unused_optimizer,
+        num_warmup_steps=first,
+        num_training_steps=steps,
+        scheduler_specific_kwargs=settings,
+    )
     (after_warmup,) = original.lr_lambdas
+    lowest = min_lr_ratio or 0.0
 
     def share_of_rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return float(after_warmup(step))
+        if step < first:
+            return (step + 1) / (first + 1)
+        share = float(after_warmup(step))
+        return share + lowest * (1 - share)
 
     return LambdaLR(optimizer, share_of_rate)

@@ -1,0 +1,220 @@
+"""Data sets of the hubs that are named by their ids: chooses subset and splits, and downloads their files.
+
+No script of a data set is run. The shape of the rows is found from their columns, as for local files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.base.errors import ConfigError, did_you_mean
+from utils.base.names import HubName
+from utils.formats.data_file import SUFFIXES
+from utils.formats.hub_splits import (
+    VALIDATION_NAMES,
+    data_files,
+    is_held_back,
+    read_card_list,
+    splits_by_name,
+    subset_of,
+)
+from utils.hub.clients import Repo
+from utils.hub.snapshot import Snapshot, find
+
+# What stands in front of an id to choose a hub.
+HUB_PREFIXES: dict[str, HubName] = {'ms': 'modelscope', 'hf': 'huggingface'}
+# The names of training splits, the most usual one first. Of several, train_sft is for supervised fine-tuning.
+_USUAL = ('train', 'training', 'train_sft')
+_MANY = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The files of a repository that a run reads. `about` says which splits they are and which are not used."""
+
+    train: Sequence[str]
+    val: Sequence[str]
+    about: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """The downloaded files of a data set: their folder, their names in it, and the repository and commit."""
+
+    folder: Path
+    chosen: Chosen
+    served: str
+    commit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFiles:
+    """A data set on a hub, named as [hf:|ms:]owner/name[:subset][:split][@revision].
+
+    `chosen_hub` is None if the word does not choose one. `part` is what follows the id: a subset, a split of the only
+    or default subset, or a file.
+    """
+
+    word: str
+    id: str
+    chosen_hub: HubName | None = None
+    part: str | None = None
+    split: str | None = None
+    revision: str = 'master'
+
+    def repos(self, hub_name: HubName) -> list[Repo]:
+        """Return the repository, as a list with one item."""
+        return [Repo(hub=self.chosen_hub or hub_name, id=self.id, revision=self.revision)]
+
+    def key(self, hub_name: HubName) -> tuple[str, ...]:
+        """Return what identifies the data set: it does not depend on whether the word names the hub of --hub."""
+        return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
+
+    def load(self, hub_name: HubName, *, remedy: str = '') -> Fetched:
+        """Download the files and return them. `remedy` is appended to the message if no repository is found."""
+        snapshot = find(self.repos(hub_name), 'dataset', remedy=remedy)
+        chosen = self.choose(snapshot)
+        folder = snapshot.fetch([*chosen.train, *chosen.val])
+        return Fetched(folder=folder, chosen=chosen, served=str(snapshot.repo), commit=snapshot.commit)
+
+    def names(self, snapshot: Snapshot) -> list[str]:
+        """Return the files that are needed. Downloads only the card."""
+        chosen = self.choose(snapshot)
+        return [*chosen.train, *chosen.val]
+
+    def choose(self, snapshot: Snapshot) -> Chosen:
+        """Return the files of the training split and of the validation split. Downloads only the card.
+
+        Raises ConfigError if they cannot be chosen. The message names the subsets or splits that exist.
+        """
+        if self.part in snapshot.files:
+            self._check_suffixes([str(self.part)])
+            return Chosen(train=[str(self.part)], val=(), about=f'file {self.part}')
+
+        subsets, default = self._subsets(snapshot)
+        subset, split = self._choose_subset(subsets, default)
+        splits = subsets[subset]
+        train, val = self._choose_splits(splits, subset, split)
+        files = {name: _with_rows(splits[name]) for name in (train, val) if name}
+        unread = [name for split in files for name in splits[split] if name not in files[split]]
+        if not files[train]:
+            self._check_suffixes(unread)
+
+        about = f'subset {subset}, ' if len(subsets) > 1 else ''
+        about += f'training rows from split {train} ({_count(files[train])})'
+        about += f', validation rows from split {val} ({_count(files[val])})' if val else ''
+        others = [name for name in splits if name not in (train, val)]
+        about += f'; splits not used: {", ".join(others)}' if others else ''
+        about += f'; files not read: {_listed(unread)}' if unread else ''
+        return Chosen(train=files[train], val=files[val] if val else (), about=about)
+
+    def _subsets(self, snapshot: Snapshot) -> tuple[Mapping[str, Mapping[str, list[str]]], str]:
+        """Return the files of each split of each subset, and the default subset.
+
+        They are from the list in the repository, else from the names of its files.
+        """
+        card = read_card_list(snapshot)
+        subsets = {subset: splits for subset, splits in card.subsets.items() if any(splits.values())}
+        if subsets:
+            return subsets, card.default or 'default'
+
+        grouped: dict[str, list[str]] = {}
+        for name in data_files(snapshot.files):
+            grouped.setdefault(subset_of(name), []).append(name)
+        if not grouped:
+            raise ConfigError(self._no_data(snapshot))
+        return {subset: splits_by_name(names) for subset, names in grouped.items()}, 'default'
+
+    def _no_data(self, snapshot: Snapshot) -> str:
+        supported = ', '.join(SUFFIXES[:5])
+        scripts = sorted(name for name in snapshot.files if name.endswith('.py') and '/' not in name)
+        if not scripts:
+            shown = ', '.join(sorted(snapshot.files)[:_MANY]) or 'no file'
+            return (
+                f"--dataset '{self.word}': {snapshot.repo} holds no file that is read ({supported}). Found: {shown}. "
+                'Convert its rows to one of these formats and give the file.'
+            )
+        converted = ''
+        if snapshot.repo.hub == 'huggingface':
+            converted = f'try the copy in parquet that the hub makes: --dataset hf:{self.id}@refs/convert/parquet, or '
+        return (
+            f"--dataset '{self.word}': {snapshot.repo} brings a loading script ({scripts[0]}) and no data files, and a "
+            f'script of a data set is never run. To use it, {converted}give a copy of its rows as a {supported} file.'
+        )
+
+    def _choose_subset(self, subsets: Mapping[str, Mapping[str, list[str]]], default: str) -> tuple[str, str | None]:
+        """Return the subset, and the split if the word names one."""
+        names = list(subsets)
+        usual = default if default in subsets else names[0] if len(names) == 1 else None
+        if self.part is None and usual is None:
+            raise ConfigError(
+                f"--dataset '{self.word}': the data set has the subsets {_listed(names)}. Name one, e.g. "
+                f'--dataset {self._with(names[0])}'
+            )
+        if self.part is None or self.part in subsets:
+            return str(self.part or usual), self.split
+        if self.split is None and usual is not None and self.part in subsets[usual]:
+            return usual, self.part
+
+        splits = [] if usual is None else list(subsets[usual])
+        raise ConfigError(
+            f"--dataset '{self.word}': '{self.part}' is neither a subset nor a split nor a file of the data set"
+            f'{did_you_mean(str(self.part), [*names, *splits])} Subsets: {_listed(names)}'
+            + (f'; splits of {usual}: {_listed(splits)}' if usual else '')
+            + f'. Name one of them, e.g. --dataset {self._with(names[0])}'
+        )
+
+    def _choose_splits(self, splits: Mapping[str, list[str]], subset: str, named: str | None) -> tuple[str, str | None]:
+        """Return the training split and the validation split. A split that the word names is used alone."""
+        filled = [name for name, files in splits.items() if files]
+        if named in filled:
+            return str(named), None
+        if named is not None:
+            raise ConfigError(
+                f"--dataset '{self.word}': subset '{subset}' has no split '{named}'{did_you_mean(named, filled)} Its "
+                f'splits with files are {_listed(filled)}. Name one, e.g. --dataset {self._with(subset, filled[0])}'
+            )
+
+        candidates = [name for name in filled if not is_held_back(name)]
+        by_name = [name for name in candidates if name.lower().startswith('train')] or candidates
+        train = next((name for usual in _USUAL for name in by_name if name.lower() == usual), None)
+        if train is None and len(by_name) == 1:
+            train = by_name[0]
+        if train is None:
+            what = 'no training split' if not by_name else 'several splits that could be trained on'
+            raise ConfigError(
+                f"--dataset '{self.word}': subset '{subset}' has {what}: its splits with files are {_listed(filled)}. "
+                f'Name the one to train on, e.g. --dataset {self._with(subset, (by_name or filled)[0])}'
+            )
+
+        # The validation split of train_sft is validation_sft.
+        end = train[len('train') :] if train.lower().startswith('train_') else ''
+        return train, next((name for name in filled if name.lower() in {f'{v}{end}' for v in VALIDATION_NAMES}), None)
+
+    def _check_suffixes(self, names: Sequence[str]) -> None:
+        if other := [name for name in names if not name.lower().endswith(SUFFIXES)]:
+            raise ConfigError(
+                f"--dataset '{self.word}': {other[0]} is not read; {', '.join(SUFFIXES[:5])} files are. Name another "
+                'subset, or convert the file and give the converted one.'
+            )
+
+    def _with(self, *parts: str) -> str:
+        """Return the word with these parts after the id, as a user would type it."""
+        prefix = self.word[: self.word.index(self.id)]
+        revision = '' if self.revision == 'master' else f'@{self.revision}'
+        return ':'.join((prefix + self.id, *parts)) + revision
+
+
+def _with_rows(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.lower().endswith(SUFFIXES)]
+
+
+def _count(names: Sequence[str]) -> str:
+    return f'{len(names)} file' + 's' * (len(names) != 1)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f' and {len(names) - _MANY} more' if len(names) > _MANY else ''
+    return ', '.join(names[:_MANY]) + more

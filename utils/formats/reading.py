@@ -1,0 +1,86 @@
+"""How the rows of data files are read: the names of columns that --columns gives, and the unit of text files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.base.errors import ConfigError, did_you_mean
+from utils.base.names import TextRows
+from utils.formats.columns import KNOWN_COLUMNS
+from utils.formats.json_text import RowWithRepeatedKeys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How data files are read.
+
+    `columns` maps names of columns in the files to the names that are read. An empty name leaves the column out.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    # The rows of a text file.
+    text_rows: TextRows = 'document'
+    # Whether a name of `columns` that no row has is an error. It is none if the names are those of an earlier run.
+    complete: bool = True
+
+    def renamed(self, row: dict[str, Any], location: str) -> dict[str, Any]:
+        """Return the row with its columns renamed. Raises ConfigError if two columns would get the same name.
+
+        A column that is left out gets a name that no format reads, so that its text counts as not used.
+        """
+        if self.columns.keys().isdisjoint(row):
+            return row
+
+        made: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        for name, value in row.items():
+            new = self.columns.get(name, name) or f'{name} (left out)'
+            if new in sources:
+                raise ConfigError(
+                    f"{location}: --columns gives two columns the name '{new}': {sources[new]} and {name}. Remove one "
+                    f'of them from --columns, or add {new}= to leave the column {new} of the file out.'
+                )
+            made[new] = value
+            sources[new] = name
+        return RowWithRepeatedKeys(made, row.repeated_keys) if isinstance(row, RowWithRepeatedKeys) else made
+
+    def missing(self, seen: Collection[str], where: str) -> list[str]:
+        """Return a problem for each name of --columns that is not among the columns `seen` in the data `where`."""
+        return [
+            f"--columns '{name}={new}': {where} has no column {name}{did_you_mean(name, seen)} Its columns are "
+            f'{", ".join(seen)}. Write the name in the file first: NAME={new or "(nothing)"}.'
+            for name, new in self.columns.items()
+            if self.complete and name not in seen
+        ]
+
+
+def read_columns(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the names that the words of --columns give, and the problems of the words. A word is NAME=COLUMN."""
+    columns: dict[str, str] = {}
+    problems: list[str] = []
+    for word in words:
+        name, mark, new = word.rpartition('=')
+        name = name.strip()
+        new = new.strip()
+        if not mark or not name:
+            problems.append(
+                f"--columns '{word}': this does not give a column a name. Write NAME=COLUMN, the name in the file "
+                'first, e.g. --columns question=query,answer=response'
+            )
+        elif new and new not in KNOWN_COLUMNS:
+            problems.append(
+                f"--columns '{word}': no format reads a column {new}{did_you_mean(new, KNOWN_COLUMNS)} Choose among "
+                f'{", ".join(KNOWN_COLUMNS)}.'
+            )
+        elif name in columns:
+            problems.append(f"--columns '{word}': the column {name} is named twice. Remove one of the two.")
+        elif new and new in columns.values():
+            other = next(source for source, target in columns.items() if target == new)
+            problems.append(
+                f"--columns '{word}': {other} is named {new} already, and a row has only one. Remove one of the two."
+            )
+        else:
+            columns[name] = new
+    return columns, problems
