@@ -21,6 +21,7 @@ from utils.data.plan import Plan
 from utils.data.stream_parts import Streams, some_rows
 from utils.loading.image_processors import open_images
 from utils.run.folder import Run, log_decisions, open_run
+from utils.run.last import resume_last
 from utils.run.lock import repeat
 from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
@@ -61,7 +62,12 @@ def train(resolved: Resolution[SftArguments], typed_now: Collection[str]) -> int
     rows = rows_of(done)
 
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
-    run = open_run(done, find_weights(done), lock_of(rows, args), typed_now)
+    weights = find_weights(done)
+    data = lock_of(rows, args)
+    if resume_last(done, weights, data):
+        return 0
+
+    run = open_run(done, weights, data, typed_now)
     keep_held_out(rows, run.folder)
     carry_out(done, run, rows, typed_now, started=started)
     return 0
@@ -81,6 +87,7 @@ def carry_out(
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
     from utils.proofs.template import ROWS, note_template, note_thinking, prove_template
+    from utils.proofs.time_trial import keep_to_time
     from utils.report.finish import finish_run, stopped
     from utils.train.end_token import warn_of_untrained_ends
     from utils.train.prepare import prepare_model
@@ -126,6 +133,7 @@ def carry_out(
     trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:
         trainer.add_callback(FirstStepGate(trainer, resumed_from=args.resume_from_checkpoint))
+    keep_to_time(trainer, args, typed_now, started=started)
 
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stopped:

@@ -68,7 +68,8 @@ def trl(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, var
 
 
 def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, variant: str, steps: int, batch: int,
-         accumulation: int, max_length: int, checkpointing: bool = False) -> Any:  # fmt: skip
+         accumulation: int, max_length: int, checkpointing: bool = False,
+         bf16_weights: bool = False) -> Any:  # fmt: skip
     """Return this project's trainer: on its fast path, or padded, with PEFT's layers and the class's own logits."""
     from utils.cli.arguments import SftArguments
     from utils.data.encode_plan import EncodedRows, PreparedData
@@ -93,6 +94,7 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
         group_by_length=fast, fused_norms=fast, fused_mlp=fast, max_length=max_length,
         eval_batch_size=batch, save_steps=10_000, logging_steps=1000,
         warmup_ratio=0.0, only_save_model=True, gradient_checkpointing=checkpointing,
+        full_weights='bf16' if bf16_weights else 'fp32',
     )  # fmt: skip
     train = EncodedRows()
     for row in rows:

@@ -1,9 +1,9 @@
-"""The estimated memory of a training step compared with the memory measured on a CPU, in 12 settings.
+"""The estimated memory of a training step compared with the memory measured on a CPU, in 18 settings.
 
-The settings are 3 models x (LoRA, full) x gradient checkpointing (off, on). Each takes two optimizer steps of two
-batches, in a separate process. The measured figure is the peak of resident memory as the kernel counts it (VmHWM),
-from the start of training; load_memory.py measures how a model is opened. The memory that the same process holds after
-it trained a model of 2 layers is subtracted: libraries and tokenizer do not count.
+The settings are 3 models x (LoRA, full, full with --full_weights bf16) x gradient checkpointing (off, on). Each takes
+two optimizer steps of two batches, in a separate process. The measured figure is the peak of resident memory as the
+kernel counts it (VmHWM), from the start of training; load_memory.py measures how a model is opened. The memory that the
+same process holds after it trained a model of 2 layers is subtracted: libraries and tokenizer do not count.
 
 MALLOC_ variables make glibc return freed memory, so that only live tensors are measured. llm_sft.py on a CPU keeps
 freed memory for speed; --kept measures that.
@@ -40,7 +40,7 @@ def cases() -> list[dict[str, Any]]:
     return [
         {'model': model, 'setting': setting, 'checkpointing': checkpointing}
         for model in MODELS
-        for setting in ('lora', 'full')
+        for setting in ('lora', 'full', 'full bf16')
         for checkpointing in (False, True)
     ]
 
@@ -70,14 +70,15 @@ def train(case: dict[str, Any], folder: Path, tokenizer: Any, length: int) -> No
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM: man 5 proc
 
-    full = case['setting'] == 'full'
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if full else torch.bfloat16)
+    full = case['setting'] != 'lora'
+    held = torch.float32 if case['setting'] == 'full' else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=held)
     rows = make_rows({'length': length, 'rows': BATCH * ACCUMULATION}, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as output:
         trainer = contestants.ours(
             model, tokenizer, rows, output, variant='fast', steps=2, batch=BATCH,
             targets=None if full else MODELS[case['model']][1], accumulation=ACCUMULATION, max_length=length,
-            checkpointing=case['checkpointing'],
+            checkpointing=case['checkpointing'], bf16_weights=case['setting'] == 'full bf16',
         )  # fmt: skip
         trainer.add_callback(CountAnew())
         trainer.train()
@@ -117,10 +118,11 @@ def estimated(case: dict[str, Any]) -> float:
     folder = folder_of(case['model'])
     shape = shape_of(folder, get_model_info(None, str(folder)))
     length, wanted = MODELS[case['model']]
-    full = case['setting'] == 'full'
+    full = case['setting'] != 'lora'
+    bf16 = case['setting'] == 'full bf16'
     mode = Mode(
         full=full, compute=2, targets=tuple(shape.linear if wanted == 'all-linear' else wanted),
-        checkpointing=case['checkpointing'], gpu=False,
+        checkpointing=case['checkpointing'], gpu=False, trained=2 if bf16 else 4, optimizer_bytes=6 if bf16 else 8,
     )  # fmt: skip
     trained = length - length // 4
     found = footprint(shape, mode, Batch(tokens=BATCH * length, longest=length, trained=BATCH * trained))

@@ -36,10 +36,12 @@ MODES: dict[str, tuple[int, str]] = {
     'lora, worker, log every 3': (1, '--lora_dropout_p 0.1 --dataloader_num_workers 1 --logging_steps 3'),
     'full': (1, '--sft_type full'),
     'full, bf16': (1, '--sft_type full --dtype bf16'),
+    'full, weights in bf16': (1, '--sft_type full --dtype bf16 --full_weights bf16'),
     'packing': (1, '--packing true --lora_dropout_p 0.1'),
     'streaming': (1, '--streaming true --stream_val_rows 8 --lora_dropout_p 0.1'),
     'lora, 2 processes': (2, '--lora_dropout_p 0.1'),
     'full, 2 processes': (2, '--sft_type full'),
+    'full, weights in bf16, 2 processes': (2, '--sft_type full --dtype bf16 --full_weights bf16'),
     'DeepSpeed, 2 processes': (2, '--lora_dropout_p 0.1 --deepspeed_config_path {deepspeed}'),
 }
 DEEPSPEED = {
@@ -96,7 +98,7 @@ def start(words: list[str], output: Path, processes: int) -> list[int]:
     with socket.socket() as found:
         found.bind(('127.0.0.1', 0))
         port = found.getsockname()[1]
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     ids = []
     for rank in range(processes):
         child = os.fork()

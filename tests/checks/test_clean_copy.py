@@ -367,16 +367,8 @@ def test_conversations_and_plain_text_do_not_share_a_copy(folder: Path, tmp_path
     chat = write_jsonl(tmp_path / 'chat.jsonl', [{'query': 'a', 'response': 'b'}])
     text = write_jsonl(tmp_path / 'text.jsonl', [{'text': 'a'}])
     copy = tmp_path / 'copy.jsonl'
-    words = [
-        '--model_id_or_path',
-        str(folder),
-        '--output_dir',
-        str(tmp_path / 'out'),
-        '--dataset',
-        str(chat),
-        str(text),
-    ]
-    assert llm_sft.main([*words, '--check_dataset', 'true', '--write_clean', str(copy)]) == 2
+    words = ['--model_id_or_path', str(folder), '--output_dir', str(tmp_path / 'out'), '--check_dataset', 'true']
+    assert llm_sft.main([*words, '--dataset', str(chat), str(text), '--write_clean', str(copy)]) == 2
     assert problems() == [
         f'--write_clean {copy}: {text}:1 and the rows before it are of two kinds, conversations and plain text, and a '
         'file holds one kind. Write a copy of each kind of data with a command of its own.'

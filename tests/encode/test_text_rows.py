@@ -179,7 +179,7 @@ def test_text_beside_rows_is_not_data(tmp_path: Path) -> None:
 
 
 def test_a_document_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('utils.formats.data_file._MAX_ROW_BYTES', 12)
+    monkeypatch.setattr('utils.formats.data_file.MAX_ROW_BYTES', 12)
     file = tmp_path / 'a.txt'
     file.write_text('one two\n\nthree\n\nfour')
     with pytest.raises(ConfigError, match='a.txt: the document exceeds 0 MiB, .* add --text_rows paragraph'):

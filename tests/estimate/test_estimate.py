@@ -88,6 +88,8 @@ def test_what_is_held_by_hand() -> None:
         'fsdp': (replace(full, processes=2, sharding='fsdp'), 2000, 2000, 4000),
         'offload': (replace(full, processes=2, sharding='zero2', offloads_optimizer=True), 2000, 0, 0),
         'mp': (replace(full, devices=2), 2000, 2000, 4000),
+        'bf16': (replace(full, trained=2, optimizer_bytes=6), 2000, 2000, 6000),
+        'bf16, ddp': (replace(full, trained=2, optimizer_bytes=6, processes=2), 2000, 4000, 6000),
     }
     for name, (mode, *expected) in held.items():
         found = footprint(TINY, mode, BATCH)
@@ -135,6 +137,9 @@ def test_modes_come_from_flags() -> None:
 
     assert mode() == Mode(full=False, compute=2, targets=('q_proj', 'k_proj', 'v_proj'))
     assert mode('--optim', 'adamw_8bit').optimizer_bytes == 2
+    assert (mode().trained, mode('--sft_type', 'full').trained) == (4, 4)
+    rounded = mode('--sft_type', 'full', '--full_weights', 'bf16')
+    assert (rounded.trained, rounded.optimizer_bytes, rounded.autocasts) == (2, 6, False)
     qlora = mode('--quantization_bit', '4', '--lora_target_modules', 'ALL')
     assert (qlora.packed, qlora.fused, len(qlora.targets)) == ('nf4x2', False, 7)
     assert mode('--model_type', 'qwen-7b-chat-int8').packed == 'gptq8'
@@ -149,7 +154,7 @@ def test_modes_come_from_flags() -> None:
 
 
 @pytest.mark.parametrize('padding_free', [True, False])
-@pytest.mark.parametrize('method', ['q_proj,k_proj,v_proj', 'ALL', 'full'])
+@pytest.mark.parametrize('method', ['q_proj,k_proj,v_proj', 'ALL', 'full', 'full in bf16'])
 @pytest.mark.parametrize('kind', ['Llama', 'Qwen3'])
 def test_activations_are_what_autograd_saves(kind: str, method: str, padding_free: bool) -> None:
     """Counts them with hooks on a forward pass of the real class, through the code that training uses."""
@@ -166,8 +171,9 @@ def test_activations_are_what_autograd_saves(kind: str, method: str, padding_fre
         vocab_size=50, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=6,
         num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
-    full = method == 'full'
-    model = getattr(transformers, f'{kind}ForCausalLM')(config).to(torch.float32 if full else torch.bfloat16)
+    full = method.startswith('full')
+    autocasts = method == 'full'
+    model = getattr(transformers, f'{kind}ForCausalLM')(config).to(torch.float32 if autocasts else torch.bfloat16)
     shape = measure(model)
     if padding_free:
         attend_by_rows(model)
@@ -185,11 +191,13 @@ def test_activations_are_what_autograd_saves(kind: str, method: str, padding_fre
             held.append(tensor)
         return tensor
 
-    autocast = torch.autocast('cpu', dtype=torch.bfloat16) if full else nullcontext()
+    autocast = torch.autocast('cpu', dtype=torch.bfloat16) if autocasts else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), autocast:
         Scorer(model, find_head(model)).loss(prepared, Collator(0, pads=not padding_free)(rows), 1.0)
     targets = () if full else tuple(shape.linear) if method == 'ALL' else tuple(method.split(','))
-    mode = Mode(full=full, compute=2, targets=targets, padding_free=padding_free, gpu=False)
+    mode = Mode(
+        full=full, compute=2, targets=targets, padding_free=padding_free, gpu=False, trained=4 if autocasts else 2
+    )
     predicted = footprint(shape, mode, Batch(tokens=80, longest=40, trained=60)).activations
     assert predicted == pytest.approx(sum(sizes.values()), rel=0.04)
 

@@ -315,11 +315,11 @@ def test_a_script_beside_data_files_is_ignored(loopback: LoopbackHub) -> None:
 def test_a_data_set_without_rows_that_are_read_says_what_it_holds(loopback: LoopbackHub) -> None:
     loopback.add('dataset', 'owner/name', {'rows.arrow': b'x', 'README.md': b'# rows\n'})
     assert refused('owner/name') == (
-        "--dataset 'owner/name': modelscope:owner/name@master holds no file that is read (.json, .jsonl, .csv, "
+        "--dataset 'owner/name': modelscope:owner/name@master holds no file that is read (.json, .jsonl, .csv, .tsv, "
         '.parquet). Found: README.md, rows.arrow. Convert its rows to one of these formats and give the file.'
     )
     loopback.add('dataset', 'owner/listed', {'rows.arrow': b'x', 'README.md': card(default={'train': 'rows.arrow'})})
-    assert 'rows.arrow is not read; .json, .jsonl, .csv, .parquet files are.' in refused('owner/listed')
+    assert 'rows.arrow is not read; .json, .jsonl, .csv, .tsv, .parquet files are.' in refused('owner/listed')
 
 
 def test_a_local_folder_or_file_of_the_same_name_wins_and_is_said(

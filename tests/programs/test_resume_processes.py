@@ -135,11 +135,11 @@ def test_the_rows_of_another_process_are_named(driven: tuple[Path, dict[str, Any
 
 
 def test_killed_runs_go_on_to_the_same_bits() -> None:
-    """A few kills of three modes; benchmarks/kill_resume.py has more kills and modes."""
+    """A few kills of four modes; benchmarks/kill_resume.py has more kills and modes."""
     done = subprocess.run(
-        [sys.executable, 'benchmarks/kill_resume.py', '--kills', '4', '--modes', 'lora, worker, log every 3', 'full',
-         'lora, 2 processes'],
+        [sys.executable, 'benchmarks/kill_resume.py', '--kills', '5', '--modes', 'lora, worker, log every 3', 'full',
+         'lora, 2 processes', 'full, weights in bf16, 2 processes'],
         cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert '4 of 4 resumed runs equal the uninterrupted one' in done.stdout
+    assert '5 of 5 resumed runs equal the uninterrupted one' in done.stdout

@@ -32,12 +32,13 @@ ROOMS = {
     'export': 'base hub formats loading model encode cli run proofs',
     'report': 'base formats cli run train proofs',
     'old_commands': 'export report',
+    'migrate': 'base formats cli',
 }
 # The registries that users edit; nothing else is in the root of utils/.
 REGISTRIES = {'dataset', 'model', 'preprocess'}
 # Rooms whose modules import only the standard library at module level, and the modules of data that a
 # command line needs. Exceptions are the native classes of 2023, which need torch.
-LIGHT = {'base', 'preprocess', 'hub', 'formats', 'dataset', 'loading', 'model', 'cli', 'run'}
+LIGHT = {'base', 'preprocess', 'hub', 'formats', 'dataset', 'loading', 'model', 'cli', 'run', 'migrate'}
 LIGHT_OF_DATA = {
     'utils.data.held_out', 'utils.data.mixture', 'utils.data.own_rows', 'utils.data.parts', 'utils.data.plan',
     'utils.data.sources', 'utils.data.stream_parts', 'utils.data.tally',

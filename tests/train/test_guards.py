@@ -161,7 +161,10 @@ def test_steps_skipped_in_fp16_are_counted_until_it_is_not_the_scale(tmp_path: P
     from utils.train.guard import Guard
 
     trainer = SimpleNamespace(
-        args=SimpleNamespace(fp16=True, output_dir=str(tmp_path)), signals=SimpleNamespace(signum=0), stop_agreed=False
+        args=SimpleNamespace(fp16=True, output_dir=str(tmp_path)),
+        signals=SimpleNamespace(signum=0),
+        deadline=SimpleNamespace(proposal=lambda: 0),
+        stop_agreed=False,
     )
     guard = Guard(trainer)
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**16)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from utils.base.system import flush_to_disk
 
 MANIFEST = 'manifest.json'
 OPTIMIZER_STATE = 'optimizer.safetensors'
@@ -55,15 +56,6 @@ def _hashes(files: Collection[Path]) -> list[str]:
         return list(pool.map(_sha256, files))
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def seal(partial: Path, checkpoint: Path) -> None:
     """Make a checkpoint of the folder `partial`, in which all files are already written.
 
@@ -71,7 +63,7 @@ def seal(partial: Path, checkpoint: Path) -> None:
     """
     all_files = [p for p in partial.rglob('*') if p.is_file()]
     for path in all_files:
-        _sync(path)
+        flush_to_disk(path)
 
     files = sorted(p for p in all_files if p.name != _MAY_CHANGE)
     entries = {
@@ -82,9 +74,9 @@ def seal(partial: Path, checkpoint: Path) -> None:
     manifest.write_text(json.dumps({'files': entries}, indent=1) + '\n', encoding='utf-8')
 
     for path in [manifest, *(p for p in partial.rglob('*') if p.is_dir()), partial]:
-        _sync(path)
+        flush_to_disk(path)
     partial.rename(checkpoint)
-    _sync(checkpoint.parent)
+    flush_to_disk(checkpoint.parent)
 
 
 def damage(checkpoint: Path) -> str | None:

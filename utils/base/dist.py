@@ -9,16 +9,30 @@ import contextlib
 import functools
 import json
 import os
+import platform
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from utils.base.device import DeviceKind
+from utils.base.packages import package_version
+
 T = TypeVar('T')
 
 # NVIDIA on Linux, NVIDIA under WSL, and ROCm. The torch build for ROCm uses RCCL under the name 'nccl'.
 _GPU_DEVICE_FILES = ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd')
+# For each kind of device: the environment variable that lists the visible devices, and the device files.
+_VISIBLE = {
+    'cuda': ('CUDA_VISIBLE_DEVICES', 'nvidia[0-9]*'),
+    'xpu': ('ZE_AFFINITY_MASK', 'dri/renderD*'),
+    'npu': ('ASCEND_RT_VISIBLE_DEVICES', 'davinci[0-9]*'),
+}
+# The backend of torch.distributed for each kind of device.
+_BACKENDS = {'cuda': 'nccl', 'xpu': 'xccl', 'npu': 'hccl', 'mps': 'gloo', 'cpu': 'gloo'}
 
 
 def rank() -> int:
@@ -56,15 +70,43 @@ def has_gpu_device() -> bool:
     return any(Path(name).exists() for name in _GPU_DEVICE_FILES)
 
 
-def visible_gpus() -> int:
-    """Return how many GPUs this process may use: from CUDA_VISIBLE_DEVICES if set, else from the device files."""
-    if not has_gpu_device():
-        return 0
+def visible_kind() -> DeviceKind:
+    """Return the kind of device that the machine has. torch is not imported, so it may not be able to use the device.
 
-    listed = os.environ.get('CUDA_VISIBLE_DEVICES')
+    Device files, the build of torch, the packages and the operating system are checked.
+    """
+    if has_gpu_device() or (sys.platform == 'win32' and shutil.which('nvidia-smi')):
+        return 'cuda'
+    if sys.platform == 'darwin' and platform.machine() == 'arm64':
+        return 'mps'
+    has_intel_gpu = sys.platform == 'win32' or any(Path('/dev').glob(_VISIBLE['xpu'][1]))
+    if has_intel_gpu and package_version('torch').endswith('+xpu'):
+        return 'xpu'
+    if any(Path('/dev').glob(_VISIBLE['npu'][1])) and package_version('torch_npu'):
+        return 'npu'
+    return 'cpu'
+
+
+def default_backend() -> str:
+    """Return the backend of torch.distributed for the devices of this machine. Windows has only gloo."""
+    return 'gloo' if sys.platform == 'win32' else _BACKENDS[visible_kind()]
+
+
+def visible_gpus() -> int:
+    """Return how many GPUs this process may use.
+
+    The number comes from the environment variable that lists them, e.g. CUDA_VISIBLE_DEVICES, else from the device
+    files.
+    """
+    kind = visible_kind()
+    if kind in ('cpu', 'mps'):
+        return int(kind == 'mps')
+
+    variable, files = _VISIBLE[kind]
+    listed = os.environ.get(variable)
     if listed is not None:
         return len([name for name in listed.split(',') if name.strip() not in ('', '-1')])
-    return len(list(Path('/dev').glob('nvidia[0-9]*'))) or 1
+    return len(list(Path('/dev').glob(files))) or 1
 
 
 def own_gpus(gpus: int) -> range:

@@ -21,3 +21,5 @@ TEMPLATE_FLAGS = ('template_type', 'chat_template', 'template_settings')
 
 SFT_ARGS = 'sft_args.json'
 LOCK_JSON = 'lock.json'
+# The value of --resume_from_checkpoint that stands for the newest checkpoint whose run fits the command.
+LAST = 'last'

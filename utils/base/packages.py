@@ -72,6 +72,14 @@ def missing_requirement(requirement: str) -> str | None:
     return f'this model needs {requirement}, but {found} is installed. Run: pip install "{requirement}"'
 
 
+def package_version(name: str) -> str:
+    """Return the version of an installed package. Returns '' if the package is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ''
+
+
 def has_package(name: str) -> bool:
     """Return whether a package is installed. The package is not imported.
 

@@ -308,7 +308,7 @@ class DataCheck:
         """
         earlier = self.seen.find_earlier(_content(row.messages, row), read)
         if earlier is None and row.is_text:
-            return None  # a text has no prompt
+            return None  # plain text has no prompt
         if earlier is None:
             same_prompt = self.seen.find_earlier(_content(row.messages[:-1], row), read)
             if same_prompt:

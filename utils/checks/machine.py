@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.base import device, dist
 from utils.cli.arguments import SftArguments
 from utils.cli.parser import Parsed
 from utils.hub.clients import TOKEN_VARIABLES, ping
@@ -25,6 +26,8 @@ _OPTIONAL = {
     'flash-attn': 'for --use_flash_attn true, on an NVIDIA GPU',
 }
 _DEADLINE_SECONDS = 120
+# The kinds of devices on which this toolkit was never run.
+_NEVER_RUN = ('xpu', 'npu', 'mps')
 _ENOUGH_GIB = 10
 
 
@@ -109,22 +112,23 @@ def _device() -> Iterator[Finding]:
     """
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = device.count()
     for index in range(count):
-        free, total = torch.cuda.mem_get_info(index)
-        name = f'{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free'
-        yield Finding(f'device cuda:{index}', True, name)
+        free, total = device.memory(index)
+        name = f'{device.description(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free'
+        yield Finding(f'device {device.torch_name(index)}', True, name)
     if not count:
-        remedy = 'install a CUDA build of torch, and a driver that fits it' if shutil.which('nvidia-smi') else ''
-        says = f'no GPU; {torch.get_num_threads()} CPU threads, torch {torch.__version__}'
-        yield Finding('device', None, says, remedy)
+        yield _no_device()
+    elif device.kind() in _NEVER_RUN:
+        says = 'decided from the documentation of torch and tested with a stand-in; no run on such a device is known'
+        yield Finding(f'kind {device.kind()}', None, says)
 
-    device = 'cuda' if count else 'cpu'
+    used = device.torch_name(0)
     torch.manual_seed(0)
-    left = torch.randn(64, 64, device=device)
-    right = torch.randn(64, 64, device=device)
+    left = torch.randn(64, 64, device=used)
+    right = torch.randn(64, 64, device=used)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        name = f'{str(dtype).removeprefix("torch.")} on {device}'
+        name = f'{str(dtype).removeprefix("torch.")} on {used.partition(":")[0]}'
         factor = left.to(dtype, copy=True).requires_grad_()
 
         started = time.perf_counter()
@@ -136,6 +140,19 @@ def _device() -> Iterator[Finding]:
         seconds = time.perf_counter() - started
         works = apart < {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
         yield Finding(name, works, f'product and gradient are within {apart:.1e} of float32 ({seconds:.3f} s)')
+
+
+def _no_device() -> Finding:
+    """Return the finding for a machine on which torch finds no device besides the CPU."""
+    import torch
+
+    seen = dist.visible_kind()
+    remedy = ''
+    if shutil.which('nvidia-smi'):
+        remedy = 'install a CUDA build of torch, and a driver that fits it'
+    elif seen != 'cpu':
+        remedy = f'the machine has a device of kind {seen}: install a build of torch for it'
+    return Finding('device', None, f'no GPU; {torch.get_num_threads()} CPU threads, {device.reason()}', remedy)
 
 
 def _bitsandbytes() -> Iterator[Finding]:
@@ -150,14 +167,17 @@ def _bitsandbytes() -> Iterator[Finding]:
     import bitsandbytes
     import torch
 
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device.kind() in ('mps', 'npu'):
+        yield Finding('4-bit layer', None, f'bitsandbytes does not run on {device.kind()}')
+        return
+    used = device.torch_name(0)
     plain = torch.nn.Linear(128, 64, bias=False)
     layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type='nf4', compute_dtype=torch.float32)
     layer.load_state_dict(plain.state_dict())
-    layer = layer.to(device)
-    plain = plain.to(device)
+    layer = layer.to(used)
+    plain = plain.to(used)
 
-    inputs = torch.randn(3, 128, device=device)
+    inputs = torch.randn(3, 128, device=used)
     with torch.no_grad():
         apart = float((layer(inputs) - plain(inputs)).abs().mean() / plain(inputs).abs().mean())
     yield Finding('4-bit layer', apart < 0.2, f'its output differs by {100 * apart:.0f} % from the unquantised layer')
@@ -168,9 +188,7 @@ def _all_reduce() -> Iterator[Finding]:
 
     It uses the backend that training on this machine would use.
     """
-    import torch
-
-    backend = 'nccl' if torch.cuda.is_available() and torch.cuda.device_count() > 1 else 'gloo'
+    backend = dist.default_backend() if device.count() > 1 else 'gloo'
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -240,9 +258,9 @@ def _worker(backend: str) -> None:
     import torch.distributed
 
     rank = int(os.environ['RANK'])
-    device = f'cuda:{rank}' if backend == 'nccl' else 'cpu'
+    used = 'cpu' if backend == 'gloo' else device.torch_name(rank)
     torch.distributed.init_process_group(backend)
-    number = torch.tensor([float(rank + 1)], device=device)
+    number = torch.tensor([float(rank + 1)], device=used)
     torch.distributed.all_reduce(number)
     print(number.item())
     torch.distributed.destroy_process_group()

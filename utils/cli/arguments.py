@@ -136,10 +136,15 @@ class SftArguments(CommonArguments):
         'swift', "peft, or swift: PEFT's layers and files, with base and adapter computed in one step"
     )
     output_dir: str = flag('output', 'a run writes to <output_dir>/<model_type>/vN-<time>, where N counts up')
-    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl'] = flag(
-        'nccl', 'torch.distributed backend; on a machine without GPU the default is gloo'
+    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'ccl', 'xccl', 'hccl'] = flag(
+        'nccl',
+        'torch.distributed backend; the default is xccl on Intel GPUs, hccl on Ascend NPUs, and gloo without GPU',
     )
-    resume_from_checkpoint: str | None = flag(None, 'checkpoint directory to resume training from')
+    resume_from_checkpoint: str | None = flag(
+        None,
+        'checkpoint directory to resume training from; last: the newest whole checkpoint under '
+        '<output_dir>/<model_type> of a run with the same flags, data and weights, or a new run if there is none',
+    )
     check_dataset: bool = flag(
         False, 'do not train: read the data and report its problems; exit code 1 if there are any'
     )
@@ -178,6 +183,11 @@ class SftArguments(CommonArguments):
         True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
     )
     gradient_checkpointing: bool = flag(False, 'recompute activations in the backward pass: less memory, more time')
+    full_weights: Literal['fp32', 'bf16'] = flag(
+        'fp32',
+        'full fine-tuning: data type of the weights. fp32: 16 bytes per parameter with gradient and AdamW state; bf16: '
+        '10 bytes, updates are rounded stochastically',
+    )
     deepspeed_config_path: str | None = flag(None, 'DeepSpeed configuration, a JSON file')
     fsdp: bool = flag(
         False, 'shard weights, gradients and optimizer over all processes (FSDP2); checkpoints hold weights only'
@@ -188,6 +198,11 @@ class SftArguments(CommonArguments):
     )
     num_train_epochs: int | float = flag(1, 'passes over the training rows; a fraction ends within a pass, e.g. 0.5')
     max_steps: int = flag(-1, 'number of optimizer steps; 1 or more overrides --num_train_epochs; -1: whole epochs')
+    max_minutes: float | None = flag(
+        None,
+        'end within this time, counted from the start of the program: steps are measured, and the schedule gets as '
+        'many as fit, at most those of the other flags; a resumed run keeps its schedule and gets this time again',
+    )
     optim: str = flag(
         'adamw_torch', 'optimizer, by its name in transformers; adamw_torch is fused if nothing is sharded'
     )

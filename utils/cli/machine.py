@@ -21,13 +21,13 @@ from utils.base.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpo
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
-from utils.base.names import LOCK_JSON
+from utils.base.names import LAST, LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
-from utils.cli.resolution import Ready, Resolution, reading_of
+from utils.cli.resolution import Ready, Resolution, decision, reading_of, run_name
 from utils.cli.resolve import quantized_problems
 from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.parts import open_parts
@@ -44,7 +44,15 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 TRAINER_STATE = 'trainer_state.json'
 ADAPTER_CONFIG = 'adapter_config.json'
-_GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N.'
+# The backends of torch.distributed that need a kind of device, and how the device is called.
+_BACKEND_DEVICES = {
+    'nccl': ('cuda', 'a GPU'),
+    'xccl': ('xpu', 'an Intel GPU'),
+    'hccl': ('npu', 'an Ascend NPU'),
+}
+_DEVICES = {'mps': 'the GPU of a Mac', 'npu': 'an Ascend NPU', 'xpu': 'an Intel GPU'}
+_WITHOUT_BITSANDBYTES = ('mps', 'npu')
+_GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N, or the word last.'
 
 
 def started_in(run_dir: Path) -> str | None:
@@ -94,6 +102,7 @@ def _settle(done: Resolution[Any]) -> None:
     if model_is_here and not _reads_hub_data(done) and not pushes:
         done.without_effect(('hub',), 'model and data are on this machine or name their hub, and nothing is pushed')
 
+    _check_device(done)
     if args.quantization_bit and not has_package('bitsandbytes'):
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
     if args.use_flash_attn and not has_package('flash_attn'):
@@ -237,14 +246,13 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     if args.write_clean is not None:
         _check_clean_copy(Path(args.write_clean), args, problems)
 
-    if args.resume_from_checkpoint is not None:
+    if args.resume_from_checkpoint == LAST:
+        if args.dry_run:
+            done.decisions.append(decision('resume_from_checkpoint', LAST, 'it is chosen when the training starts'))
+    elif args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
-        _check_resume(checkpoint, args, problems)
-        pattern = partial_name(Path('checkpoint-*')).name
-        done.warnings += [
-            f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
-            for partial in sorted(checkpoint.absolute().parent.glob(pattern))
-        ]
+        check_resume(checkpoint, args, problems)
+        done.warnings += partial_checkpoints(checkpoint.absolute().parent)
 
     if is_of_bitsandbytes(args.optim) and not has_package('bitsandbytes'):
         problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')
@@ -255,20 +263,77 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
         check_tracker_packages(args.report_to, problems)
     done.warnings += variables_without_effect(args.report_to, os.environ)
 
-    if not dist.has_gpu_device():
-        if 'ddp_backend' in done.typed and args.ddp_backend == 'nccl':
-            problems.add(
-                '--ddp_backend nccl needs a GPU, and this machine shows none. Use --ddp_backend gloo, or remove '
-                '--ddp_backend.'
-            )
-        elif 'ddp_backend' not in done.typed and dist.world_size() > 1:
-            done.decide('ddp_backend', 'gloo', 'this machine shows no GPU')
-
+    _settle_backend(done)
+    _check_training_device(args, problems)
     if not (args.check_dataset or args.dry_run):
         check_environment(os.environ, problems)
     if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:
         problems.add(f'--push_to_hub true needs a token: set the environment variable {TOKEN_VARIABLES[args.hub]}.')
     return done.checked()
+
+
+def _settle_backend(done: Resolution[SftArguments]) -> None:
+    """Set the backend of torch.distributed if it was not typed. Add a problem if its device is missing."""
+    args = done.args
+    kind = dist.visible_kind()
+    backend = dist.default_backend()
+    if 'ddp_backend' in done.typed:
+        needed, device = _BACKEND_DEVICES.get(args.ddp_backend, (kind, ''))
+        if needed != kind:
+            done.problems.add(
+                f'--ddp_backend {args.ddp_backend} needs {device}, and this machine shows none. Use --ddp_backend '
+                'gloo, or remove --ddp_backend.'
+            )
+    elif dist.world_size() > 1 and backend != args.ddp_backend:
+        shows = 'no GPU' if kind == 'cpu' else f'a device of kind {kind}'
+        done.decide('ddp_backend', backend, f'this machine shows {shows}')
+
+
+def _check_device(done: Resolution[Any]) -> None:
+    """Add a problem for each flag that needs a library that does not run on the device of this machine."""
+    args = done.args
+    kind = dist.visible_kind()
+    if args.use_flash_attn and kind not in ('cuda', 'cpu'):
+        done.problems.add(
+            f'--use_flash_attn true: flash-attn does not run on {_DEVICES[kind]}. Leave --use_flash_attn out.'
+        )
+    if kind not in _WITHOUT_BITSANDBYTES:
+        return
+
+    if args.quantization_bit:
+        done.problems.add(
+            f'--quantization_bit {args.quantization_bit}: bitsandbytes does not run on {_DEVICES[kind]}. Remove '
+            '--quantization_bit.'
+        )
+    elif done.info is not None and done.info.quantization == 'nf4':
+        done.problems.add(
+            f"the weights of '{run_name(args)}' are stored in 4 bits: bitsandbytes, which reads them, does not run on "
+            f'{_DEVICES[kind]}. Use the same model without int4: --model_type.'
+        )
+
+
+def _check_training_device(args: SftArguments, problems: Problems) -> None:
+    """Add a problem for each flag of training that the device of this machine does not support."""
+    kind = dist.visible_kind()
+    if kind in _WITHOUT_BITSANDBYTES and is_of_bitsandbytes(args.optim):
+        problems.add(
+            f'--optim {args.optim}: bitsandbytes does not run on {_DEVICES[kind]}. Use --optim adamw_torch; with '
+            '--sft_type full, --full_weights bf16 saves memory.'
+        )
+    if kind != 'mps':
+        return
+
+    if args.deepspeed_config_path is not None:
+        problems.add(
+            '--deepspeed_config_path: DeepSpeed does not run on the GPU of a Mac. Remove --deepspeed_config_path.'
+        )
+    if args.fsdp:
+        problems.add('--fsdp true: a Mac has one GPU, so nothing can be sharded. Remove --fsdp.')
+    if args.dtype == 'fp16':
+        problems.add(
+            '--dtype fp16: training on the GPU of a Mac has no loss scaling, which fp16 needs. Use --dtype bf16 or '
+            '--dtype fp32.'
+        )
 
 
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
@@ -345,7 +410,16 @@ def _will_name(source: Source, target: Path) -> bool:
     return glob.has_magic(source.name) and fnmatch.fnmatch(str(target.absolute()), str(source.path.absolute()))
 
 
-def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
+def partial_checkpoints(run_dir: Path) -> list[str]:
+    """Return a warning for each checkpoint of a run that was not complete when the run ended."""
+    pattern = partial_name(Path('checkpoint-*')).name
+    return [
+        f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
+        for partial in sorted(run_dir.glob(pattern))
+    ]
+
+
+def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
     """Add a problem if training cannot resume from a checkpoint.
 
     To save time, only one process per machine compares the files with their hashes.
@@ -379,6 +453,9 @@ def _check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> N
     elif args.sft_type == 'lora':
         _check_resumed_rank(checkpoint, args, problems)
 
+    if args.deepspeed_config_path is not None and checkpoint.is_dir():
+        _check_resumed_shards(checkpoint, problems)
+
 
 def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
     """Add a problem if the rank of the adapter differs from --lora_rank.
@@ -390,6 +467,22 @@ def _check_resumed_rank(checkpoint: Path, args: SftArguments, problems: Problems
         problems.add(
             f'--lora_rank {args.lora_rank}: the adapter in {checkpoint} has rank {config.get("r")}. '
             f'Use --lora_rank {config.get("r")}, or remove --resume_from_checkpoint to start a new run.'
+        )
+
+
+def _check_resumed_shards(checkpoint: Path, problems: Problems) -> None:
+    """Add a problem if a checkpoint does not hold the DeepSpeed state of as many processes as this run has."""
+    shards = len(list(checkpoint.glob('global_step*/*optim_states.pt')))
+    given = f'--resume_from_checkpoint {checkpoint}'
+    if shards == 0:
+        problems.add(
+            f'{given} holds no optimizer state of DeepSpeed: it was saved with --only_save_model true, or without '
+            'DeepSpeed. Remove --deepspeed_config_path, or start a new run without --resume_from_checkpoint.'
+        )
+    elif shards != dist.world_size():
+        problems.add(
+            f'{given} holds the optimizer state of {shards} DeepSpeed processes, and this run has '
+            f'{dist.world_size()}. Start the command with {shards} processes.'
         )
 
 

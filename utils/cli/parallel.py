@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from utils.base import dist
 from utils.cli.arguments import SftArguments
 from utils.cli.deepspeed import ZeroConfig
@@ -103,19 +101,11 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
             f'{path} offloads the optimizer, and --optim {args.optim} cannot run there. Use --optim adamw_torch.'
         )
 
-    if args.resume_from_checkpoint is not None:
-        shards = len(list(Path(args.resume_from_checkpoint).glob('global_step*/*optim_states.pt')))
-        given = f'--resume_from_checkpoint {args.resume_from_checkpoint}'
-        if shards == 0:
-            problems.add(
-                f'{given} holds no optimizer state of DeepSpeed: it was saved with --only_save_model true, or without '
-                'DeepSpeed. Remove --deepspeed_config_path, or start a new run without --resume_from_checkpoint.'
-            )
-        elif shards != dist.world_size():
-            problems.add(
-                f'{given} holds the optimizer state of {shards} DeepSpeed processes, and this run has '
-                f'{dist.world_size()}. Start the command with {shards} processes.'
-            )
+    if args.max_minutes is not None and 'scheduler' in zero.content:
+        problems.add(
+            f'{path} has its own schedule (the block scheduler), and --max_minutes has to set its length. Remove the '
+            'block from the file, or remove --max_minutes.'
+        )
 
     from_flags = {
         'train_micro_batch_size_per_gpu': ('batch_size', args.batch_size),

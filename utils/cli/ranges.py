@@ -94,6 +94,8 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
     _check_number(done, 'save_total_limit', args.save_total_limit == -1 or args.save_total_limit >= 1,
                   '1 or more, or -1 for all')  # fmt: skip
 
+    _check_number(done, 'max_minutes', args.max_minutes is None or args.max_minutes > 0, 'a number above 0')
+
 
 def _check_optimisation(done: Resolution[SftArguments]) -> None:
     """Check the flags of optimizer, schedule and intervals, and add a problem for each value out of range."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from utils.base import dist
 from utils.base.errors import ConfigError, did_you_mean
+from utils.base.names import LAST
 from utils.cli.arguments import GENERATION, HUB_FLAGS, CommonArguments, InferArguments, SftArguments
 from utils.cli.parallel import resolve_scale
 from utils.cli.parser import Parsed
@@ -33,6 +34,10 @@ DEFAULT_MODEL_TYPE = 'qwen-7b-chat'
 _BNB_4BIT = ('bnb_4bit_comp_dtype', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant')
 # Shares typed as 0.333333 need not sum to exactly 1.
 _SHARES_TOLERANCE = Fraction(1, 10**6)
+# The optimizers for which --full_weights bf16 has a version with stochastic rounding.
+_ADAMW = ('adamw_torch', 'adamw_torch_fused')
+# A number in bf16 has 8 bits. If a sum has 64 equal summands, only 2 bits of the next summand are added.
+_MAX_SUMMANDS = 64
 _LORA_ONLY = ('lora_target_modules', 'lora_rank', 'lora_alpha', 'lora_dropout_p', 'tuner_backend')
 
 
@@ -51,6 +56,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     _resolve_quantization(done)
     resolve_scale(done)
     _resolve_tuning(done)
+    _resolve_full_weights(done)
     _resolve_schedule(done)
     _resolve_intervals(done)
     resolve_trackers(done)
@@ -448,6 +454,49 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
         resumable = args.sft_type == 'lora' and args.deepspeed_config_path is None
         reason = f'sft_type is {args.sft_type}' + (' with DeepSpeed' if args.deepspeed_config_path else '')
         done.decide('only_save_model', not resumable, reason)
+    if args.only_save_model and args.resume_from_checkpoint == LAST:
+        done.warnings.append(
+            '--resume_from_checkpoint last: with --only_save_model true no checkpoint of this run can be resumed, so a '
+            'restarted command trains from the beginning. Add --only_save_model false.'
+        )
+
+
+def _resolve_full_weights(done: Resolution[SftArguments]) -> None:
+    args = done.args
+    if args.full_weights == 'fp32' or args.sft_type == 'lora':
+        if args.full_weights == 'bf16':
+            done.problems.add(
+                '--full_weights bf16 needs --sft_type full, got lora: adapters are always trained in fp32. Use '
+                '--sft_type full, or remove --full_weights.'
+            )
+        elif args.sft_type == 'lora':
+            done.without_effect(('full_weights',), 'it is for --sft_type full')
+        return
+
+    if args.deepspeed_config_path is not None or args.fsdp:
+        sharded = '--fsdp true' if args.fsdp else '--deepspeed_config_path'
+        done.problems.add(
+            f'--full_weights bf16 and {sharded}: stochastic rounding needs whole weights, and {sharded} shards them. '
+            f'Remove --full_weights or {sharded}.'
+        )
+    if args.optim not in _ADAMW:
+        done.problems.add(
+            f'--optim {args.optim} rounds bf16 weights to the nearest number, which loses small updates. Use --optim '
+            'adamw_torch with --full_weights bf16, or remove --full_weights.'
+        )
+    if args.dtype in ('fp16', 'fp32') and 'dtype' in done.typed:
+        done.problems.add(
+            f'--full_weights bf16 computes in bf16, and --dtype is {args.dtype}. Use --dtype bf16, or remove '
+            '--full_weights.'
+        )
+    elif args.dtype != 'bf16':
+        done.decide('dtype', 'bf16', '--full_weights bf16 computes in bf16')
+    if args.gradient_accumulation_steps > _MAX_SUMMANDS:
+        done.warnings.append(
+            f'--gradient_accumulation_steps {args.gradient_accumulation_steps}: with --full_weights bf16 the gradients '
+            f'of a step are added in bf16, and more than {_MAX_SUMMANDS} summands lose precision. Use a larger '
+            '--batch_size with fewer steps.'
+        )
 
 
 def _resolve_schedule(done: Resolution[SftArguments]) -> None:

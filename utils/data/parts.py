@@ -34,13 +34,14 @@ from utils.formats.columns import (
     tidy_columns,
 )
 from utils.formats.conversation import BadRow, Row
-from utils.formats.data_file import Signature, read_rows, signature
+from utils.formats.data_file import Signature, ignore, read_rows, signature
 from utils.formats.file_bytes import OnBad, UnreadableRow, refuse
 from utils.formats.hub_dataset import HubDataset, RowStream
 from utils.formats.hub_files import HubFiles
 from utils.formats.images import state_of_images, with_image_files
 from utils.formats.json_text import RowWithRepeatedKeys, repeated_key, with_columns
 from utils.formats.reading import Reading
+from utils.formats.table import Remark
 
 # Files are read with the names that they give their columns.
 AS_WRITTEN = Reading()
@@ -70,19 +71,18 @@ def _converted(
     folder: str | None = None,
     reading: Reading = AS_WRITTEN,
     seen: dict[str, None] | None = None,
-    remarks: dict[str, None] | None = None,
+    remark: Remark = ignore,
 ) -> Iterator[ReadRow]:
     """Convert the rows to conversations, and yield a ReadRow for each row.
 
     The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
-    `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remarks` gets a
-    remark on names that are not read as they are written.
+    `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remark` is called
+    with the names that are not read as they are written.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
-    tidy: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     seen = {} if seen is None else seen
-    remarks = {} if remarks is None else remarks
     for location, written in located:
         if isinstance(written, BadRow):
             yield location, {}, type(written)(f'dropped by {name}: {written}', written.column)
@@ -91,17 +91,17 @@ def _converted(
         raw = reading.renamed(written, location)
         if converter is None:
             seen.update(dict.fromkeys(map(str, written)))
-            tidy = tidy_columns(list(map(str, raw)))
-            if tidy:
-                shown = ', '.join(f"'{column}' as {read_as}" for column, read_as in tidy.items())
-                remarks[f'{name}: columns are read by other names than they are written: {shown}'] = None
-            raw = with_columns(raw, tidy)
+            renamed = tidy_columns(list(map(str, raw)))
+            if renamed:
+                shown = ', '.join(f"'{column}' as {read_as}" for column, read_as in renamed.items())
+                remark(f'{name}: columns are read by other names than they are written: {shown}')
+        if renamed:
+            raw = with_columns(raw, renamed)
+        if converter is None:
             converter = _first_converter(raw, written, location, reading)
             first_columns = frozenset(raw)
-        else:
-            if raw is not written:
-                seen.update(dict.fromkeys(reading.columns.keys() & written.keys()))
-            raw = with_columns(raw, tidy)
+        elif raw is not written:
+            seen.update(dict.fromkeys(reading.columns.keys() & written.keys()))
 
         try:
             if find_converter(raw) is not converter:
@@ -328,9 +328,10 @@ def _reader(
     columns: dict[str, None],
     remarks: dict[str, None],
 ) -> Callable[[Any], Iterator[ReadRow]]:
-    """Return a function that reads the files from the start, and adds the names of their columns to `columns`.
+    """Return a function that reads the files from the start.
 
-    The hash also covers `names`, one name for each file. Remarks on how the files are read are added to `remarks`.
+    The function adds the names of the columns in the files to `columns`, and remarks on how the files are read to
+    `remarks`. The hash also covers `names`, one name for each file.
     """
 
     def remark(text: str) -> None:
@@ -342,7 +343,7 @@ def _reader(
             try:
                 rows = read_rows(file, bad=bad, known=known, digest=digest, text_rows=reading.text_rows, remark=remark)
                 folder = str(file.absolute().parent)
-                yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns, remarks=remarks)
+                yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns, remark=remark)
             except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
                 bad(error.location, error.problem)
 
@@ -429,11 +430,6 @@ def read_rows_at(
     return found
 
 
-def remarks_of(sources: Iterable[Sequence[Part]]) -> list[str]:
-    """Return the remarks on how the files were read so far. `sources` has the parts of each data set."""
-    return [remark for part in itertools.chain.from_iterable(sources) for remark in part.remarks]
-
-
 def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
     """Return the parts of a registered data set that a hub serves."""
     train, val, snapshot = entry.load(hub)
@@ -441,11 +437,19 @@ def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
 
     def part(rows: RowStream, is_val: bool) -> Part:
         shown = _shown(name, is_val)
+        remarks: dict[str, None] = {}
 
         def read(digest: Any) -> Iterator[ReadRow]:
-            yield from _converted(_hashed(rows.with_locations(), digest), shown)
+            yield from _converted(_hashed(rows.with_locations(), digest), shown, remark=remarks.setdefault)
 
-        return Part(name=shown, read=read, is_val=is_val, served=str(snapshot.repo), commit=snapshot.commit)
+        return Part(
+            name=shown,
+            read=read,
+            is_val=is_val,
+            served=str(snapshot.repo),
+            commit=snapshot.commit,
+            remarks=remarks,
+        )
 
     return [part(rows, is_val) for rows, is_val in ((train, False), (val, True)) if rows is not None]
 
@@ -458,12 +462,17 @@ def _own_parts(name: str) -> list[Part]:
         remarks: dict[str, None] = {}
 
         def read(digest: Any) -> Iterator[ReadRow]:
-            located = _hashed(located_rows(name, half, rows, shown), digest)
-            yield from _converted(located, shown, remarks=remarks)
+            located = located_rows(name, half, rows, shown)
+            yield from _converted(_hashed(located, digest), shown, remark=remarks.setdefault)
 
         return Part(name=shown, read=read, is_val=half == 1, remarks=remarks)
 
     return [part(half, rows) for half, rows in enumerate(halves_of(name, logs=True)) if rows is not None]
+
+
+def remarks_of(sources: Iterable[Sequence[Part]]) -> list[str]:
+    """Return the remarks on how the files were read so far. `sources` has the parts of each data set."""
+    return [remark for part in itertools.chain.from_iterable(sources) for remark in part.remarks]
 
 
 def open_replies(row: Row) -> int:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from utils.base.errors import ConfigError, close_names, did_you_mean
 from utils.dataset import DATASET_MAPPING
-from utils.formats.data_file import SUFFIXES, TEXT_SUFFIXES
+from utils.formats.data_file import KINDS, SUFFIXES, TEXT_SUFFIXES
 from utils.formats.hub_dataset import HubDataset
 from utils.formats.hub_files import HUB_PREFIXES, HubFiles
 
-_KINDS = '.json, .jsonl, .csv, .tsv, .txt, .md (each also .gz) or .parquet'
 _ALL_SUFFIXES = (*SUFFIXES, *TEXT_SUFFIXES)
 _HUB_FORM = '[hf:|ms:]owner/name[:subset][:split][@revision]'
 _HUB_WORD = re.compile(
@@ -115,12 +114,12 @@ def _parse_unshared(word: str) -> Source:
 
     if '/' in name or '.' in name:
         raise ConfigError(
-            f"--dataset '{name}': this is neither a registered data set nor a {_KINDS} file. Write a folder as "
+            f"--dataset '{name}': this is neither a registered data set nor a {KINDS} file. Write a folder as "
             f'{name}/, and a data set of a hub as {_HUB_FORM}.'
         )
     raise ConfigError(
         f"--dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
-        f'Give a {_KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
+        f'Give a {KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
     )
 
 
@@ -199,7 +198,7 @@ def _matching_files(source: Source) -> list[Path]:
         files = _in_folder(path)
         if not files:
             raise ConfigError(
-                f"--dataset '{source.name}': folder {path} holds no {_KINDS} file, and the folders in it are not "
+                f"--dataset '{source.name}': folder {path} holds no {KINDS} file, and the folders in it are not "
                 f'searched. Give files, or a glob such as {path}/**/*.jsonl in quotes.'
             )
         return files
@@ -222,7 +221,7 @@ def _matching_files(source: Source) -> list[Path]:
     for file in files:
         if not file.is_file() or not file.name.lower().endswith(_ALL_SUFFIXES):
             raise ConfigError(
-                f"--dataset '{source.name}': the pattern matches {file}, which is not a {_KINDS} file. Use a pattern "
+                f"--dataset '{source.name}': the pattern matches {file}, which is not a {KINDS} file. Use a pattern "
                 'that matches only data files.'
             )
     if other := next((file for file in files if is_text_file(file) != is_text_file(files[0])), None):

@@ -77,7 +77,7 @@ def open_streams(
         for _ in itertools.islice(part.read(hashlib.sha256()), _COLUMN_ROWS if reading.columns else 1):
             pass
     check_columns([*opened, *(val.parts if val else ())], reading)
-    decisions = [*remarks_of([opened, val.parts if val else ()]), *decisions]
+    decisions = [*remarks_of([*sources, val.parts if val else ()]), *decisions]
     shares = [source.share for source in named if source.share is not None]
     return Streams(sources=sources, shares=shares, val=val, decisions=decisions)
 

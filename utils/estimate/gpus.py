@@ -26,6 +26,9 @@ _UNBOUNDED = 2048
 # Number of values that an optimizer keeps per parameter. The key is the first part of the optimizer's name.
 _STATES = {'adamw': 2, 'ademamix': 3, 'lion': 1, 'rmsprop': 1, 'adagrad': 1, 'sgd': 0, 'adafactor': 0}
 
+# Bytes per parameter of the optimizer of --full_weights bf16: the first moment in bf16 and the second one in fp32.
+_BF16_ADAMW = 6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -44,15 +47,17 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
     if args.fsdp:
         sharding = 'fsdp'
     # The fast path works only if each process has the whole weights.
+    bf16_weights = args.sft_type == 'full' and args.full_weights == 'bf16'
     whole = sharding not in ('fsdp', 'zero3')
     return Mode(
         full=args.sft_type == 'full',
+        trained=2 if bf16_weights else 4,
         compute=_WIDTHS[args.dtype or 'bf16'],
         packed=packed,
         targets=tuple(targets_of(args, info, shape)),
         rank=args.lora_rank,
         fused_norms=args.fused_norms and whole,
-        optimizer_bytes=optimizer_bytes(args.optim),
+        optimizer_bytes=_BF16_ADAMW if bf16_weights else optimizer_bytes(args.optim),
         fused_mlp=args.fused_mlp and whole,
         fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p,
         checkpointing=args.gradient_checkpointing,

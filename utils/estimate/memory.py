@@ -2,7 +2,8 @@
 
 benchmarks/estimate.py compares the results with measurements. `c` is the number of bytes of a value in the compute
 dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the inputs of
-linear layers to the compute dtype. LoRA computes in the dtype of the base model's weights.
+linear layers to the compute dtype. With --full_weights bf16 it holds bf16 weights and needs no autocast. LoRA computes
+in the dtype of the base model's weights.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.estimate.model_shape import Shape
-from utils.fast.constants import CHUNK_LOGITS, KEPT_KEYS, QUERY_BLOCK
+from utils.fast.constants import CHUNK_LOGITS, KEPT_KEYS, QUERY_BLOCK, STEP_CHUNK
 
 GIB = 2**30
 # Bytes per weight of a quantised linear layer. nf4: 4 bits, and an fp32 scale for each 64 weights. nf4x2: 4 bits, an
@@ -31,6 +32,8 @@ _KERNELS = 2**25
 # gathers together after a step.
 _LIVE = 10**9
 _GATHERED = 2 * 10**8
+# Temporary bytes for each value of the chunk that the optimizer of bf16 weights updates, with its random words.
+_STEP_BYTES = 32
 # Groups of layers that have the same input. The input is saved once for each group.
 _SHARED = (
     ('q_proj', 'k_proj', 'v_proj', 'qkv_proj', 'query_key_value', 'c_attn', 'in_proj_qkv', 'in_proj_z', 'in_proj_a'),
@@ -43,6 +46,8 @@ class Mode:
     """The settings of a run that determine its memory, except the model and the batch."""
 
     full: bool
+    # Bytes of a trained weight and of its gradient: 2 with --full_weights bf16.
+    trained: int = 4
     # Bytes of a value in the compute dtype, and the quantisation of linear layers: a key of PACKED, or '' for none.
     compute: int
     packed: str = ''
@@ -79,7 +84,7 @@ class Mode:
     @property
     def autocasts(self) -> bool:
         """Return whether autocast copies fp32 weights to a smaller compute dtype."""
-        return self.full and self.compute < 4 and not self.deepspeed
+        return self.full and self.compute < self.trained and not self.deepspeed
 
     @property
     def deepspeed(self) -> bool:
@@ -137,7 +142,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     """
     trained = shape.parameters - shape.tower if mode.full else lora_parameters(shape, mode.targets, mode.rank)
     own = trained // mode.shards('zero3', 'fsdp') // mode.devices
-    width = mode.compute if mode.deepspeed else 4
+    width = mode.compute if mode.deepspeed else mode.trained
     weights = _weights(shape, mode)
     adapter = 0 if mode.full else own * width
 
@@ -168,7 +173,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     after_backward = held + gradients + head_gradient
     if head_gradient and not shape.head:
         after_backward += (
-            4 * shape.embedding
+            mode.trained * shape.embedding
         )  # the gradient of a tied head is added to a separate gradient of the embedding
     in_step = held + gradients + _step(shape, mode, own)
     peak = max(at_loss, in_backward, after_backward, in_step)
@@ -187,7 +192,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
 def _weights(shape: Shape, mode: Mode) -> int:
     if mode.offloads_weights:
         return 0
-    width: float = 4 if mode.full and not mode.deepspeed else mode.compute
+    width: float = mode.trained if mode.full and not mode.deepspeed else mode.compute
     packed = shape.linear_parameters if mode.packed else 0
     whole = (shape.parameters - packed) * width + packed * PACKED.get(mode.packed, 0)
     return int(whole / mode.shards('zero3', 'fsdp') / mode.devices)
@@ -197,11 +202,11 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     """Return two numbers of bytes saved for the backward pass: by all layers on one device, and by one layer."""
     c = mode.compute
     heads = shape.heads * shape.head_dim
-    residual = 4 if mode.full else c
+    residual = mode.trained if mode.full else c
 
     norm = residual
     if not mode.fused_norms:
-        norm = 8 if mode.full else 4
+        norm = 4 + (residual if mode.full else 0)
     per_token = shape.normed * norm + _inputs(shape, mode)
 
     fused = mode.fused_mlp and 'gate_proj' in shape.linear and not shape.stacked
@@ -286,7 +291,7 @@ def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
     largest = max((i * o for sizes in shape.linear.values() for _, i, o in sizes), default=0)
     weight = 0
     if mode.full:
-        weight = largest * (c + 4)
+        weight = largest * (c + mode.trained)
     elif mode.packed:
         weight = largest * c
     return max(mlp, attention) + weight
@@ -309,9 +314,11 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 def _step(shape: Shape, mode: Mode, own: int) -> int:
     """Return the temporary bytes of the optimizer step.
 
-    A fused step needs no temporary memory. With FSDP the step is not fused: a GPU then needs temporary memory for all
-    trained tensors together, and a CPU only for the largest tensor.
+    A fused step needs no temporary memory. The step of bf16 weights updates one chunk at a time. With FSDP the step is
+    not fused: a GPU then needs temporary memory for all trained tensors together, and a CPU only for the largest one.
     """
+    if mode.full and mode.trained == 2:
+        return _STEP_BYTES * min(own, STEP_CHUNK)
     if mode.sharding != 'fsdp':
         return 0
     largest = max(shape.embedding, *(i * o for sizes in shape.linear.values() for _, i, o in sizes))

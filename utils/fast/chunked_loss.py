@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.base.device import sum_dtype
 from utils.fast.constants import CHUNK_LOGITS
 
 # In fp16, small probabilities would become zero before the trainer's loss scale multiplies them.
@@ -184,7 +185,7 @@ class _SummedLoss(torch.autograd.Function):
         bias_grad_V = None
         if bias_V is not None and ctx.needs_input_grad[2]:
             bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
-        total = hidden_PC.new_zeros((), dtype=torch.float64)
+        total = hidden_PC.new_zeros((), dtype=sum_dtype(hidden_PC.device))
 
         for start in range(0, len(targets_P), size):
             hidden_NC = hidden_PC[start : start + size].to(dtype)
@@ -194,7 +195,7 @@ class _SummedLoss(torch.autograd.Function):
             max_N1 = logits_NV.amax(dim=1, keepdim=True)
             target_logit_N1 = logits_NV.gather(1, targets_N1)
             exp_sum_N1 = logits_NV.sub_(max_N1).exp_().sum(dim=1, keepdim=True)
-            total += (exp_sum_N1.log() + max_N1 - target_logit_N1).double().sum()
+            total += (exp_sum_N1.log() + max_N1 - target_logit_N1).to(total.dtype).sum()
 
             # The gradient of the logits is the softmax, minus one at the target.
             logits_grad_NV = logits_NV.mul_(inner_scale / exp_sum_N1)

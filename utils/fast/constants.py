@@ -11,3 +11,5 @@ KEPT_KEYS = 384
 # The number of logits in one chunk of the loss: 32 MiB in fp32. Smaller chunks make the matrix products slower. Larger
 # chunks need more memory and are not faster.
 CHUNK_LOGITS = 2**23
+# The number of values that the optimizer of bf16 weights updates together. Each takes about 32 temporary bytes.
+STEP_CHUNK = 2**21

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from utils.base.device import sum_dtype
 from utils.data.collator import NOT_FOR_THE_MODEL, take_rows
 from utils.encode.encoded import IGNORE_INDEX
 from utils.fast.attention import concatenated_rows
@@ -48,7 +49,10 @@ class Scorer:
 
     @torch.no_grad()
     def by_row(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return a tensor (B, 3) in float64: the summed loss, the hits and the trained tokens of each row."""
+        """Return a tensor (B, 3): the summed loss, the hits and the trained tokens of each row.
+
+        It is in float64, on MPS in float32.
+        """
         found, targets_P, row_P = self._predictors(model, batch)
         if self.head is None:
             losses_P = F.cross_entropy(found.float(), targets_P, reduction='none')
@@ -56,8 +60,9 @@ class Scorer:
         else:
             losses_P, hits_P = scored(found, targets_P, self.head)
 
-        parts_P3 = torch.stack([losses_P.double(), hits_P.double(), torch.ones_like(losses_P).double()], dim=1)
-        sums_B3 = torch.zeros(len(batch['row_lengths']), 3, dtype=torch.float64, device=parts_P3.device)
+        exact = sum_dtype(losses_P.device)
+        parts_P3 = torch.stack([losses_P.to(exact), hits_P.to(exact), torch.ones_like(losses_P, dtype=exact)], dim=1)
+        sums_B3 = torch.zeros(len(batch['row_lengths']), 3, dtype=exact, device=parts_P3.device)
         return sums_B3.index_add_(0, row_P.to(parts_P3.device), parts_P3)
 
     def _predictors(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:

@@ -412,7 +412,8 @@ def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Messag
     return [{'role': 'system', 'content': system}, *messages]
 
 
-# Columns that are read in every format.
+# Columns that are read in some formats, and columns that are read in every format.
+_OPTIONAL = ('history', 'input')
 _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 
 
@@ -560,7 +561,7 @@ _NEEDED = [name for needed, _ in (*SHAPES, *OTHER_SHAPES) for name in sorted(nee
 KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, 'history', *_EVERYWHERE]))
 
 
-def find_converter(columns: Collection[str]) -> Converter | None:
+def find_converter(columns: Iterable[str]) -> Converter | None:
     """Return the converter for rows with these columns. Returns None if no format matches, or more than one.
 
     A format of SHAPES always matches before the formats of OTHER_SHAPES.
@@ -588,9 +589,10 @@ def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
     Returns {} if the names as they are written fit a format, or if no format fits. Only names that a format reads are
     changed, and only if no two columns would get the same name.
     """
+    known = frozenset().union(*(needed for needed, _ in (*SHAPES, *OTHER_SHAPES)), _EVERYWHERE, _OPTIONAL)
     tidy = {column: column.strip().lower() for column in columns}
-    names = {column: name if name in KNOWN_COLUMNS else column for column, name in tidy.items()}
-    if find_converter(columns) or len(set(names.values())) < len(names) or not find_converter(list(names.values())):
+    names = {column: name if name in known else column for column, name in tidy.items()}
+    if find_converter(columns) or len(set(names.values())) < len(names) or not find_converter(names.values()):
         return {}
     return {column: name for column, name in names.items() if name != column}
 

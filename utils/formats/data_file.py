@@ -22,6 +22,8 @@ from utils.formats.table import Remark
 
 # Files with rows. Files with TEXT_SUFFIXES hold plain text without rows of their own.
 SUFFIXES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet', '.json.gz', '.jsonl.gz', '.csv.gz', '.tsv.gz')
+# The kinds of files for messages.
+KINDS = '.json, .jsonl, .csv, .tsv, .txt, .md (each also .gz) or .parquet'
 
 TEXT_SUFFIXES = ('.txt', '.md', '.txt.gz', '.md.gz')
 

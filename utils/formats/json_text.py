@@ -42,13 +42,8 @@ class RowWithRepeatedKeys(dict[str, Any]):
         self.repeated_keys = tuple(dict.fromkeys(keys))
 
 
-def with_columns(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a row in which the columns that are keys of `names` have the names that are their values.
-
-    Without names, the row itself is returned.
-    """
-    if not names:
-        return row
+def with_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a copy of a row in which the columns that are keys of `names` have the names that are their values."""
     made = {names.get(column, column): value for column, value in row.items()}
     return RowWithRepeatedKeys(made, row.repeated_keys) if isinstance(row, RowWithRepeatedKeys) else made
 

@@ -5,14 +5,13 @@ If a hub cannot be reached, files that were downloaded before are used.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +20,7 @@ from utils.base.cache import cache_dir
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, Kind
+from utils.base.system import locked
 from utils.hub.clients import (
     TOKEN_VARIABLES,
     Client,
@@ -81,7 +81,7 @@ class Snapshot:
         ConfigError if the files cannot be downloaded.
         """
         record = _record_file(self.repo, self.kind)
-        with _locked(record.with_suffix('.lock')):
+        with locked(record.with_suffix('.lock')):
             recorded, verified = _read_record(record)
             needed = self.to_fetch(names)
             if not needed:
@@ -291,17 +291,3 @@ def _read_record(path: Path) -> tuple[Listing, set[str]]:
         return Listing(files=files, commit=str(record.get('commit', ''))), set(record['whole'])
     except (ValueError, TypeError, KeyError, AttributeError):  # a damaged record is ignored
         return Listing(files={}), set()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for the lock on this file, and hold the lock while the body runs.
-
-    Only one process of the machine can hold the lock. If the process dies, the system releases the lock.
-    """
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w') as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

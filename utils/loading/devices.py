@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.base import device
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 
@@ -26,14 +27,14 @@ class Spread:
     of each other parameter.
     """
 
-    memory: Mapping[int, int]
+    memory: Mapping[int | str, int]
     parameter_bytes: float
     linear_bytes: float
     # If False, layers that do not fit are placed on the CPU or the disk. Such a model can be used for inference, but it
     # cannot be trained.
     must_fit: bool = True
 
-    def map(self, model: PreTrainedModel) -> dict[str, int] | str:
+    def map(self, model: PreTrainedModel) -> dict[str, int | str] | str:
         """Return a device map: a dict from the path of each block to its GPU. The model must be on the meta device.
 
         If the model does not fit on the GPUs, returns 'auto' if `must_fit` is False, and raises ConfigError otherwise.
@@ -183,9 +184,11 @@ def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
     if name is not None:
         return names[name], 'it was asked for'
 
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.kind() != 'cpu':
+        if device.has_bf16():
             return torch.bfloat16, 'the GPU supports it'
+        if device.kind() == 'mps':
+            return torch.float32, 'macOS before 14 has no bf16 on its GPU, and fp16 cannot be trained there'
         return torch.float16, 'the GPU has no bf16'
 
     if cpu_has_bf16():

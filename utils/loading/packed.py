@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from utils.base import device
+
 
 def packed_classes() -> tuple[Any, ...]:
     """Return the classes of packed layers that do not derive from nn.Linear.
@@ -23,9 +25,7 @@ def trainable_backend() -> str:
     backward pass, and its rounding errors are about ten times larger. On a GPU the default is Marlin, which refuses to
     train.
     """
-    import torch
-
-    return 'auto_trainable' if torch.cuda.is_available() else 'gptq_torch'
+    return 'auto_trainable' if device.kind() == 'cuda' else 'gptq_torch'
 
 
 def loading_settings(config: Mapping[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import EvalPrediction
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.encode.encoded import Encoded, cut_front
@@ -54,19 +54,16 @@ class FirstStepGate(TrainerCallback):
         If one of them fails, raises ConfigError with a message that says which flags to change.
         """
         started = time.perf_counter()
-        scratch = Path(args.output_dir) / _SCRATCH
         heaviest = self.trainer.train_dataset.heaviest(args.per_device_train_batch_size)
         self.trainer.in_preflight = True
         try:
-            with self._undone(scratch):
+            with self._scratch(_SCRATCH) as scratch, self._undone(scratch):
                 if failure := self._steps(heaviest):
                     self._advise(heaviest, failure)
                 self._evaluate()
                 size = self._save(scratch)
         finally:
             self.trainer.in_preflight = False
-            if args.should_save:
-                shutil.rmtree(scratch, ignore_errors=True)
 
         self.trainer.preflight_seconds = round(time.perf_counter() - started, 2)
         tokens = _longest(heaviest[0])
@@ -85,6 +82,16 @@ class FirstStepGate(TrainerCallback):
         }
         record_proof(Path(args.output_dir), 'first_step', outcome)
         logger.info(f'first step, {self.trainer.preflight_seconds} s: {says}')
+
+    @contextlib.contextmanager
+    def _scratch(self, name: str) -> Iterator[Path]:
+        """A context with the path of a folder in the run folder. The folder is deleted when the context ends."""
+        folder = Path(self.trainer.args.output_dir) / name
+        try:
+            yield folder
+        finally:
+            if self.trainer.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _undone(self, scratch: Path) -> Iterator[None]:
@@ -187,8 +194,7 @@ class FirstStepGate(TrainerCallback):
             trainer.model_wrapped.zero_grad()
             trainer.optimizer.state.clear()
             clear_device_cache(garbage_collection=True)
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            device.reset_peak()
 
             if lighter is rows:
                 trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
@@ -197,7 +203,7 @@ class FirstStepGate(TrainerCallback):
                 trainer.model.gradient_checkpointing_disable()
 
             result = 'fits' if fits else 'does not fit'
-            if fits and torch.cuda.is_available():
+            if fits and device.kind() != 'cpu':
                 result += f' (peak {peak_memory_gib()} GiB)'
             tried.append(f'{flag}: {result}')
 

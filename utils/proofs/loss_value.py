@@ -116,7 +116,7 @@ class LossProof(TrainerCallback):
         log_p_TV = output.logits[0].float().log_softmax(-1)
         position_P = torch.tensor(trained_positions(row), device=log_p_TV.device)
         target_P = ids_1T[0].to(log_p_TV.device)[position_P]
-        return float(-log_p_TV[position_P - 1].gather(1, target_P[:, None]).double().sum())
+        return float(-log_p_TV[position_P - 1].gather(1, target_P[:, None]).cpu().double().sum())
 
     def _trainer_loss(self, rows: Items) -> tuple[float, int]:
         """Return the mean loss that the trainer computes for these rows, and the number of their trained tokens.

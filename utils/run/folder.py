@@ -37,12 +37,13 @@ class Run:
         """Set fields of the record, and write the record to the run folder. Later checkpoints contain these fields."""
         self._write(replace(self.record, **facts))
 
-    def decide(self, name: str, value: Any, reason: str) -> None:
+    def decide(self, name: str, value: Any, reason: str, *, shown: str | None = None) -> None:
         """Log a decision that is made after the run was opened. Store the new and the old value in the record.
 
-        When the run is resumed, the old values are compared, because they do not depend on the machine.
+        The log shows `shown` instead of the value, if it is given. When the run is resumed, the old values are
+        compared, because they do not depend on the machine.
         """
-        line = decision(name, value, reason)
+        line = decision(name, value if shown is None else shown, reason)
         logger.info(line)
         self.decisions.append(line)
         self._write(self.record.with_decision(name, value))
@@ -112,10 +113,19 @@ def make_run_dir(output_dir: Path, name: str) -> Path:
         ) from error
 
 
+def run_dirs(parent: Path) -> list[Path]:
+    """Return the run folders vN-<time> in a folder, the newest (the highest number) first."""
+    return [path for _, path in sorted(_numbered(parent), reverse=True)] if parent.is_dir() else []
+
+
+def _numbered(parent: Path) -> list[tuple[int, Path]]:
+    return [(int(m[1]), path) for path in parent.iterdir() if (m := re.match(r'v(\d+)-', path.name))]
+
+
 def _new_run_dir(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     while True:
-        numbers = [int(m[1]) for f in parent.iterdir() if (m := re.match(r'v(\d+)-', f.name))]
+        numbers = [number for number, _ in _numbered(parent)]
         run_dir = parent / f'v{max(numbers, default=-1) + 1}-{time.strftime("%Y%m%d-%H%M%S")}'
         try:
             run_dir.mkdir()

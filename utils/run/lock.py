@@ -37,8 +37,10 @@ def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:
     """Return the typed flags and their values as words of a command line, except secrets and the flags in `without`."""
     words: list[str] = []
     for name in flag_types(SftArguments):
-        if name in done.typed and name not in (*_NOT_REPEATED, *without):
-            words += flag_words(name, getattr(done.args, name))
+        value = getattr(done.args, name)
+        # A typed flag is None only if it was decided so, e.g. if --resume_from_checkpoint last finds no checkpoint.
+        if name in done.typed and name not in (*_NOT_REPEATED, *without) and value is not None:
+            words += flag_words(name, value)
     return words
 
 

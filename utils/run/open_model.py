@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.packages import has_package
@@ -81,8 +81,9 @@ def open_model(
 ) -> tuple[Any, Any, Any]:
     """Return (model, tokenizer, dtype of the computation).
 
-    For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype; DeepSpeed
-    handles this itself. `decide` is called for each setting that the command line leaves open.
+    For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype, except with
+    --full_weights bf16. DeepSpeed handles this itself. `decide` is called for each setting that the command line leaves
+    open.
     """
     import torch
 
@@ -99,10 +100,8 @@ def open_model(
         decide('bnb_4bit_comp_dtype', names[dtype], 'it follows the dtype')
 
     held = dtype
-    if trains and args.sft_type == 'full' and dtype != torch.float32 and not _deepspeed_path(args):
-        held = torch.float32
-        logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
-                    'parameter with gradient and AdamW state')  # fmt: skip
+    if trains and isinstance(args, SftArguments) and args.sft_type == 'full' and not args.deepspeed_config_path:
+        held = _held_dtype(args, dtype)
 
     shards = isinstance(args, SftArguments) and (args.fsdp or args.deepspeed_config_path is not None)
     options = LoadOptions(
@@ -119,26 +118,34 @@ def open_model(
     return model, tokenizer, dtype
 
 
-def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, trains: bool) -> Any:
+def _held_dtype(args: SftArguments, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the weights in full fine-tuning. `dtype` is the dtype of the computation."""
     import torch
 
-    if not torch.cuda.is_available():
+    if args.full_weights == 'bf16':
+        logger.info('weights are held in bfloat16 and rounded stochastically: 10 bytes per parameter with gradient and '
+                    'AdamW state')  # fmt: skip
+        return torch.bfloat16
+    if dtype != torch.float32:
+        logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
+                    'parameter with gradient and AdamW state')  # fmt: skip
+    return torch.float32
+
+
+def _device_map(args: CommonArguments, info: ModelInfo, held: torch.dtype, *, trains: bool) -> Any:
+    if device.kind() == 'cpu':
         return None
-    own = dist.own_gpus(torch.cuda.device_count())
+    own = dist.own_gpus(device.count())
     if len(own) == 1:
-        return {'': own[0]}
+        return {'': device.address(own[0])}
 
     # Full fine-tuning also holds a gradient for each parameter. A tenth of the memory stays free for activations.
     width = held.itemsize * (2 if trains and args.sft_type == 'full' else 1)
     stored_bits = 4 if info.quantization else 8 * width
     bits = args.quantization_bit or stored_bits
-    memory = {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in own}
+    memory = {device.address(gpu): int(0.9 * device.memory(gpu)[0]) for gpu in own}
     must_fit = trains or dist.world_size() > 1
     return Spread(memory=memory, parameter_bytes=width, linear_bytes=bits / 8, must_fit=must_fit)
-
-
-def _deepspeed_path(args: CommonArguments) -> str | None:
-    return args.deepspeed_config_path if isinstance(args, SftArguments) else None
 
 
 def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype) -> Any:
@@ -177,7 +184,7 @@ def _zero_3(args: CommonArguments) -> Any:
 def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype, decide: Decide) -> bool:
     import torch
 
-    fits = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    fits = device.has_flash_attention() and dtype != torch.float32
     if args.use_flash_attn and not fits:
         raise ConfigError(
             '--use_flash_attn true: it needs an NVIDIA GPU of compute capability 8 or more, and bf16 or fp16. '

@@ -9,8 +9,9 @@ import platform
 import warnings
 from datetime import timedelta
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.errors import ConfigError
+from utils.base.logger import logger
 
 # Options of mallopt, from malloc.h.
 _TRIM_THRESHOLD = -1
@@ -30,7 +31,7 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     import torch
     import transformers
 
-    if not torch.cuda.is_available():
+    if device.kind() == 'cpu':
         _reuse_freed_memory()
     transformers.logging.set_verbosity_error()
     # peft reads a property that transformers 5 deprecates. It also imports torchao, and torchao warns about optional
@@ -43,8 +44,9 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     if not dist.is_main():
         transformers.logging.disable_progress_bar()
 
-    if torch.cuda.is_available():
-        _take_gpus(torch.cuda.device_count())
+    _log_device()
+    if device.kind() != 'cpu':
+        _take_gpus(device.count())
     if dist.world_size() > 1:
         # The timeout is long enough for slow ranks, e.g. during generation. A rank that died is noticed earlier,
         # because its connections close.
@@ -56,21 +58,31 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
         engine.init_distributed(dist_backend=backend, verbose=False)
 
 
-def _take_gpus(gpus: int) -> None:
-    import torch
+def _log_device() -> None:
+    """Log which kind of device computes, and why. Warn if the machine has a device that torch cannot use."""
+    used = device.kind()
+    logger.info(f'device = {used} because {device.reason()}')
+    seen = dist.visible_kind()
+    if used == 'cpu' and seen != 'cpu':
+        logger.warning(
+            f'this machine has a device of kind {seen}, but {device.reason()}, so the CPU computes. Install a build of '
+            f'torch and a driver for {seen}; --doctor true tests them.'
+        )
 
+
+def _take_gpus(gpus: int) -> None:
     own = dist.own_gpus(gpus)
     if not own:
         raise ConfigError(
             f'torchrun: {dist.local_world_size()} processes for {gpus} GPUs, and each needs its own. '
             f'Start {gpus}: --nproc_per_node {gpus}.'
         )
-    torch.cuda.set_device(own[0])
+    device.use(own[0])
     if len(own) > 1 and dist.world_size() > 1:
         # Here each of several processes spreads its model over several GPUs. Without the first variable accelerate
         # refuses such a model; without the second it would use the GPU with the number local_rank.
         os.environ['ACCELERATE_BYPASS_DEVICE_MAP'] = 'true'
-        os.environ['ACCELERATE_TORCH_DEVICE'] = f'cuda:{own[0]}'
+        os.environ['ACCELERATE_TORCH_DEVICE'] = device.torch_name(own[0])
 
 
 def _reuse_freed_memory() -> None:

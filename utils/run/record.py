@@ -242,19 +242,36 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 
     problems = Problems()
     check_base(resumed, record.base_model or {}, problems)
-    # The values from before the decisions are compared, because the decided values depend on the machine.
-    then = {**resumed.flags, 'system_typed': resumed.system_typed, **resumed.asked}
-    now = {**record.flags, 'system_typed': record.system_typed}
+    then = _asked(resumed)
+    now = _asked(record)
     _check_resumed_optimizer(then, now, problems)
     unchecked = []
     if all(recorded(then, name) == now[name] for name in DATA_FLAGS):
         unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
     problems.raise_if_any()
 
-    free = {'resume_from_checkpoint', 'output_dir', 'hub', 'preflight', *_OF_CHAT_TEMPLATE, *_SHOWN, *HUB_FLAGS}
     return unchecked + [
-        f'--{name} is {value}, the run that is resumed had {then[name]}: the result will differ from it.'
-        for name, value in now.items()
+        f'--{name} is {value}, the run that is resumed had {earlier}: the result will differ from it.'
+        for name, value, earlier in changed_flags(resumed, record)
+        if name not in _OF_CHAT_TEMPLATE
+    ]
+
+
+def _asked(record: RunRecord) -> dict[str, Any]:
+    """Return the value of each flag from before the decisions of the run, because decided values depend on the machine.
+
+    The value of `system_typed` is included.
+    """
+    return {**record.flags, 'system_typed': record.system_typed, **record.asked}
+
+
+def changed_flags(earlier: RunRecord, record: RunRecord) -> list[tuple[str, Any, Any]]:
+    """Return (name, value in `record`, value in `earlier`) of each flag that differs and decides how a run trains."""
+    then = _asked(earlier)
+    free = {'resume_from_checkpoint', 'output_dir', 'hub', 'preflight', 'push_to_hub', *_SHOWN, *HUB_FLAGS}
+    return [
+        (name, value, then[name])
+        for name, value in _asked(record).items()
         if name in then and name not in free and value != then[name]
     ]
 
@@ -264,7 +281,8 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
 
     `then` and `now` are the flag values of the resumed run and of this run.
     """
-    fixed = ['optim']
+    fixed = ['optim', 'full_weights']
+    then = {'full_weights': 'fp32', **then}  # runs from before the flag
     if now['deepspeed_config_path'] is not None:
         # DeepSpeed restores these settings together with its optimizer.
         fixed += ['learning_rate', 'weight_decay', 'adam_beta1', 'adam_beta2', 'adam_epsilon']

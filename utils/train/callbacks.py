@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from utils.base import dist
+from utils.base import device, dist, system
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
@@ -181,10 +179,5 @@ class StopCallback(TrainerCallback):
 
 def peak_memory_gib() -> float:
     """Return the peak memory of this process in GiB: the sum over all GPUs, or resident memory if there is no GPU."""
-    if torch.cuda.is_available():
-        peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    else:
-        # ru_maxrss is in KiB on Linux and in bytes on macOS.
-        unit = 1 if sys.platform == 'darwin' else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = system.peak_resident_bytes() if device.kind() == 'cpu' else device.peak_bytes()
     return round(peak / 2**30, 3)

@@ -16,7 +16,7 @@ from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from peft import PeftModel
 from safetensors import safe_open
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.checkpoint import (
     OPTIMIZER_STATE,
     PICKLE_SUFFIXES,
@@ -199,6 +199,8 @@ class Checkpoints:
                 'scheduler': None if self._deepspeed_has_schedule() else trainer.lr_scheduler.state_dict(),
                 'scaler': scaler.state_dict() if scaler is not None else None,
             }
+            if trainer.timetable.segments:
+                tree['timetable'] = trainer.timetable.state()
             save_tree(folder / OPTIMIZER_STATE, tree)
 
     def _deepspeed_has_schedule(self) -> bool:
@@ -252,6 +254,7 @@ class Checkpoints:
             trainer.optimizer.load_state_dict(tree['optimizer'])
         if not self._deepspeed_has_schedule():
             trainer.lr_scheduler.load_state_dict(tree['scheduler'])
+        trainer.deadline.restore(tree.get('timetable'))
         if not trainer.is_deepspeed_enabled:
             use_settings(trainer.optimizer, trainer.lr_scheduler, settings)
         if tree['scaler'] is not None and trainer.accelerator.scaler is not None:
@@ -271,6 +274,12 @@ class Checkpoints:
             )
 
         state = states[min(dist.rank(), len(states) - 1)]
+        had = state['random'].get('device')
+        if had not in (None, device.kind()):
+            logger.warning(
+                f'{checkpoint} was written on {had}, and this run uses {device.kind()}: the result will differ from an '
+                'uninterrupted run.'
+            )
         set_random_state(state['random'])
         trainer.guard.restore(state['guard'])
         trainer._tr_loss = torch.tensor(state['loss_not_logged'], device=trainer.args.device)

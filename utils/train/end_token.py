@@ -69,7 +69,7 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
         return []
 
     def rows(tokens: list[int]) -> Any:
-        return weight.detach()[torch.tensor(tokens, device=weight.device)].double().cpu()
+        return weight.detach()[torch.tensor(tokens, device=weight.device)].cpu().double()
 
     end_rows = rows(checked)
     unused_rows = rows(unused)

@@ -115,16 +115,25 @@ class Guard(TrainerCallback):
 
         Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
         ConfigError if the loss or the gradients are not finite, or if every gradient is zero. Also sets `stop_agreed`
-        of the trainer: whether any process has received a signal to stop.
+        of the trainer: whether any process has received a signal to stop. The deadline gets the last step on which the
+        processes agree.
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()
         is_loss_bad = not all(map(math.isfinite, losses))
-        # Signals are summed here too, so that a step needs only one collective operation.
-        total, any_bad_loss, any_bad_norm, signals = dist.sums(
-            [0.0 if is_loss_bad else sum(losses), is_loss_bad, not math.isfinite(norm), self.trainer.signals.signum]
+        # Signals and the deadline are summed here too, so that a step needs only one collective operation.
+        trainer = self.trainer
+        total, any_bad_loss, any_bad_norm, signals, end = dist.sums(
+            [
+                0.0 if is_loss_bad else sum(losses),
+                is_loss_bad,
+                not math.isfinite(norm),
+                trainer.signals.signum,
+                trainer.deadline.proposal(),
+            ]
         )
-        self.trainer.stop_agreed = signals > 0
+        trainer.stop_agreed = signals > 0
+        trainer.deadline.agreed = int(end)
         loss = total / dist.world_size()
 
         if any_bad_loss:

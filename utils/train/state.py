@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from utils.base import device
+
 
 def save_tree(path: Path, tree: Any) -> None:
     """Write a nested value to a safetensors file. `load_tree` reads it back.
@@ -69,21 +71,24 @@ def load_tree(path: Path) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of the random generators of Python, NumPy and torch (CPU and all GPUs), for save_tree."""
+    """Return the states of the random generators of Python, NumPy and torch (CPU and device), for save_tree."""
     name, words, *rest = np.random.get_state()
     return {
         'python': random.getstate(),
         'numpy': (name, torch.from_numpy(np.asarray(words, dtype=np.int64)), *rest),
         'torch': torch.random.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        'device': device.kind(),
+        device.kind(): device.random_states(),
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set the random generators to the states that `random_state` returned. GPUs that do not exist now are ignored."""
+    """Set the random generators to the states that `random_state` returned.
+
+    The states of devices of another kind, and of devices that do not exist now, are ignored.
+    """
     random.setstate(state['python'])
     name, words, *rest = state['numpy']
     np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
     torch.random.set_rng_state(state['torch'])
-    for index, generator in enumerate(state['cuda'][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(generator, index)
+    device.set_random_states(state.get(device.kind(), []))

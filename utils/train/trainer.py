@@ -31,6 +31,7 @@ from utils.infer.generation import generate_batch, generation_config
 from utils.loading.image_processors import Images
 from utils.loading.layers import is_sharded
 from utils.run.folder import Run
+from utils.train.bf16_adamw import BF16AdamW
 from utils.train.callbacks import (
     EpochOrder,
     EvaluateAtEnd,
@@ -40,16 +41,19 @@ from utils.train.callbacks import (
     StopCallback,
 )
 from utils.train.checkpoints import Checkpoints
+from utils.train.deadline import Deadline
 from utils.train.guard import Guard, check_positions
 from utils.train.metrics import ValidationSets, generation_metrics, loss_metrics
 from utils.train.overrides import overrides
 from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
+from utils.train.timetable import Timetable
 from utils.train.trackers import add_trackers
-from utils.train.trainer_args import make_schedule, training_arguments
+from utils.train.trainer_args import make_schedule, training_arguments, unused_optimizer
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import GenerationConfig, TrainingArguments
 
 # The model inputs of a batch without images. Images add further inputs.
 _TEXT_INPUTS = ('input_ids', 'attention_mask', 'position_ids')
@@ -75,15 +79,19 @@ class SftTrainer(Seq2SeqTrainer):
         scorer: Scorer,
         groups_by_length: bool,
         images: Images | None = None,
+        optimizer_of: tuple[type[BF16AdamW], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.optimizer_cls_and_kwargs = optimizer_of
         self.scorer = scorer
         self.groups_by_length = groups_by_length
         self.images = images
         self.generation = generation
         self.checkpoints = Checkpoints(self, run=run, images=images, limit=save_total_limit)
         self.signals = StopSignals()
+        self.timetable = Timetable()
+        self.deadline = Deadline(self)
         self.guard = Guard(self)
         self.speedometer = Speedometer()
         self.in_preflight = False
@@ -98,7 +106,9 @@ class SftTrainer(Seq2SeqTrainer):
         # With True the base class counts the trained tokens of a step (num_items_in_batch) for any model. compute_loss
         # divides by this number.
         self.model_accepts_loss_kwargs = True
-        for callback in (self.guard, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd()):
+        # The deadline may end the run earlier, so it comes before the callbacks that look for the last step.
+        callbacks = (self.guard, self.deadline, StopCallback(self), EpochOrder(self), self.speedometer, EvaluateAtEnd())
+        for callback in callbacks:
             self.add_callback(callback)
 
     @property
@@ -116,6 +126,12 @@ class SftTrainer(Seq2SeqTrainer):
             output = super().train(*args, **kwargs)
         self.checkpoints.keep_only_best()
         return output
+
+    @overrides(Seq2SeqTrainer)
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """Return the output of the base class. `num_train_samples` are the rows of the steps that the flags ask for."""
+        asked = max(self.deadline.asked, 1)
+        return super()._finalize_training(trial, num_train_samples * self.state.max_steps / asked, start_time)
 
     # A step
 
@@ -152,6 +168,26 @@ class SftTrainer(Seq2SeqTrainer):
             # batch, so joined batches need no more memory than the gate.
             self.capacity = sum(heapq.nlargest(args.train_batch_size, self.order.lengths))
         return self.order
+
+    def typical_batches(self, number: int) -> list[list[dict[str, Any]]]:
+        """Return the rows of the batches of one step of one process, for a trial. Each `number` gives other rows.
+
+        The rows are at equal distances in the training set. Of a stream, they are the first rows.
+        """
+        size = self.args.per_device_train_batch_size
+        batches = self.args.gradient_accumulation_steps
+        count = size * batches
+        if isinstance(self.train_dataset, TrainingStream):
+            first = self.train_dataset.first(count)
+            rows = [first[i % len(first)] for i in range(count)]
+        else:
+            known: Any = self.train_dataset
+            indices = [(i * len(known) // count + number) % len(known) for i in range(count)]
+            order = self.order
+            if order is not None:
+                indices = list(StepSampler(indices, order.lengths, batch=size, batches=batches, pads=order.pads))
+            rows = [known[index] for index in indices]
+        return [rows[start : start + size] for start in range(0, count, size)]
 
     @overrides(Seq2SeqTrainer)
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -199,6 +235,14 @@ class SftTrainer(Seq2SeqTrainer):
         return (loss, {}) if return_outputs else loss
 
     @overrides(Seq2SeqTrainer)
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients, and return their norm. The optimizer of bf16 weights clips them in fp32."""
+        inner = self.optimizer.optimizer  # inside the wrapper of accelerate
+        if isinstance(inner, BF16AdamW):
+            return inner.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    @overrides(Seq2SeqTrainer)
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm of the gradients, and pass the norm to the guard."""
         self.guard.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -209,14 +253,19 @@ class SftTrainer(Seq2SeqTrainer):
         """Create the learning-rate schedule if there is none yet, and return it. DeepSpeed passes its own optimizer."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
         if scheduler is None:
-            scheduler = make_schedule(
-                optimizer or self.optimizer,
-                self.args.lr_scheduler_type,
-                learning_rate=self.args.learning_rate,
-                warmup=self.args.warmup_steps,
-                steps=num_training_steps,
-                **self.args.lr_scheduler_kwargs,
-            )
+
+            def made_for(steps: int, optimizer: Any) -> LambdaLR:
+                return make_schedule(
+                    optimizer,
+                    self.args.lr_scheduler_type,
+                    learning_rate=self.args.learning_rate,
+                    warmup=self.args.warmup_steps,
+                    steps=steps,
+                    **self.args.lr_scheduler_kwargs,
+                )
+
+            scheduler = made_for(num_training_steps, optimizer or self.optimizer)
+            self.timetable.follow(scheduler, lambda steps: made_for(steps, unused_optimizer(self.args.learning_rate)))
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
         return scheduler
@@ -423,6 +472,21 @@ def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> Index
     return arranged
 
 
+def _optimizer_of_bf16(
+    args: SftArguments, training: TrainingArguments
+) -> tuple[type[BF16AdamW], dict[str, Any]] | None:
+    """Return the class and the settings of the optimizer of bf16 weights. Returns None if the weights are not bf16."""
+    if args.sft_type != 'full' or args.full_weights != 'bf16':
+        return None
+    settings = {
+        'lr': training.learning_rate,
+        'betas': (training.adam_beta1, training.adam_beta2),
+        'eps': training.adam_epsilon,
+        'seed': args.seed,
+    }
+    return BF16AdamW, settings
+
+
 def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: TrainerSetup) -> SftTrainer:
     """Return a trainer that writes no log files. Rows are concatenated if the model allows it, otherwise padded."""
     base = model.get_base_model() if args.sft_type == 'lora' else model
@@ -436,6 +500,7 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     head = exact_head(base, args, setup.run.decide)
     val = data.val.longest_first()
     sets = ValidationSets(rows=val, names=data.val_sets)
+    training = training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0)
 
     trainer = SftTrainer(
         run=setup.run,
@@ -445,7 +510,8 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         model=model,
         scorer=Scorer(base, head, splits=setup.images is None and not is_sharded(base)),
         groups_by_length=args.group_by_length,
-        args=training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0),
+        args=training,
+        optimizer_of=_optimizer_of_bf16(args, training),
         train_dataset=train,
         eval_dataset=val if len(val) else None,
         data_collator=Collator(pad_id, setup.images, pads=not is_concatenated),

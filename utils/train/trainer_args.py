@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainingArguments, get_scheduler
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.cli.arguments import SftArguments
 from utils.cli.schedule import STABLE_DECAY, count_decay_steps, count_warmup_steps, warmup_asked
 
@@ -18,10 +18,10 @@ def training_arguments(
     args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
 ) -> Seq2SeqTrainingArguments:
     """Return the arguments of the trainer. They contain no access token, because they are written to the run folder."""
-    has_cuda = torch.cuda.is_available()
-    # Frozen bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
+    # bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
     # needs the arguments bf16 and fp16 below, because it reads the precision of the model and of adapters from them.
-    autocasts = args.sft_type == 'full' or dtype == torch.float16 or args.deepspeed_config_path is not None
+    has_fp32_weights = args.sft_type == 'full' and args.full_weights == 'fp32'
+    autocasts = has_fp32_weights or dtype == torch.float16 or args.deepspeed_config_path is not None
     sharded = args.fsdp or args.deepspeed_config_path is not None
     return Seq2SeqTrainingArguments(
         output_dir=str(run_dir),
@@ -58,12 +58,12 @@ def training_arguments(
         logging_nan_inf_filter=False,
         bf16=autocasts and dtype == torch.bfloat16,
         fp16=autocasts and dtype == torch.float16,
-        use_cpu=not has_cuda,
+        use_cpu=device.kind() == 'cpu',
         seed=args.seed + dist.rank(),
         data_seed=args.seed,
         train_sampling_strategy='sequential' if args.test_oom_error else 'random',
         dataloader_num_workers=args.dataloader_num_workers,
-        dataloader_pin_memory=has_cuda,
+        dataloader_pin_memory=device.pins_memory(),
         ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
         # A vision tower that is trained gets no gradient from a batch without images, and DDP must allow this.
         ddp_find_unused_parameters=not args.freeze_vision if dist.world_size() > 1 else None,
@@ -82,6 +82,11 @@ def _schedule_settings(args: SftArguments) -> dict[str, float]:
     if args.lr_scheduler_type == STABLE_DECAY:
         settings['decay_ratio'] = args.decay_ratio
     return settings
+
+
+def unused_optimizer(learning_rate: float) -> Any:
+    """Return an optimizer for a schedule of which only the function is used. A new schedule changes its optimizer."""
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
 
 
 def make_schedule(
@@ -107,12 +112,10 @@ def make_schedule(
         settings['num_decay_steps'] = count_decay_steps(decay_ratio, steps, warmup=first)
     elif name == 'polynomial' and min_lr_ratio is not None:
         settings['lr_end'] = 0.0  # instead of 1e-7, so that the rate ends exactly at the lowest rate
-    # Only the function of transformers' schedule is used. A schedule changes the learning rate of its optimizer when it
-    # is made, so this schedule gets an optimizer that is not used.
-    unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    # Only the function of transformers' schedule is used, so this schedule gets an optimizer that is not used.
     original = get_scheduler(
         name,
-        unused_optimizer,
+        unused_optimizer(learning_rate),
         num_warmup_steps=first,
         num_training_steps=steps,
         scheduler_specific_kwargs=settings,

@@ -1,0 +1,155 @@
+"""The device that computes, for all kinds of devices that torch supports here.
+
+The kinds are cuda (NVIDIA, and AMD under its ROCm build), xpu (Intel), npu (Ascend), mps (Apple) and cpu. All other
+modules ask this module, so that nothing else in utils/ depends on one kind. torch is imported only inside functions.
+`visible_kind` in dist.py answers without torch, from the files of the machine.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceKind = Literal['cuda', 'xpu', 'npu', 'mps', 'cpu']
+_GIVEN_NAMES: tuple[DeviceKind, ...] = ('xpu', 'npu', 'mps')
+
+
+def kind() -> DeviceKind:
+    """Return the kind of device that torch uses. It is cpu if torch finds no accelerator, or one not listed above."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 'cuda'
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return next((name for name in _GIVEN_NAMES if found is not None and found.type == name), 'cpu')
+
+
+def reason() -> str:
+    """Return why this kind of device is used, as text for the log."""
+    import torch
+
+    if kind() != 'cpu':
+        return 'torch can use it'
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None:
+        return f'this toolkit does not support {found.type}'
+    return f'torch {torch.__version__} finds no GPU'
+
+
+def _module() -> Any:
+    """Return the module of torch for this kind of device, e.g. torch.cuda."""
+    import torch
+
+    return torch.get_device_module(kind())
+
+
+def count() -> int:
+    """Return the number of devices of this kind. It is 0 on a CPU."""
+    return 0 if kind() == 'cpu' else int(_module().device_count())
+
+
+def address(index: int) -> int | str:
+    """Return the name of a device for a device map. On CUDA, it is the index."""
+    found = kind()
+    if found in ('cuda', 'mps'):
+        return index if found == 'cuda' else 'mps'
+    return f'{found}:{index}'
+
+
+def torch_name(index: int) -> str:
+    """Return the name of a device for torch, e.g. 'cuda:0'. It is 'mps' or 'cpu' for devices without an index."""
+    found = kind()
+    return found if found in ('mps', 'cpu') else f'{found}:{index}'
+
+
+def use(index: int) -> None:
+    """Make a device the current one of this process. A Mac has only one, so nothing is changed there."""
+    if kind() != 'mps':
+        _module().set_device(index)
+
+
+def description(index: int) -> str:
+    """Return the product name of a device."""
+    if kind() == 'mps':
+        return f'GPU of this Mac ({platform.machine()})'
+    return str(_module().get_device_name(index))
+
+
+def memory(index: int) -> tuple[int, int]:
+    """Return the free and the whole memory of a device, in bytes.
+
+    A Mac's GPU shares the main memory. There the whole memory is the part that the system recommends for the GPU.
+    """
+    module = _module()
+    if kind() == 'mps':
+        whole = int(module.recommended_max_memory())
+        return max(0, whole - int(module.driver_allocated_memory())), whole
+    free, whole = module.mem_get_info(index)
+    return int(free), int(whole)
+
+
+def peak_bytes() -> int:
+    """Return the most memory that tensors of this process took, summed over all devices. Not for the CPU.
+
+    MPS has no such counter. There it is the memory that the allocator holds, and the allocator keeps freed memory.
+    """
+    module = _module()
+    if kind() == 'mps':
+        return int(module.driver_allocated_memory())
+    return sum(int(module.max_memory_allocated(index)) for index in range(count()))
+
+
+def reset_peak() -> None:
+    """Count the peak memory from now on. Does nothing on a CPU and on MPS, which count no peak."""
+    if kind() not in ('mps', 'cpu'):
+        _module().reset_peak_memory_stats()
+
+
+def has_bf16() -> bool:
+    """Return whether the device computes in bf16 natively. Not for the CPU."""
+    import torch
+
+    found = kind()
+    if found == 'mps':
+        return bool(torch.backends.mps.is_macos_or_newer(14, 0))
+    if found == 'npu':
+        return bool(_module().is_bf16_supported())
+    return bool(_module().is_bf16_supported(including_emulation=False))
+
+
+def has_flash_attention() -> bool:
+    """Return whether the library flash-attn supports the device."""
+    return kind() == 'cuda' and bool(_module().get_device_capability()[0] >= 8)
+
+
+def pins_memory() -> bool:
+    """Return whether batches are copied to the device from pinned memory."""
+    return kind() in ('cuda', 'xpu', 'npu')
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the most exact dtype for sums on a device: fp64, or fp32 on MPS, which has no fp64."""
+    import torch
+
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
+def random_states() -> list[torch.Tensor]:
+    """Return the state of the random generator of each device. The list is empty on a CPU."""
+    if kind() == 'cpu':
+        return []
+    if kind() == 'mps':
+        return [_module().get_rng_state()]
+    return list(_module().get_rng_state_all())
+
+
+def set_random_states(states: list[torch.Tensor]) -> None:
+    """Set the random generators to the states that `random_states` returned. Devices that do not exist are ignored."""
+    for index, state in enumerate(states[: count()]):
+        if kind() == 'mps':
+            _module().set_rng_state(state)
+        else:
+            _module().set_rng_state(state, index)

@@ -1,0 +1,56 @@
+"""Shows a translated recipe: the command, what happens with each key, and the problems of the command."""
+
+from __future__ import annotations
+
+import shlex
+
+from utils.base.errors import Problems
+from utils.cli.arguments import SftArguments
+from utils.cli.parser import parse
+from utils.cli.resolve import resolve_sft
+from utils.migrate.translation import Kind, Translation
+
+_TITLES: dict[Kind, str] = {
+    'used': 'Used, with the same meaning',
+    'default': 'Not in the recipe: defaults of {toolkit} that are not the defaults here',
+    'different': 'Different in meaning',
+    'without effect': 'Without effect here',
+    'not understood': 'Not understood, and left out',
+}
+
+
+def flag_words(t: Translation) -> list[str]:
+    """Return the words of the command after the name of the program."""
+    return [word for flag, words in t.flags.items() for word in (f'--{flag}', *words)]
+
+
+def find_problems(t: Translation) -> list[str]:
+    """Return the problems of the recipe, and those that llm_sft.py finds in the command without files or network."""
+    resolved = resolve_sft(parse(SftArguments, flag_words(t), program='llm_sft.py', about=''))
+    problems = Problems([*t.problems.found])
+    for problem in resolved.problems.found:
+        problems.add(problem)
+    return problems.found
+
+
+def command(t: Translation) -> str:
+    """Return the command, one flag on a line."""
+    start = 'python llm_sft.py'
+    if t.sharded or (t.processes or 1) > 1:
+        start = f'torchrun --nproc_per_node {t.processes or 2} llm_sft.py'
+    lines = [start, *(shlex.join([f'--{flag}', *words]) for flag, words in t.flags.items())]
+    return ' \\\n    '.join(lines)
+
+
+def render(t: Translation, problems: list[str]) -> str:
+    """Return the report as text. Values of keys without effect are not shown, because they may be tokens."""
+    parts = [command(t)]
+    if t.sharded and t.processes is None:
+        parts.append('The recipe does not say the number of processes: write your number of GPUs for 2.')
+    for kind, title in _TITLES.items():
+        lines = [f'  {note.key}: {note.text}' for note in t.notes if note.kind == kind]
+        if lines:
+            parts.append('\n'.join([f'{title.format(toolkit=t.toolkit)}:', *lines]))
+    if problems:
+        parts.append('\n'.join(['Problems:', *(f'  {problem}' for problem in problems)]))
+    return '\n\n'.join(parts)

@@ -1,0 +1,76 @@
+"""The data sets of a recipe: their words for --dataset, and the names of their columns for --columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from utils.formats.data_file import SUFFIXES
+from utils.migrate.translation import Translation
+
+COLUMNS_KEY = '(columns)'
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """The words of --dataset and --val_dataset that a recipe means, and the columns that need another name."""
+
+    train: list[str] = field(default_factory=list)
+    val: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def rename(self, t: Translation, key: str, names: Mapping[str, str]) -> None:
+        """Add columns as {name in the file: name that is read}. A column with two meanings is a problem."""
+        for column, meaning in names.items():
+            if column == meaning:
+                continue
+            if self.columns.setdefault(column, meaning) != meaning:
+                t.refuse(
+                    key,
+                    f"the column '{column}' means {self.columns[column]} in one data set and {meaning} in another, "
+                    'and --columns holds for all of them. Rename the columns in one of the files.',
+                )
+
+    def chat(self, t: Translation, key: str, column: str, role: str, content: str) -> None:
+        """Add a column of conversations whose messages have the keys `role` and `content`. Other keys are a problem."""
+        if role not in ('role', 'from') or content not in ('content', 'value'):
+            t.refuse(
+                key,
+                f'its messages have the keys {role} and {content}, and only role and content, or from and value, are '
+                'read here. Rename the keys in the file.',
+            )
+        elif column not in ('messages', 'conversations'):
+            self.rename(t, key, {column: 'messages'})
+
+    def text(self, t: Translation, key: str, column: str) -> None:
+        """Add a column of plain text, which is trained on every token."""
+        t.note('different', key, 'rows with a column text are trained on every token, and the end of text is added')
+        self.rename(t, key, {column: 'text'})
+
+    def finish(self, t: Translation, key: str) -> None:
+        """Set --dataset, --val_dataset and --columns. A recipe without training rows is a problem."""
+        if self.train:
+            t.use(key, 'dataset', self.train)
+        elif not t.problems.found:
+            t.refuse(key, 'the recipe names no data set. Add it to the recipe, or type --dataset.')
+        if self.val:
+            t.use(key, 'val_dataset', self.val)
+        if self.columns:
+            t.use(COLUMNS_KEY, 'columns', [f'{name}={meaning}' for name, meaning in self.columns.items()])
+
+
+def hub_word(prefix: str, repo_id: str, *parts: str, revision: str = '') -> str:
+    """Return the word of --dataset for a data set on a hub, with the subset, the split and the revision if given."""
+    word = ':'.join([f'{prefix}{repo_id}', *(part for part in parts if part)])
+    return f'{word}@{revision}' if revision else word
+
+
+def is_file(path: str) -> bool:
+    """Return whether a path names local data: it has the suffix of a data file, or begins like a path."""
+    return path.lower().endswith((*SUFFIXES, '.txt', '.md')) or path.startswith(('/', './', '../', '~'))
+
+
+def take_first(t: Translation, key: str, words: list[str], count: int) -> list[str]:
+    """Return the words with a number of rows, which are drawn at random here and were the first rows there."""
+    t.note('different', key, f'{count} rows of each data set are drawn at random; there they are the first rows')
+    return [word if '#' in word else f'{word}#{count}' for word in words]

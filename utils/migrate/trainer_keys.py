@@ -1,0 +1,301 @@
+"""Rules for the keys that LLaMA-Factory and ms-swift take from the arguments of transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from utils.migrate.translation import (
+    Rule,
+    Translation,
+    is_off,
+    is_on,
+    other,
+    refused,
+    same,
+    silent,
+    to_list,
+    to_number,
+    unused,
+)
+
+FASTER = unused('it changes speed or memory there; here the fast path is on wherever it is exact')
+NOT_BUILT = 'is not built here on purpose; the run trains without it'
+LOGGING = unused('the log, its names and progress bars are those of a run here')
+LOADING = unused('files are read, encoded and cached as described in docs/data.md')
+TOKEN = unused('tokens are read from the environment only: HF_TOKEN, or MODELSCOPE_API_TOKEN')
+DIVIDED = refused(
+    'one model or row is divided over several devices, which is not built here. Remove the key, and use '
+    '--deepspeed_config_path ds_config/zero3.json for a model that is larger than a GPU.'
+)
+OUTPUT = same('output_dir', 'each run gets a new folder in it: <output_dir>/<model>/vN-<time>')
+GROUPED = same('group_by_length', 'rows are rearranged within an optimizer step, so that no step gets other rows')
+# Each of these trains something else than one model on replies.
+NOT_REPLIES = 'trains something else than replies to prompts, and only supervised fine-tuning is built here'
+# One evaluation or checkpoint at the end. A share of 1 would be read as one step.
+_WHOLE_RUN = 0.99999
+
+
+def _max_steps(t: Translation, key: str, value: Any) -> None:
+    number = to_number(value)
+    if number is not None and number < 1:
+        t.note('without effect', key, 'whole epochs are trained')
+    else:
+        t.use(key, 'max_steps', value)
+
+
+def resume(t: Translation, key: str, value: Any) -> None:
+    """Translate resume_from_checkpoint: a folder, or true for the last checkpoint."""
+    if is_off(value):
+        t.note('without effect', key, 'a new run is started')
+        return
+    t.refuse(
+        key,
+        f'a checkpoint of {t.toolkit} cannot be resumed here. Remove the key; to train its adapter further, use '
+        '--adapter DIR where this version has it.',
+    )
+
+
+def deepspeed(t: Translation, key: str, value: Any) -> None:
+    """Translate a DeepSpeed name or path into one of the configurations here."""
+    if isinstance(value, dict):
+        t.refuse(key, 'the configuration is in the recipe. Save it as JSON, and give it to --deepspeed_config_path.')
+        return
+
+    name = Path(str(value)).name.lower()
+    stage = 3 if 'zero3' in name or 'z3' in name or 'stage3' in name else 2
+    offload = '_offload' if 'offload' in name or name.startswith('zero3_cpu') else ''
+    if is_off(value) or name in ('zero0', 'ds_z0_config.json'):
+        t.note('without effect', key, 'nothing is sharded by it')
+        return
+    if not any(mark in name for mark in ('z1', 'z2', 'z3', 'zero1', 'zero2', 'zero3', 'stage2', 'stage3')):
+        t.use(key, 'deepspeed_config_path', str(value), why='the file must be there, and start with torchrun')
+    else:
+        chosen = f'ds_config/zero{stage}{offload}.json'
+        why = 'the configuration of this stage here replaces the file'
+        if 'z1' in name or 'zero1' in name:
+            why = 'stage 2 replaces stage 1: it also shards the gradients'
+        t.use(key, 'deepspeed_config_path', chosen, why=why)
+    t.sharded = True
+
+
+def fsdp(t: Translation, key: str, value: Any) -> None:
+    """Translate FSDP, of version 1 or 2, which is always FSDP2 over all processes here."""
+    if is_off(value):
+        t.note('without effect', key, 'it is off')
+        return
+    t.use(key, 'fsdp', True, why='FSDP2 shards over all processes, and its further settings have no effect')
+    t.sharded = True
+
+
+def precision(t: Translation, key: str, value: Any) -> None:
+    """Translate bf16, fp16, bfloat16 and float16: the data type of weights and computation."""
+    if str(value).lower() == 'auto':
+        t.note('used', key, 'bf16 if the device supports it, which is also the default here')
+    elif is_off(value):
+        t.note('without effect', key, 'it is off')
+    else:
+        t.use(key, 'dtype', 'bf16' if key.startswith('bf') else 'fp16')
+
+
+def torch_dtype(t: Translation, key: str, value: Any) -> None:
+    """Translate torch_dtype: bfloat16, float16 or float32."""
+    short = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': 'fp32'}
+    if str(value) == 'auto':
+        t.note('used', key, 'chosen by the device here, bf16 if it is supported')
+    else:
+        t.use(key, 'dtype', short.get(str(value), value))
+
+
+def scheduler(t: Translation, key: str, value: Any) -> None:
+    """Translate the name of the schedule. A cosine with a lowest rate becomes cosine with --min_lr_ratio."""
+    if str(value) != 'cosine_with_min_lr':
+        t.use(key, 'lr_scheduler_type', value)
+        return
+    t.use(key, 'lr_scheduler_type', 'cosine', why='the lowest rate is --min_lr_ratio')
+
+
+def scheduler_settings(t: Translation, key: str, value: Any) -> None:
+    """Translate lr_scheduler_kwargs: a lowest rate is used, other settings are left out."""
+    settings = value if isinstance(value, dict) else {}
+    rate = to_number(t.get('learning_rate'))
+    ratio = to_number(settings.get('min_lr_rate'))
+    lowest = to_number(settings.get('min_lr'))
+    if ratio is None and lowest is not None and rate:
+        ratio = lowest / rate
+    if ratio is not None:
+        t.use(key, 'min_lr_ratio', ratio)
+    else:
+        t.note('different', key, 'left out: schedules have their usual settings here')
+
+
+def warmup_steps(t: Translation, key: str, value: Any) -> None:
+    """Translate warmup_steps. A number below 1 is a share of the run."""
+    number = to_number(value)
+    if number is not None and 0 <= number < 1:
+        t.use(key, 'warmup_ratio', value)
+    else:
+        t.use(key, 'warmup_steps', value)
+
+
+def report_to(t: Translation, key: str, value: Any) -> None:
+    """Translate report_to. `all` becomes the default here, because it depends on what is installed."""
+    names = to_list(' '.join(map(str, value)).replace(' ', ',') if isinstance(value, list) else value)
+    if names == ['all']:
+        t.note('different', key, 'only tensorboard, the default here, and not every tracker that is installed')
+    else:
+        t.use(key, 'report_to', names)
+
+
+def optimizer(t: Translation, key: str, value: Any) -> None:
+    """Translate the name of an optimizer. Optimizers of torchao become those of bitsandbytes with states of 8 bits."""
+    if str(value) in ('adamw_torch_8bit', 'adamw_torch_4bit'):
+        t.use(key, 'optim', 'adamw_8bit', why=f"bitsandbytes keeps its states in 8 bits instead of '{value}'")
+    elif str(value) == 'adamw_hf':
+        t.use(key, 'optim', 'adamw_torch', why='the AdamW of torch, which computes the same')
+    else:
+        t.use(key, 'optim', value)
+
+
+def new_tokens(t: Translation, key: str, value: Any) -> None:
+    """Refuse tokens that are added to the vocabulary, because --new_tokens reads them from a file."""
+    t.refuse(
+        key,
+        'the recipe adds tokens to the vocabulary. Write one token a line into a file, and give it to --new_tokens '
+        'where this version has it.',
+    )
+
+
+def generation_off(t: Translation, key: str, value: Any) -> None:
+    """Refuse a recipe that answers rows instead of training."""
+    if is_on(value) and not is_on(t.get('do_train')):
+        t.refuse(key, 'the recipe answers rows and trains nothing. Use python llm_infer.py --ckpt_dir CHECKPOINT.')
+    else:
+        t.note('without effect', key, 'answers of a trained model are for llm_infer.py')
+
+
+TRAINER_RULES: dict[str, Rule] = {
+    'per_device_train_batch_size': same('batch_size'),
+    'per_device_eval_batch_size': same('eval_batch_size'),
+    'gradient_accumulation_steps': same('gradient_accumulation_steps'),
+    'learning_rate': same('learning_rate'),
+    'weight_decay': same('weight_decay'),
+    'max_grad_norm': same('max_grad_norm'),
+    'num_train_epochs': same('num_train_epochs'),
+    'max_steps': _max_steps,
+    'lr_scheduler_type': scheduler,
+    'lr_scheduler_kwargs': scheduler_settings,
+    'warmup_ratio': same('warmup_ratio'),
+    'warmup_steps': warmup_steps,
+    'optim': optimizer,
+    'optim_args': other('left out: optimizers have their usual settings, and --adam_beta1 and others of its flags'),
+    'adam_beta1': same('adam_beta1'),
+    'adam_beta2': same('adam_beta2'),
+    'adam_epsilon': same('adam_epsilon'),
+    'logging_steps': same('logging_steps'),
+    'save_total_limit': same('save_total_limit', 'the best checkpoint is always among those that are kept'),
+    'save_only_model': same('only_save_model'),
+    'seed': same('seed'),
+    'data_seed': same('dataset_seed'),
+    'dataloader_num_workers': same('dataloader_num_workers'),
+    'gradient_checkpointing': same('gradient_checkpointing'),
+    'report_to': report_to,
+    'output_dir': OUTPUT,
+    'group_by_length': GROUPED,
+    'resume_from_checkpoint': resume,
+    'deepspeed': deepspeed,
+    'fsdp': fsdp,
+    'fsdp_config': silent,
+    'bf16': precision,
+    'fp16': precision,
+    'push_to_hub': same('push_to_hub'),
+    'hub_model_id': same('hub_model_id'),
+    'hub_private_repo': same('hub_private_repo'),
+    'do_train': silent,
+    'do_eval': unused('validation rows are evaluated whenever there are any'),
+    'do_predict': generation_off,
+    'eval_strategy': silent,
+    'evaluation_strategy': silent,
+    'eval_steps': silent,
+    'save_strategy': silent,
+    'save_steps': silent,
+    'predict_with_generate': same('predict_with_generate'),
+    'max_new_tokens': same('max_new_tokens'),
+    'temperature': same('temperature'),
+    'top_p': same('top_p'),
+    'top_k': same('top_k'),
+    'do_sample': same('do_sample'),
+    'repetition_penalty': same('repetition_penalty'),
+    'neftune_noise_alpha': other(f'NEFTune {NOT_BUILT}'),
+    'label_smoothing_factor': other(f'label smoothing {NOT_BUILT}'),
+    'use_galore': other(f'GaLore {NOT_BUILT}; --optim updates all weights'),
+    'load_best_model_at_end': unused('the best checkpoint is kept and named, and the run ends with the last weights'),
+    'metric_for_best_model': unused('the best checkpoint is that of the lowest loss, or of the first score'),
+    'greater_is_better': unused('the direction of a score is known here'),
+    'trust_remote_code': unused('code of a checkpoint is never run here; the model uses a class of this project'),
+    'ddp_backend': same('ddp_backend'),
+    'torch_compile': FASTER,
+    'use_liger_kernel': FASTER,
+    'tf32': FASTER,
+    'gradient_checkpointing_kwargs': FASTER,
+    'torch_empty_cache_steps': FASTER,
+    'run_name': LOGGING,
+    'overwrite_output_dir': unused('a run never overwrites another one'),
+    'remove_unused_columns': LOADING,
+    'pad_to_multiple_of': FASTER,
+    'tokenizer_name': refused('a tokenizer of another model is not used here. Save it into the folder of the model.'),
+    'eval_on_start': unused('the preflight tries an evaluation before the first step'),
+}
+
+TRAINER_FAMILIES: dict[str, Rule] = {
+    'galore_': unused('GaLore is not built here'),
+    'dataloader_': FASTER,
+    'ddp_': unused('processes are joined and timed out as the run needs it'),
+    'log': LOGGING,
+    'include_': LOGGING,
+    'disable_tqdm': LOGGING,
+    'hub_token': TOKEN,
+    'hf_hub_token': TOKEN,
+    'ms_hub_token': TOKEN,
+    'om_hub_token': TOKEN,
+    'hub_': unused('what is pushed, and when, is said by --push_hub_strategy'),
+    'swanlab_': unused('a tracker reads its own environment variables'),
+    'ray_': refused('runs are started with python or torchrun here, not by ray. Remove the key.'),
+    'eval_': unused('the evaluation has its own settings here'),
+    'save_safetensors': unused('weights are always safetensors'),
+}
+
+
+def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> None:
+    """Set --eval_steps and --save_steps from strategies and steps. An epoch becomes a share of the run."""
+    epochs = to_number(t.get('num_train_epochs')) or 3
+    key = 'eval_strategy' if t.get('eval_strategy') is not None else 'evaluation_strategy'
+    strategy = str(t.get(key, 'steps' if evaluates else 'no')).lower()
+    saved = str(t.get('save_strategy', 'steps')).lower()
+
+    if evaluates and strategy == 'epoch':
+        t.use(key, 'eval_steps', run_share(epochs))
+    elif evaluates and strategy == 'steps':
+        _use_steps(t, 'eval_steps', t.get('save_steps', save_default))
+    elif is_on(t.get('eval_steps')):
+        t.note('without effect', 'eval_steps', 'nothing is evaluated')
+
+    if saved == 'epoch':
+        t.use('save_strategy', 'save_steps', run_share(epochs))
+    else:
+        _use_steps(t, 'save_steps', save_default)
+    if saved == 'no':
+        t.note('different', 'save_strategy', 'checkpoints are always written here')
+
+
+def _use_steps(t: Translation, flag: str, default: Any) -> None:
+    """Set a flag to the key of the same name, or to the default there."""
+    if t.get(flag) is None:
+        t.use(f'(--{flag})', flag, default, kind='default')
+    else:
+        t.use(flag, flag, t.get(flag))
+
+
+def run_share(times: float) -> float:
+    """Return the share of a run after which something happens that happens `times` times. It is below 1."""
+    return _WHOLE_RUN if times <= 1 else round(1 / times, 6)

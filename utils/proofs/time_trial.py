@@ -1,0 +1,138 @@
+"""The trial of --max_minutes: measure typical steps, an evaluation and a checkpoint before training, and undo them."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from utils.base import dist
+from utils.base.logger import logger
+from utils.cli.arguments import SftArguments
+from utils.proofs.first_step import FirstStepGate
+from utils.run.lock import read_lock
+from utils.train.deadline import PLANNED_SHARE, Costs, now
+from utils.train.trainer import SftTrainer
+
+_DECIDE_STEPS = {'max_minutes', 'max_steps', 'num_train_epochs'}
+_SCRATCH = '.time_trial'
+# At most this many steps are tried, and no further step after this share of the time is used. The first step is not
+# counted if there are others, because it is slower than the later steps.
+_STEPS = 3
+_SHARE = 0.02
+# At most this many batches of an evaluation are tried. Generating an answer takes long, so then one batch is tried.
+_EVAL_BATCHES = 3
+
+
+def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[str], *, started: float) -> None:
+    """With --max_minutes, let the trainer end on time. `started` is the time when the program started.
+
+    A run that repeats another run (--from_run) gets its timetable, unless a flag that decides the number of steps is
+    typed now.
+    """
+    if args.max_minutes is None:
+        return
+    repeated = None
+    if args.from_run is not None and not _DECIDE_STEPS & set(typed_now):
+        repeated = read_lock(Path(args.from_run)).get('timetable')
+    trainer.deadline.set(args.max_minutes, started=started, repeated=repeated)
+    trainer.add_callback(TimeTrial(trainer, resumed_from=args.resume_from_checkpoint))
+
+
+class TimeTrial(FirstStepGate):
+    """Measures what a run will do, and lets the deadline choose the number of steps."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure and choose the number of steps. Does nothing if the run has a timetable already.
+
+        Raises ConfigError if there is no time for a step.
+        """
+        trainer = self.trainer
+        if trainer.timetable.segments:
+            return
+
+        began = now()
+        trainer.in_preflight = True
+        try:
+            with self._scratch(_SCRATCH) as scratch, self._undone(scratch):
+                costs = Costs(
+                    step=self._step_seconds(),
+                    evaluation=self._evaluation_seconds(),
+                    checkpoint=self._checkpoint_seconds(scratch),
+                    eval_steps=int(state.eval_steps),
+                    save_steps=int(state.save_steps),
+                )
+        finally:
+            trainer.in_preflight = False
+        seconds = now() - began
+        logger.info(f'time trial, {seconds:.1f} s: steps, an evaluation and a checkpoint were measured and undone')
+        trainer.deadline.plan(costs)
+
+    def _step_seconds(self) -> float:
+        """Return the seconds of a typical step."""
+        limit = _SHARE * self.trainer.deadline.left(PLANNED_SHARE)
+        times: list[float] = []
+        for number in range(_STEPS):
+            began = now()
+            self._step(number)
+            times.append(now() - began)
+            # All processes must do the same number of steps.
+            if dist.from_all(sum(times) >= limit)[0]:
+                break
+        return statistics.fmean(times[1:] or times)
+
+    def _step(self, number: int) -> None:
+        """Do a whole optimizer step with typical rows."""
+        trainer = self.trainer
+        is_sharded = self._is_sharded()
+        batches = trainer.typical_batches(number)
+        collated = (trainer.data_collator(rows) for rows in batches)
+        inputs, count = trainer.get_batch_samples(collated, len(batches), trainer.args.device)
+        for index, batch in enumerate(inputs):
+            is_last = index == len(inputs) - 1
+            trainer.accelerator.gradient_state._set_sync_gradients(is_last)
+            context: Any = contextlib.nullcontext()
+            if not (is_last or is_sharded):
+                context = trainer.accelerator.no_sync(model=trainer.model_wrapped)
+            with context:
+                trainer.training_step(trainer.model_wrapped, batch, count)
+        self._optimize()
+        _wait_for_device()
+
+    def _evaluation_seconds(self) -> float:
+        """Return the seconds of an evaluation, from a few batches at equal distances in the order of their lengths."""
+        trainer = self.trainer
+        rows = trainer.eval_dataset
+        if rows is None:
+            return 0.0
+
+        size = trainer.args.per_device_eval_batch_size
+        batches = -(-len(rows) // (size * dist.world_size()))
+        tried = min(batches, 1 if trainer.args.predict_with_generate else _EVAL_BATCHES)
+        trainer.model_wrapped.eval()
+        began = now()
+        for number in range(tried):
+            first = batches * (2 * number + 1) // (2 * tried) * size * dist.world_size()
+            batch = [rows[index] for index in range(first, min(first + size, len(rows)))]
+            trainer.prediction_step(trainer.model_wrapped, trainer.data_collator(batch), False)
+        _wait_for_device()
+        seconds: float = (now() - began) / tried * batches
+        return seconds
+
+    def _checkpoint_seconds(self, scratch: Path) -> float:
+        """Return the seconds that it takes to write a checkpoint."""
+        began = now()
+        self._save(scratch)
+        return now() - began
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

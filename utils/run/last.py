@@ -1,0 +1,169 @@
+"""--resume_from_checkpoint last: finds the newest whole checkpoint of a run that fits the command.
+
+So the same command starts a run, and continues it after the process was killed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.base import dist
+from utils.base.checkpoint import all_checkpoints
+from utils.base.errors import ConfigError, Problems
+from utils.base.files import read_json
+from utils.base.logger import logger
+from utils.base.names import LAST, LOCK_JSON
+from utils.cli.arguments import SftArguments
+from utils.cli.machine import TRAINER_STATE, check_resume, partial_checkpoints
+from utils.cli.resolution import Ready, run_name
+from utils.loading.weights import Weights
+from utils.run.folder import run_dirs
+from utils.run.lock import flag_words
+from utils.run.record import RUN_JSON, RunRecord, changed_flags, record_of
+
+_SKIPPED = 'it is skipped.'
+
+
+@dataclass(kw_only=True)
+class Found:
+    """The result of the search. At most one of `checkpoint` and `complete` is set."""
+
+    # The checkpoint to resume from.
+    checkpoint: str | None = None
+    # The folder of a run that fits and has trained all its steps.
+    complete: str | None = None
+    # One line for each newer run or checkpoint that cannot be used, with the reason.
+    skipped: list[str] = field(default_factory=list)
+
+
+def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, Any]) -> bool:
+    """Replace --resume_from_checkpoint last by the newest whole checkpoint of a run that fits, or by None.
+
+    Returns True if the newest run that fits is complete, so that nothing is left to train. The main process searches,
+    and all processes get the same result. Raises ConfigError if a process cannot read the checkpoint.
+    """
+    args = done.args
+    if args.resume_from_checkpoint != LAST:
+        return False
+
+    record = record_of(args, system_typed='system' in done.typed, base_model=weights.record(done.info))
+    found: Found = dist.from_all(find_last(args, record, data) if dist.is_main() else Found())[0]
+    for line in found.skipped:
+        logger.info(line)
+    if found.complete is not None:
+        _tell_complete(Path(found.complete))
+        return True
+
+    if found.checkpoint is None:
+        reason = f'no run in {_runs_folder(args)} fits this command: a new run starts'
+    else:
+        reason = 'it is the newest whole checkpoint of a run with the same flags, data and weights'
+        _check_everywhere(Path(found.checkpoint))
+    done.decide('resume_from_checkpoint', found.checkpoint, reason)
+    logger.info(done.decisions[-1])
+
+    if found.checkpoint is not None:
+        for line in partial_checkpoints(Path(found.checkpoint).parent):
+            logger.warning(line)
+    return False
+
+
+def _runs_folder(args: SftArguments) -> Path:
+    return Path(args.output_dir) / run_name(args)
+
+
+def _check_everywhere(checkpoint: Path) -> None:
+    """Raise ConfigError if a process does not have the checkpoint, for example on a different machine."""
+    is_here = dist.from_all(checkpoint.is_dir())
+    if not all(is_here):
+        raise ConfigError(
+            f'--resume_from_checkpoint last: process 0 found {checkpoint}, and process {is_here.index(False)} has no '
+            'such folder. Use an --output_dir that all machines share.'
+        )
+
+
+def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) -> Found:
+    """Search the runs of this model from the newest to the oldest, and return what was found.
+
+    `record` and `data` are the record and the data entry of lock.json that a run of this command has. The run in
+    --from_run is not searched, because this command repeats it.
+    """
+    found = Found()
+    at_end = None
+    repeated = args.from_run and Path(args.from_run).resolve()
+    for run in run_dirs(_runs_folder(args)):
+        if run.resolve() == repeated:
+            continue
+        if reason := _misfit(run, record, data):
+            found.skipped.append(f'{run}: {reason}: {_SKIPPED}')
+            continue
+        if (run / RUN_JSON).is_file():
+            found.complete = str(run)
+            return found
+
+        for checkpoint in reversed(all_checkpoints(run)):
+            problems = Problems()
+            check_resume(checkpoint, args, problems)
+            if problems.found:
+                found.skipped.append(f'{problems.found[0].split(". ")[0].partition(" ")[2]}: {_SKIPPED}')
+            elif _is_at_end(checkpoint):
+                at_end = at_end or checkpoint
+                found.skipped.append(f'{checkpoint} is of the last step, and {RUN_JSON} is missing: {_SKIPPED}')
+            else:
+                found.checkpoint = str(checkpoint)
+                return found
+
+    if at_end is not None:
+        found.complete = str(at_end.parent)
+    return found
+
+
+def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None:
+    """Return why a run does not fit, so that resuming it would not give the result of this command. None: it fits."""
+    try:
+        earlier = RunRecord.read(run)
+        lock = read_json(run / LOCK_JSON)
+    except ConfigError as error:
+        return error.problems[0].split('. ')[0]
+
+    if changed := changed_flags(earlier, record):
+        return 'other flags, ' + ', '.join(f'--{name} {then} (now {now})' for name, now, then in changed)
+    if lock.get('processes') != dist.world_size():
+        return f'it was trained by {lock.get("processes")} processes (now {dist.world_size()})'
+    if (earlier.base_model or {}).get('sha256') != (record.base_model or {}).get('sha256'):
+        return 'other base weights'
+
+    then = lock.get('data') or {}
+    changed_rows = [
+        name for name in sorted({*then, *data}) if then.get(name, {}).get('sha256') != data.get(name, {}).get('sha256')
+    ]
+    return f'other rows of {", ".join(changed_rows)}' if changed_rows else None
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = read_json(checkpoint / TRAINER_STATE)
+    return state
+
+
+def _is_at_end(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is of the last step of its run."""
+    state = _state(checkpoint)
+    return bool(state['global_step'] >= state['max_steps'])
+
+
+def _tell_complete(run: Path) -> None:
+    """Log that a run is complete, and name its best checkpoint."""
+    logger.info(f'{run} is complete: it has the flags, data and weights of this command. Nothing is left to train.')
+    if (run / RUN_JSON).is_file():
+        best = read_json(run / RUN_JSON).get('best_checkpoint')
+    else:
+        logger.warning(f'{run} was ended after its last step and before {RUN_JSON} and the report were written.')
+        newest = all_checkpoints(run)[-1]
+        best = _state(newest).get('best_model_checkpoint') or newest
+
+    logger.info(f'best checkpoint: {best}')
+    logger.info(f'next: {shlex.join(["python", "llm_infer.py", *flag_words("ckpt_dir", best)])}')

@@ -1,0 +1,102 @@
+"""The steps that a run takes under --max_minutes, and the position of each step in the learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+
+# Returns a schedule that is made for a number of steps.
+MakeSchedule = Callable[[int], LambdaLR]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A part of a run in which the schedule goes on at one pace.
+
+    The schedule was made for `steps` steps. `first` and `last` are counts of the schedule (steps before the current
+    one). At count `first` the schedule is at `position`, at count `last` it is at its last step. The run ends after
+    the optimizer step with the number `end`.
+    """
+
+    steps: int
+    first: int
+    position: float
+    last: int
+    end: int
+
+    def at(self, count: int) -> float:
+        """Return the position of the schedule at a count."""
+        if self.last <= self.first:
+            return float(self.steps - 1)
+        pace = (self.steps - 1 - self.position) / (self.last - self.first)
+        return min(self.position + (count - self.first) * pace, float(self.steps))
+
+
+class Timetable:
+    """The segments of a run. Without segments, the schedule is the one that the flags ask for."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self._schedule: LambdaLR | None = None
+        self._make: MakeSchedule | None = None
+
+    @property
+    def end(self) -> int:
+        """Return the number of the last step of the run."""
+        return self.segments[-1].end
+
+    def follow(self, schedule: LambdaLR, make: MakeSchedule) -> None:
+        """Change the rates of `schedule` from now on. `make` makes the same schedule for a number of steps."""
+        self._schedule = schedule
+        self._make = make
+        if self.segments:
+            self._use()
+
+    def plan(self, steps: int) -> None:
+        """Make the schedule of a new run for this number of steps."""
+        self.segments = [Segment(steps=steps, first=0, position=0.0, last=steps - 1, end=steps)]
+        self._use()
+
+    def shorten(self, *, steps: int, done: int, end: int) -> None:
+        """End the run after step `end`, and go through the rest of the schedule faster.
+
+        The schedule was made for `steps` steps, and `done` steps are complete. The last step gets the rate that the
+        last step of the schedule has.
+        """
+        assert self._schedule is not None, 'training has begun'
+        count = self._schedule.last_epoch
+        position = self._position(count) if self.segments else float(count)
+        last = count + end - done - 1
+        self.segments.append(Segment(steps=steps, first=count, position=position, last=last, end=end))
+        self._use()
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return the segments for a checkpoint and for lock.json."""
+        return [asdict(segment) for segment in self.segments]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Use the segments that the method `state` returned."""
+        self.segments = [Segment(**segment) for segment in state]
+        if self._schedule is not None:
+            self._use()
+
+    def _position(self, count: int) -> float:
+        segment = next(s for s in reversed(self.segments) if s.first <= count)
+        return segment.at(count)
+
+    def _use(self) -> None:
+        """Set the rates of the schedule, also the rate of the next step."""
+        schedule = self._schedule
+        assert schedule is not None and self._make is not None, 'training has begun'
+        functions: list[Any] = self._make(self.segments[0].steps).lr_lambdas
+        share = functions[0]
+        schedule.lr_lambdas = [lambda count: share(self._position(count))] * len(schedule.lr_lambdas)
+
+        factor = share(self._position(schedule.last_epoch))
+        rates = [base * factor for base in schedule.base_lrs]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group['lr'] = rate
+        schedule._last_lr = rates
