@@ -131,9 +131,20 @@ class Maker:
             row['history'] = [[self.text(), self.text()] for _ in range(self.rng.randrange(3))]
         return row | ({'system': self.text()} if self.is_drawn(0.3) else {})
 
+    def prompted(self) -> Raw:
+        asked, answered = self.rng.choice([('prompt', 'completion'), ('question', 'answer'), ('input', 'output')])
+        *before, last = self.turns()
+        row: Raw = {asked: before, answered: [last]} if self.is_drawn(0.6) else {asked: self.text(), answered: last}
+        if isinstance(row[asked], str) and self.is_drawn(0.5):
+            row |= {answered: self.text(), 'history': [[self.text(), self.text()]]}
+        return row
+
     def row(self) -> Raw:
-        shape = self.rng.choice(['query', 'instruction', 'messages', 'conversations'])
-        row = self.pair(shape) if shape in ('query', 'instruction') else self.chat(shape)
+        shape = self.rng.choice(['query', 'instruction', 'messages', 'conversations', 'prompt'])
+        if shape == 'prompt':
+            row = self.prompted()
+        else:
+            row = self.pair(shape) if shape in ('query', 'instruction') else self.chat(shape)
         if self.is_drawn(0.4):
             tool = {'name': f'f{self.number}', 'parameters': {'type': 'object', 'default': 2.5}}
             tools = self.rng.choice([[tool], json.dumps([{'type': 'function', 'function': tool}])])
@@ -151,7 +162,8 @@ def files_of(rows: list[Raw], tmp_path: Path) -> list[Path]:
     """Write each row to a file of its shape. Returns the files."""
     files: dict[str, list[str]] = {}
     for row in rows:
-        shape = next(name for name in ('query', 'instruction', 'messages', 'conversations') if name in row)
+        names = ('query', 'instruction', 'messages', 'conversations', 'prompt', 'question', 'input')
+        shape = next(name for name in names if name in row)
         files.setdefault(shape, []).append(written(row))
     for shape, texts in files.items():
         (tmp_path / f'{shape}.jsonl').write_text('\n'.join(texts) + '\n')
@@ -195,7 +207,9 @@ def test_a_copy_of_random_rows_is_read_as_the_same_rows(
     assert (again, checked['left_out'], checked['defects']) == (0, {}, {})
     structure = ('roles and types', 'tools', 'tool calls')
     fields = [{k: v for k, v in told['account']['fields'].items() if k not in structure} for told in (report, checked)]
-    fields[0]['user text']['context'] += sum('input' in row for row in rows)  # the line end between two columns
+    fields[0]['user text']['context'] += sum(
+        'instruction' in row and 'input' in row for row in rows
+    )  # the line end between two columns
     assert fields[0] == fields[1] and report['account']['unused'] == checked['account']['unused']
     for key in ('tokens', 'trained_share'):
         assert report['lengths'][key] == checked['lengths'][key]
@@ -330,6 +344,67 @@ def test_what_cannot_be_copied_is_named(folder: Path, tmp_path: Path, capsys: py
         'at': '2026-01-02',
         'number': 7,
     }  # fmt: skip
+
+
+def test_plain_text_is_copied_as_text(folder: Path, tmp_path: Path) -> None:
+    texts = ['one\n\ntwo', ' three ', 'one\n\ntwo']
+    file = write_jsonl(tmp_path / 'a.jsonl', [{'text': text, 'url': f'u{n}'} for n, text in enumerate(texts)])
+    copy = tmp_path / 'copy.jsonl'
+    code, report = check(folder, file, tmp_path / 'out', '--write_clean', str(copy), '--dataset_test_ratio', '0')
+    assert code == 1 and report['clean_copy']['not_written'] == {'duplicate row': 1}
+    rows = [json.loads(line) for line in copy.read_text().splitlines()]
+    assert rows == [{'text': 'one\n\ntwo', 'url': 'u0'}, {'text': ' three ', 'url': 'u1'}]
+    again, checked = check(folder, copy, tmp_path / 'out', '--dataset_test_ratio', '0')
+    assert (again, checked['lengths']['trained_share'], checked['rows']['train']) == (0, 1.0, 2)
+
+    (tmp_path / 'b.txt').write_bytes('\ufefffour\n\nfünf'.encode('utf-16-le'))
+    flags = ['--write_clean', str(tmp_path / 'other.jsonl'), '--text_rows', 'paragraph']
+    check(folder, tmp_path / 'b.txt', tmp_path / 'out', *flags)
+    assert (tmp_path / 'other.jsonl').read_text('utf-8') == '{"text": "four"}\n{"text": "fünf"}\n'
+
+
+def test_conversations_and_plain_text_do_not_share_a_copy(folder: Path, tmp_path: Path, problems: Problems) -> None:
+    chat = write_jsonl(tmp_path / 'chat.jsonl', [{'query': 'a', 'response': 'b'}])
+    text = write_jsonl(tmp_path / 'text.jsonl', [{'text': 'a'}])
+    copy = tmp_path / 'copy.jsonl'
+    words = ['--model_id_or_path', str(folder), '--output_dir', str(tmp_path / 'out'), '--check_dataset', 'true']
+    assert llm_sft.main([*words, '--dataset', str(chat), str(text), '--write_clean', str(copy)]) == 2
+    assert problems() == [
+        f'--write_clean {copy}: {text}:1 and the rows before it are of two kinds, conversations and plain text, and a '
+        'file holds one kind. Write a copy of each kind of data with a command of its own.'
+    ]
+    assert not copy.exists()
+
+
+def test_rows_that_overlong_drops_or_refuses_are_not_written(folder: Path, tmp_path: Path) -> None:
+    rows = [{'query': 'a', 'response': 'b'}, {'query': 'c', 'response': 'd' * 200}]
+    file = write_jsonl(tmp_path / 'a.jsonl', rows)
+    for overlong in ('drop', 'refuse', 'cut'):
+        copy = tmp_path / f'{overlong}.jsonl'
+        flags = ['--write_clean', str(copy), '--overlong', overlong, '--max_length', '60']
+        _, report = check(folder, file, tmp_path / 'out', *flags)
+        written = report['clean_copy']
+        assert (written['rows'], sum(written['not_written'].values())) == ((2, 0) if overlong == 'cut' else (1, 1))
+
+
+def test_bytes_of_images_are_copied_as_paths_only_for_a_model_that_sees_them(folder: Path, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    picture = (GOLDENS / 'qwenvl-a' / 'a.png').read_bytes()
+    row = {'query': 'what?', 'response': 'blue', 'image': {'bytes': picture, 'path': 'a.png'}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / 'a.parquet')
+    for number, model in enumerate((folder, seeing_folder(QWEN25_VL, tmp_path / 'model'))):
+        copy = tmp_path / f'{number}.jsonl'
+        out = tmp_path / f'out{number}'
+        code, report = check(model, tmp_path / 'a.parquet', out, '--write_clean', str(copy))
+        images = json.loads(copy.read_text()).get('images')
+        assert code == 0 and (images is None) == (number == 0)
+        assert report['clean_copy']['not_copied'] == ({'column `image`': 1} if number == 0 else {})
+        if images:
+            assert Path(images[0]).read_bytes() == picture
+        again, checked = check(model, copy, out)
+        assert again == 0 and checked['lengths'] == report['lengths']
 
 
 def test_half_of_a_character_in_an_unused_column_stays(folder: Path, tmp_path: Path) -> None:

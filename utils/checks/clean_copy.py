@@ -25,10 +25,16 @@ class CleanCopy:
     The rows are written to a temporary file in the same folder, which `finish` renames.
     """
 
-    def __init__(self, path: Path, *, marks_loss: bool) -> None:
-        """Open the temporary file. With `marks_loss`, earlier replies without loss are marked in the rows."""
+    def __init__(self, path: Path, *, marks_loss: bool, sees_images: bool = False) -> None:
+        """Open the temporary file. With `marks_loss`, earlier replies without loss are marked in the rows.
+
+        `sees_images` says whether the model takes images.
+        """
         self.path = path
         self.marks_loss = marks_loss
+        self.sees_images = sees_images
+        # Whether the rows are plain text. None before the first row.
+        self.is_text: bool | None = None
         self.rows = 0
         # The numbers of rows that can be trained on and that are not written, by reason.
         self.skipped: Counter[str] = Counter()
@@ -51,8 +57,15 @@ class CleanCopy:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, row: Row) -> None:
-        """Write a row."""
-        made = messages_form(row, self.path.absolute().parent, marks_loss=self.marks_loss)
+        """Write a row. Raises ConfigError if the rows are conversations and plain text, which one file cannot hold."""
+        if self.is_text not in (None, row.is_text):
+            raise ConfigError(
+                f'--write_clean {self.path}: {row.origin} and the rows before it are of two kinds, conversations and '
+                'plain text, and a file holds one kind. Write a copy of each kind of data with a command of its own.'
+            )
+        self.is_text = row.is_text
+        folder = self.path.absolute().parent
+        made = messages_form(row, folder, marks_loss=self.marks_loss, sees_images=self.sees_images)
         with _named(self.path):
             self._stream.write(json_line(made.row))
         self.rows += 1

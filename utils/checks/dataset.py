@@ -366,7 +366,10 @@ class DataCheck:
         if overlong == 'drop':
             self.left_out.add(DROPPED, row.origin, column)
         else:
-            self.defects.add(REFUSED.format(overlong), row.origin, column)
+            reason = REFUSED.format(overlong)
+            self.defects.add(reason, row.origin, column)
+            if self.copy is not None:
+                self.copy.skip(reason)
         return False
 
     def record(self, args: SftArguments) -> dict[str, Any]:
@@ -426,7 +429,7 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(report.with_suffix('.jsonl').open('w', encoding='utf-8'))
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        copy = stack.enter_context(_open_copy(args)) if args.write_clean else None
+        copy = stack.enter_context(_open_copy(args, encoder)) if args.write_clean else None
         check = DataCheck(encoder, args.max_length, stream, Seen(Path(scratch) / 'seen.db'), _positions(config), copy)
         check.decisions += [line for line in done.decisions if line.startswith('train_dataset_sample = ')]
         for part in _plan(args, check).parts:
@@ -442,9 +445,11 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     return 0 if record['clean'] else 1
 
 
-def _open_copy(args: SftArguments) -> CleanCopy:
-    """Return the opened copy of --write_clean. Rows say themselves which replies carry loss, as no flag says it."""
-    return CleanCopy(Path(str(args.write_clean)), marks_loss=args.loss_scope is None)
+def _open_copy(args: SftArguments, encoder: Encoder) -> CleanCopy:
+    """Return the opened copy of --write_clean. Without --loss_scope, its rows say which replies carry no loss."""
+    return CleanCopy(
+        Path(str(args.write_clean)), marks_loss=args.loss_scope is None, sees_images=encoder.images is not None
+    )
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.formats.columns import find_converter
+from utils.formats.columns import PAIRS, find_converter
 from utils.formats.conversation import Message, Row
-from utils.formats.images import BadImage, map_tags, place_image
+from utils.formats.images import BadImage, ImageFiles, is_untagged, map_tags, place_image
 from utils.formats.json_text import JsonParser, json_as_written
 
 _COLUMN = 'column `'
@@ -18,21 +18,22 @@ _KEY = 'message key `'
 
 @dataclass(kw_only=True)
 class MessagesForm:
-    """A row in the form with messages, and the names of its unused columns and keys that could not be copied."""
+    """A row in the form with messages (or with a text), and the unused columns and keys that could not be copied."""
 
     row: dict[str, Any]
     not_copied: list[str] = field(default_factory=list)
 
 
-def messages_form(row: Row, folder: Path, *, marks_loss: bool) -> MessagesForm:
-    """Return the row in the form with messages, for a file in `folder`.
+def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool) -> MessagesForm:
+    """Return the row in the form with messages, for a file in `folder`. A row of plain text has the column `text`.
 
     The conversation, the tools and the images are what conversion made of the row. Paths of images are changed so that
     they are right from `folder`. Unused columns and keys of messages are copied. With `marks_loss`, each earlier reply
-    of a row that trains only its last reply gets `"loss": false`, because rows with messages train every reply. A row
-    of plain text stays a row of plain text.
+    of a row that trains only its last reply gets `"loss": false`, because rows with messages train every reply. Without
+    `sees_images`, the bytes of images are not copied, because the model does not use them.
     """
     made = MessagesForm(row={})
+    made.not_copied += [name for name in row.unused if not name.startswith((_COLUMN, _KEY))]
     if row.is_text:
         made.row['text'] = row.messages[0]['content']
         _copy_columns(row, made)
@@ -43,16 +44,17 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool) -> MessagesForm:
     for message in messages[:-1]:
         if is_marked and message['role'] == 'assistant':
             message.setdefault('loss', False)
-    for name in row.unused:
-        if not name.startswith((_COLUMN, _KEY)):
-            made.not_copied.append(name)
-
     _copy_keys(row, messages, made)
     made.row['messages'] = messages
     if row.tools:
         made.row['tools'] = row.tools
-    if row.images:
+    if isinstance(row.images, ImageFiles) and not sees_images:
+        made.not_copied.append(f'{_COLUMN}{row.images.column}`')
+    elif row.images:
         made.row['images'] = [_moved(path, row.folder, folder) for path in row.images]
+        if is_untagged(row):  # only images of an image column need no tags
+            first = next(message for message in messages if message['role'] == 'user')
+            first['content'] = '<img></img>' * len(row.images) + first['content']
     _copy_columns(row, made)
     return made
 
@@ -93,9 +95,6 @@ def _moved(path: str, source: str | None, target: Path) -> str:
 def _copy_keys(row: Row, messages: list[dict[str, Any]], made: MessagesForm) -> None:
     """Copy the unused keys of the turns of a row to its messages."""
     names = _names(row.unused, _KEY)
-    if names and not _turns_column(row):
-        made.not_copied += [f'{_KEY}{key}`' for key in names]
-        return
     for turn, message in _written_turns(row, messages) if names else ():
         for key in names:
             if key not in turn:
@@ -106,18 +105,18 @@ def _copy_keys(row: Row, messages: list[dict[str, Any]], made: MessagesForm) -> 
                 made.not_copied.append(f'{_KEY}{key}`')
 
 
-def _turns_column(row: Row) -> str:
-    """Return the column of the source row that has the turns of the whole conversation. Returns '' without one."""
-    return next((name for name in ('messages', 'conversations') if name in row.written), '')
-
-
 def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """Yield each turn of the source row with its message."""
-    turns = row.written[_turns_column(row)]
-    if isinstance(turns, str):
-        turns = JsonParser().parse(turns)
-    # A system column has made a message that no turn has.
-    yield from zip(turns, messages[len(messages) - len(turns) :], strict=True)
+    """Yield each turn of the source row with its message. Texts of the source row, which have no keys, are skipped."""
+    column = next((name for name in ('messages', 'conversations') if name in row.written), None)
+    pair = next((names for names in PAIRS if row.written.keys() >= set(names)), ())
+    turns: list[Any] = []
+    for cell in (row.written[name] for name in ((column,) if column else pair)):
+        value = JsonParser().parse(cell) if isinstance(cell, str) and column else cell
+        turns += value if isinstance(value, list) else [value]
+    # A system column or a history has made messages that no turn has.
+    for turn, message in zip(turns, messages[len(messages) - len(turns) :], strict=True):
+        if isinstance(turn, Mapping):
+            yield turn, message
 
 
 def _copy_columns(row: Row, made: MessagesForm) -> None:
