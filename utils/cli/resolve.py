@@ -90,7 +90,15 @@ def _resolve_verification(done: Resolution[SftArguments]) -> None:
         return
     if args.from_run is None:
         done.problems.add('--verify true: no run is named. Add --from_run output/<model>/vN-<time>.')
-    for name, value in {'preflight': False, 'push_to_hub': False, 'show_samples': 0, 'report_samples': 0}.items():
+    switched_off = {
+        'preflight': False,
+        'push_to_hub': False,
+        'report_to': ['none'],
+        'show_samples': 0,
+        'report_samples': 0,
+        'compare_rows': 0,
+    }
+    for name, value in switched_off.items():
         if getattr(args, name) != value:
             done.decide(name, value, '--verify true only compares numbers')
 
