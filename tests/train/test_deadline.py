@@ -125,7 +125,7 @@ def test_evaluations_and_checkpoints_count(run_sft: Run, clock: Clock) -> None:
     """An evaluation is 2 batches of 3 s. The trial takes 2 + 6 + 2, so 47 s are left: 15 + 3 * (6 + 2) are 39."""
     clock.evaluation = 3.0
     clock.checkpoint = 2.0
-    run = run_sft(*FLAGS, '--eval_steps', '5', '--max_minutes', '1', '--preflight', 'false')
+    run = run_sft(*FLAGS, '--eval_steps', '5', '--max_minutes', '1', '--preflight', 'false', '--compare_rows', '0')
     assert decided(run) == [
         'max_steps = 15 of 60 because --max_minutes is 1 and a step takes 1 s, an evaluation 6 s (3 of them), '
         'a checkpoint 2 s (3 of them)'

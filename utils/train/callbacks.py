@@ -43,15 +43,19 @@ class StepIntervals(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the intervals of the state to those of the flags. The state of a checkpoint holds those of its run."""
+        counts = self.set_intervals(args, state)
+        # A DeepSpeed configuration can bring a schedule of its own, with its own warm-up.
+        self._record(counts, schedule_is_ours=isinstance(kwargs['lr_scheduler'], LambdaLR))
+
+    def set_intervals(self, args: TrainingArguments, state: TrainerState) -> StepCounts:
+        """Set the intervals of the state for its last step (max_steps), and return the numbers of steps."""
         evaluates = str(args.eval_strategy.value) == 'steps'
         counts = step_counts(self.flags, state.max_steps, evaluates=evaluates)
         state.logging_steps = self.flags.logging_steps
         state.save_steps = counts.saving
         if evaluates:
             state.eval_steps = counts.evaluation
-
-        # A DeepSpeed configuration can bring a schedule of its own, with its own warm-up.
-        self._record(counts, schedule_is_ours=isinstance(kwargs['lr_scheduler'], LambdaLR))
+        return counts
 
     def _record(self, counts: StepCounts, *, schedule_is_ours: bool) -> None:
         """Record each number of steps that is not the typed one, with the reason, and each warning."""

@@ -16,6 +16,7 @@ from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.base.names import LOCK_JSON
+from utils.train.callbacks import StepIntervals
 
 if TYPE_CHECKING:
     from utils.train.trainer import SftTrainer
@@ -160,8 +161,9 @@ class Deadline(TrainerCallback):
         trainer = self.trainer
         state = trainer.state
         state.max_steps = end
-        state.compute_steps(trainer.args, end)
         for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StepIntervals):
+                callback.set_intervals(trainer.args, state)
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.total = end
 
