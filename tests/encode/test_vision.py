@@ -821,7 +821,9 @@ def test_a_folder_that_is_not_registered_sees_too(folders: dict[str, Path], rows
     checkpoint = train(folder, rows_file, tmp_path / 'out', '--max_steps', '2', '--eval_steps', '1')
     assert not (tmp_path / 'sprung').exists()
     assert read_json(checkpoint / 'sft_args.json')['model_type'] is None
-    assert set(read_json(checkpoint / 'adapter_config.json')['target_modules']) == {'q_proj', 'k_proj', 'v_proj'}
+    assert set(read_json(checkpoint / 'adapter_config.json')['target_modules']) == {
+        'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj',
+    }  # fmt: skip
     assert len(losses(checkpoint)) == 2
     (folder / 'preprocessor_config.json').unlink()
     train(folder, rows_file, tmp_path / 'gone', '--max_steps', '2', expect=2)

@@ -89,12 +89,12 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(one: Path, other: Path, *, tolerance: float) -> None:
-    """Compare all logged losses, gradient norms and evaluations."""
+    """Compare all logged losses, gradient norms and evaluations. The drift is not measured if the model is sharded."""
     assert len(history(one)) == len(history(other)) >= 8
     for a, b in zip(history(one), history(other), strict=True):
-        assert set(a) == set(b)
-        for key, value in a.items():
-            assert b[key] == pytest.approx(value, abs=tolerance), key
+        assert set(a) - {'eval_drift_kl'} == set(b) - {'eval_drift_kl'}
+        for key in a.keys() & b.keys():
+            assert b[key] == pytest.approx(a[key], abs=tolerance), key
 
 
 @pytest.fixture(scope='module')

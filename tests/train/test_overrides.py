@@ -20,11 +20,12 @@ PUBLIC = {
 }  # fmt: skip
 PRIVATE = {
     '_get_train_sampler', '_get_grad_norm', '_determine_best_metric', '_save_checkpoint', '_save',
-    '_load_from_checkpoint', '_load_optimizer_and_scheduler', '_load_rng_state',
+    '_load_from_checkpoint', '_load_optimizer_and_scheduler', '_load_rng_state', '_clip_grad_norm', '_run_epoch',
+    '_finalize_training',
 }  # fmt: skip
 # Private methods and attributes of the library's trainer that are used without being replaced.
 USED = {
-    '_clip_grad_norm', '_prepare_inputs', '_tr_loss', '_globalstep_last_logged', '_train_batch_size',
+    '_prepare_inputs', '_tr_loss', '_globalstep_last_logged', '_train_batch_size',
     '_created_lr_scheduler',
 }  # fmt: skip
 

@@ -298,7 +298,7 @@ def test_another_optimizer_is_refused_on_resuming(run_sft: Run, problems: Proble
 def test_deepspeed_cannot_be_resumed_with_other_optimizer_flags() -> None:
     kept: dict[str, Any] = {'optim': 'adamw_torch', 'learning_rate': 0.1, 'weight_decay': 0.0}
     kept |= {'adam_beta1': 0.9, 'adam_beta2': 0.999, 'adam_epsilon': 1e-8}
-    kept |= {'deepspeed_config_path': 'ds_config/zero2.json'}
+    kept |= {'deepspeed_config_path': 'ds_config/zero2.json', 'full_weights': 'fp32'}
     problems = CollectedProblems()
     _check_resumed_optimizer(kept, {**kept, 'learning_rate': 0.2, 'adam_beta2': 0.99}, problems)
     assert [problem.split(':')[0] for problem in problems.found] == ['--learning_rate 0.2', '--adam_beta2 0.99']

@@ -71,7 +71,7 @@ def test_every_tracker_gets_the_name_of_the_run_its_project_and_each_log_line(
     config = calls(folder, 'wandb.config.update')[0]['args'][0]
     assert config['model_type'] == 'llama' and config['learning_rate'] == 0.01 and config['run_name'] == run.name
     assert config['peft_config']['default']['r'] == 8
-    assert calls(folder, 'wandb.config.set')[0]['args'] == ['model/num_parameters', 46752]
+    assert calls(folder, 'wandb.config.set')[0]['args'] == ['model/num_parameters', 52384]
     assert (run / 'runs').is_dir() and (run / 'images' / 'loss.png').is_file()
 
 
