@@ -10,7 +10,6 @@ from pathlib import Path
 
 from utils.base import dist
 from utils.base.names import TEMPLATE_FLAGS
-from utils.checks.machine import check_machine
 from utils.cli.arguments import SftArguments
 from utils.cli.machine import settle_sft
 from utils.cli.parser import Parsed, parse
@@ -19,7 +18,6 @@ from utils.cli.resolve import resolve_sft
 from utils.data.parts import TRAIN
 from utils.data.plan import Plan
 from utils.data.stream_parts import Streams, some_rows
-from utils.loading.image_processors import open_images
 from utils.run.folder import Run, log_decisions, open_run, removed_at_end
 from utils.run.last import resume_last
 from utils.run.lineage import fill_from_adapter
@@ -37,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parse(SftArguments, words, program='llm_sft.py', about='Fine-tune a large language model.')
     whole = repeat(parsed, words)
     if parsed.args.doctor:
+        from utils.checks.machine import check_machine
+
         return run_program(lambda: check_machine(parsed))
     return run_program(lambda: train(resolve(whole), parsed))
 
@@ -99,6 +99,7 @@ def carry_out(
     from utils.export.push_queue import push_while_training
     from utils.infer.before_after import BeforeAfter
     from utils.infer.scores import Scores
+    from utils.loading.image_processors import open_images
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof

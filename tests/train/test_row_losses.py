@@ -120,8 +120,9 @@ def test_rows_are_not_compared_if_answers_are_generated(run_sft: Run, caplog: py
     assert not (run / 'rows.jsonl').exists()
 
 
-def test_a_number_of_rows_below_all_is_refused(run_sft: Run) -> None:
+def test_a_number_of_rows_below_all_is_refused(run_sft: Run, problems: Callable[[], list[str]]) -> None:
     run_sft('--compare_rows', '-2', expect=2)
+    assert [line for line in problems() if line.startswith('--compare_rows')]
 
 
 def test_a_damaged_file_of_rows_is_one_error(run_sft: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from utils.base.system import flush_to_disk
@@ -53,6 +52,8 @@ def sha256_of(path: Path) -> str:
 
 def _hashes(files: Collection[Path]) -> list[str]:
     """Return the sha256 of each file, in the order of `files`. Threads work in parallel: hashing releases the GIL."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(sha256_of, files))
 

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import bz2
-import gzip
 import io
 import json
-import lzma
 import mmap
 import os
-import pickletools
 import re
-import tarfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +148,10 @@ class _Scan:
 
         The content is None if it is too large to unpack.
         """
+        import bz2
+        import gzip
+        import lzma
+
         head = bytes(data[:6])
         openers: dict[bytes, Any] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\x00': lzma.open}
         opener = next((o for magic, o in openers.items() if head.startswith(magic)), None)
@@ -161,11 +159,15 @@ class _Scan:
         if opener is not None:
             yield 'unpacked', self._bounded(opener(io.BytesIO(data)))
         elif head.startswith(b'PK\x03\x04'):
+            import zipfile
+
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 for info in archive.infolist():
                     with archive.open(info) as stream:
                         yield info.filename, self._bounded(stream)
         elif bytes(data[257:262]) == b'ustar':
+            import tarfile
+
             with tarfile.open(fileobj=io.BytesIO(data)) as tar:
                 for member in tar:
                     if (extracted := tar.extractfile(member)) is not None:
@@ -229,6 +231,8 @@ def _is_pickle(data: Bytes) -> bool:
     binary = bytes(data[:1]) == b'\x80' and bytes(data[1:2]) in (b'\x02', b'\x03', b'\x04', b'\x05')
     if not binary and bytes(data[-2:]).rstrip(b'\n')[-1:] != b'.':
         return False
+
+    import pickletools
 
     names: set[str] = set()
     try:

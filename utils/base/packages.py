@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,9 @@ _LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """Return a dict from name to version: Python, and the installed libraries that can change the numbers of a run."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {'python': platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -34,6 +34,8 @@ def toolkit() -> dict[str, Any]:
 
     In a git checkout, the dict also has the commit, and whether tracked files differ from this commit.
     """
+    import subprocess
+
     root = Path(__file__).resolve().parents[2]
     found: dict[str, Any] = {'version': VERSION}
     if not (root / '.git').exists():
@@ -48,6 +50,8 @@ def toolkit() -> dict[str, Any]:
 
 
 def _git(root: Path, *words: str) -> str:
+    import subprocess
+
     command = ['git', '--no-optional-locks', '-C', str(root), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
@@ -74,6 +78,8 @@ def missing_requirement(requirement: str) -> str | None:
 
 def package_version(name: str) -> str:
     """Return the version of an installed package. Returns '' if the package is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:

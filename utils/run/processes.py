@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import platform
@@ -93,6 +92,8 @@ def _reuse_freed_memory() -> None:
     """
     if platform.libc_ver()[0] != 'glibc' or any(name.startswith('MALLOC_') for name in os.environ):
         return
+    import ctypes
+
     libc = ctypes.CDLL(None)
     for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
         libc.mallopt(option, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 import traceback
@@ -90,6 +89,8 @@ def _report(error: Exception) -> int:
 
     If the connection to a different rank was lost, wait first, so that the error of that rank is logged first.
     """
+    import socket
+
     import torch
 
     rank = f'rank {dist.rank()} of {dist.world_size()} on {socket.gethostname()}'
