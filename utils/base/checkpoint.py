@@ -1,7 +1,7 @@
 """Writes, verifies and deletes checkpoint folders.
 
 A checkpoint is complete or absent. Its manifest.json holds the size and the sha256 of each file.
-This module imports only the standard library.
+This module imports only the standard library and this room.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from utils.base.files import use_default_modes
 from utils.base.system import flush_to_disk
 
 MANIFEST = 'manifest.json'
@@ -63,6 +64,7 @@ def seal(partial: Path, checkpoint: Path) -> None:
 
     The manifest is written, everything is flushed to the disk, and then `partial` is renamed to `checkpoint`.
     """
+    use_default_modes(partial)
     all_files = [p for p in partial.rglob('*') if p.is_file()]
     for path in all_files:
         flush_to_disk(path)

@@ -32,3 +32,17 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f'.{path.name}.aside')
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     temporary.replace(path)
+
+
+def use_default_modes(folder: Path) -> None:
+    """Give all files in a folder the permissions of a new file, which the umask decides.
+
+    Some libraries write files that only their owner may read.
+    """
+    probe = folder / '.new'
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob('*'):
+        if path.is_file():
+            path.chmod(mode)

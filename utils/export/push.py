@@ -24,6 +24,8 @@ from utils.base.logger import logger, set_up_logging
 from utils.export.model_card import model_card
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
+from utils.loading.tokenizer_files import PATTERNS
+from utils.loading.unloaded import UNLOADED_FILE
 from utils.run.curves import curves_of_scores, curves_of_sets, plot_curves
 from utils.run.record import RUN_JSON, RunRecord, read_run_record
 
@@ -31,9 +33,8 @@ from utils.run.record import RUN_JSON, RunRecord, read_run_record
 # state and sft_args.json are never pushed.
 PUSHED = (
     'adapter_config.json', 'adapter_model.safetensors', 'config.json', 'generation_config.json', 'model.safetensors',
-    'model-*-of-*.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
-    'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', '*.tiktoken',
-    'chat_template.*', 'additional_chat_templates/*.jinja', '*processor_config.json', 'processor.json',
+    'model-*-of-*.safetensors', UNLOADED_FILE, 'model.safetensors.index.json', *PATTERNS, '*processor_config.json',
+    'processor.json',
 )  # fmt: skip
 CURVES = ('loss', 'eval_loss', 'eval_rouge-l')
 # Seconds to wait before each retry.

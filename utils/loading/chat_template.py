@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from utils.loading.template_source import parse_template, read_variables
 # The names of transformers: the template, and the folder of further templates, such as tool_use.jinja.
 TEMPLATE_FILE = 'chat_template.jinja'
 _FURTHER = 'additional_chat_templates'
+# The files that may have the template in a key. Processors of 2024 stored it in the second file.
+_WITH_KEY = ('tokenizer_config.json', 'chat_template.json')
 # Texts that are control tokens in most vocabularies.
 _MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
 
@@ -30,7 +34,7 @@ def folder_templates(folder: Path) -> Templates | None:
     if found:
         return found['default'] if list(found) == ['default'] else found
 
-    for file in (folder / 'tokenizer_config.json', folder / 'chat_template.json'):
+    for file in (folder / name for name in _WITH_KEY):
         stored = read_json(file).get('chat_template') if file.is_file() else None
         if isinstance(stored, dict):
             return {str(name): str(source) for name, source in stored.items()}
@@ -83,6 +87,38 @@ def write_templates(folder: Path, templates: Templates) -> None:
         file = folder / TEMPLATE_FILE if name == 'default' else folder / _FURTHER / f'{name}.jinja'
         file.parent.mkdir(exist_ok=True)
         file.write_text(source, encoding='utf-8')
+
+
+def replace_templates(folder: Path, templates: Templates | None) -> None:
+    """Make `templates` the chat templates of a model folder. Nothing is written if the folder has them already.
+
+    They are written to each file in which the folder has a template, because programs read different files. With None,
+    the folder has no template afterwards.
+    """
+    if (folder_templates(folder) or None) == (templates or None):
+        return
+    (folder / TEMPLATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / _FURTHER, ignore_errors=True)
+
+    for name in _WITH_KEY:
+        file = folder / name
+        content = read_json(file) if file.is_file() else {}
+        if 'chat_template' not in content:
+            continue
+        if templates is None:
+            del content['chat_template']
+        else:
+            content['chat_template'] = _as_key(templates)
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    if templates:
+        write_templates(folder, templates)
+
+
+def _as_key(templates: Templates) -> str | list[dict[str, str]]:
+    """Return templates in the form in which tokenizer_config.json has them."""
+    if isinstance(templates, str):
+        return templates
+    return [{'name': name, 'template': source} for name, source in templates.items()]
 
 
 def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, Any]) -> None:

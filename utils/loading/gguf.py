@@ -57,6 +57,11 @@ def dense_directory(gguf: Path) -> Path:
     return target
 
 
+def model_directory(path: Path) -> Path:
+    """Return the folder with the weights: `path` itself or, if it is a GGUF file, its folder in the cache."""
+    return dense_directory(path) if path.is_file() else path
+
+
 def _convert(gguf: Path, target: Path) -> None:
     """Write the model (in bf16) and the tokenizer of a GGUF file to the folder `target`."""
     import torch

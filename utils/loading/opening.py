@@ -46,6 +46,11 @@ _PROBE_TEXTS = (
 _LANGUAGE = re.compile(r'^(?:language_model\.(model\.|lm_head\.)|(model\.)language_model\.|(lm_head\.))')
 
 
+def language_name(name: str) -> str:
+    """Return the name of a tensor of a multimodal checkpoint in the class of its language model alone."""
+    return _LANGUAGE.sub(r'\1\2\3', name)
+
+
 def get_model_tokenizer_default(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return the model and the tokenizer of a folder, both in native classes.
 
@@ -71,11 +76,7 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
 
     # The names are changed here and not with key_mapping of from_pretrained, because save_pretrained would undo a
     # key_mapping and write the names of the multimodal checkpoint.
-    state = {
-        _LANGUAGE.sub(r'\1\2\3', name): tensor
-        for name, tensor in read_state(model_dir).items()
-        if _LANGUAGE.match(name)
-    }
+    state = {language_name(name): tensor for name, tensor in read_state(model_dir).items() if _LANGUAGE.match(name)}
 
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config()

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from utils.base.files import read_json, use_default_modes
 from utils.loading.image_processors import Images
 from utils.loading.packed import record_packed_format
+from utils.loading.tokenizer_files import CODE_KEYS, CONFIG, save_tokenizer
 
 
 def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None = None) -> None:
@@ -17,21 +19,23 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None =
     References to code and local paths are removed from the saved files.
     """
     record_packed_format(model)
-    _add_end_token(tokenizer, model.generation_config)
+    add_end_token(tokenizer, model.generation_config)
 
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     if images is not None:
         images.save(folder)
+    save_tokenizer(tokenizer, folder)
 
-    for name, removed in (('config.json', ('_name_or_path', 'auto_map')), ('tokenizer_config.json', ('auto_map',))):
-        path = folder / name
-        content = json.loads(path.read_text(encoding='utf-8'))
-        kept = {key: value for key, value in content.items() if key not in removed}
-        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    for name in ('config.json', CONFIG):
+        content = read_json(folder / name)
+        kept = {key: value for key, value in content.items() if key not in ('_name_or_path', *CODE_KEYS)}
+        if kept != content:
+            text = json.dumps(kept, indent=2, ensure_ascii=False)
+            (folder / name).write_text(f'{text}\n', encoding='utf-8')
+    use_default_modes(folder)
 
 
-def _add_end_token(tokenizer: Any, settings: Any) -> None:
+def add_end_token(tokenizer: Any, settings: Any) -> None:
     """Add the tokenizer's end token to the end tokens in the generation settings, so that generate() stops at it.
 
     The config.json of a chat model may name only the token that ends a document, not the token that ends a turn.

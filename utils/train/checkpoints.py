@@ -29,12 +29,16 @@ from utils.base.checkpoint import (
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
 from utils.base.logger import logger
-from utils.model import load_model
+from utils.loading.gguf import model_directory
+from utils.loading.tokenizer_files import save_tokenizer
+from utils.loading.unloaded import UNLOADED_FILE, unloaded_tensors, write_unloaded
+from utils.model import get_model_info, load_model
 from utils.run.record import record_proof
 from utils.train.state import load_tree, random_state, save_tree, set_random_state
 
 if TYPE_CHECKING:
     from utils.loading.image_processors import Images
+    from utils.loading.tensor_ranges import TensorRange
     from utils.run.folder import Run
     from utils.train.trainer import SftTrainer
 
@@ -104,6 +108,8 @@ class Checkpoints:
         self.images = images
         # At most this many checkpoints are kept (--save_total_limit). The best checkpoint is always kept.
         self.limit = limit
+        # The tensors of the base that its class does not load. None before the first checkpoint.
+        self._unloaded: dict[str, TensorRange] | None = None
 
     def save(self) -> None:
         """Write the checkpoint of this step. If there are more checkpoints than the limit, delete old checkpoints.
@@ -189,10 +195,26 @@ class Checkpoints:
         if not trainer.args.should_save:
             return
 
-        trainer.processing_class.save_pretrained(folder)
         if self.images is not None:
             self.images.save(folder)
+        save_tokenizer(trainer.processing_class, folder)
+        if not isinstance(trainer.model, PeftModel):
+            self._write_unloaded(folder)
         self.run.record.write(folder)
+
+    def _write_unloaded(self, folder: Path) -> None:
+        """Write the tensors of the base that the class of the model does not load beside the trained weights."""
+        if self._unloaded is None:
+            flags = self.run.record.flags
+            family = get_model_info(flags['model_type'], flags['model_id_or_path']).family
+            base = model_directory(self.run.weights.path)
+            self._unloaded = unloaded_tensors(self.trainer.model, base, family)
+            if self._unloaded:
+                logger.info(
+                    f'{len(self._unloaded)} tensors of the base that {type(self.trainer.model).__name__} does not load '
+                    f'are kept in {UNLOADED_FILE}, first {min(self._unloaded)}'
+                )
+        write_unloaded(self._unloaded, folder)
 
     def _write_optimizer(self, folder: Path) -> None:
         """Write the states of optimizer, schedule and loss scale. DeepSpeed writes its part to its own files."""
