@@ -66,7 +66,7 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     served = open_served(done, trained, weights)
     if args.merge_lora_and_save:
         assert trained is not None, 'checked'
-        merge(done, trained, served)
+        merge(done, trained, served, weights)
         return
     apply_settings(done, trained, served)
     if args.eval_human:
@@ -174,15 +174,22 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     return Served(model=model, tokenizer=tokenizer, encoder=encoder, config=config)
 
 
-def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> None:
+def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights: Weights) -> None:
     """Merge the adapter into its base model, and write the merged model to a folder next to the checkpoint."""
     from utils.export.merge import merge_checkpoint
+    from utils.export.write import find_base
     from utils.infer.generation import served_config
 
     model = served.model
     config = served_config(model.generation_config, served.config, done.args, done.typed)
     target, proven = merge_checkpoint(
-        model, served.encoder, config, trained.checkpoint, record=trained.record, images=served.encoder.images
+        model,
+        served.encoder,
+        config,
+        trained.checkpoint,
+        record=trained.record,
+        images=served.encoder.images,
+        base=find_base(done, trained, weights),
     )
     logger.info(f'merged: {target}: {proven}\nnext: python llm_infer.py --ckpt_dir {target}')
 

@@ -20,21 +20,23 @@ from utils.base.errors import ConfigError
 from utils.encode.jinja import serving_template
 from utils.encode.make import make_encoder
 from utils.export.merge import (
+    Expected,
     _share_of_adapter,
+    expect,
     merge_and_save,
     merge_checkpoint,
     probe_logits,
     put_in_place,
     verify_merged,
 )
-from utils.loading.save import save_whole
+from utils.export.write import Written, write_merged
 from utils.preprocess import TEMPLATE_MAPPING
 from utils.proofs.template import probes
 from utils.run.record import RunRecord
 
 Run = Callable[..., Path]
-# A folder, the merged model, its tokenizer, the logits of base + adapter and of the merged model.
-Saved = tuple[Path, Any, Any, list[torch.Tensor], list[torch.Tensor]]
+# A folder, what it must have, and how it was written.
+Saved = tuple[Path, Expected, Written]
 CONFIG = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=[2, 4], pad_token_id=5, bos_token_id=1)
 TEXTS = [None, [3, 40, 41, 42, 4]]
 
@@ -53,18 +55,23 @@ def adapted() -> Any:
 def saved(tmp_path: Path) -> Saved:
     """Return a folder written by merging."""
     model, tokenizer = adapted(), make_tokenizer()
-    wanted = [probe_logits(model, tokenizer, ids=ids) for ids in TEXTS]
-    assert float((wanted[0] - probe_logits(make_model().eval(), tokenizer)).abs().max()) > 0.01
-    merged = model.merge_and_unload(safe_merge=True)
-    merged.generation_config = CONFIG
-    save_whole(merged, tokenizer, tmp_path / 'merged')
-    made = [probe_logits(merged, tokenizer, ids=ids) for ids in TEXTS]
-    return tmp_path / 'merged', merged, tokenizer, wanted, made
+    expected = expect(model, tokenizer, TEXTS, CONFIG, None)
+    assert float((expected.wanted[0] - probe_logits(make_model().eval(), tokenizer)).abs().max()) > 0.01
+    written = write_merged(
+        model,
+        tmp_path / 'merged',
+        tokenizer=tokenizer,
+        images=None,
+        settings=CONFIG,
+        record=RunRecord(),
+        base=None,
+        probe=lambda merged: [probe_logits(merged, tokenizer, ids=ids) for ids in TEXTS],
+    )
+    return tmp_path / 'merged', expected, written
 
 
 def fault(saved: Saved) -> str | None:
-    folder, merged, tokenizer, wanted, made = saved
-    return verify_merged(folder, merged, tokenizer, TEXTS, wanted, made)[1]
+    return verify_merged(*saved)[2]
 
 
 def swap_two_weights(folder: Path) -> None:
@@ -166,7 +173,7 @@ def test_an_earlier_folder_stays_until_a_complete_one_is_there(tmp_path: Path, m
     target = tmp_path / 'checkpoint-1-merged'
     target.mkdir()
     (target / 'mark').touch()
-    monkeypatch.setattr('utils.export.merge.verify_merged', lambda *_: (1.0, 'it differs.'))
+    monkeypatch.setattr('utils.export.merge.verify_merged', lambda *_: (1.0, 1.0, 'it differs.'))
     with pytest.raises(ConfigError, match='-merged: not written: it differs. The rejected folder is '):
         merge_and_save(adapted(), make_tokenizer(), target, record=RunRecord())
     assert [f.name for f in target.iterdir()] == ['mark']

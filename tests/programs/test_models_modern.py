@@ -70,7 +70,11 @@ def train_and_merge(key: str, folder: Path, data: Path, *more: str) -> tuple[str
     assert (after - trained).abs().max() < 1e-4 * trained.abs().max() < (trained - before).abs().max(), key
     with safe_open(checkpoint / 'adapter_model.safetensors', 'pt') as adapter:
         names = list(adapter.keys())
-    return type(merged).__name__, json.loads((checkpoint / 'adapter_config.json').read_text()), names
+    config = json.loads((checkpoint / 'adapter_config.json').read_text())
+    if not config['target_parameters']:
+        stated = json.loads((checkpoint.with_name('checkpoint-5-merged') / 'merge.json').read_text())
+        assert len(stated['tensors']) == len(names) // 2, 'only the adapted weights of the base were written anew'
+    return type(base).__name__, config, names
 
 
 @pytest.mark.slow

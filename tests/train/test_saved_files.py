@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.bases import EXTRA, equal, stored, write_base
 from tests.support.runs import assert_equal
-from tests.support.tiny_models import make_model, make_tokenizer
+from tests.support.tiny_models import CONTROL, make_model, make_tokenizer
 from utils.loading.tokenizer_files import save_tokenizer
 from utils.loading.unloaded import UNLOADED_FILE, unloaded_tensors, write_unloaded
 from utils.model import load_model, load_tokenizer
@@ -96,5 +96,14 @@ def test_a_tokenizer_with_new_tokens_or_without_a_class_is_written_by_transforme
         save_tokenizer(tokenizer, folder)
         assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
         assert json.loads((folder / 'tokenizer_config.json').read_text())['tokenizer_class']
-    save_tokenizer(make_tokenizer(), tmp_path / 'made')
-    assert (tmp_path / 'made' / 'tokenizer.json').is_file()
+
+
+def test_a_tokenizer_without_files_is_written_in_the_words_of_transformers_4(tmp_path: Path) -> None:
+    made = make_tokenizer()
+    save_tokenizer(made, tmp_path)
+    settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+    assert settings['tokenizer_class'] == 'PreTrainedTokenizerFast'
+    assert settings['additional_special_tokens'] == CONTROL
+    assert not {'backend', 'is_local', 'local_files_only', 'extra_special_tokens'} & set(settings)
+    found = load_tokenizer(tmp_path)
+    assert found.get_vocab() == made.get_vocab() and found.all_special_tokens == made.all_special_tokens

@@ -7,6 +7,7 @@ modules ask this module, so that nothing else in utils/ depends on one kind. tor
 
 from __future__ import annotations
 
+import gc
 import platform
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,6 +90,13 @@ def memory(index: int) -> tuple[int, int]:
         return max(0, whole - int(module.driver_allocated_memory())), whole
     free, whole = module.mem_get_info(index)
     return int(free), int(whole)
+
+
+def free_unused() -> None:
+    """Give the memory that no tensor uses back to the devices, so that it counts as free."""
+    if kind() != 'cpu':
+        gc.collect()
+        _module().empty_cache()
 
 
 def peak_bytes() -> int:

@@ -9,7 +9,8 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from utils.base.names import SFT_ARGS
 from utils.encode.encoder import Encoder
 from utils.encode.jinja import serving_template
 from utils.encode.template_encoder import TemplateEncoder
+from utils.export.same import MERGE_JSON
+from utils.export.write import Base, Written, write_merged
 from utils.formats.conversation import Row
 from utils.loading.image_processors import Images
-from utils.loading.save import save_whole
+from utils.loading.save import add_end_token
 from utils.model import load_model, load_tokenizer
 from utils.proofs.template import probes
 from utils.run.record import ANSWERS_JSON, RunRecord, record_proof
@@ -91,6 +94,7 @@ def merge_checkpoint(
     *,
     record: RunRecord,
     images: Images | None = None,
+    base: Base | None = None,
 ) -> tuple[Path, str]:
     """Merge the adapter of a checkpoint, and write the merged model to the folder <checkpoint>-merged.
 
@@ -109,7 +113,7 @@ def merge_checkpoint(
     try:
         texts = [encoded.input_ids for encoded in _cutting(encoder).encode(rows)]
         proven = merge_and_save(
-            model, encoder.tokenizer, target, record=record, images=images, texts=texts, config=config
+            model, encoder.tokenizer, target, record=record, images=images, texts=texts, config=config, base=base
         )
         outcome = {'passed': True, 'says': f'reopened from disk, {target.name} has {proven}; {template_note}'}
     except ConfigError as error:
@@ -124,7 +128,48 @@ def merge_checkpoint(
         serves += f'\nask it with {encoder.switch} (chat_template_kwargs): its replies were trained with it'
     if isinstance(encoder, TemplateEncoder) and not encoder.tokenizer.chat_template:
         serves = 'serve it with llm_infer.py: no other program knows its template'
+    if (target / MERGE_JSON).is_file() and base is not None:
+        serves += f'\ncompare it with its base: python -m utils.export.same {target} {base.folder}'
     return target, f'{outcome["says"]}\n{serves}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the model of a merged folder must have, noted before the merged model is freed."""
+
+    # The token ids on which logits are compared (None is the fixed text), and the logits of base + adapter and of the
+    # base alone.
+    texts: Sequence[list[int] | None]
+    wanted: Sequence[torch.Tensor]
+    bare: Sequence[torch.Tensor]
+    dtype: torch.dtype
+    kernel: str
+    tied: tuple[bool, bool]
+    settings: Mapping[str, Any]
+    tokenizer: Any
+    images: Images | None = None
+
+
+def expect(
+    model: Any, tokenizer: Any, texts: Sequence[list[int] | None], settings: GenerationConfig, images: Images | None
+) -> Expected:
+    """Return what the merged folder of the PeftModel `model` must have. `settings` are its generation settings."""
+    wanted = [probe_logits(model, tokenizer, images, ids=ids) for ids in texts]
+    with model.disable_adapter():
+        bare = [probe_logits(model, tokenizer, images, ids=ids) for ids in texts]
+
+    base = model.get_base_model()
+    return Expected(
+        texts=texts,
+        wanted=wanted,
+        bare=bare,
+        dtype=base.dtype,
+        kernel=base.config._attn_implementation,
+        tied=_is_tied(base),
+        settings=_settings(settings),
+        tokenizer=tokenizer,
+        images=images,
+    )
 
 
 def merge_and_save(
@@ -136,95 +181,110 @@ def merge_and_save(
     images: Images | None = None,
     texts: Sequence[list[int]] = (),
     config: GenerationConfig | None = None,
+    base: Base | None = None,
 ) -> str:
     """Merge the adapter, save the whole model in the folder `target`, and return a text that says what was compared.
 
-    The saved model is opened again. Its logits are compared with the logits of base + adapter, on a fixed text and on
-    the token ids `texts`. If they differ by more than rounding explains, raises ConfigError and leaves `target` as it
-    was.
+    The files of `base` are copied with the changed tensors where that is possible. Otherwise, or without `base`, the
+    class of the model writes the folder. The saved model is opened again. Its logits are compared with the logits of
+    base + adapter, on a fixed text and on the token ids `texts`. If they differ by more than rounding explains, raises
+    ConfigError and leaves `target` as it was. The model cannot be used afterwards.
     """
     _recover(target)
-    probed = [None, *texts]
-    wanted = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
-    with model.disable_adapter():
-        bare = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
-    merged = model.merge_and_unload(safe_merge=True)
-    made = [probe_logits(merged, tokenizer, images, ids=ids) for ids in probed]
-    share = min(map(_share_of_adapter, bare, wanted, made))
-
-    merged.generation_config = config or merged.generation_config
+    settings = config or model.generation_config
+    add_end_token(tokenizer, settings)
+    expected = expect(model, tokenizer, [None, *texts], settings, images)
     unchecked = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(unchecked, ignore_errors=True)
-    save_whole(merged, tokenizer, unchecked, images)
-    record.with_flags(sft_type='full').write(unchecked)
-
-    difference, fault = verify_merged(unchecked, merged, tokenizer, probed, wanted, made, images)
-    if share < _LOST:
-        fault = (
-            f'the merged model keeps {share:.0%} of what the adapter does: the rest was rounded away. '
-            'Merge with --dtype fp32.'
+    try:
+        written = write_merged(
+            model,
+            unchecked,
+            tokenizer=tokenizer,
+            images=images,
+            settings=settings,
+            record=record,
+            base=base,
+            probe=lambda merged: [probe_logits(merged, tokenizer, images, ids=ids) for ids in expected.texts],
         )
+        difference, share, fault = verify_merged(unchecked, expected, written, base)
+    except BaseException:
+        shutil.rmtree(unchecked, ignore_errors=True)
+        raise
+
     if fault:
         raise ConfigError(f'{target}: not written: {fault} The rejected folder is {unchecked}.')
     put_in_place(unchecked, target)
 
-    largest = max(float(logits.abs().max()) for logits in wanted)
-    head = 'tied' if _is_tied(merged)[0] else 'separate'
+    largest = max(float(logits.abs().max()) for logits in expected.wanted)
+    head = 'tied' if expected.tied[0] else 'separate'
     rounded = ''
     if share < _WHOLE:
         rounded = f'; {share:.0%} of what the adapter does: the rest was rounded away, --dtype fp32 keeps it'
     return (
         f'the logits of base + adapter on a fixed text and {len(texts)} of your rows (largest difference '
-        f'{difference:.3g}, largest logit {largest:.3g}), its vocabulary, generation settings and {head} head{rounded}'
+        f'{difference:.3g}, largest logit {largest:.3g}), its vocabulary, generation settings and {head} '
+        f'head{rounded}; {written.says}'
     )
 
 
 def verify_merged(
-    folder: Path,
-    merged: Any,
-    tokenizer: Any,
-    texts: Sequence[list[int] | None],
-    wanted: Sequence[torch.Tensor],
-    merged_logits: Sequence[torch.Tensor],
-    images: Images | None = None,
-) -> tuple[float, str | None]:
-    """Open a merged folder as users open it, and compare the model with the merged model in memory.
+    folder: Path, expected: Expected, written: Written, base: Base | None = None
+) -> tuple[float, float, str | None]:
+    """Open a merged folder as `base` was opened, and compare the model with what is expected.
 
-    `wanted` are the logits of base + adapter for `texts`, and `merged_logits` those of the merged model in memory.
-    Returns the largest difference of the opened model's logits from `wanted`, and a text that describes the first
-    problem, or None if there is no problem.
+    Without `base`, the folder is opened as a model without a registry entry. Returns the largest difference of the
+    logits from those of base + adapter, the smallest share of the adapter's effect on the logits, and a text that
+    describes the first problem, or None if there is no problem.
     """
-    dtype = next(merged.parameters()).dtype
-    reopened = load_model(folder, torch_dtype=dtype).to(merged.device).eval()
-    found_tokenizer = load_tokenizer(folder)
+    if base is not None:
+        reopened, found_tokenizer = base.reopen(folder)
+    else:
+        reopened, found_tokenizer = load_model(folder, torch_dtype=expected.dtype), load_tokenizer(folder)
+    reopened.eval()
 
-    bound = _BOUND[str(dtype).removeprefix('torch.')]
-    difference = 0.0
-    kernels = {model.config._attn_implementation for model in (merged, reopened)}
-    for ids, logits, made in zip(texts, wanted, merged_logits, strict=True):
-        found = probe_logits(reopened, tokenizer, images, ids=ids)
-        for what, expected, allowed in (
-            ('base + adapter', logits, bound),
-            ('what was written', made, _SAME if len(kernels) == 1 else bound),
-        ):
-            largest = float(expected.abs().max())
-            apart = float((expected - found).abs().max())
-            if not apart <= allowed * largest:
-                return apart, (
-                    f'the merged model differs from {what}: its logits by up to {apart:.4g}, rounding explains '
-                    f'{allowed * largest:.4g}.'
-                )
-        difference = max(difference, float((logits - found).abs().max()))
+    found = [probe_logits(reopened, expected.tokenizer, expected.images, ids=ids) for ids in expected.texts]
+    difference = max(float((one - other).abs().max()) for one, other in zip(found, expected.wanted, strict=True))
+    share = min(map(_share_of_adapter, expected.bare, expected.wanted, found))
 
-    if found_tokenizer.get_vocab() != tokenizer.get_vocab():
-        return difference, 'the merged folder has another vocabulary than the model was trained with.'
-    if found_tokenizer.chat_template != tokenizer.chat_template:
-        return difference, 'the merged folder has another chat template than the model was trained with.'
-    if _settings(reopened) != _settings(merged):
-        return difference, 'the merged folder has other generation settings than were written.'
-    if _is_tied(reopened) != _is_tied(merged):
-        return difference, 'the output head is tied in the model or in the merged folder, but not in both.'
-    return difference, None
+    dtypes = {str(expected.dtype).removeprefix('torch.'), *written.dtypes}
+    bound = max(_BOUND[dtype] for dtype in dtypes)
+    same = _SAME if reopened.config._attn_implementation == expected.kernel else bound
+    fault = _logits_fault(found, expected.wanted, bound, 'base + adapter')
+    fault = fault or _logits_fault(found, written.made or found, same, 'what was written')
+    if fault is None and share < _LOST:
+        fault = (
+            f'the merged model keeps {share:.0%} of what the adapter does: the rest was rounded away. '
+            'Merge with --dtype fp32.'
+        )
+    return difference, share, fault or _settings_fault(reopened, found_tokenizer, expected)
+
+
+def _logits_fault(
+    found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], allowed: float, what: str
+) -> str | None:
+    """Return what is wrong if logits differ by more than the fraction `allowed` of the largest logit, else None."""
+    for one, other in zip(found, wanted, strict=True):
+        bound = allowed * float(other.abs().max())
+        apart = float((one - other).abs().max())
+        if not apart <= bound:
+            return (
+                f'the merged model differs from {what}: its logits by up to {apart:.4g}, rounding explains {bound:.4g}.'
+            )
+    return None
+
+
+def _settings_fault(reopened: Any, tokenizer: Any, expected: Expected) -> str | None:
+    """Return what is wrong if anything but the logits differs from what is expected, else None."""
+    if tokenizer.get_vocab() != expected.tokenizer.get_vocab():
+        return 'the merged folder has another vocabulary than the model was trained with.'
+    if (tokenizer.chat_template or None) != (expected.tokenizer.chat_template or None):
+        return 'the merged folder has another chat template than the model was trained with.'
+    if _settings(reopened.generation_config) != expected.settings:
+        return 'the merged folder has other generation settings than were written.'
+    if _is_tied(reopened) != expected.tied:
+        return 'the output head is tied in the model or in the merged folder, but not in both.'
+    return None
 
 
 def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tensor) -> float:
@@ -242,12 +302,12 @@ def _share_of_adapter(bare: torch.Tensor, tuned: torch.Tensor, found: torch.Tens
     return float(((found - bare) * moved).sum() / moved.square().sum())
 
 
-def _settings(model: Any) -> dict[str, Any]:
+def _settings(config: GenerationConfig) -> dict[str, Any]:
     names = (
         'eos_token_id', 'pad_token_id', 'bos_token_id', 'do_sample', 'max_new_tokens', 'temperature', 'top_k',
         'top_p', 'repetition_penalty',
     )  # fmt: skip
-    return {name: getattr(model.generation_config, name) for name in names}
+    return {name: getattr(config, name) for name in names}
 
 
 def _is_tied(model: Any) -> tuple[bool, bool]:

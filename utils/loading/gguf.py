@@ -11,9 +11,12 @@ from typing import Any
 from utils.base.cache import cache_dir
 from utils.base.logger import logger
 from utils.loading.fingerprint import fingerprint
+from utils.loading.tokenizer_files import save_tokenizer
 
 # Control tokens have this token type: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _CONTROL = 3
+# Raise this number when a change of `_convert` changes the files.
+_FORMAT = 2
 
 
 def find_packaged_file(package: str, file: str) -> Path | None:
@@ -36,7 +39,7 @@ def dense_directory(gguf: Path) -> Path:
     the folder contains the sha256 of the file. The folder is written under a temporary name and then renamed, so it is
     either complete or absent.
     """
-    target = cache_dir() / f'gguf-{fingerprint(gguf).sha256[:32]}'
+    target = cache_dir() / f'gguf-{fingerprint(gguf).sha256[:32]}-{_FORMAT}'
     if target.is_dir():
         return target
 
@@ -77,7 +80,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _complete_tokenizer(tokenizer, gguf)
-    tokenizer.save_pretrained(target)
+    save_tokenizer(tokenizer, target)
 
 
 def _complete_tokenizer(tokenizer: Any, gguf: Path) -> None:

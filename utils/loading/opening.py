@@ -63,8 +63,8 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     """Return the language model of a multimodal checkpoint and the tokenizer. Vision and audio towers are not opened.
 
     AutoModelForCausalLM opens Gemma 3 and 4 with their towers. LoRA would then also be put on the layers of the towers,
-    because they have the same names. transformers has a separate class for the language model. A merged model is saved
-    in this class, and an adapter fits only this class.
+    because they have the same names. transformers has a separate class for the language model. An adapter fits only
+    this class. A merged folder is the whole checkpoint again.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig

@@ -1,7 +1,4 @@
-"""Saves a tokenizer as the files from which it was opened.
-
-Files that transformers 5 writes cannot be opened by earlier versions, nor by servers that are built on them.
-"""
+"""Saves a tokenizer as the files from which it was opened, or else as files that transformers 4 opens too."""
 
 from __future__ import annotations
 
@@ -24,16 +21,19 @@ PATTERNS = (
 # Keys that name code of a checkpoint, which is never run and never passed on.
 CODE_KEYS = ('auto_map', 'custom_generate')
 
+# Keys of transformers 5 that say how a tokenizer was opened.
+_OF_MACHINE = ('backend', 'is_local', 'local_files_only')
+
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer to a folder: the files from which it was opened, byte for byte, with its chat template.
 
-    If the tokenizer has tokens that these files lack, or was not opened from files of its class, transformers writes
-    new files.
+    If the tokenizer has tokens that these files lack, or was not opened from files of its class, new files are written.
     """
     source = Path(tokenizer.name_or_path)
-    if not tokenizer.name_or_path or not _has_tokenizer(source) or not _has_tokens(source, tokenizer):
+    if not tokenizer.name_or_path or not _has_tokenizer(source) or not has_tokens(source, tokenizer):
         tokenizer.save_pretrained(folder)
+        _make_portable(folder)
         return
 
     for pattern in PATTERNS:
@@ -60,7 +60,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return config.is_file() and isinstance(read_json(config).get('tokenizer_class'), str)
 
 
-def _has_tokens(folder: Path, tokenizer: Any) -> bool:
+def has_tokens(folder: Path, tokenizer: Any) -> bool:
     """Return whether the files of a folder have all tokens of a tokenizer. Without tokenizer.json, returns True."""
     file = folder / 'tokenizer.json'
     if not file.is_file():
@@ -74,6 +74,17 @@ def _has_tokens(folder: Path, tokenizer: Any) -> bool:
         if (folder / name).is_file():
             tokens.update(_texts(read_json(folder / name)))
     return tokens.issuperset(tokenizer.get_vocab())
+
+
+def _make_portable(folder: Path) -> None:
+    """Write the settings of a tokenizer that transformers 5 saved in the words of transformers 4, which both read."""
+    config = folder / CONFIG
+    content = {key: value for key, value in read_json(config).items() if key not in _OF_MACHINE}
+    if content.get('tokenizer_class') == 'TokenizersBackend':
+        content['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    if isinstance(content.get('extra_special_tokens'), list):
+        content['additional_special_tokens'] = content.pop('extra_special_tokens')
+    config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def _texts(content: Any) -> Iterator[str]:

@@ -1,0 +1,239 @@
+"""Merges an adapter into copies of the base's own files. Only the tensors that the adapter changes are written anew.
+
+Names, dtypes and files of the tensors stay those of the base. Tensors that the class of the model does not load, such
+as MTP layers and vision towers, are copied. Memory is needed for one tensor at a time, beside the adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.export.same import carried_files
+from utils.loading.class_names import names_in_class, tensors_of_class
+from utils.loading.folder import read_config
+from utils.loading.tensor_ranges import TensorRange, only_safetensors, tensor_ranges
+from utils.loading.tokenizer_files import copy_file
+from utils.loading.weight_files import weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+# dtype in a safetensors file -> its name in torch.
+_DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+# Settings of PEFT with which an adapter changes more than the weights of its layers and the layers trained whole.
+_OTHER_CHANGES = ('bias', 'lora_bias', 'trainable_token_indices', 'layer_replication')
+_OF_PEFT = 'base_model.model.'
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A weight with LoRA: the PEFT layer and the name of its parameter."""
+
+    module: Any
+    parameter: str
+
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight."""
+        return tuple(self.module.get_base_layer()._parameters[self.parameter].shape)
+
+    def new(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return the weight `stored` of the base with the adapter added. PEFT computes in fp32."""
+        import torch
+
+        owner = self.module.get_base_layer()
+        earlier = owner._parameters[self.parameter]
+        place = next(self.module.lora_B.parameters(), None)
+        value = stored.to(device=earlier.device if place is None else place.device, dtype=torch.float32)
+        owner._parameters[self.parameter] = torch.nn.Parameter(value, requires_grad=False)
+        self.module.merge(safe_merge=True)
+        merged: torch.Tensor = owner._parameters[self.parameter].data
+        owner._parameters[self.parameter] = earlier
+        return merged.cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    """A tensor that was trained whole."""
+
+    trained: torch.Tensor
+
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
+        return tuple(self.trained.shape)
+
+    def new(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return the trained tensor."""
+        return self.trained.cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """What merging changes: the folder of the base, its tensors, and the changes by the names of the tensors."""
+
+    base: Path
+    ranges: Mapping[str, TensorRange]
+    changes: Mapping[str, _Layer | _Whole]
+
+    def dtypes(self) -> set[str]:
+        """Return the names in torch of the dtypes of the changed tensors."""
+        return {_DTYPES[self.ranges[name].dtype] for name in self.changes}
+
+
+class _NotPossible(Exception):
+    """The merged model must be written whole. The text is the reason."""
+
+
+def plan_patch(model: Any, base: Path, checkpoint: Path, *, family: str | None, dtype: str | None) -> Patch | str:
+    """Return the Patch that merges the adapter of `checkpoint`, which the PeftModel `model` has on it.
+
+    `base` is the folder from which the base was opened, `family` its family of 2023 if it has one, and `dtype` the name
+    in torch of the dtype that the user asks for. Returns the reason as text if the base's files cannot be patched.
+    """
+    try:
+        _check_base(base, family)
+        ranges = tensor_ranges(base)
+        changes = dict(_find_changes(model, checkpoint, ranges))
+    except _NotPossible as reason:
+        return str(reason)
+
+    patch = Patch(base=base, ranges=ranges, changes=changes)
+    if dtype is not None and patch.dtypes() != {dtype}:
+        return f'--dtype asks for {dtype}, and the base has {" and ".join(sorted(patch.dtypes()))}'
+    return patch
+
+
+def _check_base(base: Path, family: str | None) -> None:
+    from utils.loading.legacy.registry import find_family, find_saved
+
+    config = read_config(base)
+    if find_family(config, family) or find_saved(config):
+        raise _NotPossible('the base has a layout of 2023')
+    if not only_safetensors(base):
+        raise _NotPossible('the weights of the base are not in safetensors files')
+
+
+def _find_changes(
+    model: Any, checkpoint: Path, ranges: Mapping[str, TensorRange]
+) -> Iterator[tuple[str, _Layer | _Whole]]:
+    """Yield each changed tensor of the files with its change. Raises _NotPossible if a change has no tensor."""
+    touched: dict[str, _Layer | _Whole] = {**_adapted(model), **_trained_whole(model, checkpoint)}
+    base_model = model.get_base_model()
+
+    # Tied weights are one tensor with several names.
+    tied: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in tensors_of_class(base_model).items():
+        tied[id(tensor)].append(name)
+    twins = {name: names for names in tied.values() for name in names}
+
+    in_files: dict[str, list[str]] = defaultdict(list)
+    for stored, held in names_in_class(base_model, ranges).items():
+        in_files[held or ''].append(stored)
+
+    for name, change in touched.items():
+        if name not in twins or any(touched.get(twin) is not change for twin in twins[name]):
+            raise _NotPossible(f'the adapter changes {name}, which is tied to another weight in the base')
+        stored_names = [stored for twin in twins[name] for stored in in_files[twin]]
+        if not stored_names:
+            raise _NotPossible(f'the files of the base do not store {name} as one tensor')
+        for stored in stored_names:
+            if ranges[stored].dtype not in _DTYPES:
+                raise _NotPossible(f'the base stores {stored} quantised, as {ranges[stored].dtype}')
+            if ranges[stored].shape != change.shape():
+                raise _NotPossible(f'{stored} has another shape in the base')
+            yield stored, change
+
+
+def _adapted(model: Any) -> dict[str, _Layer]:
+    """Return the LoRA layers by the names of their weights in the class."""
+    from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
+
+    config = model.peft_config[model.active_adapter].to_dict()
+    if other := [name for name in _OTHER_CHANGES if config.get(name) not in (None, False, 'none', [], {})]:
+        raise _NotPossible(f'the adapter sets {other[0]}')
+
+    found = {}
+    for path, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if not isinstance(module, Linear | Embedding | ParamWrapper):
+            raise _NotPossible(f'{path} is a {type(module).__name__}')
+        parameter = module.parameter_name if isinstance(module, ParamWrapper) else 'weight'
+        found[f'{path.replace(".base_layer", "")}.{parameter}'] = _Layer(module=module, parameter=parameter)
+    return found
+
+
+def _trained_whole(model: Any, checkpoint: Path) -> dict[str, _Whole]:
+    """Return the tensors of the layers that were trained whole, by their names in the class.
+
+    They are read from the checkpoint, because PEFT rounds them to the dtype of the model. A tied tensor may be stored
+    under one of its names.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    from utils.loading.legacy.adapter import read_adapter
+
+    stored = {name.removeprefix(_OF_PEFT): tensor for name, tensor in read_adapter(checkpoint).items()}
+    found = {
+        f'{path}.{name}': parameter
+        for path, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for name, parameter in module.modules_to_save[model.active_adapter].named_parameters()
+    }
+    held: dict[int, _Whole] = {}
+    for name, parameter in found.items():
+        if name in stored or id(parameter) not in held:
+            held[id(parameter)] = _Whole(trained=stored.get(name, parameter.data))
+    return {name: held[id(parameter)] for name, parameter in found.items()}
+
+
+def release(model: Any) -> None:
+    """Free the memory of all weights of a model except those of an adapter. The model cannot be used afterwards."""
+    import torch
+
+    for path, module in model.named_modules():
+        if '.lora_' in f'.{path}':
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device='meta')
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+
+
+def write_patched(patch: Patch, folder: Path) -> dict[str, str]:
+    """Write the merged model to the new folder `folder`: weights and all further files of the base.
+
+    Returns the sha256 of each changed tensor by its name.
+    """
+    from safetensors import safe_open
+
+    folder.mkdir(parents=True)
+    for name in carried_files(patch.base):
+        copy_file(patch.base / name, folder / name)
+
+    hashes = {}
+    for file in weight_files(patch.base):
+        shutil.copyfile(file, folder / file.name)
+        names = [name for name in patch.changes if patch.ranges[name].file == file]
+        with safe_open(file, 'pt') as stored, (folder / file.name).open('r+b') as stream:
+            for name in names:
+                content = _bytes_of(patch.changes[name].new(stored.get_tensor(name)), patch.ranges[name])
+                stream.seek(patch.ranges[name].start)
+                stream.write(content)
+                hashes[name] = hashlib.sha256(content).hexdigest()
+    return hashes
+
+
+def _bytes_of(tensor: torch.Tensor, place: TensorRange) -> memoryview:
+    """Return the bytes of a tensor, rounded to the dtype of its place in a file."""
+    import torch
+
+    rounded = tensor.detach().to(getattr(torch, _DTYPES[place.dtype])).contiguous()
+    assert tuple(rounded.shape) == place.shape, 'the class and the file store the same tensor'
+    content: memoryview = rounded.reshape(-1).view(torch.uint8).numpy().data
+    return content
