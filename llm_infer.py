@@ -45,7 +45,7 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     """
     from utils.run.folder import log_decisions
     from utils.run.open_model import find_weights
-    from utils.run.processes import start_processes
+    from utils.run.processes import leave_out_unused, start_processes
 
     done, trained = resolve(parsed)
     args = done.args
@@ -56,6 +56,7 @@ def infer(parsed: Parsed[InferArguments]) -> None:
 
     start_processes('gloo')
     weights = find_weights(done)
+    leave_out_unused(args, done.info, weights.path)
     check_weights(done, trained, weights)
     for line in done.warnings[logged:]:
         logger.warning(line)

@@ -72,7 +72,7 @@ def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
     from utils.run.folder import log_decisions, open_run, removed_at_end
     from utils.run.last import resume_last
     from utils.run.open_model import find_weights
-    from utils.run.processes import start_processes
+    from utils.run.processes import leave_out_unused, start_processes
     from utils.run.rows import keep_held_out, lock_of, rows_of
 
     started = time.time()
@@ -93,6 +93,7 @@ def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
 
     start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
     weights = find_weights(done)
+    leave_out_unused(args, done.info, weights.path)
     data = lock_of(rows, args)
     if resume_last(done, weights, data):
         return 0
