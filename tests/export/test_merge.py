@@ -19,6 +19,7 @@ from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.encode.jinja import serving_template
 from utils.encode.make import make_encoder
+from utils.export import same
 from utils.export.merge import (
     Expected,
     _share_of_adapter,
@@ -197,7 +198,7 @@ def test_a_replacement_cut_off_in_the_middle_loses_nothing(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_merging_a_run_compares_its_own_rows_and_says_how_to_serve(
-    run_sft: Run, caplog: pytest.LogCaptureFixture
+    run_sft: Run, model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_sft('--max_steps', '2', '--report_samples', '3')
     checkpoint = run / 'checkpoint-2'
@@ -205,6 +206,9 @@ def test_merging_a_run_compares_its_own_rows_and_says_how_to_serve(
     proof = json.loads((run / 'proofs.json').read_text())['merge']
     assert proof['passed'] and 'on a fixed text and 3 of your rows' in proof['says']
     assert f'vllm serve {checkpoint}-merged' in caplog.text and 'transformers serve' in caplog.text
+    assert '14 tensors changed, 7 identical to the byte' in proof['says']
+    assert f'python -m utils.export.same {checkpoint}-merged {model_dir}' in caplog.text
+    assert same.main([f'{checkpoint}-merged', str(model_dir)]) == 0
     settings = json.loads((run / 'checkpoint-2-merged' / 'generation_config.json').read_text())
     assert settings['eos_token_id'] == [2, 4] and 'temperature' not in settings
 

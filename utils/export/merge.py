@@ -20,7 +20,7 @@ from utils.encode.encoder import Encoder
 from utils.encode.jinja import serving_template
 from utils.encode.template_encoder import TemplateEncoder
 from utils.export.same import MERGE_JSON
-from utils.export.write import Base, Written, write_merged
+from utils.export.write import Base, Written, is_tied, write_merged
 from utils.formats.conversation import Row
 from utils.loading.image_processors import Images
 from utils.loading.save import add_end_token
@@ -165,7 +165,7 @@ def expect(
         bare=bare,
         dtype=base.dtype,
         kernel=base.config._attn_implementation,
-        tied=_is_tied(base),
+        tied=is_tied(base),
         settings=_settings(settings),
         tokenizer=tokenizer,
         images=images,
@@ -257,7 +257,7 @@ def verify_merged(
             f'the merged model keeps {share:.0%} of what the adapter does: the rest was rounded away. '
             'Merge with --dtype fp32.'
         )
-    return difference, share, fault or _settings_fault(reopened, found_tokenizer, expected)
+    return difference, share, fault or _settings_fault(reopened, found_tokenizer, expected, written)
 
 
 def _logits_fault(
@@ -274,7 +274,7 @@ def _logits_fault(
     return None
 
 
-def _settings_fault(reopened: Any, tokenizer: Any, expected: Expected) -> str | None:
+def _settings_fault(reopened: Any, tokenizer: Any, expected: Expected, written: Written) -> str | None:
     """Return what is wrong if anything but the logits differs from what is expected, else None."""
     if tokenizer.get_vocab() != expected.tokenizer.get_vocab():
         return 'the merged folder has another vocabulary than the model was trained with.'
@@ -282,7 +282,7 @@ def _settings_fault(reopened: Any, tokenizer: Any, expected: Expected) -> str | 
         return 'the merged folder has another chat template than the model was trained with.'
     if _settings(reopened.generation_config) != expected.settings:
         return 'the merged folder has other generation settings than were written.'
-    if _is_tied(reopened) != expected.tied:
+    if is_tied(reopened) != (written.tied or expected.tied):
         return 'the output head is tied in the model or in the merged folder, but not in both.'
     return None
 
@@ -308,15 +308,6 @@ def _settings(config: GenerationConfig) -> dict[str, Any]:
         'top_p', 'repetition_penalty',
     )  # fmt: skip
     return {name: getattr(config, name) for name in names}
-
-
-def _is_tied(model: Any) -> tuple[bool, bool]:
-    """Return two booleans: whether output head and embedding share one tensor, and whether the config says so."""
-    head = model.get_output_embeddings()
-    shared = head is not None and head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    # Some vision models store tie_word_embeddings only for the whole model, not for the language model.
-    settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
-    return shared, bool(settings.get('tie_word_embeddings'))
 
 
 def _replaced(target: Path) -> Path:

@@ -77,6 +77,8 @@ class Written:
     dtypes: set[str]
     # The logits of the merged model in memory, if it was in memory.
     made: Sequence[torch.Tensor] | None = None
+    # What `is_tied` returned for the merged model in memory. Merging may untie the head.
+    tied: tuple[bool, bool] | None = None
 
 
 def write_merged(
@@ -108,7 +110,7 @@ def write_merged(
         save_whole(merged, tokenizer, folder, images)
         says = f'all files are written anew by {type(merged).__name__}: {patch}'
         dtype = str(next(merged.parameters()).dtype).removeprefix('torch.')
-        written = Written(says=says, dtypes={dtype}, made=made)
+        written = Written(says=says, dtypes={dtype}, made=made, tied=is_tied(merged))
     else:
         release(model)
         hashes = write_patched(patch, folder)
@@ -142,3 +144,12 @@ def _write_settings(settings: GenerationConfig, base: Path, folder: Path) -> Non
     has_file = (base / _SETTINGS).is_file()
     if not has_file or GenerationConfig.from_pretrained(base).to_dict() != settings.to_dict():
         settings.save_pretrained(folder)
+
+
+def is_tied(model: Any) -> tuple[bool, bool]:
+    """Return two booleans: whether output head and embedding share one tensor, and whether the config says so."""
+    head = model.get_output_embeddings()
+    shared = head is not None and head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    # Some vision models store tie_word_embeddings only for the whole model, not for the language model.
+    settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
+    return shared, bool(settings.get('tie_word_embeddings'))
