@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.support.bases import TOKENIZER_CONFIG, equal, stored, write_base
+from tests.support.bases import TOKENIZER_CONFIG, equal, modes, stored, usual_mode, write_base
 from tests.support.modern_models import make_modern
 from tests.support.tiny_models import CHATML, make_model, make_tokenizer
 from utils.base.errors import ConfigError
@@ -117,9 +116,7 @@ def test_all_files_of_the_base_are_there_byte_for_byte(base: Path, merged: Path)
     shards = {file.name for file in base.glob('*.safetensors')}
     own = {'generation_config.json', 'sft_args.json', 'merge.json'}
     assert {file.name for file in merged.iterdir()} == equal_files | shards | own
-    umask = os.umask(0)
-    os.umask(umask)
-    assert {file.stat().st_mode & 0o777 for file in merged.iterdir()} == {0o666 & ~umask}
+    assert modes(merged) == {usual_mode()}
 
 
 @pytest.mark.parametrize('kind', ['lora', 'whole'])
@@ -258,6 +255,7 @@ def test_adapters_on_experts_and_on_a_tied_head_are_merged_whole(tmp_path: Path)
         'all files are written anew by Qwen3MoeForCausalLM: the files of the base do not store model.layers.0' in says
     )
     assert not (tmp_path / 'merged' / 'merge.json').exists()
+    assert modes(tmp_path / 'merged') == {usual_mode()}
 
     config = make_model().config
     config.tie_word_embeddings = True

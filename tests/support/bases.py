@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,15 @@ def stored(folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two tensors have the same dtype and the same bytes."""
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def modes(folder: Path) -> set[int]:
+    """Return the permissions of the files in a folder."""
+    return {file.stat().st_mode & 0o777 for file in folder.iterdir() if file.is_file()}
+
+
+def usual_mode() -> int:
+    """Return the permissions of a new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.support.bases import EXTRA, equal, stored, write_base
+from tests.support.bases import EXTRA, equal, modes, stored, usual_mode, write_base
 from tests.support.runs import assert_equal
 from tests.support.tiny_models import CONTROL, make_model, make_tokenizer
 from utils.loading.tokenizer_files import save_tokenizer
@@ -49,9 +48,7 @@ def test_full_fine_tuning_keeps_what_the_class_does_not_load(
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         assert (checkpoint / name).read_bytes() == (base / name).read_bytes()
     assert not (checkpoint / 'chat_template.jinja').exists()
-    umask = os.umask(0)
-    os.umask(umask)
-    assert {file.stat().st_mode & 0o777 for file in checkpoint.iterdir()} == {0o666 & ~umask}
+    assert modes(checkpoint) == {usual_mode()}
 
     resumed = run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-1'))
     assert_equal(resumed / 'checkpoint-2', checkpoint)

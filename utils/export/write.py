@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.base import device
 from utils.base.errors import ConfigError
-from utils.base.files import use_default_modes, write_json
+from utils.base.files import write_json
 from utils.cli.arguments import InferArguments
 from utils.cli.resolution import Ready
 from utils.export.patch import Patch, plan_patch, release, write_patched
@@ -131,7 +131,6 @@ def write_merged(
         written = Written(says=made_same.says(), dtypes=patch.dtypes())
 
     record.with_flags(sft_type='full').write(folder)
-    use_default_modes(folder)
     release(model)
     device.free_unused()
     return written
