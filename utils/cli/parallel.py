@@ -13,7 +13,7 @@ _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
 
 
 def resolve_scale(done: Resolution[SftArguments]) -> None:
-    """Add a problem for each flag that cannot be combined with --fsdp. Set --only_save_model if --fsdp decides it.
+    """Add a problem for each flag that cannot be combined with --fsdp. Sets --only_save_model if it was not typed.
 
     Only the flags are checked here. Files and devices are checked in cli/machine.py.
     """

@@ -163,7 +163,7 @@ def _bf16(t: Translation, key: str, value: Any) -> None:
 
 
 def _full(t: Translation, key: str, value: Any) -> None:
-    """Translate load_in_4bit and load_in_8bit. With an adapter they are translated together with it."""
+    """Refuse load_in_4bit or load_in_8bit in a recipe without `adapter`. With `adapter`, its rule reads these keys."""
     if is_empty(t.get('adapter')) and is_on(value):
         t.refuse(key, 'quantised weights cannot be trained. Add adapter: qlora, or remove the key.')
 
@@ -367,7 +367,7 @@ FAMILIES: dict[str, Rule] = {
 
 
 def translate(t: Translation) -> None:
-    """Translate a recipe of axolotl."""
+    """Translate a recipe of axolotl: set the flags of `t`, and add its notes and problems."""
     apply_rules(t, RULES, FAMILIES)
     t.use('(hub)', 'hub', 'huggingface', kind='default')
     if is_empty(t.get('adapter')):
@@ -392,7 +392,7 @@ def translate(t: Translation) -> None:
 
 
 def _steps(t: Translation, *, evaluates: bool) -> None:
-    """Set --eval_steps and --save_steps from steps, or from the number of times per epoch."""
+    """Set --eval_steps and --save_steps: from numbers of steps in the recipe, or from evals and saves per epoch."""
     epochs = to_number(t.get('num_epochs')) or 1
     for what, often, flag in (('eval', 'evals_per_epoch', 'eval_steps'), ('save', 'saves_per_epoch', 'save_steps')):
         if what == 'eval' and not evaluates:
@@ -411,7 +411,7 @@ def _steps(t: Translation, *, evaluates: bool) -> None:
 
 
 def _entries(t: Translation, key: str) -> list[dict[str, Any]]:
-    """Return the data sets of a key as a list of objects."""
+    """Return the data sets in the value of a key as a list of dictionaries."""
     value = t.get(key)
     entries = []
     for entry in value if isinstance(value, list) else [value]:
@@ -425,7 +425,7 @@ def _entries(t: Translation, key: str) -> list[dict[str, Any]]:
 
 
 def _entry_words(t: Translation, rows: Rows, key: str, entry: dict[str, Any]) -> list[str]:
-    """Return the words of --dataset for one data set, and add its columns."""
+    """Return the values of --dataset for one data set. Adds the names of its columns to `rows`."""
     path = str(entry['path'])
     named = f'{key} {path}'
     _shape(t, rows, named, entry)
@@ -451,14 +451,14 @@ def _entry_words(t: Translation, rows: Rows, key: str, entry: dict[str, Any]) ->
 
 
 def _splits(t: Translation, named: str, split: str) -> list[str]:
-    """Return the names of the splits in `train[:20%]+test`. A part in brackets is left out."""
+    """Return the names of the splits in a text such as `train[:20%]+test`. A slice in brackets is removed."""
     if '[' in split:
         t.note('different', named, f'all rows of the split are used instead of {split}; name#1000 draws 1000 rows')
     return [re.sub(r'\[.*\]', '', part) for part in split.split('+')]
 
 
 def _shape(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> None:
-    """Add the columns of a data set by its type. A type that is not known is a problem."""
+    """Add the names of a data set's columns to `rows`, according to the key `type`. An unknown type is a problem."""
     kind = entry.get('type')
     if isinstance(kind, dict):
         names = {kind.get(f'field_{part}', part): part for part in ('instruction', 'input', 'output', 'system')}
@@ -483,7 +483,7 @@ def _shape(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> Non
 
 
 def _messages(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> None:
-    """Add the column of a data set with conversations. Messages with keys that are not known are a problem."""
+    """Add the column of a data set with conversations to `rows`. Unknown names of message keys are a problem."""
     mapped = entry.get('message_property_mappings') or {}
     role = str(mapped.get('role') or entry.get('message_field_role') or 'role')
     content = str(mapped.get('content') or entry.get('message_field_content') or 'content')

@@ -242,7 +242,7 @@ FAMILIES: dict[str, Rule] = {
 
 
 def translate(t: Translation, folder: Path, dataset_info: Path | None) -> None:
-    """Translate a LLaMA-Factory recipe of a folder. `dataset_info` is its dataset_info.json, if it is named."""
+    """Translate a LLaMA-Factory recipe in `folder`. `dataset_info` is the path in --dataset_info, or None."""
     apply_rules(t, RULES, FAMILIES)
     modelscope = str(t.environment.get('USE_MODELSCOPE_HUB', '0')).lower() in ('1', 'true')
     t.use('(hub)', 'hub', 'modelscope' if modelscope else 'huggingface', kind='default')
@@ -282,7 +282,7 @@ def _rows(t: Translation, folder: Path, dataset_info: Path | None) -> None:
 
 
 def _mix(t: Translation, rows: Rows) -> None:
-    """Give the words of --dataset the shares of interleave_probs."""
+    """Append the shares in `interleave_probs` to the values of --dataset (name%share)."""
     strategy = str(t.get('mix_strategy', 'concat'))
     shares = to_list(t.get('interleave_probs'))
     if strategy == 'concat':
@@ -297,7 +297,7 @@ def _mix(t: Translation, rows: Rows) -> None:
 
 
 def val_size(t: Translation, key: str) -> None:
-    """Translate the size of the validation set: a share, or a number of rows, which is a problem."""
+    """Translate the size of the validation set. A number of rows becomes the share 0.01, with a note to change it."""
     size = to_number(t.get(key, 0))
     if size is None or size < 0:
         t.refuse(key, f"'{t.get(key)}' is not a share. Give a share below 1, e.g. 0.1.")
@@ -326,7 +326,7 @@ def _read_info(t: Translation, folder: Path, dataset_info: Path | None) -> Mappi
 
 
 def _words(t: Translation, rows: Rows, key: str, name: str, info: Mapping[str, Any]) -> list[str]:
-    """Return the words of --dataset for a name of LLaMA-Factory."""
+    """Return the values of --dataset for a data set that LLaMA-Factory knows by this name."""
     if name in info:
         return _entry_words(t, rows, f'{key} {name}', info[name])
     if name in _ON_HUGGING_FACE:
@@ -345,7 +345,7 @@ def _words(t: Translation, rows: Rows, key: str, name: str, info: Mapping[str, A
 
 
 def _entry_words(t: Translation, rows: Rows, key: str, entry: Mapping[str, Any]) -> list[str]:
-    """Return the words for an entry of dataset_info.json, and add its columns."""
+    """Return the values of --dataset for an entry of dataset_info.json. Adds the names of its columns to `rows`."""
     if entry.get('ranking') or 'kto_tag' in entry.get('columns', {}):
         t.refuse(key, 'rows with a chosen and a rejected reply are for preference training. Name rows with replies.')
     if entry.get('script_url'):

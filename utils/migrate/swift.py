@@ -62,7 +62,7 @@ def _targets(t: Translation, key: str, value: Any) -> None:
 
 
 def lora_pattern(t: Translation, key: str, value: Any) -> None:
-    """Translate a regular expression over the paths of layers."""
+    """Translate a regular expression that selects layers by their paths."""
     t.use(key, 'lora_target_modules', f're:{value}')
 
 
@@ -229,7 +229,7 @@ FAMILIES: dict[str, Rule] = {
 
 
 def translate(t: Translation) -> None:
-    """Translate the flags of `swift sft` or `swift pt`."""
+    """Translate the flags of `swift sft` or `swift pt`: set the flags of `t`, and add its notes and problems."""
     apply_rules(t, RULES, FAMILIES)
     hugging_face = is_on(t.get('use_hf')) or str(t.environment.get('USE_HF', '0')).lower() in ('1', 'true')
     hub = 'huggingface' if hugging_face else 'modelscope'
@@ -289,7 +289,7 @@ def _words(t: Translation, key: str) -> list[str]:
 
 
 def _subsets(name: str, hub: str, count: str) -> list[str]:
-    """Return the word of each subset of a data set. ms-swift separates several subsets by /."""
+    """Return a value of --dataset for each subset of a data set. In ms-swift, / separates the names of subsets."""
     sample = f'#{count}' if count else ''
     if is_file(name):
         return [name + sample]
