@@ -166,7 +166,7 @@ def _swift(program: str, command: str, words: list[str], environment: Mapping[st
     if program == 'megatron' or command in _SWIFT_OTHERS:
         if program == 'megatron' or command == 'rlhf':
             raise ConfigError(
-                f'{program} {command}: only supervised fine-tuning (swift sft) is built here. Train this stage with '
+                f'{program} {command}: only supervised fine-tuning (swift sft) is supported. Train this stage with '
                 'ms-swift.'
             )
         return None

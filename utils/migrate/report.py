@@ -12,9 +12,9 @@ from utils.migrate.translation import Kind, Translation
 
 _TITLES: dict[Kind, str] = {
     'used': 'Used, with the same meaning',
-    'default': 'Not in the recipe: defaults of {toolkit} that are not the defaults here',
+    'default': 'Not in the recipe: defaults of {toolkit} that differ from those of llm_sft.py',
     'different': 'Different in meaning',
-    'without effect': 'Without effect here',
+    'without effect': 'Without effect in llm_sft.py',
     'not understood': 'Not understood, and left out',
 }
 

@@ -53,7 +53,7 @@ def _tuner(t: Translation, key: str, value: Any) -> None:
     if str(value) in ('lora', 'full'):
         t.use(key, 'sft_type', value)
     else:
-        t.refuse(key, f"'{value}' is not built here. Use lora or full.")
+        t.refuse(key, f"'{value}' is not supported. Use lora or full.")
 
 
 def _targets(t: Translation, key: str, value: Any) -> None:
@@ -79,7 +79,7 @@ def _loss_scale(t: Translation, key: str, value: Any) -> None:
     elif str(value) == 'default':
         t.use(key, 'loss_scope', 'all_rounds')
     else:
-        why = f"'{value}' there weights tokens; here every token of a reply has weight 1"
+        why = f"'{value}' of ms-swift weights tokens; here every token of a reply has weight 1"
         t.use(key, 'loss_scope', 'all_rounds', why=why)
 
 
@@ -109,7 +109,7 @@ def _quant_method(t: Translation, key: str, value: Any) -> None:
     if str(value) == 'bnb':
         t.note('used', key, 'bitsandbytes, which is the method here')
     else:
-        t.refuse(key, f"'{value}' is not built here. Use bnb with 4 or 8 bits.")
+        t.refuse(key, f"'{value}' is not supported. Use bnb with 4 or 8 bits.")
 
 
 def _compute_dtype(t: Translation, key: str, value: Any) -> None:
@@ -220,8 +220,8 @@ RULES: dict[str, Rule] = TRAINER_RULES | {
     'response_prefix': other('left out: the chat template writes the beginning of a reply'),
 }
 FAMILIES: dict[str, Rule] = {
-    'freeze_parameters': refused('training only some weights is not built here. Use lora or full.'),
-    'trainable_parameters': refused('training only some weights is not built here. Use lora or full.'),
+    'freeze_parameters': refused('training only some weights is not supported. Use lora or full.'),
+    'trainable_parameters': refused('training only some weights is not supported. Use lora or full.'),
     'vllm_': unused('it is for serving'),
     'target_parameters': refused('name stacked experts with --lora_target_modules. Remove the flag.'),
     **TRAINER_FAMILIES,
@@ -259,7 +259,7 @@ def _defaults(t: Translation) -> dict[str, Any]:
     if not full:
         defaults |= {'lora_target_modules': 'ALL', 'lora_dropout_p': 0.05}
     if 'max_length' not in t.flags:
-        t.use('(--max_length)', 'max_length', -1, why='there is no limit here, and there the limit of the model')
+        t.use('(--max_length)', 'max_length', -1, why='no limit here; ms-swift takes the limit of the model')
     if 'warmup_steps' in t.flags:
         del defaults['warmup_ratio']
     return defaults

@@ -19,19 +19,19 @@ from utils.migrate.translation import (
     unused,
 )
 
-FASTER = unused('it changes speed or memory there; here the fast path is on wherever it is exact')
-NOT_BUILT = 'is not built here on purpose; the run trains without it'
-LOGGING = unused('the log, its names and progress bars are those of a run here')
+FASTER = unused('it changes only speed or memory; llm_sft.py uses its fast path wherever it is exact')
+NOT_BUILT = 'is not supported on purpose; the run trains without it'
+LOGGING = unused('logs and progress bars are those of llm_sft.py')
 LOADING = unused('files are read, encoded and cached as described in docs/data.md')
 TOKEN = unused('tokens are read from the environment only: HF_TOKEN, or MODELSCOPE_API_TOKEN')
 DIVIDED = refused(
-    'one model or row is divided over several devices, which is not built here. Remove the key, and use '
+    'one model or row is divided over several devices, which is not supported. Remove the key, and use '
     '--deepspeed_config_path ds_config/zero3.json for a model that is larger than a GPU.'
 )
 OUTPUT = same('output_dir', 'each run gets a new folder in it: <output_dir>/<model>/vN-<time>')
 GROUPED = same('group_by_length', 'rows are rearranged within an optimizer step, so that no step gets other rows')
 # Each of these trains something else than one model on replies.
-NOT_REPLIES = 'trains something else than replies to prompts, and only supervised fine-tuning is built here'
+NOT_REPLIES = 'trains something else than replies to prompts, and only supervised fine-tuning is supported'
 # One evaluation or checkpoint at the end. A share of 1 would be read as one step.
 _WHOLE_RUN = 0.99999
 
@@ -69,10 +69,10 @@ def deepspeed(t: Translation, key: str, value: Any) -> None:
         t.note('without effect', key, 'nothing is sharded by it')
         return
     if not any(mark in name for mark in ('z1', 'z2', 'z3', 'zero1', 'zero2', 'zero3', 'stage2', 'stage3')):
-        t.use(key, 'deepspeed_config_path', str(value), why='the file must be there, and start with torchrun')
+        t.use(key, 'deepspeed_config_path', str(value), why='the file must exist, and torchrun must start the command')
     else:
         chosen = f'ds_config/zero{stage}{offload}.json'
-        why = 'the configuration of this stage here replaces the file'
+        why = 'the configuration of this ZeRO stage in ds_config/ replaces the file'
         if 'z1' in name or 'zero1' in name:
             why = 'stage 2 replaces stage 1: it also shards the gradients'
         t.use(key, 'deepspeed_config_path', chosen, why=why)
@@ -231,7 +231,7 @@ TRAINER_RULES: dict[str, Rule] = {
     'use_galore': other(f'GaLore {NOT_BUILT}; --optim updates all weights'),
     'load_best_model_at_end': unused('the best checkpoint is kept and named, and the run ends with the last weights'),
     'metric_for_best_model': unused('the best checkpoint is that of the lowest loss, or of the first score'),
-    'greater_is_better': unused('the direction of a score is known here'),
+    'greater_is_better': unused('llm_sft.py knows for which scores a larger value is better'),
     'trust_remote_code': unused('code of a checkpoint is never run here; the model uses a class of this project'),
     'ddp_backend': same('ddp_backend'),
     'torch_compile': FASTER,
@@ -248,7 +248,7 @@ TRAINER_RULES: dict[str, Rule] = {
 }
 
 TRAINER_FAMILIES: dict[str, Rule] = {
-    'galore_': unused('GaLore is not built here'),
+    'galore_': unused('GaLore is not supported'),
     'dataloader_': FASTER,
     'ddp_': unused('processes are joined and timed out as the run needs it'),
     'log': LOGGING,
