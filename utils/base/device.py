@@ -18,7 +18,7 @@ _GIVEN_NAMES: tuple[DeviceKind, ...] = ('xpu', 'npu', 'mps')
 
 
 def kind() -> DeviceKind:
-    """Return the kind of device that torch uses. It is cpu if torch finds no accelerator, or one not listed above."""
+    """Return the kind of device that torch uses. It is cpu if torch finds no accelerator of a supported kind."""
     import torch
 
     if torch.cuda.is_available():
@@ -52,7 +52,7 @@ def count() -> int:
 
 
 def address(index: int) -> int | str:
-    """Return the name of a device for a device map. On CUDA, it is the index."""
+    """Return the name of a device for a device map. On CUDA, the name is the index of the device."""
     found = kind()
     if found in ('cuda', 'mps'):
         return index if found == 'cuda' else 'mps'
@@ -60,7 +60,7 @@ def address(index: int) -> int | str:
 
 
 def torch_name(index: int) -> str:
-    """Return the name of a device for torch, e.g. 'cuda:0'. It is 'mps' or 'cpu' for devices without an index."""
+    """Return the name of a device for torch, e.g. 'cuda:0'. On MPS and CPU, the name has no index."""
     found = kind()
     return found if found in ('mps', 'cpu') else f'{found}:{index}'
 
@@ -92,9 +92,9 @@ def memory(index: int) -> tuple[int, int]:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that tensors of this process took, summed over all devices. Not for the CPU.
+    """Return the peak memory of this process's tensors, summed over all devices. Do not call it on a CPU.
 
-    MPS has no such counter. There it is the memory that the allocator holds, and the allocator keeps freed memory.
+    MPS does not count the peak. On MPS, the memory that the allocator holds is returned, which includes freed memory.
     """
     module = _module()
     if kind() == 'mps':
@@ -103,13 +103,13 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Count the peak memory from now on. Does nothing on a CPU and on MPS, which count no peak."""
+    """Restart the measurement of the peak memory. Does nothing on CPU and MPS, which do not measure it."""
     if kind() not in ('mps', 'cpu'):
         _module().reset_peak_memory_stats()
 
 
 def has_bf16() -> bool:
-    """Return whether the device computes in bf16 natively. Not for the CPU."""
+    """Return whether the device computes in bf16 natively. Do not call it on a CPU."""
     import torch
 
     found = kind()

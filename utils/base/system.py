@@ -1,4 +1,4 @@
-"""What differs between operating systems. The modules that only Linux and macOS have are imported only here."""
+"""Functions that differ between operating systems. Only this module imports modules that Windows does not have."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _lock(stream: IO[str]) -> None:
 
 
 def _lock_on_windows(stream: IO[str]) -> None:
-    """Lock the first byte of the file. Windows gives up after 10 seconds, so it is asked again."""
+    """Lock the first byte of the file. Windows stops waiting after 10 seconds, so the call is repeated."""
     module: Any = importlib.import_module('msvcrt')
     while True:
         with contextlib.suppress(OSError):

@@ -77,7 +77,7 @@ def _converted(
 
     The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
     `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remark` is called
-    with the names that are not read as they are written.
+    with a text about columns that are read under a different name than in the file.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()

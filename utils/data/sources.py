@@ -275,7 +275,7 @@ def abbreviated(path: Path) -> str:
 
 
 def of_flag(problem: str, flag: str) -> str:
-    """Return a message about a word of --dataset as a message about a word of the flag."""
+    """Return a message in which --`flag` replaces --dataset, because the word was typed for this flag."""
     rest = problem.removeprefix('--dataset ')
     return problem if rest == problem else f'--{flag} {rest}'
 

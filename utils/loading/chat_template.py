@@ -21,7 +21,7 @@ _MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
 
 
 def folder_templates(folder: Path) -> Templates | None:
-    """Return the chat template of a model folder, as its tokenizer will have it. Returns None if it has none."""
+    """Return the chat template that the tokenizer of a model folder will have. Returns None if there is none."""
     found = {}
     if (folder / TEMPLATE_FILE).is_file():
         found['default'] = _read_text(folder / TEMPLATE_FILE)
@@ -86,7 +86,7 @@ def write_templates(folder: Path, templates: Templates) -> None:
 
 
 def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, Any]) -> None:
-    """Give the tokenizer the template at `path`, if it is given, and write the settings in front of its template.
+    """Give the tokenizer the template at `path`, if a path is given, and write the settings before its template.
 
     Raises ConfigError if a setting is not a variable of the template, or if there is no template.
     """
@@ -107,7 +107,7 @@ def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, A
 
 
 def _unknown_markers(templates: Templates, tokenizer: Any) -> list[str]:
-    """Return the texts in the templates that look like control tokens and are not in the vocabulary."""
+    """Return the texts in the templates that look like control tokens but are not in the vocabulary."""
     from jinja2 import nodes
 
     literals = []
