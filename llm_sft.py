@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def resolve(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
-    """Return the resolved command line. Flags that the adapter of --adapter decides are taken from it."""
+    """Return the resolved command line. Flags that the adapter of --adapter decides are taken from this adapter."""
     decisions: list[str] = []
     warnings: list[str] = []
     resolved = resolve_sft(fill_from_adapter(parsed, decisions, warnings))

@@ -76,7 +76,7 @@ _MOST_ALONE = 16
 
 
 class _Leaf(NamedTuple):
-    """One text of a row. Its characters are counted under `label`.
+    """A leaf: one text (string) of a row. Its characters are counted under `label`.
 
     If the text is not used, it is reported under `name`. `turn` is the index of its turn, or -1 for a text that does
     not belong to a turn.
@@ -378,7 +378,7 @@ class _Text:
         return ''.join([*parts, self.text[position:]])
 
     def buckets(self, start: int, end: int, characters: int) -> dict[str, int]:
-        """Return {bucket: count} for a leaf that is printed at this span. The buckets are cut, context and trained.
+        """Return {bucket: count} for a leaf (a text of the row) at this span. The buckets are cut, context and trained.
 
         `characters` is the length of the leaf. If the span has a different length, the counts are scaled to the leaf.
         """
@@ -506,8 +506,8 @@ def _mark(number: int) -> str:
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
     """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    If there are several spans and the text is an identity, the first span is removed from the list, so that an equal
-    identity gets the next span.
+    If there are several spans and the text is an identity (a name or id), the first span is removed from the list, so
+    that the next equal name or id gets the next span.
     """
     leaf = places[number].leaf
     if not spans:
@@ -642,7 +642,7 @@ class Account:
             missed[leaf.name] = None
 
     def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
-        """Return (_Place of a leaf, position in the text at which the leaf ends). It is 0 if the leaf is not found."""
+        """Return (_Place of a leaf, position in the text at which the leaf ends). The position is 0 without a match."""
         size = len(leaf.text)
         if leaf.kind == STRUCTURE:
             return _Place(leaf, {STRUCTURE: size}), 0

@@ -94,7 +94,7 @@ class Shape:
 
 
 def _unfolded(pattern: str, indices: str) -> list[str]:
-    """Return the paths of a pattern and its indices, e.g. 'layers.#.q_proj' and '0-3 8'."""
+    """Return the paths that a pattern and its indices describe, e.g. 'layers.#.q_proj' and '0-3 8'."""
     paths = []
     for part in indices.split():
         first, _, last = part.partition('-')

@@ -71,12 +71,12 @@ class BeforeAfter:
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def ask_before(self, model: Any, args: SftArguments) -> None:
-        """With --sft_type full, generate the answers before training now, because training changes the base weights."""
+        """With --sft_type full, generate the answers before training. After training, the base weights are changed."""
         if args.sft_type == 'full':
             self.ask_now(model)
 
     def ask_now(self, model: Any) -> None:
-        """Generate the answers before training now, by the model as it is."""
+        """Generate the answers before training with the model in its present state."""
         self.before = self.ask(model)
 
     def write(self, model: Any, run_dir: Path) -> None:

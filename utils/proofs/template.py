@@ -353,9 +353,10 @@ class _Check:
 
 
 def _check_text(encoder: Encoder, row: Row) -> None:
-    """Raise ConfigError if a row of plain text has other ids than the tokenizer gives, or a token without loss.
+    """Raise ConfigError if the ids of plain text differ from those of the tokenizer, or if a token carries no loss.
 
-    Control tokens that occur in the text are plain text. So the ids of a text with such tokens must decode to it.
+    A control token that occurs in the text is encoded as plain text. For a text with control tokens, it is only checked
+    that its ids decode to the text.
     """
     unlimited = copy.copy(encoder)
     unlimited.max_length = -1

@@ -125,7 +125,7 @@ def _data(run: RunFiles) -> list[Markup]:
 
 
 def _sets(run: RunFiles) -> Markup:
-    """Return the table with the rows and the last scores of each validation set. Returns '' for less than two."""
+    """Return a table with the rows and last scores of each validation set, or '' if there are fewer than two sets."""
     last = run.outcome.get('last_evaluation') or {}
     rows = run.outcome.get('data', {}).get('validation_sets', {})
     scores = [score for score in scores_of(run.record.flags) if f'eval_{score}' in last]

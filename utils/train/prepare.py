@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def find_targets(
     model: PreTrainedModel, wanted: Sequence[str], frozen: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Return two lists: the modules that get LoRA, by name or path, and the names of the expert parameters that get it.
+    """Return two lists: the names or paths of the modules that get LoRA, and the names of such expert parameters.
 
     Modules inside the modules `frozen` are left out. An expert parameter is the stacked weight of all experts of a
     layer. It is named by the end of its path, e.g. experts.down_proj. Raises ConfigError if a word of `wanted` matches

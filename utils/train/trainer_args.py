@@ -91,7 +91,7 @@ def _schedule_settings(args: SftArguments) -> dict[str, float]:
 
 
 def unused_optimizer(learning_rate: float) -> Any:
-    """Return an optimizer for a schedule of which only the function is used. A new schedule changes its optimizer."""
+    """Return an optimizer that is never used. A new schedule changes its optimizer, so it must not get the real one."""
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
 
 
