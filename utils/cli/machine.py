@@ -383,8 +383,8 @@ def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> N
         problems.add(f'{given} exists already and is not replaced. Name a new file.')
     elif any(_will_name(source, target) for source in sources):
         problems.add(
-            f'{given} lies where the data names every file, so the next run would read the rows twice. Name a file in '
-            'another folder.'
+            f'{given} is in a folder or pattern that names the data, so the next run would read the rows twice. Name a '
+            'file in another folder.'
         )
     else:
         _check_writable('write_clean', str(target), target, problems)

@@ -63,7 +63,9 @@ def check_scores(words: Sequence[str], problems: Problems, sets: Sequence[str] =
         elif own is not None and not own.function.isidentifier():
             problems.add(f"--score '{word}': '{own.function}' is not the name of a function. Give FILE.py:name.")
         elif own is not None and own.function in _TAKEN:
-            problems.add(f"--score '{word}': an evaluation logs other values as '{own.function}'. Rename the function.")
+            problems.add(
+                f"--score '{word}': '{own.function}' is the name of a different logged value. Rename the function."
+            )
         elif score_name(word) in seen:
             problems.add(f"--score '{word}': the score '{score_name(word)}' is named twice. Name it once.")
         seen.add(score_name(word))

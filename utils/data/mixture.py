@@ -71,7 +71,7 @@ def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
 def _check_rows(one: Ingredient, available: int, count: int, size: int) -> None:
     if not available:
         raise ConfigError(
-            f"--dataset '{one.word}': no training row of it is left to fill its share. Correct its rows, or remove it."
+            f"--dataset '{one.word}': it has a share, but no row can be trained on. Correct its rows, or remove it."
         )
     if not count:
         raise ConfigError(

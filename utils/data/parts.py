@@ -271,7 +271,7 @@ class Part:
 
         if position != len(self.uses):
             raise ConfigError(
-                f"data set '{self.name}': the second read returned other rows than the first. Make its function in "
+                f"data set '{self.name}': the second read returned different rows. Make its function in "
                 'utils/dataset.py deterministic: the same rows in the same order.'
             )
 

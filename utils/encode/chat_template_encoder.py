@@ -601,7 +601,7 @@ class AutoEncoder(Encoder):
             follows = self._inside_block(prompt, follows, reasons=reasons)
         is_printed = follows is not None and _is_printed(content, reasoning, follows, is_call=is_call, reasons=reasons)
         if follows is None and is_call:
-            raise RowRefused('the chat template prints the tool call apart from the generation prompt')
+            raise RowRefused('the chat template does not print the tool call after the generation prompt')
         if follows is None or not (is_printed or is_call):
             follows = self._as_written(prompt, content, frame, reasons=reasons)
         if full != prompt + follows:

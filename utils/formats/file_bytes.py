@@ -182,7 +182,7 @@ class FileBytes:
     def not_utf8(self, error: UnicodeDecodeError) -> str:
         """Return a message about text that is not UTF-8. The message names the likely encoding and a remedy."""
         if self.converted:
-            return f'half of a character: the file says that it is {self.converted.upper()}. {DOWNLOAD_AGAIN}'
+            return f'an incomplete character: the file is marked as {self.converted.upper()}. {DOWNLOAD_AGAIN}'
 
         problem = f'byte 0x{error.object[error.start]:02x} is not UTF-8.'
         return f'{problem} {_convert(guess_encoding(error.object[error.start :]), self.path.name)}'

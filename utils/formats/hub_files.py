@@ -199,8 +199,8 @@ class HubFiles:
     def _check_suffixes(self, names: Sequence[str]) -> None:
         if other := [name for name in names if not name.lower().endswith(SUFFIXES)]:
             raise ConfigError(
-                f"--dataset '{self.word}': {other[0]} is not read; {', '.join(SUFFIXES[:5])} files are. Name another "
-                'subset, or convert the file and give the converted one.'
+                f"--dataset '{self.word}': the format of {other[0]} is not one of {', '.join(SUFFIXES[:5])}. Name "
+                'another subset, or convert the file and give the converted one.'
             )
 
     def _with(self, *parts: str) -> str:

@@ -77,7 +77,7 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
     for name, without_effect in _UNEXPRESSED.items():
         if config.get(name) not in without_effect:
             problems.add(
-                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag here expresses. Merge it into its base with '
+                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag can set. Merge it into its base with '
                 'merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
             )
     _fill_shape(parsed, config, f'{given}: the adapter has', decisions)
