@@ -1,8 +1,7 @@
-"""The device that computes, for all kinds of devices that torch supports here.
+"""Functions for the device on which torch computes. The code outside this module does not depend on its kind.
 
-The kinds are cuda (NVIDIA, and AMD under its ROCm build), xpu (Intel), npu (Ascend), mps (Apple) and cpu. All other
-modules ask this module, so that nothing else in utils/ depends on one kind. torch is imported only inside functions.
-`visible_kind` in dist.py answers without torch, from the files of the machine.
+The kinds are cuda (NVIDIA, and AMD with the ROCm build of torch), xpu (Intel), npu (Ascend), mps (Apple) and cpu. torch
+is imported only inside functions. `visible_kind` in dist.py finds the kind without torch, from files of the machine.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def torch_name(index: int) -> str:
 
 
 def use(index: int) -> None:
-    """Make a device the current one of this process. A Mac has only one, so nothing is changed there."""
+    """Make a device the current device of this process. Does nothing on MPS, because a Mac has only one device."""
     if kind() != 'mps':
         _module().set_device(index)
 
@@ -79,9 +78,9 @@ def description(index: int) -> str:
 
 
 def memory(index: int) -> tuple[int, int]:
-    """Return the free and the whole memory of a device, in bytes.
+    """Return the free memory and the total memory of a device, in bytes.
 
-    A Mac's GPU shares the main memory. There the whole memory is the part that the system recommends for the GPU.
+    A Mac's GPU shares the main memory. Its total memory is the part that the system recommends for the GPU.
     """
     module = _module()
     if kind() == 'mps':

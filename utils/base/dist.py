@@ -141,9 +141,9 @@ def local_main_first() -> Iterator[None]:
 
 
 def gather(mine: list[T]) -> list[T]:
-    """Return the complete list of which each rank holds a part. Every rank gets the list.
+    """Join the parts of a list that the ranks have, and return the complete list on every rank.
 
-    `mine` is the part of this rank: rank r holds the items r, r + world_size, r + 2 * world_size and so on. A
+    `mine` is the part of this rank: rank r has the items r, r + world_size, r + 2 * world_size and so on. This is a
     collective operation: every process must call it.
     """
     parts = from_all(mine)

@@ -56,7 +56,7 @@ def _lock_on_windows(stream: IO[str]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Flush a file or folder to the disk. Windows cannot open folders, so folders are left to the system there."""
+    """Flush a file or folder to the disk. On Windows, folders cannot be opened, so nothing is done for a folder."""
     if os.name == 'nt' and path.is_dir():
         return
     mode = os.O_RDWR if os.name == 'nt' else os.O_RDONLY  # Windows flushes only what is open for writing

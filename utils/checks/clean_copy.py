@@ -28,7 +28,7 @@ class CleanCopy:
     def __init__(self, path: Path, *, marks_loss: bool, sees_images: bool = False) -> None:
         """Open the temporary file. With `marks_loss`, replies that carry no loss get `"loss": false` in the rows.
 
-        `sees_images` says whether the model takes images.
+        `sees_images` says whether the model accepts images.
         """
         self.path = path
         self.marks_loss = marks_loss

@@ -358,7 +358,7 @@ class DataCheck:
         return measured
 
     def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
-        """Return whether a row longer than --max_length is used. Counts the row under what happens to it."""
+        """Return whether a row longer than --max_length is used. Counts the row as split, dropped or refused."""
         overlong = self.encoder.overlong
         if overlong == 'split' and ids.is_text:
             self.noted.add(SPLIT, row.origin, column)

@@ -55,7 +55,7 @@ def _unwrap_optional(hint: Any) -> Any:
 
 
 def _number(word: str) -> int | float:
-    """Return the number that a word states: an int if it is whole, else a float. Raises ValueError for other words."""
+    """Return the number in a word: an int if it is whole, else a float. Raises ValueError if it is not a number."""
     value = float(word)
     return int(value) if value.is_integer() else value
 

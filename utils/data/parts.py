@@ -211,7 +211,7 @@ class Part:
     columns: dict[str, None] = field(default_factory=dict)
 
     def source(self) -> dict[str, str]:
-        """Return, for lock.json, what the hub served and its commit. Returns {} for local files and own functions."""
+        """Return, for lock.json, the repository on the hub and its commit. Returns {} if the data is not from a hub."""
         found = {'served': self.served, 'commit': self.commit}
         return {name: value for name, value in found.items() if value}
 

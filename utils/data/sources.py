@@ -154,7 +154,7 @@ def shadowed_id(source: Source) -> str | None:
 
 
 def not_found_remedy(source: Source) -> str:
-    """Return what to try if no hub has the data set of a word: close ids, the other hub, a local folder."""
+    """Return the remedy for a word whose data set was not found: similar ids, the other hub, or a local folder."""
     assert source.hub is not None, 'only a data set of a hub can be missing on it'
     known = [
         repo_id

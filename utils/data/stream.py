@@ -154,7 +154,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 logger.info(f'{name}: all its {rows} rows are read, its next pass starts')
 
     def _mixed(self, *, counts: bool) -> Iterator[tuple[Row, bool]]:
-        """Yield (row, whether it is read for the first time) of all data sets, without end, each by its share."""
+        """Yield (row, whether it is read for the first time) without end. Each data set gives its share of the rows."""
         readers = [self._passes(number, counts=counts) for number in range(len(self.parts))]
         for number in take_turns(self.shares):
             row, is_new = next(readers[number])

@@ -294,7 +294,7 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
 
 
 def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
-    """Yield the leaves of a column with what is asked, or with the reply, after this number of rounds of history."""
+    """Yield the leaves of a column with the prompt or the reply. `rounds` is the number of rounds in the history."""
     value = raw[column]
     is_asked = column in _ASKED
     first = 2 * rounds + (not is_asked)
@@ -460,7 +460,7 @@ def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
 
 
 def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tuple[str, ...] | None:
-    """Encode the row with these texts replaced. Returns the pieces of its text, or None if the row is refused."""
+    """Encode the row with these texts replaced. Returns its text as a list of pieces, or None if the row is refused."""
     written: Any = row.written
     for path, text in changes:
         written = _replaced(written, path, text)
@@ -667,7 +667,7 @@ class Account:
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Search a text that is not printed as a whole, in parts: split at line ends, think tags and image tags.
+        """Search a text that is not printed in one piece. Its parts are searched: it is split at line ends and at tags.
 
         Returns (counts of the buckets for all parts, position at which the last found part ends).
         """

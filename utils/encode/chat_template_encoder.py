@@ -477,7 +477,8 @@ class AutoEncoder(Encoder):
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
         """Return the message key for the reasoning of a reply. Returns None if no probe found a key.
 
-        If the template prints no calls, calls become text of the reply, and the key for replies without calls is used.
+        If the template prints no tool calls, calls are written into the text of the reply. Then the key for replies
+        without calls is returned.
         """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
@@ -640,7 +641,7 @@ class AutoEncoder(Encoder):
         return full[at + len(anchor) :] if at >= 0 else None
 
     def _repeated(self, alone: str, follows: str) -> int:
-        """Return the length of the turn header that is at the end of `alone` and again at the beginning of `follows`.
+        """Return the length of the turn header that is at the end of `alone` and repeated at the beginning of `follows`.
 
         Returns 0 if there is no such header. The template of Command R+ prints the header in both texts, because it
         puts an instruction before the header of the generation prompt.

@@ -105,7 +105,7 @@ class BeforeAfter:
 
 
 def _asked(row: Row, prompt: str, wanted: str) -> dict[str, Any]:
-    """Return the messages of a row for answers.json. For plain text, return the part of it that is shown."""
+    """Return the entry of a row in answers.json that shows its input: its messages, or the beginning of plain text."""
     if not row.is_text:
         return {'messages': row.messages}
     return {'messages': [{'role': 'assistant', 'content': prompt + wanted}], 'beginning': prompt}

@@ -1,4 +1,4 @@
-"""Reads and writes the chat templates of a folder, and gives a tokenizer the template that the user asks for."""
+"""Reads and writes the chat templates of a folder, and sets the template that the user named for a tokenizer."""
 
 from __future__ import annotations
 

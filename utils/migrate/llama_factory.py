@@ -313,7 +313,7 @@ def val_size(t: Translation, key: str) -> None:
 
 
 def _read_info(t: Translation, folder: Path, dataset_info: Path | None) -> Mapping[str, Any]:
-    """Return the entries of dataset_info.json, or an empty dictionary if the file is not there."""
+    """Return the entries of dataset_info.json, or an empty dictionary if there is no such file."""
     named = str(t.get('dataset_dir', 'data'))
     places = [dataset_info] if dataset_info else [Path(base, named, 'dataset_info.json') for base in (folder, Path())]
     for file in places:

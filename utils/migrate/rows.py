@@ -71,6 +71,6 @@ def is_file(path: str) -> bool:
 
 
 def take_first(t: Translation, key: str, words: list[str], count: int) -> list[str]:
-    """Return the words with `#count`, which draws `count` random rows. A note says that the toolkit takes the first."""
+    """Append #count to each word, which draws `count` random rows. A note says that the toolkit takes the first."""
     t.note('different', key, f'{count} rows of each data set are drawn at random; {t.toolkit} takes the first rows')
     return [word if '#' in word else f'{word}#{count}' for word in words]

@@ -214,7 +214,7 @@ class FirstStepGate(TrainerCallback):
         )
 
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
-        """Return a list of (flag that saves memory, the batch as it is with this flag).
+        """Return a list of (flag that saves memory, the heaviest batch under this flag).
 
         `tokens` is the number of tokens in the longest row. For --gradient_checkpointing true the batch is the object
         `rows` itself.

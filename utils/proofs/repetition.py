@@ -220,7 +220,7 @@ def _is_summary(line: dict[str, Any]) -> bool:
 
 
 def _is_compared(name: str) -> bool:
-    """Return whether a value of a log line is compared. Seconds and speeds differ each time."""
+    """Return whether a value of a log line is compared. Seconds and speeds are not, because they always differ."""
     return not ('runtime' in name or 'per_second' in name)
 
 

@@ -32,9 +32,9 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def curves_of(*runs: RunFiles) -> list[tuple[str, Sequence[tuple[str, str]]]]:
-    """Return the charts of these runs, in the form of CURVES.
+    """Return the list of charts for these runs, with the same structure as CURVES.
 
-    They are the charts of the scores of generated answers, the charts that every run has, and those of validation sets.
+    These are charts of the scores of generated answers, the charts of every run, and charts of validation sets.
     """
     scores = {key: title for run in runs for key, title in curves_of_scores(run.record.flags).items()}
     sets = {key: title for run in runs for key, title in curves_of_sets(run.record.flags).items()}

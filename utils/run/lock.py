@@ -88,7 +88,7 @@ def make_lock(
 
 
 def _machine() -> dict[str, Any]:
-    """Return what can change the rounding of a run: the processor, its instructions, the threads and the GPUs."""
+    """Return the properties of the machine that can change rounding: processor, its instructions, threads and GPUs."""
     import torch
 
     cuda = torch.cuda

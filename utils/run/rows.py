@@ -126,7 +126,7 @@ def held_out_rows(rows: Plan | Streams, stream_val_rows: int) -> dict[str, Row]:
 
 
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
-    """Write held_out.json, which names the validation rows: llm_infer.py then need not read all data to find them.
+    """Write held_out.json with the positions of the validation rows, so that llm_infer.py need not read all data.
 
     Nothing is written for streams without --val_dataset, because such a stream always holds out its first rows.
     """

@@ -48,7 +48,7 @@ class StepIntervals(TrainerCallback):
         self._record(counts, schedule_is_ours=isinstance(kwargs['lr_scheduler'], LambdaLR))
 
     def set_intervals(self, args: TrainingArguments, state: TrainerState) -> StepCounts:
-        """Set the intervals of the state for its last step (max_steps), and return the numbers of steps."""
+        """Compute the intervals for a run of state.max_steps steps, store them in the state, and return them."""
         evaluates = str(args.eval_strategy.value) == 'steps'
         counts = step_counts(self.flags, state.max_steps, evaluates=evaluates)
         state.logging_steps = self.flags.logging_steps

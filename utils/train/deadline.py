@@ -174,7 +174,7 @@ class Deadline(TrainerCallback):
             write_json(Path(run.folder) / LOCK_JSON, run.lock)
 
     def proposal(self) -> int:
-        """Return the last step that this process proposes near the end of a step. 0 means that the plan stays.
+        """Return the last step of the run that this process proposes now, or 0 to keep the planned last step.
 
         Only process 0 proposes a step. All other processes return 0, so the sum is the proposal of process 0.
         """

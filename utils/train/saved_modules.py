@@ -1,4 +1,4 @@
-"""--lora_modules_to_save: layers that are trained whole, beside the adapter, and stored with it.
+"""--lora_modules_to_save: layers whose full weights are trained, besides the adapter, and stored with the adapter.
 
 PEFT trains a copy of each layer. The copy is held in fp32, like the adapter, and computes in the dtype of the model.
 """

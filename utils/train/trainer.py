@@ -244,7 +244,7 @@ class SftTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the share of a micro-batch in the loss of the whole step.
+        """Return the contribution of a micro-batch to the loss of the step.
 
         It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step, and
         multiplied by the number of processes.
@@ -273,7 +273,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the learning-rate schedule if there is none yet, and return it. DeepSpeed passes its own optimizer."""
+        """Return the learning-rate schedule, which is made on the first call. DeepSpeed passes its own optimizer."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
         if scheduler is None:
 
