@@ -188,7 +188,7 @@ def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
 def _needs_template(args: CommonArguments) -> bool:
     """Return whether the command makes conversations into prompts. Plain text needs no template.
 
-    Only the first row of each data set is read. A data set that cannot be read is reported later, before the model.
+    Only the first row of each data set is read. If a data set cannot be read, this is reported later.
     """
     if not args.reads_data:
         return isinstance(args, InferArguments) and args.eval_human
@@ -218,7 +218,7 @@ def _text_files(args: CommonArguments) -> list[Path]:
 
 
 def _reads_hub_data(done: Resolution[Any]) -> bool:
-    """Return whether this command reads a data set from the hub of --hub. `hf:` and `ms:` choose a hub themselves."""
+    """Return whether this command reads a data set from the hub of --hub. Words with hf: or ms: do not count."""
     args = done.args
     if not args.reads_data or done.problems.found:
         return bool(args.reads_data)  # words that are not understood are reported already

@@ -48,7 +48,7 @@ T = TypeVar('T')
 
 
 class UsedRow(NamedTuple):
-    """A row that a run uses: its use, the number of its part in the plan, and how often an epoch trains it."""
+    """A row of a run: its use (training or validation), the number of its part in the plan, and its times per epoch."""
 
     row: Row
     use: int

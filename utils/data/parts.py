@@ -57,7 +57,7 @@ ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 def _hashed(
     located: Iterable[tuple[str, dict[str, Any] | BadRow]], digest: Any
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield the same (location, row), and update the hash with the content of each row."""
+    """Yield each (location, row) unchanged, and update the hash with the content of each row."""
     for location, row in located:
         # Only text, numbers, lists and objects can get into a conversation. Of other values, only the type is hashed.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())

@@ -100,7 +100,7 @@ class Plan:
         }
 
     def val_sets(self) -> dict[int, str]:
-        """Return the name in metrics of each set of --val_dataset. The keys are its numbers in `parts`."""
+        """Return {number in `parts`: name in metrics} for the sets of --val_dataset."""
         return {number: part.val_set for number, part in enumerate(self.parts) if part.val_set}
 
 

@@ -339,10 +339,10 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 class _Text:
-    """The tokenised text of a row.
+    """The tokenised text of a row. It consists of pieces: stretches of text with or without loss.
 
-    `ends` has the positions at which its pieces end, `trained` the positions at which its trained pieces begin, and
-    `claimed` the spans in which leaves were found.
+    `ends` has the positions at which the pieces end, `trained` the positions at which the trained pieces begin, and
+    `claimed` the spans in which leaves (texts of the row) were found.
     """
 
     def __init__(self, encoded: Encoded) -> None:

@@ -641,7 +641,7 @@ class AutoEncoder(Encoder):
         return full[at + len(anchor) :] if at >= 0 else None
 
     def _repeated(self, alone: str, follows: str) -> int:
-        """Return the length of the turn header that is at the end of `alone` and repeated at the beginning of `follows`.
+        """Return the length of the turn header with which `alone` ends and `follows` begins.
 
         Returns 0 if there is no such header. The template of Command R+ prints the header in both texts, because it
         puts an instruction before the header of the generation prompt.
@@ -985,7 +985,7 @@ def _have_calls(chats: Sequence[Any]) -> bool:
 
 
 def _is_unknown(reply: Message) -> bool:
-    """Return whether a reply is not known yet: inference passes an empty reply, which it will generate."""
+    """Return whether a reply is not known yet. In inference, the last reply is empty, because it is generated later."""
     return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 

@@ -251,7 +251,7 @@ def _inner(
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return how attention needs memory in this model, as a value of `Shape.attention`."""
+    """Return the kind of attention of this model, which decides its memory, as a value of `Shape.attention`."""
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 

@@ -133,7 +133,7 @@ def _read_readme_list(text: str, files: Sequence[str]) -> CardList:
 
 
 def _splits_of_config(config: Mapping[str, Any], files: Sequence[str]) -> dict[str, list[str]]:
-    """Return the files of each split of a subset. Without patterns, the splits are found from the file names."""
+    """Return {split: files} for a subset. If the card lists no files for it, the splits are found from file names."""
     folder = str(config.get('data_dir') or '').strip('./')
     inside = [name for name in files if not folder or name.startswith(f'{folder}/')]
     data = config.get('data_files')

@@ -106,7 +106,7 @@ def _copy_keys(row: Row, messages: list[dict[str, Any]], made: MessagesForm) -> 
 
 
 def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """Yield each turn of the source row together with its message. A turn that is only a text has no keys: skipped."""
+    """Yield each turn of the source row with its message. Turns that are only texts are skipped: they have no keys."""
     column = next((name for name in ('messages', 'conversations') if name in row.written), None)
     pair = next((names for names in PAIRS if row.written.keys() >= set(names)), ())
     turns: list[Any] = []

@@ -122,7 +122,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _comparable(value: Any) -> tuple[Any, ...]:
-    """Return a JSON value in which each value has its kind, because Python's True equals 1."""
+    """Return a JSON value in which each value is a pair (kind, value), because True equals 1 in Python."""
     if isinstance(value, dict):
         return 'object', {key: _comparable(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -231,7 +231,7 @@ class FirstStepGate(TrainerCallback):
         return lighter
 
     def _evaluate(self) -> None:
-        """Try an evaluation of the heaviest validation batch. If evaluation generates answers, they have few tokens.
+        """Try an evaluation of the heaviest validation batch. If evaluations generate answers, these answers are short.
 
         Raises ConfigError if the batch does not fit into memory, or if the loss of a row is not finite.
         """

@@ -73,7 +73,7 @@ def _take_gpus(gpus: int) -> None:
     own = dist.own_gpus(gpus)
     if not own:
         raise ConfigError(
-            f'torchrun: {dist.local_world_size()} processes for {gpus} GPUs, and each needs its own. '
+            f'torchrun: {dist.local_world_size()} processes for {gpus} GPUs, and each process needs its own GPU. '
             f'Start {gpus}: --nproc_per_node {gpus}.'
         )
     device.use(own[0])

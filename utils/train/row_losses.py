@@ -45,7 +45,7 @@ class RowLosses(TrainerCallback):
             earlier = read_rows(Path(self.resumed_from).absolute().parent)
             self.before = {row['origin']: row['loss_before'] for row in earlier if row['loss_before'] is not None}
             if not self.before:
-                logger.info(f'{ROWS_JSONL}: no losses before training, because the resumed run has kept none')
+                logger.info(f'{ROWS_JSONL}: no losses before training, because the resumed run has stored none')
         else:
             self._compute()
         if self.trainer.args.should_save:
