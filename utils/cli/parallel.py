@@ -118,7 +118,7 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
         )
     if zero.offloads_optimizer and 'optimizer' not in zero.content and args.optim not in _OFFLOADED:
         problems.add(
-            f'{path} offloads the optimizer, and --optim {args.optim} cannot run there. Use --optim adamw_torch.'
+            f'{path} offloads the optimizer, and --optim {args.optim} cannot be offloaded. Use --optim adamw_torch.'
         )
 
     if args.max_minutes is not None and 'scheduler' in zero.content:

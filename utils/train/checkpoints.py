@@ -122,7 +122,7 @@ class Checkpoints:
             gib = shutil.disk_usage(run_dir).free / 2**30
             remedy = f', then use --resume_from_checkpoint {last}' if last else ' and start again.'
             raise ConfigError(
-                f'{checkpoint} could not be written: {failure}. Nothing older was changed: the last complete '
+                f'{checkpoint} could not be written: {failure}. No older checkpoint was changed: the last complete '
                 f'checkpoint is {last or "none yet"}. {gib:.1f} GiB are free there. Free disk space{remedy}'
             )
 

@@ -60,8 +60,8 @@ def find_targets(
 
     if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
-            f'--lora_target_modules {", ".join(refused)}: on {type(model).__name__} PEFT puts these names on the '
-            f'experts, not on linear layers. Use --lora_target_modules {",".join(sorted(experts))}.'
+            f'--lora_target_modules {", ".join(refused)}: for {type(model).__name__}, PEFT applies these names to '
+            f'the experts, not to linear layers. Use --lora_target_modules {",".join(sorted(experts))}.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
