@@ -159,9 +159,9 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
 
 
 def _other_start(lock: Mapping[str, Any], record: RunRecord) -> str | None:
-    """Return why a run did not start as this command does: from the adapter of --adapter, or without an adapter.
+    """Return why the start of a run differs from that of this command: from the adapter in --adapter, or without one.
 
-    Returns None if it did.
+    Returns None if both start in the same way.
     """
     started_from = (lock.get('adapter') or {}).get('sha256')
     adapter = record.flags.get('adapter')

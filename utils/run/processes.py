@@ -68,9 +68,9 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
 
 
 def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> None:
-    """Keep optional packages that this run does not use from being imported, so that it starts faster.
+    """Hide optional packages that this run does not use from all later imports, so that the run starts faster.
 
-    `weights` is the folder or the file of the base model. Nothing is left out in a process that may do another run.
+    `weights` is the folder or the file of the base model. Nothing is hidden in a process that may do a second run.
     """
     program = getattr(sys.modules['__main__'], '__file__', None)
     if program is None or Path(program).name not in _PROGRAMS:
