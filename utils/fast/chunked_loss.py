@@ -118,7 +118,7 @@ def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, di
 
 @torch.no_grad()
 def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors of shape (P): -log p(target), and whether the target is the most likely token."""
+    """Return two tensors with a value per position: -log p(target), and whether the target is the likeliest token."""
     dtype = _compute_dtype(head, head.weight)
     weight_VC = head.weight.to(dtype)
     size = head.chunk()

@@ -142,7 +142,7 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     """Return the command line to run: with --from_run, the flags of that run, overridden by the flags typed now.
 
     `words` is the command line typed now, and `parsed` is its parsed form. Without --from_run, `parsed` is returned. If
-    lock.json cannot be read, `parsed` is returned with a problem.
+    lock.json cannot be read, a problem is added to `parsed`, and `parsed` is returned.
     """
     if parsed.args.from_run is None:
         return parsed

@@ -39,7 +39,7 @@ class _HeldLinear(nn.Module):
 
 
 class _HeldOther(nn.Module):
-    """Mixin for an embedding or a norm with fp32 weights. Its output has the dtype that the layer had before."""
+    """Mixin for an embedding or a norm whose weights were changed to fp32. Its output keeps the dtype from before."""
 
     held_dtype: torch.dtype
 
