@@ -151,7 +151,10 @@ class _Buffers:
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, rows: int, weight_VC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor (rows, V) of this dtype. No later chunk may have more rows than the first."""
+        """Return an uninitialised tensor (rows, V) of this dtype. It uses the memory of the tensor of the call before.
+
+        No call may ask for more rows than the first call.
+        """
         if dtype not in self._by_dtype:
             self._by_dtype[dtype] = weight_VC.new_empty(rows, len(weight_VC), dtype=dtype)
         return self._by_dtype[dtype][:rows]
