@@ -151,7 +151,7 @@ class _Buffers:
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, rows: int, weight_VC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor (rows, V) of this dtype. It uses the memory of the tensor of the call before.
+        """Return an uninitialised tensor (rows, V) of this dtype, in the memory of the tensor that was returned before.
 
         No call may ask for more rows than the first call.
         """
