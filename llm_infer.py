@@ -19,6 +19,7 @@ from utils.cli.resolution import Ready
 from utils.cli.resolve import resolve_infer
 from utils.loading.folder import is_adapter
 from utils.loading.image_processors import Images, open_images
+from utils.loading.new_tokens import add_tokens
 from utils.loading.weights import Weights
 from utils.run.folder import log_decisions, result_path
 from utils.run.open_model import find_weights, open_encoder, open_model
@@ -147,8 +148,11 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     args = done.args
     set_seed(args.seed + dist.rank())
     model, tokenizer, _ = open_model(args, done.info, weights, trains=False)
+    has_adapter = trained is not None and is_adapter(trained.checkpoint)
+    if trained is not None and has_adapter:
+        add_tokens(model, tokenizer, trained.record.added_tokens)
     images: Images | None = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
-    if trained is not None and is_adapter(trained.checkpoint):
+    if trained is not None and has_adapter:
         model = load_adapter(model, trained.checkpoint, weights.path, done.info.family)
     model.eval()
 

@@ -18,6 +18,7 @@ from utils.cli.resolve import resolve_sft
 from utils.data.parts import TRAIN, Streams
 from utils.data.plan import Plan, some_rows
 from utils.loading.image_processors import open_images
+from utils.loading.new_tokens import add_tokens
 from utils.run.folder import Run, log_decisions, open_run
 from utils.run.lineage import fill_from_adapter
 from utils.run.lock import repeat
@@ -98,6 +99,7 @@ def carry_out(
     args = done.args
     set_seed(args.seed)
     model, tokenizer, dtype = open_model(args, done.info, run.weights, trains=True, decide=run.decide)
+    token_ids = add_tokens(model, tokenizer, run.record.added_tokens)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     system_typed = 'system' in done.typed
     encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
@@ -130,7 +132,7 @@ def carry_out(
 
     if args.adapter is None and 'lora_target_modules' not in done.typed and (line := say_what_all_adds(model, args)):
         run.say(line)
-    model = prepare_model(model, args, run.decide, base=run.weights.path, family=done.info.family)
+    model = prepare_model(model, args, run.decide, base=run.weights.path, family=done.info.family, token_ids=token_ids)
     if args.adapter is not None:
         asked.ask_now(model)
     trainer = build_trainer(args, run, model, encoder, data, dtype=dtype)

@@ -32,8 +32,10 @@ from utils.encode.encoder import Encoder, cut_row
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.loading.folder import read_config
 from utils.loading.gguf import dense_directory
+from utils.loading.new_tokens import add_to_tokenizer
 from utils.loading.weights import locate
 from utils.model import load_tokenizer
+from utils.run.lineage import find_new_tokens
 from utils.run.open_model import open_encoder
 from utils.run.rows import plan_of
 
@@ -323,6 +325,8 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     weights = locate(done.info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
     tokenizer = load_tokenizer(folder, model_type=args.model_type)
+    if tokens := find_new_tokens(args):
+        add_to_tokenizer(tokenizer, tokens)
     encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, cuts=False)
 
     report = Path(args.output_dir) / run_name(args) / 'dataset_report.json'

@@ -32,6 +32,7 @@ from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 from utils.loading.folder import check_model_dir, has_chat_template, is_adapter, stored_quantization
 from utils.loading.info import ModelInfo
+from utils.loading.new_tokens import read_tokens
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 TRAINER_STATE = 'trainer_state.json'
@@ -155,6 +156,12 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     problems = done.problems
     _check_writable('output_dir', args.output_dir, Path(args.output_dir, 'run'), problems)
 
+    if args.new_tokens is not None:
+        try:
+            read_tokens(Path(args.new_tokens))
+        except ConfigError as error:
+            for problem in error.problems:
+                problems.add(problem)
     if args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
         _check_resume(checkpoint, args, problems)

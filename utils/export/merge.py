@@ -96,6 +96,8 @@ def merge_checkpoint(
     outcome: dict[str, Any] = {'passed': False}
     try:
         texts = [encoded.input_ids for encoded in encoder.encode(rows)]
+        if record.added_tokens:
+            texts.append(encoder.tokenizer.convert_tokens_to_ids(list(record.added_tokens)))
         proven = merge_and_save(
             model, encoder.tokenizer, target, record=record, images=images, texts=texts, config=config
         )

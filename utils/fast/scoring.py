@@ -95,7 +95,7 @@ class Scorer:
         with layout, to_head as collected:
             logits = model(**inputs, use_cache=False, **keep).logits
 
-        found = collected[0].to(self.head.weight.device) if self.head else logits
+        found = collected[0].to(self.head.device) if self.head else logits
         if not keep:
             found = found[:, columns_K.to(found.device)]
         found = found[is_trained_BT[:, columns_K].to(found.device)]

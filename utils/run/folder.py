@@ -18,7 +18,7 @@ from utils.base.names import LOCK_JSON
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready, decision, run_name
 from utils.loading.weights import Weights
-from utils.run.lineage import find_lineage
+from utils.run.lineage import find_lineage, find_new_tokens
 from utils.run.lock import check_repeated, make_lock
 from utils.run.record import RunRecord, check_resumed, record_of
 
@@ -69,8 +69,14 @@ def open_run(
     logged = len(done.warnings)
     base_model = weights.record(done.info)
     lineage = find_lineage(args, done.info, base_model, done.warnings)
-    record = replace(record_of(args, system_typed='system' in done.typed, base_model=base_model), lineage=lineage)
-    lock = make_lock(done, base_model, data, lineage)
+    tokens = find_new_tokens(args)
+    record = record_of(args, system_typed='system' in done.typed, base_model=base_model)
+    record = replace(record, lineage=lineage, added_tokens=tokens)
+    lock = make_lock(done, base_model, data)
+    if lineage is not None:
+        lock['adapter'] = lineage
+    if tokens:
+        lock['new_tokens'] = tokens
 
     check_repeated(done, lock, typed_now)
     if args.resume_from_checkpoint:

@@ -21,6 +21,7 @@ from utils.data.sources import abbreviated
 from utils.loading.folder import is_adapter
 from utils.loading.info import ModelInfo
 from utils.loading.layers import PATTERN
+from utils.loading.new_tokens import read_tokens
 from utils.run.record import RunRecord, find_record
 
 ADAPTER_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
@@ -35,7 +36,6 @@ _UNEXPRESSED: dict[str, tuple[Any, ...]] = {
     'alpha_pattern': (None, {}),
     'layers_to_transform': (None, []),
     'layer_replication': (None, []),
-    'trainable_token_indices': (None, [], {}),
     'use_qalora': (None, False),
 }
 _GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/checkpoint-N.'
@@ -80,6 +80,11 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
                 f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag here expresses. Merge it into its base with '
                 'merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
             )
+    if config.get('trainable_token_indices') and not (record and record.added_tokens):
+        problems.add(
+            f'{given}: it has rows of new tokens, and no record of its run (sft_args.json) says which tokens. Merge it '
+            'into its base with merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
+        )
     _fill_shape(parsed, config, f'{given}: the adapter has', decisions)
     _fill_model(parsed, config, record, decisions)
     if record is None:
@@ -215,6 +220,27 @@ def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) ->
     _fill_model(parsed, config, record, decisions)
     _fill_from_run(parsed, record, decisions)
     return parsed
+
+
+def find_new_tokens(args: SftArguments) -> list[str]:
+    """Return the tokens that a run adds to the tokenizer of its base model, or an empty list.
+
+    A run that is resumed, or that starts from an adapter, has the tokens of the earlier run. Raises ConfigError if
+    --new_tokens names other tokens.
+    """
+    typed = None if args.new_tokens is None else read_tokens(Path(args.new_tokens))
+    earlier = args.resume_from_checkpoint or args.adapter
+    record = None if earlier is None else find_record(Path(earlier))
+    if record is None:
+        return typed or []
+
+    tokens = list(record.added_tokens)
+    if typed is not None and typed != tokens:
+        raise ConfigError(
+            f'--new_tokens {args.new_tokens}: its tokens are not those that {earlier} was trained with '
+            f'({", ".join(tokens) or "none"}). Remove --new_tokens, or start a new run on the base model.'
+        )
+    return tokens
 
 
 def find_lineage(

@@ -44,14 +44,9 @@ def flag_words(name: str, value: Any) -> list[str]:
     return [f'--{name}', *values]
 
 
-def make_lock(
-    done: Ready[SftArguments], base_model: dict[str, str], data: dict[str, Any], lineage: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Return the content of lock.json. The hash of the template is added later, when the tokenizer is open.
-
-    `lineage` is the adapter from which the run starts, if there is one.
-    """
-    lock = {
+def make_lock(done: Ready[SftArguments], base_model: dict[str, str], data: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of lock.json. The hash of the template is added later, when the tokenizer is open."""
+    return {
         'command': typed_words(done),
         # The folder in which the command was started. Relative paths in the command start at this folder.
         'directory': abbreviated(Path.cwd()),
@@ -61,7 +56,6 @@ def make_lock(
         'versions': versions(),
         'toolkit': toolkit(),
     }
-    return lock if lineage is None else {**lock, 'adapter': lineage}
 
 
 def read_lock(run_dir: Path) -> dict[str, Any]:
@@ -110,6 +104,11 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
             earlier.get('adapter') or {},
             lock.get('adapter') or {},
             remedy='--adapter',
+        )
+    if 'new_tokens' not in typed_now and earlier.get('new_tokens') != lock.get('new_tokens'):
+        problems.add(
+            '--from_run: the tokens of --new_tokens are not those of the repeated run. Put the file back, or type '
+            '--new_tokens to train on what is there now.'
         )
     if not set(DATA_FLAGS) & set(typed_now):
         for source in sorted({*earlier['data'], *lock['data']}):

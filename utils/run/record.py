@@ -6,7 +6,7 @@ The record is compared with the arguments if the run is resumed, or if llm_infer
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ _RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_c
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
 _SHOWN = ('show_samples', 'report_samples', 'from_run', 'doctor')
 # The fields of sft_args.json that are not flags.
-_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage')
+_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage',
+          'added_tokens')  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class RunRecord:
 
     # The adapter from which the run started (--adapter), as `find_lineage` of run/lineage.py returns it.
     lineage: Mapping[str, Any] | None = None
+    # The tokens that the run added to the tokenizer of the base model (--new_tokens).
+    added_tokens: Sequence[str] = ()
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
@@ -84,6 +87,8 @@ class RunRecord:
             content['thinking_rows'] = self.thinking_rows
         if self.lineage is not None:
             content['lineage'] = self.lineage
+        if self.added_tokens:
+            content['added_tokens'] = list(self.added_tokens)
         return content
 
     def write(self, folder: Path) -> None:
@@ -240,7 +245,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
         unchecked = check_same_data(checkpoint, data, problems, remedy=_RESUME_REMEDY)
     problems.raise_if_any()
 
-    free = {'resume_from_checkpoint', 'adapter', 'output_dir', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
+    free = {'resume_from_checkpoint', 'adapter', 'new_tokens', 'output_dir', 'hub', 'preflight', *_SHOWN, *HUB_FLAGS}
     return unchecked + [
         f'--{name} is {value}, the run that is resumed had {then[name]}: the result will differ from it.'
         for name, value in now.items()
