@@ -19,6 +19,7 @@ from utils.cli.resolution import Ready
 from utils.cli.resolve import resolve_infer
 from utils.loading.folder import is_adapter
 from utils.loading.image_processors import Images, open_images
+from utils.loading.new_tokens import add_tokens
 from utils.loading.weights import Weights
 from utils.run.folder import log_decisions, result_path
 from utils.run.open_model import find_weights, open_encoder, open_model, set_template
@@ -160,13 +161,15 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     args = done.args
     set_seed(args.seed + dist.rank())
     model, tokenizer, _ = open_model(args, done.info, weights, trains=False)
+    adapted = trained if trained is not None and is_adapter(trained.checkpoint) else None
+    new_ids = add_tokens(model, tokenizer, adapted.record.added_tokens if adapted is not None else ())
     images: Images | None = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
-    if trained is not None and is_adapter(trained.checkpoint):
-        model = load_adapter(model, trained.checkpoint, weights.path, done.info.family)
+    if adapted is not None:
+        model = load_adapter(model, adapted.checkpoint, weights.path, done.info.family)
     model.eval()
 
     system_typed = 'system' in done.typed or (trained is not None and trained.record.system_typed)
-    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
+    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images, new_ids=new_ids)
     if trained is not None:
         check_trained_template(encoder, trained, typed=done.typed)
         ask_as_trained(encoder, trained.record)

@@ -22,6 +22,7 @@ from utils.run.folder import Run, log_decisions, open_run, removed_at_end
 from utils.run.last import resume_last
 from utils.run.lineage import fill_from_adapter
 from utils.run.lock import repeat, steps_to_verify
+from utils.run.new_tokens import check_new_tokens
 from utils.run.open_model import find_weights, open_encoder, open_model
 from utils.run.processes import start_processes
 from utils.run.program import run_program
@@ -45,7 +46,9 @@ def resolve(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
     """Return the resolved command line. Flags that the adapter of --adapter decides are taken from it."""
     decisions: list[str] = []
     warnings: list[str] = []
-    resolved = resolve_sft(fill_from_adapter(parsed, decisions, warnings))
+    filled = fill_from_adapter(parsed, decisions, warnings)
+    check_new_tokens(filled)
+    resolved = resolve_sft(filled)
     resolved.decisions[:0] = decisions
     resolved.warnings[:0] = warnings
     return resolved
@@ -100,6 +103,7 @@ def carry_out(
     from utils.infer.before_after import BeforeAfter
     from utils.infer.scores import Scores
     from utils.loading.image_processors import open_images
+    from utils.loading.new_tokens import add_tokens
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
@@ -116,11 +120,12 @@ def carry_out(
     set_seed(args.seed)
     scores = Scores(args.score) if args.predict_with_generate else None
     model, tokenizer, dtype = open_model(args, done.info, run.weights, trains=True, decide=run.decide)
+    token_ids = add_tokens(model, tokenizer, run.record.added_tokens)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     system_typed = 'system' in done.typed
-    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
+    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images, new_ids=token_ids)
     if args.sft_type == 'lora' and not args.lora_modules_to_save:
-        warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
+        warn_of_untrained_ends(model, tokenizer, encoder.stop_ids, trained=token_ids)
 
     note_template(run, encoder, None if set(TEMPLATE_FLAGS) & now.typed else args.from_run)
     if args.resume_from_checkpoint is not None:
@@ -148,7 +153,7 @@ def carry_out(
 
     if args.adapter is None and 'lora_target_modules' not in done.typed and (line := say_what_all_adds(model, args)):
         run.say(line)
-    model = prepare_model(model, args, run.decide, base=run.weights.path, family=done.info.family)
+    model = prepare_model(model, args, run.decide, base=run.weights.path, family=done.info.family, token_ids=token_ids)
     if args.adapter is not None:
         asked.ask_now(model)
     own_scores = scores is not None and scores.functions

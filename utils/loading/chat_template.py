@@ -101,7 +101,8 @@ def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, A
     if path is not None and (unknown := _unknown_markers(templates, tokenizer)):
         logger.warning(
             f'--chat_template: {", ".join(unknown)} in it {"is" if len(unknown) == 1 else "are"} not in the vocabulary '
-            'of this tokenizer: printed and trained as several tokens of plain text'
+            'of this tokenizer: printed and trained as several tokens of plain text. To add them when training, write '
+            'them to a text file, one per line, and use --new_tokens FILE.'
         )
     tokenizer.chat_template = change_each(templates, lambda source: add_settings(source, settings))
 
