@@ -403,6 +403,8 @@ def test_an_adapter_with_rows_and_without_a_record_is_refused(
     (run / 'sft_args.json').unlink()
     run_sft('--adapter', str(run / 'checkpoint-3'), expect=2)
     assert 'it has rows of new tokens, and no record of its run (sft_args.json) says which tokens.' in problems()[-1]
+    run_sft('--resume_from_checkpoint', str(run / 'checkpoint-3'), expect=2)
+    assert problems()[-1].startswith('--new_tokens: the rows that are trained for new tokens are not those of ')
 
 
 def test_models_that_cannot_have_new_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
