@@ -169,7 +169,7 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     from utils.loading.adapter import load_adapter
     from utils.loading.folder import is_adapter
     from utils.loading.image_processors import open_images
-    from utils.loading.new_tokens import add_tokens
+    from utils.loading.new_tokens import add_tokens, check_rows
     from utils.proofs.template import ask_as_trained, check_trained_template
     from utils.run.open_model import open_encoder, open_model
 
@@ -180,6 +180,7 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     new_ids = add_tokens(model, tokenizer, adapted.record.added_tokens if adapted is not None else ())
     images: Images | None = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
     if adapted is not None:
+        check_rows(adapted.checkpoint, new_ids)
         model = load_adapter(model, adapted.checkpoint, weights.path, done.info.family)
     model.eval()
 

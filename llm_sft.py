@@ -173,7 +173,7 @@ def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
     """
     from utils.infer.scores import Scores
     from utils.loading.image_processors import open_images
-    from utils.loading.new_tokens import add_tokens
+    from utils.loading.new_tokens import add_tokens, check_rows
     from utils.run.open_model import open_encoder, open_model
     from utils.train.end_token import warn_of_untrained_ends
 
@@ -181,6 +181,8 @@ def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
     scores = Scores(args.score) if args.predict_with_generate else None
     model, tokenizer, dtype = open_model(args, done.info, run.weights, trains=True, decide=run.decide)
     token_ids = add_tokens(model, tokenizer, run.record.added_tokens)
+    if earlier := args.resume_from_checkpoint or args.adapter:
+        check_rows(Path(earlier), token_ids)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     system_typed = 'system' in done.typed
     encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images, new_ids=token_ids)

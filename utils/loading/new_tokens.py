@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
+from utils.base.files import read_json
 from utils.base.logger import logger
+from utils.loading.folder import is_adapter
 from utils.loading.layers import is_sharded
 
 # The file in a run folder with the tokens of the run. --from_run reads it instead of the file that was typed.
@@ -180,6 +182,27 @@ def _check_model(model: Any, tables: Sequence[Any], added: NewTokens) -> None:
                     f'--new_tokens: the model uses the id {min(taken)} as its {setting}, and its tokenizer has no '
                     'token for it. Use a model whose tokenizer is complete, or remove --new_tokens.'
                 )
+
+
+def check_rows(checkpoint: Path, ids: Sequence[int]) -> None:
+    """Raise ConfigError if the adapter of a checkpoint has rows for other ids than `ids`, those of its new tokens now.
+
+    Nothing is checked if the checkpoint holds a whole model.
+    """
+    if not is_adapter(checkpoint):
+        return
+    stored = read_json(checkpoint / 'adapter_config.json').get('trainable_token_indices') or {}
+    for path, trained in stored.items():
+        if trained != list(ids):
+            raise ConfigError(
+                f'{checkpoint}: its new tokens had the ids {_listed(trained)} in {path}, and the tokenizer of the base '
+                f'model now gives them {_listed(ids)}: its files have changed. Put back the tokenizer files with which '
+                'the run was trained.'
+            )
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ', '.join(map(str, ids)) or 'none'
 
 
 def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> list[int]:

@@ -86,13 +86,6 @@ def check_targets(model: PeftModel, checkpoint: Path) -> None:
             'that run, or remove --resume_from_checkpoint to start a new run.'
         )
 
-    then, now = (config.get('trainable_token_indices') for config in (stored, model.peft_config['default'].to_dict()))
-    if then != now:
-        raise ConfigError(
-            f'--new_tokens: the rows that are trained for new tokens are not those of {checkpoint}. Use the tokens and '
-            'the --lora_modules_to_save of that run, or remove --resume_from_checkpoint to start a new run.'
-        )
-
 
 def _targets(adapter_config: dict[str, Any]) -> list[str]:
     """Return the sorted names of all modules and parameters to which an adapter is added."""
