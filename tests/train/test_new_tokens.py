@@ -282,9 +282,9 @@ def test_a_run_resumes_repeats_goes_on_answers_and_merges(
     assert all(not torch.equal(rows[3][name], rows[6][name]) for name in rows[6])
 
     caplog.clear()
-    for more in (adding, ()):  # without the flag, the tokens are those of the checkpoint
-        resumed = run_sft(*flags, *more, '--resume_from_checkpoint', str(whole / 'checkpoint-3'))
-        assert_equal(resumed / 'checkpoint-6', whole / 'checkpoint-6')
+    more = adding if tied else ()  # without the flag, the tokens are those of the checkpoint
+    resumed = run_sft(*flags, *more, '--resume_from_checkpoint', str(whole / 'checkpoint-3'))
+    assert_equal(resumed / 'checkpoint-6', whole / 'checkpoint-6')
     assert 'the run that is resumed had' not in caplog.text
     assert json.loads((whole / 'sft_args.json').read_text())['new_tokens'] == str(tokens_file)
     assert run_sft(*flags, *adding, '--resume_from_checkpoint', 'last') == tmp_path / 'output', 'it is complete'
