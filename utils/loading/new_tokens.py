@@ -196,8 +196,7 @@ def check_rows(checkpoint: Path, ids: Sequence[int]) -> None:
         if trained != list(ids):
             raise ConfigError(
                 f'{checkpoint}: its new tokens had the ids {_listed(trained)} in {path}, and the tokenizer of the base '
-                f'model now gives them {_listed(ids)}: its files have changed. Put back the tokenizer files with which '
-                'the run was trained.'
+                f'model now gives them {_listed(ids)}. Put back the tokenizer files with which the run was trained.'
             )
 
 

@@ -56,7 +56,7 @@ def open_encoder(
     cuts: bool = True,
     new_ids: Collection[int] = (),
 ) -> Encoder:
-    """Return the encoder (it turns rows into token ids) for these arguments.
+    """Return the encoder (the object that converts rows to token ids) for these arguments.
 
     The tokenizer gets the chat template that the arguments name.
 
