@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,11 +108,13 @@ def prepare_model(
     *,
     base: Path | None = None,
     family: str | None = None,
+    token_ids: Sequence[int] = (),
 ) -> Any:
     """Make the model ready to train, and return it. Log the number of trainable parameters.
 
     With --sft_type lora, the model is returned as a PeftModel with fp32 adapters. With --sft_type full, `model` itself
     is returned. `base` and `family` are the folder and the family of the base model, for --adapter (see load_adapter).
+    `token_ids` are the ids of new tokens (--new_tokens), whose rows of embedding and head are trained.
     """
     towers = find_towers(model)
     if not args.freeze_vision and not towers:
@@ -124,7 +127,8 @@ def prepare_model(
             logger.info(f'{name} is not trained (--freeze_vision true)')
         prepared: Any = model
     else:
-        prepared = _put_adapter(model, args, towers, decide, base, family)
+        start = _Start(base=base, family=family, token_ids=token_ids)
+        prepared = _put_adapter(model, args, towers, decide, start)
 
     _fuse_layers(model, args)
     if args.gradient_checkpointing:
@@ -163,13 +167,21 @@ def _log_trainable(model: Any) -> None:
     logger.info(f'trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4g} %)')
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """The folder and the family of the base model, for --adapter, and the ids of new tokens."""
+
+    base: Path | None
+    family: str | None
+    token_ids: Sequence[int]
+
+
 def _put_adapter(
     model: PreTrainedModel,
     args: SftArguments,
     towers: Sequence[str],
     decide: Decide,
-    base: Path | None,
-    family: str | None,
+    start: _Start,
 ) -> Any:
     """Return the model with a new LoRA adapter, or with the adapter of --adapter.
 
@@ -180,7 +192,14 @@ def _put_adapter(
     from utils.fast.lora import fuse_lora
     from utils.loading.adapter import load_adapter, restore_adapter
     from utils.loading.layers import is_sharded
-    from utils.train.saved_modules import check_saved, find_saved, hold_in_fp32, with_tied
+    from utils.train.saved_modules import (
+        check_saved,
+        check_tokens,
+        find_saved,
+        hold_in_fp32,
+        token_tables,
+        with_tied,
+    )
 
     class_name = type(model).__name__
     frozen = towers if args.freeze_vision else []
@@ -219,13 +238,18 @@ def _put_adapter(
         decide('lora_modules_to_save', saved, f'these are the layers of {class_name} with these names')
     copied, ties = with_tied(model, saved)
     if args.adapter is None:
-        prepared = get_peft_model(model, _lora_config(args, modules, parameters, frozen, saved, ties=ties))
+        config = _lora_config(args, modules, parameters, frozen, saved)
+        config.ensure_weight_tying = ties
+        config.trainable_token_indices = token_tables(model, start.token_ids, copied) or None
+        prepared = get_peft_model(model, config)
         if args.use_dora:
             _start_dora(prepared)
     else:
-        prepared = load_adapter(model, Path(args.adapter), base, family, dropout=args.lora_dropout_p)
+        prepared = load_adapter(model, Path(args.adapter), start.base, start.family, dropout=args.lora_dropout_p)
         _check_layers(prepared, args, adapted, parameters)
         check_saved(prepared, args, copied)
+    if start.token_ids:
+        check_tokens(prepared, start.token_ids)
     if args.deepspeed_config_path is None:  # DeepSpeed holds a copy of each trained weight in fp32 itself
         hold_in_fp32(prepared)
         if args.adapter is not None and saved:
@@ -243,12 +267,10 @@ def _lora_config(
     parameters: list[str],
     frozen: Sequence[str],
     saved: Sequence[str],
-    *,
-    ties: bool,
 ) -> Any:
     """Return the settings of PEFT for an adapter on these modules and expert parameters.
 
-    The layers `saved` are trained whole. With `ties`, the copies of embedding and head are one tensor.
+    The layers `saved` are trained whole.
     """
     from peft import LoraConfig, TaskType
 
@@ -262,7 +284,6 @@ def _lora_config(
         target_parameters=parameters or None,
         exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
         modules_to_save=list(saved) or None,
-        ensure_weight_tying=ties,
         task_type=TaskType.CAUSAL_LM,
     )
 
