@@ -80,7 +80,7 @@ def user_rows(run_dir: Path) -> list[Row]:
 
 
 def _cutting(encoder: Encoder) -> Encoder:
-    """Return a copy of the encoder that cuts rows longer than --max_length. The proof needs no whole rows."""
+    """Return a copy of the encoder that cuts rows longer than --max_length. The comparison does not need whole rows."""
     made = copy.copy(encoder)
     made.overlong = 'cut'
     return made
@@ -187,13 +187,15 @@ def merge_and_save(
 
     The files of `base` are copied with the changed tensors where that is possible. Otherwise, or without `base`, the
     class of the model writes the folder. The saved model is opened again. Its logits are compared with the logits of
-    base + adapter, on a fixed text and on the token ids `texts`. If they differ by more than rounding explains, raises
-    ConfigError and leaves `target` as it was. The model cannot be used afterwards.
+    base + adapter, on a fixed text, on the tokens that the run added and on the token ids `texts`. If they differ by
+    more than rounding explains, raises ConfigError and leaves `target` as it was. The model cannot be used afterwards.
     """
     _recover(target)
     settings = config or model.generation_config
     add_end_token(tokenizer, settings)
-    expected = expect(model, tokenizer, [None, *texts], settings, images)
+    new = list(record.added_tokens)
+    probed = [None, *texts, *([tokenizer.convert_tokens_to_ids(new)] if new else [])]
+    expected = expect(model, tokenizer, probed, settings, images)
     unchecked = target.with_name(f'.{target.name}.aside')
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
@@ -221,8 +223,9 @@ def merge_and_save(
     rounded = ''
     if share < _WHOLE:
         rounded = f'; {share:.0%} of what the adapter does: the rest was rounded away, --dtype fp32 keeps it'
+    compared = f'a fixed text, the new tokens and {len(texts)}' if new else f'a fixed text and {len(texts)}'
     return (
-        f'the logits of base + adapter on a fixed text and {len(texts)} of your rows (largest difference '
+        f'the logits of base + adapter on {compared} of your rows (largest difference '
         f'{difference:.3g}, largest logit {largest:.3g}), its vocabulary, generation settings and {head} '
         f'head{rounded}; {written.says}'
     )
