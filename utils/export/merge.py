@@ -219,7 +219,7 @@ def merge_and_save(
     put_in_place(unchecked, target)
 
     largest = max(float(logits.abs().max()) for logits in expected.wanted)
-    head = 'tied' if expected.tied[0] else 'separate'
+    head = 'tied' if (written.tied or expected.tied)[0] else 'separate'
     rounded = ''
     if share < _WHOLE:
         rounded = f'; {share:.0%} of what the adapter does: the rest was rounded away, --dtype fp32 keeps it'
