@@ -78,7 +78,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
-    """Return the fields of Mode for the layers of --lora_modules_to_save. Norms are small and not counted."""
+    """Return {field of Mode: value} for the layers of --lora_modules_to_save. Norms are small and not counted."""
     words = args.lora_modules_to_save if args.sft_type == 'lora' else None
     if words is None:
         return {}
