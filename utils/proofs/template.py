@@ -411,7 +411,7 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
     """Return the verdict on a row, and a text that describes its difference, or None if there is nothing to report.
 
     `has_own` says whether the tokenizer has a chat template. Raises ConfigError if the row has a fault, or, with
-    --template_type auto, if its verdict is 'different'.
+    --template_type auto, if the verdict is 'different'.
     """
     from jinja2.exceptions import TemplateError
 
