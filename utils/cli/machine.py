@@ -374,7 +374,7 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
 
 
 def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if the file of --write_clean exists, cannot be written, or would become one of the data files."""
+    """Add a problem if the file of --write_clean exists, cannot be written, or would be read as data by --dataset."""
     given = f'--write_clean {target}'
     sources = [source for word in itertools.chain(*args.words_read()) for source in _local_source(word)]
     if target.resolve() in [file.resolve() for source in sources for file in _files_of(source)]:

@@ -973,7 +973,7 @@ class AutoEncoder(Encoder):
         return first, len(prompt) - shared
 
     def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
-        """Return the position in the prompt just after the end of a turn. The content of the turn ends at `last`."""
+        """Return the position just after the end of a turn. `last` is the position after the content of the turn."""
         match = self.text.find_control(prompt, last)
         while is_call and match is not None and not self._stops(match[0]):
             if match[0] in self._openers:
