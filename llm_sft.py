@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def resolve(now: Parsed[SftArguments], words: Sequence[str]) -> Resolution[SftArguments]:
-    """Return the resolved command line: the flags typed now, over those of the run in --from_run.
+    """Return the resolved command line. Flags that are typed now replace those of the run in --from_run.
 
     Flags that the adapter of --adapter decides are taken from the adapter. `words` are the words of the command line.
     """
@@ -248,7 +248,7 @@ def prepare_training(
 
 
 def add_checks(trainer: SftTrainer, args: SftArguments, run: Run, encoder: Encoder, data: PreparedData) -> RowLosses:
-    """Prove the loss mask now, and add the checks that run when training begins. Returns the losses by row."""
+    """Check the loss mask now, and add the checks that run when training begins. Returns the RowLosses callback."""
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof
