@@ -7,6 +7,7 @@ import re
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from tests.support.tiny_models import CHATML
 from utils.loading.adapter import load_adapter
 from utils.model import load_model, load_tokenizer
 from utils.serve import client
-from utils.serve.compare import Expected, agree
+from utils.serve.compare import ROUNDING, Agreement, Asked, Checked, Expected, agree
 from utils.serve.expected import Model
+from utils.serve.findings import findings
 from utils.serve.request import Question
 
 Check = Callable[..., int]
@@ -128,7 +130,11 @@ def test_the_right_server_passes_and_gets_what_a_client_would_send(
 
 
 def test_the_base_is_recognised(
-    check: Check, server: OpenAIServer, base: Any, capsys: pytest.CaptureFixture[str]
+    check: Check,
+    server: OpenAIServer,
+    base: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server.model = base
     assert check() == 1
@@ -144,6 +150,35 @@ def test_the_base_is_recognised(
         "FAIL answers: answers equal 0 of 3, 3 differ, first qa.jsonl:1 at token 1: run 'hi 1'"
     )
     assert printed[-1] == '2 checks failed: 3 of 3 rows compared'
+
+    # Also if the answers of the base are within the rounding of the run.
+    monkeypatch.setitem(ROUNDING, 'float32', 99.0)
+    assert check() == 1
+    printed = lines(capsys)
+    assert printed[1].startswith("FAIL adapter: the adapter is not active: answers are the base's in 3 of the 3 rows")
+    assert 'differ where two tokens are equally likely up to rounding' in printed[3]
+
+
+@pytest.mark.parametrize(
+    ('first', 'first_base', 'agrees'), [(0.4, 0.1, False), (0.1, 0.4, True), (0.1, 0.1, None), (None, 0.4, None)]
+)
+def test_equal_answers_are_told_apart_by_the_first_log_probabilities(
+    first: float | None, first_base: float | None, agrees: bool | None
+) -> None:
+    answer: Any = SimpleNamespace(text='a')
+    row = Checked(
+        asked=Asked(question=Question(row=None, ids=[1], request={}), reply=client.Reply(text='a'), served_ids=[1]),  # type: ignore[arg-type]
+        here=answer,
+        there=answer,
+        own=Agreement(kind='equal'),
+        base=None,
+        stops=None,
+        first=first,
+        first_base=first_base,
+    )
+    adapter = findings([row], None, has_base=True, rounding=0.05)[1]  # type: ignore[arg-type]
+    assert (adapter.name, adapter.agrees) == ('adapter', agrees)
+    assert ('answer all rows alike' in adapter.says) is (agrees is None)
 
 
 @pytest.mark.parametrize('shows', ['vllm', 'llama.cpp'])
@@ -261,7 +296,7 @@ def test_a_model_without_an_adapter_is_compared_without_a_base(
     words = ['--model_id_or_path', str(model_dir), '--dataset', str(data), '--show_dataset_sample', '2']
     words += ['--check_server', f'{server.url}/v1/', '--max_new_tokens', '4', '--result_path', str(result)]
     assert llm_infer.main([*words, '--do_sample', 'true', '--score', 'exact', '--dtype', 'fp32']) == 0
-    assert lines(capsys)[1] == 'note adapter: not compared with the base, because --ckpt_dir holds no adapter'
+    assert lines(capsys)[1] == 'note adapter: not compared with the base: no adapter is loaded here'
     assert json.loads(result.read_text())['rows'][0]['answers']['base'] is None
 
 

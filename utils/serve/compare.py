@@ -74,7 +74,7 @@ class Checked:
     """The comparison of one row. `here` is the answer of the run, and `there` the answer of its base.
 
     `own` and `base` compare the reply with these answers. They are None if the answers cannot be compared. `base` is
-    also None without an adapter, or if `own` holds. `first` and `first_base` are the largest difference of the log
+    also None without an adapter, or if `own` is equal. `first` and `first_base` are the largest difference of the log
     probabilities of the first token. They are None if the server gives none that can be compared. `stops` says whether
     the server ends the answer before or after the end of turn of the run.
     """
@@ -114,6 +114,16 @@ class Checked:
         """Return whether run and base answer this row differently."""
         return self.there is not None and self.there.text.strip() != self.here.text.strip()
 
+    @property
+    def answered_by(self) -> Literal['run', 'base'] | None:
+        """Return whose answer the reply is. An equal answer counts more than one that is equal up to rounding."""
+        for kind in ('equal', 'rounding'):
+            if self.own is not None and self.own.kind == kind:
+                return 'run'
+            if self.base is not None and self.base.kind == kind:
+                return 'base'
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """Return the row for the record of the check."""
         base = None if self.there is None else self.there.text
@@ -141,7 +151,7 @@ def check_row(asked: Asked, here: Expected, there: Expected | None, *, rounding:
     question, reply = asked.question, asked.reply
     own = agree(question, reply, here, rounding=rounding)
     base = None
-    if there is not None and own is not None and not own.holds:
+    if there is not None and own is not None and own.kind != 'equal':
         base = agree(question, reply, there, rounding=rounding)
     return Checked(
         asked=asked,

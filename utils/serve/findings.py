@@ -92,11 +92,10 @@ def template_differs(agreeing: int, tried: int) -> Finding:
 
 def _on_adapter(rows: Sequence[Checked], *, has_base: bool) -> Finding:
     if not has_base:
-        says = 'not compared with the base, because --ckpt_dir holds no adapter'
-        return Finding('adapter', None, says)
+        return Finding('adapter', None, 'not compared with the base: no adapter is loaded here')
     telling = [row for row in rows if row.tells and row.own is not None]
-    of_base = sum(row.base is not None and row.base.holds for row in telling)
-    of_run = sum(row.own is not None and row.own.holds for row in telling)
+    of_base = sum(row.answered_by == 'base' for row in telling)
+    of_run = sum(row.answered_by == 'run' for row in telling)
     if of_base > of_run:
         says = (
             f"the adapter is not active: answers are the base's in {of_base} of the {len(telling)} rows that the base "
@@ -119,10 +118,13 @@ def _adapter_by_first(rows: Sequence[Checked], telling: int) -> Finding:
         return Finding('adapter', False, f'the adapter is not active: {figures}', _ADAPTER_REMEDY)
     if run < base / 2 and base > _TELLING:
         return Finding('adapter', True, f'active: {figures}')
-    why = f'it agrees with neither in the {telling} rows that they answer differently'
-    if not telling:
-        why = 'run and base answer all rows alike'
-    return Finding('adapter', None, f'not shown to be active: {why}. Check more rows: --show_dataset_sample -1')
+    if telling:
+        says = (
+            f'not shown to be active: it agrees with neither in the {telling} rows that run and base answer differently'
+        )
+        return Finding('adapter', None, says)
+    says = 'not shown to be active: run and base answer all rows alike'
+    return Finding('adapter', None, says, 'Check more rows: --show_dataset_sample -1')
 
 
 def _on_answers(rows: Sequence[Checked]) -> Finding:
