@@ -145,7 +145,7 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield the keys, numbers and schema words of a nested value. Templates may print them in addition to its texts."""
+    """Yield what a template may print of a nested value beside its texts: keys, numbers, and words of a JSON schema."""
     value = _parsed(value)
     if isinstance(value, Mapping):
         for key, item in value.items():

@@ -730,10 +730,11 @@ class AutoEncoder(Encoder):
         return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
 
     def _end_of_call(self, end: str, markers: Sequence[re.Match[str]], stops: set[str]) -> re.Match[str] | None:
-        """Return the match of the end-of-turn token after a call. `markers` are the control tokens in `end`.
+        """Return the match of the token that ends the turn after a tool call.
 
-        The match is the first marker in `stops`, else the last marker. Returns None if there is no marker, if the last
-        marker only closes the call, or if text follows the last marker.
+        `end` is the text after the call, `markers` are the matches of control tokens in this text, and `stops` are the
+        known end-of-turn tokens. The result is the first marker that is one of `stops`, else the last marker. Returns
+        None if there is no marker, if the last marker only closes the call, or if text follows the last marker.
         """
         named = next((match for match in markers if match[0] in stops), None)
         if named is not None or not markers:

@@ -66,7 +66,7 @@ class Costs:
         return low
 
     def told(self, done: int, end: int) -> str:
-        """Return the times as text, for the reason of a decision."""
+        """Return the times as text, e.g. for the log line that says why the run gets this number of steps."""
         text = f'a step takes {self.step:.3g} s'
         if self.evaluation:
             text += f', an evaluation {self.evaluation:.3g} s ({_times(done, end, self.eval_steps)} of them)'

@@ -28,7 +28,7 @@ class Segment:
     end: int
 
     def at(self, count: int) -> float:
-        """Return the position of the schedule after `count` steps."""
+        """Return the position in the schedule after `count` steps: a step number, 0 to `steps`, not always whole."""
         if self.last <= self.first:
             return float(self.steps - 1)
         pace = (self.steps - 1 - self.position) / (self.last - self.first)
