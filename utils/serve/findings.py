@@ -140,7 +140,7 @@ def _on_answers(rows: Sequence[Checked]) -> Finding:
     first = next(row for row in rows if row.own is not None and not row.own.holds)
     assert first.own is not None, 'chosen'
     parts.append(f'{kinds.count("different")} differ, first {first.origin} at {_where(first.own)}')
-    remedy = 'If only this line fails, the server may compute in another dtype, e.g. 16 bits: add --dtype bf16 here.'
+    remedy = 'If only this line fails, the server may compute in another dtype: give it here too with --dtype.'
     return Finding('answers', False, ', '.join(parts), remedy)
 
 
