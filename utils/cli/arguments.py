@@ -365,11 +365,21 @@ class InferArguments(CommonArguments):
         'write the untuned model, also one with a layout of 2023, to --output_dir as a folder of its native class',
     )
     output_dir: str | None = flag(None, 'new folder for --export_native; it must not exist yet')
+    check_server: str | None = flag(
+        None,
+        'address of an OpenAI-style server, e.g. http://localhost:8000/v1: rows of the run are sent to it, and its '
+        'prompts, greedy answers and first log probabilities are compared with those computed here; exit code 1 if any '
+        'differs. Its key is read from the environment variable OPENAI_API_KEY',
+    )
+    served_model: str | None = flag(
+        None, 'for --check_server: name of the model on the server; None: the only one that the server lists'
+    )
     infer_batch_size: int = flag(16, 'number of validation rows answered in one batch')
     result_path: str | None = flag(
         None,
         'file for the answers; None: <ckpt_dir>/infer_result.jsonl (-2, -3 ... if it exists already), or '
-        'output/<model>/untuned/ for an untuned model',
+        'output/<model>/untuned/ for an untuned model; with --check_server: file for its result; None: '
+        'check_server.json there',
     )
 
     @property
