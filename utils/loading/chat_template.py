@@ -10,6 +10,8 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
 from utils.base.logger import logger
+from utils.loading.gguf import is_gguf
+from utils.loading.gguf_header import read_header
 from utils.loading.template_settings import Templates, add_settings, change_each, settings_problems, sources_of
 from utils.loading.template_source import parse_template, read_variables
 
@@ -21,7 +23,10 @@ _MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
 
 
 def folder_templates(folder: Path) -> Templates | None:
-    """Return the chat template of a model folder, as its tokenizer will have it. Returns None if it has none."""
+    """Return the chat template of a model folder or GGUF file, as its tokenizer has it. Returns None if it has none."""
+    if is_gguf(folder):
+        return read_header(folder).chat_template
+
     found = {}
     if (folder / TEMPLATE_FILE).is_file():
         found['default'] = _read_text(folder / TEMPLATE_FILE)
