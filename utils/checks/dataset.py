@@ -115,8 +115,8 @@ class Seen:
     def find_earlier(self, content: str, row: Earlier) -> Earlier | None:
         """Return the earlier row that has the same content. `row` describes the row that has the content now.
 
-        If no earlier row has the same content, this content is stored, and None is returned. If the earlier row may not
-        be written and this row may, the next row with the same content is told that it may.
+        If no earlier row has the same content, `row` is stored, and None is returned. `may_write` of the stored row is
+        set to True when a row with the same content may be written.
         """
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
@@ -146,7 +146,7 @@ class Lengths:
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count a row that has its full length. Returns the row, cut to --max_length if --overlong is cut."""
+        """Count a row that is not cut yet. Returns the row, which is cut to --max_length if --overlong is cut."""
         length = len(row.input_ids)
         cut = row if self.overlong != 'cut' else cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
@@ -279,7 +279,7 @@ class DataCheck:
         self._copy(self._measure(encoded, columns), not_copied)
 
     def _copy(self, rows: Sequence[Row], not_copied: Mapping[int, str]) -> None:
-        """Add rows to the copy, or count them under the reason that `not_copied` has for the id() of the row."""
+        """Add rows to the copy. `not_copied` maps the id() of a row to the reason why the row is only counted."""
         if self.copy is None:
             return
         for row in rows:
@@ -358,7 +358,7 @@ class DataCheck:
         return measured
 
     def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
-        """Return whether a row longer than --max_length is used. Counts the row under what happens to it."""
+        """Return whether a row longer than --max_length is used. Counts the row as split, dropped or refused."""
         overlong = self.encoder.overlong
         if overlong == 'split' and ids.is_text:
             self.noted.add(SPLIT, row.origin, column)

@@ -13,7 +13,7 @@ _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
 
 
 def resolve_scale(done: Resolution[SftArguments]) -> None:
-    """Add a problem for each flag that cannot be combined with --fsdp. Set --only_save_model if --fsdp decides it.
+    """Add a problem for each flag that cannot be combined with --fsdp. Sets --only_save_model if it was not typed.
 
     Only the flags are checked here. Files and devices are checked in cli/machine.py.
     """
@@ -118,7 +118,7 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
         )
     if zero.offloads_optimizer and 'optimizer' not in zero.content and args.optim not in _OFFLOADED:
         problems.add(
-            f'{path} offloads the optimizer, and --optim {args.optim} cannot run there. Use --optim adamw_torch.'
+            f'{path} offloads the optimizer, and --optim {args.optim} cannot be offloaded. Use --optim adamw_torch.'
         )
 
     if args.max_minutes is not None and 'scheduler' in zero.content:

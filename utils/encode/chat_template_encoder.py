@@ -481,7 +481,8 @@ class AutoEncoder(Encoder):
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
         """Return the message key for the reasoning of a reply. Returns None if no probe found a key.
 
-        If the template prints no calls, calls become text of the reply, and the key for replies without calls is used.
+        If the template prints no tool calls, calls are written into the text of the reply. Then the key for replies
+        without calls is returned.
         """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
@@ -605,7 +606,7 @@ class AutoEncoder(Encoder):
             follows = self._inside_block(prompt, follows, reasons=reasons)
         is_printed = follows is not None and _is_printed(content, reasoning, follows, is_call=is_call, reasons=reasons)
         if follows is None and is_call:
-            raise RowRefused('the chat template prints the tool call apart from the generation prompt')
+            raise RowRefused('the chat template does not print the tool call after the generation prompt')
         if follows is None or not (is_printed or is_call):
             follows = self._as_written(prompt, content, frame, reasons=reasons)
         if full != prompt + follows:
@@ -644,7 +645,7 @@ class AutoEncoder(Encoder):
         return full[at + len(anchor) :] if at >= 0 else None
 
     def _repeated(self, alone: str, follows: str) -> int:
-        """Return the length of the turn header that is at the end of `alone` and again at the beginning of `follows`.
+        """Return the length of the turn header with which `alone` ends and `follows` begins.
 
         Returns 0 if there is no such header. The template of Command R+ prints the header in both texts, because it
         puts an instruction before the header of the generation prompt.
@@ -988,7 +989,7 @@ def _have_calls(chats: Sequence[Any]) -> bool:
 
 
 def _is_unknown(reply: Message) -> bool:
-    """Return whether a reply is not known yet: inference passes an empty reply, which it will generate."""
+    """Return whether a reply is not known yet. In inference, the last reply is empty, because it is generated later."""
     return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 

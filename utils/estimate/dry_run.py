@@ -79,7 +79,7 @@ def dry_run(done: Ready[SftArguments]) -> int:
 
 
 def _what_all_adds(shape: Shape, mode: Mode) -> list[str]:
-    """Return a line that says what all-linear would add to the LoRA targets, or no line if it adds nothing."""
+    """Return a list with one line about the layers that all-linear would add to the LoRA targets, or an empty list."""
     added = set(shape.paths) - set(named_by(mode.targets, shape.paths))
     if mode.full or not added:
         return []

@@ -101,7 +101,7 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return the number of shards of a tensor that only these kinds of sharding divide. 1 means not divided."""
+        """Return into how many shards a tensor is divided that only the kinds `stages` divide. 1 means not divided."""
         return self.processes if self.sharding in stages else 1
 
 

@@ -161,7 +161,7 @@ def _steps(args: SftArguments, rows: int | None) -> int:
 
 
 def _counts_line(done: Ready[SftArguments], steps: int, *, evaluates: bool) -> str:
-    """Return the line about warm-up, evaluations and checkpoints. Adds a warning for each flag that cannot be kept."""
+    """Return the line about warm-up, evaluations and checkpoints. Adds a warning for each flag that does not fit it."""
     counts = step_counts(done.args, steps, evaluates=evaluates)
     done.warnings += counts.warnings
     return counts.describe()
@@ -170,4 +170,7 @@ def _counts_line(done: Ready[SftArguments], steps: int, *, evaluates: bool) -> s
 def _step_line(args: SftArguments, steps: int) -> str:
     total = args.batch_size * args.gradient_accumulation_steps * dist.world_size()
     parts = f'batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x processes {dist.world_size()}'
-    return f'{steps} optimizer steps of {total} rows ({parts})'
+    line = f'{steps} optimizer steps of {total} rows ({parts})'
+    if args.max_minutes is not None:
+        line += f', fewer if --max_minutes {args.max_minutes:g} needs it: a trial on this machine measures a step first'
+    return line

@@ -77,7 +77,7 @@ def user_rows(run_dir: Path) -> list[Row]:
 
 
 def _cutting(encoder: Encoder) -> Encoder:
-    """Return a copy of the encoder that cuts rows longer than --max_length. The proof needs no whole rows."""
+    """Return a copy of the encoder that cuts rows longer than --max_length. The comparison does not need whole rows."""
     made = copy.copy(encoder)
     made.overlong = 'cut'
     return made

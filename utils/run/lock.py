@@ -88,7 +88,7 @@ def make_lock(
 
 
 def _machine() -> dict[str, Any]:
-    """Return what can change the rounding of a run: the processor, its instructions, the threads and the GPUs."""
+    """Return the properties of the machine that can change rounding: processor, its instructions, threads and GPUs."""
     import torch
 
     cuda = torch.cuda
@@ -181,10 +181,10 @@ def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
 
 
 def _with_kept_template(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
-    """Return the command of a run with the run folder as --chat_template, because the file may have moved since.
+    """Return the command of a run with the run folder as --chat_template: the original file may have been moved.
 
-    The folder holds the template with its settings. If another --template_type is typed now, the command has no chat
-    template.
+    The folder holds the template with its settings. If a different --template_type is typed now, the flags of the chat
+    template are removed from the command.
     """
     earlier = parse(SftArguments, command, program='llm_sft.py', about='')
     if parsed.args.template_type not in (None, AUTO):
@@ -299,7 +299,7 @@ def _flag_of(*entries: dict[str, Any]) -> str:
 
 
 def _commit_then(source: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return a sentence with the earlier commit if a hub serves another commit now. Returns '' otherwise."""
+    """Return a sentence with the earlier commit if a hub serves a different commit now. Returns '' otherwise."""
     commit = then.get('commit')
     if not commit or commit == now.get('commit'):
         return ''

@@ -53,7 +53,7 @@ def open_encoder(
     images: Images | None = None,
     cuts: bool = True,
 ) -> Encoder:
-    """Return the encoder (it turns rows into token ids) for these arguments.
+    """Return the encoder (the object that converts rows to token ids) for these arguments.
 
     The tokenizer gets the chat template that the arguments name.
 

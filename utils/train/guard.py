@@ -104,7 +104,7 @@ class Guard(TrainerCallback):
     ) -> None:
         """Check the loss and the gradients of the step, and log a warning if the loss is a spike.
 
-        Raises ConfigError if they are not finite, or if every gradient is zero.
+        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
         """
         step = state.global_step + 1
         loss, losses = self.judge(f'step {step}')

@@ -41,7 +41,7 @@ _SERVED_EXPERTS = {'gate_up_proj', 'down_proj'}
 def find_targets(
     model: PreTrainedModel, wanted: Sequence[str], frozen: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Return two lists: the modules that get LoRA, by name or path, and the names of the expert parameters that get it.
+    """Return two lists: the names or paths of the modules that get LoRA, and the names of such expert parameters.
 
     Modules inside the modules `frozen` are left out. An expert parameter is the stacked weight of all experts of a
     layer. It is named by the end of its path, e.g. experts.down_proj. Raises ConfigError if a word of `wanted` matches
@@ -64,8 +64,8 @@ def find_targets(
 
     if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
-            f'--lora_target_modules {", ".join(refused)}: on {type(model).__name__} PEFT puts these names on the '
-            f'experts, not on linear layers. Use --lora_target_modules {",".join(sorted(experts))}.'
+            f'--lora_target_modules {", ".join(refused)}: for {type(model).__name__}, PEFT applies these names to '
+            f'the experts, not to linear layers. Use --lora_target_modules {",".join(sorted(experts))}.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(

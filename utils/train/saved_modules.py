@@ -1,4 +1,4 @@
-"""--lora_modules_to_save: layers that are trained whole, beside the adapter, and stored with it.
+"""--lora_modules_to_save: layers whose full weights are trained, besides the adapter, and stored with the adapter.
 
 PEFT trains a copy of each layer. The copy is held in fp32, like the adapter, and computes in the dtype of the model.
 """
@@ -119,7 +119,7 @@ def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None
     if set(found) == set(expected):
         return
     raise ConfigError(
-        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: it means {" ".join(expected)} of '
+        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: it names {" ".join(expected)} of '
         f'{type(base).__name__}, and the adapter in {args.adapter} has {" ".join(found) or "none"}. Remove '
         '--lora_modules_to_save, or train a new adapter without --adapter.'
     )
