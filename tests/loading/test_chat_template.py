@@ -266,3 +266,4 @@ def test_markers_outside_of_the_vocabulary_are_named(tmp_path: Path, caplog: pyt
     assert 'contains <|end|>, <start_of_turn>, and the vocabulary of this tokenizer does not' in caplog.text.replace(
         '<start_of_turn>, <|end|>', '<|end|>, <start_of_turn>'
     )
+    assert 'write them to a text file, one per line, and use --new_tokens FILE.' in caplog.text

@@ -39,8 +39,10 @@ from utils.formats.json_text import json_as_written
 from utils.loading.folder import read_config
 from utils.loading.gguf import dense_directory
 from utils.loading.image_processors import open_images_of_folder
+from utils.loading.new_tokens import add_to_tokenizer
 from utils.loading.weights import locate
 from utils.model import load_tokenizer
+from utils.run.new_tokens import find_new_tokens
 from utils.run.open_model import open_encoder
 from utils.run.rows import plan_of
 
@@ -421,8 +423,11 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
     config = read_config(folder) if (folder / 'config.json').is_file() else {}
     tokenizer = load_tokenizer(folder, model_type=args.model_type)
+    new = add_to_tokenizer(tokenizer, find_new_tokens(args))
     images = open_images_of_folder(config, tokenizer, folder, max_pixels=args.max_pixels)
-    encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, images=images, cuts=False)
+    encoder = open_encoder(
+        args, tokenizer, system_typed='system' in done.typed, images=images, cuts=False, new_ids=new.ids
+    )
 
     report = Path(args.output_dir) / run_name(args) / 'dataset_report.json'
     report.parent.mkdir(parents=True, exist_ok=True)

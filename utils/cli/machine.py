@@ -330,7 +330,7 @@ def _check_device(done: Resolution[Any]) -> None:
     elif done.info is not None and done.info.quantization == 'nf4':
         done.problems.add(
             f"the weights of '{run_name(args)}' are stored in 4 bits: bitsandbytes, which reads them, does not run on "
-            f'{_DEVICES[kind]}. Use the same model without int4: --model_type.'
+            f'{_DEVICES[kind]}. Name the same model without int4 with --model_type.'
         )
 
 

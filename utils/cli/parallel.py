@@ -36,6 +36,11 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
         problems.add(
             '--fsdp true with --dtype fp16 would scale the loss differently on each process. Use --dtype bf16 or fp32.'
         )
+    if args.new_tokens is not None:
+        problems.add(
+            '--fsdp true shards the embedding, and --new_tokens enlarges it. Remove --new_tokens, or use '
+            '--deepspeed_config_path ds_config/zero2.json instead of --fsdp.'
+        )
     if args.lora_modules_to_save is not None:
         problems.add(
             '--fsdp true shards the weights, and --lora_modules_to_save needs whole layers. Remove '
@@ -106,6 +111,11 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
     path = f'--deepspeed_config_path {args.deepspeed_config_path}'
     if zero.stage == 3 and (args.quantization_bit or (done.info is not None and done.info.quantization)):
         problems.add(f'{path}: ZeRO stage 3 does not shard quantised weights. Use ds_config/zero2.json.')
+    if zero.stage == 3 and args.new_tokens is not None:
+        problems.add(
+            f'{path}: ZeRO stage 3 shards the embedding, and --new_tokens enlarges it. Use ds_config/zero2.json, or '
+            'remove --new_tokens.'
+        )
     if zero.stage == 3 and args.lora_modules_to_save is not None:
         problems.add(
             f'{path}: ZeRO stage 3 shards the weights, and --lora_modules_to_save needs whole layers. Use '

@@ -1,4 +1,4 @@
-"""Checks the words (values) of --score: known scores, their names, and functions FILE.py:name of the user.
+"""Checks the values of --score: names of built-in scores, and functions of the user as FILE.py:name.
 
 A file of the user is only parsed here. It is not executed.
 """

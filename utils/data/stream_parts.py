@@ -54,7 +54,7 @@ def open_streams(
     seed: int = 42,
     reading: Reading = AS_WRITTEN,
 ) -> Streams:
-    """Return the opened data sets of a streamed run. The rows of --val_dataset are read once.
+    """Return the opened data sets of a streamed run. The rows of --val_dataset are not streamed.
 
     Raises ConfigError if the first row of a part cannot be read, or if the first rows of all parts lack a column that
     --columns names.

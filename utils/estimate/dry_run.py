@@ -180,7 +180,8 @@ def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[s
         f'{shape.model_class}, {shape.parameters:,} parameters',
         f'trained: {trained:,} of {total:,} ({100 * trained / total:.3g} %)'
         + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else '')
-        + (f', and whole: {", ".join(whole)}' if whole else ''),
+        + (f', and whole: {", ".join(whole)}' if whole else '')
+        + (f', and {mode.token_rows:,} in rows of new tokens' if mode.token_rows else ''),
     ]
     if shape.attention == 'mixed':
         lines.append('layers without attention are counted as attention layers of the same width: a lower bound')

@@ -25,7 +25,7 @@ class WrittenNumber(float):
         return self.written
 
     def __reduce__(self) -> tuple[type[WrittenNumber], tuple[str]]:
-        """Make copies and pickles of the number keep its text."""
+        """Keep the text of the number when the number is copied or pickled."""
         return WrittenNumber, (self.written,)
 
 

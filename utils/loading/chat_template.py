@@ -120,7 +120,8 @@ def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, A
     if path is not None and (unknown := _unknown_markers(templates, tokenizer)):
         logger.warning(
             f'--chat_template: the template contains {", ".join(unknown)}, and the vocabulary of this tokenizer does '
-            'not: printed and trained as several tokens of plain text'
+            'not: printed and trained as several tokens of plain text. To add them when training, write them to a text '
+            'file, one per line, and use --new_tokens FILE.'
         )
     tokenizer.chat_template = change_each(templates, lambda source: add_settings(source, settings))
 

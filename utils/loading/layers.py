@@ -160,8 +160,8 @@ def choose_layers(
     """Return two lists: the layers that `wanted` names, and the words of `wanted` that name no layer.
 
     `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A layer is given
-    as PEFT takes it: by its last name if all layers of this name are chosen, else by its path. The names in `taken` are
-    chosen only if they are typed as names.
+    as PEFT takes it: by its last name if all layers of this name are chosen, else by its path. A layer whose
+    name is in `taken` is chosen only by its name or path, not by a pattern or a word such as all-linear.
     """
     names = Counter(map(last_name, paths))
     chosen: list[str] = []

@@ -46,7 +46,7 @@ def command(t: Translation) -> str:
 
 
 def render(t: Translation, problems: list[str]) -> str:
-    """Return the report as text. Values of keys without effect are not shown, because they may be tokens."""
+    """Return the report as text. Values of keys without effect are not shown: they may be secrets."""
     parts = [command(t)]
     if t.sharded and t.processes is None:
         parts.append('The recipe does not say the number of processes: write your number of GPUs for 2.')

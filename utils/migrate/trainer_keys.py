@@ -161,8 +161,7 @@ def new_tokens(t: Translation, key: str, value: Any) -> None:
     """Refuse a key that adds tokens to the vocabulary, because --new_tokens reads tokens from a file."""
     t.refuse(
         key,
-        'the recipe adds tokens to the vocabulary. Write one token a line into a file, and give it to --new_tokens '
-        'where this version has it.',
+        'the recipe adds tokens to the vocabulary. Write them to a text file, one per line, and add --new_tokens FILE.',
     )
 
 

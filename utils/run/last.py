@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from utils.loading.weights import Weights
 from utils.run.folder import run_dirs
 from utils.run.lineage import adapter_file
 from utils.run.lock import flag_words
+from utils.run.new_tokens import find_new_tokens
 from utils.run.record import RUN_JSON, RunRecord, changed_flags, record_of
 
 _SKIPPED = 'it is skipped.'
@@ -54,6 +55,7 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
         return False
 
     record = record_of(args, system_typed='system' in done.typed, base_model=weights.record(done.info))
+    record = replace(record, added_tokens=find_new_tokens(args))
     found: Found = dist.from_all(find_last(args, record, data) if dist.is_main() else Found())[0]
     for line in found.skipped:
         logger.info(line)

@@ -36,7 +36,6 @@ _UNEXPRESSED: dict[str, tuple[Any, ...]] = {
     'alpha_pattern': (None, {}),
     'layers_to_transform': (None, []),
     'layer_replication': (None, []),
-    'trainable_token_indices': (None, [], {}),
     'use_qalora': (None, False),
 }
 _GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/checkpoint-N.'
@@ -81,6 +80,11 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
                 f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag can set. Merge it into its base with '
                 'merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
             )
+    if config.get('trainable_token_indices') and not (record and record.added_tokens):
+        problems.add(
+            f'{given}: it has rows of new tokens, and no record of its run (sft_args.json) says which tokens. Merge it '
+            'into its base with merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
+        )
     _fill_shape(parsed, config, f'{given}: the adapter has', decisions)
     _fill_model(parsed, config, record, decisions)
     if record is None:

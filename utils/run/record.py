@@ -38,7 +38,8 @@ _SHOWN = (
 # The hash of the template shows whether it differs. The same template may be at another path.
 _OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
-_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage')
+_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage',
+          'added_tokens')  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class RunRecord:
 
     # The adapter from which the run started (--adapter), as `find_lineage` of run/lineage.py returns it.
     lineage: Mapping[str, Any] | None = None
+    # The tokens that the run added to the tokenizer of the base model (--new_tokens).
+    added_tokens: Sequence[str] = ()
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
@@ -90,6 +93,8 @@ class RunRecord:
             content['thinking_rows'] = self.thinking_rows
         if self.lineage is not None:
             content['lineage'] = self.lineage
+        if self.added_tokens:
+            content['added_tokens'] = list(self.added_tokens)
         return content
 
     def write(self, folder: Path) -> None:
@@ -285,9 +290,10 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 def _asked(record: RunRecord) -> dict[str, Any]:
     """Return the value that each flag had before the decisions of the run, because decisions depend on the machine.
 
-    The value of `system_typed` is included.
+    The value of `system_typed` is included, and of `new_tokens` the tokens instead of the path of their file.
     """
-    return {**record.flags, 'system_typed': record.system_typed, **record.asked}
+    facts = {'system_typed': record.system_typed, 'new_tokens': list(record.added_tokens)}
+    return {**record.flags, **facts, **record.asked}
 
 
 def changed_flags(earlier: RunRecord, record: RunRecord) -> list[tuple[str, Any, Any]]:

@@ -66,7 +66,7 @@ class Costs:
         return low
 
     def told(self, done: int, end: int) -> str:
-        """Return the times as text, for the reason of a decision."""
+        """Return the times as text, e.g. for the log line that says why the run gets this number of steps."""
         text = f'a step takes {self.step:.3g} s'
         if self.evaluation:
             text += f', an evaluation {self.evaluation:.3g} s ({_times(done, end, self.eval_steps)} of them)'
@@ -101,7 +101,7 @@ class Deadline(TrainerCallback):
         self._mark: float | None = None
 
     def set(self, minutes: float, *, started: float, repeated: list[dict[str, Any]] | None) -> None:
-        """Limit the run to `minutes`, counted from `started`, the time when the program started.
+        """Limit the run to `minutes`, counted from `started`, the start of the program (time.time).
 
         `repeated` is the timetable in lock.json of the repeated run, or None. With a timetable, this run takes the same
         steps as the repeated run, however long they take.
