@@ -67,9 +67,11 @@ def infer(parsed: Parsed[InferArguments]) -> int:
         export(done, weights)
         return 0
     served = open_served(done, trained, weights)
-    if args.merge_lora_and_save:
+    if args.merge_lora_and_save or args.gguf is not None:
         assert trained is not None, 'checked'
-        merge(done, trained, served)
+        folder = merge(done, trained, served) if args.merge_lora_and_save else trained.checkpoint
+        if args.gguf is not None:
+            write_file(done, trained, served, folder)
         return 0
     if server is not None:
         return check(done, trained, served, rows, server)
@@ -208,8 +210,8 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     return Served(model=model, tokenizer=tokenizer, encoder=encoder, config=config)
 
 
-def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> None:
-    """Merge the adapter into its base model, and write the merged model to a folder next to the checkpoint."""
+def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> Path:
+    """Merge the adapter into its base model. Return the folder next to the checkpoint that holds the merged model."""
     from utils.export.merge import merge_checkpoint
     from utils.infer.generation import served_config
 
@@ -219,6 +221,28 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> None
         model, served.encoder, config, trained.checkpoint, record=trained.record, images=served.encoder.images
     )
     logger.info(f'merged: {target}: {proven}\nnext: python llm_infer.py --ckpt_dir {target}')
+    return target
+
+
+def write_file(done: Ready[InferArguments], trained: Trained, served: Served, folder: Path) -> None:
+    """Write the model in `folder` as a GGUF file with a Modelfile, as --gguf says."""
+    from utils.export.gguf import GgufTarget, write_gguf
+    from utils.infer.generation import served_config
+
+    args = done.args
+    says = write_gguf(
+        folder,
+        served.encoder,
+        served_config(served.model.generation_config, served.config, args, done.typed),
+        GgufTarget(
+            file=Path(str(args.gguf)),
+            type=args.gguf_type,
+            llama_cpp=None if args.llama_cpp is None else Path(args.llama_cpp),
+        ),
+        run_dir=trained.checkpoint.absolute().parent,
+        device=served.model.device,
+    )
+    logger.info(f'gguf: {says}')
 
 
 def check(

@@ -149,6 +149,7 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     elif not args.export_native:
         done.without_effect(('output_dir',), 'it is for --export_native true')
 
+    _resolve_gguf(done)
     if args.merge_lora_and_save:
         if args.ckpt_dir is None:
             problems.add('--merge_lora_and_save true: without a checkpoint there is nothing to merge. Add --ckpt_dir.')
@@ -189,6 +190,25 @@ def _resolve_server_check(done: Resolution[InferArguments]) -> None:
     if args.do_sample:
         done.without_effect(('do_sample',), f'--check_server: {why}')
         done.decide('do_sample', False, why)
+
+
+def _resolve_gguf(done: Resolution[InferArguments]) -> None:
+    """Check --gguf, and warn about flags that have an effect only with it."""
+    args = done.args
+    if args.gguf is None:
+        done.without_effect(('gguf_type', 'llama_cpp'), 'it is for --gguf')
+        return
+
+    given = f'--gguf {args.gguf}'
+    if Path(args.gguf).suffix != '.gguf':
+        done.problems.add(f'{given}: the name of the file must end in .gguf. Use --gguf {args.gguf}.gguf.')
+    if args.ckpt_dir is None:
+        done.problems.add(f'{given}: without a checkpoint there is nothing to write. Add --ckpt_dir.')
+    elif args.sft_type != 'full' and not args.merge_lora_and_save:
+        done.problems.add(
+            f'{given}: this checkpoint holds an adapter, and the file holds a merged model. Add --merge_lora_and_save '
+            'true.'
+        )
 
 
 def _resolve_answered(done: Resolution[InferArguments]) -> None:

@@ -435,6 +435,10 @@ class AutoEncoder(Encoder):
         """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
         return next((f'{name}={value}' for name, value in self._switch.items()), None)
 
+    @property
+    def prompt_settings(self) -> Mapping[str, Any]:
+        return self._switch if self.asks_to_think else _NOTHING
+
     def settings_of(self, row: Row) -> Mapping[str, Any]:
         """Return the template settings for a row: the thinking switch if the last reply has reasoning, else nothing."""
         return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
