@@ -233,7 +233,7 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights
 
 
 def write_file(done: Ready[InferArguments], trained: Trained, served: Served, folder: Path, place: Any) -> None:
-    """Write the model in `folder` as a GGUF file with a Modelfile, as --gguf says. It is compared on the device `place`."""
+    """Write the model in `folder` as a GGUF file with a Modelfile, as --gguf says. It is compared on `place`."""
     from utils.export.gguf import GgufTarget, write_gguf
     from utils.infer.generation import served_config
 

@@ -13,7 +13,7 @@ from utils.base.errors import ConfigError, error_text
 from utils.base.logger import logger
 from utils.loading.fingerprint import fingerprint
 from utils.loading.gguf_header import GgufHeader, read_header
-from utils.loading.tokenizer_files import save_tokenizer
+from utils.loading.portable import save_portable
 
 # Raise this number when a change here changes the files in the cache.
 _FORMAT = 2
@@ -148,7 +148,7 @@ def dense_directory(gguf: Path) -> Path:
     try:
         model, tokenizer = open_gguf(gguf)
         model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary)
+        save_portable(tokenizer, temporary)
         temporary.chmod(0o755)
         temporary.rename(target)
     except OSError:

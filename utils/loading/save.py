@@ -10,7 +10,8 @@ from typing import Any
 from utils.base.files import read_json, use_default_modes
 from utils.loading.image_processors import Images
 from utils.loading.packed import record_packed_format
-from utils.loading.tokenizer_files import CODE_KEYS, CONFIG, save_tokenizer
+from utils.loading.portable import CONFIG
+from utils.loading.tokenizer_files import CODE_KEYS, save_tokenizer
 
 
 def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None = None) -> None:

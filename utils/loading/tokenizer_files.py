@@ -10,8 +10,8 @@ from typing import Any
 
 from utils.base.files import read_json
 from utils.loading.chat_template import replace_templates
+from utils.loading.portable import CONFIG, save_portable
 
-CONFIG = 'tokenizer_config.json'
 # Names and patterns of all files from which transformers opens a tokenizer.
 PATTERNS = (
     CONFIG, 'tokenizer.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt', 'merges.txt',
@@ -21,9 +21,6 @@ PATTERNS = (
 # Keys that name code of a checkpoint, which is never run and never passed on.
 CODE_KEYS = ('auto_map', 'custom_generate')
 
-# Keys of transformers 5 that say how a tokenizer was opened.
-_OF_MACHINE = ('backend', 'is_local', 'local_files_only')
-
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer to a folder: the files from which it was opened, byte for byte, with its chat template.
@@ -32,8 +29,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     source = Path(tokenizer.name_or_path)
     if not tokenizer.name_or_path or not _has_tokenizer(source) or not has_tokens(source, tokenizer):
-        tokenizer.save_pretrained(folder)
-        _make_portable(folder)
+        save_portable(tokenizer, folder)
         return
 
     for pattern in PATTERNS:
@@ -74,17 +70,6 @@ def has_tokens(folder: Path, tokenizer: Any) -> bool:
         if (folder / name).is_file():
             tokens.update(_texts(read_json(folder / name)))
     return tokens.issuperset(tokenizer.get_vocab())
-
-
-def _make_portable(folder: Path) -> None:
-    """Write the settings of a tokenizer that transformers 5 saved in the words of transformers 4, which both read."""
-    config = folder / CONFIG
-    content = {key: value for key, value in read_json(config).items() if key not in _OF_MACHINE}
-    if content.get('tokenizer_class') == 'TokenizersBackend':
-        content['tokenizer_class'] = 'PreTrainedTokenizerFast'
-    if isinstance(content.get('extra_special_tokens'), list):
-        content['additional_special_tokens'] = content.pop('extra_special_tokens')
-    config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def _texts(content: Any) -> Iterator[str]:
