@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,15 @@ def has_package(name: str) -> bool:
     """
     found = importlib.util.find_spec(name)
     return found is not None and found.origin is not None
+
+
+def leave_out(names: Iterable[str]) -> None:
+    """Hide the packages `names`, which this process does not need, from all later imports.
+
+    peft, accelerate and transformers import every optional package that is installed, also if it is not needed. Without
+    these packages they import faster. A package that is imported already stays. Call this only in a process that runs
+    one program: a hidden package cannot be imported later.
+    """
+    for name in names:
+        # With None, an import raises ImportError, and importlib.util.find_spec returns None.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 def _hashed(
     located: Iterable[tuple[str, dict[str, Any] | BadRow]], digest: Any
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield the same (location, row), and update the hash with the content of each row."""
+    """Yield each (location, row) unchanged, and update the hash with the content of each row."""
     for location, row in located:
         # Only text, numbers, lists and objects can get into a conversation. Of other values, only the type is hashed.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
@@ -77,7 +77,7 @@ def _converted(
 
     The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
     `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remark` is called
-    with the names that are not read as they are written.
+    with a text about columns that are read under a different name than in the file.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
@@ -185,7 +185,8 @@ class Part:
     # The files of the download, as <hub>:<id>@<revision>/<file>. Empty for other parts.
     hub_files: Sequence[str] = ()
     uses: bytearray = field(default_factory=bytearray)
-    # The local files of the part, each with its signature when the part was opened. A registered data set has none.
+    # The files of the part on this machine, each with its signature when the part was opened. A registered data set has
+    # none.
     files: Sequence[tuple[Path, Signature]] = ()
     has_images: bool = False
     # The positions of the rows that cannot be trained on, among all rows that were read.
@@ -211,7 +212,7 @@ class Part:
     columns: dict[str, None] = field(default_factory=dict)
 
     def source(self) -> dict[str, str]:
-        """Return, for lock.json, what the hub served and its commit. Returns {} for local files and own functions."""
+        """Return, for lock.json, the repository on the hub and its commit. Returns {} if the data is not from a hub."""
         found = {'served': self.served, 'commit': self.commit}
         return {name: value for name, value in found.items() if value}
 
@@ -271,7 +272,7 @@ class Part:
 
         if position != len(self.uses):
             raise ConfigError(
-                f"data set '{self.name}': the second read returned other rows than the first. Make its function in "
+                f"data set '{self.name}': the second read returned different rows. Make its function in "
                 'utils/dataset.py deterministic: the same rows in the same order.'
             )
 
@@ -360,12 +361,13 @@ def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, readin
         if not names:
             continue
         # The hash covers the names in the repository, because the folder of the cache differs between machines.
-        paths = [fetched.folder / name for name in names]
+        stored = [(path, signature(path)) for path in (fetched.folder / name for name in names)]
         columns: dict[str, None] = {}
         remarks: dict[str, None] = {}
         part = Part(
             name=_shown(source.name, is_val),
-            read=_reader([(path, signature(path)) for path in paths], names, bad, reading, columns, remarks),
+            read=_reader(stored, names, bad, reading, columns, remarks),
+            files=stored,
             columns=columns,
             remarks=remarks,
             is_val=is_val,
@@ -396,7 +398,7 @@ def _shown(name: str, is_val: bool) -> str:
 
 def check_columns(parts: Iterable[Part], reading: Reading) -> None:
     """Raise ConfigError if --columns names a column that no row of the parts has had so far."""
-    from_files = [part for part in parts if part.files or part.hub_files]
+    from_files = [part for part in parts if part.files]
     if not from_files:
         return
     seen = dict.fromkeys(itertools.chain.from_iterable(part.columns for part in from_files))

@@ -76,7 +76,7 @@ _MOST_ALONE = 16
 
 
 class _Leaf(NamedTuple):
-    """One text of a row. Its characters are counted under `label`.
+    """A leaf: one text (string) of a row. Its characters are counted under `label`.
 
     If the text is not used, it is reported under `name`. `turn` is the index of its turn, or -1 for a text that does
     not belong to a turn.
@@ -145,7 +145,10 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield the keys, numbers and schema words of a nested value. Templates may print them in addition to its texts."""
+    """Yield, as strings, what a template may print of a nested value in addition to its texts.
+
+    These are the keys, the numbers, and the values of `type` and `required` in a JSON schema.
+    """
     value = _parsed(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -279,7 +282,10 @@ def _of_history(history: Any) -> Iterator[_Leaf]:
 
 
 def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
-    """Yield the leaves of a column with a list of turns, or with one turn. `number` is the number of its first turn."""
+    """Yield the leaves of a column with a list of turns, or with one turn.
+
+    `number` is the index of the column's first turn in the conversation.
+    """
     keys, contents = ('role', 'from'), ('content', 'value')
     if column == 'conversations':
         keys, contents = ('from', 'role'), ('value', 'content')
@@ -294,7 +300,10 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
 
 
 def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
-    """Yield the leaves of a column with what is asked, or with the reply, after this number of rounds of history."""
+    """Yield the leaves of a column with the prompt or the reply. `rounds` is the number of rounds in the history.
+
+    `shape` has the columns of the row's format. The first of these columns has the prompt.
+    """
     value = raw[column]
     is_asked = column in _ASKED
     first = 2 * rounds + (not is_asked)
@@ -339,10 +348,10 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 class _Text:
-    """The tokenised text of a row.
+    """The tokenised text of a row. It consists of pieces: stretches of text with or without loss.
 
-    `ends` has the positions at which its pieces end, `trained` the positions at which its trained pieces begin, and
-    `claimed` the spans in which leaves were found.
+    `ends` has the positions at which the pieces end. `trained` has the positions at which the pieces with loss begin.
+    `claimed` has the spans in which leaves (texts of the row) were found. All positions count characters of `text`.
     """
 
     def __init__(self, encoded: Encoded) -> None:
@@ -378,7 +387,7 @@ class _Text:
         return ''.join([*parts, self.text[position:]])
 
     def buckets(self, start: int, end: int, characters: int) -> dict[str, int]:
-        """Return {bucket: count} for a leaf that is printed at this span. The buckets are cut, context and trained.
+        """Return {bucket: count} for a leaf (a text of the row) at this span. The buckets are cut, context and trained.
 
         `characters` is the length of the leaf. If the span has a different length, the counts are scaled to the leaf.
         """
@@ -460,7 +469,7 @@ def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
 
 
 def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tuple[str, ...] | None:
-    """Encode the row with these texts replaced. Returns the pieces of its text, or None if the row is refused."""
+    """Encode the row with these texts replaced. Returns its text as a list of pieces, or None if the row is refused."""
     written: Any = row.written
     for path, text in changes:
         written = _replaced(written, path, text)
@@ -471,8 +480,8 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
 def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
     """Find the right positions of the doubtful texts, and store them in `places`.
 
-    The row is rendered with markers instead of the doubtful texts. A text keeps its first position if this rendering
-    fails, or if the rendering with its marker differs in more than this text.
+    The row is rendered with markers instead of the doubtful texts. A text keeps the position that `places` has for it
+    if this rendering fails, or if the rendering with the marker of the text differs in more than this text.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _mark(number) for number in whole}
@@ -506,8 +515,8 @@ def _mark(number: int) -> str:
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
     """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    If there are several spans and the text is an identity, the first span is removed from the list, so that an equal
-    identity gets the next span.
+    If there are several spans and the text is an identity (a name or id), the first span is removed from the list, so
+    that the next equal name or id gets the next span.
     """
     leaf = places[number].leaf
     if not spans:
@@ -577,7 +586,7 @@ class Account:
         self.unused[name] = self.unused.get(name, 0) + rows
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
-        """Count all characters of a row that is not encoded in the bucket `reason`."""
+        """Count a row that is not encoded: all its characters are counted in the bucket `reason`."""
         for leaf in leaves(raw):
             self._count(leaf.label, reason, len(leaf.text))
 
@@ -642,7 +651,7 @@ class Account:
             missed[leaf.name] = None
 
     def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
-        """Return (_Place of a leaf, position in the text at which the leaf ends). It is 0 if the leaf is not found."""
+        """Return (_Place of a leaf, position in the text at which the leaf ends). The position is 0 without a match."""
         size = len(leaf.text)
         if leaf.kind == STRUCTURE:
             return _Place(leaf, {STRUCTURE: size}), 0
@@ -667,7 +676,7 @@ class Account:
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Search a text that is not printed as a whole, in parts: split at line ends, think tags and image tags.
+        """Search a text that is not printed in one piece. Its parts are searched: it is split at line ends and at tags.
 
         Returns (counts of the buckets for all parts, position at which the last found part ends).
         """
@@ -700,7 +709,10 @@ class Account:
             self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
-        """Return a line with the percentages for each label, and a line with the names of unused fields."""
+        """Return at most two lines: one with the percentages of all labels, and one with the names of unused fields.
+
+        A line that would have no content is left out.
+        """
         shares = []
         for label, counts in self.fields.items():
             total = sum(counts.values())

@@ -1,9 +1,9 @@
 """The memory of a training step on one device, in bytes. It is computed from the sizes of the model.
 
-benchmarks/estimate.py compares the results with measurements. `c` is the number of bytes of a value in the compute
-dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the inputs of
-linear layers to the compute dtype. With --full_weights bf16 it holds bf16 weights and needs no autocast. LoRA computes
-in the dtype of the base model's weights.
+benchmarks/estimate.py compares the results with measurements. In the formulas, `c` is the number of bytes of a value in
+the compute dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the
+inputs of linear layers to the compute dtype. With --full_weights bf16 it holds bf16 weights and needs no autocast. LoRA
+computes in the dtype of the base model's weights.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Mode:
     # Whether the input embedding and the output head are trained whole beside the adapter. If they are tied, both are.
     trains_embedding: bool = False
     trains_head: bool = False
+    # Number of parameters in the rows of new tokens that are trained.
+    token_rows: int = 0
     # Other linear layers that are trained whole, by name or path.
     saved: tuple[str, ...] = ()
     # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
@@ -101,7 +103,7 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return the number of shards of a tensor that only these kinds of sharding divide. 1 means not divided."""
+        """Return into how many shards a tensor is divided: one per process if `sharding` is in `stages`, else 1."""
         return self.processes if self.sharding in stages else 1
 
 
@@ -143,7 +145,7 @@ def trained_parameters(shape: Shape, mode: Mode) -> int:
     tables = shape.embedding if mode.trains_embedding else 0
     if mode.trains_head and shape.head:
         tables += shape.head
-    return adapter + layers + tables
+    return adapter + layers + tables + mode.token_rows
 
 
 def lora_parameters(shape: Shape, targets: Sequence[str], rank: int, *, dora: bool = False) -> int:
@@ -184,6 +186,8 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     held = weights + adapter + optimizer + gathered
     before = gradients if mode.accumulates else 0
 
+    if mode.token_rows:  # PEFT puts the trained rows into a copy of the whole table
+        logits += mode.compute * shape.vocabulary * shape.hidden
     at_loss = held + before + saved + logits
     in_backward = held + before + saved + head_gradient + _backward(shape, mode, batch)
     if mode.checkpointing:
@@ -350,7 +354,7 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 
 
 def _step(shape: Shape, mode: Mode, own: int) -> int:
-    """Return the temporary bytes of the optimizer step.
+    """Return the temporary bytes of the optimizer step. `own` is the number of trained parameters on one device.
 
     A fused step needs no temporary memory. The step of bf16 weights updates one chunk at a time. With FSDP the step is
     not fused: a GPU then needs temporary memory for all trained tensors together, and a CPU only for the largest one.

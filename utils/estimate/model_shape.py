@@ -94,7 +94,7 @@ class Shape:
 
 
 def _unfolded(pattern: str, indices: str) -> list[str]:
-    """Return the paths of a pattern and its indices, e.g. 'layers.#.q_proj' and '0-3 8'."""
+    """Return the paths that a pattern and its indices describe, e.g. 'layers.#.q_proj' and '0-3 8'."""
     paths = []
     for part in indices.split():
         first, _, last = part.partition('-')
@@ -205,9 +205,9 @@ def measure(model: PreTrainedModel) -> Shape:
 
 
 def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
-    """Return the indices of the linear layers for each path and size, and the sum of the widths of all norms.
+    """Return {path: {(in, out): layer indices}} of the linear layers, and the sum of the widths of all norms.
 
-    The head and the vision tower are not included.
+    A path has # in place of the layer index, e.g. 'layers.#.q_proj'. The head and the vision tower are not included.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -251,7 +251,7 @@ def _inner(
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return how attention needs memory in this model, as a value of `Shape.attention`."""
+    """Return the kind of attention of this model, which decides its memory, as a value of `Shape.attention`."""
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 

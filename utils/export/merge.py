@@ -1,6 +1,7 @@
 """Merges an adapter into its base model.
 
-The merged model is written to a hidden folder, opened again and compared. If it is correct, the folder is renamed.
+The merged model is written to a hidden folder, opened again and compared with base + adapter. If the
+logits agree, the folder is renamed.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def probe_logits(
 
 
 def user_rows(run_dir: Path) -> list[Row]:
-    """Return the rows that the run answered for its report. The list is empty if the run has no answers.json."""
+    """Return the rows for which the run generated answers for its report. Without answers.json the list is empty."""
     file = run_dir / ANSWERS_JSON
     answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
     return [
@@ -77,7 +78,7 @@ def user_rows(run_dir: Path) -> list[Row]:
 
 
 def _cutting(encoder: Encoder) -> Encoder:
-    """Return a copy of the encoder that cuts rows longer than --max_length. The proof needs no whole rows."""
+    """Return a copy of the encoder that cuts rows longer than --max_length. The comparison does not need whole rows."""
     made = copy.copy(encoder)
     made.overlong = 'cut'
     return made
@@ -139,12 +140,13 @@ def merge_and_save(
 ) -> str:
     """Merge the adapter, save the whole model in the folder `target`, and return a text that says what was compared.
 
-    The saved model is opened again. Its logits are compared with the logits of base + adapter, on a fixed text and on
-    the token ids `texts`. If they differ by more than rounding explains, raises ConfigError and leaves `target` as it
-    was.
+    The saved model is opened again. Its logits are compared with the logits of base + adapter, on a fixed text, on the
+    tokens that the run added and on the token ids `texts`. If they differ by more than rounding explains, raises
+    ConfigError and leaves `target` as it was.
     """
     _recover(target)
-    probed = [None, *texts]
+    new = list(record.added_tokens)
+    probed = [None, *texts, *([tokenizer.convert_tokens_to_ids(new)] if new else [])]
     wanted = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
     with model.disable_adapter():
         bare = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
@@ -173,8 +175,9 @@ def merge_and_save(
     rounded = ''
     if share < _WHOLE:
         rounded = f'; {share:.0%} of what the adapter does: the rest was rounded away, --dtype fp32 keeps it'
+    compared = f'a fixed text, the new tokens and {len(texts)}' if new else f'a fixed text and {len(texts)}'
     return (
-        f'the logits of base + adapter on a fixed text and {len(texts)} of your rows (largest difference '
+        f'the logits of base + adapter on {compared} of your rows (largest difference '
         f'{difference:.3g}, largest logit {largest:.3g}), its vocabulary, generation settings and {head} head{rounded}'
     )
 
@@ -191,6 +194,8 @@ def verify_merged(
     """Open a merged folder as users open it, and compare the model with the merged model in memory.
 
     `wanted` are the logits of base + adapter for `texts`, and `merged_logits` those of the merged model in memory.
+    In `texts`, None is the fixed text of `probe_logits`.
+
     Returns the largest difference of the opened model's logits from `wanted`, and a text that describes the first
     problem, or None if there is no problem.
     """

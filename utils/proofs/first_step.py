@@ -46,7 +46,7 @@ T = TypeVar('T')
 
 
 class FirstStepGate(TrainerCallback):
-    """Tries the parts of a run before its first step, so that a run without enough memory or disk space ends early."""
+    """Tries steps, an evaluation and a checkpoint before the training, so that a lack of memory or disk shows early."""
 
     def __init__(self, trainer: SftTrainer, *, resumed_from: str | None) -> None:
         self.trainer = trainer
@@ -141,10 +141,10 @@ class FirstStepGate(TrainerCallback):
     def _steps(self, heaviest: list[Rows]) -> str | None:
         """Try the batches `heaviest`. Returns the first memory error, or None if the memory is sufficient.
 
-        One whole step is done first, and then a forward and backward pass for each batch, because now the state of the
-        optimizer is in memory too. The passes run without collective operations, so that no process waits for a process
-        that runs out of memory. Only the last pass, over one row, averages the gradients over the processes. A sharded
-        model needs collective operations in every pass.
+        First one whole step is done, which brings the state of the optimizer into memory. Then a forward and a backward
+        pass is done for each batch. These passes run without collective operations, so that no process waits for a
+        process that runs out of memory. Only the last pass, over one row, averages the gradients over the processes. A
+        sharded model needs collective operations in every pass.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
@@ -249,7 +249,7 @@ class FirstStepGate(TrainerCallback):
         )
 
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
-        """Return a list of (flag that saves memory, the batch as it is with this flag).
+        """Return a list of (flag that saves memory, the heaviest batch under this flag).
 
         `tokens` is the number of tokens in the longest row. For --gradient_checkpointing true the batch is the object
         `rows` itself.
@@ -266,7 +266,7 @@ class FirstStepGate(TrainerCallback):
         return lighter
 
     def _evaluate(self) -> None:
-        """Try an evaluation of the heaviest validation batch. If evaluation generates answers, they have few tokens.
+        """Try an evaluation of the heaviest validation batch. If evaluations generate answers, these answers are short.
 
         Raises ConfigError if the batch does not fit into memory, or if the loss of a row is not finite.
         """
@@ -316,8 +316,8 @@ class FirstStepGate(TrainerCallback):
         free = shutil.disk_usage(scratch.parent).free + size
         if free < held * size:
             logger.warning(
-                f'--save_total_limit: {held} checkpoints of {size / 2**30:.1f} GiB exist at the same time, and '
-                f'{free / 2**30:.1f} GiB are free. Free disk space before the first of them is written.'
+                f'--save_total_limit: up to {held} checkpoints of {size / 2**30:.1f} GiB will exist at the same time, '
+                f'but {free / 2**30:.1f} GiB are free. Free disk space before the checkpoints are written.'
             )
         return size
 

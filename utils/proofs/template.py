@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import re
 import secrets
@@ -39,7 +38,7 @@ from utils.encode.template_encoder import TemplateEncoder
 from utils.encode.text_encoder import TextEncoder
 from utils.formats.conversation import Row
 from utils.formats.json_text import Spelling
-from utils.loading.chat_template import read_chat_template, write_templates
+from utils.loading.chat_template import hash_template_file, hash_templates, write_templates
 from utils.loading.image_processors import Images
 from utils.loading.template_settings import split_settings
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
@@ -81,11 +80,6 @@ def template_hash(encoder: Encoder) -> str:
     return hash_templates(encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own))
 
 
-def hash_templates(content: Any) -> str:
-    """Return the sha256 of a template: of a text, or of the JSON of an entry or of several templates."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
     """Write the hash of the template to sft_args.json and lock.json.
 
@@ -98,20 +92,13 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
     run.note(template_sha256=sha256)
     run.lock['template_sha256'] = sha256
     if path := run.record.flags.get('chat_template'):
-        run.lock['chat_template'] = {'path': path, 'sha256': _hash_of_file(Path(path))}
+        run.lock['chat_template'] = {'path': path, 'sha256': hash_template_file(Path(path))}
     if not dist.is_main():
         return
 
     write_json(run.folder / LOCK_JSON, run.lock)
     if any(run.record.flags.get(name) is not None for name in TEMPLATE_FLAGS[1:]):
         write_templates(run.folder, encoder.tokenizer.chat_template)
-
-
-def _hash_of_file(path: Path) -> str:
-    """Return the sha256 of a template file. For a folder, return the hash of its templates."""
-    if path.is_dir():
-        return hash_templates(read_chat_template(path))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def note_thinking(run: Run, encoder: Encoder, switched: tuple[int, int]) -> None:
@@ -145,7 +132,9 @@ def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
 def _rendering(
     encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False, reply: str | None = None
 ) -> str:
-    """Return the text of the tokenizer's chat template for the row as written, or with `prompt` only for its prompt.
+    """Return the text that the tokenizer's chat template prints for the row, or with `prompt` only for its prompt.
+
+    With --template_type auto, a row without images is taken from its source data, not from the conversion.
 
     With `inert`, control tokens that occur in the texts of the row are replaced by placeholders while the template is
     rendered, so that the template treats them as plain text. With `reply`, the last message has this text instead.
@@ -251,7 +240,8 @@ class _Check:
     def verdict(self) -> Verdict:
         """Compare the ids of the row with the ids of the chat template.
 
-        Returns 'equal', 'explained' or 'different'. An error that the template raises for this row is not caught here.
+        Returns 'equal', 'explained' (by notes of the encoder about the row) or 'different'. An error that the template
+        raises for this row is not caught here.
         """
         self.theirs = _template_ids(self.encoder, self.row)
         if self.encoder.name != AUTO:
@@ -270,7 +260,7 @@ class _Check:
     def _is_explained(self, notes: set[str]) -> bool:
         """Return whether the notes of the row explain its whole difference from the text of the chat template.
 
-        Each note explains only the kind of difference that it describes.
+        A note says what the encoder changed in the row. It explains only the kind of difference that it describes.
         """
         inert = CONTROL_TOKENS in notes
         full = _rendering(self.encoder, self.row, inert=inert)
@@ -287,7 +277,7 @@ class _Check:
         return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
 
     def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
-        """Return whether the template's text `full` ends with `follows`, the text after our prompt.
+        """Return whether `full`, the text of the chat template, ends with `follows`, our text after the prompt.
 
         Think blocks and whitespace are ignored. If an end of turn was added, a text after `follows` is allowed if the
         template prints this text after every chat.
@@ -299,7 +289,7 @@ class _Check:
         return bool(before or reply) and is_last
 
     def _printed_after_reply(self, notes: set[str]) -> str:
-        """Return the text that the template prints after the last turn, whatever its text is."""
+        """Return the text that the template prints after the last turn, independent of the text of this turn."""
         marker = secrets.token_hex(8)
         text = _rendering(self.encoder, self.row, inert=CONTROL_TOKENS in notes, reply=marker)
         return text.rpartition(marker)[2]
@@ -353,9 +343,10 @@ class _Check:
 
 
 def _check_text(encoder: Encoder, row: Row) -> None:
-    """Raise ConfigError if a row of plain text has other ids than the tokenizer gives, or a token without loss.
+    """Raise ConfigError if the ids of plain text differ from those of the tokenizer, or if a token carries no loss.
 
-    Control tokens that occur in the text are plain text. So the ids of a text with such tokens must decode to it.
+    A control token that occurs in the text is encoded as plain text. For a text with control tokens, it is only checked
+    that its ids decode to the text.
     """
     unlimited = copy.copy(encoder)
     unlimited.max_length = -1
@@ -371,8 +362,8 @@ def _check_text(encoder: Encoder, row: Row) -> None:
         is_equal = _bare(tokenizer.decode(ours[len(unlimited.beginning) : -1])) == _bare(written)
     if not is_equal or encoded.trained != (0, len(ours)):
         raise ConfigError(
-            f'{row.origin}: the row is plain text, and its trained ids are not those of the tokenizer and the end of '
-            'sequence. Please report this tokenizer.'
+            f'{row.origin}: the row is plain text, and its trained ids are not those of the tokenizer followed by '
+            'the end-of-sequence token. Please report this tokenizer.'
         )
 
 
@@ -420,7 +411,7 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
     """Return the verdict on a row, and a text that describes its difference, or None if there is nothing to report.
 
     `has_own` says whether the tokenizer has a chat template. Raises ConfigError if the row has a fault, or, with
-    --template_type auto, if no note explains a difference.
+    --template_type auto, if the verdict is 'different'.
     """
     from jinja2.exceptions import TemplateError
 
@@ -454,8 +445,8 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
     where = check.context(check.theirs, 'the chat template')
     if encoder.name == AUTO:
         raise ConfigError(
-            f"{row.origin}: template auto: the ids differ from those of the tokenizer's chat template, and no counted "
-            f'reason explains it: {where}. Use another --template_type, and please report this chat template.'
+            f"{row.origin}: template auto: the ids differ from those of the tokenizer's chat template, and no known "
+            f'reason explains this: {where}. Use another --template_type, and please report this chat template.'
         )
     return verdict, f'{row.origin}: {where}'
 

@@ -1,18 +1,19 @@
 """--resume_from_checkpoint last: finds the newest whole checkpoint of a run that fits the command.
 
-So the same command starts a run, and continues it after the process was killed.
+A run fits if it has the flags, data, base weights and number of processes of the command. So the same command starts
+a run, and continues the run after the process was killed.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from utils.base import dist
-from utils.base.checkpoint import all_checkpoints
+from utils.base.checkpoint import all_checkpoints, sha256_of
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.logger import logger
@@ -20,9 +21,12 @@ from utils.base.names import LAST, LOCK_JSON
 from utils.cli.arguments import SftArguments
 from utils.cli.machine import TRAINER_STATE, check_resume, partial_checkpoints
 from utils.cli.resolution import Ready, run_name
+from utils.loading.chat_template import hash_template_file
 from utils.loading.weights import Weights
 from utils.run.folder import run_dirs
+from utils.run.lineage import adapter_file
 from utils.run.lock import flag_words
+from utils.run.new_tokens import find_new_tokens
 from utils.run.record import RUN_JSON, RunRecord, changed_flags, record_of
 
 _SKIPPED = 'it is skipped.'
@@ -51,6 +55,7 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
         return False
 
     record = record_of(args, system_typed='system' in done.typed, base_model=weights.record(done.info))
+    record = replace(record, added_tokens=find_new_tokens(args))
     found: Found = dist.from_all(find_last(args, record, data) if dist.is_main() else Found())[0]
     for line in found.skipped:
         logger.info(line)
@@ -65,6 +70,9 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
         _check_everywhere(Path(found.checkpoint))
     done.decide('resume_from_checkpoint', found.checkpoint, reason)
     logger.info(done.decisions[-1])
+    if found.checkpoint is not None and args.adapter is not None:
+        done.decide('adapter', None, 'the run of the checkpoint started from it')
+        logger.info(done.decisions[-1])
 
     if found.checkpoint is not None:
         for line in partial_checkpoints(Path(found.checkpoint).parent):
@@ -89,8 +97,8 @@ def _check_everywhere(checkpoint: Path) -> None:
 def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) -> Found:
     """Search the runs of this model from the newest to the oldest, and return what was found.
 
-    `record` and `data` are the record and the data entry of lock.json that a run of this command has. The run in
-    --from_run is not searched, because this command repeats it.
+    `record` and `data` are the record and the data entry of lock.json that a new run of this command would have. The
+    run in --from_run is not searched, because this command repeats it.
     """
     found = Found()
     at_end = None
@@ -123,19 +131,27 @@ def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) ->
 
 
 def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None:
-    """Return why a run does not fit, so that resuming it would not give the result of this command. None: it fits."""
+    """Return the reason why resuming a run would not give the result of this command. Returns None if it fits."""
     try:
         earlier = RunRecord.read(run)
         lock = read_json(run / LOCK_JSON)
     except ConfigError as error:
         return error.problems[0].split('. ')[0]
 
+    if reason := _other_start(lock, record):
+        return reason
     if changed := changed_flags(earlier, record):
         return 'other flags, ' + ', '.join(f'--{name} {then} (now {now})' for name, now, then in changed)
     if lock.get('processes') != dist.world_size():
         return f'it was trained by {lock.get("processes")} processes (now {dist.world_size()})'
     if (earlier.base_model or {}).get('sha256') != (record.base_model or {}).get('sha256'):
         return 'other base weights'
+
+    if record.flags.get('chat_template'):
+        path = record.flags['chat_template']
+        trained = (lock.get('chat_template') or {}).get('sha256')
+        if trained is not None and trained != hash_template_file(Path(path)):
+            return f'{path} has changed since'
 
     then = lock.get('data') or {}
     changed_rows = [
@@ -144,13 +160,29 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
     return f'other rows of {", ".join(changed_rows)}' if changed_rows else None
 
 
+def _other_start(lock: Mapping[str, Any], record: RunRecord) -> str | None:
+    """Return why the start of a run differs from that of this command: from the adapter in --adapter, or without one.
+
+    Returns None if both start in the same way.
+    """
+    started_from = (lock.get('adapter') or {}).get('sha256')
+    adapter = record.flags.get('adapter')
+    if adapter is None:
+        return None if started_from is None else 'it started from an adapter, and this command has no --adapter'
+
+    file = adapter_file(Path(adapter))
+    if file is None or sha256_of(file) != started_from:
+        return f'it did not start from the adapter in {adapter}'
+    return None
+
+
 def _state(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = read_json(checkpoint / TRAINER_STATE)
     return state
 
 
 def _is_at_end(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is of the last step of its run."""
+    """Return whether a checkpoint was written after the last step of its run."""
     state = _state(checkpoint)
     return bool(state['global_step'] >= state['max_steps'])
 

@@ -1,6 +1,6 @@
-"""--adapter: reads a trained adapter that a run starts from, checks it, and records which adapter it was.
+"""--adapter: a run starts from a trained adapter. This module reads, checks and records the adapter.
 
-The run takes the shape of the adapter, its base model and its template from the files of the adapter. Rows, optimizer
+The files of the adapter decide its shape (rank, layers), the base model and the template of the run. Rows, optimizer
 and schedule are new.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 from utils.base.checkpoint import MANIFEST, damage, last_checkpoint, sha256_of
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
+from utils.base.names import LAST
 from utils.cli.arguments import SftArguments
 from utils.cli.machine import ADAPTER_CONFIG, started_in
 from utils.cli.parser import Parsed
@@ -35,7 +36,6 @@ _UNEXPRESSED: dict[str, tuple[Any, ...]] = {
     'alpha_pattern': (None, {}),
     'layers_to_transform': (None, []),
     'layer_replication': (None, []),
-    'trainable_token_indices': (None, [], {}),
     'use_qalora': (None, False),
 }
 _GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/checkpoint-N.'
@@ -54,7 +54,7 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
 
     problems = parsed.problems
     given = f'--adapter {args.adapter}'
-    if args.resume_from_checkpoint is not None:
+    if args.resume_from_checkpoint not in (None, LAST):
         problems.add(
             f'{given}: a run that is resumed goes on from the adapter in its checkpoint. Remove --adapter to resume, '
             'or remove --resume_from_checkpoint to start a new run from the adapter.'
@@ -77,9 +77,14 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
     for name, without_effect in _UNEXPRESSED.items():
         if config.get(name) not in without_effect:
             problems.add(
-                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag here expresses. Merge it into its base with '
+                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag can set. Merge it into its base with '
                 'merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
             )
+    if config.get('trainable_token_indices') and not (record and record.added_tokens):
+        problems.add(
+            f'{given}: it has rows of new tokens, and no record of its run (sft_args.json) says which tokens. Merge it '
+            'into its base with merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
+        )
     _fill_shape(parsed, config, f'{given}: the adapter has', decisions)
     _fill_model(parsed, config, record, decisions)
     if record is None:
@@ -93,7 +98,7 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
 
 
 def _folder_problem(folder: Path, from_run: str | None) -> str | None:
-    """Return the reason why a folder cannot be used as --adapter, as the end of a message, or None."""
+    """Return the end of a message that says why a folder cannot be used as --adapter. Returns None if it can."""
     if not folder.is_dir():
         hint = f' The run was started in {started_in(Path(from_run))}.' if from_run and not folder.is_absolute() else ''
         return f'is not a directory (looked in {folder.absolute().parent}). {_GIVE_ADAPTER}{hint}'
@@ -103,7 +108,7 @@ def _folder_problem(folder: Path, from_run: str | None) -> str | None:
         if (folder / 'config.json').is_file():
             return 'is a whole model, not an adapter. Name it with --model_id_or_path instead.'
         return f'is not an adapter: it has no {ADAPTER_CONFIG}. {_GIVE_ADAPTER}'
-    if _adapter_file(folder) is None:
+    if adapter_file(folder) is None:
         return f'holds no adapter weights: neither {" nor ".join(ADAPTER_FILES)}. Copy the complete checkpoint.'
     if (folder / MANIFEST).is_file() and (problem := damage(folder)):
         return f'cannot be used: {problem}. Copy the checkpoint again, or give another one.'
@@ -114,7 +119,8 @@ def _folder_problem(folder: Path, from_run: str | None) -> str | None:
     return None
 
 
-def _adapter_file(folder: Path) -> Path | None:
+def adapter_file(folder: Path) -> Path | None:
+    """Return the file with the weights of an adapter. Returns None if the folder has none."""
     return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
 
 
@@ -220,11 +226,11 @@ def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) ->
 def find_lineage(
     args: SftArguments, info: ModelInfo, base_model: Mapping[str, str], warnings: list[str]
 ) -> dict[str, Any] | None:
-    """Return what is recorded about the adapter from which a run starts. Returns None for a run with a new adapter.
+    """Return a dictionary about the adapter from which a run starts. Returns None if the run starts with a new adapter.
 
     The keys are path, sha256 (of the adapter's file), run (the name of its run folder, or None) and base ('checked' or
-    'not checked'). A resumed run has the lineage of the run that it resumes. Raises ConfigError if the adapter was
-    trained on other base weights.
+    'not checked'). For a resumed run, the dictionary of the run that it resumes is returned. Raises ConfigError if the
+    adapter was trained on different base weights.
     """
     if args.resume_from_checkpoint is not None:
         resumed = find_record(Path(args.resume_from_checkpoint))
@@ -244,7 +250,7 @@ def find_lineage(
             'An adapter is valid only for the weights it was trained on. Name them with --model_id_or_path.'
         )
 
-    file = _adapter_file(folder)
+    file = adapter_file(folder)
     assert file is not None, 'checked'
     return {
         'path': abbreviated(folder.absolute()),
@@ -255,7 +261,7 @@ def find_lineage(
 
 
 def _compare_names(folder: Path, args: SftArguments, info: ModelInfo, warnings: list[str]) -> None:
-    """Add a warning if the adapter names another base model than this run trains. Only names can be compared."""
+    """Add a warning if the adapter names a different base model than this run. Only the names are compared."""
     named = read_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')
     own = {str(name).rstrip('/').rsplit('/', 1)[-1].lower() for name in (
         info.model_id_or_path, info.hf_model_id, info.public_id, args.model_id_or_path, args.model_type,

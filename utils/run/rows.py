@@ -14,6 +14,7 @@ from utils.base import dist
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json, write_json
 from utils.base.logger import logger
+from utils.base.names import HubName
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
 from utils.cli.resolution import Decided, Ready, reading_of
 from utils.data.held_out import held_out, read_held_out
@@ -98,8 +99,8 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
     """Return the data entry of lock.json for streams: for each stream, {'rows': ..., 'sha256': ...}.
 
-    They are the number and the hash of the first rows of the stream. The hash covers the share of the stream. The
-    entries of sets of --val_dataset are those of their plan.
+    `rows` is the number of the first rows of the stream, and `sha256` a hash of these rows and the share of the stream.
+    The entries of sets of --val_dataset are those of their plan.
     """
     found: dict[str, dict[str, Any]] = sources.val.lock() if sources.val else {}
     for parts, share in itertools.zip_longest(sources.sources, sources.shares):
@@ -126,7 +127,7 @@ def held_out_rows(rows: Plan | Streams, stream_val_rows: int) -> dict[str, Row]:
 
 
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
-    """Write held_out.json, which names the validation rows: llm_infer.py then need not read all data to find them.
+    """Write held_out.json with the positions of the validation rows, so that llm_infer.py need not read all data.
 
     Nothing is written for streams without --val_dataset, because such a stream always holds out its first rows.
     """
@@ -164,7 +165,7 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
         return first_rows(streams.sources, count)
 
     if trained is not None and _same_data_flags(done, trained):
-        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset, reading_of(args))
+        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset, reading_of(args), args.hub)
         if rows is not None:
             return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
@@ -187,7 +188,7 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
     flags = trained.record.flags if trained is not None else {}
     same = [flags.get('val_dataset'), flags.get('dataset_seed')] == [words, args.dataset_seed]
     if trained is not None and same:
-        rows = _kept_rows(trained.checkpoint.absolute().parent, words, reading_of(args))
+        rows = _kept_rows(trained.checkpoint.absolute().parent, words, reading_of(args), args.hub)
         if rows is not None:
             return rows
 
@@ -209,7 +210,7 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
     return [row for _, row in plan.rows(VAL)]
 
 
-def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading) -> list[Row] | None:
+def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading, hub: HubName) -> list[Row] | None:
     """Return the rows that held_out.json names.
 
     Returns None if the run has no held_out.json, which older versions did not write, or if the data files have changed.
@@ -218,7 +219,7 @@ def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading) -> list[Ro
     if not file.is_file():
         return None
     kept = read_json(file, remedy='Remove the file: the rows are then found by reading all data.')
-    return read_held_out(kept, words, reading)
+    return read_held_out(kept, words, reading, hub)
 
 
 def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:

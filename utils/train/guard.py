@@ -162,9 +162,10 @@ class Guard(TrainerCallback):
         """Check the loss and the gradients of a step. `where` names the step in messages.
 
         Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
-        ConfigError if the loss or the gradients are not finite, or if every gradient is zero. Also sets `stop_agreed`
-        of the trainer: whether any process has received a signal to stop. The deadline gets the last step on which the
-        processes agree.
+        ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
+
+        Also sets two values that are the same in all processes: `stop_agreed` of the trainer (whether any process has
+        received a signal to stop), and `agreed` of the deadline (the new last step of the run, or 0 for no change).
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()
@@ -286,10 +287,10 @@ class Guard(TrainerCallback):
         return [self.trainer.train_dataset.origin(index) for index in batch['rows'].flatten().tolist()]
 
     def _bad_rows(self, batch: dict[str, Any]) -> list[str]:
-        """Return the origins (where a row comes from) of all rows of a micro-batch whose loss is not finite.
+        """Return the origins (file and line) of the rows that make the loss of a micro-batch NaN or infinite.
 
-        The loss of each row is computed separately. The origins of all rows are returned if each separate loss is
-        finite, or if the model is sharded.
+        The loss of each row is computed separately. If every separate loss is finite, or if the model is sharded, the
+        origins of all rows of the micro-batch are returned.
         """
         trainer = self.trainer
         origins = self._origins(batch)

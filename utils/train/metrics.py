@@ -20,9 +20,10 @@ Metrics = Callable[['EvalPrediction'], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSets:
-    """The rows of an evaluation, and the names of the sets of --val_dataset by the number of their part.
+    """The rows of an evaluation, and the names of the sets of --val_dataset.
 
-    Without names, only the rows of all sets together are evaluated.
+    `names` has the name of each set by the number that `rows.parts()` has for the rows of this set. Without
+    names, only the rows of all sets together are evaluated.
     """
 
     rows: EncodedRows
@@ -67,8 +68,8 @@ class GenerationMetrics:
     """Scores generated ids against the ids of the labels. The trainer calls it after each evaluation.
 
     The main process computes the scores and sends them to the others, because a function of the user may return
-    different numbers in each process. If it fails, every process raises the ConfigError. `held_out` has the validation
-    rows by origin; it is only read by scores that are functions of a file.
+    different numbers in each process. If the function fails, every process raises the ConfigError. `held_out` has the
+    validation rows by origin; only scores that are functions of a file read it.
     """
 
     def __init__(self, tokenizer: Any, scores: Scores, sets: ValidationSets, held_out: Mapping[str, Row]) -> None:
