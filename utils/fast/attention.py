@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from utils.base.device import send
 from utils.fast.constants import KEPT_KEYS, QUERY_BLOCK
 
-_LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar('row_lengths', default=None)
+# An attention implementation of transformers with this prefix is that of this module.
+_PREFIX = 'rows_over_'
+# The kernels of torch for groups of rows. The kernel of cuDNN is left out: it needs up to a second to prepare for
+# each new shape, and groups almost never repeat a shape.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# The largest width of a head that flash attention takes.
+_FLASH_WIDTH = 256
+
+_ROWS: ContextVar[tuple[tuple[int, ...], torch.Tensor | None] | None] = ContextVar('rows', default=None)
 
 
 class Block(NamedTuple):
@@ -44,6 +54,17 @@ class RowMask:
 
     lengths: tuple[int, ...]
     window: int | None
+    # The position where each row starts, and the number of all tokens, (B + 1,) in int32 on the device. A kernel for
+    # rows of different lengths takes them. None if the batch has no plan (data/collator.py).
+    cu_seqlens: torch.Tensor | None = field(default=None, compare=False)
+    _indices: dict[torch.device, tuple[list[torch.Tensor], torch.Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    @property
+    def longest(self) -> int:
+        """Return the number of tokens of the longest row."""
+        return max(self.lengths)
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks of each row. A block has at most QUERY_BLOCK queries and all keys that they may see."""
@@ -73,15 +94,52 @@ class RowMask:
             group.append((start, length))
         yield group
 
+    def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return two things, both on the device: the token indices of each group, and where each token is found.
+
+        The indices of a group have the shape (B, L). A row that is shorter than L is filled up with its first token.
+        The second value (T) holds the position of each token in the groups, if all groups are flattened and joined.
+        The result is computed once, on the CPU, and all layers use it.
+        """
+        if device not in self._indices:
+            by_name = {}
+            found_T = torch.empty(sum(self.lengths), dtype=torch.long)
+            before = 0
+            for number, group in enumerate(self.groups()):
+                start_B1, length_B1 = torch.tensor(group).t()[:, :, None]
+                offset_L = torch.arange(group[0][1])
+                is_real_BL = offset_L < length_B1
+                index_BL = torch.where(is_real_BL, start_B1 + offset_L, start_B1)
+                found_T[index_BL[is_real_BL]] = before + is_real_BL.flatten().nonzero().squeeze(-1)
+                before += index_BL.numel()
+                by_name[str(number)] = index_BL
+            *indices, found = send({**by_name, 'found': found_T}, device).values()
+            self._indices[device] = indices, found
+        return self._indices[device]
+
 
 @contextmanager
-def concatenated_rows(lengths: Sequence[int]) -> Iterator[None]:
-    """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths."""
-    token = _LENGTHS.set(tuple(lengths))
+def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = None) -> Iterator[None]:
+    """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths.
+
+    `cu_seqlens` are the starts of the rows on the device, as in RowMask.
+    """
+    token = _ROWS.set((tuple(lengths), cu_seqlens))
     try:
         yield
     finally:
-        _LENGTHS.reset(token)
+        _ROWS.reset(token)
+
+
+def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the inputs that say that no id (1, T) of concatenated rows is padding. Call the model with them.
+
+    Without an attention mask, transformers looks for the rows in position_ids and reads the result from the device. The
+    attention of this module takes the rows from the context and needs neither. flash-attn needs position_ids, and gets
+    no mask.
+    """
+    uses_rows = model.config._attn_implementation.startswith(_PREFIX)
+    return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
 
 
 def attend_by_rows(model: Any) -> None:
@@ -95,7 +153,7 @@ def attend_by_rows(model: Any) -> None:
 
     originals = {'sdpa': (sdpa_attention_forward, sdpa_mask), 'eager': (_eager_of_class, eager_mask)}
     attention, mask = originals[before]
-    name = f'rows_over_{before}'
+    name = f'{_PREFIX}{before}'
     AttentionInterface.register(name, _attention_over(attention))
     # The mask needs the same name as the attention. With a different name, transformers silently passes no mask.
     AttentionMaskInterface.register(name, _mask_over(mask))
@@ -109,12 +167,13 @@ def _eager_of_class(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _mask_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
-        lengths = _LENGTHS.get()
-        if lengths is None:
+        rows = _ROWS.get()
+        if rows is None:
             return original(*args, **kwargs)
         if kwargs.get('use_vmap'):
             raise ValueError('its mask is more than causal, which concatenated rows do not support')
-        return RowMask(lengths, kwargs.get('local_size'))
+        lengths, cu_seqlens = rows
+        return RowMask(lengths, kwargs.get('local_size'), cu_seqlens)
 
     return mask
 
@@ -175,34 +234,52 @@ def attend_in_groups(
     never looks at later tokens.
     """
     device = query_HTD.device
+    indices, found_T = rows.group_indices(device)
     parts = []
-    order = []
-    for group in rows.groups():
-        longest = group[0][1]
-        offset_L = torch.arange(longest, device=device)
-        start_B1, length_B1 = torch.tensor(group, device=device).t()[:, :, None]
-        is_real_BL = offset_L < length_B1
-        index_BL = torch.where(is_real_BL, start_B1 + offset_L, start_B1)
-        query_BHLD, key_BGLD, value_BGLE = (x[:, index_BL].transpose(0, 1) for x in (query_HTD, key_GTD, value_GTE))
-
+    for index_BL in indices:
+        query_BHLD, key_BGLD, value_BGLE = (_gathered(x, index_BL) for x in (query_HTD, key_GTD, value_GTE))
+        longest = index_BL.shape[1]
         is_seen_LL = None
         if rows.window is not None and longest > rows.window:
+            offset_L = torch.arange(longest, device=device)
             distance_LL = offset_L[:, None] - offset_L
             is_seen_LL = (distance_LL >= 0) & (distance_LL < rows.window)
 
-        out_BHLE = F.scaled_dot_product_attention(
-            query_BHLD,
-            key_BGLD,
-            value_BGLE,
-            attn_mask=is_seen_LL,
-            dropout_p=dropout,
-            is_causal=is_seen_LL is None,
-            scale=scaling,
-            enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
-        )
-        parts.append(out_BHLE.transpose(1, 2)[is_real_BL])
-        order.append(index_BL[is_real_BL])
-    return torch.cat(parts)[torch.cat(order).argsort()]
+        repeats = query_BHLD.shape[1] // key_BGLD.shape[1]
+        if repeats > 1 and not _takes_fewer_key_heads(query_BHLD, is_masked=is_seen_LL is not None):
+            key_BGLD, value_BGLE = (x.repeat_interleave(repeats, dim=1) for x in (key_BGLD, value_BGLE))
+        kernels = sdpa_kernel(_KERNELS) if device.type == 'cuda' else nullcontext()
+        with kernels:
+            out_BHLE = F.scaled_dot_product_attention(
+                query_BHLD,
+                key_BGLD,
+                value_BGLE,
+                attn_mask=is_seen_LL,
+                dropout_p=dropout,
+                is_causal=is_seen_LL is None,
+                scale=scaling,
+                enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
+            )
+        parts.append(out_BHLE.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).index_select(0, found_T)
+
+
+def _gathered(x_HTD: torch.Tensor, index_BL: torch.Tensor) -> torch.Tensor:
+    """Return the tokens of a group, (B, H, L, D)."""
+    x_HBLD: torch.Tensor = x_HTD.index_select(1, index_BL.flatten()).unflatten(1, index_BL.shape)
+    return x_HBLD.transpose(0, 1)
+
+
+def _takes_fewer_key_heads(query_BHLD: torch.Tensor, *, is_masked: bool) -> bool:
+    """Return whether a kernel that does not store all scores takes fewer key heads than query heads.
+
+    On CUDA only flash attention does. Without it torch would store the scores of all pairs of tokens in fp32.
+    """
+    if query_BHLD.device.type != 'cuda':
+        return True
+    is_low = query_BHLD.dtype in (torch.float16, torch.bfloat16)
+    has_flash = torch.cuda.get_device_capability(query_BHLD.device)[0] >= 8
+    return is_low and has_flash and not is_masked and query_BHLD.shape[-1] <= _FLASH_WIDTH
 
 
 @lru_cache(maxsize=64)

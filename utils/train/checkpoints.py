@@ -230,6 +230,8 @@ class Checkpoints:
                 'scheduler': None if self._deepspeed_has_schedule() else trainer.lr_scheduler.state_dict(),
                 'scaler': scaler.state_dict() if scaler is not None else None,
             }
+            if trainer.capacity is not None:
+                tree['joined'] = {'device': device.kind(), 'tokens': trainer.capacity}
             if trainer.timetable.segments:
                 tree['timetable'] = trainer.timetable.state()
             save_tree(folder / OPTIMIZER_STATE, tree)
@@ -287,6 +289,10 @@ class Checkpoints:
         if not self._deepspeed_has_schedule():
             trainer.lr_scheduler.load_state_dict(tree['scheduler'])
         trainer.deadline.restore(tree.get('timetable'))
+        # If micro-batches were joined differently, gradients of the same rows would be the same only up to rounding.
+        joined = tree.get('joined')
+        if joined is not None and trainer.capacity is not None and joined['device'] == device.kind():
+            trainer.capacity = joined['tokens']
         if not trainer.is_deepspeed_enabled:
             use_settings(trainer.optimizer, trainer.lr_scheduler, settings)
         if tree['scaler'] is not None and trainer.accelerator.scaler is not None:
