@@ -86,7 +86,7 @@ def test_a_row_does_not_change_with_its_neighbours(key: str, tmp_path: Path) -> 
 
 def logits_of(model: Any, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
     """Return the logits of each row of a batch of concatenated rows."""
-    from utils.fast.attention import concatenated_rows
+    from utils.fast.rows import concatenated_rows
 
     batch = Collator(5, pads=False)(rows)
     lengths = batch['row_lengths'].tolist()

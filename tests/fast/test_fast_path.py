@@ -29,11 +29,12 @@ from utils.data.encode_plan import EncodedRows, PreparedData
 from utils.data.packing import StepSampler, best_fit, pack_evenly
 from utils.encode.encoded import Encoded
 from utils.fast import attention, chunked_loss
-from utils.fast.attention import RowAttention, RowMask, attend_in_groups
+from utils.fast.attention import RowAttention, attend_in_groups
 from utils.fast.chunked_loss import Head
 from utils.fast.gated_mlp import _FusedGate, fuse_gates
 from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.norm import _FusedNorm, fuse_norms
+from utils.fast.rows import RowMask
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
 from utils.train.trainer import SftTrainer
@@ -70,7 +71,7 @@ def by_definition(
 def test_attention_by_rows_is_attention(
     window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, 'QUERY_BLOCK', 4)  # rows of several blocks; the weights of some blocks are kept
+    monkeypatch.setattr('utils.fast.rows.QUERY_BLOCK', 4)  # rows of several blocks; the weights of some blocks are kept
     monkeypatch.setattr(attention, 'KEPT_KEYS', 6)
     torch.manual_seed(0)
     shapes = [(6, 25, 8), (2, 25, 8), (2, 25, 5), *([(6,)] if sinks else [])]

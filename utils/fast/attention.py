@@ -8,80 +8,34 @@ L length of its longest row.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from utils.fast.constants import KEPT_KEYS, QUERY_BLOCK
+from utils.base.logger import logger
+from utils.cli.resolution import log_decision
+from utils.fast.attention_choice import AttentionCase, Kernel, candidates, repeats_keys
+from utils.fast.constants import KEPT_KEYS
+from utils.fast.flash_rows import flash_attention
+from utils.fast.flex_rows import flex_rows_attention
+from utils.fast.rows import Block, RowMask, rows_of_batch
 
-_LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar('row_lengths', default=None)
-
-
-class Block(NamedTuple):
-    """A block of queries at the positions `start` to `end`, with keys at `first_key` to `end`; `end` is excluded."""
-
-    first_key: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class RowMask:
-    """The row lengths of a concatenated batch. Attention layers get this object instead of a mask tensor.
-
-    A query sees the key at its own position and the keys before it in its row, at most `window` keys in all. If
-    `window` is None, the number of keys is not limited.
-    """
-
-    lengths: tuple[int, ...]
-    window: int | None
-
-    def blocks(self) -> Iterator[Block]:
-        """Yield the blocks of each row. A block has at most QUERY_BLOCK queries and all keys that they may see."""
-        row_start = 0
-        for length in self.lengths:
-            row_end = row_start + length
-            for start in range(row_start, row_end, QUERY_BLOCK):
-                first_key = row_start
-                if self.window is not None:
-                    first_key = max(row_start, start - self.window + 1)
-                yield Block(first_key, start, min(start + QUERY_BLOCK, row_end))
-            row_start = row_end
-
-    def groups(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield groups of rows of similar length. A group is a list of (start, length), with the longest row first.
-
-        The longest row of a group is less than twice as long as its shortest row.
-        """
-        starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
-        by_length = sorted(zip(starts, self.lengths, strict=True), key=lambda row: -row[1])
-
-        group: list[tuple[int, int]] = []
-        for start, length in by_length:
-            if group and group[0][1] >= 2 * length:
-                yield group
-                group = []
-            group.append((start, length))
-        yield group
-
-
-@contextmanager
-def concatenated_rows(lengths: Sequence[int]) -> Iterator[None]:
-    """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths."""
-    token = _LENGTHS.set(tuple(lengths))
-    try:
-        yield
-    finally:
-        _LENGTHS.reset(token)
+# On a GPU, torch's attention takes one of these kernels. cuDNN is not among them, because it prepares a plan for each
+# new shape, which takes up to a second: https://github.com/modelscope/FunASR/issues/3704
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Row lengths, window, cap and largest relative error of the trial of a kernel. A row is longer than a block of kernels.
+_TRIAL_LENGTHS = (3, 150, 1, 40)
+_TRIAL_WINDOW = 20
+_TRIAL_CAP = 30.0
+_TRIAL_BOUND = 2e-2
 
 
 def attend_by_rows(model: Any) -> None:
@@ -109,12 +63,12 @@ def _eager_of_class(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _mask_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
-        lengths = _LENGTHS.get()
-        if lengths is None:
+        rows = rows_of_batch()
+        if rows is None:
             return original(*args, **kwargs)
         if kwargs.get('use_vmap'):
             raise ValueError('its mask is more than causal, which concatenated rows do not support')
-        return RowMask(lengths, kwargs.get('local_size'))
+        return RowMask(rows.lengths, kwargs.get('local_size'), rows.tensors)
 
     return mask
 
@@ -139,10 +93,9 @@ def _attention_over(original: Callable[..., Any]) -> Callable[..., Any]:
             )
             return result
 
-        has_plain_scores = softcap is None and s_aux is None
         if kwargs.get('position_bias') is not None or kwargs.get('is_causal') is False:
             raise ValueError('concatenated rows support no position bias and no attention to later tokens')
-        if dropout and not has_plain_scores:
+        if dropout and (softcap is not None or s_aux is not None):
             raise ValueError('concatenated rows support no attention dropout together with capped scores or sinks')
 
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -151,13 +104,115 @@ def _attention_over(original: Callable[..., Any]) -> Callable[..., Any]:
             query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
 
         query_HTD, key_GTD, value_GTE = (x.squeeze(0) for x in (query, key, value))
-        if dropout or (has_plain_scores and device != 'cpu'):
-            out_THE = attend_in_groups(query_HTD, key_GTD, value_GTE, attention_mask, scaling=scaling, dropout=dropout)
-        else:
-            out_THE = RowAttention.apply(query_HTD, key_GTD, value_GTE, s_aux, attention_mask, scaling, softcap)
-        return out_THE[None], None
+        inputs = Inputs(query_HTD, key_GTD, value_GTE, s_aux, attention_mask, scaling, softcap, dropout)
+        return inputs.attend_by(kernel_for(inputs.case(), query.device))[None], None
 
     return attention
+
+
+class Inputs(NamedTuple):
+    """The arguments of the attention of one layer: query (H, T, D), key (G, T, D), value (G, T, E), sinks (H)."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    sinks: torch.Tensor | None
+    rows: RowMask
+    scaling: float
+    softcap: float | None = None
+    dropout: float = 0.0
+
+    def case(self) -> AttentionCase:
+        """Return what the choice of a kernel depends on."""
+        query = self.query
+        is_nvidia = query.is_cuda and torch.version.hip is None
+        return AttentionCase(
+            kind='rocm' if query.is_cuda and not is_nvidia else query.device.type,
+            capability=torch.cuda.get_device_capability(query.device) if is_nvidia else (0, 0),
+            dtype=query.dtype,
+            heads=len(query),
+            key_heads=len(self.key),
+            query_width=query.shape[-1],
+            value_width=self.value.shape[-1],
+            window=self.rows.window is not None,
+            softcap=self.softcap is not None,
+            sinks=self.sinks is not None,
+            dropout=self.dropout > 0,
+        )
+
+    def attend_by(self, kernel: Kernel) -> torch.Tensor:
+        """Return the attention output (T, H, E), computed by this kernel."""
+        device = self.query.device
+        if kernel == 'flash':
+            return flash_attention(
+                *self[:4],
+                self.rows.cu_seqlens(device),
+                longest=self.rows.longest,
+                window=self.rows.window,
+                scaling=self.scaling,
+            )
+        if kernel == 'flex':
+            assert self.softcap is not None
+            mask = self.rows.block_mask(device)
+            return flex_rows_attention(*self[:3], mask, softcap=self.softcap, scaling=self.scaling)
+        if kernel == 'groups':
+            return attend_in_groups(*self[:3], self.rows, scaling=self.scaling, dropout=self.dropout)
+        out_THE: torch.Tensor = RowAttention.apply(*self[:-1])
+        return out_THE
+
+
+@lru_cache(maxsize=256)
+def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
+    """Return the best kernel for a case that passes its trial on the device.
+
+    A trial compares output and gradients on small inputs with those of `RowAttention` in fp32. It is made once per
+    case. A kernel that fails or raises an error is not used, and the log says so. On a CPU there is no trial.
+    """
+    possible = candidates(case)
+    for kernel in possible[:-1]:
+        try:
+            error = trial_error(kernel, case, device)
+            failure = None if error <= _TRIAL_BOUND else f'its values are off by {error:.1g}'
+        except Exception as raised:  # a kernel that cannot be built or started may raise any exception
+            failure = f'{type(raised).__name__}: {raised}'
+        if failure is None:
+            log_decision('attention kernel', kernel, 'it passed its trial on this device')
+            return kernel
+        logger.warning(f'the attention kernel {kernel} is not used: {failure}')
+    if case.kind != 'cpu':
+        log_decision(
+            'attention kernel', possible[-1], f'no faster one serves these heads in {case.dtype} on this device'
+        )
+    return possible[-1]
+
+
+def trial_error(kernel: Kernel, case: AttentionCase, device: torch.device) -> float:
+    """Return the largest relative error of output and gradients of a kernel, compared with `RowAttention` in fp32.
+
+    The inputs are small and random, but of the dtype, the heads and the widths of the case. No random state changes.
+    """
+    tokens = sum(_TRIAL_LENGTHS)
+    shapes = [(case.heads, case.query_width), (case.key_heads, case.query_width), (case.key_heads, case.value_width)]
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(heads, tokens, width, generator=random) for heads, width in shapes]
+    if case.sinks:
+        tensors.append(torch.randn(case.heads, generator=random))
+    direction_THE = torch.randn(tokens, case.heads, case.value_width, generator=random).to(device)
+    rows = RowMask(_TRIAL_LENGTHS, _TRIAL_WINDOW if case.window else None)
+
+    found: list[list[torch.Tensor]] = []
+    for name, dtype in ((kernel, case.dtype), ('rows', torch.float32)):
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            given = [x.to(device, case.dtype).to(dtype).requires_grad_() for x in tensors]
+            sinks = given[3] if case.sinks else None
+            softcap = _TRIAL_CAP if case.softcap else None
+            inputs = Inputs(given[0], given[1], given[2], sinks, rows, case.query_width**-0.5, softcap)
+            out_THE = inputs.attend_by(name)
+            grads = torch.autograd.grad(out_THE, given, direction_THE.to(dtype))
+        found.append([x.detach().double() for x in (out_THE, *grads)])
+    errors = [float((ours - exact).norm() / exact.norm()) for ours, exact in zip(*found, strict=True)]
+    # A comparison with NaN is always false, so that NaN would not be the maximum.
+    return max(error if error == error else float('inf') for error in errors)
 
 
 def attend_in_groups(
@@ -175,34 +230,40 @@ def attend_in_groups(
     never looks at later tokens.
     """
     device = query_HTD.device
+    case = Inputs(query_HTD, key_GTD, value_GTE, None, rows, scaling).case()
+    groups, place_T = rows.padded_groups(device)
     parts = []
-    order = []
-    for group in rows.groups():
-        longest = group[0][1]
-        offset_L = torch.arange(longest, device=device)
-        start_B1, length_B1 = torch.tensor(group, device=device).t()[:, :, None]
-        is_real_BL = offset_L < length_B1
-        index_BL = torch.where(is_real_BL, start_B1 + offset_L, start_B1)
-        query_BHLD, key_BGLD, value_BGLE = (x[:, index_BL].transpose(0, 1) for x in (query_HTD, key_GTD, value_GTE))
+    for index_BL in groups:
+        query_BHLD, key_BGLD, value_BGLE = (
+            x.index_select(1, index_BL.flatten()).unflatten(1, index_BL.shape).transpose(0, 1)
+            for x in (query_HTD, key_GTD, value_GTE)
+        )
 
         is_seen_LL = None
+        longest = index_BL.shape[1]
         if rows.window is not None and longest > rows.window:
+            offset_L = torch.arange(longest, device=device)
             distance_LL = offset_L[:, None] - offset_L
             is_seen_LL = (distance_LL >= 0) & (distance_LL < rows.window)
 
-        out_BHLE = F.scaled_dot_product_attention(
-            query_BHLD,
-            key_BGLD,
-            value_BGLE,
-            attn_mask=is_seen_LL,
-            dropout_p=dropout,
-            is_causal=is_seen_LL is None,
-            scale=scaling,
-            enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
-        )
-        parts.append(out_BHLE.transpose(1, 2)[is_real_BL])
-        order.append(index_BL[is_real_BL])
-    return torch.cat(parts)[torch.cat(order).argsort()]
+        if repeats_keys(case, masked=is_seen_LL is not None):
+            repeats = case.heads // case.key_heads
+            key_BGLD, value_BGLE = (x.repeat_interleave(repeats, dim=1) for x in (key_BGLD, value_BGLE))
+
+        backends: AbstractContextManager[None] = sdpa_kernel(_BACKENDS) if device.type == 'cuda' else nullcontext()
+        with backends:
+            out_BHLE = F.scaled_dot_product_attention(
+                query_BHLD,
+                key_BGLD,
+                value_BGLE,
+                attn_mask=is_seen_LL,
+                dropout_p=dropout,
+                is_causal=is_seen_LL is None,
+                scale=scaling,
+                enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
+            )
+        parts.append(out_BHLE.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).index_select(0, place_T)
 
 
 @lru_cache(maxsize=64)

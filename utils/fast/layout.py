@@ -13,8 +13,9 @@ import torch
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Decide, log_decision
-from utils.fast.attention import attend_by_rows, concatenated_rows
+from utils.fast.attention import attend_by_rows
 from utils.fast.chunked_loss import Head, find_head, head_is_exact
+from utils.fast.rows import concatenated_rows
 from utils.loading.layers import ATTENDING, is_sharded
 
 _SHARDED = 'the weights are sharded over several processes'

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from utils.base.device import sum_dtype
 from utils.data.collator import NOT_FOR_THE_MODEL, take_rows
 from utils.encode.encoded import IGNORE_INDEX
-from utils.fast.attention import concatenated_rows
 from utils.fast.chunked_loss import Head, head_input, head_logits, scored, summed_loss
 from utils.fast.rotary import depends_on_batch_from, forget_longer_batches, groups_of_rows
+from utils.fast.rows import concatenated_rows
 
 # The number of logits that are compared at the same time: 16 MiB in float64 for each of the two models.
 _DIVERGENCE_LOGITS = 2**21
