@@ -23,10 +23,6 @@ BOUND = 1e-5
 PADDED = {
     'AlibiLlamaForCausalLM': 'ALiBi',
     'BloomForCausalLM': 'ALiBi',
-    'Qwen3NextForCausalLM': 'linear_attention',
-    'Qwen3_5ForCausalLM': 'linear_attention',
-    'Qwen3_5MoeForCausalLM': 'linear_attention',
-    'Lfm2ForCausalLM': 'conv',
     'QwenVLForCausalLM': 'has a vision tower',
     'Qwen2_5_VLForConditionalGeneration': 'has a vision tower',
     'Qwen3VLForConditionalGeneration': 'has a vision tower',

@@ -26,7 +26,7 @@ ROOMS = {
     'run': 'base preprocess formats loading encode data cli',
     'infer': 'base preprocess formats loading encode data cli run',
     'estimate': 'base hub loading model encode data cli fast run',
-    'checks': 'base hub formats loading model encode data cli run',
+    'checks': 'base hub formats loading model encode data cli fast run',
     'train': 'base loading model encode data cli fast run infer',
     'proofs': 'base preprocess formats loading encode cli run train',
     'export': 'base hub formats loading model encode cli run proofs',

@@ -66,7 +66,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p and not args.use_dora,
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
-        padding_free=args.padding_free is not False and shape.attention == 'rows' and whole,
+        padding_free=args.padding_free is not False and shape.attention in ('rows', 'mixed') and whole,
         chunked=args.chunked_loss and whole,
         gpu=machine.gpu,
         sharding=sharding,

@@ -26,6 +26,7 @@ from utils.fast.attention_choice import AttentionCase, Kernel, candidates, repea
 from utils.fast.constants import KEPT_KEYS
 from utils.fast.flash_rows import flash_attention
 from utils.fast.flex_rows import flex_rows_attention
+from utils.fast.recurrent import keep_rows_apart
 from utils.fast.rows import Block, RowMask, rows_of_batch
 
 # On a GPU, torch's attention takes one of these kernels. cuDNN is not among them, because it prepares a plan for each
@@ -41,10 +42,13 @@ _TRIAL_BOUND = 2e-2
 def attend_by_rows(model: Any) -> None:
     """Switch a model to this module's attention, which is used only inside the context `concatenated_rows`.
 
-    Outside of the context, for example for padded batches, the model uses its own attention.
+    Layers with a recurrent state then keep rows apart too. Outside of the context, for example for padded batches, the
+    model uses its own attention.
     """
     before = model.config._attn_implementation
-    if before.startswith('flash_attention'):
+    flash_package = before.startswith('flash_attention')
+    keep_rows_apart(model, flash_package=flash_package)
+    if flash_package:
         return  # the flash-attention kernel finds the rows from position_ids
 
     originals = {'sdpa': (sdpa_attention_forward, sdpa_mask), 'eager': (_eager_of_class, eager_mask)}
