@@ -6,7 +6,7 @@
 # Words after the seconds go to benchmarks/gpu.py, for example --only pieces,speed. Packages that the machine lacks are
 # unpacked from wheels in .whl/, which benchmarks/gpu_wheels.sh fetches. Written for one H200; one GPU is used.
 # Without a GPU, the parts that need one say so, and the other parts run on the CPU.
-set -uo pipefail
+set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-benchmarks/results/gpu}
 seconds=${2:-450}

@@ -11,7 +11,7 @@ version=${1:-3.12}
 python=${PYTHON:-python3}
 
 # What each is for: the project; the peers that it is compared with; quantised layers; generated answers that are scored.
-names=(transformers peft trl liger-kernel datasets dill multiprocess bitsandbytes nltk gguf modelscope)
+names=(transformers peft trl liger-kernel datasets dill multiprocess bitsandbytes nltk)
 # These packages have no wheels on the index. They are built here.
 sources=(rouge-score)
 

@@ -19,6 +19,7 @@ from utils.fast.scoring import Scorer
 from utils.model import MODEL_MAPPING
 
 BOUND = 1e-5
+pytestmark = pytest.mark.on_device
 # Classes whose rows stay padded, and a word of the logged reason.
 PADDED = {
     'AlibiLlamaForCausalLM': 'ALiBi',

@@ -65,6 +65,7 @@ def by_definition(
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize('window', [None, 3, 7])
 @pytest.mark.parametrize('cap', [None, 2.0])
 @pytest.mark.parametrize('sinks', [False, True])
@@ -109,6 +110,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize(('scale', 'cap', 'bias'), [(1.0, None, False), (0.25, 3.0, True)])
 def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -194,6 +196,7 @@ def norm_layers() -> list[torch.nn.Module]:
     return layers
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_norms_in_one_step_are_those_of_their_classes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -235,6 +238,7 @@ def test_layers_over_several_devices_run_in_one_step_too() -> None:
     assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('kind', ['llama.modeling_llama.LlamaMLP', 'gemma3.modeling_gemma3.Gemma3MLP'])
 def test_gated_blocks_in_one_step_are_those_of_their_classes(kind: str, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.scoring import Scorer
 
 KEY = 'qwen3.5-0.8b'
+pytestmark = pytest.mark.on_device
 
 
 def test_checkpointing_recomputes_each_row_alone(tmp_path: Path) -> None:
