@@ -210,6 +210,7 @@ def adapters(base: Callable[[int, int], nn.Module] | None = None) -> Found:
         layer = base(width, 2 * width) if base else nn.Linear(width, 2 * width, dtype=dtype)
         holder = nn.Sequential()
         holder.add_module('layer', layer.to(device()))
+        holder.is_loaded_in_4bit = base is not None
         model = get_peft_model(holder, LoraConfig(target_modules=['layer'], r=8, lora_dropout=0.0))
         adapted = model.base_model.model.layer
         nn.init.normal_(adapted.lora_B['default'].weight, std=0.05)
