@@ -117,7 +117,9 @@ def compare(
 def is_as_good(found: Found, dtype: torch.dtype) -> bool:
     """Return whether our error is small, and not larger than that of the class by more than a fifth."""
     bound = max(1.2 * found['error_of_class'], 1e-6)
-    return bool(found['error'] <= bound and found['error'] <= BOUND[dtype] and found['forward_ulps'] <= 2.01)
+    # In fp32, sums in another order differ by more units of the last place.
+    ulps = 16.01 if dtype == torch.float32 else 2.01
+    return bool(found['error'] <= bound and found['error'] <= BOUND[dtype] and found['forward_ulps'] <= ulps)
 
 
 def norms() -> Found:

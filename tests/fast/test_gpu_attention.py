@@ -201,9 +201,9 @@ def test_groups_need_no_answer_of_the_device() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     rows = RowMask(ROWS, 3)
-    groups, place = rows.padded_groups(torch.device('cpu'))
+    groups, place = rows.group_indices(torch.device('cpu'))
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        rows.tensors._made['padded_groups', torch.device('cpu')] = (
+        rows.tensors._made['group_indices', torch.device('cpu')] = (
             [mode.from_tensor(index) for index in groups],
             mode.from_tensor(place),
         )

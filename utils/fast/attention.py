@@ -235,7 +235,7 @@ def attend_in_groups(
     """
     device = query_HTD.device
     case = Inputs(query_HTD, key_GTD, value_GTE, None, rows, scaling).case()
-    groups, place_T = rows.padded_groups(device)
+    groups, place_T = rows.group_indices(device)
     parts = []
     for index_BL in groups:
         query_BHLD, key_BGLD, value_BGLE = (

@@ -32,7 +32,7 @@ class _RowsApart(nn.Module):
             unchanged: torch.Tensor = super().forward(hidden_states, *args, **kwargs)
             return unchanged
 
-        groups, place_T = rows.padded_groups(hidden_states.device)
+        groups, place_T = rows.group_indices(hidden_states.device)
         kwargs[_MASKS] = None
         parts = []
         for index_BL in groups:
@@ -61,14 +61,12 @@ def keep_rows_apart(model: Any, *, flash_package: bool) -> int:
 
     def pass_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         rows = rows_of_batch()
-        if rows is None or kwargs.get(_MASKS) is not None:
+        if rows is None:
             return None
-        masks = {
-            name: None
-            if flash_package and name in ATTENDING
-            else RowMask(rows.lengths, windows.get(name), rows.tensors)
-            for name in types
-        }
+        masks: dict[str, RowMask | None] = {}
+        for name in types:
+            needs_none = flash_package and name in ATTENDING
+            masks[name] = None if needs_none else RowMask(rows.lengths, windows.get(name), rows.tensors)
         return args, {**kwargs, _MASKS: masks}
 
     model.get_decoder().register_forward_pre_hook(pass_rows, with_kwargs=True)

@@ -73,7 +73,7 @@ class RowMask:
         name = f'block_mask {self.window}'
         return self.tensors.get(name, device, lambda: row_block_mask(self.lengths, self.window, device))
 
-    def padded_groups(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return the indices by which groups are padded, and the index that undoes it.
 
         The first value has a tensor (B, L) for each group: the positions of the tokens of its rows. Padding has the
@@ -96,7 +96,7 @@ class RowMask:
             place_T = is_real.nonzero().squeeze(-1)[order_T]
             return [index_BL.to(device) for index_BL in groups], place_T.to(device)
 
-        return self.tensors.get('padded_groups', device, make)
+        return self.tensors.get('group_indices', device, make)
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks of each row. A block has at most QUERY_BLOCK queries and all keys that they may see."""
