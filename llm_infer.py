@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Uses a model: answers validation rows, chats, merges an adapter, or exports. Each step is one call into utils/."""
+"""Uses a model: answers validation rows, chats, merges an adapter, or exports. Each step is one call into utils/.
+
+Modules are imported in the function that needs them, so that --help and a wrong command are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +16,19 @@ from utils.base import dist
 from utils.base.errors import ConfigError, Problems
 from utils.base.logger import logger
 from utils.cli.arguments import InferArguments
-from utils.cli.machine import settle_infer
 from utils.cli.parser import Parsed, parse
-from utils.cli.resolution import Ready
-from utils.cli.resolve import resolve_infer
-from utils.loading.folder import is_adapter
-from utils.loading.image_processors import Images, open_images
-from utils.loading.weights import Weights
-from utils.run.folder import log_decisions, result_path
-from utils.run.open_model import find_weights, open_encoder, open_model, set_template
-from utils.run.processes import start_processes
 from utils.run.program import run_program
-from utils.run.record import Trained, check_base, fill_from_run, open_checkpoint
-from utils.run.rows import rows_to_answer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from utils.cli.resolution import Ready
     from utils.encode.encoder import Encoder
     from utils.formats.conversation import Row
     from utils.infer.scores import Scores
+    from utils.loading.image_processors import Images
+    from utils.loading.weights import Weights
+    from utils.run.record import Trained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +43,10 @@ def infer(parsed: Parsed[InferArguments]) -> None:
 
     Arguments and data are checked before torch is imported, so that a wrong command fails quickly.
     """
+    from utils.run.folder import log_decisions
+    from utils.run.open_model import find_weights
+    from utils.run.processes import leave_out_unused, start_processes
+
     done, trained = resolve(parsed)
     args = done.args
     log_decisions(done)
@@ -56,6 +56,7 @@ def infer(parsed: Parsed[InferArguments]) -> None:
 
     start_processes('gloo')
     weights = find_weights(done)
+    leave_out_unused(args, done.info, weights.path)
     check_weights(done, trained, weights)
     for line in done.warnings[logged:]:
         logger.warning(line)
@@ -81,6 +82,10 @@ def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trai
 
     Arguments that were not typed are taken from the record. Raises ConfigError if there are problems.
     """
+    from utils.cli.machine import settle_infer
+    from utils.cli.resolve import resolve_infer
+    from utils.run.record import fill_from_run, open_checkpoint
+
     trained: Trained | None = None
     warnings: list[str] = []
     if parsed.args.ckpt_dir:
@@ -101,6 +106,8 @@ def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trai
 
 def find_rows(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
     """Return the rows to answer. Raises ConfigError if there are no rows."""
+    from utils.run.rows import rows_to_answer
+
     rows = rows_to_answer(done, trained)
     if not rows:
         raise ConfigError('no validation row to answer: the run held none out. Use --eval_human true, or other data.')
@@ -116,6 +123,9 @@ def load_scores(args: InferArguments) -> Scores:
 
 def check_weights(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> None:
     """Raise ConfigError if the checkpoint is an adapter that was trained on different base weights."""
+    from utils.loading.folder import is_adapter
+    from utils.run.record import check_base
+
     if trained is None or not is_adapter(trained.checkpoint):
         return
     problems = Problems()
@@ -125,7 +135,9 @@ def check_weights(done: Ready[InferArguments], trained: Trained | None, weights:
 
 def export(done: Ready[InferArguments], weights: Weights) -> None:
     """Write the untuned model to --output_dir, as a model folder of its native transformers class."""
+    from utils.loading.image_processors import open_images
     from utils.loading.save import export_native
+    from utils.run.open_model import open_model, set_template
 
     args = done.args
     model, tokenizer, _ = open_model(args, done.info, weights, trains=False)
@@ -155,7 +167,10 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
 
     from utils.infer.generation import generation_config
     from utils.loading.adapter import load_adapter
+    from utils.loading.folder import is_adapter
+    from utils.loading.image_processors import open_images
     from utils.proofs.template import ask_as_trained, check_trained_template
+    from utils.run.open_model import open_encoder, open_model
 
     args = done.args
     set_seed(args.seed + dist.rank())
@@ -204,6 +219,7 @@ def chat(done: Ready[InferArguments], served: Served) -> None:
 def answer(done: Ready[InferArguments], served: Served, rows: Sequence[Row], scores: Scores) -> None:
     """Answer the rows. The answers are printed, and written to a file with their scores."""
     from utils.infer.answers import answer_rows
+    from utils.run.folder import result_path
 
     answer_rows(
         served.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -14,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.support.error_sites import Recorder
 from tests.support.loopback_hub import LoopbackHub
+from tests.support.pictures import write_pixel
 from tests.support.runs import small_flags, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError, Problems
 from utils.base.logger import set_up_logging
+from utils.run import curves
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,6 +82,23 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if call.when == 'call' and report.passed:
         item.config.stash[RECORDER].passed.add(item.nodeid)
     return report
+
+
+@pytest.fixture(scope='session', autouse=True)
+def small_pictures() -> Iterator[None]:
+    """Write pictures of one pixel, because drawing curves takes as long as training a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, 'draw', write_pixel)
+        yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def frozen_heap() -> Iterator[None]:
+    """Keep the objects of imported libraries out of garbage collection. The first-step trial of each run collects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tools.flag_table import flag_table, translation_problems
 from tools.script_table import script_table
-from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, flag_types
-from utils.cli.parser import describe_default, describe_type
 from utils.dataset import DATASET_MAPPING
 from utils.formats.hub_dataset import HubDataset
 from utils.loading.info import ModelInfo
@@ -23,26 +21,6 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ('README.md', 'README_CN.md')
-_COMMON = {f.name for f in dataclasses.fields(CommonArguments)}
-
-
-def _cell(text: str) -> str:
-    return text.replace('|', '\\|').replace('<', '&lt;')
-
-
-def flag_table(cls: type, *, common: bool) -> str:
-    """Return a Markdown table of a program's flags.
-
-    If `common` is True, the table has the flags that both programs share. Otherwise, it has all other flags.
-    """
-    types = flag_types(cls)
-    lines = ['| flag | takes | default | meaning |', '|---|---|---|---|']
-    for f in dataclasses.fields(cls):
-        if (f.name in _COMMON) == common:
-            cells = (describe_type(types[f.name]), describe_default(f), f.metadata['help'])
-            lines.append(f'| `--{f.name}` | ' + ' | '.join(map(_cell, cells)) + ' |')
-    return '\n'.join(lines)
-
 
 # Models that always had a native class in transformers, but that are also compared with logits of the original code.
 GOLDEN_NATIVE = frozenset({'ziya2-13b', 'ziya2-13b-chat', 'seqgpt-560m'})
@@ -99,9 +77,12 @@ def dataset_names() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    'flags-common': lambda: flag_table(SftArguments, common=True),
-    'flags-sft': lambda: flag_table(SftArguments, common=False),
-    'flags-infer': lambda: flag_table(InferArguments, common=False),
+    'flags-common': lambda: flag_table('common'),
+    'flags-sft': lambda: flag_table('sft'),
+    'flags-infer': lambda: flag_table('infer'),
+    'flags-common-cn': lambda: flag_table('common', chinese=True),
+    'flags-sft-cn': lambda: flag_table('sft', chinese=True),
+    'flags-infer-cn': lambda: flag_table('infer', chinese=True),
     'models': model_table,
     'datasets': dataset_table,
     'dataset-names': dataset_names,
@@ -129,11 +110,18 @@ def render(text: str) -> str:
 def main(argv: list[str]) -> int:
     """Update or check the pages, and return the exit code.
 
-    It is 1 if --check finds a page that is out of date, 2 for wrong arguments, else 0.
+    It is 1 if a Chinese help text is missing or out of date; no page is updated then. It is also 1 if --check finds a
+    page that is out of date. It is 2 for wrong arguments, else 0.
     """
     if argv not in (['--write'], ['--check']):
         print('usage: python -m tools.docs --write | --check', file=sys.stderr)
         return 2
+
+    problems = translation_problems()
+    if problems:
+        print('\n'.join(problems), file=sys.stderr)
+        return 1
+
     stale = []
     for path in pages():
         text = path.read_text(encoding='utf-8')

@@ -9,18 +9,20 @@ import shutil
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.loopback_hub import Fault, LoopbackHub
+from tests.support.pictures import REAL_DRAW
 from tests.support.runs import run_program, small_flags
 from utils.base.names import HubName
 from utils.export import push, push_queue
 from utils.hub.clients import TOKEN_VARIABLES
 from utils.loading.chat_template import folder_templates, write_templates
+from utils.run import curves
 
 Run = Callable[..., Path]
 TOKEN = 'ms-canary-0123456789'
@@ -36,6 +38,14 @@ STRATEGIES = {
     'checkpoint': {'last-checkpoint/': 6},
     'all_checkpoints': {'checkpoint-3/': 3, 'checkpoint-6/': 6},
 }
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _real_pictures() -> Iterator[None]:
+    """Draw real curves: pushing draws them again in a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, 'draw', REAL_DRAW)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.pictures import REAL_DRAW
 from utils.infer.scores import Scores, WordTokenizer, means
-from utils.run.curves import plot_curves
+from utils.run import curves
 
 
 def score_texts(answers: list[str], labels: list[str]) -> dict[str, float]:
@@ -53,9 +54,10 @@ def test_empty_answers_score_nothing() -> None:
     assert set(score_texts([''], ['a b c']).values()) == {0.0}
 
 
-def test_curves_are_drawn_for_what_was_logged(tmp_path: Path) -> None:
+def test_curves_are_drawn_for_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, 'draw', REAL_DRAW)
     history = [{'step': i, 'loss': 2.0 / i, 'learning_rate': 0.1} for i in range(1, 30)]
     history += [{'step': 29, 'eval_loss': float('nan')}]
-    drawn = plot_curves(history, tmp_path / 'images')
+    drawn = curves.plot_curves(history, tmp_path / 'images')
     assert [path.name for path in drawn] == ['loss.png', 'learning_rate.png']
     assert all(path.read_bytes().startswith(b'\x89PNG') and path.stat().st_size > 5000 for path in drawn)

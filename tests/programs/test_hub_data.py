@@ -245,9 +245,18 @@ def test_a_public_data_set_is_trained_on_by_one_command(public_id: str, loopback
     assert not any('test' in request or 'gen-' in request or 'socratic' in request for request in loopback.fetched())
 
 
+def refuse_to_plan(*_: object, **__: object) -> None:
+    """Stand for planning, where the rows of held_out.json must suffice."""
+    raise AssertionError('all data were read')
+
+
 @pytest.mark.slow
 def test_a_run_is_repeated_and_answered_without_network_and_refused_at_another_commit(
-    loopback: LoopbackHub, run_sft: Sft, offline: Callable[[], None], caplog: pytest.LogCaptureFixture
+    loopback: LoopbackHub,
+    run_sft: Sft,
+    offline: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = {'train.jsonl': as_lines(qa(20)), 'README.md': b'# rows\n'}
     loopback.add('dataset', 'owner/name', files, commit=NEWER)
@@ -257,7 +266,9 @@ def test_a_run_is_repeated_and_answered_without_network_and_refused_at_another_c
     assert loopback.fetched() == []
     answers = run / 'answers.jsonl'
     asked = ['--ckpt_dir', str(run / 'checkpoint-6'), '--result_path', str(answers), *GREEDY]
-    assert llm_infer.main(asked) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr('utils.run.rows.plan_of', refuse_to_plan)
+        assert llm_infer.main(asked) == 0
     held_out = [json.loads(line) for line in answers.read_text().splitlines()]
     assert len(held_out) == json.loads((run / 'run.json').read_text())['data']['validation']['rows'] == 2
 
@@ -289,7 +300,7 @@ def test_a_run_is_repeated_and_answered_without_network_and_refused_at_another_c
 
 @pytest.mark.slow
 def test_a_validation_split_is_answered_and_a_whole_data_set_if_it_is_typed(
-    loopback: LoopbackHub, run_sft: Sft, tmp_path: Path
+    loopback: LoopbackHub, run_sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {
         'train.jsonl': as_lines(qa(20)),
@@ -306,7 +317,9 @@ def test_a_validation_split_is_answered_and_a_whole_data_set_if_it_is_typed(
         return [json.loads(line)['messages'][0]['content'] for line in target.read_text().splitlines()]
 
     held = [row['query'] for row in qa(3, 'held')]
-    assert answered() == held
+    with monkeypatch.context() as patch:
+        patch.setattr('utils.run.rows.plan_of', refuse_to_plan)
+        assert answered() == held
     assert answered('--dataset', 'owner/name') == held
     assert answered('--dataset', 'owner/name:test') == [row['query'] for row in qa(5, 't')]
 

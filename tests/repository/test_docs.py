@@ -7,14 +7,16 @@ import os
 import re
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.support.runs import ROOT
-from tools import docs
+from tools import docs, flag_table
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.parser import parse
 from utils.loading.info import ModelInfo
@@ -59,7 +61,7 @@ def test_generated_blocks_are_fresh_and_each_is_on_a_page() -> None:
     found = Counter(name for p in pages() for name in re.findall(r'<!-- generated ([\w-]+) -->', p.read_text('utf-8')))
     assert set(found) == set(docs.BLOCKS)
     # Files that exist once in each language.
-    assert {found[name] for name in ('flags-common', 'flags-sft', 'flags-infer', 'models', 'template-names')} == {2}
+    assert {found[name] for name in ('models', 'template-names')} == {2}
 
 
 def test_a_stale_block_is_found_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +84,87 @@ def test_every_flag_is_in_the_table_of_both_languages() -> None:
     for name in ('docs/flags.md', 'docs/cn/flags.md'):
         text = (ROOT / name).read_text(encoding='utf-8')
         assert flags == set(re.findall(r'^\| `--(\w+)` \|', text, flags=re.MULTILINE))
+
+
+def without_text(texts: dict[str, Any]) -> None:
+    del texts['sft']['lora_rank']
+
+
+def with_english_text(texts: dict[str, Any]) -> None:
+    texts['sft']['lora_rank']['cn'] = texts['sft']['lora_rank']['en']
+
+
+def with_older_help(texts: dict[str, Any]) -> None:
+    texts['infer']['output_dir']['en'] = 'new folder'
+
+
+def with_removed_flag(texts: dict[str, Any]) -> None:
+    texts['common']['lora_rank'] = texts['sft']['lora_rank']
+
+
+def with_unknown_table(texts: dict[str, Any]) -> None:
+    texts['train'] = {'lora_rank': texts['sft']['lora_rank']}
+
+
+MISSING = (
+    '--lora_rank has no Chinese text. Add it to "sft", with the text as "cn": '
+    '"lora_rank": {"en": "rank of the adapter", "cn": ""}'
+)
+
+
+@pytest.mark.parametrize(
+    ('mutate', 'message'),
+    [
+        (without_text, MISSING),
+        (with_english_text, MISSING),
+        (
+            with_older_help,
+            'the help of --output_dir has changed. Correct its "cn" in "infer", and replace its "en" by '
+            '"new folder for --export_native; it must not exist yet"',
+        ),
+        (with_removed_flag, '--lora_rank is not a flag of this table. Remove its entry from "common".'),
+        (with_unknown_table, '--lora_rank is not a flag of this table. Remove its entry from "train".'),
+    ],
+)
+def test_a_flag_without_its_chinese_text_is_named(
+    mutate: Callable[[dict[str, Any]], None],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = flag_table.read_texts()
+    mutate(texts)
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- generated flags-sft -->\n<!-- end -->\n', encoding='utf-8')
+    monkeypatch.setattr(docs, 'ROOT', tmp_path)
+    monkeypatch.setattr(docs, 'pages', lambda: [page])
+    monkeypatch.setattr(flag_table, 'TEXTS', tmp_path / 'flags_cn.json')
+    flag_table.TEXTS.write_text(json.dumps(texts), encoding='utf-8')
+    for word in ('--check', '--write'):
+        assert docs.main([word]) == 1
+        assert capsys.readouterr().err == f'tools/flags_cn.json: {message}\n'
+    assert page.read_text(encoding='utf-8') == '<!-- generated flags-sft -->\n<!-- end -->\n'
+
+
+def test_chinese_texts_that_are_not_json_are_named_with_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(flag_table, 'TEXTS', tmp_path / 'flags_cn.json')
+    flag_table.TEXTS.write_text('{"common": {}\n "sft": {}}', encoding='utf-8')
+    assert docs.main(['--check']) == 1
+    assert capsys.readouterr().err == (
+        "tools/flags_cn.json: not valid JSON: Expecting ',' delimiter: line 2 column 2 (char 15). "
+        'Correct the JSON there.\n'
+    )
+
+
+def test_a_chinese_text_names_the_flags_and_numbers_of_the_english_help() -> None:
+    entries = [entry for table in flag_table.read_texts().values() for entry in table.values()]
+    assert len(entries) >= 100
+    for entry in entries:
+        words = [set(re.findall(r'--\w+|\d+(?:\.\d+)?(?:e-\d+)?', entry[key])) for key in ('en', 'cn')]
+        assert words[0] == words[1], entry
 
 
 @pytest.mark.parametrize('name', docs.READMES)

@@ -223,3 +223,53 @@ def test_a_checkpoint_that_another_machine_does_not_have_is_refused(
         f'--resume_from_checkpoint last: process 0 found {tmp_path}, and process 1 has no such folder. Use an '
         '--output_dir that all machines share.',
     )
+
+
+@pytest.mark.slow
+def test_a_run_that_started_from_an_adapter_is_restarted_by_the_same_command(
+    whole: Path, again: Callable[..., str], tmp_path: Path
+) -> None:
+    start = ('--adapter', str(whole / 'checkpoint-2'))
+    log = again(*start)
+    assert 'resume_from_checkpoint = None because no run in ' in log
+    first = newest(tmp_path / 'out' / 'tiny-llama' / 'v0')
+    trained = first.with_name('trained')
+    shutil.copytree(first / 'checkpoint-4', trained)
+    shutil.rmtree(first / 'checkpoint-4')
+    (first / 'run.json').unlink()
+
+    other = again('--adapter', str(whole / 'checkpoint-4'))
+    assert (
+        f'{first}: ' in other
+        and f'it did not start from the adapter in {whole / "checkpoint-4"}: it is skipped' in other
+    )
+    without = again()
+    assert f'{first}: it started from an adapter, and this command has no --adapter: it is skipped.' in without
+
+    log = again(*start)
+    assert f'resume_from_checkpoint = {first / "checkpoint-2"} because it is the newest whole checkpoint' in log
+    assert 'adapter = None because the run of the checkpoint started from it' in log
+    resumed = newest(first)
+    assert_equal(resumed / 'checkpoint-4', trained)
+    lock = json.loads((resumed / 'lock.json').read_text())
+    assert lock['adapter'] == json.loads((first / 'lock.json').read_text())['adapter']
+    assert '--adapter' not in lock['command']
+
+
+@pytest.mark.slow
+def test_a_run_whose_template_file_has_changed_is_skipped(again: Callable[..., str], tmp_path: Path) -> None:
+    template = tmp_path / 'chat.jinja'
+    template.write_text(
+        '{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}'
+        '{% if add_generation_prompt %}assistant: {% endif %}'
+    )
+    flags = ('--template_type', 'auto', '--chat_template', str(template), '--max_steps', '2')
+    again(*flags)
+    run = newest(tmp_path / 'out' / 'tiny-llama' / 'v0')
+    again(*flags)
+    assert newest(run) == run
+
+    template.write_text(template.read_text().replace('}}: {{', '}}> {{'))
+    log = again(*flags)
+    assert f'{run}: {template} has changed since: it is skipped.' in log
+    assert newest(run) != run

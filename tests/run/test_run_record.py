@@ -27,6 +27,7 @@ from utils.cli.parser import parse
 from utils.data.sources import find_files, parse_source
 from utils.run.folder import make_run_dir
 from utils.run.lock import flag_words
+from utils.run.open_model import open_model
 from utils.train.guard import check_positions
 
 Run = Callable[..., Path]
@@ -78,8 +79,8 @@ def test_arguments_are_recorded_as_used_and_served_so(
 
     best['type'] = (torch.float32, 'the CPU has no native bf16')
     opened: list[Any] = []
-    real = llm_infer.open_model
-    monkeypatch.setattr(llm_infer, 'open_model', lambda *a, **k: opened.append(real(*a, **k)) or opened[-1])
+    real = open_model
+    monkeypatch.setattr('utils.run.open_model.open_model', lambda *a, **k: opened.append(real(*a, **k)) or opened[-1])
     assert llm_infer.main(['--ckpt_dir', str(run / 'checkpoint-1'), *GREEDY]) == 0
     assert opened[-1][2] == torch.bfloat16
     assert 'dtype = bf16 because the run was trained in it' in caplog.text
@@ -95,7 +96,7 @@ def test_decisions_are_told_before_anything_is_fetched(
     def fetch(*_: Any, **__: Any) -> Any:
         raise ConfigError('fetched')
 
-    for name in ('llm_sft.rows_of', 'llm_infer.rows_to_answer'):
+    for name in ('utils.run.rows.rows_of', 'utils.run.rows.rows_to_answer'):
         monkeypatch.setattr(name, fetch)
     words = small_flags(model_dir, data_file, tmp_path / 'out')
     assert llm_sft.main(words) == 2

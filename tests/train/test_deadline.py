@@ -15,6 +15,7 @@ import pytest
 import llm_sft
 from tests.support.runs import assert_equal, hashes, log_lines
 from utils.base.checkpoint import all_checkpoints
+from utils.run.open_model import open_model
 from utils.train import deadline
 from utils.train.deadline import Costs
 
@@ -47,7 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
     fake = Clock()
     step, predict, write = SftTrainer.training_step, SftTrainer.prediction_step, Checkpoints.write
-    opened = llm_sft.open_model
+    opened = open_model
 
     def timed_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         fake.time += fake.batch(-1 if self.in_preflight else self.state.global_step)
@@ -68,7 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(deadline, 'now', lambda: fake.time)
     monkeypatch.setattr('utils.proofs.time_trial.now', lambda: fake.time)
     monkeypatch.setattr(llm_sft, 'time', types.SimpleNamespace(time=lambda: fake.time))
-    monkeypatch.setattr(llm_sft, 'open_model', timed_open)
+    monkeypatch.setattr('utils.run.open_model.open_model', timed_open)
     monkeypatch.setattr(SftTrainer, 'training_step', timed_step)
     monkeypatch.setattr(SftTrainer, 'prediction_step', timed_prediction)
     monkeypatch.setattr(Checkpoints, 'write', timed_write)

@@ -110,7 +110,7 @@ def test_the_table_knows_the_paths_of_a_model_that_is_not_here() -> None:
 def test_a_bad_pattern_is_refused_with_the_arguments(
     word: str, message: str, run_sft: Run, problems: Problems, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('llm_sft.settle_sft', lambda done: done.checked())
+    monkeypatch.setattr('utils.cli.machine.settle_sft', lambda done: done.checked())
     run_sft('--lora_target_modules', word, '--lora_rank', '0', expect=2)
     assert len(problems()) == 2 and problems()[1].startswith(message)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,15 @@ def has_package(name: str) -> bool:
     """
     found = importlib.util.find_spec(name)
     return found is not None and found.origin is not None
+
+
+def leave_out(names: Iterable[str]) -> None:
+    """Make the libraries take packages for missing that this process does not need, so that they import faster.
+
+    peft, accelerate and transformers import every optional package that is installed, whether it is needed or not. A
+    package that is imported already stays. Call this only in a process that ends with the program: a package cannot
+    be brought back.
+    """
+    for name in names:
+        # With None, an import raises ImportError, and importlib.util.find_spec returns None.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from utils.data.parts import AS_WRITTEN, VAL, Part, open_parts, read_rows_at
+from utils.base.names import HubName
+from utils.data.parts import AS_WRITTEN, VAL, VALIDATION, Part, open_parts, read_rows_at
 from utils.data.plan import Plan
 from utils.data.sources import parse_source
 from utils.formats.conversation import Row
@@ -19,7 +20,8 @@ def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
 
     The positions are those of the held-out rows among all rows of the part. If there are validation sets, only their
     parts are in the dictionary, because no other part has held-out rows. The hash covers the files of the part. The
-    hash is None if the part has no local files or has images, because the rows then depend on data outside its files.
+    hash is None for a registered data set of a hub, for rows of an own function, and for rows with images: these rows
+    depend on more than the files.
     """
     sets = [part for part in plan.parts if part.val_set]
     return {
@@ -43,30 +45,40 @@ def _positions(part: Part) -> Iterator[int]:
 def files_sha256(part: Part) -> str:
     """Return a hash over the names and the content of a part's files."""
     digest = hashlib.sha256()
-    for file, _ in part.files:
-        digest.update(f'{file}\n'.encode())
+    # The folder of a download differs between machines, so its names on the hub are used.
+    names = part.hub_files or [str(file) for file, _ in part.files]
+    for name, (file, _) in zip(names, part.files, strict=True):
+        digest.update(f'{name}\n'.encode())
         with file.open('rb') as stream:
             digest.update(hashlib.file_digest(stream, 'sha256').digest())
     return digest.hexdigest()
 
 
 def read_held_out(
-    kept: Mapping[str, Mapping[str, Any]], words: Sequence[str], reading: Reading = AS_WRITTEN
+    kept: Mapping[str, Mapping[str, Any]],
+    words: Sequence[str],
+    reading: Reading = AS_WRITTEN,
+    hub: HubName = 'modelscope',
 ) -> list[Row] | None:
     """Return the held-out rows of an earlier run. `kept` is what `held_out` returned in that run.
 
     Returns None if `words`, the data sets of --dataset, or their files are not the same as in the earlier run.
     """
-    found: list[Row] = []
     sources = [parse_source(word) for word in words]
-    if [source.name for source in sources] != list(kept):
+    if any(source.path is None and source.hub is None for source in sources):
+        return None  # opening a registered data set may read all its rows
+
+    named = {name.removesuffix(VALIDATION) for name in kept}
+    if named != {source.name for source in sources} or any(entry['files_sha256'] is None for entry in kept.values()):
         return None
 
-    for source in sources:
-        entry = kept[source.name]
-        if source.path is None or entry['files_sha256'] is None:
-            return None
-        (part,) = open_parts(source, reading=reading)
+    parts = [part for source in sources for part in open_parts(source, hub=hub, reading=reading)]
+    if [part.name for part in parts] != list(kept):
+        return None
+
+    found: list[Row] = []
+    for part in parts:
+        entry = kept[part.name]
         if files_sha256(part) != entry['files_sha256']:
             return None
         rows = read_rows_at(part.files, frozenset(entry['rows']), reading)

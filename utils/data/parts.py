@@ -185,7 +185,8 @@ class Part:
     # The files of the download, as <hub>:<id>@<revision>/<file>. Empty for other parts.
     hub_files: Sequence[str] = ()
     uses: bytearray = field(default_factory=bytearray)
-    # The local files of the part, each with its signature when the part was opened. A registered data set has none.
+    # The files of the part on this machine, each with its signature when the part was opened. A registered data set has
+    # none.
     files: Sequence[tuple[Path, Signature]] = ()
     has_images: bool = False
     # The positions of the rows that cannot be trained on, among all rows that were read.
@@ -360,12 +361,13 @@ def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, readin
         if not names:
             continue
         # The hash covers the names in the repository, because the folder of the cache differs between machines.
-        paths = [fetched.folder / name for name in names]
+        stored = [(path, signature(path)) for path in (fetched.folder / name for name in names)]
         columns: dict[str, None] = {}
         remarks: dict[str, None] = {}
         part = Part(
             name=_shown(source.name, is_val),
-            read=_reader([(path, signature(path)) for path in paths], names, bad, reading, columns, remarks),
+            read=_reader(stored, names, bad, reading, columns, remarks),
+            files=stored,
             columns=columns,
             remarks=remarks,
             is_val=is_val,
@@ -396,7 +398,7 @@ def _shown(name: str, is_val: bool) -> str:
 
 def check_columns(parts: Iterable[Part], reading: Reading) -> None:
     """Raise ConfigError if --columns names a column that no row of the parts has had so far."""
-    from_files = [part for part in parts if part.files or part.hub_files]
+    from_files = [part for part in parts if part.files]
     if not from_files:
         return
     seen = dict.fromkeys(itertools.chain.from_iterable(part.columns for part in from_files))

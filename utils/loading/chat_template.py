@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,6 +67,18 @@ def read_chat_template(path: Path) -> Templates:
                 f'{given} does not read `messages`, so it prints no chat. Give a file with a Jinja chat template.'
             )
     return found
+
+
+def hash_templates(content: Any) -> str:
+    """Return the sha256 of a template: of a text, or of the JSON of an entry or of several templates."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hash_template_file(path: Path) -> str:
+    """Return the sha256 of the file that --chat_template names. For a folder, return the hash of its templates."""
+    if path.is_dir():
+        return hash_templates(read_chat_template(path))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_text(file: Path) -> str:

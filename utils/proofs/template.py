@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import re
 import secrets
@@ -39,7 +38,7 @@ from utils.encode.template_encoder import TemplateEncoder
 from utils.encode.text_encoder import TextEncoder
 from utils.formats.conversation import Row
 from utils.formats.json_text import Spelling
-from utils.loading.chat_template import read_chat_template, write_templates
+from utils.loading.chat_template import hash_template_file, hash_templates, write_templates
 from utils.loading.image_processors import Images
 from utils.loading.template_settings import split_settings
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
@@ -81,11 +80,6 @@ def template_hash(encoder: Encoder) -> str:
     return hash_templates(encoder.tokenizer.chat_template if own is None else dataclasses.asdict(own))
 
 
-def hash_templates(content: Any) -> str:
-    """Return the sha256 of a template: of a text, or of the JSON of an entry or of several templates."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
     """Write the hash of the template to sft_args.json and lock.json.
 
@@ -98,20 +92,13 @@ def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
     run.note(template_sha256=sha256)
     run.lock['template_sha256'] = sha256
     if path := run.record.flags.get('chat_template'):
-        run.lock['chat_template'] = {'path': path, 'sha256': _hash_of_file(Path(path))}
+        run.lock['chat_template'] = {'path': path, 'sha256': hash_template_file(Path(path))}
     if not dist.is_main():
         return
 
     write_json(run.folder / LOCK_JSON, run.lock)
     if any(run.record.flags.get(name) is not None for name in TEMPLATE_FLAGS[1:]):
         write_templates(run.folder, encoder.tokenizer.chat_template)
-
-
-def _hash_of_file(path: Path) -> str:
-    """Return the sha256 of a template file. For a folder, return the hash of its templates."""
-    if path.is_dir():
-        return hash_templates(read_chat_template(path))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def note_thinking(run: Run, encoder: Encoder, switched: tuple[int, int]) -> None:

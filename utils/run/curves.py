@@ -77,29 +77,32 @@ def plot_curves(log_history: list[dict[str, Any]], folder: Path, flags: Mapping[
 
     `flags` are those of the run's record. They name the validation sets and the scores of generated answers.
     """
-    from matplotlib.figure import Figure
-
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for key, title in {**curves_of_scores(flags), **_CURVES, **curves_of_sets(flags)}.items():
-        entries = [entry for entry in log_history if key in entry and math.isfinite(entry[key])]
-        if not entries:
-            continue
-        steps = [entry['step'] for entry in entries]
-        values = [entry[key] for entry in entries]
-
-        figure = Figure(figsize=(7, 4), layout='tight')
-        axes = figure.subplots()
-        if len(entries) > _SMOOTHED_FROM:
-            axes.plot(steps, values, color='#9ecae1', label=title)
-            axes.plot(steps, _smooth(values), color='#08519c', label='smoothed')
-            axes.legend()
-        else:
-            axes.plot(steps, values, color='#08519c', marker='.')
-        axes.set(xlabel='step', ylabel=title, title=title)
-        axes.grid(alpha=0.3)
-
-        path = folder / f'{key.replace("/", "_")}.png'
-        figure.savefig(path, dpi=110)
-        paths.append(path)
+        points = [(entry['step'], entry[key]) for entry in log_history if key in entry and math.isfinite(entry[key])]
+        if points:
+            path = folder / f'{key.replace("/", "_")}.png'
+            draw(path, title, points)
+            paths.append(path)
     return paths
+
+
+def draw(path: Path, title: str, points: list[tuple[float, float]]) -> None:
+    """Write a PNG file with the curve through the points (step, value)."""
+    from matplotlib.figure import Figure
+
+    steps = [step for step, _ in points]
+    values = [value for _, value in points]
+    figure = Figure(figsize=(7, 4))
+    figure.subplots_adjust(left=0.13, right=0.97, bottom=0.13, top=0.91)
+    axes = figure.subplots()
+    if len(points) > _SMOOTHED_FROM:
+        axes.plot(steps, values, color='#9ecae1', label=title)
+        axes.plot(steps, _smooth(values), color='#08519c', label='smoothed')
+        axes.legend()
+    else:
+        axes.plot(steps, values, color='#08519c', marker='.')
+    axes.set(xlabel='step', ylabel=title, title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base import dist
-from utils.base.checkpoint import all_checkpoints
+from utils.base.checkpoint import all_checkpoints, sha256_of
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.logger import logger
@@ -20,8 +20,10 @@ from utils.base.names import LAST, LOCK_JSON
 from utils.cli.arguments import SftArguments
 from utils.cli.machine import TRAINER_STATE, check_resume, partial_checkpoints
 from utils.cli.resolution import Ready, run_name
+from utils.loading.chat_template import hash_template_file
 from utils.loading.weights import Weights
 from utils.run.folder import run_dirs
+from utils.run.lineage import adapter_file
 from utils.run.lock import flag_words
 from utils.run.record import RUN_JSON, RunRecord, changed_flags, record_of
 
@@ -65,6 +67,9 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
         _check_everywhere(Path(found.checkpoint))
     done.decide('resume_from_checkpoint', found.checkpoint, reason)
     logger.info(done.decisions[-1])
+    if found.checkpoint is not None and args.adapter is not None:
+        done.decide('adapter', None, 'the run of the checkpoint started from it')
+        logger.info(done.decisions[-1])
 
     if found.checkpoint is not None:
         for line in partial_checkpoints(Path(found.checkpoint).parent):
@@ -130,6 +135,8 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
     except ConfigError as error:
         return error.problems[0].split('. ')[0]
 
+    if reason := _other_start(lock, record):
+        return reason
     if changed := changed_flags(earlier, record):
         return 'other flags, ' + ', '.join(f'--{name} {then} (now {now})' for name, now, then in changed)
     if lock.get('processes') != dist.world_size():
@@ -137,11 +144,33 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
     if (earlier.base_model or {}).get('sha256') != (record.base_model or {}).get('sha256'):
         return 'other base weights'
 
+    if record.flags.get('chat_template'):
+        path = record.flags['chat_template']
+        trained = (lock.get('chat_template') or {}).get('sha256')
+        if trained is not None and trained != hash_template_file(Path(path)):
+            return f'{path} has changed since'
+
     then = lock.get('data') or {}
     changed_rows = [
         name for name in sorted({*then, *data}) if then.get(name, {}).get('sha256') != data.get(name, {}).get('sha256')
     ]
     return f'other rows of {", ".join(changed_rows)}' if changed_rows else None
+
+
+def _other_start(lock: Mapping[str, Any], record: RunRecord) -> str | None:
+    """Return why a run did not start as this command does: from the adapter of --adapter, or without an adapter.
+
+    Returns None if it did.
+    """
+    started_from = (lock.get('adapter') or {}).get('sha256')
+    adapter = record.flags.get('adapter')
+    if adapter is None:
+        return None if started_from is None else 'it started from an adapter, and this command has no --adapter'
+
+    file = adapter_file(Path(adapter))
+    if file is None or sha256_of(file) != started_from:
+        return f'it did not start from the adapter in {adapter}'
+    return None
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

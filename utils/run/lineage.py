@@ -13,6 +13,7 @@ from typing import Any
 from utils.base.checkpoint import MANIFEST, damage, last_checkpoint, sha256_of
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
+from utils.base.names import LAST
 from utils.cli.arguments import SftArguments
 from utils.cli.machine import ADAPTER_CONFIG, started_in
 from utils.cli.parser import Parsed
@@ -54,7 +55,7 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
 
     problems = parsed.problems
     given = f'--adapter {args.adapter}'
-    if args.resume_from_checkpoint is not None:
+    if args.resume_from_checkpoint not in (None, LAST):
         problems.add(
             f'{given}: a run that is resumed goes on from the adapter in its checkpoint. Remove --adapter to resume, '
             'or remove --resume_from_checkpoint to start a new run from the adapter.'
@@ -103,7 +104,7 @@ def _folder_problem(folder: Path, from_run: str | None) -> str | None:
         if (folder / 'config.json').is_file():
             return 'is a whole model, not an adapter. Name it with --model_id_or_path instead.'
         return f'is not an adapter: it has no {ADAPTER_CONFIG}. {_GIVE_ADAPTER}'
-    if _adapter_file(folder) is None:
+    if adapter_file(folder) is None:
         return f'holds no adapter weights: neither {" nor ".join(ADAPTER_FILES)}. Copy the complete checkpoint.'
     if (folder / MANIFEST).is_file() and (problem := damage(folder)):
         return f'cannot be used: {problem}. Copy the checkpoint again, or give another one.'
@@ -114,7 +115,8 @@ def _folder_problem(folder: Path, from_run: str | None) -> str | None:
     return None
 
 
-def _adapter_file(folder: Path) -> Path | None:
+def adapter_file(folder: Path) -> Path | None:
+    """Return the file with the weights of an adapter. Returns None if the folder has none."""
     return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
 
 
@@ -244,7 +246,7 @@ def find_lineage(
             'An adapter is valid only for the weights it was trained on. Name them with --model_id_or_path.'
         )
 
-    file = _adapter_file(folder)
+    file = adapter_file(folder)
     assert file is not None, 'checked'
     return {
         'path': abbreviated(folder.absolute()),

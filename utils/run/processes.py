@@ -5,13 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 from utils.base import device, dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
+from utils.base.packages import leave_out
+from utils.cli.arguments import CommonArguments, SftArguments
+from utils.cli.ranges import is_of_bitsandbytes
+from utils.loading.folder import read_config
+from utils.loading.info import ModelInfo
 
+# The programs: in a process of such a file, nothing runs after the program.
+_PROGRAMS = ('llm_sft.py', 'llm_infer.py')
+_OF_TORCHAO = ('adamw_torch_4bit', 'adamw_torch_8bit')
 # Options of mallopt, from malloc.h.
 _TRIM_THRESHOLD = -1
 _TOP_PAD = -2
@@ -37,7 +47,7 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     # packages.
     warnings.filterwarnings('ignore', category=FutureWarning, module='transformers')
     for name in ('bitsandbytes', 'torchao', 'torch.utils._pytree'):
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+        logging.getLogger(name).setLevel(logging.ERROR)  # of all loggers below it, too
     # DeepSpeed calls collective operations by names that torch deprecates.
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch.distributed')
     if not dist.is_main():
@@ -55,6 +65,28 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
 
         # ZeRO-3 shards weights while they are read, so DeepSpeed must be ready before the trainer would prepare it.
         engine.init_distributed(dist_backend=backend, verbose=False)
+
+
+def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> None:
+    """Keep optional packages that this run does not use from being imported, so that it starts faster.
+
+    `weights` is the folder or the file of the base model. Nothing is left out in a process that may do another run.
+    """
+    program = getattr(sys.modules['__main__'], '__file__', None)
+    if program is None or Path(program).name not in _PROGRAMS:
+        return
+
+    optim = args.optim if isinstance(args, SftArguments) else ''
+    config = read_config(weights) if (weights / 'config.json').is_file() else {}
+    is_packed = info.quantization is not None or 'quantization_config' in config
+    used = {
+        'deepspeed': isinstance(args, SftArguments) and args.deepspeed_config_path is not None,
+        'bitsandbytes': is_packed or bool(args.quantization_bit) or is_of_bitsandbytes(optim),
+        'torchao': is_packed or optim in _OF_TORCHAO,
+        'gptqmodel': is_packed,
+        'optimum': is_packed,
+    }
+    leave_out(name for name, is_used in used.items() if not is_used)
 
 
 def _log_device() -> None:

@@ -14,6 +14,7 @@ from utils.base import dist
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json, write_json
 from utils.base.logger import logger
+from utils.base.names import HubName
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments, without_amount
 from utils.cli.resolution import Decided, Ready, reading_of
 from utils.data.held_out import held_out, read_held_out
@@ -164,7 +165,7 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
         return first_rows(streams.sources, count)
 
     if trained is not None and _same_data_flags(done, trained):
-        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset, reading_of(args))
+        rows = _kept_rows(trained.checkpoint.absolute().parent, args.dataset, reading_of(args), args.hub)
         if rows is not None:
             return rows
     plan = plan_of(args, int(flags.get('train_dataset_sample', -1)))
@@ -187,7 +188,7 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
     flags = trained.record.flags if trained is not None else {}
     same = [flags.get('val_dataset'), flags.get('dataset_seed')] == [words, args.dataset_seed]
     if trained is not None and same:
-        rows = _kept_rows(trained.checkpoint.absolute().parent, words, reading_of(args))
+        rows = _kept_rows(trained.checkpoint.absolute().parent, words, reading_of(args), args.hub)
         if rows is not None:
             return rows
 
@@ -209,7 +210,7 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
     return [row for _, row in plan.rows(VAL)]
 
 
-def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading) -> list[Row] | None:
+def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading, hub: HubName) -> list[Row] | None:
     """Return the rows that held_out.json names.
 
     Returns None if the run has no held_out.json, which older versions did not write, or if the data files have changed.
@@ -218,7 +219,7 @@ def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading) -> list[Ro
     if not file.is_file():
         return None
     kept = read_json(file, remedy='Remove the file: the rows are then found by reading all data.')
-    return read_held_out(kept, words, reading)
+    return read_held_out(kept, words, reading, hub)
 
 
 def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
