@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
+from utils.fast.low_copies import LowCopies
 from utils.fast.swap import swap_class
 
 
 class _LoraStep(torch.autograd.Function):
     """Computes y = x W^T + b + scale (x A^T) B^T. W and b are frozen, A and B are trained.
 
+    `low_a_RI` and `low_b_OR` are A and B in the dtype of x. A and B themselves are only passed to get their gradients.
     Only x and x A^T are saved for the backward pass. Layers with the same input, such as query, key and value, share
     the memory of x.
     """
@@ -31,30 +33,30 @@ class _LoraStep(torch.autograd.Function):
         bias_O: torch.Tensor | None,
         a_RI: torch.Tensor,
         b_OR: torch.Tensor,
+        low_a_RI: torch.Tensor,
+        low_b_OR: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
+        inner_NR = x.flatten(0, -2) @ low_a_RI.t()
         x_NI = x.flatten(0, -2)
-        low_a_RI = a_RI.to(x.dtype)
-        low_b_OR = b_OR.to(x.dtype)
-
-        inner_NR = x_NI @ low_a_RI.t()
         out_NO = F.linear(x_NI, weight_OI, bias_O).addmm_(inner_NR, low_b_OR.t(), alpha=scale)
         ctx.scale = scale
-        ctx.save_for_backward(x, weight_OI, inner_NR, a_RI, b_OR)
+        ctx.dtypes = a_RI.dtype, b_OR.dtype
+        ctx.save_for_backward(x, weight_OI, inner_NR, low_a_RI, low_b_OR)
         return out_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight_OI, inner_NR, a_RI, b_OR = ctx.saved_tensors
+        x, weight_OI, inner_NR, low_a_RI, low_b_OR = ctx.saved_tensors
         grad_NO = grads[0].flatten(0, -2)
-        inner_grad_NR = (grad_NO @ b_OR.to(grad_NO.dtype)).mul_(ctx.scale)
+        inner_grad_NR = (grad_NO @ low_b_OR).mul_(ctx.scale)
 
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad_NO @ weight_OI).addmm_(inner_grad_NR, a_RI.to(grad_NO.dtype)).view_as(x)
-        a_grad_RI = (inner_grad_NR.t() @ x.flatten(0, -2)).to(a_RI.dtype)
-        b_grad_OR = (grad_NO.t() @ inner_NR).to(b_OR.dtype).mul_(ctx.scale)
-        return x_grad, None, None, a_grad_RI, b_grad_OR, None
+            x_grad = (grad_NO @ weight_OI).addmm_(inner_grad_NR, low_a_RI).view_as(x)
+        a_grad_RI = (inner_grad_NR.t() @ x.flatten(0, -2)).to(ctx.dtypes[0])
+        b_grad_OR = (grad_NO.t() @ inner_NR).to(ctx.dtypes[1]).mul_(ctx.scale)
+        return x_grad, None, None, a_grad_RI, b_grad_OR, None, None, None
 
 
 class _Lora4BitStep(torch.autograd.Function):
@@ -66,30 +68,38 @@ class _Lora4BitStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, base: nn.Module, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float
+        ctx: Any,
+        x: torch.Tensor,
+        base: nn.Module,
+        a_RI: torch.Tensor,
+        b_OR: torch.Tensor,
+        low_a_RI: torch.Tensor,
+        low_b_OR: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
-        inner_NR = x.flatten(0, -2) @ a_RI.to(x.dtype).t()
+        inner_NR = x.flatten(0, -2) @ low_a_RI.t()
         out: torch.Tensor = base(x)
-        out.flatten(0, -2).addmm_(inner_NR, b_OR.to(x.dtype).t(), alpha=scale)
+        out.flatten(0, -2).addmm_(inner_NR, low_b_OR.t(), alpha=scale)
         ctx.scale = scale
         ctx.base = base
-        ctx.save_for_backward(x, inner_NR, a_RI, b_OR)
+        ctx.dtypes = a_RI.dtype, b_OR.dtype
+        ctx.save_for_backward(x, inner_NR, low_a_RI, low_b_OR)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, inner_NR, a_RI, b_OR = ctx.saved_tensors
+        x, inner_NR, low_a_RI, low_b_OR = ctx.saved_tensors
         grad_NO = grads[0].flatten(0, -2)
-        inner_grad_NR = (grad_NO @ b_OR.to(grad_NO.dtype)).mul_(ctx.scale)
+        inner_grad_NR = (grad_NO @ low_b_OR).mul_(ctx.scale)
 
         x_grad = None
         if ctx.needs_input_grad[0]:
             weight = ctx.base.weight
             weight_OI = sys.modules['bitsandbytes'].functional.dequantize_4bit(weight, weight.quant_state)
-            x_grad = (grad_NO @ weight_OI.to(grad_NO.dtype)).addmm_(inner_grad_NR, a_RI.to(grad_NO.dtype)).view_as(x)
-        a_grad_RI = (inner_grad_NR.t() @ x.flatten(0, -2)).to(a_RI.dtype)
-        b_grad_OR = (grad_NO.t() @ inner_NR).to(b_OR.dtype).mul_(ctx.scale)
-        return x_grad, None, a_grad_RI, b_grad_OR, None
+            x_grad = (grad_NO @ weight_OI.to(grad_NO.dtype)).addmm_(inner_grad_NR, low_a_RI).view_as(x)
+        a_grad_RI = (inner_grad_NR.t() @ x.flatten(0, -2)).to(ctx.dtypes[0])
+        b_grad_OR = (grad_NO.t() @ inner_NR).to(ctx.dtypes[1]).mul_(ctx.scale)
+        return x_grad, None, a_grad_RI, b_grad_OR, None, None, None
 
 
 def _adapter_in_use(layer: Any, kwargs: dict[str, Any]) -> str | None:
@@ -104,6 +114,12 @@ def _adapter_in_use(layer: Any, kwargs: dict[str, Any]) -> str | None:
     name: str = active[0]
     drops_out = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
     return None if drops_out else name
+
+
+def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return A and B of an adapter, and then both in the dtype of the computation."""
+    weights = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return *weights, *(layer.low_copies.of(weight, dtype) for weight in weights)
 
 
 class _FusedLora(Linear):
@@ -129,9 +145,8 @@ class _FusedLora(Linear):
             weight = weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
 
-        fused: torch.Tensor = _LoraStep.apply(
-            x, weight, bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        )
+        adapter = _factors(self, name, x.dtype)
+        fused: torch.Tensor = _LoraStep.apply(x, weight, bias, *adapter, self.scaling[name])
         return fused
 
 
@@ -153,9 +168,8 @@ class _FusedLora4Bit(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        fused: torch.Tensor = _Lora4BitStep.apply(
-            x, self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        )
+        adapter = _factors(self, name, x.dtype)
+        fused: torch.Tensor = _Lora4BitStep.apply(x, self.base_layer, *adapter, self.scaling[name])
         return fused
 
 
@@ -166,11 +180,13 @@ def fuse_lora(model: nn.Module) -> tuple[int, int]:
     weights, Conv1D, DoRA and adapters with a bias are not replaced.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    copies = LowCopies()
     fused = 0
     for layer in layers:
         mixin = _mixin_for(layer)
         if mixin is not None:
             swap_class(layer, mixin)
+            vars(layer)['low_copies'] = copies
             fused += 1
     return fused, len(layers)
 
