@@ -169,19 +169,23 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     from utils.loading.adapter import load_adapter
     from utils.loading.folder import is_adapter
     from utils.loading.image_processors import open_images
+    from utils.loading.new_tokens import add_tokens, check_rows
     from utils.proofs.template import ask_as_trained, check_trained_template
     from utils.run.open_model import open_encoder, open_model
 
     args = done.args
     set_seed(args.seed + dist.rank())
     model, tokenizer, _ = open_model(args, done.info, weights, trains=False)
+    adapted = trained if trained is not None and is_adapter(trained.checkpoint) else None
+    new_ids = add_tokens(model, tokenizer, adapted.record.added_tokens if adapted is not None else ())
     images: Images | None = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
-    if trained is not None and is_adapter(trained.checkpoint):
-        model = load_adapter(model, trained.checkpoint, weights.path, done.info.family)
+    if adapted is not None:
+        check_rows(adapted.checkpoint, new_ids)
+        model = load_adapter(model, adapted.checkpoint, weights.path, done.info.family)
     model.eval()
 
     system_typed = 'system' in done.typed or (trained is not None and trained.record.system_typed)
-    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
+    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images, new_ids=new_ids)
     if trained is not None:
         check_trained_template(encoder, trained, typed=done.typed)
         ask_as_trained(encoder, trained.record)

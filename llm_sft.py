@@ -45,18 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def resolve(now: Parsed[SftArguments], words: Sequence[str]) -> Resolution[SftArguments]:
-    """Return the resolved command line: the flags typed now, over those of the run in --from_run.
+    """Return the resolved command line. Flags that are typed now replace those of the run in --from_run.
 
     Flags that the adapter of --adapter decides are taken from the adapter. `words` are the words of the command line.
     """
     from utils.cli.resolve import resolve_sft
     from utils.run.lineage import fill_from_adapter
     from utils.run.lock import repeat
+    from utils.run.new_tokens import check_new_tokens
 
     parsed = repeat(now, words)
     decisions: list[str] = []
     warnings: list[str] = []
-    resolved = resolve_sft(fill_from_adapter(parsed, decisions, warnings))
+    filled = fill_from_adapter(parsed, decisions, warnings)
+    check_new_tokens(filled)
+    resolved = resolve_sft(filled)
     resolved.decisions[:0] = decisions
     resolved.warnings[:0] = warnings
     return resolved
@@ -152,11 +155,13 @@ def carry_out(
 class Opened:
     """An open base model, its encoder (it turns rows into token ids), the dtype of the computation, and the scores.
 
-    `scores` are the functions of --score. Without --predict_with_generate, `scores` is None.
+    `token_ids` are the ids of the tokens that the run adds (--new_tokens). `scores` are the functions of --score. They
+    are None without --predict_with_generate.
     """
 
     model: Any
     encoder: Encoder
+    token_ids: list[int]
     dtype: torch.dtype
     scores: Scores | None
 
@@ -168,18 +173,22 @@ def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
     """
     from utils.infer.scores import Scores
     from utils.loading.image_processors import open_images
+    from utils.loading.new_tokens import add_tokens, check_rows
     from utils.run.open_model import open_encoder, open_model
     from utils.train.end_token import warn_of_untrained_ends
 
     args = done.args
     scores = Scores(args.score) if args.predict_with_generate else None
     model, tokenizer, dtype = open_model(args, done.info, run.weights, trains=True, decide=run.decide)
+    token_ids = add_tokens(model, tokenizer, run.record.added_tokens)
+    if earlier := args.resume_from_checkpoint or args.adapter:
+        check_rows(Path(earlier), token_ids)
     images = open_images(model, tokenizer, run.weights.path, max_pixels=args.max_pixels)
     system_typed = 'system' in done.typed
-    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images)
+    encoder = open_encoder(args, tokenizer, system_typed=system_typed, model=model, images=images, new_ids=token_ids)
     if args.sft_type == 'lora' and not args.lora_modules_to_save:
-        warn_of_untrained_ends(model, tokenizer, encoder.stop_ids)
-    return Opened(model=model, encoder=encoder, dtype=dtype, scores=scores)
+        warn_of_untrained_ends(model, tokenizer, encoder.stop_ids, trained=token_ids)
+    return Opened(model=model, encoder=encoder, token_ids=token_ids, dtype=dtype, scores=scores)
 
 
 def check_template(done: Ready[SftArguments], run: Run, encoder: Encoder, now: Parsed[SftArguments]) -> None:
@@ -233,7 +242,14 @@ def prepare_training(
     chosen_by_model = args.adapter is None and 'lora_target_modules' not in done.typed
     if chosen_by_model and (line := say_what_all_adds(opened.model, args)):
         run.say(line)
-    model = prepare_model(opened.model, args, run.decide, base=run.weights.path, family=done.info.family)
+    model = prepare_model(
+        opened.model,
+        args,
+        run.decide,
+        base=run.weights.path,
+        family=done.info.family,
+        token_ids=opened.token_ids,
+    )
     if args.adapter is not None:
         asked.ask_now(model)
 
@@ -248,7 +264,7 @@ def prepare_training(
 
 
 def add_checks(trainer: SftTrainer, args: SftArguments, run: Run, encoder: Encoder, data: PreparedData) -> RowLosses:
-    """Prove the loss mask now, and add the checks that run when training begins. Returns the losses by row."""
+    """Check the loss mask now, and add the checks that run when training begins. Returns the RowLosses callback."""
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof

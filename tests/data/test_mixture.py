@@ -220,7 +220,7 @@ def test_a_share_that_gives_no_row_is_refused(tmp_path: Path) -> None:
     empty = str(write_jsonl(tmp_path / 'empty.jsonl', [{'query': 'x', 'response': ''}]))
     with pytest.raises(ConfigError, match='its share of a mixture of 20 rows is less than one row. Raise the share'):
         plan_rows([f'{a}%0.001', f'{numbered(tmp_path, "b", 10)}%0.999'], test_ratio=0)
-    with pytest.raises(ConfigError, match='no training row of it is left to fill its share'):
+    with pytest.raises(ConfigError, match='it has a share, but no row can be trained on'):
         plan_rows([f'{a}%0.5', f'{empty}%0.5'], test_ratio=0)
 
 

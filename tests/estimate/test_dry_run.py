@@ -168,6 +168,11 @@ def test_the_schedule_is_shown_as_the_run_uses_it(
     )
     limited = '--warmup_steps 9: the run has 7 steps, and at most half of them can be warm-up'
     assert any(limited in line for line in said['decisions'])
+    limited_time = dry(capsys, *small_flags(model_dir, data_file, tmp_path / 'output'), *flags, '--max_minutes', '30')
+    assert limited_time['data'][2].endswith(
+        ', fewer if --max_minutes 30 needs it: a trial on this machine measures a step first'
+    )
+
     run = run_sft(*flags)
     record = json.loads((run / 'sft_args.json').read_text())
     assert (record['warmup_steps'], record['eval_steps'], record['save_steps']) == (3, 3, 3)

@@ -97,10 +97,10 @@ BROKEN = {
                    'like UTF-16LE. Convert the file, e.g. iconv -f UTF-16LE -t UTF-8 bare.jsonl.'),
     'bare.csv.gz': (gzip.compress('query,response\na,b\n'.encode('utf-16-be')),
                     'e.g. gzip -dc bare.csv.gz | iconv -f UTF-16BE -t UTF-8.'),
-    'half.jsonl': ('\ufeff{"a": "b"}\n'.encode('utf-16-le') + b'\xd8\x3d\xd8\n\0', 'half.jsonl:2: half of a character: '
-                   'the file says that it is UTF-16. Download'),
+    'half.jsonl': ('\ufeff{"a": "b"}\n'.encode('utf-16-le') + b'\xd8\x3d\xd8\n\0', 'half.jsonl:2: an incomplete '
+                   'character: the file is marked as UTF-16. Download'),
     'odd.json': (codecs.BOM_UTF16_BE + '[{"a": 1},\n{"a": 2}]'.encode('utf-16-be') + b'x',
-                 'odd.json:2: half of a character'),
+                 'odd.json:2: an incomplete character'),
     'table.csv': (b'PK\x03\x04' + b'\0' * 9, 'table.csv:1: the file is not text. This is an Excel workbook or a zip'),
     'rows.jsonl': (b'PAR1' + b'\0' * 9, 'the file is not text. This is a parquet file: rename it to rows.parquet.'),
     'packed.jsonl': (gzip.compress(b'{"query": "a"}\n' * 9), 'is compressed with gzip: rename it to packed.jsonl.gz.'),
@@ -275,5 +275,5 @@ def test_a_registered_function_whose_rows_change_is_refused(monkeypatch: pytest.
             return iter(ROWS[: self.count])
 
     monkeypatch.setitem(dataset.DATASET_MAPPING, 'mine', Shrinking)
-    with pytest.raises(ConfigError, match="data set 'mine': the second read returned other rows than the first"):
+    with pytest.raises(ConfigError, match="data set 'mine': the second read returned different rows"):
         get_dataset(['mine'])

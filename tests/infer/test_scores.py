@@ -151,7 +151,7 @@ def test_wrong_scores_are_reported_together(
         "--score 'rogue' is not known: did you mean 'rouge'? Give rouge, exact, json or FILE.py:name",
         "--score 'exact': the score 'exact' is named twice. Name it once.",
         f"--score '{own}:1x': '1x' is not the name of a function. Give FILE.py:name.",
-        f"--score '{own}:loss': an evaluation logs other values as 'loss'. Rename the function.",
+        f"--score '{own}:loss': 'loss' is the name of a different logged value. Rename the function.",
         f"--score {own}:lenght: {own} defines no function 'lenght': did you mean 'length'?",
         f'--score {tmp_path}/none.py:f: {tmp_path}/none.py is not a file (looked in {tmp_path}). Correct the path.',
         f'--score {tmp_path}/cut.py:g: {tmp_path}/cut.py:1 cannot be read: invalid syntax',

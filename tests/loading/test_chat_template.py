@@ -263,6 +263,7 @@ def test_markers_outside_of_the_vocabulary_are_named(tmp_path: Path, caplog: pyt
     file = tmp_path / 'mine.jinja'
     file.write_text("{{ '<|im_start|>' }}{{ messages }}<|end|><start_of_turn>{# <|note|> #}")
     set_chat_template(make_tokenizer(), str(file), {})
-    assert '<|end|>, <start_of_turn> in it are not in the vocabulary' in caplog.text.replace(
+    assert 'contains <|end|>, <start_of_turn>, and the vocabulary of this tokenizer does not' in caplog.text.replace(
         '<start_of_turn>, <|end|>', '<|end|>, <start_of_turn>'
     )
+    assert 'write them to a text file, one per line, and use --new_tokens FILE.' in caplog.text

@@ -142,11 +142,11 @@ def test_llama_factory_recipe_becomes_a_command_that_resolves(migrate, write, tm
     ('changed', 'problem'),
     [
         ('stage: dpo', "stage: 'dpo' trains something else than replies"),
-        ('finetuning_type: freeze', "finetuning_type: 'freeze' is not built here."),
-        ('dataset: elsewhere', 'dataset elsewhere: its entry of dataset_info.json is not here'),
+        ('finetuning_type: freeze', "finetuning_type: 'freeze' is not supported."),
+        ('dataset: elsewhere', 'dataset elsewhere: its entry of dataset_info.json is not found'),
         ('dataset: alpaca_em', "did you mean 'alpaca_en'"),
         ('quantization_bit: 3', "--quantization_bit takes 0, 4, 8, got '3'."),
-        ('quantization_bit: 4\nquantization_method: hqq', "quantization_method: 'hqq' is not built here."),
+        ('quantization_bit: 4\nquantization_method: hqq', "quantization_method: 'hqq' is not supported."),
         ('export_dir: out', 'export_dir: the recipe merges a model.'),
         ('do_train: false\ndo_predict: true', 'do_predict: the recipe answers rows and trains nothing.'),
         ('optim: adamw_torsch', "--optim 'adamw_torsch' is not known: did you mean 'adamw_torch'"),
@@ -245,7 +245,7 @@ def test_shares_and_validation_sets_of_llama_factory(migrate, write) -> None:
     assert flags['warmup_ratio'] == ['0.2']
     assert shown.command.startswith('torchrun --nproc_per_node 2 llm_sft.py')
     assert 'write your number of GPUs for 2' in shown.text
-    assert 'GaLore is not built here on purpose' in shown.section('Different')['use_galore']
+    assert 'GaLore is not supported on purpose' in shown.section('Different')['use_galore']
 
 
 AXOLOTL = """\
@@ -319,8 +319,8 @@ def test_axolotl_recipe_becomes_a_command_that_resolves(migrate, write) -> None:
         'overlong': ['drop'],
     }
     assert 'all rows of the split are used' in shown.section('Different')['datasets owner/chats']
-    assert "'Below is an instruction' is put around a row" in shown.section('Different')['datasets rows/mine.jsonl']
-    assert shown.section('Without effect')['tf32'].startswith('it changes speed or memory there')
+    assert "'Below is an instruction' around a row" in shown.section('Different')['datasets rows/mine.jsonl']
+    assert shown.section('Without effect')['tf32'].startswith('it changes only speed or memory')
     assert 'wandb_project' not in shown.text, 'a key that says nothing is not shown'
 
 
@@ -329,10 +329,10 @@ def test_axolotl_recipe_becomes_a_command_that_resolves(migrate, write) -> None:
     [
         ('rl: dpo', 'rl: preference training and reinforcement learning'),
         ('reward_model: true', 'reward_model: a reward or class instead of text'),
-        ('adapter: llama-adapter', "adapter: 'llama-adapter' is not built here."),
+        ('adapter: llama-adapter', "adapter: 'llama-adapter' is not supported."),
         ('context_parallel_size: 2', 'context_parallel_size: one model or row is divided over several devices'),
-        ('plugins: [my.Plugin]', "plugins: 'my.Plugin' changes the training and is not here."),
-        ('unfrozen_parameters: [lm_head]', 'unfrozen_parameters: training only some weights is not built here.'),
+        ('plugins: [my.Plugin]', "plugins: 'my.Plugin' changes the training and is not supported."),
+        ('unfrozen_parameters: [lm_head]', 'unfrozen_parameters: training only some weights is not supported.'),
         ('fsdp_version: 2\nfsdp_config: {reshard: true}', '--fsdp true cannot shard quantised weights.'),
         ('chat_template: jinja\nchat_template_jinja: "{{ messages }}"', 'the template is written into the recipe.'),
         ('chat_template_kwargs: thinking', 'it is not an object of variables.'),
@@ -458,10 +458,10 @@ def test_swift_command_line_becomes_a_command_that_resolves(migrate, write) -> N
     ('flags', 'problem'),
     [
         ('--dataset swift/self-cognition#500', 'its rows hold {{NAME}} and {{AUTHOR}}'),
-        ('--dataset a/b --train_type adalora', "train_type: 'adalora' is not built here."),
+        ('--dataset a/b --train_type adalora', "train_type: 'adalora' is not supported."),
         ('--dataset a/b --task_type embedding', "task_type: 'embedding' trains something else"),
         ('--dataset a/b --external_plugins x.py', 'external_plugins: it runs code of its own.'),
-        ('--dataset a/b --quant_method hqq', "quant_method: 'hqq' is not built here."),
+        ('--dataset a/b --quant_method hqq', "quant_method: 'hqq' is not supported."),
         ('--dataset a/b --columns nothing', 'columns: it is not an object of names.'),
         ('--dataset a/b --packing true', '--packing true fills rows up to --max_length'),
     ],
@@ -487,7 +487,7 @@ def test_other_flags_of_swift(migrate) -> None:
     assert flags['hub'] == ['huggingface']
     assert flags['learning_rate'] == ['1e-05']
     assert flags['template_settings'] == ['enable_thinking=false']
-    assert "'hermes' there weights tokens" in shown.section('Different')['loss_scale']
+    assert "'hermes' of ms-swift weights tokens" in shown.section('Different')['loss_scale']
 
 
 def test_one_time_per_run_is_a_share_below_1(migrate, write) -> None:

@@ -608,7 +608,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
         special_tokens(bos_token=None, add_bos_token=True), 'asks to add bos_token, which it sets to null.',
     ),
     'an image token of another model': (image_token_of_another_model, "the model's is 7: they do not belong together."),
-    'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs, and each needs its own. Start 2'),
+    'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs, and each process needs its own'),
     'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32 or --deepspeed'),
     'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs an NVIDIA GPU of compute capability 8'),
     'a directory of nothing': (directory_of_nothing, 'has no config.json, so its architecture is unknown.'),

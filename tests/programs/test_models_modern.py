@@ -164,7 +164,7 @@ def test_names_that_peft_would_put_on_the_experts_are_not_put_there(caplog: pyte
     modules, parameters = find_targets(model, ['ALL'])
     assert 'in_proj_ba' in modules and not parameters and not {'gate_proj', 'up_proj', 'down_proj'} & set(modules)
     assert 'ALL skips down_proj, gate_proj, up_proj' in caplog.text
-    with pytest.raises(ConfigError, match='up_proj: on Qwen3NextForCausalLM PEFT puts these names on the experts'):
+    with pytest.raises(ConfigError, match='up_proj: for Qwen3NextForCausalLM, PEFT applies these names to the experts'):
         find_targets(model, ['q_proj', 'up_proj'])
     for key in PLAIN:
         config = prepare_model(make_modern(key), SftArguments(lora_target_modules=['ALL'])).peft_config['default']

@@ -46,6 +46,7 @@ def kl_by_hand(model_dir: Path, checkpoint: Path) -> float:
         (),
         ('--padding_free', 'false', '--chunked_loss', 'false', '--tuner_backend', 'peft'),
         ('--predict_with_generate', 'true', '--max_new_tokens', '2', '--lora_dropout_p', '0.5'),
+        ('--lora_modules_to_save', 'lm_head'),
     ],
 )
 def test_the_drift_is_the_kl_of_two_models(run_sft: Run, model_dir: Path, flags: tuple[str, ...]) -> None:

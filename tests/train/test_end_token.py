@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import llm_sft
 from tests.support.runs import small_flags
 from tests.support.tiny_models import make_model, make_tokenizer
-from utils.train.end_token import untrained_ids
+from utils.train.end_token import untrained_ids, warn_of_untrained_ends
 
 END = 4
 UNUSED = [f'<unused{n}>' for n in range(20)]
@@ -42,6 +43,15 @@ def test_an_end_like_unused_tokens_is_found(kind: str, learnt: bool) -> None:
 def test_nothing_is_said_where_unused_tokens_are_not_told_from_words() -> None:
     head, tokenizer = base('random', learnt=False)
     assert untrained_ids(head, tokenizer, [2, END]) == []
+
+
+def test_a_new_token_is_not_checked_because_its_row_is_trained(caplog: pytest.LogCaptureFixture) -> None:
+    head, tokenizer = base('alike', learnt=False)
+    model = SimpleNamespace(get_output_embeddings=lambda: head)
+    warn_of_untrained_ends(model, tokenizer, [END], trained=[END])
+    assert not caplog.records
+    warn_of_untrained_ends(model, tokenizer, [END])
+    assert len(caplog.records) == 1
 
 
 def test_rows_beyond_the_tokenizer_are_unused() -> None:

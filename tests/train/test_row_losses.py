@@ -90,7 +90,7 @@ def test_a_resumed_full_run_says_that_the_losses_before_are_lost(
     flags = ('--sft_type', 'full', '--only_save_model', 'false')
     run = run_sft(*flags, '--compare_rows', '0')
     resumed = run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-3'))
-    assert 'no losses before training, because the resumed run has kept none' in caplog.text
+    assert 'no losses before training, because the resumed run has stored none' in caplog.text
     assert all(row['loss_before'] is None and row['loss_after'] > 0 for row in read_rows(resumed))
 
 

@@ -1,8 +1,7 @@
-"""The device that computes, for all kinds of devices that torch supports here.
+"""Functions for the device on which torch computes. The code outside this module does not depend on its kind.
 
-The kinds are cuda (NVIDIA, and AMD under its ROCm build), xpu (Intel), npu (Ascend), mps (Apple) and cpu. All other
-modules ask this module, so that nothing else in utils/ depends on one kind. torch is imported only inside functions.
-`visible_kind` in dist.py answers without torch, from the files of the machine.
+The kinds are cuda (NVIDIA, and AMD with the ROCm build of torch), xpu (Intel), npu (Ascend), mps (Apple) and cpu. torch
+is imported only inside functions. `visible_kind` in dist.py finds the kind without torch, from files of the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _GIVEN_NAMES: tuple[DeviceKind, ...] = ('xpu', 'npu', 'mps')
 
 
 def kind() -> DeviceKind:
-    """Return the kind of device that torch uses. It is cpu if torch finds no accelerator, or one not listed above."""
+    """Return the kind of device that torch uses. It is cpu if torch finds no accelerator of a supported kind."""
     import torch
 
     if torch.cuda.is_available():
@@ -52,7 +51,7 @@ def count() -> int:
 
 
 def address(index: int) -> int | str:
-    """Return the name of a device for a device map. On CUDA, it is the index."""
+    """Return the name of a device for a device map. On CUDA, the name is the index of the device."""
     found = kind()
     if found in ('cuda', 'mps'):
         return index if found == 'cuda' else 'mps'
@@ -60,13 +59,13 @@ def address(index: int) -> int | str:
 
 
 def torch_name(index: int) -> str:
-    """Return the name of a device for torch, e.g. 'cuda:0'. It is 'mps' or 'cpu' for devices without an index."""
+    """Return the name of a device for torch, e.g. 'cuda:0'. On MPS and CPU, the name has no index."""
     found = kind()
     return found if found in ('mps', 'cpu') else f'{found}:{index}'
 
 
 def use(index: int) -> None:
-    """Make a device the current one of this process. A Mac has only one, so nothing is changed there."""
+    """Make a device the current device of this process. Does nothing on MPS, because a Mac has only one device."""
     if kind() != 'mps':
         _module().set_device(index)
 
@@ -79,9 +78,9 @@ def description(index: int) -> str:
 
 
 def memory(index: int) -> tuple[int, int]:
-    """Return the free and the whole memory of a device, in bytes.
+    """Return the free memory and the total memory of a device, in bytes.
 
-    A Mac's GPU shares the main memory. There the whole memory is the part that the system recommends for the GPU.
+    A Mac's GPU shares the main memory. Its total memory is the part that the system recommends for the GPU.
     """
     module = _module()
     if kind() == 'mps':
@@ -92,9 +91,9 @@ def memory(index: int) -> tuple[int, int]:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that tensors of this process took, summed over all devices. Not for the CPU.
+    """Return the peak memory of this process's tensors, summed over all devices. Do not call it on a CPU.
 
-    MPS has no such counter. There it is the memory that the allocator holds, and the allocator keeps freed memory.
+    MPS does not count the peak. On MPS, the memory that the allocator holds is returned, which includes freed memory.
     """
     module = _module()
     if kind() == 'mps':
@@ -103,13 +102,13 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Count the peak memory from now on. Does nothing on a CPU and on MPS, which count no peak."""
+    """Restart the measurement of the peak memory. Does nothing on CPU and MPS, which do not measure it."""
     if kind() not in ('mps', 'cpu'):
         _module().reset_peak_memory_stats()
 
 
 def has_bf16() -> bool:
-    """Return whether the device computes in bf16 natively. Not for the CPU."""
+    """Return whether the device computes in bf16 natively. Do not call it on a CPU."""
     import torch
 
     found = kind()

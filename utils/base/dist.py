@@ -72,7 +72,7 @@ def has_gpu_device() -> bool:
 
 
 def visible_kind() -> DeviceKind:
-    """Return the kind of device that the machine has. torch is not imported, so it may not be able to use the device.
+    """Return the kind of device that the machine has. torch is not imported, so torch may be unable to use this device.
 
     Device files, the build of torch, the packages and the operating system are checked.
     """
@@ -121,9 +121,9 @@ def own_gpus(gpus: int) -> range:
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """Run the body on the first process of each machine, then on the others.
+    """A context whose body runs on the first process of each machine, and then on the other processes.
 
-    A download or conversion in the body is then done only once per machine.
+    So a download or conversion in the body is done only once per machine.
     """
     if world_size() == 1:
         yield
@@ -141,9 +141,9 @@ def local_main_first() -> Iterator[None]:
 
 
 def gather(mine: list[T]) -> list[T]:
-    """Return the complete list of which each rank holds a part. Every rank gets the list.
+    """Join the parts of a list that the ranks have, and return the complete list on every rank.
 
-    `mine` is the part of this rank: rank r holds the items r, r + world_size, r + 2 * world_size and so on. A
+    `mine` is the part of this rank: rank r has the items r, r + world_size, r + 2 * world_size and so on. This is a
     collective operation: every process must call it.
     """
     parts = from_all(mine)

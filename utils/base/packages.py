@@ -98,11 +98,11 @@ def has_package(name: str) -> bool:
 
 
 def leave_out(names: Iterable[str]) -> None:
-    """Make the libraries take packages for missing that this process does not need, so that they import faster.
+    """Hide the packages `names`, which this process does not need, from all later imports.
 
-    peft, accelerate and transformers import every optional package that is installed, whether it is needed or not. A
-    package that is imported already stays. Call this only in a process that ends with the program: a package cannot
-    be brought back.
+    peft, accelerate and transformers import every optional package that is installed, also if it is not needed. Without
+    these packages they import faster. A package that is imported already stays. Call this only in a process that runs
+    one program: a hidden package cannot be imported later.
     """
     for name in names:
         # With None, an import raises ImportError, and importlib.util.find_spec returns None.

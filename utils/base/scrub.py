@@ -22,10 +22,10 @@ def user_names(environment: Mapping[str, str], home: Path) -> set[str]:
 
 
 def scrubber(secrets: Mapping[str, str]) -> Callable[[str], str]:
-    """Return a function that replaces in a text what must not leave this machine.
+    """Return a function that replaces private text: secrets, the home folder and user names.
 
     `secrets` is a dictionary from descriptions to secrets. A secret becomes <secret>, and the home folder becomes ~. A
-    user name becomes `user` where it is a part of a path.
+    user name in a path becomes `user`.
     """
     home = Path.home()
     replaced = [
@@ -45,7 +45,7 @@ def scrubber(secrets: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def _any_of(texts: set[str], *, before: str, after: str = r'(?![\w-]|\.\w)') -> re.Pattern[str]:
-    """Return a pattern for any of the texts, with these conditions on the characters before and after it."""
+    """Return a pattern that finds each of the texts. `before` and `after` are conditions on the text around it."""
     # The first alternative that matches is used, so longer texts come first. Without a text nothing matches.
     alternatives = '|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) or '(?!)'
     return re.compile(f'{before}(?:{alternatives}){after}')

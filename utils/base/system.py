@@ -1,4 +1,4 @@
-"""What differs between operating systems. The modules that only Linux and macOS have are imported only here."""
+"""Functions that differ between operating systems. Only this module imports modules that Windows does not have."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _lock(stream: IO[str]) -> None:
 
 
 def _lock_on_windows(stream: IO[str]) -> None:
-    """Lock the first byte of the file. Windows gives up after 10 seconds, so it is asked again."""
+    """Lock the first byte of the file. Windows stops waiting after 10 seconds, so the call is repeated."""
     module: Any = importlib.import_module('msvcrt')
     while True:
         with contextlib.suppress(OSError):
@@ -56,7 +56,7 @@ def _lock_on_windows(stream: IO[str]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Flush a file or folder to the disk. Windows cannot open folders, so folders are left to the system there."""
+    """Flush a file or folder to the disk. On Windows, folders cannot be opened, so nothing is done for a folder."""
     if os.name == 'nt' and path.is_dir():
         return
     mode = os.O_RDWR if os.name == 'nt' else os.O_RDONLY  # Windows flushes only what is open for writing

@@ -20,15 +20,15 @@ OF_VALIDATION = 'row of a validation set'
 
 
 class CleanCopy:
-    """Writes rows in the form with messages to a new file. The file is complete or absent.
+    """Writes rows with the column `messages` to a new file of JSON lines. The file is complete or absent.
 
     The rows are written to a temporary file in the same folder, which `finish` renames.
     """
 
     def __init__(self, path: Path, *, marks_loss: bool, sees_images: bool = False) -> None:
-        """Open the temporary file. With `marks_loss`, earlier replies without loss are marked in the rows.
+        """Open the temporary file. With `marks_loss`, replies that carry no loss get `"loss": false` in the rows.
 
-        `sees_images` says whether the model takes images.
+        `sees_images` says whether the model accepts images.
         """
         self.path = path
         self.marks_loss = marks_loss
@@ -57,7 +57,7 @@ class CleanCopy:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, row: Row) -> None:
-        """Write a row. Raises ConfigError if the rows are conversations and plain text, which one file cannot hold."""
+        """Write a row. Raises ConfigError if the file would hold both conversations and plain text."""
         if self.is_text not in (None, row.is_text):
             raise ConfigError(
                 f'--write_clean {self.path}: {row.origin} and the rows before it are of two kinds, conversations and '
@@ -72,11 +72,11 @@ class CleanCopy:
         self.not_copied.update(set(made.not_copied))
 
     def skip(self, reason: str) -> None:
-        """Count a row that could be trained on and is not written."""
+        """Count, under `reason`, a row that could be trained on but is not written."""
         self.skipped[reason] += 1
 
     def finish(self) -> None:
-        """Give the file its name. Nothing is written if there is no row. Raises ConfigError if the file exists."""
+        """Rename the temporary file to its final name, unless it has no rows. Raises ConfigError if the name exists."""
         with _named(self.path):
             if self._stream is not self._file:
                 self._stream.close()
@@ -89,7 +89,7 @@ class CleanCopy:
             self._temporary.rename(self.path)
 
     def record(self, left_out: Mapping[str, int]) -> dict[str, Any]:
-        """Return the counts for the report. `left_out` has the rows that cannot be trained on, by reason."""
+        """Return the counts for the report. `left_out` has, by reason, the number of rows that cannot be trained on."""
         return {
             'file': str(self.path),
             'rows': self.rows,
@@ -100,7 +100,7 @@ class CleanCopy:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Raise ConfigError with the name of the file for an error of the file system."""
+    """A context that turns an OSError into a ConfigError with the name of the file."""
     try:
         yield
     except OSError as error:

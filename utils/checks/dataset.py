@@ -39,8 +39,10 @@ from utils.formats.json_text import json_as_written
 from utils.loading.folder import read_config
 from utils.loading.gguf import dense_directory
 from utils.loading.image_processors import open_images_of_folder
+from utils.loading.new_tokens import add_to_tokenizer
 from utils.loading.weights import locate
 from utils.model import load_tokenizer
+from utils.run.new_tokens import find_new_tokens
 from utils.run.open_model import open_encoder
 from utils.run.rows import plan_of
 
@@ -115,8 +117,8 @@ class Seen:
     def find_earlier(self, content: str, row: Earlier) -> Earlier | None:
         """Return the earlier row that has the same content. `row` describes the row that has the content now.
 
-        If no earlier row has the same content, this content is stored, and None is returned. If the earlier row may not
-        be written and this row may, the next row with the same content is told that it may.
+        If no earlier row has the same content, `row` is stored, and None is returned. `may_write` of the stored row is
+        set to True when a row with the same content may be written.
         """
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
@@ -146,7 +148,7 @@ class Lengths:
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count a row that has its full length. Returns the row, cut to --max_length if --overlong is cut."""
+        """Count a row that is not cut yet. Returns the row, which is cut to --max_length if --overlong is cut."""
         length = len(row.input_ids)
         cut = row if self.overlong != 'cut' else cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
@@ -279,7 +281,7 @@ class DataCheck:
         self._copy(self._measure(encoded, columns), not_copied)
 
     def _copy(self, rows: Sequence[Row], not_copied: Mapping[int, str]) -> None:
-        """Add rows to the copy, or count them under the reason that `not_copied` has for the id() of the row."""
+        """Add rows to the copy. `not_copied` maps the id() of a row to the reason why the row is only counted."""
         if self.copy is None:
             return
         for row in rows:
@@ -358,7 +360,7 @@ class DataCheck:
         return measured
 
     def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
-        """Return whether a row longer than --max_length is used. Counts the row under what happens to it."""
+        """Return whether a row longer than --max_length is used. Counts the row as split, dropped or refused."""
         overlong = self.encoder.overlong
         if overlong == 'split' and ids.is_text:
             self.noted.add(SPLIT, row.origin, column)
@@ -421,8 +423,11 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
     config = read_config(folder) if (folder / 'config.json').is_file() else {}
     tokenizer = load_tokenizer(folder, model_type=args.model_type)
+    new = add_to_tokenizer(tokenizer, find_new_tokens(args))
     images = open_images_of_folder(config, tokenizer, folder, max_pixels=args.max_pixels)
-    encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, images=images, cuts=False)
+    encoder = open_encoder(
+        args, tokenizer, system_typed='system' in done.typed, images=images, cuts=False, new_ids=new.ids
+    )
 
     report = Path(args.output_dir) / run_name(args) / 'dataset_report.json'
     report.parent.mkdir(parents=True, exist_ok=True)

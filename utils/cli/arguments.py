@@ -202,6 +202,11 @@ class SftArguments(CommonArguments):
             'are tied. They need 16 bytes more per parameter'
         },
     )
+    new_tokens: str | None = flag(
+        None,
+        'text file with new tokens, one per line; with lora only their rows of embedding and output head are trained '
+        'beside the adapter',
+    )
     freeze_vision: bool = flag(
         True, 'do not train the vision tower; false: LoRA target names and full fine-tuning include it'
     )

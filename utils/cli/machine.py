@@ -156,9 +156,9 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
 
 
 def _settle_chat_template(done: Resolution[Any]) -> None:
-    """Add the problems of the file in --chat_template, and of settings that the template does not have.
+    """Add a problem if --chat_template cannot be used, and for each name in --template_settings that is not in it.
 
-    Settings for a template that is not on this machine yet are checked when the weights are found.
+    If the template is not on this machine yet, the settings are checked after the weights are downloaded.
     """
     args = done.args
     if args.template_type not in (AUTO, None):
@@ -171,7 +171,7 @@ def _settle_chat_template(done: Resolution[Any]) -> None:
 
 
 def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
-    """Raise ConfigError if --chat_template cannot be used, or if the template has not all of --template_settings.
+    """Raise ConfigError if --chat_template cannot be used, or if the template lacks a name in --template_settings.
 
     The template is that of --chat_template, or that of the model folder. Without a template, nothing is checked.
     """
@@ -188,7 +188,7 @@ def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
 def _needs_template(args: CommonArguments) -> bool:
     """Return whether the command makes conversations into prompts. Plain text needs no template.
 
-    Only the first row of each data set is read. A data set that cannot be read is reported later, before the model.
+    Only the first row of each data set is read. If a data set cannot be read, this is reported later.
     """
     if not args.reads_data:
         return isinstance(args, InferArguments) and args.eval_human
@@ -218,7 +218,7 @@ def _text_files(args: CommonArguments) -> list[Path]:
 
 
 def _reads_hub_data(done: Resolution[Any]) -> bool:
-    """Return whether this command reads a data set from the hub of --hub. `hf:` and `ms:` choose a hub themselves."""
+    """Return whether this command reads a data set from the hub of --hub. Words with hf: or ms: do not count."""
     args = done.args
     if not args.reads_data or done.problems.found:
         return bool(args.reads_data)  # words that are not understood are reported already
@@ -313,7 +313,7 @@ def _check_device(done: Resolution[Any]) -> None:
     elif done.info is not None and done.info.quantization == 'nf4':
         done.problems.add(
             f"the weights of '{run_name(args)}' are stored in 4 bits: bitsandbytes, which reads them, does not run on "
-            f'{_DEVICES[kind]}. Use the same model without int4: --model_type.'
+            f'{_DEVICES[kind]}. Name the same model without int4 with --model_type.'
         )
 
 
@@ -383,15 +383,15 @@ def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> N
         problems.add(f'{given} exists already and is not replaced. Name a new file.')
     elif any(_will_name(source, target) for source in sources):
         problems.add(
-            f'{given} lies where the data names every file, so the next run would read the rows twice. Name a file in '
-            'another folder.'
+            f'{given} is in a folder or pattern that names the data, so the next run would read the rows twice. Name a '
+            'file in another folder.'
         )
     else:
         _check_writable('write_clean', str(target), target, problems)
 
 
 def _local_source(word: str) -> list[Source]:
-    """Return a list with the source if a word names local files, else []. Other code reports wrong words."""
+    """Return a list with the source if a word of --dataset names local files, else []. A wrong word adds no problem."""
     try:
         source = parse_source(word)
     except ConfigError:
@@ -400,7 +400,7 @@ def _local_source(word: str) -> list[Source]:
 
 
 def _files_of(source: Source) -> list[Path]:
-    """Return the files of a source. Returns [] if there are none, which other code reports."""
+    """Return the files of a source. Returns [] if the source has no files; a different check reports this."""
     try:
         return find_files(source)
     except ConfigError:
@@ -408,7 +408,7 @@ def _files_of(source: Source) -> list[Path]:
 
 
 def _will_name(source: Source, target: Path) -> bool:
-    """Return whether a folder or pattern names the file as soon as the file exists."""
+    """Return whether a folder or pattern in --dataset would include the file if the file existed."""
     assert source.path is not None, 'it is local'
     if source.path.is_dir():
         return target.absolute().parent.resolve() == source.path.resolve()
@@ -416,7 +416,7 @@ def _will_name(source: Source, target: Path) -> bool:
 
 
 def partial_checkpoints(run_dir: Path) -> list[str]:
-    """Return a warning for each checkpoint of a run that was not complete when the run ended."""
+    """Return a warning for each incomplete checkpoint of a run: the run ended while it wrote this checkpoint."""
     pattern = partial_name(Path('checkpoint-*')).name
     return [
         f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
@@ -463,7 +463,7 @@ def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> No
 
 
 def _check_resumed_adapter(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem for each flag that differs from the adapter, if it decides the shape or the scale of the adapter.
+    """Add a problem for each flag of the adapter's shape or scale that differs from the adapter in the checkpoint.
 
     The target modules are compared later, when the model is open.
     """
@@ -483,7 +483,7 @@ def _check_resumed_adapter(checkpoint: Path, args: SftArguments, problems: Probl
 
 
 def _check_resumed_shards(checkpoint: Path, problems: Problems) -> None:
-    """Add a problem if a checkpoint does not hold the DeepSpeed state of as many processes as this run has."""
+    """Add a problem if the number of processes in a checkpoint's DeepSpeed state differs from that of this run."""
     shards = len(list(checkpoint.glob('global_step*/*optim_states.pt')))
     given = f'--resume_from_checkpoint {checkpoint}'
     if shards == 0:

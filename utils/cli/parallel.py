@@ -13,7 +13,7 @@ _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
 
 
 def resolve_scale(done: Resolution[SftArguments]) -> None:
-    """Add a problem for each flag that cannot be combined with --fsdp. Set --only_save_model if --fsdp decides it.
+    """Add a problem for each flag that cannot be combined with --fsdp. Sets --only_save_model if it was not typed.
 
     Only the flags are checked here. Files and devices are checked in cli/machine.py.
     """
@@ -35,6 +35,11 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
     if args.dtype == 'fp16':
         problems.add(
             '--fsdp true with --dtype fp16 would scale the loss differently on each process. Use --dtype bf16 or fp32.'
+        )
+    if args.new_tokens is not None:
+        problems.add(
+            '--fsdp true shards the embedding, and --new_tokens enlarges it. Remove --new_tokens, or use '
+            '--deepspeed_config_path ds_config/zero2.json instead of --fsdp.'
         )
     if args.lora_modules_to_save is not None:
         problems.add(
@@ -106,6 +111,11 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
     path = f'--deepspeed_config_path {args.deepspeed_config_path}'
     if zero.stage == 3 and (args.quantization_bit or (done.info is not None and done.info.quantization)):
         problems.add(f'{path}: ZeRO stage 3 does not shard quantised weights. Use ds_config/zero2.json.')
+    if zero.stage == 3 and args.new_tokens is not None:
+        problems.add(
+            f'{path}: ZeRO stage 3 shards the embedding, and --new_tokens enlarges it. Use ds_config/zero2.json, or '
+            'remove --new_tokens.'
+        )
     if zero.stage == 3 and args.lora_modules_to_save is not None:
         problems.add(
             f'{path}: ZeRO stage 3 shards the weights, and --lora_modules_to_save needs whole layers. Use '
@@ -118,7 +128,7 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
         )
     if zero.offloads_optimizer and 'optimizer' not in zero.content and args.optim not in _OFFLOADED:
         problems.add(
-            f'{path} offloads the optimizer, and --optim {args.optim} cannot run there. Use --optim adamw_torch.'
+            f'{path} offloads the optimizer, and --optim {args.optim} cannot be offloaded. Use --optim adamw_torch.'
         )
 
     if args.max_minutes is not None and 'scheduler' in zero.content:

@@ -55,7 +55,7 @@ def _unwrap_optional(hint: Any) -> Any:
 
 
 def _number(word: str) -> int | float:
-    """Return the number that a word states: an int if it is whole, else a float. Raises ValueError for other words."""
+    """Return the number in a word: an int if it is whole, else a float. Raises ValueError if it is not a number."""
     value = float(word)
     return int(value) if value.is_integer() else value
 
@@ -216,8 +216,8 @@ def parse(
 
     A script may write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
     the same flag before it. This is also so for --dataset, although its values are otherwise added up. `earlier` is the
-    command line of an earlier run. A flag of `earlier` is used only if `argv` does not have the same flag, or the other
-    flag of _EITHER.
+    command line of an earlier run. A flag of `earlier` is used only if `argv` has neither the same flag nor the flag
+    that _EITHER pairs with it.
     """
     parser = _build_parser(cls, program=program, about=about)
     typed: dict[str, list[str]] = {}

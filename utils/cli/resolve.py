@@ -84,7 +84,7 @@ def resolve_sft(parsed: Parsed[SftArguments]) -> Resolution[SftArguments]:
 
 
 def _resolve_verification(done: Resolution[SftArguments]) -> None:
-    """With --verify true, switch off what does not change the numbers of a run."""
+    """With --verify true, switch off features that do not change the numbers of a run, for example the report."""
     args = done.args
     if not args.verify:
         return
@@ -156,7 +156,7 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
 
 
 def _resolve_answered(done: Resolution[InferArguments]) -> None:
-    """Decide which data sets are answered: those of the flag that was typed, else those of the run."""
+    """Decide whose rows are answered: those of the typed --val_dataset or --dataset, else those of the training run."""
     args = done.args
     if 'val_dataset' in done.typed:
         done.without_effect(('dataset', 'dataset_test_ratio'), '--val_dataset names the rows to answer')
@@ -263,7 +263,7 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
 
 
 def _check_chat_template(done: Resolution[Any]) -> None:
-    """Add the problems of --chat_template and --template_settings that the command line alone shows."""
+    """Add the problems of --chat_template and --template_settings that can be found without reading a file."""
     args = done.args
     name = args.template_type
     is_fixed = TEMPLATE_MAPPING.get(name) is not None
@@ -519,7 +519,10 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
 
 
 def _resolve_drift(done: Resolution[SftArguments]) -> None:
-    """Decide --drift. It compares the model with the same model without its adapter, on each process alone."""
+    """Decide --drift, which measures the difference between the model and the same model without its adapter.
+
+    Each process measures it separately, so each process must hold all weights.
+    """
     args = done.args
     reason = None
     if args.sft_type == 'full':

@@ -1,4 +1,4 @@
-"""Numbers of steps that follow from the flags as soon as the number of all steps of a run is known."""
+"""Computes numbers of steps (warm-up, decay, between evaluations) from the flags and the total number of steps."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ STABLE_DECAY = 'warmup_stable_decay'
 def count_warmup_steps(asked: float, steps: int) -> int:
     """Return the number of warm-up steps, which is at most half of all steps.
 
-    `asked` is a share of the steps if it is below 1, and is rounded up. Otherwise it is a number of steps.
+    If `asked` is below 1, it is a share of all steps, and the product is rounded up. Otherwise it is a number of steps.
     """
     wanted = math.ceil(asked * steps) if asked < 1 else int(asked)
     return min(wanted, steps // 2)
 
 
 def count_decay_steps(share: float, steps: int, *, warmup: int) -> int:
-    """Return the number of steps with a falling rate: `share` of all steps, rounded up, all after the warm-up."""
+    """Return the number of decay steps: `share` of all steps, rounded up, but not more than follow the warm-up."""
     return min(math.ceil(share * steps), steps - warmup)
 
 
 def count_interval(asked: float, steps: int) -> int:
     """Return the number of steps between two evaluations or checkpoints, by the rule of transformers.
 
-    `asked` is a share of all steps if it is below 1, and is rounded up. Otherwise it is a number of steps.
+    If `asked` is below 1, it is a share of all steps, and the product is rounded up. Otherwise it is a number of steps.
     """
     return math.ceil(asked * steps) if asked < 1 else int(asked)
 
 
 def warmup_asked(args: SftArguments) -> float:
-    """Return the warm-up of the flags: a number of steps from 1 or a share below 1. Returns 0 for no warm-up."""
+    """Return the warm-up that the flags ask for: 0, a share of the steps (below 1), or a number of steps."""
     if args.lr_scheduler_type == 'constant':
         return 0
     return args.warmup_ratio if args.warmup_steps is None else args.warmup_steps
@@ -66,7 +66,7 @@ class StepCounts:
 
 
 def step_counts(args: SftArguments, steps: int, *, evaluates: bool) -> StepCounts:
-    """Return the counts for a run of `steps` optimizer steps, with a warning for each flag that cannot be kept."""
+    """Return the counts for a run of `steps` optimizer steps, with a warning for each flag that does not fit them."""
     warnings = []
     asked = warmup_asked(args)
     warmup = count_warmup_steps(asked, steps)
@@ -97,7 +97,7 @@ def step_counts(args: SftArguments, steps: int, *, evaluates: bool) -> StepCount
 
 
 def not_a_multiple(save_steps: float, eval_steps: object) -> str:
-    """Return the warning about checkpoints at steps without an evaluation."""
+    """Return the warning that some checkpoints are saved at steps without an evaluation."""
     return (
         f'--save_steps {save_steps} is not a multiple of --eval_steps {eval_steps}: '
         'only the checkpoint of an evaluated step can become the best one.'

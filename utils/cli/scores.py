@@ -1,6 +1,6 @@
-"""The words of --score: which scores exist, how they are named, and whether the function of a user's file exists.
+"""Checks the values of --score: names of built-in scores, and functions of the user as FILE.py:name.
 
-A file is only parsed here and is not executed.
+A file of the user is only parsed here. It is not executed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TAKEN = {
 
 
 class OwnScore(NamedTuple):
-    """A score of the form FILE.py:name: a function in a file of the user."""
+    """A score FILE.py:name: the function `name` in a Python file of the user."""
 
     file: Path
     function: str
@@ -35,12 +35,12 @@ def own_score(word: str) -> OwnScore | None:
 
 
 def own_words(words: Sequence[str]) -> list[str]:
-    """Return the words of --score that name a function of a file."""
+    """Return the words of --score that have the form FILE.py:name."""
     return [word for word in words if own_score(word) is not None]
 
 
 def score_name(word: str) -> str:
-    """Return the name of the score under which it is logged as eval_<name>. For rouge it is rouge-l."""
+    """Return the name of a score. Its value is logged as eval_<name>. The name of `rouge` is rouge-l."""
     own = own_score(word)
     if own is not None:
         return own.function
@@ -48,9 +48,9 @@ def score_name(word: str) -> str:
 
 
 def check_scores(words: Sequence[str], problems: Problems, sets: Sequence[str] = ()) -> None:
-    """Add a problem for each word of --score that names no score, and for each name that two words have.
+    """Add a problem for each word of --score that names no score, and for each score name that occurs twice.
 
-    `sets` are the names of the validation sets, of which each has its own scores.
+    `sets` has the names of the validation sets. Each validation set gets its own value of each score.
     """
     seen: set[str] = set()
     for word in words:
@@ -63,7 +63,9 @@ def check_scores(words: Sequence[str], problems: Problems, sets: Sequence[str] =
         elif own is not None and not own.function.isidentifier():
             problems.add(f"--score '{word}': '{own.function}' is not the name of a function. Give FILE.py:name.")
         elif own is not None and own.function in _TAKEN:
-            problems.add(f"--score '{word}': an evaluation logs other values as '{own.function}'. Rename the function.")
+            problems.add(
+                f"--score '{word}': '{own.function}' is the name of a different logged value. Rename the function."
+            )
         elif score_name(word) in seen:
             problems.add(f"--score '{word}': the score '{score_name(word)}' is named twice. Name it once.")
         seen.add(score_name(word))
@@ -72,7 +74,7 @@ def check_scores(words: Sequence[str], problems: Problems, sets: Sequence[str] =
 
 
 def _check_names_of_sets(words: Sequence[str], sets: Sequence[str], problems: Problems) -> None:
-    """Add a problem for each score of a validation set whose name belongs to another value."""
+    """Add a problem for each value <set>_<score> whose name a different logged value already has."""
     taken = {*_TAKEN, *map(score_name, words)}
     for name, word in itertools.product(sets, dict.fromkeys(words)):
         logged = f'{name}_{score_name(word)}'

@@ -92,12 +92,12 @@ TRACKERS = {
 
 
 def project_of(tracker: Tracker, environment: Mapping[str, str]) -> str:
-    """Return the name of the project: from the first variable of the tracker that is set, else DEFAULT_PROJECT."""
+    """Return the project name: the first environment variable of `tracker.project` that is set, or DEFAULT_PROJECT."""
     return next((environment[name] for name in tracker.project if environment.get(name)), DEFAULT_PROJECT)
 
 
 def resolve_trackers(done: Resolution[SftArguments]) -> None:
-    """Add a problem for each unknown tracker, and for `none` next to a tracker. Removes names that are typed twice."""
+    """Add a problem for each unknown tracker, and for `none` together with a tracker. Removes repeated names."""
     names = list(dict.fromkeys(done.args.report_to))
     known = [*TRACKERS, NONE]
     for name in names:
@@ -112,7 +112,7 @@ def resolve_trackers(done: Resolution[SftArguments]) -> None:
 
 
 def check_tracker_packages(names: Sequence[str], problems: Problems) -> None:
-    """Add one problem if packages of the named trackers are not installed. It has the command that installs them."""
+    """Add one problem if packages of the named trackers are missing. Its message has the command that installs them."""
     missing = [name for name in names if name in TRACKERS and not has_package(TRACKERS[name].module)]
     if missing:
         packages = ' '.join(TRACKERS[name].package for name in missing)
@@ -120,7 +120,7 @@ def check_tracker_packages(names: Sequence[str], problems: Problems) -> None:
 
 
 def variables_without_effect(names: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a warning for each variable that asks a named tracker to upload weights or files."""
+    """Yield a warning for each environment variable that asks a tracker of `names` to upload weights or files."""
     for name in names:
         for variable in TRACKERS[name].uploads if name in TRACKERS else ():
             if environment.get(variable, '').lower() not in _OFF:

@@ -48,7 +48,7 @@ T = TypeVar('T')
 
 
 class UsedRow(NamedTuple):
-    """A row that a run uses: its use, the number of its part in the plan, and how often an epoch trains it."""
+    """A row of a run: its use (training or validation), the number of its part in the plan, and its times per epoch."""
 
     row: Row
     use: int
@@ -204,7 +204,7 @@ def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple
 
 
 def _used_rows(plan: Plan, account: Account) -> Iterator[UsedRow]:
-    """Yield each training or validation row once. The account counts the characters of all other rows."""
+    """Yield each training or validation row once. Characters of unused rows are only counted (encode/account.py)."""
     for number, part in enumerate(plan.parts):
         position = -1
         for use, (_, raw, row) in part.used():

@@ -111,7 +111,7 @@ class EncodedRows:
         return self.stored if self.order is None else len(self.order)
 
     def _stored_index(self, index: int) -> int:
-        """Return the index of a row in the arrays. It differs from `index` if `order` is set."""
+        """Return the index in the arrays of the row number `index`. The two differ only if `order` is set."""
         position = range(len(self))[index]
         return position if self.order is None else int(self.order[position])
 

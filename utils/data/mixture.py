@@ -38,10 +38,10 @@ def split_size(size: int, shares: Sequence[Fraction]) -> list[int]:
 def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
     """Choose the training rows of a mixture, and return the decision with the exact number of rows of each set.
 
-    The size of the mixture is `limit`. If `limit` is negative, it is the number of training rows of all sets. If some
-    sets have no share, they give all their rows, and the size follows from it: rows without share = size * (1 - sum of
-    shares). A smaller `limit` replaces this size, and the sets without a share then give a random part of their rows.
-    Raises ConfigError if a set with a share gives no row.
+    If all sets have shares, the size of the mixture is `limit` or, if `limit` is negative, the number of training rows
+    of all sets. Sets without a share give all their rows. Their rows then decide the size: rows without share = size *
+    (1 - sum of shares). If `limit` is smaller than this size, the size is `limit`, and the sets without a share give
+    random rows. Raises ConfigError if a set with a share gives no row.
     """
     shared = [one for one in ingredients if one.share is not None]
     others = [one for one in ingredients if one.share is None]
@@ -71,7 +71,7 @@ def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
 def _check_rows(one: Ingredient, available: int, count: int, size: int) -> None:
     if not available:
         raise ConfigError(
-            f"--dataset '{one.word}': no training row of it is left to fill its share. Correct its rows, or remove it."
+            f"--dataset '{one.word}': it has a share, but no row can be trained on. Correct its rows, or remove it."
         )
     if not count:
         raise ConfigError(
@@ -81,7 +81,10 @@ def _check_rows(one: Ingredient, available: int, count: int, size: int) -> None:
 
 
 def _give(part: Part, count: int, seed: int) -> None:
-    """Choose `count` training rows of a part. If it has fewer rows, use all in whole passes, and some once more."""
+    """Choose `count` training rows of a part. If the part has fewer rows, its rows are repeated.
+
+    Each row is then used equally often, except that randomly chosen rows are used once more.
+    """
     available = part.uses.count(TRAIN)
     if count < available:
         draw_uses([part], TRAIN, count, seed, drawn=TRAIN, rest=UNUSED)

@@ -75,7 +75,7 @@ def located_rows(name: str, half: int, rows: Any, shown: str) -> Iterator[tuple[
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with Python's own types in place of those of numpy."""
+    """Return a value in which values of numpy are converted to the types of Python."""
     if type(value).__module__ == 'numpy':
         return _plain(value.tolist())
     if isinstance(value, dict):

@@ -57,7 +57,7 @@ ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 def _hashed(
     located: Iterable[tuple[str, dict[str, Any] | BadRow]], digest: Any
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield the same (location, row), and update the hash with the content of each row."""
+    """Yield each (location, row) unchanged, and update the hash with the content of each row."""
     for location, row in located:
         # Only text, numbers, lists and objects can get into a conversation. Of other values, only the type is hashed.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
@@ -77,7 +77,7 @@ def _converted(
 
     The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
     `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remark` is called
-    with the names that are not read as they are written.
+    with a text about columns that are read under a different name than in the file.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
@@ -212,7 +212,7 @@ class Part:
     columns: dict[str, None] = field(default_factory=dict)
 
     def source(self) -> dict[str, str]:
-        """Return, for lock.json, what the hub served and its commit. Returns {} for local files and own functions."""
+        """Return, for lock.json, the repository on the hub and its commit. Returns {} if the data is not from a hub."""
         found = {'served': self.served, 'commit': self.commit}
         return {name: value for name, value in found.items() if value}
 
@@ -272,7 +272,7 @@ class Part:
 
         if position != len(self.uses):
             raise ConfigError(
-                f"data set '{self.name}': the second read returned other rows than the first. Make its function in "
+                f"data set '{self.name}': the second read returned different rows. Make its function in "
                 'utils/dataset.py deterministic: the same rows in the same order.'
             )
 

@@ -100,7 +100,7 @@ class Plan:
         }
 
     def val_sets(self) -> dict[int, str]:
-        """Return the name in metrics of each set of --val_dataset. The keys are its numbers in `parts`."""
+        """Return {number in `parts`: name in metrics} for the sets of --val_dataset."""
         return {number: part.val_set for number, part in enumerate(self.parts) if part.val_set}
 
 
@@ -109,8 +109,8 @@ def loss_decisions(
 ) -> list[str]:
     """Return the decisions about which replies carry loss. Rows with only one reply need no decision.
 
-    `typed` is --loss_scope. `replies` has the numbers of earlier replies, and `rows` the numbers of rows with earlier
-    replies, by the scope that holds if --loss_scope is not typed.
+    `typed` is --loss_scope. `replies` and `rows` map the scope of the row's format to numbers: of replies before the
+    last reply, and of rows with such replies. This scope is used if --loss_scope is not typed.
     """
     if typed == 'all_rounds':
         return []

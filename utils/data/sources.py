@@ -154,7 +154,7 @@ def shadowed_id(source: Source) -> str | None:
 
 
 def not_found_remedy(source: Source) -> str:
-    """Return what to try if no hub has the data set of a word: close ids, the other hub, a local folder."""
+    """Return the remedy for a word whose data set was not found: similar ids, the other hub, or a local folder."""
     assert source.hub is not None, 'only a data set of a hub can be missing on it'
     known = [
         repo_id
@@ -275,7 +275,7 @@ def abbreviated(path: Path) -> str:
 
 
 def of_flag(problem: str, flag: str) -> str:
-    """Return a message about a word of --dataset as a message about a word of the flag."""
+    """Return a message in which --`flag` replaces --dataset, because the word was typed for this flag."""
     rest = problem.removeprefix('--dataset ')
     return problem if rest == problem else f'--{flag} {rest}'
 

@@ -78,8 +78,8 @@ def shuffled(rows: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
 class TrainingStream(IterableDataset[dict[str, Any]]):
     """Yields the training rows in endless passes, each in a different order.
 
-    Each process yields a different share of the rows. If the data sets have shares, each has its own passes, and every
-    row is taken from the data set whose turn it is by its share. The order depends only on seed, rank and world size.
+    Each process yields a different share of the rows. If the data sets have shares, rows are taken from them in
+    proportion to the shares, and each data set has its own passes. The order depends only on seed, rank and world size.
     So a resumed run skips exactly the rows that were trained.
     """
 
@@ -154,7 +154,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 logger.info(f'{name}: all its {rows} rows are read, its next pass starts')
 
     def _mixed(self, *, counts: bool) -> Iterator[tuple[Row, bool]]:
-        """Yield (row, whether it is read for the first time) of all data sets, without end, each by its share."""
+        """Yield (row, whether it is read for the first time) without end. Each data set gives its share of the rows."""
         readers = [self._passes(number, counts=counts) for number in range(len(self.parts))]
         for number in take_turns(self.shares):
             row, is_new = next(readers[number])

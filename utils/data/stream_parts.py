@@ -54,7 +54,7 @@ def open_streams(
     seed: int = 42,
     reading: Reading = AS_WRITTEN,
 ) -> Streams:
-    """Return the opened data sets of a streamed run. The rows of --val_dataset are read once.
+    """Return the opened data sets of a streamed run. The rows of --val_dataset are not streamed.
 
     Raises ConfigError if the first row of a part cannot be read, or if the first rows of all parts lack a column that
     --columns names.
@@ -85,7 +85,7 @@ def open_streams(
 def first_rows(sources: Sequence[Sequence[Part]], count: int) -> list[Row]:
     """Return the rows that a stream holds out: the first `count` rows of each data set.
 
-    If a data set has a validation part, they are the first rows of the validation part.
+    If a data set has a validation part, the rows are taken from the validation part.
     """
     found: list[Row] = []
     for parts in sources:

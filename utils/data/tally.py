@@ -30,7 +30,7 @@ class Tally:
             self.places.setdefault(reason, []).append(place)
 
     def known(self, reason: str) -> str:
-        """Return the text under which a reason is counted."""
+        """Return `reason`, or OTHER_REASONS if too many different reasons are counted already."""
         if len(reason) > _LONGEST_REASON:
             reason = f'{reason[:_LONGEST_REASON]} ...'
         return reason if reason in self.counts or len(self.counts) < _MOST_REASONS else OTHER_REASONS

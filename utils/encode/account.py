@@ -76,7 +76,7 @@ _MOST_ALONE = 16
 
 
 class _Leaf(NamedTuple):
-    """One text of a row. Its characters are counted under `label`.
+    """A leaf: one text (string) of a row. Its characters are counted under `label`.
 
     If the text is not used, it is reported under `name`. `turn` is the index of its turn, or -1 for a text that does
     not belong to a turn.
@@ -145,7 +145,7 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield the keys, numbers and schema words of a nested value. Templates may print them in addition to its texts."""
+    """Yield what a template may print of a nested value beside its texts: keys, numbers, and words of a JSON schema."""
     value = _parsed(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -294,7 +294,7 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
 
 
 def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
-    """Yield the leaves of a column with what is asked, or with the reply, after this number of rounds of history."""
+    """Yield the leaves of a column with the prompt or the reply. `rounds` is the number of rounds in the history."""
     value = raw[column]
     is_asked = column in _ASKED
     first = 2 * rounds + (not is_asked)
@@ -339,10 +339,10 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 class _Text:
-    """The tokenised text of a row.
+    """The tokenised text of a row. It consists of pieces: stretches of text with or without loss.
 
-    `ends` has the positions at which its pieces end, `trained` the positions at which its trained pieces begin, and
-    `claimed` the spans in which leaves were found.
+    `ends` has the positions at which the pieces end, `trained` the positions at which the trained pieces begin, and
+    `claimed` the spans in which leaves (texts of the row) were found.
     """
 
     def __init__(self, encoded: Encoded) -> None:
@@ -378,7 +378,7 @@ class _Text:
         return ''.join([*parts, self.text[position:]])
 
     def buckets(self, start: int, end: int, characters: int) -> dict[str, int]:
-        """Return {bucket: count} for a leaf that is printed at this span. The buckets are cut, context and trained.
+        """Return {bucket: count} for a leaf (a text of the row) at this span. The buckets are cut, context and trained.
 
         `characters` is the length of the leaf. If the span has a different length, the counts are scaled to the leaf.
         """
@@ -460,7 +460,7 @@ def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
 
 
 def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tuple[str, ...] | None:
-    """Encode the row with these texts replaced. Returns the pieces of its text, or None if the row is refused."""
+    """Encode the row with these texts replaced. Returns its text as a list of pieces, or None if the row is refused."""
     written: Any = row.written
     for path, text in changes:
         written = _replaced(written, path, text)
@@ -506,8 +506,8 @@ def _mark(number: int) -> str:
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
     """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    If there are several spans and the text is an identity, the first span is removed from the list, so that an equal
-    identity gets the next span.
+    If there are several spans and the text is an identity (a name or id), the first span is removed from the list, so
+    that the next equal name or id gets the next span.
     """
     leaf = places[number].leaf
     if not spans:
@@ -642,7 +642,7 @@ class Account:
             missed[leaf.name] = None
 
     def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
-        """Return (_Place of a leaf, position in the text at which the leaf ends). It is 0 if the leaf is not found."""
+        """Return (_Place of a leaf, position in the text at which the leaf ends). The position is 0 without a match."""
         size = len(leaf.text)
         if leaf.kind == STRUCTURE:
             return _Place(leaf, {STRUCTURE: size}), 0
@@ -667,7 +667,7 @@ class Account:
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Search a text that is not printed as a whole, in parts: split at line ends, think tags and image tags.
+        """Search a text that is not printed in one piece. Its parts are searched: it is split at line ends and at tags.
 
         Returns (counts of the buckets for all parts, position at which the last found part ends).
         """

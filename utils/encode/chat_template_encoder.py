@@ -477,7 +477,8 @@ class AutoEncoder(Encoder):
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
         """Return the message key for the reasoning of a reply. Returns None if no probe found a key.
 
-        If the template prints no calls, calls become text of the reply, and the key for replies without calls is used.
+        If the template prints no tool calls, calls are written into the text of the reply. Then the key for replies
+        without calls is returned.
         """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
@@ -601,7 +602,7 @@ class AutoEncoder(Encoder):
             follows = self._inside_block(prompt, follows, reasons=reasons)
         is_printed = follows is not None and _is_printed(content, reasoning, follows, is_call=is_call, reasons=reasons)
         if follows is None and is_call:
-            raise RowRefused('the chat template prints the tool call apart from the generation prompt')
+            raise RowRefused('the chat template does not print the tool call after the generation prompt')
         if follows is None or not (is_printed or is_call):
             follows = self._as_written(prompt, content, frame, reasons=reasons)
         if full != prompt + follows:
@@ -640,7 +641,7 @@ class AutoEncoder(Encoder):
         return full[at + len(anchor) :] if at >= 0 else None
 
     def _repeated(self, alone: str, follows: str) -> int:
-        """Return the length of the turn header that is at the end of `alone` and again at the beginning of `follows`.
+        """Return the length of the turn header with which `alone` ends and `follows` begins.
 
         Returns 0 if there is no such header. The template of Command R+ prints the header in both texts, because it
         puts an instruction before the header of the generation prompt.
@@ -729,10 +730,11 @@ class AutoEncoder(Encoder):
         return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
 
     def _end_of_call(self, end: str, markers: Sequence[re.Match[str]], stops: set[str]) -> re.Match[str] | None:
-        """Return the match of the end-of-turn token after a call. `markers` are the control tokens in `end`.
+        """Return the match of the token that ends the turn after a tool call.
 
-        The match is the first marker in `stops`, else the last marker. Returns None if there is no marker, if the last
-        marker only closes the call, or if text follows the last marker.
+        `end` is the text after the call, `markers` are the matches of control tokens in this text, and `stops` are the
+        known end-of-turn tokens. The result is the first marker that is one of `stops`, else the last marker. Returns
+        None if there is no marker, if the last marker only closes the call, or if text follows the last marker.
         """
         named = next((match for match in markers if match[0] in stops), None)
         if named is not None or not markers:
@@ -984,7 +986,7 @@ def _have_calls(chats: Sequence[Any]) -> bool:
 
 
 def _is_unknown(reply: Message) -> bool:
-    """Return whether a reply is not known yet: inference passes an empty reply, which it will generate."""
+    """Return whether a reply is not known yet. In inference, the last reply is empty, because it is generated later."""
     return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 

@@ -51,7 +51,7 @@ _BEGINNING = 64
 
 @dataclass(kw_only=True, slots=True)
 class Encoded:
-    """A row as token ids. The first `prompt_length` ids are the prompt.
+    """A row as token ids, with the spans of ids that carry loss.
 
     The first `prompt_length` ids are the prompt. In a row of plain text they are its beginning, which carries loss too.
     `trained` is the half-open span (start, end) of the last reply that carries loss. `earlier` has the spans of the
@@ -108,7 +108,7 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with its prompt in `pieces` split at these spans, so that each span is a trained piece.
+    """Return the row with new `pieces` (stretches of its text): the prompt is split so that each span is one piece.
 
     The spans are the earlier replies that carry loss, as positions in the text of the prompt.
     """

@@ -101,7 +101,7 @@ class Encoder:
 
     @functools.cached_property
     def beginning(self) -> list[int]:
-        """Return the ids before the text of a row of plain text: those that the tokenizer itself puts there."""
+        """Return the ids that the tokenizer itself puts before plain text, such as the begin-of-sequence token."""
         return self.text.beginning()
 
     def _whole_texts(self, rows: Sequence[Row]) -> list[Encoded]:

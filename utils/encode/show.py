@@ -18,7 +18,7 @@ MARKS = ('⟦', '⟧')
 
 
 def show_row(tokenizer: Any, row: dict[str, Any], marks: tuple[str, str] = MARKS) -> str:
-    """Return the text of the row, with each trained span between the two marks."""
+    """Return the text of the row. `marks` are the texts that are written before and after each trained span."""
     ids = row['input_ids']
     text = ''
     position = 0

@@ -14,7 +14,7 @@ from utils.preprocess import AUTO, TEMPLATE_MAPPING
 
 
 class TextEncoder(Encoder):
-    """Encodes rows of plain text. A base model often has no chat template, and such rows need none."""
+    """Encodes rows of plain text. A base model often has no chat template, and plain text needs no template."""
 
     name = AUTO
     system = None

@@ -79,7 +79,7 @@ def dry_run(done: Ready[SftArguments]) -> int:
 
 
 def _what_all_adds(shape: Shape, mode: Mode) -> list[str]:
-    """Return a line that says what all-linear would add to the LoRA targets, or no line if it adds nothing."""
+    """Return a list with one line about the layers that all-linear would add to the LoRA targets, or an empty list."""
     added = set(shape.paths) - set(named_by(mode.targets, shape.paths))
     if mode.full or not added:
         return []
@@ -175,7 +175,8 @@ def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[s
         f'{shape.model_class}, {shape.parameters:,} parameters',
         f'trained: {trained:,} of {total:,} ({100 * trained / total:.3g} %)'
         + (f', LoRA on {", ".join(mode.targets)}' if mode.targets else '')
-        + (f', and whole: {", ".join(whole)}' if whole else ''),
+        + (f', and whole: {", ".join(whole)}' if whole else '')
+        + (f', and {mode.token_rows:,} in rows of new tokens' if mode.token_rows else ''),
     ]
     if shape.attention in ('mixed', 'padded mixed'):
         lines.append('layers without attention are counted as attention layers of the same width: a lower bound')

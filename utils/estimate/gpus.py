@@ -14,6 +14,7 @@ from utils.estimate.memory import GIB, Batch, Footprint, Mode, footprint
 from utils.estimate.model_shape import Shape
 from utils.loading.info import ModelInfo
 from utils.loading.layers import ALL, choose_layers, named_by, no_layer
+from utils.run.new_tokens import find_new_tokens
 
 # GPU memory that is needed in addition to the tensors: the bytes of the CUDA context and of library workspaces, and the
 # share of the tensors' memory that is lost to fragmentation.
@@ -84,15 +85,18 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
-    """Return the fields of Mode for the layers of --lora_modules_to_save. Norms are small and not counted."""
-    words = args.lora_modules_to_save if args.sft_type == 'lora' else None
-    if words is None:
+    """Return the fields of Mode for --lora_modules_to_save and --new_tokens. Norms are small and not counted."""
+    if args.sft_type == 'full':
         return {}
+    words = args.lora_modules_to_save or []
     ends = {word.rpartition('.')[2] for word in words} & {'embed_tokens', 'lm_head'}
     both = bool(ends) and not shape.head
+    trained = (both or 'embed_tokens' in ends, both or 'lm_head' in ends)
+    tables = trained.count(False) - (not shape.head and not both)
     return {
-        'trains_embedding': both or 'embed_tokens' in ends,
-        'trains_head': both or 'lm_head' in ends,
+        'trains_embedding': trained[0],
+        'trains_head': trained[1],
+        'token_rows': len(find_new_tokens(args)) * shape.hidden * tables,
         'saved': tuple(word for word in words if named_by([word], shape.paths)),
     }
 

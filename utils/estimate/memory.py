@@ -61,6 +61,8 @@ class Mode:
     # Whether the input embedding and the output head are trained whole beside the adapter. If they are tied, both are.
     trains_embedding: bool = False
     trains_head: bool = False
+    # Number of parameters in the rows of new tokens that are trained.
+    token_rows: int = 0
     # Other linear layers that are trained whole, by name or path.
     saved: tuple[str, ...] = ()
     # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
@@ -101,7 +103,7 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return the number of shards of a tensor that only these kinds of sharding divide. 1 means not divided."""
+        """Return into how many shards a tensor is divided that only the kinds `stages` divide. 1 means not divided."""
         return self.processes if self.sharding in stages else 1
 
 
@@ -143,7 +145,7 @@ def trained_parameters(shape: Shape, mode: Mode) -> int:
     tables = shape.embedding if mode.trains_embedding else 0
     if mode.trains_head and shape.head:
         tables += shape.head
-    return adapter + layers + tables
+    return adapter + layers + tables + mode.token_rows
 
 
 def lora_parameters(shape: Shape, targets: Sequence[str], rank: int, *, dora: bool = False) -> int:
@@ -186,6 +188,8 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     held = weights + adapter + _low_copies(shape, mode) + optimizer + gathered
     before = gradients if mode.accumulates else 0
 
+    if mode.token_rows:  # PEFT puts the trained rows into a copy of the whole table
+        logits += mode.compute * shape.vocabulary * shape.hidden
     at_loss = held + before + saved + logits
     in_backward = held + before + saved + head_gradient + _backward(shape, mode, batch)
     if mode.checkpointing:

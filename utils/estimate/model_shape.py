@@ -95,7 +95,7 @@ class Shape:
 
 
 def _unfolded(pattern: str, indices: str) -> list[str]:
-    """Return the paths of a pattern and its indices, e.g. 'layers.#.q_proj' and '0-3 8'."""
+    """Return the paths that a pattern and its indices describe, e.g. 'layers.#.q_proj' and '0-3 8'."""
     paths = []
     for part in indices.split():
         first, _, last = part.partition('-')
@@ -252,7 +252,7 @@ def _inner(
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return how attention needs memory in this model, as a value of `Shape.attention`."""
+    """Return the kind of attention of this model, which decides its memory, as a value of `Shape.attention`."""
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 

@@ -22,7 +22,9 @@ from utils.data.plan import Plan
 from utils.encode.encoded import IGNORE_INDEX, row_labels
 from utils.estimate.gpus import longest_batch
 from utils.estimate.memory import Batch, Mode
+from utils.loading.new_tokens import add_to_tokenizer
 from utils.model import load_tokenizer
+from utils.run.new_tokens import find_new_tokens
 from utils.run.open_model import open_encoder
 from utils.run.rows import plan_of
 
@@ -107,7 +109,8 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
     """Encode the rows and return the counted work. The run encodes in the same way and finds the rows in the cache."""
     args = done.args
     tokenizer = load_tokenizer(model_dir, model_type=args.model_type)
-    encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed)
+    new = add_to_tokenizer(tokenizer, find_new_tokens(args))
+    encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, new_ids=new.ids)
     train, val, report = encode_plan(encoder, plan)
     rows: IndexedRows = PackedRows(train, args.max_length) if args.packing else train
 
@@ -161,7 +164,7 @@ def _steps(args: SftArguments, rows: int | None) -> int:
 
 
 def _counts_line(done: Ready[SftArguments], steps: int, *, evaluates: bool) -> str:
-    """Return the line about warm-up, evaluations and checkpoints. Adds a warning for each flag that cannot be kept."""
+    """Return the line about warm-up, evaluations and checkpoints. Adds a warning for each flag that does not fit it."""
     counts = step_counts(done.args, steps, evaluates=evaluates)
     done.warnings += counts.warnings
     return counts.describe()
@@ -170,4 +173,7 @@ def _counts_line(done: Ready[SftArguments], steps: int, *, evaluates: bool) -> s
 def _step_line(args: SftArguments, steps: int) -> str:
     total = args.batch_size * args.gradient_accumulation_steps * dist.world_size()
     parts = f'batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x processes {dist.world_size()}'
-    return f'{steps} optimizer steps of {total} rows ({parts})'
+    line = f'{steps} optimizer steps of {total} rows ({parts})'
+    if args.max_minutes is not None:
+        line += f', fewer if --max_minutes {args.max_minutes:g} needs it: a trial on this machine measures a step first'
+    return line

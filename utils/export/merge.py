@@ -77,7 +77,7 @@ def user_rows(run_dir: Path) -> list[Row]:
 
 
 def _cutting(encoder: Encoder) -> Encoder:
-    """Return a copy of the encoder that cuts rows longer than --max_length. The proof needs no whole rows."""
+    """Return a copy of the encoder that cuts rows longer than --max_length. The comparison does not need whole rows."""
     made = copy.copy(encoder)
     made.overlong = 'cut'
     return made
@@ -139,12 +139,13 @@ def merge_and_save(
 ) -> str:
     """Merge the adapter, save the whole model in the folder `target`, and return a text that says what was compared.
 
-    The saved model is opened again. Its logits are compared with the logits of base + adapter, on a fixed text and on
-    the token ids `texts`. If they differ by more than rounding explains, raises ConfigError and leaves `target` as it
-    was.
+    The saved model is opened again. Its logits are compared with the logits of base + adapter, on a fixed text, on the
+    tokens that the run added and on the token ids `texts`. If they differ by more than rounding explains, raises
+    ConfigError and leaves `target` as it was.
     """
     _recover(target)
-    probed = [None, *texts]
+    new = list(record.added_tokens)
+    probed = [None, *texts, *([tokenizer.convert_tokens_to_ids(new)] if new else [])]
     wanted = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
     with model.disable_adapter():
         bare = [probe_logits(model, tokenizer, images, ids=ids) for ids in probed]
@@ -173,8 +174,9 @@ def merge_and_save(
     rounded = ''
     if share < _WHOLE:
         rounded = f'; {share:.0%} of what the adapter does: the rest was rounded away, --dtype fp32 keeps it'
+    compared = f'a fixed text, the new tokens and {len(texts)}' if new else f'a fixed text and {len(texts)}'
     return (
-        f'the logits of base + adapter on a fixed text and {len(texts)} of your rows (largest difference '
+        f'the logits of base + adapter on {compared} of your rows (largest difference '
         f'{difference:.3g}, largest logit {largest:.3g}), its vocabulary, generation settings and {head} head{rounded}'
     )
 

@@ -19,6 +19,11 @@ _NOT_SHOWN = {
 _SCORES = ('eval_loss', 'eval_acc', 'eval_rouge-1', 'eval_rouge-2', 'eval_rouge-l', 'eval_bleu-4')
 _MAX_TABLE_ROWS = 20
 _LINEAGE = ' Its training started from an earlier adapter with the sha256 `{sha256}`.'
+_TOKENS = (
+    ' It adds {count} tokens to the tokenizer of the base model. Before the adapter is opened with PEFT, the embedding '
+    'of the base needs a row for each of them: `model.resize_token_embeddings(len(tokenizer))` with the tokenizer of '
+    'this repository, unless the embedding has as many rows already.'
+)
 
 
 def _name(text: Any) -> str:
@@ -76,6 +81,10 @@ def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictur
     if settings:
         thinking += f' Its chat template sets {settings}: its replies were trained with it.'
 
+    tokens = ''
+    if adapter and record.added_tokens:
+        tokens = _TOKENS.format(count=len(record.added_tokens))
+
     card = Path(__file__).with_suffix('.md').read_text(encoding='utf-8')
     return card.format(
         name=name,
@@ -85,6 +94,7 @@ def model_card(name: str, record: RunRecord, progress: Mapping[str, Any], pictur
         what='A LoRA adapter for' if adapter else 'All weights, fine-tuned from',
         step=progress['step'],
         thinking=thinking,
+        tokens=tokens,
         lineage='' if record.lineage is None else _LINEAGE.format(sha256=record.lineage['sha256']),
         sha256=base['sha256'],
         covers=base['covers'],

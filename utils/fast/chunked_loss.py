@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from utils.base.device import sum_dtype
@@ -26,8 +26,8 @@ _FP16_SCALE = 256.0
 class Head:
     """An output head: logits = scale * (W h + b). If `cap` is set, the logits become cap * tanh(logits / cap).
 
-    `linear` is a linear layer, or PEFT's wrapper around it (--lora_modules_to_save). Weights that are held in fp32 are
-    computed in `dtype`, the dtype of the model. If `dtype` is None, it is the dtype of the weights.
+    `linear` is a linear layer, or PEFT's wrapper around it (--lora_modules_to_save, --new_tokens). Weights that are
+    held in fp32 are computed in `dtype`, the dtype of the model. If `dtype` is None, it is the dtype of the weights.
     """
 
     linear: nn.Module
@@ -42,14 +42,46 @@ class Head:
         return weight
 
     @property
+    def size(self) -> int:
+        """Return the number of rows V of the weight."""
+        plain: Any = self.linear.original_module if isinstance(self.linear, AuxiliaryTrainingWrapper) else self.linear
+        return len(plain.weight)
+
+    @property
+    def trained_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the ids (R) of the rows that alone are trained, and their values (R, C). Returns None without them."""
+        if not isinstance(self.linear, TrainableTokensWrapper) or self.linear.disable_adapters:
+            return None
+        layer = self.linear.token_adapter
+        (name,) = layer.active_adapters
+        values_RC = layer.trainable_tokens_delta[name]
+        return torch.tensor(layer.token_indices[name], device=values_RC.device), values_RC
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weight."""
+        return next(self.linear.parameters()).device
+
+    @property
     def bias(self) -> torch.Tensor | None:
-        """Return the bias (V), or None."""
+        """Return the bias (V), or None. A head of which only some rows are trained has none (--new_tokens)."""
+        if isinstance(self.linear, TrainableTokensWrapper):
+            return None
         bias: torch.Tensor | None = self.linear.bias  # type: ignore[assignment]
         return bias
 
+    def fixed(self) -> Head:
+        """Return a head with the weight and the bias that the model uses now, and that keeps them."""
+        weight_VC, bias_V = self.weight.detach(), self.bias
+        linear = nn.Linear(1, 1, bias=bias_V is not None, device='meta')
+        linear.weight = nn.Parameter(weight_VC, requires_grad=False)
+        if bias_V is not None:
+            linear.bias = nn.Parameter(bias_V.detach(), requires_grad=False)
+        return replace(self, linear=linear)
+
     def chunk(self) -> int:
         """Return the number of positions in one chunk."""
-        return max(16, CHUNK_LOGITS // len(self.weight))
+        return max(16, CHUNK_LOGITS // self.size)
 
 
 def find_head(model: Any) -> Head | None:
@@ -59,13 +91,13 @@ def find_head(model: Any) -> Head | None:
     than these fields say, so `head_is_exact` compares the head with the model.
     """
     linear = model.get_output_embeddings()
-    is_trained_copy = isinstance(linear, ModulesToSaveWrapper)
-    plain = linear.original_module if is_trained_copy else linear
+    is_wrapped = isinstance(linear, AuxiliaryTrainingWrapper)
+    plain = linear.original_module if is_wrapped else linear
     if type(plain) is not nn.Linear or plain.weight.dim() != 2 or type(plain.weight.data) is not torch.Tensor:
         return None
     config = model.config.get_text_config().to_dict()
     scale = float(config.get('logit_scale') or 1.0) / float(config.get('logits_scaling') or 1.0)
-    dtype = plain.weight.dtype if is_trained_copy else None
+    dtype = plain.weight.dtype if is_wrapped else None
     return Head(linear, scale=scale, cap=config.get('final_logit_softcapping'), dtype=dtype)
 
 
@@ -90,7 +122,8 @@ def head_input(head: Head) -> Iterator[list[torch.Tensor]]:
 
 def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
     """Return whether `head` gives the same logits as the model on ids (1, T), up to rounding in the head's dtype."""
-    weight_VC = head.weight.to(head.dtype or head.weight.dtype)
+    weight_VC = head.weight
+    weight_VC = weight_VC.to(head.dtype or weight_VC.dtype)
     training = model.training
     model.eval()
 
@@ -112,15 +145,22 @@ def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, di
 
     The gradients are already computed in the forward pass.
     """
-    total: torch.Tensor = _SummedLoss.apply(hidden_PC, head.weight, head.bias, targets_P, head, divisor)
+    weight_VC = head.weight
+    rows_R, values_RC = head.trained_rows or (None, None)
+    if values_RC is not None:
+        weight_VC = weight_VC.detach()  # only the gradient of the trained rows is computed
+    total: torch.Tensor = _SummedLoss.apply(
+        hidden_PC, weight_VC, head.bias, values_RC, rows_R, targets_P, head, divisor
+    )
     return total
 
 
 @torch.no_grad()
 def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors of shape (P): -log p(target), and whether the target is the most likely token."""
-    dtype = _compute_dtype(head, head.weight)
-    weight_VC = head.weight.to(dtype)
+    """Return two tensors with a value per position: -log p(target), and whether the target is the likeliest token."""
+    weight_VC = head.weight
+    dtype = _compute_dtype(head, weight_VC)
+    weight_VC = weight_VC.to(dtype)
     size = head.chunk()
     buffers = _Buffers()
 
@@ -135,8 +175,9 @@ def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tupl
 
 def head_logits(hidden_NC: torch.Tensor, head: Head) -> torch.Tensor:
     """Return the logits (N, V) of the hidden states in fp32. All N positions are computed at the same time."""
-    dtype = _compute_dtype(head, head.weight)
-    return _logits(hidden_NC.to(dtype), head.weight.to(dtype), head, _Buffers())[0]
+    weight_VC = head.weight
+    dtype = _compute_dtype(head, weight_VC)
+    return _logits(hidden_NC.to(dtype), weight_VC.to(dtype), head, _Buffers())[0]
 
 
 def _compute_dtype(head: Head, weight: torch.Tensor) -> torch.dtype:
@@ -151,7 +192,10 @@ class _Buffers:
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, rows: int, weight_VC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor (rows, V) of this dtype. No later chunk may have more rows than the first."""
+        """Return an uninitialised tensor (rows, V) of this dtype, in the memory of the tensor that was returned before.
+
+        No call may ask for more rows than the first call.
+        """
         if dtype not in self._by_dtype:
             self._by_dtype[dtype] = weight_VC.new_empty(rows, len(weight_VC), dtype=dtype)
         return self._by_dtype[dtype][:rows]
@@ -193,6 +237,8 @@ class _SummedLoss(torch.autograd.Function):
         hidden_PC: torch.Tensor,
         weight_VC: torch.Tensor,
         bias_V: torch.Tensor | None,
+        values_RC: torch.Tensor | None,
+        rows_R: torch.Tensor | None,
         targets_P: torch.Tensor,
         head: Head,
         divisor: float,
@@ -212,6 +258,7 @@ class _SummedLoss(torch.autograd.Function):
         bias_grad_V = None
         if bias_V is not None and ctx.needs_input_grad[2]:
             bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
+        values_grad_RC = None if values_RC is None else torch.zeros_like(values_RC, dtype=torch.float32)
         total = hidden_PC.new_zeros((), dtype=sum_dtype(hidden_PC.device))
 
         for start in range(0, len(targets_P), size):
@@ -240,19 +287,21 @@ class _SummedLoss(torch.autograd.Function):
                 weight_grad_VC += low_grad_NV.t() @ hidden_NC
             if bias_grad_V is not None:
                 bias_grad_V += logits_grad_NV.sum(dim=0)
+            if values_grad_RC is not None and rows_R is not None:
+                values_grad_RC += low_grad_NV.index_select(1, rows_R).t() @ hidden_NC
 
-        for grad in (hidden_grad_PC, weight_grad_VC, bias_grad_V):
+        for grad in (hidden_grad_PC, weight_grad_VC, bias_grad_V, values_grad_RC):
             if grad is not None:
                 grad.mul_(1.0 / (divisor * inner_scale))
         if hidden_grad_dtype == dtype:
             hidden_grad_PC = hidden_grad_PC.to(hidden_PC.dtype)
-        ctx.grads = hidden_grad_PC, weight_grad_VC, bias_grad_V
+        ctx.grads = hidden_grad_PC, weight_grad_VC, bias_grad_V, values_grad_RC
         ctx.dtypes = hidden_PC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype
         return (total / divisor).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        hidden_grad_PC, weight_grad_VC, bias_grad_V = ctx.grads
+        hidden_grad_PC, weight_grad_VC, bias_grad_V, values_grad_RC = ctx.grads
         # Drop the references: autograd gives a gradient to its parameter without a copy if nothing else refers to it.
         ctx.grads = None
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -261,6 +310,8 @@ class _SummedLoss(torch.autograd.Function):
             (hidden_grad_PC * scale.to(hidden_grad_PC.dtype)).to(hidden_dtype),
             None if weight_grad_VC is None else weight_grad_VC.mul_(scale).to(weight_dtype),
             None if bias_grad_V is None else bias_grad_V.mul_(scale).to(bias_dtype),
+            None if values_grad_RC is None else values_grad_RC.mul_(scale),
+            None,
             None,
             None,
             None,

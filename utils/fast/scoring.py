@@ -78,22 +78,19 @@ class Scorer:
         In the context `as_base` the model computes like its base. The probabilities are computed in float64.
         """
         tuned = self._predictors(model, batch)[0]
+        tuned_head = self.head and self.head.fixed()
         with as_base():
             base = self._predictors(model, batch)[0]
+            base_head = self.head and self.head.fixed()
 
-        columns = len(self.head.weight) if self.head is not None else tuned.shape[-1]
+        columns = self.head.size if self.head is not None else tuned.shape[-1]
         size = max(1, _DIVERGENCE_LOGITS // columns)
         total = 0.0
         for tuned_N, base_N in zip(tuned.split(size), base.split(size), strict=True):
-            tuned_NV = self._log_probabilities(tuned_N)
-            base_NV = self._log_probabilities(base_N)
+            tuned_NV = _log_probabilities(tuned_N, tuned_head)
+            base_NV = _log_probabilities(base_N, base_head)
             total += float(F.kl_div(tuned_NV, base_NV, reduction='sum', log_target=True))
         return total / len(tuned)
-
-    def _log_probabilities(self, found: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities (N, V) in float64, from what `_predictors` returned for N tokens."""
-        logits_NV = found if self.head is None else head_logits(found, self.head)
-        return logits_NV.double().log_softmax(dim=-1)
 
     def _predictors(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
         """Return three tensors, each with one entry for each trained token.
@@ -130,7 +127,7 @@ class Scorer:
         with layout, to_head as collected:
             logits = model(**inputs, use_cache=False, **keep).logits
 
-        found = collected[0].to(self.head.weight.device) if self.head else logits
+        found = collected[0].to(self.head.device) if self.head else logits
         if not keep:
             found = found[:, columns_K.to(found.device)]
         found = found[is_trained_BT[:, columns_K].to(found.device)]
@@ -141,3 +138,9 @@ class Scorer:
         else:
             row_P = position_P // labels_BT.shape[1]
         return found, labels_BT[is_trained_BT].to(found.device), row_P
+
+
+def _log_probabilities(found: torch.Tensor, head: Head | None) -> torch.Tensor:
+    """Return the log-probabilities (N, V) in float64, from what `_predictors` returned for N tokens."""
+    logits_NV = found if head is None else head_logits(found, head)
+    return logits_NV.double().log_softmax(dim=-1)

@@ -501,7 +501,7 @@ def _from_text(row: Mapping[str, Any]) -> Row:
 def _said(row: Mapping[str, Any], column: str, role: str, remarks: _Remarks) -> list[Message]:
     """Return the messages of a cell that holds a text, one message or a list of messages.
 
-    `role` is the role of a text. The role of a message is its own.
+    A text becomes a message with the role `role`. A message keeps its own role.
     """
     value = row[column]
     if not isinstance(value, list | dict):
@@ -584,10 +584,10 @@ def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
 
 
 def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
-    """Return the names under which columns are read that are written with capital letters or spaces around the name.
+    """Return {name in the file: name without capital letters and surrounding spaces} for columns to rename.
 
-    Returns {} if the names as they are written fit a format, or if no format fits. Only names that a format reads are
-    changed, and only if no two columns would get the same name.
+    Returns {} if the names in the file fit a format, or if no format fits the new names. Only names that a format reads
+    are changed, and only if no two columns would get the same name.
     """
     known = frozenset().union(*(needed for needed, _ in (*SHAPES, *OTHER_SHAPES)), _EVERYWHERE, _OPTIONAL)
     tidy = {column: column.strip().lower() for column in columns}

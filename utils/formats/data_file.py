@@ -64,8 +64,8 @@ def read_rows(
 ) -> Iterator[LocatedRow]:
     """Yield each row of a data file with its location. `bad` is called for a row that cannot be read.
 
-    A text file has one row, or with 'paragraph' a row for each run of lines that are not blank. Its only column is
-    `text`, which is empty for a file without text.
+    A text file gives one row or, with 'paragraph', one row per paragraph (lines without an empty line between them).
+    The only column is `text`. It is empty for a file without text.
 
     Raises ConfigError if the file cannot be read, or has no rows. `known` is the signature from an earlier reading.
     Raises ConfigError if the file changed since then, or changes while it is read. `digest` is a hash object; it is
@@ -261,7 +261,7 @@ def _read_document(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tu
 
 
 def _read_paragraphs(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
-    """Yield a row for each run of lines that are not blank. The line break after its last line is left out."""
+    """Yield a row for each paragraph: lines without an empty line between them. Its last line break is left out."""
     paragraph: list[str] = []
     first = 1
     has_text = False

@@ -24,7 +24,7 @@ _LEAST_KOREAN = 4
 def _share(data: bytes, encoding: str, is_usual: Callable[[str, bytes], bool]) -> float:
     """Return the share of the characters beyond ASCII that are usual in texts with this encoding.
 
-    `is_usual` gets each character and its bytes. Returns 0 if the data has no such character.
+    `is_usual` is called with each such character and its bytes. Returns 0 if all characters are ASCII.
     """
     text = data.decode(encoding, 'replace')
     others = [character for character in text if not character.isascii()]
@@ -33,15 +33,18 @@ def _share(data: bytes, encoding: str, is_usual: Callable[[str, bytes], bool]) -
 
 
 def _western(data: bytes) -> float:
-    """Return the share of high bytes that are marks or single letters. Western words have few letters beyond ASCII."""
+    """Return the share of bytes above 0x7F that are punctuation or single letters, as in Western texts.
+
+    Western words rarely have two letters beyond ASCII in a row.
+    """
     single = sum(len(run) == 1 for run in _LETTERS.findall(data))
     return (single + len(_MARKS.findall(data))) / max(sum(map(len, _HIGH.findall(data))), 1)
 
 
 def _cyrillic(data: bytes) -> float:
-    """Return the share of high bytes that are in words of mostly small Russian letters.
+    """Return the share of bytes above 0x7F that are in words of mostly lower-case Russian letters.
 
-    Returns 0 if there is no long word.
+    Returns 0 if no word has at least _LONG_WORD letters.
     """
     words = _WORDS.findall(data)
     if max(map(len, words), default=0) < _LONG_WORD:
@@ -77,7 +80,7 @@ _SCORES: tuple[tuple[str, Callable[[bytes], float]], ...] = (
 
 
 def guess_encoding(data: bytes) -> str:
-    """Return the likely encoding of data whose first byte is not UTF-8, under the name that iconv knows."""
+    """Return the likely encoding of `data`, by its name in iconv. `data` starts with the byte that is not UTF-8."""
     sample = data[:_SAMPLE_BYTES]
     scores = {name: min(score(sample), 1.0) for name, score in _SCORES}
     best = max(scores, key=lambda name: scores[name])

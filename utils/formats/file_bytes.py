@@ -1,4 +1,4 @@
-"""Reads the bytes of a data file: decompressed, counted, hashed, and with text in UTF-16 converted to UTF-8."""
+"""Reads the bytes of a data file. They are decompressed, counted and hashed, and UTF-16 is converted to UTF-8."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def refuse(location: str, problem: str) -> NoReturn:
 
 
 class _Converted(io.RawIOBase):
-    """A stream of text in UTF-16 or UTF-32, read as UTF-8.
+    """A stream that converts text in UTF-16 or UTF-32 to UTF-8.
 
-    Half of a character becomes bytes that are not UTF-8, so that the reader of the line reports it.
+    An incomplete character at the end becomes a byte that is not UTF-8, so that the reader of the line reports it.
     """
 
     def __init__(self, stream: Any, encoding: str) -> None:
@@ -73,7 +73,7 @@ class _Converted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with the next bytes. Returns their number, 0 at the end."""
+        """Fill the buffer with the next bytes. Returns the number of bytes, which is 0 at the end of the file."""
         while not self._ready:
             block = self._stream.read(BLOCK_BYTES)
             self._ready = self._decoder.decode(block).encode('utf-8', 'surrogatepass')
@@ -92,11 +92,11 @@ class _Converted(io.RawIOBase):
 class FileBytes:
     """Reads the bytes of a data file, and decompresses, counts and hashes them.
 
-    The bytes of a text file are UTF-8: UTF-16 with a byte-order mark is converted.
+    A text file in UTF-16 or UTF-32 with a byte-order mark is converted to UTF-8.
     """
 
     def __init__(self, path: Path, digest: Any, *, is_text: bool = True) -> None:
-        """Open the file. Raises ConfigError if it cannot be opened, or if a text file is not text."""
+        """Open the file. Raises ConfigError if it cannot be opened, or if `is_text` is True and it contains no text."""
         self.path = path
         self.digest = digest
         self.total = 0
@@ -112,9 +112,10 @@ class FileBytes:
             self._recognise(self._guarded(self.stream.peek, _HEAD_BYTES)[:_HEAD_BYTES])
 
     def _recognise(self, head: bytes) -> None:
-        """Convert the stream to UTF-8 if its first bytes say that it is UTF-16. Raises UnreadableRow if it is no text.
+        """Convert the stream to UTF-8 if its first bytes, `head`, are a byte-order mark of UTF-16 or UTF-32.
 
-        Without a byte-order mark, UTF-16 is refused, because it could also be another encoding with zero bytes.
+        Raises UnreadableRow if the file is not text. Also raises it if the file has zero bytes and no byte-order mark,
+        because then its encoding is not certain.
         """
         self.converted = next((encoding for mark, encoding in _WIDE if head.startswith(mark)), '')
         if self.converted:
@@ -179,16 +180,16 @@ class FileBytes:
             yield number, text
 
     def not_utf8(self, error: UnicodeDecodeError) -> str:
-        """Return the problem with text that is not UTF-8. It names the likely encoding, and a remedy."""
+        """Return a message about text that is not UTF-8. The message names the likely encoding and a remedy."""
         if self.converted:
-            return f'half of a character: the file says that it is {self.converted.upper()}. {DOWNLOAD_AGAIN}'
+            return f'an incomplete character: the file is marked as {self.converted.upper()}. {DOWNLOAD_AGAIN}'
 
         problem = f'byte 0x{error.object[error.start]:02x} is not UTF-8.'
         return f'{problem} {_convert(guess_encoding(error.object[error.start :]), self.path.name)}'
 
 
 def _convert(encoding: str, name: str) -> str:
-    """Return the likely encoding as a sentence, and the command that converts the file."""
+    """Return sentences that name the likely encoding and the command that converts the file to UTF-8."""
     command = f'iconv -f {encoding} -t UTF-8 {name}'
     if name.lower().endswith('.gz'):
         command = f'gzip -dc {name} | iconv -f {encoding} -t UTF-8'

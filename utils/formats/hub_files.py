@@ -32,7 +32,7 @@ _MANY = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The files of a repository that a run reads. `about` says which splits they are and which are not used."""
+    """The files of a repository that a run reads. `about` says which splits they belong to, and which are not used."""
 
     train: Sequence[str]
     val: Sequence[str]
@@ -41,7 +41,7 @@ class Chosen:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """The downloaded files of a data set: their folder, their names in it, and the repository and commit."""
+    """The downloaded files of a data set: their folder, their names (`chosen`), and the repository and its commit."""
 
     folder: Path
     chosen: Chosen
@@ -53,8 +53,8 @@ class Fetched:
 class HubFiles:
     """A data set on a hub, named as [hf:|ms:]owner/name[:subset][:split][@revision].
 
-    `chosen_hub` is None if the word does not choose one. `part` is what follows the id: a subset, a split of the only
-    or default subset, or a file.
+    This name is a word of --dataset. `chosen_hub` is None if the word has no prefix for a hub. `part` is the text after
+    the id: a subset, a split of the only or default subset, or a file.
     """
 
     word: str
@@ -69,7 +69,7 @@ class HubFiles:
         return [Repo(hub=self.chosen_hub or hub_name, id=self.id, revision=self.revision)]
 
     def key(self, hub_name: HubName) -> tuple[str, ...]:
-        """Return what identifies the data set: it does not depend on whether the word names the hub of --hub."""
+        """Return a key that identifies the data set. A prefix that names the hub of --hub does not change the key."""
         return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
 
     def load(self, hub_name: HubName, *, remedy: str = '') -> Fetched:
@@ -80,14 +80,14 @@ class HubFiles:
         return Fetched(folder=folder, chosen=chosen, served=str(snapshot.repo), commit=snapshot.commit)
 
     def names(self, snapshot: Snapshot) -> list[str]:
-        """Return the files that are needed. Downloads only the card."""
+        """Return the names of the needed files. Downloads only the card (README.md)."""
         chosen = self.choose(snapshot)
         return [*chosen.train, *chosen.val]
 
     def choose(self, snapshot: Snapshot) -> Chosen:
-        """Return the files of the training split and of the validation split. Downloads only the card.
+        """Choose the files of the training split and of the validation split. Downloads only the card (README.md).
 
-        Raises ConfigError if they cannot be chosen. The message names the subsets or splits that exist.
+        Raises ConfigError if the splits cannot be chosen. The message names the subsets or splits that exist.
         """
         if self.part in snapshot.files:
             self._check_suffixes([str(self.part)])
@@ -111,9 +111,9 @@ class HubFiles:
         return Chosen(train=files[train], val=files[val] if val else (), about=about)
 
     def _subsets(self, snapshot: Snapshot) -> tuple[Mapping[str, Mapping[str, list[str]]], str]:
-        """Return the files of each split of each subset, and the default subset.
+        """Return {subset: {split: files}} and the name of the default subset.
 
-        They are from the list in the repository, else from the names of its files.
+        They come from the list of files in the repository. Without a list, they are found from the names of the files.
         """
         card = read_card_list(snapshot)
         subsets = {subset: splits for subset, splits in card.subsets.items() if any(splits.values())}
@@ -145,7 +145,7 @@ class HubFiles:
         )
 
     def _choose_subset(self, subsets: Mapping[str, Mapping[str, list[str]]], default: str) -> tuple[str, str | None]:
-        """Return the subset, and the split if the word names one."""
+        """Return the name of the subset, and the name of the split that the word gives, else None."""
         names = list(subsets)
         usual = default if default in subsets else names[0] if len(names) == 1 else None
         if self.part is None and usual is None:
@@ -167,7 +167,10 @@ class HubFiles:
         )
 
     def _choose_splits(self, splits: Mapping[str, list[str]], subset: str, named: str | None) -> tuple[str, str | None]:
-        """Return the training split and the validation split. A split that the word names is used alone."""
+        """Return the names of the training split and of the validation split, or None without validation split.
+
+        If the word names a split, this split is the training split, and there is no validation split.
+        """
         filled = [name for name, files in splits.items() if files]
         if named in filled:
             return str(named), None
@@ -196,12 +199,12 @@ class HubFiles:
     def _check_suffixes(self, names: Sequence[str]) -> None:
         if other := [name for name in names if not name.lower().endswith(SUFFIXES)]:
             raise ConfigError(
-                f"--dataset '{self.word}': {other[0]} is not read; {', '.join(SUFFIXES[:5])} files are. Name another "
-                'subset, or convert the file and give the converted one.'
+                f"--dataset '{self.word}': the format of {other[0]} is not one of {', '.join(SUFFIXES[:5])}. Name "
+                'another subset, or convert the file and give the converted one.'
             )
 
     def _with(self, *parts: str) -> str:
-        """Return the word with these parts after the id, as a user would type it."""
+        """Return this word with `parts` (subset, split) after the id instead of its own, as a user would type it."""
         prefix = self.word[: self.word.index(self.id)]
         revision = '' if self.revision == 'master' else f'@{self.revision}'
         return ':'.join((prefix + self.id, *parts)) + revision

@@ -40,7 +40,7 @@ FileList = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class CardList:
-    """The subsets that the card of a data set lists, and the subset that the card marks as the default ('': none)."""
+    """The subsets that the card (README.md) of a data set lists. `default` is the default subset, or '' without one."""
 
     subsets: FileList = field(default_factory=dict)
     default: str = ''
@@ -133,7 +133,7 @@ def _read_readme_list(text: str, files: Sequence[str]) -> CardList:
 
 
 def _splits_of_config(config: Mapping[str, Any], files: Sequence[str]) -> dict[str, list[str]]:
-    """Return the files of each split of a subset. Without patterns, the splits are found from the file names."""
+    """Return {split: files} for a subset. If the card lists no files for it, the splits are found from file names."""
     folder = str(config.get('data_dir') or '').strip('./')
     inside = [name for name in files if not folder or name.startswith(f'{folder}/')]
     data = config.get('data_files')
@@ -151,14 +151,14 @@ def _splits_of_config(config: Mapping[str, Any], files: Sequence[str]) -> dict[s
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
-    """Return a regular expression for a glob of a card. `*` stays inside a folder, `**` goes into folders."""
+    """Return the regular expression for a glob pattern in a card. `*` matches inside a folder, `**` across folders."""
     wild = {'**/': '(?:.*/)?', '**': '.*', '*': '[^/]*', '?': '[^/]'}
     parts = re.split(r'(\*\*/|\*\*|\*|\?|\[[^]]+\])', glob.removeprefix('./'))
     return re.compile(''.join(p if p.startswith('[') else wild.get(p, re.escape(p)) for p in parts))
 
 
 def data_files(files: Iterable[str]) -> list[str]:
-    """Return the files that can hold rows, sorted. Each file is returned in one format only."""
+    """Return the files that can hold rows, sorted. Of a file that exists in several formats, one format is returned."""
     data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
     visible = [name for name in data if not any(part.startswith(('.', '__')) for part in name.split('/'))]
     return _in_one_format(visible)
@@ -167,8 +167,8 @@ def data_files(files: Iterable[str]) -> list[str]:
 def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
     """Return the data files of each split, found from the names of files and folders.
 
-    Files without the name of a split are the split `train`. If other files are named `train`, they are the split
-    `other`.
+    If no file has `train` in its name, the files without the name of a split form the split `train`. Otherwise they
+    form the split `other`.
     """
     splits: dict[str, list[str]] = {}
     for name in data_files(files):
@@ -192,7 +192,7 @@ def _split_of(name: str) -> str:
 
 
 def is_held_back(split: str) -> bool:
-    """Return whether a split is for validation or tests, from the words of its name."""
+    """Return whether a split is for validation or tests. The words of its name decide this."""
     words = set(_plain(split).split('-'))
     return bool(words & {*_IN_NAMES['test'], *_IN_NAMES['validation']})
 
@@ -200,7 +200,7 @@ def is_held_back(split: str) -> bool:
 def subset_of(name: str) -> str:
     """Return the subset of a file in a repository without a list of files: the names of its folders.
 
-    Folders named `data` or after a split do not count. A file in no other folder is in the subset `default`.
+    Folders that are named `data` or like a split are ignored. If no folder remains, the subset is `default`.
     """
     names = {'data', *(spelling for spellings in _IN_NAMES.values() for spelling in spellings)}
     folders = [folder for folder in name.split('/')[:-1] if folder.lower() not in names]
@@ -223,7 +223,7 @@ def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split
 
 
 def _from_names(files: Iterable[str], entry: HubDataset, subset: str, split: str) -> list[str]:
-    """Return the data files whose names match a subset and a split. Each file is returned in one format only."""
+    """Return the data files whose names match a subset and a split. Each file is returned in only one format."""
     data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
     data = [name for name in data if not _holds_any(name, entry.not_named)]
     if subset != 'default':

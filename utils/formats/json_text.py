@@ -25,7 +25,7 @@ class WrittenNumber(float):
         return self.written
 
     def __reduce__(self) -> tuple[type[WrittenNumber], tuple[str]]:
-        """Copy the number with its text."""
+        """Keep the text of the number when the number is copied or pickled."""
         return WrittenNumber, (self.written,)
 
 
@@ -43,7 +43,7 @@ class RowWithRepeatedKeys(dict[str, Any]):
 
 
 def with_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a copy of a row in which the columns that are keys of `names` have the names that are their values."""
+    """Return a copy of a row with its columns renamed. `names` maps old names to new names."""
     made = {names.get(column, column): value for column, value in row.items()}
     return RowWithRepeatedKeys(made, row.repeated_keys) if isinstance(row, RowWithRepeatedKeys) else made
 
@@ -90,10 +90,10 @@ _NONCE = f'{secrets.randbelow(9) + 1}.{secrets.randbelow(10**8):08d}'
 
 
 class Spelling:
-    """Lets a JSON writer print numbers as they were written.
+    """Makes a JSON writer print numbers with the spelling of the source.
 
-    A JSON writer prints a WrittenNumber like any float: 1.10 as 1.1. So `hide` replaces such numbers by stand-ins,
-    which are floats, and `show` replaces the printed stand-ins by the text of the numbers.
+    A JSON writer prints a WrittenNumber like any float: 1.10 as 1.1. So `hide` replaces each such number by a stand-in,
+    a unique float, before printing. `show` then replaces the printed stand-ins by the text of the numbers.
     """
 
     def __init__(self) -> None:

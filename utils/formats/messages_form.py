@@ -1,4 +1,4 @@
-"""Writes a row in the form with messages, so that reading it again gives the same conversation."""
+"""Writes a row with the column `messages`. When the written row is read, it gives the same conversation."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _KEY = 'message key `'
 
 @dataclass(kw_only=True)
 class MessagesForm:
-    """A row in the form with messages (or with a text), and the unused columns and keys that could not be copied."""
+    """A row with the column `messages` (or `text`), and the unused columns and keys that could not be copied."""
 
     row: dict[str, Any]
     not_copied: list[str] = field(default_factory=list)
 
 
 def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool) -> MessagesForm:
-    """Return the row in the form with messages, for a file in `folder`. A row of plain text has the column `text`.
+    """Return the row with the column `messages`, for a file in `folder`. A row of plain text has the column `text`.
 
-    The conversation, the tools and the images are what conversion made of the row. Paths of images are changed so that
-    they are right from `folder`. Unused columns and keys of messages are copied. With `marks_loss`, each earlier reply
-    of a row that trains only its last reply gets `"loss": false`, because rows with messages train every reply. Without
+    The result has the conversation, tools and images of the converted row. Relative paths of images start in `folder`.
+    Unused columns and keys of messages are copied. With `marks_loss`, each reply before the last gets `"loss": false`
+    if the row trains only its last reply, because a row with `messages` otherwise trains every reply. Without
     `sees_images`, the bytes of images are not copied, because the model does not use them.
     """
     made = MessagesForm(row={})
@@ -60,7 +60,7 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool
 
 
 def _message(message: Message, row: Row, folder: Path) -> dict[str, Any]:
-    """Return a message under the keys with which it is read again."""
+    """Return a message as a dictionary with the keys that the reader of data files expects."""
     made: dict[str, Any] = {'role': message['role'], 'content': message['content']}
     if message['role'] == 'user':
         made['content'] = map_tags(message['content'], lambda path: _moved(path, row.folder, folder))
@@ -78,10 +78,10 @@ def _message(message: Message, row: Row, folder: Path) -> dict[str, Any]:
 
 
 def _moved(path: str, source: str | None, target: Path) -> str:
-    """Return the path of an image for a data file in `target`. The path is right for a data file in `source`.
+    """Return the path of an image for a data file in `target`. `path` is its path in a data file in `source`.
 
-    An image in `target` gets a relative path, and any other image an absolute path. A path that cannot be used, such
-    as a URL, stays as it is.
+    If the image is inside `target`, the result is a relative path, otherwise an absolute path. A path that cannot be
+    used, such as a URL, is returned unchanged.
     """
     if not path or source == str(target):
         return path
@@ -106,7 +106,7 @@ def _copy_keys(row: Row, messages: list[dict[str, Any]], made: MessagesForm) -> 
 
 
 def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """Yield each turn of the source row with its message. Texts of the source row, which have no keys, are skipped."""
+    """Yield each turn of the source row with its message. Turns that are only texts are skipped: they have no keys."""
     column = next((name for name in ('messages', 'conversations') if name in row.written), None)
     pair = next((names for names in PAIRS if row.written.keys() >= set(names)), ())
     turns: list[Any] = []
@@ -120,7 +120,7 @@ def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[M
 
 
 def _copy_columns(row: Row, made: MessagesForm) -> None:
-    """Copy the unused columns of a row, except columns with which the row would be read differently."""
+    """Copy the unused columns of a row, except columns that would change how the written row is read."""
     for name in _names(row.unused, _COLUMN):
         value = row.written[name]
         is_read_the_same = find_converter([*made.row, name]) is find_converter(made.row)

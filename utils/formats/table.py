@@ -1,4 +1,4 @@
-"""Reads tables as text: CSV, TSV, and what spreadsheet programs write under these names."""
+"""Reads tables in text files: CSV and TSV, also with the separators and empty cells that spreadsheet programs write."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _first_lines(lines: Iterator[tuple[int, str]]) -> list[str]:
 def _widths(head: Sequence[str], separator: str) -> list[int]:
     """Return the number of cells of each row in the first lines of a file. Lines without any text are skipped.
 
-    The list ends at a row that is broken, or that the first lines contain only in part.
+    The list ends before a row that is broken, or of which these lines contain only the beginning.
     """
     found: list[int] = []
     try:
@@ -58,7 +58,7 @@ def _widths(head: Sequence[str], separator: str) -> list[int]:
 def _find_separator(location: str, head: Sequence[str], usual: str) -> str:
     """Return the separator of a table, from its header and its first rows.
 
-    If the header has only one cell with each separator, return `usual`. Raises UnreadableRow if several separators are
+    Returns `usual` if no separator splits the header into several cells. Raises UnreadableRow if several separators are
     possible, or if the header and the rows have different separators.
     """
     widths = {separator: _widths(head, separator) for separator in _SEPARATORS}
@@ -87,8 +87,8 @@ def _find_separator(location: str, head: Sequence[str], usual: str) -> str:
 def _column_names(location: str, cells: list[str]) -> list[str]:
     """Return the names in a header. Empty cells at its end are dropped.
 
-    One other cell may be empty, because the header of an index column is often empty. Raises UnreadableRow if the
-    header has several other empty cells, or the same name twice.
+    One more cell may be empty, because the header of an index column is often empty. Raises UnreadableRow if more cells
+    are empty, or if a name occurs twice.
     """
     names = list(cells)
     while names and not names[-1].strip():
@@ -104,7 +104,7 @@ def _column_names(location: str, cells: list[str]) -> list[str]:
 def _misfit(cells: Sequence[str], names: Sequence[str], width: int, separator: str) -> str | None:
     """Return the problem with the number of cells in a row. Returns None if the cells fit the header.
 
-    Empty cells after the last named column fit: spreadsheet programs write them.
+    Empty cells after the last named column are allowed, because spreadsheet programs write such cells.
     """
     beyond = next((number for number, cell in enumerate(cells) if number >= len(names) and cell.strip()), None)
     if beyond is not None and len(cells) <= width:

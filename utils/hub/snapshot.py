@@ -110,9 +110,9 @@ class Snapshot:
     def to_fetch(self, names: Sequence[str]) -> list[str]:
         """Return the names of the files that `fetch` would request from the hub.
 
-        All `names` are requested if the hub changed a file, or if one of them was not verified yet. The package of the
-        hub then hashes every requested file. Otherwise, or without network, only the files that are missing or have a
-        wrong size are returned.
+        All `names` are returned if a file has changed on the hub, or if a file of `names` was not verified yet: the
+        Python package of the hub hashes every file that it fetches. In all other cases, and without network, only the
+        files that are missing or have a wrong size are returned.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
         if self.online and not (recorded.files == self.files and verified >= set(names)):

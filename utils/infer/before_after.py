@@ -71,12 +71,12 @@ class BeforeAfter:
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def ask_before(self, model: Any, args: SftArguments) -> None:
-        """With --sft_type full, generate the answers before training now, because training changes the base weights."""
+        """With --sft_type full, generate the answers before training. After training, the base weights are changed."""
         if args.sft_type == 'full':
             self.ask_now(model)
 
     def ask_now(self, model: Any) -> None:
-        """Generate the answers before training now, by the model as it is."""
+        """Generate the answers before training with the model in its present state."""
         self.before = self.ask(model)
 
     def write(self, model: Any, run_dir: Path) -> None:
@@ -105,7 +105,7 @@ class BeforeAfter:
 
 
 def _asked(row: Row, prompt: str, wanted: str) -> dict[str, Any]:
-    """Return the messages of a row for answers.json. For plain text, return the part of it that is shown."""
+    """Return the entry of a row in answers.json that shows its input: its messages, or the beginning of plain text."""
     if not row.is_text:
         return {'messages': row.messages}
     return {'messages': [{'role': 'assistant', 'content': prompt + wanted}], 'beginning': prompt}

@@ -122,7 +122,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _comparable(value: Any) -> tuple[Any, ...]:
-    """Return a JSON value in which each value has its kind, because Python's True equals 1."""
+    """Return a JSON value in which each value is a pair (kind, value), because True equals 1 in Python."""
     if isinstance(value, dict):
         return 'object', {key: _comparable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -133,7 +133,7 @@ def _comparable(value: Any) -> tuple[Any, ...]:
 
 
 class Function:
-    """A scoring function of a file. The file is executed when this object is made."""
+    """A scoring function in a Python file of the user. The file is executed when this object is made."""
 
     def __init__(self, word: str, own: OwnScore) -> None:
         self.word = word
@@ -175,15 +175,16 @@ class Function:
         return function  # type: ignore[return-value]
 
     def _place(self, error: Exception) -> str:
-        """Return the file and, if the error was raised in it, the line."""
+        """Return the location of an error: the file of the function and, if the file raised the error, the line."""
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(self.file)]
         return f'{self.file}:{lines[-1]}' if lines else str(self.file)
 
     def __call__(self, answer: str, label: str, row: Row) -> dict[str, float]:
-        """Return the scores of a row by name. Raises ConfigError if the function fails or returns something else.
+        """Return the scores of a row by name. Raises ConfigError if the function fails or its result is no score.
 
-        A number is returned under the name of the function. Of a dict, the first value also has this name, and each
-        value has the name <function>-<key>. The function gets a copy of the columns of the row as they were read.
+        If the function returns a number, the name of this score is the name of the function. If it returns a dict, each
+        value gets the name <function>-<key>, and the first value also gets the name of the function. The function gets
+        a copy of the columns of the row as they were read.
         """
         try:
             result = self._call(answer, label, copy.deepcopy(dict(row.written)))

@@ -23,8 +23,8 @@ def load_adapter(
     """Return the base model with the adapter of a checkpoint. Raises ConfigError if the adapter does not fit the model.
 
     `base` is the folder of the base model. `family` is the name of the family if the base model has an original layout
-    of 2023. It is needed only if config.json does not tell the family. With `dropout`, the adapter is trained on, with
-    this dropout. Then ConfigError is also raised if its file does not have exactly its tensors.
+    of 2023. It is needed only if config.json does not tell the family. With `dropout`, the adapter will be trained
+    further, with this dropout. Then ConfigError is also raised if the file lacks a tensor of the adapter or has more.
     """
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
@@ -63,7 +63,7 @@ def restore_adapter(model: Any, checkpoint: Path) -> None:
 
 
 def _check_complete(model: Any, folder: Path, checkpoint: Path) -> None:
-    """Raise ConfigError if a tensor of the adapter was not in its file, or if the file has another tensor.
+    """Raise ConfigError if a tensor of the adapter is missing in its file, or if the file has an additional tensor.
 
     PEFT only warns of missing tensors, and gives them random values.
     """

@@ -2,8 +2,8 @@
 
 transformers 5.24 renamed the argument and the output `past_key_values` to `cache`, in every model, decoder layer and
 attention layer (https://github.com/huggingface/transformers/releases/tag/v5.24.0). Until then the name was
-`past_key_values`. So code of this project gives the cache no parameter of its own, but leaves it in the keyword
-arguments and asks this module for it.
+`past_key_values`. So functions of this project have no parameter for the cache. The cache stays in their keyword
+arguments, and the functions of this module find it under either name.
 
 Remove this module once requirements.txt asks for 5.24 or later: the cache is then an ordinary parameter `cache`.
 """
@@ -18,7 +18,7 @@ _NAMES = ('cache', 'past_key_values')
 
 
 def named_cache(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the cache in `values` under the name that it has there. The result is empty if there is no cache.
+    """Return a dictionary with only the cache of `values`, under the same name. It is empty if there is no cache.
 
     `values` are the keyword arguments or the output of a model or a layer.
     """

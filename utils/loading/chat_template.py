@@ -1,4 +1,4 @@
-"""Reads and writes the chat templates of a folder, and gives a tokenizer the template that the user asks for."""
+"""Reads and writes the chat templates of a folder, and sets the template that the user named for a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
 
 
 def folder_templates(folder: Path) -> Templates | None:
-    """Return the chat template of a model folder, as its tokenizer will have it. Returns None if it has none."""
+    """Return the chat template that the tokenizer of a model folder will have. Returns None if there is none."""
     found = {}
     if (folder / TEMPLATE_FILE).is_file():
         found['default'] = _read_text(folder / TEMPLATE_FILE)
@@ -100,7 +100,7 @@ def write_templates(folder: Path, templates: Templates) -> None:
 
 
 def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, Any]) -> None:
-    """Give the tokenizer the template at `path`, if it is given, and write the settings in front of its template.
+    """Give the tokenizer the template at `path`, if a path is given, and write the settings before its template.
 
     Raises ConfigError if a setting is not a variable of the template, or if there is no template.
     """
@@ -114,14 +114,15 @@ def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, A
 
     if path is not None and (unknown := _unknown_markers(templates, tokenizer)):
         logger.warning(
-            f'--chat_template: {", ".join(unknown)} in it {"is" if len(unknown) == 1 else "are"} not in the vocabulary '
-            'of this tokenizer: printed and trained as several tokens of plain text'
+            f'--chat_template: the template contains {", ".join(unknown)}, and the vocabulary of this tokenizer does '
+            'not: printed and trained as several tokens of plain text. To add them when training, write them to a text '
+            'file, one per line, and use --new_tokens FILE.'
         )
     tokenizer.chat_template = change_each(templates, lambda source: add_settings(source, settings))
 
 
 def _unknown_markers(templates: Templates, tokenizer: Any) -> list[str]:
-    """Return the texts in the templates that look like control tokens and are not in the vocabulary."""
+    """Return the texts in the templates that look like control tokens but are not in the vocabulary."""
     from jinja2 import nodes
 
     literals = []

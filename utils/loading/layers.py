@@ -162,8 +162,8 @@ def choose_layers(
     """Return two lists: the layers that `wanted` names, and the words of `wanted` that name no layer.
 
     `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A layer is given
-    as PEFT takes it: by its last name if all layers of this name are chosen, else by its path. The names in `taken` are
-    chosen only if they are typed as names.
+    as PEFT takes it: by its last name if all layers of this name are chosen, else by its path. A layer whose
+    name is in `taken` is chosen only by its name or path, not by a pattern or a word such as all-linear.
     """
     names = Counter(map(last_name, paths))
     chosen: list[str] = []
@@ -187,7 +187,7 @@ def choose_layers(
 
 
 def _shortened(paths: Sequence[str], names: Counter[str]) -> list[str]:
-    """Return the last names of which all layers are in `paths`, and the paths of the other layers.
+    """Return the last name of layers if all layers with this name are in `paths`, and the paths of all other layers.
 
     `names` counts all layers of the model by their last name.
     """
@@ -224,7 +224,7 @@ def no_layer(word: str, class_name: str, paths: Sequence[str], experts: Sequence
 
 
 def bad_pattern(word: str) -> str | None:
-    """Return what is wrong with a word of --lora_target_modules that is a pattern. Returns None if nothing is wrong."""
+    """Return the problem with a word of --lora_target_modules that is a pattern, or None if the pattern is valid."""
     if not word.startswith(PATTERN):
         return None
     try:

@@ -1,7 +1,7 @@
-"""Settings of a chat template: reads name=value words, and writes them as lines in front of the template.
+"""Settings of a chat template, its variables with fixed values (name=value): written as lines before the template.
 
-A line is `{%- set enable_thinking = false -%}`. So the template itself says how it is steered: the lines are saved with
-every checkpoint, and every server renders as trained. A keyword of the caller does not change a name that is set there.
+A line is for example `{%- set enable_thinking = false -%}`. The lines are saved with the template in every checkpoint,
+so every server renders prompts as in training. If a caller passes a value for such a variable, the line replaces it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXAMPLE = 'Type e.g. --template_settings enable_thinking=false.'
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Return the values by name. Raises ConfigError with every problem of the words."""
+    """Return a dictionary from the names of the settings to their values. Raises ConfigError with all problems."""
     settings: dict[str, Any] = {}
     problems = []
     for word in words:
@@ -56,7 +56,7 @@ def setting_names(words: Sequence[str]) -> list[str]:
 
 
 def _parse_value(text: str) -> Any:
-    """Return the value of a text: true, false, none, a number, JSON (a list, an object, quoted text), or the text."""
+    """Return the value that a text states: true, false, none, a number, a JSON list, object or string, or the text."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     if text[:1] in ('[', '{', '"'):
@@ -80,7 +80,7 @@ def as_word(name: str, value: Any) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Return a value as Jinja writes it. JSON differs only in null."""
+    """Return a value as source text of Jinja, which is JSON except that null is written as none."""
     if value is None:
         return 'none'
     if isinstance(value, list):
@@ -92,13 +92,13 @@ def _literal(value: Any) -> str:
 
 @functools.lru_cache(maxsize=32)
 def split_settings(source: str) -> tuple[dict[str, Any], str]:
-    """Return the settings that stand in front of a template, and the rest of the template."""
+    """Return the settings in the lines at the beginning of a template, and the rest of the template."""
     lines, rest = _split_lines(source)
     return {name: value for name, value, _ in lines}, rest
 
 
 def _split_lines(source: str) -> tuple[list[tuple[str, Any, str]], str]:
-    """Return (name, value, line) for each line in front of a template that sets a constant, and the rest."""
+    """Return a list with (name, value, line) for each setting at the beginning of a template, and the rest."""
     lines = []
     while match := _LINE.match(source):
         value = _constant(match[0])
@@ -110,7 +110,7 @@ def _split_lines(source: str) -> tuple[list[tuple[str, Any, str]], str]:
 
 
 def _constant(line: str) -> tuple[Any] | None:
-    """Return the value that a line sets. Returns None if the line does more than to set one constant."""
+    """Return a tuple with the value that a line sets. Returns None if the line does more than set one constant."""
     from jinja2 import TemplateSyntaxError, nodes
 
     try:
@@ -127,7 +127,7 @@ def _constant(line: str) -> tuple[Any] | None:
 
 
 def add_settings(source: str, settings: Mapping[str, Any]) -> str:
-    """Return the template with these settings in front of it. A setting of the same name there is replaced."""
+    """Return the template with lines for these settings before it. An existing line with the same name is replaced."""
     lines, rest = _split_lines(source)
     kept = {name for name, _, _ in lines}
     written = [
@@ -146,7 +146,7 @@ def _line(name: str, value: Any, *, strips: bool) -> str:
 
 
 def sources_of(templates: Templates) -> list[str]:
-    """Return the texts of the templates."""
+    """Return a list with the text of each template."""
     return list(templates.values()) if isinstance(templates, dict) else [templates]
 
 
@@ -160,8 +160,8 @@ def change_each(templates: Templates, change: Callable[[str], str]) -> Templates
 def settings_problems(settings: Iterable[str], templates: Templates, supplied: Iterable[str] = ()) -> list[str]:
     """Return a message for each name that is not a setting of the templates. Each message names a remedy.
 
-    A name is a setting if one of the templates reads it, or if it is set in front of one. `supplied` are names that
-    the tokenizer fills, in addition to those that every tokenizer fills.
+    A name is a setting if a template reads it, or if a line before a template sets it. Variables that the tokenizer
+    supplies are not settings. `supplied` has the variables that only this tokenizer supplies.
     """
     filled = {*SUPPLIED, *supplied}
     known: set[str] = set()

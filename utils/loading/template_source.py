@@ -28,13 +28,13 @@ _FUNCTIONS = frozenset(('raise_exception', 'strftime_now', 'caller', 'varargs', 
 
 @functools.cache
 def environment() -> Any:
-    """Return the sandbox in which templates are parsed. It knows the same tags as the one of transformers."""
+    """Return the sandbox in which templates are parsed. It has the same tags as the sandbox of transformers."""
     import jinja2.ext
     from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """The tag with which templates mark the text of a reply."""
+        """The tag {% generation %}, with which templates mark the text of a reply."""
 
         tags = {'generation'}  # noqa: RUF012 # Jinja declares a set
 
@@ -66,7 +66,7 @@ def parse_template(source: str, where: str) -> nodes.Template:
 
 @functools.lru_cache(maxsize=32)
 def read_variables(source: str, where: str = 'the chat template') -> frozenset[str]:
-    """Return the names that a template reads before it sets them: what a caller can steer.
+    """Return the variables that a template reads before it sets them. A caller can give values for them.
 
     Functions of Jinja and of transformers are not included. Raises ConfigError for a syntax error.
     """
@@ -76,17 +76,17 @@ def read_variables(source: str, where: str = 'the chat template') -> frozenset[s
 
 
 class _Reader:
-    """Follows the statements of a template in their order.
+    """Finds the variables that come from the caller, by following the statements of a template in their order.
 
-    `known` are the names that the template has set itself on every way to a statement. A name that is read and is not
-    among them comes from the caller.
+    `known` has the names that the template itself has set on every path to a statement. If the statement reads a name
+    that is not in `known`, the name comes from the caller.
     """
 
     def __init__(self) -> None:
         self.found: set[str] = set()
 
     def read_body(self, body: Iterable[nodes.Node], known: frozenset[str]) -> frozenset[str]:
-        """Read statements that share a scope. Returns the names that are known after them."""
+        """Read statements that share a scope. Returns the value of `known` after the last statement."""
         from jinja2 import nodes
 
         macros = []
@@ -120,7 +120,7 @@ class _Reader:
         return known
 
     def _read_scope(self, node: nodes.Node, known: frozenset[str]) -> None:
-        """Read a statement whose own names end with it, such as a block, a call with a body, or plain output."""
+        """Read a statement after which no new name is known, such as a block, a call with a body, or plain output."""
         from jinja2 import nodes
 
         if isinstance(node, nodes.CallBlock):
@@ -163,7 +163,7 @@ class _Reader:
         self.read_body(node.body, known | {argument.name for argument in node.args})
 
     def _targets(self, target: nodes.Node, known: frozenset[str]) -> set[str]:
-        """Return the names that an assignment sets. If it sets a value of a namespace, the namespace is read."""
+        """Return the names that an assignment sets. If it sets an attribute of a namespace, it reads the namespace."""
         from jinja2 import nodes
 
         found = {name.name for name in target.find_all(nodes.Name)}
@@ -183,7 +183,7 @@ class _Reader:
 
 
 def _raises(body: Iterable[nodes.Node]) -> bool:
-    """Return whether the statements call raise_exception, not counting those inside of other statements."""
+    """Return whether one of the statements calls raise_exception. Nested statements are not searched."""
     from jinja2 import nodes
 
     calls = (call for node in body if isinstance(node, nodes.Output) for call in node.find_all(nodes.Call))

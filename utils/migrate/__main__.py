@@ -1,4 +1,4 @@
-"""`python -m utils.migrate RECIPE`: translate a recipe of LLaMA-Factory, axolotl or ms-swift into a command here."""
+"""`python -m utils.migrate RECIPE`: translate a recipe of LLaMA-Factory, axolotl or ms-swift for llm_sft.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def translated(recipe: Recipe, dataset_info: Path | None) -> Translation:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the command for llm_sft.py, and what happens with each key of the recipe.
+    """Print the command for llm_sft.py, and how each key of the recipe was translated.
 
     Returns the exit code: 0, 1 if the command has a problem, or 2 if the recipe cannot be read.
     """

@@ -64,7 +64,7 @@ _OTHER_TRAINING = refused(f'it {NOT_REPLIES}. Use axolotl for it.')
 
 def _adapter(t: Translation, key: str, value: Any) -> None:
     if str(value) not in ('lora', 'qlora'):
-        t.refuse(key, f"'{value}' is not built here. Use lora or qlora, or remove the key to train all weights.")
+        t.refuse(key, f"'{value}' is not supported. Use lora or qlora, or remove the key to train all weights.")
         return
     t.use(key, 'sft_type', 'lora')
     if is_on(t.get('load_in_4bit')) or str(value) == 'qlora':
@@ -93,7 +93,7 @@ def _experts(t: Translation, key: str, value: Any) -> None:
 def _scheduler(t: Translation, key: str, value: Any) -> None:
     known = {'one_cycle': 'cosine', 'rex': 'cosine'}
     if str(value) in known:
-        t.use(key, 'lr_scheduler_type', known[str(value)], why=f"'{value}' is not built here")
+        t.use(key, 'lr_scheduler_type', known[str(value)], why=f"'{value}' is not supported")
     else:
         t.use(key, 'lr_scheduler_type', value)
 
@@ -130,9 +130,9 @@ def _template_settings(t: Translation, key: str, value: Any) -> None:
 def _plugins(t: Translation, key: str, value: Any) -> None:
     for plugin in to_list(value):
         if any(name in str(plugin) for name in _HARMLESS_PLUGINS):
-            t.note('without effect', key, f'{plugin}: the fast path here is on wherever it is exact')
+            t.note('without effect', key, f'{plugin}: llm_sft.py uses its fast path wherever it is exact')
         else:
-            t.refuse(key, f"'{plugin}' changes the training and is not here. Remove it from the recipe.")
+            t.refuse(key, f"'{plugin}' changes the training and is not supported. Remove it from the recipe.")
 
 
 def _total_batch(t: Translation, key: str, value: Any) -> None:
@@ -163,7 +163,7 @@ def _bf16(t: Translation, key: str, value: Any) -> None:
 
 
 def _full(t: Translation, key: str, value: Any) -> None:
-    """Translate load_in_4bit and load_in_8bit. With an adapter they are translated together with it."""
+    """Refuse load_in_4bit or load_in_8bit in a recipe without `adapter`. With `adapter`, its rule reads these keys."""
     if is_empty(t.get('adapter')) and is_on(value):
         t.refuse(key, 'quantised weights cannot be trained. Add adapter: qlora, or remove the key.')
 
@@ -203,14 +203,14 @@ RULES: dict[str, Rule] = {
     'peft_init_lora_weights': other(f'another start of the adapter {NOT_BUILT}'),
     'peft_layers_to_transform': refused('an adapter on some layers only: use --lora_target_modules. Remove the key.'),
     'loraplus_lr_ratio': other(f'a second learning rate (LoRA+) {NOT_BUILT}'),
-    'unfrozen_parameters': refused('training only some weights is not built here. Remove the key, or use an adapter.'),
+    'unfrozen_parameters': refused('training only some weights is not supported. Remove the key, or use an adapter.'),
     'bnb_config_kwargs': other('left out: --bnb_4bit_quant_type and others name these settings'),
     'sequence_len': same('max_length'),
     'excess_length_strategy': lambda t, key, value: t.use(
         key,
         'overlong',
         _OVERLONG.get(str(value), 'cut'),
-        why='' if str(value) in _OVERLONG else 'the beginning of a longer row is cut; there its end',
+        why='' if str(value) in _OVERLONG else 'the beginning of a longer row is cut; axolotl cuts its end',
     ),
     'sample_packing': same('packing'),
     'eval_sample_packing': unused('validation rows are evaluated one by one or concatenated, with the same loss'),
@@ -296,11 +296,11 @@ RULES: dict[str, Rule] = {
     'num_labels': _REWARD,
     'diffusion': _OTHER_TRAINING,
     'ebft': _OTHER_TRAINING,
-    'qat': refused('training with rounded weights is not built here. Remove the key.'),
+    'qat': refused('training with rounded weights is not supported. Remove the key.'),
     'fp8': other('left out: the data type is that of --dtype'),
-    'relora': refused('restarts of the adapter are not built here. Remove the key.'),
+    'relora': refused('restarts of the adapter are not supported. Remove the key.'),
     'lisa_n_layers': other(f'LISA {NOT_BUILT}'),
-    'llmcompressor': refused('sparse weights are not built here. Remove the key.'),
+    'llmcompressor': refused('sparse weights are not supported. Remove the key.'),
     'use_eaft': other('left out: the loss is the cross-entropy of the trained tokens'),
     'context_parallel_size': _divided,
     'sequence_parallel_degree': _divided,
@@ -354,9 +354,9 @@ FAMILIES: dict[str, Rule] = {
     'eval_': unused('the evaluation has its own settings here'),
     'do_causal': unused('the evaluation has its own settings here'),
     'expert_parallel': unused('experts are not divided over devices'),
-    'relora_': unused('restarts of the adapter are not built here'),
-    'jagged_': refused('restarts of the schedule are not built here. Remove the key.'),
-    'lisa_': unused('LISA is not built here'),
+    'relora_': unused('restarts of the adapter are not supported'),
+    'jagged_': refused('restarts of the schedule are not supported. Remove the key.'),
+    'lisa_': unused('LISA is not supported'),
     'eaft_': unused('the loss is the cross-entropy of the trained tokens'),
     'ray_': unused('runs are started with python or torchrun'),
     'kto_': _RLHF,
@@ -367,13 +367,13 @@ FAMILIES: dict[str, Rule] = {
 
 
 def translate(t: Translation) -> None:
-    """Translate a recipe of axolotl."""
+    """Translate a recipe of axolotl: set the flags of `t`, and add its notes and problems."""
     apply_rules(t, RULES, FAMILIES)
     t.use('(hub)', 'hub', 'huggingface', kind='default')
     if is_empty(t.get('adapter')):
         t.use('(adapter)', 'sft_type', 'full', kind='default')
     elif not t.flags.get('lora_target_modules') and not t.problems.found:
-        why = 'the layers that the model entry names, or all linear layers; there the choice of PEFT for the class'
+        why = 'the layers that the model entry names, or all linear layers; axolotl takes the choice of PEFT'
         t.note('different', '(lora_target_modules)', why)
 
     rows = Rows()
@@ -392,7 +392,7 @@ def translate(t: Translation) -> None:
 
 
 def _steps(t: Translation, *, evaluates: bool) -> None:
-    """Set --eval_steps and --save_steps from steps, or from the number of times per epoch."""
+    """Set --eval_steps and --save_steps: from numbers of steps in the recipe, or from evals and saves per epoch."""
     epochs = to_number(t.get('num_epochs')) or 1
     for what, often, flag in (('eval', 'evals_per_epoch', 'eval_steps'), ('save', 'saves_per_epoch', 'save_steps')):
         if what == 'eval' and not evaluates:
@@ -411,7 +411,7 @@ def _steps(t: Translation, *, evaluates: bool) -> None:
 
 
 def _entries(t: Translation, key: str) -> list[dict[str, Any]]:
-    """Return the data sets of a key as a list of objects."""
+    """Return the data sets in the value of a key as a list of dictionaries."""
     value = t.get(key)
     entries = []
     for entry in value if isinstance(value, list) else [value]:
@@ -425,7 +425,7 @@ def _entries(t: Translation, key: str) -> list[dict[str, Any]]:
 
 
 def _entry_words(t: Translation, rows: Rows, key: str, entry: dict[str, Any]) -> list[str]:
-    """Return the words of --dataset for one data set, and add its columns."""
+    """Return the values of --dataset for one data set. Adds the names of its columns to `rows`."""
     path = str(entry['path'])
     named = f'{key} {path}'
     _shape(t, rows, named, entry)
@@ -451,14 +451,14 @@ def _entry_words(t: Translation, rows: Rows, key: str, entry: dict[str, Any]) ->
 
 
 def _splits(t: Translation, named: str, split: str) -> list[str]:
-    """Return the names of the splits in `train[:20%]+test`. A part in brackets is left out."""
+    """Return the names of the splits in a text such as `train[:20%]+test`. A slice in brackets is removed."""
     if '[' in split:
         t.note('different', named, f'all rows of the split are used instead of {split}; name#1000 draws 1000 rows')
     return [re.sub(r'\[.*\]', '', part) for part in split.split('+')]
 
 
 def _shape(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> None:
-    """Add the columns of a data set by its type. A type that is not known is a problem."""
+    """Add the names of a data set's columns to `rows`, according to the key `type`. An unknown type is a problem."""
     kind = entry.get('type')
     if isinstance(kind, dict):
         names = {kind.get(f'field_{part}', part): part for part in ('instruction', 'input', 'output', 'system')}
@@ -470,7 +470,7 @@ def _shape(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> Non
     if base in ('chat_template', 'sharegpt') and not str(kind).endswith('.argilla'):
         _messages(t, rows, named, entry)
     elif base == 'alpaca':
-        why = "the chat template of the model is used; there the text 'Below is an instruction' is put around a row"
+        why = "the chat template of the model is used; axolotl puts the text 'Below is an instruction' around a row"
         t.note('different', named, why)
     elif base in ('completion', 'pretrain'):
         rows.text(t, named, str(entry.get('field') or entry.get('text_column') or 'text'))
@@ -483,7 +483,7 @@ def _shape(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> Non
 
 
 def _messages(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> None:
-    """Add the column of a data set with conversations. Messages with keys that are not known are a problem."""
+    """Add the column of a data set with conversations to `rows`. Unknown names of message keys are a problem."""
     mapped = entry.get('message_property_mappings') or {}
     role = str(mapped.get('role') or entry.get('message_field_role') or 'role')
     content = str(mapped.get('content') or entry.get('message_field_content') or 'content')

@@ -84,7 +84,7 @@ def _finetuning_type(t: Translation, key: str, value: Any) -> None:
     if str(value) in ('lora', 'full'):
         t.use(key, 'sft_type', value)
     else:
-        t.refuse(key, f"'{value}' is not built here. Use lora or full.")
+        t.refuse(key, f"'{value}' is not supported. Use lora or full.")
 
 
 def _lora_target(t: Translation, key: str, value: Any) -> None:
@@ -95,7 +95,7 @@ def _lora_target(t: Translation, key: str, value: Any) -> None:
 def _quantization(t: Translation, key: str, value: Any) -> None:
     method = str(t.get('quantization_method', 'bnb'))
     if method not in ('bnb', 'bitsandbytes'):
-        t.refuse('quantization_method', f"'{method}' is not built here. Use bnb with 4 or 8 bits.")
+        t.refuse('quantization_method', f"'{method}' is not supported. Use bnb with 4 or 8 bits.")
     t.use(key, 'quantization_bit', value)
 
 
@@ -136,7 +136,7 @@ RULES: dict[str, Rule] = TRAINER_RULES | {
     'model_name_or_path': same('model_id_or_path'),
     'model_revision': same('model_revision'),
     'adapter_name_or_path': same('adapter'),
-    'create_new_adapter': refused('a second adapter on a trained one is not built here. Merge the first one.'),
+    'create_new_adapter': refused('a second adapter on a trained one is not supported. Merge the first one.'),
     'stage': _stage,
     'finetuning_type': _finetuning_type,
     'lora_rank': same('lora_rank'),
@@ -163,7 +163,7 @@ RULES: dict[str, Rule] = TRAINER_RULES | {
     'default_system': same('system'),
     'enable_thinking': _thinking,
     'cutoff_len': same(
-        'max_length', 'a longer row loses its beginning; there the ends of a long prompt and of a long reply are cut'
+        'max_length', 'a longer row loses its beginning; the toolkit cuts the ends of a long prompt and of a long reply'
     ),
     'max_samples': silent,
     'val_size': silent,
@@ -226,12 +226,12 @@ RULES: dict[str, Rule] = TRAINER_RULES | {
 FAMILIES: dict[str, Rule] = {
     'pissa_': other(f'PiSSA {NOT_BUILT}'),
     'loraplus_': other(f'a second learning rate (LoRA+) {NOT_BUILT}'),
-    'badam_': unused('BAdam is not built here'),
-    'apollo_': unused('APOLLO is not built here'),
+    'badam_': unused('BAdam is not supported'),
+    'apollo_': unused('APOLLO is not supported'),
     'eaft_': unused('the loss is the cross-entropy of the trained tokens'),
     'pref_': refused(f'preference training {NOT_REPLIES}. Use LLaMA-Factory for it.'),
     'ppo_': refused(f'reinforcement learning {NOT_REPLIES}. Use LLaMA-Factory for it.'),
-    'freeze_trainable': refused('training only some layers is not built here. Use lora or full.'),
+    'freeze_trainable': refused('training only some layers is not supported. Use lora or full.'),
     'video_': unused('rows with videos are not read here'),
     'audio_': unused('rows with sound are not read here'),
     'vllm_': unused('it is for serving'),
@@ -242,7 +242,7 @@ FAMILIES: dict[str, Rule] = {
 
 
 def translate(t: Translation, folder: Path, dataset_info: Path | None) -> None:
-    """Translate a LLaMA-Factory recipe of a folder. `dataset_info` is its dataset_info.json, if it is named."""
+    """Translate a LLaMA-Factory recipe in `folder`. `dataset_info` is the path in --dataset_info, or None."""
     apply_rules(t, RULES, FAMILIES)
     modelscope = str(t.environment.get('USE_MODELSCOPE_HUB', '0')).lower() in ('1', 'true')
     t.use('(hub)', 'hub', 'modelscope' if modelscope else 'huggingface', kind='default')
@@ -282,7 +282,7 @@ def _rows(t: Translation, folder: Path, dataset_info: Path | None) -> None:
 
 
 def _mix(t: Translation, rows: Rows) -> None:
-    """Give the words of --dataset the shares of interleave_probs."""
+    """Append the shares in `interleave_probs` to the values of --dataset (name%share)."""
     strategy = str(t.get('mix_strategy', 'concat'))
     shares = to_list(t.get('interleave_probs'))
     if strategy == 'concat':
@@ -297,7 +297,7 @@ def _mix(t: Translation, rows: Rows) -> None:
 
 
 def val_size(t: Translation, key: str) -> None:
-    """Translate the size of the validation set: a share, or a number of rows, which is a problem."""
+    """Translate the size of the validation set. A number of rows becomes the share 0.01, with a note to change it."""
     size = to_number(t.get(key, 0))
     if size is None or size < 0:
         t.refuse(key, f"'{t.get(key)}' is not a share. Give a share below 1, e.g. 0.1.")
@@ -307,13 +307,13 @@ def val_size(t: Translation, key: str) -> None:
     elif 0 < size < 1:
         t.use(key, 'dataset_test_ratio', size, why='the rows that are held out are chosen by another random generator')
     elif size:
-        t.use(key, 'dataset_test_ratio', 0.01, why=f'{int(size)} rows there; here it is a share: change it')
+        t.use(key, 'dataset_test_ratio', 0.01, why=f'the recipe asks for {int(size)} rows; change this share')
     else:
         t.use(key if t.get(key) is not None else '(--dataset_test_ratio)', 'dataset_test_ratio', 0, kind='default')
 
 
 def _read_info(t: Translation, folder: Path, dataset_info: Path | None) -> Mapping[str, Any]:
-    """Return the entries of dataset_info.json, or an empty dictionary if the file is not there."""
+    """Return the entries of dataset_info.json, or an empty dictionary if there is no such file."""
     named = str(t.get('dataset_dir', 'data'))
     places = [dataset_info] if dataset_info else [Path(base, named, 'dataset_info.json') for base in (folder, Path())]
     for file in places:
@@ -326,7 +326,7 @@ def _read_info(t: Translation, folder: Path, dataset_info: Path | None) -> Mappi
 
 
 def _words(t: Translation, rows: Rows, key: str, name: str, info: Mapping[str, Any]) -> list[str]:
-    """Return the words of --dataset for a name of LLaMA-Factory."""
+    """Return the values of --dataset for a data set that LLaMA-Factory knows by this name."""
     if name in info:
         return _entry_words(t, rows, f'{key} {name}', info[name])
     if name in _ON_HUGGING_FACE:
@@ -334,18 +334,18 @@ def _words(t: Translation, rows: Rows, key: str, name: str, info: Mapping[str, A
         return [hub_word('hf:', repo_id, split or 'train')]
     if name in _DEMO_FILES:
         folder = str(t.get('dataset_dir', 'data'))
-        t.note('different', f'{key} {name}', 'a file of the LLaMA-Factory repository: start there, or give its path')
+        t.note('different', f'{key} {name}', 'a file of the LLaMA-Factory repository: start in it, or give its path')
         return [f'{folder}/{_DEMO_FILES[name]}']
     known = (*info, *_ON_HUGGING_FACE, *_DEMO_FILES)
     t.refuse(
         f'{key} {name}',
-        f'its entry of dataset_info.json is not here{did_you_mean(name, known)} Name it with --dataset_info FILE.',
+        f'its entry of dataset_info.json is not found{did_you_mean(name, known)} Name its file: --dataset_info FILE.',
     )
     return [name]
 
 
 def _entry_words(t: Translation, rows: Rows, key: str, entry: Mapping[str, Any]) -> list[str]:
-    """Return the words for an entry of dataset_info.json, and add its columns."""
+    """Return the values of --dataset for an entry of dataset_info.json. Adds the names of its columns to `rows`."""
     if entry.get('ranking') or 'kto_tag' in entry.get('columns', {}):
         t.refuse(key, 'rows with a chosen and a rejected reply are for preference training. Name rows with replies.')
     if entry.get('script_url'):

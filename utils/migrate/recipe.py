@@ -1,4 +1,4 @@
-"""Reads a recipe of another toolkit: a YAML file, or a file or text with a command line of a shell."""
+"""Reads a recipe, the settings of a training run in a different toolkit: from a YAML file or from a shell command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SWIFT_OTHERS = ('rlhf', 'infer', 'deploy', 'export', 'eval', 'app', 'merge-lora
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The keys and values of a recipe, its toolkit, the folder of the file, and variables set before a command."""
+    """The keys and values of a recipe, its toolkit, the folder of its file, and its environment variables."""
 
     toolkit: Toolkit
     values: Mapping[str, Any]
@@ -37,9 +37,9 @@ class Recipe:
 
 
 def read_recipe(given: str) -> Recipe:
-    """Return the recipe that a file or a text holds.
+    """Return the recipe in a file or, if `given` is a command line, in this text.
 
-    Raises ConfigError if there is no such file, or if it is no recipe of a toolkit that is known.
+    Raises ConfigError if the file does not exist, or if the recipe is not of a known toolkit.
     """
     path = Path(given)
     if not _is_file(path):
@@ -67,7 +67,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _of_yaml(path: Path, text: str, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe in a YAML file. `changes` are the keys that a command line gives after the file."""
+    """Return the recipe in a YAML file. `changes` has keys from the command line, which replace those of the file."""
     import yaml  # type: ignore[import-untyped]
 
     try:
@@ -99,7 +99,7 @@ def _recognise(values: Mapping[str, Any], path: Path) -> Toolkit:
 
 
 def _of_command(text: str, shown: str, folder: Path) -> Recipe:
-    """Return the recipe of the first training command in a text. Variables set before it are filled in."""
+    """Return the recipe of the first training command in a text. Variables that are set before it get their values."""
     variables: dict[str, str] = {}
     for line in _lines(text):
         words = _words(_filled_in(line, variables), shown)
@@ -118,14 +118,14 @@ def _of_command(text: str, shown: str, folder: Path) -> Recipe:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines of a shell text without comments. A line that ends in a backslash goes on in the next one."""
+    """Return the lines of a shell script without comments. A line that ends in a backslash is joined with the next."""
     kept = [line for line in text.splitlines() if not line.lstrip().startswith('#')]
     joined = re.sub(r'\\\s*\n', ' ', '\n'.join(kept))
     return [line.strip() for line in joined.splitlines() if line.strip()]
 
 
 def _filled_in(line: str, variables: Mapping[str, str]) -> str:
-    """Return a line with the values of variables, and with the results of sums of two whole numbers."""
+    """Return a line in which variables, and calculations with two whole numbers, are replaced by their values."""
     filled = _VARIABLE.sub(lambda m: variables.get(m[1] or m[2], m[0]), line)
     return _ARITHMETIC.sub(_calculated, filled)
 
@@ -146,7 +146,7 @@ def _words(line: str, shown: str) -> list[str]:
 
 
 def _training(words: Sequence[str], environment: Mapping[str, str], folder: Path) -> Recipe | None:
-    """Return the recipe of a command that trains. Returns None for any other command."""
+    """Return the recipe in a training command. Returns None for any other command."""
     names = [Path(word).name for word in words]
     for position, name in enumerate(names):
         rest = list(words[position + 2 :])
@@ -166,7 +166,7 @@ def _swift(program: str, command: str, words: list[str], environment: Mapping[st
     if program == 'megatron' or command in _SWIFT_OTHERS:
         if program == 'megatron' or command == 'rlhf':
             raise ConfigError(
-                f'{program} {command}: only supervised fine-tuning (swift sft) is built here. Train this stage with '
+                f'{program} {command}: only supervised fine-tuning (swift sft) is supported. Train this stage with '
                 'ms-swift.'
             )
         return None
@@ -179,7 +179,10 @@ def _swift(program: str, command: str, words: list[str], environment: Mapping[st
 
 
 def _flags(words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of --name value, --name=value and name=value. Several values of a name are a list."""
+    """Return {name: value} for words of the forms --name value, --name=value and name=value.
+
+    If a name has several values, they are returned as a list.
+    """
     values: dict[str, Any] = {}
     name = ''
     for word in words:
@@ -197,7 +200,7 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _with_file(words: list[str], environment: Mapping[str, str], folder: Path) -> Recipe:
-    """Return the recipe of the YAML file that a command names, changed by the flags after it."""
+    """Return the recipe in the YAML file that a command names. Flags after the file name replace keys of the file."""
     if words[0].startswith('-'):
         found = {**_flags(words)}
         return Recipe(toolkit=_recognise(found, Path(words[0])), values=found, folder=folder, environment=environment)

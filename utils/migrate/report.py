@@ -1,4 +1,4 @@
-"""Shows a translated recipe: the command, what happens with each key, and the problems of the command."""
+"""Shows a translated recipe: the command, how each key was translated, and the problems of the command."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from utils.migrate.translation import Kind, Translation
 
 _TITLES: dict[Kind, str] = {
     'used': 'Used, with the same meaning',
-    'default': 'Not in the recipe: defaults of {toolkit} that are not the defaults here',
+    'default': 'Not in the recipe: defaults of {toolkit} that differ from those of llm_sft.py',
     'different': 'Different in meaning',
-    'without effect': 'Without effect here',
+    'without effect': 'Without effect in llm_sft.py',
     'not understood': 'Not understood, and left out',
 }
 
 
 def flag_words(t: Translation) -> list[str]:
-    """Return the words of the command after the name of the program."""
+    """Return the flags of the translated command and their values, as words of a command line."""
     return [word for flag, words in t.flags.items() for word in (f'--{flag}', *words)]
 
 
 def find_problems(t: Translation) -> list[str]:
-    """Return the problems of the recipe, and those that llm_sft.py finds in the command without files or network."""
+    """Return the problems of the recipe, and those that llm_sft.py finds in the translated command.
+
+    No file is read, and the network is not used.
+    """
     resolved = resolve_sft(parse(SftArguments, flag_words(t), program='llm_sft.py', about=''))
     problems = Problems([*t.problems.found])
     for problem in resolved.problems.found:
@@ -34,7 +37,7 @@ def find_problems(t: Translation) -> list[str]:
 
 
 def command(t: Translation) -> str:
-    """Return the command, one flag on a line."""
+    """Return the translated command as text, with one flag on each line."""
     start = 'python llm_sft.py'
     if t.sharded or (t.processes or 1) > 1:
         start = f'torchrun --nproc_per_node {t.processes or 2} llm_sft.py'
@@ -43,7 +46,7 @@ def command(t: Translation) -> str:
 
 
 def render(t: Translation, problems: list[str]) -> str:
-    """Return the report as text. Values of keys without effect are not shown, because they may be tokens."""
+    """Return the report as text. Values of keys without effect are not shown: they may be secrets."""
     parts = [command(t)]
     if t.sharded and t.processes is None:
         parts.append('The recipe does not say the number of processes: write your number of GPUs for 2.')

@@ -13,14 +13,14 @@ COLUMNS_KEY = '(columns)'
 
 @dataclass(kw_only=True)
 class Rows:
-    """The words of --dataset and --val_dataset that a recipe means, and the columns that need another name."""
+    """The values of --dataset and --val_dataset for a recipe, and the columns that --columns must rename."""
 
     train: list[str] = field(default_factory=list)
     val: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
 
     def rename(self, t: Translation, key: str, names: Mapping[str, str]) -> None:
-        """Add columns as {name in the file: name that is read}. A column with two meanings is a problem."""
+        """Add columns to rename, as {name in the file: new name}. Two new names for one column are a problem."""
         for column, meaning in names.items():
             if column == meaning:
                 continue
@@ -32,7 +32,7 @@ class Rows:
                 )
 
     def chat(self, t: Translation, key: str, column: str, role: str, content: str) -> None:
-        """Add a column of conversations whose messages have the keys `role` and `content`. Other keys are a problem."""
+        """Add a column of conversations. `role` and `content` are its message keys; unknown keys are a problem."""
         if role not in ('role', 'from') or content not in ('content', 'value'):
             t.refuse(
                 key,
@@ -43,7 +43,7 @@ class Rows:
             self.rename(t, key, {column: 'messages'})
 
     def text(self, t: Translation, key: str, column: str) -> None:
-        """Add a column of plain text, which is trained on every token."""
+        """Add a column of plain text. Training uses every token of the text."""
         t.note('different', key, 'rows with a column text are trained on every token, and the end of text is added')
         self.rename(t, key, {column: 'text'})
 
@@ -60,7 +60,7 @@ class Rows:
 
 
 def hub_word(prefix: str, repo_id: str, *parts: str, revision: str = '') -> str:
-    """Return the word of --dataset for a data set on a hub, with the subset, the split and the revision if given."""
+    """Return the value of --dataset for a data set on a hub. `parts` are its subset and split, if there are any."""
     word = ':'.join([f'{prefix}{repo_id}', *(part for part in parts if part)])
     return f'{word}@{revision}' if revision else word
 
@@ -71,6 +71,6 @@ def is_file(path: str) -> bool:
 
 
 def take_first(t: Translation, key: str, words: list[str], count: int) -> list[str]:
-    """Return the words with a number of rows, which are drawn at random here and were the first rows there."""
-    t.note('different', key, f'{count} rows of each data set are drawn at random; there they are the first rows')
+    """Append #count to each word, which draws `count` random rows. A note says that the toolkit takes the first."""
+    t.note('different', key, f'{count} rows of each data set are drawn at random; {t.toolkit} takes the first rows')
     return [word if '#' in word else f'{word}#{count}' for word in words]

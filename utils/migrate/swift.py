@@ -53,7 +53,7 @@ def _tuner(t: Translation, key: str, value: Any) -> None:
     if str(value) in ('lora', 'full'):
         t.use(key, 'sft_type', value)
     else:
-        t.refuse(key, f"'{value}' is not built here. Use lora or full.")
+        t.refuse(key, f"'{value}' is not supported. Use lora or full.")
 
 
 def _targets(t: Translation, key: str, value: Any) -> None:
@@ -62,7 +62,7 @@ def _targets(t: Translation, key: str, value: Any) -> None:
 
 
 def lora_pattern(t: Translation, key: str, value: Any) -> None:
-    """Translate a regular expression over the paths of layers."""
+    """Translate a regular expression that selects layers by their paths."""
     t.use(key, 'lora_target_modules', f're:{value}')
 
 
@@ -79,7 +79,7 @@ def _loss_scale(t: Translation, key: str, value: Any) -> None:
     elif str(value) == 'default':
         t.use(key, 'loss_scope', 'all_rounds')
     else:
-        why = f"'{value}' there weights tokens; here every token of a reply has weight 1"
+        why = f"'{value}' of ms-swift weights tokens; here every token of a reply has weight 1"
         t.use(key, 'loss_scope', 'all_rounds', why=why)
 
 
@@ -109,7 +109,7 @@ def _quant_method(t: Translation, key: str, value: Any) -> None:
     if str(value) == 'bnb':
         t.note('used', key, 'bitsandbytes, which is the method here')
     else:
-        t.refuse(key, f"'{value}' is not built here. Use bnb with 4 or 8 bits.")
+        t.refuse(key, f"'{value}' is not supported. Use bnb with 4 or 8 bits.")
 
 
 def _compute_dtype(t: Translation, key: str, value: Any) -> None:
@@ -220,8 +220,8 @@ RULES: dict[str, Rule] = TRAINER_RULES | {
     'response_prefix': other('left out: the chat template writes the beginning of a reply'),
 }
 FAMILIES: dict[str, Rule] = {
-    'freeze_parameters': refused('training only some weights is not built here. Use lora or full.'),
-    'trainable_parameters': refused('training only some weights is not built here. Use lora or full.'),
+    'freeze_parameters': refused('training only some weights is not supported. Use lora or full.'),
+    'trainable_parameters': refused('training only some weights is not supported. Use lora or full.'),
     'vllm_': unused('it is for serving'),
     'target_parameters': refused('name stacked experts with --lora_target_modules. Remove the flag.'),
     **TRAINER_FAMILIES,
@@ -229,7 +229,7 @@ FAMILIES: dict[str, Rule] = {
 
 
 def translate(t: Translation) -> None:
-    """Translate the flags of `swift sft` or `swift pt`."""
+    """Translate the flags of `swift sft` or `swift pt`: set the flags of `t`, and add its notes and problems."""
     apply_rules(t, RULES, FAMILIES)
     hugging_face = is_on(t.get('use_hf')) or str(t.environment.get('USE_HF', '0')).lower() in ('1', 'true')
     hub = 'huggingface' if hugging_face else 'modelscope'
@@ -259,7 +259,7 @@ def _defaults(t: Translation) -> dict[str, Any]:
     if not full:
         defaults |= {'lora_target_modules': 'ALL', 'lora_dropout_p': 0.05}
     if 'max_length' not in t.flags:
-        t.use('(--max_length)', 'max_length', -1, why='there is no limit here, and there the limit of the model')
+        t.use('(--max_length)', 'max_length', -1, why='no limit here; ms-swift takes the limit of the model')
     if 'warmup_steps' in t.flags:
         del defaults['warmup_ratio']
     return defaults
@@ -289,7 +289,7 @@ def _words(t: Translation, key: str) -> list[str]:
 
 
 def _subsets(name: str, hub: str, count: str) -> list[str]:
-    """Return the word of each subset of a data set. ms-swift separates several subsets by /."""
+    """Return a value of --dataset for each subset of a data set. In ms-swift, / separates the names of subsets."""
     sample = f'#{count}' if count else ''
     if is_file(name):
         return [name + sample]

@@ -1,4 +1,4 @@
-"""Rules for the keys that LLaMA-Factory and ms-swift take from the arguments of transformers' Trainer."""
+"""Rules for the keys that LLaMA-Factory and ms-swift share with the arguments of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from utils.migrate.translation import (
     unused,
 )
 
-FASTER = unused('it changes speed or memory there; here the fast path is on wherever it is exact')
-NOT_BUILT = 'is not built here on purpose; the run trains without it'
-LOGGING = unused('the log, its names and progress bars are those of a run here')
+FASTER = unused('it changes only speed or memory; llm_sft.py uses its fast path wherever it is exact')
+NOT_BUILT = 'is not supported on purpose; the run trains without it'
+LOGGING = unused('logs and progress bars are those of llm_sft.py')
 LOADING = unused('files are read, encoded and cached as described in docs/data.md')
 TOKEN = unused('tokens are read from the environment only: HF_TOKEN, or MODELSCOPE_API_TOKEN')
 DIVIDED = refused(
-    'one model or row is divided over several devices, which is not built here. Remove the key, and use '
+    'one model or row is divided over several devices, which is not supported. Remove the key, and use '
     '--deepspeed_config_path ds_config/zero3.json for a model that is larger than a GPU.'
 )
 OUTPUT = same('output_dir', 'each run gets a new folder in it: <output_dir>/<model>/vN-<time>')
 GROUPED = same('group_by_length', 'rows are rearranged within an optimizer step, so that no step gets other rows')
 # Each of these trains something else than one model on replies.
-NOT_REPLIES = 'trains something else than replies to prompts, and only supervised fine-tuning is built here'
+NOT_REPLIES = 'trains something else than replies to prompts, and only supervised fine-tuning is supported'
 # One evaluation or checkpoint at the end. A share of 1 would be read as one step.
 _WHOLE_RUN = 0.99999
 
@@ -45,7 +45,7 @@ def _max_steps(t: Translation, key: str, value: Any) -> None:
 
 
 def resume(t: Translation, key: str, value: Any) -> None:
-    """Translate resume_from_checkpoint: a folder, or true for the last checkpoint."""
+    """Refuse resume_from_checkpoint, because a checkpoint of a different toolkit cannot be resumed."""
     if is_off(value):
         t.note('without effect', key, 'a new run is started')
         return
@@ -57,7 +57,7 @@ def resume(t: Translation, key: str, value: Any) -> None:
 
 
 def deepspeed(t: Translation, key: str, value: Any) -> None:
-    """Translate a DeepSpeed name or path into one of the configurations here."""
+    """Translate the name or path of a DeepSpeed configuration. A known ZeRO stage becomes a file of ds_config/."""
     if isinstance(value, dict):
         t.refuse(key, 'the configuration is in the recipe. Save it as JSON, and give it to --deepspeed_config_path.')
         return
@@ -69,10 +69,10 @@ def deepspeed(t: Translation, key: str, value: Any) -> None:
         t.note('without effect', key, 'nothing is sharded by it')
         return
     if not any(mark in name for mark in ('z1', 'z2', 'z3', 'zero1', 'zero2', 'zero3', 'stage2', 'stage3')):
-        t.use(key, 'deepspeed_config_path', str(value), why='the file must be there, and start with torchrun')
+        t.use(key, 'deepspeed_config_path', str(value), why='the file must exist, and torchrun must start the command')
     else:
         chosen = f'ds_config/zero{stage}{offload}.json'
-        why = 'the configuration of this stage here replaces the file'
+        why = 'the configuration of this ZeRO stage in ds_config/ replaces the file'
         if 'z1' in name or 'zero1' in name:
             why = 'stage 2 replaces stage 1: it also shards the gradients'
         t.use(key, 'deepspeed_config_path', chosen, why=why)
@@ -80,7 +80,7 @@ def deepspeed(t: Translation, key: str, value: Any) -> None:
 
 
 def fsdp(t: Translation, key: str, value: Any) -> None:
-    """Translate FSDP, of version 1 or 2, which is always FSDP2 over all processes here."""
+    """Translate FSDP of version 1 or 2. This project always uses FSDP2 over all processes."""
     if is_off(value):
         t.note('without effect', key, 'it is off')
         return
@@ -89,7 +89,7 @@ def fsdp(t: Translation, key: str, value: Any) -> None:
 
 
 def precision(t: Translation, key: str, value: Any) -> None:
-    """Translate bf16, fp16, bfloat16 and float16: the data type of weights and computation."""
+    """Translate the keys bf16, fp16, bfloat16 and float16 to --dtype."""
     if str(value).lower() == 'auto':
         t.note('used', key, 'bf16 if the device supports it, which is also the default here')
     elif is_off(value):
@@ -99,7 +99,7 @@ def precision(t: Translation, key: str, value: Any) -> None:
 
 
 def torch_dtype(t: Translation, key: str, value: Any) -> None:
-    """Translate torch_dtype: bfloat16, float16 or float32."""
+    """Translate torch_dtype (bfloat16, float16 or float32) to --dtype."""
     short = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': 'fp32'}
     if str(value) == 'auto':
         t.note('used', key, 'chosen by the device here, bf16 if it is supported')
@@ -108,7 +108,7 @@ def torch_dtype(t: Translation, key: str, value: Any) -> None:
 
 
 def scheduler(t: Translation, key: str, value: Any) -> None:
-    """Translate the name of the schedule. A cosine with a lowest rate becomes cosine with --min_lr_ratio."""
+    """Translate the name of the learning-rate schedule. cosine_with_min_lr becomes cosine with --min_lr_ratio."""
     if str(value) != 'cosine_with_min_lr':
         t.use(key, 'lr_scheduler_type', value)
         return
@@ -116,7 +116,7 @@ def scheduler(t: Translation, key: str, value: Any) -> None:
 
 
 def scheduler_settings(t: Translation, key: str, value: Any) -> None:
-    """Translate lr_scheduler_kwargs: a lowest rate is used, other settings are left out."""
+    """Translate lr_scheduler_kwargs. Only the lowest learning rate is used; other settings are left out."""
     settings = value if isinstance(value, dict) else {}
     rate = to_number(t.get('learning_rate'))
     ratio = to_number(settings.get('min_lr_rate'))
@@ -139,7 +139,7 @@ def warmup_steps(t: Translation, key: str, value: Any) -> None:
 
 
 def report_to(t: Translation, key: str, value: Any) -> None:
-    """Translate report_to. `all` becomes the default here, because it depends on what is installed."""
+    """Translate report_to. `all` is replaced by the default of --report_to: it would depend on installed packages."""
     names = to_list(' '.join(map(str, value)).replace(' ', ',') if isinstance(value, list) else value)
     if names == ['all']:
         t.note('different', key, 'only tensorboard, the default here, and not every tracker that is installed')
@@ -148,7 +148,7 @@ def report_to(t: Translation, key: str, value: Any) -> None:
 
 
 def optimizer(t: Translation, key: str, value: Any) -> None:
-    """Translate the name of an optimizer. Optimizers of torchao become those of bitsandbytes with states of 8 bits."""
+    """Translate the name of an optimizer. Optimizers of torchao become the 8-bit optimizers of bitsandbytes."""
     if str(value) in ('adamw_torch_8bit', 'adamw_torch_4bit'):
         t.use(key, 'optim', 'adamw_8bit', why=f"bitsandbytes keeps its states in 8 bits instead of '{value}'")
     elif str(value) == 'adamw_hf':
@@ -158,16 +158,15 @@ def optimizer(t: Translation, key: str, value: Any) -> None:
 
 
 def new_tokens(t: Translation, key: str, value: Any) -> None:
-    """Refuse tokens that are added to the vocabulary, because --new_tokens reads them from a file."""
+    """Refuse a key that adds tokens to the vocabulary, because --new_tokens reads tokens from a file."""
     t.refuse(
         key,
-        'the recipe adds tokens to the vocabulary. Write one token a line into a file, and give it to --new_tokens '
-        'where this version has it.',
+        'the recipe adds tokens to the vocabulary. Write them to a text file, one per line, and add --new_tokens FILE.',
     )
 
 
 def generation_off(t: Translation, key: str, value: Any) -> None:
-    """Refuse a recipe that answers rows instead of training."""
+    """Refuse a recipe that generates answers and does not train."""
     if is_on(value) and not is_on(t.get('do_train')):
         t.refuse(key, 'the recipe answers rows and trains nothing. Use python llm_infer.py --ckpt_dir CHECKPOINT.')
     else:
@@ -231,7 +230,7 @@ TRAINER_RULES: dict[str, Rule] = {
     'use_galore': other(f'GaLore {NOT_BUILT}; --optim updates all weights'),
     'load_best_model_at_end': unused('the best checkpoint is kept and named, and the run ends with the last weights'),
     'metric_for_best_model': unused('the best checkpoint is that of the lowest loss, or of the first score'),
-    'greater_is_better': unused('the direction of a score is known here'),
+    'greater_is_better': unused('llm_sft.py knows for which scores a larger value is better'),
     'trust_remote_code': unused('code of a checkpoint is never run here; the model uses a class of this project'),
     'ddp_backend': same('ddp_backend'),
     'torch_compile': FASTER,
@@ -248,7 +247,7 @@ TRAINER_RULES: dict[str, Rule] = {
 }
 
 TRAINER_FAMILIES: dict[str, Rule] = {
-    'galore_': unused('GaLore is not built here'),
+    'galore_': unused('GaLore is not supported'),
     'dataloader_': FASTER,
     'ddp_': unused('processes are joined and timed out as the run needs it'),
     'log': LOGGING,
@@ -267,7 +266,10 @@ TRAINER_FAMILIES: dict[str, Rule] = {
 
 
 def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> None:
-    """Set --eval_steps and --save_steps from strategies and steps. An epoch becomes a share of the run."""
+    """Set --eval_steps and --save_steps from the keys for strategies and steps. An epoch becomes a share of the run.
+
+    `save_default` is the number of steps between two checkpoints in the toolkit if the recipe does not say it.
+    """
     epochs = to_number(t.get('num_train_epochs')) or 3
     key = 'eval_strategy' if t.get('eval_strategy') is not None else 'evaluation_strategy'
     strategy = str(t.get(key, 'steps' if evaluates else 'no')).lower()
@@ -289,7 +291,7 @@ def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> No
 
 
 def _use_steps(t: Translation, flag: str, default: Any) -> None:
-    """Set a flag to the key of the same name, or to the default there."""
+    """Set a flag to the value of the key with the same name. `default` is the toolkit's value without this key."""
     if t.get(flag) is None:
         t.use(f'(--{flag})', flag, default, kind='default')
     else:
@@ -297,5 +299,5 @@ def _use_steps(t: Translation, flag: str, default: Any) -> None:
 
 
 def run_share(times: float) -> float:
-    """Return the share of a run after which something happens that happens `times` times. It is below 1."""
+    """Return the distance between two events as a share of the run, if the run has `times` events. It is below 1."""
     return _WHOLE_RUN if times <= 1 else round(1 / times, 6)

@@ -18,7 +18,7 @@ _FLAGS = flag_types(SftArguments)
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """What happens with one key of a recipe, in one sentence."""
+    """A sentence that says how one key of a recipe was translated."""
 
     kind: Kind
     key: str
@@ -27,9 +27,10 @@ class Note:
 
 @dataclass(kw_only=True)
 class Translation:
-    """A recipe that is being translated. `values` holds the keys of the recipe, `environment` the variables before it.
+    """A recipe that is being translated. `flags` has the flags of the command for llm_sft.py so far.
 
-    `processes` is the number of processes of the command. None: the recipe does not say it.
+    `values` has the keys and values of the recipe, and `environment` its environment variables. `processes` is the
+    number of processes of the command. It is None if the recipe does not say this number.
     """
 
     toolkit: str
@@ -53,7 +54,7 @@ class Translation:
             self.notes.append(added)
 
     def use(self, key: str, flag: str, value: Any, *, why: str = '', kind: Kind = 'used') -> None:
-        """Set a flag of the command from a key. `why` says what is different here. Without `why` nothing differs."""
+        """Set a flag of the command from a key. `why` says how their meanings differ; it is '' if they do not."""
         words = [to_word(item) for item in (value if isinstance(value, list) else [value])]
         assert has_flag(flag), f'--{flag} is no flag of llm_sft.py'
 
@@ -65,7 +66,7 @@ class Translation:
             self.note(kind, key, text)
 
     def refuse(self, key: str, problem: str) -> None:
-        """Add a problem about a key, so that the command is not complete. The form is `<key>: <problem>. <remedy>`."""
+        """Add the problem `<key>: <problem>`. `problem` includes the remedy: `<problem>. <remedy>`."""
         self.problems.add(f'{key}: {problem}')
 
 
@@ -74,17 +75,17 @@ Rule = Callable[[Translation, str, Any], None]
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a key is there but says nothing: null, an empty text, list or object."""
+    """Return whether a value says nothing: null, or an empty text, list or object."""
     return value is None or value in ('', [], {})
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a value switches something off: false, 0 or the text of it."""
+    """Return whether a value switches something off: false, 0, or the text false, 0, no or off."""
     return value is False or value == 0 or str(value).lower() in ('false', '0', 'no', 'off')
 
 
 def is_on(value: Any) -> bool:
-    """Return whether a value is given and does not switch something off."""
+    """Return whether a value is neither empty (is_empty) nor off (is_off)."""
     return not is_empty(value) and not is_off(value)
 
 
@@ -98,7 +99,7 @@ def to_word(value: Any) -> str:
 
 
 def to_number(value: Any) -> float | None:
-    """Return a number that a recipe gives as number or as text. Returns None if it is not a finite number."""
+    """Return the number in a value, which may be a number or a text. Returns None if it is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -116,22 +117,25 @@ def to_list(value: Any) -> list[Any]:
 
 
 def has_flag(flag: str) -> bool:
-    """Return whether this version has a flag."""
+    """Return whether this version of llm_sft.py has a flag."""
     return flag in _FLAGS
 
 
 def same(flag: str, why: str = '') -> Rule:
-    """Return a rule that sets a flag to the value of the key. `why` says what is different in meaning here."""
+    """Return a rule that sets a flag to the value of the key. `why` says how their meanings differ."""
     return lambda t, key, value: t.use(key, flag, value, why=why)
 
 
 def unused(why: str) -> Rule:
-    """Return a rule for a key that has no effect here. The value is not shown, because it may be a token."""
+    """Return a rule for a key without effect in llm_sft.py. The report hides its value, because it may be a token."""
     return lambda t, key, value: t.note('without effect', key, why)
 
 
 def other(text: str) -> Rule:
-    """Return a rule for a key that is different in meaning here. If its value is off, the key has no effect."""
+    """Return a rule for a key that sets no flag. `text` says what llm_sft.py does instead.
+
+    If the value of the key is off, the note says that the key has no effect.
+    """
 
     def rule(t: Translation, key: str, value: Any) -> None:
         if is_off(value):
@@ -143,7 +147,10 @@ def other(text: str) -> Rule:
 
 
 def refused(problem: str) -> Rule:
-    """Return a rule for a key that cannot be translated. If its value is off, the key has no effect."""
+    """Return a rule for a key that cannot be translated: it adds `problem`.
+
+    If the value of the key is off, it adds only a note that the key has no effect.
+    """
 
     def rule(t: Translation, key: str, value: Any) -> None:
         if is_off(value):
@@ -155,11 +162,11 @@ def refused(problem: str) -> Rule:
 
 
 def silent(t: Translation, key: str, value: Any) -> None:
-    """Do nothing: the key is translated together with others."""
+    """Do nothing: the rule of a different key reads this key."""
 
 
 def apply_rules(t: Translation, rules: Mapping[str, Rule], families: Mapping[str, Rule]) -> None:
-    """Apply the rule of each key of the recipe that is not empty. `families` holds rules for the starts of names."""
+    """Apply the rule of each key of the recipe that is not empty. `families` maps the start of a key to a rule."""
     for key, value in t.values.items():
         if is_empty(value):
             continue
@@ -173,7 +180,10 @@ def apply_rules(t: Translation, rules: Mapping[str, Rule], families: Mapping[str
 
 
 def apply_defaults(t: Translation, defaults: Mapping[str, Any]) -> None:
-    """Set each flag whose default there differs from the one here, if no key of the recipe set it."""
+    """Set each flag of `defaults` that no key of the recipe has set.
+
+    `defaults` has the defaults of the toolkit that differ from the defaults of llm_sft.py.
+    """
     for flag, value in defaults.items():
         if flag not in t.flags:
             t.use(f'(--{flag})', flag, value, kind='default')

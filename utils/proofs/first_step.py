@@ -214,7 +214,7 @@ class FirstStepGate(TrainerCallback):
         )
 
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
-        """Return a list of (flag that saves memory, the batch as it is with this flag).
+        """Return a list of (flag that saves memory, the heaviest batch under this flag).
 
         `tokens` is the number of tokens in the longest row. For --gradient_checkpointing true the batch is the object
         `rows` itself.
@@ -231,7 +231,7 @@ class FirstStepGate(TrainerCallback):
         return lighter
 
     def _evaluate(self) -> None:
-        """Try an evaluation of the heaviest validation batch. If evaluation generates answers, they have few tokens.
+        """Try an evaluation of the heaviest validation batch. If evaluations generate answers, these answers are short.
 
         Raises ConfigError if the batch does not fit into memory, or if the loss of a row is not finite.
         """

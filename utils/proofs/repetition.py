@@ -30,7 +30,7 @@ Key = tuple[int, bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first value that differs. `what` names it in a sentence."""
+    """The first value that differs from the repeated run. `what` is the name of the value in the message."""
 
     step: int
     what: str
@@ -70,7 +70,7 @@ def verify(trainer: SftTrainer, args: SftArguments, run: Run, *, steps: int) -> 
 
 
 class Repetition(TrainerCallback):
-    """Compares each log line and each checkpoint with those of a run, and ends training at the first difference."""
+    """Compares log lines and checkpoints with those of the repeated run. Training ends at the first difference."""
 
     def __init__(self, trainer: SftTrainer, run_dir: Path, steps: int) -> None:
         self.trainer = trainer
@@ -87,7 +87,7 @@ class Repetition(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Read the log lines of the run, and choose the last step."""
+        """Read the log lines of the repeated run, and choose the last step to repeat."""
         first = state.global_step
         lines = dist.from_all(_log_lines(self.run_dir) if dist.is_main() else [])[0]
         known = {_key(line): line for line in lines if line['step'] > first}
@@ -103,7 +103,7 @@ class Repetition(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save only where the run has a checkpoint, and stop after the last step. Returns the control."""
+        """Save a checkpoint if the repeated run has one of this step. Stop after the last step. Returns the control."""
         control.should_save = state.global_step in self._kept
         if state.global_step >= self.stop:
             control.should_training_stop = True
@@ -112,7 +112,7 @@ class Repetition(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Compare the latest log line. Returns the control."""
+        """Compare the latest log line with that of the repeated run. Returns the control."""
         line = state.log_history[-1]
         key = _key(line)
         if _is_summary(line) or key not in self.lines:
@@ -131,7 +131,7 @@ class Repetition(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Compare the sha256 of the weights with those of the run. Returns the control."""
+        """Compare the sha256 of the weights with the repeated run. Returns the control."""
         name = f'checkpoint-{state.global_step}'
         now, then = dist.from_all(
             [_weights(Path(folder) / name) for folder in (args.output_dir, self.run_dir)] if dist.is_main() else []
@@ -220,7 +220,7 @@ def _is_summary(line: dict[str, Any]) -> bool:
 
 
 def _is_compared(name: str) -> bool:
-    """Return whether a value of a log line is compared. Seconds and speeds differ each time."""
+    """Return whether a value of a log line is compared. Seconds and speeds are not, because they always differ."""
     return not ('runtime' in name or 'per_second' in name)
 
 

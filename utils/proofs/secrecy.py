@@ -77,6 +77,7 @@ def _typed_paths(args: SftArguments) -> list[str]:
         args.output_dir,
         args.resume_from_checkpoint,
         args.adapter,
+        args.new_tokens,
         args.deepspeed_config_path,
     ]
     return [word for word in [*words, *data_sets] if word]

@@ -286,7 +286,7 @@ class _Check:
         return bool(before or reply) and is_last
 
     def _printed_after_reply(self, notes: set[str]) -> str:
-        """Return the text that the template prints after the last turn, whatever its text is."""
+        """Return the text that the template prints after the last turn, independent of the text of this turn."""
         marker = secrets.token_hex(8)
         text = _rendering(self.encoder, self.row, inert=CONTROL_TOKENS in notes, reply=marker)
         return text.rpartition(marker)[2]
@@ -340,9 +340,10 @@ class _Check:
 
 
 def _check_text(encoder: Encoder, row: Row) -> None:
-    """Raise ConfigError if a row of plain text has other ids than the tokenizer gives, or a token without loss.
+    """Raise ConfigError if the ids of plain text differ from those of the tokenizer, or if a token carries no loss.
 
-    Control tokens that occur in the text are plain text. So the ids of a text with such tokens must decode to it.
+    A control token that occurs in the text is encoded as plain text. For a text with control tokens, it is only checked
+    that its ids decode to the text.
     """
     unlimited = copy.copy(encoder)
     unlimited.max_length = -1

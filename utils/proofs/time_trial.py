@@ -30,10 +30,10 @@ _EVAL_BATCHES = 3
 
 
 def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[str], *, started: float) -> None:
-    """With --max_minutes, let the trainer end on time. `started` is the time when the program started.
+    """With --max_minutes, make the trainer end the run within this time. `started` is the time of the program's start.
 
-    A run that repeats another run (--from_run) gets its timetable, unless a flag that decides the number of steps is
-    typed now.
+    With --from_run, the run gets the timetable of the run that it repeats, unless a flag that decides the number of
+    steps is typed now.
     """
     if args.max_minutes is None:
         return
@@ -46,14 +46,14 @@ def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[
 
 
 class TimeTrial(FirstStepGate):
-    """Measures what a run will do, and lets the deadline choose the number of steps."""
+    """Measures steps, an evaluation and a checkpoint. The deadline then chooses the number of steps from the times."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure and choose the number of steps. Does nothing if the run has a timetable already.
+        """Measure the times and choose the number of steps. Does nothing if the run already has a timetable.
 
-        Raises ConfigError if there is no time for a step.
+        Raises ConfigError if there is not enough time for one step.
         """
         trainer = self.trainer
         if trainer.timetable.segments:
@@ -108,7 +108,7 @@ class TimeTrial(FirstStepGate):
         _wait_for_device()
 
     def _evaluation_seconds(self) -> float:
-        """Return the seconds of an evaluation, from a few batches at equal distances in the order of their lengths."""
+        """Return the estimated seconds of an evaluation. A few batches from short to long rows are measured."""
         trainer = self.trainer
         rows = trainer.eval_dataset
         if rows is None:

@@ -32,9 +32,9 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def curves_of(*runs: RunFiles) -> list[tuple[str, Sequence[tuple[str, str]]]]:
-    """Return the charts of these runs, in the form of CURVES.
+    """Return the list of charts for these runs, with the same structure as CURVES.
 
-    They are the charts of the scores of generated answers, the charts that every run has, and those of validation sets.
+    These are charts of the scores of generated answers, the charts of every run, and charts of validation sets.
     """
     scores = {key: title for run in runs for key, title in curves_of_scores(run.record.flags).items()}
     sets = {key: title for run in runs for key, title in curves_of_sets(run.record.flags).items()}
@@ -125,7 +125,7 @@ def _data(run: RunFiles) -> list[Markup]:
 
 
 def _sets(run: RunFiles) -> Markup:
-    """Return the table with the rows and the last scores of each validation set. Returns '' for less than two."""
+    """Return a table with the rows and last scores of each validation set, or '' if there are fewer than two sets."""
     last = run.outcome.get('last_evaluation') or {}
     rows = run.outcome.get('data', {}).get('validation_sets', {})
     scores = [score for score in scores_of(run.record.flags) if f'eval_{score}' in last]

@@ -1,6 +1,6 @@
-"""What became of the held-out rows: by their loss before and after training, and by the scores of two sets of answers.
+"""Compares the held-out rows: their losses before and after training, and their scores in two sets of answers.
 
-The first is a section of report.html, the second is `python -m utils.report BEFORE.jsonl AFTER.jsonl`.
+report.html shows the losses. `python -m utils.report BEFORE.jsonl AFTER.jsonl` compares the scores.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Row = dict[str, Any]
 
 
 def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Sort the rows that have both losses by what training did to them. Each row is of one kind.
+    """Return {kind: rows} for all rows with both losses. A kind says what training did to a row, for example 'learnt'.
 
-    `rows` is the content of rows.jsonl.
+    `rows` is the content of rows.jsonl. Each row belongs to exactly one kind.
     """
     found: dict[str, list[Row]] = {'got worse': [], 'the base knew': [], 'learnt': [], 'not learnt': []}
     for row in rows:
@@ -64,7 +64,7 @@ def losses_section(rows: Sequence[Row]) -> list[Markup]:
 
 
 def _most_changed(rows: Sequence[Row]) -> list[Row]:
-    """Return a few of the rows: those whose loss grew most, or fell least, come first."""
+    """Return a few of the rows, sorted by the change of their loss: the largest increase comes first."""
     return sorted(rows, key=lambda row: row['loss_before'] - row['loss_after'])[:_NAMED]
 
 
@@ -73,7 +73,7 @@ def _loss(row: Row) -> str:
 
 
 def read_answers(file: Path) -> dict[str, Row]:
-    """Return the answers in a file of llm_infer.py, by the origin of the row. Raises ConfigError for another file."""
+    """Return {origin of the row: answer} for a file of llm_infer.py. Raises ConfigError if it is a different file."""
     try:
         rows = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
         return {row['origin']: {'answer': row['answer'], 'scores': row['scores']} for row in rows}
@@ -85,7 +85,7 @@ def read_answers(file: Path) -> dict[str, Row]:
 
 
 def compare_answers(before: Path, after: Path, target: Path) -> None:
-    """Print which rows the second set of answers won and lost against the first, and write them to a page.
+    """Print which rows score higher or lower in the second set of answers than in the first, and write a page of them.
 
     Rows are compared by the first score. Raises ConfigError if the files have no row or no score in common, or if
     `target` cannot be written.

@@ -50,7 +50,7 @@ def scores_of(flags: Mapping[str, Any]) -> list[str]:
 
 
 def curves_of_scores(flags: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys of the history for scores of generated answers, each with the title of its curve.
+    """Return {key in the history: title of the curve} for the scores of generated answers.
 
     ROUGE and BLEU are left out, because they have fixed titles.
     """
@@ -59,7 +59,7 @@ def curves_of_scores(flags: Mapping[str, Any]) -> dict[str, str]:
 
 
 def curves_of_sets(flags: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys of the history for each set of --val_dataset, each with the title of its curve.
+    """Return {key in the history: title of the curve} for the curves of each set of --val_dataset.
 
     The dictionary is empty if there are fewer than two sets.
     """

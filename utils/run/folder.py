@@ -20,9 +20,11 @@ from utils.base.logger import logger
 from utils.base.names import LOCK_JSON
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready, decision, run_name
+from utils.loading.new_tokens import TOKENS_FILE
 from utils.loading.weights import Weights
 from utils.run.lineage import find_lineage
 from utils.run.lock import check_repeated, make_lock, read_lock, warn_of_other_scores
+from utils.run.new_tokens import find_new_tokens
 from utils.run.record import RunRecord, check_resumed, record_of
 
 
@@ -73,7 +75,8 @@ def open_run(
     logged = len(done.warnings)
     base_model = weights.record(done.info)
     lineage = find_lineage(args, done.info, base_model, done.warnings)
-    record = replace(record_of(args, system_typed='system' in done.typed, base_model=base_model), lineage=lineage)
+    record = record_of(args, system_typed='system' in done.typed, base_model=base_model)
+    record = replace(record, lineage=lineage, added_tokens=find_new_tokens(args))
     lock = make_lock(done, base_model, data, lineage)
 
     check_repeated(done, lock, typed_now)
@@ -97,6 +100,8 @@ def open_run(
     if dist.is_main():
         record.write(folder)
         write_json(folder / LOCK_JSON, lock)
+        if record.added_tokens:
+            (folder / TOKENS_FILE).write_text('\n'.join(record.added_tokens) + '\n', encoding='utf-8')
 
     logger.info(f'run folder: {folder}')
     for line in done.warnings[logged:]:

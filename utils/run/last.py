@@ -1,13 +1,14 @@
 """--resume_from_checkpoint last: finds the newest whole checkpoint of a run that fits the command.
 
-So the same command starts a run, and continues it after the process was killed.
+A run fits if it has the flags, data, base weights and number of processes of the command. So the same command starts
+a run, and continues the run after the process was killed.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from utils.loading.weights import Weights
 from utils.run.folder import run_dirs
 from utils.run.lineage import adapter_file
 from utils.run.lock import flag_words
+from utils.run.new_tokens import find_new_tokens
 from utils.run.record import RUN_JSON, RunRecord, changed_flags, record_of
 
 _SKIPPED = 'it is skipped.'
@@ -53,6 +55,7 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
         return False
 
     record = record_of(args, system_typed='system' in done.typed, base_model=weights.record(done.info))
+    record = replace(record, added_tokens=find_new_tokens(args))
     found: Found = dist.from_all(find_last(args, record, data) if dist.is_main() else Found())[0]
     for line in found.skipped:
         logger.info(line)
@@ -94,8 +97,8 @@ def _check_everywhere(checkpoint: Path) -> None:
 def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) -> Found:
     """Search the runs of this model from the newest to the oldest, and return what was found.
 
-    `record` and `data` are the record and the data entry of lock.json that a run of this command has. The run in
-    --from_run is not searched, because this command repeats it.
+    `record` and `data` are the record and the data entry of lock.json that a new run of this command would have. The
+    run in --from_run is not searched, because this command repeats it.
     """
     found = Found()
     at_end = None
@@ -128,7 +131,7 @@ def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) ->
 
 
 def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None:
-    """Return why a run does not fit, so that resuming it would not give the result of this command. None: it fits."""
+    """Return the reason why resuming a run would not give the result of this command. Returns None if it fits."""
     try:
         earlier = RunRecord.read(run)
         lock = read_json(run / LOCK_JSON)
@@ -158,9 +161,9 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
 
 
 def _other_start(lock: Mapping[str, Any], record: RunRecord) -> str | None:
-    """Return why a run did not start as this command does: from the adapter of --adapter, or without an adapter.
+    """Return why the start of a run differs from that of this command: from the adapter in --adapter, or without one.
 
-    Returns None if it did.
+    Returns None if both start in the same way.
     """
     started_from = (lock.get('adapter') or {}).get('sha256')
     adapter = record.flags.get('adapter')
@@ -179,7 +182,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _is_at_end(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is of the last step of its run."""
+    """Return whether a checkpoint was written after the last step of its run."""
     state = _state(checkpoint)
     return bool(state['global_step'] >= state['max_steps'])
 

@@ -1,6 +1,6 @@
-"""--adapter: reads a trained adapter that a run starts from, checks it, and records which adapter it was.
+"""--adapter: a run starts from a trained adapter. This module reads, checks and records the adapter.
 
-The run takes the shape of the adapter, its base model and its template from the files of the adapter. Rows, optimizer
+The files of the adapter decide its shape (rank, layers), the base model and the template of the run. Rows, optimizer
 and schedule are new.
 """
 
@@ -36,7 +36,6 @@ _UNEXPRESSED: dict[str, tuple[Any, ...]] = {
     'alpha_pattern': (None, {}),
     'layers_to_transform': (None, []),
     'layer_replication': (None, []),
-    'trainable_token_indices': (None, [], {}),
     'use_qalora': (None, False),
 }
 _GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/checkpoint-N.'
@@ -78,9 +77,14 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
     for name, without_effect in _UNEXPRESSED.items():
         if config.get(name) not in without_effect:
             problems.add(
-                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag here expresses. Merge it into its base with '
+                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag can set. Merge it into its base with '
                 'merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
             )
+    if config.get('trainable_token_indices') and not (record and record.added_tokens):
+        problems.add(
+            f'{given}: it has rows of new tokens, and no record of its run (sft_args.json) says which tokens. Merge it '
+            'into its base with merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
+        )
     _fill_shape(parsed, config, f'{given}: the adapter has', decisions)
     _fill_model(parsed, config, record, decisions)
     if record is None:
@@ -94,7 +98,7 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
 
 
 def _folder_problem(folder: Path, from_run: str | None) -> str | None:
-    """Return the reason why a folder cannot be used as --adapter, as the end of a message, or None."""
+    """Return the end of a message that says why a folder cannot be used as --adapter. Returns None if it can."""
     if not folder.is_dir():
         hint = f' The run was started in {started_in(Path(from_run))}.' if from_run and not folder.is_absolute() else ''
         return f'is not a directory (looked in {folder.absolute().parent}). {_GIVE_ADAPTER}{hint}'
@@ -222,11 +226,11 @@ def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) ->
 def find_lineage(
     args: SftArguments, info: ModelInfo, base_model: Mapping[str, str], warnings: list[str]
 ) -> dict[str, Any] | None:
-    """Return what is recorded about the adapter from which a run starts. Returns None for a run with a new adapter.
+    """Return a dictionary about the adapter from which a run starts. Returns None if the run starts with a new adapter.
 
     The keys are path, sha256 (of the adapter's file), run (the name of its run folder, or None) and base ('checked' or
-    'not checked'). A resumed run has the lineage of the run that it resumes. Raises ConfigError if the adapter was
-    trained on other base weights.
+    'not checked'). For a resumed run, the dictionary of the run that it resumes is returned. Raises ConfigError if the
+    adapter was trained on different base weights.
     """
     if args.resume_from_checkpoint is not None:
         resumed = find_record(Path(args.resume_from_checkpoint))
@@ -257,7 +261,7 @@ def find_lineage(
 
 
 def _compare_names(folder: Path, args: SftArguments, info: ModelInfo, warnings: list[str]) -> None:
-    """Add a warning if the adapter names another base model than this run trains. Only names can be compared."""
+    """Add a warning if the adapter names a different base model than this run. Only the names are compared."""
     named = read_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')
     own = {str(name).rstrip('/').rsplit('/', 1)[-1].lower() for name in (
         info.model_id_or_path, info.hf_model_id, info.public_id, args.model_id_or_path, args.model_type,

@@ -21,6 +21,7 @@ from utils.cli.resolution import Ready
 from utils.cli.scores import own_score, own_words
 from utils.data.sources import abbreviated
 from utils.loading.chat_template import TEMPLATE_FILE
+from utils.loading.new_tokens import TOKENS_FILE
 from utils.preprocess import AUTO
 
 # The flags that decide which rows are trained on and which rows are held out.
@@ -88,7 +89,7 @@ def make_lock(
 
 
 def _machine() -> dict[str, Any]:
-    """Return what can change the rounding of a run: the processor, its instructions, the threads and the GPUs."""
+    """Return the properties of the machine that can change rounding: processor, its instructions, threads and GPUs."""
     import torch
 
     cuda = torch.cuda
@@ -142,7 +143,7 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     """Return the command line to run: with --from_run, the flags of that run, overridden by the flags typed now.
 
     `words` is the command line typed now, and `parsed` is its parsed form. Without --from_run, `parsed` is returned. If
-    lock.json cannot be read, `parsed` is returned with a problem.
+    lock.json cannot be read, a problem is added to `parsed`, and `parsed` is returned.
     """
     if parsed.args.from_run is None:
         return parsed
@@ -151,7 +152,7 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     except ConfigError as error:
         parsed.problems.add(error.problems[0])
         return parsed
-    earlier = _with_kept_template(lock['command'], Path(parsed.args.from_run), parsed)
+    earlier = _with_kept_files(lock['command'], Path(parsed.args.from_run), parsed)
     verified = _without(words, 'max_steps') if parsed.args.verify else words
     whole = parse(SftArguments, verified, program='llm_sft.py', about='', earlier=earlier)
     if 'score' not in parsed.typed and own_words(whole.args.score):
@@ -180,18 +181,21 @@ def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
     return parsed.args.max_steps if 'max_steps' in parsed.typed else _VERIFIED_STEPS
 
 
-def _with_kept_template(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
-    """Return the command of a run with the run folder as --chat_template, because the file may have moved since.
+def _with_kept_files(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
+    """Return the command of a run with its copies of the files of --chat_template and --new_tokens.
 
-    The folder holds the template with its settings. If another --template_type is typed now, the command has no chat
-    template.
+    The original files may have been moved or changed. The run folder holds the tokens, and the template with its
+    settings. If a different --template_type is typed now, the flags of the chat template are removed from the command.
     """
     earlier = parse(SftArguments, command, program='llm_sft.py', about='')
+    kept = list(command)
+    if earlier.args.new_tokens is not None and (run_dir / TOKENS_FILE).is_file():
+        kept = [*_without(command, 'new_tokens'), *flag_words('new_tokens', str(run_dir / TOKENS_FILE))]
     if parsed.args.template_type not in (None, AUTO):
-        return _without(command, *TEMPLATE_FLAGS)
+        return _without(kept, *TEMPLATE_FLAGS)
     if earlier.args.chat_template is None or not (run_dir / TEMPLATE_FILE).is_file():
-        return list(command)
-    return [*_without(command, 'chat_template'), *flag_words('chat_template', str(run_dir))]
+        return kept
+    return [*_without(kept, 'chat_template'), *flag_words('chat_template', str(run_dir))]
 
 
 def _without(command: Sequence[str], *names: str) -> list[str]:
@@ -299,7 +303,7 @@ def _flag_of(*entries: dict[str, Any]) -> str:
 
 
 def _commit_then(source: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return a sentence with the earlier commit if a hub serves another commit now. Returns '' otherwise."""
+    """Return a sentence with the earlier commit if a hub serves a different commit now. Returns '' otherwise."""
     commit = then.get('commit')
     if not commit or commit == now.get('commit'):
         return ''

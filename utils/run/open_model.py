@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from utils.loading.chat_template import set_chat_template
 from utils.loading.devices import Spread, pick_dtype
 from utils.loading.folder import stored_quantization
 from utils.loading.info import LoadOptions, ModelInfo
+from utils.loading.new_tokens import mark_special
 from utils.loading.opening import get_model_tokenizer, unembedded_from
 from utils.loading.template_settings import parse_settings
 from utils.loading.weights import Weights, locate
@@ -52,18 +54,19 @@ def open_encoder(
     model: Any = None,
     images: Images | None = None,
     cuts: bool = True,
+    new_ids: Collection[int] = (),
 ) -> Encoder:
-    """Return the encoder (it turns rows into token ids) for these arguments.
+    """Return the encoder (the object that converts rows to token ids) for these arguments.
 
     The tokenizer gets the chat template that the arguments name.
 
     If `model` is given, rows with token ids outside of the model's embedding are refused. If `cuts` is True, rows are
-    cut to --max_length.
+    cut to --max_length. `new_ids` are the ids of new tokens (--new_tokens): those that end a turn become special.
     """
     from utils.encode.make import make_encoder  # not before a model is open: --help does without it
 
     set_template(args, tokenizer)
-    return make_encoder(
+    encoder = make_encoder(
         tokenizer,
         template_type=str(args.template_type),
         system=args.system,
@@ -74,6 +77,8 @@ def open_encoder(
         overlong=args.overlong,
         embedding=None if model is None else unembedded_from(model, tokenizer),
     )
+    mark_special(tokenizer, sorted(set(encoder.stop_ids).intersection(new_ids)))
+    return encoder
 
 
 def open_model(

@@ -68,9 +68,9 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
 
 
 def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> None:
-    """Keep optional packages that this run does not use from being imported, so that it starts faster.
+    """Hide optional packages that this run does not use from all later imports, so that the run starts faster.
 
-    `weights` is the folder or the file of the base model. Nothing is left out in a process that may do another run.
+    `weights` is the folder or the file of the base model. Nothing is hidden in a process that may do a second run.
     """
     program = getattr(sys.modules['__main__'], '__file__', None)
     if program is None or Path(program).name not in _PROGRAMS:
@@ -105,7 +105,7 @@ def _take_gpus(gpus: int) -> None:
     own = dist.own_gpus(gpus)
     if not own:
         raise ConfigError(
-            f'torchrun: {dist.local_world_size()} processes for {gpus} GPUs, and each needs its own. '
+            f'torchrun: {dist.local_world_size()} processes for {gpus} GPUs, and each process needs its own GPU. '
             f'Start {gpus}: --nproc_per_node {gpus}.'
         )
     device.use(own[0])

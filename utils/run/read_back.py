@@ -17,7 +17,7 @@ ROWS_JSONL = 'rows.jsonl'
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The content of a run folder. A field is empty if the run did not write its file (older version, or stopped)."""
+    """The content of a run folder. A field is empty if its file is missing, for example because the run was stopped."""
 
     folder: Path
     record: RunRecord

@@ -38,7 +38,8 @@ _SHOWN = (
 # The hash of the template shows whether it differs. The same template may be at another path.
 _OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
-_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage')
+_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage',
+          'added_tokens')  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class RunRecord:
 
     # The adapter from which the run started (--adapter), as `find_lineage` of run/lineage.py returns it.
     lineage: Mapping[str, Any] | None = None
+    # The tokens that the run added to the tokenizer of the base model (--new_tokens).
+    added_tokens: Sequence[str] = ()
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
@@ -90,6 +93,8 @@ class RunRecord:
             content['thinking_rows'] = self.thinking_rows
         if self.lineage is not None:
             content['lineage'] = self.lineage
+        if self.added_tokens:
+            content['added_tokens'] = list(self.added_tokens)
         return content
 
     def write(self, folder: Path) -> None:
@@ -230,9 +235,9 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
 
 
 def _built_in_scores(words: Sequence[str], *, default: Sequence[str], warnings: list[str]) -> list[str]:
-    """Return the built-in scores of a run, or `default` if it has none. Add a warning if functions of files are left.
+    """Return the built-in scores of a run, or `default` if it has none. Adds a warning about functions of files.
 
-    Code is only executed if its file is typed, and never because a checkpoint names the file.
+    Such functions are left out: code is executed only if the user types its file, not because a checkpoint names it.
     """
     own = own_words(words)
     if own:
@@ -244,9 +249,9 @@ def _built_in_scores(words: Sequence[str], *, default: Sequence[str], warnings: 
 
 
 def _use_saved_template(parsed: Parsed[InferArguments], trained: Trained) -> None:
-    """Let the checkpoint's own copy be the chat template, if the run was trained with a template of the command line.
+    """Set --chat_template to the copy in the checkpoint, if the run was trained with a template of the command line.
 
-    The copy holds the settings of the run. Nothing is set if a different template is typed.
+    The copy includes the settings of the run. Nothing is set if a different template is typed.
     """
     flags = trained.record.flags
     args = parsed.args
@@ -283,11 +288,12 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 
 
 def _asked(record: RunRecord) -> dict[str, Any]:
-    """Return the value of each flag from before the decisions of the run, because decided values depend on the machine.
+    """Return the value that each flag had before the decisions of the run, because decisions depend on the machine.
 
-    The value of `system_typed` is included.
+    The value of `system_typed` is included, and of `new_tokens` the tokens instead of the path of their file.
     """
-    return {**record.flags, 'system_typed': record.system_typed, **record.asked}
+    facts = {'system_typed': record.system_typed, 'new_tokens': list(record.added_tokens)}
+    return {**record.flags, **facts, **record.asked}
 
 
 def changed_flags(earlier: RunRecord, record: RunRecord) -> list[tuple[str, Any, Any]]:
@@ -323,7 +329,7 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
 
 
 def _check_resumed_metric(then: Mapping[str, Any], now: Mapping[str, Any], problems: Problems) -> None:
-    """Add a problem if another metric decides which checkpoint is best than in the resumed run.
+    """Add a problem if the metric that decides which checkpoint is best differs from that of the resumed run.
 
     The checkpoint stores the best value so far, and values of two metrics cannot be compared.
     """
@@ -373,7 +379,7 @@ def check_resumed_template(checkpoint: Path, record: RunRecord) -> None:
 
 
 def _template_remedy(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the words that bring the template of the resumed run back."""
+    """Return the remedy that restores the template of the resumed run, as the beginning of a sentence."""
     words = []
     for name in _OF_CHAT_TEMPLATE:
         had = then.get(name)

@@ -117,7 +117,7 @@ class BF16AdamW(torch.optim.Optimizer):
             _store(mean, exact_mean, (words >> 16) & _LOW_BITS)
 
     def _random_words(self, step: int, index: int, part: int, like: torch.Tensor) -> torch.Tensor:
-        """Return one random 32-bit word for each value of a part of a parameter.
+        """Return one random 32-bit word for each value of a part (see `_parts`) of a parameter.
 
         Drawing new words for all values would take longer than the update. So the words of a step are drawn once, and
         each part combines them with its own random word by exclusive or. Each word is then still uniformly distributed.
@@ -139,7 +139,7 @@ class BF16AdamW(torch.optim.Optimizer):
 
 
 def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return flat views of at most STEP_CHUNK values that together are the tensor."""
+    """Split a tensor into parts: flat views of at most STEP_CHUNK values."""
     parts: tuple[torch.Tensor, ...] = tensor.view(-1).split(STEP_CHUNK)
     return parts
 

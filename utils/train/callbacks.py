@@ -33,7 +33,7 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class StepIntervals(TrainerCallback):
-    """Sets at which steps a run evaluates and saves, and records the numbers of steps that follow from shares."""
+    """Sets the intervals of evaluations and checkpoints, and records the numbers of steps that shares become."""
 
     def __init__(self, args: SftArguments, run: Run) -> None:
         self.flags = args
@@ -42,13 +42,13 @@ class StepIntervals(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the intervals of the state to those of the flags. The state of a checkpoint holds those of its run."""
+        """Set the intervals in the trainer's state from the flags. A resumed state has the intervals of its run."""
         counts = self.set_intervals(args, state)
         # A DeepSpeed configuration can bring a schedule of its own, with its own warm-up.
         self._record(counts, schedule_is_ours=isinstance(kwargs['lr_scheduler'], LambdaLR))
 
     def set_intervals(self, args: TrainingArguments, state: TrainerState) -> StepCounts:
-        """Set the intervals of the state for its last step (max_steps), and return the numbers of steps."""
+        """Compute the intervals for a run of state.max_steps steps, store them in the state, and return them."""
         evaluates = str(args.eval_strategy.value) == 'steps'
         counts = step_counts(self.flags, state.max_steps, evaluates=evaluates)
         state.logging_steps = self.flags.logging_steps
@@ -58,7 +58,7 @@ class StepIntervals(TrainerCallback):
         return counts
 
     def _record(self, counts: StepCounts, *, schedule_is_ours: bool) -> None:
-        """Record each number of steps that is not the typed one, with the reason, and each warning."""
+        """Record each number of steps that differs from the typed value, with the reason, and each warning."""
         flags = self.flags
         steps = f'of {counts.steps} steps'
         self.run.warnings += counts.warnings
@@ -182,7 +182,7 @@ class StopCallback(TrainerCallback):
 
 
 class EarlyStop(TrainerCallback):
-    """Ends the training after `patience` evaluations in a row that were not better than the best one before.
+    """Ends the training after `patience` evaluations in a row that are not better than the best evaluation so far.
 
     Every process sees the same metrics, so all processes end at the same step. The state is part of each checkpoint.
     """
@@ -218,9 +218,9 @@ class EarlyStop(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> TrainerControl:
-        """Compare the metric with the best one. After the last attempt, request a checkpoint and the end of training.
+        """Compare the metric with the best so far. Returns the control.
 
-        Returns the control.
+        After `patience` evaluations without improvement, a checkpoint and the end of training are requested.
         """
         name = f'eval_{args.metric_for_best_model}'
         value = (metrics or {})[name]
@@ -242,7 +242,7 @@ class EarlyStop(TrainerCallback):
 
 
 class EndedEarlyError(Exception):
-    """Ends a resumed run before its first step, because the evaluation that it repeated was the last attempt."""
+    """Ends a resumed run before its first step, because --early_stop ends training after the repeated evaluation."""
 
 
 def peak_memory_gib() -> float:

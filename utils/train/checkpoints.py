@@ -56,7 +56,7 @@ def first_failure_of(work: Callable[[], object]) -> str | None:
 def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, Any]]) -> None:
     """Set the settings of an optimizer and its schedule that come from flags. `settings` has one dict per group.
 
-    The learning rate of the next step is computed from them.
+    The learning rate of the next step is computed from these settings.
     """
     schedule.base_lrs = [setting['initial_lr'] for setting in settings]
     rates = [
@@ -122,7 +122,7 @@ class Checkpoints:
             gib = shutil.disk_usage(run_dir).free / 2**30
             remedy = f', then use --resume_from_checkpoint {last}' if last else ' and start again.'
             raise ConfigError(
-                f'{checkpoint} could not be written: {failure}. Nothing older was changed: the last complete '
+                f'{checkpoint} could not be written: {failure}. No older checkpoint was changed: the last complete '
                 f'checkpoint is {last or "none yet"}. {gib:.1f} GiB are free there. Free disk space{remedy}'
             )
 

@@ -39,7 +39,7 @@ def now() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds that a step, an evaluation and a checkpoint take, and how many steps lie between two of them."""
+    """The seconds of a step, an evaluation and a checkpoint, and the numbers of steps between evaluations and saves."""
 
     step: float
     evaluation: float
@@ -48,13 +48,13 @@ class Costs:
     save_steps: int
 
     def seconds(self, done: int, end: int) -> float:
-        """Return the seconds from step `done` to the end of the run after step `end`."""
+        """Return the seconds that the run still needs after step `done`, if it ends after step `end`."""
         evaluations = _times(done, end, self.eval_steps)
         checkpoints = _times(done, end, self.save_steps)
         return (end - done) * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def fitting(self, done: int, most: int, seconds: float) -> int:
-        """Return the largest end from `done` to `most` that can be reached within `seconds`."""
+        """Return the largest last step, from `done` to `most`, with which the rest of the run fits into `seconds`."""
         low = done
         high = most
         while low < high:
@@ -66,7 +66,7 @@ class Costs:
         return low
 
     def told(self, done: int, end: int) -> str:
-        """Return the times as text for a decision."""
+        """Return the times as text, e.g. for the log line that says why the run gets this number of steps."""
         text = f'a step takes {self.step:.3g} s'
         if self.evaluation:
             text += f', an evaluation {self.evaluation:.3g} s ({_times(done, end, self.eval_steps)} of them)'
@@ -74,15 +74,15 @@ class Costs:
 
 
 def _times(done: int, end: int, every: int) -> int:
-    """Return how often something happens after step `done`: every `every` steps, and after the last step `end`."""
+    """Return how many evaluations or checkpoints follow step `done`: every `every` steps, and one after step `end`."""
     return -(-end // every) - done // every
 
 
 class Deadline(TrainerCallback):
-    """Ends a run on time. It does nothing until `set` is called.
+    """Ends a run within the time of --max_minutes. It does nothing until `set` is called.
 
-    Process 0 measures and decides. All processes follow in the same step: the decision reaches them together with the
-    loss of the step (Guard.judge).
+    Process 0 measures the times and decides. All processes apply the decision at the same step, because they get it
+    together with the loss of the step (Guard.judge).
     """
 
     def __init__(self, trainer: SftTrainer) -> None:
@@ -101,10 +101,10 @@ class Deadline(TrainerCallback):
         self._mark: float | None = None
 
     def set(self, minutes: float, *, started: float, repeated: list[dict[str, Any]] | None) -> None:
-        """Give the run this time from `started`, the time when the program started.
+        """Limit the run to `minutes`, counted from `started`, the time when the program started.
 
-        `repeated` is the timetable in lock.json of the run that this run repeats, or None. With a timetable the steps
-        are those of that run, however long they take.
+        `repeated` is the timetable in lock.json of the repeated run, or None. With a timetable, this run takes the same
+        steps as the repeated run, however long they take.
         """
         self.minutes = minutes
         self._started = started
@@ -113,7 +113,7 @@ class Deadline(TrainerCallback):
             self.trainer.timetable.restore(repeated)
 
     def left(self, share: float) -> float:
-        """Return the seconds until this share of the time is over."""
+        """Return the seconds until this share of the time limit has passed."""
         assert self.minutes is not None, 'it is set'
         return self._started + share * self.minutes * 60 - now()
 
@@ -125,7 +125,7 @@ class Deadline(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Use the timetable of the run that is resumed or repeated. Without one, `plan` makes it later."""
+        """Use the timetable of the resumed or repeated run. Without a timetable, `plan` makes one later."""
         self.asked = state.max_steps
         timetable = self.trainer.timetable
         if self.minutes is None or not timetable.segments:
@@ -174,9 +174,9 @@ class Deadline(TrainerCallback):
             write_json(Path(run.folder) / LOCK_JSON, run.lock)
 
     def proposal(self) -> int:
-        """Return the last step that process 0 proposes now, near the end of a step. 0: the run ends as planned.
+        """Return the last step of the run that this process proposes now, or 0 to keep the planned last step.
 
-        The sum over all processes is the proposal of process 0.
+        Only process 0 proposes a step. All other processes return 0, so the sum is the proposal of process 0.
         """
         trainer = self.trainer
         if self.minutes is None or self._is_repeated or trainer.in_preflight or not dist.is_main():
@@ -190,7 +190,7 @@ class Deadline(TrainerCallback):
         return max(costs.fitting(done, state.max_steps, self.left(PLANNED_SHARE) + costs.step), done + 1)
 
     def _costs(self) -> Costs:
-        """Return the latest measured times. A time that is not measured yet is the one of the trial, or 0."""
+        """Return the latest measured times. A time that was not measured yet comes from the trial, else it is 0."""
         state = self.trainer.state
         trial = self._trial
         step = trial.step if trial is not None else 0.0
@@ -208,7 +208,10 @@ class Deadline(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure the step. If the processes agreed on an earlier end, shorten the schedule. Returns the control."""
+        """Measure the time of the step. If the processes agreed on an earlier end, shorten the schedule.
+
+        Returns the control.
+        """
         if self.minutes is None:
             return control
         if self._mark is not None:
@@ -243,11 +246,11 @@ class Deadline(TrainerCallback):
         return f'{costs.told(state.global_step, end)}; the rest of the schedule is compressed'
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Measure the evaluation. It comes after a step, or at the start of a resumed run."""
+        """Measure the time of the evaluation, which comes after a step or at the start of a resumed run."""
         self._evaluation = self._lap(self._evaluation)
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
-        """Measure the checkpoint. It comes after a step or an evaluation."""
+        """Measure the time of the checkpoint, which comes after a step or an evaluation."""
         self._checkpoint = self._lap(self._checkpoint)
 
     def _lap(self, before: float | None) -> float | None:

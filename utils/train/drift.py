@@ -35,7 +35,7 @@ class Drift:
     def measure(self) -> float:
         """Return KL(base || tuned) in nats: the mean over all predicted tokens of the neutral texts.
 
-        The model must be in evaluation mode. Each process measures it alone. No random numbers are used.
+        The model must be in evaluation mode. Each process measures this value separately. No random numbers are used.
         """
         trainer = self.trainer
         model: Any = trainer.model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from utils.base.logger import logger
@@ -21,9 +21,14 @@ _MIN_SEPARATION = 0.3
 _NEAR = 0.85
 
 
-def warn_of_untrained_ends(model: Any, tokenizer: Any, stop_ids: Iterable[int]) -> None:
-    """Log a warning if the row of an end-of-turn token in the output head looks like the rows of unused tokens."""
-    ends = sorted(set(stop_ids) or {tokenizer.eos_token_id})
+def warn_of_untrained_ends(
+    model: Any, tokenizer: Any, stop_ids: Iterable[int], *, trained: Collection[int] = ()
+) -> None:
+    """Log a warning if the row of an end-of-turn token in the output head looks like the rows of unused tokens.
+
+    The rows of the tokens `trained` are trained, so these tokens are not checked.
+    """
+    ends = sorted((set(stop_ids) or {tokenizer.eos_token_id}).difference(trained))
     untrained = untrained_ids(model.get_output_embeddings(), tokenizer, ends)
     if untrained:
         names = ', '.join(repr(tokenizer.convert_ids_to_tokens(token)) for token in untrained)

@@ -104,7 +104,7 @@ class Guard(TrainerCallback):
     ) -> None:
         """Check the loss and the gradients of the step, and log a warning if the loss is a spike.
 
-        Raises ConfigError if they are not finite, or if every gradient is zero.
+        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
         """
         step = state.global_step + 1
         loss, losses = self.judge(f'step {step}')
@@ -229,10 +229,10 @@ class Guard(TrainerCallback):
         return [row for batch in self._batches for row in self._origins(batch)]
 
     def _bad_rows(self, batch: dict[str, Any]) -> list[str]:
-        """Return the origins (where a row comes from) of all rows of a micro-batch whose loss is not finite.
+        """Return the origins (file and line) of the rows that make the loss of a micro-batch NaN or infinite.
 
-        The loss of each row is computed separately. The origins of all rows are returned if each separate loss is
-        finite, or if the model is sharded.
+        The loss of each row is computed separately. If every separate loss is finite, or if the model is sharded, the
+        origins of all rows of the micro-batch are returned.
         """
         trainer = self.trainer
         origins = self._origins(batch)

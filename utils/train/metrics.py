@@ -67,8 +67,8 @@ class GenerationMetrics:
     """Scores generated ids against the ids of the labels. The trainer calls it after each evaluation.
 
     The main process computes the scores and sends them to the others, because a function of the user may return
-    different numbers in each process. If it fails, every process raises the ConfigError. `held_out` has the validation
-    rows by origin; it is only read by scores that are functions of a file.
+    different numbers in each process. If the function fails, every process raises the ConfigError. `held_out` has the
+    validation rows by origin; only scores that are functions of a file read it.
     """
 
     def __init__(self, tokenizer: Any, scores: Scores, sets: ValidationSets, held_out: Mapping[str, Row]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 def find_targets(
     model: PreTrainedModel, wanted: Sequence[str], frozen: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Return two lists: the modules that get LoRA, by name or path, and the names of the expert parameters that get it.
+    """Return two lists: the names or paths of the modules that get LoRA, and the names of such expert parameters.
 
     Modules inside the modules `frozen` are left out. An expert parameter is the stacked weight of all experts of a
     layer. It is named by the end of its path, e.g. experts.down_proj. Raises ConfigError if a word of `wanted` matches
@@ -60,8 +61,8 @@ def find_targets(
 
     if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
-            f'--lora_target_modules {", ".join(refused)}: on {type(model).__name__} PEFT puts these names on the '
-            f'experts, not on linear layers. Use --lora_target_modules {",".join(sorted(experts))}.'
+            f'--lora_target_modules {", ".join(refused)}: for {type(model).__name__}, PEFT applies these names to '
+            f'the experts, not to linear layers. Use --lora_target_modules {",".join(sorted(experts))}.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
@@ -107,11 +108,13 @@ def prepare_model(
     *,
     base: Path | None = None,
     family: str | None = None,
+    token_ids: Sequence[int] = (),
 ) -> Any:
     """Make the model ready to train, and return it. Log the number of trainable parameters.
 
     With --sft_type lora, the model is returned as a PeftModel with fp32 adapters. With --sft_type full, `model` itself
     is returned. `base` and `family` are the folder and the family of the base model, for --adapter (see load_adapter).
+    `token_ids` are the ids of new tokens (--new_tokens), whose rows of embedding and head are trained.
     """
     towers = find_towers(model)
     if not args.freeze_vision and not towers:
@@ -124,7 +127,8 @@ def prepare_model(
             logger.info(f'{name} is not trained (--freeze_vision true)')
         prepared: Any = model
     else:
-        prepared = _put_adapter(model, args, towers, decide, base, family)
+        start = _Start(base=base, family=family, token_ids=token_ids)
+        prepared = _put_adapter(model, args, towers, decide, start)
 
     _fuse_layers(model, args)
     if args.gradient_checkpointing:
@@ -163,77 +167,136 @@ def _log_trainable(model: Any) -> None:
     logger.info(f'trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4g} %)')
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """The folder and the family of the base model, for --adapter, and the ids of new tokens."""
+
+    base: Path | None
+    family: str | None
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """Where an adapter goes in a model."""
+
+    # Linear layers that get LoRA, as PEFT takes them: by last name or by path.
+    modules: list[str]
+    # Stacked weights of experts that get LoRA, by the end of their path.
+    parameters: list[str]
+    # The paths of all layers that `modules` names.
+    adapted: list[str]
+    # Layers that are trained whole, as --lora_modules_to_save names them.
+    saved: list[str]
+    # `saved`, and the layers whose weight is tied to one of them.
+    copied: list[str]
+    # Whether the copies of embedding and head are one tensor.
+    ties: bool
+
+
 def _put_adapter(
-    model: PreTrainedModel,
-    args: SftArguments,
-    towers: Sequence[str],
-    decide: Decide,
-    base: Path | None,
-    family: str | None,
+    model: PreTrainedModel, args: SftArguments, towers: Sequence[str], decide: Decide, start: _Start
 ) -> Any:
     """Return the model with a new LoRA adapter, or with the adapter of --adapter.
 
     Raises ConfigError if a target name matches nothing, or if there is no layer for LoRA.
     """
-    from peft import get_peft_model
-
     from utils.fast.lora import fuse_lora
-    from utils.loading.adapter import load_adapter, restore_adapter
+    from utils.loading.adapter import restore_adapter
     from utils.loading.layers import is_sharded
-    from utils.train.saved_modules import check_saved, find_saved, hold_in_fp32, with_tied
+    from utils.train.saved_modules import check_tokens, hold_in_fp32
 
-    class_name = type(model).__name__
     frozen = towers if args.freeze_vision else []
-    wanted = args.lora_target_modules or [ALL_LINEAR]
-    modules, parameters = find_targets(model, wanted, frozen)
-    targets = [*modules, *parameters]
-    if not targets:
-        raise ConfigError(f'--sft_type lora: {class_name} has no layer for LoRA. Use --sft_type full.')
+    places = _find_places(model, args, frozen, decide)
+    _warn_of_towers(model, places, [] if frozen else towers)
+    experts = expert_names(model)
+    counts = Counter(map(last_name, places.adapted)) + Counter({name: experts[name] for name in places.parameters})
 
-    if set(targets) != set(wanted):
-        typed = ' '.join(wanted)
-        decide('lora_target_modules', targets, f'these are the layers of {class_name} that {typed} names')
-    if parameters and args.lora_dropout_p:
-        raise ConfigError(
-            f'--lora_dropout_p {args.lora_dropout_p} is not possible on expert parameters ({parameters[0]}): LoRA '
-            'changes their weights directly and has no input to drop. Use --lora_dropout_p 0, or remove them from '
-            '--lora_target_modules.'
-        )
-
-    if parameters and args.use_dora:
-        raise ConfigError(
-            f'--use_dora true is not possible on expert parameters ({parameters[0]}): PEFT has no DoRA for them. '
-            'Remove --use_dora, or remove them from --lora_target_modules.'
-        )
-
-    adapted = named_by(modules, linear_layers(model, frozen))
-    if towers and not frozen and not any(is_in(path, towers) for path in adapted):
-        in_towers = sorted({last_name(path) for path in linear_layers(model) if is_in(path, towers)})
-        logger.warning(
-            f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({", ".join(in_towers)})'
-        )
-    counts = Counter(map(last_name, adapted)) + Counter({name: expert_names(model)[name] for name in parameters})
-
-    saved = find_saved(model, args.lora_modules_to_save or [], adapted=adapted, frozen=frozen)
-    if saved and set(saved) != set(args.lora_modules_to_save or []):
-        decide('lora_modules_to_save', saved, f'these are the layers of {class_name} with these names')
-    copied, ties = with_tied(model, saved)
-    if args.adapter is None:
-        prepared = get_peft_model(model, _lora_config(args, modules, parameters, frozen, saved, ties=ties))
-        if args.use_dora:
-            _start_dora(prepared)
-    else:
-        prepared = load_adapter(model, Path(args.adapter), base, family, dropout=args.lora_dropout_p)
-        _check_layers(prepared, args, adapted, parameters)
-        check_saved(prepared, args, copied)
+    prepared = _add_adapter(model, args, places, frozen, start)
+    if start.token_ids:
+        check_tokens(prepared, start.token_ids)
     if args.deepspeed_config_path is None:  # DeepSpeed holds a copy of each trained weight in fp32 itself
         hold_in_fp32(prepared)
-        if args.adapter is not None and saved:
+        if args.adapter is not None and places.saved:
             restore_adapter(prepared, Path(args.adapter))
     if args.tuner_backend == 'swift' and not is_sharded(model):
         fused, layers = fuse_lora(prepared)
         logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
     logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
+    return prepared
+
+
+def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[str], decide: Decide) -> _Places:
+    """Return where the adapter goes. `decide` is called if the flags name layers in a different form.
+
+    Raises ConfigError if there is no layer for LoRA, or if expert parameters cannot have what the flags ask for.
+    """
+    from utils.train.saved_modules import find_saved, with_tied
+
+    class_name = type(model).__name__
+    wanted = args.lora_target_modules or [ALL_LINEAR]
+    modules, parameters = find_targets(model, wanted, frozen)
+    targets = [*modules, *parameters]
+    if not targets:
+        raise ConfigError(f'--sft_type lora: {class_name} has no layer for LoRA. Use --sft_type full.')
+    if set(targets) != set(wanted):
+        typed = ' '.join(wanted)
+        decide('lora_target_modules', targets, f'these are the layers of {class_name} that {typed} names')
+    if parameters:
+        _check_experts(args, parameters[0])
+
+    adapted = named_by(modules, linear_layers(model, frozen))
+    saved = find_saved(model, args.lora_modules_to_save or [], adapted=adapted, frozen=frozen)
+    if saved and set(saved) != set(args.lora_modules_to_save or []):
+        decide('lora_modules_to_save', saved, f'these are the layers of {class_name} with these names')
+    copied, ties = with_tied(model, saved)
+    return _Places(modules=modules, parameters=parameters, adapted=adapted, saved=saved, copied=copied, ties=ties)
+
+
+def _check_experts(args: SftArguments, parameter: str) -> None:
+    """Raise ConfigError if the flags ask for what is not possible on expert parameters, such as `parameter`."""
+    if args.lora_dropout_p:
+        raise ConfigError(
+            f'--lora_dropout_p {args.lora_dropout_p} is not possible on expert parameters ({parameter}): LoRA '
+            'changes their weights directly and has no input to drop. Use --lora_dropout_p 0, or remove them from '
+            '--lora_target_modules.'
+        )
+    if args.use_dora:
+        raise ConfigError(
+            f'--use_dora true is not possible on expert parameters ({parameter}): PEFT has no DoRA for them. '
+            'Remove --use_dora, or remove them from --lora_target_modules.'
+        )
+
+
+def _warn_of_towers(model: PreTrainedModel, places: _Places, towers: Sequence[str]) -> None:
+    """Log a warning if vision towers are to be trained, and no layer inside them gets LoRA."""
+    if not towers or any(is_in(path, towers) for path in places.adapted):
+        return
+    in_towers = sorted({last_name(path) for path in linear_layers(model) if is_in(path, towers)})
+    logger.warning(f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({", ".join(in_towers)})')
+
+
+def _add_adapter(
+    model: PreTrainedModel, args: SftArguments, places: _Places, frozen: Sequence[str], start: _Start
+) -> Any:
+    """Return the model with the adapter of --adapter, or else with a new adapter."""
+    from peft import get_peft_model
+
+    from utils.loading.adapter import load_adapter
+    from utils.train.saved_modules import check_saved, token_tables
+
+    if args.adapter is not None:
+        prepared = load_adapter(model, Path(args.adapter), start.base, start.family, dropout=args.lora_dropout_p)
+        _check_layers(prepared, args, places.adapted, places.parameters)
+        check_saved(prepared, args, places.copied)
+        return prepared
+
+    config = _lora_config(args, places.modules, places.parameters, frozen, places.saved)
+    config.ensure_weight_tying = places.ties
+    config.trainable_token_indices = token_tables(model, start.token_ids, places.copied) or None
+    prepared = get_peft_model(model, config)
+    if args.use_dora:
+        _start_dora(prepared)
     return prepared
 
 
@@ -243,12 +306,10 @@ def _lora_config(
     parameters: list[str],
     frozen: Sequence[str],
     saved: Sequence[str],
-    *,
-    ties: bool,
 ) -> Any:
     """Return the settings of PEFT for an adapter on these modules and expert parameters.
 
-    The layers `saved` are trained whole. With `ties`, the copies of embedding and head are one tensor.
+    The layers `saved` are trained whole.
     """
     from peft import LoraConfig, TaskType
 
@@ -262,7 +323,6 @@ def _lora_config(
         target_parameters=parameters or None,
         exclude_modules=rf'({"|".join(map(re.escape, frozen))})\..*' if frozen else None,
         modules_to_save=list(saved) or None,
-        ensure_weight_tying=ties,
         task_type=TaskType.CAUSAL_LM,
     )
 

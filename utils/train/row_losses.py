@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class RowLosses(TrainerCallback):
-    """Computes the losses of some validation rows before training. With LoRA this is done after training.
+    """Keeps the losses of some validation rows from before training, and writes them with the losses after training.
 
-    With LoRA the adapter is switched off for it. With --sft_type full it is done before the first step, and a resumed
-    run takes the losses from the folder of the run that it resumes. The losses after training are those of the last
-    evaluation, so they cost nothing.
+    With LoRA, the losses before training are computed at the end, with the adapter switched off. With --sft_type full,
+    they are computed before the first step, and a resumed run reads them from the folder of the run that it resumes.
+    The losses after training are those of the last evaluation, so they are not computed again.
     """
 
     def __init__(self, trainer: SftTrainer, count: int, resumed_from: str | None) -> None:
@@ -45,14 +45,14 @@ class RowLosses(TrainerCallback):
             earlier = read_rows(Path(self.resumed_from).absolute().parent)
             self.before = {row['origin']: row['loss_before'] for row in earlier if row['loss_before'] is not None}
             if not self.before:
-                logger.info(f'{ROWS_JSONL}: no losses before training, because the resumed run has kept none')
+                logger.info(f'{ROWS_JSONL}: no losses before training, because the resumed run has stored none')
         else:
             self._compute()
         if self.trainer.args.should_save:
             self._write({})
 
     def _compute(self) -> None:
-        """Compute the losses of the present model. The random state is restored. A signal to stop ends it early."""
+        """Compute the losses of the present model. A signal to stop ends this early. The random state is restored."""
         assert self.rows is not None, 'checked'
         random = random_state()
         try:
@@ -91,7 +91,7 @@ class RowLosses(TrainerCallback):
 
 
 def _by_origin(rows: EncodedRows, sums: Any) -> dict[str, list[float]]:
-    """Return the sums of each row by its origin. `sums` are those of the encoded rows, (N, 3).
+    """Return {origin of a row: its sums}. `sums` (N, 3) has the loss, hits and trained tokens of each encoded row.
 
     A row that was split (--overlong split) has several encoded rows, whose sums are added.
     """

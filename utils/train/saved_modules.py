@@ -1,4 +1,4 @@
-"""--lora_modules_to_save: layers that are trained whole, beside the adapter, and stored with it.
+"""--lora_modules_to_save: layers whose full weights are trained, besides the adapter, and stored with the adapter.
 
 PEFT trains a copy of each layer. The copy is held in fp32, like the adapter, and computes in the dtype of the model.
 """
@@ -39,7 +39,7 @@ class _HeldLinear(nn.Module):
 
 
 class _HeldOther(nn.Module):
-    """Mixin for an embedding or a norm with fp32 weights. Its output has the dtype that the layer had before."""
+    """Mixin for an embedding or a norm whose weights were changed to fp32. Its output keeps the dtype from before."""
 
     held_dtype: torch.dtype
 
@@ -119,10 +119,52 @@ def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None
     if set(found) == set(expected):
         return
     raise ConfigError(
-        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: it means {" ".join(expected)} of '
+        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: it names {" ".join(expected)} of '
         f'{type(base).__name__}, and the adapter in {args.adapter} has {" ".join(found) or "none"}. Remove '
         '--lora_modules_to_save, or train a new adapter without --adapter.'
     )
+
+
+def token_tables(model: PreTrainedModel, ids: Sequence[int], copied: Collection[str]) -> dict[str, list[int]]:
+    """Return which rows of which layers are trained for new tokens: a dict from the path of a layer to the ids.
+
+    The layers are the input embedding and, if it is not tied to it, the output head. Layers in `copied` are not in the
+    dict, because they are trained whole. Raises ConfigError if the head has a bias.
+    """
+    if not ids:
+        return {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    found = {}
+    for path, module in model.named_modules():
+        if path in copied or not (module is embedding or module is head):
+            continue
+        if module is head and head.bias is not None:
+            raise ConfigError(
+                f'--new_tokens: the output head of {type(model).__name__} has a bias, which PEFT leaves out of trained '
+                f'rows. Add --lora_modules_to_save {HEAD}, which trains it whole.'
+            )
+        if module is embedding or not is_tied:
+            found[path] = list(ids)
+    return found
+
+
+def check_tokens(model: Any, ids: Sequence[int]) -> None:
+    """Raise ConfigError if the rows of the new tokens are not trained in the input embedding and in the output head."""
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    base = model.get_base_model()
+    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if isinstance(layer, ModulesToSaveWrapper):
+            continue
+        if isinstance(layer, TrainableTokensWrapper):
+            trained = layer.token_adapter.token_indices
+            if any(set(ids) <= set(rows) for rows in trained.values()):
+                continue
+        raise ConfigError(
+            f'--new_tokens: PEFT does not train their rows in both ends of {type(base).__name__}. Add '
+            f'--lora_modules_to_save {EMBEDDING} {HEAD}, which trains them whole.'
+        )
 
 
 def _copies(model: Any) -> Iterator[tuple[Any, nn.Module]]:

@@ -85,7 +85,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Set the random generators to the states that `random_state` returned.
 
-    The states of devices of another kind, and of devices that do not exist now, are ignored.
+    The states of devices of a different kind, and of devices that do not exist now, are ignored.
     """
     random.setstate(state['python'])
     name, words, *rest = state['numpy']

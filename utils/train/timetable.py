@@ -14,11 +14,11 @@ MakeSchedule = Callable[[int], LambdaLR]
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A part of a run in which the schedule goes on at one pace.
+    """A part of a run in which the learning-rate schedule advances at a constant pace.
 
-    The schedule was made for `steps` steps. `first` and `last` are counts of the schedule (steps before the current
-    one). At count `first` the schedule is at `position`, at count `last` it is at its last step. The run ends after
-    the optimizer step with the number `end`.
+    The schedule was made for `steps` steps. `first` and `last` are counts: numbers of complete steps. At the count
+    `first` the schedule is at `position`, and at the count `last` it is at its last step. The run ends after the
+    optimizer step with the number `end`.
     """
 
     steps: int
@@ -28,7 +28,7 @@ class Segment:
     end: int
 
     def at(self, count: int) -> float:
-        """Return the position of the schedule at a count."""
+        """Return the position in the schedule after `count` steps: a step number, 0 to `steps`, not always whole."""
         if self.last <= self.first:
             return float(self.steps - 1)
         pace = (self.steps - 1 - self.position) / (self.last - self.first)
@@ -36,7 +36,7 @@ class Segment:
 
 
 class Timetable:
-    """The segments of a run. Without segments, the schedule is the one that the flags ask for."""
+    """The segments of a run. Without segments, the run follows the schedule of its flags."""
 
     def __init__(self) -> None:
         self.segments: list[Segment] = []
@@ -49,22 +49,22 @@ class Timetable:
         return self.segments[-1].end
 
     def follow(self, schedule: LambdaLR, make: MakeSchedule) -> None:
-        """Change the rates of `schedule` from now on. `make` makes the same schedule for a number of steps."""
+        """Let the segments set the rates of `schedule`. `make` returns the same schedule for a number of steps."""
         self._schedule = schedule
         self._make = make
         if self.segments:
             self._use()
 
     def plan(self, steps: int) -> None:
-        """Make the schedule of a new run for this number of steps."""
+        """Plan a new run: it takes `steps` steps, and its schedule is made for this number of steps."""
         self.segments = [Segment(steps=steps, first=0, position=0.0, last=steps - 1, end=steps)]
         self._use()
 
     def shorten(self, *, steps: int, done: int, end: int) -> None:
         """End the run after step `end`, and go through the rest of the schedule faster.
 
-        The schedule was made for `steps` steps, and `done` steps are complete. The last step gets the rate that the
-        last step of the schedule has.
+        The schedule was made for `steps` steps, and `done` steps are complete. The last step of the run gets the rate
+        of the last step of the schedule.
         """
         assert self._schedule is not None, 'training has begun'
         count = self._schedule.last_epoch
@@ -74,11 +74,11 @@ class Timetable:
         self._use()
 
     def state(self) -> list[dict[str, Any]]:
-        """Return the segments for a checkpoint and for lock.json."""
+        """Return the segments as dictionaries, for a checkpoint and for lock.json."""
         return [asdict(segment) for segment in self.segments]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
-        """Use the segments that the method `state` returned."""
+        """Replace the segments by those in `state`, which the method `state` returned."""
         self.segments = [Segment(**segment) for segment in state]
         if self._schedule is not None:
             self._use()
@@ -88,7 +88,7 @@ class Timetable:
         return segment.at(count)
 
     def _use(self) -> None:
-        """Set the rates of the schedule, also the rate of the next step."""
+        """Set the learning rates according to the segments, including the rate of the next step."""
         schedule = self._schedule
         assert schedule is not None and self._make is not None, 'training has begun'
         functions: list[Any] = self._make(self.segments[0].steps).lr_lambdas

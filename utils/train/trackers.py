@@ -44,12 +44,12 @@ class DescribedConfig:
         return copy.deepcopy(self._content)
 
     def to_json_string(self) -> str:
-        """Return the configuration as JSON. Values that are the default of the class are left out."""
+        """Return the configuration as JSON. Values that equal the default of the class are left out."""
         return self._json
 
 
 class DescribedModel:
-    """What a tracker learns of a model: its configuration, its adapter, its layers and its size, but no weight."""
+    """The description of a model that a tracker gets: configuration, adapter, layers and size, but no weights."""
 
     def __init__(self, model: Any, clean: Clean) -> None:
         self.config = DescribedConfig(model.config, clean)
@@ -68,7 +68,7 @@ class DescribedModel:
 
 
 def described_arguments(args: TrainingArguments, tracker: str, *, run_name: str, clean: Clean) -> TrainingArguments:
-    """Return a copy of the trainer's arguments for a tracker: with the name of the run, and without private text."""
+    """Return a copy of the trainer's arguments for a tracker. It has the name of the run, and no private text."""
     described = copy.copy(args)
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -133,7 +133,7 @@ class TrackerCallback(TrainerCallback):
         return self._clean(error_text(error)).rstrip('.')
 
     def _pass_on(self, event: Callable[[TrainerCallback], object]) -> None:
-        """Call `event` with the callback of the tracker. After a failure, the tracker is not called again."""
+        """Call `event` with the callback of the tracker. If it fails, log a warning, and call the tracker no more."""
         if self._callback is None:
             return
         try:
@@ -151,10 +151,10 @@ class TrackerCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def private_environment(name: str, clean: Clean) -> Iterator[None]:
-    """A context in which the tracker `name` finds no token in the command line, no user name, and no wish for uploads.
+    """A context that hides from a tracker the tokens in the command line, the user name and requests for uploads.
 
-    Trackers read the command line, the user and their variables, most of them when they open a run. Variables that the
-    user set for the tracker stay as they are, except those that ask for uploads.
+    Trackers read the command line, the user name and environment variables, most of them when they open a run.
+    Variables that the user set for the tracker are not changed, except variables that ask for uploads.
     """
     tracker = TRACKERS[name]
     changes: dict[str, str | None] = dict.fromkeys((*tracker.uploads, *tracker.project))

@@ -185,9 +185,9 @@ class SftTrainer(Seq2SeqTrainer):
         return self.order
 
     def typical_batches(self, number: int) -> list[list[dict[str, Any]]]:
-        """Return the rows of the batches of one step of one process, for a trial. Each `number` gives other rows.
+        """Return the rows of one step of one process, in batches, for a trial. Each `number` gives different rows.
 
-        The rows are at equal distances in the training set. Of a stream, they are the first rows.
+        The rows are at equal distances in the training set. For a stream, they are its first rows.
         """
         size = self.args.per_device_train_batch_size
         batches = self.args.gradient_accumulation_steps
@@ -206,7 +206,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train one epoch. A resumed run trains no step if the evaluation that it repeats is the last attempt."""
+        """Train one epoch. A resumed run trains no step if --early_stop ends it after the repeated evaluation."""
         try:
             super()._run_epoch(*args, **kwargs)
         except EndedEarlyError:
@@ -244,7 +244,7 @@ class SftTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the share of a micro-batch in the loss of the whole step.
+        """Return the contribution of a micro-batch to the loss of the step.
 
         It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step, and
         multiplied by the number of processes.
@@ -273,7 +273,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the learning-rate schedule if there is none yet, and return it. DeepSpeed passes its own optimizer."""
+        """Return the learning-rate schedule, which is made on the first call. DeepSpeed passes its own optimizer."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
         if scheduler is None:
 
@@ -337,7 +337,7 @@ class SftTrainer(Seq2SeqTrainer):
         return output
 
     def sums_by_row(self, rows: EncodedRows) -> Any:
-        """Return the summed loss, the hits and the trained tokens of each row, (N, 3). Nothing is logged."""
+        """Return (N, 3): the summed loss, the hits (correctly predicted tokens) and the trained tokens of each row."""
         self.gather_function = self.accelerator.gather_for_metrics
         loader = self.get_eval_dataloader(rows)
         return super().evaluation_loop(loader, 'rows', prediction_loss_only=False).predictions

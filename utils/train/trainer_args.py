@@ -83,7 +83,7 @@ def best_metric(args: SftArguments) -> str:
 
 
 def _schedule_settings(args: SftArguments) -> dict[str, float]:
-    """Return the settings of the schedule that `make_schedule` takes besides the warm-up."""
+    """Return the settings of the schedule for `make_schedule`, except the warm-up."""
     settings = {} if args.min_lr_ratio is None else {'min_lr_ratio': args.min_lr_ratio}
     if args.lr_scheduler_type == STABLE_DECAY:
         settings['decay_ratio'] = args.decay_ratio
@@ -91,7 +91,7 @@ def _schedule_settings(args: SftArguments) -> dict[str, float]:
 
 
 def unused_optimizer(learning_rate: float) -> Any:
-    """Return an optimizer for a schedule of which only the function is used. A new schedule changes its optimizer."""
+    """Return an optimizer that is never used. A new schedule changes its optimizer, so it must not get the real one."""
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
 
 

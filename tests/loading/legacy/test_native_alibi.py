@@ -362,11 +362,11 @@ def test_packed_weights_that_do_not_fit_are_named() -> None:
         (without_quant, f"tensor '{data}' has no '{quant}'"),
         ({**state, data: state[data][:-1]}, f"tensor '{data}' has 24575 bytes"),
         ({**state, quant: [layout[0][:-1], *layout[1:]]}, f"tensor '{data}' has 24576 bytes and 767 scales"),
-        ({**state, quant: [*layout[:4], [layout[4][0]], *layout[5:]]}, f"'{quant}' is not laid out"),
+        ({**state, quant: [*layout[:4], [layout[4][0]], *layout[5:]]}, f"'{quant}' does not have the layout"),
         ({**state, quant: [torch.ones(5000), *layout[1:]]}, f"tensor '{data}' has 24576 bytes and 5000 scales"),
-        ({**state, quant: [torch.full((768,), 999), *layout[1:]]}, f"'{quant}' is not laid out"),
-        ({**state, quant: layout[:4]}, f"'{quant}' is not laid out"),
-        ({**state, quant: torch.ones(3)}, f"'{quant}' is not laid out"),
+        ({**state, quant: [torch.full((768,), 999), *layout[1:]]}, f"'{quant}' does not have the layout"),
+        ({**state, quant: layout[:4]}, f"'{quant}' does not have the layout"),
+        ({**state, quant: torch.ones(3)}, f"'{quant}' does not have the layout"),
     ]
     assert len(unpack_state(state)) == 3 + 2 * 7
     for content, message in damaged:

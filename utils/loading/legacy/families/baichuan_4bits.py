@@ -131,7 +131,7 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
     Raises ConfigError if quant_state has an unknown layout, or if the two entries do not fit each other.
     """
     layout = ConfigError(
-        f"'{name}{_QUANT}' is not laid out as by bitsandbytes of 2023: it is damaged, or of another version. "
+        f"'{name}{_QUANT}' does not have the layout of bitsandbytes of 2023: it is damaged, or of another version. "
         'Download or copy the files again.'
     )
 

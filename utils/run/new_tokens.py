@@ -1,0 +1,42 @@
+"""Finds the tokens that a run adds to the tokenizer of its base model (--new_tokens)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from utils.base.errors import ConfigError
+from utils.base.names import LAST
+from utils.cli.arguments import SftArguments
+from utils.cli.parser import Parsed
+from utils.loading.new_tokens import read_tokens
+from utils.run.record import find_record
+
+
+def check_new_tokens(parsed: Parsed[SftArguments]) -> None:
+    """Add a problem to the command line for each problem of --new_tokens that the files on this machine show."""
+    try:
+        find_new_tokens(parsed.args)
+    except ConfigError as error:
+        for problem in error.problems:
+            parsed.problems.add(problem)
+
+
+def find_new_tokens(args: SftArguments) -> list[str]:
+    """Return the tokens that a run adds to the tokenizer of its base model, or an empty list.
+
+    A run that is resumed, or that starts from an adapter, has the tokens of the earlier run. Raises ConfigError if
+    --new_tokens names other tokens, or if a file cannot be read.
+    """
+    typed = None if args.new_tokens is None else read_tokens(Path(args.new_tokens))
+    earlier = args.adapter if args.resume_from_checkpoint in (None, LAST) else args.resume_from_checkpoint
+    record = None if earlier is None else find_record(Path(earlier))
+    if record is None:
+        return typed or []
+
+    tokens = list(record.added_tokens)
+    if typed is not None and typed != tokens:
+        raise ConfigError(
+            f'--new_tokens {args.new_tokens}: its tokens are not those that {earlier} was trained with '
+            f'({", ".join(tokens) or "none"}). Remove --new_tokens, or start a new run on the base model.'
+        )
+    return tokens
