@@ -94,7 +94,9 @@ def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
     log_decisions(done)
     rows = rows_of(done)
 
-    start_processes(args.ddp_backend, deepspeed=args.deepspeed_config_path is not None)
+    start_processes(
+        args.ddp_backend, deepspeed=args.deepspeed_config_path is not None, deterministic=args.deterministic
+    )
     weights = find_weights(done)
     leave_out_unused(args, done.info, weights.path)
     data = lock_of(rows, args)

@@ -22,7 +22,7 @@ from utils.checks import machine
 from utils.cli.arguments import SftArguments
 from utils.loading.devices import Spread, pick_dtype
 from utils.loading.packed import trainable_backend
-from utils.train.callbacks import peak_memory_gib
+from utils.train.callbacks import Speedometer, peak_memory_gib, peak_reserved_gib
 from utils.train.state import random_state, set_random_state
 from utils.train.trainer_args import training_arguments
 
@@ -47,7 +47,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
             set_device=lambda index: module.used.append(index),
             mem_get_info=lambda index: (10 * GIB, 24 * GIB),
             max_memory_allocated=lambda index: (index + 1) * GIB,
-            reset_peak_memory_stats=lambda: module.resets.append(1),
+            max_memory_reserved=lambda index: (index + 2) * GIB,
+            synchronize=lambda: module.waits.append(1),
+            waits=[],
+            reset_peak_memory_stats=lambda index: module.resets.append(index),
             get_rng_state_all=lambda: list(module.states),
             get_rng_state=lambda: module.states[0],
             set_rng_state=written,
@@ -75,12 +78,36 @@ def test_the_device_that_torch_reports_is_used(kind: str, fake: Fake) -> None:
     assert device.address(0) == device.torch_name(0) == ('mps' if is_mac else f'{kind}:0')
     assert device.memory(0) == ((16 * GIB, 20 * GIB) if is_mac else (10 * GIB, 24 * GIB))
     assert peak_memory_gib() == (4.0 if is_mac else 3.0)
-    device.reset_peak()
-    assert module.resets == ([] if is_mac else [1])
+    assert peak_reserved_gib() == (4.0 if is_mac else 5.0)
+    Speedometer().on_train_begin()
+    assert module.resets == ([] if is_mac else [0, 1])
+    device.wait()
+    assert module.waits == [1]
     assert device.pins_memory() is not is_mac and not device.has_flash_attention()
     assert trainable_backend() == 'gptq_torch'
     named = device.description(0)
     assert named.startswith('GPU of this Mac (') if is_mac else named == f'{kind} model 0'
+
+
+def test_a_cpu_has_no_peak_of_an_allocator_and_nothing_to_wait_for() -> None:
+    assert peak_reserved_gib() is None
+    device.wait()
+
+
+def test_values_are_copied_now_and_read_later(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.tensor([1.0, 2.0])
+    read = device.read_later(values)
+    values.zero_()
+    assert read() == [1.0, 2.0]
+
+    done: list[str] = []
+    event = types.SimpleNamespace(record=lambda: done.append('record'), synchronize=lambda: done.append('wait'))
+    fake('mps').Event = lambda: event
+    monkeypatch.setattr(torch.Tensor, 'copy_', lambda self, other, non_blocking: done.append(f'copy {non_blocking}'))
+    read = device.read_later(torch.zeros(2, device='meta'))
+    assert done == ['copy True', 'record']
+    read()
+    assert done == ['copy True', 'record', 'wait']
 
 
 def test_an_accelerator_of_another_kind_is_not_used_and_named(fake: Fake) -> None:

@@ -86,14 +86,14 @@ def test_what_is_held_by_hand() -> None:
     full = Mode(full=True, compute=2)
     held = {
         'alone': (full, 4000, 4000, 8000),
-        'ddp': (replace(full, processes=2), 4000, 8000, 8000),
+        'ddp': (replace(full, processes=2), 4000, 4000, 8000),
         'zero2': (replace(full, processes=2, sharding='zero2'), 2000, 1000, 6000),
         'zero3': (replace(full, processes=2, sharding='zero3'), 1000, 1000, 6000),
         'fsdp': (replace(full, processes=2, sharding='fsdp'), 2000, 2000, 4000),
         'offload': (replace(full, processes=2, sharding='zero2', offloads_optimizer=True), 2000, 0, 0),
         'mp': (replace(full, devices=2), 2000, 2000, 4000),
         'bf16': (replace(full, trained=2, optimizer_bytes=6), 2000, 2000, 6000),
-        'bf16, ddp': (replace(full, trained=2, optimizer_bytes=6, processes=2), 2000, 4000, 6000),
+        'bf16, ddp': (replace(full, trained=2, optimizer_bytes=6, processes=2), 2000, 2000, 6000),
     }
     for name, (mode, *expected) in held.items():
         found = footprint(TINY, mode, BATCH)

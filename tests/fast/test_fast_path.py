@@ -28,7 +28,7 @@ from utils.data.collator import Collator, refill
 from utils.data.encode_plan import EncodedRows, PreparedData
 from utils.data.packing import StepSampler, best_fit, pack_evenly
 from utils.encode.encoded import Encoded
-from utils.fast import attention, chunked_loss
+from utils.fast import attention, chunked_loss, constants
 from utils.fast.attention import RowAttention, attend_in_groups
 from utils.fast.chunked_loss import Head
 from utils.fast.gated_mlp import _FusedGate, fuse_gates
@@ -121,7 +121,7 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction='sum') / 7
     wanted = [hidden, *linear.parameters()]
     gradients = torch.autograd.grad(2 * expected, wanted)
-    monkeypatch.setattr(chunked_loss, 'CHUNK_LOGITS', 1600)  # 16 positions
+    monkeypatch.setattr(constants, 'CHUNK_LOGITS', 1600)  # 16 positions
     head = Head(linear, scale=scale, cap=cap)
     with Largest() as largest:
         found = chunked_loss.summed_loss(hidden, targets, head, 7)

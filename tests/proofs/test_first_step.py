@@ -110,3 +110,111 @@ def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
     assert found is not None, message
     assert 390 < int(found[1]) < 420 and int(found[2]) == int(found[1]) // 2
     assert not list(run.glob('checkpoint-*')) and not (run / '.preflight').exists()
+
+
+@pytest.mark.parametrize(
+    ('error', 'is_memory'),
+    [
+        (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nmore'), True),
+        (RuntimeError('CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`'), True),
+        (RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB.'), True),
+        (RuntimeError('CUDA error: CUBLAS_STATUS_EXECUTION_FAILED'), False),
+        (ValueError('CUBLAS_STATUS_ALLOC_FAILED'), False),
+    ],
+)
+def test_cublas_without_memory_for_its_workspace_is_a_memory_error(error: Exception, is_memory: bool) -> None:
+    from utils.proofs.first_step import _tried
+
+    def work() -> None:
+        raise error
+
+    if is_memory:
+        assert _tried(work) == (None, str(error).splitlines()[0])
+    else:
+        with pytest.raises(type(error)):
+            _tried(work)
+
+
+@pytest.mark.optional
+@pytest.mark.parametrize('optim', ['PagedAdamW8bit', 'PagedAdamW32bit', 'PagedAdEMAMix8bit', 'PagedLion32bit'])
+def test_the_state_of_a_paged_optimizer_is_kept_and_begins_anew(optim: str) -> None:
+    """bitsandbytes never releases its memory, so a second state would be held beside the first one."""
+    import bitsandbytes
+    import torch
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from utils.proofs.first_step import _forget
+
+    def made() -> tuple[torch.nn.Parameter, Any]:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(80, 80))
+        return weight, getattr(bitsandbytes.optim, optim)([weight], lr=0.1)
+
+    def steps(weight: torch.nn.Parameter, optimizer: Any) -> None:
+        for factor in (1.0, 2.0):
+            weight.grad = weight.detach().sin() * factor
+            optimizer.step()
+
+    weight, optimizer = made()
+    steps(weight, optimizer)
+    before = {name: x for name, x in optimizer.state[weight].items() if isinstance(x, torch.Tensor)}
+    assert before['state1'].any()
+    wrapped = AcceleratedOptimizer.__new__(AcceleratedOptimizer)
+    wrapped.optimizer = optimizer
+    _forget(wrapped)
+    assert all(optimizer.state[weight][name] is x for name, x in before.items())
+
+    fresh, other = made()
+    with torch.no_grad():
+        weight.copy_(fresh)
+    steps(weight, optimizer)
+    steps(fresh, other)
+    assert torch.equal(weight, fresh)
+    wrapped.optimizer = torch.optim.AdamW([fresh])
+    wrapped.optimizer.step()
+    _forget(wrapped)
+    assert not wrapped.optimizer.state
+
+
+def test_micro_batches_are_joined_up_to_what_fits_and_a_resumed_run_joins_alike(
+    run_sft: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """500 and 250 tokens do not fit here, 150 do. Without the trial a batch has at most as many as the longest row."""
+    from utils.proofs import first_step
+    from utils.train.trainer import SftTrainer
+
+    rows = [{'query': 'x' * n, 'response': 'yes ' * (n % 7 + 1)} for n in (30, 3, 12, 9, 4, 20, 7, 31) * 3]
+    flags = (
+        '--dataset', str(write_jsonl(tmp_path / 'rows.jsonl', rows)), '--dataset_test_ratio', '0', '--batch_size', '1',
+        '--gradient_accumulation_steps', '8', '--max_steps', '4', '--save_steps', '2', '--save_total_limit', '-1',
+    )  # fmt: skip
+    tried: list[tuple[int, int]] = []
+    joined: list[int] = []
+    step = SftTrainer.training_step
+    tries = True
+
+    def limited(self: SftTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = inputs['input_ids'].shape[1] if inputs else 0
+        if self.in_preflight:
+            tried.append((tokens, len(inputs['targets'])))
+        elif tokens:
+            joined.append(tokens)
+        if tokens > 200:
+            raise MemoryError
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SftTrainer, 'training_step', limited)
+    monkeypatch.setattr(first_step, '_JOINED', (500, 250, 150))
+    monkeypatch.setattr(first_step, 'joins_more', lambda: tries)
+    with caplog.at_level('INFO'):
+        run = run_sft(*flags)
+    longest = max(tokens for tokens, _ in tried[:2])
+    wide = [(tokens, trained) for tokens, trained in tried if tokens > longest]
+    assert len(wide) == 3 and wide[0][0] > 250 >= wide[1][0] > 200 >= 150 >= wide[2][0], 'the most that can be filled'
+    assert all(tokens - trained in range(1, 9) for tokens, trained in wide), 'all but the first token of each row'
+    assert 'joined_tokens = 150 because micro-batches of a step are joined up to so many tokens' in caplog.text
+    assert longest < max(joined) <= 150 and len(joined) < 4 * 8
+
+    tries = False
+    resumed = run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-2'))
+    assert_equal(resumed / 'checkpoint-4', run / 'checkpoint-4')

@@ -63,12 +63,13 @@ def test_the_loss_of_batches_is_that_of_rows(layout: str, sharp_model: Path, run
 
 def roll_labels(patch: pytest.MonkeyPatch) -> None:
     """Let each position be scored on the token it read, not on the next one."""
-    predictors = Scorer._predictors
+    plain = Scorer.loss
 
-    def shifted(self: Scorer, model: Any, batch: dict[str, torch.Tensor]) -> Any:
-        return predictors(self, model, {**batch, 'labels': batch['labels'].roll(1, dims=1)})
+    def shifted(self: Scorer, model: Any, batch: dict[str, torch.Tensor], divisor: float) -> Any:
+        read = batch['input_ids'].flatten()[batch['positions']]
+        return plain(self, model, {**batch, 'targets': read}, divisor)
 
-    patch.setattr(Scorer, '_predictors', shifted)
+    patch.setattr(Scorer, 'loss', shifted)
 
 
 def scale_loss(patch: pytest.MonkeyPatch) -> None:
@@ -96,7 +97,7 @@ def go_on_counting_positions(patch: pytest.MonkeyPatch) -> None:
 def let_rows_see_each_other(patch: pytest.MonkeyPatch) -> None:
     from utils.fast import scoring
 
-    patch.setattr(scoring, 'concatenated_rows', lambda lengths: concatenated_rows([sum(lengths)]))
+    patch.setattr(scoring, 'concatenated_rows', lambda lengths, _: concatenated_rows([sum(lengths)]))
 
 
 def lose_a_row_of_a_joined_batch(patch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,8 @@ def train_the_prompt(patch: pytest.MonkeyPatch) -> None:
 
     def changed(self: SftTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         ids = inputs['input_ids']
-        return loss_of(self, model, {**inputs, 'labels': torch.where(ids > 8, ids, IGNORE_INDEX)}, *args, **kwargs)
+        changed = {**inputs, 'labels': torch.where(ids > 8, ids, IGNORE_INDEX).index_fill(1, torch.tensor([0]), -100)}
+        return loss_of(self, model, collator.with_plan(changed), *args, **kwargs)
 
     patch.setattr(trainer.SftTrainer, 'compute_loss', changed)
 

@@ -22,7 +22,7 @@ ROOMS = {
     'encode': 'base preprocess formats loading',
     'data': 'base formats dataset loading encode',
     'cli': 'base preprocess hub formats loading model data',
-    'fast': 'base loading encode data cli',
+    'fast': 'base loading data cli',
     'run': 'base preprocess formats loading encode data cli',
     'infer': 'base preprocess formats loading encode data cli run',
     'estimate': 'base hub loading model encode data cli fast run',

@@ -59,7 +59,9 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_model(*, seed: int = 0, vocab_size: int = 400, layers: int = 2, intermediate_size: int = 64) -> Any:
+def make_model(
+    *, seed: int = 0, vocab_size: int = 400, layers: int = 2, intermediate_size: int = 64, tied: bool = False
+) -> Any:
     """Return a 2-layer Llama with random fp32 weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,7 +76,7 @@ def make_model(*, seed: int = 0, vocab_size: int = 400, layers: int = 2, interme
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=5,

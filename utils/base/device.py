@@ -7,6 +7,7 @@ is imported only inside functions. `visible_kind` in dist.py finds the kind with
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 DeviceKind = Literal['cuda', 'xpu', 'npu', 'mps', 'cpu']
 _GIVEN_NAMES: tuple[DeviceKind, ...] = ('xpu', 'npu', 'mps')
+# Tensors that share memory start at a multiple of this number of bytes.
+_ALIGNED = 16
 
 
 def kind() -> DeviceKind:
@@ -104,7 +107,25 @@ def peak_bytes() -> int:
 def reset_peak() -> None:
     """Restart the measurement of the peak memory. Does nothing on CPU and MPS, which do not measure it."""
     if kind() not in ('mps', 'cpu'):
-        _module().reset_peak_memory_stats()
+        for index in range(count()):
+            _module().reset_peak_memory_stats(index)
+
+
+def peak_reserved_bytes() -> int:
+    """Return the most memory that the allocator held for this process, summed over all devices. Not for the CPU.
+
+    It is more than that of the tensors, and a device is full when the allocator can hold no more.
+    """
+    module = _module()
+    if kind() == 'mps':
+        return int(module.driver_allocated_memory())
+    return sum(int(module.max_memory_reserved(index)) for index in range(count()))
+
+
+def wait() -> None:
+    """Wait until the device has done all its work. Does nothing on a CPU."""
+    if kind() != 'cpu':
+        _module().synchronize()
 
 
 def has_bf16() -> bool:
@@ -127,6 +148,59 @@ def has_flash_attention() -> bool:
 def pins_memory() -> bool:
     """Return whether batches are copied to the device from pinned memory."""
     return kind() in ('cuda', 'xpu', 'npu')
+
+
+def send(tensors: Mapping[str, torch.Tensor], target: torch.device) -> dict[str, torch.Tensor]:
+    """Return tensors on the device `target`, by the names that they have in `tensors`.
+
+    All tensors that are on the CPU are sent in one copy, from pinned memory if the device supports it. Then the CPU
+    does not wait for the device.
+    """
+    import torch
+
+    if target.type == 'cpu':
+        return dict(tensors)
+
+    starts = {}
+    size = 0
+    for name, x in tensors.items():
+        if x.device.type == 'cpu':
+            starts[name] = size
+            size += -(-x.nbytes // _ALIGNED) * _ALIGNED
+    pins = pins_memory()
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=pins)
+    for name, start in starts.items():
+        _part(packed, start, tensors[name]).copy_(tensors[name])
+
+    sent = packed.to(target, non_blocking=pins)
+    return {name: _part(sent, starts[name], x) if name in starts else x for name, x in tensors.items()}
+
+
+def _part(packed: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the bytes from `start` on as a tensor with the dtype and the shape of the tensor `like`."""
+    return packed[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Return a function that returns the values (N,) as they are now.
+
+    The copy to the CPU starts at once, and only the returned function waits for it.
+    """
+    import torch
+
+    if values.device.type == 'cpu':
+        return values.clone().tolist
+
+    copied = torch.empty_like(values, device='cpu', pin_memory=pins_memory())
+    copied.copy_(values, non_blocking=True)
+    event = _module().Event()
+    event.record()
+
+    def read() -> list[float]:
+        event.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

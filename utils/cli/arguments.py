@@ -342,6 +342,11 @@ class SftArguments(CommonArguments):
     preflight: bool = flag(
         True, 'before training, try a step, an evaluation and a checkpoint on the heaviest rows, and undo them'
     )
+    deterministic: bool = flag(
+        False,
+        'use only operations that give the same bits each time, also on a GPU, where others are faster; a resumed run '
+        'is then bitwise identical there too',
+    )
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from utils.base import device
 from utils.data.packing import pack_evenly
 from utils.encode.encoded import IGNORE_INDEX, row_labels
 from utils.loading.image_processors import Images
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
 
 # Keys of a batch with one value per row.
 _PER_ROW = frozenset({'row_lengths', 'prompt_lengths', 'rows'})
+# Keys of a batch that `with_plan` computes from the others.
+_PLAN = frozenset({'positions', 'targets', 'owners', 'cu_seqlens'})
+# Keys of a batch that stay on the CPU, where reading them does not wait for the device.
+_ON_CPU = _PER_ROW | {'labels'}
 # Keys of a batch that are not inputs of the model.
-NOT_FOR_THE_MODEL = _PER_ROW | {'labels'}
+NOT_FOR_THE_MODEL = _ON_CPU | _PLAN
 
 
 class Collator:
@@ -35,7 +40,7 @@ class Collator:
         Every batch contains row_lengths, prompt_lengths and rows (the indices of the rows), each (B,).
         A padded batch also contains input_ids, labels and attention_mask, each (B, T), and the model's image inputs.
         A concatenated batch also contains input_ids, labels and position_ids, each (1, sum of T). The position_ids of
-        each row start at 0.
+        each row start at 0. `with_plan` names the other keys.
 
         row_lengths is the first key, because the trainer takes the number of rows from the first tensor.
         """
@@ -52,23 +57,63 @@ class Collator:
         labels = [torch.tensor(row_labels(row)) for row in rows]
 
         if not self.pads:
-            return {
-                **per_row,
-                'input_ids': torch.cat(ids)[None],
-                'position_ids': torch.cat([torch.arange(length) for length in lengths])[None],
-                'labels': torch.cat(labels)[None],
-            }
+            return with_plan(
+                {
+                    **per_row,
+                    'input_ids': torch.cat(ids)[None],
+                    'position_ids': torch.cat([torch.arange(length) for length in lengths])[None],
+                    'labels': torch.cat(labels)[None],
+                }
+            )
 
         pad = torch.nn.utils.rnn.pad_sequence
         padded = pad(ids, batch_first=True, padding_value=self.pad_token_id)
         paths = [path for row in rows for path in row.get('images', ())]
-        return {
-            **per_row,
-            'input_ids': padded,
-            'attention_mask': pad([torch.ones_like(x) for x in ids], batch_first=True),
-            'labels': pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            **(self.images.inputs(padded, paths) if self.images else {}),
-        }
+        return with_plan(
+            {
+                **per_row,
+                'input_ids': padded,
+                'attention_mask': pad([torch.ones_like(x) for x in ids], batch_first=True),
+                'labels': pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+                **(self.images.inputs(padded, paths) if self.images else {}),
+            }
+        )
+
+
+def with_plan(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the batch with the tensors that the loss and the attention need. They are computed here, on the CPU.
+
+    A GPU would have to finish all its work before it could tell the number of trained tokens. With P trained tokens in
+    B rows, the tensors are:
+
+    positions (P,): where each trained token is predicted, as an index into all positions of the batch, row after row.
+    targets (P,): the ids of the trained tokens.
+    owners (P,): the index of the row of each trained token.
+    cu_seqlens (B + 1,): int32, the position where each row starts, and the number of all tokens. Only in a
+    concatenated batch.
+    """
+    import torch
+
+    labels = batch['labels']
+    positions = predicting_positions(labels)
+    plan = {'positions': positions, 'targets': labels.flatten()[positions + 1]}
+    if 'attention_mask' in batch:
+        return {**batch, **plan, 'owners': positions // labels.shape[1]}
+
+    ends = batch['row_lengths'].cumsum(0)
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+    return {**batch, **plan, 'owners': torch.searchsorted(ends, positions, right=True), 'cu_seqlens': cu_seqlens}
+
+
+def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Return the positions (P,) that predict a trained token, as indices into all positions, row after row."""
+    # The first position of a row has no label, so the position before a label belongs to the same row.
+    return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1) - 1
+
+
+def on_device(batch: dict[str, torch.Tensor], target: torch.device) -> dict[str, torch.Tensor]:
+    """Return the batch with its tensors on the device `target`, except those that are only read on the CPU."""
+    return {**batch, **device.send({name: x for name, x in batch.items() if name not in _ON_CPU}, target)}
 
 
 def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[str, torch.Tensor]]:
@@ -91,7 +136,8 @@ def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[s
 def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, torch.Tensor]:
     """Return a batch with only these rows of a batch without images.
 
-    The new batch is padded or concatenated like `batch`. Padding beyond the longest of these rows is cut.
+    The new batch is padded or concatenated like `batch`. Padding beyond the longest of these rows is cut. The tensors
+    of `with_plan` are on the CPU, all others where they were.
     """
     if 'attention_mask' not in batch:
         rows = _split_concatenated(batch)
@@ -99,7 +145,8 @@ def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, t
 
     lengths = batch['row_lengths'].tolist()
     width = max(lengths[index] for index in indices)
-    return {name: x[indices] if name in _PER_ROW else x[indices, :width] for name, x in batch.items()}
+    own = {name: x for name, x in batch.items() if name not in _PLAN}
+    return with_plan({name: x[indices] if name in _PER_ROW else x[indices, :width] for name, x in own.items()})
 
 
 def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
@@ -111,12 +158,13 @@ def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
 
 
 def _split_concatenated(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Return the rows of a concatenated batch, each as a dictionary with the keys of the batch.
+    """Return the rows of a concatenated batch, each as a dictionary with the keys of the batch except its plan.
 
     Tensors with one value per row get the shape (1,), all other tensors the shape (row length,).
     """
     lengths = batch['row_lengths'].tolist()
-    parts = {name: x.split(1) if name in _PER_ROW else x[0].split(lengths) for name, x in batch.items()}
+    own = {name: x for name, x in batch.items() if name not in _PLAN}
+    parts = {name: x.split(1) if name in _PER_ROW else x[0].split(lengths) for name, x in own.items()}
     return [{name: part[index] for name, part in parts.items()} for index in range(len(lengths))]
 
 
@@ -125,4 +173,4 @@ def _concatenate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
     import torch
 
     joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    return {name: x if name in _PER_ROW else x[None] for name, x in joined.items()}
+    return with_plan({name: x if name in _PER_ROW else x[None] for name, x in joined.items()})

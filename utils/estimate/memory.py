@@ -1,9 +1,9 @@
 """The memory of a training step on one device, in bytes. It is computed from the sizes of the model.
 
-benchmarks/estimate.py compares the results with measurements. `c` is the number of bytes of a value in the compute
-dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the inputs of
-linear layers to the compute dtype. With --full_weights bf16 it holds bf16 weights and needs no autocast. LoRA computes
-in the dtype of the base model's weights.
+benchmarks/estimate.py compares the results with measurements. In the formulas, `c` is the number of bytes of a value in
+the compute dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the
+inputs of linear layers to the compute dtype. With --full_weights bf16 it holds bf16 weights and needs no autocast. LoRA
+computes in the dtype of the base model's weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.estimate.model_shape import Shape
-from utils.fast.constants import CHUNK_LOGITS, KEPT_KEYS, QUERY_BLOCK, STEP_CHUNK
+from utils.fast.constants import KEPT_KEYS, QUERY_BLOCK, STEP_CHUNK, chunk_rows
 from utils.loading.layers import adapter_size, named_by
 
 GIB = 2**30
@@ -103,7 +103,7 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return into how many shards a tensor is divided that only the kinds `stages` divide. 1 means not divided."""
+        """Return into how many shards a tensor is divided: one per process if `sharding` is in `stages`, else 1."""
         return self.processes if self.sharding in stages else 1
 
 
@@ -172,8 +172,6 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     gradients = own * width // mode.shards('zero2')
     if mode.offloads_optimizer:
         gradients = 0
-    elif mode.processes > 1 and not mode.sharding:
-        gradients *= 2  # DistributedDataParallel keeps a copy of the gradients in its buckets
 
     optimizer = 0
     if not mode.offloads_optimizer:
@@ -302,14 +300,17 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     if not mode.chunked:
         return batch.trained * shape.vocabulary * (2 * c + 8), 0
 
-    rows = min(batch.trained, max(16, CHUNK_LOGITS // shape.vocabulary))
+    in_chunk = chunk_rows(shape.vocabulary, on_gpu=mode.gpu)
+    rows = min(batch.trained, in_chunk)
     chunk = rows * shape.vocabulary * (4 if c == 4 else 4 + c)
     hidden = 3 * batch.trained * shape.hidden * c
     if not mode.full and not mode.trains_head:
         return chunk + hidden, 0
 
-    # Each chunk computes a part of the head's gradient. A CPU converts the part to fp32 before it is added to the sum.
-    adding = chunk + table * (c + (0 if mode.gpu else 4))
+    # Each chunk after the first computes a part of the head's gradient, which is added to the sum in fp32. A CPU
+    # computes the part in the compute dtype, and then converts it.
+    part = 4 if mode.gpu else c + 4
+    adding = chunk + (table * part if batch.trained > in_chunk or not mode.gpu else 0)
     # The sum is fp32. Under autocast, torch and chunked_loss.py each make a copy of the head's weights.
     copies = 2 * c if mode.autocasts else 0
     if not mode.full and c < 4:
@@ -360,7 +361,7 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 
 
 def _step(shape: Shape, mode: Mode, own: int) -> int:
-    """Return the temporary bytes of the optimizer step.
+    """Return the temporary bytes of the optimizer step. `own` is the number of trained parameters on one device.
 
     A fused step needs no temporary memory. The step of bf16 weights updates one chunk at a time. With FSDP the step is
     not fused: a GPU then needs temporary memory for all trained tensors together, and a CPU only for the largest one.

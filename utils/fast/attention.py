@@ -37,6 +37,19 @@ _TRIAL_LENGTHS = (3, 150, 1, 40)
 _TRIAL_WINDOW = 20
 _TRIAL_CAP = 30.0
 _TRIAL_BOUND = 2e-2
+# An attention implementation of transformers with this prefix is that of this module.
+_PREFIX = 'rows_over_'
+
+
+def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the inputs that say that no id (1, T) of concatenated rows is padding. Call the model with them.
+
+    Without an attention mask, transformers looks for the rows in position_ids and reads the result from the device. The
+    attention of this module takes the rows from the context and needs neither. flash-attn needs position_ids, and gets
+    no mask.
+    """
+    uses_rows = model.config._attn_implementation.startswith(_PREFIX)
+    return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
 
 
 def attend_by_rows(model: Any) -> None:
@@ -53,7 +66,7 @@ def attend_by_rows(model: Any) -> None:
 
     originals = {'sdpa': (sdpa_attention_forward, sdpa_mask), 'eager': (_eager_of_class, eager_mask)}
     attention, mask = originals[before]
-    name = f'rows_over_{before}'
+    name = f'{_PREFIX}{before}'
     AttentionInterface.register(name, _attention_over(attention))
     # The mask needs the same name as the attention. With a different name, transformers silently passes no mask.
     AttentionMaskInterface.register(name, _mask_over(mask))
@@ -234,7 +247,8 @@ def attend_in_groups(
     never looks at later tokens.
     """
     device = query_HTD.device
-    case = Inputs(query_HTD, key_GTD, value_GTE, None, rows, scaling).case()
+    inputs = Inputs(query_HTD, key_GTD, value_GTE, None, rows, scaling)
+    repeats = len(query_HTD) // len(key_GTD)
     groups, place_T = rows.group_indices(device)
     parts = []
     for index_BL in groups:
@@ -250,8 +264,7 @@ def attend_in_groups(
             distance_LL = offset_L[:, None] - offset_L
             is_seen_LL = (distance_LL >= 0) & (distance_LL < rows.window)
 
-        if repeats_keys(case, masked=is_seen_LL is not None):
-            repeats = case.heads // case.key_heads
+        if repeats > 1 and repeats_keys(inputs.case(), masked=is_seen_LL is not None):
             key_BGLD, value_BGLE = (x.repeat_interleave(repeats, dim=1) for x in (key_BGLD, value_BGLE))
 
         backends: AbstractContextManager[None] = sdpa_kernel(_BACKENDS) if device.type == 'cuda' else nullcontext()

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from utils.base.device import sum_dtype
-from utils.fast.constants import CHUNK_LOGITS
+from utils.fast.constants import chunk_rows
 
 # In fp16, small probabilities would become zero before the trainer's loss scale multiplies them.
 _FP16_SCALE = 256.0
@@ -81,7 +81,7 @@ class Head:
 
     def chunk(self) -> int:
         """Return the number of positions in one chunk."""
-        return max(16, CHUNK_LOGITS // self.size)
+        return chunk_rows(self.size, on_gpu=self.device.type != 'cpu')
 
 
 def find_head(model: Any) -> Head | None:
@@ -101,17 +101,40 @@ def find_head(model: Any) -> Head | None:
     return Head(linear, scale=scale, cap=config.get('final_logit_softcapping'), dtype=dtype)
 
 
-@contextmanager
-def head_input(head: Head) -> Iterator[list[torch.Tensor]]:
-    """A context that yields a list, to which each input of the head (hidden states) is appended.
+class _Selected(torch.autograd.Function):
+    """Returns x (P, C), the rows of x (N, C) at P different positions.
 
-    The head itself gets an input with zero positions, so it costs no time or memory.
+    The positions differ, so the backward pass writes each gradient once. Indexing by a tensor would add up gradients,
+    which sorts the positions first on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: torch.Tensor, positions_P: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(positions_P)
+        ctx.shape = x_NC.shape
+        return x_NC.index_select(0, positions_P)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (positions_P,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, positions_P, grads[0]), None
+
+
+@contextmanager
+def head_input(head: Head, positions_P: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """A context that yields a list, to which the hidden states (P, C) that reach the head are appended.
+
+    Only the hidden states at `positions_P` are kept. They are indices into all positions of the batch, row after row,
+    and no two are equal. The head itself gets an input with zero positions, so it costs no time or memory.
     """
     collected: list[torch.Tensor] = []
 
     def take(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        collected.append(args[0])
-        return (args[0][:, :0].detach(), *args[1:])
+        hidden_BTC = args[0]
+        # If one process uses several GPUs, the last layer is on a different one than the batch.
+        positions = positions_P.to(hidden_BTC.device, non_blocking=True)
+        collected.append(_Selected.apply(hidden_BTC.flatten(0, 1), positions))
+        return (hidden_BTC[:, :0].detach(), *args[1:])
 
     handle = head.linear.register_forward_pre_hook(take)
     try:
@@ -132,8 +155,8 @@ def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
         handle = head.linear.register_forward_pre_hook(lambda module, args: collected.append(args[0]))
         expected_TV = model(input_ids=ids, use_cache=False).logits[0].float()
         handle.remove()
-        hidden_TC = collected[0][0].to(weight_VC.dtype)
-        found_TV, _ = _logits(hidden_TC, weight_VC, head, _Buffers())
+        hidden_TC = collected[0][0].to(weight_VC.device, weight_VC.dtype)
+        found_TV = _logits(hidden_TC, weight_VC, head, _Buffers())[0].to(expected_TV.device)
 
     model.train(training)
     bound = 8 * torch.finfo(weight_VC.dtype).eps * float(expected_TV.abs().max())
@@ -143,8 +166,9 @@ def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
 def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, divisor: float) -> torch.Tensor:
     """Return the sum of -log p(target) over all positions, divided by `divisor`, as a scalar tensor with gradient.
 
-    The gradients are already computed in the forward pass.
+    The loss is computed on the device of the head. The gradients are already computed in the forward pass.
     """
+    hidden_PC, targets_P = (x.to(head.device, non_blocking=True) for x in (hidden_PC, targets_P))
     weight_VC = head.weight
     rows_R, values_RC = head.trained_rows or (None, None)
     if values_RC is not None:
@@ -157,7 +181,11 @@ def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, di
 
 @torch.no_grad()
 def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors with a value per position: -log p(target), and whether the target is the likeliest token."""
+    """Return two tensors with a value per position: -log p(target), and whether the target is the likeliest token.
+
+    They are on the device of the head.
+    """
+    hidden_PC, targets_P = (x.to(head.device, non_blocking=True) for x in (hidden_PC, targets_P))
     weight_VC = head.weight
     dtype = _compute_dtype(head, weight_VC)
     weight_VC = weight_VC.to(dtype)
@@ -177,7 +205,7 @@ def head_logits(hidden_NC: torch.Tensor, head: Head) -> torch.Tensor:
     """Return the logits (N, V) of the hidden states in fp32. All N positions are computed at the same time."""
     weight_VC = head.weight
     dtype = _compute_dtype(head, weight_VC)
-    return _logits(hidden_NC.to(dtype), weight_VC.to(dtype), head, _Buffers())[0]
+    return _logits(hidden_NC.to(weight_VC.device, dtype), weight_VC.to(dtype), head, _Buffers())[0]
 
 
 def _compute_dtype(head: Head, weight: torch.Tensor) -> torch.dtype:
@@ -225,6 +253,13 @@ def _logits(
     return ratio_NV * head.cap, 1 - ratio_NV.square()
 
 
+def _product_in_fp32(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the matrix product. CUDA computes it in fp32 and need not round it. Other devices return the dtype."""
+    if first.device.type == 'cuda' and first.dtype != torch.float32:
+        return torch.mm(first, second, out_dtype=torch.float32)
+    return first @ second
+
+
 class _SummedLoss(torch.autograd.Function):
     """Computes the loss and the gradients of hidden states, weight and bias in the forward pass, chunk by chunk.
 
@@ -253,8 +288,6 @@ class _SummedLoss(torch.autograd.Function):
 
         hidden_grad_PC = torch.empty(hidden_PC.shape, dtype=hidden_grad_dtype, device=hidden_PC.device)
         weight_grad_VC = None
-        if ctx.needs_input_grad[1]:
-            weight_grad_VC = torch.zeros_like(weight_VC, dtype=torch.float32)
         bias_grad_V = None
         if bias_V is not None and ctx.needs_input_grad[2]:
             bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
@@ -273,7 +306,9 @@ class _SummedLoss(torch.autograd.Function):
 
             # The gradient of the logits is the softmax, minus one at the target.
             logits_grad_NV = logits_NV.mul_(inner_scale / exp_sum_N1)
-            logits_grad_NV.scatter_add_(1, targets_N1, torch.full_like(target_logit_N1, -inner_scale))
+            # Each position has one target, so nothing is added twice and the result does not depend on an order.
+            at_target = torch.arange(len(logits_NV), device=logits_NV.device), targets_N1.squeeze(1)
+            logits_grad_NV[at_target] -= inner_scale
             if slope_NV is not None:
                 logits_grad_NV.mul_(slope_NV)
             if head.scale != 1.0:
@@ -283,13 +318,16 @@ class _SummedLoss(torch.autograd.Function):
             if logits_grad_NV.dtype != dtype:
                 low_grad_NV = buffers.take(len(hidden_NC), compute_weight_VC, dtype).copy_(logits_grad_NV)
             hidden_grad_PC[start : start + size] = low_grad_NV @ compute_weight_VC
-            if weight_grad_VC is not None:
-                weight_grad_VC += low_grad_NV.t() @ hidden_NC
+            if ctx.needs_input_grad[1]:
+                part_VC = _product_in_fp32(low_grad_NV.t(), hidden_NC)
+                weight_grad_VC = part_VC.float() if weight_grad_VC is None else weight_grad_VC.add_(part_VC)
             if bias_grad_V is not None:
                 bias_grad_V += logits_grad_NV.sum(dim=0)
             if values_grad_RC is not None and rows_R is not None:
                 values_grad_RC += low_grad_NV.index_select(1, rows_R).t() @ hidden_NC
 
+        if ctx.needs_input_grad[1] and weight_grad_VC is None:  # there is no position
+            weight_grad_VC = torch.zeros_like(weight_VC, dtype=torch.float32)
         for grad in (hidden_grad_PC, weight_grad_VC, bias_grad_V, values_grad_RC):
             if grad is not None:
                 grad.mul_(1.0 / (divisor * inner_scale))

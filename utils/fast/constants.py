@@ -8,8 +8,19 @@ QUERY_BLOCK = 128
 # The attention weights of a block are saved for the backward pass if the block has at most this many keys. The weights
 # of all other blocks are computed again.
 KEPT_KEYS = 384
-# The number of logits in one chunk of the loss: 32 MiB in fp32. Smaller chunks make the matrix products slower. Larger
-# chunks need more memory and are not faster.
+# The number of logits in one chunk of the loss on a CPU: 32 MiB in fp32. Smaller chunks make matrix products slower.
+# Larger chunks need more memory and are not faster.
 CHUNK_LOGITS = 2**23
+# The same on a GPU: 1 GiB in fp32. A GPU reads the weight of the head once for each chunk, and its matrix products are
+# fast only with many positions. Their number is a multiple of GPU_ROWS, the size of a tile of these products.
+GPU_CHUNK_LOGITS = 2**28
+GPU_ROWS = 128
 # The number of values that the optimizer of bf16 weights updates together. Each takes about 32 temporary bytes.
 STEP_CHUNK = 2**21
+
+
+def chunk_rows(vocabulary: int, *, on_gpu: bool) -> int:
+    """Return the number of positions in one chunk of the loss."""
+    if on_gpu:
+        return max(GPU_ROWS, GPU_CHUNK_LOGITS // vocabulary // GPU_ROWS * GPU_ROWS)
+    return max(16, CHUNK_LOGITS // vocabulary)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from utils.base.device import send
 from utils.fast.constants import QUERY_BLOCK
 from utils.fast.flex_rows import row_block_mask
 
@@ -94,7 +95,9 @@ class RowMask:
             is_real = torch.cat([x.flatten() for x in real])
             order_T = torch.cat([x.flatten() for x in groups])[is_real].argsort()
             place_T = is_real.nonzero().squeeze(-1)[order_T]
-            return [index_BL.to(device) for index_BL in groups], place_T.to(device)
+            by_name = {str(number): index_BL for number, index_BL in enumerate(groups)}
+            *sent, place = send({**by_name, 'place': place_T}, device).values()
+            return sent, place
 
         return self.tensors.get('group_indices', device, make)
 

@@ -9,16 +9,17 @@ a trained token in at least one row, C hidden width, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.base.device import sum_dtype
-from utils.data.collator import NOT_FOR_THE_MODEL, take_rows
-from utils.encode.encoded import IGNORE_INDEX
+from utils.data.collator import NOT_FOR_THE_MODEL, on_device, predicting_positions, take_rows
+from utils.fast.attention import unpadded
 from utils.fast.chunked_loss import Head, head_input, head_logits, scored, summed_loss
 from utils.fast.rotary import depends_on_batch_from, forget_longer_batches, groups_of_rows
 from utils.fast.rows import concatenated_rows
@@ -26,7 +27,10 @@ from utils.fast.rows import concatenated_rows
 # The number of logits that are compared at the same time: 16 MiB in float64 for each of the two models.
 _DIVERGENCE_LOGITS = 2**21
 
-Predictors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Batch = dict[str, torch.Tensor]
+# What a trained token is predicted from: hidden states (P, C) if there is a head, else logits (P, V).
+Predictors = torch.Tensor
+Use = Callable[[Predictors, Batch], torch.Tensor]
 
 
 class Scorer:
@@ -44,21 +48,30 @@ class Scorer:
         self.row_limit = depends_on_batch_from(base.config) if splits else None
         self.selects_logits = 'logits_to_keep' in inspect.signature(base.forward).parameters
 
-    def loss(self, model: Any, batch: dict[str, torch.Tensor], divisor: float) -> torch.Tensor:
-        """Return the loss of the batch in fp32, summed over its trained tokens and divided by `divisor`."""
-        found, targets_P, _ = self._predictors(model, batch)
-        if self.head is None:
-            return F.cross_entropy(found.float(), targets_P, reduction='sum') / divisor
-        return summed_loss(found, targets_P, self.head, divisor)
+    def loss(self, model: Any, batch: Batch, divisor: float) -> torch.Tensor:
+        """Return the loss of the batch in fp32, summed over its trained tokens and divided by `divisor`.
+
+        The loss is on the device of the output head.
+        """
+
+        def summed(found: Predictors, part: Batch) -> torch.Tensor:
+            if self.head is None:
+                targets_P = part['targets'].to(found.device, non_blocking=True)
+                return F.cross_entropy(found.float(), targets_P, reduction='sum') / divisor
+            return summed_loss(found, part['targets'], self.head, divisor)
+
+        losses = [self._forward(module, part, summed) for module, part in self._passes(model, batch)]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @torch.no_grad()
-    def by_row(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def by_row(self, model: Any, batch: Batch) -> torch.Tensor:
         """Return a tensor (B, 3): the summed loss, the hits and the trained tokens of each row.
 
-        It is in float64, on MPS in float32.
+        It is in float64, on MPS in float32, and on the device of the output head.
         """
-        found, targets_P, row_P = self._predictors(model, batch)
+        found, targets_P, owners_P = self._predictors(model, batch)
         if self.head is None:
+            targets_P = targets_P.to(found.device, non_blocking=True)
             losses_P = F.cross_entropy(found.float(), targets_P, reduction='none')
             hits_P = found.argmax(dim=-1) == targets_P
         else:
@@ -67,12 +80,10 @@ class Scorer:
         exact = sum_dtype(losses_P.device)
         parts_P3 = torch.stack([losses_P.to(exact), hits_P.to(exact), torch.ones_like(losses_P, dtype=exact)], dim=1)
         sums_B3 = torch.zeros(len(batch['row_lengths']), 3, dtype=exact, device=parts_P3.device)
-        return sums_B3.index_add_(0, row_P.to(parts_P3.device), parts_P3)
+        return sums_B3.index_add_(0, owners_P.to(parts_P3.device, non_blocking=True), parts_P3)
 
     @torch.no_grad()
-    def divergence(
-        self, model: Any, as_base: Callable[[], AbstractContextManager[None]], batch: dict[str, torch.Tensor]
-    ) -> float:
+    def divergence(self, model: Any, as_base: Callable[[], AbstractContextManager[None]], batch: Batch) -> float:
         """Return KL(base || model) in nats, the mean over the trained tokens of the batch.
 
         In the context `as_base` the model computes like its base. The probabilities are computed in float64.
@@ -92,52 +103,90 @@ class Scorer:
             total += float(F.kl_div(tuned_NV, base_NV, reduction='sum', log_target=True))
         return total / len(tuned)
 
-    def _predictors(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
+    def _predictors(self, model: Any, batch: Batch) -> tuple[Predictors, torch.Tensor, torch.Tensor]:
         """Return three tensors, each with one entry for each trained token.
 
-        The first tensor is what the token is predicted from: hidden states (P, C) if there is a head, else logits
-        (P, V). The second is the ids of the trained tokens (P). The third is the index of the token's row (P).
+        The first tensor is what the token is predicted from. The second is the ids of the trained tokens (P). The third
+        is the index of the token's row (P).
+        """
+        found = []
+        parts = []
+        for module, part in self._passes(model, batch):
+            found.append(self._forward(module, part, lambda predictors, _: predictors))
+            parts.append(part)
+        targets, owners = (torch.cat([part[name] for part in parts]) for name in ('targets', 'owners'))
+        return torch.cat(found), targets, owners
+
+    def _passes(self, model: Any, batch: Batch) -> Iterator[tuple[Any, Batch]]:
+        """Yield the forward passes that the batch needs: the module to call, and the batch of these rows.
+
+        The owners of each part are indices of rows in the whole batch.
         """
         if self.row_limit is None:
-            return self._in_one_pass(model, batch)
+            yield model, batch
+            return
 
-        found: list[Predictors] = []
-        for indices in groups_of_rows(batch['row_lengths'].tolist(), self.row_limit):
+        device = batch['input_ids'].device
+        groups = groups_of_rows(batch['row_lengths'].tolist(), self.row_limit)
+        for number, indices in enumerate(groups):
             forget_longer_batches(self.base)
+            part = take_rows(batch, indices)
+            part['owners'] = torch.tensor(indices)[part['owners']]
             # `model` may be a wrapper (DDP) that runs collective operations, and processes may have different numbers
             # of groups. So only the first pass, which every process runs, uses the wrapper.
-            module = self.base if found else model
-            predictors, targets_P, row_P = self._in_one_pass(module, take_rows(batch, indices))
-            found.append((predictors, targets_P, torch.tensor(indices, device=row_P.device)[row_P]))
-        parts = [torch.cat(part) for part in zip(*found, strict=True)]
-        return parts[0], parts[1], parts[2]
+            yield self.base if number else model, on_device(part, device)
 
-    def _in_one_pass(self, model: Any, batch: dict[str, torch.Tensor]) -> Predictors:
-        labels_BT = F.pad(batch['labels'][:, 1:], (0, 1), value=IGNORE_INDEX)
-        is_trained_BT = labels_BT != IGNORE_INDEX
-        columns_K = is_trained_BT.any(dim=0).nonzero().squeeze(-1)
-        lengths_B = batch['row_lengths']
-        is_concatenated = 'attention_mask' not in batch
+    def _forward(self, model: Any, batch: Batch, use: Use) -> torch.Tensor:
+        """Run the model on the batch, and return what `use` computes from the predictors of its trained tokens.
 
+        With a head, `use` is called inside the forward pass of the model. DDP looks for the parameters that a forward
+        pass used in what the pass returns.
+        """
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
-        # logits_to_keep must be a tensor: Gemma 4 would cut its masks to a number.
-        keep = {'logits_to_keep': columns_K} if self.selects_logits else {}
-        to_head: AbstractContextManager[list[torch.Tensor]] = head_input(self.head) if self.head else nullcontext([])
-        layout = concatenated_rows(lengths_B.tolist()) if is_concatenated else nullcontext()
-        with layout, to_head as collected:
-            logits = model(**inputs, use_cache=False, **keep).logits
+        layout: AbstractContextManager[None] = nullcontext()
+        if 'attention_mask' not in batch:
+            layout = concatenated_rows(batch['row_lengths'].tolist(), batch['cu_seqlens'])
+            inputs.update(unpadded(self.base, batch['input_ids']))
 
-        found = collected[0].to(self.head.device) if self.head else logits
-        if not keep:
-            found = found[:, columns_K.to(found.device)]
-        found = found[is_trained_BT[:, columns_K].to(found.device)]
+        if self.head is None:
+            with layout:
+                return use(self._from_logits(model, inputs, batch), batch)
 
-        position_P = is_trained_BT.flatten().nonzero().squeeze(-1)
-        if is_concatenated:
-            row_P = torch.searchsorted(lengths_B.cumsum(0), position_P, right=True)
-        else:
-            row_P = position_P // labels_BT.shape[1]
-        return found, labels_BT[is_trained_BT].to(found.device), row_P
+        # Gemma 4 would cut its masks to a number, and a slice selects all hidden states without a copy.
+        keep = {'logits_to_keep': slice(None)} if self.selects_logits else {}
+        module = model.module if isinstance(model, DistributedDataParallel) else model
+        with layout, head_input(self.head, batch['positions']) as collected:
+
+            def used() -> torch.Tensor:
+                return use(collected[0], batch)
+
+            with _returning(module, used):
+                result: torch.Tensor = model(**inputs, use_cache=False, **keep)
+        return result
+
+    def _from_logits(self, model: Any, inputs: Batch, batch: Batch) -> torch.Tensor:
+        """Return the logits (P, V) that predict the trained tokens of the batch."""
+        length = batch['input_ids'].shape[1]
+        positions_P = predicting_positions(batch['labels'])
+        if not self.selects_logits:
+            logits_BTV: torch.Tensor = model(**inputs, use_cache=False).logits
+            return logits_BTV.flatten(0, 1)[positions_P]
+
+        # These indices are on the CPU. Tensors on all devices accept them, and the last layer may be on another device
+        # than the batch.
+        columns_K, column_of_P = (positions_P % length).unique(return_inverse=True)
+        logits_BKV: torch.Tensor = model(**inputs, use_cache=False, logits_to_keep=columns_K).logits
+        return logits_BKV.flatten(0, 1)[positions_P // length * len(columns_K) + column_of_P]
+
+
+@contextmanager
+def _returning(module: torch.nn.Module, result: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """A context in which the forward pass of `module` returns what `result` returns when the pass is complete."""
+    handle = module.register_forward_hook(lambda *_: result())
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _log_probabilities(found: torch.Tensor, head: Head | None) -> torch.Tensor:

@@ -269,6 +269,12 @@ def find_towers(model: Any) -> list[str]:
     return towers
 
 
+def trains_towers(model: Any) -> bool:
+    """Return whether a parameter of a vision tower is trained. Adapters are parameters too."""
+    towers = (model.get_submodule(path) for path in find_towers(model))
+    return any(parameter.requires_grad for tower in towers for parameter in tower.parameters())
+
+
 def exclude_towers(quantization: Any, build: Callable[[], Any]) -> None:
     """Change `quantization` so that bitsandbytes quantises neither the vision towers nor the output head.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import heapq
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -35,12 +37,16 @@ _SCRATCH = '.preflight'
 _GATE = 'the first-step gate'
 # A few tokens are enough to check that answers can be generated and scored.
 _NEW_TOKENS = 8
+# The numbers of tokens that are tried for joined micro-batches on a GPU.
+_JOINED = (16384, 8192, 4096)
+# What cuBLAS says if its workspace does not fit into memory.
+_CUBLAS_WITHOUT_MEMORY = ('CUBLAS_STATUS_ALLOC_FAILED', 'CUBLAS_STATUS_NOT_INITIALIZED')
 Rows = list[dict[str, Any]]
 T = TypeVar('T')
 
 
 class FirstStepGate(TrainerCallback):
-    """Tries the parts of a run before its first step, so that a run without enough memory or disk space ends early."""
+    """Tries steps, an evaluation and a checkpoint before the training, so that a lack of memory or disk shows early."""
 
     def __init__(self, trainer: SftTrainer, *, resumed_from: str | None) -> None:
         self.trainer = trainer
@@ -60,6 +66,7 @@ class FirstStepGate(TrainerCallback):
             with self._scratch(_SCRATCH) as scratch, self._undone(scratch):
                 if failure := self._steps(heaviest):
                     self._advise(heaviest, failure)
+                self._join_more()
                 self._evaluate()
                 size = self._save(scratch)
         finally:
@@ -122,7 +129,7 @@ class FirstStepGate(TrainerCallback):
             with torch.no_grad():
                 for weight, copied in zip(weights, copies, strict=True):
                     weight.copy_(copied)
-            trainer.optimizer.state.clear()
+            _forget(trainer.optimizer)
             if self.resumed_from is not None:
                 trainer.checkpoints.load_optimizer(Path(self.resumed_from))
         if scaler is not None:
@@ -134,10 +141,10 @@ class FirstStepGate(TrainerCallback):
     def _steps(self, heaviest: list[Rows]) -> str | None:
         """Try the batches `heaviest`. Returns the first memory error, or None if the memory is sufficient.
 
-        One whole step is done first, and then a forward and backward pass for each batch, because now the state of the
-        optimizer is in memory too. The passes run without collective operations, so that no process waits for a process
-        that runs out of memory. Only the last pass, over one row, averages the gradients over the processes. A sharded
-        model needs collective operations in every pass.
+        First one whole step is done, which brings the state of the optimizer into memory. Then a forward and a backward
+        pass is done for each batch. These passes run without collective operations, so that no process waits for a
+        process that runs out of memory. Only the last pass, over one row, averages the gradients over the processes. A
+        sharded model needs collective operations in every pass.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
@@ -152,6 +159,34 @@ class FirstStepGate(TrainerCallback):
             trainer.model_wrapped.zero_grad()
             return self._forward_backward(heaviest[0][-1:], exchanges=True)
         return None
+
+    def _join_more(self) -> None:
+        """On CUDA, let the micro-batches of a step be joined up to more tokens, if so many fit into memory.
+
+        A GPU computes few tokens in the time that it takes to start the work. Each number of tokens is tried with the
+        longest rows, and with loss on every token, so that no joined batch needs more memory. A resumed run joins as
+        many tokens as its checkpoint says.
+        """
+        trainer = self.trainer
+        order = trainer.order
+        if order is None or trainer.capacity is None or self.resumed_from is not None or not joins_more():
+            return
+        in_step = order.batch * trainer.args.gradient_accumulation_steps
+        lengths = heapq.nlargest(in_step, order.lengths)
+        for tokens in _JOINED:
+            # All processes have the same rows, so they try the same.
+            count = sum(total <= tokens for total in itertools.accumulate(lengths))
+            if sum(lengths[:count]) <= trainer.capacity:
+                return
+            rows = [_trained_whole(row) for row in trainer.train_dataset.heaviest(count)[0]]
+            failure = self._forward_backward(rows, exchanges=False)
+            trainer.model_wrapped.zero_grad()
+            if failure is None:
+                trainer.capacity = tokens
+                reason = 'micro-batches of a step are joined up to so many tokens, which fit into memory'
+                trainer.checkpoints.run.decide('joined_tokens', tokens, reason)
+                return
+            clear_device_cache(garbage_collection=True)
 
     def _is_sharded(self) -> bool:
         return bool(self.trainer.is_deepspeed_enabled or self.trainer.is_distributed_loading_by_transformers)
@@ -192,7 +227,7 @@ class FirstStepGate(TrainerCallback):
         # With a sharded model, processes are not synchronised after an error, so no other setting can be tried.
         for flag, lighter in [] if self._is_sharded() else self._lighter(rows, tokens):
             trainer.model_wrapped.zero_grad()
-            trainer.optimizer.state.clear()
+            _forget(trainer.optimizer)
             clear_device_cache(garbage_collection=True)
             device.reset_peak()
 
@@ -281,10 +316,22 @@ class FirstStepGate(TrainerCallback):
         free = shutil.disk_usage(scratch.parent).free + size
         if free < held * size:
             logger.warning(
-                f'--save_total_limit: {held} checkpoints of {size / 2**30:.1f} GiB exist at the same time, and '
-                f'{free / 2**30:.1f} GiB are free. Free disk space before the first of them is written.'
+                f'--save_total_limit: up to {held} checkpoints of {size / 2**30:.1f} GiB will exist at the same time, '
+                f'but {free / 2**30:.1f} GiB are free. Free disk space before the checkpoints are written.'
             )
         return size
+
+
+def joins_more() -> bool:
+    """Return whether joined micro-batches may have more tokens than the heaviest one. This is so on CUDA."""
+    return device.kind() == 'cuda'
+
+
+def _trained_whole(item: dict[str, Any]) -> dict[str, Any]:
+    """Return a row or a pack with loss on every token."""
+    if 'rows' in item:
+        return {**item, 'rows': [_trained_whole(row) for row in item['rows']]}
+    return {**item, 'earlier': [], 'trained': (0, len(item['input_ids']))}
 
 
 def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -292,9 +339,30 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
     try:
         return work(), None
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+        text = str(error) or type(error).__name__
+        is_cublas = any(status in text for status in _CUBLAS_WITHOUT_MEMORY)
+        if not (isinstance(error, MemoryError) or is_cublas or should_reduce_batch_size(error)):
             raise
-        return None, (str(error) or type(error).__name__).splitlines()[0]
+        return None, text.splitlines()[0]
+
+
+def _forget(optimizer: Any) -> None:
+    """Bring the state of an optimizer back to what it was before the first step.
+
+    bitsandbytes never releases the memory of a paged optimizer, and a new state would take the same amount again. So
+    the state of a paged optimizer is kept, and gets its first values: all but the tables `qmap` are zero.
+    """
+    inner = optimizer.optimizer  # inside the wrapper of accelerate
+    if not (type(inner).__module__.startswith('bitsandbytes.') and inner.is_paged):
+        optimizer.state.clear()
+        return
+
+    device.wait()
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and not name.startswith('qmap'):
+                value.zero_()
+        state['step'] = 0
 
 
 def _longest(rows: Rows) -> int:

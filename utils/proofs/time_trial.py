@@ -8,10 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
 from utils.proofs.first_step import FirstStepGate
@@ -30,7 +29,9 @@ _EVAL_BATCHES = 3
 
 
 def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[str], *, started: float) -> None:
-    """With --max_minutes, make the trainer end the run within this time. `started` is the time of the program's start.
+    """With --max_minutes, make the trainer end the run within this time.
+
+    `started` is the time when the program started, as time.time returns it.
 
     With --from_run, the run gets the timetable of the run that it repeats, unless a flag that decides the number of
     steps is typed now.
@@ -105,7 +106,7 @@ class TimeTrial(FirstStepGate):
             with context:
                 trainer.training_step(trainer.model_wrapped, batch, count)
         self._optimize()
-        _wait_for_device()
+        device.wait()
 
     def _evaluation_seconds(self) -> float:
         """Return the estimated seconds of an evaluation. A few batches from short to long rows are measured."""
@@ -123,7 +124,7 @@ class TimeTrial(FirstStepGate):
             first = batches * (2 * number + 1) // (2 * tried) * size * dist.world_size()
             batch = [rows[index] for index in range(first, min(first + size, len(rows)))]
             trainer.prediction_step(trainer.model_wrapped, trainer.data_collator(batch), False)
-        _wait_for_device()
+        device.wait()
         seconds: float = (now() - began) / tried * batches
         return seconds
 
@@ -132,8 +133,3 @@ class TimeTrial(FirstStepGate):
         began = now()
         self._save(scratch)
         return now() - began
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -23,7 +23,7 @@ from utils.run.folder import Run
 from utils.run.lock import flag_words, typed_words
 from utils.run.read_back import HISTORY_JSON
 from utils.run.record import RUN_JSON
-from utils.train.callbacks import peak_memory_gib
+from utils.train.callbacks import peak_memory_gib, peak_reserved_gib
 
 if TYPE_CHECKING:
     from utils.infer.before_after import BeforeAfter
@@ -86,6 +86,7 @@ def finish_run(
             'seconds': round(time.time() - started, 1),
             'train_tokens_per_second': trainer.speedometer.tokens_per_second(),
             'peak_memory_gib': peak_memory_gib(),
+            'peak_reserved_gib': peak_reserved_gib(),
             'preflight_seconds': trainer.preflight_seconds,
             'loss_spikes': trainer.guard.spikes,
             'steps_skipped_in_fp16': trainer.guard.skipped,

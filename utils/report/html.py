@@ -165,6 +165,7 @@ def _tiles(run: RunFiles) -> Markup:
         ('drift, KL in nats', last.get('eval_drift_kl')),
         ('tokens per second', outcome.get('train_tokens_per_second')),
         ('peak memory, GiB', outcome.get('peak_memory_gib')),
+        ('held by the allocator, GiB', outcome.get('peak_reserved_gib')),
         ('seconds', outcome.get('seconds')),
     )
     shown = [(name, f'{v:,.4g}' if isinstance(v, float) else v) for name, v in pairs if v is not None]

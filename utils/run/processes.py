@@ -28,11 +28,16 @@ _TOP_PAD = -2
 _MMAP_MAX = -4
 
 
-def start_processes(backend: str, *, deepspeed: bool = False) -> None:
+def start_processes(backend: str, *, deepspeed: bool = False, deterministic: bool | None = None) -> None:
     """Prepare this process for training or inference: choose its GPUs, and silence warnings of libraries.
 
-    If torchrun started several processes, this process also joins the process group.
+    If torchrun started several processes, this process also joins the process group. `deterministic` switches
+    operations on or off that give the same bits each time; None leaves the setting of torch as it is.
     """
+    _set_up_memory_of_gpus()
+    if deterministic:
+        # cuBLAS reads it when it starts. With this amount of workspace its results do not depend on the timing.
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     # The tokenizer uses threads before data workers are forked. Without this setting, it warns at each fork.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
     # oneDNN caches one kernel of about 0.5 MiB per shape, and padding-free batches almost never repeat a shape.
@@ -40,6 +45,10 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
     import torch
     import transformers
 
+    if deterministic is not None:
+        torch.use_deterministic_algorithms(deterministic)
+        # Memory is always written before it is read here, so filling it first would only cost time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.kind() == 'cpu':
         _reuse_freed_memory()
     transformers.logging.set_verbosity_error()
@@ -54,12 +63,16 @@ def start_processes(backend: str, *, deepspeed: bool = False) -> None:
         transformers.logging.disable_progress_bar()
 
     _log_device()
+    own = range(0)
     if device.kind() != 'cpu':
-        _take_gpus(device.count())
+        own = _take_gpus(device.count())
     if dist.world_size() > 1:
+        # nccl would otherwise guess the GPU of each process at the first collective operation. A process with several
+        # GPUs exchanges tensors on all of them, which nccl refuses if it is told one.
+        bound = torch.device(device.torch_name(own[0])) if backend == 'nccl' and len(own) == 1 else None
         # The timeout is long enough for slow ranks, e.g. during generation. A rank that died is noticed earlier,
         # because its connections close.
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
     if deepspeed:
         import deepspeed as engine
 
@@ -101,7 +114,20 @@ def _log_device() -> None:
         )
 
 
-def _take_gpus(gpus: int) -> None:
+def _set_up_memory_of_gpus() -> None:
+    """Let torch grow its blocks of memory on NVIDIA GPUs. Must be called before torch starts CUDA.
+
+    Each batch has a different length. With blocks of fixed sizes, more and more memory lies between tensors and cannot
+    be used. If the environment says how to allocate, nothing is changed.
+    """
+    if dist.visible_kind() != 'cuda' or not sys.platform.startswith('linux'):
+        return
+    if not {'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys():
+        os.environ['PYTORCH_ALLOC_CONF'] = 'expandable_segments:True'
+
+
+def _take_gpus(gpus: int) -> range:
+    """Make the first GPU of this process the current one, and return the indices of all its GPUs."""
     own = dist.own_gpus(gpus)
     if not own:
         raise ConfigError(
@@ -114,6 +140,7 @@ def _take_gpus(gpus: int) -> None:
         # refuses such a model; without the second it would use the GPU with the number local_rank.
         os.environ['ACCELERATE_BYPASS_DEVICE_MAP'] = 'true'
         os.environ['ACCELERATE_TORCH_DEVICE'] = device.torch_name(own[0])
+    return own
 
 
 def _reuse_freed_memory() -> None:

@@ -20,6 +20,9 @@ _GRACE_SECONDS = 10
 # The message of a gloo or nccl error contains one of these texts if a different process has ended.
 _LOST_PEER = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'third_party/gloo', 'NCCL error')
 
+# What torch says if --deterministic true refuses an operation.
+_NOT_DETERMINISTIC = 'does not have a deterministic implementation'
+
 
 def run_program(work: Callable[[], int | None]) -> int:
     """Call `work`, and return the exit code of the program.
@@ -64,6 +67,10 @@ def run_program(work: Callable[[], int | None]) -> int:
         logger.error('stopped by Ctrl-C')
         return 130
     except Exception as error:
+        if _NOT_DETERMINISTIC in str(error):
+            problem = _without_determinism(error)
+            logger.error(problem)
+            return _leave(2, problem)
         if dist.world_size() == 1:
             raise
         return _report(error)
@@ -82,6 +89,15 @@ def _missing_library(library: str) -> str:
     if own.is_file() and Path(sys.prefix).resolve() != own.parent.parent.resolve():
         remedy = f'use {own}, or: {remedy}'
     return f'{library}: not installed for {sys.executable}. To fix it, {remedy}'
+
+
+def _without_determinism(error: Exception) -> str:
+    """Return the message for an operation that torch refuses under --deterministic true."""
+    operation = str(error).split()[0]
+    return (
+        f'--deterministic true: this run needs {operation}, which gives different bits each time on this device, and '
+        'torch has no other version of it. Use --deterministic false.'
+    )
 
 
 def _report(error: Exception) -> int:

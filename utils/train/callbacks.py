@@ -33,7 +33,10 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class StepIntervals(TrainerCallback):
-    """Sets the intervals of evaluations and checkpoints, and records the numbers of steps that shares become."""
+    """Sets the intervals of evaluations and checkpoints.
+
+    If a flag gives an interval as a share of the run, the resulting number of steps is recorded.
+    """
 
     def __init__(self, args: SftArguments, run: Run) -> None:
         self.flags = args
@@ -58,7 +61,10 @@ class StepIntervals(TrainerCallback):
         return counts
 
     def _record(self, counts: StepCounts, *, schedule_is_ours: bool) -> None:
-        """Record each number of steps that differs from the typed value, with the reason, and each warning."""
+        """Record each number of steps that differs from the typed value, with the reason, and each warning.
+
+        `schedule_is_ours` is False if DeepSpeed makes the schedule: then the warm-up is not recorded.
+        """
         flags = self.flags
         steps = f'of {counts.steps} steps'
         self.run.warnings += counts.warnings
@@ -109,8 +115,12 @@ class Speedometer(TrainerCallback):
         self._pending += int(inputs['row_lengths'].sum())
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Delete the start time, so that the first step is not counted: it is slower than the later steps."""
+        """Start anew. The first step is not counted, because it is slower than the later steps.
+
+        The peak memory is counted from here too, so it does not include what was needed to load the model.
+        """
         self._since = None
+        device.reset_peak()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Add the tokens and seconds of the step to the totals, and start the time of the next step."""
@@ -249,3 +259,8 @@ def peak_memory_gib() -> float:
     """Return the peak memory of this process in GiB: the sum over all GPUs, or resident memory if there is no GPU."""
     peak = system.peak_resident_bytes() if device.kind() == 'cpu' else device.peak_bytes()
     return round(peak / 2**30, 3)
+
+
+def peak_reserved_gib() -> float | None:
+    """Return the most memory that the allocator held on all devices in GiB, or None on a CPU."""
+    return None if device.kind() == 'cpu' else round(device.peak_reserved_bytes() / 2**30, 3)

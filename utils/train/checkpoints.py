@@ -145,6 +145,7 @@ class Checkpoints:
     def write(self, checkpoint: Path, *, resumable: bool) -> str | None:
         """Write a checkpoint to a temporary folder, and rename the folder when it is complete.
 
+        With `resumable`, the states of optimizer, schedule and processes are written too, so that a run can resume.
         Returns the message of the first failure, or None if no process failed.
         """
         trainer = self.trainer
@@ -207,6 +208,8 @@ class Checkpoints:
                 'scheduler': None if self._deepspeed_has_schedule() else trainer.lr_scheduler.state_dict(),
                 'scaler': scaler.state_dict() if scaler is not None else None,
             }
+            if trainer.capacity is not None:
+                tree['joined'] = {'device': device.kind(), 'tokens': trainer.capacity}
             if trainer.timetable.segments:
                 tree['timetable'] = trainer.timetable.state()
             save_tree(folder / OPTIMIZER_STATE, tree)
@@ -264,6 +267,10 @@ class Checkpoints:
         if not self._deepspeed_has_schedule():
             trainer.lr_scheduler.load_state_dict(tree['scheduler'])
         trainer.deadline.restore(tree.get('timetable'))
+        # If micro-batches were joined differently, gradients of the same rows would be the same only up to rounding.
+        joined = tree.get('joined')
+        if joined is not None and trainer.capacity is not None and joined['device'] == device.kind():
+            trainer.capacity = joined['tokens']
         if not trainer.is_deepspeed_enabled:
             use_settings(trainer.optimizer, trainer.lr_scheduler, settings)
         if tree['scaler'] is not None and trainer.accelerator.scaler is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from utils.base import dist
+from utils.base import device, dist
 from utils.base.checkpoint import last_checkpoint
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
@@ -43,8 +44,23 @@ _MAX_NAMED = 5
 _POSITIONS = re.compile(r'(?:^|[._])(?:wpe|positions?)(?:$|[._])')
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Taken:
+    """A step that is not judged yet. `read` returns the losses of its micro-batches, and then the norm."""
+
+    step: int
+    batches: Sequence[dict[str, Any]]
+    read: Callable[[], list[float]]
+
+
 class Guard(TrainerCallback):
-    """Checks the loss and the gradient norm of each step before the optimizer runs."""
+    """Checks the loss and the gradient norm of each step before they change the weights.
+
+    On a CPU a step is judged before the optimizer runs. On a GPU reading a number means waiting until all work is done,
+    and then the GPU waits for the next work. So the optimizer is told on the GPU to leave the weights as they are if a
+    number is not finite, and the step is judged after the next one was computed, or before anything is logged, saved or
+    evaluated.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -54,6 +70,7 @@ class Guard(TrainerCallback):
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._batches: Sequence[dict[str, Any]] = ()
+        self._taken: _Taken | None = None
         self._window: deque[float] = deque(maxlen=_WINDOW)
         # The fingerprint of the weights before the first step. It is None in a resumed run.
         self._fingerprint_at_start: list[int] | None = None
@@ -71,7 +88,11 @@ class Guard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise ConfigError if training changed no weight: all are bitwise identical to the weights at the start."""
+        """Judge the last step, if it is not judged yet.
+
+        Raises ConfigError if training changed no weight: all are bitwise identical to the weights at the start.
+        """
+        self.settle()
         if self._fingerprint_at_start is None or self.trainer.stopped:
             return
         has_changed = weight_fingerprint(self.trainer.model) != self._fingerprint_at_start
@@ -104,52 +125,90 @@ class Guard(TrainerCallback):
     ) -> None:
         """Check the loss and the gradients of the step, and log a warning if the loss is a spike.
 
-        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
+        Raises ConfigError if they are not finite, or if every gradient is zero. On a GPU this is done for the step
+        before, and the optimizer gets the order to skip this step if its numbers are not finite.
         """
         step = state.global_step + 1
-        loss, losses = self.judge(f'step {step}')
-        self._judge_spike(step, loss, losses)
+        if not judges_late(self.trainer):
+            loss, losses = self.judge(f'step {step}')
+            self._judge_spike(step, loss, losses, self._batches)
+            return
+
+        values = torch.stack([*self.losses, self.norm.to(self.losses[0])]).float()
+        # The fused optimizer reads it on the GPU, as it does for the gradient scaler of fp16.
+        self.trainer.optimizer.optimizer.found_inf = (~values.isfinite().all()).float()
+        before = self._taken
+        self._taken = _Taken(step=step, batches=self._batches, read=device.read_later(values))
+        *losses, norm = before.read() if before is not None else [0.0]
+        sums = self._exchange(_to_sum(losses, norm))
+        if before is not None:
+            self._conclude(before, losses, norm, sums)
+
+    def settle(self) -> None:
+        """Judge the step that is not judged yet, if there is one. Every process must call this at the same step."""
+        if self._taken is None:
+            return
+        before = self._taken
+        self._taken = None
+        *losses, norm = before.read()
+        self._conclude(before, losses, norm, dist.sums(_to_sum(losses, norm)))
+
+    def _conclude(self, taken: _Taken, losses: list[float], norm: float, sums: Sequence[float]) -> None:
+        """Judge a step from the numbers of this process, and from the sums over all processes."""
+        loss = self._verdict(f'step {taken.step}', losses, norm, sums, taken.batches)
+        self._judge_spike(taken.step, loss, losses, taken.batches)
 
     def judge(self, where: str) -> tuple[float, list[float]]:
         """Check the loss and the gradients of a step. `where` names the step in messages.
 
         Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
-        ConfigError if the loss or the gradients are not finite, or if every gradient is zero. Also sets `stop_agreed`
-        of the trainer: whether any process has received a signal to stop. The deadline gets the last step on which the
-        processes agree.
+        ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
+
+        Also sets two values that are the same in all processes: `stop_agreed` of the trainer (whether any process has
+        received a signal to stop), and `agreed` of the deadline (the new last step of the run, or 0 for no change).
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()
-        is_loss_bad = not all(map(math.isfinite, losses))
-        # Signals and the deadline are summed here too, so that a step needs only one collective operation.
+        sums = self._exchange(_to_sum(losses, norm))
+        return self._verdict(where, losses, norm, sums, self._batches), losses
+
+    def _exchange(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each value over all processes.
+
+        The signals and the deadline are summed too, so that a step needs only one collective operation.
+        """
         trainer = self.trainer
-        total, any_bad_loss, any_bad_norm, signals, end = dist.sums(
-            [
-                0.0 if is_loss_bad else sum(losses),
-                is_loss_bad,
-                not math.isfinite(norm),
-                trainer.signals.signum,
-                trainer.deadline.proposal(),
-            ]
-        )
+        *found, signals, end = dist.sums([*values, trainer.signals.signum, trainer.deadline.proposal()])
         trainer.stop_agreed = signals > 0
         trainer.deadline.agreed = int(end)
+        return found
+
+    def _verdict(
+        self,
+        where: str,
+        losses: list[float],
+        norm: float | None,
+        sums: Sequence[float],
+        batches: Sequence[dict[str, Any]],
+    ) -> float:
+        """Return the loss of a step over all processes. Raises ConfigError as `judge` does."""
+        total, any_bad_loss, any_bad_norm = sums
         loss = total / dist.world_size()
-
         if any_bad_loss:
-            self._refuse_loss(where, losses)
-        if self.norm is not None:
-            self._judge_norm(where, loss, norm, bool(any_bad_norm))
-        return loss, losses
+            self._refuse_loss(where, losses, batches)
+        if norm is not None:
+            self._judge_norm(where, loss, norm, bool(any_bad_norm), batches)
+        return loss
 
-    def _norm_value(self) -> float:
+    def _norm_value(self) -> float | None:
+        """Return the norm of the gradients. It is None if DeepSpeed has not computed it."""
         if self.norm is None:
-            return math.nan
+            return None
         return self.norm.item() if isinstance(self.norm, torch.Tensor) else self.norm
 
-    def _refuse_loss(self, where: str, losses: list[float]) -> None:
+    def _refuse_loss(self, where: str, losses: list[float], batches: Sequence[dict[str, Any]]) -> None:
         own: list[str] = []
-        for batch, loss in zip(self._batches, losses, strict=False):
+        for batch, loss in zip(batches, losses, strict=False):
             if not math.isfinite(loss):
                 own += self._bad_rows(batch)
         rows = _of_all_processes(own)
@@ -159,7 +218,9 @@ class Guard(TrainerCallback):
             f'them, training diverges or overflows: lower --learning_rate{remedy}'
         )
 
-    def _judge_norm(self, where: str, loss: float, norm: float, is_bad: bool) -> None:
+    def _judge_norm(
+        self, where: str, loss: float, norm: float, is_bad: bool, batches: Sequence[dict[str, Any]]
+    ) -> None:
         if is_bad and self.trainer.args.fp16:
             # The loss scale was too high, so the optimizer skips the step and the loss scale is halved.
             self.skipped += 1
@@ -173,7 +234,7 @@ class Guard(TrainerCallback):
 
         self._skipped_in_a_row = 0
         if is_bad:
-            rows = _of_all_processes(self._rows())
+            rows = _of_all_processes([row for batch in batches for row in self._origins(batch)])
             self._end(
                 f'{where}: the loss is finite, but its gradients are not (norm {norm}). The rows of this step: '
                 f'{_listed(rows)}. Lower --learning_rate, or use --dtype fp32 to see whether precision is the cause.'
@@ -186,7 +247,7 @@ class Guard(TrainerCallback):
                 '--dtype fp16, cause this. Use --dtype fp32 or --gradient_checkpointing false.'
             )
 
-    def _judge_spike(self, step: int, loss: float, losses: list[float]) -> None:
+    def _judge_spike(self, step: int, loss: float, losses: list[float], batches: Sequence[dict[str, Any]]) -> None:
         window = list(self._window)
         self._window.append(loss)
         if len(window) < _WINDOW:
@@ -197,7 +258,7 @@ class Guard(TrainerCallback):
         if loss <= max(usual + _SPIKE_SIGMAS * sigma, _SPIKE_RATIO * usual):
             return
 
-        highest, batch = max(zip(losses, self._batches, strict=False), key=lambda pair: pair[0])
+        highest, batch = max(zip(losses, batches, strict=False), key=lambda pair: pair[0])
         _, rows = max(dist.from_all((highest, self._origins(batch))))
         self.spikes.append({'step': step, 'loss': round(loss, 4), 'usual': round(usual, 4), 'rows': rows[:_MAX_NAMED]})
         logger.warning(
@@ -225,9 +286,6 @@ class Guard(TrainerCallback):
     def _origins(self, batch: dict[str, Any]) -> list[str]:
         return [self.trainer.train_dataset.origin(index) for index in batch['rows'].flatten().tolist()]
 
-    def _rows(self) -> list[str]:
-        return [row for batch in self._batches for row in self._origins(batch)]
-
     def _bad_rows(self, batch: dict[str, Any]) -> list[str]:
         """Return the origins (file and line) of the rows that make the loss of a micro-batch NaN or infinite.
 
@@ -248,6 +306,26 @@ class Guard(TrainerCallback):
             if not math.isfinite(float(loss)):
                 found.append(origin)
         return found or origins
+
+
+def judges_late(trainer: Any) -> bool:
+    """Return whether a step is judged after the next one was computed.
+
+    This is so on a CUDA device with an optimizer that can skip a step by itself: AdamW of torch in its fused form.
+    """
+    if device.kind() != 'cuda' or trainer.is_deepspeed_enabled or trainer.accelerator.scaler is not None:
+        return False
+    inner = trainer.optimizer.optimizer  # inside the wrapper of accelerate
+    return isinstance(inner, torch.optim.AdamW) and bool(inner.defaults['fused'])
+
+
+def _to_sum(losses: list[float], norm: float | None) -> list[float]:
+    """Return three numbers to sum over processes: the loss, whether it is not finite, whether the norm is not finite.
+
+    A loss that is not finite counts as 0.
+    """
+    is_bad = not all(map(math.isfinite, losses))
+    return [0.0 if is_bad else sum(losses), is_bad, norm is not None and not math.isfinite(norm)]
 
 
 @torch.no_grad()

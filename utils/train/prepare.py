@@ -152,7 +152,7 @@ def _fuse_layers(model: PreTrainedModel, args: SftArguments) -> None:
     if args.fused_norms and (norms := fuse_norms(model)):
         logger.info(f'fused_norms = true: {norms} RMSNorm layers run in one step')
     if args.fused_mlp and (gates := fuse_gates(model)):
-        logger.info(f'fused_mlp = true: {gates} gated MLPs save only the factors of their product')
+        logger.info(f'fused_mlp = true: {gates} gated MLPs save only gate and up for the backward pass')
 
 
 def _log_trainable(model: Any) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import Seq2SeqTrainer
@@ -19,7 +20,7 @@ from utils.base import dist
 from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
-from utils.data.collator import NOT_FOR_THE_MODEL, Collator, refill, split_rows
+from utils.data.collator import NOT_FOR_THE_MODEL, Collator, on_device, refill, split_rows
 from utils.data.encode_plan import PreparedData
 from utils.data.encoded_rows import EncodedRows, Filled, IndexedRows, TrainRows
 from utils.data.packing import PackedRows, StepSampler
@@ -31,7 +32,7 @@ from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
 from utils.infer.scores import Scores
 from utils.loading.image_processors import Images
-from utils.loading.layers import is_sharded
+from utils.loading.layers import is_sharded, trains_towers
 from utils.run.folder import Run
 from utils.train.bf16_adamw import BF16AdamW
 from utils.train.callbacks import (
@@ -105,6 +106,8 @@ class SftTrainer(Seq2SeqTrainer):
         self.speedometer = Speedometer()
         self.in_preflight = False
         self.preflight_seconds: float | None = None
+        # The number of parameters outside the embeddings. Counting visits every module, so it is done once.
+        self._parameters: int | None = None
         self.order: StepSampler | None = None
         # Micro-batches of one step are joined into batches of up to this many tokens. If None, they are not joined.
         self.capacity: int | None = None
@@ -144,9 +147,29 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """Return the output of the base class. `num_train_samples` are the rows of the steps that the flags ask for."""
+        """Return the output of the base class.
+
+        `num_train_samples` is the number of rows in the steps that the flags ask for. It is reduced to the steps of the
+        run, which are fewer if --max_minutes ends it earlier.
+        """
         asked = max(self.deadline.asked, 1)
         return super()._finalize_training(trial, num_train_samples * self.state.max_steps / asked, start_time)
+
+    @overrides(Seq2SeqTrainer)
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of accelerate. DDP exchanges the gradients themselves, not copies of them."""
+        args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        for handler in args['kwargs_handlers']:
+            handler.gradient_as_bucket_view = True
+        return args
+
+    @overrides(Seq2SeqTrainer)
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the wrapped model and the loader of the base class."""
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if not self.is_deepspeed_enabled:
+            clear_only_trained(model)
+        return model, loader
 
     # A step
 
@@ -159,7 +182,7 @@ class SftTrainer(Seq2SeqTrainer):
         """
         if isinstance(self.train_dataset, TrainingStream):
             return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
-        return with_workers_ignoring_signals(super().get_train_dataloader())
+        return with_workers_ignoring_signals(_leaving_on_cpu(super().get_train_dataloader()))
 
     @overrides(Seq2SeqTrainer)
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -216,13 +239,28 @@ class SftTrainer(Seq2SeqTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of one step, and the number of their trained tokens.
 
-        Micro-batches that fit into `capacity` together are joined. The guard gets the micro-batches too.
+        If `capacity` is set, the rows are joined to fewer micro-batches of at most `capacity` tokens.
+        The guard gets the micro-batches too.
         """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.capacity is not None and len(batches) > 1:
             batches = refill(batches, self.capacity)
         self.guard.begin([batch for batch in batches if batch])
         return batches, count
+
+    @overrides(Seq2SeqTrainer)
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> int:
+        """Return the number of trained tokens in the batches of all processes. It is counted on the CPU."""
+        return round(dist.sums([sum(len(batch['targets']) for batch in batch_samples)])[0])
+
+    @overrides(Seq2SeqTrainer)
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the batch on the device. It is sent in one copy, and the CPU does not wait for it."""
+        sent = on_device(inputs, self.args.device)
+        if not self.is_deepspeed_enabled:
+            return sent
+        # DeepSpeed takes images in its own dtype.
+        return {name: self._prepare_input(x) if x.is_floating_point() else x for name, x in sent.items()}
 
     @overrides(Seq2SeqTrainer)
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -232,9 +270,25 @@ class SftTrainer(Seq2SeqTrainer):
         """
         if not inputs:
             return torch.zeros((), device=self.args.device)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.losses.append(loss)
-        return loss
+        # model.train() takes as long as the kernels of a small batch, because it visits every module.
+        if not (model.training and self.model.training and self.scorer.base.training):
+            model.train()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        # The loss is divided by the tokens of the whole step, so DeepSpeed must not divide it by the micro-batches.
+        self.accelerator.backward(loss, **({'scale_wrt_gas': False} if self.is_deepspeed_enabled else {}))
+        found: torch.Tensor = loss.detach()
+        self.guard.losses.append(found)
+        return found
+
+    @overrides(Seq2SeqTrainer)
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Return the number of floating-point operations of a micro-batch, as the base class computes it."""
+        if not inputs:
+            return 0
+        if self._parameters is None:
+            self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs['input_ids'].numel() * self._parameters
 
     @overrides(Seq2SeqTrainer)
     def compute_loss(
@@ -242,7 +296,7 @@ class SftTrainer(Seq2SeqTrainer):
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: int | None = None,
     ) -> Any:
         """Return the contribution of a micro-batch to the loss of the step.
 
@@ -252,9 +306,11 @@ class SftTrainer(Seq2SeqTrainer):
         self.speedometer.count(inputs)
         assert num_items_in_batch is not None, 'the collator always returns labels'
         # Gradients are averaged over processes, but num_items_in_batch is the sum over processes.
-        divisor = float(num_items_in_batch) / self.accelerator.num_processes
+        divisor = num_items_in_batch / self.accelerator.num_processes
         with self.accelerator.autocast():
             loss = self.scorer.loss(model, inputs, divisor)
+        # With several GPUs in one process, the loss is on that of the head, and the base class needs it on the first.
+        loss = loss.to(self.args.device)
         return (loss, {}) if return_outputs else loss
 
     @overrides(Seq2SeqTrainer)
@@ -270,6 +326,14 @@ class SftTrainer(Seq2SeqTrainer):
         """Return the norm of the gradients, and pass the norm to the guard."""
         self.guard.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.guard.norm
+
+    @overrides(Seq2SeqTrainer)
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, save and evaluate as the control says. The guard judges the step before any of these."""
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.guard.settle()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     @overrides(Seq2SeqTrainer)
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -298,7 +362,7 @@ class SftTrainer(Seq2SeqTrainer):
     @overrides(Seq2SeqTrainer)
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return the loader of evaluation batches. Its workers ignore signals."""
-        return with_workers_ignoring_signals(super().get_eval_dataloader(eval_dataset))
+        return with_workers_ignoring_signals(_leaving_on_cpu(super().get_eval_dataloader(eval_dataset)))
 
     @overrides(Seq2SeqTrainer)
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -357,36 +421,42 @@ class SftTrainer(Seq2SeqTrainer):
         (B, 1). With --predict_with_generate, predictions are the generated ids, and labels are the index of the row
         followed by the ids of the expected reply.
         """
-        inputs = self._prepare_inputs(inputs)
+        # Results of several processes are gathered on their devices.
+        device = self.args.device
+        sent = self._prepare_inputs(inputs)
         indices = inputs['rows'][:, None]
         if self.args.predict_with_generate:
-            answers, labels = self._generated(model, inputs)
-            return None, answers, torch.cat([indices, labels], dim=1)
+            answers, labels = self._generated(model, inputs, sent)
+            return None, answers.to(device), torch.cat([indices, labels], dim=1).to(device)
         with self.accelerator.autocast():
-            sums = self.scorer.by_row(model, inputs)
-        return None, sums, indices
+            sums = self.scorer.by_row(model, sent)
+        return None, sums.to(device), indices.to(device)
 
-    def _generated(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Generate an answer to the prompt of each row.
+    def _generated(
+        self, model: Any, inputs: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Generate an answer to the prompt of each row. `sent` is the batch `inputs` on the device.
 
-        Returns the generated ids (B, N) and the ids of the expected last replies (B, L). Both are padded with
-        IGNORE_INDEX.
+        Returns the generated ids (B, N) and the ids of the expected last replies (B, L), on the CPU. Both are padded
+        with IGNORE_INDEX.
         """
         prompts = [
             ids[:length].tolist()
             for ids, length in zip(split_rows(inputs, 'input_ids'), inputs['prompt_lengths'], strict=True)
         ]
-        answers = generate_batch(
-            self.accelerator.unwrap_model(model),
-            prompts,
-            self.generation,
-            images=self.images,
-            pixels={name: x for name, x in inputs.items() if name not in (*NOT_FOR_THE_MODEL, *_TEXT_INPUTS)},
-        )
+        # Weights in fp32 compute in the dtype of the training.
+        with self.accelerator.autocast():
+            answers = generate_batch(
+                self.accelerator.unwrap_model(model),
+                prompts,
+                self.generation,
+                images=self.images,
+                pixels={name: x for name, x in sent.items() if name not in (*NOT_FOR_THE_MODEL, *_TEXT_INPUTS)},
+            )
         width = max(1, *map(len, answers))  # at least one column, because all answers may be empty
         padded = [ids + [IGNORE_INDEX] * (width - len(ids)) for ids in answers]
         labels = pad_sequence(_last_replies(inputs), batch_first=True, padding_value=IGNORE_INDEX)
-        return torch.tensor(padded, dtype=torch.long, device=labels.device).view(-1, width), labels
+        return torch.tensor(padded, dtype=torch.long).view(-1, width), labels
 
     @overrides(Seq2SeqTrainer)
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -441,6 +511,36 @@ class SftTrainer(Seq2SeqTrainer):
             self.state.best_model_checkpoint = checkpoint
         if ends:
             raise EndedEarlyError
+
+
+def clear_only_trained(model: torch.nn.Module) -> None:
+    """Replace zero_grad of the model: it visits only the trained parameters. Visiting every module takes long.
+
+    Under DDP, gradients are parts of the memory that is exchanged. They are set to zero, because new gradients would be
+    held beside this memory. If DDP looks for unused parameters, such a parameter must have no gradient.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    keeps = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        found = [parameter.grad for parameter in trained if parameter.grad is not None]
+        if keeps and found:
+            torch._foreach_zero_(found)
+        elif not keeps:
+            for parameter in trained:
+                parameter.grad = None
+
+    model.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _leaving_on_cpu(loader: Any) -> Any:
+    """Make the loader of accelerate return its batches on the CPU, and return the loader.
+
+    There they are counted and joined without waiting for the device. `_prepare_inputs` sends them.
+    """
+    assert isinstance(loader, DataLoaderShard), 'only this class divides the batches before they are made'
+    loader.device = None
+    return loader
 
 
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -560,7 +660,13 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
     head = exact_head(base, args, setup.run.decide)
     val = data.val.longest_first()
     sets = ValidationSets(rows=val, names=data.val_sets)
-    training = training_arguments(args, setup.run.folder, dtype=setup.dtype, evaluates=len(data.val) > 0)
+    training = training_arguments(
+        args,
+        setup.run.folder,
+        dtype=setup.dtype,
+        evaluates=len(data.val) > 0,
+        trains_tower=not args.freeze_vision and trains_towers(base),
+    )
 
     trainer = SftTrainer(
         run=setup.run,

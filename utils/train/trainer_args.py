@@ -16,9 +16,12 @@ from utils.cli.scores import score_name
 
 
 def training_arguments(
-    args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool
+    args: SftArguments, run_dir: Path, *, dtype: torch.dtype, evaluates: bool, trains_tower: bool = False
 ) -> Seq2SeqTrainingArguments:
-    """Return the arguments of the trainer. They contain no access token, because they are written to the run folder."""
+    """Return the arguments of the trainer. They contain no access token, because they are written to the run folder.
+
+    With `trains_tower`, parameters of a vision tower are trained.
+    """
     # bf16 weights compute in bf16 without autocast. fp32 weights and fp16 gradients need autocast. DeepSpeed
     # needs the arguments bf16 and fp16 below, because it reads the precision of the model and of adapters from them.
     has_fp32_weights = args.sft_type == 'full' and args.full_weights == 'fp32'
@@ -67,7 +70,7 @@ def training_arguments(
         dataloader_pin_memory=device.pins_memory(),
         ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
         # A vision tower that is trained gets no gradient from a batch without images, and DDP must allow this.
-        ddp_find_unused_parameters=not args.freeze_vision if dist.world_size() > 1 else None,
+        ddp_find_unused_parameters=trains_tower if dist.world_size() > 1 else None,
         deepspeed=args.deepspeed_config_path,
         remove_unused_columns=False,
         label_names=['labels'],
