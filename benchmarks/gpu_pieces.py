@@ -49,11 +49,6 @@ def apart(found: torch.Tensor, exact: torch.Tensor) -> float:
     return error if error == error else math.inf
 
 
-def on_device(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a batch with its tensors on the device."""
-    return {name: x.to(device()) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-
-
 def judged(found: Found, limits: dict[str, float]) -> Found:
     """Return what was found, and whether each named value is at most its limit."""
     return {'ok': all(found[name] <= limit for name, limit in limits.items()), **found}
@@ -269,7 +264,7 @@ def attention(name: str) -> Found:
 def no_wait() -> Found:
     """Compute loss and gradients of a concatenated batch while torch raises an error for each wait for the GPU."""
     from tests.support.exactness import make_rows, open_tiny, prepared
-    from utils.data.collator import Collator
+    from utils.data.collator import Collator, on_device
     from utils.fast.layout import exact_head, use_padding_free
     from utils.fast.scoring import Scorer
 
@@ -279,7 +274,7 @@ def no_wait() -> Found:
     inner = model.get_base_model()
     assert use_padding_free(inner, args, longest=30)
     scorer = Scorer(inner, exact_head(inner, args))
-    batch = on_device(Collator(5, pads=False)(make_rows(400)))
+    batch = on_device(Collator(5, pads=False)(make_rows(400)), device())
     scorer.loss(model, batch, 40).backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
@@ -297,7 +292,7 @@ def errors_of_class(key: str, dtype: torch.dtype, *, checkpointing: bool = False
     are compared.
     """
     from tests.support.exactness import make_rows, open_tiny, plain_gradients, prepared
-    from utils.data.collator import Collator
+    from utils.data.collator import Collator, on_device
     from utils.fast.layout import exact_head, use_padding_free
     from utils.fast.scoring import Scorer
 
@@ -310,9 +305,7 @@ def errors_of_class(key: str, dtype: torch.dtype, *, checkpointing: bool = False
     def ours(model: Any, args: Any, kind: str) -> dict[str, torch.Tensor]:
         inner = model.get_base_model() if kind == 'lora' else model
         laid = use_padding_free(inner, args, longest=30)
-        batch = {
-            k: x.to(device()) if isinstance(x, torch.Tensor) else x for k, x in Collator(5, pads=not laid)(rows).items()
-        }
+        batch = on_device(Collator(5, pads=not laid)(rows), device())
         Scorer(inner, exact_head(inner, args)).loss(model, batch, count).backward()
         return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -343,6 +343,7 @@ def cases() -> list[Case]:
         'resume, full': (('--sft_type', 'full'), True),
         'resume, packing': (('--packing', 'true', '--max_length', '64'), True),
         'resume, bf16': (('--dtype', 'bf16'), False),
+        'resume, bf16, deterministic': (('--dtype', 'bf16', '--deterministic', 'true'), True),
     }
     found = [
         *(Case('programs', name, work(programs, *how), 60, 3, 'LoRA' not in name) for name, how in runs.items()),
