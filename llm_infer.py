@@ -110,12 +110,15 @@ def find_rows(done: Ready[InferArguments], trained: Trained | None) -> list[Row]
 
     rows = rows_to_answer(done, trained)
     if not rows:
-        raise ConfigError('no validation row to answer: the run held none out. Use --eval_human true, or other data.')
+        raise ConfigError(
+            'no validation row to answer: the run held none out. Use --eval_human true to chat, or name rows with '
+            '--val_dataset.'
+        )
     return rows
 
 
 def load_scores(args: InferArguments) -> Scores:
-    """Return the scores of --score. The file of a function is executed now, so that its errors show early."""
+    """Return the scores that --score names. A Python file in --score is executed now, so that its errors show early."""
     from utils.infer.scores import Scores
 
     return Scores(args.score)
@@ -160,8 +163,8 @@ class Served:
 def open_served(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> Served:
     """Open and return the model (with the adapter of the checkpoint), tokenizer, encoder and generation settings.
 
-    If the template has changed since training, raises ConfigError. If a template or a setting of it is typed, only a
-    warning is logged.
+    Raises ConfigError if the template differs from the template of training. If the user typed a flag that chooses or
+    changes the template, a warning is logged instead.
     """
     from transformers import set_seed
 

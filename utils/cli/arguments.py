@@ -385,7 +385,7 @@ class InferArguments(CommonArguments):
     def words_read(self) -> tuple[list[str], list[str]]:
         """Return the words of --dataset and the words of --val_dataset whose rows this command reads.
 
-        If there are validation sets, only their rows are answered.
+        If --val_dataset has words, the first list is empty: then no row of --dataset is answered.
         """
         return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
 

@@ -313,7 +313,7 @@ def _check_device(done: Resolution[Any]) -> None:
     elif done.info is not None and done.info.quantization == 'nf4':
         done.problems.add(
             f"the weights of '{run_name(args)}' are stored in 4 bits: bitsandbytes, which reads them, does not run on "
-            f'{_DEVICES[kind]}. Name the same model without int4 with --model_type.'
+            f'{_DEVICES[kind]}. Use the same model without int4: give its name with --model_type.'
         )
 
 
@@ -351,8 +351,8 @@ def check_environment(environment: Mapping[str, str], problems: Problems) -> Non
             secret.encode()
         except UnicodeEncodeError:
             problems.add(
-                f'{holder} of the environment is not UTF-8, so the run folder cannot be searched for it. '
-                'Set it to text, or unset it.'
+                f'{holder} of the environment is not UTF-8, so the run folder cannot be searched for its value. '
+                'Set the variable to UTF-8 text, or unset it.'
             )
 
 

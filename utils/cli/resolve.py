@@ -358,7 +358,7 @@ def _resolve_mixture(done: Resolution[SftArguments], sources: Sequence[Source]) 
     elif not others and abs(total - 1) > _SHARES_TOLERANCE:
         done.problems.add(
             f'--dataset: the shares after % sum to {float(total):.7g}, and they must sum to 1 if every data set has '
-            'one. Change them, or remove the share of a data set that gives all its rows.'
+            'a share. Change the shares, or remove the share of one data set: then all its rows are used.'
         )
 
     if not args.streaming and 'train_dataset_sample' not in done.typed:
@@ -599,8 +599,8 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
         )
     if args.min_lr_ratio is not None and kind not in ENDS_AT_A_RATIO:
         problems.add(
-            f'--min_lr_ratio {args.min_lr_ratio}: --lr_scheduler_type {kind} does not end at a share of the rate. '
-            f'Remove --min_lr_ratio, or use one of {", ".join(ENDS_AT_A_RATIO)}.'
+            f'--min_lr_ratio {args.min_lr_ratio}: --lr_scheduler_type {kind} does not end at a share of '
+            f'--learning_rate. Remove --min_lr_ratio, or use one of {", ".join(ENDS_AT_A_RATIO)}.'
         )
     if 'decay_ratio' in done.typed and kind != STABLE_DECAY:
         problems.add(

@@ -189,9 +189,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return random.Random(f'{self.seed}/{number}')
 
     def _of_process(self, rows: Iterable[tuple[Row, bool]], index: int) -> Generator[dict[str, Any], None, int]:
-        """Yield the rows of this process, encoded. Returns the index of the next row.
+        """Yield the encoded rows of this process. `rows` has the rows of all processes.
 
-        Each row comes with whether it is read for the first time. `index` is the index of the first row.
+        An item of `rows` is (row, whether it is read for the first time), and `index` is the index of the first item.
+        Returns the index that follows the last item.
         """
         mine: list[tuple[Row, bool]] = []
         for row in rows:

@@ -70,7 +70,11 @@ def read_chat_template(path: Path) -> Templates:
 
 
 def hash_templates(content: Any) -> str:
-    """Return the sha256 of a template: of a text, or of the JSON of an entry or of several templates."""
+    """Return the sha256 of the JSON of `content`, as hex digits.
+
+    `content` is the text of a template, a dict from name to text for several templates, or a dict with the fields of an
+    entry of TEMPLATE_MAPPING.
+    """
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -115,8 +119,8 @@ def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, A
     if path is not None and (unknown := _unknown_markers(templates, tokenizer)):
         logger.warning(
             f'--chat_template: the template contains {", ".join(unknown)}, and the vocabulary of this tokenizer does '
-            'not: printed and trained as several tokens of plain text. To add them when training, write them to a text '
-            'file, one per line, and use --new_tokens FILE.'
+            'not: they are printed and trained as several tokens of plain text. To add them when training, write them '
+            'to a text file, one per line, and use --new_tokens FILE.'
         )
     tokenizer.chat_template = change_each(templates, lambda source: add_settings(source, settings))
 
