@@ -112,7 +112,8 @@ def carry_out(
 ) -> int:
     """Load the model, encode the rows, train, and write the proofs and the report to the run folder.
 
-    Returns the exit code. With --verify true, steps of a run are repeated and compared, and there is no report.
+    Returns the exit code. With --verify true, steps of the run in --from_run are repeated and compared, and there is
+    no report.
     """
     from transformers import set_seed
 

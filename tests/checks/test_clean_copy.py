@@ -371,7 +371,8 @@ def test_conversations_and_plain_text_do_not_share_a_copy(folder: Path, tmp_path
     assert llm_sft.main([*words, '--dataset', str(chat), str(text), '--write_clean', str(copy)]) == 2
     assert problems() == [
         f'--write_clean {copy}: {text}:1 and the rows before it are of two kinds, conversations and plain text, and a '
-        'file holds one kind. Write a copy of each kind of data with a command of its own.'
+        'file can hold only one kind. Run the command once for each kind of data, each time with a new file for '
+        '--write_clean.'
     ]
     assert not copy.exists()
 

@@ -174,7 +174,7 @@ def test_text_beside_rows_is_not_data(tmp_path: Path) -> None:
     write_jsonl(tmp_path / 'a.jsonl', [{'query': 'a', 'response': 'b'}])
     (tmp_path / 'README.md').write_text('about a')
     assert len(get_dataset([f'{tmp_path}/'], test_ratio=0).train) == 1
-    with pytest.raises(ConfigError, match=r'the pattern matches .*README.md and .*a.jsonl, and a pattern is for files'):
+    with pytest.raises(ConfigError, match=r'the pattern matches .*README.md and .*a.jsonl. A pattern must not match'):
         plan_rows([f'{tmp_path}/*'])
 
 

@@ -123,7 +123,7 @@ def test_a_blank_changed_in_what_is_rendered_stops(tmp_path: Path) -> None:
             return changed[0] if isinstance(found, str) else changed
 
     message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
-    assert "the ids differ from those of the tokenizer's chat template, and no counted reason explains it" in message
+    assert "the ids differ from those of the tokenizer's chat template, and no known reason explains this" in message
     assert "is ' ' (228), the chat template has '\\n' (206)" in message
 
 
@@ -134,7 +134,7 @@ def test_a_blank_changed_in_what_is_encoded_stops(tmp_path: Path) -> None:
             return dataclasses.replace(part, reply=' ' + part.reply)
 
     ours = Other(make_tokenizer(), system=None, max_length=-1)
-    assert 'no counted reason explains it' in stops(ours, tmp_path)
+    assert 'no known reason explains this' in stops(ours, tmp_path)
 
 
 def test_an_end_token_without_loss_stops(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_text_beside_a_call_that_is_lost_stops_although_the_prompt_has_the_sam
     whole = AutoEncoder(tokenizer, system=None, max_length=-1)
     assert ADDED_END in whole.encode([row])[0].notes
     prove_template(whole, [row], tmp_path)
-    with pytest.raises(ConfigError, match='no counted reason explains it'):
+    with pytest.raises(ConfigError, match='no known reason explains this'):
         prove_template(Other(tokenizer, system=None, max_length=-1), [row], tmp_path)
 
 

@@ -277,8 +277,8 @@ def test_a_secret_that_is_not_utf_8_is_one_message() -> None:
     problems = CollectedProblems()
     check_environment({'MY_TOKEN': 'abcdefgh\udcff', 'OTHER_TOKEN': 'abcdefgh'}, problems)
     assert problems.found == [
-        'the variable MY_TOKEN of the environment is not UTF-8, so the run folder cannot be searched for it. '
-        'Set it to text, or unset it.'
+        'the variable MY_TOKEN of the environment is not UTF-8, so the run folder cannot be searched for its value. '
+        'Set the variable to UTF-8 text, or unset it.'
     ]
 
 

@@ -49,8 +49,10 @@ Bytes = bytes | mmap.mmap
 def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]) -> dict[str, str]:
     """Return a dictionary from descriptions to secrets, for example {'the variable HF_TOKEN': 'hf_...'}.
 
-    The secrets are the values of variables with secret-like names, and the values in `typed`. Values that are too short
-    to search for are not included.
+    The secrets are the values of the environment variables with secret-like names, and the values in `typed`.
+
+    `typed` is a dictionary from descriptions to values, for example {'--hub_token': 'hf_...'}. None and values that are
+    too short to search for are not included in the result.
     """
     named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
     named |= {name: value for name, value in typed.items() if value}

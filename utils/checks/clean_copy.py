@@ -61,7 +61,8 @@ class CleanCopy:
         if self.is_text not in (None, row.is_text):
             raise ConfigError(
                 f'--write_clean {self.path}: {row.origin} and the rows before it are of two kinds, conversations and '
-                'plain text, and a file holds one kind. Write a copy of each kind of data with a command of its own.'
+                'plain text, and a file can hold only one kind. Run the command once for each kind of data, each time '
+                'with a new file for --write_clean.'
             )
         self.is_text = row.is_text
         folder = self.path.absolute().parent

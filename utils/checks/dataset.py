@@ -94,7 +94,11 @@ class Findings(Tally):
 
 
 class Earlier(NamedTuple):
-    """An earlier row with the same content: its location, its use, and whether --write_clean may write it."""
+    """An earlier row with the same content.
+
+    `place` is its location, and `use` is TRAIN, VAL or UNUSED. `may_write` says whether --write_clean may write a row
+    with this content.
+    """
 
     place: str
     use: int
@@ -216,7 +220,7 @@ class DataCheck:
         positions: int | None = None,
         copy: CleanCopy | None = None,
     ) -> None:
-        """`positions` is the number of positions in the model's config.json, or None if it has no such number.
+        """`positions` is the maximum number of tokens per row in the model's config.json, or None if it states none.
 
         The rows that can be trained on are added to `copy`, except rows of validation splits and repeated rows.
         """
@@ -240,7 +244,9 @@ class DataCheck:
         self.left_out.add(problem, place)
 
     def examine(self, batch: Sequence[tuple[int, ReadRow]], *, is_val: bool = False) -> None:
-        """Check each (use, row) pair for problems. Rows that are used for training or validation are also encoded.
+        """Check each (use, row) pair for problems. `use` is TRAIN, VAL or UNUSED.
+
+        A row whose use is TRAIN or VAL is also encoded, unless it is a BadRow.
 
         `is_val` says whether the rows are from a validation split of the data.
         """
@@ -304,9 +310,10 @@ class DataCheck:
                 self.defects.add(CONTROL_TOKENS, place, column)
 
     def _check_repetition(self, read: Earlier, row: Row, column: str) -> str | None:
-        """Report a row or a prompt that occurred earlier.
+        """Report a row or a prompt that occurred earlier. `read` describes `row`.
 
-        Returns the reason why --write_clean does not write the row. Returns None if it is not written yet.
+        Returns the reason why --write_clean leaves the row out: it may write an earlier row with the same content.
+        Returns None if there is no such earlier row.
         """
         earlier = self.seen.find_earlier(_content(row.messages, row), read)
         if earlier is None and row.is_text:
@@ -458,7 +465,10 @@ def _open_copy(args: SftArguments, encoder: Encoder) -> CleanCopy:
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:
-    """Return the number of positions that a config.json states. Returns None if it states no number."""
+    """Return the maximum number of tokens per row (max_position_embeddings) that the config of a model states.
+
+    Returns None if the config states no such number.
+    """
     config = config.get('text_config') or config
     stated = config.get('max_position_embeddings') or config.get('n_positions')
     return stated if isinstance(stated, int) else None

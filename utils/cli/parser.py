@@ -215,9 +215,11 @@ def parse(
     """Parse the command line `argv`, and return the result with its problems. Only --help ends the program.
 
     A script may write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
-    the same flag before it. This is also so for --dataset, although its values are otherwise added up. `earlier` is the
-    command line of an earlier run. A flag of `earlier` is used only if `argv` has neither the same flag nor the flag
-    that _EITHER pairs with it.
+    the same flag before it. So --dataset after the `--` replaces the data sets before it. Without `--`, the
+    values of several --dataset flags are joined into one list.
+
+    `earlier` is the command line of an earlier run. A flag of `earlier` is used only if `argv` has neither the same
+    flag nor the flag that _EITHER pairs with it.
     """
     parser = _build_parser(cls, program=program, about=about)
     typed: dict[str, list[str]] = {}

@@ -89,7 +89,7 @@ def _shown(value: Any) -> str:
 
 
 def reading_of(args: CommonArguments) -> Reading:
-    """Return how these flags say that data files are read."""
+    """Return the Reading that --columns and --text_rows describe: how data files are read."""
     return Reading(columns=read_columns(args.columns or ())[0], text_rows=args.text_rows)
 
 

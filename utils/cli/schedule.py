@@ -22,7 +22,7 @@ def count_warmup_steps(asked: float, steps: int) -> int:
 
 
 def count_decay_steps(share: float, steps: int, *, warmup: int) -> int:
-    """Return the number of decay steps: `share` of all steps, rounded up, but not more than follow the warm-up."""
+    """Return the number of decay steps: `share` of all steps, rounded up, but at most the steps after the warm-up."""
     return min(math.ceil(share * steps), steps - warmup)
 
 

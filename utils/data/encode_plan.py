@@ -48,7 +48,10 @@ T = TypeVar('T')
 
 
 class UsedRow(NamedTuple):
-    """A row of a run: its use (training or validation), the number of its part in the plan, and its times per epoch."""
+    """A row of a run.
+
+    `use` is TRAIN or VAL. `part` is the index in Plan.parts. `times` says how often an epoch trains the row.
+    """
 
     row: Row
     use: int
@@ -356,13 +359,19 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
 
 
 def names_of_sets(plan: Plan) -> dict[int, str]:
-    """Return the names of the sets of --val_dataset by the number of their part. Returns {} if there is only one."""
+    """Return {index in Plan.parts: name in metrics} for the sets of --val_dataset.
+
+    Returns {} if there are fewer than two sets.
+    """
     names = plan.val_sets()
     return names if len(names) > 1 else {}
 
 
 def rows_of_sets(plan: Plan, val: EncodedRows) -> dict[str, Any]:
-    """Log and return, for run.json, the number of rows of each set of --val_dataset. Returns {} without such sets."""
+    """Log the number of rows of each set of --val_dataset, and return an entry for run.json with these numbers.
+
+    Returns {} if there are no such sets.
+    """
     counts = Counter(val.parts().tolist())
     rows = {name: counts[number] for number, name in plan.val_sets().items()}
     if not rows:

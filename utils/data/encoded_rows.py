@@ -86,7 +86,10 @@ class EncodedRows:
         return len(self.arrays['prompt_lengths'])
 
     def append(self, row: Encoded, origin: str = '', *, part: int = 0, times: int = 1) -> None:
-        """Add one row, which came from `origin` in the part with this number, and is trained `times` in an epoch."""
+        """Add one row. An epoch trains it `times` times.
+
+        `origin` says where the row came from, for example file and line. `part` is the index of its part in Plan.parts.
+        """
         self._add('ids', row.input_ids)
         self._add('spans', (limit for span in (*row.earlier, row.trained) for limit in span))
         self._add('images', json.dumps(row.images).encode() if row.images else b'')
@@ -111,7 +114,7 @@ class EncodedRows:
         return self.stored if self.order is None else len(self.order)
 
     def _stored_index(self, index: int) -> int:
-        """Return the index in the arrays of the row number `index`. The two differ only if `order` is set."""
+        """Return the index at which the row `index` is stored in the arrays. It equals `index` if `order` is None."""
         position = range(len(self))[index]
         return position if self.order is None else int(self.order[position])
 
@@ -159,7 +162,7 @@ class EncodedRows:
         return int(self._trained_by_row().sum(dtype=np.int64))
 
     def parts(self) -> Any:
-        """Return the number of the part of each row, as an int32 array of shape (rows,)."""
+        """Return, for each row, the index of its part in Plan.parts, as an int32 array of shape (rows,)."""
         return self._ordered(np.asarray(self.arrays['parts'], dtype=np.int32))
 
     def _trained_by_row(self) -> Any:
@@ -213,8 +216,8 @@ class EncodedRows:
 class Filled(Sequence[dict[str, Any]]):
     """A map-style data set with fillers at the end, so that its length is a multiple of `share`.
 
-    A filler is a row without loss. Without fillers, a distributed sampler repeats its first rows, and these rows would
-    be trained twice in an epoch.
+    `share` is the number of rows in the batches of all processes, one batch each. A filler is a row without loss.
+    Without fillers, a distributed sampler repeats its first rows, and these rows would be trained twice in an epoch.
     """
 
     def __init__(self, rows: IndexedRows, share: int, pad_token_id: int) -> None:
@@ -239,7 +242,7 @@ class Filled(Sequence[dict[str, Any]]):
         return self.filler if index < 0 else dict(self.rows.row(index))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches that need the most memory. None of their `count` items is the filler."""
+        """Return the batches that need the most memory, each with `count` items. The filler is in no batch."""
         return self.rows.heaviest(count)
 
     def __getitem__(self, index: Any) -> Any:

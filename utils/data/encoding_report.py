@@ -84,5 +84,6 @@ def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) 
 
     if not report.noted.counts.keys().isdisjoint(CUTS):
         logger.warning(
-            'a larger --max_length (-1: no limit) keeps these rows whole; --overlong split keeps all of plain text'
+            'a larger --max_length (-1: no limit) keeps these rows whole; --overlong split divides a row of plain text '
+            'into several rows, so that nothing is cut'
         )

@@ -52,7 +52,9 @@ def _of_splits(name: str, splits: Mapping[Any, Any], *, logs: bool) -> tuple[Any
 
 
 def located_rows(name: str, half: int, rows: Any, shown: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield (location, row) for each row. `half` is 0 for the training rows, 1 for the validation rows.
+    """Yield (location, row) for each row of the data set `name`. A location is, for example, '<shown>: row 1'.
+
+    `half` is 0 for the training rows, 1 for the validation rows.
 
     For a row that is None, the second item is a BadRow. Raises ConfigError if a row is not a dictionary.
     """

@@ -172,7 +172,7 @@ def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str
 class Part:
     """The training rows, the validation rows, or all rows of a data set. They can be read several times.
 
-    `uses` has the use of each row that can be trained on.
+    `uses` has one byte for each row that can be trained on: TRAIN, VAL or UNUSED.
     """
 
     name: str
@@ -241,7 +241,7 @@ class Part:
         digest.update(content.digest())
 
     def times(self, position: int) -> int:
-        """Return how often an epoch trains the training row at this position among the rows in `uses`."""
+        """Return how often an epoch trains a training row. `position` is the index of the row in `uses`."""
         return self.passes + (self.once_more[position] if self.once_more else 0)
 
     def trained_rows(self) -> int:
@@ -254,7 +254,9 @@ class Part:
         return bytes(self.uses) + repeats
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield (use, ReadRow) for every row, with the use that `count` set. The use of a BadRow is UNUSED.
+        """Yield (use, ReadRow) for every row, with the use that `count` or a later draw set: TRAIN, VAL or UNUSED.
+
+        The use of a BadRow is UNUSED.
 
         Raises ConfigError if the number of rows has changed since `count` read them.
         """
@@ -329,10 +331,10 @@ def _reader(
     columns: dict[str, None],
     remarks: dict[str, None],
 ) -> Callable[[Any], Iterator[ReadRow]]:
-    """Return a function that reads the files from the start.
+    """Return a function that reads the files from the start. Its argument is a hash object.
 
-    The function adds the names of the columns in the files to `columns`, and remarks on how the files are read to
-    `remarks`. The hash also covers `names`, one name for each file.
+    The function updates the hash with the content of the files and with `names`, one name for each file. It adds the
+    names of the columns in the files to `columns`, and remarks on how the files are read to `remarks`.
     """
 
     def remark(text: str) -> None:
@@ -409,7 +411,7 @@ def check_columns(parts: Iterable[Part], reading: Reading) -> None:
 def read_rows_at(
     files: Sequence[tuple[Path, Signature]], positions: Collection[int], reading: Reading = AS_WRITTEN
 ) -> list[Row | BadRow]:
-    """Return the rows at these positions among all rows of the files.
+    """Return the rows at these positions among all rows of the files. Positions are counted from 0.
 
     Only these rows and the first row of each file are converted and checked.
     """

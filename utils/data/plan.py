@@ -73,7 +73,7 @@ class Plan:
         return [*decided, *loss_decisions(loss_scope, replies, rows, f'of {total} rows read')]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield (use, ReadRow) for every row of all parts."""
+        """Yield (use, ReadRow) for every row of all parts. The use is TRAIN, VAL or UNUSED."""
         for part in self.parts:
             yield from part.used()
 
@@ -100,7 +100,7 @@ class Plan:
         }
 
     def val_sets(self) -> dict[int, str]:
-        """Return {number in `parts`: name in metrics} for the sets of --val_dataset."""
+        """Return {index in `parts`: name in metrics} for the sets of --val_dataset."""
         return {number: part.val_set for number, part in enumerate(self.parts) if part.val_set}
 
 
@@ -109,8 +109,10 @@ def loss_decisions(
 ) -> list[str]:
     """Return the decisions about which replies carry loss. Rows with only one reply need no decision.
 
-    `typed` is --loss_scope. `replies` and `rows` map the scope of the row's format to numbers: of replies before the
-    last reply, and of rows with such replies. This scope is used if --loss_scope is not typed.
+    `typed` is the value of --loss_scope. If it is None, the format of a row decides the scope, which says which
+    replies carry loss. The keys of `replies` and `rows` are these scopes of the formats. `replies` counts the replies
+    before the last reply of a row, and `rows` counts the rows that have such replies. `total` is the end of each
+    line, for example 'of 100 rows'.
     """
     if typed == 'all_rounds':
         return []
@@ -210,7 +212,10 @@ class _Planner:
         self.parts.append(part)
 
     def _draw(self, part: Part, sample: int | None, given: str, word: str) -> None:
-        """Draw rows from a part (name#count), if a number was given."""
+        """Draw `sample` rows from a part (name#count). Does nothing if `sample` is None.
+
+        `word` is the word of the flag, and `given` the flag with this word. They are for log lines.
+        """
         if sample is None:
             return
         use = VAL if part.is_val else TRAIN
@@ -295,7 +300,8 @@ def plan_validation(
 ) -> Plan:
     """Read the data sets of --val_dataset once, and return the plan of their rows.
 
-    `trained` has the names of the data sets that are trained on. Raises ConfigError if no row of a set is left.
+    `trained` has the names of the data sets of --dataset: if a set has a validation split, and its name is in
+    `trained`, only the split is used. Raises ConfigError if all rows of a set are skipped.
     """
     planner = _Planner(seed=seed, hub=hub, bad=refuse, reading=reading)
     _add_validation_sets(planner, val_words, trained)

@@ -226,8 +226,8 @@ def _matching_files(source: Source) -> list[Path]:
             )
     if other := next((file for file in files if is_text_file(file) != is_text_file(files[0])), None):
         raise ConfigError(
-            f"--dataset '{source.name}': the pattern matches {files[0]} and {other}, and a pattern is for files with "
-            'rows or for files of plain text. Give two patterns.'
+            f"--dataset '{source.name}': the pattern matches {files[0]} and {other}. A pattern must not match both "
+            'files with rows and files of plain text. Give one pattern for each kind of file.'
         )
     return files
 

@@ -148,7 +148,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             if not rows:
                 raise ConfigError(
                     f'--dataset {name}: no training row is left to fill its share: its rows are skipped or held out. '
-                    'Lower --stream_val_rows, or remove it from --dataset.'
+                    f'Lower --stream_val_rows, or remove {name} from --dataset.'
                 )
             if counts and done == 0:
                 logger.info(f'{name}: all its {rows} rows are read, its next pass starts')
@@ -189,9 +189,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return random.Random(f'{self.seed}/{number}')
 
     def _of_process(self, rows: Iterable[tuple[Row, bool]], index: int) -> Generator[dict[str, Any], None, int]:
-        """Yield the rows of this process, encoded. Returns the index of the next row.
+        """Yield the encoded rows of this process. `rows` has the rows of all processes.
 
-        Each row comes with whether it is read for the first time. `index` is the index of the first row.
+        An item of `rows` is (row, whether it is read for the first time), and `index` is the index of the first item.
+        Returns the index that follows the last item.
         """
         mine: list[tuple[Row, bool]] = []
         for row in rows:

@@ -145,7 +145,10 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield what a template may print of a nested value beside its texts: keys, numbers, and words of a JSON schema."""
+    """Yield, as strings, what a template may print of a nested value in addition to its texts.
+
+    These are the keys, the numbers, and the values of `type` and `required` in a JSON schema.
+    """
     value = _parsed(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -279,7 +282,10 @@ def _of_history(history: Any) -> Iterator[_Leaf]:
 
 
 def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
-    """Yield the leaves of a column with a list of turns, or with one turn. `number` is the number of its first turn."""
+    """Yield the leaves of a column with a list of turns, or with one turn.
+
+    `number` is the index of the column's first turn in the conversation.
+    """
     keys, contents = ('role', 'from'), ('content', 'value')
     if column == 'conversations':
         keys, contents = ('from', 'role'), ('value', 'content')
@@ -294,7 +300,10 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
 
 
 def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
-    """Yield the leaves of a column with the prompt or the reply. `rounds` is the number of rounds in the history."""
+    """Yield the leaves of a column with the prompt or the reply. `rounds` is the number of rounds in the history.
+
+    `shape` has the columns of the row's format. The first of these columns has the prompt.
+    """
     value = raw[column]
     is_asked = column in _ASKED
     first = 2 * rounds + (not is_asked)
@@ -341,8 +350,8 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
 class _Text:
     """The tokenised text of a row. It consists of pieces: stretches of text with or without loss.
 
-    `ends` has the positions at which the pieces end, `trained` the positions at which the trained pieces begin, and
-    `claimed` the spans in which leaves (texts of the row) were found.
+    `ends` has the positions at which the pieces end. `trained` has the positions at which the pieces with loss begin.
+    `claimed` has the spans in which leaves (texts of the row) were found. All positions count characters of `text`.
     """
 
     def __init__(self, encoded: Encoded) -> None:
@@ -471,8 +480,8 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
 def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
     """Find the right positions of the doubtful texts, and store them in `places`.
 
-    The row is rendered with markers instead of the doubtful texts. A text keeps its first position if this rendering
-    fails, or if the rendering with its marker differs in more than this text.
+    The row is rendered with markers instead of the doubtful texts. A text keeps the position that `places` has for it
+    if this rendering fails, or if the rendering with the marker of the text differs in more than this text.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _mark(number) for number in whole}
@@ -577,7 +586,7 @@ class Account:
         self.unused[name] = self.unused.get(name, 0) + rows
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
-        """Count all characters of a row that is not encoded in the bucket `reason`."""
+        """Count a row that is not encoded: all its characters are counted in the bucket `reason`."""
         for leaf in leaves(raw):
             self._count(leaf.label, reason, len(leaf.text))
 
@@ -700,7 +709,10 @@ class Account:
             self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
-        """Return a line with the percentages for each label, and a line with the names of unused fields."""
+        """Return at most two lines: one with the percentages of all labels, and one with the names of unused fields.
+
+        A line that would have no content is left out.
+        """
         shares = []
         for label, counts in self.fields.items():
             total = sum(counts.values())

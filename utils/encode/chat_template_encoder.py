@@ -215,7 +215,10 @@ class AutoEncoder(Encoder):
             return ''
 
     def _render_all(self, chats: Sequence[_Chat], *, prompt: bool) -> list[str]:
-        """Return the rendering of each chat. Chats without tools and settings share one call, which is faster."""
+        """Return the rendering of each chat. If `prompt` is True, each rendering ends with the generation prompt.
+
+        Chats without tools and settings share one call, which is faster.
+        """
         plain = [list(chat.messages) for chat in chats if not (chat.tools or chat.settings)]
         texts = iter(self._apply(plain, None, prompt, _NOTHING) if plain else [])
         return [
@@ -400,7 +403,9 @@ class AutoEncoder(Encoder):
         """Return the message with the keys and values that the template expects.
 
         If the message has images, its content becomes a list of items. The reasoning is stored under `key`. Without
-        `key`, the reasoning is stored under the key that a probe found.
+        `key`, the reasoning is stored under the key that a probe found. If no probe found a key, the reasoning becomes
+        a think block in the content if the message is the last one (`is_last`) and has no calls. Otherwise the
+        reasoning is left out.
         """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -429,6 +434,10 @@ class AutoEncoder(Encoder):
     def switch(self) -> str | None:
         """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
         return next((f'{name}={value}' for name, value in self._switch.items()), None)
+
+    @property
+    def prompt_settings(self) -> Mapping[str, Any]:
+        return self._switch if self.asks_to_think else _NOTHING
 
     def settings_of(self, row: Row) -> Mapping[str, Any]:
         """Return the template settings for a row: the thinking switch if the last reply has reasoning, else nothing."""
@@ -486,8 +495,8 @@ class AutoEncoder(Encoder):
         """Return the message key from which the template prints the reasoning of the row's last reply.
 
         Some templates print reasoning only in some turns, so that no probe finds the key. For example, the template of
-        Kimi-K2-Thinking prints reasoning after a reply without reasoning. In this case, the row itself is rendered with
-        each possible key. Returns None if the template prints the reasoning for none of the keys.
+        Kimi-K2-Thinking never prints the reasoning of the first reply. If no probe found the key, the row itself is
+        rendered with each possible key. Returns None if the template prints the reasoning for none of the keys.
         """
         reply, with_tools = row.messages[-1], self._lists_tools(row)
         known = self._key_of(reply, with_tools=with_tools)
@@ -516,8 +525,10 @@ class AutoEncoder(Encoder):
         """Return (chat to render, whether it is guarded, notes) for a row.
 
         If any text of the chat contains a control token, the whole chat is guarded: each control token in the data is
-        replaced by a stand-in. So the prompt and the whole row are tokenised in the same way. `context` has the
-        messages of the row to render. `key` is the message key for the reasoning of the last reply.
+        replaced by a stand-in. So the prompt and the whole row are tokenised in the same way.
+
+        `context` has the messages to render: all messages of the row, or those before its last reply. `reasons` says
+        whether the last reply has reasoning. `key` is the message key for this reasoning.
         """
         notes = []
         tools = row.tools
@@ -892,10 +903,11 @@ class AutoEncoder(Encoder):
         return start, end
 
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
-        """Return a list with the span of an earlier reply and its end of turn. The span is in the text of the prompt.
+        """Return the span of the earlier reply with this index, in a list. The span includes the end of turn.
 
-        The list is empty if the template does not print the reply. If a reply has calls and text, and the template
-        prints the text after the results of the calls, the list has a second span for the text.
+        The span consists of positions in the text of the prompt. The list is empty if the template does not print the
+        reply. If the reply has calls and text, and the template prints the text after the results of the calls, the
+        list has a second span for the text.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -965,7 +977,7 @@ class AutoEncoder(Encoder):
         return first, len(prompt) - shared
 
     def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
-        """Return the position in the prompt just after the end of a turn. The content of the turn ends at `last`."""
+        """Return the position just after the end of a turn. `last` is the position after the content of the turn."""
         match = self.text.find_control(prompt, last)
         while is_call and match is not None and not self._stops(match[0]):
             if match[0] in self._openers:
@@ -1006,7 +1018,11 @@ def _thinks(content: str, *, opened: bool) -> bool:
 
 
 def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
-    """Return whether `follows` contains the content and the reasoning of the reply. The think tags may differ."""
+    """Return whether `follows` contains the content and the reasoning of the reply. The think tags may differ.
+
+    `reasons` says whether the reply has reasoning. If it is True, and `follows` begins with a closed think block,
+    returns False.
+    """
     if not (reasons or is_call or reasoning):
         return content in follows
     pieces = [piece.strip() for piece in (*_ANY_THINK_TAG.split(content), reasoning)]

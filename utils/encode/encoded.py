@@ -53,7 +53,9 @@ _BEGINNING = 64
 class Encoded:
     """A row as token ids, with the spans of ids that carry loss.
 
-    The first `prompt_length` ids are the prompt. In a row of plain text they are its beginning, which carries loss too.
+    The first `prompt_length` ids are the prompt. In a row of plain text, the prompt is the first half of the ids, at
+    most 64 ids, and carries loss too.
+
     `trained` is the half-open span (start, end) of the last reply that carries loss. `earlier` has the spans of the
     replies before it that carry loss, in the order of the row.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from utils.base.errors import ConfigError
@@ -64,6 +64,11 @@ class Encoder:
         """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
         return None
 
+    @property
+    def prompt_settings(self) -> Mapping[str, Any]:
+        """Return the template settings with which the prompt of an unknown reply is rendered."""
+        return {}
+
     def identity(self) -> dict[str, Any]:
         """Return every setting that affects the ids of a row. The tokenizer is not included."""
         # A chat template that prints the date may print a different prompt tomorrow.
@@ -73,7 +78,10 @@ class Encoder:
                 'overlong': self.overlong, 'today': today, 'embedding': self.embedding}  # fmt: skip
 
     def embed(self, embedding: int | None) -> None:
-        """Set the number of rows of the embedding. Raises ConfigError if no end-of-turn token has a row in it."""
+        """Set the number of rows of the model's embedding. None means that every id of the tokenizer has a row.
+
+        End-of-turn tokens without a row are removed from `stop_ids`. Raises ConfigError if no token remains.
+        """
         self.embedding = embedding
         beyond = [end for end in self.stop_ids if embedding is not None and end >= embedding]
         if not beyond:
@@ -105,7 +113,10 @@ class Encoder:
         return self.text.beginning()
 
     def _whole_texts(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Return each row of plain text encoded, without a cut: its beginning, its text and the end of sequence."""
+        """Return each row of plain text encoded, without a cut.
+
+        The ids are those of `beginning`, those of the text, and the end-of-sequence token.
+        """
         texts = [row.messages[0]['content'] for row in rows]
         before = self.tokenizer.decode(self.beginning) if self.beginning else ''
         encoded = []
@@ -123,10 +134,11 @@ class Encoder:
         return cut_row(row, self.max_length, self.tokenizer) if self.overlong == 'cut' else row
 
     def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
-        """Return the rows of at most `max_length` ids into which plain text is split. A shorter row is not split.
+        """Split a row of plain text into rows of at most `max_length` ids, and return these rows.
 
-        Each piece begins with the ids that the tokenizer puts before a text, or else with the last id of the piece
-        before. So every id of the text is predicted once, except the first id of a text without such a beginning.
+        A shorter row and a row with a conversation are returned whole. Each new row begins with the ids that the
+        tokenizer puts before a text. If there are no such ids, it begins with the last id of the previous row. So every
+        id of the text is predicted once. Only the first id of the text is not predicted if no id is put before it.
         """
         ids = row.input_ids
         if not row.is_text or not 0 < max_length < len(ids):
@@ -143,7 +155,8 @@ class Encoder:
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return the ids of the prompt of each row, as inference uses them: without the last reply.
 
-        The prompt of plain text is its beginning. Prompts longer than max_length lose ids at the start.
+        The prompt of plain text is the first half of its ids, at most 64 ids. Prompts longer than max_length lose ids
+        at the start.
         """
         chats = [row for row in rows if not row.is_text]
         opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in chats]

@@ -185,8 +185,9 @@ class TextTokenizer:
     def _make_inert(self) -> tuple[Any, dict[int, int]]:
         """Return (backend, real ids): a copy of the backend, and a dict from its added ids to the tokenizer's ids.
 
-        In the copy, only aliases are control tokens (see guarded_ids). An alias removes the spaces around it like its
-        token (lstrip, rstrip). Text next to an alias has the same ids as text next to the token.
+        An alias is a random text that replaces a control token of the template in the text to tokenise. In the copy,
+        only aliases are control tokens. An alias removes the spaces around it like its control token (lstrip, rstrip).
+        Text next to an alias has the same ids as text next to the control token.
         """
         from tokenizers import AddedToken, Tokenizer
 

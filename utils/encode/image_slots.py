@@ -26,10 +26,11 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
     """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
 
-    Images of an image column that have no tag come before the text of the first user turn. If the model has no vision
-    tower, they are not used.
+    If the row has an image column and no image tag, its images come before the text of the first user turn. Without a
+    vision tower (`images` is None), the row is returned unchanged, with no images.
 
-    Raises RowRefused if an image cannot be used, or if the text refers to images and the model has no vision tower.
+    Raises RowRefused if an image cannot be used. Without a vision tower, also raises it if `row.images` is not empty,
+    except if the images come from an image column and the row has no image tag.
     """
     if images is None:
         if row.images and not is_untagged(row):

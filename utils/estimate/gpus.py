@@ -85,7 +85,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
-    """Return the fields of Mode for --lora_modules_to_save and --new_tokens. Norms are small and not counted."""
+    """Return {field of Mode: value} for --lora_modules_to_save and --new_tokens. Norms are small and not counted."""
     if args.sft_type == 'full':
         return {}
     words = args.lora_modules_to_save or []

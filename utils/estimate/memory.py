@@ -1,9 +1,9 @@
 """The memory of a training step on one device, in bytes. It is computed from the sizes of the model.
 
-benchmarks/estimate.py compares the results with measurements. `c` is the number of bytes of a value in the compute
-dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the inputs of
-linear layers to the compute dtype. With --full_weights bf16 it holds bf16 weights and needs no autocast. LoRA computes
-in the dtype of the base model's weights.
+benchmarks/estimate.py compares the results with measurements. In the formulas, `c` is the number of bytes of a value in
+the compute dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the
+inputs of linear layers to the compute dtype. With --full_weights bf16 it holds bf16 weights and needs no autocast. LoRA
+computes in the dtype of the base model's weights.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return into how many shards a tensor is divided that only the kinds `stages` divide. 1 means not divided."""
+        """Return into how many shards a tensor is divided: one per process if `sharding` is in `stages`, else 1."""
         return self.processes if self.sharding in stages else 1
 
 
@@ -360,7 +360,7 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 
 
 def _step(shape: Shape, mode: Mode, own: int) -> int:
-    """Return the temporary bytes of the optimizer step.
+    """Return the temporary bytes of the optimizer step. `own` is the number of trained parameters on one device.
 
     A fused step needs no temporary memory. The step of bf16 weights updates one chunk at a time. With FSDP the step is
     not fused: a GPU then needs temporary memory for all trained tensors together, and a CPU only for the largest one.

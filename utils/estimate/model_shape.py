@@ -206,9 +206,9 @@ def measure(model: PreTrainedModel) -> Shape:
 
 
 def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
-    """Return the indices of the linear layers for each path and size, and the sum of the widths of all norms.
+    """Return {path: {(in, out): layer indices}} of the linear layers, and the sum of the widths of all norms.
 
-    The head and the vision tower are not included.
+    A path has # in place of the layer index, e.g. 'layers.#.q_proj'. The head and the vision tower are not included.
     """
     import torch
     from transformers.pytorch_utils import Conv1D

@@ -164,7 +164,7 @@ def _steps(args: SftArguments, rows: int | None) -> int:
 
 
 def _counts_line(done: Ready[SftArguments], steps: int, *, evaluates: bool) -> str:
-    """Return the line about warm-up, evaluations and checkpoints. Adds a warning for each flag that does not fit it."""
+    """Return the line about warm-up, evaluations and checkpoints. Adds the warnings of `step_counts` to `done`."""
     counts = step_counts(done.args, steps, evaluates=evaluates)
     done.warnings += counts.warnings
     return counts.describe()

@@ -1,6 +1,7 @@
 """Merges an adapter into its base model.
 
-The merged model is written to a hidden folder, opened again and compared. If it is correct, the folder is renamed.
+The merged model is written to a hidden folder, opened again and compared with base + adapter. If the
+logits agree, the folder is renamed.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def probe_logits(
 
 
 def user_rows(run_dir: Path) -> list[Row]:
-    """Return the rows that the run answered for its report. The list is empty if the run has no answers.json."""
+    """Return the rows for which the run generated answers for its report. Without answers.json the list is empty."""
     file = run_dir / ANSWERS_JSON
     answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
     return [
@@ -193,6 +194,8 @@ def verify_merged(
     """Open a merged folder as users open it, and compare the model with the merged model in memory.
 
     `wanted` are the logits of base + adapter for `texts`, and `merged_logits` those of the merged model in memory.
+    In `texts`, None is the fixed text of `probe_logits`.
+
     Returns the largest difference of the opened model's logits from `wanted`, and a text that describes the first
     problem, or None if there is no problem.
     """

@@ -276,8 +276,8 @@ def _hiding_bias(
 ) -> torch.Tensor:
     """Return a tensor (1, repeats * queries, keys) to add to scores: -inf hides a key from a query, 0 does not.
 
-    The values are -inf on and above the diagonal number `diagonal`, and 0 below it. With `low` they are -inf on and
-    below the diagonal, and 0 above it.
+    It is a matrix (queries, keys), repeated `repeats` times. The matrix is -inf on and above the diagonal `diagonal`
+    (numbered as in torch.triu), and 0 below it. With `low` it is -inf on and below the diagonal, and 0 above it.
     """
     # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.
     full_QK = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
@@ -390,7 +390,8 @@ def _weights(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the attention weights of a block, (G, R * Q, K), and the derivative of the score cap.
 
-    The derivative has the shape of the weights. It is None if scores are not capped.
+    The derivative has the shape of the weights. It is None if scores are not capped. `settings` are the rows, the
+    factor of the scores, and the cap or None.
     """
     first_key, start, end = block
     rows, scaling, softcap = settings

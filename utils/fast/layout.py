@@ -24,8 +24,8 @@ _SHARDED = 'the weights are sharded over several processes'
 def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: Decide = log_decision) -> bool:
     """Switch the model to concatenated rows if this changes no result, and return whether the model was switched.
 
-    `decide` is called with the decision and its reason. Raises ConfigError if --padding_free true or --packing true is
-    not possible.
+    `longest` is the number of tokens of the longest row. `decide` is called with the decision and its reason. Raises
+    ConfigError if --padding_free true or --packing true is not possible.
     """
     if args.padding_free is False:
         return False

@@ -63,7 +63,10 @@ class _Remarks:
     notes: dict[str, None] = field(default_factory=dict)
 
     def note_unused(self, values: Mapping[str, Any], used: Collection[str], what: str) -> None:
-        """Record each key that is not in `used` and whose value is not empty. `what` says what the keys are."""
+        """Record each key that is not in `used` and whose value is not empty.
+
+        `what` is the kind of the keys, for example 'column' or 'message key'. It is recorded before each key.
+        """
         for key, value in values.items():
             if key not in used and not _is_empty(value):
                 self.unused[f'{what} `{key}`'] = None
@@ -511,7 +514,7 @@ def _said(row: Mapping[str, Any], column: str, role: str, remarks: _Remarks) -> 
 
 
 def _from_pair(row: Mapping[str, Any], *, asked: str, answered: str) -> Row:
-    """Return the row of a column with a prompt and a column with its completion.
+    """Return the Row of a prompt in the column `asked` and its completion in the column `answered`.
 
     Every assistant message of the completion carries loss, unless the message itself says otherwise.
     """

@@ -263,7 +263,10 @@ def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToR
 
 
 def always_ask(query: str, response: str) -> ToRow:
-    """Return a converter with the same query for every row. The response is the column `response`."""
+    """Return a converter that gives every row the text `query` as its query.
+
+    The response is the text in the column `response`. A row with an empty response is dropped.
+    """
 
     def to_row(row: SourceRow) -> PlainRow | None:
         text = _text(row, response)

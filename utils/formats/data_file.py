@@ -65,7 +65,7 @@ def read_rows(
     """Yield each row of a data file with its location. `bad` is called for a row that cannot be read.
 
     A text file gives one row or, with 'paragraph', one row per paragraph (lines without an empty line between them).
-    The only column is `text`. It is empty for a file without text.
+    Its rows have only the column `text`. A text file without text gives one row with an empty text.
 
     Raises ConfigError if the file cannot be read, or has no rows. `known` is the signature from an earlier reading.
     Raises ConfigError if the file changed since then, or changes while it is read. `digest` is a hash object; it is
@@ -261,7 +261,10 @@ def _read_document(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tu
 
 
 def _read_paragraphs(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
-    """Yield a row for each paragraph: lines without an empty line between them. Its last line break is left out."""
+    """Yield a row for each paragraph. A paragraph consists of lines without an empty line between them.
+
+    The line break at the end of a paragraph is left out. A file without text gives one row with an empty text.
+    """
     paragraph: list[str] = []
     first = 1
     has_text = False

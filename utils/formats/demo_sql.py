@@ -207,9 +207,10 @@ def _allow(action: int, name: str | None, *_: str | None) -> int:
 
 
 def _run(row: dict[str, str], sql: str, seed: int, with_order: bool) -> list[tuple[object, ...]] | None:
-    """Return the records that the SQL selects. Returns None if the SQL fails.
+    """Return the records that the SQL selects from the table of the row. Returns None if the SQL fails.
 
-    The records are sorted. If `with_order` is True, they keep their order.
+    If `with_order` is True, the records have the order that the SQL gives them. Otherwise they are sorted. `seed` is
+    the seed of the random records in the table.
     """
     create, records = _fill(row, seed)
     db = sqlite3.connect(':memory:')

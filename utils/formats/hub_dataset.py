@@ -61,7 +61,7 @@ class HubDataset:
         return hub.repos_of(hub_name, ids)
 
     def names(self, snapshot: hub.Snapshot) -> list[str]:
-        """Return the files that are needed. Downloads only the list of files in the repository."""
+        """Return the files that are needed. Downloads only the list of splits (see choose_files)."""
         return [name for names in choose_files(snapshot, self).values() for name in names]
 
     def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, hub.Snapshot]:
@@ -96,7 +96,10 @@ class RowStream:
         return (row for _, row in self.with_locations() if not isinstance(row, BadRow))
 
     def with_locations(self) -> Iterator[tuple[str, PlainRow | BadRow]]:
-        """Yield (location, row) for each row. For a dropped or skipped row, the second item is a BadRow."""
+        """Yield (location, row) for each row. For a dropped or skipped row, the second item is a BadRow.
+
+        If `take` is set, only `take` random rows are yielded, together with all dropped and skipped rows.
+        """
         if self.take is None:
             yield from self._all()
             return

@@ -113,7 +113,8 @@ class HubFiles:
     def _subsets(self, snapshot: Snapshot) -> tuple[Mapping[str, Mapping[str, list[str]]], str]:
         """Return {subset: {split: files}} and the name of the default subset.
 
-        They come from the list of files in the repository. Without a list, they are found from the names of the files.
+        The subsets come from the repository's list of splits (see choose_files). If the repository has no such list,
+        the subsets are found from the names of the files.
         """
         card = read_card_list(snapshot)
         subsets = {subset: splits for subset, splits in card.subsets.items() if any(splits.values())}

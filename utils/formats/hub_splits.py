@@ -40,7 +40,10 @@ FileList = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class CardList:
-    """The subsets that the card (README.md) of a data set lists. `default` is the default subset, or '' without one."""
+    """The list of splits in a repository (see choose_files), as {subset: {split: file names}}.
+
+    `default` is the default subset. It is '' if the list names no default subset.
+    """
 
     subsets: FileList = field(default_factory=dict)
     default: str = ''
@@ -64,11 +67,11 @@ def _plain(text: str) -> str:
 
 
 def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[str]]:
-    """Return {split: file names}. If the repository has no list of files, the files are chosen by their names.
+    """Return {split: file names}. If the repository has no list of splits, the files are chosen by their names.
 
-    A list of files says which files a split has. On ModelScope it is <name>.json ({subset: {split: {meta: file}}}), on
-    Hugging Face it is `configs` in the README. Raises ConfigError if a subset or split is not found. The message names
-    the existing subsets and splits.
+    A list of splits names the files of each split. On ModelScope it is <name>.json ({subset: {split: {meta: file}}}).
+    On Hugging Face it is `configs` in the README. Raises ConfigError if a subset or split is not found. The message
+    names the existing subsets and splits.
     """
     listed = read_card_list(snapshot).subsets
     chosen: dict[str, list[str]] = {}
@@ -86,10 +89,10 @@ def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[st
 
 
 def read_card_list(snapshot: hub.Snapshot) -> CardList:
-    """Return the list of files in the repository. The list is empty if the repository has no such list."""
+    """Return the list of splits in the repository (see choose_files). If there is none, the result has no subsets."""
     modelscope_name = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
     for name, reader in ((modelscope_name, _read_modelscope_list), ('README.md', _read_readme_list)):
-        # A data file can have the same name as a list of files, but a data file is larger.
+        # A data file can have the same name as a list of splits, but a data file is larger.
         if name in snapshot.files and (snapshot.files[name][0] or 0) < _MAX_LIST_BYTES:
             text = (snapshot.fetch([name]) / name).read_text(encoding='utf-8', errors='replace')
             listed = reader(text, list(snapshot.files))
@@ -108,7 +111,7 @@ def _read_modelscope_list(text: str, _: Sequence[str]) -> CardList:
                     # `file` names the archive with the images of the rows.
                     archives = _as_list(about['file']) if about.get('file') else []
                     listed[subset][split] = [*_as_list(about['meta']), *archives]
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not a list of files
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not a list of splits
         return CardList()
     return CardList(subsets=listed)
 
@@ -127,7 +130,7 @@ def _read_readme_list(text: str, files: Sequence[str]) -> CardList:
             listed[subset] = _splits_of_config(config, files)
             if config.get('default') is True:
                 default = subset
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, re.error):  # not a list of files
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, re.error):  # not a list of splits
         return CardList()
     return CardList(subsets=listed, default=default)
 
@@ -198,7 +201,7 @@ def is_held_back(split: str) -> bool:
 
 
 def subset_of(name: str) -> str:
-    """Return the subset of a file in a repository without a list of files: the names of its folders.
+    """Return the subset of a file in a repository without a list of splits: the names of its folders.
 
     Folders that are named `data` or like a split are ignored. If no folder remains, the subset is `default`.
     """
@@ -212,7 +215,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split: str) -> list[str]:
-    """Return the files of a split, from the list of files. Returns [] if the list does not contain the split."""
+    """Return the files of a split, from the list of splits. Returns [] if the list does not contain the split."""
     splits = listed.get(subset)
     # An entry without subsets has the subset 'default'. The repository may use a different name for this subset.
     if not splits and subset == 'default' and len(listed) == 1:

@@ -39,8 +39,9 @@ class Reading:
             new = self.columns.get(name, name) or f'{name} (left out)'
             if new in sources:
                 raise ConfigError(
-                    f"{location}: --columns gives two columns the name '{new}': {sources[new]} and {name}. Remove one "
-                    f'of them from --columns, or add {new}= to leave the column {new} of the file out.'
+                    f"{location}: with --columns, two columns have the name '{new}': {sources[new]} and {name}. Remove "
+                    f'the entry that renames a column to {new} from --columns, or add the entry {new}= to drop the '
+                    f'column {new} of the file.'
                 )
             made[new] = value
             sources[new] = name
@@ -57,7 +58,11 @@ class Reading:
 
 
 def read_columns(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the names that the words of --columns give, and the problems of the words. A word is NAME=COLUMN."""
+    """Return ({name in the file: name that is read}, problems) for the words of --columns.
+
+    A word is NAME=COLUMN: the name in the file, then the name that is read. If COLUMN is empty, the column is left out.
+    A problem is a message about one word. Words with a problem are not in the dict.
+    """
     columns: dict[str, str] = {}
     problems: list[str] = []
     for word in words:

@@ -104,6 +104,7 @@ def _column_names(location: str, cells: list[str]) -> list[str]:
 def _misfit(cells: Sequence[str], names: Sequence[str], width: int, separator: str) -> str | None:
     """Return the problem with the number of cells in a row. Returns None if the cells fit the header.
 
+    `names` are the names in the header. `width` is the number of cells in the header, with the empty cells at its end.
     Empty cells after the last named column are allowed, because spreadsheet programs write such cells.
     """
     beyond = next((number for number, cell in enumerate(cells) if number >= len(names) and cell.strip()), None)
@@ -123,8 +124,9 @@ def _misfit(cells: Sequence[str], names: Sequence[str], width: int, separator: s
 def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> Iterator[tuple[str, Any]]:
     """Yield (location, row) for each row of a table. `usual` is the separator that the kind of file normally has.
 
-    A different separator is found from the header and the first rows, and `remark` is called with it. Lines with only
-    separators after the last row are skipped, and `remark` is called with their number.
+    A different separator is used if the file states it in its first line, such as sep=;, or if the header and the first
+    rows show it. Then `remark` is called with a sentence about it. Lines with only separators after the last row are
+    skipped, and `remark` is called with a sentence that gives their number.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     path = source.path

@@ -101,7 +101,7 @@ class Snapshot:
             if absent := self._absent(folder, names):
                 raise ConfigError(
                     f'{self.kind} {self.repo}: {absent[0]} is missing or differs from the list of the hub '
-                    f'({len(absent)} files). Remove {folder} and run the same command again.'
+                    f'(number of such files: {len(absent)}). Remove {folder} and run the same command again.'
                 )
             still_verified = verified if recorded.files == self.files else set()
             _save_record(record, Listing(files=self.files, commit=self.commit), still_verified | set(names))
@@ -204,8 +204,8 @@ def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str, remedy: str) ->
     local = ', give a local directory with --model_id_or_path,' if kind == 'model' else ''
     raise ConfigError(
         f'{repos[0].hub} cannot be reached ({why}), and {kind} {repos[0].id} is not in the cache (looked in '
-        f'{", ".join(map(str, searched))}). Run once with network, copy that folder from a machine that has it'
-        f'{local or ","} or use another --hub.{remedy}'
+        f'{", ".join(map(str, searched))}). Run once with network, copy one of these folders from a machine '
+        f'that has it{local or ","} or use another --hub.{remedy}'
     )
 
 

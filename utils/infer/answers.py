@@ -89,7 +89,10 @@ def _show_and_write(
     *,
     target: Path,
 ) -> None:
-    """Print the answers and write them to `target`. `begun` has the prompts as text, which are shown for plain text."""
+    """Print the answers with their questions and labels, and write all of these and the scores to `target`.
+
+    `begun` has each prompt as text. A row of plain text has no question, so its prompt is shown instead.
+    """
     with target.open('w', encoding='utf-8') as stream:
         for row, beginning, answer, label, scores in zip(rows, begun, answers, labels, by_row, strict=True):
             asked = {'text': beginning} if row.is_text else {'messages': row.messages[:-1]}

@@ -26,12 +26,14 @@ _NEW_TOKENS = 64
 
 
 class BeforeAfter:
-    """Chooses a few rows, and generates the answers of the model before and after training to these rows.
+    """Chooses a few rows, and generates answers to these rows with the untrained and with the trained model.
 
     The main process generates all answers in one batch, without sampling. Plain text has no question: the model
-    continues the beginning of the text. With LoRA, the answers before training are also generated after training, with
-    the adapter switched off. With --adapter, they are generated before training, with the adapter from which the run
-    starts.
+    continues the beginning of the text.
+
+    The answers of the trained model are generated after training. For a new LoRA adapter, the answers of the untrained
+    model are generated at the same time, with the adapter switched off. With --sft_type full or --adapter, they are
+    generated before training starts. With --adapter, the untrained model is the model with this adapter.
     """
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
@@ -71,16 +73,22 @@ class BeforeAfter:
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def ask_before(self, model: Any, args: SftArguments) -> None:
-        """With --sft_type full, generate the answers before training. After training, the base weights are changed."""
+        """With --sft_type full, generate the answers of the untrained model, because training changes its weights.
+
+        Does nothing with LoRA.
+        """
         if args.sft_type == 'full':
             self.ask_now(model)
 
     def ask_now(self, model: Any) -> None:
-        """Generate the answers before training with the model in its present state."""
+        """Generate answers with `model` as it is now, and keep them as the answers of the untrained model."""
         self.before = self.ask(model)
 
     def write(self, model: Any, run_dir: Path) -> None:
-        """Generate the answers of the trained model, and write all answers to answers.json in the run folder."""
+        """Generate the answers of the trained model, and write all answers to answers.json in the run folder.
+
+        The answers of the untrained model are generated too, if they do not exist yet.
+        """
         if not self.rows:
             return
         if not self.before:

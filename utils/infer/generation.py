@@ -196,8 +196,8 @@ def wanted_texts(encoder: Encoder, rows: Sequence[Row], config: GenerationConfig
     """Return the expected answer for each row: the text of its last reply.
 
     A plain reply is returned unchanged. A reply with tool calls or reasoning is returned as the template renders it:
-    its trained ids are decoded. For plain text the answer is the text after the beginning that the model gets, with as
-    many tokens as an answer may have.
+    its trained ids are decoded. A row of plain text has no reply. The model gets the beginning of the text, and the
+    expected answer is the text that follows, cut to max_new_tokens tokens.
     """
     whole = copy.copy(encoder)
     whole.max_length = -1

@@ -58,10 +58,10 @@ def _bleu_4(answer: list[str], label: list[str]) -> float:
 
 
 def rouge(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
-    """Return the ROUGE and BLEU scores of each pair of answer and label, from 0 to 100.
+    """Return a dict with the ROUGE and BLEU scores, from 0 to 100, for each pair of answer and label.
 
-    The keys are rouge-1, rouge-2, rouge-l (F1) and bleu-4. If both texts of a pair have fewer than two words, ROUGE-1
-    is used for ROUGE-2, because ROUGE-2 needs two words.
+    The keys of the dict are rouge-1, rouge-2, rouge-l (F1) and bleu-4. If both texts of a pair have fewer than two
+    words, ROUGE-1 is used for ROUGE-2, because ROUGE-2 needs two words.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -89,7 +89,7 @@ def exact(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
 
 
 def equal_json(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
-    """Return the score of each pair as JSON values, each 100 or 0.
+    """Return a dict with three scores, each 100 or 0, for each pair of answer and label.
 
     `json` is 100 if both texts are JSON and have the same value. The order of keys and the spelling of numbers do not
     matter (1 equals 1.0), the order of lists does. `json-broken` is 100 if the answer is not JSON, and
@@ -237,7 +237,10 @@ class Scores:
         self.functions = {word: Function(word, own) for word in words if (own := own_score(word)) is not None}
 
     def by_row(self, answers: Sequence[str], labels: Sequence[str], rows: Sequence[Row] = ()) -> ByRow:
-        """Return the scores of each answer, by name. `rows` are needed only if a score is a function of a file."""
+        """Return a dict from the name of a score to its value, for each answer.
+
+        `rows` are needed only if a score is a function in a file of the user.
+        """
         answers = [answer.strip() for answer in answers]
         labels = [label.strip() for label in labels]
         found: ByRow = [{} for _ in answers]

@@ -24,7 +24,8 @@ def load_adapter(
 
     `base` is the folder of the base model. `family` is the name of the family if the base model has an original layout
     of 2023. It is needed only if config.json does not tell the family. With `dropout`, the adapter will be trained
-    further, with this dropout. Then ConfigError is also raised if the file lacks a tensor of the adapter or has more.
+    further, with this dropout. Then ConfigError is also raised if the file of the adapter lacks a
+    tensor or has an additional tensor.
     """
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
@@ -45,8 +46,8 @@ def load_adapter(
     except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(
             f'{checkpoint}: the adapter cannot be loaded onto {type(model).__name__} {model.name_or_path}: '
-            f'{error_text(error)[:300]} It is damaged, or was trained on another base model. Copy the checkpoint again '
-            'or name its base model with --model_id_or_path.'
+            f'{error_text(error)[:300]} The adapter is damaged, or was trained on another base model. Copy the '
+            'checkpoint again, or name the base model of the adapter with --model_id_or_path.'
         ) from error
 
 
@@ -76,7 +77,7 @@ def _check_complete(model: Any, folder: Path, checkpoint: Path) -> None:
     for names, what in ((wanted - stored, 'lacks'), (stored - wanted, 'has in addition')):
         if names:
             raise ConfigError(
-                f'--adapter {checkpoint}: its file {what} {len(names)} tensors, first {min(names)}: it does not fit '
-                f'its adapter_config.json and {type(model.get_base_model()).__name__}. Copy the complete checkpoint, '
-                'or train a new adapter without --adapter.'
+                f'--adapter {checkpoint}: its file {what} {len(names)} tensors, first {min(names)}. So the file '
+                f'does not fit adapter_config.json and {type(model.get_base_model()).__name__}. Copy the complete '
+                'checkpoint, or train a new adapter without --adapter.'
             )

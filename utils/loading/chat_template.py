@@ -12,6 +12,8 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
 from utils.base.logger import logger
+from utils.loading.gguf import is_gguf
+from utils.loading.gguf_header import read_header
 from utils.loading.template_settings import Templates, add_settings, change_each, settings_problems, sources_of
 from utils.loading.template_source import parse_template, read_variables
 
@@ -23,7 +25,10 @@ _MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
 
 
 def folder_templates(folder: Path) -> Templates | None:
-    """Return the chat template that the tokenizer of a model folder will have. Returns None if there is none."""
+    """Return the chat template that the tokenizer of a model folder or GGUF file will have. Returns None if none."""
+    if is_gguf(folder):
+        return read_header(folder).chat_template
+
     found = {}
     if (folder / TEMPLATE_FILE).is_file():
         found['default'] = _read_text(folder / TEMPLATE_FILE)
@@ -70,7 +75,11 @@ def read_chat_template(path: Path) -> Templates:
 
 
 def hash_templates(content: Any) -> str:
-    """Return the sha256 of a template: of a text, or of the JSON of an entry or of several templates."""
+    """Return the sha256 of the JSON of `content`, as hex digits.
+
+    `content` is the text of a template, a dict from name to text for several templates, or a dict with the fields of an
+    entry of TEMPLATE_MAPPING.
+    """
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -115,8 +124,8 @@ def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, A
     if path is not None and (unknown := _unknown_markers(templates, tokenizer)):
         logger.warning(
             f'--chat_template: the template contains {", ".join(unknown)}, and the vocabulary of this tokenizer does '
-            'not: printed and trained as several tokens of plain text. To add them when training, write them to a text '
-            'file, one per line, and use --new_tokens FILE.'
+            'not: they are printed and trained as several tokens of plain text. To add them when training, write them '
+            'to a text file, one per line, and use --new_tokens FILE.'
         )
     tokenizer.chat_template = change_each(templates, lambda source: add_settings(source, settings))
 

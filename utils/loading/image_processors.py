@@ -60,9 +60,9 @@ class Images(ABC):
         return {**self.pixels(paths), **self.per_token(input_ids)}
 
     def example(self, tokenizer: Any, text: list[int]) -> dict[str, torch.Tensor]:
-        """Return all inputs of the model for one test row: the image of a gradient, then the token ids `text`.
+        """Return all inputs of the model for one test row: an image, then the token ids `text`.
 
-        Two models are compared on this row.
+        The image is a ramp from black to white. Two models are compared on this row.
         """
         import torch
         from PIL import Image
@@ -176,8 +176,8 @@ READERS: dict[str, Callable[[Any, Any, Path, int | None], Images]] = {
 def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int | None) -> Images | None:
     """Return the object that converts images for a model. Returns None if the model takes no images.
 
-    Raises ConfigError if the files of the image processor cannot be used, or if the
-    image token has different ids in the tokenizer and in the model.
+    Raises ConfigError if the image processor of the folder cannot be opened, if `max_pixels` is too small for it, or if
+    the image token has different ids in the tokenizer and in the model.
     """
     reader = READERS.get(model.config.model_type)
 

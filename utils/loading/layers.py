@@ -159,11 +159,11 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
 def choose_layers(
     wanted: Sequence[str], paths: Sequence[str], taken: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Return two lists: the layers that `wanted` names, and the words of `wanted` that name no layer.
+    """Return two lists: the targets for PEFT that `wanted` selects, and the words of `wanted` that select no layer.
 
-    `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A layer is given
-    as PEFT takes it: by its last name if all layers of this name are chosen, else by its path. A layer whose
-    name is in `taken` is chosen only by its name or path, not by a pattern or a word such as all-linear.
+    `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A target is the
+    path of one layer, or the end of a path, which selects all layers with this end. A layer whose last name is in
+    `taken` is selected only by its name or path, not by a pattern or a word such as all-linear.
     """
     names = Counter(map(last_name, paths))
     chosen: list[str] = []
@@ -187,8 +187,9 @@ def choose_layers(
 
 
 def _shortened(paths: Sequence[str], names: Counter[str]) -> list[str]:
-    """Return the last name of layers if all layers with this name are in `paths`, and the paths of all other layers.
+    """Return a shorter list that selects the same layers as `paths`.
 
+    If all layers of the model with the same last name are in `paths`, their paths are replaced by this last name.
     `names` counts all layers of the model by their last name.
     """
     counts = Counter(map(last_name, paths))
@@ -237,10 +238,11 @@ def bad_pattern(word: str) -> str | None:
 
 
 def what_all_adds(layers: int, parameters: int, trained: int) -> str:
-    """Return the line that says what --lora_target_modules all-linear would add to the layers of the model entry.
+    """Return the line that says how many linear layers and parameters --lora_target_modules all-linear would add.
 
-    `layers` and `parameters` are the numbers of linear layers and of adapter parameters that it would add. `trained` is
-    the number of adapter parameters without it.
+    `layers` is the number of linear layers that all-linear would add to the default layers of the model. `parameters`
+    is the number of adapter parameters on these added layers. `trained` is the number of adapter parameters on the
+    default layers.
     """
     return (
         f'lora_target_modules {ALL_LINEAR} would add {layers} linear layers: {trained + parameters:,} trainable '

@@ -169,8 +169,9 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
     native = CONFIG_MAPPING_NAMES.get(model_type)
     if expected and native != expected.config_class and model_type not in expected.model_types:
         raise ConfigError(
-            f"{model_dir}: config.json has model_type '{model_type}', which is neither family {expected.name} "
-            f'({" or ".join(expected.model_types)}) nor the native class of it. Pass the matching --model_type.'
+            f"{model_dir}: config.json has model_type '{model_type}', but the --model_type of this "
+            f'command is of the family {expected.name} ({" or ".join(expected.model_types)}). Give the --model_type '
+            'whose weights are in this folder.'
         )
 
     if family := find_family(config, info.family):
@@ -186,7 +187,7 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
         remote = ' It asks for code of its own (auto_map), which is never run.' if 'auto_map' in config else ''
         raise ConfigError(
             f"{model_dir}: model_type '{model_type}' is not a native class of transformers.{remote} "
-            'Name the registered model this is with --model_type, or convert it to a native class.'
+            'Say with --model_type which registered model this is, or convert the model to a native class.'
         )
 
     return _open_native(model_dir, keywords)

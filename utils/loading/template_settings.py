@@ -1,7 +1,8 @@
-"""Settings of a chat template, its variables with fixed values (name=value): written as lines before the template.
+"""Settings of a chat template (name=value). A setting gives a variable of the template a fixed value.
 
-A line is for example `{%- set enable_thinking = false -%}`. The lines are saved with the template in every checkpoint,
-so every server renders prompts as in training. If a caller passes a value for such a variable, the line replaces it.
+Each setting is written as a line before the template, for example `{%- set enable_thinking = false -%}`. The lines are
+saved with the template in every checkpoint, so every server renders prompts as in training. If a caller passes a value
+for such a variable, the line replaces this value.
 """
 
 from __future__ import annotations

@@ -163,7 +163,10 @@ def _bf16(t: Translation, key: str, value: Any) -> None:
 
 
 def _full(t: Translation, key: str, value: Any) -> None:
-    """Refuse load_in_4bit or load_in_8bit in a recipe without `adapter`. With `adapter`, its rule reads these keys."""
+    """Refuse load_in_4bit or load_in_8bit in a recipe without the key `adapter`.
+
+    With `adapter`, nothing is done here: the rule of `adapter` reads these two keys.
+    """
     if is_empty(t.get('adapter')) and is_on(value):
         t.refuse(key, 'quantised weights cannot be trained. Add adapter: qlora, or remove the key.')
 
@@ -458,7 +461,10 @@ def _splits(t: Translation, named: str, split: str) -> list[str]:
 
 
 def _shape(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> None:
-    """Add the names of a data set's columns to `rows`, according to the key `type`. An unknown type is a problem."""
+    """Add the names of a data set's columns to `rows`, according to the key `type`. An unknown type is a problem.
+
+    `named` names the data set in notes and problems.
+    """
     kind = entry.get('type')
     if isinstance(kind, dict):
         names = {kind.get(f'field_{part}', part): part for part in ('instruction', 'input', 'output', 'system')}

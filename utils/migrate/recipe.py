@@ -99,7 +99,10 @@ def _recognise(values: Mapping[str, Any], path: Path) -> Toolkit:
 
 
 def _of_command(text: str, shown: str, folder: Path) -> Recipe:
-    """Return the recipe of the first training command in a text. Variables that are set before it get their values."""
+    """Return the recipe of the first training command in a text. `shown` names the text in error messages.
+
+    Shell variables in the command are replaced by the values that the text sets before.
+    """
     variables: dict[str, str] = {}
     for line in _lines(text):
         words = _words(_filled_in(line, variables), shown)
@@ -206,6 +209,9 @@ def _with_file(words: list[str], environment: Mapping[str, str], folder: Path) -
         return Recipe(toolkit=_recognise(found, Path(words[0])), values=found, folder=folder, environment=environment)
     places = [place for place in (Path(words[0]), folder / words[0]) if _is_file(place)]
     if not places:
-        raise ConfigError(f'{words[0]}: the file of the command is not there. Start in its folder, or give its path.')
+        raise ConfigError(
+            f'{words[0]}: the file of the command is not there. Start in the folder of the file, or write its whole '
+            'path in the command.'
+        )
     read = _of_yaml(places[0], places[0].read_text(encoding='utf-8'), _flags(words[1:]))
     return Recipe(toolkit=read.toolkit, values=read.values, folder=read.folder, environment=environment)

@@ -32,7 +32,10 @@ class Rows:
                 )
 
     def chat(self, t: Translation, key: str, column: str, role: str, content: str) -> None:
-        """Add a column of conversations. `role` and `content` are its message keys; unknown keys are a problem."""
+        """Add a column of conversations. `role` and `content` are the names of the keys in its messages.
+
+        Names other than role and content, or from and value, are a problem.
+        """
         if role not in ('role', 'from') or content not in ('content', 'value'):
             t.refuse(
                 key,
@@ -71,6 +74,9 @@ def is_file(path: str) -> bool:
 
 
 def take_first(t: Translation, key: str, words: list[str], count: int) -> list[str]:
-    """Append #count to each word, which draws `count` random rows. A note says that the toolkit takes the first."""
+    """Return the words with #count at their ends. A word that has a # already is not changed.
+
+    #count draws `count` random rows. The toolkit of the recipe takes the first rows, and a note says so.
+    """
     t.note('different', key, f'{count} rows of each data set are drawn at random; {t.toolkit} takes the first rows')
     return [word if '#' in word else f'{word}#{count}' for word in words]

@@ -139,7 +139,7 @@ def warmup_steps(t: Translation, key: str, value: Any) -> None:
 
 
 def report_to(t: Translation, key: str, value: Any) -> None:
-    """Translate report_to. `all` is replaced by the default of --report_to: it would depend on installed packages."""
+    """Translate report_to. `all` becomes the default of --report_to, because `all` depends on installed packages."""
     names = to_list(' '.join(map(str, value)).replace(' ', ',') if isinstance(value, list) else value)
     if names == ['all']:
         t.note('different', key, 'only tensorboard, the default here, and not every tracker that is installed')
@@ -266,9 +266,10 @@ TRAINER_FAMILIES: dict[str, Rule] = {
 
 
 def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> None:
-    """Set --eval_steps and --save_steps from the keys for strategies and steps. An epoch becomes a share of the run.
+    """Set --eval_steps and --save_steps from eval_strategy, eval_steps, save_strategy and save_steps of the recipe.
 
-    `save_default` is the number of steps between two checkpoints in the toolkit if the recipe does not say it.
+    If the strategy is `epoch`, the flag is set to the share of the run that one epoch takes. `save_default` is the
+    toolkit's number of steps between two checkpoints if the recipe has no save_steps.
     """
     epochs = to_number(t.get('num_train_epochs')) or 3
     key = 'eval_strategy' if t.get('eval_strategy') is not None else 'evaluation_strategy'

@@ -40,7 +40,7 @@ T = TypeVar('T')
 
 
 class FirstStepGate(TrainerCallback):
-    """Tries the parts of a run before its first step, so that a run without enough memory or disk space ends early."""
+    """Tries steps, an evaluation and a checkpoint before the training, so that a lack of memory or disk shows early."""
 
     def __init__(self, trainer: SftTrainer, *, resumed_from: str | None) -> None:
         self.trainer = trainer
@@ -134,10 +134,10 @@ class FirstStepGate(TrainerCallback):
     def _steps(self, heaviest: list[Rows]) -> str | None:
         """Try the batches `heaviest`. Returns the first memory error, or None if the memory is sufficient.
 
-        One whole step is done first, and then a forward and backward pass for each batch, because now the state of the
-        optimizer is in memory too. The passes run without collective operations, so that no process waits for a process
-        that runs out of memory. Only the last pass, over one row, averages the gradients over the processes. A sharded
-        model needs collective operations in every pass.
+        First one whole step is done, which brings the state of the optimizer into memory. Then a forward and a backward
+        pass is done for each batch. These passes run without collective operations, so that no process waits for a
+        process that runs out of memory. Only the last pass, over one row, averages the gradients over the processes. A
+        sharded model needs collective operations in every pass.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
@@ -281,8 +281,8 @@ class FirstStepGate(TrainerCallback):
         free = shutil.disk_usage(scratch.parent).free + size
         if free < held * size:
             logger.warning(
-                f'--save_total_limit: {held} checkpoints of {size / 2**30:.1f} GiB exist at the same time, and '
-                f'{free / 2**30:.1f} GiB are free. Free disk space before the first of them is written.'
+                f'--save_total_limit: up to {held} checkpoints of {size / 2**30:.1f} GiB will exist at the same time, '
+                f'but {free / 2**30:.1f} GiB are free. Free disk space before the checkpoints are written.'
             )
         return size
 

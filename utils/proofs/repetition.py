@@ -30,7 +30,7 @@ Key = tuple[int, bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first value that differs from the repeated run. `what` is the name of the value in the message."""
+    """The first value that differs from the run in --from_run. `what` is the name of the value in the message."""
 
     step: int
     what: str
@@ -70,7 +70,7 @@ def verify(trainer: SftTrainer, args: SftArguments, run: Run, *, steps: int) -> 
 
 
 class Repetition(TrainerCallback):
-    """Compares log lines and checkpoints with those of the repeated run. Training ends at the first difference."""
+    """Compares log lines and checkpoints with those of the run in --from_run. Ends training at the first difference."""
 
     def __init__(self, trainer: SftTrainer, run_dir: Path, steps: int) -> None:
         self.trainer = trainer
@@ -194,7 +194,7 @@ class Repetition(TrainerCallback):
 
 
 def _causes(repeated: Path, run: Run) -> list[str]:
-    """Return one line for each difference between the runs that can change the numbers."""
+    """Return a line for each flag, version and property of the machine that differs between the two runs."""
     flags = changed_flags(read_run_record(repeated), run.record)
     typed = [f'--{name} is {now}, the repeated run had {then}' for name, now, then in flags]
     return typed + changes_since(read_lock(repeated), run.lock)

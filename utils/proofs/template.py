@@ -132,7 +132,9 @@ def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
 def _rendering(
     encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False, reply: str | None = None
 ) -> str:
-    """Return the text of the tokenizer's chat template for the row as written, or with `prompt` only for its prompt.
+    """Return the text that the tokenizer's chat template prints for the row, or with `prompt` only for its prompt.
+
+    With --template_type auto, a row without images is taken from its source data, not from the conversion.
 
     With `inert`, control tokens that occur in the texts of the row are replaced by placeholders while the template is
     rendered, so that the template treats them as plain text. With `reply`, the last message has this text instead.
@@ -238,7 +240,8 @@ class _Check:
     def verdict(self) -> Verdict:
         """Compare the ids of the row with the ids of the chat template.
 
-        Returns 'equal', 'explained' or 'different'. An error that the template raises for this row is not caught here.
+        Returns 'equal', 'explained' (by notes of the encoder about the row) or 'different'. An error that the template
+        raises for this row is not caught here.
         """
         self.theirs = _template_ids(self.encoder, self.row)
         if self.encoder.name != AUTO:
@@ -257,7 +260,7 @@ class _Check:
     def _is_explained(self, notes: set[str]) -> bool:
         """Return whether the notes of the row explain its whole difference from the text of the chat template.
 
-        Each note explains only the kind of difference that it describes.
+        A note says what the encoder changed in the row. It explains only the kind of difference that it describes.
         """
         inert = CONTROL_TOKENS in notes
         full = _rendering(self.encoder, self.row, inert=inert)
@@ -274,7 +277,7 @@ class _Check:
         return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
 
     def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
-        """Return whether the template's text `full` ends with `follows`, the text after our prompt.
+        """Return whether `full`, the text of the chat template, ends with `follows`, our text after the prompt.
 
         Think blocks and whitespace are ignored. If an end of turn was added, a text after `follows` is allowed if the
         template prints this text after every chat.
@@ -359,8 +362,8 @@ def _check_text(encoder: Encoder, row: Row) -> None:
         is_equal = _bare(tokenizer.decode(ours[len(unlimited.beginning) : -1])) == _bare(written)
     if not is_equal or encoded.trained != (0, len(ours)):
         raise ConfigError(
-            f'{row.origin}: the row is plain text, and its trained ids are not those of the tokenizer and the end of '
-            'sequence. Please report this tokenizer.'
+            f'{row.origin}: the row is plain text, and its trained ids are not those of the tokenizer followed by '
+            'the end-of-sequence token. Please report this tokenizer.'
         )
 
 
@@ -408,7 +411,7 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
     """Return the verdict on a row, and a text that describes its difference, or None if there is nothing to report.
 
     `has_own` says whether the tokenizer has a chat template. Raises ConfigError if the row has a fault, or, with
-    --template_type auto, if no note explains a difference.
+    --template_type auto, if the verdict is 'different'.
     """
     from jinja2.exceptions import TemplateError
 
@@ -442,8 +445,8 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
     where = check.context(check.theirs, 'the chat template')
     if encoder.name == AUTO:
         raise ConfigError(
-            f"{row.origin}: template auto: the ids differ from those of the tokenizer's chat template, and no counted "
-            f'reason explains it: {where}. Use another --template_type, and please report this chat template.'
+            f"{row.origin}: template auto: the ids differ from those of the tokenizer's chat template, and no known "
+            f'reason explains this: {where}. Use another --template_type, and please report this chat template.'
         )
     return verdict, f'{row.origin}: {where}'
 

@@ -30,7 +30,9 @@ _EVAL_BATCHES = 3
 
 
 def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[str], *, started: float) -> None:
-    """With --max_minutes, make the trainer end the run within this time. `started` is the time of the program's start.
+    """With --max_minutes, make the trainer end the run within this time.
+
+    `started` is the time when the program started, as time.time returns it.
 
     With --from_run, the run gets the timetable of the run that it repeats, unless a flag that decides the number of
     steps is typed now.

@@ -42,7 +42,10 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def scores_of(flags: Mapping[str, Any]) -> list[str]:
-    """Return the names of the values that are drawn for each validation set. `flags` are those of the run's record."""
+    """Return the names of the metrics of which each validation set gets a curve, for example ['loss', 'acc'].
+
+    `flags` are those of the run's record.
+    """
     if not flags.get('predict_with_generate'):
         return ['loss', 'acc']
     words = flags.get('score', ['rouge'])  # the record of an older run has no scores

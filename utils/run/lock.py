@@ -167,7 +167,10 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
 
 
 def _check_verification(parsed: Parsed[SftArguments], problems: Problems) -> None:
-    """Add a problem for each flag typed now that contradicts --verify true, and the problems of the command line."""
+    """Add to `problems` the problems of `parsed`, the command line typed now, and those of --verify true.
+
+    A problem of --verify true is a typed flag that contradicts it.
+    """
     for problem in parsed.problems.found:
         problems.add(problem)
     if steps_to_verify(parsed) < 1:

@@ -58,10 +58,12 @@ def open_encoder(
 ) -> Encoder:
     """Return the encoder (the object that converts rows to token ids) for these arguments.
 
-    The tokenizer gets the chat template that the arguments name.
+    The tokenizer gets the chat template that the arguments name. For --template_type auto, --system is used only if
+    `system_typed` is True, which says that the user typed --system.
 
     If `model` is given, rows with token ids outside of the model's embedding are refused. If `cuts` is True, rows are
     cut to --max_length. `new_ids` are the ids of new tokens (--new_tokens): those that end a turn become special.
+    `images` is given for a model that accepts images.
     """
     from utils.encode.make import make_encoder  # not before a model is open: --help does without it
 
@@ -87,8 +89,8 @@ def open_model(
     """Return (model, tokenizer, dtype of the computation).
 
     For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype, except with
-    --full_weights bf16. DeepSpeed handles this itself. `decide` is called for each setting that the command line leaves
-    open.
+    --full_weights bf16. With DeepSpeed, the weights have the dtype of the computation, and DeepSpeed itself keeps fp32
+    weights. `decide` is called for each setting that the command line leaves open.
     """
     import torch
 

@@ -99,8 +99,8 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
     """Return the data entry of lock.json for streams: for each stream, {'rows': ..., 'sha256': ...}.
 
-    `rows` is the number of the first rows of the stream, and `sha256` a hash of these rows and the share of the stream.
-    The entries of sets of --val_dataset are those of their plan.
+    The first `count` rows of each stream are read, at least one. `rows` says how many rows were read, and `sha256` is a
+    hash of these rows and of the share of the stream. The entries of sets of --val_dataset are those of their plan.
     """
     found: dict[str, dict[str, Any]] = sources.val.lock() if sources.val else {}
     for parts, share in itertools.zip_longest(sources.sources, sources.shares):
@@ -127,7 +127,7 @@ def held_out_rows(rows: Plan | Streams, stream_val_rows: int) -> dict[str, Row]:
 
 
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
-    """Write held_out.json with the positions of the validation rows, so that llm_infer.py need not read all data.
+    """Write held_out.json, which says which rows are held out, so that llm_infer.py need not read all data.
 
     Nothing is written for streams without --val_dataset, because such a stream always holds out its first rows.
     """

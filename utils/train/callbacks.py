@@ -33,7 +33,10 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class StepIntervals(TrainerCallback):
-    """Sets the intervals of evaluations and checkpoints, and records the numbers of steps that shares become."""
+    """Sets the intervals of evaluations and checkpoints.
+
+    If a flag gives an interval as a share of the run, the resulting number of steps is recorded.
+    """
 
     def __init__(self, args: SftArguments, run: Run) -> None:
         self.flags = args
@@ -58,7 +61,10 @@ class StepIntervals(TrainerCallback):
         return counts
 
     def _record(self, counts: StepCounts, *, schedule_is_ours: bool) -> None:
-        """Record each number of steps that differs from the typed value, with the reason, and each warning."""
+        """Record each number of steps that differs from the typed value, with the reason, and each warning.
+
+        `schedule_is_ours` is False if DeepSpeed makes the schedule: then the warm-up is not recorded.
+        """
         flags = self.flags
         steps = f'of {counts.steps} steps'
         self.run.warnings += counts.warnings

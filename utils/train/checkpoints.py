@@ -145,6 +145,7 @@ class Checkpoints:
     def write(self, checkpoint: Path, *, resumable: bool) -> str | None:
         """Write a checkpoint to a temporary folder, and rename the folder when it is complete.
 
+        With `resumable`, the states of optimizer, schedule and processes are written too, so that a run can resume.
         Returns the message of the first failure, or None if no process failed.
         """
         trainer = self.trainer

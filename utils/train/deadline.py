@@ -101,7 +101,7 @@ class Deadline(TrainerCallback):
         self._mark: float | None = None
 
     def set(self, minutes: float, *, started: float, repeated: list[dict[str, Any]] | None) -> None:
-        """Limit the run to `minutes`, counted from `started`, the time when the program started.
+        """Limit the run to `minutes`, counted from `started`, the start of the program (time.time).
 
         `repeated` is the timetable in lock.json of the repeated run, or None. With a timetable, this run takes the same
         steps as the repeated run, however long they take.

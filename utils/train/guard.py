@@ -114,9 +114,10 @@ class Guard(TrainerCallback):
         """Check the loss and the gradients of a step. `where` names the step in messages.
 
         Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
-        ConfigError if the loss or the gradients are not finite, or if every gradient is zero. Also sets `stop_agreed`
-        of the trainer: whether any process has received a signal to stop. The deadline gets the last step on which the
-        processes agree.
+        ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
+
+        Also sets two values that are the same in all processes: `stop_agreed` of the trainer (whether any process has
+        received a signal to stop), and `agreed` of the deadline (the new last step of the run, or 0 for no change).
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()

@@ -20,9 +20,10 @@ Metrics = Callable[['EvalPrediction'], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSets:
-    """The rows of an evaluation, and the names of the sets of --val_dataset by the number of their part.
+    """The rows of an evaluation, and the names of the sets of --val_dataset.
 
-    Without names, only the rows of all sets together are evaluated.
+    `names` has the name of each set by the number that `rows.parts()` has for the rows of this set. Without
+    names, only the rows of all sets together are evaluated.
     """
 
     rows: EncodedRows

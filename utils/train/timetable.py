@@ -17,8 +17,8 @@ class Segment:
     """A part of a run in which the learning-rate schedule advances at a constant pace.
 
     The schedule was made for `steps` steps. `first` and `last` are counts: numbers of complete steps. At the count
-    `first` the schedule is at `position`, and at the count `last` it is at its last step. The run ends after the
-    optimizer step with the number `end`.
+    `first` the schedule is at `position`, counted in steps of the schedule. At the count `last` the schedule is at its
+    last step. The run ends after the optimizer step with the number `end`.
     """
 
     steps: int
@@ -49,7 +49,7 @@ class Timetable:
         return self.segments[-1].end
 
     def follow(self, schedule: LambdaLR, make: MakeSchedule) -> None:
-        """Let the segments set the rates of `schedule`. `make` returns the same schedule for a number of steps."""
+        """Let the segments set the rates of `schedule`. `make(steps)` returns the schedule for a run of `steps`."""
         self._schedule = schedule
         self._make = make
         if self.segments:
@@ -88,7 +88,7 @@ class Timetable:
         return segment.at(count)
 
     def _use(self) -> None:
-        """Set the learning rates according to the segments, including the rate of the next step."""
+        """Make the schedule follow the segments, and set the learning rate of the next step."""
         schedule = self._schedule
         assert schedule is not None and self._make is not None, 'training has begun'
         functions: list[Any] = self._make(self.segments[0].steps).lr_lambdas

@@ -144,7 +144,11 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """Return the output of the base class. `num_train_samples` are the rows of the steps that the flags ask for."""
+        """Return the output of the base class.
+
+        `num_train_samples` is the number of rows in the steps that the flags ask for. It is reduced to the steps of the
+        run, which are fewer if --max_minutes ends it earlier.
+        """
         asked = max(self.deadline.asked, 1)
         return super()._finalize_training(trial, num_train_samples * self.state.max_steps / asked, start_time)
 
@@ -216,7 +220,8 @@ class SftTrainer(Seq2SeqTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of one step, and the number of their trained tokens.
 
-        Micro-batches that fit into `capacity` together are joined. The guard gets the micro-batches too.
+        If `capacity` is set, the rows are joined to fewer micro-batches of at most `capacity` tokens.
+        The guard gets the micro-batches too.
         """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.capacity is not None and len(batches) > 1:

@@ -63,14 +63,18 @@ class Family:
 
 
 def is_computed(key: str) -> bool:
-    """Return whether `key` is the name of a table that old code stored and native classes compute."""
+    """Return whether `key` names a table that native classes compute, for example inv_freq of a rotary embedding.
+
+    Code of 2023 stored these tables in the checkpoint.
+    """
     return _COMPUTED.search(key) is not None
 
 
 def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> State:
     """Call `rename(key, tensor)` for each tensor of `state`, and return all results in one dict.
 
-    Tables that native classes compute are left out. Raises ConfigError if two results contain the same name.
+    Tables that native classes compute (see `is_computed`) are left out. Raises ConfigError if two results contain the
+    same name.
     """
     mapped: State = {}
 
@@ -89,15 +93,18 @@ def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> S
 
 
 def same_tensors(state: State, original: Config) -> State:
-    """Return the tensors without the tables that native classes compute. The names are already the native names."""
+    """Return the tensors without the tables that native classes compute (see `is_computed`).
+
+    The names are already the native names.
+    """
     return map_each(state, lambda key, tensor: {key: tensor})
 
 
 def unknown_key(key: str, family: str) -> ConfigError:
     """Return the error for a tensor whose name does not belong to the family."""
     return ConfigError(
-        f"tensor '{key}' is not one of family {family}: the checkpoint is of another model or newer. "
-        'Pass the --model_type of this checkpoint.'
+        f"tensor '{key}' is unknown in models of family {family}: these are the weights of another model, or of a "
+        'newer version of it. Give the --model_type of these weights.'
     )
 
 

@@ -154,7 +154,7 @@ def check_loading(info: dict[str, Any], model_dir: Path, what: str, *, unexpecte
     """Raise ConfigError if tensors are missing or have a wrong shape.
 
     With `unexpected`, ConfigError is also raised if tensors of the files are not used. `info` is the loading info of
-    from_pretrained.
+    from_pretrained. `what` names the class or the family in the message.
     """
     kinds = ['missing', 'mismatched']
     if unexpected:

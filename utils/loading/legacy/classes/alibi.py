@@ -106,6 +106,8 @@ class AlibiLlamaModel(LlamaModel):
     def _with_distance(self, mask: torch.Tensor, queries: torch.Tensor, first: int | torch.Tensor) -> torch.Tensor:
         """Return the bias (B, H, Q, K) for a mask (B, 1, Q, K). The mask is True or 0 at the visible keys.
 
+        `queries` are (B, Q, hidden). `first` is the position of the first query in the padded row.
+
         The slopes are computed here and not stored in a buffer, because a buffer stays empty if the model is created on
         the meta device. The bias of masked keys is the lowest finite number. With -inf, the results at padding would be
         NaN.

@@ -51,7 +51,7 @@ class Vocabulary:
     def isolates_symbols(self) -> bool:
         """Return whether a regex must find the user-defined pieces in the text, after the dummy prefix was added.
 
-        If False, `tokenizers` finds them itself, because they are made added tokens.
+        If False, the user-defined pieces become added tokens of the tokenizer, and `tokenizers` finds added tokens.
         """
         return self.dummy_prefix and bool(self.of_type(_USER_DEFINED))
 
@@ -236,10 +236,10 @@ def _cut_pattern(vocabulary: Vocabulary) -> str:
 
 
 def _split_point(text: str, known: set[str]) -> int:
-    """Return the first position in `text` between a known and an unknown character. Returns 1 if there is none.
+    """Return the index at which to split `text`: the first index between a known and an unknown character.
 
-    `known` are the characters that normal pieces contain. Several unknown characters in a row are one token. So a split
-    between two unknown characters would have no effect.
+    Returns 1 if there is no such index. `known` are the characters that normal pieces contain. Several unknown
+    characters in a row are one token. So a split between two unknown characters would have no effect.
     """
     for at in range(1, len(text)):
         if (text[at] in known) != (text[at - 1] in known):
