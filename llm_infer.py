@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Uses a model: answers validation rows, chats, merges an adapter, or exports. Each step is one call into utils/.
+"""Uses a model: answers rows, checks a server, chats, merges or exports. Each step is one call into utils/.
 
 Modules are imported in the function that needs them, so that --help and a wrong command are answered at once.
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from utils.loading.image_processors import Images
     from utils.loading.weights import Weights
     from utils.run.record import Trained
+    from utils.serve.client import Server
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(lambda: infer(parsed))
 
 
-def infer(parsed: Parsed[InferArguments]) -> None:
-    """Answer rows, chat, merge or export, as the arguments say.
+def infer(parsed: Parsed[InferArguments]) -> int:
+    """Answer rows, check a server, chat, merge or export, as the arguments say. Returns the exit code.
 
     Arguments and data are checked before torch is imported, so that a wrong command fails quickly.
     """
@@ -52,7 +53,8 @@ def infer(parsed: Parsed[InferArguments]) -> None:
     log_decisions(done)
     logged = len(done.warnings)
     rows = find_rows(done, trained) if args.reads_data else []
-    scores = load_scores(args) if args.reads_data else None
+    scores = load_scores(args) if args.reads_data and args.check_server is None else None
+    server = reach_server(args) if args.check_server is not None else None
 
     start_processes('gloo')
     weights = find_weights(done)
@@ -63,18 +65,23 @@ def infer(parsed: Parsed[InferArguments]) -> None:
 
     if args.export_native:
         export(done, weights)
-        return
+        return 0
     served = open_served(done, trained, weights)
-    if args.merge_lora_and_save:
+    if args.merge_lora_and_save or args.gguf is not None:
         assert trained is not None, 'checked'
-        merge(done, trained, served)
-        return
+        folder = merge(done, trained, served) if args.merge_lora_and_save else trained.checkpoint
+        if args.gguf is not None:
+            write_file(done, trained, served, folder)
+        return 0
+    if server is not None:
+        return check(done, trained, served, rows, server)
     apply_settings(done, trained, served)
     if args.eval_human:
         chat(done, served)
     else:
         assert scores is not None, 'rows are answered'
         answer(done, served, rows, scores)
+    return 0
 
 
 def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trained | None]:
@@ -122,6 +129,13 @@ def load_scores(args: InferArguments) -> Scores:
     from utils.infer.scores import Scores
 
     return Scores(args.score)
+
+
+def reach_server(args: InferArguments) -> Server:
+    """Return the client of the server of --check_server. Raises ConfigError if the server does not answer."""
+    from utils.serve.client import reach
+
+    return reach(str(args.check_server), args.served_model)
 
 
 def check_weights(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> None:
@@ -196,8 +210,8 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
     return Served(model=model, tokenizer=tokenizer, encoder=encoder, config=config)
 
 
-def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> None:
-    """Merge the adapter into its base model, and write the merged model to a folder next to the checkpoint."""
+def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> Path:
+    """Merge the adapter into its base model. Return the folder next to the checkpoint that holds the merged model."""
     from utils.export.merge import merge_checkpoint
     from utils.infer.generation import served_config
 
@@ -207,6 +221,43 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served) -> None
         model, served.encoder, config, trained.checkpoint, record=trained.record, images=served.encoder.images
     )
     logger.info(f'merged: {target}: {proven}\nnext: python llm_infer.py --ckpt_dir {target}')
+    return target
+
+
+def write_file(done: Ready[InferArguments], trained: Trained, served: Served, folder: Path) -> None:
+    """Write the model in `folder` as a GGUF file with a Modelfile, as --gguf says."""
+    from utils.export.gguf import GgufTarget, write_gguf
+    from utils.infer.generation import served_config
+
+    args = done.args
+    says = write_gguf(
+        folder,
+        served.encoder,
+        served_config(served.model.generation_config, served.config, args, done.typed),
+        GgufTarget(
+            file=Path(str(args.gguf)),
+            type=args.gguf_type,
+            llama_cpp=None if args.llama_cpp is None else Path(args.llama_cpp),
+        ),
+        run_dir=trained.checkpoint.absolute().parent,
+        device=served.model.device,
+    )
+    logger.info(f'gguf: {says}')
+
+
+def check(
+    done: Ready[InferArguments], trained: Trained | None, served: Served, rows: Sequence[Row], server: Server
+) -> int:
+    """Compare the answers of a server with those computed here. Returns 1 if they differ, else 0."""
+    from utils.loading.folder import is_adapter
+    from utils.run.folder import result_path
+    from utils.serve.check import ServerCheck
+
+    has_adapter = trained is not None and is_adapter(trained.checkpoint)
+    server_check = ServerCheck(
+        server, served.model, served.encoder, served.config, args=done.args, has_adapter=has_adapter
+    )
+    return server_check.run(rows, result_path(done.args))
 
 
 def apply_settings(done: Ready[InferArguments], trained: Trained | None, served: Served) -> None:

@@ -182,12 +182,3 @@ def test_a_class_that_keeps_to_the_file_is_kept(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.INFO):
         assert type(load_tokenizer(tmp_path)) is PreTrainedTokenizerFast
     assert 'tokenizer = ' not in caplog.text
-
-
-@pytest.mark.parametrize('folder', [False, True])
-def test_gguf_is_said_not_to_be_read(folder: bool, tmp_path: Path, data_file: Path, problems: Problems) -> None:
-    file = tmp_path / 'model-Q4.gguf'
-    file.write_bytes(b'GGUF')
-    assert llm_sft.main(small_flags(tmp_path if folder else file, data_file, tmp_path / 'out')) == 2
-    assert len(problems()) == 1 and 'GGUF is a format for inference and is not read.' in problems()[0]
-    assert 'gguf_file=' in problems()[0]

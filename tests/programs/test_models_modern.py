@@ -129,6 +129,42 @@ def test_experts_train_merge_and_reload_as_parameters(key: str, tmp_path: Path, 
     assert len([name for name in names if '.experts.' in name]) == 2 * 2 * 2, '2 layers, 2 parameters, A and B'
 
 
+@pytest.mark.parametrize(('key', 'width'), [('qwen3-30b-a3b', 16), ('gpt-oss-20b', 64), ('gemma4-26b-a4b-it', 16)])
+def test_adapters_of_experts_have_the_names_and_shapes_that_vllm_stacks(
+    key: str, width: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+    from peft import get_peft_model_state_dict
+
+    words = ['q_proj', 'experts.down_proj', 'experts.gate_up_proj']
+    model = make_modern(key)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if '.experts.' in name}
+    prepared = prepare_model(model, SftArguments(lora_target_modules=words, lora_rank=3, lora_alpha=6))
+    assert 'the adapter of the experts has the names and shapes that vLLM loads' in caplog.text
+    for name, parameter in prepared.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    stored = {n.removeprefix('base_model.model.'): t for n, t in get_peft_model_state_dict(prepared).items()}
+    after = prepared.merge_and_unload().state_dict()
+
+    experts = {name.rpartition('.')[0] for name in before}
+    assert len(experts) == 2, 'one in each layer'
+    for path in experts:
+        # vLLM's layout: (experts x rank, in) and (out, rank x experts); the inner one is that of gate_up_proj.
+        for place, name, shape in (('.base_layer', 'gate_up_proj', (2 * width, 32)), ('', 'down_proj', (32, width))):
+            lora_a = stored[f'{path}{place}.lora_A.weight'].reshape(4, 3, -1)
+            lora_b = stored[f'{path}{place}.lora_B.weight'].reshape(shape[0], 3, 4).permute(2, 0, 1)
+            change = 2 * lora_b @ lora_a
+            assert change.shape == (4, *shape)
+            found = after[f'{path}.{name}'] - before[f'{path}.{name}']
+            assert torch.allclose(found if key != 'gpt-oss-20b' else found.transpose(1, 2), change, atol=1e-5)
+
+
+def test_an_adapter_of_experts_that_vllm_does_not_load_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    prepare_model(make_modern('qwen3-30b-a3b'), SftArguments(lora_target_modules=['experts.down_proj']))
+    assert 'of the experts only mlp.experts.down_proj gets LoRA. vLLM loads an adapter of experts only' in caplog.text
+
+
 def test_packed_experts_open_to_their_values(tmp_path: Path) -> None:
     import torch
 

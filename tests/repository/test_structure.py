@@ -25,6 +25,7 @@ ROOMS = {
     'fast': 'base loading data cli',
     'run': 'base preprocess formats loading encode data cli',
     'infer': 'base preprocess formats loading encode data cli run',
+    'serve': 'base preprocess formats loading encode data cli infer',
     'estimate': 'base hub loading model encode data cli fast run',
     'checks': 'base hub formats loading model encode data cli fast run',
     'train': 'base loading model encode data cli fast run infer',

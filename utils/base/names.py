@@ -23,3 +23,6 @@ SFT_ARGS = 'sft_args.json'
 LOCK_JSON = 'lock.json'
 # The value of --resume_from_checkpoint that stands for the newest checkpoint whose run fits the command.
 LAST = 'last'
+# The script of llama.cpp that --gguf runs, and the repository that has it.
+CONVERTER = 'convert_hf_to_gguf.py'
+LLAMA_CPP = 'https://github.com/ggml-org/llama.cpp'

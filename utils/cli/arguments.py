@@ -33,7 +33,7 @@ class CommonArguments:
 
     model_type: str | None = flag(None, 'key of MODEL_MAPPING; qwen-7b-chat if no model is named')
     model_id_or_path: str | None = flag(
-        None, 'hub model id or local directory; the model type is inferred if an entry matches'
+        None, 'hub model id, local directory or GGUF file; the model type is inferred if an entry matches'
     )
     model_revision: str = flag('master', 'hub revision; no effect with --model_type or a local directory')
     hub: HubName = flag('modelscope', 'hub to download models and data sets from, and to push to')
@@ -364,23 +364,46 @@ class InferArguments(CommonArguments):
     )
     use_streamer: bool = flag(True, 'print tokens while they are generated')
     merge_lora_and_save: bool = flag(False, 'merge the adapter into the base model and save it as <ckpt_dir>-merged')
+    gguf: str | None = flag(
+        None,
+        'new .gguf file for llama.cpp and Ollama, made from the merged model (--merge_lora_and_save true) or from a '
+        'checkpoint with all weights; a Modelfile is written beside it',
+    )
+    gguf_type: Literal['f32', 'f16', 'bf16', 'q8_0'] | None = flag(
+        None, 'data type of the weights in the file of --gguf; None: that of the merged model'
+    )
+    llama_cpp: str | None = flag(
+        None,
+        'folder of a llama.cpp checkout whose convert_hf_to_gguf.py writes --gguf; None: the commands are printed and '
+        'only the Modelfile is written',
+    )
     save_generation_config: bool = flag(True, 'write the generation settings of this command to generation_config.json')
     export_native: bool = flag(
         False,
         'write the untuned model, also one with a layout of 2023, to --output_dir as a folder of its native class',
     )
     output_dir: str | None = flag(None, 'new folder for --export_native; it must not exist yet')
+    check_server: str | None = flag(
+        None,
+        'address of an OpenAI-style server, e.g. http://localhost:8000/v1: rows of the run are sent to it, and its '
+        'prompts, greedy answers and first log probabilities are compared with those computed here; exit code 1 if any '
+        'differs. Its key is read from the environment variable OPENAI_API_KEY',
+    )
+    served_model: str | None = flag(
+        None, 'for --check_server: name of the model on the server; None: the only one that the server lists'
+    )
     infer_batch_size: int = flag(16, 'number of validation rows answered in one batch')
     result_path: str | None = flag(
         None,
         'file for the answers; None: <ckpt_dir>/infer_result.jsonl (-2, -3 ... if it exists already), or '
-        'output/<model>/untuned/ for an untuned model',
+        'output/<model>/untuned/ for an untuned model; with --check_server: file for its result; None: '
+        'check_server.json there',
     )
 
     @property
     def reads_data(self) -> bool:
         """Return whether the program answers rows of data. It does not if it chats, merges or exports."""
-        return not (self.eval_human or self.merge_lora_and_save or self.export_native)
+        return not (self.eval_human or self.merge_lora_and_save or self.export_native or self.gguf is not None)
 
     def words_read(self) -> tuple[list[str], list[str]]:
         """Return the words of --dataset and the words of --val_dataset whose rows this command reads.

@@ -21,7 +21,7 @@ from utils.base.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpo
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.leak_scan import find_secrets
-from utils.base.names import LAST, LOCK_JSON
+from utils.base.names import CONVERTER, LAST, LLAMA_CPP, LOCK_JSON
 from utils.base.packages import has_package, missing_requirement
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.deepspeed import read_zero
@@ -127,11 +127,28 @@ def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
     if args.reads_data:
         check_score_files(args.score, problems)
 
+    if args.gguf is not None:
+        _check_gguf(args, args.gguf, problems)
     if args.export_native and args.output_dir is not None:
         _check_writable('output_dir', args.output_dir, Path(args.output_dir), problems)
         if Path(args.output_dir).exists():
             problems.add(f'--output_dir {args.output_dir} exists already and is not replaced. Name a new folder.')
     return done.checked()
+
+
+def _check_gguf(args: InferArguments, gguf: str, problems: Problems) -> None:
+    """Add a problem if the file of --gguf cannot be written, or if --llama_cpp has no converter."""
+    target = Path(gguf)
+    if target.exists():
+        problems.add(f'--gguf {gguf} exists already and is not replaced. Name a new file.')
+    else:
+        _check_writable('gguf', gguf, target, problems)
+
+    if args.llama_cpp is not None and not (Path(args.llama_cpp) / CONVERTER).is_file():
+        problems.add(
+            f'--llama_cpp {args.llama_cpp} has no {CONVERTER}. Name the folder of a checkout: git clone --depth 1 '
+            f'{LLAMA_CPP}'
+        )
 
 
 def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
@@ -374,7 +391,7 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
 
 
 def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if the file of --write_clean exists, cannot be written, or would become one of the data files."""
+    """Add a problem if the file of --write_clean exists, cannot be written, or would be read as data by --dataset."""
     given = f'--write_clean {target}'
     sources = [source for word in itertools.chain(*args.words_read()) for source in _local_source(word)]
     if target.resolve() in [file.resolve() for source in sources for file in _files_of(source)]:

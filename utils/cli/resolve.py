@@ -11,6 +11,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from utils.base import dist
 from utils.base.errors import ConfigError, did_you_mean
@@ -112,6 +113,10 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     _resolve_model(done)
     _check_chat_template(done)
     check_common_numbers(done)
+    if done.args.check_server is None:
+        done.without_effect(('served_model',), 'it is for --check_server')
+    else:
+        _resolve_server_check(done)
     if done.args.reads_data:
         _resolve_answered(done)
         done.without_effect(('use_streamer',), 'rows are answered in batches; it is for --eval_human true')
@@ -126,10 +131,10 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
 
     args = done.args
     problems = done.problems
-    if dist.world_size() > 1 and not args.reads_data:
+    if dist.world_size() > 1 and (args.check_server is not None or not args.reads_data):
         problems.add(
-            '--eval_human, --merge_lora_and_save and --export_native run in one process. Start the command with '
-            'python, not torchrun.'
+            '--eval_human, --merge_lora_and_save, --export_native and --check_server run in one process. Start '
+            'the command with python, not torchrun.'
         )
     if args.show_dataset_sample == 0 or args.show_dataset_sample < -1:
         problems.add(f'--show_dataset_sample takes 1 or more, or -1 for all, got {args.show_dataset_sample}.')
@@ -144,6 +149,7 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     elif not args.export_native:
         done.without_effect(('output_dir',), 'it is for --export_native true')
 
+    _resolve_gguf(done)
     if args.merge_lora_and_save:
         if args.ckpt_dir is None:
             problems.add('--merge_lora_and_save true: without a checkpoint there is nothing to merge. Add --ckpt_dir.')
@@ -153,6 +159,56 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
                 'Remove --merge_lora_and_save: the checkpoint needs no merging.'
             )
     return done
+
+
+def _resolve_server_check(done: Resolution[InferArguments]) -> None:
+    """Check the address of the server, and choose greedy answers, because only these can be compared."""
+    args = done.args
+    address = str(args.check_server)
+    try:
+        parts = urlsplit(address)
+        is_address = parts.scheme in ('http', 'https') and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port or an IPv6 address that is none
+        parts, is_address = urlsplit(''), False
+    if parts.username is not None or parts.query or parts.fragment:
+        done.problems.add(
+            '--check_server takes an address without user, password, ? and #. Give the key of the server in the '
+            'environment variable OPENAI_API_KEY.'
+        )
+    elif not is_address:
+        done.problems.add(
+            f"--check_server takes the address of a server, got '{address}'. Write e.g. http://localhost:8000/v1."
+        )
+    if not args.reads_data:
+        done.problems.add(
+            '--check_server compares answers to rows, and this command answers none. Remove --eval_human, '
+            '--merge_lora_and_save and --export_native.'
+        )
+
+    why = 'greedy answers are compared'
+    done.without_effect(('score', 'save_generation_config'), '--check_server only compares')
+    if args.do_sample:
+        done.without_effect(('do_sample',), f'--check_server: {why}')
+        done.decide('do_sample', False, why)
+
+
+def _resolve_gguf(done: Resolution[InferArguments]) -> None:
+    """Check --gguf, and warn about flags that have an effect only with it."""
+    args = done.args
+    if args.gguf is None:
+        done.without_effect(('gguf_type', 'llama_cpp'), 'it is for --gguf')
+        return
+
+    given = f'--gguf {args.gguf}'
+    if Path(args.gguf).suffix != '.gguf':
+        done.problems.add(f'{given}: the name of the file must end in .gguf. Use --gguf {args.gguf}.gguf.')
+    if args.ckpt_dir is None:
+        done.problems.add(f'{given}: without a checkpoint there is nothing to write. Add --ckpt_dir.')
+    elif args.sft_type != 'full' and not args.merge_lora_and_save:
+        done.problems.add(
+            f'{given}: this checkpoint holds an adapter, and the file holds a merged model. Add --merge_lora_and_save '
+            'true.'
+        )
 
 
 def _resolve_answered(done: Resolution[InferArguments]) -> None:

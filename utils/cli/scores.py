@@ -87,7 +87,7 @@ def _check_names_of_sets(words: Sequence[str], sets: Sequence[str], problems: Pr
 
 
 def check_score_files(words: Sequence[str], problems: Problems) -> None:
-    """Add a problem for each file of --score that is missing or broken, or that does not define the function."""
+    """Add a problem for each file of --score that is missing or broken, or has no function of the typed name."""
     for word in own_words(words):
         own = own_score(word)
         assert own is not None, 'filtered'

@@ -242,7 +242,7 @@ class Filled(Sequence[dict[str, Any]]):
         return self.filler if index < 0 else dict(self.rows.row(index))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches that need the most memory. None of their `count` items is the filler."""
+        """Return the batches that need the most memory, each with `count` items. The filler is in no batch."""
         return self.rows.heaviest(count)
 
     def __getitem__(self, index: Any) -> Any:

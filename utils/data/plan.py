@@ -300,7 +300,8 @@ def plan_validation(
 ) -> Plan:
     """Read the data sets of --val_dataset once, and return the plan of their rows.
 
-    `trained` has the names of the data sets that are trained on. Raises ConfigError if no row of a set is left.
+    `trained` has the names of the data sets of --dataset: if a set has a validation split, and its name is in
+    `trained`, only the split is used. Raises ConfigError if all rows of a set are skipped.
     """
     planner = _Planner(seed=seed, hub=hub, bad=refuse, reading=reading)
     _add_validation_sets(planner, val_words, trained)

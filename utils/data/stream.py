@@ -148,7 +148,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             if not rows:
                 raise ConfigError(
                     f'--dataset {name}: no training row is left to fill its share: its rows are skipped or held out. '
-                    'Lower --stream_val_rows, or remove it from --dataset.'
+                    f'Lower --stream_val_rows, or remove {name} from --dataset.'
                 )
             if counts and done == 0:
                 logger.info(f'{name}: all its {rows} rows are read, its next pass starts')

@@ -435,6 +435,10 @@ class AutoEncoder(Encoder):
         """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
         return next((f'{name}={value}' for name, value in self._switch.items()), None)
 
+    @property
+    def prompt_settings(self) -> Mapping[str, Any]:
+        return self._switch if self.asks_to_think else _NOTHING
+
     def settings_of(self, row: Row) -> Mapping[str, Any]:
         """Return the template settings for a row: the thinking switch if the last reply has reasoning, else nothing."""
         return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
@@ -973,7 +977,7 @@ class AutoEncoder(Encoder):
         return first, len(prompt) - shared
 
     def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
-        """Return the position in the prompt just after the end of a turn. The content of the turn ends at `last`."""
+        """Return the position just after the end of a turn. `last` is the position after the content of the turn."""
         match = self.text.find_control(prompt, last)
         while is_call and match is not None and not self._stops(match[0]):
             if match[0] in self._openers:

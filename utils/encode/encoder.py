@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from utils.base.errors import ConfigError
@@ -63,6 +63,11 @@ class Encoder:
     def switch(self) -> str | None:
         """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
         return None
+
+    @property
+    def prompt_settings(self) -> Mapping[str, Any]:
+        """Return the template settings with which the prompt of an unknown reply is rendered."""
+        return {}
 
     def identity(self) -> dict[str, Any]:
         """Return every setting that affects the ids of a row. The tokenizer is not included."""

@@ -20,7 +20,7 @@ from utils.estimate.work import Work, plan_work
 from utils.hub import snapshot as hub
 from utils.hub.clients import Listed
 from utils.loading.devices import cpu_has_bf16
-from utils.loading.gguf import dense_directory, find_packaged_file
+from utils.loading.gguf import dense_directory, find_packaged_file, is_gguf
 from utils.loading.layers import named_by, what_all_adds
 from utils.loading.weights import find_on_hub
 from utils.run.processes import start_processes
@@ -117,6 +117,11 @@ def _find_model(done: Ready[SftArguments]) -> Found:
 
     if Path(info.model_id_or_path).is_dir():
         return Found(model_dir=Path(info.model_id_or_path), where=f'{info.model_id_or_path}: a local directory')
+
+    if is_gguf(Path(info.model_id_or_path)):
+        return Found(
+            model_dir=dense_directory(Path(info.model_id_or_path)), where=f'{info.model_id_or_path}: a GGUF file'
+        )
 
     try:
         snapshot, names = find_on_hub(info, revision=args.model_revision, hub_name=args.hub)

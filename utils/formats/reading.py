@@ -40,8 +40,8 @@ class Reading:
             if new in sources:
                 raise ConfigError(
                     f"{location}: with --columns, two columns have the name '{new}': {sources[new]} and {name}. Remove "
-                    f'the word that gives this name from --columns, or add the word {new}= to leave the column {new} '
-                    'of the file out.'
+                    f'the entry that renames a column to {new} from --columns, or add the entry {new}= to drop the '
+                    f'column {new} of the file.'
                 )
             made[new] = value
             sources[new] = name

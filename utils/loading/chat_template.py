@@ -12,6 +12,8 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
 from utils.base.logger import logger
+from utils.loading.gguf import is_gguf
+from utils.loading.gguf_header import read_header
 from utils.loading.template_settings import Templates, add_settings, change_each, settings_problems, sources_of
 from utils.loading.template_source import parse_template, read_variables
 
@@ -23,7 +25,10 @@ _MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
 
 
 def folder_templates(folder: Path) -> Templates | None:
-    """Return the chat template that the tokenizer of a model folder will have. Returns None if there is none."""
+    """Return the chat template that the tokenizer of a model folder or GGUF file will have. Returns None if none."""
+    if is_gguf(folder):
+        return read_header(folder).chat_template
+
     found = {}
     if (folder / TEMPLATE_FILE).is_file():
         found['default'] = _read_text(folder / TEMPLATE_FILE)

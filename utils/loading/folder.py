@@ -7,20 +7,20 @@ from typing import Any
 
 from utils.base.errors import ConfigError
 from utils.base.files import read_json
+from utils.loading.gguf import gguf_problem, is_gguf
+from utils.loading.gguf_header import read_header
 
 
 def check_model_dir(model_dir: Path) -> str | None:
-    """Return the reason why a local folder cannot be opened. Returns None if no problem is found.
+    """Return the reason why a local folder or a GGUF file cannot be opened. Returns None if no problem is found.
 
     This function imports neither torch nor transformers.
     """
-    if (model_dir.is_file() and model_dir.suffix.lower() == '.gguf') or _holds_only_gguf(model_dir):
-        return (
-            f'model directory {model_dir}: GGUF is a format for inference and is not read. Name the folder or hub '
-            'id that it was made from, or convert it: AutoModelForCausalLM and AutoTokenizer of transformers take '
-            "gguf_file='<its name>' in from_pretrained(<its folder>), and save_pretrained writes a folder for "
-            '--model_id_or_path.'
-        )
+    if is_gguf(model_dir):
+        return gguf_problem(model_dir)
+
+    if files := _only_gguf(model_dir):
+        return f'model directory {model_dir} holds GGUF files and no config.json. Name the file: {files[0]}.'
 
     if not model_dir.is_dir():
         what = 'is a file' if model_dir.exists() else f'is not there (looked in {model_dir.absolute().parent})'
@@ -42,11 +42,11 @@ def check_model_dir(model_dir: Path) -> str | None:
     return None
 
 
-def _holds_only_gguf(model_dir: Path) -> bool:
-    """Return whether a folder has a GGUF file and no config.json."""
-    return (
-        model_dir.is_dir() and not (model_dir / 'config.json').is_file() and any(model_dir.glob('*.[gG][gG][uU][fF]'))
-    )
+def _only_gguf(model_dir: Path) -> list[Path]:
+    """Return the GGUF files of a folder without config.json. Returns [] if there are none."""
+    if (model_dir / 'config.json').is_file():
+        return []
+    return sorted(model_dir.glob('*.[gG][gG][uU][fF]'))
 
 
 def stored_quantization(model_dir: Path) -> str | None:
@@ -74,7 +74,10 @@ def read_config(model_dir: Path) -> dict[str, Any]:
 
 
 def has_chat_template(directory: Path) -> bool:
-    """Return whether a model folder has a chat template, as a file or inside tokenizer_config.json."""
+    """Return whether a model has a chat template: in a file of its folder, or in its GGUF file."""
+    if is_gguf(directory):
+        return read_header(directory).chat_template is not None
+
     config = directory / 'tokenizer_config.json'
 
     if (directory / 'chat_template.jinja').is_file() or (directory / 'chat_template.json').is_file():

@@ -1,4 +1,4 @@
-"""Converts the embedded quick-start model, a GGUF file inside a pip package, to an ordinary bf16 checkpoint."""
+"""Reads a GGUF file as an ordinary model: its weights are dequantised to bf16 and written to a folder of the cache."""
 
 from __future__ import annotations
 
@@ -9,11 +9,106 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.cache import cache_dir
+from utils.base.errors import ConfigError, error_text
 from utils.base.logger import logger
 from utils.loading.fingerprint import fingerprint
+from utils.loading.gguf_header import GgufHeader, read_header
 
-# Control tokens have this token type: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-_CONTROL = 3
+# The architectures that are read. Files of these were converted by llama.cpp from small models with random weights, and
+# gave the logits of these models.
+ARCHITECTURES = ('llama', 'qwen2', 'qwen3', 'gemma3')
+# The types of tensors that the package gguf can dequantise.
+_TYPES = {
+    'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K', 'TQ1_0',
+    'TQ2_0', 'MXFP4', 'NVFP4', 'IQ2_XXS', 'IQ2_XS', 'IQ2_S', 'IQ3_XXS', 'IQ3_S', 'IQ1_S', 'IQ1_M', 'IQ4_NL', 'IQ4_XS',
+}  # fmt: skip
+# The names by which a file says how text is split before byte-level BPE, as far as transformers or _split knows them.
+_SPLITS = {
+    'gpt-2', 'smollm', 'llama3', 'llama-v3', 'llama-bpe', 'falcon3', 'tekken', 'qwen2', 'deepseek-r1-qwen', 'megrez',
+}  # fmt: skip
+# The settings of a file, and the attribute of the configuration that each decides.
+_SETTINGS = {
+    'context_length': 'max_position_embeddings',
+    'block_count': 'num_hidden_layers',
+    'embedding_length': 'hidden_size',
+    'feed_forward_length': 'intermediate_size',
+    'attention.head_count': 'num_attention_heads',
+    'attention.head_count_kv': 'num_key_value_heads',
+    'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
+    'attention.key_length': 'head_dim',
+    'vocab_size': 'vocab_size',
+}
+# Settings that are read in other places, or that follow from the settings above.
+_OTHER_SETTINGS = {
+    'attention.value_length', 'attention.sliding_window', 'rope.dimension_count', 'rope.freq_base', 'rope.scaling.type',
+    'rope.scaling.factor', 'rope.freq_base_swa',
+}  # fmt: skip
+# The factors for the frequencies of the rotary embedding, a tensor that only models with Llama 3's scaling have.
+_ROPE_FACTORS = 'rope_freqs.weight'
+# The scaling of Llama 3.1 (factor 8) and of Llama 3.2 (factor 32).
+_LLAMA3 = [
+    {
+        'rope_type': 'llama3',
+        'factor': factor,
+        'low_freq_factor': 1.0,
+        'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 8192,
+    }
+    for factor in (8.0, 32.0)
+]
+# The number of layers of Gemma 3 27B.
+_LAYERS_27B = 62
+_NAME_ANOTHER = 'Name the folder or hub id that the file was made from.'
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether the path is a file with the suffix .gguf."""
+    return path.suffix.lower() == '.gguf' and path.is_file()
+
+
+def gguf_problem(path: Path) -> str | None:
+    """Return the reason why a GGUF file cannot be read as a model. Returns None if it can be.
+
+    Only the header is read, and nothing heavy is imported.
+    """
+    try:
+        header = read_header(path)
+    except ConfigError as error:
+        return error.problems[0]
+
+    arch = header.architecture
+    parts = header.metadata.get('split.count', 1)
+    unread = sorted({kind for kind, _ in header.tensors.values()} - _TYPES)
+    unknown = sorted(
+        name
+        for name in (key.removeprefix(f'{arch}.') for key in header.metadata if key.startswith(f'{arch}.'))
+        if name not in _SETTINGS.keys() | _OTHER_SETTINGS
+    )
+    if parts > 1:
+        return f'{path} is one of {parts} parts. Join them with llama-gguf-split --merge of llama.cpp.'
+    if arch not in ARCHITECTURES:
+        known = ', '.join(ARCHITECTURES)
+        return f"{path}: GGUF files of architecture '{arch}' are not read, only {known}. {_NAME_ANOTHER}"
+    if unread:
+        return f'{path}: its tensors have the type {", ".join(unread)}, which is not read. {_NAME_ANOTHER}'
+    if unknown:
+        return (
+            f'{path}: its setting {arch}.{unknown[0]} is not known here, so the model might be computed wrongly. '
+            f'{_NAME_ANOTHER}'
+        )
+    return _tokenizer_problem(path, header)
+
+
+def _tokenizer_problem(path: Path, header: GgufHeader) -> str | None:
+    """Return the reason why the tokenizer in the file cannot be built. Returns None if it can be."""
+    kind = header.metadata.get('tokenizer.ggml.model')
+    split = header.metadata.get('tokenizer.ggml.pre')
+    if kind == 'llama' or (kind == 'gpt2' and split in _SPLITS):
+        return None
+    return (
+        f"{path}: its tokenizer (model '{kind}', pre '{split}') is not known here, so text might get wrong tokens. "
+        f'{_NAME_ANOTHER}'
+    )
 
 
 def find_packaged_file(package: str, file: str) -> Path | None:
@@ -34,9 +129,12 @@ def dense_directory(gguf: Path) -> Path:
 
     For 135M parameters, reading the GGUF file takes about 15 s, and opening the folder takes less than 1 s. The name of
     the folder contains the sha256 of the file. The folder is written under a temporary name and then renamed, so it is
-    either complete or absent.
+    either complete or absent. Raises ConfigError if the file cannot be read as a model.
     """
-    target = cache_dir() / f'gguf-{fingerprint(gguf).sha256[:32]}'
+    found = fingerprint(gguf)
+    # The hash of a large file covers only its first and last part, so the time of its last change is added.
+    changed = '' if found.covers == 'whole' else f'-{gguf.stat().st_mtime_ns}'
+    target = cache_dir() / f'gguf-{found.sha256[:32]}{changed}'
     if target.is_dir():
         return target
 
@@ -45,7 +143,9 @@ def dense_directory(gguf: Path) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix='.aside-'))
 
     try:
-        _convert(gguf, temporary)
+        model, tokenizer = open_gguf(gguf)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
         temporary.rename(target)
     except OSError:
@@ -57,47 +157,154 @@ def dense_directory(gguf: Path) -> Path:
     return target
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    """Write the model (in bf16) and the tokenizer of a GGUF file to the folder `target`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+def open_gguf(gguf: Path, dtype: Any = None) -> tuple[Any, Any]:
+    """Return the model and the tokenizer of a GGUF file. The model has dequantised weights in `dtype` (default: bf16).
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
+    Raises ConfigError if the file cannot be read as a model, or if the model does not have all its tensors.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    if problem := gguf_problem(gguf):
+        raise ConfigError(problem)
+    header = read_header(gguf)
+
+    try:
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        _complete_config(config, header, gguf)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            config=config,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype or torch.bfloat16,
+            output_loading_info=True,
+        )
+        tokenizer = _open_tokenizer(gguf, header)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, NotImplementedError) as error:
+        why = error_text(error).rstrip('.')
+        raise ConfigError(f'{gguf} cannot be read as a model: {why}. {_NAME_ANOTHER}') from error
+
+    _check_tensors(model, header, gguf, loading['missing_keys'])
+    return model, tokenizer
+
+
+def _check_tensors(model: Any, header: GgufHeader, gguf: Path, missing: Any) -> None:
+    """Raise ConfigError if the model lacks a tensor of the file, or the file a tensor of the model."""
+    stored = sum(1 for name in header.tensors if name != _ROPE_FACTORS)
+    used = len(list(model.named_parameters()))
+    if missing or stored != used:
+        lacks = f', first {min(missing)}' if missing else ''
+        raise ConfigError(
+            f'{gguf} has {stored} tensors, and {type(model).__name__} has {used}: not all are used{lacks}. '
+            f'{_NAME_ANOTHER}'
+        )
+
+
+def _complete_config(config: Any, header: GgufHeader, gguf: Path) -> None:
+    """Set in the configuration what transformers does not read from the file.
+
+    transformers reads neither the size of a head of Qwen3 nor the scaling of the rotary embedding. Raises ConfigError
+    if the file has a setting that cannot be set.
+    """
+    for name, attribute in _SETTINGS.items():
+        if (value := header.setting(name)) is not None:
+            setattr(config, attribute, value)
+
+    window = header.setting('attention.sliding_window')
+    if config.model_type in ('gemma3_text', 'mistral'):
+        config.sliding_window = window
+    elif window is not None:
+        raise ConfigError(f'{gguf}: {config.model_type} with a sliding window is not read. {_NAME_ANOTHER}')
+
+    if config.model_type == 'gemma3_text':
+        _set_gemma(config, header)
+
+    widths = {header.setting('rope.dimension_count'), header.setting('attention.value_length')} - {None}
+    head = _head_size(config)
+    if widths - {head}:
+        raise ConfigError(
+            f'{gguf}: its heads have the size {head}, but rope.dimension_count or attention.value_length is '
+            f'{max(widths - {head})}. Such heads are not read. {_NAME_ANOTHER}'
+        )
+    _set_rope(config, header, gguf)
+
+
+def _set_gemma(config: Any, header: GgufHeader) -> None:
+    """Set what llama.cpp derives for Gemma 3: the scaling of queries, which is another one only in the 27B model."""
+    is_27b = config.num_hidden_layers == _LAYERS_27B
+    config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+    local = header.setting('rope.freq_base_swa')
+    if local is not None:
+        config.rope_parameters['sliding_attention']['rope_theta'] = local
+
+
+def _head_size(config: Any) -> int:
+    """Return the size of an attention head. Not every class has a setting for it."""
+    return int(config.to_dict().get('head_dim') or config.hidden_size // config.num_attention_heads)
+
+
+def _set_rope(config: Any, header: GgufHeader, gguf: Path) -> None:
+    """Set the scaling of the rotary embedding. Raises ConfigError if its kind is not known."""
+    rope = config.rope_parameters
+    rope = rope.get('full_attention', rope)  # Gemma 3 has one setting for each kind of layer.
+    kind = header.setting('rope.scaling.type')
+    if kind == 'linear':
+        rope.update(rope_type='linear', factor=float(header.setting('rope.scaling.factor')))
+    elif kind not in (None, 'none'):
+        raise ConfigError(f"{gguf}: its rotary embedding has the scaling '{kind}', which is not read. {_NAME_ANOTHER}")
+
+    if _ROPE_FACTORS not in header.tensors:
+        return
+    stored = _rope_factors(gguf)
+    for scaling in _LLAMA3:
+        config.rope_parameters = {**rope, **scaling}
+        if _is_close(stored, _factors_of(config)):
+            return
+    raise ConfigError(
+        f'{gguf}: the factors of its rotary embedding are neither those of Llama 3.1 nor of Llama 3.2. {_NAME_ANOTHER}'
     )
-    model.save_pretrained(target)
+
+
+def _rope_factors(gguf: Path) -> Any:
+    """Return the factors by which the file divides the frequencies of the rotary embedding, as a tensor."""
+    import torch
+    from gguf import GGUFReader
+
+    found = next(tensor for tensor in GGUFReader(gguf).tensors if tensor.name == _ROPE_FACTORS)
+    return torch.tensor(found.data.copy())
+
+
+def _factors_of(config: Any) -> Any:
+    """Return the factors by which a configuration divides the frequencies of the rotary embedding, as a tensor."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS['llama3'](config, torch.device('cpu'))
+    head = _head_size(config)
+    plain = config.rope_parameters['rope_theta'] ** -(torch.arange(0, head, 2).float() / head)
+    return plain / scaled
+
+
+def _is_close(one: Any, other: Any) -> bool:
+    """Return whether two tensors have the same shape and equal elements, to the rounding of fp32."""
+    import torch
+
+    return one.shape == other.shape and bool(torch.allclose(one, other, rtol=1e-4))
+
+
+def _open_tokenizer(gguf: Path, header: GgufHeader) -> Any:
+    """Return the tokenizer of a GGUF file."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    _complete_tokenizer(tokenizer, gguf)
-    tokenizer.save_pretrained(target)
-
-
-def _complete_tokenizer(tokenizer: Any, gguf: Path) -> None:
-    """Add to the tokenizer what transformers does not read from GGUF: control tokens, and the split at every digit."""
-    from gguf import GGUFReader
-    from tokenizers import AddedToken, pre_tokenizers
-
-    fields = GGUFReader(gguf).fields
-    types = fields['tokenizer.ggml.token_type']
-    tokens = fields['tokenizer.ggml.tokens']
-
-    control = [
-        bytes(tokens.parts[token]).decode()
-        for kind, token in zip(types.data, tokens.data, strict=True)
-        if types.parts[kind][0] == _CONTROL
-    ]
-    tokenizer.add_special_tokens(
-        {'additional_special_tokens': [AddedToken(text, special=True, normalized=False) for text in control]}
-    )
-
-    pre = fields['tokenizer.ggml.pre']
-    assert bytes(pre.parts[pre.data[0]]) == b'smollm', 'only the pre-tokenizer of SmolLM is implemented here'
-
-    # The text is split at every digit, and then by the pattern of GPT-2: LLAMA_VOCAB_PRE_TYPE_SMOLLM in
-    # https://github.com/ggml-org/llama.cpp.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    if header.metadata.get('tokenizer.ggml.pre') == 'smollm':
+        # The text is split at every digit, and then by the pattern of GPT-2: LLAMA_VOCAB_PRE_TYPE_SMOLLM in
+        # https://github.com/ggml-org/llama.cpp. transformers does not know this name.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer

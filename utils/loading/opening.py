@@ -169,9 +169,9 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
     native = CONFIG_MAPPING_NAMES.get(model_type)
     if expected and native != expected.config_class and model_type not in expected.model_types:
         raise ConfigError(
-            f"{model_dir}: config.json has model_type '{model_type}', which is neither family {expected.name} "
-            f'({" or ".join(expected.model_types)}) nor the native class of this family. Pass the --model_type of '
-            'this folder.'
+            f"{model_dir}: config.json has model_type '{model_type}', but the --model_type of this "
+            f'command is of the family {expected.name} ({" or ".join(expected.model_types)}). Give the --model_type '
+            'whose weights are in this folder.'
         )
 
     if family := find_family(config, info.family):

@@ -1,4 +1,4 @@
-"""Finds the weights of a model in a folder, in a package, or on a hub."""
+"""Finds the weights of a model in a folder, in a GGUF file, in a package, or on a hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.base.names import HubName
 from utils.hub import snapshot as hub
 from utils.hub.clients import Repo
 from utils.loading.fingerprint import Fingerprint, fingerprint
-from utils.loading.gguf import find_packaged_file
+from utils.loading.gguf import find_packaged_file, is_gguf
 from utils.loading.info import ModelInfo
 
 
@@ -73,6 +73,10 @@ def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', 
 
     if local.is_dir():
         return Weights(path=local, reason='it is a local directory', fingerprint=fingerprint(local))
+
+    if is_gguf(local):
+        reason = 'it is a GGUF file, whose weights are dequantised to bf16'
+        return Weights(path=local, reason=reason, fingerprint=fingerprint(local))
 
     snapshot, names = find_on_hub(info, revision=revision, hub_name=hub_name)
     path = snapshot.fetch([name for name in names if not any(fnmatchcase(name, glob) for glob in skip)])

@@ -122,7 +122,7 @@ def has_flag(flag: str) -> bool:
 
 
 def same(flag: str, why: str = '') -> Rule:
-    """Return a rule that sets a flag to the value of the key. `why` says how their meanings differ."""
+    """Return a rule that gives `flag` the value of the recipe's key. `why` says how the flag differs from the key."""
     return lambda t, key, value: t.use(key, flag, value, why=why)
 
 

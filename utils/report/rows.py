@@ -79,8 +79,8 @@ def read_answers(file: Path) -> dict[str, Row]:
         return {row['origin']: {'answer': row['answer'], 'scores': row['scores']} for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f'{file}: it holds no answers of llm_infer.py with the origins of their rows ({type(error).__name__}). '
-            'Give the file of --result_path, or answer the rows again.'
+            f'{file}: it holds no answers of llm_infer.py, or answers without origins ({type(error).__name__}). '
+            'Give the file that llm_infer.py wrote to --result_path, or run llm_infer.py again.'
         ) from error
 
 

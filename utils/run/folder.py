@@ -173,7 +173,8 @@ def result_path(args: InferArguments) -> Path:
     """Return the path of the file for answers, and create its folder.
 
     With --result_path, an existing file is replaced, with a warning. Without it, the file is infer_result.jsonl in the
-    checkpoint or under output/. If that file exists, the file name gets a number.
+    checkpoint or under output/. With --check_server, its name is check_server.json. If that file exists, the file name
+    gets a number.
     """
     if args.result_path is not None:
         path = Path(args.result_path)
@@ -187,8 +188,8 @@ def result_path(args: InferArguments) -> Path:
 
 def _unused_result_path(args: InferArguments) -> Path:
     folder = Path(args.ckpt_dir) if args.ckpt_dir is not None else Path('output') / run_name(args) / 'untuned'
-    path = folder / 'infer_result.jsonl'
+    path = folder / ('infer_result.jsonl' if args.check_server is None else 'check_server.json')
     if not path.exists():
         return path
-    numbered = (folder / f'infer_result-{number}.jsonl' for number in itertools.count(2))
+    numbered = (path.with_stem(f'{path.stem}-{number}') for number in itertools.count(2))
     return next(other for other in numbered if not other.exists())

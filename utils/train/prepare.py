@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# The stacked parameters of experts for which vLLM loads an adapter. It loads both or none.
+_SERVED_EXPERTS = {'gate_up_proj', 'down_proj'}
+
+
 def find_targets(
     model: PreTrainedModel, wanted: Sequence[str], frozen: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
@@ -223,7 +227,29 @@ def _put_adapter(
         fused, layers = fuse_lora(prepared)
         logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
     logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
+    if places.parameters:
+        _say_how_experts_are_served(places.parameters)
     return prepared
+
+
+def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
+    """Log whether vLLM can load an adapter of these expert parameters, or warn that it cannot.
+
+    vLLM takes the adapter with the name of the experts for down_proj, and the one below it (base_layer) for
+    gate_up_proj, and needs both: _stack_moe_lora_weights in
+    https://github.com/vllm-project/vllm/blob/main/vllm/lora/model_manager.py
+    """
+    if {last_name(name) for name in parameters} == _SERVED_EXPERTS:
+        logger.info(
+            'the adapter of the experts has the names and shapes that vLLM loads (--enable-lora, and for models whose '
+            'experts vLLM holds one by one --enable-mixed-moe-lora-format): docs/models.md'
+        )
+        return
+    logger.warning(
+        f'--lora_target_modules: of the experts only {", ".join(parameters)} gets LoRA. vLLM loads an adapter of '
+        'experts only with gate_up_proj and down_proj. Name both, or serve the merged model: llm_infer.py '
+        '--merge_lora_and_save true'
+    )
 
 
 def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[str], decide: Decide) -> _Places:

@@ -103,8 +103,8 @@ def same_tensors(state: State, original: Config) -> State:
 def unknown_key(key: str, family: str) -> ConfigError:
     """Return the error for a tensor whose name does not belong to the family."""
     return ConfigError(
-        f"tensor '{key}' is not one of family {family}: the checkpoint is of another model or newer. "
-        'Pass the --model_type of this checkpoint.'
+        f"tensor '{key}' is unknown in models of family {family}: these are the weights of another model, or of a "
+        'newer version of it. Give the --model_type of these weights.'
     )
 
 

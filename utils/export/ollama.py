@@ -1,0 +1,250 @@
+"""Writes a chat template as a template of Ollama, and the Modelfile of a model.
+
+Ollama does not run the chat template of a GGUF file. It has templates in the language of Go's text/template.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from utils.formats.conversation import Row
+
+# A function that returns the prompt for messages, as the chat template renders it.
+Render = Callable[[Sequence[Mapping[str, str]]], str]
+# Without a PARAMETER line, Ollama cuts a conversation to this number of tokens.
+_OLLAMA_CONTEXT = 4096
+_QUOTES = '"""'
+
+
+class NotExpressible(ValueError):
+    """The chat template cannot be written as a template of Ollama. The message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """The texts that a chat template prints around the texts of a conversation.
+
+    A prompt is `opening` (or, with a system text, `before_system`, the system text and `after_system`), the first
+    question, then for each earlier reply `before_reply`, the reply, `after_reply` and the next question, and at the end
+    `before_answer`. `before_system` is None if the template has no place for a system text.
+    """
+
+    opening: str
+    before_reply: str
+    after_reply: str
+    before_answer: str
+    before_system: str | None = None
+    after_system: str = ''
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the prompt for messages, as Ollama renders it with `go_template`."""
+        texts = [self.opening]
+        if messages[0]['role'] == 'system' and self.before_system is not None:
+            texts = [self.before_system, messages[0]['content'], self.after_system]
+
+        turns = [message for message in messages if message['role'] != 'system']
+        for number, turn in enumerate(turns):
+            if turn['role'] == 'assistant':
+                texts += [self.before_reply, turn['content']]
+            else:
+                texts += [self.after_reply if number else '', turn['content']]
+        return ''.join([*texts, self.before_answer])
+
+    def without_bos(self, bos: str) -> Turns:
+        """Return these texts without a leading bos token. llama.cpp adds this token itself."""
+        return replace(
+            self,
+            opening=self.opening.removeprefix(bos),
+            before_system=None if self.before_system is None else self.before_system.removeprefix(bos),
+        )
+
+    def go_template(self) -> str:
+        """Return the template in the language of Ollama.
+
+        Texts are written as quoted strings, so that no line break of the template is printed.
+        """
+        start = _print(self.opening)
+        if self.before_system is not None:
+            system = f'{_print(self.before_system)}{{{{ $.System }}}}{_print(self.after_system)}'
+            start = f'{{{{ if $.System }}}}{system}{{{{ else }}}}{start}{{{{ end }}}}'
+        return '\n'.join(
+            (
+                '{{- $asked := false }}{{ $role := "" }}',
+                '{{- range .Messages }}',
+                '{{- if eq .Role "user" }}',
+                f'{{{{- if $asked }}}}{_print(self.after_reply)}{{{{ else }}}}{start}{{{{ end }}}}',
+                '{{- .Content }}{{ $asked = true }}',
+                f'{{{{- else if eq .Role "assistant" }}}}{_print(self.before_reply)}{{{{ .Content }}}}',
+                '{{- end }}{{ $role = .Role }}',
+                '{{- end }}',
+                f'{{{{- if ne $role "assistant" }}}}{_print(self.before_answer)}{{{{ end }}}}',
+            )
+        )
+
+
+def _print(text: str) -> str:
+    """Return the action of a Go template that prints a text. JSON strings are also strings of Go."""
+    return f'{{{{ {json.dumps(text, ensure_ascii=False)} }}}}' if text else ''
+
+
+def learn_turns(render: Render) -> Turns:
+    """Return the texts around the turns of a chat template. They are learned by rendering chats with random texts.
+
+    Raises NotExpressible if the template does not print these texts in the order of the chat.
+    """
+    words = [secrets.token_hex(8) for _ in range(6)]
+    roles = ('system', 'user', 'assistant', 'user', 'assistant', 'user')
+    chat = [{'role': role, 'content': word} for role, word in zip(roles, words, strict=True)]
+
+    try:
+        opening, before_reply, after_reply, *_, before_answer = _between(render, chat[1:])
+    except TemplateError as error:
+        raise NotExpressible(f'it refuses a chat of three rounds: {error}') from error
+    turns = Turns(opening=opening, before_reply=before_reply, after_reply=after_reply, before_answer=before_answer)
+    try:
+        before_system, after_system, *_ = _between(render, chat)
+        turns = replace(turns, before_system=before_system, after_system=after_system)
+    except (NotExpressible, TemplateError):
+        pass  # the template has no place for a system text in front of the first question
+
+    first = 1 if turns.before_system is None else 0
+    for start, end in itertools.product({1, first}, (2, 4, 6)):
+        if render(chat[start:end]) != turns.prompt(chat[start:end]):
+            raise NotExpressible('the text around a turn depends on its position')
+    return turns
+
+
+def _between(render: Render, chat: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the texts before, between and after the contents of a chat, as the template prints them."""
+    rest = render(chat)
+    texts = []
+    for message in chat:
+        before, found, rest = rest.partition(message['content'])
+        if not found or message['content'] in rest:
+            raise NotExpressible(f'a text of the {message["role"]} is not printed once, in the order of the chat')
+        texts.append(before)
+    return [*texts, rest]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """How many conversations a template of Ollama was compared on.
+
+    equal: the same text as from the chat template. stripped: the chat template removes blanks at the ends of a text.
+    unlike: conversations with tools, reasoning or other turns, which the template of Ollama does not have.
+    """
+
+    equal: int
+    stripped: int
+    unlike: int
+
+    def sentence(self) -> str:
+        """Return the sentence about these numbers for the log and for proofs.json."""
+        says = f'its TEMPLATE gives the text of the chat template on {self.equal} conversations'
+        if self.stripped:
+            says += f', on {self.stripped} more except blanks at the ends of texts, which Ollama keeps'
+        if self.unlike:
+            says += f'; {self.unlike} with tools, reasoning or other turns need a server that runs the chat template'
+        return says
+
+
+def compare_turns(turns: Turns, render: Render, rows: Sequence[Row]) -> Compared:
+    """Compare the prompts of rows with those of the chat template, and return how many are equal.
+
+    Raises NotExpressible if a plain conversation gives another text.
+    """
+    counts = {'equal': 0, 'stripped': 0, 'unlike': 0}
+    for row in rows:
+        messages = [{'role': turn['role'], 'content': turn['content']} for turn in row.messages[:-1]]
+        counts[_judge(turns, render, row, messages)] += 1
+    return Compared(**counts)
+
+
+def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return the name of the count of Compared to which a row belongs."""
+    if not _is_plain(row, has_system=turns.before_system is not None):
+        return 'unlike'
+    try:
+        wanted = render(messages)
+    except TemplateError:
+        return 'unlike'
+    if turns.prompt(messages) == wanted:
+        return 'equal'
+
+    stripped = [{**message, 'content': message['content'].strip()} for message in messages]
+    if stripped != messages and turns.prompt(stripped) == wanted:
+        return 'stripped'
+    raise NotExpressible(f'{row.origin} gives another text')
+
+
+def _is_plain(row: Row, *, has_system: bool) -> bool:
+    """Return whether a row has only turns that a template of Ollama has: a system text, then questions and replies."""
+    messages = row.messages[:-1]
+    roles = [message['role'] for message in messages]
+    if has_system and roles[:1] == ['system']:
+        roles = roles[1:]
+    alternates = all(role == ('user', 'assistant')[n % 2] for n, role in enumerate(roles)) and len(roles) % 2 == 1
+    plain = all(message.keys() <= {'role', 'content', 'loss'} for message in messages)
+    thinks = any('<think>' in message['content'] for message in messages)
+    return alternates and plain and not thinks and not row.tools and not row.images and not row.is_text
+
+
+def modelfile(
+    gguf_name: str,
+    *,
+    template: str | None,
+    system: str | None,
+    stops: Sequence[str],
+    config: Any,
+    max_length: int,
+    note: str = '',
+) -> str:
+    """Return the text of a Modelfile for the GGUF file `gguf_name` in the same folder.
+
+    Without `template`, the file has no TEMPLATE, and `note` says why. `stops` are the texts at which an answer ends,
+    and `config` has the generation settings.
+    """
+    name = gguf_name.removesuffix('.gguf').lower()
+    lines = [f'# ollama create {name} -f {gguf_name.removesuffix(".gguf")}.Modelfile', f'FROM ./{gguf_name}']
+    lines += [f'# {line}' for line in note.splitlines()]
+    if template is not None:
+        lines.append(f'TEMPLATE {_QUOTES}{template}{_QUOTES}')
+    if system and fits_modelfile(system):
+        lines.append(f'SYSTEM {_QUOTES}{system}{_QUOTES}')
+    lines += [f'PARAMETER stop {_quoted(stop)}' for stop in stops]
+    lines += [f'PARAMETER {name} {value}' for name, value in _parameters(config, max_length).items()]
+    return '\n'.join(lines) + '\n'
+
+
+def fits_modelfile(text: str) -> bool:
+    """Return whether a Modelfile can hold a text between three quotes. It has no way to escape quotes."""
+    return _QUOTES not in text and not text.endswith('"')
+
+
+def _quoted(text: str) -> str:
+    quotes = _QUOTES if '"' in text or '\n' in text else '"'
+    return f'{quotes}{text}{quotes}'
+
+
+def _parameters(config: Any, max_length: int) -> dict[str, Any]:
+    """Return the parameters of Ollama for generation settings. Defaults of Ollama that differ are always replaced."""
+    found: dict[str, Any] = {'temperature': 0}
+    if config.do_sample:
+        found = {
+            'temperature': 1.0 if config.temperature is None else config.temperature,
+            'top_k': 50 if config.top_k is None else config.top_k,
+            'top_p': 1.0 if config.top_p is None else config.top_p,
+        }
+    found['repeat_penalty'] = config.repetition_penalty or 1.0
+    if config.max_new_tokens:
+        found['num_predict'] = config.max_new_tokens
+    if max_length > _OLLAMA_CONTEXT:
+        found['num_ctx'] = max_length
+    return found

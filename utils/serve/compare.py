@@ -1,0 +1,245 @@
+"""Compares the answer of a server to a row with the answer that is computed here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from utils.serve.client import Reply
+from utils.serve.expected import Model, Next
+from utils.serve.request import Question
+
+# Two tokens are equally likely up to rounding if their log probabilities differ by at most this number, and so are two
+# log probabilities of one token. The number depends on the dtype of the computation here. Merging rounds too: with
+# SmolLM2 in bf16, a merged folder and base + adapter chose different tokens that were 0.62 apart.
+ROUNDING = {'float32': 0.05, 'bfloat16': 1.0, 'float16': 0.25}
+# Log probabilities below this number are not compared: rounding changes them most.
+_UNLIKELY = -5.0
+# The number of token ids that are shown where two prompts differ.
+_SHOWN_IDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question, the reply of the server, and the token ids that the server makes of the prompt, if it shows them."""
+
+    question: Question
+    reply: Reply
+    served_ids: list[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A model, the ids of its answer to one question, and the largest number of tokens of an answer."""
+
+    model: Model
+    ids: list[int]
+    limit: int
+
+    @property
+    def text(self) -> str:
+        """Return the answer as text."""
+        return self.model.text(self.ids)
+
+    @property
+    def ended(self) -> bool:
+        """Return whether the answer ended before the largest number of tokens."""
+        return len(self.ids) < self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How an answer of the server agrees with an answer of a model.
+
+    'rounding' means that at the first different token both tokens are equally likely up to rounding. `at` counts the
+    tokens from 1. `run` and `server` have the text from there on. `gap` is the difference of the two log probabilities.
+    It is None if the token of the server is not among the likely ones.
+    """
+
+    kind: Literal['equal', 'rounding', 'different']
+    at: int = 0
+    run: str = ''
+    server: str = ''
+    gap: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Return whether the answers are equal up to rounding."""
+        return self.kind != 'different'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """The comparison of one row. `here` is the answer of the run, and `there` the answer of its base.
+
+    `own` and `base` compare the reply with these answers. They are None if the answers cannot be compared. `base` is
+    also None without an adapter, or if `own` is equal. `first` and `first_base` are the largest difference of the log
+    probabilities of the first token. They are None if the server gives none that can be compared. `stops` says whether
+    the server ends the answer before or after the end of turn of the run.
+    """
+
+    asked: Asked
+    here: Expected
+    there: Expected | None
+    own: Agreement | None
+    base: Agreement | None
+    stops: Literal['early', 'late'] | None
+    first: float | None
+    first_base: float | None
+
+    @property
+    def origin(self) -> str:
+        """Return the location of the row."""
+        return self.asked.question.row.origin
+
+    @property
+    def ids(self) -> list[int]:
+        """Return the ids of the prompt of the run."""
+        return self.asked.question.ids
+
+    @property
+    def served_ids(self) -> list[int] | None:
+        """Return the ids of the prompt of the server, if they can be compared with those of the run."""
+        # An image is one id on some servers, and many on others.
+        return None if self.asked.question.paths else self.asked.served_ids
+
+    @property
+    def reply(self) -> Reply:
+        """Return the reply of the server."""
+        return self.asked.reply
+
+    @property
+    def tells(self) -> bool:
+        """Return whether run and base answer this row differently."""
+        return self.there is not None and self.there.text.strip() != self.here.text.strip()
+
+    @property
+    def answered_by(self) -> Literal['run', 'base'] | None:
+        """Return whose answer the reply is. An equal answer counts more than one that is equal up to rounding."""
+        for kind in ('equal', 'rounding'):
+            if self.own is not None and self.own.kind == kind:
+                return 'run'
+            if self.base is not None and self.base.kind == kind:
+                return 'base'
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row for the record of the check."""
+        base = None if self.there is None else self.there.text
+        made: dict[str, Any] = {
+            'origin': self.origin,
+            'prompt_tokens': {'run': len(self.ids), 'server': self.reply.prompt_tokens},
+            'prompt_ids_equal': None if self.served_ids is None else self.served_ids == self.ids,
+            'answers': {'run': self.here.text, 'base': base, 'server': self.reply.text},
+            'answers_agree': 'not compared' if self.own is None else self.own.kind,
+            'first_logprob_difference': {'run': self.first, 'base': self.first_base},
+            'stops': self.stops,
+        }
+        if self.own is not None and self.own.kind != 'equal':
+            made['first_difference'] = {
+                'token': self.own.at,
+                'run': self.own.run,
+                'server': self.own.server,
+                'gap': self.own.gap,
+            }
+        return made
+
+
+def check_row(asked: Asked, here: Expected, there: Expected | None, *, rounding: float) -> Checked:
+    """Return the comparison of one row with the model of the run, and with its base if there is an adapter."""
+    question, reply = asked.question, asked.reply
+    own = agree(question, reply, here, rounding=rounding)
+    base = None
+    if there is not None and own is not None and own.kind != 'equal':
+        base = agree(question, reply, there, rounding=rounding)
+    return Checked(
+        asked=asked,
+        here=here,
+        there=there,
+        own=own,
+        base=base,
+        stops=_stops(reply, here, own),
+        first=_first_difference(reply.first, here.model, question),
+        first_base=None if there is None else _first_difference(reply.first, there.model, question),
+    )
+
+
+def agree(question: Question, reply: Reply, expected: Expected, *, rounding: float) -> Agreement | None:
+    """Return how the answer of the server agrees with an answer of a model.
+
+    A server may remove white space around an answer. Returns None if it has taken tool calls out of the answer.
+    """
+    if reply.has_calls:
+        return None
+    answer = expected.text
+    if reply.reasoning:
+        thought, said = reply.reasoning.strip(), reply.text.strip()
+        is_same = thought in answer and answer.strip().endswith(said)
+        return Agreement(kind='equal' if is_same else 'different', at=1, run=answer, server=f'{thought}\n{said}')
+    if reply.text in (answer, answer.strip()):
+        return Agreement(kind='equal')
+
+    common = _common(expected, reply.text)
+    begun = expected.model.text(expected.ids[:common])
+    rest = reply.text[len(begun) :]
+    after = expected.model.next_token(question, expected.ids[:common])
+    gap = _gap(after, rest, is_cut=not rest and reply.finish == 'length')
+    return Agreement(
+        kind='rounding' if gap is not None and gap <= rounding else 'different',
+        at=common + 1,
+        run=answer[len(begun) :],
+        server=rest,
+        gap=gap,
+    )
+
+
+def _common(expected: Expected, served: str) -> int:
+    """Return the number of ids at the start of an answer whose text begins the answer of the server."""
+    counts = range(len(expected.ids), 0, -1)
+    return next((count for count in counts if served.startswith(expected.model.text(expected.ids[:count]))), 0)
+
+
+def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
+    """Return how much less likely the token of the server is than the likeliest one. Returns None if it is not likely.
+
+    `rest` is the text of the server from this token on. `is_cut` says that the server ended there for lack of tokens.
+    """
+    chosen = None if is_cut else after.of(rest)
+    if chosen is None:
+        return None
+    return max(0.0, max(*after.likely.values(), after.stop) - chosen)
+
+
+def _stops(reply: Reply, here: Expected, own: Agreement | None) -> Literal['early', 'late'] | None:
+    """Return whether the server ends an answer before or after the end of turn of the run."""
+    if own is None or own.kind == 'rounding' or reply.reasoning:
+        return None
+    if own.kind == 'equal':
+        # Text after the end of turn may consist of special tokens, which are not shown.
+        goes_on = here.ended and reply.new_tokens is not None and reply.new_tokens > len(here.ids) + 1
+        return 'late' if goes_on else None
+    if here.ended and not own.run:
+        return 'late'
+    return 'early' if not own.server and reply.finish != 'length' else None
+
+
+def _first_difference(served: Mapping[str, float], model: Model, question: Question) -> float | None:
+    """Return the largest difference of the log probabilities of the first token, among likely tokens.
+
+    Returns None if the server lists no token that is likely here.
+    """
+    if not served:
+        return None
+    here = model.next_token(question).likely
+    shared = [abs(value - here[token]) for token, value in served.items() if here.get(token, -math.inf) > _UNLIKELY]
+    return max(shared, default=None)
+
+
+def first_different(run: Sequence[int], served: Sequence[int], model: Model) -> tuple[int, str, str]:
+    """Return where two prompts differ: the number of the token, from 1, and the texts of both from there on."""
+    pairs = zip(run, served, strict=False)
+    at = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(run), len(served)))
+    texts = [str(model.tokenizer.decode(list(ids[at : at + _SHOWN_IDS]))) for ids in (run, served)]
+    return at + 1, texts[0], texts[1]

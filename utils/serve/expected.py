@@ -1,0 +1,104 @@
+"""Computes here what the server should answer: greedy answers, and log probabilities of the next token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.base.logger import logger
+from utils.infer.generation import generate_rows
+from utils.loading.image_processors import Images
+from utils.serve.request import Question
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+# The number of most likely tokens among which the token of the server is looked for.
+_CANDIDATES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Next:
+    """The next token of a text, as the model predicts it: the log probability of each likely token by its text.
+
+    `stop` is the log probability of the most likely token that ends an answer.
+    """
+
+    likely: dict[str, float]
+    stop: float
+
+    def of(self, text: str) -> float | None:
+        """Return the log probability of the most likely token with which `text` begins. Returns None if none is likely.
+
+        If `text` is empty, it is the log probability of a token that ends the answer.
+        """
+        if not text:
+            return self.stop
+        found = [value for token, value in self.likely.items() if _begins(text, token)]
+        return max(found, default=None)
+
+
+def _begins(text: str, token: str) -> bool:
+    """Return whether the text may begin with the token. The last character of a token may be unfinished (U+FFFD)."""
+    whole = token.rstrip('\ufffd')
+    if whole == token:
+        return bool(token) and text.startswith(token)
+    rest = text[len(whole) :]
+    return text.startswith(whole) and rest[:1] > '\x7f'
+
+
+class Model:
+    """A model that answers questions greedily. `is_base` says whether the adapter is switched off."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: GenerationConfig, images: Images | None, *, is_base: bool = False
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.images = images
+        self._off: Callable[[], Any] = model.disable_adapter if is_base else contextlib.nullcontext
+
+    def answers(self, questions: Sequence[Question], *, batch_size: int) -> list[list[int]]:
+        """Return the ids of the greedy answers, without the token that ends them."""
+        with self._off():
+            return generate_rows(
+                self.model,
+                [question.ids for question in questions],
+                self.config,
+                batch_size=batch_size,
+                images=self.images,
+                paths=[question.paths for question in questions],
+                progress=lambda done: logger.info(f'computed {done} of {len(questions)} answers'),
+            )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return an answer as text, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def next_token(self, question: Question, begun: Sequence[int] = ()) -> Next:
+        """Return what the model predicts after the prompt of a question and the beginning of an answer."""
+        import torch
+
+        ids = torch.tensor([[*question.ids, *begun]], device=self.model.device)
+        inputs = {'input_ids': ids}
+        if self.images is not None:
+            shown = self.images.inputs(ids, question.paths)
+            inputs |= {name: tensor.to(ids.device) for name, tensor in shown.items()}
+        with torch.no_grad(), self._off():
+            logits = self.model(**inputs, use_cache=False).logits[0, -1].float()
+        found = torch.log_softmax(logits, dim=-1)
+
+        values, indices = found.topk(min(_CANDIDATES, len(found)))
+        likely: dict[str, float] = {}
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True):
+            likely.setdefault(self._token_text(index), value)
+        return Next(likely=likely, stop=float(found[self.config.eos_token_id].max()))
+
+    def _token_text(self, index: int) -> str:
+        """Return the text of a token inside a text. Some tokenizers remove a blank if they decode one token alone."""
+        text = str(self.tokenizer.decode([index]))
+        begins = str(self.tokenizer.convert_ids_to_tokens(index)).startswith('▁')
+        return f' {text}' if begins and not text.startswith(' ') else text

@@ -1,0 +1,178 @@
+"""Writes the prompt of a row as the request that a client of the OpenAI API sends."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import mimetypes
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.encode.encoded import RowRefused
+from utils.formats.conversation import Message, Row
+from utils.formats.json_text import json_as_written
+from utils.loading.template_settings import parse_settings
+from utils.preprocess import AUTO
+
+if TYPE_CHECKING:
+    from utils.encode.encoder import Encoder
+
+_ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
+
+IS_TEXT = 'plain text, which has no form in the chat API'
+NO_QUESTION = 'no turn before the reply'
+CUT = 'the prompt is longer than --max_length'
+OTHER_ROLE = 'a role that the chat API does not have'
+OTHER_TOOL = 'a tool that is not a function of the chat API'
+LOST = 'the chat API has no place for a part of the prompt (reasoning, spelling of numbers, missing ids of calls)'
+
+
+class NotSayable(Exception):
+    """The prompt of a row cannot be written as a request. The text is the reason, under which the row is counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A row, the token ids of its prompt, and the request for it.
+
+    `paths` has the paths of the images in the prompt.
+    """
+
+    row: Row
+    ids: list[int]
+    request: Mapping[str, Any]
+    paths: tuple[str, ...] = ()
+
+
+def question_of(row: Row, encoder: Encoder) -> Question:
+    """Return the request for the prompt of a row. Raises NotSayable if the chat API cannot carry this prompt.
+
+    The request is read back and encoded: it must give the ids of the prompt.
+    """
+    if row.is_text:
+        raise NotSayable(IS_TEXT)
+    uncut = copy.copy(encoder)
+    uncut.max_length = -1
+    ids = uncut.encode_prompts([row])[0]
+    if 0 < encoder.max_length < len(ids):
+        raise NotSayable(CUT)
+
+    messages = [dict(message) for message in row.messages[:-1]]
+    if not messages:
+        raise NotSayable(NO_QUESTION)
+    if encoder.name == AUTO and encoder.system is not None and messages[0]['role'] != 'system':
+        messages.insert(0, {'role': 'system', 'content': encoder.system})
+    request: dict[str, Any] = {'messages': _in_api(messages)}
+    if row.tools:
+        request['tools'] = [_tool(tool) for tool in row.tools]
+    request |= _switch(row, request, uncut, ids)
+
+    shown, found = encoder.open_images(row)
+    paths = tuple(path for path, _ in found)
+    if paths:
+        _show_images(request['messages'], shown, encoder.text.image, paths)
+    return Question(row=row, ids=ids, request=request, paths=paths)
+
+
+def _in_api(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the keys of the API. Calls without an id get one, and so do their results."""
+    made = []
+    unanswered: list[str] = []
+    for number, message in enumerate(messages):
+        if message['role'] not in _ROLES:
+            raise NotSayable(OTHER_ROLE)
+        said = {'role': message['role'], 'content': message['content']}
+        if 'name' in message:
+            said['name'] = message['name']
+        if 'tool_calls' in message:
+            said['tool_calls'] = [_call(call, f'call_{number}_{n}') for n, call in enumerate(message['tool_calls'])]
+            unanswered = [call['id'] for call in said['tool_calls']]
+        if message['role'] == 'tool':
+            answered = unanswered.pop(0) if unanswered else f'call_{number}'
+            said['tool_call_id'] = message.get('tool_call_id', answered)
+        made.append(said)
+    return made
+
+
+def _call(call: Mapping[str, Any], made_id: str) -> dict[str, Any]:
+    function = call['function']
+    arguments = function['arguments']
+    text = arguments if isinstance(arguments, str) else json_as_written(arguments)
+    return {'id': call.get('id') or made_id, 'type': 'function', 'function': {**function, 'arguments': text}}
+
+
+def _tool(tool: Any) -> Any:
+    """Return a tool with plain numbers. Raises NotSayable if it is not {'type': 'function', 'function': {...}}."""
+    if not isinstance(tool, Mapping) or not isinstance(tool.get('function'), Mapping):
+        raise NotSayable(OTHER_TOOL)
+    return json.loads(json_as_written(tool))
+
+
+def _switch(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
+    """Return the template variables that the request needs: none, or the thinking switch of the template.
+
+    Raises NotSayable if the request gives other ids than `ids` with and without the switch.
+    """
+    asked = replace(row, messages=[*_read_back(request['messages']), _unknown()], tools=request.get('tools'))
+    for thinks in (False, True):
+        asking = copy.copy(encoder)
+        asking.asks_to_think = thinks
+        try:
+            is_same = asking.encode_prompts([asked])[0] == ids
+        except RowRefused:
+            is_same = False
+        if is_same:
+            return {'chat_template_kwargs': parse_settings([asking.switch])} if thinks and asking.switch else {}
+    raise NotSayable(LOST)
+
+
+def _unknown() -> Message:
+    return Message(role='assistant', content='')
+
+
+def _read_back(messages: Sequence[Mapping[str, Any]]) -> Iterator[Message]:
+    """Yield the messages of a request as a server reads them: the arguments of calls are parsed."""
+    for message in messages:
+        read = Message(**message)  # type: ignore[typeddict-item]
+        if 'tool_calls' in read:
+            read['tool_calls'] = [{**call, 'function': _parsed(call['function'])} for call in read['tool_calls']]
+        yield read
+
+
+def _parsed(function: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        arguments = json.loads(function['arguments'])
+    except ValueError:
+        arguments = None
+    return {**function, 'arguments': arguments if isinstance(arguments, dict) else function['arguments']}
+
+
+def _show_images(messages: list[dict[str, Any]], shown: Row, mark: str, paths: Sequence[str]) -> None:
+    """Replace the text of each user turn with images by its parts: texts, and images as data URLs.
+
+    In the text of `shown`, `mark` stands for each image.
+    """
+    left = iter(paths)
+    turns = iter(turn['content'] for turn in shown.messages if turn['role'] == 'user')
+    for message in messages:
+        if message['role'] != 'user':
+            continue
+        first, *others = next(turns).split(mark)
+        parts: list[dict[str, Any]] = [_text_part(first)] if first else []
+        for text in others:
+            parts.append({'type': 'image_url', 'image_url': {'url': _data_url(Path(next(left)))}})
+            parts += [_text_part(text)] if text else []
+        if others:
+            message['content'] = parts
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {'type': 'text', 'text': text}
+
+
+def _data_url(path: Path) -> str:
+    kind = mimetypes.guess_type(path.name)[0] or 'image/png'
+    return f'data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}'
