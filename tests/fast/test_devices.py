@@ -39,7 +39,9 @@ def test_the_loss_is_computed_where_the_head_is(monkeypatch: pytest.MonkeyPatch)
     found: list[torch.Tensor] = [*scored(hidden, targets, head), head_logits(hidden.detach(), head)]
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(
-        chunked_loss._SummedLoss, 'apply', lambda hidden, weight, bias, targets, *_: seen.extend([hidden, targets])
+        chunked_loss._SummedLoss,
+        'apply',
+        lambda hidden, weight, bias, values, rows, targets, *_: seen.extend([hidden, targets]),
     )
     summed_loss(hidden, targets, head, 2.0)
     assert len(found) == 3 and len(seen) == 2 and {x.device for x in [*found, *seen]} == {OTHER}
