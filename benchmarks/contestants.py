@@ -13,7 +13,8 @@ def _common(output: str, *, steps: int, batch: int, accumulation: int) -> dict[s
     return {
         'output_dir': output, 'per_device_train_batch_size': batch, 'gradient_accumulation_steps': accumulation,
         'max_steps': steps, 'learning_rate': 1e-4, 'logging_steps': 1000, 'save_strategy': 'no', 'bf16': True,
-        'use_cpu': True, 'report_to': 'none', 'disable_tqdm': True, 'gradient_checkpointing': False,
+        'use_cpu': not torch.cuda.is_available(), 'report_to': 'none', 'disable_tqdm': True,
+        'gradient_checkpointing': False,
     }  # fmt: skip
 
 
@@ -52,12 +53,18 @@ def trl(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, var
 
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     masks = [[int(row['trained'][0] <= i < row['trained'][1]) for i in range(len(row['input_ids']))] for row in rows]
-    packs = variant == 'trl_packing'
+    packs = variant in ('trl_packing', 'trl_liger')
     data = Dataset.from_dict({'input_ids': [row['input_ids'] for row in rows], 'completion_mask': masks})
     common = _common(output, steps=steps, batch=1 if packs else batch, accumulation=accumulation)
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**common, max_length=max_length, packing=packs, completion_only_loss=True),
+        args=SFTConfig(
+            **common,
+            max_length=max_length,
+            packing=packs,
+            completion_only_loss=True,
+            use_liger_kernel=variant == 'trl_liger',
+        ),
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=None if targets is None else _lora(targets),

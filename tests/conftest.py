@@ -25,12 +25,38 @@ from utils.run import curves
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption('--record-errors', action='store_true', help='record which test reaches which message for users')
+    parser.addoption('--device', default='cpu', help='the device of tests with the marker on_device, for example cuda')
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse --record-errors in several processes, which would overwrite each other's table."""
     if config.getoption('--record-errors') and config.getoption('numprocesses', None):
         raise pytest.UsageError('--record-errors: add -n 0, because only one process can write the table')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests with the marker gpu if torch finds no GPU. torch is imported only if there is such a test."""
+    needing = [item for item in items if item.get_closest_marker('gpu')]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason='torch finds no GPU'))
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make tests with the marker on_device create their tensors and models on the device of --device."""
+    name = request.config.getoption('--device')
+    if name == 'cpu' or not request.node.get_closest_marker('on_device'):
+        yield
+        return
+    import torch
+
+    with torch.device(name):
+        yield
 
 
 RECORDER = pytest.StashKey[Recorder]()

@@ -23,6 +23,8 @@ def test_a_machine_that_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[
         'ok   bfloat16 on c',
         'ok   all-reduce of 2 processes over',
         'ok   4-bit layer: its',
+        'note flash-linear-attention: not installed; a fast kernel for Qwen3.5',
+        'note causal-conv1d: not installed; a fast kernel for Qwen3.5',
     ):
         assert line in printed
     assert f'GiB free at {tmp_path}\n' in printed and not (tmp_path / 'new').exists()
@@ -45,6 +47,59 @@ def test_what_fails_is_named_with_its_remedy(
     )
     assert "No module named 'utils'" in printed.split('FAIL all-reduce of 2 processes over')[1]
     assert printed.endswith('2 checks failed\n')
+
+
+# The compute capabilities of V100, T4, A100, RTX 3090, H100, B200, RTX 5090.
+BUILT = {
+    (7, 0): False, (7, 5): True, (8, 0): True, (8, 6): True, (9, 0): True, (10, 0): True, (12, 0): True,
+}  # fmt: skip
+
+
+def test_gpus_without_kernels_are_known() -> None:
+    builds = ['sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120', 'compute_120']
+    assert {capability: machine._is_built_for(capability, builds) for capability in BUILT} == BUILT
+    assert machine._is_built_for((8, 9), ['sm_80']) and not machine._is_built_for((9, 0), ['sm_80'])
+    assert machine._is_built_for((9, 0), ['sm_90a']) and not machine._is_built_for((9, 1), ['sm_90a'])
+    assert machine._is_built_for((13, 0), builds) and not machine._is_built_for((11, 0), builds[:-1])
+
+
+class Cuda:
+    """Stands in for the functions of torch.cuda that the check calls."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.capability = capability
+
+    def get_arch_list(self) -> list[str]:
+        return ['sm_75', 'sm_80', 'sm_90', 'compute_90']
+
+    def get_device_capability(self, index: int) -> tuple[int, int]:
+        return self.capability
+
+
+@pytest.mark.parametrize(
+    ('capability', 'kernel', 'works', 'says'),
+    [
+        ((9, 0), 'flash', True, 'flash; output and gradients are within 1.0e-03 of fp32'),
+        ((9, 0), 'groups', None, 'The flash kernel is not used: it failed its trial'),
+        ((7, 5), 'groups', None, 'The flash kernel is not used: it needs compute capability 8.0'),
+        ((7, 0), 'groups', False, 'has none for sm_70, only for sm_75, sm_80, sm_90, compute_90'),
+    ],
+)
+def test_kernels_of_a_gpu(
+    capability: tuple[int, int], kernel: str, works: bool | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is faked. The real trial of a kernel is tested in tests/fast."""
+    import torch
+
+    from utils.fast import attention
+
+    monkeypatch.setattr(torch, 'cuda', Cuda(capability))
+    monkeypatch.setattr(machine.device, 'torch_name', lambda index: f'cuda:{index}')
+    monkeypatch.setattr(attention, 'kernel_for', lambda case, used: kernel)
+    monkeypatch.setattr(attention, 'trial_error', lambda name, case, used: 0.001)
+    (finding,) = machine._nvidia(1)
+    assert finding.works is works and says in finding.says
+    assert bool(finding.remedy) == (works is False)
 
 
 def test_a_mistyped_flag_is_answered_first(problems: Problems) -> None:

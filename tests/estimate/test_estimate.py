@@ -145,7 +145,7 @@ def test_modes_come_from_flags() -> None:
     rounded = mode('--sft_type', 'full', '--full_weights', 'bf16')
     assert (rounded.trained, rounded.optimizer_bytes, rounded.autocasts) == (2, 6, False)
     qlora = mode('--quantization_bit', '4', '--lora_target_modules', 'ALL')
-    assert (qlora.packed, qlora.fused, len(qlora.targets)) == ('nf4x2', False, 7)
+    assert (qlora.packed, qlora.fused, len(qlora.targets)) == ('nf4x2', True, 7)
     assert mode('--model_type', 'qwen-7b-chat-int8').packed == 'gptq8'
     assert mode('--model_type', 'baichuan2-7b-chat-int4').packed == 'nf4'
     assert mode('--lora_target_modules', 'c_attn', 'mlp.c_proj').targets == ('q_proj', 'k_proj', 'v_proj', 'down_proj')
@@ -166,7 +166,6 @@ def saved_bytes(model: Any, prepared: Any, *, padding_free: bool, autocasts: boo
     from utils.fast.scoring import Scorer
 
     rows = [{'input_ids': list(range(1, 41)), 'trained': (10, 40), 'prompt_length': 10}] * 2
-    own = {p.untyped_storage().data_ptr() for p in prepared.parameters()}
     held: list[weakref.ref[Any]] = []  # autograd frees tensors of a graph that does not lead to the loss
 
     def save(tensor: Any) -> Any:
@@ -176,6 +175,8 @@ def saved_bytes(model: Any, prepared: Any, *, padding_free: bool, autocasts: boo
     autocast = torch.autocast('cpu', dtype=torch.bfloat16) if autocasts else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), autocast:
         loss = Scorer(model, find_head(model)).loss(prepared, Collator(0, pads=not padding_free)(rows), 1.0)
+    copies = [c.low for m in prepared.modules() if 'low_copies' in vars(m) for c in m.low_copies._copies.values()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*prepared.parameters(), *copies)}
     storages = [tensor.untyped_storage() for ref in held if (tensor := ref()) is not None]
     assert loss.requires_grad
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())

@@ -18,9 +18,10 @@ from utils.cli.arguments import SftArguments
 from utils.data.collator import Collator, on_device
 from utils.estimate.memory import Batch, Mode, _head
 from utils.fast import attention, chunked_loss, layout
-from utils.fast.attention import RowMask, attend_in_groups
+from utils.fast.attention import attend_in_groups
 from utils.fast.chunked_loss import Head, head_input, head_logits, scored, summed_loss
 from utils.fast.layout import use_padding_free
+from utils.fast.rows import RowMask
 from utils.fast.scoring import Scorer
 from utils.train.trainer import SftTrainer
 
@@ -92,20 +93,6 @@ def test_the_columns_of_logits_are_selected_on_the_cpu() -> None:
     assert [columns.device.type for columns in asked] == ['cpu'] and asked[0].tolist() == list(range(29))
 
 
-@pytest.mark.parametrize(('capability', 'dtype', 'width', 'is_masked', 'takes'), [
-    (8, torch.bfloat16, 64, False, True), (9, torch.float16, 256, False, True), (7, torch.float16, 64, False, False),
-    (8, torch.float32, 64, False, False), (9, torch.bfloat16, 64, True, False), (9, torch.bfloat16, 320, False, False),
-])  # fmt: skip
-def test_only_flash_attention_takes_fewer_key_heads(
-    capability: int, dtype: torch.dtype, width: int, is_masked: bool, takes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (capability, 0))
-    with FakeTensorMode():
-        query = torch.empty(1, 4, 3, width, dtype=dtype, device='cuda')
-        assert attention._takes_fewer_key_heads(query, is_masked=is_masked) is takes
-    assert attention._takes_fewer_key_heads(torch.empty(1, 4, 3, width), is_masked=is_masked)
-
-
 def test_key_heads_are_repeated_where_flash_attention_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(heads, 25, 8, requires_grad=True) for heads in (6, 2, 2)]
@@ -120,7 +107,7 @@ def test_key_heads_are_repeated_where_flash_attention_cannot_serve(monkeypatch: 
     monkeypatch.setattr(F, 'scaled_dot_product_attention', noted)
     found = []
     for takes in (True, False):
-        monkeypatch.setattr(attention, '_takes_fewer_key_heads', lambda query, is_masked, takes=takes: takes)
+        monkeypatch.setattr(attention, 'repeats_keys', lambda case, masked, takes=takes: not takes)
         out = attend_in_groups(*inputs, rows, scaling=0.3, dropout=0.0)
         found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     assert seen == [(6, 2, True)] * 3 + [(6, 6, False)] * 3
@@ -137,7 +124,7 @@ def test_groups_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         sends.append(len(copies))
         return copies
 
-    monkeypatch.setattr(attention, 'send', sent)
+    monkeypatch.setattr('utils.fast.rows.send', sent)
     torch.manual_seed(0)
     inputs = [torch.randn(heads, 25, 8, requires_grad=True) for heads in (6, 2, 2)]
     found.mark(*inputs)
@@ -161,7 +148,7 @@ def test_kernels_of_cudnn_are_never_taken(monkeypatch: pytest.MonkeyPatch) -> No
     indices, found_tokens = rows.group_indices(torch.device('cpu'))
     assert [index.shape for index in indices] == [(2, 11), (1, 5), (1, 1)]
     with FakeTensorMode() as mode:
-        rows._indices[FIRST] = (
+        rows.tensors._made['group_indices', FIRST] = (
             [mode.from_tensor(x).to(FIRST) for x in indices],
             mode.from_tensor(found_tokens).to(FIRST),
         )

@@ -19,14 +19,11 @@ from utils.fast.scoring import Scorer
 from utils.model import MODEL_MAPPING
 
 BOUND = 1e-5
+pytestmark = pytest.mark.on_device
 # Classes whose rows stay padded, and a word of the logged reason.
 PADDED = {
     'AlibiLlamaForCausalLM': 'ALiBi',
     'BloomForCausalLM': 'ALiBi',
-    'Qwen3NextForCausalLM': 'linear_attention',
-    'Qwen3_5ForCausalLM': 'linear_attention',
-    'Qwen3_5MoeForCausalLM': 'linear_attention',
-    'Lfm2ForCausalLM': 'conv',
     'QwenVLForCausalLM': 'has a vision tower',
     'Qwen2_5_VLForConditionalGeneration': 'has a vision tower',
     'Qwen3VLForConditionalGeneration': 'has a vision tower',
@@ -86,7 +83,7 @@ def test_a_row_does_not_change_with_its_neighbours(key: str, tmp_path: Path) -> 
 
 def logits_of(model: Any, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
     """Return the logits of each row of a batch of concatenated rows."""
-    from utils.fast.attention import concatenated_rows
+    from utils.fast.rows import concatenated_rows
 
     batch = Collator(5, pads=False)(rows)
     lengths = batch['row_lengths'].tolist()

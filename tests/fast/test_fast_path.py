@@ -29,11 +29,12 @@ from utils.data.encode_plan import EncodedRows, PreparedData
 from utils.data.packing import StepSampler, best_fit, pack_evenly
 from utils.encode.encoded import Encoded
 from utils.fast import attention, chunked_loss, constants
-from utils.fast.attention import RowAttention, RowMask, attend_in_groups
+from utils.fast.attention import RowAttention, attend_in_groups
 from utils.fast.chunked_loss import Head
 from utils.fast.gated_mlp import _FusedGate, fuse_gates
 from utils.fast.layout import exact_head, use_padding_free
 from utils.fast.norm import _FusedNorm, fuse_norms
+from utils.fast.rows import RowMask
 from utils.fast.scoring import Scorer
 from utils.infer.generation import generate_batch, generation_config
 from utils.train.trainer import SftTrainer
@@ -64,13 +65,14 @@ def by_definition(
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize('window', [None, 3, 7])
 @pytest.mark.parametrize('cap', [None, 2.0])
 @pytest.mark.parametrize('sinks', [False, True])
 def test_attention_by_rows_is_attention(
     window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, 'QUERY_BLOCK', 4)  # rows of several blocks; the weights of some blocks are kept
+    monkeypatch.setattr('utils.fast.rows.QUERY_BLOCK', 4)  # rows of several blocks; the weights of some blocks are kept
     monkeypatch.setattr(attention, 'KEPT_KEYS', 6)
     torch.manual_seed(0)
     shapes = [(6, 25, 8), (2, 25, 8), (2, 25, 5), *([(6,)] if sinks else [])]
@@ -108,6 +110,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize(('scale', 'cap', 'bias'), [(1.0, None, False), (0.25, 3.0, True)])
 def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -193,6 +196,7 @@ def norm_layers() -> list[torch.nn.Module]:
     return layers
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_norms_in_one_step_are_those_of_their_classes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -234,6 +238,7 @@ def test_layers_over_several_devices_run_in_one_step_too() -> None:
     assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('kind', ['llama.modeling_llama.LlamaMLP', 'gemma3.modeling_gemma3.Gemma3MLP'])
 def test_gated_blocks_in_one_step_are_those_of_their_classes(kind: str, dtype: torch.dtype) -> None:

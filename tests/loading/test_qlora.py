@@ -58,6 +58,59 @@ def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
     assert float((untuned - adapted).abs().max()) > 0.05
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('double', [False, True])
+def test_adapters_on_4_bits_in_one_step_compute_like_peft(dtype: torch.dtype, double: bool) -> None:
+    import bitsandbytes
+    from peft import LoraConfig, get_peft_model
+
+    from utils.fast.lora import fuse_lora
+
+    torch.manual_seed(0)
+    holder = torch.nn.Sequential()
+    for name, outputs in (('first', 96), ('second', 32)):
+        layer = bitsandbytes.nn.Linear4bit(
+            64, outputs, compute_dtype=dtype, quant_type='nf4', compress_statistics=double
+        )
+        layer.load_state_dict(torch.nn.Linear(64, outputs).state_dict())
+        layer.support_avx512bf16_for_cpu = False
+        holder.add_module(name, layer.to('cpu'))
+    holder.is_loaded_in_4bit = True  # as transformers sets it; PEFT chooses its layer by it
+    model = get_peft_model(holder, LoraConfig(target_modules=['first', 'second'], r=4, lora_dropout=0.0))
+    adapted = [model.base_model.model.first, model.base_model.model.second]
+    factors = [factor for layer in adapted for factor in (layer.lora_A, layer.lora_B)]
+    weights = [factor['default'].weight for factor in factors]
+    for weight in weights:
+        torch.nn.init.normal_(weight, std=0.05)
+    x = torch.randn(3, 7, 64, dtype=dtype, requires_grad=True)
+
+    def computed() -> tuple[list[torch.Tensor], int]:
+        """Return the outputs, the gradients, and the saved bytes of tensors as large as x."""
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.numel() == x.numel():
+                saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outs = [layer(x) for layer in adapted]
+            grads = torch.autograd.grad(sum(out.float().square().sum() for out in outs), [x, *weights])
+        return [*outs, *grads], sum(saved.values())
+
+    expected, of_peft = computed()
+    assert fuse_lora(model) == (2, 2) and type(adapted[0]).__name__ == 'FusedLinear4bit'
+    found, bytes_saved = computed()
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= bound * theirs.norm()
+    assert bytes_saved == x.numel() * x.element_size(), 'both layers save the same x'
+    assert dtype == torch.float32 or of_peft >= 2 * bytes_saved
+    with model.disable_adapter():
+        plain = adapted[0](x)
+    assert torch.equal(plain, adapted[0].base_layer(x)) and not torch.equal(plain, found[0])
+
+
 def test_the_path_without_gradients_is_off_on_every_cpu(model_dir: Path) -> None:
     """On a CPU without avx512_bf16 the run above would pass without the workaround."""
     import bitsandbytes

@@ -16,7 +16,8 @@ from tests.support.tiny_models import make_model, make_tokenizer
 from utils.data import collator
 from utils.data.collator import Collator
 from utils.encode.encoded import IGNORE_INDEX
-from utils.fast import attention, chunked_loss
+from utils.fast import chunked_loss
+from utils.fast.rows import concatenated_rows
 from utils.fast.scoring import Scorer
 from utils.proofs.loss_value import LossProof, choose_rows, trained_positions
 from utils.train import trainer
@@ -96,7 +97,7 @@ def go_on_counting_positions(patch: pytest.MonkeyPatch) -> None:
 def let_rows_see_each_other(patch: pytest.MonkeyPatch) -> None:
     from utils.fast import scoring
 
-    patch.setattr(scoring, 'concatenated_rows', lambda lengths, _: attention.concatenated_rows([sum(lengths)]))
+    patch.setattr(scoring, 'concatenated_rows', lambda lengths, _: concatenated_rows([sum(lengths)]))
 
 
 def lose_a_row_of_a_joined_batch(patch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ ROOMS = {
     'infer': 'base preprocess formats loading encode data cli run',
     'serve': 'base preprocess formats loading encode data cli infer',
     'estimate': 'base hub loading model encode data cli fast run',
-    'checks': 'base hub formats loading model encode data cli run',
+    'checks': 'base hub formats loading model encode data cli fast run',
     'train': 'base loading model encode data cli fast run infer',
     'proofs': 'base preprocess formats loading encode cli run train',
     'export': 'base hub formats loading model encode cli run proofs',

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,8 @@ _OPTIONAL = {
     'bitsandbytes': 'for --quantization_bit and 8-bit optimizers',
     'deepspeed': 'for --deepspeed_config_path',
     'flash-attn': 'for --use_flash_attn true, on an NVIDIA GPU',
+    'flash-linear-attention': 'a fast kernel for Qwen3.5 and Qwen3-Next, on an NVIDIA GPU',
+    'causal-conv1d': 'a fast kernel for Qwen3.5, Qwen3-Next and LFM2, on an NVIDIA GPU',
 }
 _DEADLINE_SECONDS = 120
 # The kinds of devices on which this toolkit was never run.
@@ -123,6 +125,9 @@ def _device() -> Iterator[Finding]:
         says = 'decided from the documentation of torch and tested with a stand-in; no run on such a device is known'
         yield Finding(f'kind {device.kind()}', None, says)
 
+    if device.kind() == 'cuda':
+        yield from _nvidia(count)
+
     used = device.torch_name(0)
     torch.manual_seed(0)
     left = torch.randn(64, 64, device=used)
@@ -140,6 +145,61 @@ def _device() -> Iterator[Finding]:
         seconds = time.perf_counter() - started
         works = apart < {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
         yield Finding(name, works, f'product and gradient are within {apart:.1e} of float32 ({seconds:.3f} s)')
+
+
+def _nvidia(count: int) -> Iterator[Finding]:
+    """Yield findings about NVIDIA GPUs: whether torch has kernels for them, and which attention kernel serves."""
+    import torch
+
+    from utils.fast.attention import kernel_for, trial_error
+    from utils.fast.attention_choice import AttentionCase
+
+    if torch.version.hip is not None:
+        return
+    built_for = torch.cuda.get_arch_list()
+    for index in range(count):
+        capability = torch.cuda.get_device_capability(index)
+        name = f'kernels for {device.torch_name(index)}'
+        if not _is_built_for(capability, built_for):
+            wanted = f'sm_{capability[0]}{capability[1]}'
+            says = f'torch {torch.__version__} has none for {wanted}, only for {", ".join(built_for)}'
+            remedy = (
+                'install a build of torch for an older CUDA (cu126 has sm_70), or for a newer one if the GPU is newer'
+            )
+            yield Finding(name, False, says, remedy)
+            continue
+
+        case = AttentionCase('cuda', capability, torch.bfloat16, heads=8, key_heads=2, query_width=128, value_width=128)
+        used = torch.device('cuda', index)
+        kernel = kernel_for(case, used)
+        error = trial_error(kernel, case, used)
+        says = f'{kernel}; output and gradients are within {error:.1e} of fp32'
+        if kernel == 'flash':
+            yield Finding(f'attention on {device.torch_name(index)}', True, says)
+            continue
+        reason = 'it failed its trial' if capability >= (8, 0) else 'it needs compute capability 8.0'
+        yield Finding(
+            f'attention on {device.torch_name(index)}', None, f'{says}. The flash kernel is not used: {reason}'
+        )
+
+
+def _is_built_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Return whether torch has kernels for a compute capability. `built_for` are names like sm_80 or compute_90.
+
+    Code for sm_80 also runs on 8.6, but not on 9.0. Code for compute_90 is compiled by the driver for 9.0 and later.
+    """
+    major, minor = capability
+    for name in built_for:
+        kind, _, number = name.partition('_')
+        digits = ''.join(c for c in number if c.isdigit())
+        built = (int(digits[:-1]), int(digits[-1]))
+        if kind == 'compute' and built <= capability:
+            return True
+        # A letter after the number (sm_90a) means that the code runs on this capability only.
+        exact_only = digits != number
+        if kind == 'sm' and built[0] == major and (built[1] == minor if exact_only else built[1] <= minor):
+            return True
+    return False
 
 
 def _no_device() -> Finding:

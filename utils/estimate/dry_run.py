@@ -183,7 +183,7 @@ def _about(args: SftArguments, shape: Shape | None, mode: Mode | None) -> list[s
         + (f', and whole: {", ".join(whole)}' if whole else '')
         + (f', and {mode.token_rows:,} in rows of new tokens' if mode.token_rows else ''),
     ]
-    if shape.attention == 'mixed':
+    if shape.attention in ('mixed', 'padded mixed'):
         lines.append('layers without attention are counted as attention layers of the same width: a lower bound')
     if shape.tower:
         training = '' if args.freeze_vision else ' Its training (--freeze_vision false) is not counted.'

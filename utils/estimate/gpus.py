@@ -31,6 +31,8 @@ _STATES = {'adamw': 2, 'ademamix': 3, 'lion': 1, 'rmsprop': 1, 'adagrad': 1, 'sg
 
 # Bytes per parameter of the optimizer of --full_weights bf16: the first moment in bf16 and the second one in fp32.
 _BF16_ADAMW = 6
+# The quantisations (keys of PACKED) of layers whose adapters are computed in one step, see fast/lora.py.
+_FUSED_PACKING = ('', 'nf4', 'nf4x2')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,14 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         fused_norms=args.fused_norms and whole,
         optimizer_bytes=_BF16_ADAMW if bf16_weights else optimizer_bytes(args.optim),
         fused_mlp=args.fused_mlp and whole,
-        fused=args.tuner_backend == 'swift' and whole and not packed and not args.lora_dropout_p and not args.use_dora,
+        fused=args.tuner_backend == 'swift'
+        and whole
+        and packed in _FUSED_PACKING
+        and not args.lora_dropout_p
+        and not args.use_dora,
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
-        padding_free=args.padding_free is not False and shape.attention == 'rows' and whole,
+        padding_free=args.padding_free is not False and shape.attention in ('rows', 'mixed') and whole,
         chunked=args.chunked_loss and whole,
         gpu=machine.gpu,
         sharding=sharding,

@@ -183,7 +183,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     copies = mode.autocasts and not mode.sharding
     cached = mode.compute * shape.linear_parameters // mode.devices if copies else 0
     gathered = _gathered(shape, mode, trained)
-    held = weights + adapter + optimizer + gathered
+    held = weights + adapter + _low_copies(shape, mode) + optimizer + gathered
     before = gradients if mode.accumulates else 0
 
     if mode.token_rows:  # PEFT puts the trained rows into a copy of the whole table
@@ -210,6 +210,13 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
         logits=logits,
         peak=peak + (0 if mode.gpu else _KERNELS),
     )
+
+
+def _low_copies(shape: Shape, mode: Mode) -> int:
+    """Return the bytes of the copies of fused adapters in the compute dtype (fast/low_copies.py)."""
+    if mode.full or not mode.fused or mode.deepspeed or mode.compute >= mode.trained:
+        return 0
+    return mode.compute * lora_parameters(shape, mode.targets, mode.rank) // mode.devices
 
 
 def _weights(shape: Shape, mode: Mode) -> int:

@@ -55,7 +55,8 @@ class Shape:
     inner: int
     # Whether the MLPs have a gate.
     gated: bool
-    # `rows`: rows can be concatenated. With all other values, rows are padded. `mixed`: some layers have no attention.
+    # `rows`: rows can be concatenated. `mixed`: the same, but some layers have a recurrent state instead of attention.
+    # With all other values, rows are padded. `padded mixed`: some layers have neither attention nor a known state.
     # `alibi`: a bias by distance is added to the scores. `eager`: all scores are saved. `padded`: none of these.
     attention: str
     # Linear layers by path, with # for the index of the layer: [indices, in, out] for each size. The indices are text
@@ -255,10 +256,11 @@ def _attention(model: PreTrainedModel) -> str:
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 
-    if why_padded(model, longest=1) is None:
-        return 'rows'
+    padded = why_padded(model, longest=1) is not None
     if set(model.config.get_text_config().to_dict().get('layer_types') or ()) - ATTENDING:
-        return 'mixed'
+        return 'padded mixed' if padded else 'mixed'
+    if not padded:
+        return 'rows'
     if type(model).__name__.startswith('Alibi'):
         return 'alibi'
     return 'padded' if model._supports_sdpa else 'eager'

@@ -8,10 +8,8 @@ L length of its longest row.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,113 +20,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from utils.base.device import send
-from utils.fast.constants import KEPT_KEYS, QUERY_BLOCK
+from utils.base.logger import logger
+from utils.cli.resolution import log_decision
+from utils.fast.attention_choice import AttentionCase, Kernel, candidates, repeats_keys
+from utils.fast.constants import KEPT_KEYS
+from utils.fast.flash_rows import flash_attention
+from utils.fast.flex_rows import flex_rows_attention
+from utils.fast.recurrent import keep_rows_apart
+from utils.fast.rows import Block, RowMask, rows_of_batch
 
+# On a GPU, torch's attention takes one of these kernels. cuDNN is not among them, because it prepares a plan for each
+# new shape, which takes up to a second: https://github.com/modelscope/FunASR/issues/3704
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Row lengths, window, cap and largest relative error of the trial of a kernel. A row is longer than a block of kernels.
+_TRIAL_LENGTHS = (3, 150, 1, 40)
+_TRIAL_WINDOW = 20
+_TRIAL_CAP = 30.0
+_TRIAL_BOUND = 2e-2
 # An attention implementation of transformers with this prefix is that of this module.
 _PREFIX = 'rows_over_'
-# The kernels of torch for groups of rows. The kernel of cuDNN is left out: it needs up to a second to prepare for
-# each new shape, and groups almost never repeat a shape.
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# The largest width of a head that flash attention takes.
-_FLASH_WIDTH = 256
-
-_ROWS: ContextVar[tuple[tuple[int, ...], torch.Tensor | None] | None] = ContextVar('rows', default=None)
-
-
-class Block(NamedTuple):
-    """A block of queries at the positions `start` to `end`, with keys at `first_key` to `end`; `end` is excluded."""
-
-    first_key: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class RowMask:
-    """The row lengths of a concatenated batch. Attention layers get this object instead of a mask tensor.
-
-    A query sees the key at its own position and the keys before it in its row, at most `window` keys in all. If
-    `window` is None, the number of keys is not limited.
-    """
-
-    lengths: tuple[int, ...]
-    window: int | None
-    # The position where each row starts, and the number of all tokens, (B + 1,) in int32 on the device. A kernel for
-    # rows of different lengths takes them. None if the batch has no plan (data/collator.py).
-    cu_seqlens: torch.Tensor | None = field(default=None, compare=False)
-    _indices: dict[torch.device, tuple[list[torch.Tensor], torch.Tensor]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-
-    @property
-    def longest(self) -> int:
-        """Return the number of tokens of the longest row."""
-        return max(self.lengths)
-
-    def blocks(self) -> Iterator[Block]:
-        """Yield the blocks of each row. A block has at most QUERY_BLOCK queries and all keys that they may see."""
-        row_start = 0
-        for length in self.lengths:
-            row_end = row_start + length
-            for start in range(row_start, row_end, QUERY_BLOCK):
-                first_key = row_start
-                if self.window is not None:
-                    first_key = max(row_start, start - self.window + 1)
-                yield Block(first_key, start, min(start + QUERY_BLOCK, row_end))
-            row_start = row_end
-
-    def groups(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield groups of rows of similar length. A group is a list of (start, length), with the longest row first.
-
-        The longest row of a group is less than twice as long as its shortest row.
-        """
-        starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
-        by_length = sorted(zip(starts, self.lengths, strict=True), key=lambda row: -row[1])
-
-        group: list[tuple[int, int]] = []
-        for start, length in by_length:
-            if group and group[0][1] >= 2 * length:
-                yield group
-                group = []
-            group.append((start, length))
-        yield group
-
-    def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return two things, both on the device: the token indices of each group, and where each token is found.
-
-        The indices of a group have the shape (B, L). A row that is shorter than L is filled up with its first token.
-        The second value (T) holds the position of each token in the groups, if all groups are flattened and joined.
-        The result is computed once, on the CPU, and all layers use it.
-        """
-        if device not in self._indices:
-            by_name = {}
-            found_T = torch.empty(sum(self.lengths), dtype=torch.long)
-            before = 0
-            for number, group in enumerate(self.groups()):
-                start_B1, length_B1 = torch.tensor(group).t()[:, :, None]
-                offset_L = torch.arange(group[0][1])
-                is_real_BL = offset_L < length_B1
-                index_BL = torch.where(is_real_BL, start_B1 + offset_L, start_B1)
-                found_T[index_BL[is_real_BL]] = before + is_real_BL.flatten().nonzero().squeeze(-1)
-                before += index_BL.numel()
-                by_name[str(number)] = index_BL
-            *indices, found = send({**by_name, 'found': found_T}, device).values()
-            self._indices[device] = indices, found
-        return self._indices[device]
-
-
-@contextmanager
-def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = None) -> Iterator[None]:
-    """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths.
-
-    `cu_seqlens` are the starts of the rows on the device, as in RowMask.
-    """
-    token = _ROWS.set((tuple(lengths), cu_seqlens))
-    try:
-        yield
-    finally:
-        _ROWS.reset(token)
 
 
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -145,10 +55,13 @@ def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def attend_by_rows(model: Any) -> None:
     """Switch a model to this module's attention, which is used only inside the context `concatenated_rows`.
 
-    Outside of the context, for example for padded batches, the model uses its own attention.
+    Layers with a recurrent state then keep rows apart too. Outside of the context, for example for padded batches, the
+    model uses its own attention.
     """
     before = model.config._attn_implementation
-    if before.startswith('flash_attention'):
+    flash_package = before.startswith('flash_attention')
+    keep_rows_apart(model, flash_package=flash_package)
+    if flash_package:
         return  # the flash-attention kernel finds the rows from position_ids
 
     originals = {'sdpa': (sdpa_attention_forward, sdpa_mask), 'eager': (_eager_of_class, eager_mask)}
@@ -167,13 +80,12 @@ def _eager_of_class(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _mask_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
-        rows = _ROWS.get()
+        rows = rows_of_batch()
         if rows is None:
             return original(*args, **kwargs)
         if kwargs.get('use_vmap'):
             raise ValueError('its mask is more than causal, which concatenated rows do not support')
-        lengths, cu_seqlens = rows
-        return RowMask(lengths, kwargs.get('local_size'), cu_seqlens)
+        return RowMask(rows.lengths, kwargs.get('local_size'), rows.tensors)
 
     return mask
 
@@ -198,10 +110,9 @@ def _attention_over(original: Callable[..., Any]) -> Callable[..., Any]:
             )
             return result
 
-        has_plain_scores = softcap is None and s_aux is None
         if kwargs.get('position_bias') is not None or kwargs.get('is_causal') is False:
             raise ValueError('concatenated rows support no position bias and no attention to later tokens')
-        if dropout and not has_plain_scores:
+        if dropout and (softcap is not None or s_aux is not None):
             raise ValueError('concatenated rows support no attention dropout together with capped scores or sinks')
 
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -210,13 +121,115 @@ def _attention_over(original: Callable[..., Any]) -> Callable[..., Any]:
             query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
 
         query_HTD, key_GTD, value_GTE = (x.squeeze(0) for x in (query, key, value))
-        if dropout or (has_plain_scores and device != 'cpu'):
-            out_THE = attend_in_groups(query_HTD, key_GTD, value_GTE, attention_mask, scaling=scaling, dropout=dropout)
-        else:
-            out_THE = RowAttention.apply(query_HTD, key_GTD, value_GTE, s_aux, attention_mask, scaling, softcap)
-        return out_THE[None], None
+        inputs = Inputs(query_HTD, key_GTD, value_GTE, s_aux, attention_mask, scaling, softcap, dropout)
+        return inputs.attend_by(kernel_for(inputs.case(), query.device))[None], None
 
     return attention
+
+
+class Inputs(NamedTuple):
+    """The arguments of the attention of one layer: query (H, T, D), key (G, T, D), value (G, T, E), sinks (H)."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    sinks: torch.Tensor | None
+    rows: RowMask
+    scaling: float
+    softcap: float | None = None
+    dropout: float = 0.0
+
+    def case(self) -> AttentionCase:
+        """Return what the choice of a kernel depends on."""
+        query = self.query
+        is_nvidia = query.is_cuda and torch.version.hip is None
+        return AttentionCase(
+            kind='rocm' if query.is_cuda and not is_nvidia else query.device.type,
+            capability=torch.cuda.get_device_capability(query.device) if is_nvidia else (0, 0),
+            dtype=query.dtype,
+            heads=len(query),
+            key_heads=len(self.key),
+            query_width=query.shape[-1],
+            value_width=self.value.shape[-1],
+            window=self.rows.window is not None,
+            softcap=self.softcap is not None,
+            sinks=self.sinks is not None,
+            dropout=self.dropout > 0,
+        )
+
+    def attend_by(self, kernel: Kernel) -> torch.Tensor:
+        """Return the attention output (T, H, E), computed by this kernel."""
+        device = self.query.device
+        if kernel == 'flash':
+            return flash_attention(
+                *self[:4],
+                self.rows.cu_seqlens(device),
+                longest=self.rows.longest,
+                window=self.rows.window,
+                scaling=self.scaling,
+            )
+        if kernel == 'flex':
+            assert self.softcap is not None
+            mask = self.rows.block_mask(device)
+            return flex_rows_attention(*self[:3], mask, softcap=self.softcap, scaling=self.scaling)
+        if kernel == 'groups':
+            return attend_in_groups(*self[:3], self.rows, scaling=self.scaling, dropout=self.dropout)
+        out_THE: torch.Tensor = RowAttention.apply(*self[:-1])
+        return out_THE
+
+
+@lru_cache(maxsize=256)
+def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
+    """Return the best kernel for a case that passes its trial on the device.
+
+    A trial compares output and gradients on small inputs with those of `RowAttention` in fp32. It is made once per
+    case. A kernel that fails or raises an error is not used, and the log says so. On a CPU there is no trial.
+    """
+    possible = candidates(case)
+    for kernel in possible[:-1]:
+        try:
+            error = trial_error(kernel, case, device)
+            failure = None if error <= _TRIAL_BOUND else f'its values are off by {error:.1g}'
+        except Exception as raised:  # a kernel that cannot be built or started may raise any exception
+            failure = f'{type(raised).__name__}: {raised}'
+        if failure is None:
+            log_decision('attention kernel', kernel, 'it passed its trial on this device')
+            return kernel
+        logger.warning(f'the attention kernel {kernel} is not used: {failure}')
+    if case.kind != 'cpu':
+        log_decision(
+            'attention kernel', possible[-1], f'no faster one serves these heads in {case.dtype} on this device'
+        )
+    return possible[-1]
+
+
+def trial_error(kernel: Kernel, case: AttentionCase, device: torch.device) -> float:
+    """Return the largest relative error of output and gradients of a kernel, compared with `RowAttention` in fp32.
+
+    The inputs are small and random, but of the dtype, the heads and the widths of the case. No random state changes.
+    """
+    tokens = sum(_TRIAL_LENGTHS)
+    shapes = [(case.heads, case.query_width), (case.key_heads, case.query_width), (case.key_heads, case.value_width)]
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(heads, tokens, width, generator=random) for heads, width in shapes]
+    if case.sinks:
+        tensors.append(torch.randn(case.heads, generator=random))
+    direction_THE = torch.randn(tokens, case.heads, case.value_width, generator=random).to(device)
+    rows = RowMask(_TRIAL_LENGTHS, _TRIAL_WINDOW if case.window else None)
+
+    found: list[list[torch.Tensor]] = []
+    for name, dtype in ((kernel, case.dtype), ('rows', torch.float32)):
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            given = [x.to(device, case.dtype).to(dtype).requires_grad_() for x in tensors]
+            sinks = given[3] if case.sinks else None
+            softcap = _TRIAL_CAP if case.softcap else None
+            inputs = Inputs(given[0], given[1], given[2], sinks, rows, case.query_width**-0.5, softcap)
+            out_THE = inputs.attend_by(name)
+            grads = torch.autograd.grad(out_THE, given, direction_THE.to(dtype))
+        found.append([x.detach().double() for x in (out_THE, *grads)])
+    errors = [float((ours - exact).norm() / exact.norm()) for ours, exact in zip(*found, strict=True)]
+    # A comparison with NaN is always false, so that NaN would not be the maximum.
+    return max(error if error == error else float('inf') for error in errors)
 
 
 def attend_in_groups(
@@ -234,22 +247,28 @@ def attend_in_groups(
     never looks at later tokens.
     """
     device = query_HTD.device
-    indices, found_T = rows.group_indices(device)
+    inputs = Inputs(query_HTD, key_GTD, value_GTE, None, rows, scaling)
+    repeats = len(query_HTD) // len(key_GTD)
+    groups, place_T = rows.group_indices(device)
     parts = []
-    for index_BL in indices:
-        query_BHLD, key_BGLD, value_BGLE = (_gathered(x, index_BL) for x in (query_HTD, key_GTD, value_GTE))
-        longest = index_BL.shape[1]
+    for index_BL in groups:
+        query_BHLD, key_BGLD, value_BGLE = (
+            x.index_select(1, index_BL.flatten()).unflatten(1, index_BL.shape).transpose(0, 1)
+            for x in (query_HTD, key_GTD, value_GTE)
+        )
+
         is_seen_LL = None
+        longest = index_BL.shape[1]
         if rows.window is not None and longest > rows.window:
             offset_L = torch.arange(longest, device=device)
             distance_LL = offset_L[:, None] - offset_L
             is_seen_LL = (distance_LL >= 0) & (distance_LL < rows.window)
 
-        repeats = query_BHLD.shape[1] // key_BGLD.shape[1]
-        if repeats > 1 and not _takes_fewer_key_heads(query_BHLD, is_masked=is_seen_LL is not None):
+        if repeats > 1 and repeats_keys(inputs.case(), masked=is_seen_LL is not None):
             key_BGLD, value_BGLE = (x.repeat_interleave(repeats, dim=1) for x in (key_BGLD, value_BGLE))
-        kernels = sdpa_kernel(_KERNELS) if device.type == 'cuda' else nullcontext()
-        with kernels:
+
+        backends: AbstractContextManager[None] = sdpa_kernel(_BACKENDS) if device.type == 'cuda' else nullcontext()
+        with backends:
             out_BHLE = F.scaled_dot_product_attention(
                 query_BHLD,
                 key_BGLD,
@@ -261,25 +280,7 @@ def attend_in_groups(
                 enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
             )
         parts.append(out_BHLE.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts).index_select(0, found_T)
-
-
-def _gathered(x_HTD: torch.Tensor, index_BL: torch.Tensor) -> torch.Tensor:
-    """Return the tokens of a group, (B, H, L, D)."""
-    x_HBLD: torch.Tensor = x_HTD.index_select(1, index_BL.flatten()).unflatten(1, index_BL.shape)
-    return x_HBLD.transpose(0, 1)
-
-
-def _takes_fewer_key_heads(query_BHLD: torch.Tensor, *, is_masked: bool) -> bool:
-    """Return whether a kernel that does not store all scores takes fewer key heads than query heads.
-
-    On CUDA only flash attention does. Without it torch would store the scores of all pairs of tokens in fp32.
-    """
-    if query_BHLD.device.type != 'cuda':
-        return True
-    is_low = query_BHLD.dtype in (torch.float16, torch.bfloat16)
-    has_flash = torch.cuda.get_device_capability(query_BHLD.device)[0] >= 8
-    return is_low and has_flash and not is_masked and query_BHLD.shape[-1] <= _FLASH_WIDTH
+    return torch.cat(parts).index_select(0, place_T)
 
 
 @lru_cache(maxsize=64)
@@ -288,8 +289,8 @@ def _hiding_bias(
 ) -> torch.Tensor:
     """Return a tensor (1, repeats * queries, keys) to add to scores: -inf hides a key from a query, 0 does not.
 
-    It is a matrix (queries, keys), repeated `repeats` times. The matrix is -inf on and above the diagonal `diagonal`
-    (numbered as in torch.triu), and 0 below it. With `low` it is -inf on and below the diagonal, and 0 above it.
+    The values are -inf on and above the diagonal number `diagonal`, and 0 below it. With `low` they are -inf on and
+    below the diagonal, and 0 above it.
     """
     # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.
     full_QK = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
@@ -402,8 +403,7 @@ def _weights(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the attention weights of a block, (G, R * Q, K), and the derivative of the score cap.
 
-    The derivative has the shape of the weights. It is None if scores are not capped. `settings` are the rows, the
-    factor of the scores, and the cap or None.
+    The derivative has the shape of the weights. It is None if scores are not capped.
     """
     first_key, start, end = block
     rows, scaling, softcap = settings

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.fast.kernel_trial import gate_kernel
 from utils.fast.swap import swap_class
 
 # The names of the layers and the activation of a gated MLP in Llama. Most other classes use the same names.
@@ -57,7 +58,11 @@ class _FusedGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return down(act(gate(x)) * up(x))."""
-        product: torch.Tensor = _GatedStep.apply(self.gate_proj(x), self.up_proj(x), self.act_fn)
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        act = type(self.act_fn)
+        kernel = gate_kernel(f'{act.__module__}.{act.__name__}', gate.dtype, gate.device)
+        product: torch.Tensor = kernel(gate, up) if kernel else _GatedStep.apply(gate, up, self.act_fn)
         out: torch.Tensor = self.down_proj(product)
         return out
 

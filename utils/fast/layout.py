@@ -13,9 +13,10 @@ import torch
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Decide, log_decision
-from utils.fast.attention import attend_by_rows, concatenated_rows, unpadded
+from utils.fast.attention import attend_by_rows, unpadded
 from utils.fast.chunked_loss import Head, find_head, head_is_exact
-from utils.loading.layers import ATTENDING, is_sharded
+from utils.fast.rows import concatenated_rows
+from utils.loading.layers import ATTENDING, RECURRENT, is_sharded
 
 _SHARDED = 'the weights are sharded over several processes'
 
@@ -69,9 +70,11 @@ def why_padded(model: Any, longest: int) -> str | None:
     settings = config.to_dict()
     if any(field.startswith('vis') for field in settings):
         return f'{name} has a vision tower, which needs a padded batch'
-    if others := sorted(set(settings.get('layer_types') or ()) - ATTENDING):
+    types = set(settings.get('layer_types') or ())
+    if others := sorted(types - ATTENDING - RECURRENT):
         return f'{name} has layers of {", ".join(others)}, which would carry one row into the next'
-    if not (model._supports_flash_attn and model._supports_attention_backend):
+    # transformers does not say of models with recurrent layers that their attention can be replaced.
+    if not (model._supports_flash_attn and (model._supports_attention_backend or types & RECURRENT)):
         return f'the attention of {name} cannot be replaced (ALiBi, or its own code)'
     if settings.get('use_dynamic_ntk') and longest > config.max_position_embeddings:
         return f'rows are longer than the {config.max_position_embeddings} tokens from which {name} scales each row'

@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.base.device import sum_dtype
 from utils.data.collator import NOT_FOR_THE_MODEL, on_device, predicting_positions, take_rows
-from utils.fast.attention import concatenated_rows, unpadded
+from utils.fast.attention import unpadded
 from utils.fast.chunked_loss import Head, head_input, head_logits, scored, summed_loss
 from utils.fast.rotary import depends_on_batch_from, forget_longer_batches, groups_of_rows
+from utils.fast.rows import concatenated_rows
 
 # The number of logits that are compared at the same time: 16 MiB in float64 for each of the two models.
 _DIVERGENCE_LOGITS = 2**21

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # The layer types that store only the keys and values of earlier tokens. All other types, for example linear attention,
 # keep a recurrent state.
 ATTENDING = frozenset({'full_attention', 'sliding_attention'})
+# The layer types with a recurrent state in which utils/fast/recurrent.py keeps concatenated rows apart.
+RECURRENT = frozenset({'linear_attention', 'conv'})
 
 
 def is_sharded(model: Any) -> bool:

@@ -1,0 +1,84 @@
+"""Chooses the attention kernels that can serve concatenated rows. The choice needs no GPU, so that it can be tested."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+# flash: the flash-attention kernels inside torch. flex: torch's flex_attention, compiled. groups: torch's own attention
+# on groups of padded rows. rows: this project's matrix products, which run on any device.
+Kernel = Literal['flash', 'flex', 'groups', 'rows']
+
+# torch builds its flash kernels for these widths of a head.
+_FLASH_WIDTH = 256
+_FLASH_STEP = 8
+# On these GPUs (RTX 30, RTX 40, RTX 50), torch refuses some backward passes of heads that are wider than this.
+_SMALL_WIDTH = 192
+_SMALL_GPUS = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
+
+
+class AttentionCase(NamedTuple):
+    """What the choice of a kernel depends on. `kind` is the type of the device, or rocm for a GPU of AMD.
+
+    `capability` is the compute capability of an NVIDIA GPU, and (0, 0) for all other devices. `query_width` is the
+    width of a query or key head, `value_width` the width of a value head.
+    """
+
+    kind: str
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    heads: int
+    key_heads: int
+    query_width: int
+    value_width: int
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+
+
+def candidates(case: AttentionCase) -> tuple[Kernel, ...]:
+    """Return the kernels that can compute this case, the best one first.
+
+    The last kernel needs no trial. It serves if all kernels before it fail their trial.
+    """
+    plain = not case.softcap and not case.sinks
+    if case.dropout:
+        return ('groups',)
+    if case.kind == 'cpu':
+        return ('rows',)
+
+    last: Kernel = 'groups' if plain else 'rows'
+    if case.softcap and not case.sinks and is_recent_nvidia(case):
+        return ('flex', last)
+    return ('flash', last) if _flash_serves(case) else (last,)
+
+
+def flash_width(query_width: int, value_width: int) -> int:
+    """Return the width to which all heads are padded for the flash kernels. They need equal widths, a multiple of 8."""
+    return -(-max(query_width, value_width) // _FLASH_STEP) * _FLASH_STEP
+
+
+def repeats_keys(case: AttentionCase, *, masked: bool) -> bool:
+    """Return whether `groups` repeats the key heads for each query head.
+
+    On an NVIDIA GPU, only torch's flash kernel shares a key head between query heads. If the flash kernel cannot serve,
+    torch would compute shared heads by its slowest kernel, which keeps all scores of a row in fp32.
+    """
+    if case.kind != 'cuda' or case.heads == case.key_heads:
+        return False
+    same_width = case.query_width == case.value_width
+    return masked or not same_width or not _flash_serves(case)
+
+
+def is_recent_nvidia(case: AttentionCase) -> bool:
+    """Return whether the device is an NVIDIA GPU from Ampere (A100, RTX 30) on."""
+    return case.kind == 'cuda' and case.capability >= (8, 0)
+
+
+def _flash_serves(case: AttentionCase) -> bool:
+    width = flash_width(case.query_width, case.value_width)
+    limit = _SMALL_WIDTH if case.capability in _SMALL_GPUS else _FLASH_WIDTH
+    is_16_bit = case.dtype in (torch.bfloat16, torch.float16)
+    return is_recent_nvidia(case) and is_16_bit and width <= limit and not case.softcap

@@ -1,0 +1,153 @@
+"""The rows of a concatenated batch, as attention layers and recurrent layers get them.
+
+Shapes in names: T tokens of all rows, B rows, L length of the longest row of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from utils.base.device import send
+from utils.fast.constants import QUERY_BLOCK
+from utils.fast.flex_rows import row_block_mask
+
+T = TypeVar('T')
+
+
+class Block(NamedTuple):
+    """A block of queries at the positions `start` to `end`, with keys at `first_key` to `end`; `end` is excluded."""
+
+    first_key: int
+    start: int
+    end: int
+
+
+class DeviceTensors:
+    """Tensors that are made from the row lengths of a batch. Each is made once per device, and used by all layers."""
+
+    def __init__(self, cu_seqlens: torch.Tensor | None = None) -> None:
+        """Set up an empty store. `cu_seqlens` is stored if it is already there, as RowMask.cu_seqlens returns it."""
+        self._made: dict[tuple[str, torch.device], Any] = {}
+        if cu_seqlens is not None:
+            self._made['cu_seqlens', cu_seqlens.device] = cu_seqlens
+
+    def get(self, name: str, device: torch.device, make: Callable[[], T]) -> T:
+        """Return what is stored under this name for the device. If there is nothing, store what `make` returns."""
+        key = (name, device)
+        if key not in self._made:
+            self._made[key] = make()
+        found: T = self._made[key]
+        return found
+
+
+@dataclass(frozen=True)
+class RowMask:
+    """The row lengths of a concatenated batch. Attention layers get this object instead of a mask tensor.
+
+    A query sees the key at its own position and the keys before it in its row, at most `window` keys in all. If
+    `window` is None, the number of keys is not limited.
+    """
+
+    lengths: tuple[int, ...]
+    window: int | None
+    tensors: DeviceTensors = field(default_factory=DeviceTensors, compare=False, repr=False)
+
+    @property
+    def longest(self) -> int:
+        """Return the length of the longest row."""
+        return max(self.lengths)
+
+    def cu_seqlens(self, device: torch.device) -> torch.Tensor:
+        """Return the positions at which rows start, and the end of the last row, (B + 1), in int32."""
+        ends = [0, *accumulate(self.lengths)]
+        return self.tensors.get('cu_seqlens', device, lambda: torch.tensor(ends, dtype=torch.int32, device=device))
+
+    def block_mask(self, device: torch.device) -> Any:
+        """Return the mask for flex_attention."""
+        name = f'block_mask {self.window}'
+        return self.tensors.get(name, device, lambda: row_block_mask(self.lengths, self.window, device))
+
+    def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return the indices by which groups are padded, and the index that undoes it.
+
+        The first value has a tensor (B, L) for each group: the positions of the tokens of its rows. Padding has the
+        position of the first token of its row. The second value (T) has the position of each token of the batch in the
+        padded groups, one after the other.
+        """
+
+        def make() -> tuple[list[torch.Tensor], torch.Tensor]:
+            groups = []
+            real = []
+            for group in self.groups():
+                offset_L = torch.arange(group[0][1])
+                start_B1, length_B1 = torch.tensor(group).t()[:, :, None]
+                is_real_BL = offset_L < length_B1
+                groups.append(torch.where(is_real_BL, start_B1 + offset_L, start_B1))
+                real.append(is_real_BL)
+
+            is_real = torch.cat([x.flatten() for x in real])
+            order_T = torch.cat([x.flatten() for x in groups])[is_real].argsort()
+            place_T = is_real.nonzero().squeeze(-1)[order_T]
+            by_name = {str(number): index_BL for number, index_BL in enumerate(groups)}
+            *sent, place = send({**by_name, 'place': place_T}, device).values()
+            return sent, place
+
+        return self.tensors.get('group_indices', device, make)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks of each row. A block has at most QUERY_BLOCK queries and all keys that they may see."""
+        row_start = 0
+        for length in self.lengths:
+            row_end = row_start + length
+            for start in range(row_start, row_end, QUERY_BLOCK):
+                first_key = row_start
+                if self.window is not None:
+                    first_key = max(row_start, start - self.window + 1)
+                yield Block(first_key, start, min(start + QUERY_BLOCK, row_end))
+            row_start = row_end
+
+    def groups(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield groups of rows of similar length. A group is a list of (start, length), with the longest row first.
+
+        The longest row of a group is less than twice as long as its shortest row.
+        """
+        starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        by_length = sorted(zip(starts, self.lengths, strict=True), key=lambda row: -row[1])
+
+        group: list[tuple[int, int]] = []
+        for start, length in by_length:
+            if group and group[0][1] >= 2 * length:
+                yield group
+                group = []
+            group.append((start, length))
+        yield group
+
+
+# The rows of the batch that is computed now, without a window.
+_ROWS: ContextVar[RowMask | None] = ContextVar('rows', default=None)
+
+
+@contextmanager
+def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = None) -> Iterator[None]:
+    """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths.
+
+    `cu_seqlens` are the positions of the rows as RowMask.cu_seqlens returns them. If they are given on the device that
+    computes, they are not copied to it.
+    """
+    token = _ROWS.set(RowMask(tuple(lengths), None, DeviceTensors(cu_seqlens)))
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def rows_of_batch() -> RowMask | None:
+    """Return the rows of the context `concatenated_rows`, without a window. Returns None outside of the context."""
+    return _ROWS.get()
