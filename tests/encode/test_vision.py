@@ -209,7 +209,7 @@ def test_the_template_is_proven_on_rows_with_pictures(
         return said.replace(end, '') if isinstance(said, str) else [text.replace(end, '') for text in said]
 
     monkeypatch.setattr(AutoEncoder, '_apply', without_an_end)
-    with pytest.raises(ConfigError, match=r"explains it: token \d+, .* the chat template has '<\|vision_end\|>'"):
+    with pytest.raises(ConfigError, match=r"explains this: token \d+, .* the chat template has '<\|vision_end\|>'"):
         prove_template(encoder, rows[1:2], tmp_path)
 
 

@@ -19,10 +19,13 @@ _INDEX = 'model.safetensors.index.json'
 def unloaded_tensors(model: Any, base: Path, family: str | None) -> dict[str, TensorRange]:
     """Return the tensors in the files of `base` that the class of `model` does not load, by their names.
 
-    The dict is empty if the base has a layout of 2023, quantised weights, or weights that are not safetensors.
+    The dict is empty if `base` is no model folder, or has a layout of 2023, quantised weights, or weights that are not
+    safetensors.
     """
     from utils.loading.legacy.registry import find_family, find_saved
 
+    if not (base / 'config.json').is_file():
+        return {}
     config = read_config(base)
     if find_family(config, family) or find_saved(config) or 'quantization_config' in config:
         return {}

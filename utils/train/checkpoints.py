@@ -207,7 +207,8 @@ class Checkpoints:
         """Write the tensors of the base that the class of the model does not load beside the trained weights."""
         if self._unloaded is None:
             flags = self.run.record.flags
-            family = get_model_info(flags['model_type'], flags['model_id_or_path']).family
+            names = flags.get('model_type'), flags.get('model_id_or_path')
+            family = get_model_info(*names).family if any(names) else None
             base = model_directory(self.run.weights.path)
             self._unloaded = unloaded_tensors(self.trainer.model, base, family)
             if self._unloaded:
