@@ -328,7 +328,7 @@ def test_a_check_of_which_nothing_is_left_is_one_message(
     server.faults['/v1/chat/completions'] = 500
     assert check('--served_model', 'tiny') == 2
     assert re.search(
-        r'the server answers no row: 3 rows refused: HTTP 500: not now \(.*\(--served_model\)', problems()[1]
+        r'the server answers no row: 3 rows refused: HTTP 500: not now \(.*--served_model has the name', problems()[1]
     )
     assert len(problems()) == 2 and not result.exists()
 
@@ -363,7 +363,7 @@ def test_the_key_is_sent_and_never_shown(
 def test_the_model_is_the_only_one_or_is_named(check: Check, server: OpenAIServer, problems: Problems) -> None:
     server.names = ['base', 'tiny']
     assert check() == 2
-    assert 'the server lists 2 models: base, tiny. Name the one to check with --served_model.' in problems()[0]
+    assert 'the server lists 2 models: base, tiny. Name the model to check: --served_model NAME.' in problems()[0]
     asked = client.reach(server.url, 'tiny')
     assert asked.model == 'tiny'
     server.names = []

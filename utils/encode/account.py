@@ -1,9 +1,12 @@
-"""Counts the characters of the data by what happened to them: trained, context, cut, left out, not used, and so on.
+"""Counts the characters of the data in buckets: a bucket says what happened to a character.
 
-The account reads each row as it was written in the file. So it also sees the fields that conversion drops: their text
-is not found in the tokenised text, and counts as not used. But a search can also find the wrong position, for example
-for the text `a`, or for a name that is also a role. Then the row is encoded once more with a marker instead of the
-field's text, and the position of the marker is the right position.
+The main buckets are `trained` (carries loss), `context` (in the tokenised row, without loss), `cut` (removed by the cut
+to max_length), `left out` (the whole row is not trained on) and `not used` (not in the tokenised text of the row).
+
+The account reads each row as it was written in the file. So it also counts the text of fields that conversion drops:
+this text is not found in the tokenised text, and counts as not used. But a search can also find the wrong position, for
+example for the text `a`, or for a name that is also a role. Then the row is encoded once more with a marker (a made-up
+word) instead of the field's text. The position of the marker is the right position.
 """
 
 from __future__ import annotations
@@ -300,9 +303,11 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
 
 
 def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
-    """Yield the leaves of a column with the prompt or the reply. `rounds` is the number of rounds in the history.
+    """Yield the leaves of `column`, which has the prompt or the reply of the row.
 
-    `shape` has the columns of the row's format. The first of these columns has the prompt.
+    The index of the first turn in the column is the number of turns before it. These are two turns for each of the
+    `rounds` rounds of history and, if the column has the reply, the turns of the prompt. `shape` has the columns of the
+    row's format. Its first column has the prompt.
     """
     value = raw[column]
     is_asked = column in _ASKED
@@ -420,7 +425,7 @@ class _Text:
 
 
 class _Place(NamedTuple):
-    """The result of the search for one leaf: how many of its characters are in each bucket.
+    """The result of the search for one leaf: {bucket: number of its characters} (buckets: trained, context, cut, ...).
 
     `at` is the span in which the whole text of the leaf was found, and `start` is where the search began.
     """
@@ -436,8 +441,9 @@ class _Place(NamedTuple):
 def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
     """Return the indices of `places` whose match may be accidental: the match may come from a different field.
 
-    A match is doubtful if the text has several matches, if the match overlaps a different text, or if the template
-    prints these words for any row.
+    A match is doubtful if the text occurs several times, if the match overlaps the match of a different text, or if
+    only parts of the text were found. It is also doubtful if `printed` contains the matched text. `printed` is the text
+    that the template prints even without this field.
     """
     spans = sorted((*place.at, number) for number, place in enumerate(places) if place.at)
     overlapping: set[int] = set()
@@ -562,7 +568,10 @@ def _marked(
 
 
 def _known(name: str, counted: Mapping[str, Any]) -> str:
-    """Return the name under which a field is counted. If too many fields are counted, it is OTHER_FIELDS."""
+    """Return the name under which the field `name` is counted: `name`, or OTHER_FIELDS.
+
+    `counted` has the names that are already counted. OTHER_FIELDS is returned for a new name if `counted` is full.
+    """
     return name if name in counted or len(counted) < _MOST_FIELDS else OTHER_FIELDS
 
 

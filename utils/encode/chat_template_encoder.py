@@ -116,8 +116,8 @@ class _Parts:
 class _Frame(NamedTuple):
     """What a template prints around the reply of a one-turn chat.
 
-    `lead` is printed between the prompt and the reply, and `end` after the reply. `alone` is the end of the generation
-    prompt that the template does not print if the reply follows, such as the opening tag of a think block.
+    `lead` is printed between the prompt and the reply, and `end` after the reply. `alone` is the text at the end of the
+    generation prompt that is not printed if a reply follows, such as the opening tag of a think block.
     """
 
     lead: str
@@ -255,12 +255,13 @@ class AutoEncoder(Encoder):
         except RowRefused as error:
             hint = 'Run without --system, or choose' if self.system else 'Choose'
             raise ConfigError(
-                f'the chat template of this tokenizer fails on a one-turn chat: {error}. {hint} a --template_type.'
+                f'the chat template of this tokenizer fails on a one-turn chat: {error}. {hint} a '
+                '--template_type, e.g. default.'
             ) from error
         if reply not in text:
             raise ConfigError(
                 "the chat template of this tokenizer does not print the assistant's reply, so nothing could be "
-                'trained. Choose a --template_type.'
+                'trained. Choose a --template_type, e.g. default.'
             )
         self.text.add_printed(prompt + text)
         start = text.rindex(reply)
@@ -1018,10 +1019,11 @@ def _thinks(content: str, *, opened: bool) -> bool:
 
 
 def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
-    """Return whether `follows` contains the content and the reasoning of the reply. The think tags may differ.
+    """Return whether the template prints the content and the reasoning of the reply without changes.
 
-    `reasons` says whether the reply has reasoning. If it is True, and `follows` begins with a closed think block,
-    returns False.
+    `follows` is the text that the template prints after the prompt. `is_call` says whether the reply has calls, and
+    `reasons` whether it has reasoning. If the reply has calls or reasoning, think tags and the spaces around them are
+    not compared. Returns False if the reply has reasoning and `follows` begins with a closed think block.
     """
     if not (reasons or is_call or reasoning):
         return content in follows

@@ -53,7 +53,11 @@ class Encoder:
     embedding: int | None = None
 
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
-        """Keep the settings. `printed` is the source text of the template."""
+        """Keep the settings.
+
+        `printed` is the source text of the template. Added tokens in this text become control tokens: their text in
+        data never becomes the id of the token.
+        """
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer, printed=printed)
         self.max_length = max_length
@@ -66,7 +70,7 @@ class Encoder:
 
     @property
     def prompt_settings(self) -> Mapping[str, Any]:
-        """Return the template settings with which the prompt of an unknown reply is rendered."""
+        """Return the template settings for a prompt whose reply is not known yet, as in inference."""
         return {}
 
     def identity(self) -> dict[str, Any]:
@@ -179,7 +183,7 @@ class Encoder:
     def open_images(self, row: Row) -> tuple[Row, FoundImages]:
         """Return the row and its images. In the text of the row, `self.text.image` replaces each image tag.
 
-        Plain text has no images.
+        `self.text.image` is a random text that stands for an image. Plain text has no images.
         """
         if row.is_text:
             return row, []
@@ -189,7 +193,10 @@ class Encoder:
         return fill_slots(ids, found, self.images.slot, max_length) if self.images and found else ids
 
     def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
-        """Return the row with each image slot repeated once per feature of the image, and cut if overlong is 'cut'."""
+        """Return the row with the token of each image repeated once per feature of the image.
+
+        If `overlong` is 'cut', a row longer than max_length also loses ids at the start.
+        """
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
         if self.images is None and isinstance(source.images, ImageFiles) and source.images:

@@ -74,7 +74,7 @@ class TemplateEncoder(Encoder):
         if value is None:
             raise ConfigError(
                 f"template '{self.name}' needs {part}, which the tokenizer does not have. "
-                "Choose another template, or set the token in the model's tokenizer_config.json."
+                "Choose another --template_type, or set the token in the model's tokenizer_config.json."
             )
         return int(value)
 

@@ -65,7 +65,7 @@ class _Remarks:
     def note_unused(self, values: Mapping[str, Any], used: Collection[str], what: str) -> None:
         """Record each key that is not in `used` and whose value is not empty.
 
-        `what` is the kind of the keys, for example 'column' or 'message key'. It is recorded before each key.
+        A record is the word `what` and the key, for example 'column `id`'.
         """
         for key, value in values.items():
             if key not in used and not _is_empty(value):
@@ -93,7 +93,10 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _text(value: Any, what: str, column: str = '') -> str:
-    """Return a text unchanged, or a number as text. Raises BadRow for any other value. `what` names the value."""
+    """Return a text unchanged, or a number as text. Raises BadRow for any other value.
+
+    The message of the BadRow calls the value `what`.
+    """
     if _is_missing(value):
         raise BadRow(f'null {what}', column or what)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -102,7 +105,10 @@ def _text(value: Any, what: str, column: str = '') -> str:
 
 
 def _parsed(text: str, remarks: _Remarks) -> Any:
-    """Return the value of a JSON text, and note keys that occur twice. Raises ValueError or RecursionError."""
+    """Return the value of a JSON text, and note keys that occur twice.
+
+    Raises ValueError if the text is not JSON, or RecursionError if it is nested too deeply.
+    """
     parser = JsonParser()
     value = parser.parse(text)
     remarks.notes.update(dict.fromkeys(map(repeated_key, parser.repeated)))
@@ -493,7 +499,7 @@ def _from_instruction(row: Mapping[str, Any]) -> Row:
 
 
 def _from_text(row: Mapping[str, Any]) -> Row:
-    """Return the row of plain text. No other column is used, because no template is applied."""
+    """Return the Row with the plain text of the column `text`. Other columns are not used: no template is applied."""
     remarks = _Remarks()
     text = _text(row['text'], 'text')
     remarks.note_unused(row, ('text',), 'column')

@@ -1,5 +1,6 @@
 """Converters from the rows of registered data sets to query/response rows.
 
+A converter drops a row that is broken, and skips a row that is valid but not wanted. Neither row is trained on.
 Converters are pure functions. They never execute anything in a row.
 """
 

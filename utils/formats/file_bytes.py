@@ -53,7 +53,7 @@ class UnreadableRow(ConfigError):
 
 
 def refuse(location: str, problem: str) -> NoReturn:
-    """Raise UnreadableRow. With this function as `bad`, the first row that cannot be read ends the run."""
+    """Raise UnreadableRow. If a reader gets this function as `bad`, it stops at the first row that cannot be read."""
     raise UnreadableRow(location, problem)
 
 
@@ -149,7 +149,7 @@ class FileBytes:
         if self.is_gzip and self.total > self.limit:
             raise ConfigError(
                 f'{self.path}: the file expands to more than {_GZIP_RATIO} times its size, which text never does, so '
-                'reading stopped. If this is intended, decompress it yourself.'
+                'reading stopped. If this size is intended, decompress the file and give the decompressed file instead.'
             )
 
         self.digest.update(data)

@@ -28,7 +28,7 @@ _TAKE_SEED = 42
 
 @dataclass(frozen=True, kw_only=True)
 class HubDataset:
-    """The description of a data set on the hubs. Calling it returns (train, validation or None)."""
+    """The description of a data set on the hubs. Calling it returns (training rows, validation rows or None)."""
 
     # The id on ModelScope in 2023, and the later ids if the data set got a new id.
     id: str
@@ -79,7 +79,7 @@ class HubDataset:
         return train, validation, snapshot
 
     def __call__(self) -> tuple[RowStream, RowStream | None]:
-        """Return (train, validation or None) from the default hub."""
+        """Return (training rows, validation rows or None) from the default hub."""
         train, val, _ = self.load('modelscope')
         return train, val
 

@@ -69,7 +69,11 @@ class HubFiles:
         return [Repo(hub=self.chosen_hub or hub_name, id=self.id, revision=self.revision)]
 
     def key(self, hub_name: HubName) -> tuple[str, ...]:
-        """Return a key that identifies the data set. A prefix that names the hub of --hub does not change the key."""
+        """Return a key that identifies the data set.
+
+        The hub is part of the key. `hub_name` is the hub of --hub, which is used if the word has no prefix for a hub.
+        So with --hub modelscope, ms:owner/name and owner/name have the same key.
+        """
         return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
 
     def load(self, hub_name: HubName, *, remedy: str = '') -> Fetched:
@@ -146,7 +150,11 @@ class HubFiles:
         )
 
     def _choose_subset(self, subsets: Mapping[str, Mapping[str, list[str]]], default: str) -> tuple[str, str | None]:
-        """Return the name of the subset, and the name of the split that the word gives, else None."""
+        """Return (subset, split) for the word of --dataset. The split is None if the word names no split.
+
+        If the word names no subset, the subset is the one named by `default`. If no subset has this name, it is the
+        only subset.
+        """
         names = list(subsets)
         usual = default if default in subsets else names[0] if len(names) == 1 else None
         if self.part is None and usual is None:
@@ -168,9 +176,10 @@ class HubFiles:
         )
 
     def _choose_splits(self, splits: Mapping[str, list[str]], subset: str, named: str | None) -> tuple[str, str | None]:
-        """Return the names of the training split and of the validation split, or None without validation split.
+        """Return (training split, validation split). The second name is None if there is no validation split.
 
-        If the word names a split, this split is the training split, and there is no validation split.
+        `named` is the split that the word of --dataset names, or None. A named split is the training split, and then
+        there is no validation split.
         """
         filled = [name for name, files in splits.items() if files]
         if named in filled:
@@ -200,12 +209,16 @@ class HubFiles:
     def _check_suffixes(self, names: Sequence[str]) -> None:
         if other := [name for name in names if not name.lower().endswith(SUFFIXES)]:
             raise ConfigError(
-                f"--dataset '{self.word}': the format of {other[0]} is not one of {', '.join(SUFFIXES[:5])}. Name "
-                'another subset, or convert the file and give the converted one.'
+                f"--dataset '{self.word}': {other[0]} cannot be read: the name of a data file must end in one of "
+                f'{", ".join(SUFFIXES[:5])}. Name a subset with such files, or convert the file and type '
+                '--dataset PATH with the path of the converted file.'
             )
 
     def _with(self, *parts: str) -> str:
-        """Return this word with `parts` (subset, split) after the id instead of its own, as a user would type it."""
+        """Return the word of --dataset, as a user would type it, with a different subset and split.
+
+        `parts` are the subset and the split to write after the id. A subset, split or file in the word is left out.
+        """
         prefix = self.word[: self.word.index(self.id)]
         revision = '' if self.revision == 'master' else f'@{self.revision}'
         return ':'.join((prefix + self.id, *parts)) + revision

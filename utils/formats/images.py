@@ -48,7 +48,7 @@ def bad_image(path: str, reason: str, more: str = '') -> BadImage:
 
 
 class ImageFiles(list[str]):
-    """The paths of the images in an image column: a column of `datasets` whose cells are {bytes, path}."""
+    """The paths of the images in a column whose cells are {bytes, path}, as the library `datasets` writes images."""
 
     def __init__(self, paths: Iterable[str], column: str) -> None:
         super().__init__(paths)
@@ -79,7 +79,11 @@ def _is_image_cell(cell: Any) -> bool:
 
 
 def _image_path(cell: Mapping[str, Any], column: str) -> str:
-    """Return the path of an image. The path of the cell itself must be relative, because a hub may have sent it."""
+    """Return the path of the image in a cell. Image bytes in the cell are written to a file in the cache.
+
+    Without bytes, the result is the `path` of the cell. Raises BadRow if this path is absolute, because the cell may
+    come from a hub.
+    """
     data = cell.get('bytes')
     path = str(cell.get('path') or '')
     if isinstance(data, bytes):

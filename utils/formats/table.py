@@ -41,9 +41,9 @@ def _first_lines(lines: Iterator[tuple[int, str]]) -> list[str]:
 
 
 def _widths(head: Sequence[str], separator: str) -> list[int]:
-    """Return the number of cells of each row in the first lines of a file. Lines without any text are skipped.
+    """Return the number of cells of each row in `head`, the first lines of a file. Lines without any text are skipped.
 
-    The list ends before a row that is broken, or of which these lines contain only the beginning.
+    The list ends before the first row that is broken, or whose end comes after these lines.
     """
     found: list[int] = []
     try:

@@ -44,7 +44,10 @@ class ServerCheck:
         args: InferArguments,
         has_adapter: bool,
     ) -> None:
-        """Keep the server, the model and the arguments. A model with an adapter is also compared without it."""
+        """Keep the server, the model and the arguments.
+
+        With `has_adapter`, the answers of the server are also compared with those of the model without its adapter.
+        """
         self.server = server
         self.encoder = encoder
         self.args = args
@@ -57,9 +60,10 @@ class ServerCheck:
         self.refused = Tally()
 
     def run(self, rows: Sequence[Row], target: Path) -> int:
-        """Ask the rows, print the findings, and write them to the file `target`. Returns 1 if a finding fails, else 0.
+        """Send the rows to the server, print the findings, and write them to the file `target`.
 
-        Raises ConfigError if no row can be compared.
+        Returns 1 if a check failed: the server answers differently, or it refused a row. Otherwise returns 0. Raises
+        ConfigError if no row can be compared.
         """
         chosen = draw(list(rows), self.args.show_dataset_sample, self.args.dataset_seed)
         asked = self._ask(self._questions(chosen))
@@ -81,7 +85,10 @@ class ServerCheck:
         return int(failed > 0)
 
     def _questions(self, rows: Sequence[Row]) -> list[Question]:
-        """Return the requests for the rows. Rows that cannot be sent are counted."""
+        """Return the requests for the rows. Counts the rows that cannot be sent in `self.not_sent`.
+
+        Raises ConfigError if no row can be sent.
+        """
         report = EncodingReport()
         _, kept = encode_rows(self.encoder, rows, report)
         self.not_sent.merge(report.left_out)
@@ -99,7 +106,10 @@ class ServerCheck:
         return questions
 
     def _ask(self, questions: Sequence[Question]) -> list[Asked]:
-        """Return the replies of the server. Rows that it refuses are counted."""
+        """Send the requests, and return the replies. Counts the requests that the server refuses in `self.refused`.
+
+        Raises ConfigError if the server refuses all requests.
+        """
         asked = []
         for number, question in enumerate(questions, 1):
             try:
@@ -114,8 +124,8 @@ class ServerCheck:
         if not asked:
             raise ConfigError(
                 f'--check_server {self.args.check_server}: the server answers no row: '
-                f'{"; ".join(self.refused.lines("refused"))}. Read its log, and check the name of its model '
-                '(--served_model).'
+                f'{"; ".join(self.refused.lines("refused"))}. Read the log of the server, and check that '
+                '--served_model has the name of a model that the server lists.'
             )
         return asked
 
@@ -135,9 +145,11 @@ class ServerCheck:
         return [Expected(model=model, ids=ids, limit=self.args.max_new_tokens) for ids in answers]
 
     def _ask_again(self, checked: Sequence[Checked]) -> Finding | None:
-        """Return the finding that the template differs, if the server answers as the run without its template.
+        """Test whether answers differ because the server has a different chat template. Return this finding, or None.
 
-        Otherwise return None. Only rows with other answers are asked, and only if the server shows no ids for them.
+        At most _ASKED_AGAIN rows are sent once more, as prompts to which the server applies no template. They are rows
+        with different answers for which the server gives no token ids of the prompt. The finding is returned if all new
+        answers are equal to those of the run.
         """
         differing = [
             row
@@ -157,7 +169,11 @@ class ServerCheck:
         return template_differs(agreeing, tried) if tried and agreeing == tried else None
 
     def _without_template(self, question: Question) -> Reply | None:
-        """Return the reply to the prompt of the run, sent as ids or as text, or None if the server takes neither."""
+        """Return the reply of the server to the prompt of the run, to which the server applies no template.
+
+        The prompt is sent as token ids. If the server refuses ids, the prompt is sent as text. Returns None if the
+        server refuses both.
+        """
         for prompt in (question.ids, self._as_text(question.ids)):
             if prompt is None:
                 continue
@@ -168,7 +184,11 @@ class ServerCheck:
         return None
 
     def _as_text(self, ids: list[int]) -> str | None:
-        """Return a text that the tokenizer turns into these ids. Returns None if no such text is known."""
+        """Return a text that the tokenizer turns into exactly these ids.
+
+        The decoded ids are tried, with and without the begin-of-sequence token. Returns None if both give different
+        ids.
+        """
         tokenizer = self.encoder.tokenizer
         text = tokenizer.decode(ids)
         texts = (text, text.removeprefix(tokenizer.bos_token or ''))

@@ -1,4 +1,4 @@
-"""A client of an OpenAI-style server: its models, answers to conversations, and token ids of prompts."""
+"""A client of an OpenAI-style server. Gets its list of models, its answers, and the token ids of its prompts."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class Refused(Exception):
 class Reply:
     """The answer of a server to one prompt.
 
-    `reasoning` is the text that the server took out of the answer, and `has_calls` says whether it took out tool calls.
-    A number or a finish reason is None if the server does not give it. `first` has the log probability of each token
-    that the server lists for the first place of the answer.
+    Some servers remove the reasoning and the tool calls from the text of the answer. `reasoning` is the removed
+    reasoning, and `has_calls` says whether tool calls were removed. `finish` is the finish reason. `finish`,
+    `prompt_tokens` and `new_tokens` are None if the server does not give them. `first` is {token: log probability} for
+    the first token of the answer and for the alternatives to it that the server lists.
     """
 
     text: str
@@ -52,18 +53,18 @@ class Reply:
 
 
 def reach(address: str, model: str | None) -> Server:
-    """Return the client of a server that has answered a first request. `model` is the name of the model, or None.
+    """Connect to the server at `address` and return its client. `model` is a name, or None for the only model.
 
-    Raises ConfigError if the server does not answer, or if it lists several models and none is named.
+    Raises ConfigError if the server does not answer, or if `model` is None and the server lists several models.
     """
     server = Server(address)
     server.choose_model(model)
-    logger.info(f'{address}: the model that is asked is {server.model or "the only one, which has no name"}')
+    logger.info(f'{address}: questions go to the model {server.model or "of the server, which lists no name"}')
     return server
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes a redirection an error, because the key of the server must not reach another host."""
+    """Makes a redirect an error, because the key (the password for the server) must not reach another host."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -73,7 +74,7 @@ class Server:
     """The client of one server. The key of the server is read from the environment, and is never shown or stored."""
 
     def __init__(self, address: str) -> None:
-        """Keep the address, with or without /v1 at its end."""
+        """Keep the address of the server. It may end in /v1."""
         self.address = address
         self.model: str | None = None
         self._root = address.rstrip('/').removesuffix('/v1')
@@ -85,10 +86,10 @@ class Server:
         self._id_forms = [self._ids_by_messages, self._ids_by_template]
 
     def choose_model(self, name: str | None) -> None:
-        """Set the name of the model that is asked: `name`, or else the only model that the server lists.
+        """Set the name of the model for all requests: `name`, or if it is None, the only model that the server lists.
 
-        If the server lists no model, the requests name none. Raises ConfigError if the server does not answer, or if it
-        lists several models.
+        If `name` is None and the server lists no model, requests contain no model name. Raises ConfigError if the
+        server does not answer, or if `name` is None and the server lists several models.
         """
         try:
             listed = self._listed()
@@ -99,7 +100,8 @@ class Server:
         if name is None and len(listed) > 1:
             raise ConfigError(
                 f'--check_server {self.address}: the server lists {len(listed)} models: {", ".join(listed)}. Name the '
-                'one to check with --served_model. For `transformers serve FOLDER` it is FOLDER as typed there.'
+                'model to check: --served_model NAME. If `transformers serve FOLDER` started the server, NAME is '
+                'FOLDER as typed in that command.'
             )
         self.model = name or next(iter(listed), None)
 
@@ -124,10 +126,11 @@ class Server:
             raise self._strange('/v1/models', json.dumps(content)) from error
 
     def ask(self, request: Mapping[str, Any], *, max_tokens: int) -> Reply:
-        """Return the greedy answer to a conversation. `request` has `messages`, and may have `tools` and more keys.
+        """Return the greedy answer to a conversation.
 
-        Raises Refused if the server answers with an HTTP error, and ConfigError if it does not answer as a server of
-        this kind.
+        `request` has the key `messages`, and may have `tools` and other keys of the chat API. Raises Refused if the
+        server answers with an HTTP error. Raises ConfigError if the server does not answer, or if its answer does not
+        have the form of the OpenAI API.
         """
         body = {**self._named(), **request, 'max_tokens': max_tokens, 'temperature': 0}
         path = '/v1/chat/completions'
@@ -143,15 +146,19 @@ class Server:
         return reply
 
     def complete(self, prompt: str | Sequence[int], *, max_tokens: int) -> Reply:
-        """Return the greedy continuation of a prompt, to which the server applies no template. Raises as `ask` does."""
+        """Return the greedy continuation of a prompt, which is text or token ids. The server applies no template.
+
+        Raises Refused and ConfigError under the same conditions as `ask`.
+        """
         path = '/v1/completions'
         body = {**self._named(), 'prompt': prompt, 'max_tokens': max_tokens, 'temperature': 0}
         return self._reply(path, self._send(path, body))
 
     def prompt_ids(self, request: Mapping[str, Any]) -> list[int] | None:
-        """Return the token ids that the server makes of a conversation. Returns None if it does not show them.
+        """Return the token ids into which the server converts a conversation, with its generation prompt.
 
-        The API of OpenAI has no such request: vLLM and SGLang have one, llama.cpp has another.
+        Returns None if the server has no request for token ids. Such a request is not part of the OpenAI API: vLLM and
+        SGLang have one such request, and llama.cpp has a different one.
         """
         while self._id_forms:
             try:
@@ -173,7 +180,10 @@ class Server:
         return {} if self.model is None else {'model': self.model}
 
     def _send(self, path: str, body: Mapping[str, Any] | None, *, seconds: int = _ANSWER_SECONDS) -> Any:
-        """Return the JSON answer to a request: POST with `body`, or GET if it is None."""
+        """Send a request to `path` and return the JSON answer. The request is GET if `body` is None, else POST.
+
+        Raises Refused for an HTTP error. Raises ConfigError if no answer comes within `seconds`, or if it is not JSON.
+        """
         headers = {'Content-Type': 'application/json'}
         if self._key:
             headers['Authorization'] = f'Bearer {self._key}'
@@ -211,7 +221,7 @@ class Server:
         )
 
     def _shown(self, text: str) -> str:
-        """Return a text of the server for a message: one short line, without the key."""
+        """Return a text that the server sent, made fit for an error message: one short line, without the key."""
         shown = hide_secrets(text, {KEY_VARIABLE: self._key} if self._key else {})
         line = ''.join(c if c.isprintable() else ' ' for c in ' '.join(shown.split()))
         return line if len(line) <= _SHOWN_CHARACTERS else f'{line[:_SHOWN_CHARACTERS]}...'
@@ -224,7 +234,10 @@ class Server:
 
 
 def _read_reply(content: Any) -> Reply:
-    """Return the reply in the answer of a server. An answer of another form raises an error of a lookup or a type."""
+    """Return `content`, the JSON answer of a server, as a Reply.
+
+    Raises KeyError, IndexError, TypeError or AttributeError if `content` does not have the form of the OpenAI API.
+    """
     choice = content['choices'][0]
     usage = content.get('usage') or {}
     shared: dict[str, Any] = {
@@ -245,7 +258,10 @@ def _read_reply(content: Any) -> Reply:
 
 
 def _first_logprobs(logprobs: Mapping[str, Any]) -> dict[str, float]:
-    """Return the log probabilities that the server lists for the first token of the answer."""
+    """Return {token: log probability} for the first token of the answer and for its listed alternatives.
+
+    `logprobs` is the object of this name in the answer. Returns {} if it has no tokens.
+    """
     first = next(iter(logprobs.get('content') or ()), None)
     if first is None:
         return {}
@@ -254,7 +270,7 @@ def _first_logprobs(logprobs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _ids(tokens: Any) -> list[int]:
-    """Return token ids from the answer of /tokenize. Raises ValueError if they are not a list of some numbers."""
+    """Return the token ids in the answer of /tokenize. Raises ValueError if an id is no integer, or without ids."""
     ids = [token['id'] if isinstance(token, dict) else token for token in tokens]
     if not ids or not all(isinstance(token, int) for token in ids):
         raise ValueError('no token ids')
@@ -262,7 +278,7 @@ def _ids(tokens: Any) -> list[int]:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """Return the message in the body of an HTTP error: that of the API, or else the body itself."""
+    """Return the error message in the body of an HTTP error. Without a message, returns the whole body."""
     try:
         text = error.read().decode('utf-8', 'replace')
     except (OSError, http.client.HTTPException):

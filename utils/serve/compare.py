@@ -1,4 +1,4 @@
-"""Compares the answer of a server to a row with the answer that is computed here."""
+"""Compares the answer of a server to one row with the answer that a model on this machine gives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _SHOWN_IDS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A question, the reply of the server, and the token ids that the server makes of the prompt, if it shows them."""
+    """A question, the reply of the server, and the token ids into which the server converts the prompt.
+
+    `served_ids` is None if the server does not give these ids.
+    """
 
     question: Question
     reply: Reply
@@ -32,7 +35,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """A model, the ids of its answer to one question, and the largest number of tokens of an answer."""
+    """A model, and the ids of its answer to one question. `limit` is the maximum number of tokens of an answer."""
 
     model: Model
     ids: list[int]
@@ -45,7 +48,7 @@ class Expected:
 
     @property
     def ended(self) -> bool:
-        """Return whether the answer ended before the largest number of tokens."""
+        """Return whether the model ended the answer itself, before the maximum number of tokens."""
         return len(self.ids) < self.limit
 
 
@@ -53,9 +56,10 @@ class Expected:
 class Agreement:
     """How an answer of the server agrees with an answer of a model.
 
-    'rounding' means that at the first different token both tokens are equally likely up to rounding. `at` counts the
-    tokens from 1. `run` and `server` have the text from there on. `gap` is the difference of the two log probabilities.
-    It is None if the token of the server is not among the likely ones.
+    `at` is the number of the first different token of the answer, counted from 1. `run` is the rest of the model's
+    answer from this token on, and `server` is the rest of the server's answer. `gap` is how much lower the log
+    probability of the server's token is than that of the model's most likely token. It is None if the server's token is
+    not among the model's likely tokens. `kind` is 'rounding' if `gap` is so small that rounding explains it.
     """
 
     kind: Literal['equal', 'rounding', 'different']
@@ -72,12 +76,17 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The comparison of one row. `here` is the answer of the run, and `there` the answer of its base.
+    """The comparison of one row. `here` is the answer of the run, and `there` the answer of its base model.
 
-    `own` and `base` compare the reply with these answers. They are None if the answers cannot be compared. `base` is
-    also None without an adapter, or if `own` is equal. `first` and `first_base` are the largest difference of the log
-    probabilities of the first token. They are None if the server gives none that can be compared. `stops` says whether
-    the server ends the answer before or after the end of turn of the run.
+    Without an adapter, `there` is None. `own` compares the server's answer with `here`, and `base` compares it with
+    `there`. Both are None if the server removed tool calls from its answer. `base` is also None without an adapter, or
+    if `own` is 'equal'.
+
+    `first` is the largest difference between server and run in the log probabilities of the first token. `first_base`
+    is this difference between server and base. A difference is None if no log probability can be compared.
+
+    `stops` is 'early' if the server ends the answer before the end of turn of the run, 'late' if it goes on after it,
+    and None otherwise.
     """
 
     asked: Asked
@@ -101,7 +110,7 @@ class Checked:
 
     @property
     def served_ids(self) -> list[int] | None:
-        """Return the ids of the prompt of the server, if they can be compared with those of the run."""
+        """Return the token ids of the prompt on the server. Returns None if the server gives none, or with images."""
         # An image is one id on some servers, and many on others.
         return None if self.asked.question.paths else self.asked.served_ids
 
@@ -112,12 +121,16 @@ class Checked:
 
     @property
     def tells(self) -> bool:
-        """Return whether run and base answer this row differently."""
+        """Return whether the run and its base answer this row differently. Returns False without an adapter."""
         return self.there is not None and self.there.text.strip() != self.here.text.strip()
 
     @property
     def answered_by(self) -> Literal['run', 'base'] | None:
-        """Return whose answer the reply is. An equal answer counts more than one that is equal up to rounding."""
+        """Return 'run' or 'base', whichever gives the same answer as the server. Returns None if neither does.
+
+        If one answer is equal and the other only equal up to rounding, the equal one is returned. If both agree in the
+        same way, returns 'run'.
+        """
         for kind in ('equal', 'rounding'):
             if self.own is not None and self.own.kind == kind:
                 return 'run'
@@ -148,7 +161,10 @@ class Checked:
 
 
 def check_row(asked: Asked, here: Expected, there: Expected | None, *, rounding: float) -> Checked:
-    """Return the comparison of one row with the model of the run, and with its base if there is an adapter."""
+    """Return the comparison of one row. `here` is the answer of the run, and `there` that of its base, if any.
+
+    `rounding` is the largest difference of two log probabilities that still counts as rounding.
+    """
     question, reply = asked.question, asked.reply
     own = agree(question, reply, here, rounding=rounding)
     base = None
@@ -169,7 +185,9 @@ def check_row(asked: Asked, here: Expected, there: Expected | None, *, rounding:
 def agree(question: Question, reply: Reply, expected: Expected, *, rounding: float) -> Agreement | None:
     """Return how the answer of the server agrees with an answer of a model.
 
-    A server may remove white space around an answer. Returns None if it has taken tool calls out of the answer.
+    White space at the ends of the model's answer may be missing in the server's answer. Returns None if the server
+    removed tool calls from its answer. `rounding` is the largest difference of two log probabilities that still counts
+    as rounding.
     """
     if reply.has_calls:
         return None
@@ -196,15 +214,17 @@ def agree(question: Question, reply: Reply, expected: Expected, *, rounding: flo
 
 
 def _common(expected: Expected, served: str) -> int:
-    """Return the number of ids at the start of an answer whose text begins the answer of the server."""
+    """Return how many ids at the start of the model's answer agree with `served`, the text of the server's answer."""
     counts = range(len(expected.ids), 0, -1)
     return next((count for count in counts if served.startswith(expected.model.text(expected.ids[:count]))), 0)
 
 
 def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
-    """Return how much less likely the token of the server is than the likeliest one. Returns None if it is not likely.
+    """Return the log probability of the model's most likely token minus that of the server's token.
 
-    `rest` is the text of the server from this token on. `is_cut` says that the server ended there for lack of tokens.
+    `rest` is the rest of the server's answer, which begins with this token. If `rest` is empty, the token is the end of
+    turn. `is_cut` says that the server ended there because the maximum number of tokens was reached. Returns None if
+    `is_cut` is True, or if the server's token is not among the likely tokens of the model.
     """
     chosen = None if is_cut else after.of(rest)
     if chosen is None:
@@ -213,7 +233,10 @@ def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
 
 
 def _stops(reply: Reply, here: Expected, own: Agreement | None) -> Literal['early', 'late'] | None:
-    """Return whether the server ends an answer before or after the end of turn of the run."""
+    """Return 'early' or 'late' if the server ends its answer before or after the end of turn of the run.
+
+    Returns None if the answers end at the same place, if they differ in other ways, or if this cannot be decided.
+    """
     if own is None or own.kind == 'rounding' or reply.reasoning:
         return None
     if own.kind == 'equal':
@@ -226,9 +249,9 @@ def _stops(reply: Reply, here: Expected, own: Agreement | None) -> Literal['earl
 
 
 def _first_difference(served: Mapping[str, float], model: Model, question: Question) -> float | None:
-    """Return the largest difference of the log probabilities of the first token, among likely tokens.
+    """Return the largest difference between server and model in the log probabilities of the first token of an answer.
 
-    Returns None if the server lists no token that is likely here.
+    Only tokens that are likely for the model are compared. Returns None if `served` has no such token.
     """
     if not served:
         return None
@@ -238,7 +261,10 @@ def _first_difference(served: Mapping[str, float], model: Model, question: Quest
 
 
 def first_different(run: Sequence[int], served: Sequence[int], model: Model) -> tuple[int, str, str]:
-    """Return where two prompts differ: the number of the token, from 1, and the texts of both from there on."""
+    """Return (number of the first different token, text of the run, text of the server) for two prompts.
+
+    The number is counted from 1. Each text consists of the next _SHOWN_IDS tokens of the prompt.
+    """
     pairs = zip(run, served, strict=False)
     at = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(run), len(served)))
     texts = [str(model.tokenizer.decode(list(ids[at : at + _SHOWN_IDS]))) for ids in (run, served)]

@@ -1,4 +1,4 @@
-"""Computes here what the server should answer: greedy answers, and log probabilities of the next token."""
+"""Computes on this machine what the server should answer: greedy answers, and log probabilities of the next token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CANDIDATES = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Next:
-    """The next token of a text, as the model predicts it: the log probability of each likely token by its text.
+    """What the model predicts as the next token: {text of the token: log probability} for its most likely tokens.
 
     `stop` is the log probability of the most likely token that ends an answer.
     """
@@ -30,9 +30,9 @@ class Next:
     stop: float
 
     def of(self, text: str) -> float | None:
-        """Return the log probability of the most likely token with which `text` begins. Returns None if none is likely.
+        """Return the log probability of the most likely token with which `text` begins.
 
-        If `text` is empty, it is the log probability of a token that ends the answer.
+        Returns None if `text` begins with none of the tokens in `likely`. If `text` is empty, returns `stop`.
         """
         if not text:
             return self.stop
@@ -50,7 +50,7 @@ def _begins(text: str, token: str) -> bool:
 
 
 class Model:
-    """A model that answers questions greedily. `is_base` says whether the adapter is switched off."""
+    """A model that answers questions greedily. If `is_base` is True, its adapter is switched off for this."""
 
     def __init__(
         self, model: Any, tokenizer: Any, config: GenerationConfig, images: Images | None, *, is_base: bool = False
@@ -79,7 +79,7 @@ class Model:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def next_token(self, question: Question, begun: Sequence[int] = ()) -> Next:
-        """Return what the model predicts after the prompt of a question and the beginning of an answer."""
+        """Return the prediction for the next token. `begun` has the ids after the prompt, which begin an answer."""
         import torch
 
         ids = torch.tensor([[*question.ids, *begun]], device=self.model.device)

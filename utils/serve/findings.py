@@ -1,4 +1,4 @@
-"""Judges the compared rows: what agrees with the run, what does not, and what to do about it."""
+"""Judges the compared rows: whether the server agrees with the run, and if not, what to do about it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ class Finding(NamedTuple):
 
 
 def findings(rows: Sequence[Checked], model: Model, *, has_base: bool, rounding: float) -> list[Finding]:
-    """Return the findings on the rows, which are at least one. `model` is the model of the run."""
+    """Return the findings on the compared rows. `rows` must not be empty. `model` is the model of the run.
+
+    `has_base` says whether the run has an adapter, so that the rows are also compared with the base model. `rounding`
+    is the largest difference of two log probabilities that still counts as rounding.
+    """
     return [
         _on_prompts(rows, model),
         _on_adapter(rows, has_base=has_base),
@@ -82,7 +86,11 @@ def _ids_known(shown: Sequence[Checked]) -> str:
 
 
 def template_differs(agreeing: int, tried: int) -> Finding:
-    """Return the finding that the server answers as the run if it gets the prompt of the run without its template."""
+    """Return the finding that the chat template of the server differs from that of the run.
+
+    The evidence: if the server gets the prompt of the run and applies no template, it answers as the run. This was so
+    in `agreeing` of `tried` rows.
+    """
     says = (
         'template differs: the server shows no token ids, but it answers as the run if it gets the prompt of the run '
         f'without a template ({agreeing} of {tried} rows tried)'

@@ -31,7 +31,7 @@ LOST = 'the chat API has no place for a part of the prompt (reasoning, spelling 
 
 
 class NotSayable(Exception):
-    """The prompt of a row cannot be written as a request. The text is the reason, under which the row is counted."""
+    """The prompt of a row cannot be written as a request. The text of the error is the reason in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,10 @@ class Question:
 
 
 def question_of(row: Row, encoder: Encoder) -> Question:
-    """Return the request for the prompt of a row. Raises NotSayable if the chat API cannot carry this prompt.
+    """Return the row, the ids of its prompt, and the request for the prompt.
 
-    The request is read back and encoded: it must give the ids of the prompt.
+    Raises NotSayable if the chat API has no form for the prompt. To check the request, it is encoded as a server would
+    do it. NotSayable is also raised if this gives different ids.
     """
     if row.is_text:
         raise NotSayable(IS_TEXT)
@@ -78,7 +79,10 @@ def question_of(row: Row, encoder: Encoder) -> Question:
 
 
 def _in_api(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with the keys of the API. Calls without an id get one, and so do their results."""
+    """Return the messages with the keys of the API. A call without an id gets an id, and its result gets the same id.
+
+    Raises NotSayable if the API does not have the role of a message.
+    """
     made = []
     unanswered: list[str] = []
     for number, message in enumerate(messages):
@@ -105,16 +109,20 @@ def _call(call: Mapping[str, Any], made_id: str) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> Any:
-    """Return a tool with plain numbers. Raises NotSayable if it is not {'type': 'function', 'function': {...}}."""
+    """Return a tool in which the numbers are ordinary floats and integers, because a server reads them so.
+
+    Raises NotSayable if the tool is not {'type': 'function', 'function': {...}}.
+    """
     if not isinstance(tool, Mapping) or not isinstance(tool.get('function'), Mapping):
         raise NotSayable(OTHER_TOOL)
     return json.loads(json_as_written(tool))
 
 
 def _switch(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
-    """Return the template variables that the request needs: none, or the thinking switch of the template.
+    """Return the key that the request needs for template variables: {}, or {'chat_template_kwargs': thinking switch}.
 
-    Raises NotSayable if the request gives other ids than `ids` with and without the switch.
+    `ids` are the ids of the prompt in the run. Without the switch if possible, else with it, the request must give
+    these ids. Raises NotSayable if it gives different ids in both cases.
     """
     asked = replace(row, messages=[*_read_back(request['messages']), _unknown()], tools=request.get('tools'))
     for thinks in (False, True):
@@ -151,9 +159,9 @@ def _parsed(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show_images(messages: list[dict[str, Any]], shown: Row, mark: str, paths: Sequence[str]) -> None:
-    """Replace the text of each user turn with images by its parts: texts, and images as data URLs.
+    """Replace the text of each user turn with images by a list of parts: texts, and images as data URLs.
 
-    In the text of `shown`, `mark` stands for each image.
+    `shown` is the row in which `mark` stands for each image. `paths` has the paths of the images in the same order.
     """
     left = iter(paths)
     turns = iter(turn['content'] for turn in shown.messages if turn['role'] == 'user')
