@@ -82,7 +82,7 @@ def test_data_files_that_cannot_be_read(name: str, model_dir: Path, tmp_path: Pa
 
 def test_data_file_that_is_not_there(model_dir: Path, tmp_path: Path, problems: Problems) -> None:
     assert sft(model_dir, tmp_path / 'gone.jsonl', tmp_path / 'out') == 2
-    assert problems() == [f'data file {tmp_path}/gone.jsonl is not there (looked in {tmp_path}).']
+    assert problems() == [f'data file {tmp_path}/gone.jsonl is not there (looked in {tmp_path}). Correct the path.']
 
 
 @pytest.mark.slow

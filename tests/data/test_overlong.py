@@ -70,7 +70,7 @@ def test_refuse_lists_all_rows_up_to_twenty(tmp_path: Path) -> None:
     assert str(raised.value) == (
         f'--overlong refuse: 2 rows are longer than --max_length {LIMIT}: {file}:4 ({length} tokens), {file}:8 '
         f'({length} tokens). Give a larger --max_length, or add --overlong cut or --overlong drop. --check_dataset '
-        'true writes the list of all of them.'
+        'true writes the list of all these rows.'
     )
     many = chats(tmp_path / 'b.jsonl', *range(23), count=30)
     with pytest.raises(ConfigError) as raised:

@@ -165,7 +165,7 @@ def test_flags_that_cannot_work_are_said_together(
     assert llm_infer.main(['--ckpt_dir', str(merged), '--gguf', str(tmp_path / 'tuned')]) == 2
     assert 'the name of the file must end in .gguf. Use --gguf' in problems()[-1]
     assert llm_infer.main(['--model_id_or_path', str(merged), '--gguf', str(tmp_path / 'tuned.gguf')]) == 2
-    assert 'without a checkpoint there is nothing to write. Add --ckpt_dir.' in '\n'.join(problems())
+    assert 'there is nothing to write. Name the checkpoint with --ckpt_dir.' in '\n'.join(problems())
 
 
 def test_a_missing_or_different_template_of_a_file_is_named() -> None:

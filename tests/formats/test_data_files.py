@@ -207,7 +207,7 @@ def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) 
         f'{tmp_path}/*.csv': 'the pattern matches no file (looked from ',
         f'{tmp_path}/bare': 'bare holds no .json, .jsonl, .csv, .tsv, .txt, .md (each also .gz) or .parquet file',
         f'{tmp_path}/mixed/*': f'the pattern matches {tmp_path}/mixed/notes.pdf, which is not a .json',
-        f'{tmp_path}/gone/': f'data folder {tmp_path}/gone is not there (looked in {tmp_path}).',
+        f'{tmp_path}/gone/': f'data folder {tmp_path}/gone is not there (looked in {tmp_path}). Correct the path.',
         f'{tmp_path}/*.jsonl': f' already names {file}, so its rows would be used twice.',
         f'{tmp_path}/./a.jsonl': f' already names {tmp_path}/a.jsonl, so its rows would be used twice.',
     }

@@ -288,7 +288,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'merging nothing': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--merge_lora_and_save', 'true'),
-        'without a checkpoint there is nothing to merge. Add --ckpt_dir.',
+        'without a checkpoint there is nothing to merge. Name the checkpoint with --ckpt_dir.',
     ),
     'merging whole weights': (
         lambda w: w.infer('--ckpt_dir', w.whole(), '--merge_lora_and_save', 'true'), 'the checkpoint needs no merging.',
@@ -446,7 +446,10 @@ PROGRAMS: dict[str, Row] = {
         lambda w: w.sft('--resume_from_checkpoint', w.checkpoint(), '--sft_type', 'full'),
         'holds an adapter, and --sft_type is full. Use --sft_type lora',
     ),
-    'resuming without DeepSpeed': (resumed_under_deepspeed, 'was written with DeepSpeed. Add --deepspeed_config_path.'),
+    'resuming without DeepSpeed': (
+        resumed_under_deepspeed,
+        'was written with DeepSpeed. Add --deepspeed_config_path and the file of the original run.',
+    ),
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
     'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has the wrong type.'),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
@@ -609,7 +612,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     'an image token of another model': (image_token_of_another_model, "the model's is 7: they do not belong together."),
     'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs, and each process needs its own'),
-    'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32 or --deepspeed'),
+    'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32, or use '),
     'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs an NVIDIA GPU of compute capability 8'),
     'a directory of nothing': (directory_of_nothing, 'has no config.json, so its architecture is unknown.'),
     'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 is not possible on expert parameters'),

@@ -55,7 +55,7 @@ def count() -> int:
 
 
 def address(index: int) -> int | str:
-    """Return the name of a device for a device map. On CUDA, the name is the index of the device."""
+    """Return the name of a device for a device map: its index on CUDA, 'mps' on a Mac, else e.g. 'xpu:0'."""
     found = kind()
     if found in ('cuda', 'mps'):
         return index if found == 'cuda' else 'mps'
@@ -122,7 +122,7 @@ def reset_peak() -> None:
 def peak_reserved_bytes() -> int:
     """Return the most memory that the allocator held for this process, summed over all devices. Not for the CPU.
 
-    It is more than that of the tensors, and a device is full when the allocator can hold no more.
+    The allocator holds more memory than the tensors use. A device is full when the allocator can get no more memory.
     """
     module = _module()
     if kind() == 'mps':
@@ -159,10 +159,10 @@ def pins_memory() -> bool:
 
 
 def send(tensors: Mapping[str, torch.Tensor], target: torch.device) -> dict[str, torch.Tensor]:
-    """Return tensors on the device `target`, by the names that they have in `tensors`.
+    """Return a dict with the names of `tensors` and the same tensors on the device `target`.
 
-    All tensors that are on the CPU are sent in one copy, from pinned memory if the device supports it. Then the CPU
-    does not wait for the device.
+    All tensors that are on the CPU are sent in one copy. If the device supports pinned memory, the copy is made from
+    pinned memory, and the CPU does not wait for the end of the copy.
     """
     import torch
 
@@ -185,7 +185,7 @@ def send(tensors: Mapping[str, torch.Tensor], target: torch.device) -> dict[str,
 
 
 def _part(packed: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the bytes from `start` on as a tensor with the dtype and the shape of the tensor `like`."""
+    """Return a tensor with the dtype and the shape of `like`. Its content is `packed` from the byte `start` on."""
     return packed[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 

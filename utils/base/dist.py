@@ -155,7 +155,7 @@ def gather(mine: list[T]) -> list[T]:
 def report_failure(message: str, trace: str = '') -> None:
     """Write the error file of this rank. torchrun reads these files and reports which rank failed first.
 
-    Does nothing if torchrun asks for no error file.
+    `trace` is the traceback of the error. Does nothing if torchrun asks for no error file.
     """
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not file:

@@ -196,8 +196,8 @@ def _encodings(secret: str) -> list[bytes]:
 def _vocabulary(location: str, data: Bytes) -> tuple[set[str], bytes]:
     """Return the words in the vocabulary of a tokenizer file, and the rest of the content without these words.
 
-    The words come from the base model. So if a password equals a word, the vocabulary does not leak the password. For
-    any other file, the words and the rest are empty.
+    The words come from the base model. So if a password equals a word, the vocabulary does not leak the password.
+    `location` is the path of the file. If its name is not that of a tokenizer file, the words and the rest are empty.
     """
     name = location.rpartition('/')[2]
     try:

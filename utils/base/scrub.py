@@ -45,7 +45,10 @@ def scrubber(secrets: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def _any_of(texts: set[str], *, before: str, after: str = r'(?![\w-]|\.\w)') -> re.Pattern[str]:
-    """Return a pattern that finds each of the texts. `before` and `after` are conditions on the text around it."""
+    """Return a pattern that finds each of the texts.
+
+    `before` and `after` are regular expressions for what stands directly before and after a text (lookarounds).
+    """
     # The first alternative that matches is used, so longer texts come first. Without a text nothing matches.
     alternatives = '|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) or '(?!)'
     return re.compile(f'{before}(?:{alternatives}){after}')

@@ -20,7 +20,9 @@ OF_VALIDATION = 'row of a validation set'
 
 
 class CleanCopy:
-    """Writes rows with the column `messages` to a new file of JSON lines. The file is complete or absent.
+    """Writes rows to a new file of JSON lines. The file is complete or absent.
+
+    A conversation is written in the column `messages`, plain text in the column `text`.
 
     The rows are written to a temporary file in the same folder, which `finish` renames.
     """
@@ -28,7 +30,7 @@ class CleanCopy:
     def __init__(self, path: Path, *, marks_loss: bool, sees_images: bool = False) -> None:
         """Open the temporary file. With `marks_loss`, replies that carry no loss get `"loss": false` in the rows.
 
-        `sees_images` says whether the model accepts images.
+        `sees_images` says whether the model accepts images. If not, the bytes of images are not written.
         """
         self.path = path
         self.marks_loss = marks_loss
@@ -77,7 +79,10 @@ class CleanCopy:
         self.skipped[reason] += 1
 
     def finish(self) -> None:
-        """Rename the temporary file to its final name, unless it has no rows. Raises ConfigError if the name exists."""
+        """Give the temporary file its final name. Without rows, no file gets this name.
+
+        Raises ConfigError if a file with the final name exists.
+        """
         with _named(self.path):
             if self._stream is not self._file:
                 self._stream.close()
@@ -111,7 +116,10 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def lines(record: Mapping[str, Any], read: int) -> list[str]:
-    """Return the counts as lines of text. `record` is the result of `CleanCopy.record`, `read` the number of rows."""
+    """Return the counts as lines of text.
+
+    `record` is the result of `CleanCopy.record`. `read` is the number of all rows that the data check read.
+    """
     counts = ', '.join(f'{count} {reason}' for reason, count in record['not_written'].items())
     said = f'wrote {record["rows"]} of {read} rows to {record["file"]}'
     if not record['rows']:

@@ -67,19 +67,23 @@ _MAY_FOLLOW = {'': ('user',), 'user': ('assistant',), 'assistant': ('user', 'too
 
 
 class Findings(Tally):
-    """A tally that also writes each counted row to a file of JSON lines."""
+    """A tally that also writes the reason and the location of each counted row to a file of JSON lines."""
 
     def __init__(self, kind: str, stream: TextIO, skip: Sequence[str] = ()) -> None:
-        """Set up an empty tally. Rows with a reason in `skip` are neither counted nor written."""
+        """Set up an empty tally. Rows with a reason in `skip` are neither counted nor written.
+
+        `kind` is written with each row, e.g. 'defect'. `stream` is the open file of findings (dataset_report.jsonl).
+        """
         super().__init__()
         self.kind = kind
         self.stream = stream
         self.skip = skip
 
     def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
-        """Count one row, and write its location and column to the file of findings.
+        """Count one row, and write its location and `column` to the file of findings.
 
-        If an earlier row has the same content, `of` is the location of the earlier row.
+        `column` is the column with the problem, or '' for the whole row. If an earlier row has the same content, `of`
+        is the location of the earlier row.
         """
         if reason in self.skip:
             return
@@ -108,8 +112,8 @@ class Earlier(NamedTuple):
 class Seen:
     """Finds rows and prompts that occurred earlier. Hash and location of each are in a file, not in memory.
 
-    Of equal rows, the first one is stored, but a training row replaces any other row, and a validation row replaces a
-    row that is not used. So a validation row is found in the training set although other equal rows came before.
+    Of several equal rows only one is stored: the first training row, else the first validation row, else the first
+    unused row. So a validation row that equals a training row is always found, in whatever order the rows come.
     """
 
     def __init__(self, file: Path) -> None:
@@ -119,10 +123,10 @@ class Seen:
             self._database.execute(statement)
 
     def find_earlier(self, content: str, row: Earlier) -> Earlier | None:
-        """Return the earlier row that has the same content. `row` describes the row that has the content now.
+        """Return the stored row with the same content as a new row. If there is none, store the new one, return None.
 
-        If no earlier row has the same content, `row` is stored, and None is returned. `may_write` of the stored row is
-        set to True when a row with the same content may be written.
+        `content` is the content of the new row as text, and `row` describes the new row. If the new row may be written,
+        `may_write` of the stored row becomes True.
         """
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
@@ -222,7 +226,8 @@ class DataCheck:
     ) -> None:
         """`positions` is the maximum number of tokens per row in the model's config.json, or None if it states none.
 
-        The rows that can be trained on are added to `copy`, except rows of validation splits and repeated rows.
+        The findings are written to `stream`, an open file. `seen` stores the rows that were examined. The rows that can
+        be trained on are added to `copy`, except rows of validation splits and repeated rows.
         """
         self.encoder = encoder
         self.copy = copy
@@ -248,7 +253,7 @@ class DataCheck:
 
         A row whose use is TRAIN or VAL is also encoded, unless it is a BadRow.
 
-        `is_val` says whether the rows are from a validation split of the data.
+        `is_val` says whether the rows are from a validation split of the data. Such rows are not added to the copy.
         """
         encoded: list[Row] = []
         # The reason why a row is not added to the copy, by the id() of the row.
@@ -310,10 +315,10 @@ class DataCheck:
                 self.defects.add(CONTROL_TOKENS, place, column)
 
     def _check_repetition(self, read: Earlier, row: Row, column: str) -> str | None:
-        """Report a row or a prompt that occurred earlier. `read` describes `row`.
+        """Report a row or a prompt that occurred earlier. `read` describes `row`, and `column` has its reply.
 
-        Returns the reason why --write_clean leaves the row out: it may write an earlier row with the same content.
-        Returns None if there is no such earlier row.
+        If --write_clean may write an earlier row with the same content, it must leave this row out. Then the reason for
+        leaving the row out is returned, else None.
         """
         earlier = self.seen.find_earlier(_content(row.messages, row), read)
         if earlier is None and row.is_text:
@@ -334,7 +339,8 @@ class DataCheck:
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
         """Encode rows and count their lengths, cuts and notes. Returns the rows that can be trained on.
 
-        If a batch cannot be encoded, it is split in halves until the bad row is the only row of a batch.
+        `columns` maps the location of each row to the column of its reply. If a batch cannot be encoded, it is split in
+        halves until the bad row is the only row of a batch.
         """
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
         again = EncodedAgain(self.encoder)

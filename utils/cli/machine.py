@@ -374,7 +374,10 @@ def check_environment(environment: Mapping[str, str], problems: Problems) -> Non
 
 
 def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> None:
-    """Add a problem if `target` cannot be created, for example without write permission for the parent folder."""
+    """Add a problem if `target` cannot be created, for example without write permission for the parent folder.
+
+    The message names the flag (`flag`, without --) and the value that was typed for the flag (`given`).
+    """
     try:
         existing = next(p for p in target.absolute().parents if p.exists())
         if not existing.is_dir():
@@ -462,10 +465,13 @@ def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> No
     elif not (checkpoint / OPTIMIZER_STATE).is_file():
         problems.add(
             f'{given} has no optimizer state ({OPTIMIZER_STATE}): it was saved with --only_save_model true and cannot '
-            'be resumed. To continue from its weights, start a new run with --model_id_or_path.'
+            'be resumed. To train its weights further, leave --resume_from_checkpoint out, and name this checkpoint '
+            'with --adapter (LoRA) or --model_id_or_path (full).'
         )
     elif has_deepspeed and args.deepspeed_config_path is None:
-        problems.add(f'{given} was written with DeepSpeed. Add --deepspeed_config_path.')
+        problems.add(
+            f'{given} was written with DeepSpeed. Add --deepspeed_config_path and the file of the original run.'
+        )
     elif is_adapter(checkpoint) != (args.sft_type == 'lora'):
         kind, trained_with = ('an adapter', 'lora') if is_adapter(checkpoint) else ('all weights', 'full')
         problems.add(

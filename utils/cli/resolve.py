@@ -152,7 +152,10 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     _resolve_gguf(done)
     if args.merge_lora_and_save:
         if args.ckpt_dir is None:
-            problems.add('--merge_lora_and_save true: without a checkpoint there is nothing to merge. Add --ckpt_dir.')
+            problems.add(
+                '--merge_lora_and_save true: without a checkpoint there is nothing to merge. Name the checkpoint with '
+                '--ckpt_dir.'
+            )
         elif args.sft_type == 'full':
             problems.add(
                 '--merge_lora_and_save true: this checkpoint was trained with --sft_type full and has no adapter. '
@@ -203,7 +206,9 @@ def _resolve_gguf(done: Resolution[InferArguments]) -> None:
     if Path(args.gguf).suffix != '.gguf':
         done.problems.add(f'{given}: the name of the file must end in .gguf. Use --gguf {args.gguf}.gguf.')
     if args.ckpt_dir is None:
-        done.problems.add(f'{given}: without a checkpoint there is nothing to write. Add --ckpt_dir.')
+        done.problems.add(
+            f'{given}: without a checkpoint there is nothing to write. Name the checkpoint with --ckpt_dir.'
+        )
     elif args.sft_type != 'full' and not args.merge_lora_and_save:
         done.problems.add(
             f'{given}: this checkpoint holds an adapter, and the file holds a merged model. Add --merge_lora_and_save '

@@ -66,7 +66,10 @@ class StepCounts:
 
 
 def step_counts(args: SftArguments, steps: int, *, evaluates: bool) -> StepCounts:
-    """Return the counts for a run of `steps` optimizer steps, with a warning for each flag that does not fit them."""
+    """Return the counts for a run of `steps` optimizer steps, with a warning for each flag that does not fit `steps`.
+
+    If `evaluates` is False, the run has no evaluations, and the number of steps between evaluations is 0.
+    """
     warnings = []
     asked = warmup_asked(args)
     warmup = count_warmup_steps(asked, steps)

@@ -37,7 +37,8 @@ class Collator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the tensors of one batch of B rows.
 
-        Every batch contains row_lengths, prompt_lengths and rows (the indices of the rows), each (B,).
+        Every batch contains row_lengths and prompt_lengths (numbers of tokens), and rows (the indices of the rows in
+        their data set), each (B,).
         A padded batch also contains input_ids, labels and attention_mask, each (B, T), and the model's image inputs.
         A concatenated batch also contains input_ids, labels and position_ids, each (1, sum of T). The position_ids of
         each row start at 0. `with_plan` names the other keys.
@@ -86,11 +87,12 @@ def with_plan(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     A GPU would have to finish all its work before it could tell the number of trained tokens. With P trained tokens in
     B rows, the tensors are:
 
-    positions (P,): where each trained token is predicted, as an index into all positions of the batch, row after row.
+    positions (P,): for each trained token, the index of the token before it in the flattened input_ids. The model
+    predicts the trained token there.
     targets (P,): the ids of the trained tokens.
     owners (P,): the index of the row of each trained token.
-    cu_seqlens (B + 1,): int32, the position where each row starts, and the number of all tokens. Only in a
-    concatenated batch.
+    cu_seqlens (B + 1,): int32, for each row the index of its first token, and then the number of all tokens. Only in
+    a concatenated batch.
     """
     import torch
 
@@ -106,7 +108,7 @@ def with_plan(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Return the positions (P,) that predict a trained token, as indices into all positions, row after row."""
+    """Return the indices (P,) of the tokens directly before a trained token, as indices into the flattened labels."""
     # The first position of a row has no label, so the position before a label belongs to the same row.
     return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1) - 1
 
@@ -158,7 +160,9 @@ def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
 
 
 def _split_concatenated(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Return the rows of a concatenated batch, each as a dictionary with the keys of the batch except its plan.
+    """Return the rows of a concatenated batch, each as a dictionary.
+
+    A dictionary has the keys of the batch, except those that `with_plan` adds.
 
     Tensors with one value per row get the shape (1,), all other tensors the shape (row length,).
     """

@@ -136,9 +136,10 @@ def encode_batch(
 
 
 def _keeps_long(encoder: Encoder, ids: Encoded, row: Row, report: EncodingReport) -> bool:
-    """Return whether a row is used although it is longer than the limit. Else it is added to the report.
+    """Return whether a row that is longer than --max_length is used. A row that is not used is added to the report.
 
-    The caller splits a row that is used. A row that is cut is not longer than the limit.
+    Only rows of plain text with --overlong split are used; the caller splits them. With --overlong cut, rows are cut
+    earlier and do not come here.
     """
     if encoder.overlong == 'split' and ids.is_text:
         ids.notes.append(SPLIT)
@@ -344,7 +345,7 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
 def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
     """Return the encoded rows of a run.
 
-    Logs how many rows were skipped or noted and why, and shows the first `samples` training rows (sample.txt).
+    Logs how many rows were skipped or have notes, and why. Shows the first `samples` training rows (sample.txt).
     """
     train, val, report = encode_plan(encoder, plan)
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}

@@ -166,7 +166,7 @@ class EncodedRows:
         return self._ordered(np.asarray(self.arrays['parts'], dtype=np.int32))
 
     def _trained_by_row(self) -> Any:
-        """Return the number of tokens that carry loss in each row.
+        """Return the number of tokens that carry loss in each row, as an int64 array of shape (rows,).
 
         The first token of a row is not counted, because it is never predicted.
         """

@@ -1,4 +1,4 @@
-"""The report on the rows of a run: how many were skipped or noted while they were encoded, and why."""
+"""The report on the encoding of a run's rows: how many rows were skipped, how many have notes, and why."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RefusedRows:
         raise ConfigError(
             f'--overlong {overlong}: {self.count} {what} are longer than --max_length {max_length}{why}: '
             f'{", ".join(self.places)}{more}. Give a larger --max_length, or add --overlong cut or --overlong drop. '
-            '--check_dataset true writes the list of all of them.'
+            '--check_dataset true writes the list of all these rows.'
         )
 
 
@@ -60,7 +60,7 @@ class EncodingReport:
 
     @property
     def switched(self) -> int:
-        """Return the number of rows that were rendered with the template's thinking switch."""
+        """Return the number of rows for which a switch of the template was set to keep the reasoning of the reply."""
         note_start = THINKING_SWITCH.partition('{')[0]
         return sum(count for note, count in self.noted.counts.items() if note.startswith(note_start))
 
@@ -74,7 +74,7 @@ class EncodingReport:
 
 
 def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:
-    """Log the length statistics of each part of the data, and the counts of the report."""
+    """Log the statistics and the counts of the report. `statistics` maps e.g. 'train' to the statistics of its rows."""
     for name, numbers in statistics.items():
         logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
     for line in report.account.lines():

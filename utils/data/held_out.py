@@ -62,7 +62,8 @@ def read_held_out(
 ) -> list[Row] | None:
     """Return the held-out rows of an earlier run. `kept` is what `held_out` returned in that run.
 
-    Returns None if `words`, the data sets of --dataset, or their files are not the same as in the earlier run.
+    `words` are the words of --dataset. Returns None if they name other data sets than in the earlier run, or if the
+    files of a data set have changed.
     """
     sources = [parse_source(word) for word in words]
     if any(source.path is None and source.hub is None for source in sources):

@@ -78,6 +78,8 @@ def _converted(
     The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
     `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remark` is called
     with a text about columns that are read under a different name than in the file.
+
+    `name` is the data set or file in messages. Relative paths of images start in `folder`.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
@@ -148,7 +150,10 @@ def _unknown_columns(columns: Sequence[str]) -> str:
 
 
 def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str]) -> str:
-    """Return the error message for columns that fit several shapes, with a remedy for each shape."""
+    """Return the error message for columns that fit several converters, with a remedy for each converter.
+
+    `shapes` has the set of columns that each of these converters reads.
+    """
     names = {shape: '/'.join(column for column in columns if column in shape) for shape in shapes}
     every = frozenset().union(*shapes)
     choices = [
@@ -303,7 +308,8 @@ def open_parts(
 ) -> list[Part]:
     """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits.
 
-    `reading` is for files. The rows of a registered data set have the columns that its entry gives them.
+    `bad` is called for each line that cannot be read. `reading` is for files. The rows of a registered data set have
+    the columns that its entry gives them.
     """
     if source.hub is not None:
         return _hub_parts(source, source.hub, bad, hub, reading)

@@ -109,10 +109,10 @@ def loss_decisions(
 ) -> list[str]:
     """Return the decisions about which replies carry loss. Rows with only one reply need no decision.
 
-    `typed` is the value of --loss_scope. If it is None, the format of a row decides the scope, which says which
-    replies carry loss. The keys of `replies` and `rows` are these scopes of the formats. `replies` counts the replies
-    before the last reply of a row, and `rows` counts the rows that have such replies. `total` is the end of each
-    line, for example 'of 100 rows'.
+    `typed` is the value of --loss_scope: 'all_rounds' if every reply carries loss, 'last_round' if only the last reply
+    of a row does. If `typed` is None, the format of each row decides its scope. The keys of `replies` and `rows` are
+    the scopes that the formats decide. `replies` counts the replies before the last reply of a row. `rows` counts the
+    rows that have such replies. `total` is the end of each line, for example 'of 100 rows'.
     """
     if typed == 'all_rounds':
         return []
@@ -136,7 +136,10 @@ def loss_decisions(
 
 
 def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
-    """Return a list with one line of text, which says that some rows are not used. Returns [] if all rows are used."""
+    """Return a list with one line of text, which says that some rows are not used. Returns [] if all rows are used.
+
+    `what` names the rows in the line, e.g. 'for training'. `why` is the reason in the line.
+    """
     if sample >= available:
         return []
     return [f'rows = {sample} of {available} {what} because {why}: {available - sample} rows are not used']
@@ -264,8 +267,8 @@ def plan_rows(
     all data sets together. If words have a share (name%0.3), the training rows are instead those of the mixture.
 
     `val_words` are the words of --val_dataset. If there are any, nothing is split off, and the validation sets are used
-    whole. Raises ConfigError if data cannot be read, if no row has a column that
-    --columns names, or if no training row or no row of a validation set is left.
+    whole. `bad` is called for each line that cannot be read. Raises ConfigError if data cannot be read, if no row has a
+    column that --columns names, or if no training row or no row of a validation set is left.
     """
     planner = _Planner(seed=seed, hub=hub, bad=bad, reading=reading)
     ingredients = [planner.add_training(word, None if val_words else test_ratio) for word in words]

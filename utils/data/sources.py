@@ -210,7 +210,7 @@ def _matching_files(source: Source) -> list[Path]:
                 'to a file and give that file.'
             )
         kind = 'data file' if source.name.lower().endswith(_ALL_SUFFIXES) else 'data folder'
-        raise ConfigError(f'{kind} {path} is not there (looked in {path.absolute().parent}).')
+        raise ConfigError(f'{kind} {path} is not there (looked in {path.absolute().parent}). Correct the path.')
 
     files = sorted(map(Path, glob.glob(source.name, recursive=True)))  # noqa: PTH207 (Path.glob: no absolute pattern)
     if not files:

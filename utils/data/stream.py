@@ -106,7 +106,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self._yielded = 0
 
     def _read(self, number: int, *, counts: bool) -> Iterator[Row]:
-        """Yield the training rows of one pass over a data set. With `counts`, skipped rows and notes are counted."""
+        """Yield the training rows of one pass over the data set with the index `number`.
+
+        With `counts`, skipped rows and notes are counted.
+        """
         part, held_out = self.parts[number]
         for location, raw, row in part.read(hashlib.sha256()):
             if isinstance(row, BadRow):
@@ -134,9 +137,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                     yield row
 
     def _passes(self, number: int, *, counts: bool) -> Iterator[tuple[Row, bool]]:
-        """Yield (row, whether it is read for the first time) of a data set, in endless passes.
+        """Yield (row, whether it is read for the first time) of one data set, in endless passes.
 
-        Raises ConfigError if the data set has no training row.
+        `number` is the index of the data set. Raises ConfigError if the data set has no training row.
         """
         name = self.parts[number][0].name
         for done in itertools.count():
@@ -185,7 +188,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                         logger.info(remark)
 
     def _order(self, number: int) -> random.Random:
-        """Return the random generator that shuffles a pass."""
+        """Return the random generator that shuffles the pass `number`, counted from 0."""
         return random.Random(f'{self.seed}/{number}')
 
     def _of_process(self, rows: Iterable[tuple[Row, bool]], index: int) -> Generator[dict[str, Any], None, int]:
@@ -241,7 +244,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return self._recent[index][0]
 
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
-        """Return the first rows of the stream, encoded and not shuffled. Skipped rows are counted only in `report`."""
+        """Return the first rows of the stream, encoded and not shuffled.
+
+        Skipped rows are counted in `report`, or not at all if `report` is None.
+        """
         rows = (row for row, _ in self._mixed(counts=False)) if self.shares else self._in_turn(counts=False)
         report = report or EncodingReport()
         limit = self.encoder.max_length
@@ -250,7 +256,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [piece.as_item() for row in encoded for piece in self.encoder.pieces_of(row, limit)]
 
     def lengths(self) -> list[int]:
-        """Return a list with only --max_length. Without a limit, return the numbers of tokens of the first rows."""
+        """Return [--max_length], because the rows of a stream are not known.
+
+        Without a limit, return the number of tokens of each of the first rows.
+        """
         limit = self.encoder.max_length
         if limit > 0:
             return [limit]

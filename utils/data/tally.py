@@ -30,7 +30,10 @@ class Tally:
             self.places.setdefault(reason, []).append(place)
 
     def known(self, reason: str) -> str:
-        """Return `reason`, or OTHER_REASONS if too many different reasons are counted already."""
+        """Return the reason under which a row is counted: `reason`, cut to a maximum length, or OTHER_REASONS.
+
+        It is OTHER_REASONS if `reason` is new and too many different reasons are counted already.
+        """
         if len(reason) > _LONGEST_REASON:
             reason = f'{reason[:_LONGEST_REASON]} ...'
         return reason if reason in self.counts or len(self.counts) < _MOST_REASONS else OTHER_REASONS
@@ -46,7 +49,10 @@ class Tally:
         return sum(self.counts.values())
 
     def lines(self, verb: str) -> list[str]:
-        """Return one line per reason, with the number of rows and the locations of the first rows."""
+        """Return one line per reason, with the number of rows and the locations of the first rows.
+
+        `verb` says in each line what happened to the rows, e.g. 'skipped'.
+        """
         lines = []
         for reason, count in self.counts.items():
             more = ', ...' if count > _NAMED_PER_REASON else ''

@@ -137,9 +137,10 @@ def _sets(run: RunFiles) -> Markup:
 
 
 def _account(account: dict[str, Any]) -> list[Markup]:
-    """Return a list of tables. The first shows for each field how many characters were trained, context, cut and so on.
+    """Return a list of tables about the use of the data's characters. The list is empty if nothing was counted.
 
-    If texts of the data were not used, a second table shows in how many rows. Without counts the list is empty.
+    The first table has a row for each field of the data. Each column counts the characters with one use, e.g. trained
+    or cut. If some texts were not used, a second table shows in how many rows each of these texts occurs.
     """
     fields = account.get('fields', {})
     if not fields:

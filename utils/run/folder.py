@@ -68,7 +68,9 @@ def open_run(
 ) -> Run:
     """Return a new run. Rank 0 creates the run folder with sft_args.json and lock.json.
 
-    `typed_now` has the names of the flags typed for this command, without the flags that --from_run adds.
+    `data` is the entry `data` of lock.json. `typed_now` has the names of the flags typed for this command, without the
+    flags that --from_run adds.
+
     If the run repeats or resumes an earlier run, warnings about differences are logged. Raises ConfigError if the data,
     the weights or the optimizer differ from the earlier run.
     """

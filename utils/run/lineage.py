@@ -61,7 +61,10 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
         )
         args.resume_from_checkpoint = None  # so that the flags are not compared with the checkpoint too
     if args.sft_type == 'full':
-        problems.add(f'{given} is for --sft_type lora. Remove --sft_type full, or merge the adapter and train that.')
+        problems.add(
+            f'{given} is for --sft_type lora. Remove --sft_type full, or merge the adapter and name the merged folder '
+            'with --model_id_or_path instead of --adapter.'
+        )
 
     folder = Path(args.adapter)
     if problem := _folder_problem(folder, args.from_run):
@@ -141,7 +144,8 @@ def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
 def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: str, decisions: list[str]) -> None:
     """Set the flags of `adapter_flags` that are not typed. Add a problem for each typed flag that differs.
 
-    Typed names of layers are kept: they are compared with the adapter when the model is open.
+    `whose` is the middle of the message, e.g. 'the adapter has'. Typed names of layers are kept: they are compared with
+    the adapter when the model is open.
     """
     for name, value in adapter_flags(config).items():
         typed = getattr(parsed.args, name)

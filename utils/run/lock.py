@@ -301,7 +301,10 @@ def check_same_data(
 
 
 def _flag_of(*entries: dict[str, Any]) -> str:
-    """Return the flag that named a data set. Only the entries of lock.json for --val_dataset name their flag."""
+    """Return the flag that named a data set, without --. `entries` are entries of lock.json for this data set.
+
+    Only entries of validation sets have the key `flag`. Without this key, the flag is 'dataset'.
+    """
     return next((entry['flag'] for entry in entries if 'flag' in entry), 'dataset')
 
 
@@ -332,7 +335,7 @@ def check_repeated_template(run_dir: Path, sha256: str) -> None:
         raise ConfigError(
             f'--from_run {run_dir}: the template has changed since that run (its sha256 was '
             f'{trained[:12]}, now it is {sha256[:12]}). '
-            'Put the old template back, or type --template_type to train with the present template.'
+            'Put the old template back, or type which template to train with now, e.g. --template_type auto.'
         )
 
 

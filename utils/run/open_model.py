@@ -163,7 +163,8 @@ def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype)
 
     if dtype == torch.float16:
         raise ConfigError(
-            '--fsdp true: it needs bf16 or fp32, and this GPU has no bf16. Use --dtype fp32 or --deepspeed_config_path.'
+            '--fsdp true: it needs bf16 or fp32, and this GPU has no bf16. Use --dtype fp32, or use '
+            '--deepspeed_config_path ds_config/zero3.json instead of --fsdp.'
         )
     return DistributedConfig(fsdp_size=dist.world_size(), fsdp_mixed_precision=held != dtype)
 

@@ -263,7 +263,8 @@ def _use_saved_template(parsed: Parsed[InferArguments], trained: Trained) -> Non
 def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
     """Return a list of warnings, one for each argument whose value differs from its value in the resumed run.
 
-    Raises ConfigError if the base weights or the optimizer differ, or if the same data flags now give different rows.
+    `record` and `data` are the record of this run and the entry `data` of its lock.json. Raises ConfigError if the base
+    weights or the optimizer differ, or if the same data flags now give different rows.
     """
     resumed = find_record(checkpoint)
     if resumed is None:
@@ -288,9 +289,10 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 
 
 def _asked(record: RunRecord) -> dict[str, Any]:
-    """Return the value that each flag had before the decisions of the run, because decisions depend on the machine.
+    """Return {flag: its value before the decisions of the run}, because decisions depend on the machine.
 
-    The value of `system_typed` is included, and of `new_tokens` the tokens instead of the path of their file.
+    The dictionary also has the key `system_typed`. The value of `new_tokens` is the list of tokens, not the path of a
+    file.
     """
     facts = {'system_typed': record.system_typed, 'new_tokens': list(record.added_tokens)}
     return {**record.flags, **facts, **record.asked}
