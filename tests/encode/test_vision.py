@@ -697,7 +697,7 @@ def test_gradients_reach_the_language_model_alone_or_the_tower_too(
         assert all(grad.abs().max() > 0 for grad in trained.values())
         assert len(trained) - len(seeing) == (14 if wanted == ['ALL'] else 2)
         assert bool(seeing) is (not frozen and wanted == ['ALL'])
-        said = '--freeze_vision false has no effect: no target is in model.visual' in caplog.text
+        said = '--lora_target_modules names no layer in model.visual. Add one or more' in caplog.text
         assert said is (not frozen and wanted == ['q_proj'])
 
 

@@ -446,9 +446,7 @@ def test_models_that_cannot_have_new_tokens_are_refused(monkeypatch: pytest.Monk
     tied = model_of(tied=True)
     ids = add_tokens(tied, make_tokenizer(), TOKENS)
     tied.config.tie_word_embeddings = False  # as in a config that states it for the whole model only
-    with pytest.raises(
-        ConfigError, match='PEFT does not train their rows in both ends of LlamaForCausalLM. Add --lora'
-    ):
+    with pytest.raises(ConfigError, match='in both embedding and output head of LlamaForCausalLM. Add --lora'):
         prepared(tied, ids)
 
 

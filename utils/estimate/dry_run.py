@@ -95,8 +95,8 @@ def _show(title: str, lines: Iterable[str]) -> None:
 def _machine() -> Machine:
     """Return the number of processes of this run and the number of devices of each process.
 
-    If this machine has no GPU, the GPUs in CUDA_VISIBLE_DEVICES are counted, so that a different machine can be
-    planned.
+    If this machine has no GPU, the GPUs that CUDA_VISIBLE_DEVICES names are counted instead. So a run on a different
+    machine can be planned. If the variable names no GPU either, each process has one device, which is not a GPU.
     """
     named = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip() not in ('', '-1')]
     gpus = dist.visible_gpus() or len(named)

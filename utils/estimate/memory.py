@@ -347,7 +347,10 @@ def _dora(shape: Shape, mode: Mode) -> int:
 
 
 def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
-    """Return the bytes of weights and gradients that are gathered temporarily from all processes."""
+    """Return the bytes of weights and gradients that are gathered temporarily from all processes.
+
+    `trained` is the number of parameters that the run trains.
+    """
     c = mode.compute
     bucket = min(shape.hidden**2, trained)
     if mode.sharding == 'zero2':

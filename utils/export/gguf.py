@@ -69,9 +69,10 @@ def write_gguf(
 ) -> str:
     """Write the model in `folder` as a GGUF file and a Modelfile, and return a text that says what was proven.
 
-    The rows that the run in `run_dir` answered for its report are compared, on `device`. Without a llama.cpp checkout,
-    only the Modelfile is written, and the returned text has the commands. Raises ConfigError if the converter fails, or
-    if the file differs from the model.
+    To prove the file, the model in the file and the model in `folder` get the same prompts, on `device`. These are
+    prompts for which the run in `run_dir` generated answers for its report, or else one other prompt. Without a
+    llama.cpp checkout, only the Modelfile is written, and the returned text has the commands that get llama.cpp and
+    write the GGUF file. Raises ConfigError if the converter fails, or if the model in the file differs.
     """
     rows = [row for row in user_rows(run_dir) if not row.is_text]
     kind = target.type or _TYPES.get(str(read_config(folder).get('dtype')), 'f16')
@@ -211,7 +212,11 @@ def _template_fault(header: GgufHeader, tokenizer: Any) -> str | None:
 
 
 def _token_fault(found: Any, tokenizer: Any, rows: Sequence[Row]) -> str | None:
-    """Return the first text that the tokenizer in the file encodes in another way. Returns None if there is none."""
+    """Return a message about the first text for which two tokenizers give different ids, or None if there is none.
+
+    `found` is the tokenizer in the GGUF file, and `tokenizer` that of the merged model. The texts are those of `rows`
+    and of the probes in proofs/template.py.
+    """
     texts = [turn['content'] for row in [*rows, *probes()] for turn in row.messages]
     for text in texts:
         ids = found(text, add_special_tokens=False, verbose=False)['input_ids']
@@ -230,7 +235,10 @@ def _dtype(folder: Path) -> torch.dtype:
 
 
 def _prompts(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
-    """Return the prompts of the first rows. If there are no rows, those of probes are returned."""
+    """Return the ids of the prompts of the first rows without images, at most _ANSWERS.
+
+    If there are no such rows, one prompt is returned: that of a probe in proofs/template.py, or a fixed text.
+    """
     chosen = [row for row in rows if not row.images][:_ANSWERS]
     if not chosen and not isinstance(encoder, TextEncoder):
         chosen = probes()[:1]
@@ -310,7 +318,7 @@ def _write_modelfile(
 def _ollama_turns(folder: Path, encoder: Encoder, rows: Sequence[Row], header: GgufHeader | None) -> tuple[Turns, str]:
     """Return the texts for a TEMPLATE of Ollama, and a sentence that says on how many conversations they were compared.
 
-    Raises NotExpressible if the chat template cannot be written in this way.
+    Raises NotExpressible if the chat template cannot be written as a TEMPLATE of Ollama.
     """
     tokenizer = load_tokenizer(folder)
     if isinstance(encoder, TextEncoder):
@@ -335,7 +343,10 @@ def _ollama_turns(folder: Path, encoder: Encoder, rows: Sequence[Row], header: G
 
 
 def _adds_bos(tokenizer: Any, header: GgufHeader | None) -> bool:
-    """Return whether llama.cpp puts the bos token in front of a prompt. Without a file, the tokenizer tells it."""
+    """Return whether llama.cpp puts the bos token in front of a prompt.
+
+    The header of the GGUF file says it. If `header` is None, True is returned if the tokenizer adds the bos token.
+    """
     if tokenizer.bos_token is None:
         return False
     if header is None:
@@ -345,7 +356,10 @@ def _adds_bos(tokenizer: Any, header: GgufHeader | None) -> bool:
 
 
 def _with_system(turns: Turns, system: str) -> Turns:
-    """Return the texts with a fixed system text in the opening, for a text that a Modelfile cannot hold."""
+    """Return `turns` with the text `system` as a part of `opening`.
+
+    This is for a system text that the SYSTEM command of a Modelfile cannot hold.
+    """
     if turns.before_system is None:
         return turns
     return replace(turns, opening=f'{turns.before_system}{system}{turns.after_system}')

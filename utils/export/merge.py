@@ -154,7 +154,11 @@ class Expected:
 def expect(
     model: Any, tokenizer: Any, texts: Sequence[list[int] | None], settings: GenerationConfig, images: Images | None
 ) -> Expected:
-    """Return what the merged folder of the PeftModel `model` must have. `settings` are its generation settings."""
+    """Return what the model in the merged folder must have, computed with the PeftModel `model`.
+
+    `texts` are the token ids on which logits are compared; None is the fixed text of `probe_logits`. `settings` are the
+    generation settings of the model.
+    """
     wanted = [probe_logits(model, tokenizer, images, ids=ids) for ids in texts]
     with model.disable_adapter():
         bare = [probe_logits(model, tokenizer, images, ids=ids) for ids in texts]
@@ -237,9 +241,9 @@ def verify_merged(
 ) -> tuple[float, float, str | None]:
     """Open a merged folder as `base` was opened, and compare the model with what is expected.
 
-    Without `base`, the folder is opened as a model without a registry entry. Returns the largest difference of the
-    logits from those of base + adapter, the smallest share of the adapter's effect on the logits, and a text that
-    describes the first problem, or None if there is no problem.
+    Without `base`, the folder is opened as a model without a registry entry. Returns three values: the largest absolute
+    difference between a logit and that of base + adapter, the smallest share of the adapter's effect that the merged
+    model keeps (see `_share_of_adapter`), and a description of the first problem, or None if there is no problem.
     """
     if base is not None:
         reopened, found_tokenizer = base.reopen(folder)
@@ -267,7 +271,10 @@ def verify_merged(
 def _logits_fault(
     found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], allowed: float, what: str
 ) -> str | None:
-    """Return what is wrong if logits differ by more than the fraction `allowed` of the largest logit, else None."""
+    """Return what is wrong if logits differ by more than the fraction `allowed` of the largest logit, else None.
+
+    `what` says in this text where the logits `wanted` come from, for example 'base + adapter'.
+    """
     for one, other in zip(found, wanted, strict=True):
         bound = allowed * float(other.abs().max())
         apart = float((one - other).abs().max())

@@ -234,7 +234,10 @@ def _quoted(text: str) -> str:
 
 
 def _parameters(config: Any, max_length: int) -> dict[str, Any]:
-    """Return the parameters of Ollama for generation settings. Defaults of Ollama that differ are always replaced."""
+    """Return {name of a parameter of Ollama: value} for the generation settings `config` and for --max_length.
+
+    The values of sampling and repetition are always given, because Ollama has defaults that differ from `config`.
+    """
     found: dict[str, Any] = {'temperature': 0}
     if config.do_sample:
         found = {

@@ -90,10 +90,11 @@ class _NotPossible(Exception):
 
 
 def plan_patch(model: Any, base: Path, checkpoint: Path, *, family: str | None, dtype: str | None) -> Patch | str:
-    """Return the Patch that merges the adapter of `checkpoint`, which the PeftModel `model` has on it.
+    """Return the Patch that merges an adapter into its base. Returns the reason as text if this is not possible.
 
-    `base` is the folder from which the base was opened, `family` its family of 2023 if it has one, and `dtype` the name
-    in torch of the dtype that the user asks for. Returns the reason as text if the base's files cannot be patched.
+    `model` is the PeftModel with the adapter of `checkpoint`, and `base` the folder from which its base was opened.
+    `family` is the family of the base if its files have the layout of 2023, else None. `dtype` is the dtype that the
+    user asks for, by its name in torch, or None.
     """
     try:
         _check_base(base, family)
@@ -121,7 +122,10 @@ def _check_base(base: Path, family: str | None) -> None:
 def _find_changes(
     model: Any, checkpoint: Path, ranges: Mapping[str, TensorRange]
 ) -> Iterator[tuple[str, _Layer | _Whole]]:
-    """Yield each changed tensor of the files with its change. Raises _NotPossible if a change has no tensor."""
+    """Yield (name of a tensor in the files of the base, its change) for each tensor that the adapter changes.
+
+    `ranges` has all tensors of these files by name. Raises _NotPossible if a change belongs to no tensor of the files.
+    """
     touched: dict[str, _Layer | _Whole] = {**_adapted(model), **_trained_whole(model, checkpoint)}
     base_model = model.get_base_model()
 
@@ -150,7 +154,7 @@ def _find_changes(
 
 
 def _adapted(model: Any) -> dict[str, _Layer]:
-    """Return the LoRA layers by the names of their weights in the class."""
+    """Return {name of a weight: its LoRA layer}. The names are those that the class of the base model uses."""
     from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 
     config = model.peft_config[model.active_adapter].to_dict()
@@ -169,10 +173,10 @@ def _adapted(model: Any) -> dict[str, _Layer]:
 
 
 def _trained_whole(model: Any, checkpoint: Path) -> dict[str, _Whole]:
-    """Return the tensors of the layers that were trained whole, by their names in the class.
+    """Return {name: tensor} for the layers that were trained whole. The names are those in the class of the base model.
 
-    They are read from the checkpoint, because PEFT rounds them to the dtype of the model. A tied tensor may be stored
-    under one of its names.
+    The values are read from the checkpoint, because PEFT rounds the tensors of `model` to the dtype of the model. Tied
+    layers share one tensor. The checkpoint may have this tensor under the name of only one of these layers.
     """
     from peft.utils.other import ModulesToSaveWrapper
 

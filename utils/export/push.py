@@ -161,7 +161,7 @@ def push_again(run_dir: Path) -> None:
     if not record.flags.get('hub_model_id'):
         raise ConfigError(
             f'{run_dir}: names no repository, because it was trained without --push_to_hub true. '
-            'Set hub_model_id in its sft_args.json.'
+            'Set hub_model_id in its sft_args.json to the repository, as repo or user/repo.'
         )
 
     folders = staged_folders(run_dir)

@@ -42,11 +42,12 @@ _PREFIX = 'rows_over_'
 
 
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the inputs that say that no id (1, T) of concatenated rows is padding. Call the model with them.
+    """Return the inputs besides `ids` (1, T) for a call of the model: an attention mask of ones, or {}.
 
-    Without an attention mask, transformers looks for the rows in position_ids and reads the result from the device. The
-    attention of this module takes the rows from the context and needs neither. flash-attn needs position_ids, and gets
-    no mask.
+    The ids are those of concatenated rows. If the model uses the attention of this module, it gets the mask. Without
+    a mask, transformers would look for the rows in position_ids, and the CPU would wait for the result. This attention
+    does not need that: the context `concatenated_rows` tells it the rows. The package flash-attn finds the rows from
+    position_ids, so it gets no mask.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
@@ -289,8 +290,9 @@ def _hiding_bias(
 ) -> torch.Tensor:
     """Return a tensor (1, repeats * queries, keys) to add to scores: -inf hides a key from a query, 0 does not.
 
-    The values are -inf on and above the diagonal number `diagonal`, and 0 below it. With `low` they are -inf on and
-    below the diagonal, and 0 above it.
+    The values are -inf on and above a diagonal, and 0 below the diagonal. With `low` they are -inf on and below the
+    diagonal, and 0 above the diagonal. Key k of query q is on the diagonal if k - q is `diagonal`. The (queries, keys)
+    values are repeated for `repeats` query heads.
     """
     # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.
     full_QK = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
@@ -403,7 +405,8 @@ def _weights(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the attention weights of a block, (G, R * Q, K), and the derivative of the score cap.
 
-    The derivative has the shape of the weights. It is None if scores are not capped.
+    The derivative has the shape of the weights. It is None if scores are not capped. `settings` are the rows, the
+    factor by which scores are multiplied, and the score cap or None.
     """
     first_key, start, end = block
     rows, scaling, softcap = settings

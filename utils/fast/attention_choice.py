@@ -61,10 +61,11 @@ def flash_width(query_width: int, value_width: int) -> int:
 
 
 def repeats_keys(case: AttentionCase, *, masked: bool) -> bool:
-    """Return whether `groups` repeats the key heads for each query head.
+    """Return whether the kernel `groups` must repeat each key head for all its query heads.
 
-    On an NVIDIA GPU, only torch's flash kernel shares a key head between query heads. If the flash kernel cannot serve,
-    torch would compute shared heads by its slowest kernel, which keeps all scores of a row in fp32.
+    `masked` says whether torch's attention gets a mask. On an NVIDIA GPU, only torch's flash kernel shares a key
+    head between query heads. If the flash kernel cannot be used, torch would compute shared heads by its slowest
+    kernel, which keeps all scores of a row in fp32.
     """
     if case.kind != 'cuda' or case.heads == case.key_heads:
         return False

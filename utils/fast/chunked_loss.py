@@ -49,7 +49,10 @@ class Head:
 
     @property
     def trained_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the ids (R) of the rows that alone are trained, and their values (R, C). Returns None without them."""
+        """Return the token ids (R) and the values (R, C) of the trained rows of a head with --new_tokens.
+
+        Returns None if the head does not train single rows, or if the adapter is switched off.
+        """
         if not isinstance(self.linear, TrainableTokensWrapper) or self.linear.disable_adapters:
             return None
         layer = self.linear.token_adapter
@@ -71,7 +74,7 @@ class Head:
         return bias
 
     def fixed(self) -> Head:
-        """Return a head with the weight and the bias that the model uses now, and that keeps them."""
+        """Return a head that always uses the present weight and bias, also if the model switches its adapter later."""
         weight_VC, bias_V = self.weight.detach(), self.bias
         linear = nn.Linear(1, 1, bias=bias_V is not None, device='meta')
         linear.weight = nn.Parameter(weight_VC, requires_grad=False)
@@ -254,7 +257,7 @@ def _logits(
 
 
 def _product_in_fp32(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the matrix product. CUDA computes it in fp32 and need not round it. Other devices return the dtype."""
+    """Return the matrix product: on CUDA in fp32, without rounding, and elsewhere in the dtype of the factors."""
     if first.device.type == 'cuda' and first.dtype != torch.float32:
         return torch.mm(first, second, out_dtype=torch.float32)
     return first @ second

@@ -49,7 +49,10 @@ def norm_kernel(
 
 @lru_cache(maxsize=64)
 def gate_kernel(activation: str, dtype: torch.dtype, device: torch.device) -> Step | None:
-    """Return the kernel for silu(gate) * up, or None if it cannot be used. `activation` is the name of its class."""
+    """Return the kernel for silu(gate) * up, or None if it cannot be used.
+
+    `activation` is the name of the class of the MLP's activation.
+    """
     if device.type != 'cuda' or dtype not in _DTYPES or activation not in _SILU:
         return None
 
@@ -64,7 +67,7 @@ def gate_kernel(activation: str, dtype: torch.dtype, device: torch.device) -> St
 
 
 def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return fixed values, for which no random state changes."""
+    """Return random values (rows, width), the same in each call. The random state of torch is not used or changed."""
     random = torch.Generator().manual_seed(rows + width)
     return torch.randn(rows, width, generator=random).to(device, dtype)
 

@@ -49,7 +49,10 @@ class LowCopies:
         self._copies: dict[tuple[int, torch.dtype], _Copy] = {}
 
     def of(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight in this dtype, without gradient. It is the weight itself if it has the dtype."""
+        """Return the values of the weight in this dtype, without gradient.
+
+        If the weight has this dtype, the weight itself is returned, not a copy.
+        """
         if weight.dtype == dtype:
             return weight.detach()
 

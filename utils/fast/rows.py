@@ -33,7 +33,7 @@ class DeviceTensors:
     """Tensors that are made from the row lengths of a batch. Each is made once per device, and used by all layers."""
 
     def __init__(self, cu_seqlens: torch.Tensor | None = None) -> None:
-        """Set up an empty store. `cu_seqlens` is stored if it is already there, as RowMask.cu_seqlens returns it."""
+        """Set up a store. If `cu_seqlens` is given, it is stored, and RowMask.cu_seqlens returns it on its device."""
         self._made: dict[tuple[str, torch.device], Any] = {}
         if cu_seqlens is not None:
             self._made['cu_seqlens', cu_seqlens.device] = cu_seqlens
@@ -75,11 +75,11 @@ class RowMask:
         return self.tensors.get(name, device, lambda: row_block_mask(self.lengths, self.window, device))
 
     def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return the indices by which groups are padded, and the index that undoes it.
+        """Return the indices that make padded groups from the batch, and the index that makes the batch from them.
 
-        The first value has a tensor (B, L) for each group: the positions of the tokens of its rows. Padding has the
-        position of the first token of its row. The second value (T) has the position of each token of the batch in the
-        padded groups, one after the other.
+        The first value has a tensor (B, L) for each group: the positions in the batch of the tokens of its rows. In
+        place of padding it has the position of the first token of the row. The second value is a tensor (T). It has
+        the position of each token of the batch in the list of all padded groups, which are flattened and joined.
         """
 
         def make() -> tuple[list[torch.Tensor], torch.Tensor]:

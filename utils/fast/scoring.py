@@ -106,8 +106,9 @@ class Scorer:
     def _predictors(self, model: Any, batch: Batch) -> tuple[Predictors, torch.Tensor, torch.Tensor]:
         """Return three tensors, each with one entry for each trained token.
 
-        The first tensor is what the token is predicted from. The second is the ids of the trained tokens (P). The third
-        is the index of the token's row (P).
+        The first tensor has what the token is predicted from: hidden states (P, C) if there is a head, else logits
+        (P, V). The second tensor (P) has the ids of the trained tokens. The third tensor (P) has the index of the row
+        of each token.
         """
         found = []
         parts = []
@@ -118,9 +119,10 @@ class Scorer:
         return torch.cat(found), targets, owners
 
     def _passes(self, model: Any, batch: Batch) -> Iterator[tuple[Any, Batch]]:
-        """Yield the forward passes that the batch needs: the module to call, and the batch of these rows.
+        """Yield (module to call, its batch) for each forward pass that `batch` needs.
 
-        The owners of each part are indices of rows in the whole batch.
+        A yielded batch has some rows of `batch`, or all of them. Its 'owners' (the row index of each trained token)
+        are indices of rows in `batch`.
         """
         if self.row_limit is None:
             yield model, batch
@@ -139,8 +141,8 @@ class Scorer:
     def _forward(self, model: Any, batch: Batch, use: Use) -> torch.Tensor:
         """Run the model on the batch, and return what `use` computes from the predictors of its trained tokens.
 
-        With a head, `use` is called inside the forward pass of the model. DDP looks for the parameters that a forward
-        pass used in what the pass returns.
+        With a head, `use` is called inside the forward pass of the model, and the pass returns its result. This is
+        needed for DDP: from the returned tensor, DDP finds the parameters that the forward pass used.
         """
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
         layout: AbstractContextManager[None] = nullcontext()

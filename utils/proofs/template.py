@@ -446,7 +446,8 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
     if encoder.name == AUTO:
         raise ConfigError(
             f"{row.origin}: template auto: the ids differ from those of the tokenizer's chat template, and no known "
-            f'reason explains this: {where}. Use another --template_type, and please report this chat template.'
+            f'reason explains this: {where}. Use another --template_type (docs/templates.md), and please report this '
+            'chat template.'
         )
     return verdict, f'{row.origin}: {where}'
 

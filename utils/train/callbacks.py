@@ -45,7 +45,10 @@ class StepIntervals(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the intervals in the trainer's state from the flags. A resumed state has the intervals of its run."""
+        """Set the intervals in the trainer's state from the flags of this run.
+
+        This is also done for a resumed run, because its state has the intervals of the checkpoint.
+        """
         counts = self.set_intervals(args, state)
         # A DeepSpeed configuration can bring a schedule of its own, with its own warm-up.
         self._record(counts, schedule_is_ours=isinstance(kwargs['lr_scheduler'], LambdaLR))

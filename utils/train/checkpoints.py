@@ -204,7 +204,7 @@ class Checkpoints:
         self.run.record.write(folder)
 
     def _write_unloaded(self, folder: Path) -> None:
-        """Write the tensors of the base that the class of the model does not load beside the trained weights."""
+        """Write UNLOADED_FILE in the folder: the tensors of the base that the class of the model does not load."""
         if self._unloaded is None:
             flags = self.run.record.flags
             names = flags.get('model_type'), flags.get('model_id_or_path')

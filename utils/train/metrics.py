@@ -22,8 +22,8 @@ Metrics = Callable[['EvalPrediction'], dict[str, float]]
 class ValidationSets:
     """The rows of an evaluation, and the names of the sets of --val_dataset.
 
-    `names` has the name of each set by the number that `rows.parts()` has for the rows of this set. Without
-    names, only the rows of all sets together are evaluated.
+    `names` is {number of a set: its name}. The rows of the set have this number in `rows.parts()`. If `names` is empty,
+    there are only metrics over all rows together.
     """
 
     rows: EncodedRows
@@ -67,9 +67,9 @@ def loss_metrics(sets: ValidationSets) -> Metrics:
 class GenerationMetrics:
     """Scores generated ids against the ids of the labels. The trainer calls it after each evaluation.
 
-    The main process computes the scores and sends them to the others, because a function of the user may return
-    different numbers in each process. If the function fails, every process raises the ConfigError. `held_out` has the
-    validation rows by origin; only scores that are functions of a file read it.
+    The main process computes the scores and sends them to the other processes, because a score function of the user may
+    return different numbers in each process. If the main process cannot compute the scores, every process raises the
+    same ConfigError. `held_out` has the validation rows by origin. Only scores that are functions of a file read it.
     """
 
     def __init__(self, tokenizer: Any, scores: Scores, sets: ValidationSets, held_out: Mapping[str, Row]) -> None:

@@ -42,11 +42,11 @@ _SERVED_EXPERTS = {'gate_up_proj', 'down_proj'}
 def find_targets(
     model: PreTrainedModel, wanted: Sequence[str], frozen: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Return two lists: the names or paths of the modules that get LoRA, and the names of such expert parameters.
+    """Return two lists: the names or paths of the modules that get LoRA, and the expert parameters that get LoRA.
 
-    Modules inside the modules `frozen` are left out. An expert parameter is the stacked weight of all experts of a
-    layer. It is named by the end of its path, e.g. experts.down_proj. Raises ConfigError if a word of `wanted` matches
-    nothing.
+    `wanted` are the words of --lora_target_modules. Modules inside the modules `frozen` are left out. An expert
+    parameter is the stacked weight of all experts of a layer. The second list has the end of its path, e.g.
+    experts.down_proj. Raises ConfigError if a word of `wanted` matches nothing.
     """
     paths = list(linear_layers(model, frozen))
     experts = expert_names(model)
@@ -235,8 +235,8 @@ def _put_adapter(
 def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
     """Log whether vLLM can load an adapter of these expert parameters, or warn that it cannot.
 
-    vLLM takes the adapter with the name of the experts for down_proj, and the one below it (base_layer) for
-    gate_up_proj, and needs both: _stack_moe_lora_weights in
+    vLLM needs the adapters of both parameters. It takes the adapter at the path of the experts for down_proj, and the
+    adapter at this path with .base_layer for gate_up_proj. See _stack_moe_lora_weights in
     https://github.com/vllm-project/vllm/blob/main/vllm/lora/model_manager.py
     """
     if {last_name(name) for name in parameters} == _SERVED_EXPERTS:
@@ -253,8 +253,9 @@ def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
 
 
 def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[str], decide: Decide) -> _Places:
-    """Return where the adapter goes. `decide` is called if the flags name layers in a different form.
+    """Return where the adapter goes.
 
+    `decide` is called with the names of the layers if the flags use other words for them, e.g. all-linear.
     Raises ConfigError if there is no layer for LoRA, or if expert parameters cannot have what the flags ask for.
     """
     from utils.train.saved_modules import find_saved, with_tied
@@ -284,13 +285,13 @@ def _check_experts(args: SftArguments, parameter: str) -> None:
     if args.lora_dropout_p:
         raise ConfigError(
             f'--lora_dropout_p {args.lora_dropout_p} is not possible on expert parameters ({parameter}): LoRA '
-            'changes their weights directly and has no input to drop. Use --lora_dropout_p 0, or remove them from '
-            '--lora_target_modules.'
+            'changes their weights directly and has no input to drop. Use --lora_dropout_p 0, or remove the experts '
+            'from --lora_target_modules.'
         )
     if args.use_dora:
         raise ConfigError(
             f'--use_dora true is not possible on expert parameters ({parameter}): PEFT has no DoRA for them. '
-            'Remove --use_dora, or remove them from --lora_target_modules.'
+            'Remove --use_dora, or remove the experts from --lora_target_modules.'
         )
 
 
@@ -299,7 +300,10 @@ def _warn_of_towers(model: PreTrainedModel, places: _Places, towers: Sequence[st
     if not towers or any(is_in(path, towers) for path in places.adapted):
         return
     in_towers = sorted({last_name(path) for path in linear_layers(model) if is_in(path, towers)})
-    logger.warning(f'--freeze_vision false has no effect: no target is in {", ".join(towers)} ({", ".join(in_towers)})')
+    logger.warning(
+        f'--freeze_vision false has no effect: --lora_target_modules names no layer in {", ".join(towers)}. Add one or '
+        f'more of its layers to --lora_target_modules: {", ".join(in_towers)}'
+    )
 
 
 def _add_adapter(

@@ -126,10 +126,11 @@ def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None
 
 
 def token_tables(model: PreTrainedModel, ids: Sequence[int], copied: Collection[str]) -> dict[str, list[int]]:
-    """Return which rows of which layers are trained for new tokens: a dict from the path of a layer to the ids.
+    """Return {path of a layer: ids of the rows of this layer that are trained} for the new tokens `ids`.
 
-    The layers are the input embedding and, if it is not tied to it, the output head. Layers in `copied` are not in the
-    dict, because they are trained whole. Raises ConfigError if the head has a bias.
+    The layers are the input embedding and the output head. A head that is tied to the embedding is left out. Layers in
+    `copied` are left out too, because they are trained whole. Raises ConfigError if the head is not in `copied` and has
+    a bias.
     """
     if not ids:
         return {}
@@ -162,8 +163,8 @@ def check_tokens(model: Any, ids: Sequence[int]) -> None:
             if any(set(ids) <= set(rows) for rows in trained.values()):
                 continue
         raise ConfigError(
-            f'--new_tokens: PEFT does not train their rows in both ends of {type(base).__name__}. Add '
-            f'--lora_modules_to_save {EMBEDDING} {HEAD}, which trains them whole.'
+            f'--new_tokens: PEFT does not train the rows of the new tokens in both embedding and output head of '
+            f'{type(base).__name__}. Add --lora_modules_to_save {EMBEDDING} {HEAD}, which trains both layers whole.'
         )
 
 

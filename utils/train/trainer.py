@@ -514,10 +514,11 @@ class SftTrainer(Seq2SeqTrainer):
 
 
 def clear_only_trained(model: torch.nn.Module) -> None:
-    """Replace zero_grad of the model: it visits only the trained parameters. Visiting every module takes long.
+    """Replace zero_grad of the model by a function that visits only the trained parameters. This saves time.
 
-    Under DDP, gradients are parts of the memory that is exchanged. They are set to zero, because new gradients would be
-    held beside this memory. If DDP looks for unused parameters, such a parameter must have no gradient.
+    The function sets the gradients to None. Under DDP it sets the gradients to zero, because they are parts of the
+    memory that is exchanged, and new gradients would need more memory. If DDP has find_unused_parameters, the
+    gradients are set to None, because an unused parameter must have no gradient.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     keeps = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
