@@ -233,7 +233,10 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights
 
 
 def write_file(done: Ready[InferArguments], trained: Trained, served: Served, folder: Path, place: Any) -> None:
-    """Write the model in `folder` as a GGUF file with a Modelfile, as --gguf says. It is compared on `place`."""
+    """Write the model in `folder` as a GGUF file with a Modelfile, as --gguf says.
+
+    With --llama_cpp, the GGUF file is then opened on the device `place`, and compared with the model.
+    """
     from utils.export.gguf import GgufTarget, write_gguf
     from utils.infer.generation import served_config
 
@@ -256,7 +259,7 @@ def write_file(done: Ready[InferArguments], trained: Trained, served: Served, fo
 def check(
     done: Ready[InferArguments], trained: Trained | None, served: Served, rows: Sequence[Row], server: Server
 ) -> int:
-    """Compare the answers of a server with those computed here. Returns 1 if they differ, else 0."""
+    """Compare the answers of a server with those that this program generates. Returns 1 if they differ, else 0."""
     from utils.loading.folder import is_adapter
     from utils.run.folder import result_path
     from utils.serve.check import ServerCheck

@@ -115,7 +115,7 @@ def carry_out(
     """Load the model, encode the rows, train, and write the proofs and the report to the run folder.
 
     Returns the exit code. With --verify true, steps of the run in --from_run are repeated and compared, and there is
-    no report.
+    no report. `started` is the time when the program started, as time.time returns it. --max_minutes counts from it.
     """
     from transformers import set_seed
 
@@ -172,7 +172,8 @@ class Opened:
 def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
     """Open the base model and make its encoder. Files of --score are executed first, so that their errors show early.
 
-    Logs a warning if LoRA cannot teach the model when to stop, because it never saw the token that ends a turn.
+    Logs a warning if the base model never saw the token that ends a turn, because LoRA cannot teach such a
+    model to stop.
     """
     from utils.infer.scores import Scores
     from utils.loading.image_processors import open_images
@@ -235,7 +236,10 @@ def encode(done: Ready[SftArguments], run: Run, rows: Plan | Streams, encoder: E
 def prepare_training(
     done: Ready[SftArguments], run: Run, opened: Opened, rows: Plan | Streams, data: PreparedData, asked: BeforeAfter
 ) -> SftTrainer:
-    """Give the model its adapter or make its weights trainable, and return the trainer of the run."""
+    """Give the model its adapter or make its weights trainable, and return the trainer of the run.
+
+    With --adapter, the answers of the model before training are generated here, and kept in `asked`.
+    """
     from utils.export.push_queue import push_while_training
     from utils.run.rows import held_out_rows
     from utils.train.prepare import prepare_model, say_what_all_adds

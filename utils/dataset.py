@@ -64,7 +64,10 @@ def _alpaca(
     subsets: tuple[str, ...] = ('default',),
     not_named: tuple[str, ...] = (),
 ) -> HubDataset:
-    """Return the entry of a data set with the columns instruction, input and output."""
+    """Return the entry of a data set with the columns instruction, input and output.
+
+    Only the subsets `subsets` are read. Files with a word of `not_named` in their names are not read.
+    """
     return HubDataset(
         id=modelscope_id,
         hf_id=hf_id,

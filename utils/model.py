@@ -47,7 +47,8 @@ def _entries(
     """Return the entries of models that differ only in their ids.
 
     `models` maps each key to an id if both hubs use the same id, else to (ModelScope id, Hugging Face id). `since` is
-    the first version of transformers that has the class.
+    the first version of transformers that has `model_class`. `targets` are the layers that get LoRA by default.
+    Files that match a pattern of `ignore` are not downloaded.
     """
     entries = {}
 
@@ -802,7 +803,7 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
 def infer_model_type(model_id_or_path: str) -> str | None:
     """Return the key in MODEL_MAPPING for a hub id or a model folder. Returns None if no entry matches.
 
-    A folder matches an entry if its name is the last part of the hub id of the entry.
+    A folder matches an entry if the name of the folder is the last part of a hub id of the entry.
     """
     path = Path(model_id_or_path)
     folder = path.name
@@ -851,7 +852,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model in a folder, loaded with its native class.
 
-    Without `torch_dtype`, the best dtype of the device is used.
+    `model_type` is the key of the model in MODEL_MAPPING. Without `model_type`, config.json tells the class. Without
+    `torch_dtype`, the best dtype of the device is used.
     """
     info = get_model_info(model_type, str(model_dir))
     dtype = torch_dtype or pick_dtype(info.torch_dtype)[0]
@@ -863,5 +865,8 @@ def load_model(
 
 
 def load_tokenizer(model_dir: str | Path, *, model_type: str | None = None) -> Any:
-    """Return the tokenizer in a folder. The tokenizer always has a pad token. No code from the folder is run."""
+    """Return the tokenizer in a folder. The tokenizer always has a pad token. No code from the folder is run.
+
+    `model_type` is the key of the model in MODEL_MAPPING. Without `model_type`, the files tell the class.
+    """
     return read_tokenizer(Path(model_dir), get_model_info(model_type, str(model_dir)))

@@ -136,7 +136,7 @@ def test_weights_that_are_not_read_are_said_not_to_be_compared(merged: Path, che
     assert llm_infer.main(['--ckpt_dir', str(merged), '--gguf', str(file), '--llama_cpp', str(checkout)]) == 0
     says = str(proof(merged)['says'])
     assert 'has the chat template of the merged model; its weights were not compared: ' in says
-    assert "GGUF files of architecture 'mamba' are not read, only llama, qwen2, qwen3, gemma3." in says
+    assert "GGUF files of architecture 'mamba' are not supported, only llama, qwen2, qwen3, gemma3." in says
 
 
 def test_without_a_checkout_the_commands_and_the_modelfile_are_given(

@@ -105,14 +105,14 @@ def written(tmp_path: Path, *, arch: str = 'llama', kind: str = 'F32', pre: str 
 @pytest.mark.parametrize(
     ('options', 'reason'),
     [
-        ({'arch': 'mamba'}, "GGUF files of architecture 'mamba' are not read, only llama, qwen2, qwen3, gemma3. Name"),
+        ({'arch': 'mamba'}, "architecture 'mamba' are not supported, only llama, qwen2, qwen3, gemma3. Name"),
         (
             {'logit_scale': 2},
             'its setting llama.logit_scale is not known here, so the model might be computed',
         ),
         ({'pre': 'poro-chat'}, "its tokenizer (model 'gpt2', pre 'poro-chat') is not known here, so text might get"),
         ({'split__count': 3}, 'is one of 3 parts. Join them with llama-gguf-split --merge of llama.cpp.'),
-        ({'kind': 'F64'}, 'its tensors have the type F64, which is not read.'),
+        ({'kind': 'F64'}, 'its tensors have the type F64, which is not supported.'),
     ],
 )
 def test_files_that_are_not_read_are_refused_with_the_reason(
@@ -175,9 +175,9 @@ def test_settings_that_transformers_does_not_read_reach_the_configuration() -> N
 @pytest.mark.parametrize(
     ('found', 'reason'),
     [
-        (header('llama', rope__scaling__type='yarn'), "its rotary embedding has the scaling 'yarn', which is not read"),
+        (header('llama', rope__scaling__type='yarn'), "has the scaling 'yarn', which is not supported"),
         (header('llama', rope__dimension_count=4), 'its heads have the size 8, but rope.dimension_count or'),
-        (header('llama', attention__sliding_window=4), 'llama with a sliding window is not read'),
+        (header('llama', attention__sliding_window=4), 'llama with a sliding window is not supported'),
     ],
 )
 def test_settings_that_cannot_be_set_are_refused(found: GgufHeader, reason: str) -> None:
@@ -207,7 +207,7 @@ def test_a_tensor_that_the_model_does_not_have_is_refused(
     whole = read_header(converted)
     more = GgufHeader(metadata=whole.metadata, tensors={**whole.tensors, 'blk.0.attn_q.bias': ('F32', (32,))})
     monkeypatch.setattr('utils.loading.gguf.read_header', lambda _: more)
-    with pytest.raises(ConfigError, match='tiny.gguf has 22 tensors, and LlamaForCausalLM has 21: not all are used'):
+    with pytest.raises(ConfigError, match='tiny.gguf has 22 tensors, and LlamaForCausalLM has 21: they do not match'):
         open_gguf(converted)
     monkeypatch.setattr('utils.loading.gguf._open_tokenizer', lambda *_: {}['gone'])
     with pytest.raises(ConfigError, match="cannot be read as a model: KeyError: 'gone'. Name the folder or hub id"):

@@ -41,7 +41,9 @@ def answer_rows(
     """
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
     if len(chosen) < len(rows):
-        logger.info(f'{len(chosen)} of {len(rows)} rows are answered: --show_dataset_sample {len(chosen)}; -1 is all')
+        logger.info(
+            f'{len(chosen)} of {len(rows)} rows are answered: --show_dataset_sample {len(chosen)}; -1 answers all'
+        )
 
     report = EncodingReport()
     _, kept = encode_rows(encoder, chosen, report)

@@ -33,7 +33,7 @@ class BeforeAfter:
 
     The answers of the trained model are generated after training. For a new LoRA adapter, the answers of the untrained
     model are generated at the same time, with the adapter switched off. With --sft_type full or --adapter, they are
-    generated before training starts. With --adapter, the untrained model is the model with this adapter.
+    generated before training starts. With --adapter, the untrained model is the base model with this adapter.
     """
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
@@ -75,7 +75,7 @@ class BeforeAfter:
     def ask_before(self, model: Any, args: SftArguments) -> None:
         """With --sft_type full, generate the answers of the untrained model, because training changes its weights.
 
-        Does nothing with LoRA.
+        Does nothing with --sft_type lora. With --adapter, the caller calls `ask_now` instead.
         """
         if args.sft_type == 'full':
             self.ask_now(model)
@@ -113,7 +113,11 @@ class BeforeAfter:
 
 
 def _asked(row: Row, prompt: str, wanted: str) -> dict[str, Any]:
-    """Return the entry of a row in answers.json that shows its input: its messages, or the beginning of plain text."""
+    """Return the part of a row's entry in answers.json that shows the input of the model.
+
+    This part has the messages of the row. For plain text, it has the beginning (`prompt`), and the whole text (`prompt`
+    followed by `wanted`) as a message.
+    """
     if not row.is_text:
         return {'messages': row.messages}
     return {'messages': [{'role': 'assistant', 'content': prompt + wanted}], 'beginning': prompt}

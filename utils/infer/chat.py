@@ -134,7 +134,11 @@ def chat_in_terminal(chat: Chat) -> None:
 
 
 def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
-    """Chat in the terminal until the user leaves. Raises ConfigError if the encoder has no template."""
+    """Chat in the terminal until the user leaves. Raises ConfigError if the encoder has no template.
+
+    With `streams`, the text of an answer is printed while it is generated. Otherwise the whole answer is printed at its
+    end.
+    """
     encoder.check_chat()
 
     def say(text: str) -> None:

@@ -58,9 +58,9 @@ def _bleu_4(answer: list[str], label: list[str]) -> float:
 
 
 def rouge(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
-    """Return a dict with the ROUGE and BLEU scores, from 0 to 100, for each pair of answer and label.
+    """Return a list with a dict for each pair of answer and label: its ROUGE and BLEU scores, from 0 to 100.
 
-    The keys of the dict are rouge-1, rouge-2, rouge-l (F1) and bleu-4. If both texts of a pair have fewer than two
+    The keys of a dict are rouge-1, rouge-2, rouge-l (F1) and bleu-4. If both texts of a pair have fewer than two
     words, ROUGE-1 is used for ROUGE-2, because ROUGE-2 needs two words.
     """
     from rouge_score.rouge_scorer import RougeScorer
@@ -84,12 +84,15 @@ def rouge(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
 
 
 def exact(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
-    """Return {'exact': 100 or 0} for each pair: 100 if both texts are equal without the white space around them."""
+    """Return a list with {'exact': score} for each pair of answer and label.
+
+    The score is 100 if both texts are equal without the white space around them, else 0.
+    """
     return [{'exact': 100.0 * (a.strip() == b.strip())} for a, b in zip(answers, labels, strict=True)]
 
 
 def equal_json(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
-    """Return a dict with three scores, each 100 or 0, for each pair of answer and label.
+    """Return a list with a dict for each pair of answer and label: three scores, each 100 or 0.
 
     `json` is 100 if both texts are JSON and have the same value. The order of keys and the spelling of numbers do not
     matter (1 equals 1.0), the order of lists does. `json-broken` is 100 if the answer is not JSON, and
@@ -170,7 +173,7 @@ class Function:
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"--score {self.word}: '{self.name}' cannot be called with (answer, label, row): {error}. "
-                'Define it as a function of these three.'
+                'Define it as a function with these three parameters.'
             ) from error
         return function  # type: ignore[return-value]
 
@@ -237,7 +240,7 @@ class Scores:
         self.functions = {word: Function(word, own) for word in words if (own := own_score(word)) is not None}
 
     def by_row(self, answers: Sequence[str], labels: Sequence[str], rows: Sequence[Row] = ()) -> ByRow:
-        """Return a dict from the name of a score to its value, for each answer.
+        """Return a list with a dict for each answer. The dict is from the name of a score to its value.
 
         `rows` are needed only if a score is a function in a file of the user.
         """

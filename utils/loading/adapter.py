@@ -23,9 +23,9 @@ def load_adapter(
     """Return the base model with the adapter of a checkpoint. Raises ConfigError if the adapter does not fit the model.
 
     `base` is the folder of the base model. `family` is the name of the family if the base model has an original layout
-    of 2023. It is needed only if config.json does not tell the family. With `dropout`, the adapter will be trained
-    further, with this dropout. Then ConfigError is also raised if the file of the adapter lacks a
-    tensor or has an additional tensor.
+    of 2023. `family` is needed only if config.json does not tell the family. With `dropout`, the adapter will be
+    trained further, with this dropout. Then ConfigError is also raised if the file of the adapter lacks a tensor or has
+    an additional tensor.
     """
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError

@@ -28,7 +28,7 @@ _MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
 
 
 def folder_templates(folder: Path) -> Templates | None:
-    """Return the chat template that the tokenizer of a model folder or GGUF file will have. Returns None if none."""
+    """Return the chat template that the tokenizer of a model folder or GGUF file will have, or None."""
     if is_gguf(folder):
         return read_header(folder).chat_template
 
@@ -114,8 +114,8 @@ def write_templates(folder: Path, templates: Templates) -> None:
 def replace_templates(folder: Path, templates: Templates | None) -> None:
     """Make `templates` the chat templates of a model folder. Nothing is written if the folder has them already.
 
-    They are written to each file in which the folder has a template, because programs read different files. With None,
-    the folder has no template afterwards.
+    The templates are written to each file in which the folder has a template, because programs read different files.
+    If `templates` is None, all templates of the folder are removed.
     """
     if (folder_templates(folder) or None) == (templates or None):
         return

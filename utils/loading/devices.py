@@ -24,7 +24,7 @@ class Spread:
 
     `memory` is a dict from GPU to its free bytes. `linear_bytes` is the number of bytes per parameter in linear layers
     except the output head. This number is small if the layers are quantised. `parameter_bytes` is the number of bytes
-    of each other parameter.
+    of each other parameter. `must_fit` tells what `map` does if the model does not fit on the GPUs.
     """
 
     memory: Mapping[int | str, int]
@@ -64,7 +64,7 @@ class Spread:
 def resolve_device_map(device_map: Any, build: Callable[[], PreTrainedModel]) -> Any:
     """Return a device map that from_pretrained accepts.
 
-    If `device_map` is a Spread, this is the map that the Spread computes for the model that `build` makes. Any other
+    If `device_map` is a Spread, the Spread computes the returned map for the model that `build` makes. Any other
     `device_map` is returned unchanged.
     """
     if not isinstance(device_map, Spread):

@@ -91,9 +91,9 @@ def gguf_problem(path: Path) -> str | None:
         return f'{path} is one of {parts} parts. Join them with llama-gguf-split --merge of llama.cpp.'
     if arch not in ARCHITECTURES:
         known = ', '.join(ARCHITECTURES)
-        return f"{path}: GGUF files of architecture '{arch}' are not read, only {known}. {_NAME_ANOTHER}"
+        return f"{path}: GGUF files of architecture '{arch}' are not supported, only {known}. {_NAME_ANOTHER}"
     if unread:
-        return f'{path}: its tensors have the type {", ".join(unread)}, which is not read. {_NAME_ANOTHER}'
+        return f'{path}: its tensors have the type {", ".join(unread)}, which is not supported. {_NAME_ANOTHER}'
     if unknown:
         return (
             f'{path}: its setting {arch}.{unknown[0]} is not known here, so the model might be computed wrongly. '
@@ -168,7 +168,7 @@ def model_directory(path: Path) -> Path:
 def open_gguf(gguf: Path, dtype: Any = None) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a GGUF file. The model has dequantised weights in `dtype` (default: bf16).
 
-    Raises ConfigError if the file cannot be read as a model, or if the model does not have all its tensors.
+    Raises ConfigError if the file cannot be read as a model, or if its tensors are not those of the model.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
@@ -200,13 +200,16 @@ def open_gguf(gguf: Path, dtype: Any = None) -> tuple[Any, Any]:
 
 
 def _check_tensors(model: Any, header: GgufHeader, gguf: Path, missing: Any) -> None:
-    """Raise ConfigError if the model lacks a tensor of the file, or the file a tensor of the model."""
+    """Raise ConfigError if the file lacks a tensor of the model, or if the numbers of their tensors differ.
+
+    `missing` are the names of the model's tensors that transformers did not find in the file.
+    """
     stored = sum(1 for name in header.tensors if name != _ROPE_FACTORS)
     used = len(list(model.named_parameters()))
     if missing or stored != used:
-        lacks = f', first {min(missing)}' if missing else ''
+        lacks = f'; the file lacks {min(missing)}' if missing else ''
         raise ConfigError(
-            f'{gguf} has {stored} tensors, and {type(model).__name__} has {used}: not all are used{lacks}. '
+            f'{gguf} has {stored} tensors, and {type(model).__name__} has {used}: they do not match{lacks}. '
             f'{_NAME_ANOTHER}'
         )
 
@@ -225,7 +228,7 @@ def _complete_config(config: Any, header: GgufHeader, gguf: Path) -> None:
     if config.model_type in ('gemma3_text', 'mistral'):
         config.sliding_window = window
     elif window is not None:
-        raise ConfigError(f'{gguf}: {config.model_type} with a sliding window is not read. {_NAME_ANOTHER}')
+        raise ConfigError(f'{gguf}: {config.model_type} with a sliding window is not supported. {_NAME_ANOTHER}')
 
     if config.model_type == 'gemma3_text':
         _set_gemma(config, header)
@@ -235,13 +238,17 @@ def _complete_config(config: Any, header: GgufHeader, gguf: Path) -> None:
     if widths - {head}:
         raise ConfigError(
             f'{gguf}: its heads have the size {head}, but rope.dimension_count or attention.value_length is '
-            f'{max(widths - {head})}. Such heads are not read. {_NAME_ANOTHER}'
+            f'{max(widths - {head})}. Such heads are not supported. {_NAME_ANOTHER}'
         )
     _set_rope(config, header, gguf)
 
 
 def _set_gemma(config: Any, header: GgufHeader) -> None:
-    """Set what llama.cpp derives for Gemma 3: the scaling of queries, which is another one only in the 27B model."""
+    """Set the scaling of queries in Gemma 3, and the base of the local rotary embedding if the file states it.
+
+    The file does not state the scaling. As in llama.cpp, the number of layers tells it: the 27B model scales by
+    hidden size / number of heads, and all other models scale by the size of a head.
+    """
     is_27b = config.num_hidden_layers == _LAYERS_27B
     config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
     local = header.setting('rope.freq_base_swa')
@@ -262,7 +269,9 @@ def _set_rope(config: Any, header: GgufHeader, gguf: Path) -> None:
     if kind == 'linear':
         rope.update(rope_type='linear', factor=float(header.setting('rope.scaling.factor')))
     elif kind not in (None, 'none'):
-        raise ConfigError(f"{gguf}: its rotary embedding has the scaling '{kind}', which is not read. {_NAME_ANOTHER}")
+        raise ConfigError(
+            f"{gguf}: its rotary embedding has the scaling '{kind}', which is not supported. {_NAME_ANOTHER}"
+        )
 
     if _ROPE_FACTORS not in header.tensors:
         return

@@ -1,7 +1,8 @@
 """--new_tokens: reads a list of tokens, and adds them to a tokenizer and its model.
 
-The row of a new token in the embedding, and in an output head that is not tied to it, starts as the mean of the rows of
-the pieces into which the tokenizer cut its text before.
+A new token gets a row in the embedding and, if the output head is not tied to the embedding, a row in the output head.
+Before training, each of these rows is the mean of existing rows: the rows of the pieces into which the tokenizer cut
+the text of the token before the token was added.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ TOKENS_FILE = 'new_tokens.txt'
 
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
-    """The ids of new tokens, and for each token the ids of the pieces into which its text was cut before."""
+    """The ids of new tokens, and the ids of the pieces of each token.
+
+    The pieces are the tokens into which the tokenizer cut the text of a new token before the token was added.
+    """
 
     ids: list[int]
     pieces: list[list[int]]
@@ -106,19 +110,20 @@ def mark_special(tokenizer: Any, ids: Sequence[int]) -> None:
 
 
 def _same_token(tokenizer: Any, token: str, ids: Sequence[int]) -> int | None:
-    """Return the id of the only piece of a token if this piece stands for exactly the same text, else None.
+    """Return the id of an existing token that stands for exactly the text `token`. Returns None if there is none.
 
-    A vocabulary may spell its tokens in another way: bytes as letters, or spaces as '▁'.
+    `ids` are the ids of this text now. If it is one id that is decoded to exactly the text, this id is returned. The
+    text is not searched in the vocabulary, which may spell its tokens differently: bytes as letters, or spaces as '▁'.
     """
     is_same = len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids) == token
     return ids[0] if is_same else None
 
 
 def add_to_model(model: Any, added: NewTokens) -> None:
-    """Give new tokens their first rows in the embedding and the output head of a model.
+    """Set the rows of new tokens in the embedding and the output head of a model to their values before training.
 
-    Embedding and head get more rows only if they have none for the new ids. Raises ConfigError if the model cannot have
-    more rows, or if it uses one of the new ids already.
+    The embedding and the head are enlarged only if they have too few rows for the new ids. Raises ConfigError if the
+    model cannot be enlarged, or if the model uses one of the new ids already, for example as its pad_token_id.
     """
     import torch
 
@@ -185,9 +190,9 @@ def _check_model(model: Any, tables: Sequence[Any], added: NewTokens) -> None:
 
 
 def check_rows(checkpoint: Path, ids: Sequence[int]) -> None:
-    """Raise ConfigError if the adapter of a checkpoint has rows for other ids than `ids`, those of its new tokens now.
+    """Raise ConfigError if the new tokens of an adapter had different ids when the adapter was trained.
 
-    Nothing is checked if the checkpoint holds a whole model.
+    `ids` are the ids of the new tokens now. Nothing is checked if the checkpoint holds a whole model.
     """
     if not is_adapter(checkpoint):
         return

@@ -47,7 +47,10 @@ _LANGUAGE = re.compile(r'^(?:language_model\.(model\.|lm_head\.)|(model\.)langua
 
 
 def language_name(name: str) -> str:
-    """Return the name of a tensor of a multimodal checkpoint in the class of its language model alone."""
+    """Return the name that a tensor of a multimodal checkpoint has in the class of the language model alone.
+
+    `name` is the name in the checkpoint. For example, language_model.model.norm.weight becomes model.norm.weight.
+    """
     return _LANGUAGE.sub(r'\1\2\3', name)
 
 
@@ -101,8 +104,8 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
 def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return the gpt-oss model and its tokenizer.
 
-    The 4-bit experts (MXFP4) are unpacked, because packed experts get no gradient. Raises
-    ConfigError if the options ask for quantisation.
+    The 4-bit experts (MXFP4) are unpacked, because packed experts get no gradient. Raises ConfigError if the options
+    ask for quantisation.
     """
     if not (model_dir / 'config.json').is_file() or 'quantization_config' not in read_config(model_dir):
         return get_model_tokenizer_default(model_dir, info, options)

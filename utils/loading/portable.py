@@ -1,4 +1,4 @@
-"""Saves a tokenizer in the words of transformers 4, which transformers 5 reads too."""
+"""Saves a tokenizer with the setting names of transformers 4, which transformers 5 reads too."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ CODE_KEYS = ('auto_map', 'custom_generate')
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer to a folder: the files from which it was opened, byte for byte, with its chat template.
 
-    If the tokenizer has tokens that these files lack, or was not opened from files of its class, new files are written.
+    New files are written instead if there are no such files, if these files lack a token of the tokenizer, or if
+    tokenizer_config.json does not name the class of the tokenizer.
     """
     source = Path(tokenizer.name_or_path)
     if not tokenizer.name_or_path or not _has_tokenizer(source) or not has_tokens(source, tokenizer):
@@ -39,7 +40,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def copy_file(file: Path, target: Path) -> None:
-    """Copy a file byte for byte. From a file of settings, keys that name code of a checkpoint are removed."""
+    """Copy a file byte for byte. A *config.json is copied without the keys that name code of a checkpoint."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if file.name.endswith('config.json') and any(f'"{key}"'.encode() in file.read_bytes() for key in CODE_KEYS):
         content = read_json(file)

@@ -395,7 +395,10 @@ def translate(t: Translation) -> None:
 
 
 def _steps(t: Translation, *, evaluates: bool) -> None:
-    """Set --eval_steps and --save_steps: from numbers of steps in the recipe, or from evals and saves per epoch."""
+    """Set --eval_steps and --save_steps: from numbers of steps in the recipe, or from evals and saves per epoch.
+
+    `evaluates` is whether the command has validation rows. Without them, --eval_steps is not set.
+    """
     epochs = to_number(t.get('num_epochs')) or 1
     for what, often, flag in (('eval', 'evals_per_epoch', 'eval_steps'), ('save', 'saves_per_epoch', 'save_steps')):
         if what == 'eval' and not evaluates:
@@ -454,7 +457,10 @@ def _entry_words(t: Translation, rows: Rows, key: str, entry: dict[str, Any]) ->
 
 
 def _splits(t: Translation, named: str, split: str) -> list[str]:
-    """Return the names of the splits in a text such as `train[:20%]+test`. A slice in brackets is removed."""
+    """Return the names of the splits in a text such as `train[:20%]+test`: train and test.
+
+    A slice in brackets is removed, with a note. `named` names the data set in this note.
+    """
     if '[' in split:
         t.note('different', named, f'all rows of the split are used instead of {split}; name#1000 draws 1000 rows')
     return [re.sub(r'\[.*\]', '', part) for part in split.split('+')]

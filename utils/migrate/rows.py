@@ -13,7 +13,10 @@ COLUMNS_KEY = '(columns)'
 
 @dataclass(kw_only=True)
 class Rows:
-    """The values of --dataset and --val_dataset for a recipe, and the columns that --columns must rename."""
+    """The values of --dataset and --val_dataset for a recipe, and the columns that --columns must rename.
+
+    The parameter `key` of the methods is the key of the recipe that notes and problems name.
+    """
 
     train: list[str] = field(default_factory=list)
     val: list[str] = field(default_factory=list)
@@ -63,7 +66,11 @@ class Rows:
 
 
 def hub_word(prefix: str, repo_id: str, *parts: str, revision: str = '') -> str:
-    """Return the value of --dataset for a data set on a hub. `parts` are its subset and split, if there are any."""
+    """Return the value of --dataset for a data set on a hub.
+
+    `prefix` is the prefix of the hub, for example hf:, or ''. `parts` are the subset and the split, or the name of a
+    file. Empty parts are left out.
+    """
     word = ':'.join([f'{prefix}{repo_id}', *(part for part in parts if part)])
     return f'{word}@{revision}' if revision else word
 

@@ -62,7 +62,7 @@ def _targets(t: Translation, key: str, value: Any) -> None:
 
 
 def lora_pattern(t: Translation, key: str, value: Any) -> None:
-    """Translate a regular expression that selects layers by their paths."""
+    """Translate a regular expression for the paths of layers. It becomes --lora_target_modules re:EXPRESSION."""
     t.use(key, 'lora_target_modules', f're:{value}')
 
 
@@ -289,7 +289,11 @@ def _words(t: Translation, key: str) -> list[str]:
 
 
 def _subsets(name: str, hub: str, count: str) -> list[str]:
-    """Return a value of --dataset for each subset of a data set. In ms-swift, / separates the names of subsets."""
+    """Return a value of --dataset for each subset of the data set `name`, or one value if it is a file.
+
+    In ms-swift, / separates the names of subsets. `hub` is the prefix of the hub, for example hf:. `count` is the
+    number of rows to draw from each subset, or '' for all rows.
+    """
     sample = f'#{count}' if count else ''
     if is_file(name):
         return [name + sample]

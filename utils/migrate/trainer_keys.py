@@ -130,7 +130,7 @@ def scheduler_settings(t: Translation, key: str, value: Any) -> None:
 
 
 def warmup_steps(t: Translation, key: str, value: Any) -> None:
-    """Translate warmup_steps. A number below 1 is a share of the run."""
+    """Translate warmup_steps to --warmup_steps. A number below 1 is a share of the run, and becomes --warmup_ratio."""
     number = to_number(value)
     if number is not None and 0 <= number < 1:
         t.use(key, 'warmup_ratio', value)
@@ -268,8 +268,9 @@ TRAINER_FAMILIES: dict[str, Rule] = {
 def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> None:
     """Set --eval_steps and --save_steps from eval_strategy, eval_steps, save_strategy and save_steps of the recipe.
 
-    If the strategy is `epoch`, the flag is set to the share of the run that one epoch takes. `save_default` is the
-    toolkit's number of steps between two checkpoints if the recipe has no save_steps.
+    If the strategy is `epoch`, the flag is set to the share of the run that one epoch takes. `evaluates` is whether the
+    command has validation rows. Without them, --eval_steps is not set. `save_default` is the toolkit's number of steps
+    between two checkpoints if the recipe has no save_steps.
     """
     epochs = to_number(t.get('num_train_epochs')) or 3
     key = 'eval_strategy' if t.get('eval_strategy') is not None else 'evaluation_strategy'
@@ -300,5 +301,8 @@ def _use_steps(t: Translation, flag: str, default: Any) -> None:
 
 
 def run_share(times: float) -> float:
-    """Return the distance between two events as a share of the run, if the run has `times` events. It is below 1."""
+    """Return the distance between two events as a share of the run, if the run has `times` events.
+
+    For one event it is slightly below 1, because --save_steps 1 means one step, not the whole run.
+    """
     return _WHOLE_RUN if times <= 1 else round(1 / times, 6)

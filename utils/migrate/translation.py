@@ -18,7 +18,7 @@ _FLAGS = flag_types(SftArguments)
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A sentence that says how one key of a recipe was translated."""
+    """A sentence that says how one key of a recipe was translated. `kind` is its section of the report."""
 
     kind: Kind
     key: str
@@ -54,7 +54,11 @@ class Translation:
             self.notes.append(added)
 
     def use(self, key: str, flag: str, value: Any, *, why: str = '', kind: Kind = 'used') -> None:
-        """Set a flag of the command from a key. `why` says how their meanings differ; it is '' if they do not."""
+        """Set a flag of the command from a key, and add a note.
+
+        `why` says how the meanings of the key and the flag differ, or is '' if they are the same. With `why`, the kind
+        of the note is `different`. Otherwise the kind is `kind`.
+        """
         words = [to_word(item) for item in (value if isinstance(value, list) else [value])]
         assert has_flag(flag), f'--{flag} is no flag of llm_sft.py'
 
@@ -147,9 +151,9 @@ def other(text: str) -> Rule:
 
 
 def refused(problem: str) -> Rule:
-    """Return a rule for a key that cannot be translated: it adds `problem`.
+    """Return a rule for a key that cannot be translated. The rule adds `problem` to the problems of the recipe.
 
-    If the value of the key is off, it adds only a note that the key has no effect.
+    If the value of the key is off, the rule adds only a note that the key has no effect.
     """
 
     def rule(t: Translation, key: str, value: Any) -> None:
@@ -166,7 +170,11 @@ def silent(t: Translation, key: str, value: Any) -> None:
 
 
 def apply_rules(t: Translation, rules: Mapping[str, Rule], families: Mapping[str, Rule]) -> None:
-    """Apply the rule of each key of the recipe that is not empty. `families` maps the start of a key to a rule."""
+    """Apply a rule to each key of the recipe whose value is not empty.
+
+    The rule is `rules[key]`. If there is none, it is the first rule of `families` whose name is the start of the key.
+    For a key without a rule, a note of the kind `not understood` is added.
+    """
     for key, value in t.values.items():
         if is_empty(value):
             continue

@@ -28,7 +28,8 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
 
     If a fused layer is split, its LoRA matrix B is split in the same way as the weight of the layer. Each part gets a
     copy of the matrix A, because A acts before the split. So the base model with the adapter computes the same as
-    before. Raises ConfigError if a tensor is neither an A nor a B, or if an A has no B.
+    before. `original` is the config.json of the base model. Raises ConfigError if a tensor is neither an A nor a B, or
+    if an A has no B.
     """
     native: State = {}
 

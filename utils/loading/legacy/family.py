@@ -21,8 +21,7 @@ Config = Mapping[str, Any]
 State = dict[str, 'torch.Tensor']
 
 # Matches the names of tables, e.g. of rotary frequencies, that old code stored. Native classes compute these tables.
-# The dot before `attn` and the `$`
-# at the end are needed: without them, the pattern would also match `c_attn.bias`.
+# The dot before `attn` and the `$` at the end are needed: without them, the pattern would also match `c_attn.bias`.
 _COMPUTED = re.compile(
     r'(?:^|\.)(?:rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$'
 )
@@ -32,11 +31,11 @@ _COMPUTED = re.compile(
 class Family:
     """The functions that convert one original layout of 2023, and the names of the native classes.
 
-    `config` returns the arguments of the native configuration. If no native class computes a setting exactly, it raises
-    a ConfigError that names the field. `tensors` converts all original tensors to all native tensors. It raises
-    ConfigError if it does not know the name of an original tensor (see `map_each`). `config_class` and `model_class`
-    are names of classes in transformers. If transformers has no equal class, they have the form 'module:class' and name
-    a class in utils/loading/legacy/classes/.
+    `config` returns the arguments of the native configuration. `config` raises a ConfigError that names the field if no
+    native class computes a setting exactly. `tensors` converts all original tensors to all native tensors. `tensors`
+    raises ConfigError if the name of an original tensor is unknown. `config_class` and `model_class` are names of
+    classes in transformers. If transformers has no equal class, they have the form 'module:class' and name a class in
+    utils/loading/legacy/classes/.
     """
 
     name: str

@@ -68,7 +68,7 @@ def read_settings(model_dir: Path, name: str = 'tokenizer_config.json') -> dict[
 def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') -> dict[str, Any]:
     """Return the constructor arguments that are the same for all tokenizers. `settings` is tokenizer_config.json.
 
-    References to code in `settings` are not used.
+    References to code in `settings` are not used. `padding_side` is used if `settings` does not state the side.
     """
     return {
         'clean_up_tokenization_spaces': False,
@@ -82,7 +82,8 @@ def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') 
 def added_token(value: Any, where: Path) -> Any:
     """Return an AddedToken for a special token of tokenizer_config.json. `value` is a string, an object or None.
 
-    Returns None if `value` is None. Raises ConfigError if `value` has no text.
+    Returns None if `value` is None. Raises ConfigError if `value` has no text. `where` is the model folder, for the
+    message of this error.
     """
     from tokenizers import AddedToken
 

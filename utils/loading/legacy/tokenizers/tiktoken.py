@@ -94,7 +94,10 @@ def _backend(ranks: Mapping[bytes, int], special: tuple[str, ...]) -> Any:
 
 
 def _end_token(model_dir: Path, first_special: int) -> str:
-    """Return <|im_end|> if generation_config.json belongs to a chat model, else <|endoftext|>."""
+    """Return <|im_end|> if generation_config.json belongs to a chat model, else <|endoftext|>.
+
+    `first_special` is the id of the first special token.
+    """
     generation = read_settings(model_dir, 'generation_config.json')
     ends = generation.get('eos_token_id')
     im_end = first_special + _SPECIAL.index(_IM_END)
