@@ -350,7 +350,7 @@ for name in ('sched_getaffinity', 'getuid'):
 import pkgutil, importlib, utils
 names = [m.name for m in pkgutil.walk_packages(utils.__path__, 'utils.') if not m.name.endswith('__main__')]
 for name in names:
-    if '.old_commands.' not in name:
+    if '.old_commands.' not in name and name != 'utils.fast.triton_kernels':  # which needs triton, on a GPU only
         importlib.import_module(name)
 from pathlib import Path
 from utils.base import system

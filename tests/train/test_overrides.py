@@ -16,16 +16,17 @@ from utils.train.trainer import SftTrainer
 # Methods of the library's trainer that are replaced. Each costs care: a release of the library may change it.
 PUBLIC = {
     'train', 'evaluate', 'compute_loss', 'training_step', 'prediction_step', 'evaluation_loop', 'create_scheduler',
-    'get_batch_samples', 'get_train_dataloader', 'get_eval_dataloader',
+    'get_batch_samples', 'get_train_dataloader', 'get_eval_dataloader', 'floating_point_ops',
 }  # fmt: skip
 PRIVATE = {
     '_get_train_sampler', '_get_grad_norm', '_determine_best_metric', '_save_checkpoint', '_save',
     '_load_from_checkpoint', '_load_optimizer_and_scheduler', '_load_rng_state', '_clip_grad_norm', '_run_epoch',
-    '_finalize_training',
+    '_finalize_training', '_build_accelerator_args', '_prepare_for_training', '_get_num_items_in_batch',
+    '_prepare_inputs', '_maybe_log_save_evaluate',
 }  # fmt: skip
 # Private methods and attributes of the library's trainer that are used without being replaced.
 USED = {
-    '_prepare_inputs', '_tr_loss', '_globalstep_last_logged', '_train_batch_size',
+    '_tr_loss', '_globalstep_last_logged', '_train_batch_size',
     '_created_lr_scheduler',
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ def unloaded_tensors(model: Any, base: Path, family: str | None) -> dict[str, Te
     """
     from utils.loading.legacy.registry import find_family, find_saved
 
-    if not (base / 'config.json').is_file():
+    if not (base / 'config.json').is_file() or not any(base.glob('*.safetensors')):
         return {}
     config = read_config(base)
     if find_family(config, family) or find_saved(config) or 'quantization_config' in config:

@@ -181,15 +181,14 @@ class Qwen2ForCausalLM(PlainQwen2):
 
 
 def _prompt_lengths(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> list[int]:
-    """Return the number of tokens in each row. Padding is not counted."""
+    """Return the number of tokens in each row without padding; of concatenated rows in one, that of the longest."""
     rows, width = inputs.shape[:2]
+    lengths = [width] * rows
 
+    # A mask leaves padding out. Positions begin at 0 again in each concatenated row.
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        counts: list[int] = attention_mask.sum(dim=-1).tolist()
-        return counts
-
+        lengths = attention_mask.sum(dim=-1).tolist()
     if position_ids is not None:
-        lengths: list[int] = (position_ids.expand(rows, -1).amax(dim=-1) + 1).tolist()
-        return lengths
-
-    return [width] * rows
+        last: list[int] = position_ids.expand(rows, -1).amax(dim=-1).tolist()
+        lengths = [min(length, position + 1) for length, position in zip(lengths, last, strict=True)]
+    return lengths
