@@ -398,5 +398,5 @@ def _trained_of_each_part(plan: Plan, train: EncodedRows) -> dict[str, Any]:
                 'its rows were skipped'
             )
     if train.stored != len(train):
-        logger.info('characters, notes and skipped rows are counted once for each row, also if it is repeated')
+        logger.info('a row that is repeated is counted only once in the numbers of characters, notes and skipped rows')
     return {'mixture': trained}

@@ -304,9 +304,9 @@ class AutoEncoder(Encoder):
         """Return (setting, opens) for replies with reasoning.
 
         The setting is a template variable with its value, for example {'enable_thinking': True}. With this setting, the
-        generation prompt opens a think block, or prints no closed think block. The setting is empty if the template has
-        no such variable, or if the user has set whether replies think. `opens` says whether the generation prompt then
-        opens a think block.
+        generation prompt opens a think block, or has no think block that is already closed. The setting is empty if the
+        template has no such variable, or if the user has set whether replies think. `opens` says whether the generation
+        prompt then opens a think block.
         """
         mark = secrets.token_hex(8)
 

@@ -43,7 +43,8 @@ class Pusher:
     def add(self, folder: Path) -> None:
         """Add a folder to the queue, and start the thread that pushes.
 
-        If `keeps_all` is False, all other folders in the queue are deleted, except the folder that is being pushed.
+        If `keeps_all` is False, all other folders in the queue are deleted from the disk, except the
+        folder that is being pushed.
         """
         with self._lock:
             self._waiting += [f for f in self._failed if f != folder] + [folder]

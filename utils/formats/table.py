@@ -43,7 +43,7 @@ def _first_lines(lines: Iterator[tuple[int, str]]) -> list[str]:
 def _widths(head: Sequence[str], separator: str) -> list[int]:
     """Return the number of cells of each row in `head`, the first lines of a file. Lines without any text are skipped.
 
-    The list ends before the first row that is broken, or whose end comes after these lines.
+    The list ends before the first row that is not valid, or that goes on after the last line of `head`.
     """
     found: list[int] = []
     try:

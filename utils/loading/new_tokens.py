@@ -134,7 +134,7 @@ def add_to_model(model: Any, added: NewTokens) -> None:
     if needed > rows:
         model.resize_token_embeddings(needed, mean_resizing=False)
         tables = _tables(model)
-        logger.info(f'the embedding has {needed} rows instead of {rows}, for {len(added.ids)} new tokens')
+        logger.info(f'the embedding was enlarged from {rows} to {needed} rows, for {len(added.ids)} new tokens')
     else:
         logger.info(f'{len(added.ids)} new tokens have rows among the {rows} of the embedding already')
 

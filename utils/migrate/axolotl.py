@@ -495,7 +495,7 @@ def _shape(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> Non
 
 
 def _messages(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> None:
-    """Add the column of a data set with conversations to `rows`. Unknown names of message keys are a problem."""
+    """Name in `rows` the column that holds the messages. Adds a problem to `t` if message keys have unknown names."""
     mapped = entry.get('message_property_mappings') or {}
     role = str(mapped.get('role') or entry.get('message_field_role') or 'role')
     content = str(mapped.get('content') or entry.get('message_field_content') or 'content')

@@ -34,7 +34,7 @@ _SKIPPED = 'it is skipped.'
 
 @dataclass(kw_only=True)
 class Found:
-    """The result of the search. At most one of `checkpoint` and `complete` is set."""
+    """The result of the search for a run to continue. If no run fits, neither `checkpoint` nor `complete` is set."""
 
     # The checkpoint to resume from.
     checkpoint: str | None = None

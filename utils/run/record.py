@@ -289,10 +289,10 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 
 
 def _asked(record: RunRecord) -> dict[str, Any]:
-    """Return {flag: its value before the decisions of the run}, because decisions depend on the machine.
+    """Return {flag: its value before the decisions of the run}. Decisions are left out: they depend on the machine.
 
-    The dictionary also has the key `system_typed`. The value of `new_tokens` is the list of tokens, not the path of a
-    file.
+    The key `system_typed` says whether the user typed --system. The value of `new_tokens` is the list of tokens, not
+    the path of a file.
     """
     facts = {'system_typed': record.system_typed, 'new_tokens': list(record.added_tokens)}
     return {**record.flags, **facts, **record.asked}

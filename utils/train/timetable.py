@@ -49,7 +49,10 @@ class Timetable:
         return self.segments[-1].end
 
     def follow(self, schedule: LambdaLR, make: MakeSchedule) -> None:
-        """Let the segments set the rates of `schedule`. `make(steps)` returns the schedule for a run of `steps`."""
+        """Change `schedule` in place, so that it follows the segments. `make(n)` returns the schedule for n steps.
+
+        The segments may be set before or later.
+        """
         self._schedule = schedule
         self._make = make
         if self.segments:

@@ -141,9 +141,8 @@ def with_normalised_head(native: State) -> State:
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
     """Return the output head in fp32, with each row divided by its Euclidean norm. Rows with norm 1 do not change.
 
-    The original code divides in the dtype in which it runs. Here the division is in fp32, and the result is rounded
-    only once, to the dtype of the opened model. So if half-precision files are opened in fp32, the logits are those of
-    the original code in fp32.
+    The original code divides in the dtype in which it runs. The caller rounds the result to the dtype of the model. So
+    if half-precision files are opened in fp32, the logits are those of the original code in fp32.
     """
     import torch
 
