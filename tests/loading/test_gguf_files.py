@@ -144,6 +144,15 @@ def test_a_damaged_file_is_refused_before_its_sizes_are_believed(tmp_path: Path)
         read_header(tmp_path / 'gone.gguf')
 
 
+def test_a_file_that_is_not_there_is_no_id_of_a_hub(tmp_path: Path, data_file: Path, problems: Problems) -> None:
+    """A name with one slash, such as models/name.gguf, has the form of an id on a hub."""
+    assert llm_sft.main(small_flags(Path('models/nowhere.gguf'), data_file, tmp_path / 'out')) == 2
+    assert problems() == [
+        f'--model_id_or_path models/nowhere.gguf: there is no such file (looked in {Path("models").absolute()}). '
+        'Correct the path.'
+    ]
+
+
 def test_a_folder_with_only_a_file_asks_for_the_file(tmp_path: Path, data_file: Path, problems: Problems) -> None:
     file = written(tmp_path)
     assert llm_sft.main(small_flags(tmp_path, data_file, tmp_path / 'out')) == 2

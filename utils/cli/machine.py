@@ -244,11 +244,13 @@ def _reads_hub_data(done: Resolution[Any]) -> bool:
 
 
 def _is_path(model_id_or_path: str) -> bool:
-    """Return whether the argument names a local directory.
+    """Return whether the argument names a local folder or GGUF file.
 
-    This is so if the directory exists, or if the argument does not have the form of a hub id (owner/name).
+    This is so if the path exists, if it ends in .gguf, or if it does not have the form of a hub id (owner/name).
     """
     if Path(model_id_or_path).exists() or model_id_or_path.startswith(('/', '.', '~')):
+        return True
+    if model_id_or_path.lower().endswith('.gguf'):
         return True
     return model_id_or_path.count('/') != 1
 

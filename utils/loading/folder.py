@@ -22,6 +22,11 @@ def check_model_dir(model_dir: Path) -> str | None:
     if files := _only_gguf(model_dir):
         return f'model directory {model_dir} holds GGUF files and no config.json. Name the file: {files[0]}.'
 
+    if not model_dir.exists() and model_dir.suffix.lower() == '.gguf':
+        return (
+            f'--model_id_or_path {model_dir}: there is no such file (looked in {model_dir.absolute().parent}). Correct '
+            'the path.'
+        )
     if not model_dir.is_dir():
         what = 'is a file' if model_dir.exists() else f'is not there (looked in {model_dir.absolute().parent})'
         return f'model directory {model_dir} {what}.'
