@@ -162,5 +162,7 @@ def test_two_files_of_answers_are_compared_row_by_row(tmp_path: Path, capsys: py
     broken = write_jsonl(tmp_path / 'broken.jsonl', [{'query': 'a'}])
     assert main([str(before), str(broken)]) == 2
     assert 'it holds no answers of llm_infer.py, or answers without origins (KeyError)' in capsys.readouterr().err
+    assert main([str(before), str(tmp_path / 'gone.jsonl')]) == 2
+    assert f'{tmp_path}/gone.jsonl: it holds no answers' in capsys.readouterr().err
     assert main([str(before), str(after), '--html', str(tmp_path)]) == 2
     assert f'--html: {tmp_path} cannot be written' in capsys.readouterr().err

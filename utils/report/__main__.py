@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if words.other is None:
             print(write_report(words.run))
-        elif words.run.is_file() and words.other.is_file():
+        elif words.run.is_file() or words.other.is_file():
             compare_answers(words.run, words.other, words.html)
         else:
             compare_runs(words.run, words.other, words.html)
