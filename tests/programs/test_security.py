@@ -17,7 +17,10 @@ import llm_sft
 from tests.support.old_models import original_folder
 from tests.support.runs import small_flags
 from tests.support.tiny_models import make_model, make_tokenizer
+from utils.cli.arguments import InferArguments, SftArguments, flag_types
+from utils.cli.parser import parse
 from utils.model import load_model, load_tokenizer
+from utils.run.record import RunRecord, Trained, fill_from_run
 
 Problems = Callable[[], list[str]]
 
@@ -186,3 +189,18 @@ def test_pickles_in_what_a_run_resumes_from_are_not_run(
             planted += 1
         (checkpoint / name).unlink() if kept is None else (checkpoint / name).write_bytes(kept)
     assert planted == 8
+
+
+OF_ANSWERS = sorted(flag_types(InferArguments).keys() - flag_types(SftArguments).keys())
+
+
+@pytest.mark.parametrize('name', OF_ANSWERS)
+def test_a_checkpoint_sets_no_flag_that_only_answering_has(name: str, tmp_path: Path) -> None:
+    """Such flags run a converter, name a server that gets rows and a key, or name a file that is written."""
+    (tmp_path / 'adapter_config.json').write_text('{}')
+    asked = parse(InferArguments, ['--ckpt_dir', str(tmp_path)], program='llm_infer.py', about='')
+    before = getattr(asked.args, name)
+    record = RunRecord(flags={'model_type': 'llama2-7b', name: 'planted', 'seed': 7})
+    filled = fill_from_run(asked, Trained(checkpoint=tmp_path, record=record), [])
+    assert getattr(filled.args, name) == before
+    assert filled.args.seed == 7 and len(OF_ANSWERS) >= 14

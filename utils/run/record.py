@@ -199,6 +199,9 @@ def _checkpoint_problem(checkpoint: Path) -> str | None:
 def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: list[str]) -> Parsed[InferArguments]:
     """Set each flag that was not typed to its value in the record of the training run, and return the arguments.
 
+    Only flags that llm_sft.py has too are set. All other flags, such as --check_server, --llama_cpp and --result_path,
+    send data, run a file or write a file, so they must be typed: a checkpoint may come from anyone.
+
     Adds a problem if a different base model was typed. Adds a warning for each other typed flag whose value differs
     from the record.
     """
@@ -219,8 +222,9 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
             )
 
     _use_saved_template(parsed, trained)
-    for name in flag_types(InferArguments):
-        if name not in flags or name in ('ckpt_dir', 'ignore_args_error', 'output_dir', *_OF_CHAT_TEMPLATE):
+    of_training = flag_types(SftArguments)
+    for name in (name for name in flag_types(InferArguments) if name in of_training):
+        if name not in flags or name in ('ignore_args_error', 'output_dir', *_OF_CHAT_TEMPLATE):
             continue
         value = flags[name]
         if name == 'use_flash_attn' and value is not record.asked.get(name, value):
