@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from tests.support.runs import ROOT, small_flags, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.export.gguf import _convert, _template_fault
+from utils.loading.folder import stored_dtype
 from utils.loading.gguf_header import GgufHeader, read_header
 
 Problems = Callable[[], list[str]]
@@ -182,3 +184,18 @@ def test_a_missing_or_different_template_of_a_file_is_named() -> None:
 def test_a_python_that_cannot_be_run_is_an_error_of_the_checkout(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='convert_hf_to_gguf.py cannot be run: No such file or directory'):
         _convert([str(tmp_path / 'gone')], tmp_path, tmp_path / 'tuned.gguf')
+
+
+@pytest.mark.parametrize(
+    ('config', 'dtype'),
+    [
+        ({'dtype': 'bfloat16'}, 'bfloat16'),
+        ({'torch_dtype': 'bfloat16'}, 'bfloat16'),
+        ({'text_config': {'torch_dtype': 'float16'}}, 'float16'),
+        ({}, None),
+    ],
+    ids=['version 5', 'version 4', 'of a part', 'none'],
+)
+def test_the_type_of_the_file_is_that_of_the_model(config: dict[str, Any], dtype: str | None, tmp_path: Path) -> None:
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llama', **config}))
+    assert stored_dtype(tmp_path) == dtype

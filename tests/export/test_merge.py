@@ -184,6 +184,22 @@ def test_an_earlier_folder_stays_until_a_complete_one_is_there(tmp_path: Path, m
     assert sorted(f.name for f in tmp_path.iterdir()) == ['checkpoint-1-merged'], 'no temporary folder remains'
 
 
+def test_merging_again_keeps_what_the_user_wrote_into_the_folder(tmp_path: Path) -> None:
+    target, made = tmp_path / 'm', tmp_path / 'new'
+    theirs = ['infer_result.jsonl', 'check_server.json', 'q8.gguf', 'q8.Modelfile']
+    for folder, names in (
+        (target, ['config.json', 'model.safetensors', 'old.safetensors', *theirs]),
+        (made, ['config.json']),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(folder.name)
+    assert same.carried_files(target) == ['config.json'], 'answers are no part of a model'
+    put_in_place(made, target)
+    assert sorted(file.name for file in target.iterdir()) == sorted(['config.json', *theirs])
+    assert (target / 'config.json').read_text() == 'new'
+
+
 def test_a_replacement_cut_off_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     target, earlier = tmp_path / 'm', tmp_path / '.m.replaced'
     earlier.mkdir()

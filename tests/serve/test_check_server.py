@@ -181,6 +181,31 @@ def test_equal_answers_are_told_apart_by_the_first_log_probabilities(
     assert ('answer all rows alike' in adapter.says) is (agrees is None)
 
 
+def test_a_check_in_which_no_answer_is_compared_fails() -> None:
+    row = Checked(
+        asked=Asked(question=Question(row=None, ids=[1], request={}), reply=client.Reply(text=''), served_ids=[1]),  # type: ignore[arg-type]
+        here=SimpleNamespace(text='a'),  # type: ignore[arg-type]
+        there=None,
+        own=None,
+        base=None,
+        stops=None,
+        first=None,
+        first_base=None,
+    )
+    (answers,) = [f for f in findings([row], None, has_base=False, rounding=0.05) if f.name == 'answers']  # type: ignore[arg-type]
+    assert answers.agrees is False and 'none compared, because the server took tool calls out' in answers.says
+
+
+def test_a_busy_server_is_asked_for_ids_again(server: OpenAIServer) -> None:
+    server.shows_ids = 'vllm'
+    request = {'messages': [{'role': 'user', 'content': 'a'}]}
+    asked = client.reach(server.url, None)
+    server.faults['/tokenize'] = 429
+    assert asked.prompt_ids(request) is None
+    server.faults.clear()
+    assert asked.prompt_ids(request), 'one refusal for lack of time does not end the comparison of ids'
+
+
 @pytest.mark.parametrize('shows', ['vllm', 'llama.cpp'])
 def test_the_first_different_token_of_the_template_is_named(
     shows: Any, check: Check, server: OpenAIServer, parts: dict[str, Any], capsys: pytest.CaptureFixture[str]

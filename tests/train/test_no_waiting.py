@@ -17,7 +17,7 @@ from tests.support.runs import assert_equal, log_lines
 from tests.support.waits import Device, WaitError
 from utils.base import device
 from utils.base.checkpoint import all_checkpoints
-from utils.train import guard
+from utils.train import callbacks, guard
 from utils.train.trainer import SftTrainer
 
 Run = Callable[..., Path]
@@ -175,11 +175,12 @@ def test_a_row_whose_loss_is_nan_is_named_one_step_later(
 def test_steps_are_judged_late_where_the_optimizer_can_skip_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    def trainer(optimizer: Any, *, scaler: Any = None, deepspeed: bool = False) -> Any:
+    def trainer(optimizer: Any, *, scaler: Any = None, deepspeed: bool = False, fsdp: bool = False) -> Any:
         return SimpleNamespace(
             optimizer=SimpleNamespace(optimizer=optimizer),
             accelerator=SimpleNamespace(scaler=scaler),
             is_deepspeed_enabled=deepspeed,
+            is_distributed_loading_by_transformers=fsdp,
         )
 
     weights = [torch.nn.Parameter(torch.ones(2))]
@@ -191,6 +192,7 @@ def test_steps_are_judged_late_where_the_optimizer_can_skip_them(monkeypatch: py
     assert not guard.judges_late(trainer(torch.optim.SGD(weights)))
     assert not guard.judges_late(trainer(fused, scaler=object()))
     assert not guard.judges_late(trainer(fused, deepspeed=True))
+    assert not guard.judges_late(trainer(fused, fsdp=True))
 
 
 def test_batches_are_sent_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,3 +229,17 @@ def test_the_plan_of_a_batch_is_what_its_labels_say() -> None:
     assert laid['positions'].tolist() == [1, 2, 4, 7] and padded['positions'].tolist() == [1, 2, 4, 9]
     assert laid['cu_seqlens'].tolist() == [0, 4, 6, 9] and laid['cu_seqlens'].dtype == torch.int32
     assert 'cu_seqlens' not in padded and json.dumps(next(iter(laid))) == '"row_lengths"'
+
+
+def test_the_wait_for_the_device_is_time_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a step ends when it is queued. Its log line comes after the wait, and starts the time of the next step."""
+    clock = iter([1.0, 1.5, 2.0, 6.0, 6.5])
+    monkeypatch.setattr(callbacks.time, 'perf_counter', lambda: next(clock))
+    speed = callbacks.Speedometer()
+    speed.on_step_end()  # the first step is not counted
+    speed.add_wait()
+    speed.count({'row_lengths': torch.tensor([30, 70])})
+    speed.on_step_end()
+    speed.add_wait()
+    speed.on_log()
+    assert (speed.tokens, speed.seconds) == (100, 0.5 + 4.0)

@@ -26,7 +26,7 @@ from utils.encode.text_encoder import TextEncoder
 from utils.export.merge import user_rows
 from utils.export.ollama import NotExpressible, Turns, compare_turns, fits_modelfile, learn_turns, modelfile
 from utils.formats.conversation import Row
-from utils.loading.folder import read_config
+from utils.loading.folder import stored_dtype
 from utils.loading.gguf import gguf_problem, open_gguf
 from utils.loading.gguf_header import GgufHeader, read_header
 from utils.loading.template_settings import sources_of
@@ -75,7 +75,7 @@ def write_gguf(
     write the GGUF file. Raises ConfigError if the converter fails, or if the model in the file differs.
     """
     rows = [row for row in user_rows(run_dir) if not row.is_text]
-    kind = target.type or _TYPES.get(str(read_config(folder).get('dtype')), 'f16')
+    kind = target.type or _TYPES.get(stored_dtype(folder) or '', 'f16')
     target.file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, CONVERTER, str(folder.absolute()), '--outtype', kind, '--outfile']
     if target.llama_cpp is None:
@@ -229,9 +229,8 @@ def _dtype(folder: Path) -> torch.dtype:
     """Return the data type of the weights in a model folder."""
     import torch
 
-    name = str(read_config(folder).get('dtype'))
     dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-    return dtypes.get(name, torch.float32)
+    return dtypes.get(stored_dtype(folder) or '', torch.float32)
 
 
 def _prompts(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:

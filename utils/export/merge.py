@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ConfigError
+from utils.base.logger import logger
 from utils.base.names import SFT_ARGS
 from utils.encode.encoder import Encoder
 from utils.encode.jinja import serving_template
 from utils.encode.template_encoder import TemplateEncoder
-from utils.export.same import MERGE_JSON
+from utils.export.same import MERGE_JSON, carried_files
 from utils.export.write import Base, Written, is_tied, write_merged
 from utils.formats.conversation import Row
 from utils.loading.image_processors import Images
 from utils.loading.save import add_end_token
+from utils.loading.tensor_ranges import SUFFIX
 from utils.model import load_model, load_tokenizer
 from utils.proofs.template import probes
 from utils.run.record import ANSWERS_JSON, RunRecord, record_proof
@@ -346,4 +348,22 @@ def put_in_place(folder: Path, target: Path) -> None:
     except OSError:
         _recover(target)
         raise
+    _keep_other_files(earlier, target)
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _keep_other_files(earlier: Path, target: Path) -> None:
+    """Move the files that merging does not write, such as answers and GGUF files, from `earlier` to `target`."""
+    if not earlier.is_dir():
+        return
+    own = {*carried_files(earlier), MERGE_JSON, SFT_ARGS}
+    kept = [
+        path
+        for path in sorted(earlier.iterdir())
+        if path.is_file() and path.name not in own and path.suffix != SUFFIX and not (target / path.name).exists()
+    ]
+    for path in kept:
+        path.rename(target / path.name)
+    if kept:
+        names = ', '.join(path.name for path in kept)
+        logger.info(f'{target}: kept from the earlier merged folder: {names}')

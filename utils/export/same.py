@@ -22,8 +22,11 @@ from utils.loading.tensor_ranges import SUFFIX, TensorRange, tensor_ranges
 MERGE_JSON = 'merge.json'
 # Files that belong to a run and not to a model, and the card of the base, which does not describe a merged model.
 _NOT_OF_MODEL = {MERGE_JSON, MANIFEST, SFT_ARGS, 'trainer_state.json', 'README.md'}
+# Files that llm_infer.py writes into a folder: answers, the comparison with a server, and Modelfiles.
+_WRITTEN_LATER = ('infer_result', 'check_server')
 # Weights in other formats, and code, which is never passed on.
-_NOT_CARRIED = (SUFFIX, *PICKLE_SUFFIXES, '.py', '.gguf', '.onnx', '.h5', '.msgpack', '.ot', '.tflite', '.npz')
+_NOT_CARRIED = (SUFFIX, *PICKLE_SUFFIXES, '.py', '.gguf', '.onnx', '.h5', '.msgpack', '.ot', '.tflite', '.npz',
+                '.modelfile', '.old')  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -51,7 +54,9 @@ def carried_files(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix()
         for path in [*top, *further]
-        if not path.name.startswith('.') and path.name not in _NOT_OF_MODEL and path.suffix.lower() not in _NOT_CARRIED
+        if not path.name.startswith(('.', *_WRITTEN_LATER))
+        and path.name not in _NOT_OF_MODEL
+        and path.suffix.lower() not in _NOT_CARRIED
     )
 
 

@@ -257,8 +257,11 @@ def _logits(
 
 
 def _product_in_fp32(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the matrix product: on CUDA in fp32, without rounding, and elsewhere in the dtype of the factors."""
-    if first.device.type == 'cuda' and first.dtype != torch.float32:
+    """Return the matrix product: on CUDA in fp32, without rounding, and elsewhere in the dtype of the factors.
+
+    ROCm counts as elsewhere: some of its versions have no product of 16-bit factors with an fp32 result.
+    """
+    if first.device.type == 'cuda' and torch.version.hip is None and first.dtype != torch.float32:
         return torch.mm(first, second, out_dtype=torch.float32)
     return first @ second
 

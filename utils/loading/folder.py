@@ -67,6 +67,18 @@ def stored_quantization(model_dir: Path) -> str | None:
     return str(method) if method in ('gptq', 'awq', 'bitsandbytes') else None
 
 
+def stored_dtype(model_dir: Path) -> str | None:
+    """Return the name in torch of the dtype in config.json, e.g. 'bfloat16'. Returns None if there is no dtype.
+
+    transformers before version 5 wrote torch_dtype, and a model with several parts may name it for its text part only.
+    """
+    config = read_config(model_dir)
+    for part in (config, config.get('text_config') or {}):
+        if name := part.get('dtype') or part.get('torch_dtype'):
+            return str(name)
+    return None
+
+
 def is_adapter(directory: Path) -> bool:
     """Return whether a folder contains a PEFT adapter."""
     return (directory / 'adapter_config.json').is_file()

@@ -176,15 +176,16 @@ class FirstStepGate(TrainerCallback):
         for tokens in _JOINED:
             # All processes have the same rows, so they try the same.
             count = sum(total <= tokens for total in itertools.accumulate(lengths))
-            if sum(lengths[:count]) <= trainer.capacity:
+            tried = sum(lengths[:count])
+            if tried <= trainer.capacity:
                 return
             rows = [_trained_whole(row) for row in trainer.train_dataset.heaviest(count)[0]]
             failure = self._forward_backward(rows, exchanges=False)
             trainer.model_wrapped.zero_grad()
             if failure is None:
-                trainer.capacity = tokens
+                trainer.capacity = tried
                 reason = 'micro-batches of a step are joined up to so many tokens, which fit into memory'
-                trainer.checkpoints.run.decide('joined_tokens', tokens, reason)
+                trainer.checkpoints.run.decide('joined_tokens', tried, reason)
                 return
             clear_device_cache(garbage_collection=True)
 

@@ -25,6 +25,10 @@ _SHOWN_CHARACTERS = 200
 _LOOPBACK = ('localhost', '127.0.0.1', '::1')
 
 
+# HTTP statuses of a server that may answer the same request later.
+_BUSY = (408, 429, 500, 502, 503, 504)
+
+
 class Refused(Exception):
     """The server answered a request with an HTTP error. The text is the status and the message of the server."""
 
@@ -163,7 +167,11 @@ class Server:
         while self._id_forms:
             try:
                 return self._id_forms[0](request)
-            except (Refused, KeyError, TypeError, ValueError):
+            except Refused as error:
+                if error.status in _BUSY:
+                    return None  # this request only
+                self._id_forms.pop(0)
+            except (ConfigError, KeyError, TypeError, ValueError):
                 self._id_forms.pop(0)
         return None
 

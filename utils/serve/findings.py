@@ -142,8 +142,11 @@ def _on_answers(rows: Sequence[Checked]) -> Finding:
         parts.append(f'{nearly} differ where two tokens are equally likely up to rounding')
     if not_compared := len(rows) - len(kinds):
         parts.append(f'{not_compared} not compared, because the server took tool calls out of them')
+    if not kinds:
+        remedy = 'Start the server without a parser of tool calls, so that answers are compared as text.'
+        return Finding('answers', False, 'none compared, because the server took tool calls out of all', remedy)
     if 'different' not in kinds:
-        return Finding('answers', True if kinds else None, ', '.join(parts))
+        return Finding('answers', True, ', '.join(parts))
 
     first = next(row for row in rows if row.own is not None and not row.own.holds)
     assert first.own is not None, 'chosen'

@@ -134,6 +134,13 @@ class Speedometer(TrainerCallback):
         self._pending = 0
         self._since = now
 
+    def add_wait(self) -> None:
+        """Add the time since the end of the step to the step. The CPU waited for the device in this time."""
+        now = time.perf_counter()
+        if self.tokens and self._since is not None:
+            self.seconds += now - self._since
+        self._since = now
+
     def _restart(self, *args: Any, **kwargs: Any) -> None:
         self._since = time.perf_counter()
 

@@ -313,8 +313,10 @@ def judges_late(trainer: Any) -> bool:
 
     This is so on a CUDA device with an optimizer that can skip a step by itself: AdamW of torch in its fused form.
     """
-    if device.kind() != 'cuda' or trainer.is_deepspeed_enabled or trainer.accelerator.scaler is not None:
+    if device.kind() != 'cuda' or trainer.accelerator.scaler is not None:
         return False
+    if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
+        return False  # the gradients are sharded
     inner = trainer.optimizer.optimizer  # inside the wrapper of accelerate
     return isinstance(inner, torch.optim.AdamW) and bool(inner.defaults['fused'])
 

@@ -333,6 +333,7 @@ class SftTrainer(Seq2SeqTrainer):
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.guard.settle()
+            self.speedometer.add_wait()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     @overrides(Seq2SeqTrainer)
