@@ -232,7 +232,7 @@ def test_the_plan_of_a_batch_is_what_its_labels_say() -> None:
 
 
 def test_the_wait_for_the_device_is_time_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA a step ends when it is queued. Its log line comes after the wait, and starts the time of the next step."""
+    """On CUDA a step ends when it is queued. Its log line comes after the wait, and starts the next step."""
     clock = iter([1.0, 1.5, 2.0, 6.0, 6.5])
     monkeypatch.setattr(callbacks.time, 'perf_counter', lambda: next(clock))
     speed = callbacks.Speedometer()
