@@ -59,9 +59,6 @@ class UsedRow(NamedTuple):
     times: int
 
 
-_Batch = list[UsedRow]
-
-
 class EncodedAgain:
     """Encodes a row again with some of its data changed.
 
@@ -173,8 +170,8 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -
     encoded = EncodedRows()
     kept_rows = []
     again = EncodedAgain(encoder)
-    for start in range(0, len(rows), BATCH_ROWS):
-        for row, ids in encode_batch(encoder, rows[start : start + BATCH_ROWS], report):
+    for batch, result in _encode_ahead(encoder, batches(rows), lambda row: row):
+        for row, ids in encode_batch(encoder, batch, report, result):
             for piece in encoder.pieces_of(ids, encoder.max_length):
                 encoded.append(piece, row.origin)
             report.account.add(row, ids, again)
@@ -191,15 +188,17 @@ def batches(rows: Iterable[T], size: int = BATCH_ROWS) -> Iterator[list[T]]:
         yield batch
 
 
-def _encode_ahead(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, Callable[[], list[Encoded]]]]:
+def _encode_ahead(
+    encoder: Encoder, batches: Iterable[list[T]], row_of: Callable[[T], Row]
+) -> Iterator[tuple[list[T], Callable[[], list[Encoded]]]]:
     """Yield each batch with a function that waits for the encoded rows and returns them.
 
-    While the caller works on a batch, threads encode the next batches.
+    While the caller works on a batch, threads encode the next batches. `row_of` returns the row of an item.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        submitted: deque[tuple[_Batch, Callable[[], list[Encoded]]]] = deque()
+        submitted: deque[tuple[list[T], Callable[[], list[Encoded]]]] = deque()
         for batch in batches:
-            future = pool.submit(encoder.encode, [one.row for one in batch])
+            future = pool.submit(encoder.encode, [row_of(item) for item in batch])
             submitted.append((batch, future.result))
             if len(submitted) > _THREADS:
                 yield submitted.popleft()
@@ -231,7 +230,8 @@ def encode_used(encoder: Encoder, plan: Plan, report: EncodingReport) -> Iterato
     """
     again = EncodedAgain(encoder)
     kept: Counter[int] = Counter()
-    for batch, result in _encode_ahead(encoder, batches(_used_rows(plan, report.account))):
+    used_rows = batches(_used_rows(plan, report.account))
+    for batch, result in _encode_ahead(encoder, used_rows, lambda one: one.row):
         used = {id(one.row): one for one in batch}
         encoded: list[tuple[UsedRow, Encoded]] = []
         for row, ids in encode_batch(encoder, [one.row for one in batch], report, result):
