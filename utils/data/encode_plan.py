@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 BATCH_ROWS = 1024
 # Number of batches that are encoded at the same time. The tokenizer releases Python's global lock. So while one batch
 # is tokenised, the template can render the next batch.
-_THREADS = 2
+_THREADS = 4
 _REPORT = 'report.json'
 # The source files that decide which ids a row gets, as globs relative to utils/.
 _DECIDES_IDS = ('preprocess.py', 'formats/*.py', 'encode/*.py', 'data/*.py', 'loading/image_processors.py')
