@@ -201,6 +201,8 @@ def test_a_checkpoint_sets_no_flag_that_only_answering_has(name: str, tmp_path: 
     asked = parse(InferArguments, ['--ckpt_dir', str(tmp_path)], program='llm_infer.py', about='')
     before = getattr(asked.args, name)
     record = RunRecord(flags={'model_type': 'llama2-7b', name: 'planted', 'seed': 7})
-    filled = fill_from_run(asked, Trained(checkpoint=tmp_path, record=record), [])
+    warnings: list[str] = []
+    filled = fill_from_run(asked, Trained(checkpoint=tmp_path, record=record), warnings)
     assert getattr(filled.args, name) == before
     assert filled.args.seed == 7 and len(OF_ANSWERS) >= 14
+    assert [w for w in warnings if f'sft_args.json has --{name}, which no training run writes: not used.' in w]

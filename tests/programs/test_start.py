@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.runs import run_program, small_flags, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
+from utils.cli.arguments import SftArguments
+from utils.loading.info import ModelInfo
 from utils.run import processes
+
+OPTIONAL = {'bitsandbytes', 'deepspeed', 'gptqmodel', 'optimum', 'torchao'}
 
 
 @pytest.fixture(scope='module')
@@ -41,14 +47,28 @@ def test_packages_that_the_run_does_not_use_are_not_imported(
 ) -> None:
     imported, others = run(*words, *flags)
     assert {'torch', 'peft', 'transformers'} <= imported
-    optional = {'bitsandbytes', 'deepspeed', 'gptqmodel', 'optimum', 'torchao'}
-    assert imported & optional == used
+    assert imported & OPTIONAL == used
     assert not [line for line in others if 'warn' in line.lower() or 'kernels' in line]
 
 
-def test_nothing_is_left_out_in_a_process_that_may_do_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(names: object) -> None:
-        raise AssertionError(names)
-
-    monkeypatch.setattr(processes, 'leave_out', refuse)
-    processes.leave_out_unused(None, None, Path())  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ('program', 'score', 'hides'),
+    [
+        ('llm_sft.py', 'rouge', True),
+        ('llm_infer.py', 'exact', True),
+        ('llm_sft.py', 'mine.py:score', False),
+        ('pytest', 'rouge', False),
+        (None, 'rouge', False),
+    ],
+)
+def test_packages_are_hidden_only_where_nothing_else_can_need_them(
+    program: str | None, score: str, hides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run in the process, or a function of the user, may import what this run does not use."""
+    hidden: list[str] = []
+    monkeypatch.setattr(processes, 'leave_out', hidden.extend)
+    monkeypatch.setitem(sys.modules, '__main__', SimpleNamespace(**({'__file__': program} if program else {})))
+    args = SftArguments(score=[score])
+    processes.leave_out_unused(args, ModelInfo(model_id_or_path='a/b', template='auto'), Path('nowhere'))
+    assert bool(hidden) is hides
+    assert set(hidden) <= OPTIONAL

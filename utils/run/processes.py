@@ -16,6 +16,7 @@ from utils.base.logger import logger
 from utils.base.packages import leave_out
 from utils.cli.arguments import CommonArguments, SftArguments
 from utils.cli.ranges import is_of_bitsandbytes
+from utils.cli.scores import own_words
 from utils.loading.folder import read_config
 from utils.loading.info import ModelInfo
 
@@ -83,10 +84,12 @@ def start_processes(backend: str, *, deepspeed: bool = False, deterministic: boo
 def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> None:
     """Hide optional packages that this run does not use from all later imports, so that the run starts faster.
 
-    `weights` is the folder or the file of the base model. Nothing is hidden in a process that may do a second run.
+    `weights` is the folder or the file of the base model. Nothing is hidden in a process that may do a second run, or
+    if --score names a function of the user, because the function may import any package. Functions of data sets have
+    imported their packages before this call.
     """
     program = getattr(sys.modules['__main__'], '__file__', None)
-    if program is None or Path(program).name not in _PROGRAMS:
+    if program is None or Path(program).name not in _PROGRAMS or own_words(args.score):
         return
 
     optim = args.optim if isinstance(args, SftArguments) else ''

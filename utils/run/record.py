@@ -222,6 +222,13 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
             )
 
     _use_saved_template(parsed, trained)
+    if planted := sorted(
+        name for name in flags if name in flag_types(InferArguments) and name not in flag_types(SftArguments)
+    ):
+        warnings.append(
+            f'{trained.checkpoint}: its {SFT_ARGS} has {", ".join(f"--{name}" for name in planted)}, which no training '
+            'run writes: not used. Type a flag to use it.'
+        )
     of_training = flag_types(SftArguments)
     for name in (name for name in flag_types(InferArguments) if name in of_training):
         if name not in flags or name in ('ignore_args_error', 'output_dir', *_OF_CHAT_TEMPLATE):
