@@ -6,6 +6,7 @@ Shapes in names: N tokens, I input features, O output features, R rank of the ad
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class _LoraStep(torch.autograd.Function):
         low_b_OR: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        inner_NR = x.flatten(0, -2) @ low_a_RI.t()
         x_NI = x.flatten(0, -2)
+        inner_NR = x_NI @ low_a_RI.t()
         out_NO = F.linear(x_NI, weight_OI, bias_O).addmm_(inner_NR, low_b_OR.t(), alpha=scale)
         ctx.scale = scale
         ctx.dtypes = a_RI.dtype, b_OR.dtype
@@ -48,14 +49,7 @@ class _LoraStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight_OI, inner_NR, low_a_RI, low_b_OR = ctx.saved_tensors
-        grad_NO = grads[0].flatten(0, -2)
-        inner_grad_NR = (grad_NO @ low_b_OR).mul_(ctx.scale)
-
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = (grad_NO @ weight_OI).addmm_(inner_grad_NR, low_a_RI).view_as(x)
-        a_grad_RI = (inner_grad_NR.t() @ x.flatten(0, -2)).to(ctx.dtypes[0])
-        b_grad_OR = (grad_NO.t() @ inner_NR).to(ctx.dtypes[1]).mul_(ctx.scale)
+        x_grad, a_grad_RI, b_grad_OR = _gradients(ctx, grads[0], x, inner_NR, low_a_RI, low_b_OR, lambda: weight_OI)
         return x_grad, None, None, a_grad_RI, b_grad_OR, None, None, None
 
 
@@ -88,18 +82,39 @@ class _Lora4BitStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, inner_NR, low_a_RI, low_b_OR = ctx.saved_tensors
-        grad_NO = grads[0].flatten(0, -2)
-        inner_grad_NR = (grad_NO @ low_b_OR).mul_(ctx.scale)
-
-        x_grad = None
-        if ctx.needs_input_grad[0]:
+        def dequantised() -> torch.Tensor:
             weight = ctx.base.weight
-            weight_OI = sys.modules['bitsandbytes'].functional.dequantize_4bit(weight, weight.quant_state)
-            x_grad = (grad_NO @ weight_OI.to(grad_NO.dtype)).addmm_(inner_grad_NR, low_a_RI).view_as(x)
-        a_grad_RI = (inner_grad_NR.t() @ x.flatten(0, -2)).to(ctx.dtypes[0])
-        b_grad_OR = (grad_NO.t() @ inner_NR).to(ctx.dtypes[1]).mul_(ctx.scale)
+            stored: torch.Tensor = sys.modules['bitsandbytes'].functional.dequantize_4bit(weight, weight.quant_state)
+            return stored.to(grads[0].dtype)
+
+        x, inner_NR, low_a_RI, low_b_OR = ctx.saved_tensors
+        x_grad, a_grad_RI, b_grad_OR = _gradients(ctx, grads[0], x, inner_NR, low_a_RI, low_b_OR, dequantised)
         return x_grad, None, a_grad_RI, b_grad_OR, None, None, None
+
+
+def _gradients(
+    ctx: Any,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    inner_NR: torch.Tensor,
+    low_a_RI: torch.Tensor,
+    low_b_OR: torch.Tensor,
+    weight_of: Callable[[], torch.Tensor],
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Return the gradients of x, A and B for the gradient `grad` of the output. That of x is None if nothing needs it.
+
+    `ctx` holds the scale, and the dtypes of A and B. `weight_of` returns the weight (O, I) of the base layer. It is
+    called only for the gradient of x.
+    """
+    grad_NO = grad.flatten(0, -2)
+    inner_grad_NR = (grad_NO @ low_b_OR).mul_(ctx.scale)
+
+    x_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = (grad_NO @ weight_of()).addmm_(inner_grad_NR, low_a_RI).view_as(x)
+    a_grad_RI = (inner_grad_NR.t() @ x.flatten(0, -2)).to(ctx.dtypes[0])
+    b_grad_OR = (grad_NO.t() @ inner_NR).to(ctx.dtypes[1]).mul_(ctx.scale)
+    return x_grad, a_grad_RI, b_grad_OR
 
 
 def _adapter_in_use(layer: Any, kwargs: dict[str, Any]) -> str | None:
