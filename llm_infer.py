@@ -91,7 +91,7 @@ def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trai
     Arguments that were not typed are taken from the record. Raises ConfigError if there are problems.
     """
     from utils.cli.machine import settle_infer
-    from utils.cli.resolve import resolve_infer
+    from utils.cli.resolve_infer import resolve_infer
     from utils.run.record import fill_from_run, open_checkpoint
 
     trained: Trained | None = None

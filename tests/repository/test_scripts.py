@@ -18,7 +18,8 @@ from tools.script_table import read_script
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.parser import parse
 from utils.cli.resolution import Resolution
-from utils.cli.resolve import resolve_infer, resolve_sft
+from utils.cli.resolve import resolve_sft
+from utils.cli.resolve_infer import resolve_infer
 from utils.loading.info import QKV
 from utils.model import MODEL_MAPPING
 from utils.preprocess import AUTO

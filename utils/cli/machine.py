@@ -28,7 +28,7 @@ from utils.cli.deepspeed import read_zero
 from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution, decision, reading_of, run_name
-from utils.cli.resolve import quantized_problems
+from utils.cli.resolve_common import quantized_problems
 from utils.cli.scores import check_score_files
 from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.parts import open_parts

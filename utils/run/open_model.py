@@ -16,7 +16,7 @@ from utils.cli.arguments import CommonArguments, SftArguments
 from utils.cli.deepspeed import read_zero
 from utils.cli.machine import check_chat_template
 from utils.cli.resolution import Decide, Ready, log_decision
-from utils.cli.resolve import quantized_problems
+from utils.cli.resolve_common import quantized_problems
 from utils.loading.chat_template import set_chat_template
 from utils.loading.devices import Spread, pick_dtype
 from utils.loading.folder import stored_quantization
