@@ -110,7 +110,7 @@ def test_without_a_chat_template_conversations_are_refused_and_texts_encoded() -
     ours = encoder()
     assert ours.encode([text_row()])[0].input_ids[-1] == 2
     for refused in (ours.encode, ours.encode_prompts):
-        with pytest.raises(ConfigError, match='needs a chat template, and this tokenizer has none. Name one'):
+        with pytest.raises(ConfigError, match='needs a chat template, and this tokenizer has none. Choose a'):
             refused([text_row(), chat_row()])
 
 

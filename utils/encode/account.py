@@ -3,10 +3,11 @@
 The main buckets are `trained` (carries loss), `context` (in the tokenised row, without loss), `cut` (removed by the cut
 to max_length), `left out` (the whole row is not trained on) and `not used` (not in the tokenised text of the row).
 
-The account reads each row as it was written in the file. So it also counts the text of fields that conversion drops:
-this text is not found in the tokenised text, and counts as not used. But a search can also find the wrong position, for
-example for the text `a`, or for a name that is also a role. Then the row is encoded once more with a marker (a made-up
-word) instead of the field's text. The position of the marker is the right position.
+The account searches each text of the source row in the tokenised text of the row. A text that is not found counts as
+not used, for example the text of a column that conversion drops.
+
+A search can find the wrong position, for example for the text `a`, or for a name that is also a role. Such a row is
+encoded once more, with a marker (a made-up word) instead of the text. The position of the marker is the right position.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ _MOST_ALONE = 16
 
 
 class _Leaf(NamedTuple):
-    """A leaf: one text (string) of a row. Its characters are counted under `label`.
+    """One text (string) of a row. Its characters are counted under the name `label`.
 
-    If the text is not used, it is reported under `name`. `turn` is the index of its turn, or -1 for a text that does
-    not belong to a turn.
+    If the text is not used, the report calls it `name`. `turn` is the index of its turn in the conversation. It is -1
+    for a text that belongs to no turn.
     """
 
     label: str
@@ -101,7 +102,7 @@ class Again(Protocol):
 
     @property
     def printed(self) -> str:
-        """Return the text that the template prints for any row."""
+        """Return the text of the template itself, without the data of a row."""
 
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
         """Encode the row with `written` as its data. Returns None if this row cannot be trained on."""
@@ -148,9 +149,9 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield, as strings, what a template may print of a nested value in addition to its texts.
+    """Yield the keys of a nested value, its numbers as strings, and the values of `type` and `required`.
 
-    These are the keys, the numbers, and the values of `type` and `required` in a JSON schema.
+    A template may print these words. So a search for an equal text of the row may find them.
     """
     value = _parsed(value)
     if isinstance(value, Mapping):
@@ -167,7 +168,7 @@ def _other_words(value: Any) -> Iterator[str]:
 
 
 def _texts(value: Any, path: _Path, label: str, name: str, turn: int = -1, kind: str = 'text') -> Iterator[_Leaf]:
-    """Yield a _Leaf for every string in a nested value. All have the given label, name, turn and kind."""
+    """Yield a _Leaf with this label, name, turn and kind for every string in a nested value."""
     for place, text in _strings(value, path):
         yield _Leaf(label, name, text, turn, kind, place)
 
@@ -305,9 +306,8 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
 def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
     """Yield the leaves of `column`, which has the prompt or the reply of the row.
 
-    The index of the first turn in the column is the number of turns before it. These are two turns for each of the
-    `rounds` rounds of history and, if the column has the reply, the turns of the prompt. `shape` has the columns of the
-    row's format. Its first column has the prompt.
+    `shape` has the columns of the row's format: the first has the prompt. `rounds` is the number of rounds of history.
+    The turns of the history (two per round) come before the prompt, and those of the prompt before the reply.
     """
     value = raw[column]
     is_asked = column in _ASKED
@@ -353,10 +353,10 @@ def leaves(raw: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 class _Text:
-    """The tokenised text of a row. It consists of pieces: stretches of text with or without loss.
+    """The tokenised text of a row, split into pieces: without loss, with loss, without loss, ...
 
-    `ends` has the positions at which the pieces end. `trained` has the positions at which the pieces with loss begin.
-    `claimed` has the spans in which leaves (texts of the row) were found. All positions count characters of `text`.
+    `ends` has the end of each piece, and `trained` the start of each piece with loss. `claimed` has the spans in which
+    leaves (texts of the row) were found. All positions count characters of `text`.
     """
 
     def __init__(self, encoded: Encoded) -> None:
@@ -414,7 +414,7 @@ class _Text:
         return found
 
     def buckets_of(self, written: str, shown: str, at: _Span) -> dict[str, int]:
-        """Return the counts of `buckets` for a text that is printed as `shown` at the span `at`.
+        """Return {bucket: count} for the text `written`, which is printed as `shown` at the span `at`.
 
         Whitespace of `written` that is not printed is counted as trimmed.
         """
@@ -425,7 +425,7 @@ class _Text:
 
 
 class _Place(NamedTuple):
-    """The result of the search for one leaf: {bucket: number of its characters} (buckets: trained, context, cut, ...).
+    """The result of the search for one leaf. `buckets` is {bucket: number of characters of the leaf}.
 
     `at` is the span in which the whole text of the leaf was found, and `start` is where the search began.
     """
@@ -439,11 +439,11 @@ class _Place(NamedTuple):
 
 
 def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
-    """Return the indices of `places` whose match may be accidental: the match may come from a different field.
+    """Return the indices of `places` whose match may be wrong: the matched text may come from a different field.
 
     A match is doubtful if the text occurs several times, if the match overlaps the match of a different text, or if
-    only parts of the text were found. It is also doubtful if `printed` contains the matched text. `printed` is the text
-    that the template prints even without this field.
+    only parts of the text were found. A match is also doubtful if `printed` contains the text. `printed` has everything
+    else that the template may print: its own text, the roles, and the keys and numbers of the row.
     """
     spans = sorted((*place.at, number) for number, place in enumerate(places) if place.at)
     overlapping: set[int] = set()
@@ -475,7 +475,10 @@ def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
 
 
 def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tuple[str, ...] | None:
-    """Encode the row with these texts replaced. Returns its text as a list of pieces, or None if the row is refused."""
+    """Encode the row with some texts replaced, and return its tokenised text as pieces.
+
+    A change is (path of a text in the row, new text). Returns None if the changed row is refused.
+    """
     written: Any = row.written
     for path, text in changes:
         written = _replaced(written, path, text)
@@ -483,18 +486,18 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
     return None if encoded is None else encoded.pieces
 
 
-def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
+def _resolve(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
     """Find the right positions of the doubtful texts, and store them in `places`.
 
-    The row is rendered with markers instead of the doubtful texts. A text keeps the position that `places` has for it
-    if this rendering fails, or if the rendering with the marker of the text differs in more than this text.
+    The row is rendered with markers instead of these texts. A marker is printed at the position of its text. The
+    positions in `places` are kept if the rendering fails, or if it differs from `text` in more than the markers.
     """
     whole = [number for number in doubtful if places[number].at is not None]
-    marks = {number: _mark(number) for number in whole}
+    marks = {number: _marker(number) for number in whole}
     # Templates compare the id of a call with the id of its result. So equal ids get equal markers at first.
     first: dict[str, int] = {}
     shared = {
-        number: _mark(
+        number: _marker(
             first.setdefault(places[number].leaf.text, number) if places[number].leaf.kind == 'identity' else number
         )
         for number in whole
@@ -508,21 +511,20 @@ def _tie(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Re
             _move(places, number, spans[shared[number]], text)
     alone = doubtful if spans is None else [number for number in doubtful if number not in marks]
     for number in alone[:_MOST_ALONE]:
-        found = _marked(places, {number: _mark(number)}, text, render)
+        found = _marked(places, {number: _marker(number)}, text, render)
         if found is not None:
-            _move(places, number, found[_mark(number)], text)
+            _move(places, number, found[_marker(number)], text)
 
 
-def _mark(number: int) -> str:
-    """Return the marker for a text: 9 letters and digits, because some templates accept only such ids of calls."""
+def _marker(number: int) -> str:
+    """Return the marker of a text: 9 letters and digits, because some templates require this of the ids of calls."""
     return f'zq{number:05d}qz'
 
 
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
     """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    If there are several spans and the text is an identity (a name or id), the first span is removed from the list, so
-    that the next equal name or id gets the next span.
+    Equal names or ids share one list of spans. So each of them removes its span from the list, except the last span.
     """
     leaf = places[number].leaf
     if not spans:
@@ -544,10 +546,10 @@ def _forms(text: str) -> list[str]:
 def _marked(
     places: Sequence[_Place], marks: Mapping[int, str], text: _Text, render: _Rendering
 ) -> dict[str, list[_Span]] | None:
-    """Return {marker: spans} for these markers. The spans are where `text` has the text that the marker replaces.
+    """Return {marker: spans}. The spans are the positions in `text` of the texts that this marker replaces.
 
-    The row is rendered with the markers and compared with `text`. Returns None if the row cannot be rendered, or if the
-    two renderings differ in more than the markers.
+    `marks` is {index in `places`: marker}. The row is rendered with the markers and compared with `text`. Returns None
+    if the row cannot be rendered, or if the two renderings differ in more than the markers.
     """
     pieces = render([(places[number].leaf.path, mark) for number, mark in marks.items()])
     if pieces is None or any(mark in text.text for mark in marks.values()):
@@ -568,9 +570,9 @@ def _marked(
 
 
 def _known(name: str, counted: Mapping[str, Any]) -> str:
-    """Return the name under which the field `name` is counted: `name`, or OTHER_FIELDS.
+    """Return the name under which the field `name` is counted. `counted` has the names that are already counted.
 
-    `counted` has the names that are already counted. OTHER_FIELDS is returned for a new name if `counted` is full.
+    If `name` is new and `counted` has _MOST_FIELDS names, the result is OTHER_FIELDS. Otherwise it is `name`.
     """
     return name if name in counted or len(counted) < _MOST_FIELDS else OTHER_FIELDS
 
@@ -606,7 +608,7 @@ class Account:
         printed = '\n'.join([again.printed, *_ROLES, *_other_words(row.written)])
         doubtful = _doubtful(places, text, printed)
         if doubtful:
-            _tie(places, doubtful, text, functools.partial(_render, row, again))
+            _resolve(places, doubtful, text, functools.partial(_render, row, again))
         missed: dict[str, None] = {}
         for place in places:
             self._settle(place.leaf, place.buckets, missed)
@@ -617,7 +619,7 @@ class Account:
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
         """Search the texts of a row in the order of its turns, and yield a _Place for each text.
 
-        The texts that are identities (names and ids) come last.
+        Names and ids (the kind `identity`) come last.
         """
         found = list(leaves(row.written))
         replies = sorted({leaf.turn for leaf in found if leaf.label in ('reply text', 'reasoning', 'tool calls')})
@@ -685,7 +687,7 @@ class Account:
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Search a text that is not printed in one piece. Its parts are searched: it is split at line ends and at tags.
+        """Search the parts of a text that is not printed as a whole. The text is split at line ends and at tags.
 
         Returns (counts of the buckets for all parts, position at which the last found part ends).
         """

@@ -138,7 +138,7 @@ class _Earlier(NamedTuple):
 class AutoEncoder(Encoder):
     """Encodes rows with the tokenizer's chat template. Loss covers the last reply or all replies, with the end of turn.
 
-    The encoding of a row does not depend on the rows before it. Only the token ids of the ends of prompts are cached.
+    The encoding of a row does not depend on the rows before it.
     """
 
     name = AUTO
@@ -303,10 +303,10 @@ class AutoEncoder(Encoder):
     def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
         """Return (setting, opens) for replies with reasoning.
 
-        The setting is a template variable with its value, for example {'enable_thinking': True}. With this setting, the
-        generation prompt opens a think block, or has no think block that is already closed. The setting is empty if the
-        template has no such variable, or if the user has set whether replies think. `opens` says whether the generation
-        prompt then opens a think block.
+        Some generation prompts end in a closed think block, so that no reasoning can follow. The setting, for example
+        {'enable_thinking': True}, removes this block or opens it. The setting is empty if the template has no such
+        variable, or if the user has set such a variable. `opens` says whether the generation prompt with the setting
+        ends in an open think block.
         """
         mark = secrets.token_hex(8)
 
@@ -334,8 +334,8 @@ class AutoEncoder(Encoder):
     def _find_openers(self) -> frozenset[str]:
         """Return a set with one control token: the token that begins the first turn of a chat.
 
-        If this token occurs again, a new turn begins. The set is empty if there is no such token, or if the turn of a
-        reply or call can also contain the token, as in Kimi-K3's template.
+        If this token occurs again, a new turn begins. The set is empty if there is no such token, or if a turn of the
+        assistant can also contain the token, as in Kimi-K3's template.
         """
         ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
         begin = self._try(self._probe(), prompt=True)
@@ -363,7 +363,7 @@ class AutoEncoder(Encoder):
         return any(match[0] == self.tokenizer.eos_token for match in self.text.find_controls(between))
 
     def _find_next_token(self, *, is_call: bool) -> str | None:
-        """Return the control token that begins the turn after a reply, or with `is_call` the turn after a tool call.
+        """Return the control token that begins the turn after a reply. With `is_call`, the reply is a tool call.
 
         Returns None if this turn does not begin with a control token.
         """
@@ -403,10 +403,10 @@ class AutoEncoder(Encoder):
     ) -> Message:
         """Return the message with the keys and values that the template expects.
 
-        If the message has images, its content becomes a list of items. The reasoning is stored under `key`. Without
-        `key`, the reasoning is stored under the key that a probe found. If no probe found a key, the reasoning becomes
-        a think block in the content if the message is the last one (`is_last`) and has no calls. Otherwise the
-        reasoning is left out.
+        If the message has images, its content becomes a list of items. The reasoning is stored under `key` or, by
+        default, under the key that a probe found. If there is no such key, the reasoning of the last message
+        (`is_last`) becomes a think block in its content. The reasoning of earlier messages, and of messages with calls,
+        is then left out.
         """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -677,7 +677,7 @@ class AutoEncoder(Encoder):
     def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
         """Return the text `follows`, changed so that it continues a prompt that opens a think block.
 
-        If the reply has reasoning, the text then begins with the reasoning. Else it begins with a closing tag.
+        The result begins with the reasoning if the reply has reasoning. Otherwise it begins with a closing tag.
         """
         own = _BEGINS_THINKING.match(follows)
         if own:
@@ -694,7 +694,7 @@ class AutoEncoder(Encoder):
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
     def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
-        """Return the text to train after the prompt if the template alters the reply.
+        """Return the text to train on after the prompt, for a reply that the template would alter.
 
         This text is the lead of the template, the reply as it is in the row, and the end of turn.
         """
@@ -722,10 +722,9 @@ class AutoEncoder(Encoder):
         return at + len(content.strip()) if at >= 0 else 0
 
     def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
-        """Split `end`, the text after a reply. Returns (text before the end of turn, end-of-turn token, id to add).
+        """Split `end`, the text after a reply. Returns (text before the end-of-turn token, this token, None).
 
-        If the template prints an end of turn, the id is None. Else the token is '', and the id is that of the token to
-        add.
+        If the template prints no such token, returns (text after the reply, '', id of the end-of-turn token to add).
         """
         end_of_reply = self._end_of_reply(self.text.find_controls(frame.end))
         stops = {self.tokenizer.eos_token, *([] if end_of_reply is None else [end_of_reply[0]])}
@@ -811,8 +810,8 @@ class AutoEncoder(Encoder):
         """Return how many ids at the start of `whole` are the ids of the prompt. Returns 0 if this is not certain.
 
         Tokenizers first split text at added tokens. So the ids up to the last control token of the prompt cannot depend
-        on the text after the prompt. The rest of the prompt is often only the word `assistant`. The ids of the rest
-        must be the same in `whole` as in `tails`.
+        on the text after the prompt. Only the ids after this token are compared: they must be the same in `whole` as in
+        `tails`.
         """
         count, start = self.text.last_control(prompt)
         if count == 0:
@@ -848,7 +847,8 @@ class AutoEncoder(Encoder):
     def _trained_end(self, ids: list[int], part: _Parts) -> int:
         """Return the position in `ids` just after the end-of-turn token.
 
-        The end-of-turn token is the last control token before the control tokens of `part.rest`.
+        `part.rest` is the text after this token. So the control tokens of `part.rest` are skipped from the end of
+        `ids`.
         """
         if part.end is not None or not part.rest:
             return len(ids)
@@ -904,11 +904,11 @@ class AutoEncoder(Encoder):
         return start, end
 
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
-        """Return the span of the earlier reply with this index, in a list. The span includes the end of turn.
+        """Return the spans of the earlier reply in the message `index`, as positions in the text of the prompt.
 
-        The span consists of positions in the text of the prompt. The list is empty if the template does not print the
-        reply. If the reply has calls and text, and the template prints the text after the results of the calls, the
-        list has a second span for the text.
+        The result is usually one span, which includes the end of turn. It is empty if the template does not print the
+        reply. It has a second span for the text of a reply with calls, if the template prints this text after the
+        results of the calls.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -930,8 +930,8 @@ class AutoEncoder(Encoder):
         """Return the position in the prompt at which an earlier turn begins to carry loss.
 
         This is the position at which the generation prompt for the turn ends. Text that the template prints only in a
-        generation prompt, such as a think block, is not counted. The content of the turn begins at `first`. Returns the
-        length of the prompt if the position cannot be found.
+        generation prompt, such as a think block, is ignored. `first` is the position at which the content of the turn
+        begins. Returns the length of the prompt if the position cannot be found.
         """
         chat = part.chat
         starts = [self._start_under(part, index, first, chat.settings)]
@@ -1023,7 +1023,7 @@ def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, re
 
     `follows` is the text that the template prints after the prompt. `is_call` says whether the reply has calls, and
     `reasons` whether it has reasoning. If the reply has calls or reasoning, think tags and the spaces around them are
-    not compared. Returns False if the reply has reasoning and `follows` begins with a closed think block.
+    not compared. If the reply has reasoning and `follows` begins with a closed think block, returns False.
     """
     if not (reasons or is_call or reasoning):
         return content in follows
@@ -1038,8 +1038,8 @@ def _replaced(message: Message, *, text: bool = False) -> Message:
     """Return a copy of a turn with a random text as its content. If the turn has calls, their arguments change instead.
 
     If `text` is True, the content changes even if the turn has calls. The names of calls never change, because
-    templates print the names again with the results. The random text begins and ends with characters that no data
-    contains.
+    templates print the names again with the results. The first and last characters of the random text occur in no data,
+    so that a comparison finds the exact span of the change.
     """
     mark = f'\ue000{secrets.token_hex(8)}\ue001'
     if text or 'tool_calls' not in message:
@@ -1054,7 +1054,6 @@ def _replaced(message: Message, *, text: bool = False) -> Message:
 
 
 def _unspaced(text: str) -> str:
-    """Return the text without whitespace."""
     return ''.join(text.split())
 
 

@@ -55,8 +55,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
         """Keep the settings.
 
-        `printed` is the source text of the template. Added tokens in this text become control tokens: their text in
-        data never becomes the id of the token.
+        `printed` is the source text of the template. Added tokens in this text become control tokens. In data, the text
+        of a control token is tokenised as plain text.
         """
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer, printed=printed)
@@ -138,11 +138,10 @@ class Encoder:
         return cut_row(row, self.max_length, self.tokenizer) if self.overlong == 'cut' else row
 
     def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
-        """Split a row of plain text into rows of at most `max_length` ids, and return these rows.
+        """Split a row of plain text into rows of at most `max_length` ids. Other rows are returned whole, in a list.
 
-        A shorter row and a row with a conversation are returned whole. Each new row begins with the ids that the
-        tokenizer puts before a text. If there are no such ids, it begins with the last id of the previous row. So every
-        id of the text is predicted once. Only the first id of the text is not predicted if no id is put before it.
+        Each new row begins with the ids that the tokenizer puts before a text. If it puts none, the row begins with the
+        last id of the previous row. So the first id after a split is predicted too.
         """
         ids = row.input_ids
         if not row.is_text or not 0 < max_length < len(ids):
@@ -193,7 +192,7 @@ class Encoder:
         return fill_slots(ids, found, self.images.slot, max_length) if self.images and found else ids
 
     def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
-        """Return the row with the token of each image repeated once per feature of the image.
+        """Return the row with one image token for each feature of its images.
 
         If `overlong` is 'cut', a row longer than max_length also loses ids at the start.
         """

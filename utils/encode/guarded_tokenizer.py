@@ -99,7 +99,7 @@ class TextTokenizer:
     def ids(self, texts: Sequence[str], *, inert: bool = False) -> list[list[int]]:
         """Return the ids of each text, without start or end tokens.
 
-        With `inert`, each text is read as a reply: control tokens in it are plain text, but think tags are active.
+        With `inert`, control tokens in the texts become plain text. Only think tags stay active, as in replies.
         """
         if not texts:
             return []
@@ -185,9 +185,9 @@ class TextTokenizer:
     def _make_inert(self) -> tuple[Any, dict[int, int]]:
         """Return (backend, real ids): a copy of the backend, and a dict from its added ids to the tokenizer's ids.
 
-        An alias is a random text that replaces a control token of the template in the text to tokenise. In the copy,
-        only aliases are control tokens. An alias removes the spaces around it like its control token (lstrip, rstrip).
-        Text next to an alias has the same ids as text next to the control token.
+        In the text to tokenise, an alias (a random text) replaces each control token of the template. The copy
+        recognises only the aliases as control tokens. An alias has the options of its control token, such as lstrip, so
+        that the text next to it gets the same ids.
         """
         from tokenizers import AddedToken, Tokenizer
 

@@ -1,6 +1,7 @@
-"""Finds the images of a row and gives them their positions among the token ids.
+"""Finds the images of a row, and repeats their tokens among the ids of the row.
 
-An image slot is the token that the template prints for an image. It is repeated once for each feature of the image.
+An image slot is the token that the template prints for an image. It is repeated, so that there is one token for each
+feature of the image.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ FoundImages = list[tuple[str, int]]
 
 
 def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
-    """Return a list with the new position of each id after `fill_slots`, and with the new length at the end."""
+    """Return the new position of each id after `fill_slots`. The last item is the new length."""
     counts = iter(found)
     return [0, *accumulate(next(counts)[1] if token == slot else 1 for token in ids)]
 
@@ -26,11 +27,12 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
     """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
 
-    If the row has an image column and no image tag, its images come before the text of the first user turn. Without a
-    vision tower (`images` is None), the row is returned unchanged, with no images.
+    If the row has an image column and no image tag, its images come before the text of the first user turn.
 
-    Raises RowRefused if an image cannot be used. Without a vision tower, also raises it if `row.images` is not empty,
-    except if the images come from an image column and the row has no image tag.
+    Without a vision tower (`images` is None), the row is returned unchanged, with no images. An image column without
+    image tags is then ignored. Any other row with `row.images` is refused.
+
+    Raises RowRefused if the row is refused, or if an image cannot be used.
     """
     if images is None:
         if row.images and not is_untagged(row):

@@ -36,7 +36,7 @@ _PLACES = {
 
 
 def jinja_of(encoder: TemplateEncoder) -> str:
-    """Return the registered template as Jinja source. Token ids in its pieces are written as the text of the tokens."""
+    """Return the registered template as Jinja source. Token ids in the template become the text of their tokens."""
     tokenizer, template = encoder.tokenizer, encoder.template
 
     def print_pieces(pieces: Iterable[Piece]) -> str:
@@ -61,9 +61,9 @@ def jinja_of(encoder: TemplateEncoder) -> str:
 def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None, str]:
     """Return the chat template for a server, and a sentence that compares it with the template used in training.
 
-    A registered template is written in Jinja. For every row that it can render, the Jinja template must give the same
-    ids as the prompt of inference. If the ids differ, the returned template is None, and only llm_infer.py can serve
-    the model correctly.
+    A registered template is written in Jinja and tested on the rows: it must give the same ids as `encode_prompts`.
+    Rows that the template cannot render are skipped. If the test fails, the returned template is None. Then only
+    llm_infer.py can serve the model correctly.
     """
     if isinstance(encoder, TextEncoder):
         return None, 'it has no chat template, as in training: it continues text'

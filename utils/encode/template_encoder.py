@@ -56,7 +56,7 @@ class TemplateEncoder(Encoder):
         self._round_end = next(stops, 0)
 
     def _fill(self, pieces: Iterable[Piece], **data: str) -> list[str | list[int]]:
-        """Return the pieces with the placeholders filled and the names of tokenizer attributes replaced by ids."""
+        """Return the pieces with their placeholders filled. Token names, such as eos_token_id, become ids."""
 
         def fill(text: str) -> str:
             return re.sub(r'\{\{(SYSTEM|QUERY|ROUND)\}\}', lambda m: data[m[1]], text)

@@ -27,7 +27,7 @@ class TextEncoder(Encoder):
         """Raise ConfigError, because a conversation cannot be encoded without a template."""
         raise ConfigError(
             'template auto needs a chat template, and this tokenizer has none. '
-            f'Name one with --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
+            f'Choose a --template_type: {", ".join(name for name in TEMPLATE_MAPPING if name != AUTO)}.'
         )
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:

@@ -389,7 +389,8 @@ def _turns(
 ) -> list[Message]:
     """Return the turns of a column as messages.
 
-    `role_keys` and `content_keys` are the possible names of two keys. Of the names that a turn has, the first is read.
+    `role_keys` and `content_keys` are alternative names for the keys `role` and `content`. If a turn has several of
+    them, the first is read.
     """
     turns = _parse_json(turns, column, remarks)
     if not isinstance(turns, list) or not turns:
@@ -571,9 +572,10 @@ KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, 'history', *_EVERYWHERE]))
 
 
 def find_converter(columns: Iterable[str]) -> Converter | None:
-    """Return the converter for rows with these columns. Returns None if no format matches, or more than one.
+    """Return the converter for rows with these columns. Returns None if no format matches.
 
-    A format of SHAPES always matches before the formats of OTHER_SHAPES.
+    The first matching format of SHAPES is used. If there is none, the formats of OTHER_SHAPES are tried. If several of
+    these match, returns None.
     """
     given = frozenset(columns)
     first = next((converter for needed, converter in SHAPES if needed <= given), None)
@@ -584,7 +586,10 @@ def find_converter(columns: Iterable[str]) -> Converter | None:
 
 
 def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
-    """Return the required columns of each format that matches, if find_converter cannot choose one. Else return []."""
+    """Return the required columns of each matching format, if find_converter returns None because several match.
+
+    Otherwise, returns [].
+    """
     given = frozenset(columns)
     if any(needed <= given for needed, _ in SHAPES):
         return []
@@ -595,8 +600,8 @@ def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
 def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
     """Return {name in the file: name without capital letters and surrounding spaces} for columns to rename.
 
-    Returns {} if the names in the file fit a format, or if no format fits the new names. Only names that a format reads
-    are changed, and only if no two columns would get the same name.
+    Only names that become the name of a known column are changed. Returns {} if the names in the file already fit a
+    format, if the new names fit none, or if two columns would get the same name.
     """
     known = frozenset().union(*(needed for needed, _ in (*SHAPES, *OTHER_SHAPES)), _EVERYWHERE, _OPTIONAL)
     tidy = {column: column.strip().lower() for column in columns}

@@ -64,8 +64,8 @@ def read_rows(
 ) -> Iterator[LocatedRow]:
     """Yield each row of a data file with its location. `bad` is called for a row that cannot be read.
 
-    A text file gives one row or, with 'paragraph', one row per paragraph (lines without an empty line between them).
-    Its rows have only the column `text`. A text file without text gives one row with an empty text.
+    A text file gives one row, with only the column `text`. If `text_rows` is 'paragraph', it gives one row per
+    paragraph (lines without an empty line between them). A text file without text gives one row with an empty text.
 
     Raises ConfigError if the file cannot be read, or has no rows. `known` is the signature from an earlier reading.
     Raises ConfigError if the file changed since then, or changes while it is read. `digest` is a hash object; it is

@@ -34,8 +34,8 @@ def _words() -> dict[str, Any]:
     """Return the lists from which rows are made. Training rows (seen) and held-out rows (unseen) have separate lists.
 
     words: table names, text columns as name:kind, and number columns. A number column has the type REAL if a dot
-    follows its name, else INT. A row uses only the words of one entry, so that the row makes sense.
-    values: text values for each kind.
+    follows its name, else INT. Each entry is about one subject. A row uses the words of only one entry.
+    values: text values for each kind of text column.
     tests: conditions in SQL, and phrases for them that follow "with" or "having". {c} is the column, {v} and {u} are
     values, {p} is the beginning of a value.
     patterns: one entry for each kind of SQL, with the sentences that ask for this SQL. {t} is the table, {a} the

@@ -53,14 +53,15 @@ class UnreadableRow(ConfigError):
 
 
 def refuse(location: str, problem: str) -> NoReturn:
-    """Raise UnreadableRow. If a reader gets this function as `bad`, it stops at the first row that cannot be read."""
+    """Raise UnreadableRow. A reader with this function as `bad` stops at the first row that cannot be read."""
     raise UnreadableRow(location, problem)
 
 
 class _Converted(io.RawIOBase):
     """A stream that converts text in UTF-16 or UTF-32 to UTF-8.
 
-    An incomplete character at the end becomes a byte that is not UTF-8, so that the reader of the line reports it.
+    An incomplete character at the end becomes a byte that is not UTF-8. So it is reported like any text that is not
+    UTF-8.
     """
 
     def __init__(self, stream: Any, encoding: str) -> None:

@@ -53,8 +53,8 @@ class Fetched:
 class HubFiles:
     """A data set on a hub, named as [hf:|ms:]owner/name[:subset][:split][@revision].
 
-    This name is a word of --dataset. `chosen_hub` is None if the word has no prefix for a hub. `part` is the text after
-    the id: a subset, a split of the only or default subset, or a file.
+    `word` is this name as typed after --dataset. `chosen_hub` is None if it has no prefix. `part` is the first text
+    after the id: a subset, a split of the only or default subset, or a file.
     """
 
     word: str
@@ -69,10 +69,10 @@ class HubFiles:
         return [Repo(hub=self.chosen_hub or hub_name, id=self.id, revision=self.revision)]
 
     def key(self, hub_name: HubName) -> tuple[str, ...]:
-        """Return a key that identifies the data set.
+        """Return a key that identifies the data set and its hub.
 
-        The hub is part of the key. `hub_name` is the hub of --hub, which is used if the word has no prefix for a hub.
-        So with --hub modelscope, ms:owner/name and owner/name have the same key.
+        `hub_name` is the hub of --hub. It is used if the name has no prefix for a hub. So with --hub modelscope,
+        ms:owner/name and owner/name have the same key.
         """
         return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
 
@@ -150,17 +150,17 @@ class HubFiles:
         )
 
     def _choose_subset(self, subsets: Mapping[str, Mapping[str, list[str]]], default: str) -> tuple[str, str | None]:
-        """Return (subset, split) for the word of --dataset. The split is None if the word names no split.
+        """Return (subset, split). The split is None if `word` names no split.
 
-        If the word names no subset, the subset is the one named by `default`. If no subset has this name, it is the
-        only subset.
+        If `word` names no subset, the subset named by `default` is used. If it does not exist, the only subset is used.
+        Raises ConfigError if there is no such subset or split, or if there are several subsets.
         """
         names = list(subsets)
         usual = default if default in subsets else names[0] if len(names) == 1 else None
         if self.part is None and usual is None:
             raise ConfigError(
                 f"--dataset '{self.word}': the data set has the subsets {_listed(names)}. Name one, e.g. "
-                f'--dataset {self._with(names[0])}'
+                f'--dataset {self._typed(names[0])}'
             )
         if self.part is None or self.part in subsets:
             return str(self.part or usual), self.split
@@ -172,14 +172,14 @@ class HubFiles:
             f"--dataset '{self.word}': '{self.part}' is neither a subset nor a split nor a file of the data set"
             f'{did_you_mean(str(self.part), [*names, *splits])} Subsets: {_listed(names)}'
             + (f'; splits of {usual}: {_listed(splits)}' if usual else '')
-            + f'. Name one of them, e.g. --dataset {self._with(names[0])}'
+            + f'. Name one of them, e.g. --dataset {self._typed(names[0])}'
         )
 
     def _choose_splits(self, splits: Mapping[str, list[str]], subset: str, named: str | None) -> tuple[str, str | None]:
         """Return (training split, validation split). The second name is None if there is no validation split.
 
-        `named` is the split that the word of --dataset names, or None. A named split is the training split, and then
-        there is no validation split.
+        `named` is the split that the user typed, or None. It becomes the training split, and no validation split is
+        chosen.
         """
         filled = [name for name, files in splits.items() if files]
         if named in filled:
@@ -187,7 +187,7 @@ class HubFiles:
         if named is not None:
             raise ConfigError(
                 f"--dataset '{self.word}': subset '{subset}' has no split '{named}'{did_you_mean(named, filled)} Its "
-                f'splits with files are {_listed(filled)}. Name one, e.g. --dataset {self._with(subset, filled[0])}'
+                f'splits with files are {_listed(filled)}. Name one, e.g. --dataset {self._typed(subset, filled[0])}'
             )
 
         candidates = [name for name in filled if not is_held_back(name)]
@@ -199,7 +199,7 @@ class HubFiles:
             what = 'no training split' if not by_name else 'several splits that could be trained on'
             raise ConfigError(
                 f"--dataset '{self.word}': subset '{subset}' has {what}: its splits with files are {_listed(filled)}. "
-                f'Name the one to train on, e.g. --dataset {self._with(subset, (by_name or filled)[0])}'
+                f'Name the one to train on, e.g. --dataset {self._typed(subset, (by_name or filled)[0])}'
             )
 
         # The validation split of train_sft is validation_sft.
@@ -214,10 +214,10 @@ class HubFiles:
                 '--dataset PATH with the path of the converted file.'
             )
 
-    def _with(self, *parts: str) -> str:
-        """Return the word of --dataset, as a user would type it, with a different subset and split.
+    def _typed(self, *parts: str) -> str:
+        """Return the name of the data set as a user would type it after --dataset, with these parts after the id.
 
-        `parts` are the subset and the split to write after the id. A subset, split or file in the word is left out.
+        `parts` are a subset and a split. They replace the subset, split or file that `word` has.
         """
         prefix = self.word[: self.word.index(self.id)]
         revision = '' if self.revision == 'master' else f'@{self.revision}'

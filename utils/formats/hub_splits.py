@@ -170,8 +170,8 @@ def data_files(files: Iterable[str]) -> list[str]:
 def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
     """Return the data files of each split, found from the names of files and folders.
 
-    If no file has `train` in its name, the files without the name of a split form the split `train`. Otherwise they
-    form the split `other`.
+    Files without a split in their names form the split `other`. If no file belongs to `train`, this split is called
+    `train` instead.
     """
     splits: dict[str, list[str]] = {}
     for name in data_files(files):
@@ -195,7 +195,7 @@ def _split_of(name: str) -> str:
 
 
 def is_held_back(split: str) -> bool:
-    """Return whether a split is for validation or tests. The words of its name decide this."""
+    """Return whether a word in the name of a split says that the split is for validation or tests."""
     words = set(_plain(split).split('-'))
     return bool(words & {*_IN_NAMES['test'], *_IN_NAMES['validation']})
 

@@ -160,10 +160,10 @@ def name_images(texts: Sequence[str], images: Iterable[str]) -> list[str]:
 
 
 def place_image(path: str, folder: str | None) -> str:
-    """Return the path at which to open an image. `folder` is the folder of the data file, or None for typed text.
+    """Return the path at which to open an image. `folder` is the folder of the data file, or None for a typed path.
 
-    A relative path starts in `folder` and must not leave it. For typed text, a relative path starts in the current
-    folder, and ~ is the home folder. Raises BadImage if the path is a URL or leaves the folder.
+    A relative path starts in `folder` and must not leave it. A typed path starts in the current folder, and ~ is the
+    home folder. Raises BadImage if the path is a URL or leaves the folder.
     """
     if _ADDRESS.match(path):
         raise bad_image(path, 'is a URL, and images are not downloaded. Download it yourself and write its path.')
@@ -181,7 +181,8 @@ def place_image(path: str, folder: str | None) -> str:
 def _opened(path: str) -> Iterator[Any]:
     """Open a file as a Pillow image and check its size.
 
-    Raises BadImage if the file cannot be used, or if the code in the with block fails.
+    Raises BadImage if the file cannot be used. Pillow decodes the image only in the with block of the caller. So an
+    error in this block also becomes a BadImage.
     """
     from PIL import Image
 

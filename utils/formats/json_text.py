@@ -35,7 +35,7 @@ def _read_integer(written: str) -> int | WrittenNumber:
 
 
 class RowWithRepeatedKeys(dict[str, Any]):
-    """A row with a JSON object that has the same key twice (`repeated_keys`). The last value of a key is used."""
+    """A row in which a JSON object has the same key twice. `repeated_keys` has these keys. The last value is used."""
 
     def __init__(self, row: dict[str, Any], keys: Iterable[str]) -> None:
         super().__init__(row)

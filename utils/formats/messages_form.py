@@ -28,9 +28,9 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool
     """Return the row with the column `messages`, for a file in `folder`. A row of plain text has the column `text`.
 
     The result has the conversation, tools and images of the converted row. Relative paths of images start in `folder`.
-    Unused columns and keys of messages are copied. With `marks_loss`, each reply before the last gets `"loss": false`
-    if the row trains only its last reply, because a row with `messages` otherwise trains every reply. Without
-    `sees_images`, the bytes of images are not copied, because the model does not use them.
+    Unused columns and keys of messages are copied. A row with `messages` normally trains every reply. So if the source
+    row trains only its last reply, `marks_loss` adds `"loss": false` to the other replies. Without `sees_images`, the
+    bytes of images are not copied, because the model does not use them.
     """
     made = MessagesForm(row={})
     made.not_copied += [name for name in row.unused if not name.startswith((_COLUMN, _KEY))]

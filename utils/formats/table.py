@@ -29,7 +29,6 @@ def _named(separator: str) -> str:
 
 
 def _first_lines(lines: Iterator[tuple[int, str]]) -> list[str]:
-    """Return the first lines of a file."""
     found: list[str] = []
     size = 0
     for _, text in lines:
@@ -87,8 +86,8 @@ def _find_separator(location: str, head: Sequence[str], usual: str) -> str:
 def _column_names(location: str, cells: list[str]) -> list[str]:
     """Return the names in a header. Empty cells at its end are dropped.
 
-    One more cell may be empty, because the header of an index column is often empty. Raises UnreadableRow if more cells
-    are empty, or if a name occurs twice.
+    One other cell may be empty, because the header of an index column is often empty. Raises UnreadableRow if several
+    other cells are empty, or if a name occurs twice.
     """
     names = list(cells)
     while names and not names[-1].strip():

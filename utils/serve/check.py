@@ -1,4 +1,4 @@
-"""The check of a server (--check_server): asks it rows of the run, and compares its answers with those of the run."""
+"""The check of a server (--check_server): sends it rows, and compares its answers with those of the run's model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PROGRESS_ROWS = 16
 
 
 class ServerCheck:
-    """Compares the answers of a server to rows with those of a model with its encoder and generation settings."""
+    """Compares the answers of a server with those of a model on this machine, for the same rows."""
 
     def __init__(
         self,
@@ -145,17 +145,17 @@ class ServerCheck:
         return [Expected(model=model, ids=ids, limit=self.args.max_new_tokens) for ids in answers]
 
     def _ask_again(self, checked: Sequence[Checked]) -> Finding | None:
-        """Test whether answers differ because the server has a different chat template. Return this finding, or None.
+        """Test whether the server has a different chat template. Returns this finding, or None.
 
-        At most _ASKED_AGAIN rows are sent once more, as prompts to which the server applies no template. They are rows
-        with different answers for which the server gives no token ids of the prompt. The finding is returned if all new
-        answers are equal to those of the run.
+        The test uses rows with different answers for which the server shows no prompt ids. At most _ASKED_AGAIN of
+        their prompts are sent once more, as prompts to which the server applies no template. The finding is returned if
+        all new answers are equal to those of the run.
         """
         differing = [
             row
             for row in checked
-            if row.own is not None
-            and not (row.own.holds or row.reply.reasoning or row.asked.question.paths)
+            if row.agreement is not None
+            and not (row.agreement.holds or row.reply.reasoning or row.asked.question.paths)
             and row.served_ids is None
         ]
         tried = agreeing = 0
@@ -163,7 +163,7 @@ class ServerCheck:
             reply = self._without_template(row.asked.question)
             if reply is None:
                 continue
-            again = agree(row.asked.question, reply, row.here, rounding=self.rounding)
+            again = agree(row.asked.question, reply, row.answer, rounding=self.rounding)
             tried += 1
             agreeing += again is not None and again.holds
         return template_differs(agreeing, tried) if tried and agreeing == tried else None
@@ -186,8 +186,8 @@ class ServerCheck:
     def _as_text(self, ids: list[int]) -> str | None:
         """Return a text that the tokenizer turns into exactly these ids.
 
-        The decoded ids are tried, with and without the begin-of-sequence token. Returns None if both give different
-        ids.
+        The decoded ids are tried, with and without the begin-of-sequence token. Returns None if neither text gives
+        these ids.
         """
         tokenizer = self.encoder.tokenizer
         text = tokenizer.decode(ids)

@@ -68,14 +68,14 @@ def reach(address: str, model: str | None) -> Server:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error, because the key (the password for the server) must not reach another host."""
+    """Makes a redirect an error, because the API key must not reach another host."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class Server:
-    """The client of one server. The key of the server is read from the environment, and is never shown or stored."""
+    """The client of one server. The API key is read from the environment, and is never shown or stored."""
 
     def __init__(self, address: str) -> None:
         """Keep the address of the server. It may end in /v1."""
@@ -122,7 +122,6 @@ class Server:
         )
 
     def _listed(self) -> list[str]:
-        """Return the names of the models that the server lists."""
         content = self._send('/v1/models', None, seconds=_OTHER_SECONDS)
         try:
             return [str(model['id']) for model in content['data']]
@@ -161,8 +160,8 @@ class Server:
     def prompt_ids(self, request: Mapping[str, Any]) -> list[int] | None:
         """Return the token ids into which the server converts a conversation, with its generation prompt.
 
-        Returns None if the server has no request for token ids. Such a request is not part of the OpenAI API: vLLM and
-        SGLang have one such request, and llama.cpp has a different one.
+        Returns None if the server does not offer this. The OpenAI API has no such request. vLLM and SGLang have one
+        (/tokenize), and llama.cpp has a different one (/apply-template).
         """
         while self._id_forms:
             try:
@@ -229,7 +228,7 @@ class Server:
         )
 
     def _shown(self, text: str) -> str:
-        """Return a text that the server sent, made fit for an error message: one short line, without the key."""
+        """Return a text of the server for an error message: as one short line, without the API key."""
         shown = hide_secrets(text, {KEY_VARIABLE: self._key} if self._key else {})
         line = ''.join(c if c.isprintable() else ' ' for c in ' '.join(shown.split()))
         return line if len(line) <= _SHOWN_CHARACTERS else f'{line[:_SHOWN_CHARACTERS]}...'
@@ -278,7 +277,7 @@ def _first_logprobs(logprobs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _ids(tokens: Any) -> list[int]:
-    """Return the token ids in the answer of /tokenize. Raises ValueError if an id is no integer, or without ids."""
+    """Return the token ids in the answer of /tokenize. Raises ValueError if there are none, or if one is no integer."""
     ids = [token['id'] if isinstance(token, dict) else token for token in tokens]
     if not ids or not all(isinstance(token, int) for token in ids):
         raise ValueError('no token ids')

@@ -54,18 +54,18 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How an answer of the server agrees with an answer of a model.
+    """How an answer of the server agrees with an answer of a model on this machine.
 
-    `at` is the number of the first different token of the answer, counted from 1. `run` is the rest of the model's
-    answer from this token on, and `server` is the rest of the server's answer. `gap` is how much lower the log
-    probability of the server's token is than that of the model's most likely token. It is None if the server's token is
-    not among the model's likely tokens. `kind` is 'rounding' if `gap` is so small that rounding explains it.
+    `at` is the number of the first different token, counted from 1. `model_rest` and `server_rest` are the two answers
+    from this token on. `gap` is the log probability of the model's most likely token minus that of the server's token.
+    It is None if the server's token is not among the model's likely tokens. `kind` is 'rounding' if `gap` is so small
+    that rounding explains it.
     """
 
     kind: Literal['equal', 'rounding', 'different']
     at: int = 0
-    run: str = ''
-    server: str = ''
+    model_rest: str = ''
+    server_rest: str = ''
     gap: float | None = None
 
     @property
@@ -76,24 +76,24 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The comparison of one row. `here` is the answer of the run, and `there` the answer of its base model.
+    """The comparison of one row. `answer` is the answer of the run. `base_answer` is that of its base model.
 
-    Without an adapter, `there` is None. `own` compares the server's answer with `here`, and `base` compares it with
-    `there`. Both are None if the server removed tool calls from its answer. `base` is also None without an adapter, or
-    if `own` is 'equal'.
+    `agreement` compares the server's answer with `answer`, and `base_agreement` compares it with `base_answer`. Both
+    are None if the server removed tool calls from its answer. `base_agreement` is also None if `agreement` is 'equal'.
+    Without an adapter, `base_answer` and `base_agreement` are None.
 
     `first` is the largest difference between server and run in the log probabilities of the first token. `first_base`
     is this difference between server and base. A difference is None if no log probability can be compared.
 
-    `stops` is 'early' if the server ends the answer before the end of turn of the run, 'late' if it goes on after it,
-    and None otherwise.
+    `stops` is 'early' if the server ends its answer before the run does, and 'late' if it ends its answer after the
+    run. Otherwise it is None.
     """
 
     asked: Asked
-    here: Expected
-    there: Expected | None
-    own: Agreement | None
-    base: Agreement | None
+    answer: Expected
+    base_answer: Expected | None
+    agreement: Agreement | None
+    base_agreement: Agreement | None
     stops: Literal['early', 'late'] | None
     first: float | None
     first_base: float | None
@@ -110,7 +110,7 @@ class Checked:
 
     @property
     def served_ids(self) -> list[int] | None:
-        """Return the token ids of the prompt on the server. Returns None if the server gives none, or with images."""
+        """Return the token ids of the prompt on the server. Returns None if unknown, or if the prompt has images."""
         # An image is one id on some servers, and many on others.
         return None if self.asked.question.paths else self.asked.served_ids
 
@@ -120,65 +120,65 @@ class Checked:
         return self.asked.reply
 
     @property
-    def tells(self) -> bool:
+    def base_differs(self) -> bool:
         """Return whether the run and its base answer this row differently. Returns False without an adapter."""
-        return self.there is not None and self.there.text.strip() != self.here.text.strip()
+        return self.base_answer is not None and self.base_answer.text.strip() != self.answer.text.strip()
 
     @property
     def answered_by(self) -> Literal['run', 'base'] | None:
         """Return 'run' or 'base', whichever gives the same answer as the server. Returns None if neither does.
 
-        If one answer is equal and the other only equal up to rounding, the equal one is returned. If both agree in the
-        same way, returns 'run'.
+        An equal answer comes before an answer that is equal up to rounding. If both answers agree in the same way, the
+        result is 'run'.
         """
         for kind in ('equal', 'rounding'):
-            if self.own is not None and self.own.kind == kind:
+            if self.agreement is not None and self.agreement.kind == kind:
                 return 'run'
-            if self.base is not None and self.base.kind == kind:
+            if self.base_agreement is not None and self.base_agreement.kind == kind:
                 return 'base'
         return None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row for the record of the check."""
-        base = None if self.there is None else self.there.text
+        base = None if self.base_answer is None else self.base_answer.text
         made: dict[str, Any] = {
             'origin': self.origin,
             'prompt_tokens': {'run': len(self.ids), 'server': self.reply.prompt_tokens},
             'prompt_ids_equal': None if self.served_ids is None else self.served_ids == self.ids,
-            'answers': {'run': self.here.text, 'base': base, 'server': self.reply.text},
-            'answers_agree': 'not compared' if self.own is None else self.own.kind,
+            'answers': {'run': self.answer.text, 'base': base, 'server': self.reply.text},
+            'answers_agree': 'not compared' if self.agreement is None else self.agreement.kind,
             'first_logprob_difference': {'run': self.first, 'base': self.first_base},
             'stops': self.stops,
         }
-        if self.own is not None and self.own.kind != 'equal':
+        if self.agreement is not None and self.agreement.kind != 'equal':
             made['first_difference'] = {
-                'token': self.own.at,
-                'run': self.own.run,
-                'server': self.own.server,
-                'gap': self.own.gap,
+                'token': self.agreement.at,
+                'run': self.agreement.model_rest,
+                'server': self.agreement.server_rest,
+                'gap': self.agreement.gap,
             }
         return made
 
 
-def check_row(asked: Asked, here: Expected, there: Expected | None, *, rounding: float) -> Checked:
-    """Return the comparison of one row. `here` is the answer of the run, and `there` that of its base, if any.
+def check_row(asked: Asked, answer: Expected, base_answer: Expected | None, *, rounding: float) -> Checked:
+    """Return the comparison of one row. `answer` is the answer of the run, and `base_answer` that of its base, if any.
 
     `rounding` is the largest difference of two log probabilities that still counts as rounding.
     """
     question, reply = asked.question, asked.reply
-    own = agree(question, reply, here, rounding=rounding)
+    own = agree(question, reply, answer, rounding=rounding)
     base = None
-    if there is not None and own is not None and own.kind != 'equal':
-        base = agree(question, reply, there, rounding=rounding)
+    if base_answer is not None and own is not None and own.kind != 'equal':
+        base = agree(question, reply, base_answer, rounding=rounding)
     return Checked(
         asked=asked,
-        here=here,
-        there=there,
-        own=own,
-        base=base,
-        stops=_stops(reply, here, own),
-        first=_first_difference(reply.first, here.model, question),
-        first_base=None if there is None else _first_difference(reply.first, there.model, question),
+        answer=answer,
+        base_answer=base_answer,
+        agreement=own,
+        base_agreement=base,
+        stops=_stops(reply, answer, own),
+        first=_first_difference(reply.first, answer.model, question),
+        first_base=None if base_answer is None else _first_difference(reply.first, base_answer.model, question),
     )
 
 
@@ -195,7 +195,8 @@ def agree(question: Question, reply: Reply, expected: Expected, *, rounding: flo
     if reply.reasoning:
         thought, said = reply.reasoning.strip(), reply.text.strip()
         is_same = thought in answer and answer.strip().endswith(said)
-        return Agreement(kind='equal' if is_same else 'different', at=1, run=answer, server=f'{thought}\n{said}')
+        kind: Literal['equal', 'different'] = 'equal' if is_same else 'different'
+        return Agreement(kind=kind, at=1, model_rest=answer, server_rest=f'{thought}\n{said}')
     if reply.text in (answer, answer.strip()):
         return Agreement(kind='equal')
 
@@ -207,8 +208,8 @@ def agree(question: Question, reply: Reply, expected: Expected, *, rounding: flo
     return Agreement(
         kind='rounding' if gap is not None and gap <= rounding else 'different',
         at=common + 1,
-        run=answer[len(begun) :],
-        server=rest,
+        model_rest=answer[len(begun) :],
+        server_rest=rest,
         gap=gap,
     )
 
@@ -222,9 +223,9 @@ def _common(expected: Expected, served: str) -> int:
 def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
     """Return the log probability of the model's most likely token minus that of the server's token.
 
-    `rest` is the rest of the server's answer, which begins with this token. If `rest` is empty, the token is the end of
-    turn. `is_cut` says that the server ended there because the maximum number of tokens was reached. Returns None if
-    `is_cut` is True, or if the server's token is not among the likely tokens of the model.
+    `rest` is the rest of the server's answer. Its first token is the server's token. If `rest` is empty, this is the
+    end of turn. `is_cut` says that the maximum number of tokens ended the answer. Returns None if `is_cut` is True, or
+    if the server's token is not among the likely tokens of the model.
     """
     chosen = None if is_cut else after.of(rest)
     if chosen is None:
@@ -232,20 +233,20 @@ def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
     return max(0.0, max(*after.likely.values(), after.stop) - chosen)
 
 
-def _stops(reply: Reply, here: Expected, own: Agreement | None) -> Literal['early', 'late'] | None:
+def _stops(reply: Reply, answer: Expected, agreement: Agreement | None) -> Literal['early', 'late'] | None:
     """Return 'early' or 'late' if the server ends its answer before or after the end of turn of the run.
 
     Returns None if the answers end at the same place, if they differ in other ways, or if this cannot be decided.
     """
-    if own is None or own.kind == 'rounding' or reply.reasoning:
+    if agreement is None or agreement.kind == 'rounding' or reply.reasoning:
         return None
-    if own.kind == 'equal':
+    if agreement.kind == 'equal':
         # Text after the end of turn may consist of special tokens, which are not shown.
-        goes_on = here.ended and reply.new_tokens is not None and reply.new_tokens > len(here.ids) + 1
+        goes_on = answer.ended and reply.new_tokens is not None and reply.new_tokens > len(answer.ids) + 1
         return 'late' if goes_on else None
-    if here.ended and not own.run:
+    if answer.ended and not agreement.model_rest:
         return 'late'
-    return 'early' if not own.server and reply.finish != 'length' else None
+    return 'early' if not agreement.server_rest and reply.finish != 'length' else None
 
 
 def _first_difference(served: Mapping[str, float], model: Model, question: Question) -> float | None:

@@ -21,7 +21,7 @@ _CANDIDATES = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Next:
-    """What the model predicts as the next token: {text of the token: log probability} for its most likely tokens.
+    """The model's prediction of the next token. `likely` is {token text: log probability} for the likeliest tokens.
 
     `stop` is the log probability of the most likely token that ends an answer.
     """
@@ -50,7 +50,7 @@ def _begins(text: str, token: str) -> bool:
 
 
 class Model:
-    """A model that answers questions greedily. If `is_base` is True, its adapter is switched off for this."""
+    """A model that answers questions greedily. If `is_base` is True, it answers with its adapter switched off."""
 
     def __init__(
         self, model: Any, tokenizer: Any, config: GenerationConfig, images: Images | None, *, is_base: bool = False
@@ -79,7 +79,7 @@ class Model:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def next_token(self, question: Question, begun: Sequence[int] = ()) -> Next:
-        """Return the prediction for the next token. `begun` has the ids after the prompt, which begin an answer."""
+        """Return the prediction for the next token. `begun` has the ids of the answer so far."""
         import torch
 
         ids = torch.tensor([[*question.ids, *begun]], device=self.model.device)
@@ -98,7 +98,7 @@ class Model:
         return Next(likely=likely, stop=float(found[self.config.eos_token_id].max()))
 
     def _token_text(self, index: int) -> str:
-        """Return the text of a token inside a text. Some tokenizers remove a blank if they decode one token alone."""
+        """Return the text of a token with its leading space, which some tokenizers drop if they decode one token."""
         text = str(self.tokenizer.decode([index]))
         begins = str(self.tokenizer.convert_ids_to_tokens(index)).startswith('▁')
         return f' {text}' if begins and not text.startswith(' ') else text

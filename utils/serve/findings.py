@@ -101,7 +101,7 @@ def template_differs(agreeing: int, tried: int) -> Finding:
 def _on_adapter(rows: Sequence[Checked], *, has_base: bool) -> Finding:
     if not has_base:
         return Finding('adapter', None, 'not compared with the base: no adapter is loaded here')
-    telling = [row for row in rows if row.tells and row.own is not None]
+    telling = [row for row in rows if row.base_differs and row.agreement is not None]
     of_base = sum(row.answered_by == 'base' for row in telling)
     of_run = sum(row.answered_by == 'run' for row in telling)
     if of_base > of_run:
@@ -136,7 +136,7 @@ def _adapter_by_first(rows: Sequence[Checked], telling: int) -> Finding:
 
 
 def _on_answers(rows: Sequence[Checked]) -> Finding:
-    kinds = [row.own.kind for row in rows if row.own is not None]
+    kinds = [row.agreement.kind for row in rows if row.agreement is not None]
     parts = [f'answers equal {kinds.count("equal")} of {len(rows)}']
     if nearly := kinds.count('rounding'):
         parts.append(f'{nearly} differ where two tokens are equally likely up to rounding')
@@ -148,16 +148,16 @@ def _on_answers(rows: Sequence[Checked]) -> Finding:
     if 'different' not in kinds:
         return Finding('answers', True, ', '.join(parts))
 
-    first = next(row for row in rows if row.own is not None and not row.own.holds)
-    assert first.own is not None, 'chosen'
-    parts.append(f'{kinds.count("different")} differ, first {first.origin} at {_where(first.own)}')
+    first = next(row for row in rows if row.agreement is not None and not row.agreement.holds)
+    assert first.agreement is not None, 'chosen'
+    parts.append(f'{kinds.count("different")} differ, first {first.origin} at {_where(first.agreement)}')
     remedy = 'If only this line fails, the server may compute in another dtype: give it here too with --dtype.'
     return Finding('answers', False, ', '.join(parts), remedy)
 
 
 def _where(agreement: Agreement) -> str:
     far = 'far less likely here' if agreement.gap is None else f'less likely by {agreement.gap:.2g}'
-    run, server = (quoted(text) if text else 'the end' for text in (agreement.run, agreement.server))
+    run, server = (quoted(text) if text else 'the end' for text in (agreement.model_rest, agreement.server_rest))
     return f'token {agreement.at}: run {run} server {server} ({far})'
 
 

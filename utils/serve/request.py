@@ -50,8 +50,8 @@ class Question:
 def question_of(row: Row, encoder: Encoder) -> Question:
     """Return the row, the ids of its prompt, and the request for the prompt.
 
-    Raises NotSayable if the chat API has no form for the prompt. To check the request, it is encoded as a server would
-    do it. NotSayable is also raised if this gives different ids.
+    Raises NotSayable if the chat API has no form for the prompt. The request is also encoded as by a server. Raises
+    NotSayable if this gives different ids.
     """
     if row.is_text:
         raise NotSayable(IS_TEXT)
@@ -109,7 +109,7 @@ def _call(call: Mapping[str, Any], made_id: str) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> Any:
-    """Return a tool in which the numbers are ordinary floats and integers, because a server reads them so.
+    """Return a tool whose numbers are ordinary floats and integers, as after a server has parsed them.
 
     Raises NotSayable if the tool is not {'type': 'function', 'function': {...}}.
     """
@@ -121,8 +121,8 @@ def _tool(tool: Any) -> Any:
 def _switch(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
     """Return the key that the request needs for template variables: {}, or {'chat_template_kwargs': thinking switch}.
 
-    `ids` are the ids of the prompt in the run. Without the switch if possible, else with it, the request must give
-    these ids. Raises NotSayable if it gives different ids in both cases.
+    `ids` are the ids of the prompt in the run. The request must give the same ids. It is tried without the switch
+    first, then with it. Raises NotSayable if it gives different ids both times.
     """
     asked = replace(row, messages=[*_read_back(request['messages']), _unknown()], tools=request.get('tools'))
     for thinks in (False, True):
