@@ -333,8 +333,8 @@ def test_a_local_folder_or_file_of_the_same_name_wins_and_is_said(
         with caplog.at_level(logging.INFO):
             assert queries(f'owner/{name}') == (names('local'), [])
         assert (
-            f'owner/{name}: the local path {tmp_path}/owner/{name} is read. A data set of a hub with this id is '
-            f'hf:owner/{name} or ms:owner/{name}'
+            f'owner/{name}: the local path {tmp_path}/owner/{name} is read. To read a data set of a hub with this id, '
+            f'give hf:owner/{name} or ms:owner/{name}'
         ) in caplog.messages
         assert loopback.requests == []
         assert queries(f'ms:owner/{name}') == (names('hub'), [])

@@ -424,7 +424,7 @@ def test_an_adapter_with_rows_and_without_a_record_is_refused(
         (run / 'checkpoint-3' / name).unlink()
     (run / 'sft_args.json').unlink()
     run_sft('--adapter', str(run / 'checkpoint-3'), expect=2)
-    assert 'it has rows of new tokens, and no record of its run (sft_args.json) says which tokens.' in problems()[-1]
+    assert 'it has embedding rows of new tokens, and no record of its run (sft_args.json) says' in problems()[-1]
 
 
 def test_models_that_cannot_have_new_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

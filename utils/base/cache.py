@@ -24,9 +24,9 @@ _DAY_SECONDS = 86400
 
 
 def cache_dir() -> Path:
-    """Return the cache folder of this project: $ASSAY_CACHE if it is set, else assay/ in the cache of the user.
+    """Return the cache folder of this project.
 
-    The cache of the user is $XDG_CACHE_HOME if it is set, else ~/.cache.
+    It is $ASSAY_CACHE if this variable is set, else $XDG_CACHE_HOME/assay, else ~/.cache/assay.
     """
     named = os.environ.get('ASSAY_CACHE')
     if named:
@@ -37,11 +37,11 @@ def cache_dir() -> Path:
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the cache folder `name` (`<kind>-<key>`). The folder is made if it is absent or damaged.
+    """Return the cache folder `name`, which has the form `<kind>-<key>`. Makes the folder if it is absent or damaged.
 
-    `make` fills a temporary folder, which is then renamed, so no process sees an incomplete folder. If all folders of
-    this kind together exceed $ASSAY_CACHE_GIB, the least recently used folders are removed. Raises ConfigError if the
-    cache cannot be written.
+    `make` writes the files to a temporary folder, which is then renamed. So no process sees an incomplete folder. If
+    all folders of this kind together are larger than $ASSAY_CACHE_GIB, the least recently used ones are removed. Raises
+    ConfigError if the cache cannot be written.
     """
     target = cache_dir() / name
     if _is_whole(target):
@@ -105,9 +105,9 @@ def _limit_gib() -> float:
 
 
 def _remove_surplus(newest: Path) -> None:
-    """Remove the least recently used folders of the same kind as `newest`, until the rest fits the size limit.
+    """Remove the least recently used folders of the same kind as `newest`, until the kind is within the size limit.
 
-    `newest` is always kept. Temporary folders that are older than a day are removed too: killed processes left them.
+    `newest` is always kept. Temporary folders older than a day are removed too. Processes that were killed left them.
     """
     kind = newest.name.partition('-')[0]
     folders = sorted(newest.parent.glob(f'{kind}-*'), key=lambda f: f.stat().st_mtime, reverse=True)

@@ -1,7 +1,7 @@
 """Writes, verifies and deletes checkpoint folders.
 
 A checkpoint is complete or absent. Its manifest.json holds the size and the sha256 of each file.
-This module imports only the standard library and this room.
+This module imports only the standard library and other modules of utils/base.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAY_CHANGE = 'generation_config.json'
 
 
 def partial_name(checkpoint: Path) -> Path:
-    """Return the temporary folder into which a checkpoint is written. `seal` renames it when it is complete."""
+    """Return the temporary folder in which a checkpoint is written. `seal` renames the folder when it is complete."""
     return checkpoint.with_name(f'.{checkpoint.name}.partial')
 
 
@@ -60,9 +60,9 @@ def _hashes(files: Collection[Path]) -> list[str]:
 
 
 def seal(partial: Path, checkpoint: Path) -> None:
-    """Make a checkpoint of the folder `partial`, in which all files are already written.
+    """Turn the folder `partial`, which holds all files of a checkpoint, into the checkpoint.
 
-    The manifest is written, everything is flushed to the disk, and then `partial` is renamed to `checkpoint`.
+    Writes the manifest, flushes everything to the disk, and then renames `partial` to `checkpoint`.
     """
     use_default_modes(partial)
     all_files = [p for p in partial.rglob('*') if p.is_file()]
@@ -84,10 +84,7 @@ def seal(partial: Path, checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return the reason why a checkpoint must not be used, as text for a message.
-
-    Returns None if all files of the manifest are unchanged.
-    """
+    """Return why a checkpoint cannot be used, as text for a message. Returns None if all files match the manifest."""
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files'].items()
         files = {checkpoint / name: (entry['bytes'], entry['sha256']) for name, entry in entries}

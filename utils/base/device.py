@@ -1,4 +1,4 @@
-"""Functions for the device on which torch computes. The code outside this module does not depend on its kind.
+"""Functions for the device on which torch computes. They hide the differences between the kinds of devices.
 
 The kinds are cuda (NVIDIA, and AMD with the ROCm build of torch), xpu (Intel), npu (Ascend), mps (Apple) and cpu. torch
 is imported only inside functions. `visible_kind` in dist.py finds the kind without torch, from files of the machine.
@@ -31,7 +31,7 @@ def kind() -> DeviceKind:
 
 
 def reason() -> str:
-    """Return why this kind of device is used, as text for the log."""
+    """Return the reason for the kind of device that torch uses, as text for the log."""
     import torch
 
     if kind() != 'cpu':
@@ -43,19 +43,19 @@ def reason() -> str:
 
 
 def _module() -> Any:
-    """Return the module of torch for this kind of device, e.g. torch.cuda."""
+    """Return the module of torch for the kind of device, e.g. torch.cuda."""
     import torch
 
     return torch.get_device_module(kind())
 
 
 def count() -> int:
-    """Return the number of devices of this kind. It is 0 on a CPU."""
+    """Return the number of devices that torch can use. It is 0 on a CPU."""
     return 0 if kind() == 'cpu' else int(_module().device_count())
 
 
 def address(index: int) -> int | str:
-    """Return the name of a device for a device map: its index on CUDA, 'mps' on a Mac, else e.g. 'xpu:0'."""
+    """Return a device as a value for `device_map`: its index on CUDA, 'mps' on a Mac, else e.g. 'xpu:0'."""
     found = kind()
     if found in ('cuda', 'mps'):
         return index if found == 'cuda' else 'mps'
@@ -95,7 +95,7 @@ def memory(index: int) -> tuple[int, int]:
 
 
 def free_unused() -> None:
-    """Give the memory that no tensor uses back to the devices, so that it counts as free."""
+    """Return the cached memory of torch's allocator to the devices, so that it counts as free."""
     if kind() != 'cpu':
         gc.collect()
         _module().empty_cache()
@@ -104,7 +104,7 @@ def free_unused() -> None:
 def peak_bytes() -> int:
     """Return the peak memory of this process's tensors, summed over all devices. Do not call it on a CPU.
 
-    MPS does not count the peak. On MPS, the memory that the allocator holds is returned, which includes freed memory.
+    MPS does not measure the peak. There, the memory that the allocator holds now is returned, including freed memory.
     """
     module = _module()
     if kind() == 'mps':
@@ -120,9 +120,9 @@ def reset_peak() -> None:
 
 
 def peak_reserved_bytes() -> int:
-    """Return the most memory that the allocator held for this process, summed over all devices. Not for the CPU.
+    """Return the peak memory that torch's allocator reserved, summed over all devices. Do not call it on a CPU.
 
-    The allocator holds more memory than the tensors use. A device is full when the allocator can get no more memory.
+    Reserved memory includes freed memory that the allocator keeps. A device is full if no more can be reserved.
     """
     module = _module()
     if kind() == 'mps':
@@ -159,10 +159,10 @@ def pins_memory() -> bool:
 
 
 def send(tensors: Mapping[str, torch.Tensor], target: torch.device) -> dict[str, torch.Tensor]:
-    """Return a dict with the names of `tensors` and the same tensors on the device `target`.
+    """Return the dict `tensors` with all CPU tensors moved to the device `target`.
 
-    All tensors that are on the CPU are sent in one copy. If the device supports pinned memory, the copy is made from
-    pinned memory, and the CPU does not wait for the end of the copy.
+    They are moved together in one copy. If the device supports pinned memory, this copy is asynchronous: the CPU does
+    not wait for its end.
     """
     import torch
 
@@ -178,21 +178,21 @@ def send(tensors: Mapping[str, torch.Tensor], target: torch.device) -> dict[str,
     pins = pins_memory()
     packed = torch.empty(size, dtype=torch.uint8, pin_memory=pins)
     for name, start in starts.items():
-        _part(packed, start, tensors[name]).copy_(tensors[name])
+        _view(packed, start, tensors[name]).copy_(tensors[name])
 
     sent = packed.to(target, non_blocking=pins)
-    return {name: _part(sent, starts[name], x) if name in starts else x for name, x in tensors.items()}
+    return {name: _view(sent, starts[name], x) if name in starts else x for name, x in tensors.items()}
 
 
-def _part(packed: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with the dtype and the shape of `like`. Its content is `packed` from the byte `start` on."""
+def _view(packed: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of `packed` from `start` on as a tensor with the dtype and the shape of `like`."""
     return packed[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
-    """Return a function that returns the values (N,) as they are now.
+    """Start to copy the values (N,) to the CPU. Returns a function that waits for the copy and returns the values.
 
-    The copy to the CPU starts at once, and only the returned function waits for it.
+    Later changes of `values` do not change what the function returns.
     """
     import torch
 
@@ -228,7 +228,7 @@ def random_states() -> list[torch.Tensor]:
 
 
 def set_random_states(states: list[torch.Tensor]) -> None:
-    """Set the random generators to the states that `random_states` returned. Devices that do not exist are ignored."""
+    """Set the random generators to the states that `random_states` returned. Surplus states are ignored."""
     for index, state in enumerate(states[: count()]):
         if kind() == 'mps':
             _module().set_rng_state(state)

@@ -1,6 +1,7 @@
-"""The rank of this process and the number of processes, and operations in which all processes take part.
+"""The rank of this process, the number of processes, and collective operations.
 
-Rank and number come from the environment variables of torchrun. torch is imported only for the collective operations.
+Rank and number are read from the environment variables of torchrun. torch is imported only for the collective
+operations.
 """
 
 from __future__ import annotations
@@ -67,14 +68,14 @@ def is_main() -> bool:
 
 
 def has_gpu_device() -> bool:
-    """Return whether the machine has a GPU that nccl supports. Only the device files in /dev are checked."""
+    """Return whether /dev has the device file of a GPU that nccl supports."""
     return any(Path(name).exists() for name in _GPU_DEVICE_FILES)
 
 
 def visible_kind() -> DeviceKind:
-    """Return the kind of device that the machine has. torch is not imported, so torch may be unable to use this device.
+    """Return the kind of device that this machine seems to have. torch may still be unable to use the device.
 
-    Device files, the build of torch, the packages and the operating system are checked.
+    Device files, the build of torch, the packages and the operating system are checked. torch is not imported.
     """
     if has_gpu_device() or (sys.platform == 'win32' and shutil.which('nvidia-smi')):
         return 'cuda'
@@ -89,15 +90,14 @@ def visible_kind() -> DeviceKind:
 
 
 def default_backend() -> str:
-    """Return the backend of torch.distributed for the devices of this machine. Windows has only gloo."""
+    """Return the backend of torch.distributed for the devices of this machine. It is always gloo on Windows."""
     return 'gloo' if sys.platform == 'win32' else _BACKENDS[visible_kind()]
 
 
 def visible_gpus() -> int:
     """Return how many GPUs this process may use.
 
-    The number comes from the environment variable that lists them, e.g. CUDA_VISIBLE_DEVICES, else from the device
-    files.
+    An environment variable such as CUDA_VISIBLE_DEVICES lists them. Without this variable, device files are counted.
     """
     kind = visible_kind()
     if kind in ('cpu', 'mps'):
@@ -111,7 +111,7 @@ def visible_gpus() -> int:
 
 
 def own_gpus(gpus: int) -> range:
-    """Return the indices of the GPUs that this process uses, if the machine has `gpus` GPUs.
+    """Return the indices of the GPUs that this process uses. `gpus` is the number of GPUs of the machine.
 
     Every process of a machine gets the same number of GPUs. No two processes share a GPU.
     """
@@ -141,7 +141,7 @@ def local_main_first() -> Iterator[None]:
 
 
 def gather(mine: list[T]) -> list[T]:
-    """Join the parts of a list that the ranks have, and return the complete list on every rank.
+    """Join the parts of a list that the ranks hold. Returns the complete list on every rank.
 
     `mine` is the part of this rank: rank r has the items r, r + world_size, r + 2 * world_size and so on. This is a
     collective operation: every process must call it.
@@ -169,7 +169,7 @@ def report_failure(message: str, trace: str = '') -> None:
 
 @functools.cache
 def _cpu_group() -> Any:
-    """Return a gloo process group, which exchanges values on the CPU. An nccl group would wait for the GPU."""
+    """Return a gloo process group, for exchanges on the CPU. In an nccl group, an exchange waits for the GPU."""
     import torch.distributed
 
     backend = torch.distributed.get_backend()
@@ -214,7 +214,7 @@ def first_failure(failure: str | None) -> str | None:
 
 
 def sums(values: Sequence[float]) -> list[float]:
-    """Return a list with the sum of each value over all processes. The sum is computed on the CPU.
+    """Return the sum of each value over all processes. The sums are computed on the CPU.
 
     A collective operation: every process must call it.
     """

@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal stopped the run. The exit code is 128 + the number of the signal."""
+    """Raised if a signal stopped the run. The exit code is 128 + the number of the signal."""
 
     def __init__(self, message: str, *, signum: int) -> None:
         self.code = 128 + signum
@@ -44,7 +44,7 @@ class Problems:
 def error_text(error: Exception) -> str:
     """Return the message of an exception in one line.
 
-    The name of the type is put first, unless it is an OSError, ValueError or RuntimeError: their messages are clear.
+    The line starts with the exception type, except for OSError, ValueError and RuntimeError: their messages are clear.
     """
     text = ' '.join(str(error).split())
     is_clear = text and isinstance(error, OSError | ValueError | RuntimeError)

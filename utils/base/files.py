@@ -14,7 +14,7 @@ _REMEDY = 'Download or copy the file again.'
 def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict, *, remedy: str = _REMEDY) -> Any:
     """Return the content of a JSON file. It must be an object if `kind` is dict, and a list if `kind` is list.
 
-    Raises ConfigError if the file cannot be read or has different content. The message ends with `remedy`.
+    Raises ConfigError if the file cannot be read or holds another type. The message ends with `remedy`.
     """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
@@ -35,7 +35,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def use_default_modes(folder: Path) -> None:
-    """Give all files in a folder the permissions of a new file, which the umask decides.
+    """Give all files in a folder the default permissions, which the umask decides.
 
     Some libraries write files that only their owner may read.
     """

@@ -49,10 +49,10 @@ Bytes = bytes | mmap.mmap
 def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]) -> dict[str, str]:
     """Return a dictionary from descriptions to secrets, for example {'the variable HF_TOKEN': 'hf_...'}.
 
-    The secrets are the values of the environment variables with secret-like names, and the values in `typed`.
+    The secrets are the values of environment variables with secret-like names, and the values in `typed`.
 
-    `typed` is a dictionary from descriptions to values, for example {'--hub_token': 'hf_...'}. None and values that are
-    too short to search for are not included in the result.
+    `typed` is a dictionary of the same form with the values of flags, for example {'--hub_token': 'hf_...'}. The result
+    has no values that are None or too short to search for.
     """
     named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
     named |= {name: value for name, value in typed.items() if value}
@@ -194,10 +194,10 @@ def _encodings(secret: str) -> list[bytes]:
 
 
 def _vocabulary(location: str, data: Bytes) -> tuple[set[str], bytes]:
-    """Return the words in the vocabulary of a tokenizer file, and the rest of the content without these words.
+    """Return the words in the vocabulary of a tokenizer file, and the rest of its content as bytes.
 
-    The words come from the base model. So if a password equals a word, the vocabulary does not leak the password.
-    `location` is the path of the file. If its name is not that of a tokenizer file, the words and the rest are empty.
+    The vocabulary comes from the base model, so a word in it that equals a password is no leak. `location` is the path
+    of the file. Returns (set(), b'') if the file is not a tokenizer file.
     """
     name = location.rpartition('/')[2]
     try:
@@ -270,8 +270,8 @@ def _from_base64(text: bytes) -> bytes:
 
 
 def scan_for_push(folder: Path, token: str) -> list[str]:
-    """Return one line for each finding that forbids a push of this folder. The list is empty if a push is allowed.
+    """Scan a folder before it is pushed. Return one line for each finding. An empty list allows the push.
 
-    The scan searches for `token`, the secrets of the environment, and everything that scan_tree always finds.
+    The scan searches for `token`, the secrets of the environment, and everything that `scan_tree` always finds.
     """
     return scan_tree(folder, find_secrets(os.environ, {'the token of this push': token}))

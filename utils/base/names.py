@@ -1,4 +1,4 @@
-"""The fixed choices of flags, and names of files. Several rooms (subfolders of utils) use them."""
+"""The allowed values of flags, and names of files, that several packages of utils use."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """Return a dict from name to version: Python, and the installed libraries that can change the numbers of a run."""
+    """Return {name: version} for Python and the installed libraries that can change the numeric results of a run."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -98,11 +98,11 @@ def has_package(name: str) -> bool:
 
 
 def leave_out(names: Iterable[str]) -> None:
-    """Hide the packages `names`, which this process does not need, from all later imports.
+    """Make later imports of the packages `names` fail, as if these packages were not installed.
 
-    peft, accelerate and transformers import every optional package that is installed, also if it is not needed. Without
-    these packages they import faster. A package that is imported already stays. Call this only in a process that runs
-    one program: a hidden package cannot be imported later.
+    peft, accelerate and transformers import every optional package that is installed, even if it is not used. Without
+    these packages they import faster. A package that is already imported stays. Call this only in a process that runs
+    one program, because the packages cannot be imported later.
     """
     for name in names:
         # With None, an import raises ImportError, and importlib.util.find_spec returns None.

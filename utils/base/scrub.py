@@ -57,7 +57,7 @@ def _any_of(texts: set[str], *, before: str, after: str = r'(?![\w-]|\.\w)') -> 
 def scrubbed(value: Any, clean: Callable[[str], str]) -> Any:
     """Return a copy of settings as plain data, with `clean` applied to each text, also to the keys of dictionaries.
 
-    Lists, tuples and sets become lists. An object of any other type becomes its text.
+    Lists, tuples and sets become lists. An object of any other type is converted with str().
     """
     if isinstance(value, Enum):
         value = value.value

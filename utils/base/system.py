@@ -47,7 +47,7 @@ def _lock(stream: IO[str]) -> None:
 
 
 def _lock_on_windows(stream: IO[str]) -> None:
-    """Lock the first byte of the file. Windows stops waiting after 10 seconds, so the call is repeated."""
+    """Lock the first byte of the file. Windows gives up after 10 seconds, so the call is repeated."""
     module: Any = importlib.import_module('msvcrt')
     while True:
         with contextlib.suppress(OSError):

@@ -28,9 +28,10 @@ class CleanCopy:
     """
 
     def __init__(self, path: Path, *, marks_loss: bool, sees_images: bool = False) -> None:
-        """Open the temporary file. With `marks_loss`, replies that carry no loss get `"loss": false` in the rows.
+        """Open the temporary file.
 
-        `sees_images` says whether the model accepts images. If not, the bytes of images are not written.
+        With `marks_loss`, replies without loss get `"loss": false`. `sees_images` says whether the model accepts
+        images. If it is False, the bytes of images are not written.
         """
         self.path = path
         self.marks_loss = marks_loss
@@ -95,7 +96,7 @@ class CleanCopy:
             self._temporary.rename(self.path)
 
     def record(self, left_out: Mapping[str, int]) -> dict[str, Any]:
-        """Return the counts for the report. `left_out` has, by reason, the number of rows that cannot be trained on."""
+        """Return the counts for the report. `left_out` maps reasons to the number of rows that cannot be trained on."""
         return {
             'file': str(self.path),
             'rows': self.rows,
@@ -106,7 +107,7 @@ class CleanCopy:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """A context that turns an OSError into a ConfigError with the name of the file."""
+    """A context that turns an OSError into a ConfigError that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The data check (--check_dataset true): find all problems in the data of a run. No weights are loaded.
+"""The data check (--check_dataset true): finds all problems in the data of a run. It loads no weights.
 
 Memory use does not grow with the size of the data.
 """
@@ -67,7 +67,7 @@ _MAY_FOLLOW = {'': ('user',), 'user': ('assistant',), 'assistant': ('user', 'too
 
 
 class Findings(Tally):
-    """A tally that also writes the reason and the location of each counted row to a file of JSON lines."""
+    """Counts rows by reason, and writes the reason and the location of each row to a file of JSON lines."""
 
     def __init__(self, kind: str, stream: TextIO, skip: Sequence[str] = ()) -> None:
         """Set up an empty tally. Rows with a reason in `skip` are neither counted nor written.
@@ -97,11 +97,11 @@ class Findings(Tally):
         self.stream.write(json.dumps(record, ensure_ascii=False) + '\n')
 
 
-class Earlier(NamedTuple):
-    """An earlier row with the same content.
+class SeenRow(NamedTuple):
+    """The facts about a row that `Seen` stores.
 
-    `place` is its location, and `use` is TRAIN, VAL or UNUSED. `may_write` says whether --write_clean may write a row
-    with this content.
+    `place` is the location of the row, and `use` is TRAIN, VAL or UNUSED. `may_write` says whether --write_clean may
+    write a row with this content.
     """
 
     place: str
@@ -110,7 +110,7 @@ class Earlier(NamedTuple):
 
 
 class Seen:
-    """Finds rows and prompts that occurred earlier. Hash and location of each are in a file, not in memory.
+    """Finds rows and prompts that occurred earlier. A file stores their hashes and locations, to save memory.
 
     Of several equal rows only one is stored: the first training row, else the first validation row, else the first
     unused row. So a validation row that equals a training row is always found, in whatever order the rows come.
@@ -122,11 +122,11 @@ class Seen:
                           '(hash integer primary key, place text, use integer, may_write integer)'):  # fmt: skip
             self._database.execute(statement)
 
-    def find_earlier(self, content: str, row: Earlier) -> Earlier | None:
-        """Return the stored row with the same content as a new row. If there is none, store the new one, return None.
+    def find_earlier(self, content: str, row: SeenRow) -> SeenRow | None:
+        """Return the stored row with the same content as a new row. If there is none, store the new row.
 
-        `content` is the content of the new row as text, and `row` describes the new row. If the new row may be written,
-        `may_write` of the stored row becomes True.
+        `content` is the content of the new row as text, and `row` describes the new row. Returns None if the new row
+        was stored. If `row.may_write` is True, an already stored row gets this value too.
         """
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
@@ -135,7 +135,7 @@ class Seen:
             return None
 
         find = 'select place, use, may_write from seen where hash = ?'
-        earlier = Earlier(*self._database.execute(find, (key,)).fetchone())
+        earlier = SeenRow(*self._database.execute(find, (key,)).fetchone())
         by_priority = (UNUSED, VAL, TRAIN)
         if by_priority.index(row.use) > by_priority.index(earlier.use):
             self._database.execute('update seen set place = ?, use = ? where hash = ?', (row.place, row.use, key))
@@ -156,7 +156,7 @@ class Lengths:
     histogram: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Encoded) -> Encoded:
-        """Count a row that is not cut yet. Returns the row, which is cut to --max_length if --overlong is cut."""
+        """Count the tokens of an encoded row. With --overlong cut, returns the row cut to --max_length, else `row`."""
         length = len(row.input_ids)
         cut = row if self.overlong != 'cut' else cut_row(row, self.max_length, self.tokenizer)
         lost = length - len(cut.input_ids)
@@ -170,8 +170,8 @@ class Lengths:
     def record(self) -> dict[str, Any]:
         """Return the numbers for the report.
 
-        `rows_up_to` is a histogram of the lengths. Each key is a power of two, and its value counts the rows with at
-        most this many tokens that are not counted under a smaller key.
+        `rows_up_to` is a histogram of the lengths. Its keys are powers of two. Each row is counted under the smallest
+        key that is not below its number of tokens.
         """
         counts = self.counts
         return {
@@ -224,10 +224,11 @@ class DataCheck:
         positions: int | None = None,
         copy: CleanCopy | None = None,
     ) -> None:
-        """`positions` is the maximum number of tokens per row in the model's config.json, or None if it states none.
+        """Set up a check without findings, which writes its findings to `stream`, an open file.
 
-        The findings are written to `stream`, an open file. `seen` stores the rows that were examined. The rows that can
-        be trained on are added to `copy`, except rows of validation splits and repeated rows.
+        `seen` stores the rows that were examined. `positions` is the maximum number of tokens per row in the model's
+        config.json, or None if the config has no such number. The rows that can be trained on are added to `copy`,
+        except rows of validation splits and repeated rows.
         """
         self.encoder = encoder
         self.copy = copy
@@ -251,7 +252,7 @@ class DataCheck:
     def examine(self, batch: Sequence[tuple[int, ReadRow]], *, is_val: bool = False) -> None:
         """Check each (use, row) pair for problems. `use` is TRAIN, VAL or UNUSED.
 
-        A row whose use is TRAIN or VAL is also encoded, unless it is a BadRow.
+        Rows with the use TRAIN or VAL are also encoded. A BadRow, which cannot be trained on, is only counted.
 
         `is_val` says whether the rows are from a validation split of the data. Such rows are not added to the copy.
         """
@@ -273,7 +274,7 @@ class DataCheck:
             for note in row_notes(row):
                 self.noted.add(note, place, columns[place])
             self._check_text(place, raw)
-            repeats = self._check_repetition(Earlier(place, use, use != UNUSED and not is_val), row, columns[place])
+            repeats = self._check_repetition(SeenRow(place, use, use != UNUSED and not is_val), row, columns[place])
             if reason := OF_VALIDATION if is_val else repeats:
                 not_copied[id(row)] = reason
 
@@ -292,7 +293,7 @@ class DataCheck:
         self._copy(self._measure(encoded, columns), not_copied)
 
     def _copy(self, rows: Sequence[Row], not_copied: Mapping[int, str]) -> None:
-        """Add rows to the copy. `not_copied` maps the id() of a row to the reason why the row is only counted."""
+        """Add rows to the copy of --write_clean. The rows in `not_copied`, {id(row): reason}, are only counted."""
         if self.copy is None:
             return
         for row in rows:
@@ -314,22 +315,22 @@ class DataCheck:
             if _CONTROL.search(text) or self.encoder.text.has_control(text):
                 self.defects.add(CONTROL_TOKENS, place, column)
 
-    def _check_repetition(self, read: Earlier, row: Row, column: str) -> str | None:
-        """Report a row or a prompt that occurred earlier. `read` describes `row`, and `column` has its reply.
+    def _check_repetition(self, facts: SeenRow, row: Row, column: str) -> str | None:
+        """Report `row` if the same row or the same prompt occurred earlier.
 
-        If --write_clean may write an earlier row with the same content, it must leave this row out. Then the reason for
-        leaving the row out is returned, else None.
+        `facts` has the location and the use of `row`, and `column` is the column of its reply. If --write_clean may
+        write an equal earlier row, the reason to leave this row out is returned. Otherwise None is returned.
         """
-        earlier = self.seen.find_earlier(_content(row.messages, row), read)
+        earlier = self.seen.find_earlier(_content(row.messages, row), facts)
         if earlier is None and row.is_text:
             return None  # plain text has no prompt
         if earlier is None:
-            same_prompt = self.seen.find_earlier(_content(row.messages[:-1], row), read)
+            same_prompt = self.seen.find_earlier(_content(row.messages[:-1], row), facts)
             if same_prompt:
                 self.defects.add(CONFLICT, row.origin, column, of=same_prompt.place)
             return None
 
-        reason = LEAKED if {read.use, earlier.use} == {TRAIN, VAL} else DUPLICATE
+        reason = LEAKED if {facts.use, earlier.use} == {TRAIN, VAL} else DUPLICATE
         repeated, of = row.origin, earlier.place
         if reason == LEAKED and earlier.use == VAL:
             repeated, of = of, repeated
@@ -339,8 +340,8 @@ class DataCheck:
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
         """Encode rows and count their lengths, cuts and notes. Returns the rows that can be trained on.
 
-        `columns` maps the location of each row to the column of its reply. If a batch cannot be encoded, it is split in
-        halves until the bad row is the only row of a batch.
+        `columns` maps the location of each row to the column of its reply. A batch that cannot be encoded is halved
+        until the bad row is alone.
         """
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
         again = EncodedAgain(self.encoder)
@@ -464,7 +465,6 @@ def check_dataset(done: Ready[SftArguments]) -> int:
 
 
 def _open_copy(args: SftArguments, encoder: Encoder) -> CleanCopy:
-    """Return the opened copy of --write_clean. Without --loss_scope, its rows say which replies carry no loss."""
     return CleanCopy(
         Path(str(args.write_clean)), marks_loss=args.loss_scope is None, sees_images=encoder.images is not None
     )
@@ -483,7 +483,7 @@ def _positions(config: Mapping[str, Any]) -> int | None:
 def _plan(args: SftArguments, check: DataCheck) -> Plan:
     """Return the plan of the run, and count the lines that cannot be read.
 
-    The check reads the rows a second time, and then it does not count these lines again.
+    Later, the check reads the data a second time. Then these lines are not counted again.
     """
     planning = True
 

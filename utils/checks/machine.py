@@ -148,7 +148,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _nvidia(count: int) -> Iterator[Finding]:
-    """Yield findings about NVIDIA GPUs: whether torch has kernels for them, and which attention kernel serves."""
+    """Yield findings about NVIDIA GPUs: whether torch has kernels for them, and which attention kernel is used."""
     import torch
 
     from utils.fast.attention import kernel_for, trial_error
@@ -186,7 +186,7 @@ def _nvidia(count: int) -> Iterator[Finding]:
 def _is_built_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
     """Return whether torch has kernels for a compute capability. `built_for` are names like sm_80 or compute_90.
 
-    Code for sm_80 also runs on 8.6, but not on 9.0. Code for compute_90 is compiled by the driver for 9.0 and later.
+    Code for sm_80 also runs on sm_86, but not on sm_90. Drivers compile code for compute_90 for sm_90 and later.
     """
     major, minor = capability
     for name in built_for:

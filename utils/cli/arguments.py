@@ -129,7 +129,7 @@ class CommonArguments:
         return True
 
     def words_read(self) -> tuple[list[str], list[str]]:
-        """Return the words of --dataset and the words of --val_dataset whose rows this command reads."""
+        """Return (words of --dataset, words of --val_dataset) whose rows this command reads."""
         return self.dataset, self.val_dataset or []
 
 
@@ -403,13 +403,13 @@ class InferArguments(CommonArguments):
 
     @property
     def reads_data(self) -> bool:
-        """Return whether the program answers rows of data. It does not if it chats, merges or exports."""
+        """Return whether the program answers rows of data. It answers none if it chats, merges or exports."""
         return not (self.eval_human or self.merge_lora_and_save or self.export_native or self.gguf is not None)
 
     def words_read(self) -> tuple[list[str], list[str]]:
-        """Return the words of --dataset and the words of --val_dataset whose rows this command reads.
+        """Return (words of --dataset, words of --val_dataset) whose rows this command reads.
 
-        If --val_dataset has words, the first list is empty: then no row of --dataset is answered.
+        If --val_dataset has words, the first list is empty, because no row of --dataset is answered.
         """
         return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
 

@@ -57,7 +57,7 @@ _GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/check
 
 
 def started_in(run_dir: Path) -> str | None:
-    """Return the folder in which a run was started. Returns None if its lock.json does not name the folder."""
+    """Return the working directory in which a run was started. Returns None if its lock.json does not name it."""
     if not (run_dir / LOCK_JSON).is_file():
         return None
     try:
@@ -68,7 +68,7 @@ def started_in(run_dir: Path) -> str | None:
 
 
 def _started_in(args: CommonArguments) -> str | None:
-    """Return the folder in which the run of --from_run or --ckpt_dir was started. Returns None without such a run."""
+    """Return the working directory in which the run of --from_run or --ckpt_dir was started, else None."""
     if isinstance(args, SftArguments) and args.from_run:
         return started_in(Path(args.from_run))
     if isinstance(args, InferArguments) and args.ckpt_dir:
@@ -77,7 +77,7 @@ def _started_in(args: CommonArguments) -> str | None:
 
 
 def _settle(done: Resolution[Any]) -> None:
-    """Check the arguments that both programs have: whether the files exist and the packages are installed.
+    """Check the files and packages that the flags of both programs need.
 
     Problems and warnings are added to `done`.
     """
@@ -154,7 +154,7 @@ def _check_gguf(args: InferArguments, gguf: str, problems: Problems) -> None:
 def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
     """Add a problem if a model folder cannot be used.
 
-    If its weights are stored quantised, set the kind of quantisation in `done.info`.
+    If the weights in the folder are quantised, `done.info` gets the kind of quantisation.
     """
     if problem := check_model_dir(directory):
         done.problems.add(problem)
@@ -173,7 +173,7 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
 
 
 def _settle_chat_template(done: Resolution[Any]) -> None:
-    """Add a problem if --chat_template cannot be used, and for each name in --template_settings that is not in it.
+    """Add a problem if --chat_template cannot be used, or if the template lacks a name in --template_settings.
 
     If the template is not on this machine yet, the settings are checked after the weights are downloaded.
     """
@@ -190,7 +190,7 @@ def _settle_chat_template(done: Resolution[Any]) -> None:
 def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
     """Raise ConfigError if --chat_template cannot be used, or if the template lacks a name in --template_settings.
 
-    The template is that of --chat_template, or that of the model folder. Without a template, nothing is checked.
+    The template is that of --chat_template, else that of the model folder. Without a template, nothing is checked.
     """
     if args.chat_template is not None:
         templates = read_chat_template(Path(args.chat_template))
@@ -203,9 +203,9 @@ def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
 
 
 def _needs_template(args: CommonArguments) -> bool:
-    """Return whether the command makes conversations into prompts. Plain text needs no template.
+    """Return whether the command applies a chat template. Plain text needs no template.
 
-    Only the first row of each data set is read. If a data set cannot be read, this is reported later.
+    Only the first row of each data set is read. A data set that cannot be read is reported later.
     """
     if not args.reads_data:
         return isinstance(args, InferArguments) and args.eval_human
@@ -235,7 +235,7 @@ def _text_files(args: CommonArguments) -> list[Path]:
 
 
 def _reads_hub_data(done: Resolution[Any]) -> bool:
-    """Return whether this command reads a data set from the hub of --hub. Words with hf: or ms: do not count."""
+    """Return whether this command reads a data set from the hub of --hub. Names with hf: or ms: do not count."""
     args = done.args
     if not args.reads_data or done.problems.found:
         return bool(args.reads_data)  # words that are not understood are reported already
@@ -297,7 +297,7 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
 
 
 def _settle_backend(done: Resolution[SftArguments]) -> None:
-    """Set the backend of torch.distributed if it was not typed. Add a problem if its device is missing."""
+    """Set --ddp_backend if it was not typed. Otherwise, add a problem if its device is missing on this machine."""
     args = done.args
     kind = dist.visible_kind()
     backend = dist.default_backend()
@@ -363,20 +363,20 @@ def _check_training_device(args: SftArguments, problems: Problems) -> None:
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
     """Add a problem for each environment variable with a secret-like name whose value is not UTF-8.
 
-    After training, the run folder is searched for the values of these variables. This needs UTF-8.
+    After training, the run folder is searched for leaks of these values. The search needs UTF-8.
     """
     for holder, secret in find_secrets(environment, {}).items():
         try:
             secret.encode()
         except UnicodeEncodeError:
             problems.add(
-                f'{holder} of the environment is not UTF-8, so the run folder cannot be searched for its value. '
+                f'{holder} is not UTF-8, so the run folder cannot be searched for leaks of its value. '
                 'Set the variable to UTF-8 text, or unset it.'
             )
 
 
 def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> None:
-    """Add a problem if `target` cannot be created, for example without write permission for the parent folder.
+    """Add a problem if `target` cannot be created, for example because its folder is not writable.
 
     The message names the flag (`flag`, without --) and the value that was typed for the flag (`given`).
     """
@@ -405,15 +405,15 @@ def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> N
         problems.add(f'{given} exists already and is not replaced. Name a new file.')
     elif any(_will_name(source, target) for source in sources):
         problems.add(
-            f'{given} is in a folder or pattern that names the data, so the next run would read the rows twice. Name a '
-            'file in another folder.'
+            f'{given} is in a folder of --dataset or matches its pattern, so the next run would read the rows twice. '
+            'Name a file in another folder.'
         )
     else:
         _check_writable('write_clean', str(target), target, problems)
 
 
 def _local_source(word: str) -> list[Source]:
-    """Return a list with the source if a word of --dataset names local files, else []. A wrong word adds no problem."""
+    """Return [source] if a word of --dataset names local files, else []. Invalid words are reported elsewhere."""
     try:
         source = parse_source(word)
     except ConfigError:
@@ -430,7 +430,7 @@ def _files_of(source: Source) -> list[Path]:
 
 
 def _will_name(source: Source, target: Path) -> bool:
-    """Return whether a folder or pattern in --dataset would include the file if the file existed."""
+    """Return whether a folder or pattern of --dataset would include the file `target` if the file existed."""
     assert source.path is not None, 'it is local'
     if source.path.is_dir():
         return target.absolute().parent.resolve() == source.path.resolve()
@@ -438,7 +438,7 @@ def _will_name(source: Source, target: Path) -> bool:
 
 
 def partial_checkpoints(run_dir: Path) -> list[str]:
-    """Return a warning for each incomplete checkpoint of a run: the run ended while it wrote this checkpoint."""
+    """Return a warning for each incomplete checkpoint of a run. Such a run ended while it wrote a checkpoint."""
     pattern = partial_name(Path('checkpoint-*')).name
     return [
         f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
@@ -449,7 +449,7 @@ def partial_checkpoints(run_dir: Path) -> list[str]:
 def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
     """Add a problem if training cannot resume from a checkpoint.
 
-    To save time, only one process per machine compares the files with their hashes.
+    To save time, only one process per machine verifies the hashes of the files.
     """
     given = f'--resume_from_checkpoint {checkpoint}'
     has_deepspeed = any(checkpoint.glob(DEEPSPEED_STATES))

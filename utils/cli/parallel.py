@@ -93,7 +93,7 @@ def check_processes(done: Resolution[SftArguments]) -> None:
             problems.add(f'{sharded} needs one GPU per process, and {each}. {remedy}')
         elif args.quantization_bit and processes > 1:
             problems.add(
-                f'--quantization_bit {args.quantization_bit} cannot use several GPUs in each of several processes, and '
+                f'--quantization_bit {args.quantization_bit} with several processes needs one GPU per process, and '
                 f'{each}. {remedy}'
             )
 
@@ -133,8 +133,8 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
 
     if args.max_minutes is not None and 'scheduler' in zero.content:
         problems.add(
-            f'{path} has its own schedule (the block scheduler), and --max_minutes has to set its length. Remove the '
-            'block from the file, or remove --max_minutes.'
+            f'{path} has a block scheduler, and --max_minutes has to set the schedule. Remove the block from the file, '
+            'or remove --max_minutes.'
         )
 
     from_flags = {

@@ -177,7 +177,10 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
 
 
 def _negative_values_attached(argv: Sequence[str]) -> list[str]:
-    """Return the words of a command line. A negative number with an exponent is joined to its flag: --name=-1e-4."""
+    """Return the words, with each negative number with an exponent joined to its flag: --name=-1e-4.
+
+    argparse would take a separate -1e-4 for a flag.
+    """
     words: list[str] = []
     for word in argv:
         is_value = bool(words) and words[-1].startswith('--') and '=' not in words[-1]
@@ -215,11 +218,11 @@ def parse(
     """Parse the command line `argv`, and return the result with its problems. Only --help ends the program.
 
     A script may write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
-    the same flag before it. So --dataset after the `--` replaces the data sets before it. Without `--`, the
-    values of several --dataset flags are joined into one list.
+    the same flag before it. So --dataset after the `--` replaces the data sets before it. Without `--`, the values of
+    several --dataset flags are joined into one list.
 
-    `earlier` is the command line of an earlier run. A flag of `earlier` is used only if `argv` has neither the same
-    flag nor the flag that _EITHER pairs with it.
+    `earlier` is the command line of an earlier run. A flag in `argv` replaces the same flag in `earlier`.
+    --warmup_steps and --warmup_ratio also replace each other.
     """
     parser = _build_parser(cls, program=program, about=about)
     typed: dict[str, list[str]] = {}

@@ -41,7 +41,7 @@ def has_epsilon(optim: str) -> bool:
 
 
 def _is_interval(value: float) -> bool:
-    """Return whether the value is a whole number of steps, or a share of the run."""
+    """Return whether the value is a valid interval: a whole number of steps, or a share (below 1) of all steps."""
     return 0 < value < 1 or (value >= 1 and float(value).is_integer())
 
 

@@ -49,7 +49,7 @@ class Resolution(Decided[ArgumentsT]):
     problems: Problems = field(default_factory=Problems)
 
     def checked(self) -> Ready[ArgumentsT]:
-        """Return this command line as Ready. If it has problems, raises ConfigError with all of them."""
+        """Return this command line as Ready. Raises ConfigError with all problems if there are any."""
         self.problems.raise_if_any()
         assert self.info is not None, 'an unknown model is a problem'
         return Ready(
@@ -89,7 +89,7 @@ def _shown(value: Any) -> str:
 
 
 def reading_of(args: CommonArguments) -> Reading:
-    """Return the Reading that --columns and --text_rows describe: how data files are read."""
+    """Return how data files are read, as --columns and --text_rows describe."""
     return Reading(columns=read_columns(args.columns or ())[0], text_rows=args.text_rows)
 
 

@@ -104,7 +104,7 @@ def _resolve_validation(done: Resolution[SftArguments]) -> None:
 
 
 def _resolve_mixture(done: Resolution[SftArguments], sources: Sequence[Source]) -> None:
-    """Check the shares of --dataset (name%0.3), and let them decide the number of training rows."""
+    """Check the shares of --dataset (name%0.3). If there are any, they decide the number of training rows."""
     shares = [source.share for source in sources if source.share is not None]
     others = ', '.join(source.name for source in sources if source.share is None)
     if not shares:
@@ -114,8 +114,9 @@ def _resolve_mixture(done: Resolution[SftArguments], sources: Sequence[Source]) 
     total = sum(shares, Fraction(0))
     if args.streaming and others:
         done.problems.add(
-            f'--dataset {others}: without a share (%), the number of its rows decides the mixture, and --streaming '
-            'true does not know this number. Give every data set a share, e.g. name%0.3, or remove --streaming.'
+            f'--dataset {others}: a data set without a share (%) decides the mixture by its number of rows, and '
+            '--streaming true does not know this number. Give every data set a share, e.g. name%0.3, or remove '
+            '--streaming.'
         )
     elif others and total >= 1:
         done.problems.add(
@@ -171,7 +172,7 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
 
 
 def _resolve_clean_copy(done: Resolution[SftArguments]) -> None:
-    """Check --write_clean, and let it copy all rows if --train_dataset_sample is not typed."""
+    """Check --write_clean. With it, --train_dataset_sample is -1 (all rows) unless it was typed."""
     args = done.args
     problems = done.problems
     if args.write_clean is None:
@@ -228,7 +229,7 @@ def _resolve_tuning(done: Resolution[SftArguments]) -> None:
 def _resolve_drift(done: Resolution[SftArguments]) -> None:
     """Decide --drift, which measures the difference between the model and the same model without its adapter.
 
-    Each process measures it separately, so each process must hold all weights.
+    Each process measures the difference on its own, so each process must hold all weights.
     """
     args = done.args
     reason = None

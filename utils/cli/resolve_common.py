@@ -111,7 +111,7 @@ def check_template_flags(done: Resolution[Any]) -> None:
 
 
 def resolve_datasets(done: Resolution[Any]) -> list[Source]:
-    """Return the sources of --dataset. Adds the problems of the words of --dataset and --val_dataset."""
+    """Return the sources of --dataset. Adds a problem for each invalid word of --dataset and --val_dataset."""
     words, val_words = done.args.words_read()
     sources = _parse_sources(done, 'dataset', words)
     val_sources = _parse_sources(done, 'val_dataset', val_words)
@@ -166,9 +166,9 @@ def resolve_quantization(done: Resolution[Any]) -> None:
 
 
 def quantized_problems(args: CommonArguments, info: ModelInfo | None) -> list[str]:
-    """Return a message for each flag that cannot be used with weights that are stored quantised.
+    """Return a message for each flag that cannot be used with weights that are quantised already.
 
-    The list is empty if the weights are not stored quantised. Each message names a remedy.
+    The list is empty for all other weights. Each message names a remedy.
     """
     if info is None or info.quantization is None:
         return []

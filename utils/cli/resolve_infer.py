@@ -1,4 +1,4 @@
-"""Resolves the flags of llm_infer.py. See resolve.py for what resolving means."""
+"""Resolves the flags of llm_infer.py: sets each argument that is None, and checks combinations."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
 
 
 def _resolve_server_check(done: Resolution[InferArguments]) -> None:
-    """Check the address of the server, and choose greedy answers, because only these can be compared."""
+    """Check the address of the server, and switch sampling off, because only greedy answers can be compared."""
     args = done.args
     address = str(args.check_server)
     try:
@@ -128,7 +128,7 @@ def _resolve_gguf(done: Resolution[InferArguments]) -> None:
 
 
 def _resolve_answered(done: Resolution[InferArguments]) -> None:
-    """Decide whose rows are answered: those of the typed --val_dataset or --dataset, else those of the training run."""
+    """Decide which rows are answered: those of the typed --val_dataset or --dataset, else those of the run."""
     args = done.args
     if 'val_dataset' in done.typed:
         done.without_effect(('dataset', 'dataset_test_ratio'), '--val_dataset names the rows to answer')

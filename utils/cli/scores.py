@@ -74,7 +74,7 @@ def check_scores(words: Sequence[str], problems: Problems, sets: Sequence[str] =
 
 
 def _check_names_of_sets(words: Sequence[str], sets: Sequence[str], problems: Problems) -> None:
-    """Add a problem for each value <set>_<score> whose name a different logged value already has."""
+    """Add a problem for each metric <set>_<score> that has the same name as another metric."""
     taken = {*_TAKEN, *map(score_name, words)}
     for name, word in itertools.product(sets, dict.fromkeys(words)):
         logged = f'{name}_{score_name(word)}'

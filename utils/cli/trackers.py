@@ -120,7 +120,10 @@ def check_tracker_packages(names: Sequence[str], problems: Problems) -> None:
 
 
 def variables_without_effect(names: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a warning for each environment variable that asks a tracker of `names` to upload weights or files."""
+    """Yield a warning for each environment variable that asks a tracker of `names` to upload weights or files.
+
+    Such a variable has no effect here, because a tracker only gets numbers and settings.
+    """
     for name in names:
         for variable in TRACKERS[name].uploads if name in TRACKERS else ():
             if environment.get(variable, '').lower() not in _OFF:

@@ -24,7 +24,7 @@ NOT_FOR_THE_MODEL = _ON_CPU | _PLAN
 
 
 class Collator:
-    """Makes a batch from rows or from packs of rows.
+    """Makes a batch from rows or from packs. A pack is a list of rows that together have at most max_length tokens.
 
     With `pads`, rows are padded on the right to the length of the longest row. Without `pads`, rows are concatenated.
     """
@@ -82,17 +82,17 @@ class Collator:
 
 
 def with_plan(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the batch with the tensors that the loss and the attention need. They are computed here, on the CPU.
+    """Return the batch with the tensors that the loss and the attention need.
 
-    A GPU would have to finish all its work before it could tell the number of trained tokens. With P trained tokens in
-    B rows, the tensors are:
+    They are computed here on the CPU. Reading the number of trained tokens from a GPU would wait for all its work. With
+    P trained tokens in B rows, the tensors are:
 
     positions (P,): for each trained token, the index of the token before it in the flattened input_ids. The model
     predicts the trained token there.
     targets (P,): the ids of the trained tokens.
     owners (P,): the index of the row of each trained token.
-    cu_seqlens (B + 1,): int32, for each row the index of its first token, and then the number of all tokens. Only in
-    a concatenated batch.
+    cu_seqlens (B + 1,): int32, for each row the index of its first token, and then the number of all tokens. Only in a
+    concatenated batch.
     """
     import torch
 
@@ -108,7 +108,7 @@ def with_plan(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Return the indices (P,) of the tokens directly before a trained token, as indices into the flattened labels."""
+    """Return the indices (P,) of the tokens directly before a trained token, in the flattened labels."""
     # The first position of a row has no label, so the position before a label belongs to the same row.
     return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1) - 1
 
@@ -119,10 +119,10 @@ def on_device(batch: dict[str, torch.Tensor], target: torch.device) -> dict[str,
 
 
 def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[str, torch.Tensor]]:
-    """Return the rows of concatenated batches in fewer concatenated batches of at most `capacity` tokens.
+    """Move the rows of concatenated batches into fewer concatenated batches of at most `capacity` tokens.
 
-    The returned list has the same length as `batches`: an empty dictionary for each batch that is no longer needed, and
-    then the new batches. If the rows do not fit into fewer batches, `batches` is returned unchanged.
+    The returned list has the same length as `batches`. It starts with an empty dictionary for each batch that is no
+    longer needed. If the rows do not fit into fewer batches, `batches` is returned unchanged.
     """
     lengths = [length for batch in batches for length in batch['row_lengths'].tolist()]
     packs = pack_evenly(lengths, capacity)
@@ -136,10 +136,10 @@ def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[s
 
 
 def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, torch.Tensor]:
-    """Return a batch with only these rows of a batch without images.
+    """Return a batch with only the rows `indices` of a batch without images.
 
     The new batch is padded or concatenated like `batch`. Padding beyond the longest of these rows is cut. The tensors
-    of `with_plan` are on the CPU, all others where they were.
+    that `with_plan` adds are on the CPU. All other tensors stay on their device.
     """
     if 'attention_mask' not in batch:
         rows = _split_concatenated(batch)

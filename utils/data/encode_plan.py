@@ -48,9 +48,9 @@ T = TypeVar('T')
 
 
 class UsedRow(NamedTuple):
-    """A row of a run.
+    """A training or validation row.
 
-    `use` is TRAIN or VAL. `part` is the index in Plan.parts. `times` says how often an epoch trains the row.
+    `use` is TRAIN or VAL. `part` is the index of the row's part in Plan.parts. An epoch trains the row `times` times.
     """
 
     row: Row
@@ -60,9 +60,9 @@ class UsedRow(NamedTuple):
 
 
 class EncodedAgain:
-    """Encodes a row again with some of its data changed.
+    """Encodes a row a second time, with some columns changed.
 
-    The account of characters (utils/encode/account.py) needs this to find out how the changed data is used.
+    utils/encode/account.py compares both results, to find out how a column is used.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -70,18 +70,18 @@ class EncodedAgain:
 
     @property
     def printed(self) -> str:
-        """Return the text that the template adds to the texts of a row."""
+        """Return the text that the template writes around the messages of a row, and the system text."""
         return self.encoder.text.printed + (self.encoder.system or '')
 
     def convert(self, written: Mapping[str, Any]) -> Row:
-        """Convert these columns to a row, and return the row. Raises BadRow if the columns cannot be converted."""
+        """Return the row that these columns describe. Raises BadRow if they cannot be converted."""
         converter = find_converter(written)
         if converter is None:
             raise BadRow('unknown columns')
         return check_row(converter(written))
 
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
-        """Encode the row with these columns instead of its own columns.
+        """Encode `row` with the columns `written` instead of its own columns.
 
         Returns None if the row with these columns cannot be trained on.
         """
@@ -100,8 +100,8 @@ def encode_batch(
 ) -> Iterator[tuple[Row, Encoded]]:
     """Yield (row, encoded row) for each row that can be trained on.
 
-    Skipped rows and rows with notes are added to the report. If a different thread already encodes these rows, `result`
-    waits for the encoded rows and returns them, or raises the error of that thread.
+    Skipped rows and rows with notes are added to the report. `result` is given if a different thread encodes the rows.
+    It waits for this thread and returns the encoded rows, or raises the error of the thread.
     """
     try:
         encoded = result() if result else encoder.encode(rows)
@@ -133,10 +133,9 @@ def encode_batch(
 
 
 def _keeps_long(encoder: Encoder, ids: Encoded, row: Row, report: EncodingReport) -> bool:
-    """Return whether a row that is longer than --max_length is used. A row that is not used is added to the report.
+    """Return whether a row that is longer than --max_length is used. If it is not, the row is added to the report.
 
-    Only rows of plain text with --overlong split are used; the caller splits them. With --overlong cut, rows are cut
-    earlier and do not come here.
+    Only plain text with --overlong split is used; the caller splits it. With --overlong cut, rows are already cut.
     """
     if encoder.overlong == 'split' and ids.is_text:
         ids.notes.append(SPLIT)
@@ -165,7 +164,7 @@ def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
     """Return (encoded rows, source rows). The second list has only the source rows that were encoded.
 
-    Skipped rows and rows with notes are added to the report. Raises ConfigError if a row is too long and refused.
+    Skipped rows and rows with notes are added to the report. Raises ConfigError if --overlong refuses a row.
     """
     encoded = EncodedRows()
     kept_rows = []
@@ -191,7 +190,7 @@ def batches(rows: Iterable[T], size: int = BATCH_ROWS) -> Iterator[list[T]]:
 def _encode_ahead(
     encoder: Encoder, batches: Iterable[list[T]], row_of: Callable[[T], Row]
 ) -> Iterator[tuple[list[T], Callable[[], list[Encoded]]]]:
-    """Yield each batch with a function that waits for the encoded rows and returns them.
+    """Yield (batch, function) for each batch. The function waits for the encoded rows and returns them.
 
     While the caller works on a batch, threads encode the next batches. `row_of` returns the row of an item.
     """
@@ -207,7 +206,7 @@ def _encode_ahead(
 
 
 def _used_rows(plan: Plan, account: Account) -> Iterator[UsedRow]:
-    """Yield each training or validation row once. Characters of unused rows are only counted (encode/account.py)."""
+    """Yield each training or validation row once. The characters of all other rows are counted in `account`."""
     for number, part in enumerate(plan.parts):
         position = -1
         for use, (_, raw, row) in part.used():
@@ -271,7 +270,7 @@ def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
 
 
 def _key(encoder: Encoder, plan: Plan) -> str:
-    """Return a hash of everything that decides the ids.
+    """Return the cache key of the encoded rows: a hash of everything that decides their token ids.
 
     The hash covers the rows and their uses, the tokenizer, the template, the flags, the code and the library versions.
     """
@@ -382,7 +381,7 @@ def rows_of_sets(plan: Plan, val: EncodedRows) -> dict[str, Any]:
 
 
 def _trained_of_each_part(plan: Plan, train: EncodedRows) -> dict[str, Any]:
-    """Return, for run.json, the number of rows that an epoch of a mixture trains of each data set.
+    """Return an entry for run.json: how many rows of each data set of a mixture are trained in an epoch.
 
     Logs a warning for each data set that gives fewer rows than planned, because some of its rows were skipped.
     """

@@ -60,7 +60,7 @@ class EncodedRows:
 
     @classmethod
     def map(cls, folder: Path, name: str) -> EncodedRows:
-        """Memory-map the rows that were spilled to `folder` under `name`, and return them with their repetitions."""
+        """Memory-map the rows that `spill` wrote to `folder` under `name`, with the repetitions of rows in an epoch."""
         arrays: dict[str, Any] = {}
         for kind, code in _ARRAYS.items():
             file = folder / f'{name}.{kind}'
@@ -88,7 +88,8 @@ class EncodedRows:
     def append(self, row: Encoded, origin: str = '', *, part: int = 0, times: int = 1) -> None:
         """Add one row. An epoch trains it `times` times.
 
-        `origin` says where the row came from, for example file and line. `part` is the index of its part in Plan.parts.
+        `origin` says where the row came from, for example file and line. `part` is the index of the row's part in
+        Plan.parts.
         """
         self._add('ids', row.input_ids)
         self._add('spans', (limit for span in (*row.earlier, row.trained) for limit in span))
@@ -195,7 +196,7 @@ class EncodedRows:
     def evenly(self, count: int) -> EncodedRows:
         """Return `count` of these rows, spread evenly over them. Returns all rows if `count` is -1 or too large.
 
-        All pieces of a row that was split (--overlong split) count as one row.
+        The pieces into which --overlong split divides a row count as one row.
         """
         by_origin: dict[str, list[int]] = {}
         for index in range(len(self)):
@@ -214,15 +215,15 @@ class EncodedRows:
 
 
 class Filled(Sequence[dict[str, Any]]):
-    """A map-style data set with fillers at the end, so that its length is a multiple of `share`.
+    """A map-style data set with fillers at the end, so that its length is a multiple of `multiple`.
 
-    `share` is the number of rows in the batches of all processes, one batch each. A filler is a row without loss.
-    Without fillers, a distributed sampler repeats its first rows, and these rows would be trained twice in an epoch.
+    `multiple` is the batch size times the number of processes. A filler is a row without loss. Without fillers, a
+    distributed sampler repeats its first rows, and an epoch would train these rows twice.
     """
 
-    def __init__(self, rows: IndexedRows, share: int, pad_token_id: int) -> None:
+    def __init__(self, rows: IndexedRows, multiple: int, pad_token_id: int) -> None:
         self.rows = rows
-        self.size = -(-len(rows) // share) * share
+        self.size = -(-len(rows) // multiple) * multiple
         # One token without a label: the loss of this row is an empty sum.
         self.filler = {'input_ids': [pad_token_id], 'trained': (0, 0), 'prompt_length': 0}
 
@@ -254,7 +255,8 @@ def length_statistics(rows: EncodedRows) -> dict[str, float]:
     """Return statistics of the rows for run.json.
 
     These are the number of rows, the tokens per row (min, median, mean, p95, max), the total number of tokens, and the
-    share of tokens that carry loss. A row that is repeated counts each time; then `distinct_rows` counts it once.
+    share of tokens that carry loss. A repeated row counts each time. If there are repeated rows, `distinct_rows` counts
+    each row once.
     """
     sizes = np.sort(rows.sizes())
     if not len(sizes):

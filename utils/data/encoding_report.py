@@ -30,7 +30,7 @@ class RefusedRows:
             self.places.append(f'{place} ({length} tokens)')
 
     def raise_if_any(self, overlong: Overlong, max_length: int) -> None:
-        """Raise ConfigError with the locations if a row was counted."""
+        """Raise ConfigError with the locations of the first rows if any row was counted."""
         if not self.count:
             return
         more = f', and {self.count - _NAMED} more' if self.count > _NAMED else ''
@@ -60,7 +60,7 @@ class EncodingReport:
 
     @property
     def switched(self) -> int:
-        """Return the number of rows for which a switch of the template was set to keep the reasoning of the reply."""
+        """Return how many rows needed a variable of the template (e.g. enable_thinking) to keep their reasoning."""
         note_start = THINKING_SWITCH.partition('{')[0]
         return sum(count for note, count in self.noted.counts.items() if note.startswith(note_start))
 

@@ -18,10 +18,10 @@ from utils.formats.reading import Reading
 def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return {name of part: {'files_sha256': hash, 'rows': positions}} for the parts of the data sets of a run.
 
-    The positions are those of the held-out rows among all rows of the part, counted from 0. If there are validation
-    sets, only their parts are in the dictionary, because no other part has held-out rows. The hash covers the files of
-    the part. The hash is None for a registered data set of a hub, for rows of an own function, and for rows with
-    images: these rows depend on more than the files.
+    The positions are the indices of the held-out rows among all rows of the part. If there are validation sets, only
+    their parts are returned, because no other part has held-out rows. The hash covers the files of the part. It is None
+    if the rows depend on more than the files: for registered data sets of a hub, for functions of the user, and for
+    rows with images.
     """
     sets = [part for part in plan.parts if part.val_set]
     return {

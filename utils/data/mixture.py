@@ -36,11 +36,11 @@ def split_size(size: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
-    """Choose the training rows of a mixture, and return the decision with the exact number of rows of each set.
+    """Choose the training rows of a mixture. Returns a log line with the number of rows of each set.
 
-    If all sets have shares, the size of the mixture is `limit` or, if `limit` is negative, the number of training rows
-    of all sets. Sets without a share give all their rows. Their rows then decide the size: rows without share = size *
-    (1 - sum of shares). If `limit` is smaller than this size, the size is `limit`, and the sets without a share give
+    If all sets have shares, the mixture has `limit` rows. If `limit` is negative, it has as many rows as all sets
+    together. Sets without a share give all their rows. Their rows then make up the rest of the mixture, so they decide
+    its size. If `limit` is smaller than this size, the mixture has `limit` rows, and the sets without a share give
     random rows. Raises ConfigError if a set with a share gives no row.
     """
     shared = [one for one in ingredients if one.share is not None]
@@ -83,7 +83,7 @@ def _check_rows(one: Ingredient, available: int, count: int, size: int) -> None:
 def _give(part: Part, count: int, seed: int) -> None:
     """Choose `count` training rows of a part. If the part has fewer rows, its rows are repeated.
 
-    Each row is then used equally often, except that randomly chosen rows are used once more.
+    Each row is then repeated equally often, and randomly chosen rows are repeated once more.
     """
     available = part.uses.count(TRAIN)
     if count < available:
@@ -113,7 +113,7 @@ def _described(one: Ingredient, available: int, size: int) -> str:
 
 
 def take_turns(shares: Sequence[Fraction]) -> Iterator[int]:
-    """Yield without end the index of the source that gives the next row.
+    """Yield source indices without end. Each is the index of the source that gives the next row.
 
     After every k rows, the count of each source differs from share * k by less than one. The order depends only on the
     shares. Shares that do not sum to 1 are scaled.

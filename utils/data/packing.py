@@ -50,7 +50,7 @@ def pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedRows:
-    """A map-style data set whose items are packs of rows."""
+    """A map-style data set of packs: lists of rows that together have at most max_length tokens."""
 
     def __init__(self, rows: EncodedRows, capacity: int) -> None:
         self.rows = rows

@@ -73,13 +73,13 @@ def _converted(
     seen: dict[str, None] | None = None,
     remark: Remark = ignore,
 ) -> Iterator[ReadRow]:
-    """Convert the rows to conversations, and yield a ReadRow for each row.
+    """Convert the rows of a data set, and yield a ReadRow for each row.
 
     The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
-    `seen` gets the names of the columns of the first row, and of all columns that --columns renames. `remark` is called
-    with a text about columns that are read under a different name than in the file.
+    The names of the columns of the first row, and of all columns that --columns renames, are added to `seen`. `remark`
+    is called with a text if columns are read under other names than in the file.
 
-    `name` is the data set or file in messages. Relative paths of images start in `folder`.
+    Messages name the data set or file by `name`. Relative paths of images start in `folder`.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
@@ -152,7 +152,7 @@ def _unknown_columns(columns: Sequence[str]) -> str:
 def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str]) -> str:
     """Return the error message for columns that fit several converters, with a remedy for each converter.
 
-    `shapes` has the set of columns that each of these converters reads.
+    `shapes` has one set of column names for each of these converters.
     """
     names = {shape: '/'.join(column for column in columns if column in shape) for shape in shapes}
     every = frozenset().union(*shapes)
@@ -222,7 +222,10 @@ class Part:
         return {name: value for name, value in found.items() if value}
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
-        """Read the part once, and set the use of every row that can be trained on. Updates the tallies and the hash."""
+        """Read the part once, and set the use of every row that can be trained on.
+
+        Updates the counts of skipped rows (`left_out`) and of notes (`noted`), and the hash `digest`.
+        """
         use = VAL if self.is_val else TRAIN
         content = hashlib.sha256()
         for position, (location, _, row) in enumerate(self.read(content)):
@@ -254,7 +257,7 @@ class Part:
         return self.passes * self.uses.count(TRAIN) + self.once_more.count(1)
 
     def uses_digest(self) -> bytes:
-        """Return bytes that differ if rows are used differently."""
+        """Return the uses and repetitions of the rows as bytes, for a hash."""
         repeats = b'' if self.passes == 1 and not any(self.once_more) else f'x{self.passes}'.encode() + self.once_more
         return bytes(self.uses) + repeats
 
@@ -285,9 +288,9 @@ class Part:
 
 
 def draw_uses(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
-    """Draw up to `count` of the rows whose use is `use`.
+    """Draw up to `count` random rows from the rows whose use is `use`.
 
-    The use of the drawn rows is set to `drawn`, the use of the rest to `rest`.
+    The drawn rows get the use `drawn`, the others the use `rest`.
     """
     total = sum(part.uses.count(use) for part in parts)
     chosen = bytearray(total)
@@ -308,8 +311,8 @@ def open_parts(
 ) -> list[Part]:
     """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits.
 
-    `bad` is called for each line that cannot be read. `reading` is for files. The rows of a registered data set have
-    the columns that its entry gives them.
+    `bad` is called for each line that cannot be read. `reading` says how files are read. It is not used for registered
+    data sets, because DATASET_MAPPING says how their columns are read.
     """
     if source.hub is not None:
         return _hub_parts(source, source.hub, bad, hub, reading)
@@ -319,8 +322,8 @@ def open_parts(
 
     if shadowed_id(source):
         logger.info(
-            f'{source.name}: the local path {source.path.absolute()} is read. A data set of a hub with this id is '
-            f'hf:{source.name} or ms:{source.name}'
+            f'{source.name}: the local path {source.path.absolute()} is read. To read a data set of a hub with this '
+            f'id, give hf:{source.name} or ms:{source.name}'
         )
     files = [(file, signature(file)) for file in find_files(source)]
     columns: dict[str, None] = {}
@@ -339,8 +342,8 @@ def _reader(
 ) -> Callable[[Any], Iterator[ReadRow]]:
     """Return a function that reads the files from the start. Its argument is a hash object.
 
-    The function updates the hash with the content of the files and with `names`, one name for each file. It adds the
-    names of the columns in the files to `columns`, and remarks on how the files are read to `remarks`.
+    The function updates the hash with the content of the files and with `names`, which has one name for each file. It
+    adds the names of the columns in the files to `columns`, and remarks on how the files are read to `remarks`.
     """
 
     def remark(text: str) -> None:
@@ -388,7 +391,7 @@ def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, readin
 
 
 def check_read_once(parts: Iterable[Part]) -> None:
-    """Raise ConfigError if two parts read the same file of a hub. Local files are compared before they are read."""
+    """Raise ConfigError if two parts read the same file of a hub. `check_sources` compares local files."""
     readers: dict[str, str] = {}
     for part in parts:
         for file in part.hub_files:
@@ -486,7 +489,7 @@ def remarks_of(sources: Iterable[Sequence[Part]]) -> list[str]:
 
 
 def open_replies(row: Row) -> int:
-    """Return the number of earlier replies for which the row does not say whether they carry loss."""
+    """Return the number of replies before the last message for which the row does not say if they carry loss."""
     return sum(message['role'] == 'assistant' and 'loss' not in message for message in row.messages[:-1])
 
 

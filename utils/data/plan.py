@@ -43,9 +43,9 @@ def served_by(parts: Iterable[Part]) -> dict[str, str]:
 class Plan:
     """Says which rows a run uses.
 
-    `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has a line
-    of text for each decision to use only some of the available rows. `digest` is a hash of all rows and their uses.
-    `mixed` says whether the training rows are a mixture with shares.
+    `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has one
+    log line for each decision to use only some of the rows. `digest` is a hash of all rows and their uses. `mixed` says
+    whether the training rows are a mixture with shares.
     """
 
     parts: list[Part]
@@ -56,7 +56,7 @@ class Plan:
     mixed: bool = False
 
     def decisions(self, loss_scope: LossScope | None) -> list[str]:
-        """Return one line of text for each decision that excludes rows, or says which tokens of rows carry loss."""
+        """Return log lines: how files are read, which rows are not used, and which tokens carry loss."""
         replies: Counter[LossScope] = Counter()
         rows: Counter[LossScope] = Counter()
         for part in self.parts:
@@ -107,12 +107,12 @@ class Plan:
 def loss_decisions(
     typed: LossScope | None, replies: Mapping[LossScope, int], rows: Mapping[LossScope, int], total: str
 ) -> list[str]:
-    """Return the decisions about which replies carry loss. Rows with only one reply need no decision.
+    """Return log lines that say which replies carry loss. Rows with only one reply need no line.
 
     `typed` is the value of --loss_scope: 'all_rounds' if every reply carries loss, 'last_round' if only the last reply
-    of a row does. If `typed` is None, the format of each row decides its scope. The keys of `replies` and `rows` are
-    the scopes that the formats decide. `replies` counts the replies before the last reply of a row. `rows` counts the
-    rows that have such replies. `total` is the end of each line, for example 'of 100 rows'.
+    of a row does. If `typed` is None, the format of each row decides its scope. `replies` counts, by this scope, the
+    replies before the last reply of a row. `rows` counts the rows that have such replies. `total` is the end of each
+    line, for example 'of 100 rows'.
     """
     if typed == 'all_rounds':
         return []
@@ -136,7 +136,7 @@ def loss_decisions(
 
 
 def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
-    """Return a list with one line of text, which says that some rows are not used. Returns [] if all rows are used.
+    """Return [log line] if some rows are not used, else [].
 
     `what` names the rows in the line, e.g. 'for training'. `why` is the reason in the line.
     """
@@ -146,7 +146,7 @@ def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
 
 
 def part_not_used(part: Part) -> str:
-    """Return the decision that a validation part is not used."""
+    """Return the log line that a validation part is not used."""
     return f'{part.name} is not used because --val_dataset names the validation rows'
 
 
@@ -192,7 +192,7 @@ class _Planner:
     def add_validation(self, word: str, name: str, trained: Collection[str]) -> None:
         """Read a data set of --val_dataset: its validation part if it has one, else all its rows.
 
-        Raises ConfigError if no row is left, or if the data set has no validation part and is trained on.
+        Raises ConfigError if no row is left, or if the data set is in `trained` and has no validation part.
         """
         source = parse_source(word)
         opened = open_parts(source, self.bad, self.hub, self.reading)
@@ -217,14 +217,14 @@ class _Planner:
     def _draw(self, part: Part, sample: int | None, given: str, word: str) -> None:
         """Draw `sample` rows from a part (name#count). Does nothing if `sample` is None.
 
-        `word` is the word of the flag, and `given` the flag with this word. They are for log lines.
+        The log lines contain `word`, and `given`, which is the flag and the word.
         """
         if sample is None:
             return
         use = VAL if part.is_val else TRAIN
         count = len(part.uses)
         if sample > count:
-            logger.warning(f'{given} asks for {sample} rows of {count}: all of them are used')
+            logger.warning(f'{given} asks for {sample} rows, and there are {count}: all are used')
         flag = given.partition(' ')[0]
         self.drawn += _not_used(sample, count, f'of {given}', f'{flag} {word} asks for them')
         draw_uses([part], use, sample, self.seed, drawn=use, rest=UNUSED)
@@ -244,7 +244,7 @@ class _Planner:
 
 
 def _skipped(left_out: Tally) -> str:
-    """Return how many rows were skipped and why, and a remedy."""
+    """Return the end of a message: how many rows were skipped and why, and a remedy."""
     reasons = '; '.join(sorted(left_out.counts))
     return f'{len(left_out)} rows were skipped ({reasons}). Correct the rows, or name other data.'
 
@@ -303,8 +303,8 @@ def plan_validation(
 ) -> Plan:
     """Read the data sets of --val_dataset once, and return the plan of their rows.
 
-    `trained` has the names of the data sets of --dataset: if a set has a validation split, and its name is in
-    `trained`, only the split is used. Raises ConfigError if all rows of a set are skipped.
+    If a set has a validation split, only this split is used. `trained` has the names of the data sets of --dataset.
+    Raises ConfigError if a set in `trained` has no validation split, or if all rows of a set are skipped.
     """
     planner = _Planner(seed=seed, hub=hub, bad=refuse, reading=reading)
     _add_validation_sets(planner, val_words, trained)

@@ -1,4 +1,7 @@
-"""Reads the words of --dataset and --val_dataset: registered names, files, folders, globs and ids on a hub."""
+"""Reads the words (single values) of --dataset and --val_dataset.
+
+A word is a registered name, a file, a folder, a glob, or the id of a data set on a hub.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def parse_source(word: str) -> Source:
 
 
 def _split_share(word: str) -> tuple[str, Fraction | None]:
-    """Return the word without `%` and its share, and the share. Returns (word, None) if the word has no share.
+    """Return (word without its share, share) for name%0.3. Returns (word, None) if the word has no share.
 
     A % is part of the name if a / follows it, or if the word ends in the suffix of a data file.
     """
@@ -147,7 +150,7 @@ def _hub_files(name: str) -> HubFiles | None:
 
 
 def shadowed_id(source: Source) -> str | None:
-    """Return the name of a local path if the same name could be the id of a data set on a hub, else None."""
+    """Return the name of a source if it is a local path and could also be the id of a data set on a hub, else None."""
     match = _HUB_WORD.fullmatch(source.name)
     is_id = source.path is not None and match is not None and '/' in match['id'] and source.path.exists()
     return source.name if is_id and not source.name.lower().endswith(SUFFIXES) else None
@@ -247,7 +250,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _is_gone(source: Source | None, started_in: str | None) -> bool:
-    """Return True if a relative path matches no file and its run was started in a different folder."""
+    """Return whether a relative path matches no file, and the run was started in a different folder."""
     path = None if source is None else source.path
     if started_in in (None, abbreviated(Path.cwd())) or path is None or path.is_absolute():
         return False
@@ -255,7 +258,7 @@ def _is_gone(source: Source | None, started_in: str | None) -> bool:
 
 
 def _check_not_moved(source: Source, started_in: str | None) -> None:
-    """Raise ConfigError if a word that is read as an id named a local path in the folder where the run was started."""
+    """Raise ConfigError if a word is read as a hub id, but was a local path where the run was started."""
     if started_in is None:
         return
     there = Path(started_in).expanduser() / source.name
@@ -275,7 +278,7 @@ def abbreviated(path: Path) -> str:
 
 
 def of_flag(problem: str, flag: str) -> str:
-    """Return a message in which --`flag` replaces --dataset, because the word was typed for this flag."""
+    """Return a message in which --`flag` replaces --dataset, because its word was typed for this flag."""
     rest = problem.removeprefix('--dataset ')
     return problem if rest == problem else f'--{flag} {rest}'
 

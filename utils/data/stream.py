@@ -256,9 +256,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [piece.as_item() for row in encoded for piece in self.encoder.pieces_of(row, limit)]
 
     def lengths(self) -> list[int]:
-        """Return [--max_length], because the rows of a stream are not known.
+        """Return [--max_length], because the lengths of the rows are not known.
 
-        Without a limit, return the number of tokens of each of the first rows.
+        Without --max_length (-1), return the number of tokens of each of the first rows.
         """
         limit = self.encoder.max_length
         if limit > 0:
@@ -291,8 +291,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
     """Return the first `count` rows of each data set, or of its validation part if it has one.
 
-    The report counts the skipped rows and notes of validation parts only. Training reads all other parts from the
-    beginning and counts their skipped rows and notes.
+    The report counts skipped rows and notes only for validation parts. Training reads the other parts from the
+    beginning, and counts theirs.
     """
     for parts in sources.sources:
         if len(parts) == 1:
@@ -316,7 +316,7 @@ def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]
 def _validation(
     encoder: Encoder, sources: Streams, val_rows: int, report: EncodingReport
 ) -> tuple[EncodedRows, dict[str, Any]]:
-    """Return the encoded validation rows, and for run.json the number of rows of each set of --val_dataset."""
+    """Return the encoded validation rows, and an entry for run.json with the rows of each set of --val_dataset."""
     if sources.val is None:
         val, _ = encode_rows(encoder, _held_out(sources, val_rows, report), report)
         return val, {}

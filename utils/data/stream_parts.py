@@ -95,7 +95,7 @@ def first_rows(sources: Sequence[Sequence[Part]], count: int) -> list[Row]:
 
 
 def stream_decisions(typed: LossScope | None, streams: Streams) -> list[str]:
-    """Return the decisions about which replies carry loss, from the first rows of each training stream."""
+    """Return log lines that say which replies carry loss in the first rows of each training stream."""
     replies: Counter[LossScope] = Counter()
     rows: Counter[LossScope] = Counter()
     read = 0
@@ -112,7 +112,7 @@ def stream_decisions(typed: LossScope | None, streams: Streams) -> list[str]:
 def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
     """Return up to `count` rows whose use is `use`: the first rows of each part, in equal shares.
 
-    For streams without --val_dataset, `use` is ignored.
+    Streams without --val_dataset ignore `use` and return their first rows.
     """
     if isinstance(rows, Streams):
         if rows.val is None or use != VAL:

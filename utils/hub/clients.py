@@ -92,7 +92,7 @@ class ModelScope:
     def list_files(self, repo: Repo, kind: Kind) -> Listing:
         """Return the size and digest of every file in a repository, by file name, and the newest commit.
 
-        The hub names the last commit of each file. The newest of them is the commit of the revision, unless a later
+        The hub names the last commit of each file. The newest of these commits is that of the revision, unless a later
         commit only removed files.
         """
         with self._translated_errors():
@@ -103,9 +103,9 @@ class ModelScope:
         return Listing(files=files, commit=max(dated, default=(0, ''))[1])
 
     def download(self, repo: Repo, kind: Kind, names: Sequence[str]) -> Path:
-        """Download these files and return the folder that contains them. `list_files` must be called before.
+        """Download these files and return the folder that contains them. Call `list_files` first.
 
-        The package of the hub verifies the files against the list of the hub.
+        The Python package of the hub verifies the files with the digests of the list.
         """
         listed = [self._listed[name] for name in names]
         with self._translated_errors():

@@ -51,7 +51,7 @@ def find_token(typed: str | None, hub: HubName) -> str | None:
 
 
 def repos_of(hub: HubName, ids: dict[HubName, Sequence[str]], *, revision: str = 'master') -> list[Repo]:
-    """Return the repositories in the order in which to try them: first all ids on the chosen hub `hub`.
+    """Return the repositories in the order in which they are tried: those on `hub` come first.
 
     `ids` is a dict from hub to the ids on this hub.
     """
@@ -110,9 +110,9 @@ class Snapshot:
     def to_fetch(self, names: Sequence[str]) -> list[str]:
         """Return the names of the files that `fetch` would request from the hub.
 
-        All `names` are returned if a file has changed on the hub, or if a file of `names` was not verified yet: the
-        Python package of the hub hashes every file that it fetches. In all other cases, and without network, only the
-        files that are missing or have a wrong size are returned.
+        All `names` are requested if a file has changed on the hub, or if one of them was never verified: the Python
+        package of the hub verifies the files that it is asked for. Otherwise, and without network, only the files that
+        are missing or have a wrong size are returned.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
         if self.online and not (recorded.files == self.files and verified >= set(names)):
@@ -277,9 +277,9 @@ def _save_record(path: Path, listing: Listing, verified: set[str]) -> None:
 
 
 def _read_record(path: Path) -> tuple[Listing, set[str]]:
-    """Return what the last download stored: the files and the commit, and the names of the verified files.
+    """Return the listing at the last download, and the names of the verified files.
 
-    Both are empty if the record does not exist or is damaged.
+    Both are empty if the record `path` does not exist or is damaged.
     """
     if not path.is_file():
         return Listing(files={}), set()

@@ -1,4 +1,4 @@
-"""report.html: one self-contained file that shows what a run did and what it proved.
+"""report.html: one self-contained file that shows what a run did and what its checks found.
 
 `python -m utils.report RUN_DIR` writes the file again from the files of the run folder.
 """
@@ -34,7 +34,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 def curves_of(*runs: RunFiles) -> list[tuple[str, Sequence[tuple[str, str]]]]:
     """Return the list of charts for these runs, with the same structure as CURVES.
 
-    These are charts of the scores of generated answers, the charts of every run, and charts of validation sets.
+    CURVES has the charts of every run. Scores of generated answers and validation sets add more charts.
     """
     scores = {key: title for run in runs for key, title in curves_of_scores(run.record.flags).items()}
     sets = {key: title for run in runs for key, title in curves_of_sets(run.record.flags).items()}
@@ -85,7 +85,7 @@ def _answers(run: RunFiles) -> list[Markup]:
 
 
 def _asked(row: dict[str, Any]) -> Markup:
-    """Return the question of an answered row as HTML. Plain text has a beginning instead, which the model continued."""
+    """Return the question of an answered row as HTML. For plain text, return the beginning that the model continued."""
     if 'beginning' in row:
         says = '<p class="faint">plain text: the model continues its beginning</p>'
         return Markup(f'{says}{block(row["beginning"])}')

@@ -64,7 +64,7 @@ def losses_section(rows: Sequence[Row]) -> list[Markup]:
 
 
 def _most_changed(rows: Sequence[Row]) -> list[Row]:
-    """Return a few of the rows, sorted by the change of their loss: the largest increase comes first."""
+    """Return the few rows whose loss increased most (or decreased least), the largest increase first."""
     return sorted(rows, key=lambda row: row['loss_before'] - row['loss_after'])[:_NAMED]
 
 
@@ -73,7 +73,7 @@ def _loss(row: Row) -> str:
 
 
 def read_answers(file: Path) -> dict[str, Row]:
-    """Return {origin of the row: answer} for a file of llm_infer.py. Raises ConfigError if it is a different file."""
+    """Return {origin of the row: answer} for a file of llm_infer.py. Raises ConfigError for any other file."""
     try:
         rows = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
         return {row['origin']: {'answer': row['answer'], 'scores': row['scores']} for row in rows}

@@ -32,7 +32,7 @@ _SMOOTHED_FROM = 50
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Return the exponential moving averages of the values, one for each value, corrected for the start at zero."""
+    """Return an exponential moving average of the values, with bias correction as in Adam."""
     smoothed = []
     average = 0.0
     for count, value in enumerate(values, start=1):
@@ -42,7 +42,7 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def scores_of(flags: Mapping[str, Any]) -> list[str]:
-    """Return the names of the metrics of which each validation set gets a curve, for example ['loss', 'acc'].
+    """Return the names of the metrics that have a curve for each validation set, for example ['loss', 'acc'].
 
     `flags` are those of the run's record.
     """

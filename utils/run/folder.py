@@ -30,7 +30,7 @@ from utils.run.record import RunRecord, check_resumed, record_of
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress. `note` and `decide` replace `record`, so always read the record from the Run."""
+    """A run in progress. `note` and `decide` put a new object into `record`, so do not keep the old object."""
 
     folder: Path
     record: RunRecord
@@ -49,10 +49,10 @@ class Run:
         self.decisions.append(line)
 
     def decide(self, name: str, value: Any, reason: str, *, shown: str | None = None) -> None:
-        """Log a decision that is made after the run was opened. Store the new and the old value in the record.
+        """Log a decision that is made after the run was opened. The record stores the new and the old value.
 
-        The log shows `shown` instead of the value, if it is given. When the run is resumed, the old values are
-        compared, because they do not depend on the machine.
+        If `shown` is given, the log shows it instead of the value. When the run is resumed, the old values are
+        compared, because the new values depend on the machine.
         """
         self.say(decision(name, value if shown is None else shown, reason))
         self._write(self.record.with_decision(name, value))
@@ -174,9 +174,9 @@ def _new_run_dir(parent: Path) -> Path:
 def result_path(args: InferArguments) -> Path:
     """Return the path of the file for answers, and create its folder.
 
-    With --result_path, an existing file is replaced, with a warning. Without it, the file is infer_result.jsonl in the
-    checkpoint or under output/. With --check_server, its name is check_server.json. If that file exists, the file name
-    gets a number.
+    An existing file of --result_path is replaced, with a warning. Without --result_path, the file is infer_result.jsonl
+    (check_server.json with --check_server) in the checkpoint or under output/. If it exists, the new file name gets a
+    number.
     """
     if args.result_path is not None:
         path = Path(args.result_path)

@@ -34,7 +34,7 @@ _SKIPPED = 'it is skipped.'
 
 @dataclass(kw_only=True)
 class Found:
-    """The result of the search for a run to continue. If no run fits, neither `checkpoint` nor `complete` is set."""
+    """The result of the search for a run to resume. If no run fits, `checkpoint` and `complete` are None."""
 
     # The checkpoint to resume from.
     checkpoint: str | None = None
@@ -131,7 +131,7 @@ def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) ->
 
 
 def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None:
-    """Return the reason why resuming a run would not give the result of this command. Returns None if it fits."""
+    """Return why a resumed run would not give the result of this command. Returns None if the run fits."""
     try:
         earlier = RunRecord.read(run)
         lock = read_json(run / LOCK_JSON)
@@ -161,9 +161,9 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
 
 
 def _other_start(lock: Mapping[str, Any], record: RunRecord) -> str | None:
-    """Return why the start of a run differs from that of this command: from the adapter in --adapter, or without one.
+    """Return a reason if a run did not start from the adapter in --adapter. Returns None if it did.
 
-    Returns None if both start in the same way.
+    Without --adapter, return a reason if the run started from an adapter.
     """
     started_from = (lock.get('adapter') or {}).get('sha256')
     adapter = record.flags.get('adapter')

@@ -42,11 +42,11 @@ _GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/che
 
 
 def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnings: list[str]) -> Parsed[SftArguments]:
-    """Set the flags that the adapter of --adapter decides and that were not typed, and return the command line.
+    """Set the flags that --adapter decides, unless they were typed, and return the command line.
 
-    Adds a line to `decisions` for each flag that is set, a line to `warnings` if the base of the adapter or its
-    template cannot be checked or differs, and a problem for each typed flag that does not fit the adapter. A run that
-    resumes a run with --adapter takes the same flags from the checkpoint. Other command lines are returned unchanged.
+    Adds a line to `decisions` for each flag that is set, and a problem for each typed flag that does not fit the
+    adapter. Adds a line to `warnings` if the base model or the template differs or cannot be checked. If a run that
+    began with --adapter is resumed, the flags come from its checkpoint. Other command lines are returned unchanged.
     """
     args = parsed.args
     if args.adapter is None:
@@ -85,8 +85,9 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
             )
     if config.get('trainable_token_indices') and not (record and record.added_tokens):
         problems.add(
-            f'{given}: it has rows of new tokens, and no record of its run (sft_args.json) says which tokens. Merge it '
-            'into its base with merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
+            f'{given}: it has embedding rows of new tokens, and no record of its run (sft_args.json) says which '
+            'tokens. Merge it into its base with merge_and_unload of PEFT, and name the merged folder with '
+            '--model_id_or_path.'
         )
     _fill_shape(parsed, config, f'{given}: the adapter has', decisions)
     _fill_model(parsed, config, record, decisions)
@@ -101,7 +102,7 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
 
 
 def _folder_problem(folder: Path, from_run: str | None) -> str | None:
-    """Return the end of a message that says why a folder cannot be used as --adapter. Returns None if it can."""
+    """Return why a folder cannot be used as --adapter, as the end of a message. Returns None if it can be used."""
     if not folder.is_dir():
         hint = f' The run was started in {started_in(Path(from_run))}.' if from_run and not folder.is_absolute() else ''
         return f'is not a directory (looked in {folder.absolute().parent}). {_GIVE_ADAPTER}{hint}'
@@ -144,8 +145,8 @@ def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
 def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: str, decisions: list[str]) -> None:
     """Set the flags of `adapter_flags` that are not typed. Add a problem for each typed flag that differs.
 
-    `whose` is the middle of the message, e.g. 'the adapter has'. Typed names of layers are kept: they are compared with
-    the adapter when the model is open.
+    `whose` is the middle of the message, e.g. 'the adapter has'. Typed names of layers are compared later, when the
+    model is open.
     """
     for name, value in adapter_flags(config).items():
         typed = getattr(parsed.args, name)
@@ -184,7 +185,7 @@ def _fill_model(
 def _fill_from_run(
     parsed: Parsed[SftArguments], record: RunRecord, decisions: list[str], warnings: list[str] | None = None
 ) -> None:
-    """Set the flags in _OF_RUN to their values in the run of the adapter, unless they are typed.
+    """Set --template_type and --freeze_vision to their values in the run of the adapter, unless they are typed.
 
     If `warnings` is given, a line is added for each typed flag that differs, and if the system text differs.
     """
@@ -206,7 +207,7 @@ def _fill_from_run(
 
 
 def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) -> Parsed[SftArguments]:
-    """Set the flags that are not typed, if the command resumes a run that began with --adapter."""
+    """If the command resumes a run that began with --adapter, set the flags that are not typed."""
     if parsed.args.resume_from_checkpoint is None:
         return parsed
     checkpoint = Path(parsed.args.resume_from_checkpoint)
@@ -233,8 +234,8 @@ def find_lineage(
     """Return a dictionary about the adapter from which a run starts. Returns None if the run starts with a new adapter.
 
     The keys are path, sha256 (of the adapter's file), run (the name of its run folder, or None) and base ('checked' or
-    'not checked'). For a resumed run, the dictionary of the run that it resumes is returned. Raises ConfigError if the
-    adapter was trained on different base weights.
+    'not checked'). A resumed run has the dictionary of the earlier run. Raises ConfigError if the adapter was trained
+    on different base weights.
     """
     if args.resume_from_checkpoint is not None:
         resumed = find_record(Path(args.resume_from_checkpoint))

@@ -69,7 +69,7 @@ def make_lock(
 ) -> dict[str, Any]:
     """Return the content of lock.json. The hash of the template is added later, when the tokenizer is open.
 
-    `lineage` is the adapter from which the run starts, if there is one.
+    `lineage` describes the adapter from which the run starts. It is None without such an adapter.
     """
     scored = done.args.score if done.args.predict_with_generate else []
     lock = {
@@ -167,9 +167,9 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
 
 
 def _check_verification(parsed: Parsed[SftArguments], problems: Problems) -> None:
-    """Add to `problems` the problems of `parsed`, the command line typed now, and those of --verify true.
+    """Add the problems of a command line with --verify true to `problems`.
 
-    A problem of --verify true is a typed flag that contradicts it.
+    These are the problems of `parsed`, the command line typed now, and each typed flag that contradicts --verify true.
     """
     for problem in parsed.problems.found:
         problems.add(problem)
@@ -185,10 +185,10 @@ def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
 
 
 def _with_kept_files(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
-    """Return the command of a run with its copies of the files of --chat_template and --new_tokens.
+    """Return the command of a run, with the files of --chat_template and --new_tokens from its run folder.
 
-    The original files may have been moved or changed. The run folder holds the tokens, and the template with its
-    settings. If a different --template_type is typed now, the flags of the chat template are removed from the command.
+    The original files may have been moved or changed. The template in the run folder includes --template_settings. If a
+    different --template_type is typed now, the flags of the chat template are removed from the command.
     """
     earlier = parse(SftArguments, command, program='llm_sft.py', about='')
     kept = list(command)
@@ -255,7 +255,7 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
 
 
 def changes_since(earlier: dict[str, Any], lock: dict[str, Any]) -> list[str]:
-    """Return a line for each version, toolkit and property of the machine that differs between two lock.json files.
+    """Return a line for each version and each property of the machine that differs between two lock.json files.
 
     `earlier` is of the repeated run. A property that older versions did not record is not compared.
     """
@@ -281,8 +281,8 @@ def check_same_data(
 ) -> list[str]:
     """Add a problem for each data set whose rows differ from the rows of the run that wrote the checkpoint.
 
-    If `only` is given, only these data sets are compared. Returns a list of warnings. It has one warning if the run
-    folder has no lock.json: then nothing can be compared.
+    If `only` is given, only these data sets are compared. Returns [warning] if the run folder has no lock.json, so that
+    nothing can be compared, else [].
     """
     file = checkpoint.absolute().parent / LOCK_JSON
     if not file.is_file():
@@ -309,7 +309,7 @@ def _flag_of(*entries: dict[str, Any]) -> str:
 
 
 def _commit_then(source: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return a sentence with the earlier commit if a hub serves a different commit now. Returns '' otherwise."""
+    """Return a sentence that names the earlier commit, if a hub serves a different commit now. Returns '' otherwise."""
     commit = then.get('commit')
     if not commit or commit == now.get('commit'):
         return ''

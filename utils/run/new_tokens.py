@@ -13,7 +13,7 @@ from utils.run.record import find_record
 
 
 def check_new_tokens(parsed: Parsed[SftArguments]) -> None:
-    """Add a problem to the command line for each problem of --new_tokens that the files on this machine show."""
+    """Call `find_new_tokens`, and add its errors to the problems of the command line."""
     try:
         find_new_tokens(parsed.args)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The first slow step of both programs: find the base weights, and open the model and its encoder."""
+"""Finds the base weights, and opens the model and its encoder. This is the first slow step of both programs."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def open_encoder(
 ) -> Encoder:
     """Return the encoder (the object that converts rows to token ids) for these arguments.
 
-    The tokenizer gets the chat template that the arguments name. For --template_type auto, --system is used only if
-    `system_typed` is True, which says that the user typed --system.
+    The tokenizer gets the chat template that the arguments name. `system_typed` says whether the user typed --system.
+    With --template_type auto, only a typed --system is used.
 
     If `model` is given, rows with token ids outside of the model's embedding are refused. If `cuts` is True, rows are
-    cut to --max_length. `new_ids` are the ids of new tokens (--new_tokens): those that end a turn become special.
-    `images` is given for a model that accepts images.
+    cut to --max_length. `new_ids` are the ids of new tokens (--new_tokens). Those that end a turn become special
+    tokens. `images` is given for a model that accepts images.
     """
     from utils.encode.make import make_encoder  # not before a model is open: --help does without it
 
@@ -88,9 +88,9 @@ def open_model(
 ) -> tuple[Any, Any, Any]:
     """Return (model, tokenizer, dtype of the computation).
 
-    For full fine-tuning with a 16-bit dtype, the weights are in fp32 and autocast computes in this dtype, except with
-    --full_weights bf16. With DeepSpeed, the weights have the dtype of the computation, and DeepSpeed itself keeps fp32
-    weights. `decide` is called for each setting that the command line leaves open.
+    For full fine-tuning with a 16-bit dtype, the weights are in fp32, and autocast computes in the 16-bit dtype. With
+    --full_weights bf16, the weights are in bf16. With DeepSpeed, the weights have the dtype of the computation, and
+    DeepSpeed itself keeps fp32 weights. `decide` is called for each setting that the command line leaves open.
     """
     import torch
 
@@ -170,7 +170,7 @@ def _fully_sharded(args: CommonArguments, held: torch.dtype, dtype: torch.dtype)
 
 
 def _zero_3(args: CommonArguments) -> Any:
-    """Return an object that makes transformers shard the weights while it reads them, as long as the object exists.
+    """Return an HfDeepSpeedConfig. While this object exists, transformers shards the weights that it reads.
 
     Returns None if ZeRO stage 3 is not used.
     """

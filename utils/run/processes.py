@@ -32,8 +32,8 @@ _MMAP_MAX = -4
 def start_processes(backend: str, *, deepspeed: bool = False, deterministic: bool | None = None) -> None:
     """Prepare this process for training or inference: choose its GPUs, and silence warnings of libraries.
 
-    If torchrun started several processes, this process also joins the process group. `deterministic` switches
-    operations on or off that give the same bits each time; None leaves the setting of torch as it is.
+    If torchrun started several processes, this process also joins the process group. `deterministic` is the argument of
+    torch.use_deterministic_algorithms. None leaves the setting of torch as it is.
     """
     _set_up_memory_of_gpus()
     if deterministic:
@@ -84,9 +84,9 @@ def start_processes(backend: str, *, deepspeed: bool = False, deterministic: boo
 def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> None:
     """Hide optional packages that this run does not use from all later imports, so that the run starts faster.
 
-    `weights` is the folder or the file of the base model. Nothing is hidden in a process that may do a second run, or
-    if --score names a function of the user, because the function may import any package. Functions of data sets have
-    imported their packages before this call.
+    `weights` is the folder or the file of the base model. Nothing is hidden in a process that may do a second run.
+    Nothing is hidden if --score names a function of the user, because the function may import any package. Functions of
+    data sets have imported their packages before this call.
     """
     program = getattr(sys.modules['__main__'], '__file__', None)
     if program is None or Path(program).name not in _PROGRAMS or own_words(args.score):
@@ -118,10 +118,10 @@ def _log_device() -> None:
 
 
 def _set_up_memory_of_gpus() -> None:
-    """Let torch grow its blocks of memory on NVIDIA GPUs. Must be called before torch starts CUDA.
+    """Make torch use expandable memory segments on NVIDIA GPUs. Must be called before torch starts CUDA.
 
-    Each batch has a different length. With blocks of fixed sizes, more and more memory lies between tensors and cannot
-    be used. If the environment says how to allocate, nothing is changed.
+    Batches differ in length, so segments of fixed sizes would fragment the memory. If the environment already
+    configures the allocator, nothing is changed.
     """
     if dist.visible_kind() != 'cuda' or not sys.platform.startswith('linux'):
         return
@@ -147,7 +147,7 @@ def _take_gpus(gpus: int) -> range:
 
 
 def _reuse_freed_memory() -> None:
-    """Make glibc keep freed memory for the next tensor. Memory that is new from the system is slow (page faults).
+    """Make glibc keep freed memory for the next tensor. New memory from the system is slow (page faults).
 
     This makes attention over 200 tokens three times as fast. If an environment variable MALLOC_... is set, nothing is
     changed.

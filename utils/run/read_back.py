@@ -45,7 +45,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
     except ValueError as error:
-        raise ConfigError(f'{file}: it is not JSON lines: {error}. Remove the file to see the rest.') from error
+        raise ConfigError(
+            f'{file}: it is not JSON lines: {error}. Remove the file to see the rest of the run.'
+        ) from error
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -53,7 +55,7 @@ def read_run(folder: Path) -> RunFiles:
 
     def read(name: str, kind: type) -> Any:
         file = folder / name
-        return read_json(file, kind, remedy='Remove the file to see the rest.') if file.is_file() else kind()
+        return read_json(file, kind, remedy='Remove the file to see the rest of the run.') if file.is_file() else kind()
 
     record = read_run_record(folder)
     sample = folder / 'sample.txt'

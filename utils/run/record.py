@@ -106,7 +106,7 @@ class RunRecord:
         return replace(self, flags={**self.flags, **flags})
 
     def with_decision(self, name: str, value: Any) -> RunRecord:
-        """Return a copy of the record with the decided value. Its `asked` has the value before the first decision."""
+        """Return a copy of the record with the decided value. `asked` keeps the value before the first decision."""
         if name in _FACTS:
             before = getattr(self, name)
             decided = replace(self, **{name: value})
@@ -151,7 +151,7 @@ def read_run_record(run_dir: Path) -> RunRecord:
 
 
 def find_record(checkpoint: Path) -> RunRecord | None:
-    """Return the record in a checkpoint folder or, if it has none, in its parent folder, else None."""
+    """Return the record in a checkpoint folder, else the record in its parent folder, else None."""
     for folder in (checkpoint, checkpoint.absolute().parent):
         if (folder / SFT_ARGS).is_file():
             return RunRecord.read(folder)
@@ -248,7 +248,7 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
 def _built_in_scores(words: Sequence[str], *, default: Sequence[str], warnings: list[str]) -> list[str]:
     """Return the built-in scores of a run, or `default` if it has none. Adds a warning about functions of files.
 
-    Such functions are left out: code is executed only if the user types its file, not because a checkpoint names it.
+    Such functions are left out, because a checkpoint must not decide which code is executed.
     """
     own = own_words(words)
     if own:
@@ -260,7 +260,7 @@ def _built_in_scores(words: Sequence[str], *, default: Sequence[str], warnings: 
 
 
 def _use_saved_template(parsed: Parsed[InferArguments], trained: Trained) -> None:
-    """Set --chat_template to the copy in the checkpoint, if the run was trained with a template of the command line.
+    """Set --chat_template to the copy in the checkpoint, if the run had --chat_template or --template_settings.
 
     The copy includes the settings of the run. Nothing is set if a different template is typed.
     """
@@ -300,7 +300,7 @@ def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> 
 
 
 def _asked(record: RunRecord) -> dict[str, Any]:
-    """Return {flag: its value before the decisions of the run}. Decisions are left out: they depend on the machine.
+    """Return the flags of a run as they were before its automatic decisions, which depend on the machine.
 
     The key `system_typed` says whether the user typed --system. The value of `new_tokens` is the list of tokens, not
     the path of a file.
@@ -321,7 +321,7 @@ def changed_flags(earlier: RunRecord, record: RunRecord) -> list[tuple[str, Any,
 
 
 def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], problems: Problems) -> None:
-    """Add a problem for each optimizer setting that differs from the resumed run, if it must stay the same.
+    """Add a problem for each optimizer setting that must not change when a run is resumed, but differs.
 
     `then` and `now` are the flag values of the resumed run and of this run.
     """
