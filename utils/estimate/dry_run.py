@@ -79,7 +79,7 @@ def dry_run(done: Ready[SftArguments]) -> int:
 
 
 def _what_all_adds(shape: Shape, mode: Mode) -> list[str]:
-    """Return a list with one line about the layers that all-linear would add to the LoRA targets, or an empty list."""
+    """Return a list with a line about the layers that --lora_target_modules all-linear would add, or an empty list."""
     added = set(shape.paths) - set(named_by(mode.targets, shape.paths))
     if mode.full or not added:
         return []
@@ -95,8 +95,8 @@ def _show(title: str, lines: Iterable[str]) -> None:
 def _machine() -> Machine:
     """Return the number of processes of this run and the number of devices of each process.
 
-    If this machine has no GPU, the GPUs that CUDA_VISIBLE_DEVICES names are counted instead. So a run on a different
-    machine can be planned. If the variable names no GPU either, each process has one device, which is not a GPU.
+    If this machine has no GPU, the GPUs in CUDA_VISIBLE_DEVICES are counted. They may be those of another machine, for
+    which the run is planned. Without any GPU, each process has one device.
     """
     named = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip() not in ('', '-1')]
     gpus = dist.visible_gpus() or len(named)

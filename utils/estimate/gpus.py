@@ -85,7 +85,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
-    """Return {field of Mode: value} for --lora_modules_to_save and --new_tokens. Norms are small and not counted."""
+    """Return {field of Mode: value} for --lora_modules_to_save and --new_tokens. Norms are too small to count."""
     if args.sft_type == 'full':
         return {}
     words = args.lora_modules_to_save or []
@@ -166,9 +166,9 @@ def gpus_that_fit(shape: Shape, mode: Mode, batch: Batch) -> list[str]:
 def flops(shape: Shape, mode: Mode, tokens: int) -> float:
     """Return the number of floating-point operations of training on `tokens` tokens.
 
-    For each token and each parameter that is used for the token, these are: 2 in the forward pass, 2 for the
-    gradients of activations, 2 for the gradients of weights (only full fine-tuning), and 2 in the second forward pass
-    of gradient checkpointing. Attention scores are not counted.
+    A parameter that is used for a token costs 2 operations in the forward pass, 2 for the gradient of activations, 2
+    for its own gradient (only in full fine-tuning), and 2 if gradient checkpointing repeats the forward pass. Attention
+    scores are not counted.
     """
     return (4 + 2 * mode.full + 2 * mode.checkpointing) * float(shape.active) * tokens
 

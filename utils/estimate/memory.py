@@ -161,7 +161,8 @@ def lora_parameters(shape: Shape, targets: Sequence[str], rank: int, *, dora: bo
 def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     """Return the memory that one device needs for a training step.
 
-    The peak is at the loss, in the backward pass, after the backward pass or in the optimizer step.
+    Its peak is the largest of four: at the loss, in the backward pass, after the backward pass, and in the optimizer
+    step.
     """
     trained = trained_parameters(shape, mode)
     own = trained // mode.shards('zero3', 'fsdp') // mode.devices
@@ -213,7 +214,7 @@ def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
 
 
 def _low_copies(shape: Shape, mode: Mode) -> int:
-    """Return the bytes of the copies of fused adapters in the compute dtype (fast/low_copies.py)."""
+    """Return the bytes of the copies of LoRA weights in the compute dtype (see utils/fast/low_copies.py)."""
     if mode.full or not mode.fused or mode.deepspeed or mode.compute >= mode.trained:
         return 0
     return mode.compute * lora_parameters(shape, mode.targets, mode.rank) // mode.devices
@@ -264,7 +265,7 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
 
 def _kept(longest: int) -> int:
-    """Return how many attention weights per token and head are saved on a CPU, for rows of `longest` tokens."""
+    """Return how many attention weights per token and head are saved on a CPU for a row of `longest` tokens."""
     blocks = ((start, min(start + QUERY_BLOCK, longest)) for start in range(0, min(longest, KEPT_KEYS), QUERY_BLOCK))
     return sum((end - start) * end for start, end in blocks if end <= KEPT_KEYS) // longest
 
@@ -347,7 +348,7 @@ def _dora(shape: Shape, mode: Mode) -> int:
 
 
 def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
-    """Return the bytes of weights and gradients that are gathered temporarily from all processes.
+    """Return the bytes of weights and gradients that ZeRO or FSDP gathers temporarily from all processes.
 
     `trained` is the number of parameters that the run trains.
     """

@@ -1,6 +1,6 @@
 """The sizes of a model that determine its memory.
 
-They are counted on the real class without weights, or read from the table model_sizes.json.
+They are counted on an instance of the model's class without weights, or read from the table model_sizes.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TABLE = Path(__file__).with_name('model_sizes.json')
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a model: numbers of parameters, and widths, which are numbers of values per token."""
+    """The sizes of a model: numbers of parameters, layers and heads, and widths (numbers of values per token)."""
 
     model_class: str
     parameters: int
@@ -95,7 +95,7 @@ class Shape:
 
 
 def _unfolded(pattern: str, indices: str) -> list[str]:
-    """Return the paths that a pattern and its indices describe, e.g. 'layers.#.q_proj' and '0-3 8'."""
+    """Return the paths that a pattern and its indices describe: 'layers.#.q_proj' and '0-3 8' describe five paths."""
     paths = []
     for part in indices.split():
         first, _, last = part.partition('-')
@@ -117,7 +117,7 @@ def _folded(indices: Sequence[int | None]) -> str:
 
 
 def known_shape(model_type: str | None) -> Shape | None:
-    """Return the sizes of a registered model from model_sizes.json. Returns None if this file has no entry for it."""
+    """Return the sizes that model_sizes.json has for a --model_type, or None if it has none."""
     table = json.loads(TABLE.read_text(encoding='utf-8'))
     name = table['models'].get(model_type)
     return Shape(**table['shapes'][name]['shape']) if name else None
@@ -235,9 +235,9 @@ def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int
 def _inner(
     settings: dict[str, Any], linear: dict[str, dict[tuple[int, int], int]], stacked: dict[str, list[int]], k: int
 ) -> int:
-    """Return the sum over all layers of the width inside the MLP: the input width of its last linear layer.
+    """Return the intermediate sizes of the MLPs, summed over all layers.
 
-    In a mixture of experts, the widths of `k` experts per layer are added.
+    In a layer with experts, the sizes of the `k` experts that a token uses are added.
     """
     dense = next((linear[n] for n in ('down_proj', 'w2', 'dense_4h_to_h') if n in linear), None)
     if dense is None and 'c_fc' in linear:
@@ -252,7 +252,7 @@ def _inner(
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return the kind of attention of this model, which decides its memory, as a value of `Shape.attention`."""
+    """Return the value of `Shape.attention` for this model."""
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 

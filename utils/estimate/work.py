@@ -48,8 +48,8 @@ def plan_work(
 ) -> Work:
     """Return the work of a run. Decisions and warnings about the data are added to `done`.
 
-    The rows are encoded and counted if the data and the tokenizer are on this machine. Otherwise, or if the data is
-    streamed or the model has a vision tower, the result is an upper bound.
+    The result is an upper bound if the data or the tokenizer is not on this machine, if the data is streamed, or if the
+    model has a vision tower. In all other cases, the rows are encoded and their tokens are counted.
     """
     args = done.args
     if not data_is_here or args.streaming:
@@ -106,7 +106,7 @@ def _bounded(done: Ready[SftArguments], rows: int | None, line: str) -> Work:
 
 
 def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: bool) -> Work:
-    """Encode the rows and return the counted work. The run encodes in the same way and finds the rows in the cache."""
+    """Encode the rows and return the counted work. The encoded rows stay in the cache for the real run."""
     args = done.args
     tokenizer = load_tokenizer(model_dir, model_type=args.model_type)
     new = add_to_tokenizer(tokenizer, find_new_tokens(args))
@@ -144,7 +144,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
 
 
 def _measure_batch(batch: list[dict[str, Any]], *, padded: bool) -> Batch:
-    """Return the sizes of a batch. Its items are rows or packs. With `padded`, padding is counted in `tokens`."""
+    """Return the sizes of a batch of rows, or of packs of rows. With `padded`, padding is counted in `tokens`."""
     rows = [row for item in batch for row in item.get('rows', [item])]
     lengths = [len(row['input_ids']) for row in rows]
     return Batch(

@@ -1,4 +1,4 @@
-"""Writes a merged model as a GGUF file, with the converter of a llama.cpp checkout, and proves the file.
+"""Writes a merged model as a GGUF file, with the converter of a llama.cpp checkout, and checks the file.
 
 The file is written under a hidden name, opened again and compared with the merged model. If it is correct, it is
 renamed, and a Modelfile for Ollama is written beside it.
@@ -51,7 +51,7 @@ _SHOWN_LINES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTarget:
-    """What is written: the GGUF file, the type of its weights, and the llama.cpp checkout, or None if there is none."""
+    """The GGUF file to write, the type of its weights, and the llama.cpp checkout (None if there is none)."""
 
     file: Path
     type: str | None
@@ -67,12 +67,14 @@ def write_gguf(
     run_dir: Path,
     device: Any,
 ) -> str:
-    """Write the model in `folder` as a GGUF file and a Modelfile, and return a text that says what was proven.
+    """Write the model in `folder` as a GGUF file and a Modelfile, and return a text that says what was compared.
 
-    To prove the file, the model in the file and the model in `folder` get the same prompts, on `device`. These are
-    prompts for which the run in `run_dir` generated answers for its report, or else one other prompt. Without a
-    llama.cpp checkout, only the Modelfile is written, and the returned text has the commands that get llama.cpp and
-    write the GGUF file. Raises ConfigError if the converter fails, or if the model in the file differs.
+    The model in the file and the model in `folder` get the same prompts, on `device`. These are the prompts in the
+    report of the run, or one other prompt if there are none. Raises ConfigError if the converter fails, or if the model
+    in the file differs.
+
+    Without a llama.cpp checkout, only the Modelfile is written. The returned text then has the commands that get
+    llama.cpp and write the GGUF file.
     """
     rows = [row for row in user_rows(run_dir) if not row.is_text]
     kind = target.type or _TYPES.get(stored_dtype(folder) or '', 'f16')
@@ -113,8 +115,7 @@ def _serve(file: Path) -> str:
 def _convert(command: Sequence[str], checkout: Path, target: Path) -> None:
     """Run the converter of a llama.cpp checkout. Raises ConfigError with the end of its output if it fails.
 
-    The converter is code of the folder that the user names. It gets no variable of the environment that looks like a
-    secret.
+    The code of the checkout is not trusted: environment variables that look like secrets are not passed to it.
     """
     clean = scrubber(find_secrets(os.environ, {}))
     hidden = {name.removeprefix('the variable ') for name in find_secrets(os.environ, {})}
@@ -215,7 +216,7 @@ def _token_fault(found: Any, tokenizer: Any, rows: Sequence[Row]) -> str | None:
     """Return a message about the first text for which two tokenizers give different ids, or None if there is none.
 
     `found` is the tokenizer in the GGUF file, and `tokenizer` that of the merged model. The texts are those of `rows`
-    and of the probes in proofs/template.py.
+    and of the test conversations that `probes` returns.
     """
     texts = [turn['content'] for row in [*rows, *probes()] for turn in row.messages]
     for text in texts:
@@ -236,7 +237,7 @@ def _dtype(folder: Path) -> torch.dtype:
 def _prompts(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
     """Return the ids of the prompts of the first rows without images, at most _ANSWERS.
 
-    If there are no such rows, one prompt is returned: that of a probe in proofs/template.py, or a fixed text.
+    If there are no such rows, one prompt is returned: that of a test conversation, or a fixed text.
     """
     chosen = [row for row in rows if not row.images][:_ANSWERS]
     if not chosen and not isinstance(encoder, TextEncoder):
@@ -309,13 +310,13 @@ def _write_modelfile(
     if file.is_file() and file.read_text(encoding='utf-8') != text:
         earlier = file.with_name(f'{file.name}.old')
         file.replace(earlier)
-        logger.warning(f'{file} had another text, which is now in {earlier}')
+        logger.warning(f'{file} is replaced; the earlier file is now {earlier}')
     file.write_text(text, encoding='utf-8')
     return f'{file.name}: {sentence}'
 
 
 def _ollama_turns(folder: Path, encoder: Encoder, rows: Sequence[Row], header: GgufHeader | None) -> tuple[Turns, str]:
-    """Return the texts for a TEMPLATE of Ollama, and a sentence that says on how many conversations they were compared.
+    """Return the texts for a TEMPLATE of Ollama, and a sentence about its comparison with the chat template.
 
     Raises NotExpressible if the chat template cannot be written as a TEMPLATE of Ollama.
     """

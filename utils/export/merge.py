@@ -83,7 +83,7 @@ def user_rows(run_dir: Path) -> list[Row]:
 
 
 def _cutting(encoder: Encoder) -> Encoder:
-    """Return a copy of the encoder that cuts rows longer than --max_length. The comparison does not need whole rows."""
+    """Return a copy of the encoder that cuts rows longer than --max_length. Logits can be compared on cut rows too."""
     made = copy.copy(encoder)
     made.overlong = 'cut'
     return made
@@ -138,7 +138,7 @@ def merge_checkpoint(
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the model of a merged folder must have, noted before the merged model is freed."""
+    """What the reopened merged model must match: logits, dtype, tied weights, generation settings and tokenizer."""
 
     # The token ids on which logits are compared (None is the fixed text), and the logits of base + adapter and of the
     # base alone.
@@ -156,7 +156,7 @@ class Expected:
 def expect(
     model: Any, tokenizer: Any, texts: Sequence[list[int] | None], settings: GenerationConfig, images: Images | None
 ) -> Expected:
-    """Return what the model in the merged folder must have, computed with the PeftModel `model`.
+    """Compute with the PeftModel `model` what the reopened merged model must match, and return it.
 
     `texts` are the token ids on which logits are compared; None is the fixed text of `probe_logits`. `settings` are the
     generation settings of the model.
@@ -241,11 +241,11 @@ def merge_and_save(
 def verify_merged(
     folder: Path, expected: Expected, written: Written, base: Base | None = None
 ) -> tuple[float, float, str | None]:
-    """Open a merged folder as `base` was opened, and compare the model with what is expected.
+    """Open a merged folder as `base` was opened, and compare the model with `expected`.
 
-    Without `base`, the folder is opened as a model without a registry entry. Returns three values: the largest absolute
-    difference between a logit and that of base + adapter, the smallest share of the adapter's effect that the merged
-    model keeps (see `_share_of_adapter`), and a description of the first problem, or None if there is no problem.
+    Without `base`, the folder is opened with default settings. Returns three values: the largest absolute difference
+    between a logit and that of base + adapter, the smallest share of the adapter's effect that the merged model keeps
+    (see `_share_of_adapter`), and a description of the first problem, or None if there is no problem.
     """
     if base is not None:
         reopened, found_tokenizer = base.reopen(folder)
@@ -273,9 +273,9 @@ def verify_merged(
 def _logits_fault(
     found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], allowed: float, what: str
 ) -> str | None:
-    """Return what is wrong if logits differ by more than the fraction `allowed` of the largest logit, else None.
+    """Return a message if logits differ by more than the fraction `allowed` of the largest logit, else None.
 
-    `what` says in this text where the logits `wanted` come from, for example 'base + adapter'.
+    `what` names the source of `wanted` in the message, for example 'base + adapter'.
     """
     for one, other in zip(found, wanted, strict=True):
         bound = allowed * float(other.abs().max())
@@ -288,7 +288,7 @@ def _logits_fault(
 
 
 def _settings_fault(reopened: Any, tokenizer: Any, expected: Expected, written: Written) -> str | None:
-    """Return what is wrong if anything but the logits differs from what is expected, else None."""
+    """Return a message if tokenizer, generation settings or tied weights differ from those expected, else None."""
     if tokenizer.get_vocab() != expected.tokenizer.get_vocab():
         return 'the merged folder has another vocabulary than the model was trained with.'
     if (tokenizer.chat_template or None) != (expected.tokenizer.chat_template or None):

@@ -29,11 +29,11 @@ class NotExpressible(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """The texts that a chat template prints around the texts of a conversation.
+    """The fixed texts that a chat template prints around the messages of a conversation.
 
-    A prompt is `opening` (or, with a system text, `before_system`, the system text and `after_system`), the first
-    question, then for each earlier reply `before_reply`, the reply, `after_reply` and the next question, and at the end
-    `before_answer`. `before_system` is None if the template has no place for a system text.
+    A prompt begins with `opening`. With a system message, it begins with `before_system`, the message and
+    `after_system` instead. Each earlier reply is between `before_reply` and `after_reply`. The prompt ends with
+    `before_answer`. `before_system` is None if the template has no place for a system message.
     """
 
     opening: str
@@ -135,10 +135,11 @@ def _between(render: Render, chat: Sequence[Mapping[str, str]]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """How many conversations a template of Ollama was compared on.
+    """On how many conversations a template of Ollama was compared with the chat template.
 
-    equal: the same text as from the chat template. stripped: the chat template removes blanks at the ends of a text.
-    unlike: conversations with tools, reasoning or other turns, which the template of Ollama does not have.
+    equal: both give the same text. stripped: the same, except that the chat template removes blanks at the ends of
+    messages. unlike: not compared, because of tools, reasoning or other turns, which the template of Ollama does not
+    have.
     """
 
     equal: int
@@ -168,7 +169,10 @@ def compare_turns(turns: Turns, render: Render, rows: Sequence[Row]) -> Compared
 
 
 def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the name of the count of Compared to which a row belongs."""
+    """Return the field of `Compared` that counts this row.
+
+    Raises NotExpressible if a plain conversation gives another text.
+    """
     if not _is_plain(row, has_system=turns.before_system is not None):
         return 'unlike'
     try:

@@ -59,7 +59,7 @@ class _Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Whole:
-    """A tensor that was trained whole."""
+    """A tensor that was trained itself, without LoRA."""
 
     trained: torch.Tensor
 
@@ -81,20 +81,20 @@ class Patch:
     changes: Mapping[str, _Layer | _Whole]
 
     def dtypes(self) -> set[str]:
-        """Return the names in torch of the dtypes of the changed tensors."""
+        """Return the torch names of the dtypes of the changed tensors."""
         return {_DTYPES[self.ranges[name].dtype] for name in self.changes}
 
 
 class _NotPossible(Exception):
-    """The merged model must be written whole. The text is the reason."""
+    """The adapter cannot be merged into copies of the base's files. The message says why."""
 
 
 def plan_patch(model: Any, base: Path, checkpoint: Path, *, family: str | None, dtype: str | None) -> Patch | str:
     """Return the Patch that merges an adapter into its base. Returns the reason as text if this is not possible.
 
     `model` is the PeftModel with the adapter of `checkpoint`, and `base` the folder from which its base was opened.
-    `family` is the family of the base if its files have the layout of 2023, else None. `dtype` is the dtype that the
-    user asks for, by its name in torch, or None.
+    `family` is the name of a Family (utils/loading/legacy) if the base has an original layout of 2023, else None.
+    `dtype` is the torch name of the dtype that the user asks for, or None.
     """
     try:
         _check_base(base, family)

@@ -179,7 +179,7 @@ def push_again(run_dir: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Push again what a run pushes (argv: RUN_DIR), or push one staged checkpoint (argv: RUN_DIR CHECKPOINT).
+    """Repeat the pushes of a run (argv: RUN_DIR), or push one staged checkpoint (argv: RUN_DIR CHECKPOINT).
 
     Returns the exit code: 0, or 2 for a problem.
     """

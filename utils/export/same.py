@@ -76,7 +76,7 @@ def file_changes(merged: Path, base: Path) -> dict[str, str | None]:
 def compare(merged: Path, base: Path) -> Comparison:
     """Compare all tensors and all carried files of two folders, and return the Comparison.
 
-    Changes that merge.json of the merged folder lists with their sha256 are no differences. Raises ConfigError if a
+    A change that merge.json of the merged folder lists, with its sha256, is not a difference. Raises ConfigError if a
     folder cannot be read.
     """
     stated: Mapping[str, Any] = {'tensors': {}, 'files': {}}

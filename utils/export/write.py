@@ -1,4 +1,7 @@
-"""Writes the folder of a merged model: as copies of the base's files where possible, else through its class."""
+"""Writes the folder of a merged model.
+
+If possible, the files of the base are copied and the changed tensors are replaced. Otherwise the whole model is saved.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ _TORCH_NAMES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The base of a merge."""
+    """The base model into which an adapter is merged."""
 
     # The folder from which the base was opened, and its family if it has a layout of 2023.
     folder: Path
@@ -50,7 +53,7 @@ class Base:
 
 
 def find_base(done: Ready[InferArguments], trained: Trained, weights: Weights) -> Base:
-    """Return the base of a merge, for the command line `done`. It is opened again as llm_infer.py opened it."""
+    """Return the base of a merge. Its `reopen` opens a folder with the flags of the command line `done`."""
 
     def reopen(folder: Path) -> tuple[Any, Any]:
         model, tokenizer, _ = open_model(

@@ -44,10 +44,9 @@ _PREFIX = 'rows_over_'
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the inputs besides `ids` (1, T) for a call of the model: an attention mask of ones, or {}.
 
-    The ids are those of concatenated rows. If the model uses the attention of this module, it gets the mask. Without
-    a mask, transformers would look for the rows in position_ids, and the CPU would wait for the result. This attention
-    does not need that: the context `concatenated_rows` tells it the rows. The package flash-attn finds the rows from
-    position_ids, so it gets no mask.
+    The ids are those of concatenated rows. The attention of this module knows the rows from the context
+    `concatenated_rows`. It gets the mask only because transformers would otherwise look for rows in position_ids, which
+    makes the CPU wait for the device. The package flash-attn needs this search, so it gets no mask.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
@@ -56,8 +55,8 @@ def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def attend_by_rows(model: Any) -> None:
     """Switch a model to this module's attention, which is used only inside the context `concatenated_rows`.
 
-    Layers with a recurrent state then keep rows apart too. Outside of the context, for example for padded batches, the
-    model uses its own attention.
+    Inside the context, recurrent layers keep rows apart too. Outside of it, for example for padded batches, the model
+    uses its own attention.
     """
     before = model.config._attn_implementation
     flash_package = before.startswith('flash_attention')
@@ -290,8 +289,7 @@ def _hiding_bias(
 ) -> torch.Tensor:
     """Return a tensor (1, repeats * queries, keys) to add to scores: -inf hides a key from a query, 0 does not.
 
-    The values are -inf on and above a diagonal, and 0 below the diagonal. With `low` they are -inf on and below the
-    diagonal, and 0 above the diagonal. Key k of query q is on the diagonal if k - q is `diagonal`. The (queries, keys)
+    Key k is hidden from query q if k - q >= `diagonal`, or with `low` if k - q <= `diagonal`. The (queries, keys)
     values are repeated for `repeats` query heads.
     """
     # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.
@@ -301,12 +299,12 @@ def _hiding_bias(
 
 
 class RowAttention(torch.autograd.Function):
-    """Causal attention by matrix products, one block of queries at a time. On a CPU it is faster than torch's own.
+    """Causal attention by matrix products, one block of queries at a time. On a CPU it is faster than that of torch.
 
-    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None. Returns the output (T, H, E).
-    Attention weights are saved for the backward pass only if their block has few keys. All other weights are computed
-    again, so that memory does not grow with the square of the row length. Scores and weights are stored in the dtype of
-    the query. The softmax and the sums over blocks are computed in fp32.
+    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None. Returns the output (T, H, E). Attention
+    weights are saved for the backward pass only if their block has few keys. All other weights are computed again, so
+    that memory does not grow with the square of the row length. Scores and weights are stored in the dtype of the
+    query. The softmax and the sums over blocks are computed in fp32.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Chooses the attention kernels that can serve concatenated rows. The choice needs no GPU, so that it can be tested."""
+"""Chooses the attention kernels that can serve concatenated rows. The choice can be tested without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Computes logits and loss only at trained positions and in chunks, so that memory does not grow with the text.
+"""Computes logits and loss in chunks and only at trained positions. The logits of all tokens are never held together.
 
 Shapes in names: P trained positions, N positions of one chunk, V vocabulary, C hidden width, T tokens.
 """
@@ -26,8 +26,9 @@ _FP16_SCALE = 256.0
 class Head:
     """An output head: logits = scale * (W h + b). If `cap` is set, the logits become cap * tanh(logits / cap).
 
-    `linear` is a linear layer, or PEFT's wrapper around it (--lora_modules_to_save, --new_tokens). Weights that are
-    held in fp32 are computed in `dtype`, the dtype of the model. If `dtype` is None, it is the dtype of the weights.
+    `linear` is a linear layer, or PEFT's wrapper around it (--lora_modules_to_save, --new_tokens). PEFT may hold the
+    trained weights in fp32. They are then converted to `dtype`, the dtype of the model. Without a wrapper, `dtype` is
+    None.
     """
 
     linear: nn.Module
@@ -67,14 +68,14 @@ class Head:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """Return the bias (V), or None. A head of which only some rows are trained has none (--new_tokens)."""
+        """Return the bias (V) or None. PEFT uses no bias if the head has rows of new tokens (--new_tokens)."""
         if isinstance(self.linear, TrainableTokensWrapper):
             return None
         bias: torch.Tensor | None = self.linear.bias  # type: ignore[assignment]
         return bias
 
     def fixed(self) -> Head:
-        """Return a head that always uses the present weight and bias, also if the model switches its adapter later."""
+        """Return a head that always uses the present weight and bias, even if the adapter is switched later."""
         weight_VC, bias_V = self.weight.detach(), self.bias
         linear = nn.Linear(1, 1, bias=bias_V is not None, device='meta')
         linear.weight = nn.Parameter(weight_VC, requires_grad=False)
@@ -257,7 +258,7 @@ def _logits(
 
 
 def _product_in_fp32(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the matrix product: on CUDA in fp32, without rounding, and elsewhere in the dtype of the factors.
+    """Return the matrix product. On CUDA it is in fp32; elsewhere it is rounded to the dtype of the factors.
 
     ROCm counts as elsewhere: some of its versions have no product of 16-bit factors with an fp32 result.
     """

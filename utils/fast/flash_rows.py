@@ -49,9 +49,9 @@ def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
 class _FlashRows(torch.autograd.Function):
     """Causal attention of rows by torch's flash kernels, with a window and with sinks.
 
-    A sink takes a part of the softmax and adds nothing to the output. The kernels know no sinks. So the forward output
-    is multiplied by the share that the keys have in the sum with the sink. The backward kernel is given this output and
-    the sum with the sink: from them it computes the weights with the sink, and so the right gradients.
+    A sink is one more score in the softmax of a head, without a value. The kernels do not support sinks. So the forward
+    pass multiplies the output of the kernel by the share of the softmax that the sink leaves to the keys. The backward
+    kernel gets this output and the logsumexp of the scores with the sink. From these it computes the right gradients.
     """
 
     @staticmethod

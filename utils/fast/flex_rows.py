@@ -29,7 +29,7 @@ def flex_rows_attention(
 ) -> torch.Tensor:
     """Return the attention output (T, H, E). Scores become softcap * tanh(scores / softcap).
 
-    On a GPU, flex_attention is compiled, otherwise it would keep all scores.
+    On a GPU, flex_attention is compiled. Without compilation it would keep all scores in memory.
     """
     attend: Any = _compiled() if query_HTD.is_cuda else flex_attention
     out_1HTE = attend(

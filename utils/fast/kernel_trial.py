@@ -1,4 +1,4 @@
-"""Decides whether a Triton kernel is used: it must compute like the step that it replaces, on the device that computes.
+"""Decides whether a Triton kernel is used. On this device, it must give the results of the code that it replaces.
 
 Without a GPU, no kernel is tried and triton is not imported.
 """
@@ -29,7 +29,10 @@ _BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def norm_kernel(
     kind: str, dtype: torch.dtype, weight_dtype: torch.dtype, width: int, device: torch.device, plain: Step
 ) -> Step | None:
-    """Return the kernel for RMSNorm, called like `plain`, or None if it cannot be used for these inputs."""
+    """Return the Triton kernel for RMSNorm, or None if it cannot be used for these inputs.
+
+    The kernel takes the same arguments as `plain`, the step that it replaces.
+    """
     if device.type != 'cuda' or not {dtype, weight_dtype} <= set(_DTYPES):
         return None
 
@@ -73,7 +76,7 @@ def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[torch.Tensor]) -> bool:
-    """Return whether a kernel computes output and gradients like `plain`, and log it."""
+    """Return whether a kernel gives the output and gradients of `plain`, up to rounding. The result is logged."""
     try:
         failure = _difference(load(), plain, inputs)
     except Exception as raised:  # a kernel that cannot be built or started may raise any exception

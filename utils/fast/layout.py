@@ -93,10 +93,10 @@ def _some_ids(model: Any, count: int, first: int = 0) -> torch.Tensor:
 def _difference(model: Any) -> str | None:
     """Switch the attention to concatenated rows, and check that the rows beside a row do not change its logits.
 
-    The same row is computed beside two sets of rows of the same lengths. Both times every kernel gets the same shapes,
-    so the logits must be bitwise equal, however many layers round them. They must also be near those of the row alone.
-    Returns None if this is so. Otherwise, or if the model refuses concatenated rows, the attention is switched back and
-    the reason is returned.
+    A row is computed twice, each time beside other rows of the same lengths. Its logits must be bitwise equal, or equal
+    up to rounding if `_groups_tokens` is True. They must also be near the logits of the row alone. Returns None if the
+    check passes. Otherwise, or if the model raises ValueError, the attention is switched back and the reason is
+    returned.
     """
     before = model.config._attn_implementation
     training = model.training
@@ -130,8 +130,8 @@ def _difference(model: Any) -> str | None:
 def _groups_tokens(model: Any) -> bool:
     """Return whether the rounding of a token depends on the other tokens of its batch.
 
-    Experts compute the tokens that are routed to them in one product. Layers in 8 bits of bitsandbytes choose the
-    columns that they compute in 16 bits for all tokens together.
+    An expert computes all tokens that are routed to it in one matrix product. An 8-bit layer of bitsandbytes computes
+    some columns in 16 bits, and chooses these columns from all tokens of the batch.
     """
     settings = model.config.to_dict()
     text = model.config.get_text_config().to_dict()

@@ -101,7 +101,7 @@ def _gradients(
     low_b_OR: torch.Tensor,
     weight_of: Callable[[], torch.Tensor],
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Return the gradients of x, A and B for the gradient `grad` of the output. That of x is None if nothing needs it.
+    """Return the gradients of x, A and B for the gradient `grad` of the output. That of x is None if it is not needed.
 
     `ctx` holds the scale, and the dtypes of A and B. `weight_of` returns the weight (O, I) of the base layer. It is
     called only for the gradient of x.
@@ -120,8 +120,8 @@ def _gradients(
 def _adapter_in_use(layer: Any, kwargs: dict[str, Any]) -> str | None:
     """Return the name of the adapter if a LoRA layer can be computed in one step now, otherwise None.
 
-    It cannot if there is not exactly one active adapter, if the adapter is merged or disabled, if dropout is active, if
-    the base layer is trained, or if there are keyword arguments.
+    One step is possible with exactly one active adapter that is not merged or disabled. It is not possible with active
+    dropout, a trained base layer or keyword arguments.
     """
     active = layer.active_adapters
     if len(active) != 1 or layer.disable_adapters or layer.merged or kwargs or layer.base_layer.weight.requires_grad:
@@ -132,7 +132,7 @@ def _adapter_in_use(layer: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return A and B of an adapter, and then both in the dtype of the computation."""
+    """Return four tensors of an adapter: A and B, then A and B in `dtype`."""
     weights = layer.lora_A[name].weight, layer.lora_B[name].weight
     return *weights, *(layer.low_copies.of(weight, dtype) for weight in weights)
 

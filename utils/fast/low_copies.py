@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class _Steps:
     """Counts the steps of all optimizers.
 
-    torch counts changes of a weight, but not those by the kernels of bitsandbytes. So copies are also renewed after
-    each step of an optimizer.
+    A copy is renewed if torch's version counter of its weight has changed. The kernels of bitsandbytes change weights
+    without this counter, so copies are also renewed after each step of an optimizer.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class LowCopies:
 
     @torch.no_grad()
     def _renew(self, device: torch.device) -> None:
-        """Renew all copies on a device whose weight may have changed."""
+        """Renew the copies on this device whose weights may have changed."""
         steps = _steps().number
         stale = [c for c in self._copies.values() if c.weight.device == device == c.low.device]
         stale = [c for c in stale if c.state != (c.weight._version, steps)]

@@ -1,7 +1,7 @@
 """Keeps concatenated rows apart in layers with a recurrent state: gated delta nets and short convolutions.
 
-Such a layer carries a state from token to token. So it is called for groups of rows, each row alone in a line of the
-batch and padded at its end. The padding changes no row, because no state goes back to earlier tokens.
+Such a layer carries a state from token to token. So it gets padded batches instead, in which each row is separate. The
+padding is at the end of a row and changes no result, because no state goes back to earlier tokens.
 
 Shapes in names: T tokens of all rows, B rows of a group, L length of its longest row, C hidden width.
 """
@@ -44,9 +44,9 @@ class _RowsApart(nn.Module):
 def keep_rows_apart(model: Any, *, flash_package: bool) -> int:
     """Make the recurrent layers of a model keep concatenated rows apart. Returns the number of such layers.
 
-    Inside the context `concatenated_rows`, the decoder then gets a RowMask for each type of layer. It is passed on as
-    an argument, so that gradient checkpointing finds it again. With `flash_package`, attention layers get no mask,
-    because the package flash-attn finds the rows from position_ids.
+    Inside the context `concatenated_rows`, the decoder then passes a RowMask to its layers in place of the mask tensor.
+    The RowMask is an argument, so that gradient checkpointing passes it again. With `flash_package`, attention layers
+    get no mask, because the package flash-attn finds the rows from position_ids.
     """
     layers = [m for m in model.modules() if type(m).__name__.endswith(_NAMES)]
     changed = [layer for layer in layers if not isinstance(layer, _RowsApart)]

@@ -33,7 +33,7 @@ class DeviceTensors:
     """Tensors that are made from the row lengths of a batch. Each is made once per device, and used by all layers."""
 
     def __init__(self, cu_seqlens: torch.Tensor | None = None) -> None:
-        """Set up a store. If `cu_seqlens` is given, it is stored, and RowMask.cu_seqlens returns it on its device."""
+        """Set up the store. RowMask.cu_seqlens returns `cu_seqlens` on its device, if it is given."""
         self._made: dict[tuple[str, torch.device], Any] = {}
         if cu_seqlens is not None:
             self._made['cu_seqlens', cu_seqlens.device] = cu_seqlens
@@ -75,11 +75,11 @@ class RowMask:
         return self.tensors.get(name, device, lambda: row_block_mask(self.lengths, self.window, device))
 
     def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return the indices that make padded groups from the batch, and the index that makes the batch from them.
+        """Return the indices that turn the batch into padded groups of rows, and the index that reverses this.
 
-        The first value has a tensor (B, L) for each group: the positions in the batch of the tokens of its rows. In
-        place of padding it has the position of the first token of the row. The second value is a tensor (T). It has
-        the position of each token of the batch in the list of all padded groups, which are flattened and joined.
+        The first value has a tensor (B, L) for each group: the position in the batch of each token of its rows. Padding
+        has the position of the first token of its row. The second value (T) has the position of each token of the batch
+        in the flattened and joined groups.
         """
 
         def make() -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -138,8 +138,7 @@ _ROWS: ContextVar[RowMask | None] = ContextVar('rows', default=None)
 def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = None) -> Iterator[None]:
     """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths.
 
-    `cu_seqlens` are the positions of the rows as RowMask.cu_seqlens returns them. If they are given on the device that
-    computes, they are not copied to it.
+    `cu_seqlens` is the tensor that RowMask.cu_seqlens would make. If it is given, it is not made again on its device.
     """
     token = _ROWS.set(RowMask(tuple(lengths), None, DeviceTensors(cu_seqlens)))
     try:

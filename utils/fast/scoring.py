@@ -67,7 +67,7 @@ class Scorer:
     def by_row(self, model: Any, batch: Batch) -> torch.Tensor:
         """Return a tensor (B, 3): the summed loss, the hits and the trained tokens of each row.
 
-        It is in float64, on MPS in float32, and on the device of the output head.
+        The tensor is on the device of the output head. Its dtype is float64, or float32 on MPS.
         """
         found, targets_P, owners_P = self._predictors(model, batch)
         if self.head is None:
@@ -141,8 +141,8 @@ class Scorer:
     def _forward(self, model: Any, batch: Batch, use: Use) -> torch.Tensor:
         """Run the model on the batch, and return what `use` computes from the predictors of its trained tokens.
 
-        With a head, `use` is called inside the forward pass of the model, and the pass returns its result. This is
-        needed for DDP: from the returned tensor, DDP finds the parameters that the forward pass used.
+        Predictors are hidden states if there is a head, else logits. With a head, `use` is called inside the forward
+        pass, and the pass returns its result. DDP needs this: it finds the used parameters from the returned tensor.
         """
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
         layout: AbstractContextManager[None] = nullcontext()
@@ -183,7 +183,7 @@ class Scorer:
 
 @contextmanager
 def _returning(module: torch.nn.Module, result: Callable[[], torch.Tensor]) -> Iterator[None]:
-    """A context in which the forward pass of `module` returns what `result` returns when the pass is complete."""
+    """A context in which the forward pass of `module` ends by calling `result`, and returns what `result` returned."""
     handle = module.register_forward_hook(lambda *_: result())
     try:
         yield
@@ -192,6 +192,6 @@ def _returning(module: torch.nn.Module, result: Callable[[], torch.Tensor]) -> I
 
 
 def _log_probabilities(found: torch.Tensor, head: Head | None) -> torch.Tensor:
-    """Return the log-probabilities (N, V) in float64, from what `_predictors` returned for N tokens."""
+    """Return log-probabilities (N, V) in float64. `found` are hidden states if there is a head, else logits."""
     logits_NV = found if head is None else head_logits(found, head)
     return logits_NV.double().log_softmax(dim=-1)

@@ -44,10 +44,9 @@ _READ_KEYS = {'role', 'from', 'content', 'value', 'weight', 'loss', 'train', 'to
 
 
 def messages_as_written(row: Row) -> list[dict[str, Any]]:
-    """Return the turns of a row as they are in the source data, with keys that the conversion may have lost.
+    """Return the turns of a row from the source data, with all keys except those that the conversion reports as unused.
 
-    Keys that the conversion reports as unused are skipped, because they are counted already. If the source row has no
-    list of turns but separate texts (e.g. query and response), the converted turns are returned.
+    If the source row has separate texts (e.g. query and response) instead of turns, the converted turns are returned.
     """
     turns = _turns_as_written(row.written)
     if turns is None:
@@ -77,7 +76,7 @@ def _turns_as_written(written: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _side(value: Any, role: str) -> list[Any]:
-    """Return the turns of a prompt or of a completion. A text is one turn with this role."""
+    """Return a prompt or a completion as a list of turns. A text becomes one turn with this role."""
     if isinstance(value, list):
         return value
     return [value] if isinstance(value, dict) else [{'role': role, 'content': value}]

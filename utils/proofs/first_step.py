@@ -141,10 +141,10 @@ class FirstStepGate(TrainerCallback):
     def _steps(self, heaviest: list[Rows]) -> str | None:
         """Try the batches `heaviest`. Returns the first memory error, or None if the memory is sufficient.
 
-        First one whole step is done, which brings the state of the optimizer into memory. Then a forward and a backward
-        pass is done for each batch. These passes run without collective operations, so that no process waits for a
-        process that runs out of memory. Only the last pass, over one row, averages the gradients over the processes. A
-        sharded model needs collective operations in every pass.
+        One whole step comes first, because it allocates the state of the optimizer. Then each batch gets a forward and
+        a backward pass without collective operations, so that no process waits for a process that runs out of memory. A
+        last pass, over one row, averages the gradients over the processes. A sharded model needs collective operations
+        in every pass.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
@@ -161,11 +161,11 @@ class FirstStepGate(TrainerCallback):
         return None
 
     def _join_more(self) -> None:
-        """On CUDA, let the micro-batches of a step be joined up to more tokens, if so many fit into memory.
+        """On CUDA, raise the number of tokens up to which micro-batches of a step are joined, if the memory suffices.
 
-        A GPU computes few tokens in the time that it takes to start the work. Each number of tokens is tried with the
-        longest rows, and with loss on every token, so that no joined batch needs more memory. A resumed run joins as
-        many tokens as its checkpoint says.
+        A GPU computes a few tokens faster than the CPU starts its kernels, so small micro-batches waste time. Each
+        number of tokens is tried with the longest rows and with loss on every token: no joined batch can need more
+        memory. A resumed run keeps the number of its checkpoint.
         """
         trainer = self.trainer
         order = trainer.order
@@ -252,8 +252,8 @@ class FirstStepGate(TrainerCallback):
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
         """Return a list of (flag that saves memory, the heaviest batch under this flag).
 
-        `tokens` is the number of tokens in the longest row. For --gradient_checkpointing true the batch is the object
-        `rows` itself.
+        `rows` is the heaviest batch now, and `tokens` the length of its longest row. Gradient checkpointing does not
+        change the batch: its entry has the object `rows` itself.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:
@@ -324,7 +324,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def joins_more() -> bool:
-    """Return whether joined micro-batches may have more tokens than the heaviest one. This is so on CUDA."""
+    """Return whether joined micro-batches may have more tokens than the heaviest batch. They may on CUDA."""
     return device.kind() == 'cuda'
 
 
@@ -351,7 +351,7 @@ def _forget(optimizer: Any) -> None:
     """Bring the state of an optimizer back to what it was before the first step.
 
     bitsandbytes never releases the memory of a paged optimizer, and a new state would take the same amount again. So
-    the state of a paged optimizer is kept, and gets its first values: all but the tables `qmap` are zero.
+    the state of a paged optimizer is kept and set to zero, except the tables `qmap`, which stay as they are.
     """
     inner = optimizer.optimizer  # inside the wrapper of accelerate
     if not (type(inner).__module__.startswith('bitsandbytes.') and inner.is_paged):

@@ -162,7 +162,10 @@ class Repetition(TrainerCallback):
         return self.difference
 
     def told_equal(self, causes: Sequence[str]) -> list[str]:
-        """Return the lines to print if all is equal."""
+        """Return the lines to print if all is equal.
+
+        `causes` are the flags, versions and machine properties that differ between the two runs.
+        """
         evaluations = sum(is_evaluation for _, is_evaluation in self.lines)
         found = [
             f'log lines (loss, gradient norm, learning rate): {len(self.lines) - evaluations}',
@@ -173,7 +176,10 @@ class Repetition(TrainerCallback):
         return lines + [f'this differs and has no effect: {cause}' for cause in causes]
 
     def told(self, difference: Difference, causes: Sequence[str]) -> list[str]:
-        """Return the lines to print if a value differs."""
+        """Return the lines to print if a value differs.
+
+        `causes` are the flags, versions and machine properties that differ between the two runs.
+        """
         equal = max((step for step, _ in self.seen if step < difference.step), default=None)
         before = 'it is the first log line' if equal is None else f'all is equal up to step {equal}'
         lines = [

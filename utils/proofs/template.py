@@ -137,7 +137,7 @@ def _rendering(
     With --template_type auto, a row without images is taken from its source data, not from the conversion.
 
     With `inert`, control tokens that occur in the texts of the row are replaced by placeholders while the template is
-    rendered, so that the template treats them as plain text. With `reply`, the last message has this text instead.
+    rendered, so that the template treats them as plain text. With `reply`, this text replaces the last message.
     """
     messages: list[Any] = list(encoder.open_images(row)[0].messages)
     settings: Mapping[str, Any] = {}
@@ -182,7 +182,7 @@ def _template_ids(encoder: Encoder, row: Row, *, prompt: bool = False) -> list[i
     return ids
 
 
-def _one_slot(ids: list[int], images: Images | None) -> list[int]:
+def _one_token_per_image(ids: list[int], images: Images | None) -> list[int]:
     """Return the ids with one image token for each image, as in a chat template. Encoded ids have several per image."""
     if images is None:
         return ids
@@ -213,7 +213,7 @@ class _Check:
         self.row = row
         self.encoded: Encoded = unlimited.encode([row])[0]
         self.prompt = unlimited.encode_prompts([row])[0]
-        self.ours = _one_slot(self.encoded.input_ids, encoder.images)
+        self.ours = _one_token_per_image(self.encoded.input_ids, encoder.images)
         self.theirs: list[int] = []
 
     def faults(self) -> list[str]:
@@ -227,7 +227,7 @@ class _Check:
         control = {*self.encoder.text.control_ids.values(), self.encoder.tokenizer.eos_token_id}
         faults = []
         if ids[: len(self.prompt)] != self.prompt:
-            where = self.context(_one_slot(self.prompt, self.encoder.images), 'the prompt')
+            where = self.context(_one_token_per_image(self.prompt, self.encoder.images), 'the prompt')
             faults.append(f'the prompt of inference is not the beginning of the trained row: {where}')
         if ids[end - 1] not in control and control & set(ids[end:]):
             dropped = next(token for token in ids[end:] if token in control)
@@ -277,10 +277,10 @@ class _Check:
         return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
 
     def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
-        """Return whether `full`, the text of the chat template, ends with `follows`, our text after the prompt.
+        """Return whether the chat template's text `full` ends with `follows`, the encoder's text after the prompt.
 
-        Think blocks and whitespace are ignored. If an end of turn was added, a text after `follows` is allowed if the
-        template prints this text after every chat.
+        Think blocks and whitespace are ignored. If the encoder added an end of turn, `full` may also have the text that
+        the template prints after every reply.
         """
         # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.
         plain = _without_blocks if _without_blocks(follows) else _bare
@@ -289,15 +289,15 @@ class _Check:
         return bool(before or reply) and is_last
 
     def _printed_after_reply(self, notes: set[str]) -> str:
-        """Return the text that the template prints after the last turn, independent of the text of this turn."""
+        """Return the text that the template prints after the last message, whatever the text of this message is."""
         marker = secrets.token_hex(8)
         text = _rendering(self.encoder, self.row, inert=CONTROL_TOKENS in notes, reply=marker)
         return text.rpartition(marker)[2]
 
     def _has_whole_reply(self, ours: str, full: str) -> bool:
-        """Return whether our text `ours` contains the whole last message of the row, as it is in the source data.
+        """Return whether the encoder's text `ours` contains the whole last message of the source data.
 
-        If the template's text `full` contains the reasoning of the message, our text must contain the reasoning too.
+        It must contain the reasoning of the message only if the chat template's text `full` contains the reasoning.
         """
         if _has_images(self.row):
             message: Mapping[str, Any] = {'content': self.row.messages[-1]['content']}
@@ -345,8 +345,8 @@ class _Check:
 def _check_text(encoder: Encoder, row: Row) -> None:
     """Raise ConfigError if the ids of plain text differ from those of the tokenizer, or if a token carries no loss.
 
-    A control token that occurs in the text is encoded as plain text. For a text with control tokens, it is only checked
-    that its ids decode to the text.
+    The encoder encodes control tokens in the text as plain text, which the tokenizer does not. If the text has control
+    tokens, the ids are decoded instead, and must give the text.
     """
     unlimited = copy.copy(encoder)
     unlimited.max_length = -1

@@ -31,10 +31,9 @@ _EVAL_BATCHES = 3
 def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[str], *, started: float) -> None:
     """With --max_minutes, make the trainer end the run within this time.
 
-    `started` is the time when the program started, as time.time returns it.
-
-    With --from_run, the run gets the timetable of the run that it repeats, unless a flag that decides the number of
-    steps is typed now.
+    `started` is the time when the program started, as time.time returns it. With --from_run, the run takes as many
+    steps as the run that it repeats. A flag in `typed_now` that decides the number of steps prevents this, except with
+    --verify.
     """
     if args.max_minutes is None:
         return
@@ -52,7 +51,7 @@ class TimeTrial(FirstStepGate):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the times and choose the number of steps. Does nothing if the run already has a timetable.
+        """Measure the times and choose the number of steps. Does nothing if a resumed or repeated run has chosen it.
 
         Raises ConfigError if there is not enough time for one step.
         """

@@ -36,8 +36,8 @@ def round_randomly(exact: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 class BF16AdamW(torch.optim.Optimizer):
     """AdamW whose weights and first moments are in bf16 and rounded stochastically. The second moments are in fp32.
 
-    Everything is computed in fp32, in chunks. With the gradient in bf16, a parameter takes 10 bytes. A parameter in
-    fp32 keeps its dtype and is not rounded.
+    Everything is computed in fp32, in chunks. A bf16 parameter takes 10 bytes, including its moments and a bf16
+    gradient. A parameter in fp32 keeps its dtype and is not rounded.
     """
 
     def __init__(

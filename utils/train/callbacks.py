@@ -89,8 +89,7 @@ class StepIntervals(TrainerCallback):
 class EpochOrder(TrainerCallback):
     """Passes the number of each epoch to the sampler of --group_by_length, which shuffles each epoch differently.
 
-    This is needed if an epoch is resumed: then the sampler is wrapped in samplers that skip and distribute batches, and
-    these wrappers do not pass the number on.
+    In a resumed epoch, the sampler is inside samplers that skip and distribute batches. They do not pass the number on.
     """
 
     def __init__(self, trainer: SftTrainer) -> None:
@@ -118,9 +117,9 @@ class Speedometer(TrainerCallback):
         self._pending += int(inputs['row_lengths'].sum())
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start anew. The first step is not counted, because it is slower than the later steps.
+        """Start the measurement. The first step is not counted, because it is slower than the later steps.
 
-        The peak memory is counted from here too, so it does not include what was needed to load the model.
+        The peak memory is reset, so that it does not include what was needed to load the model.
         """
         self._since = None
         device.reset_peak()
@@ -135,7 +134,7 @@ class Speedometer(TrainerCallback):
         self._since = now
 
     def add_wait(self) -> None:
-        """Add the time since the end of the step to the step. The CPU waited for the device in this time."""
+        """Add the time since the last step to the seconds of training. The CPU waited for the device in this time."""
         now = time.perf_counter()
         if self.tokens and self._since is not None:
             self.seconds += now - self._since

@@ -58,9 +58,10 @@ def first_failure_of(work: Callable[[], object]) -> str | None:
 
 
 def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, Any]]) -> None:
-    """Set the settings of an optimizer and its schedule that come from flags. `settings` has one dict per group.
+    """Set the settings of an optimizer and its schedule that come from flags.
 
-    The learning rate of the next step is computed from these settings.
+    `settings` has one dict for each parameter group. The learning rate of the next step is computed from these
+    settings.
     """
     schedule.base_lrs = [setting['initial_lr'] for setting in settings]
     rates = [

@@ -190,7 +190,7 @@ class Deadline(TrainerCallback):
         return max(costs.fitting(done, state.max_steps, self.left(PLANNED_SHARE) + costs.step), done + 1)
 
     def _costs(self) -> Costs:
-        """Return the latest measured times. A time that was not measured yet comes from the trial, else it is 0."""
+        """Return the latest measured times. Before the first measurement, the trial's time or 0 is used."""
         state = self.trainer.state
         trial = self._trial
         step = trial.step if trial is not None else 0.0

@@ -99,5 +99,5 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
 
 
 def _sample(tokens: list[int]) -> list[int]:
-    """Return every n-th token, so that at least _SAMPLE tokens are left, or all tokens if there are fewer."""
+    """Return evenly spaced tokens: at least _SAMPLE of them, or all tokens if there are fewer."""
     return tokens[:: max(1, len(tokens) // _SAMPLE)]

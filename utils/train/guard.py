@@ -46,7 +46,7 @@ _POSITIONS = re.compile(r'(?:^|[._])(?:wpe|positions?)(?:$|[._])')
 
 @dataclass(frozen=True, kw_only=True)
 class _Taken:
-    """A step that is not judged yet. `read` returns the losses of its micro-batches, and then the norm."""
+    """A step that is not judged yet. `read` returns the losses of its micro-batches and, as the last item, the norm."""
 
     step: int
     batches: Sequence[dict[str, Any]]
@@ -56,10 +56,9 @@ class _Taken:
 class Guard(TrainerCallback):
     """Checks the loss and the gradient norm of each step before they change the weights.
 
-    On a CPU a step is judged before the optimizer runs. On a GPU reading a number means waiting until all work is done,
-    and then the GPU waits for the next work. So the optimizer is told on the GPU to leave the weights as they are if a
-    number is not finite, and the step is judged after the next one was computed, or before anything is logged, saved or
-    evaluated.
+    On a CPU, a step is judged before the optimizer runs. On a GPU, reading loss and norm at this point would leave the
+    GPU without work. So the optimizer itself skips a step whose loss or norm is not finite. The step is judged after
+    the next step was computed, and before anything is logged, saved or evaluated.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -125,8 +124,8 @@ class Guard(TrainerCallback):
     ) -> None:
         """Check the loss and the gradients of the step, and log a warning if the loss is a spike.
 
-        Raises ConfigError if they are not finite, or if every gradient is zero. On a GPU this is done for the step
-        before, and the optimizer gets the order to skip this step if its numbers are not finite.
+        Raises ConfigError if they are not finite, or if every gradient is zero. If `judges_late` is True, the step
+        before is checked instead. The optimizer then skips this step by itself if its numbers are not finite.
         """
         step = state.global_step + 1
         if not judges_late(self.trainer):
@@ -154,7 +153,7 @@ class Guard(TrainerCallback):
         self._conclude(before, losses, norm, dist.sums(_to_sum(losses, norm)))
 
     def _conclude(self, taken: _Taken, losses: list[float], norm: float, sums: Sequence[float]) -> None:
-        """Judge a step from the numbers of this process, and from the sums over all processes."""
+        """Judge a step, and report a loss spike. `losses` and `norm` are of this process, `sums` of all processes."""
         loss = self._verdict(f'step {taken.step}', losses, norm, sums, taken.batches)
         self._judge_spike(taken.step, loss, losses, taken.batches)
 
@@ -175,7 +174,7 @@ class Guard(TrainerCallback):
     def _exchange(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all processes.
 
-        The signals and the deadline are summed too, so that a step needs only one collective operation.
+        The signals to stop and the proposed last step are summed in the same collective operation (see `judge`).
         """
         trainer = self.trainer
         *found, signals, end = dist.sums([*values, trainer.signals.signum, trainer.deadline.proposal()])

@@ -69,7 +69,7 @@ class GenerationMetrics:
 
     The main process computes the scores and sends them to the other processes, because a score function of the user may
     return different numbers in each process. If the main process cannot compute the scores, every process raises the
-    same ConfigError. `held_out` has the validation rows by origin. Only scores that are functions of a file read it.
+    same ConfigError. `held_out` has the validation rows by origin, for score functions of the user.
     """
 
     def __init__(self, tokenizer: Any, scores: Scores, sets: ValidationSets, held_out: Mapping[str, Row]) -> None:

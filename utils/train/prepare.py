@@ -70,7 +70,8 @@ def find_targets(
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
-            f'{several[0]} skips {", ".join(sorted(taken))}: PEFT would add LoRA to the experts, not to linear layers'
+            f'{several[0]} skips {", ".join(sorted(taken))}: PEFT applies these names to the experts, not to linear '
+            'layers'
         )
     return modules, list(parameters)
 
@@ -235,14 +236,13 @@ def _put_adapter(
 def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
     """Log whether vLLM can load an adapter of these expert parameters, or warn that it cannot.
 
-    vLLM needs the adapters of both parameters. It takes the adapter at the path of the experts for down_proj, and the
-    adapter at this path with .base_layer for gate_up_proj. See _stack_moe_lora_weights in
+    vLLM needs the adapters of both gate_up_proj and down_proj. See _stack_moe_lora_weights in
     https://github.com/vllm-project/vllm/blob/main/vllm/lora/model_manager.py
     """
     if {last_name(name) for name in parameters} == _SERVED_EXPERTS:
         logger.info(
-            'the adapter of the experts has the names and shapes that vLLM loads (--enable-lora, and for models whose '
-            'experts vLLM holds one by one --enable-mixed-moe-lora-format): docs/models.md'
+            'the adapter of the experts has the names and shapes that vLLM loads. Serve it with --enable-lora. Some '
+            'models also need --enable-mixed-moe-lora-format: see docs/models.md'
         )
         return
     logger.warning(
@@ -255,8 +255,8 @@ def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
 def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[str], decide: Decide) -> _Places:
     """Return where the adapter goes.
 
-    `decide` is called with the names of the layers if the flags use other words for them, e.g. all-linear.
-    Raises ConfigError if there is no layer for LoRA, or if expert parameters cannot have what the flags ask for.
+    `decide` is called with the names of the layers if the flags use other words for them, e.g. all-linear. Raises
+    ConfigError if there is no layer for LoRA, or if a flag is not possible for expert parameters.
     """
     from utils.train.saved_modules import find_saved, with_tied
 
@@ -281,7 +281,7 @@ def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[st
 
 
 def _check_experts(args: SftArguments, parameter: str) -> None:
-    """Raise ConfigError if the flags ask for what is not possible on expert parameters, such as `parameter`."""
+    """Raise ConfigError if a flag is not possible for expert parameters. `parameter` is the name of one of them."""
     if args.lora_dropout_p:
         raise ConfigError(
             f'--lora_dropout_p {args.lora_dropout_p} is not possible on expert parameters ({parameter}): LoRA '
@@ -381,8 +381,8 @@ def _check_layers(model: Any, args: SftArguments, expected: Sequence[str], param
 def _start_dora(model: Any) -> None:
     """Set the magnitudes of new DoRA layers, so that an untrained adapter changes no output.
 
-    A magnitude is the length of a row of the weight. PEFT rounds it to the dtype of the weight, and then compares it
-    with the length in fp32.
+    DoRA multiplies the output by the magnitude and divides it by the length of the rows of the weight. Both must be
+    equal at first, but PEFT rounds the magnitude to the dtype of the weight and computes the length in fp32.
     """
     import torch
     from peft.tuners.lora import LoraLayer

@@ -78,7 +78,7 @@ def find_saved(
 def _problem(
     word: str, matched: Sequence[str], layers: dict[str, Any], adapted: Collection[str], frozen: Sequence[str]
 ) -> str | None:
-    """Return the end of a message if the layers `matched` of a word cannot be trained whole, else None."""
+    """Return the end of the message that refuses `word`, or None if the layers `matched` can be trained whole."""
     if not matched:
         names = {path.rpartition('.')[2] for path in layers if not path.rpartition('.')[2].isdigit()}
         tower = ' It belongs to the vision tower: add --freeze_vision false.' if named_by([word], layers) else ''

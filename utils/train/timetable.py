@@ -16,9 +16,9 @@ MakeSchedule = Callable[[int], LambdaLR]
 class Segment:
     """A part of a run in which the learning-rate schedule advances at a constant pace.
 
-    The schedule was made for `steps` steps. `first` and `last` are counts: numbers of complete steps. At the count
-    `first` the schedule is at `position`, counted in steps of the schedule. At the count `last` the schedule is at its
-    last step. The run ends after the optimizer step with the number `end`.
+    The schedule was made for `steps` steps. After `first` complete steps of the run, the schedule is at `position`, a
+    step number that may be fractional. After `last` complete steps of the run, the schedule is at its last step. `end`
+    is the number of the last step of the run.
     """
 
     steps: int
@@ -51,7 +51,7 @@ class Timetable:
     def follow(self, schedule: LambdaLR, make: MakeSchedule) -> None:
         """Change `schedule` in place, so that it follows the segments. `make(n)` returns the schedule for n steps.
 
-        The segments may be set before or later.
+        The segments may be set before or after this call.
         """
         self._schedule = schedule
         self._make = make

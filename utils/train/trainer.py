@@ -149,15 +149,15 @@ class SftTrainer(Seq2SeqTrainer):
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """Return the output of the base class.
 
-        `num_train_samples` is the number of rows in the steps that the flags ask for. It is reduced to the steps of the
-        run, which are fewer if --max_minutes ends it earlier.
+        `num_train_samples` is the number of rows in the steps that the flags ask for. It is reduced if --max_minutes
+        ends the run earlier.
         """
         asked = max(self.deadline.asked, 1)
         return super()._finalize_training(trial, num_train_samples * self.state.max_steps / asked, start_time)
 
     @overrides(Seq2SeqTrainer)
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Return the arguments of accelerate. DDP exchanges the gradients themselves, not copies of them."""
+        """Return the arguments of accelerate. They let DDP exchange the gradients without copying them."""
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         for handler in args['kwargs_handlers']:
             handler.gradient_as_bucket_view = True
@@ -177,8 +177,8 @@ class SftTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of training batches.
 
-        A stream already divides its rows between processes. The method of the base class is not called for it, because
-        accelerate would divide the rows a second time.
+        A streamed data set divides its rows between processes itself. The method of the base class is not called for
+        it, because accelerate would divide the rows a second time.
         """
         if isinstance(self.train_dataset, TrainingStream):
             return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
@@ -300,8 +300,8 @@ class SftTrainer(Seq2SeqTrainer):
     ) -> Any:
         """Return the contribution of a micro-batch to the loss of the step.
 
-        It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step, and
-        multiplied by the number of processes.
+        It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step. It is
+        multiplied by the number of processes, because gradients are averaged over processes.
         """
         self.speedometer.count(inputs)
         assert num_items_in_batch is not None, 'the collator always returns labels'
@@ -329,7 +329,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, save and evaluate as the control says. The guard judges the step before any of these."""
+        """Log, save and evaluate as the control says. Before that, the guard judges the step."""
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.guard.settle()
@@ -461,7 +461,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Return whether the metrics of this step are the best so far, and a checkpoint is saved at this step."""
+        """Return True if the metrics are the best so far and this step saves a checkpoint."""
         return bool(metrics and self.control.should_save and super()._determine_best_metric(metrics, trial))
 
     # A checkpoint
@@ -538,7 +538,8 @@ def clear_only_trained(model: torch.nn.Module) -> None:
 def _leaving_on_cpu(loader: Any) -> Any:
     """Make the loader of accelerate return its batches on the CPU, and return the loader.
 
-    There they are counted and joined without waiting for the device. `_prepare_inputs` sends them.
+    On the CPU, batches are counted and joined without waiting for the device. `_prepare_inputs` sends them to the
+    device.
     """
     assert isinstance(loader, DataLoaderShard), 'only this class divides the batches before they are made'
     loader.device = None
@@ -589,8 +590,7 @@ def build_trainer(
     """Return the trainer of a run.
 
     Its main process passes the log lines to the trackers of --report_to, and writes training_args.json. `scores` are
-    for --predict_with_generate. `held_out` has the validation rows by origin; it is only read by scores that are
-    functions of a file.
+    for --predict_with_generate. `held_out` has the validation rows by origin, for score functions of the user.
     """
     setup = TrainerSetup(
         run=run,
