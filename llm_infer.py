@@ -69,10 +69,10 @@ def infer(parsed: Parsed[InferArguments]) -> int:
     served = open_served(done, trained, weights)
     if args.merge_lora_and_save or args.gguf is not None:
         assert trained is not None, 'checked'
-        place = served.model.device  # merging frees the model
+        device = served.model.device  # merging frees the model
         folder = merge(done, trained, served, weights) if args.merge_lora_and_save else trained.checkpoint
         if args.gguf is not None:
-            write_file(done, trained, served, folder, place)
+            write_file(done, trained, served, folder, device)
         return 0
     if server is not None:
         return check(done, trained, served, rows, server)
@@ -119,8 +119,7 @@ def find_rows(done: Ready[InferArguments], trained: Trained | None) -> list[Row]
     rows = rows_to_answer(done, trained)
     if not rows:
         raise ConfigError(
-            'no validation row to answer: the run held none out. Use --eval_human true to chat, or name rows with '
-            '--val_dataset.'
+            'there are no validation rows to answer. Use --eval_human true to chat, or name rows with --val_dataset.'
         )
     return rows
 
@@ -167,7 +166,7 @@ def export(done: Ready[InferArguments], weights: Weights) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """An open model, with its adapter if there is an adapter, and its tokenizer, encoder and generation settings."""
+    """A loaded model (with its adapter, if any), its tokenizer, its encoder and its generation settings."""
 
     model: Any
     tokenizer: Any
@@ -212,7 +211,7 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
 
 
 def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights: Weights) -> Path:
-    """Merge the adapter into its base model. Return the folder next to the checkpoint that holds the merged model."""
+    """Merge the adapter into its base model. Return the new model folder, which is next to the checkpoint."""
     from utils.export.merge import merge_checkpoint
     from utils.export.write import find_base
     from utils.infer.generation import served_config
@@ -232,10 +231,11 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights
     return target
 
 
-def write_file(done: Ready[InferArguments], trained: Trained, served: Served, folder: Path, place: Any) -> None:
-    """Write the model in `folder` as a GGUF file with a Modelfile, as --gguf says.
+def write_file(done: Ready[InferArguments], trained: Trained, served: Served, folder: Path, device: Any) -> None:
+    """Write the Modelfile (for Ollama) of the GGUF file that --gguf names.
 
-    With --llama_cpp, the GGUF file is then opened on the device `place`, and compared with the model.
+    With --llama_cpp, the model folder `folder` is converted to this GGUF file. The file is then opened on `device`, and
+    compared with the model.
     """
     from utils.export.gguf import GgufTarget, write_gguf
     from utils.infer.generation import served_config
@@ -251,7 +251,7 @@ def write_file(done: Ready[InferArguments], trained: Trained, served: Served, fo
             llama_cpp=None if args.llama_cpp is None else Path(args.llama_cpp),
         ),
         run_dir=trained.checkpoint.absolute().parent,
-        device=place,
+        device=device,
     )
     logger.info(f'gguf: {says}')
 

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def resolve(now: Parsed[SftArguments], words: Sequence[str]) -> Resolution[SftArguments]:
     """Return the resolved command line. Flags that are typed now replace those of the run in --from_run.
 
-    Flags that the adapter of --adapter decides are taken from the adapter. `words` are the words of the command line.
+    With --adapter, flags such as --lora_rank are taken from the files of the adapter. `words` are the words of the
+    command line.
     """
     from utils.cli.resolve import resolve_sft
     from utils.run.lineage import fill_from_adapter
@@ -112,7 +113,7 @@ def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
 def carry_out(
     done: Ready[SftArguments], run: Run, rows: Plan | Streams, now: Parsed[SftArguments], *, started: float
 ) -> int:
-    """Load the model, encode the rows, train, and write the proofs and the report to the run folder.
+    """Load the model, encode the rows, train, and write the results of checks and the report to the run folder.
 
     Returns the exit code. With --verify true, steps of the run in --from_run are repeated and compared, and there is
     no report. `started` is the time when the program started, as time.time returns it. --max_minutes counts from it.
@@ -156,10 +157,10 @@ def carry_out(
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """An open base model, its encoder (it turns rows into token ids), the dtype of the computation, and the scores.
+    """A loaded base model, its encoder (it turns rows into token ids), the dtype of the computation, and the scores.
 
-    `token_ids` are the ids of the tokens that the run adds (--new_tokens). `scores` are the functions of --score. They
-    are None without --predict_with_generate.
+    `token_ids` are the ids of the tokens that --new_tokens adds. `scores` are the functions of --score, or None
+    without --predict_with_generate.
     """
 
     model: Any

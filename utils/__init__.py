@@ -1,4 +1,4 @@
-"""The registries that users edit, and rooms (folders) for all other code. docs/architecture.md describes each room."""
+"""The registries that users edit, and packages with all other code. docs/architecture.md describes each package."""
 
 from pathlib import Path
 

@@ -530,7 +530,7 @@ def test_command_that_names_a_file_is_read_with_its_changes(migrate, write) -> N
         ('a: \x01', 'a.yaml', 'this YAML cannot be read.'),
         ('a: !!python/object/apply:os.system ["true"]', 'a.yaml', 'this is not YAML'),
         ('- a\n- b', 'a.yaml', 'this YAML has no keys'),
-        ('a: 1', 'a.yaml', 'this YAML is of no toolkit that is known'),
+        ('a: 1', 'a.yaml', 'this YAML is not of a known toolkit'),
         ('python train.py', 'a.sh', 'there is no command that trains'),
         ("swift sft --model 'a", 'a.sh', 'a line of the command cannot be read (No closing quotation)'),
         ('swift rlhf --rlhf_type grpo', 'a.sh', 'swift rlhf: only supervised fine-tuning'),

@@ -313,7 +313,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'an untuned model without rows': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--dataset', w.data, '--dataset_test_ratio', '0'),
-        'no validation row to answer: the run held none out.',
+        'there are no validation rows to answer.',
     ),
     # output folders
     'a folder of someone else': (not_writable, 'you have no write permission for '),

@@ -41,9 +41,7 @@ def answer_rows(
     """
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
     if len(chosen) < len(rows):
-        logger.info(
-            f'{len(chosen)} of {len(rows)} rows are answered: --show_dataset_sample {len(chosen)}; -1 answers all'
-        )
+        logger.info(f'{len(chosen)} of {len(rows)} rows are answered; --show_dataset_sample -1 answers all')
 
     report = EncodingReport()
     _, kept = encode_rows(encoder, chosen, report)
@@ -74,8 +72,8 @@ def answer_rows(
 
     labels = wanted_texts(encoder, kept, config)
     by_row = scores.by_row(answers, labels, kept)
-    begun = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
-    _show_and_write(kept, begun, answers, labels, by_row, target=target)
+    prompt_texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+    _show_and_write(kept, prompt_texts, answers, labels, by_row, target=target)
     mean = means(by_row)
     logger.info(f'{len(answers)} rows: ' + ', '.join(f'{name} {value:.4g}' for name, value in mean.items()))
     logger.info(f'written to {target}')
@@ -84,7 +82,7 @@ def answer_rows(
 
 def _show_and_write(
     rows: Sequence[Row],
-    begun: Sequence[str],
+    prompts: Sequence[str],
     answers: Sequence[str],
     labels: Sequence[str],
     by_row: ByRow,
@@ -93,10 +91,10 @@ def _show_and_write(
 ) -> None:
     """Print the answers with their questions and labels, and write all of these and the scores to `target`.
 
-    `begun` has each prompt as text. A row of plain text has no question, so its prompt is shown instead.
+    A row of plain text has no question, so its prompt is shown instead.
     """
     with target.open('w', encoding='utf-8') as stream:
-        for row, beginning, answer, label, scores in zip(rows, begun, answers, labels, by_row, strict=True):
+        for row, beginning, answer, label, scores in zip(rows, prompts, answers, labels, by_row, strict=True):
             asked = {'text': beginning} if row.is_text else {'messages': row.messages[:-1]}
             rounded = {name: round(value, 4) for name, value in scores.items()}
             content = {'origin': row.origin, **asked, 'label': label, 'answer': answer, 'scores': rounded}

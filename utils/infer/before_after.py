@@ -46,7 +46,7 @@ class BeforeAfter:
         self.prompts: list[list[int]] = []
 
         if args.report_samples and shards_weights(args):
-            logger.info('no answers before and after training: no process holds all weights')
+            logger.info('the report will have no answers, because the weights are sharded over the processes')
         elif dist.is_main():
             chosen = some_rows(rows, VAL, args.report_samples)
             if not chosen:
@@ -60,7 +60,7 @@ class BeforeAfter:
                     self.rows.append(row)
 
     def ask(self, model: Any) -> list[str]:
-        """Return the model's answers as texts, one for each chosen row; the list is empty on all other processes.
+        """Return the model's answers as texts, one for each chosen row. Only the main process has chosen rows.
 
         The mode of the model (training or evaluation) is restored afterwards.
         """
@@ -113,10 +113,9 @@ class BeforeAfter:
 
 
 def _asked(row: Row, prompt: str, wanted: str) -> dict[str, Any]:
-    """Return the part of a row's entry in answers.json that shows the input of the model.
+    """Return the messages of a row, for answers.json.
 
-    This part has the messages of the row. For plain text, it has the beginning (`prompt`), and the whole text (`prompt`
-    followed by `wanted`) as a message.
+    For plain text, return the whole text (`prompt` followed by `wanted`) as a message, and its beginning (`prompt`).
     """
     if not row.is_text:
         return {'messages': row.messages}

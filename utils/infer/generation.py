@@ -62,8 +62,8 @@ def served_config(
 ) -> GenerationConfig:
     """Return the generation settings for a merged model folder.
 
-    They are a copy of `base`, the settings of the base model, with the stop, padding and bos tokens of `config`. A flag
-    replaces its setting if the flag was typed now, or if its value in `args` differs from the default.
+    They are a copy of `base`, the settings of the base model, with the stop, padding and bos tokens of `config`. The
+    flags in `typed`, and all flags whose values in `args` are not the defaults, replace settings of `base`.
     """
     served = copy.deepcopy(base)
     served.eos_token_id = config.eos_token_id
@@ -106,7 +106,7 @@ def generate_batch(
     images: Images | None = None,
     pixels: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Return the generated ids for each prompt, without the first stop token and all ids after it.
+    """Return the generated ids for each prompt, up to but not including the first stop token.
 
     An empty prompt starts from the bos token. Whenever half of the rows of the batch have ended, the ended rows are
     removed from the batch, and the remaining rows continue with their key-value caches. If there are images, no row is

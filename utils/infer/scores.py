@@ -113,7 +113,7 @@ def equal_json(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
 
 
 def _parsed(text: str) -> tuple[Any, ...] | None:
-    """Return the value of a JSON text in a form that == compares by value. Returns None if the text is not JSON."""
+    """Return the value of a JSON text, as `_comparable` returns it. Returns None if the text is not JSON."""
     try:
         return _comparable(json.loads(text, parse_constant=_refuse_constant))
     except (ValueError, RecursionError):
@@ -125,7 +125,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _comparable(value: Any) -> tuple[Any, ...]:
-    """Return a JSON value in which each value is a pair (kind, value), because True equals 1 in Python."""
+    """Return a JSON value with each value in it as a pair (kind, value), because True == 1 in Python."""
     if isinstance(value, dict):
         return 'object', {key: _comparable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -232,7 +232,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 class Scores:
-    """The scores that --score names, in their order. The files of the user's functions are loaded here."""
+    """The scores that --score names, in their order. Creating the object loads the files of the user's functions."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.built_in = {'rouge': rouge, 'exact': exact, 'json': equal_json}
@@ -240,7 +240,7 @@ class Scores:
         self.functions = {word: Function(word, own) for word in words if (own := own_score(word)) is not None}
 
     def by_row(self, answers: Sequence[str], labels: Sequence[str], rows: Sequence[Row] = ()) -> ByRow:
-        """Return a list with a dict for each answer. The dict is from the name of a score to its value.
+        """Return a list with a dict for each answer. The dict maps the name of each score to its value.
 
         `rows` are needed only if a score is a function in a file of the user.
         """

@@ -22,10 +22,10 @@ def load_adapter(
 ) -> Any:
     """Return the base model with the adapter of a checkpoint. Raises ConfigError if the adapter does not fit the model.
 
-    `base` is the folder of the base model. `family` is the name of the family if the base model has an original layout
-    of 2023. `family` is needed only if config.json does not tell the family. With `dropout`, the adapter will be
-    trained further, with this dropout. Then ConfigError is also raised if the file of the adapter lacks a tensor or has
-    an additional tensor.
+    `base` is the folder of the base model. `family` is the name of its family in utils/loading/legacy, for example
+    'qwen'. It is needed only if config.json does not tell the family. With `dropout`, the adapter is loaded for further
+    training with this dropout, and must be complete: ConfigError is also raised if its file lacks a tensor or has an
+    additional tensor.
     """
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
@@ -54,7 +54,7 @@ def load_adapter(
 def restore_adapter(model: Any, checkpoint: Path) -> None:
     """Set the weights of the adapter again to those of a checkpoint, without rounding them.
 
-    On loading, PEFT rounds layers that are trained whole to the dtype of the model.
+    When PEFT loads an adapter, it rounds the layers of --lora_modules_to_save to the dtype of the model.
     """
     from peft import set_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""Reads and writes the chat templates of a folder, and sets the template that the user named for a tokenizer."""
+"""Reads and writes the chat templates of a folder, and gives a tokenizer the template of --chat_template."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _as_key(templates: Templates) -> str | list[dict[str, str]]:
 
 
 def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, Any]) -> None:
-    """Give the tokenizer the template at `path`, if a path is given, and write the settings before its template.
+    """Give the tokenizer the template at `path` (if not None), and write a line for each setting before the template.
 
     Raises ConfigError if a setting is not a variable of the template, or if there is no template.
     """

@@ -1,6 +1,6 @@
-"""Tells under which name the class of a model holds each tensor of its files.
+"""Maps the names of tensors in the files of a model to their names in the model's class.
 
-transformers renames tensors on loading, and puts some of them together, for example the experts of a layer.
+transformers renames tensors on loading, and merges some of them, for example the experts of a layer.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def tensors_of_class(model: Any) -> dict[str, Any]:
 
 
 def names_in_class(model: Any, stored: Collection[str]) -> dict[str, str | None]:
-    """Return for each name in `stored` the name under which the class of the model holds this tensor alone.
+    """Return a dict from each name in `stored` to the name of the same tensor in the model's class.
 
-    `stored` are the names of the tensors in the files from which the model was opened. The name is '' if the tensor is
-    put together with others, or split. It is None if the class does not load the tensor.
+    `stored` are names of tensors in the files from which the model was opened. The value is '' if the class merges the
+    tensor with others or splits it, and None if the class does not load it.
     """
     held = dict.fromkeys(tensors_of_class(model), True)
     return {name: _name_in_class(model, held, name) for name in stored}

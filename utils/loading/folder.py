@@ -68,9 +68,9 @@ def stored_quantization(model_dir: Path) -> str | None:
 
 
 def stored_dtype(model_dir: Path) -> str | None:
-    """Return the name in torch of the dtype in config.json, e.g. 'bfloat16'. Returns None if there is no dtype.
+    """Return the name of the dtype in config.json, e.g. 'bfloat16'. Returns None if there is no dtype.
 
-    transformers before version 5 wrote torch_dtype, and a model with several parts may name it for its text part only.
+    The key is `dtype`, or `torch_dtype` before transformers 5. In a multimodal model, it may be in text_config.
     """
     config = read_config(model_dir)
     for part in (config, config.get('text_config') or {}):

@@ -200,7 +200,7 @@ def open_gguf(gguf: Path, dtype: Any = None) -> tuple[Any, Any]:
 
 
 def _check_tensors(model: Any, header: GgufHeader, gguf: Path, missing: Any) -> None:
-    """Raise ConfigError if the file lacks a tensor of the model, or if the numbers of their tensors differ.
+    """Raise ConfigError if the file lacks a tensor of the model, or has a different number of tensors.
 
     `missing` are the names of the model's tensors that transformers did not find in the file.
     """
@@ -215,10 +215,10 @@ def _check_tensors(model: Any, header: GgufHeader, gguf: Path, missing: Any) -> 
 
 
 def _complete_config(config: Any, header: GgufHeader, gguf: Path) -> None:
-    """Set in the configuration what transformers does not read from the file.
+    """Set the fields of the configuration that transformers does not read from the file.
 
-    transformers reads neither the size of a head of Qwen3 nor the scaling of the rotary embedding. Raises ConfigError
-    if the file has a setting that cannot be set.
+    These are, for example, the head size of Qwen3 and the scaling of the rotary embedding. Raises ConfigError if the
+    file has a setting that is not supported.
     """
     for name, attribute in _SETTINGS.items():
         if (value := header.setting(name)) is not None:
@@ -246,8 +246,8 @@ def _complete_config(config: Any, header: GgufHeader, gguf: Path) -> None:
 def _set_gemma(config: Any, header: GgufHeader) -> None:
     """Set the scaling of queries in Gemma 3, and the base of the local rotary embedding if the file states it.
 
-    The file does not state the scaling. As in llama.cpp, the number of layers tells it: the 27B model scales by
-    hidden size / number of heads, and all other models scale by the size of a head.
+    The file does not state the scaling. The 27B model scales by hidden size / number of heads, and all other models
+    scale by the size of a head. As in llama.cpp, the 27B model is recognised by its number of layers.
     """
     is_27b = config.num_hidden_layers == _LAYERS_27B
     config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim

@@ -22,7 +22,7 @@ class Images(ABC):
     """Converts images to the inputs of one model.
 
     `mark` is the text that templates print for an image. One of its tokens is the image token, with the id `slot`. In
-    input_ids, the image token is repeated, once for each feature of the image. Each repetition is called a slot.
+    input_ids, the image token is repeated, once for each feature of the image.
     """
 
     mark: str
@@ -30,7 +30,7 @@ class Images(ABC):
 
     @abstractmethod
     def count(self, path: str) -> int:
-        """Return the number of slots for an image. Only the header of the file is read.
+        """Return how often the image token is repeated for an image. Only the header of the file is read.
 
         Raises BadImage if the file is missing or damaged, or if the image cannot be used.
         """
@@ -83,7 +83,7 @@ class Images(ABC):
         """
         return
 
-    def _check_slot(self, tokenizer: Any, token: str) -> None:
+    def _check_image_token(self, tokenizer: Any, token: str) -> None:
         """Raise ConfigError if the id of the image token `token` is different in the tokenizer and in the model."""
         found = tokenizer.convert_tokens_to_ids(token)
         if found != self.slot:
@@ -94,7 +94,7 @@ class Images(ABC):
 
 
 class QwenVLImages(Images):
-    """Images for Qwen-VL of 2023. Every image is resized to the same square and has the same number of slots."""
+    """Images for Qwen-VL of 2023. Every image is resized to the same square and has the same number of features."""
 
     mark = '<img><imgpad></img>'
 
@@ -104,7 +104,7 @@ class QwenVLImages(Images):
         self._features = visual['n_queries']
         self._side = visual['image_size']
 
-        self._check_slot(tokenizer, '<imgpad>')
+        self._check_image_token(tokenizer, '<imgpad>')
         if max_pixels is not None:
             logger.warning(f'--max_pixels has no effect: every image becomes {self._side} x {self._side}')
 
@@ -119,7 +119,7 @@ class QwenVLImages(Images):
 class ProcessorImages(Images):
     """Images for models with an image processor in transformers.
 
-    An image keeps its aspect ratio. A larger image has more slots.
+    An image keeps its aspect ratio. A larger image has more features.
     """
 
     mark = '<|vision_start|><|image_pad|><|vision_end|>'
@@ -128,7 +128,7 @@ class ProcessorImages(Images):
         from transformers import AutoImageProcessor
 
         self.slot = model.config.image_token_id
-        self._check_slot(tokenizer, '<|image_pad|>')
+        self._check_image_token(tokenizer, '<|image_pad|>')
 
         try:
             # The backend is fixed. The backends resize differently, so training and inference could get different
@@ -193,9 +193,9 @@ def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int 
 def open_images_of_folder(
     config: Mapping[str, Any], tokenizer: Any, model_dir: Path, *, max_pixels: int | None
 ) -> Images | None:
-    """Return the same object as `open_images`, without a model. `config` is the content of its config.json.
+    """Return the same object as `open_images`, without a model. `config` is the content of config.json in the folder.
 
-    Returns None if the model takes no images, or if no layout of a vision model fits `config`.
+    Returns None if the model takes no images or is not supported.
     """
     family = find_family(config) if 'visual' in config else None
     settings = {**config, **family.config(config), 'model_type': family.saved_model_type} if family else dict(config)

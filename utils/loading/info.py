@@ -48,7 +48,7 @@ GetFunction = Callable[[Path, 'ModelInfo', LoadOptions], 'tuple[PreTrainedModel,
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """The registry entry of one model: its ids, and all settings that are not the same for all models."""
+    """The registry entry of one model: its ids, and all settings that differ between models."""
 
     # The ModelScope id or a local folder.
     model_id_or_path: str

@@ -135,9 +135,9 @@ def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
 
 
 def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
-    """Return the layer names `wanted` without duplicates. Names of 2023 are replaced by names of the model's layers.
+    """Return the layer names `wanted` without duplicates. Names of a model's own code of 2023 become native names.
 
-    `names` are the names of the model's layers. For example, c_attn becomes q_proj, k_proj and v_proj.
+    For example, c_attn becomes q_proj, k_proj and v_proj. `names` are the names of the model's layers.
     """
     native: list[str] = []
 
@@ -162,8 +162,8 @@ def choose_layers(
     """Return two lists: the targets for PEFT that `wanted` selects, and the words of `wanted` that select no layer.
 
     `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A target is the
-    path of one layer, or the end of a path, which selects all layers with this end. A layer whose last name is in
-    `taken` is selected only by its name or path, not by a pattern or a word such as all-linear.
+    path of one layer, or the end of a path, which selects all layers with this end. `taken` has the last names that
+    `taken_for_experts` returns. Patterns and all-linear do not select layers with these last names.
     """
     names = Counter(map(last_name, paths))
     chosen: list[str] = []
@@ -253,8 +253,8 @@ def what_all_adds(layers: int, parameters: int, trained: int) -> str:
 def find_towers(model: Any) -> list[str]:
     """Return the paths of the vision towers, as in named_modules(). A text model has none, and the list is empty.
 
-    A vision tower is a module with parameters that shares no submodule with the language model or the output head, and
-    that is not inside a larger module of this kind.
+    A vision tower has parameters, and shares no submodule with the language model or the output head. Modules inside a
+    vision tower are not returned.
     """
     parts = (model.get_decoder(), model.get_output_embeddings())
     language = {id(module) for part in parts if part is not None for module in part.modules()}

@@ -1,8 +1,8 @@
 """--new_tokens: reads a list of tokens, and adds them to a tokenizer and its model.
 
 A new token gets a row in the embedding and, if the output head is not tied to the embedding, a row in the output head.
-Before training, each of these rows is the mean of existing rows: the rows of the pieces into which the tokenizer cut
-the text of the token before the token was added.
+Its initial value is the mean of the rows of the token's pieces: the tokens into which the tokenizer cut the text of the
+token before the token was added.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class NewTokens:
 def read_tokens(path: Path) -> list[str]:
     """Return the tokens of a file, one per line.
 
-    Raises ConfigError, with one problem for each bad line, if the file cannot be read, has no line, or if a line is
-    empty, contains whitespace or repeats an earlier line.
+    Raises ConfigError if the file cannot be read or is empty. A line that is empty, contains whitespace or repeats an
+    earlier line is also a problem. The error names all such lines.
     """
     given = f'--new_tokens {path}'
     try:
@@ -74,8 +74,8 @@ def add_to_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> NewTokens:
     """Add tokens to a tokenizer, and return their ids and pieces.
 
     The tokens are found everywhere in a text, also inside words, and they stay visible when ids are decoded. Raises
-    ConfigError, with one problem for each bad token, if the tokenizer has a token already, or if a token contains a
-    special token.
+    ConfigError, with one problem for each bad token. A token is bad if it is in the tokenizer already, or if it
+    contains a special token.
     """
     from tokenizers import AddedToken
 
@@ -110,17 +110,17 @@ def mark_special(tokenizer: Any, ids: Sequence[int]) -> None:
 
 
 def _same_token(tokenizer: Any, token: str, ids: Sequence[int]) -> int | None:
-    """Return the id of an existing token that stands for exactly the text `token`. Returns None if there is none.
+    """Return the id of an existing token that is decoded to the text `token`. Returns None if there is none.
 
-    `ids` are the ids of this text now. If it is one id that is decoded to exactly the text, this id is returned. The
-    text is not searched in the vocabulary, which may spell its tokens differently: bytes as letters, or spaces as '▁'.
+    `ids` are the ids into which the tokenizer now encodes this text. The vocabulary is not searched, because it may
+    spell tokens differently: bytes as letters, or spaces as '▁'.
     """
     is_same = len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids) == token
     return ids[0] if is_same else None
 
 
 def add_to_model(model: Any, added: NewTokens) -> None:
-    """Set the rows of new tokens in the embedding and the output head of a model to their values before training.
+    """Set the rows of new tokens in the embedding and the output head of a model to their initial values.
 
     The embedding and the head are enlarged only if they have too few rows for the new ids. Raises ConfigError if the
     model cannot be enlarged, or if the model uses one of the new ids already, for example as its pad_token_id.
@@ -136,7 +136,7 @@ def add_to_model(model: Any, added: NewTokens) -> None:
         tables = _tables(model)
         logger.info(f'the embedding was enlarged from {rows} to {needed} rows, for {len(added.ids)} new tokens')
     else:
-        logger.info(f'{len(added.ids)} new tokens have rows among the {rows} of the embedding already')
+        logger.info(f'the embedding was not enlarged: it has {rows} rows, enough for the {len(added.ids)} new tokens')
 
     with torch.no_grad():
         for table in tables:

@@ -57,7 +57,8 @@ def language_name(name: str) -> str:
 def get_model_tokenizer_default(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return the model and the tokenizer of a folder, both in native classes.
 
-    The folder may have the native layout or an original layout of 2023. Code in the folder is never run.
+    The folder may have the layout of transformers, or the layout of the model's own code of 2023. Code in the folder is
+    never run.
     """
     return read_model(model_dir, info, options), read_tokenizer(model_dir, info)
 
@@ -66,8 +67,8 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     """Return the language model of a multimodal checkpoint and the tokenizer. Vision and audio towers are not opened.
 
     AutoModelForCausalLM opens Gemma 3 and 4 with their towers. LoRA would then also be put on the layers of the towers,
-    because they have the same names. transformers has a separate class for the language model. An adapter fits only
-    this class. A merged folder is the whole checkpoint again.
+    because they have the same names. So the class of transformers for the language model alone is used. An adapter for
+    this class does not fit the class with towers. Merging writes the whole checkpoint, with the towers.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
@@ -198,9 +199,10 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
 
 
 def _open_native(model_dir: Path, keywords: dict[str, Any]) -> PreTrainedModel:
-    """Return the model of a folder in a class of transformers: for text only if there is one, else for text and images.
+    """Return the model of a folder in a class of transformers.
 
-    Raises ConfigError if tensors are missing or have a wrong shape.
+    The class for text only is used if there is one, else the class for text and images. Raises ConfigError if tensors
+    are missing or have a wrong shape.
     """
     import transformers as t
 

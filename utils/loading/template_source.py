@@ -120,7 +120,7 @@ class _Reader:
         return known
 
     def _read_scope(self, node: nodes.Node, known: frozenset[str]) -> None:
-        """Read a statement after which no new name is known, such as a block, a call with a body, or plain output."""
+        """Read a statement that adds no name to `known`, such as {% block %}, {% call %} or {{ output }}."""
         from jinja2 import nodes
 
         if isinstance(node, nodes.CallBlock):
@@ -163,7 +163,7 @@ class _Reader:
         self.read_body(node.body, known | {argument.name for argument in node.args})
 
     def _targets(self, target: nodes.Node, known: frozenset[str]) -> set[str]:
-        """Return the names that an assignment sets. If it sets an attribute of a namespace, it reads the namespace."""
+        """Return the names that an assignment sets. `{% set ns.x = 1 %}` sets no name, and reads the namespace `ns`."""
         from jinja2 import nodes
 
         found = {name.name for name in target.find_all(nodes.Name)}

@@ -1,4 +1,4 @@
-"""Saves a tokenizer as the files from which it was opened, or else as files that transformers 4 opens too."""
+"""Saves a tokenizer: copies the files from which it was opened, or writes new files for transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def has_tokens(folder: Path, tokenizer: Any) -> bool:
-    """Return whether the files of a folder have all tokens of a tokenizer. Without tokenizer.json, returns True."""
+    """Return whether the files of a folder have all tokens of a tokenizer.
+
+    Returns True if there is no tokenizer.json, because other vocabulary files are not read.
+    """
     file = folder / 'tokenizer.json'
     if not file.is_file():
         return True

@@ -27,7 +27,7 @@ class Weights:
     served: str | None = None
 
     def record(self, info: ModelInfo) -> dict[str, str]:
-        """Return a dict about the base model that is stored with a run. It contains no path of this machine."""
+        """Return the id, source and hash of the base model, for the record of a run. They contain no path."""
         return {
             'id': info.public_id,
             'source': self.served or self.path.name,

@@ -94,7 +94,7 @@ def _recognise(values: Mapping[str, Any], path: Path) -> Toolkit:
     if 'model' in values and any(mark in values for mark in _SWIFT_MARKS):
         return 'ms-swift'
     raise ConfigError(
-        f'{path}: this YAML is of no toolkit that is known: it has none of {", ".join(_MARKS)}. Give {_FORMS}.'
+        f'{path}: this YAML is not of a known toolkit: it has no key {" or ".join(_MARKS)}. Give {_FORMS}.'
     )
 
 

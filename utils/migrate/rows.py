@@ -81,9 +81,9 @@ def is_file(path: str) -> bool:
 
 
 def take_first(t: Translation, key: str, words: list[str], count: int) -> list[str]:
-    """Return the words with #count at their ends. A word that has a # already is not changed.
+    """Return the words with #count appended. A word that has a # already is not changed.
 
-    #count draws `count` random rows. The toolkit of the recipe takes the first rows, and a note says so.
+    #count draws `count` random rows. The toolkit of the recipe takes the first rows instead, and a note says so.
     """
     t.note('different', key, f'{count} rows of each data set are drawn at random; {t.toolkit} takes the first rows')
     return [word if '#' in word else f'{word}#{count}' for word in words]

@@ -1,4 +1,4 @@
-"""Converts LoRA adapters for an original layout of 2023 to adapters for the native class."""
+"""Converts LoRA adapters that were trained with a model's own code of 2023 to adapters for the native class."""
 
 from __future__ import annotations
 

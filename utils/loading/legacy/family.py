@@ -1,6 +1,7 @@
-"""Family: the functions that convert the checkpoints of one original layout of 2023 to a native class.
+"""Family: the functions that convert one original layout of 2023 to a native class.
 
-A native class is a class of transformers or of this project.
+An original layout is the layout of the checkpoints that a model's own code reads. A native class is a class of
+transformers or of this project.
 """
 
 from __future__ import annotations
@@ -31,11 +32,10 @@ _COMPUTED = re.compile(
 class Family:
     """The functions that convert one original layout of 2023, and the names of the native classes.
 
-    `config` returns the arguments of the native configuration. `config` raises a ConfigError that names the field if no
-    native class computes a setting exactly. `tensors` converts all original tensors to all native tensors. `tensors`
-    raises ConfigError if the name of an original tensor is unknown. `config_class` and `model_class` are names of
-    classes in transformers. If transformers has no equal class, they have the form 'module:class' and name a class in
-    utils/loading/legacy/classes/.
+    `config` returns the arguments of the native configuration. It raises ConfigError if the original configuration has
+    a value that the native class does not support. `tensors` returns all tensors under native names. It raises
+    ConfigError if the name of an original tensor is unknown. `config_class` and `model_class` name classes of
+    transformers or, in the form 'module:class', classes in utils/loading/legacy/classes/.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Family:
 def is_computed(key: str) -> bool:
     """Return whether `key` names a table that native classes compute, for example inv_freq of a rotary embedding.
 
-    Code of 2023 stored these tables in the checkpoint.
+    Original layouts store these tables in the checkpoint.
     """
     return _COMPUTED.search(key) is not None
 

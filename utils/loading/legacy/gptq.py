@@ -144,7 +144,7 @@ class PackedWeight(LazyMatrix):
         return weight.t()
 
     def check(self, layer: str) -> None:
-        """Raise ConfigError if the shapes of the four tensors do not fit each other, or if a group does not exist."""
+        """Raise ConfigError if the shapes of the four tensors do not fit each other, or if g_idx is out of range."""
         outputs, inputs = self.shape
         groups = self.scales.shape[0]
         per_word = self.format.per_word

@@ -1,6 +1,7 @@
 """Opens a model folder with an original layout of 2023 in a native class.
 
-A native class is a class of transformers or of this project.
+An original layout is the layout that a model's own code reads. A native class is a class of transformers or of this
+project.
 """
 
 from __future__ import annotations

@@ -181,7 +181,10 @@ class Qwen2ForCausalLM(PlainQwen2):
 
 
 def _prompt_lengths(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> list[int]:
-    """Return the number of tokens in each row without padding; of concatenated rows in one, that of the longest."""
+    """Return the number of tokens in each row, without padding.
+
+    If a row of the batch is a concatenation of several rows, return the number of tokens of the longest of them.
+    """
     rows, width = inputs.shape[:2]
     lengths = [width] * rows
 

@@ -39,16 +39,16 @@ class QwenVLConfig(Qwen2Config):
     use_logn_attn: bool = True
 
 
-def image_slots(ids: torch.Tensor, start: int) -> torch.Tensor:
-    """Return a mask (B, T) that is True at the image slots.
+def image_mask(ids: torch.Tensor, start: int) -> torch.Tensor:
+    """Return a mask (B, T) that is True at the image tokens.
 
-    The slots of an image are the tokens between the id `start` and the next id `start + 1`.
+    The image tokens are the tokens between an id `start` and the next id `start + 1`.
     """
     opens = ids == start
     closes = ids == start + 1
     is_open = opens.cumsum(-1) > closes.cumsum(-1)
 
-    # A model may generate a start token without an end token. The tokens after such a start token are not slots.
+    # A model may generate a start token without an end token. The tokens after it are not image tokens.
     closed_later = closes.flip(-1).cumsum(-1).flip(-1) > 0
 
     return is_open & closed_later & ~opens
@@ -212,8 +212,8 @@ class VisualTower(nn.Module):
 class QwenVLForCausalLM(Qwen2ForCausalLM):
     """Qwen2ForCausalLM with a vision tower.
 
-    `pixel_values` are (images, 3, side, side). The images are in the order of their slots: first all images of the
-    first row, then all images of the second row, and so on.
+    `pixel_values` are (images, 3, side, side): first all images of the first row, then all images of the second row,
+    and so on.
     """
 
     config_class = QwenVLConfig
@@ -238,11 +238,14 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         pixel_values: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the outputs of Qwen2ForCausalLM. Raises ConfigError if the number of images does not fit the slots."""
+        """Return the outputs of Qwen2ForCausalLM.
+
+        Raises ConfigError if `input_ids` and `pixel_values` have different numbers of images.
+        """
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values)
         elif pixel_values is not None:
-            raise ConfigError('pixel_values need input_ids: embeddings do not show where the slots of an image are.')
+            raise ConfigError('pixel_values need input_ids: embeddings do not show where the image tokens are.')
 
         return super().forward(
             attention_mask=attention_mask,
@@ -255,13 +258,13 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         )
 
     def _embed(self, ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
-        """Return the embeddings (B, T, hidden). At the slots, they are replaced by the features of the images."""
+        """Return the embeddings (B, T, hidden). The features of the images replace the embeddings of image tokens."""
         embeds: torch.Tensor = self.model.embed_tokens(ids)
-        slots = image_slots(ids, self.config.visual['image_start_id'])
-        self._check_count(int(slots.sum()), 0 if pixels is None else len(pixels))
+        mask = image_mask(ids, self.config.visual['image_start_id'])
+        self._check_count(int(mask.sum()), 0 if pixels is None else len(pixels))
 
         if pixels is not None:
-            embeds = embeds.masked_scatter(slots[..., None], self.visual(pixels).to(embeds))
+            embeds = embeds.masked_scatter(mask[..., None], self.visual(pixels).to(embeds))
         elif self.training and any(weight.requires_grad for weight in self.visual.parameters()):
             # Even if a batch has no image, distributed training waits for the gradient of every trained weight. So the
             # tower is applied to an empty image, and the result is multiplied by 0.
@@ -270,12 +273,12 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
 
         return embeds
 
-    def _check_count(self, slots: int, images: int) -> None:
-        """Raise ConfigError if the number of slots is not the number of slots that the images need."""
+    def _check_count(self, tokens: int, images: int) -> None:
+        """Raise ConfigError if `tokens` is not the number of image tokens for this number of images."""
         each = self.config.visual['n_queries']
-        if slots != images * each:
+        if tokens != images * each:
             raise ConfigError(
-                f'{images} images need {images} x {each} image tokens, but the token ids contain {slots}. Give one '
+                f'{images} images need {images} x {each} image tokens, but the token ids contain {tokens}. Give one '
                 'image for each image tag, and do not truncate a row inside an image.'
             )
 
@@ -290,9 +293,9 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         pixels: torch.Tensor | None = model_kwargs.get('pixel_values')
 
         if expand_size > 1 and pixels is not None and input_ids is not None:
-            slots = image_slots(input_ids, self.config.visual['image_start_id']).sum(-1)
-            self._check_count(int(slots.sum()), len(pixels))
-            groups = pixels.split((slots // self.config.visual['n_queries']).tolist())
+            tokens = image_mask(input_ids, self.config.visual['image_start_id']).sum(-1)
+            self._check_count(int(tokens.sum()), len(pixels))
+            groups = pixels.split((tokens // self.config.visual['n_queries']).tolist())
             pixels = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
 
         rest = {name: value for name, value in model_kwargs.items() if name != 'pixel_values'}

@@ -83,7 +83,7 @@ def refuse_tied(config: Config, family: str) -> None:
 def native_tensors(state: State, original: Config, *, width: int) -> State:
     """Return the tensors with W_pack split into query, key and value. All other names are already the names of Llama.
 
-    `width` is the hidden size if config.json does not state it: the default of the original class.
+    `width` is used as the hidden size if config.json does not state the hidden size.
     """
     return map_each(state, partial(_split, width=original.get('hidden_size', width)))
 
@@ -141,8 +141,8 @@ def with_normalised_head(native: State) -> State:
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
     """Return the output head in fp32, with each row divided by its Euclidean norm. Rows with norm 1 do not change.
 
-    The original code divides in the dtype in which it runs. The caller rounds the result to the dtype of the model. So
-    if half-precision files are opened in fp32, the logits are those of the original code in fp32.
+    The caller rounds the result to the dtype of the model. So a model that is opened in fp32 gives the logits of the
+    original code in fp32, even if its files are in half precision.
     """
     import torch
 

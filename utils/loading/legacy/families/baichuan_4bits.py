@@ -77,9 +77,9 @@ class Nf4Weight(LazyMatrix):
     16 numbers in `values` (nf4 or fp4). A value of the weight is this number times the scale of its block. A block is
     `block` contiguous values.
 
-    If `nested` is None, `absmax` holds the scales in fp32. Otherwise the scales are packed too: `absmax` holds indices
-    into a table in `nested`. A scale is the number in this table, times the scale of its block of scales, plus an
-    offset. `nested` holds these scales and the offset.
+    If `nested` is None, `absmax` holds the scales in fp32. Otherwise the scales are quantised too (double
+    quantisation): `absmax` holds indices into a table. A scale is the number in the table, times a second scale, which
+    a block of scales shares, plus an offset. `nested` holds the table, the second scales and the offset.
     """
 
     packed: torch.Tensor

@@ -49,9 +49,9 @@ class Vocabulary:
 
     @property
     def isolates_symbols(self) -> bool:
-        """Return whether a regex must find the user-defined pieces in the text, after the dummy prefix was added.
+        """Return whether a regex must find the user-defined pieces in a text, after the dummy prefix was added to it.
 
-        If False, the user-defined pieces become added tokens of the tokenizer, and `tokenizers` finds added tokens.
+        If False, the user-defined pieces become added tokens of the tokenizer, and no regex is needed.
         """
         return self.dummy_prefix and bool(self.of_type(_USER_DEFINED))
 

@@ -18,10 +18,10 @@ _SPECIAL_NAMES = ('unk_token', 'bos_token', 'eos_token', 'pad_token')
 
 
 def repair(content: Any) -> Any:
-    """Return a copy of a part of tokenizer.json in which every step of type Metaspace has the current format.
+    """Return a copy of a part of tokenizer.json in which all objects of type Metaspace have the current format.
 
-    Nested steps are changed too. In the current format, `prepend_scheme` replaces `add_prefix_space`. Version 0.23 of
-    `tokenizers` cannot read `str_rep`. It cannot read `add_prefix_space = false` if there is no `prepend_scheme`.
+    In the current format, `prepend_scheme` replaces `add_prefix_space`, and there is no `str_rep`. Version 0.23 of
+    `tokenizers` needs the current format.
     """
     if isinstance(content, list):
         return [repair(step) for step in content]
