@@ -32,6 +32,11 @@ PADDED = {
 SOURCES = [key for key in (*PLAIN, *SEEING, *PROVEN) if MODEL_MAPPING[key].quantization is None]
 
 
+@pytest.fixture(autouse=True)
+def small_batches_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('utils.fast.fill._FEWEST_TOKENS', 1)
+
+
 @pytest.mark.parametrize('key', SOURCES)
 def test_loss_and_gradients_are_those_of_plain_training(
     key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

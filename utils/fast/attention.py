@@ -280,7 +280,9 @@ def attend_in_groups(
                 enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
             )
         parts.append(out_BHLE.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts).index_select(0, place_T)
+    out_THE = torch.cat(parts).index_select(0, place_T)
+    extra = query_HTD.shape[1] - rows.tokens
+    return F.pad(out_THE, (0, 0, 0, 0, 0, extra)) if extra else out_THE
 
 
 @lru_cache(maxsize=64)
@@ -304,7 +306,7 @@ class RowAttention(torch.autograd.Function):
     Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None. Returns the output (T, H, E). Attention
     weights are saved for the backward pass only if their block has few keys. All other weights are computed again, so
     that memory does not grow with the square of the row length. Scores and weights are stored in the dtype of the
-    query. The softmax and the sums over blocks are computed in fp32.
+    query. The softmax and the sums over blocks are computed in fp32. The output at tokens after the last row is 0.
     """
 
     @staticmethod
@@ -333,6 +335,7 @@ class RowAttention(torch.autograd.Function):
             mixed = torch.bmm(weights, value_GTE[:, first_key:end])
             out_GRTE[:, :, start:end] = mixed.view(groups, -1, end - start, width)
 
+        out_THE[rows.tokens :] = 0
         ctx.save_for_backward(query_HTD, key_GTD, value_GTE, sinks_H, *kept)
         return out_THE
 
@@ -383,6 +386,7 @@ class RowAttention(torch.autograd.Function):
             query_grad_HTD[:, start:end] = query_grad.view(heads, end - start, -1)
             key_grad_GTD[:, first_key:end].add_(torch.bmm(scores_grad.mT, query_block))
 
+        query_grad_HTD[:, rows.tokens :] = 0
         sinks_grad_H = None
         if sinks_grad_GR is not None and sinks_H is not None:
             sinks_grad_H = sinks_grad_GR.flatten().to(sinks_H.dtype)

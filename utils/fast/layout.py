@@ -94,7 +94,7 @@ def _difference(model: Any) -> str | None:
     """Switch the attention to concatenated rows, and check that the rows beside a row do not change its logits.
 
     A row is computed twice, each time beside other rows of the same lengths. Its logits must be bitwise equal, or equal
-    up to rounding if `_groups_tokens` is True. They must also be near the logits of the row alone. Returns None if the
+    up to rounding if `groups_tokens` is True. They must also be near the logits of the row alone. Returns None if the
     check passes. Otherwise, or if the model raises ValueError, the attention is switched back and the reason is
     returned.
     """
@@ -115,7 +115,7 @@ def _difference(model: Any) -> str | None:
     is_exact = alone_TV.dtype == model.dtype
     largest = float(alone_TV.abs().max())
     allowed = 0.0
-    if _groups_tokens(model):
+    if groups_tokens(model):
         allowed = (1e-3 if is_exact else 3e-2) * largest
     changed = float((second_2TV - first_2TV).abs().max())
     changed_alone = float((first_2TV - alone_TV).abs().max())
@@ -127,7 +127,7 @@ def _difference(model: Any) -> str | None:
     return f'the logits of a row of {type(model).__name__} change by up to {difference:.3g} beside other rows'
 
 
-def _groups_tokens(model: Any) -> bool:
+def groups_tokens(model: Any) -> bool:
     """Return whether the rounding of a token depends on the other tokens of its batch.
 
     An expert computes all tokens that are routed to it in one matrix product. An 8-bit layer of bitsandbytes computes

@@ -60,6 +60,11 @@ class RowMask:
     tensors: DeviceTensors = field(default_factory=DeviceTensors, compare=False, repr=False)
 
     @property
+    def tokens(self) -> int:
+        """Return the number of tokens of all rows. The batch may have more tokens, which belong to no row."""
+        return sum(self.lengths)
+
+    @property
     def longest(self) -> int:
         """Return the length of the longest row."""
         return max(self.lengths)

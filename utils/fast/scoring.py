@@ -21,6 +21,7 @@ from utils.base.device import sum_dtype
 from utils.data.collator import NOT_FOR_THE_MODEL, on_device, predicting_positions, take_rows
 from utils.fast.attention import unpadded
 from utils.fast.chunked_loss import Head, head_input, head_logits, scored, summed_loss
+from utils.fast.fill import can_fill, filled
 from utils.fast.rotary import depends_on_batch_from, forget_longer_batches, groups_of_rows
 from utils.fast.rows import concatenated_rows
 
@@ -47,6 +48,7 @@ class Scorer:
         # A sharded model needs the same number of forward passes on each process, so `splits` is False for it.
         self.row_limit = depends_on_batch_from(base.config) if splits else None
         self.selects_logits = 'logits_to_keep' in inspect.signature(base.forward).parameters
+        self.fills = can_fill(base)
 
     def loss(self, model: Any, batch: Batch, divisor: float) -> torch.Tensor:
         """Return the loss of the batch in fp32, summed over its trained tokens and divided by `divisor`.
@@ -148,7 +150,9 @@ class Scorer:
         layout: AbstractContextManager[None] = nullcontext()
         if 'attention_mask' not in batch:
             layout = concatenated_rows(batch['row_lengths'].tolist(), batch['cu_seqlens'])
-            inputs.update(unpadded(self.base, batch['input_ids']))
+            if self.fills:
+                inputs = filled(inputs)
+            inputs.update(unpadded(self.base, inputs['input_ids']))
 
         if self.head is None:
             with layout:
