@@ -31,8 +31,10 @@ def run_program(work: Callable[[], int | None]) -> int:
     problem is logged. It is 128 + n if signal n ended the program (130 for Ctrl-C, 143 for SIGTERM). A single process
     raises any other error. One of several processes logs it and returns 1.
     """
+    from utils.base.garbage import search_cycles_seldom
     from utils.base.logger import replace_unprintable, set_up_logging
 
+    search_cycles_seldom()
     replace_unprintable()
     set_up_logging()
     # Do not send usage statistics. The library reads this variable only once, when it is imported.
