@@ -11,10 +11,11 @@ import pytest
 from tests.support.runs import run_program, small_flags, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.cli.arguments import SftArguments
+from utils.dataset import DATASET_MAPPING
 from utils.loading.info import ModelInfo
 from utils.run import processes
 
-OPTIONAL = {'bitsandbytes', 'deepspeed', 'gptqmodel', 'optimum', 'torchao'}
+OPTIONAL = {'bitsandbytes', 'datasets', 'deepspeed', 'gptqmodel', 'optimum', 'torchao'}
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +69,16 @@ def test_packages_are_hidden_only_where_nothing_else_can_need_them(
     hidden: list[str] = []
     monkeypatch.setattr(processes, 'leave_out', hidden.extend)
     monkeypatch.setitem(sys.modules, '__main__', SimpleNamespace(**({'__file__': program} if program else {})))
-    args = SftArguments(score=[score])
+    args = SftArguments(score=[score], dataset=['sql-demo', 'alpaca-en#9'])
     processes.leave_out_unused(args, ModelInfo(model_id_or_path='a/b', template='auto'), Path('nowhere'))
-    assert bool(hidden) is hides
-    assert set(hidden) <= OPTIONAL
+    assert set(hidden) == (OPTIONAL if hides else set())
+
+
+def test_datasets_is_not_hidden_from_a_function_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden: list[str] = []
+    monkeypatch.setattr(processes, 'leave_out', hidden.extend)
+    monkeypatch.setitem(sys.modules, '__main__', SimpleNamespace(__file__='llm_sft.py'))
+    monkeypatch.setitem(DATASET_MAPPING, 'mine', lambda: [{'query': 'a', 'response': 'b'}])
+    args = SftArguments(dataset=['sql-demo'], val_dataset=['mine#9'])
+    processes.leave_out_unused(args, ModelInfo(model_id_or_path='a/b', template='auto'), Path('nowhere'))
+    assert set(hidden) == OPTIONAL - {'datasets'}

@@ -51,6 +51,13 @@ class Source:
         registered = None if self.path is not None else DATASET_MAPPING.get(self.name)
         return registered if isinstance(registered, HubDataset) else self.hub
 
+    @property
+    def is_users_function(self) -> bool:
+        """Return whether the rows come from a function of DATASET_MAPPING that is not part of this toolkit."""
+        if self.path is not None or self.entry is not None:
+            return False
+        return not DATASET_MAPPING[self.name].__module__.startswith('utils.formats.')
+
 
 def parse_source(word: str) -> Source:
     """Return the source that a word of --dataset names. No file is opened, and the network is not used.

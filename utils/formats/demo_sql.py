@@ -59,6 +59,11 @@ def held_out_rows() -> list[dict[str, str]]:
     return _rows(True, HELD_OUT_ROWS, SEED + 1)
 
 
+def both_splits() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return (training rows, held-out rows)."""
+    return train_rows(), held_out_rows()
+
+
 def _rows(unseen: bool, count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
     patterns = _words()['patterns']

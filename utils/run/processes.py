@@ -17,6 +17,7 @@ from utils.base.packages import leave_out
 from utils.cli.arguments import CommonArguments, SftArguments
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.scores import own_words
+from utils.data.sources import parse_source
 from utils.loading.folder import read_config
 from utils.loading.info import ModelInfo
 
@@ -101,6 +102,8 @@ def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> N
         'torchao': is_packed or optim in _OF_TORCHAO,
         'gptqmodel': is_packed,
         'optimum': is_packed,
+        # transformers imports it only to recognise its data sets. A function of the user may import it again.
+        'datasets': any(parse_source(word).is_users_function for words in args.words_read() for word in words),
     }
     leave_out(name for name, is_used in used.items() if not is_used)
 
