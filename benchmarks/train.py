@@ -97,6 +97,15 @@ def matmul_limit() -> float:
     return float(2 * 2048**3 / best / 1e9)
 
 
+def start_like_the_programs() -> None:
+    """Prepare this process as llm_sft.py does: optional packages that no contestant uses are not imported."""
+    from utils.base.garbage import search_cycles_seldom
+    from utils.base.packages import leave_out
+
+    search_cycles_seldom()
+    leave_out(('bitsandbytes', 'datasets', 'deepspeed', 'gptqmodel', 'optimum', 'torchao'))
+
+
 def build(case: dict[str, Any], folder: Path, rows: list[dict[str, Any]], output: str) -> Any:
     """Return the contestant's trainer, ready to train."""
     import contestants
@@ -123,6 +132,8 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
     torch.set_num_threads(case['threads'])
     torch.manual_seed(0)
+    if case['contestant'] == 'fast':
+        start_like_the_programs()
     from transformers import TrainerCallback
 
     limit = matmul_limit()
