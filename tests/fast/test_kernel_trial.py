@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.support.runs import ROOT
 from tests.support.tiny_models import make_model
@@ -64,6 +65,26 @@ def test_a_trial_compares_output_dtype_and_gradients(dtype: torch.dtype) -> None
     assert _difference(Double.apply, plain, x) == 'a gradient is off by 0.025' or dtype == torch.bfloat16
     assert 'a gradient is off by' in str(_difference(Double.apply, plain, x))
     assert 'off by nan' in str(_difference(lambda x: x * torch.nan, plain, x))
+
+
+def test_a_trial_in_a_checkpointed_layer_does_not_compute_the_layer_again() -> None:
+    """A layer meets a kernel for the first time in its forward pass, which checkpointing repeats later."""
+    calls = 0
+    found = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        assert calls < 3
+        if not found:
+            found.append(_difference(F.silu, F.silu, [torch.ones(3)]))
+        return F.silu(x)
+
+    x = torch.ones(3, requires_grad=True)
+    out = checkpoint(layer, x, use_reentrant=False)
+    assert calls == 1 and found == [None]
+    out.sum().backward()
+    assert calls == 2 and x.grad is not None
 
 
 def test_a_kernel_that_cannot_be_built_is_not_used(caplog: pytest.LogCaptureFixture) -> None:

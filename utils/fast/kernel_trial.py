@@ -5,11 +5,13 @@ Without a GPU, no kernel is tried and triton is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from utils.base.logger import logger
 from utils.cli.resolution import log_decision
@@ -69,6 +71,25 @@ def gate_kernel(activation: str, dtype: torch.dtype, device: torch.device) -> St
     return load() if _passes('gate', load, lambda gate, up: F.silu(gate) * up, inputs) else None
 
 
+@contextmanager
+def conditions(device: torch.device) -> Iterator[None]:
+    """A context for trials on this device: gradients are computed, autocast and gradient checkpointing are off.
+
+    A trial may run in the forward pass of a checkpointed layer. Checkpointing would compute this layer again as soon as
+    the backward pass of the trial needs a saved tensor.
+    """
+
+    def unchanged(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    with (
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        saved_tensors_hooks(unchanged, unchanged),
+    ):
+        yield
+
+
 def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return random values (rows, width), the same in each call. The random state of torch is not used or changed."""
     random = torch.Generator().manual_seed(rows + width)
@@ -91,7 +112,7 @@ def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[t
 def _difference(ours: Step, plain: Step, inputs: Sequence[torch.Tensor]) -> str | None:
     """Return in words by how much output or gradients differ. Returns None if they differ by no more than rounding."""
     found = []
-    with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+    with conditions(inputs[0].device):
         for step in (ours, plain):
             leaves = [x.detach().clone().requires_grad_() for x in inputs]
             out = step(*leaves)
