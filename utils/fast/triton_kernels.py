@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from utils.base.device import current
+
 # The kinds of norm.py, as numbers, because a kernel takes no text.
 KINDS = {'round_first': 0, 'round_last': 1, 'one_plus': 2}
 _GATE_BLOCK = 4096
@@ -97,9 +99,10 @@ class NormKernel(torch.autograd.Function):
         scales = torch.empty(rows, dtype=torch.float32, device=x.device)
 
         block = triton.next_power_of_2(width)
-        _norm_forward[(rows,)](
-            x, weight, y, scales, width, epsilon, KIND=KINDS[kind], BLOCK=block, num_warps=_warps(block)
-        )
+        with current(x.device):
+            _norm_forward[(rows,)](
+                x, weight, y, scales, width, epsilon, KIND=KINDS[kind], BLOCK=block, num_warps=_warps(block)
+            )
         ctx.kind = kind
         ctx.save_for_backward(x, weight, scales)
         return y
@@ -115,21 +118,22 @@ class NormKernel(torch.autograd.Function):
         weight_grad = torch.empty(programs if trains else 1, width, dtype=torch.float32, device=x.device)
 
         block = triton.next_power_of_2(width)
-        _norm_backward[(programs,)](
-            grads[0].contiguous(),
-            x,
-            weight,
-            scales,
-            x_grad,
-            weight_grad,
-            rows,
-            width,
-            triton.cdiv(rows, programs),
-            KIND=KINDS[ctx.kind],
-            TRAINS=trains,
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
+        with current(x.device):
+            _norm_backward[(programs,)](
+                grads[0].contiguous(),
+                x,
+                weight,
+                scales,
+                x_grad,
+                weight_grad,
+                rows,
+                width,
+                triton.cdiv(rows, programs),
+                KIND=KINDS[ctx.kind],
+                TRAINS=trains,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
         return x_grad, weight_grad.sum(0).to(weight.dtype) if trains else None, None, None
 
 
@@ -174,7 +178,10 @@ class GateKernel(torch.autograd.Function):
         up = up.contiguous()
         out = torch.empty_like(gate)
         count = gate.numel()
-        _gate_forward[(triton.cdiv(count, _GATE_BLOCK),)](gate, up, out, count, BLOCK=_GATE_BLOCK, num_warps=8)
+        with current(gate.device):
+            _gate_forward[(triton.cdiv(count, _GATE_BLOCK),)](
+                gate, up, out, count, BLOCK=_GATE_BLOCK, num_warps=8
+            )
         ctx.save_for_backward(gate, up)
         return out
 
@@ -184,7 +191,8 @@ class GateKernel(torch.autograd.Function):
         gate_grad = torch.empty_like(gate)
         up_grad = torch.empty_like(up)
         count = gate.numel()
-        _gate_backward[(triton.cdiv(count, _GATE_BLOCK),)](
-            grads[0].contiguous(), gate, up, gate_grad, up_grad, count, BLOCK=_GATE_BLOCK, num_warps=8
-        )
+        with current(gate.device):
+            _gate_backward[(triton.cdiv(count, _GATE_BLOCK),)](
+                grads[0].contiguous(), gate, up, gate_grad, up_grad, count, BLOCK=_GATE_BLOCK, num_warps=8
+            )
         return gate_grad, up_grad
