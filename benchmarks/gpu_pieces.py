@@ -300,7 +300,7 @@ def errors_of_class(key: str, dtype: torch.dtype, *, checkpointing: bool = False
         base = open_tiny(key, Path(folder) / 'model').to(device())
     rows = make_rows(base.get_input_embeddings().weight.shape[0])
     count = sum(row['trained'][1] - max(1, row['trained'][0]) for row in rows)
-    plain_flags = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False}
+    plain_flags = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False, 'fused_rotary': False}
 
     def ours(model: Any, args: Any, kind: str) -> dict[str, torch.Tensor]:
         inner = model.get_base_model() if kind == 'lora' else model

@@ -1,6 +1,8 @@
 """Decides whether a Triton kernel is used. On this device, it must give the results of the code that it replaces.
 
 Without a GPU, no kernel is tried and triton is not imported.
+
+Shapes in names: B rows, H heads, T tokens, D width of a head, R width of its rotated part (the first R of D values).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,8 @@ from utils.base.logger import logger
 from utils.cli.resolution import log_decision
 
 Step = Callable[..., torch.Tensor]
+# Takes queries and keys (B, H, T, D), and cosines and sines (B, T, R). Returns the rotated queries and keys.
+Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 # The classes of the activation silu in torch and in transformers.
 _SILU = ('torch.nn.modules.activation.SiLU', 'transformers.activations.SiLUActivation')
 _ROWS = 37
@@ -69,6 +74,63 @@ def gate_kernel(activation: str, dtype: torch.dtype, device: torch.device) -> St
 
     inputs = [_values(_ROWS, 300, dtype, device) * factor for factor in (3, 1)]
     return load() if _passes('gate', load, lambda gate, up: F.silu(gate) * up, inputs) else None
+
+
+class RotaryCase(NamedTuple):
+    """What a kernel for rotary embedding depends on.
+
+    Each head is `width` wide. The first `rotated` of its values are rotated. The tables of cosines and sines have the
+    dtype `table_dtype`.
+    """
+
+    heads: int
+    key_heads: int
+    width: int
+    rotated: int
+    dtype: torch.dtype
+    table_dtype: torch.dtype
+
+
+@lru_cache(maxsize=64)
+def rotary_kernel(case: RotaryCase, device: torch.device, plain: Rotation) -> Rotation | None:
+    """Return the kernel for rotary embedding, or None if it cannot be used.
+
+    `plain` is the function of the class that the kernel replaces. The result has the dtype that `plain` gives.
+    """
+    is_known = {case.dtype, case.table_dtype} <= set(_DTYPES) and case.rotated % 2 == 0
+    if device.type != 'cuda' or not is_known:
+        return None
+
+    given = rotary_inputs(case, device)
+    tables = given[2:]
+
+    def load() -> Rotation:
+        from utils.fast.triton_kernels import RotaryKernel
+
+        dtype = plain(*given)[0].dtype
+        return lambda query, key, cos, sin: RotaryKernel.apply(query, key, cos, sin, dtype)
+
+    name = f'rotary embedding, {case.rotated} of {case.width} values in {case.dtype}'
+    passes = _passes(name, lambda: joined(load(), *tables), joined(plain, *tables), given[:2])
+    return load() if passes else None
+
+
+def rotary_inputs(case: RotaryCase, device: torch.device, *, tokens: int = _ROWS) -> list[torch.Tensor]:
+    """Return random queries (1, H, T, D), keys, cosines (1, T, R) and sines for a case.
+
+    As in the classes, heads come after tokens in memory.
+    """
+    query, key = (
+        _values(tokens, heads * case.width, case.dtype, device).view(1, tokens, heads, case.width).transpose(1, 2)
+        for heads in (case.heads, case.key_heads)
+    )
+    angle_BTR = 2 * _values(tokens, case.rotated, torch.float32, device)[None]
+    return [query, key, angle_BTR.cos().to(case.table_dtype), angle_BTR.sin().to(case.table_dtype)]
+
+
+def joined(rotate: Rotation, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> Step:
+    """Return a function of queries and keys whose result is one tensor, for comparisons of outputs and gradients."""
+    return lambda query, key: torch.cat([x.flatten() for x in rotate(query, key, cos_BTR, sin_BTR)])
 
 
 @contextmanager

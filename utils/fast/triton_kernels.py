@@ -1,7 +1,9 @@
-"""Triton kernels for GPUs: RMSNorm and the gate of an MLP, each in one pass over its input instead of many.
+"""Triton kernels for GPUs: norm, gate and rotary embedding, each in one pass over its input instead of many.
 
 Import this module only if there is a GPU: triton comes with the builds of torch for GPUs. `utils/fast/kernel_trial.py`
 decides whether the kernels are used. They round at the same places as the code that they replace.
+
+Shapes in names: B rows, H query heads, G key heads, T tokens, D width of a head, R width of its rotated part.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from utils.base.device import current
 
 # The kinds of norm.py, as numbers, because a kernel takes no text.
 KINDS = {'round_first': 0, 'round_last': 1, 'one_plus': 2}
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _GATE_BLOCK = 4096
 # The number of programs of the backward pass of a norm for each multiprocessor. Each adds up a gradient of the weight.
 _PROGRAMS = 8
@@ -196,3 +199,140 @@ class GateKernel(torch.autograd.Function):
                 grads[0].contiguous(), gate, up, gate_grad, up_grad, count, BLOCK=_GATE_BLOCK, num_warps=8
             )
         return gate_grad, up_grad
+
+
+@triton.jit
+def _rotate(  # noqa: PLR0913 - a kernel takes no tuples
+    x: Any,
+    y: Any,
+    cos: Any,
+    sin: Any,
+    tokens: Any,
+    heads: Any,
+    rest: Any,
+    x_row: Any,
+    x_head: Any,
+    x_token: Any,
+    y_row: Any,
+    y_head: Any,
+    y_token: Any,
+    table_row: Any,
+    table_token: Any,
+    BACK: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) // tokens
+    token = tl.program_id(0).to(tl.int64) % tokens
+    at = tl.arange(0, BLOCK)[None, :]
+    table = row * table_row + token * table_token + at
+    in_half = at < HALF
+    cos_low = tl.load(cos + table, mask=in_half, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos + table + HALF, mask=in_half, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin + table, mask=in_half, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + table + HALF, mask=in_half, other=0.0).to(tl.float32)
+
+    head = tl.arange(0, HEADS).to(tl.int64)[:, None]
+    source = x + row * x_row + token * x_token + head * x_head
+    target = y + row * y_row + token * y_token + head * y_head
+    real = (head < heads) & in_half
+    low = tl.load(source + at, mask=real, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF + at, mask=real, other=0.0).to(tl.float32)
+
+    # Both products and their sum are rounded, as in the classes.
+    if BACK:
+        first = (low * cos_low).to(ROUNDED).to(tl.float32) + (high * sin_high).to(ROUNDED).to(tl.float32)
+        second = (high * cos_high).to(ROUNDED).to(tl.float32) - (low * sin_low).to(ROUNDED).to(tl.float32)
+    else:
+        first = (low * cos_low).to(ROUNDED).to(tl.float32) - (high * sin_low).to(ROUNDED).to(tl.float32)
+        second = (high * cos_high).to(ROUNDED).to(tl.float32) + (low * sin_high).to(ROUNDED).to(tl.float32)
+    tl.store(target + at, first.to(ROUNDED).to(y.dtype.element_ty), mask=real)
+    tl.store(target + HALF + at, second.to(ROUNDED).to(y.dtype.element_ty), mask=real)
+
+    if REST > 0:
+        after = 2 * HALF + tl.arange(0, REST)[None, :]
+        kept = (head < heads) & (after < 2 * HALF + rest)
+        tl.store(target + after, tl.load(source + after, mask=kept, other=0.0).to(y.dtype.element_ty), mask=kept)
+
+
+class RotaryKernel(torch.autograd.Function):
+    """Rotates queries and keys like `apply_rotary_pos_emb` of Llama. It saves only the tables of cosines and sines.
+
+    Takes queries (B, H, T, D), keys (B, G, T, D), cosines and sines (B or 1, T, R) and the dtype of the result. The
+    first R of D values are rotated, the others are copied. In the results, heads come after tokens in memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BHTD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        cos_BTR: torch.Tensor,
+        sin_BTR: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.dtype = query_BHTD.dtype
+        ctx.save_for_backward(cos_BTR, sin_BTR)
+        rounded = torch.promote_types(query_BHTD.dtype, cos_BTR.dtype)
+        query, key = (
+            _rotated(x, cos_BTR, sin_BTR, dtype, rounded=rounded, back=False) for x in (query_BHTD, key_BGTD)
+        )
+        return query, key
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key = (_rotated(x, *ctx.saved_tensors, ctx.dtype, rounded=ctx.dtype, back=True) for x in grads)
+        return query, key, None, None, None
+
+
+def _rotated(
+    x_BHTD: torch.Tensor,
+    cos_BTR: torch.Tensor,
+    sin_BTR: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    rounded: torch.dtype,
+    back: bool,
+) -> torch.Tensor:
+    """Return x in `dtype`, rotated, or with `back` rotated by the negative angles.
+
+    Products and their sum are rounded to the dtype `rounded`.
+    """
+    if x_BHTD.stride(3) != 1:
+        x_BHTD = x_BHTD.contiguous()
+    cos_BTR = cos_BTR.contiguous()
+    sin_BTR = sin_BTR.contiguous()
+    rows, heads, tokens, width = x_BHTD.shape
+    y_BHTD = torch.empty(rows, tokens, heads, width, dtype=dtype, device=x_BHTD.device).transpose(1, 2)
+
+    half = cos_BTR.shape[2] // 2
+    rest = width - 2 * half
+    padded_heads = triton.next_power_of_2(heads)
+    block = triton.next_power_of_2(half)
+    with current(x_BHTD.device):
+        _rotate[(rows * tokens,)](
+            x_BHTD,
+            y_BHTD,
+            cos_BTR,
+            sin_BTR,
+            tokens,
+            heads,
+            rest,
+            *x_BHTD.stride()[:3],
+            *y_BHTD.stride()[:3],
+            0 if len(cos_BTR) == 1 else cos_BTR.stride(0),
+            cos_BTR.stride(1),
+            BACK=back,
+            ROUNDED=_TYPES[rounded],
+            HALF=half,
+            HEADS=padded_heads,
+            BLOCK=block,
+            REST=triton.next_power_of_2(rest) if rest else 0,
+            num_warps=4 if padded_heads * block <= 2048 else 8,
+            # A product and a sum in one instruction would not round the product.
+            enable_fp_fusion=False,
+        )
+    return y_BHTD
