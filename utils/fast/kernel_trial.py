@@ -2,14 +2,15 @@
 
 Without a GPU, no kernel is tried and triton is not imported.
 
-Shapes in names: B rows, H heads, T tokens, D width of a head, R width of its rotated part (the first R of D values).
+Shapes in names: B rows, H heads, T tokens, D width of a head, R width of its rotated part (the first R of D values),
+N positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ from utils.cli.resolution import log_decision
 Step = Callable[..., torch.Tensor]
 # Takes queries and keys (B, H, T, D), and cosines and sines (B, T, R). Returns the rotated queries and keys.
 Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# Takes logits (N, V), targets (N) and a factor. Returns -log p(target) of each position, and overwrites the logits with
+# the gradient of the sum of these losses, multiplied by the factor.
+LossStep = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 # The classes of the activation silu in torch and in transformers.
 _SILU = ('torch.nn.modules.activation.SiLU', 'transformers.activations.SiLUActivation')
 _ROWS = 37
@@ -133,6 +137,50 @@ def joined(rotate: Rotation, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> St
     return lambda query, key: torch.cat([x.flatten() for x in rotate(query, key, cos_BTR, sin_BTR)])
 
 
+@lru_cache(maxsize=64)
+def loss_kernel(
+    dtype: torch.dtype, vocabulary: int, scale: float, cap: float | None, device: torch.device
+) -> LossStep | None:
+    """Return the kernel that computes the loss and overwrites the logits with their gradient, or None if not possible.
+
+    The logits that the kernel takes are the products of the output head. `scale` and `cap` are those of the head.
+    """
+    if device.type != 'cuda' or dtype not in _DTYPES:
+        return None
+
+    def load() -> LossStep:
+        from utils.fast.triton_kernels import loss_and_gradient
+
+        return partial(loss_and_gradient, scale=scale, cap=cap)
+
+    name = f'loss, {vocabulary} logits in {dtype}'
+    is_used = _is_used(name, lambda: loss_difference(load(), dtype, vocabulary, scale, cap, device))
+    return load() if is_used else None
+
+
+def loss_difference(
+    ours: LossStep, dtype: torch.dtype, vocabulary: int, scale: float, cap: float | None, device: torch.device
+) -> str | None:
+    """Return in words by how much losses or gradients differ from those of torch in fp32.
+
+    Returns None if they differ by no more than rounding.
+    """
+    factor = 0.5
+    logits_NV = 3 * _values(5, vocabulary, dtype, device)
+    targets_N = torch.arange(1, 6, device=device) * 7919 % vocabulary
+    with conditions(device):
+        leaf_NV = logits_NV.clone().requires_grad_()
+        exact_NV = leaf_NV.float() * scale
+        if cap is not None:
+            exact_NV = cap * torch.tanh(exact_NV / cap)
+        wanted_N = F.cross_entropy(exact_NV, targets_N, reduction='none')
+        wanted_grads = torch.autograd.grad(factor * wanted_N.sum(), leaf_NV)
+
+    losses_N = ours(logits_NV, targets_N, factor)
+    failure = _output_error(losses_N, wanted_N.detach(), torch.float32)
+    return failure or _gradient_error([logits_NV], wanted_grads, dtype)
+
+
 @contextmanager
 def conditions(device: torch.device) -> Iterator[None]:
     """A context for trials on this device: gradients are computed, autocast and gradient checkpointing are off.
@@ -160,8 +208,13 @@ def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 
 def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[torch.Tensor]) -> bool:
     """Return whether a kernel gives the output and gradients of `plain`, up to rounding. The result is logged."""
+    return _is_used(name, lambda: _difference(load(), plain, inputs))
+
+
+def _is_used(name: str, trial: Callable[[], str | None]) -> bool:
+    """Return whether the trial of a kernel returns None, which means that it passed. The result is logged."""
     try:
-        failure = _difference(load(), plain, inputs)
+        failure = trial()
     except Exception as raised:  # a kernel that cannot be built or started may raise any exception
         failure = f'{type(raised).__name__}: {raised}'
     if failure is None:
@@ -182,16 +235,27 @@ def _difference(ours: Step, plain: Step, inputs: Sequence[torch.Tensor]) -> str 
             found.append((out.detach(), torch.autograd.grad(out, leaves, direction)))
 
     (out, grads), (wanted, wanted_grads) = found
+    dtype = inputs[0].dtype
+    return _output_error(out, wanted, dtype) or _gradient_error(grads, wanted_grads, dtype)
+
+
+def _output_error(out: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Return in words by how much an output differs, or None if only by rounding. `dtype` is that of the inputs."""
     if out.dtype != wanted.dtype:
         return f'its output is {out.dtype} instead of {wanted.dtype}'
     # A norm may round inside to the dtype of its input, which may be smaller than the dtype of its output.
-    eps = max(torch.finfo(dtype).eps for dtype in (wanted.dtype, inputs[0].dtype))
+    eps = max(torch.finfo(x).eps for x in (wanted.dtype, dtype))
     exact = wanted.double()
     ulps = float(((out.double() - exact).abs() / (exact.abs().clamp_min(1e-3) * eps)).max())
-    if not ulps <= _MOST_ULPS[inputs[0].dtype]:
+    if not ulps <= _MOST_ULPS[dtype]:
         return f'its output is off by {ulps:.3g} units of the last place'
-    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+    return None
+
+
+def _gradient_error(grads: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+    """Return in words by how much a gradient differs, or None if only by rounding."""
+    for grad, wanted_grad in zip(grads, wanted, strict=True):
         error = float((grad.double() - wanted_grad.double()).norm() / wanted_grad.double().norm())
-        if not error <= _BOUND[inputs[0].dtype]:
+        if not error <= _BOUND[dtype]:
             return f'a gradient is off by {error:.3g}'
     return None

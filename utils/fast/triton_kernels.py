@@ -1,9 +1,10 @@
-"""Triton kernels for GPUs: norm, gate and rotary embedding, each in one pass over its input instead of many.
+"""Triton kernels for GPUs: norm, gate and rotary embedding in one pass over their input, and the loss in two passes.
 
 Import this module only if there is a GPU: triton comes with the builds of torch for GPUs. `utils/fast/kernel_trial.py`
 decides whether the kernels are used. They round at the same places as the code that they replace.
 
-Shapes in names: B rows, H query heads, G key heads, T tokens, D width of a head, R width of its rotated part.
+Shapes in names: B rows, H query heads, G key heads, T tokens, D width of a head, R width of its rotated part,
+N positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from utils.base.device import current
 KINDS = {'round_first': 0, 'round_last': 1, 'one_plus': 2}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _GATE_BLOCK = 4096
+_LOSS_BLOCK = 8192
 # The number of programs of the backward pass of a norm for each multiprocessor. Each adds up a gradient of the weight.
 _PROGRAMS = 8
 
 
 @triton.jit
 def _norm_forward(
-    x: Any, weight: Any, y: Any, scales: Any, width: Any, epsilon: Any, KIND: tl.constexpr, BLOCK: tl.constexpr
+    x: Any,
+    weight: Any,
+    y: Any,
+    scales: Any,
+    width: Any,
+    epsilon: Any,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -157,7 +166,13 @@ def _gate_forward(gate: Any, up: Any, out: Any, count: Any, BLOCK: tl.constexpr)
 
 @triton.jit
 def _gate_backward(
-    grad: Any, gate: Any, up: Any, gate_grad: Any, up_grad: Any, count: Any, BLOCK: tl.constexpr
+    grad: Any,
+    gate: Any,
+    up: Any,
+    gate_grad: Any,
+    up_grad: Any,
+    count: Any,
+    BLOCK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < count
@@ -182,9 +197,7 @@ class GateKernel(torch.autograd.Function):
         out = torch.empty_like(gate)
         count = gate.numel()
         with current(gate.device):
-            _gate_forward[(triton.cdiv(count, _GATE_BLOCK),)](
-                gate, up, out, count, BLOCK=_GATE_BLOCK, num_warps=8
-            )
+            _gate_forward[(triton.cdiv(count, _GATE_BLOCK),)](gate, up, out, count, BLOCK=_GATE_BLOCK, num_warps=8)
         ctx.save_for_backward(gate, up)
         return out
 
@@ -277,14 +290,13 @@ class RotaryKernel(torch.autograd.Function):
         ctx.dtype = query_BHTD.dtype
         ctx.save_for_backward(cos_BTR, sin_BTR)
         rounded = torch.promote_types(query_BHTD.dtype, cos_BTR.dtype)
-        query, key = (
-            _rotated(x, cos_BTR, sin_BTR, dtype, rounded=rounded, back=False) for x in (query_BHTD, key_BGTD)
-        )
+        query, key = (_rotated(x, cos_BTR, sin_BTR, dtype, rounded=rounded, back=False) for x in (query_BHTD, key_BGTD))
         return query, key
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        query, key = (_rotated(x, *ctx.saved_tensors, ctx.dtype, rounded=ctx.dtype, back=True) for x in grads)
+        cos_BTR, sin_BTR = ctx.saved_tensors
+        query, key = (_rotated(x, cos_BTR, sin_BTR, ctx.dtype, rounded=ctx.dtype, back=True) for x in grads)
         return query, key, None, None, None
 
 
@@ -336,3 +348,79 @@ def _rotated(
             enable_fp_fusion=False,
         )
     return y_BHTD
+
+
+@triton.jit
+def _loss_and_gradient(
+    logits: Any,
+    targets: Any,
+    losses: Any,
+    width: Any,
+    factor: Any,
+    scale: Any,
+    cap: Any,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * width
+    target = tl.load(targets + row)
+    target_logit = _head_logit(tl.load(start + target), scale, cap, CAPPED)
+
+    top = float('-inf')
+    total = 0.0
+    for begin in range(0, width, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        values = _head_logit(tl.load(start + at, mask=at < width, other=0.0), scale, cap, CAPPED)
+        values = tl.where(at < width, values, float('-inf'))
+        higher = tl.maximum(top, tl.max(values, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(values - higher), 0)
+        top = higher
+    tl.store(losses + row, tl.log(total) + top - target_logit)
+    # All threads must have read before one of them overwrites the logits.
+    tl.debug_barrier()
+
+    for begin in range(0, width, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        values = _head_logit(tl.load(start + at, mask=at < width, other=0.0), scale, cap, CAPPED)
+        probability = tl.exp(values - top) / total
+        gradient = tl.where(at == target, probability - 1.0, probability) * (factor * scale)
+        if CAPPED:
+            ratio = values / cap
+            gradient = gradient * (1.0 - ratio * ratio)
+        tl.store(start + at, gradient.to(logits.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _head_logit(product: Any, scale: Any, cap: Any, CAPPED: tl.constexpr) -> Any:
+    value = product.to(tl.float32) * scale
+    if CAPPED:
+        # tanh(x) = 2 sigmoid(2 x) - 1
+        value = cap * (2.0 / (1.0 + tl.exp(-2.0 * value / cap)) - 1.0)
+    return value
+
+
+def loss_and_gradient(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, factor: float, *, scale: float, cap: float | None
+) -> torch.Tensor:
+    """Return -log p(target) of each position, in fp32, and overwrite the logits with a gradient.
+
+    The gradient is that of the sum of the losses, multiplied by `factor`. `logits_NV` are the products of the output
+    head. The logits of the model are scale * product, or cap * tanh(scale * product / cap) if there is a cap.
+    """
+    positions, vocabulary = logits_NV.shape
+    losses_N = torch.empty(positions, dtype=torch.float32, device=logits_NV.device)
+    with current(logits_NV.device):
+        _loss_and_gradient[(positions,)](
+            logits_NV,
+            targets_N,
+            losses_N,
+            vocabulary,
+            factor,
+            scale,
+            1.0 if cap is None else cap,
+            CAPPED=cap is not None,
+            BLOCK=min(_LOSS_BLOCK, triton.next_power_of_2(vocabulary)),
+            num_warps=16,
+        )
+    return losses_N
