@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +160,14 @@ def test_interpreted_kernels_compute_like_the_steps() -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith(('norm ', 'gate ', 'rotary ', 'loss '))]
     assert done.returncode == 0 and len(lines) == 75, done.stderr
     assert [line for line in lines if not line.endswith(': None')] == []
+
+
+@pytest.mark.slow
+@pytest.mark.optional
+@needs_triton
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    words = [sys.executable, '-m', 'tests.support.compiled_kernels']
+    environment = {**os.environ, 'TRITON_CACHE_DIR': str(tmp_path)}
+    environment.pop('TRITON_INTERPRET', None)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 26, done.stderr

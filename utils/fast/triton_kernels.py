@@ -28,12 +28,12 @@ _PROGRAMS = 8
 
 @triton.jit
 def _norm_forward(
-    x: Any,
-    weight: Any,
-    y: Any,
-    scales: Any,
-    width: Any,
-    epsilon: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    scales: tl.tensor,
+    width: tl.tensor,
+    epsilon: tl.tensor,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -56,15 +56,15 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(  # noqa: PLR0913 - a kernel takes no tuples
-    grad: Any,
-    x: Any,
-    weight: Any,
-    scales: Any,
-    x_grad: Any,
-    weight_grad: Any,
-    rows: Any,
-    width: Any,
-    turns: Any,
+    grad: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    scales: tl.tensor,
+    x_grad: tl.tensor,
+    weight_grad: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    turns: tl.tensor,
     KIND: tl.constexpr,
     TRAINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -154,7 +154,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _gate_forward(gate: Any, up: Any, out: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def _gate_forward(gate: tl.tensor, up: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < count
     values = tl.load(gate + at, mask=real, other=0.0)
@@ -166,12 +166,12 @@ def _gate_forward(gate: Any, up: Any, out: Any, count: Any, BLOCK: tl.constexpr)
 
 @triton.jit
 def _gate_backward(
-    grad: Any,
-    gate: Any,
-    up: Any,
-    gate_grad: Any,
-    up_grad: Any,
-    count: Any,
+    grad: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    gate_grad: tl.tensor,
+    up_grad: tl.tensor,
+    count: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -216,21 +216,21 @@ class GateKernel(torch.autograd.Function):
 
 @triton.jit
 def _rotate(  # noqa: PLR0913 - a kernel takes no tuples
-    x: Any,
-    y: Any,
-    cos: Any,
-    sin: Any,
-    tokens: Any,
-    heads: Any,
-    rest: Any,
-    x_row: Any,
-    x_head: Any,
-    x_token: Any,
-    y_row: Any,
-    y_head: Any,
-    y_token: Any,
-    table_row: Any,
-    table_token: Any,
+    x: tl.tensor,
+    y: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    tokens: tl.tensor,
+    heads: tl.tensor,
+    rest: tl.tensor,
+    x_row: tl.tensor,
+    x_head: tl.tensor,
+    x_token: tl.tensor,
+    y_row: tl.tensor,
+    y_head: tl.tensor,
+    y_token: tl.tensor,
+    table_row: tl.tensor,
+    table_token: tl.tensor,
     BACK: tl.constexpr,
     ROUNDED: tl.constexpr,
     HALF: tl.constexpr,
@@ -352,13 +352,13 @@ def _rotated(
 
 @triton.jit
 def _loss_and_gradient(
-    logits: Any,
-    targets: Any,
-    losses: Any,
-    width: Any,
-    factor: Any,
-    scale: Any,
-    cap: Any,
+    logits: tl.tensor,
+    targets: tl.tensor,
+    losses: tl.tensor,
+    width: tl.tensor,
+    factor: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -392,7 +392,7 @@ def _loss_and_gradient(
 
 
 @triton.jit
-def _head_logit(product: Any, scale: Any, cap: Any, CAPPED: tl.constexpr) -> Any:
+def _head_logit(product: tl.tensor, scale: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
     value = product.to(tl.float32) * scale
     if CAPPED:
         # tanh(x) = 2 sigmoid(2 x) - 1
