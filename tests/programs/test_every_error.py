@@ -301,11 +301,11 @@ PROGRAMS: dict[str, Row] = {
     'merging in two processes': (of_two_processes('--merge_lora_and_save', 'true'), 'run in one process'),
     'packing a stream': (
         lambda w: w.sft('--packing', 'true', '--streaming', 'true'),
-        '--packing true chooses from all rows, and --streaming true never holds all rows. Remove --packing or',
+        '--packing true chooses from all rows, and --streaming true never has all rows in memory. Remove --packing or',
     ),
     'a stream that is held out': (
         lambda w: w.sft('--streaming', 'true', '--stream_val_rows', '100'),
-        'all rows are skipped or held out for validation. Lower --stream_val_rows,',
+        'All rows are skipped or held out for validation. Lower --stream_val_rows,',
     ),
     'bitsandbytes is not there': (
         lambda w: (w.lacks('bitsandbytes'), w.sft('--optim', 'adamw_8bit'))[1],
