@@ -149,7 +149,7 @@ def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
 
 
 def measure(model: PreTrainedModel) -> Shape:
-    """Return the sizes of a model. The parameters of the model may be on the meta device."""
+    """Return the sizes of a model. The parameters of the model can be on the meta device."""
     from utils.loading.layers import expert_names, find_towers
 
     config = model.config.get_text_config()

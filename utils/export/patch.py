@@ -1,6 +1,6 @@
 """Merges an adapter into copies of the base's own files. Only the tensors that the adapter changes are written anew.
 
-Names, dtypes and files of the tensors stay those of the base. Tensors that the class of the model does not load, such
+Each tensor keeps its name, its dtype and its file. Tensors that the class of the model does not load, such
 as MTP layers and vision towers, are copied. Memory is needed for one tensor at a time, beside the adapter.
 """
 

@@ -105,7 +105,7 @@ class Pusher:
 
 
 class PushCallback(TrainerCallback):
-    """Pushes the checkpoints that --push_hub_strategy selects. A failed push is logged; the training continues."""
+    """Pushes the checkpoints that --push_hub_strategy selects. A failed push is logged, and the training continues."""
 
     def __init__(self, args: SftArguments, token: str, run_dir: Path, data: dict[str, Any]) -> None:
         self.strategy = args.push_hub_strategy

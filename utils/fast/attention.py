@@ -245,7 +245,7 @@ def attend_in_groups(
 ) -> torch.Tensor:
     """Return the attention output (T, H, E). Calls torch's attention once for each group of rows of similar length.
 
-    Rows are padded at their ends to the longest row of the group. The padding needs no mask, because causal attention
+    Each row is padded at its end to the longest row of the group. The padding needs no mask, because causal attention
     never looks at later tokens.
     """
     device = query_HTD.device
@@ -293,7 +293,7 @@ def _hiding_bias(
 ) -> torch.Tensor:
     """Return a tensor (1, repeats * queries, keys) to add to scores: -inf hides a key from a query, 0 does not.
 
-    Key k is hidden from query q if k - q >= `diagonal`, or with `low` if k - q <= `diagonal`. The (queries, keys)
+    Key k is hidden from query q if k - q >= `diagonal`. With `low`, it is hidden if k - q <= `diagonal`. The
     values are repeated for `repeats` query heads.
     """
     # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.

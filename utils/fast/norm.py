@@ -1,7 +1,7 @@
 """A fused RMSNorm that needs little memory for the backward pass.
 
 On a CPU, its output is bitwise that of the original layer. On a GPU, a Triton kernel computes it if the kernel passes
-its trial. The last bit of the output may then differ.
+its trial. The last bit of the output can then differ.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ T = TypeVar('T')
 
 
 class Block(NamedTuple):
-    """A block of queries at the positions `start` to `end`, with keys at `first_key` to `end`; `end` is excluded."""
+    """A block of queries at the positions `start` to `end` - 1, with keys at `first_key` to `end` - 1."""
 
     first_key: int
     start: int
@@ -61,7 +61,7 @@ class RowMask:
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens of all rows. The batch may have more tokens, which belong to no row."""
+        """Return the number of tokens of all rows. The batch can have more tokens, which belong to no row."""
         return sum(self.lengths)
 
     @property

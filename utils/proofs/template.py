@@ -278,7 +278,7 @@ class _Check:
     def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
         """Return whether the chat template's text `full` ends with `follows`, the encoder's text after the prompt.
 
-        Think blocks and whitespace are ignored. If the encoder added an end of turn, `full` may also have the text that
+        Think blocks and whitespace are ignored. If the encoder added an end of turn, `full` can also have the text that
         the template prints after every reply.
         """
         # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.

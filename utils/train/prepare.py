@@ -203,7 +203,7 @@ def _put_adapter(
 ) -> Any:
     """Return the model with a new LoRA adapter, or with the adapter of --adapter.
 
-    Raises ConfigError if a target name matches nothing, or if there is no layer for LoRA.
+    Raises ConfigError if a word of --lora_target_modules matches nothing, or if there is no layer for LoRA.
     """
     from utils.fast.lora import fuse_lora
     from utils.loading.adapter import restore_adapter

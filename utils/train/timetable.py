@@ -17,7 +17,7 @@ class Segment:
     """A part of a run in which the learning-rate schedule advances at a constant pace.
 
     The schedule was made for `steps` steps. After `first` complete steps of the run, the schedule is at `position`, a
-    step number that may be fractional. After `last` complete steps of the run, the schedule is at its last step. `end`
+    step number that can be fractional. After `last` complete steps of the run, the schedule is at its last step. `end`
     is the number of the last step of the run.
     """
 
@@ -51,7 +51,7 @@ class Timetable:
     def follow(self, schedule: LambdaLR, make: MakeSchedule) -> None:
         """Change `schedule` in place, so that it follows the segments. `make(n)` returns the schedule for n steps.
 
-        The segments may be set before or after this call.
+        The segments can be set before or after this call.
         """
         self._schedule = schedule
         self._make = make

@@ -70,7 +70,7 @@ _TEXT_INPUTS = ('input_ids', 'attention_mask', 'position_ids')
 class SftTrainer(Seq2SeqTrainer):
     """A trainer whose loss is the mean over all trained tokens of a step, for padded and concatenated batches.
 
-    In one step the base class calls get_batch_samples, then training_step and compute_loss for each micro-batch, then
+    In each step, the base class calls get_batch_samples, then training_step and compute_loss for each micro-batch, then
     _get_grad_norm, then the optimizer. Each method that replaces a method of the base class has the decorator
     @overrides, which checks that the parameters of both methods are the same.
     """
@@ -208,7 +208,7 @@ class SftTrainer(Seq2SeqTrainer):
         return self.order
 
     def typical_batches(self, number: int) -> list[list[dict[str, Any]]]:
-        """Return the rows of one step of one process, in batches, for a trial. Each `number` gives different rows.
+        """Return the batches of rows of one step of one process, for a trial. Each `number` gives different rows.
 
         The rows are at equal distances in the training set. For a stream, they are its first rows.
         """
