@@ -456,15 +456,15 @@ PROGRAMS: dict[str, Row] = {
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
         full_disk('--preflight', 'false'),
-        'the last complete checkpoint is none yet.',
+        'The last complete checkpoint is none yet.',
     ),
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
     # commands on a run folder
     'pushing no run': (lambda w: push.main([str(w.tmp)]), 'sft_args.json cannot be read as JSON: No such file'),
-    'pushing what names no hub': (pushed('', ''), 'names no repository, because it was trained without --push_to_hub'),
+    'pushing what names no hub': (pushed('', ''), 'the run has no repository, because it was trained without '),
     'pushing nothing': (pushed('checkpoint-1', None, **PUSHES), 'has no checkpoint to push.'),
     'pushing without a token': (pushed('', '', **PUSHES), 'Set the environment variable MODELSCOPE_API_TOKEN.'),
-    'pushing to a hub that is away': (away, 'The folder is kept: run python -m utils.export.push '),
+    'pushing to a hub that is away': (away, 'To push it again, run python -m utils.export.push '),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),

@@ -1,7 +1,7 @@
-"""The first-step gate: before training, try a step, an evaluation and a checkpoint, and then undo them.
+"""The first-step gate: before training, try a step, an evaluation and a checkpoint, and then undo their effects.
 
-They are tried with the heaviest batches, which need the most memory. Afterwards the weights and all other state are
-bitwise the same as before.
+They are tried with the batches that need the most memory. Afterwards the weights and all other state are bitwise the
+same as before.
 """
 
 from __future__ import annotations
@@ -161,10 +161,10 @@ class FirstStepGate(TrainerCallback):
         return None
 
     def _join_more(self) -> None:
-        """On CUDA, raise the number of tokens up to which micro-batches of a step are joined, if the memory suffices.
+        """On CUDA, join the micro-batches of a step up to a larger number of tokens, if the memory suffices.
 
         A GPU computes a few tokens faster than the CPU starts its kernels, so small micro-batches waste time. Each
-        number of tokens is tried with the longest rows and with loss on every token: no joined batch can need more
+        number of tokens is tried with the longest rows and with loss on every token. No other joined batch needs more
         memory. A resumed run keeps the number of its checkpoint.
         """
         trainer = self.trainer
@@ -217,7 +217,7 @@ class FirstStepGate(TrainerCallback):
         trainer.model_wrapped.zero_grad()
 
     def _advise(self, heaviest: list[Rows], failure: str) -> NoReturn:
-        """Try settings that need less memory, and raise a ConfigError. Its message says which settings fit into memory.
+        """Try settings that need less memory, and raise a ConfigError that says which of them fit into memory.
 
         `failure` is the memory error of the batches `heaviest`.
         """
@@ -252,8 +252,8 @@ class FirstStepGate(TrainerCallback):
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
         """Return a list of (flag that saves memory, the heaviest batch under this flag).
 
-        `rows` is the heaviest batch now, and `tokens` the length of its longest row. Gradient checkpointing does not
-        change the batch: its entry has the object `rows` itself.
+        `rows` is the heaviest batch now, and `tokens` the length of its longest row. The entry of
+        --gradient_checkpointing has the unchanged object `rows`.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:
@@ -267,7 +267,7 @@ class FirstStepGate(TrainerCallback):
         return lighter
 
     def _evaluate(self) -> None:
-        """Try an evaluation of the heaviest validation batch. If evaluations generate answers, these answers are short.
+        """Try an evaluation of the heaviest validation batch. Generated answers are kept short.
 
         Raises ConfigError if the batch does not fit into memory, or if the loss of a row is not finite.
         """
@@ -324,7 +324,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def joins_more() -> bool:
-    """Return whether joined micro-batches may have more tokens than the heaviest batch. They may on CUDA."""
+    """Return whether micro-batches are joined to more tokens than the heaviest batch has: True on CUDA."""
     return device.kind() == 'cuda'
 
 
@@ -348,10 +348,10 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _forget(optimizer: Any) -> None:
-    """Bring the state of an optimizer back to what it was before the first step.
+    """Reset the state of an optimizer to that before the first step.
 
     bitsandbytes never releases the memory of a paged optimizer, and a new state would take the same amount again. So
-    the state of a paged optimizer is kept and set to zero, except the tables `qmap`, which stay as they are.
+    the state of a paged optimizer is kept and set to zero, except the constant tables `qmap`.
     """
     inner = optimizer.optimizer  # inside the wrapper of accelerate
     if not (type(inner).__module__.startswith('bitsandbytes.') and inner.is_paged):
