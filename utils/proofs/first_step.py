@@ -165,29 +165,58 @@ class FirstStepGate(TrainerCallback):
 
         A GPU computes a few tokens faster than the CPU starts its kernels, so small micro-batches waste time. Each
         number of tokens is tried with the longest rows and with loss on every token. No other joined batch needs more
-        memory. A resumed run keeps the number of its checkpoint.
+        memory. A resumed run tries only the number of its checkpoint. If the memory of this machine does not suffice
+        for it, micro-batches are joined to no more tokens than the heaviest batch has.
         """
         trainer = self.trainer
         order = trainer.order
-        if order is None or trainer.capacity is None or self.resumed_from is not None or not joins_more():
+        if order is None or trainer.capacity is None:
             return
-        in_step = order.batch * trainer.args.gradient_accumulation_steps
-        lengths = heapq.nlargest(in_step, order.lengths)
-        for tokens in _JOINED:
-            # All processes have the same rows, so they try the same.
-            count = sum(total <= tokens for total in itertools.accumulate(lengths))
-            tried = sum(lengths[:count])
-            if tried <= trainer.capacity:
-                return
-            rows = [_trained_whole(row) for row in trainer.train_dataset.heaviest(count)[0]]
-            failure = self._forward_backward(rows, exchanges=False)
-            trainer.model_wrapped.zero_grad()
-            if failure is None:
-                trainer.capacity = tried
+        of_heaviest = sum(heapq.nlargest(order.batch, order.lengths))
+        if self.resumed_from is not None:
+            self._join_again(trainer.capacity, of_heaviest)
+        elif joins_more():
+            for tokens in _JOINED:
+                tried, failure = self._try_joined(tokens, of_heaviest)
+                if failure is None:
+                    trainer.capacity = tried
+                    break
+            if trainer.capacity > of_heaviest:
                 reason = 'micro-batches of a step are joined up to so many tokens, which fit into memory'
-                trainer.checkpoints.run.decide('joined_tokens', tried, reason)
-                return
+                trainer.checkpoints.run.decide('joined_tokens', trainer.capacity, reason)
+
+    def _join_again(self, tokens: int, of_heaviest: int) -> None:
+        """Try the number of tokens to which the run that is resumed joined micro-batches."""
+        if tokens <= of_heaviest or self._try_joined(tokens, of_heaviest)[1] is None:
+            return
+        self.trainer.capacity = of_heaviest
+        logger.warning(
+            f'--resume_from_checkpoint: the run joined micro-batches to batches of up to {tokens} tokens, which do not '
+            f'fit into the memory of this machine. Batches of up to {of_heaviest} tokens are used. The gradients are '
+            'the same up to rounding.'
+        )
+
+    def _try_joined(self, tokens: int, of_heaviest: int) -> tuple[int, str | None]:
+        """Try the largest joined batch of at most `tokens` tokens.
+
+        Returns (the number of its tokens, the memory error or None). If no joined batch has more tokens than the
+        heaviest batch, which was already tried, returns `of_heaviest` as the number.
+        """
+        trainer = self.trainer
+        assert trainer.order is not None, 'checked by the caller'
+        # All processes have the same rows, so they try the same.
+        lengths = heapq.nlargest(trainer.order.batch * trainer.args.gradient_accumulation_steps, trainer.order.lengths)
+        count = sum(total <= tokens for total in itertools.accumulate(lengths))
+        tried = sum(lengths[:count])
+        if tried <= of_heaviest:
+            return of_heaviest, None
+
+        rows = [_trained_whole(row) for row in trainer.train_dataset.heaviest(count)[0]]
+        failure = self._forward_backward(rows, exchanges=False)
+        trainer.model_wrapped.zero_grad()
+        if failure is not None:
             clear_device_cache(garbage_collection=True)
+        return tried, failure
 
     def _is_sharded(self) -> bool:
         return bool(self.trainer.is_deepspeed_enabled or self.trainer.is_distributed_loading_by_transformers)

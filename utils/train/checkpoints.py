@@ -296,7 +296,9 @@ class Checkpoints:
         trainer.deadline.restore(tree.get('timetable'))
         # If micro-batches were joined differently, gradients of the same rows would be the same only up to rounding.
         joined = tree.get('joined')
-        if joined is not None and trainer.capacity is not None and joined['device'] == device.kind():
+        is_joined = joined is not None and trainer.capacity is not None and joined['device'] == device.kind()
+        # The first-step trial loads the state again. It may have found that so many tokens do not fit into memory here.
+        if is_joined and not trainer.in_preflight:
             trainer.capacity = joined['tokens']
         if not trainer.is_deepspeed_enabled:
             use_settings(trainer.optimizer, trainer.lr_scheduler, settings)
