@@ -261,14 +261,22 @@ def check(
     done: Ready[InferArguments], trained: Trained | None, served: Served, rows: Sequence[Row], server: Server
 ) -> int:
     """Compare the answers of a server with the answers of this program. Returns 1 if they differ, else 0."""
+    import copy
+
+    from utils.cli.resolution import log_decision
+    from utils.infer.generation import served_config
     from utils.loading.folder import is_adapter
     from utils.run.folder import result_path
     from utils.serve.check import ServerCheck
 
+    # A server takes the penalty from generation_config.json of the model folder.
+    config = copy.deepcopy(served.config)
+    of_folder = served_config(served.model.generation_config, config, done.args, done.typed)
+    config.repetition_penalty = of_folder.repetition_penalty or 1.0
+    if config.repetition_penalty != done.args.repetition_penalty:
+        log_decision('repetition_penalty', config.repetition_penalty, 'the generation settings of the model say so')
     has_adapter = trained is not None and is_adapter(trained.checkpoint)
-    server_check = ServerCheck(
-        server, served.model, served.encoder, served.config, args=done.args, has_adapter=has_adapter
-    )
+    server_check = ServerCheck(server, served.model, served.encoder, config, args=done.args, has_adapter=has_adapter)
     return server_check.run(rows, result_path(done.args))
 
 

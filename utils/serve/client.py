@@ -143,7 +143,7 @@ class Server:
         try:
             return self._reply(path, self._send(path, {**body, 'logprobs': True, 'top_logprobs': TOP_LOGPROBS}))
         except Refused as error:
-            if not 400 <= error.status < 500:
+            if error.status in _BUSY or not 400 <= error.status < 500:
                 raise
         reply = self._reply(path, self._send(path, body))
         self._gives_logprobs = False

@@ -187,8 +187,9 @@ def check_row(asked: Asked, answer: Expected, base_answer: Expected | None, *, r
 def agree(question: Question, reply: Reply, expected: Expected, *, rounding: float) -> Agreement | None:
     """Return how the answer of the server agrees with an answer of a model.
 
-    White space at the ends of the model's answer may be missing in the server's answer. Returns None if the server
-    removed tool calls from its answer. `rounding` is the largest difference of two log probabilities that still counts
+    White space at the ends of the model's answer may be missing in the server's answer. The server's answer may begin
+    with a blank that decoding removed from the model's answer. Returns None if the server removed tool calls from its
+    answer. `rounding` is the largest difference of two log probabilities that still counts
     as rounding.
     """
     if reply.has_calls:
@@ -199,13 +200,16 @@ def agree(question: Question, reply: Reply, expected: Expected, *, rounding: flo
         is_same = thought in answer and answer.strip().endswith(said)
         kind: Literal['equal', 'different'] = 'equal' if is_same else 'different'
         return Agreement(kind=kind, at=1, model_rest=answer, server_rest=f'{thought}\n{said}')
-    if reply.text in (answer, answer.strip()):
+    served = reply.text
+    if served.startswith(' ') and not answer.startswith(' '):
+        served = served[1:]  # SentencePiece removes the blank before the first word of a text
+    if served in (answer, answer.strip()):
         return Agreement(kind='equal')
 
-    common = _common(expected, reply.text)
+    common = _common(expected, served)
     begun = expected.model.text(expected.ids[:common])
-    rest = reply.text[len(begun) :]
-    after = expected.model.next_token(question, expected.ids[:common])
+    rest = served[len(begun) :]
+    after = expected.model.next_token(question, expected.ids[:common], penalises=True)
     gap = _gap(after, rest, is_cut=not rest and reply.finish == 'length')
     return Agreement(
         kind='rounding' if gap is not None and gap <= rounding else 'different',
