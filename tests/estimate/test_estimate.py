@@ -146,7 +146,9 @@ def test_modes_come_from_flags() -> None:
     assert (rounded.trained, rounded.optimizer_bytes, rounded.autocasts) == (2, 6, False)
     qlora = mode('--quantization_bit', '4', '--lora_target_modules', 'ALL')
     assert (qlora.packed, qlora.fused, len(qlora.targets)) == ('nf4x2', True, 7)
-    assert mode('--model_type', 'qwen-7b-chat-int8').packed == 'gptq8'
+    gptq = mode('--model_type', 'qwen-7b-chat-int8')
+    assert (gptq.packed, gptq.fused) == ('gptq8', True)
+    assert not mode('--quantization_bit', '8').fused
     assert mode('--model_type', 'baichuan2-7b-chat-int4').packed == 'nf4'
     assert mode('--lora_target_modules', 'c_attn', 'mlp.c_proj').targets == ('q_proj', 'k_proj', 'v_proj', 'down_proj')
     assert not mode('--model_type', 'qwen-vl').padding_free and not mode('--padding_free', 'false').padding_free
