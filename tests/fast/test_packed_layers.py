@@ -12,7 +12,7 @@ from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 
 from tests.support.old_models import quantised
-from utils.fast.frozen import find_weight
+from utils.fast.frozen import find_weight, fuse_packed
 from utils.fast.lora import fuse_lora
 
 INPUTS, GROUP = 64, 16
@@ -53,7 +53,8 @@ class Repacked(StandIn):
     """A layer of another class of gptqmodel."""
 
 
-StandIn.__module__, StandIn.__qualname__ = 'gptqmodel.nn_modules.qlinear.torch', 'TorchLinear'
+StandIn.__module__ = 'gptqmodel.nn_modules.qlinear.torch'
+StandIn.__name__ = StandIn.__qualname__ = 'TorchLinear'
 Repacked.__module__ = 'gptqmodel.nn_modules.qlinear.torch_aten_kernel'
 
 
@@ -135,6 +136,25 @@ def test_adapters_on_packed_layers_in_one_step_compute_like_peft(kind: str, dtyp
         assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= BOUND[dtype] * theirs.norm()
     assert of_inputs == x.numel() * x.element_size(), 'both layers save the same x'
     assert of_weights == 0
+
+
+@pytest.mark.parametrize('dtype', BOUND)
+@pytest.mark.parametrize('kind', KINDS)
+def test_packed_layers_without_adapter_save_nothing(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(make_layer(kind, 96), make_layer(kind, 32), nn.Linear(INPUTS, 8, dtype=dtype))
+    x = torch.randn(3, 7, INPUTS, dtype=dtype, requires_grad=True)
+    expected, _, of_gptqmodel = largest_saved(model[:2], x)
+    assert of_gptqmodel == INPUTS * (96 + 32) * x.element_size()
+
+    assert fuse_packed(model) == 2 and fuse_packed(model) == 0
+    assert [type(layer).__name__ for layer in model] == ['FusedTorchLinear', 'FusedTorchLinear', 'Linear']
+    found, *saved = largest_saved(model[:2], x)
+    assert len(found) == 3 and saved == [0, 0]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    with torch.no_grad():
+        assert torch.equal(model[0](x), expected[0])
 
 
 def test_weights_are_unpacked_only_for_the_gradient_of_the_input() -> None:

@@ -71,6 +71,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         and packed in _FUSED_PACKING
         and not args.lora_dropout_p
         and not args.use_dora,
+        saves_weights=packed in ('gptq4', 'gptq8') and args.tuner_backend == 'peft',
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
         padding_free=args.padding_free is not False and shape.attention in ('rows', 'mixed') and whole,

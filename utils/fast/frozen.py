@@ -1,6 +1,9 @@
 """The weights of frozen linear layers, plain or packed, for backward passes that save no weight.
 
-A packed layer holds quantised weights. Shapes in names: I input features, O output features.
+A packed layer holds quantised weights. gptqmodel saves the unpacked weight of each such layer for the backward pass,
+which takes as much memory as an unpacked model. Here the weight is unpacked again.
+
+Shapes in names: I input features, O output features.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from utils.fast.swap import swap_class
 
 # A function that returns the weight (O, I) of a frozen layer in a dtype.
 WeightOf = Callable[[Any, torch.dtype], torch.Tensor]
@@ -53,3 +58,37 @@ def path_of(layer: nn.Module) -> str:
 def find_weight(layer: nn.Module) -> WeightOf | None:
     """Return the function that returns the weight of a layer, or None if its class is not known."""
     return _FUNCTIONS.get(path_of(layer))
+
+
+class _FrozenStep(torch.autograd.Function):
+    """Computes the output of a frozen packed layer, and saves nothing. The backward pass unpacks the weight again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: nn.Module, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
+        ctx.layer = layer
+        return compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        grad = grads[0]
+        return grad @ _unpack_gptq(ctx.layer, grad.dtype), None, None
+
+
+class _FusedPacked(nn.Module):
+    """Mixin for a packed layer of gptqmodel. Its own forward saves the unpacked weight for the backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of the layer."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            out: torch.Tensor = super().forward(x)
+            return out
+        frozen: torch.Tensor = _FrozenStep.apply(x, self, super().forward)
+        return frozen
+
+
+def fuse_packed(model: nn.Module) -> int:
+    """Replace the forward of a model's GPTQ layers by one that saves no weight. Returns the number of these layers."""
+    layers = [layer for layer in model.modules() if find_weight(layer) is _unpack_gptq]
+    for layer in layers:
+        swap_class(layer, _FusedPacked)
+    return len(layers)

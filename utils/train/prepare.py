@@ -206,6 +206,7 @@ def _put_adapter(
 
     Raises ConfigError if a target name matches nothing, or if there is no layer for LoRA.
     """
+    from utils.fast.frozen import fuse_packed
     from utils.fast.lora import fuse_lora
     from utils.loading.adapter import restore_adapter
     from utils.loading.layers import is_sharded
@@ -227,6 +228,9 @@ def _put_adapter(
     if args.tuner_backend == 'swift' and not is_sharded(model):
         fused, layers = fuse_lora(prepared)
         logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
+        packed = fuse_packed(prepared)
+        if packed:
+            logger.info(f'tuner_backend = swift: {packed} packed layers save no weight for the backward pass')
     logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
     if places.parameters:
         _say_how_experts_are_served(places.parameters)

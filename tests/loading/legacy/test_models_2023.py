@@ -250,6 +250,7 @@ def test_gptq_weights_stay_packed_and_train(key: str, dtype: str, tmp_path: Path
     assert not [name for name, layer in model.model.named_modules() if type(layer) is torch.nn.Linear]
     tuned = prepare_model(model, args)
     assert sum(type(module).__name__ == 'FusedGPTQLoraLinear' for module in tuned.modules()) == 14
+    assert {type(layer).__name__ for layer in layers} == {'FusedTorchLinear'}
     if dtype == 'fp32':
         torch.manual_seed(0)
         check_it_trains(tuned)
