@@ -252,7 +252,7 @@ def test_asking_for_more_rows_than_there_are_is_said(tmp_path: Path, caplog: pyt
     file = write(tmp_path / 'a.jsonl')
     rows = get_dataset([f'{file}#500'], test_ratio=0.1)
     assert (len(rows.train), len(rows.val)) == (45, 5)
-    assert f"--dataset '{file}#500' asks for 500 rows, and there are 50: all are used" in caplog.text
+    assert f"--dataset '{file}#500' asks for 500 rows, but there are only 50. All of them are used." in caplog.text
 
 
 def test_rows_of_a_generator_are_read_once_and_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,11 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
-    """Return {field of Mode: value} for --lora_modules_to_save and --new_tokens. Norms are too small to count."""
+    """Return {field of Mode: value} for the layers and rows that are trained whole beside the adapter.
+
+    The layers are those of --lora_modules_to_save, and the rows those of --new_tokens. Norms are left out, because they
+    need little memory.
+    """
     if args.sft_type == 'full':
         return {}
     words = args.lora_modules_to_save or []
@@ -148,13 +152,14 @@ def longest_batch(args: SftArguments) -> Batch:
 def known_gpus() -> list[tuple[str, int, int]]:
     """Return the known GPUs as (name, memory in GiB, peak in TFLOP/s).
 
-    The peak is that of dense bf16 matrix products in the data sheet. T4 and V100 have no bf16: their peak is for fp16.
+    The peak is the speed of dense bf16 matrix products, from the data sheet. T4 and V100 have no bf16, so the speed of
+    fp16 is given.
     """
     return [tuple(gpu) for gpu in json.loads(Path(__file__).with_name('gpus.json').read_text(encoding='utf-8'))]
 
 
 def need(found: Footprint) -> float:
-    """Return how many GiB of memory a GPU must have, so that this footprint fits."""
+    """Return how many GiB of memory a GPU must have for a run with the footprint `found`."""
     return (found.peak * (1 + _FRAGMENTED) + _CONTEXT) / GIB
 
 
@@ -175,7 +180,7 @@ def flops(shape: Shape, mode: Mode, tokens: int) -> float:
 
 
 def seconds(work: float, tera: float, devices: int) -> float:
-    """Return the seconds that a GPU with a peak of `tera` TFLOP/s needs for its share of `work` operations.
+    """Return the seconds that GPUs with a peak of `tera` TFLOP/s need for `work` operations.
 
     `devices` is the number of GPUs that work at the same time. GPUs that share the layers of one process work one after
     the other, so they count as a single GPU.

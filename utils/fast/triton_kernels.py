@@ -1,7 +1,8 @@
 """Triton kernels for GPUs: RMSNorm and the gate of an MLP, each in one pass over its input instead of many.
 
-Import this module only if there is a GPU: triton comes with the builds of torch for GPUs. `utils/fast/kernel_trial.py`
-decides whether the kernels are used. They round at the same places as the code that they replace.
+Import this module only if there is a GPU, because only the builds of torch for GPUs install triton.
+`utils/fast/kernel_trial.py` decides whether the kernels are used. The kernels round at the same places as the code that
+they replace.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def refuse(location: str, problem: str) -> NoReturn:
 class _Converted(io.RawIOBase):
     """A stream that converts text in UTF-16 or UTF-32 to UTF-8.
 
-    An incomplete character at the end becomes a byte that is not UTF-8. So it is reported like any text that is not
-    UTF-8.
+    An incomplete character at the end becomes a byte that is not UTF-8. So this character is reported like any text
+    that is not UTF-8.
     """
 
     def __init__(self, stream: Any, encoding: str) -> None:
@@ -115,8 +115,8 @@ class FileBytes:
     def _recognise(self, head: bytes) -> None:
         """Convert the stream to UTF-8 if its first bytes, `head`, are a byte-order mark of UTF-16 or UTF-32.
 
-        Raises UnreadableRow if the file is not text. Also raises it if the file has zero bytes and no byte-order mark,
-        because then its encoding is not certain.
+        Raises UnreadableRow if the file is not text, or if it has zero bytes and no byte-order mark. In such a file,
+        the encoding is not certain.
         """
         self.converted = next((encoding for mark, encoding in _WIDE if head.startswith(mark)), '')
         if self.converted:

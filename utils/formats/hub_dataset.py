@@ -61,11 +61,11 @@ class HubDataset:
         return hub.repos_of(hub_name, ids)
 
     def names(self, snapshot: hub.Snapshot) -> list[str]:
-        """Return the files that are needed. Downloads only the list of splits (see choose_files)."""
+        """Return the names of the needed files. Downloads only the list of splits (see choose_files)."""
         return [name for names in choose_files(snapshot, self).values() for name in names]
 
     def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, hub.Snapshot]:
-        """Return (train, validation or None, the repository). Downloads only the files that are needed."""
+        """Return (training rows, validation rows or None, repository). Downloads only the needed files."""
         snapshot = hub.find(self.repos(hub_name), 'dataset')
         chosen = choose_files(snapshot, self)
         folder = snapshot.fetch([name for names in chosen.values() for name in names])

@@ -24,8 +24,8 @@ class Spread:
 
     `memory` is a dict from GPU to its free bytes. `linear_bytes` is the number of bytes per parameter in linear layers
     except the output head. This number is small if the layers are quantised. `parameter_bytes` is the number of bytes
-    of each other parameter. If the model does not fit on the GPUs, `map` raises ConfigError with `must_fit`, and
-    returns 'auto' without it.
+    of each other parameter. If the model does not fit on the GPUs, `map` raises ConfigError if `must_fit` is True, and
+    returns 'auto' otherwise.
     """
 
     memory: Mapping[int | str, int]

@@ -86,7 +86,7 @@ class _Reader:
         self.found: set[str] = set()
 
     def read_body(self, body: Iterable[nodes.Node], known: frozenset[str]) -> frozenset[str]:
-        """Read statements that share a scope. Returns the value of `known` after the last statement."""
+        """Read statements that share a scope. Returns `known` and the names that they set on every path."""
         from jinja2 import nodes
 
         macros = []

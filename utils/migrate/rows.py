@@ -1,4 +1,4 @@
-"""The data sets of a recipe: their words for --dataset, and the names of their columns for --columns."""
+"""The data sets of a recipe, as values of --dataset, --val_dataset and --columns."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def hub_word(prefix: str, repo_id: str, *parts: str, revision: str = '') -> str:
 
 
 def is_file(path: str) -> bool:
-    """Return whether a path names local data: it has the suffix of a data file, or begins like a path."""
+    """Return whether `path` is a local path, not a hub id: it ends like a data file, or begins with /, ./, ../ or ~."""
     return path.lower().endswith((*SUFFIXES, '.txt', '.md')) or path.startswith(('/', './', '../', '~'))
 
 

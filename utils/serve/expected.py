@@ -21,9 +21,9 @@ _CANDIDATES = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Next:
-    """The model's prediction of the next token. `likely` is {token text: log probability} for the likeliest tokens.
+    """The model's prediction of the next token. `likely` is {token text: log probability} for the most likely tokens.
 
-    `stop` is the log probability of the most likely token that ends an answer.
+    Several tokens can end an answer. `stop` is the log probability of the most likely one of them.
     """
 
     likely: dict[str, float]

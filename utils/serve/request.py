@@ -50,8 +50,8 @@ class Question:
 def question_of(row: Row, encoder: Encoder) -> Question:
     """Return the row, the ids of its prompt, and the request for the prompt.
 
-    Raises NotSayable if the chat API has no form for the prompt. The request is also encoded as by a server. Raises
-    NotSayable if this gives different ids.
+    Raises NotSayable if the chat API has no form for the prompt, or if a server would get different ids from the
+    request.
     """
     if row.is_text:
         raise NotSayable(IS_TEXT)
@@ -119,10 +119,10 @@ def _tool(tool: Any) -> Any:
 
 
 def _switch(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
-    """Return the key that the request needs for template variables: {}, or {'chat_template_kwargs': thinking switch}.
+    """Return the keys that the request needs for the thinking switch: {} or {'chat_template_kwargs': switch}.
 
-    `ids` are the ids of the prompt in the run. The request must give the same ids. It is tried without the switch
-    first, then with it. Raises NotSayable if it gives different ids both times.
+    `ids` are the ids of the prompt in the run. The request must give the same ids. It is encoded without the switch
+    first, then with the switch. Raises NotSayable if the ids differ both times.
     """
     asked = replace(row, messages=[*_read_back(request['messages']), _unknown()], tools=request.get('tools'))
     for thinks in (False, True):
@@ -142,7 +142,7 @@ def _unknown() -> Message:
 
 
 def _read_back(messages: Sequence[Mapping[str, Any]]) -> Iterator[Message]:
-    """Yield the messages of a request as a server reads them: the arguments of calls are parsed."""
+    """Yield the messages of a request as a server reads them, with the arguments of calls parsed."""
     for message in messages:
         read = Message(**message)  # type: ignore[typeddict-item]
         if 'tool_calls' in read:

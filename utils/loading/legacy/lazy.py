@@ -1,6 +1,6 @@
 """Matrices that are computed only when the loader copies them into the model.
 
-They are computed one after the other. So memory never holds all matrices twice.
+They are computed one after the other. So there is never a second copy of all computed matrices in memory.
 """
 
 from __future__ import annotations

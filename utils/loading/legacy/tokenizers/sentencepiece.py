@@ -68,7 +68,7 @@ def read_settings(model_dir: Path, name: str = 'tokenizer_config.json') -> dict[
 def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') -> dict[str, Any]:
     """Return the constructor arguments that are the same for all tokenizers. `settings` is tokenizer_config.json.
 
-    References to code in `settings` are not used. `padding_side` is used if `settings` does not state the side.
+    Keys of `settings` that name code are ignored. `padding_side` is used if `settings` does not state the side.
     """
     return {
         'clean_up_tokenization_spaces': False,
