@@ -32,7 +32,7 @@ _STATES = {'adamw': 2, 'ademamix': 3, 'lion': 1, 'rmsprop': 1, 'adagrad': 1, 'sg
 # Bytes per parameter of the optimizer of --full_weights bf16: the first moment in bf16 and the second one in fp32.
 _BF16_ADAMW = 6
 # The quantisations (keys of PACKED) of layers whose adapters are computed in one step, see fast/lora.py.
-_FUSED_PACKING = ('', 'nf4', 'nf4x2')
+_FUSED_PACKING = ('', 'nf4', 'nf4x2', 'gptq4', 'gptq8')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         and packed in _FUSED_PACKING
         and not args.lora_dropout_p
         and not args.use_dora,
+        saves_weights=packed in ('gptq4', 'gptq8') and args.tuner_backend == 'peft',
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
         padding_free=args.padding_free is not False and shape.attention in ('rows', 'mixed') and whole,

@@ -68,6 +68,9 @@ class Mode:
     # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
     # cast their input to fp32.
     fused: bool = True
+    # Whether each packed layer saves its unpacked weight for the backward pass, as the layers of gptqmodel do. False:
+    # the weight is unpacked again (fast/frozen.py).
+    saves_weights: bool = False
     checkpointing: bool = False
     # Whether RMSNorm saves only its input for the backward pass (fast/norm.py).
     fused_norms: bool = True
@@ -255,7 +258,7 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
         per_token += shape.layers * shape.heads * batch.longest * (4 + c)
 
     every = per_token * batch.tokens
-    if mode.autocasts and not mode.sharding:
+    if mode.saves_weights or (mode.autocasts and not mode.sharding):
         every += c * shape.linear_parameters
     mask = batch.tokens * batch.longest * shape.heads * c if shape.attention == 'alibi' else 0
     layer = every // shape.layers

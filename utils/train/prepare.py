@@ -205,6 +205,7 @@ def _put_adapter(
 
     Raises ConfigError if a word of --lora_target_modules matches nothing, or if there is no layer for LoRA.
     """
+    from utils.fast.frozen import fuse_packed
     from utils.fast.lora import fuse_lora
     from utils.loading.adapter import restore_adapter
     from utils.loading.layers import is_sharded
@@ -228,6 +229,9 @@ def _put_adapter(
         logger.info(
             f'tuner_backend = swift: {fused} of {layers} LoRA layers use a fused forward, which needs less memory'
         )
+        packed = fuse_packed(prepared)
+        if packed:
+            logger.info(f'tuner_backend = swift: {packed} packed layers save no weight for the backward pass')
     logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
     if places.parameters:
         _say_how_experts_are_served(places.parameters)

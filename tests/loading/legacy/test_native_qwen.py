@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -23,12 +25,15 @@ from tests.support.old_models import (
     write_checkpoint,
 )
 from utils.base.errors import ConfigError
+from utils.cli.arguments import SftArguments
+from utils.loading.layers import ALL_LINEAR
 from utils.loading.legacy import gptq
 from utils.loading.legacy.families.qwen import QWEN, QWEN_GPTQ
 from utils.loading.legacy.opening import open_original
 from utils.loading.packed import packed_classes
 from utils.loading.save import save_whole
 from utils.model import load_model
+from utils.train.prepare import prepare_model
 
 OLD_NAMES = {
     'hidden_size': 'n_embd',
@@ -269,6 +274,15 @@ def test_other_quantisation_settings_agree_with_plain_arithmetic(
         torch.testing.assert_close(
             model(ids[None]).logits[0], reference(plain, read_json(PACKED), ids), atol=1e-4, rtol=0
         )
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_adapters_on_unpacked_weights_are_computed_in_one_step(bits: int, tmp_path: Path) -> None:
+    folder, _ = gptq_checkpoint(tmp_path / 'a', bits=bits, group=32, act_order=bits == 8)
+    model = open_original(QWEN_GPTQ, folder, dtype=torch.float32)
+    tuned = prepare_model(model, SftArguments(lora_target_modules=[ALL_LINEAR]))
+    kinds = Counter(type(layer).__name__ for layer in tuned.modules() if isinstance(layer, LoraLayer))
+    assert kinds == {'FusedLinear': 14}
 
 
 @pytest.mark.parametrize(
