@@ -93,7 +93,7 @@ BROKEN = {
     'chinese.jsonl': (CHINESE.encode('gb18030'), 'chinese.jsonl:1: byte 0xc4 is not UTF-8. It looks like GB18030. '
                       'Convert the file, e.g. iconv -f GB18030 -t UTF-8 chinese.jsonl.'),
     'french.jsonl': (FRENCH.encode('cp1252'), 'e.g. iconv -f WINDOWS-1252 -t UTF-8 french.jsonl.'),
-    'bare.jsonl': (FRENCH.encode('utf-16-le'), 'bare.jsonl:1: the text has zero bytes, so it is not UTF-8. It looks '
+    'bare.jsonl': (FRENCH.encode('utf-16-le'), 'bare.jsonl:1: the text has NUL bytes, so it is not UTF-8. It looks '
                    'like UTF-16LE. Convert the file, e.g. iconv -f UTF-16LE -t UTF-8 bare.jsonl.'),
     'bare.csv.gz': (gzip.compress('query,response\na,b\n'.encode('utf-16-be')),
                     'e.g. gzip -dc bare.csv.gz | iconv -f UTF-16BE -t UTF-8.'),

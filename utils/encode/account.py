@@ -491,8 +491,8 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
 def _resolve(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
     """Find the right positions of the doubtful texts, and store them in `places`.
 
-    The row is rendered with a marker instead of each of these texts. The marker is printed where the text was. The
-    positions in `places` are not changed if the rendering fails, or if it differs from `text` in more than the markers.
+    The row is rendered with a marker instead of each of these texts. Each marker is printed where its text was. A text
+    keeps its position if every rendering with its marker fails, or differs from `text` in more than the markers.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _marker(number) for number in whole}
@@ -529,8 +529,8 @@ def _marker(number: int) -> str:
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
     """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    Several equal names or ids share one list of spans. Each of them removes the span that it gets from the list, but
-    the last span stays in the list.
+    Equal names or ids share one list of spans. So the span of a name or id is removed from `spans`, but the last span
+    stays in the list.
     """
     leaf = places[number].leaf
     if not spans:
@@ -722,7 +722,7 @@ class Account:
         return {bucket: count for bucket, count in buckets.items() if count}, end
 
     def merge(self, other: Account) -> None:
-        """Add the counts of a different account to this account."""
+        """Add the counts of `other` to this account."""
         for label, counts in other.fields.items():
             for bucket, count in counts.items():
                 self._count(label, bucket, count)
@@ -730,9 +730,9 @@ class Account:
             self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
-        """Return at most two lines: the percentages of all labels, and the names of unused fields.
+        """Return at most two lines. The first has the percentage of each bucket for each label.
 
-        A line is left out if it has nothing to show.
+        The second has the names of the unused fields. A line is left out if it has nothing to show.
         """
         shares = []
         for label, counts in self.fields.items():

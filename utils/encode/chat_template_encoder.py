@@ -95,7 +95,7 @@ class _Chat(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text: its prompt, its reply with the end of turn, and the text after it. Only the reply carries loss."""
+    """A row as text. `reply` is the last reply with the end of turn. `rest` is the text after the end of turn."""
 
     chat: _Chat
     prompt: str
@@ -406,10 +406,11 @@ class AutoEncoder(Encoder):
     ) -> Message:
         """Return the message with the keys and values that the template expects.
 
-        If the message has images, its content becomes a list of items. Reasoning is stored under `key`. Without `key`,
-        it is stored under the key that a probe found. If no key was found, the reasoning of the last message
-        (`is_last`) becomes a think block in its content. In any other message, and in a message with calls, the
-        reasoning is then left out.
+        If the message has images, its content becomes a list of items.
+
+        Reasoning is stored under `key`. Without `key`, it is stored under the key that a probe found. If no probe found
+        a key, the reasoning is left out. Only the last message (`is_last`), if it has no calls and the template has a
+        think tag, gets the reasoning as a think block in its content.
         """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -591,10 +592,10 @@ class AutoEncoder(Encoder):
         return parts
 
     def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
-        """Return the reasoning of a reply with tool calls as a think block, if the template reads it from no key.
+        """Return the reasoning of a reply with tool calls as a think block. The caller puts the block before the calls.
 
-        The caller puts the block before the calls. Returns '' if the reply has no calls or no reasoning, or if `key` is
-        set.
+        Returns '' if the reply has no calls or no reasoning, if the template has no think tag, or if `key` is set. With
+        `key`, the template itself prints the reasoning.
         """
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or key or tag is None or not reasoning:
@@ -763,9 +764,9 @@ class AutoEncoder(Encoder):
     def _end_of_reply(self, markers: Sequence[re.Match[str]]) -> re.Match[str] | None:
         """Return the match of the end-of-turn token after a reply. `markers` are the control tokens after the reply.
 
-        This is the first marker. But if the template prints the end-of-sequence token after each turn, it is the
-        end-of-sequence token, because a different token may come before it, as in Cohere's templates. Returns None if
-        there is no marker.
+        Usually the first marker is returned. If the template prints the end-of-sequence token after each turn, the
+        end-of-sequence token is returned, because some templates, such as Cohere's, print another token before the
+        end-of-sequence token. Returns None if there is no marker.
         """
         eos = self.tokenizer.eos_token
         end = next((match for match in markers if match[0] == eos), None) if self._eos_ends_turns else None
@@ -816,9 +817,9 @@ class AutoEncoder(Encoder):
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
         """Return how many ids at the start of `whole` are the ids of the prompt. Returns 0 if this is not certain.
 
-        Tokenizers first split text at added tokens. So the ids up to the last control token of the prompt do not depend
-        on the text after the prompt. Only the other ids of the prompt are compared: `whole` must have the same ids as
-        `tails`.
+        Tokenizers first split text at added tokens. So the ids before the last control token of the prompt do not
+        depend on the text after the prompt. From this token to the end of the prompt, `whole` must have the ids that
+        `tails` has for this text. `tails` is the cache of `_learn_tails`.
         """
         count, start = self.text.last_control(prompt)
         if count == 0:
@@ -913,9 +914,9 @@ class AutoEncoder(Encoder):
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
         """Return the spans of the earlier reply in the message `index`, as positions in the text of the prompt.
 
-        Usually this is one span, with the end of turn. The list is empty if the template does not print the reply. Some
-        templates print the text of a reply with calls only after the results of the calls. Then a second span covers
-        this text.
+        Usually this is one span, including the end of turn. The list is empty if the template does not print the reply.
+        Some templates print the text of a reply with calls only after the results of the calls. Then a second span
+        covers this text.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -1029,8 +1030,8 @@ def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, re
 
     `follows` is the text that the template prints after the prompt. `is_call` says whether the reply has calls, and
     `reasons` whether it has reasoning. If the reply has calls or reasoning, think tags and the spaces around them are
-    not compared. If `follows` begins with a closed think block, reasoning counts as changed, because it would come
-    after this block.
+    not compared. If `follows` begins with a closed think block, reasoning counts as changed, because the reasoning
+    would come after this block.
     """
     if not (reasons or is_call or reasoning):
         return content in follows

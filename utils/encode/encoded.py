@@ -110,7 +110,7 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with the text of its prompt split, so that each of these spans is one item of `pieces`.
+    """Return the row with the prompt in `pieces` split, so that each of these spans is one item of `pieces`.
 
     The spans are positions in the text of the prompt. Each span is an earlier reply that carries loss.
     """

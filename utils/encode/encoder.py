@@ -100,7 +100,7 @@ class Encoder:
             )
         logger.warning(
             f"template '{self.name}': {named} can end a turn and is beyond the {embedding} rows of the model's "
-            'embedding: answers never stop at this token, and rows that contain it are refused'
+            'embedding. So answers never stop at this token, and rows that contain this token are refused'
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
@@ -140,8 +140,8 @@ class Encoder:
     def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
         """Return a row of plain text as rows of at most `max_length` ids. Any other row is returned as the only item.
 
-        Each further row begins with the ids that the tokenizer puts before a text. If the tokenizer puts none, the row
-        begins with the last id of the previous row. So the first id after a split is predicted too.
+        Each row after the first begins with the ids that the tokenizer puts before a text. If the tokenizer puts none,
+        the row begins with the last id of the previous row. So the first id after a split is predicted too.
         """
         ids = row.input_ids
         if not row.is_text or not 0 < max_length < len(ids):

@@ -27,13 +27,14 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
     """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
 
-    If the images are in a column of {bytes, path} and no user turn has an image tag, the images come before the text of
-    the first user turn.
+    If no user turn has an image tag, the images of a column of {bytes, path} come before the text of the first user
+    turn.
 
-    Without a vision tower (`images` is None), the row is returned unchanged, with no images. Images in a column of
-    {bytes, path} without image tags are then ignored. A row with other images in `row.images` is refused.
+    If `images` is None, the model has no vision tower. Then the row is returned unchanged, with an empty list. Images
+    of a column of {bytes, path} are ignored if no user turn has an image tag. All other images in `row.images` raise
+    RowRefused.
 
-    Raises RowRefused if the row is refused, or if an image cannot be used.
+    With a vision tower, images that cannot be used raise RowRefused.
     """
     if images is None:
         if row.images and not is_untagged(row):

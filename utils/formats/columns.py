@@ -647,7 +647,7 @@ def _texts(row: Row) -> Iterable[str]:
 
 
 def check_row(row: Row) -> Row:
-    """Return the same row with notes about its turns.
+    """Return the row. For each unusual property of its turns, such as an empty question, `row.notes` gets a note.
 
     Raises BadRow if the row cannot be used for training, for example if its last turn is not a reply.
     """

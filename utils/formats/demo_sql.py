@@ -140,8 +140,9 @@ def is_right(row: dict[str, str], answer: str) -> bool:
     of the reference, so that a wrong column, value or comparison changes the result. The order of the records matters
     only if the reference sorts.
 
-    If the answer has a fenced code block, only this block is used. Text after the first semicolon is ignored. But a
-    second statement there makes the answer wrong. SQL that is not a plain SELECT is also wrong.
+    If the answer has a fenced code block, only this block is used. The SQL ends at the first semicolon. If a second
+    statement follows the semicolon, the answer is wrong. Any other text there is ignored. SQL that is not a plain
+    SELECT is also wrong.
     """
     sql = _statement(answer)
     if not sql:

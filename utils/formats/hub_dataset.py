@@ -139,9 +139,9 @@ class RowStream:
         absent = [column for column in self.entry.columns if column not in row]
         if absent:
             raise ConfigError(
-                f'{location}: missing columns: {", ".join(absent)}. The file has {", ".join(row)}, expected are '
-                f'{", ".join(self.entry.columns)}. The data set changed on the hub: adapt its entry in '
-                'DATASET_MAPPING in utils/dataset.py.'
+                f'{location}: missing columns: {", ".join(absent)}. The file has {", ".join(row)}, but the entry '
+                f'in DATASET_MAPPING expects {", ".join(self.entry.columns)}. The data set changed on the hub. Adapt '
+                'the entry in utils/dataset.py.'
             )
 
     def _convert(self, row: SourceRow) -> PlainRow | BadRow:
@@ -176,7 +176,7 @@ def _unpack_images(archive: Path) -> Path:
             if total > max(about.st_size, 1 << 20) * _MAX_EXPANSION:
                 raise ConfigError(
                     f'{archive}: the archive expands to more than {_MAX_EXPANSION} times its size, which images never '
-                    f'do. It was not unpacked. If this is intended, unpack it into {target}.'
+                    f'do, so it was not unpacked. If this size is intended, unpack the images into {target}.'
                 )
 
             unpacked = Path(temporary) / 'whole'

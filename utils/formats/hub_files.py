@@ -152,9 +152,8 @@ class HubFiles:
     def _choose_subset(self, subsets: Mapping[str, Mapping[str, list[str]]], default: str) -> tuple[str, str | None]:
         """Return (subset, split). The split is None if `word` names no split.
 
-        If `word` names no subset, the subset named by `default` is used if it exists, else the only subset. Raises
-        ConfigError if there are several subsets and `default` names none of them, or if `part` is neither a subset nor
-        a split.
+        If `word` names no subset, the subset `default` is used. If there is no subset of this name, the only subset is
+        used. Raises ConfigError if there are several subsets instead, or if `part` is neither a subset nor a split.
         """
         names = list(subsets)
         usual = default if default in subsets else names[0] if len(names) == 1 else None

@@ -279,7 +279,10 @@ def _first_logprobs(logprobs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _ids(tokens: Any) -> list[int]:
-    """Return the token ids in the answer of /tokenize. Raises ValueError if there are none, or if one is no integer."""
+    """Return the token ids in the answer of /tokenize.
+
+    Raises ValueError if there are none, or if one of them is not an integer.
+    """
     ids = [token['id'] if isinstance(token, dict) else token for token in tokens]
     if not ids or not all(isinstance(token, int) for token in ids):
         raise ValueError('no token ids')

@@ -83,8 +83,8 @@ class Checked:
     Without an adapter, `base_answer` and `base_agreement` are None.
 
     `first` is the largest difference between the log probabilities of server and run for the first token of the answer.
-    `first_base` is the largest difference between those of server and base model. Each is None if no log probability
-    can be compared.
+    `first_base` is the same number for server and base model. It is None without an adapter. Both are None if no log
+    probability can be compared.
 
     `stops` is 'early' if the server ends its answer before the run does, 'late' if the server ends it after the run
     does, and otherwise None.
@@ -268,10 +268,9 @@ def _first_difference(served: Mapping[str, float], model: Model, question: Quest
 
 
 def first_different(run: Sequence[int], served: Sequence[int], model: Model) -> tuple[int, str, str]:
-    """Return (number of the first different token, text of the run, text of the server) for two prompts.
+    """Return (number, text of the run, text of the server) for the first token in which two prompts differ.
 
-    The first token has the number 1. Each text is the next _SHOWN_IDS tokens of the prompt, from the different token
-    on.
+    Numbers start at 1. Each text has _SHOWN_IDS tokens of the prompt, beginning with the different token.
     """
     pairs = zip(run, served, strict=False)
     at = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(run), len(served)))

@@ -41,7 +41,10 @@ class Next:
 
 
 def _begins(text: str, token: str) -> bool:
-    """Return whether the text may begin with the token. The last character of a token may be unfinished (U+FFFD)."""
+    """Return whether the text begins with the token.
+
+    If the last character of the token is unfinished (U+FFFD), it matches any character beyond ASCII.
+    """
     whole = token.rstrip('\ufffd')
     if whole == token:
         return bool(token) and text.startswith(token)

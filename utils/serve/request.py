@@ -109,7 +109,7 @@ def _call(call: Mapping[str, Any], made_id: str) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> Any:
-    """Return a tool whose numbers are ordinary floats and integers, as after a server has parsed them.
+    """Return the tool with all numbers as ordinary integers and floats, because a server parses numbers in this way.
 
     Raises NotSayable if the tool is not {'type': 'function', 'function': {...}}.
     """
@@ -159,7 +159,7 @@ def _parsed(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show_images(messages: list[dict[str, Any]], shown: Row, mark: str, paths: Sequence[str]) -> None:
-    """Replace the text of each user turn with images by a list of parts: texts, and images as data URLs.
+    """Write the content of each user turn that has images as a list of parts: texts, and images as data URLs.
 
     `shown` is the row in which `mark` stands for each image. `paths` has the paths of the images in the same order.
     """
