@@ -198,7 +198,11 @@ def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
 
 
 def check_template(done: Ready[SftArguments], run: Run, encoder: Encoder, now: Parsed[SftArguments]) -> None:
-    """Record the template of the run. Raises ConfigError if the run that it continues had another template."""
+    """Record the template of the run.
+
+    Raises ConfigError if the template has changed since the run that --from_run, --resume_from_checkpoint or --adapter
+    names.
+    """
     from utils.base.names import TEMPLATE_FLAGS
     from utils.proofs.template import check_trained_template, note_template
     from utils.run.record import Trained, check_resumed_template, find_record

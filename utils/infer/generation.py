@@ -62,8 +62,8 @@ def served_config(
 ) -> GenerationConfig:
     """Return the generation settings for a merged model folder.
 
-    They are a copy of `base`, the settings of the base model, with the stop, padding and bos tokens of `config`. The
-    flags in `typed`, and all flags whose values in `args` are not the defaults, replace settings of `base`.
+    They are a copy of `base`, the settings of the base model, with the stop, padding and bos tokens of `config`. A
+    flag replaces its setting in `base` if the flag is in `typed`, or if its value in `args` is not the default.
     """
     served = copy.deepcopy(base)
     served.eos_token_id = config.eos_token_id

@@ -61,7 +61,7 @@ def rouge(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
     """Return a list with a dict for each pair of answer and label: its ROUGE and BLEU scores, from 0 to 100.
 
     The keys of a dict are rouge-1, rouge-2, rouge-l (F1) and bleu-4. If both texts of a pair have fewer than two
-    words, ROUGE-1 is used for ROUGE-2, because ROUGE-2 needs two words.
+    words, rouge-2 has the value of rouge-1, because ROUGE-2 needs two words.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -236,7 +236,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 class Scores:
-    """The scores that --score names, in their order. Creating the object loads the files of the user's functions."""
+    """The scores in the order of --score. Creating the object loads the files of the user's functions."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.built_in = {'rouge': rouge, 'exact': exact, 'json': equal_json}

@@ -22,8 +22,8 @@ def load_adapter(
 ) -> Any:
     """Return the base model with the adapter of a checkpoint. Raises ConfigError if the adapter does not fit the model.
 
-    `base` is the folder of the base model. `family` is the name of its family in utils/loading/legacy, for example
-    'qwen'. The name is needed only if config.json does not tell the family.
+    `base` is the folder of the base model. `family` is the family of the base model in utils/loading/legacy, e.g.
+    'qwen'. It is needed only if config.json of the base model does not tell the family.
 
     With `dropout`, the adapter is loaded for further training with this dropout. Then ConfigError is also raised if the
     file of the adapter lacks a tensor or has an additional tensor.
@@ -55,7 +55,8 @@ def load_adapter(
 def restore_adapter(model: Any, checkpoint: Path) -> None:
     """Set all weights of an adapter to the exact weights in a checkpoint.
 
-    When PEFT loads an adapter, it rounds the layers of --lora_modules_to_save to the dtype of the model.
+    Loading the adapter with PEFT is not enough, because PEFT rounds the layers of --lora_modules_to_save to the dtype
+    of the model.
     """
     from peft import set_peft_model_state_dict
 

@@ -72,7 +72,7 @@ def read_chat_template(path: Path) -> Templates:
         parse_template(source, given)
         if 'messages' not in read_variables(source):
             raise ConfigError(
-                f'{given} does not read `messages`, so it prints no chat. Give a file with a Jinja chat template.'
+                f'{given} does not read `messages`, so it cannot render a chat. Give a file with a Jinja chat template.'
             )
     return found
 

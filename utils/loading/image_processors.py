@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Images(ABC):
     """Converts images to the inputs of one model.
 
-    `mark` is the text that templates print for an image. One of its tokens is the image token, with the id `slot`. In
-    input_ids, the image token is repeated, once for each feature of the image.
+    `mark` is the text that templates write for an image. It contains the image token, whose id is `slot`. In input_ids,
+    the image token is repeated, once for each feature of the image.
     """
 
     mark: str

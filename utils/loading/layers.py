@@ -150,7 +150,7 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
             native.append(name)
 
         if replaceable:
-            logger.info(f'lora_target_modules: {name} is {", ".join(new)} in the native class')
+            logger.info(f'lora_target_modules: using {", ".join(new)} for {name}, because the model has these layers')
             native += new
 
     return list(dict.fromkeys(native))

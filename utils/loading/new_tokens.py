@@ -175,8 +175,8 @@ def _check_model(model: Any, tables: Sequence[Any], added: NewTokens) -> None:
     is_too_small = max(added.ids) >= min(map(len, tables))
     if is_too_small and model.config.get_text_config().to_dict().get('vocab_size_per_layer_input'):
         raise ConfigError(
-            f'--new_tokens: {name} has an embedding in each layer, which is not enlarged. Use another model, or remove '
-            '--new_tokens.'
+            f'--new_tokens: {name} has an embedding in each layer, and these embeddings cannot be enlarged. Use '
+            'another model, or remove --new_tokens.'
         )
 
     for settings in filter(None, (model.config, model.config.get_text_config(), model.generation_config)):
@@ -197,11 +197,12 @@ def check_rows(checkpoint: Path, ids: Sequence[int]) -> None:
     if not is_adapter(checkpoint):
         return
     stored = read_json(checkpoint / 'adapter_config.json').get('trainable_token_indices') or {}
-    for path, trained in stored.items():
+    for trained in stored.values():
         if trained != list(ids):
             raise ConfigError(
-                f'{checkpoint}: its new tokens had the ids {_listed(trained)} in {path}, and the tokenizer of the base '
-                f'model now gives them {_listed(ids)}. Put back the tokenizer files with which the run was trained.'
+                f'{checkpoint}: its new tokens had the ids {_listed(trained)} in training, and the tokenizer of the '
+                f'base model now gives them {_listed(ids)}. Put back the tokenizer files with which the run was '
+                'trained.'
             )
 
 

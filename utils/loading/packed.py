@@ -22,8 +22,8 @@ def trainable_backend() -> str:
     """Return the name of a gptqmodel kernel that passes gradients to an adapter.
 
     The default kernels of gptqmodel cannot train. For 4 bits on a CPU, the default is TorchAtenLinear, which has no
-    backward pass. Its rounding errors are also about ten times larger. On a GPU, the default is Marlin, which refuses
-    to train.
+    backward pass. Its rounding errors are also about ten times those of gptq_torch. On a GPU, the default is Marlin,
+    which refuses to train.
     """
     return 'auto_trainable' if device.kind() == 'cuda' else 'gptq_torch'
 

@@ -165,7 +165,7 @@ def settings_problems(settings: Iterable[str], templates: Templates, supplied: I
     """Return a message for each name that is not a setting of the templates. Each message names a remedy.
 
     A name is a setting if a template reads it, or if a line before a template sets it. Variables that the tokenizer
-    supplies are not settings. `supplied` has the variables that only this tokenizer supplies.
+    supplies are not settings. `supplied` has further variables that this tokenizer supplies, e.g. its special tokens.
     """
     filled = {*SUPPLIED, *supplied}
     known: set[str] = set()

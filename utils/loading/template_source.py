@@ -61,7 +61,9 @@ def parse_template(source: str, where: str) -> nodes.Template:
             f'{where}: line {error.lineno} is not valid Jinja: {str(error.message).rstrip(".")}. Correct this line.'
         ) from None
     except (RecursionError, MemoryError, ValueError, SyntaxError) as error:
-        raise ConfigError(f'{where} cannot be read as Jinja: {error_text(error)}. Give a smaller template.') from None
+        raise ConfigError(
+            f'{where} is too large or too deeply nested for Jinja: {error_text(error)}. Simplify the template.'
+        ) from None
 
 
 @functools.lru_cache(maxsize=32)

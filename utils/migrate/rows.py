@@ -35,9 +35,9 @@ class Rows:
                 )
 
     def chat(self, t: Translation, key: str, column: str, role: str, content: str) -> None:
-        """Add a column of conversations. `role` and `content` are the names of the keys in its messages.
+        """Add a column of conversations, whose messages have the keys `role` and `content`.
 
-        Names other than role and content, or from and value, are a problem.
+        Adds a problem if `role` is not role or from, or if `content` is not content or value.
         """
         if role not in ('role', 'from') or content not in ('content', 'value'):
             t.refuse(

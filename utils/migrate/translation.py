@@ -18,7 +18,7 @@ _FLAGS = flag_types(SftArguments)
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A sentence that says how one key of a recipe was translated. `kind` is its section of the report."""
+    """A sentence that says how a key of a recipe was translated. `kind` is the section of the report that shows it."""
 
     kind: Kind
     key: str
@@ -166,13 +166,13 @@ def refused(problem: str) -> Rule:
 
 
 def silent(t: Translation, key: str, value: Any) -> None:
-    """Do nothing: the rule of a different key reads this key."""
+    """Do nothing, because the rule of a different key reads this key."""
 
 
 def apply_rules(t: Translation, rules: Mapping[str, Rule], families: Mapping[str, Rule]) -> None:
     """Apply a rule to each key of the recipe whose value is not empty.
 
-    The rule is `rules[key]`. If there is none, it is the first rule of `families` whose name is the start of the key.
+    The rule is `rules[key]` or, without such a rule, the first rule in `families` whose name is a prefix of the key.
     For a key without a rule, a note of the kind `not understood` is added.
     """
     for key, value in t.values.items():

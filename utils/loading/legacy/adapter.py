@@ -65,7 +65,7 @@ def native_adapter(
     If nothing has to be converted, the folder is `checkpoint`. Otherwise it is a temporary folder.
 
     `layers` are the paths of the model's linear layers. `base` is the folder of the base model. `name` is the name of
-    its family. The name is needed only if config.json does not tell the family.
+    the family of the base model. It is needed only if config.json of the base model does not tell the family.
     """
     from safetensors.torch import save_file
 

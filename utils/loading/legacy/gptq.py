@@ -80,9 +80,9 @@ def packed_settings(original: Config) -> dict[str, Any]:
 def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
     """Split one tensor of a fused layer along the outputs and return the `count` equal parts.
 
-    `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx is copied for each part; all other parts are
-    views. Raises ConfigError if the axis of the outputs cannot be split into equal parts. An int32 of qzeros packs
-    several zero points, and is never split.
+    `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx has no axis of outputs, so each part is a
+    copy of it. The parts of the other tensors are views. Raises ConfigError if the axis of the outputs cannot be split
+    into equal parts. An int32 of qzeros packs several zero points, and is never split.
     """
     name = key.rpartition('.')[2]
     if name == 'g_idx':

@@ -93,7 +93,7 @@ def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
 def build_empty(family: Family, model_dir: Path) -> Any:
     """Return the model that the config.json of a folder describes. No weight file is read.
 
-    The weights of the model are random. If it is built on the `meta` device, it has no weights.
+    The weights of the model are random. On the `meta` device, the model has no weights.
     """
     cls = _class(family.model_class)
 

@@ -24,7 +24,7 @@ _QUANT = '.quant_state'
 
 
 def _dense(original: Config) -> Config:
-    """Return config.json without quantization_config. The rest is the config.json of the full-width model."""
+    """Return config.json without quantization_config. The rest is the config.json of the model before quantisation."""
     return {field: value for field, value in original.items() if field != 'quantization_config'}
 
 
@@ -163,12 +163,12 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
 
 
 def native_config(original: Config, *, full_width: Family) -> dict[str, Any]:
-    """Return the arguments of the native configuration. They are the same as for the full-width model."""
+    """Return the arguments of the native configuration. They are the same as for the model before quantisation."""
     return full_width.config(_dense(original))
 
 
 def native_tensors(state: State, original: Config, *, full_width: Family) -> State:
-    """Unpack the tensors and return them under the native names of the full-width model."""
+    """Unpack the tensors and return them under the same native names as for the model before quantisation."""
     return full_width.tensors(unpack_state(state), _dense(original))
 
 

@@ -61,7 +61,8 @@ def static_rope(original: Config, family: str) -> dict[str, Any]:
 def native_config(original: Config) -> dict[str, Any]:
     """Return the arguments of LlamaConfig.
 
-    attention_bias is the original field `bias`. Both fields switch the biases of q, k, v and the output projection.
+    attention_bias has the value of the original field `bias`. Both fields say whether q, k, v and the output projection
+    have biases.
     """
     return {
         **llama_config(original, 'internlm', _INTERNLM),

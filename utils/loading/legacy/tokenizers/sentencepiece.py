@@ -49,9 +49,9 @@ class Vocabulary:
 
     @property
     def isolates_symbols(self) -> bool:
-        """Return whether a regex must find the user-defined pieces in a text, after the dummy prefix was added to it.
+        """Return whether user-defined pieces must be found by a regex, after the dummy prefix was added to a text.
 
-        If False, the user-defined pieces become added tokens of the tokenizer, and no regex is needed.
+        If False, no regex is needed, because the user-defined pieces become added tokens of the tokenizer.
         """
         return self.dummy_prefix and bool(self.of_type(_USER_DEFINED))
 
