@@ -86,9 +86,10 @@ def infer(parsed: Parsed[InferArguments]) -> int:
 
 
 def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trained | None]:
-    """Return the arguments, ready for use, and the checkpoint with the record of its run (None without --ckpt_dir).
+    """Return the resolved arguments, and the checkpoint of --ckpt_dir (None without --ckpt_dir).
 
-    Arguments that were not typed are taken from the record. Raises ConfigError if there are problems.
+    Arguments that were not typed are taken from the record of the run that wrote the checkpoint. Raises ConfigError if
+    there are problems.
     """
     from utils.cli.machine import settle_infer
     from utils.cli.resolve_infer import resolve_infer
@@ -161,7 +162,7 @@ def export(done: Ready[InferArguments], weights: Weights) -> None:
     set_template(args, tokenizer)
     images = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
     export_native(model.eval(), tokenizer, Path(str(args.output_dir)), images)
-    logger.info(f'written: {args.output_dir}, for AutoModelForCausalLM or --model_id_or_path')
+    logger.info(f'written: {args.output_dir}. Open it with AutoModelForCausalLM or --model_id_or_path.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +233,10 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights
 
 
 def write_file(done: Ready[InferArguments], trained: Trained, served: Served, folder: Path, device: Any) -> None:
-    """Write the Modelfile (for Ollama) of the GGUF file that --gguf names.
+    """Write a Modelfile (for Ollama) for the GGUF file that --gguf names.
 
-    With --llama_cpp, the model folder `folder` is converted to this GGUF file. The file is then opened on `device`, and
-    compared with the model.
+    With --llama_cpp, the model folder `folder` is also converted to this GGUF file. The model in the GGUF file is then
+    opened on `device`, and compared with the model in `folder`.
     """
     from utils.export.gguf import GgufTarget, write_gguf
     from utils.infer.generation import served_config
@@ -259,20 +260,31 @@ def write_file(done: Ready[InferArguments], trained: Trained, served: Served, fo
 def check(
     done: Ready[InferArguments], trained: Trained | None, served: Served, rows: Sequence[Row], server: Server
 ) -> int:
-    """Compare the answers of a server with those that this program generates. Returns 1 if they differ, else 0."""
+    """Compare the answers of a server with the answers of this program. Returns 1 if they differ, else 0."""
+    import copy
+
+    from utils.cli.resolution import log_decision
+    from utils.infer.generation import served_config
     from utils.loading.folder import is_adapter
     from utils.run.folder import result_path
     from utils.serve.check import ServerCheck
 
+    # A server takes the penalty from generation_config.json of the model folder.
+    config = copy.deepcopy(served.config)
+    of_folder = served_config(served.model.generation_config, config, done.args, done.typed)
+    config.repetition_penalty = of_folder.repetition_penalty or 1.0
+    if config.repetition_penalty != done.args.repetition_penalty:
+        log_decision('repetition_penalty', config.repetition_penalty, 'the generation settings of the model say so')
     has_adapter = trained is not None and is_adapter(trained.checkpoint)
-    server_check = ServerCheck(
-        server, served.model, served.encoder, served.config, args=done.args, has_adapter=has_adapter
-    )
+    server_check = ServerCheck(server, served.model, served.encoder, config, args=done.args, has_adapter=has_adapter)
     return server_check.run(rows, result_path(done.args))
 
 
 def apply_settings(done: Ready[InferArguments], trained: Trained | None, served: Served) -> None:
-    """Set the model's generation settings. With --save_generation_config, also write them to the checkpoint."""
+    """Set the model's generation settings to `served.config`.
+
+    With --save_generation_config, these settings are also written to the checkpoint.
+    """
     served.model.generation_config = served.config
     if done.args.save_generation_config and trained is not None and dist.is_main():
         served.config.save_pretrained(trained.checkpoint)
@@ -286,7 +298,7 @@ def chat(done: Ready[InferArguments], served: Served) -> None:
 
 
 def answer(done: Ready[InferArguments], served: Served, rows: Sequence[Row], scores: Scores) -> None:
-    """Answer the rows. The answers are printed, and written to a file with their scores."""
+    """Answer the rows. Print the answers, and write the answers and the scores to a file."""
     from utils.infer.answers import answer_rows
     from utils.run.folder import result_path
 

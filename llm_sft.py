@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def resolve(now: Parsed[SftArguments], words: Sequence[str]) -> Resolution[SftArguments]:
-    """Return the resolved command line. Flags that are typed now replace those of the run in --from_run.
+    """Return the resolved command line. Flags that are typed now replace the flags of the run in --from_run.
 
     With --adapter, flags such as --lora_rank are taken from the files of the adapter. `words` are the words of the
     command line.
@@ -116,7 +116,8 @@ def carry_out(
     """Load the model, encode the rows, train, and write the results of checks and the report to the run folder.
 
     Returns the exit code. With --verify true, steps of the run in --from_run are repeated and compared, and there is
-    no report. `started` is the time when the program started, as time.time returns it. --max_minutes counts from it.
+    no report. `started` is the time when the program started, as time.time returns it. --max_minutes counts from this
+    time.
     """
     from transformers import set_seed
 
@@ -197,7 +198,11 @@ def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
 
 
 def check_template(done: Ready[SftArguments], run: Run, encoder: Encoder, now: Parsed[SftArguments]) -> None:
-    """Record the template of the run. Raises ConfigError if the run continues another run whose template differs."""
+    """Record the template of the run.
+
+    Raises ConfigError if the template has changed since the run that --from_run, --resume_from_checkpoint or --adapter
+    names.
+    """
     from utils.base.names import TEMPLATE_FLAGS
     from utils.proofs.template import check_trained_template, note_template
     from utils.run.record import Trained, check_resumed_template, find_record
@@ -212,7 +217,7 @@ def check_template(done: Ready[SftArguments], run: Run, encoder: Encoder, now: P
 
 
 def encode(done: Ready[SftArguments], run: Run, rows: Plan | Streams, encoder: Encoder) -> PreparedData:
-    """Return the encoded rows of the run: from files or from the cache, or as a stream."""
+    """Return the encoded rows of the run. With `Streams`, the training rows are encoded later, during training."""
     from utils.data.encode_plan import prepare_data
     from utils.data.plan import Plan
     from utils.data.stream import prepare_stream
@@ -272,7 +277,10 @@ def prepare_training(
 
 
 def add_checks(trainer: SftTrainer, args: SftArguments, run: Run, encoder: Encoder, data: PreparedData) -> RowLosses:
-    """Check the loss mask now, and add the checks that run when training begins. Returns the RowLosses callback."""
+    """Check the loss mask now, and give the trainer the checks that run when training begins.
+
+    Returns the RowLosses callback.
+    """
     from utils.proofs.first_step import FirstStepGate
     from utils.proofs.loss_mask import MASK_ROWS, prove_mask
     from utils.proofs.loss_value import LossProof

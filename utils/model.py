@@ -44,7 +44,7 @@ def _entries(
     chat_template: str | None = None,
     get_function: GetFunction | None = None,
 ) -> dict[str, ModelInfo]:
-    """Return the entries of models that differ only in their ids.
+    """Return the registry entries of several models that differ only in their ids.
 
     `models` maps each key to an id if both hubs use the same id, else to (ModelScope id, Hugging Face id). `since` is
     the first version of transformers that has `model_class`. `targets` are the layers that get LoRA by default.

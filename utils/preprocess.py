@@ -19,7 +19,7 @@ class Template:
     A conversation is `prefix`, then `prompt` and the reply for each round, then `suffix`. `chat_sep` is written between
     two rounds. If `chat_sep` is None, the template allows only one round.
 
-    Each field is a tuple of pieces. A piece is a text or a tuple. A text may have placeholders: {{SYSTEM}} in `prefix`,
+    Each field is a tuple of pieces. A piece is a text or a tuple. A text can have placeholders: {{SYSTEM}} in `prefix`,
     {{QUERY}} and {{ROUND}} (counted from 1) in `prompt`. A tuple contains token ids, or names of tokenizer attributes
     that contain a token id, such as 'eos_token_id'.
     """

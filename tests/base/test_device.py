@@ -259,9 +259,9 @@ REFUSED = [
     ('mps', ('--deepspeed_config_path', 'ds_config/zero2.json'), '--deepspeed_config_path: DeepSpeed does not run on'),
     ('mps', ('--fsdp', 'true'), '--fsdp true: a Mac has one GPU, so nothing can be sharded. Remove --fsdp.'),
     ('mps', ('--dtype', 'fp16'), '--dtype fp16: training on the GPU of a Mac has no loss scaling, which fp16 needs.'),
-    ('mps', ('--ddp_backend', 'nccl'), '--ddp_backend nccl needs a GPU, and this machine shows none.'),
-    ('cpu', ('--ddp_backend', 'xccl'), '--ddp_backend xccl needs an Intel GPU, and this machine shows none.'),
-    ('cuda', ('--ddp_backend', 'hccl'), '--ddp_backend hccl needs an Ascend NPU, and this machine shows none.'),
+    ('mps', ('--ddp_backend', 'nccl'), '--ddp_backend nccl needs a GPU, and this machine has none.'),
+    ('cpu', ('--ddp_backend', 'xccl'), '--ddp_backend xccl needs an Intel GPU, and this machine has none.'),
+    ('cuda', ('--ddp_backend', 'hccl'), '--ddp_backend hccl needs an Ascend NPU, and this machine has none.'),
 ]
 
 
@@ -284,7 +284,7 @@ def test_weights_in_4_bits_are_refused_on_a_mac(
     flags = ['--model_type', 'baichuan2-7b-chat-int4', '--dataset', str(data_file), '--output_dir', str(tmp_path)]
     assert llm_sft.main(flags) == 2
     assert any(
-        text.startswith("the weights of 'baichuan2-7b-chat-int4' are stored in 4 bits: bitsandbytes, which reads ")
+        text.startswith("the weights of 'baichuan2-7b-chat-int4' are stored in 4 bits, and bitsandbytes, which reads ")
         for text in problems()
     )
 

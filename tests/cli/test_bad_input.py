@@ -251,7 +251,7 @@ RULES = {
     ('--push_to_hub', 'true', '--hub', 'huggingface'): 'needs a token: set the environment variable HF_TOKEN',
     ('--hub', 'hugingface'): "takes modelscope, huggingface, got 'hugingface'",
     ('--push_to_hub', 'true', '--hub_model_id', 'a/b/c'): 'takes repo or user/repo',
-    ('--ddp_backend', 'nccl'): 'needs a GPU, and this machine shows none',
+    ('--ddp_backend', 'nccl'): 'needs a GPU, and this machine has none',
     ('--use_flash_attn', 'true'): 'needs flash-attn',
     ('--deepspeed_config_path', 'nowhere.json'): 'is not a file',
     ('--resume_from_checkpoint', 'nowhere'): 'is not a directory',

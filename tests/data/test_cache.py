@@ -158,7 +158,7 @@ def test_a_damaged_entry_is_made_anew(damage: str, tmp_path: Path, caplog: pytes
         data[9] ^= 1
         ids.write_bytes(data if damage == 'flip' else data[:-4])
     assert rows_of(prepare(file, tmp_path)) == expected
-    assert 'this cache folder is damaged. It is made again.' in caplog.text and len(entries()) == 1
+    assert 'this cache folder is damaged and is made again.' in caplog.text and len(entries()) == 1
     caplog.clear()
     prepare(file, tmp_path)
     assert 'reused' in caplog.text

@@ -328,7 +328,7 @@ def test_a_stream_keeps_the_shares_and_each_source_has_its_own_passes(
         assert abs(sum(name[0] == 'a' for name in order[:step]) - step / 4) < 1
     assert [name for name in order if name[0] == 'a'] == [f'a{i % 3}' for i in range(25)]
     assert [name for name in order if name[0] == 'b'] == [f'b{i}' for i in range(75)]
-    assert caplog.text.count(f'{tmp_path}/a.jsonl: all its 3 rows are read, its next pass starts') == 1
+    assert caplog.text.count(f'{tmp_path}/a.jsonl: all 3 rows are read. They are now read again.') == 1
     account = streamed.summary()['account']['fields']['user text']
     # Rows are encoded in batches of 64. In the first 128 rows, 3 rows of a and 96 rows of b are new.
     assert account == {'context': 3 * 2 + sum(len(f'b{i}') for i in range(96))}
@@ -348,7 +348,7 @@ def test_processes_divide_a_mixed_stream(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_mixed_stream_without_rows_of_a_source_ends_with_an_error(tmp_path: Path) -> None:
     words = [f'{numbered(tmp_path, "a", 3)}%0.5', f'{numbered(tmp_path, "b", 40)}%0.5']
     with pytest.raises(
-        ConfigError, match='a.jsonl: no training row is left to fill its share: its rows are skipped or'
+        ConfigError, match='a.jsonl: no training row is left to fill its share. Its rows are skipped or'
     ):
         next(iter(make(words, val_rows=3)))
 

@@ -70,7 +70,7 @@ def test_a_registered_set_gives_its_validation_part_or_else_all_its_rows(tmp_pat
 
 def test_a_validation_set_without_rows_is_refused(tmp_path: Path) -> None:
     empty = str(write_jsonl(tmp_path / 'empty.jsonl', [{'query': 'x', 'response': None}]))
-    with pytest.raises(ConfigError, match=r'no row is left, 1 rows were skipped \(null response\)'):
+    with pytest.raises(ConfigError, match=r'no row is left\. 1 rows were skipped \(null response\)'):
         plan_rows([numbered(tmp_path, 'a', 5)], val_words=[empty])
 
 
@@ -119,7 +119,7 @@ def test_all_problems_of_both_flags_come_together(run_sft: Run, data_file: Path,
     assert len(problems()) == 4
     assert problems()[0].startswith("--dataset 'sql-dmeo' is not registered: did you mean 'sql-demo'?")
     assert problems()[1].startswith("--val_dataset 'sql-deom' is not registered: did you mean 'sql-demo'?")
-    assert problems()[2] == "--val_dataset: 'x.jsonl' is named twice, its rows would be used twice. Name it once."
+    assert problems()[2] == "--val_dataset: 'x.jsonl' is named twice, so its rows would be used twice. Name it once."
 
 
 def test_their_rows_are_read_again_without_the_training_set(tmp_path: Path) -> None:

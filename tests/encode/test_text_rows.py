@@ -300,7 +300,7 @@ def test_a_run_on_text_is_reported_answered_merged_and_checked(
     capsys.readouterr()
     assert llm_infer.main(['--ckpt_dir', checkpoint, '--max_new_tokens', '3', '--do_sample', 'false']) == 0
     assert capsys.readouterr().out.count('[TEXT] the answer') == 2
-    assert '2 rows are plain text without a question: the model continues their beginning' in caplog.text
+    assert '2 rows are plain text, not conversations: the model continues the beginning of each text' in caplog.text
     answered = [json.loads(line) for line in (run / 'checkpoint-2' / 'infer_result.jsonl').read_text().splitlines()]
     assert set(answered[0]) == {'origin', 'text', 'label', 'answer', 'scores'}
     assert llm_infer.main(['--ckpt_dir', checkpoint, '--eval_human', 'true']) == 2

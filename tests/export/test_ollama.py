@@ -61,7 +61,7 @@ def test_go_templates_of_real_chat_templates_give_the_same_text() -> None:
         except NotExpressible as error:
             found[str(error).partition(':')[0]] += 1
     # gemma has no system text. Three templates want the texts of a user as parts, beside images.
-    assert found.pop('a text of the user is not printed once, in the order of the chat') == 2
+    assert found.pop('the text of the user is not printed exactly once and in order') == 2
     assert found.pop('it refuses a chat of three rounds') == 1
     assert found[len(CHATS)] >= 37 and set(found) == {len(CHATS), len(CHATS) - 2}
 
@@ -87,7 +87,7 @@ SINGLE = "{% if messages | length > 2 %}{{ raise_exception('single-turn') }}{% e
     ('source', 'reason'),
     [
         (ROUNDS, 'the text around a turn depends on its position'),
-        (SWAPPED, 'a text of the assistant is not printed once, in the order of the chat'),
+        (SWAPPED, 'the text of the assistant is not printed exactly once and in order'),
         (SINGLE, 'it refuses a chat of three rounds: single-turn'),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_text_that_changes_with_its_content_is_noticed_on_the_rows_of_the_user
         'texts, which Ollama keeps; 2 with tools, reasoning or other turns need a server that runs the chat template'
     )
     euro = Row(messages=[{'role': 'user', 'content': '5 €'}, {'role': 'assistant', 'content': 'ok'}], origin='rows:1')
-    with pytest.raises(NotExpressible, match='rows:1 gives another text'):
+    with pytest.raises(NotExpressible, match='the prompt of rows:1 would be a different text'):
         compare_turns(turns, renderer(source), [euro])
 
 

@@ -93,7 +93,7 @@ BROKEN = {
     'chinese.jsonl': (CHINESE.encode('gb18030'), 'chinese.jsonl:1: byte 0xc4 is not UTF-8. It looks like GB18030. '
                       'Convert the file, e.g. iconv -f GB18030 -t UTF-8 chinese.jsonl.'),
     'french.jsonl': (FRENCH.encode('cp1252'), 'e.g. iconv -f WINDOWS-1252 -t UTF-8 french.jsonl.'),
-    'bare.jsonl': (FRENCH.encode('utf-16-le'), 'bare.jsonl:1: the text has zero bytes, so it is not UTF-8. It looks '
+    'bare.jsonl': (FRENCH.encode('utf-16-le'), 'bare.jsonl:1: the text has NUL bytes, so it is not UTF-8. It looks '
                    'like UTF-16LE. Convert the file, e.g. iconv -f UTF-16LE -t UTF-8 bare.jsonl.'),
     'bare.csv.gz': (gzip.compress('query,response\na,b\n'.encode('utf-16-be')),
                     'e.g. gzip -dc bare.csv.gz | iconv -f UTF-16BE -t UTF-8.'),
@@ -252,7 +252,7 @@ def test_asking_for_more_rows_than_there_are_is_said(tmp_path: Path, caplog: pyt
     file = write(tmp_path / 'a.jsonl')
     rows = get_dataset([f'{file}#500'], test_ratio=0.1)
     assert (len(rows.train), len(rows.val)) == (45, 5)
-    assert f"--dataset '{file}#500' asks for 500 rows, and there are 50: all are used" in caplog.text
+    assert f"--dataset '{file}#500' asks for 500 rows, but there are only 50. All of them are used." in caplog.text
 
 
 def test_rows_of_a_generator_are_read_once_and_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:

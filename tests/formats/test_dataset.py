@@ -485,7 +485,8 @@ def test_columns_that_changed_are_named(loopback: LoopbackHub) -> None:
     with pytest.raises(ConfigError) as caught:
         get_dataset(['blossom-math-zh'])
     said = str(caught.value)
-    assert 'missing columns: input, answer. The file has question, output, expected are input, output, answer.' in said
+    assert 'missing columns: input, answer. The file has question, output, but the entry' in said
+    assert 'DATASET_MAPPING expects input, output, answer.' in said
     assert '/train.csv:2: ' in said
 
 

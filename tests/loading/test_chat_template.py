@@ -178,7 +178,7 @@ BAD_FILES = {
     ),
     'other': (
         b'{"chat_template": 1}',
-        '{path} does not read `messages`, so it prints no chat. Give a file with a Jinja chat template.',
+        '{path} does not read `messages`, so it cannot render a chat. Give a file with a Jinja chat template.',
     ),
     'deep': (b'{{ messages }}{{ ' + b'(' * 100_000, None),
 }
@@ -196,8 +196,8 @@ def test_a_file_that_is_no_template_is_named(name: str, tmp_path: Path) -> None:
     if name == 'latin':
         assert problem == f'{path} is not UTF-8 (byte 14). Save it as UTF-8.'
     elif name == 'deep':
-        assert problem.startswith(f'--chat_template {path} cannot be read as Jinja: ')
-        assert problem.endswith('Give a smaller template.')
+        assert problem.startswith(f'--chat_template {path} is too large or too deeply nested for Jinja: ')
+        assert problem.endswith('Simplify the template.')
     else:
         assert says is not None and problem == f'--chat_template {says.format(path=path, folder=tmp_path)}'
 

@@ -301,11 +301,11 @@ PROGRAMS: dict[str, Row] = {
     'merging in two processes': (of_two_processes('--merge_lora_and_save', 'true'), 'run in one process'),
     'packing a stream': (
         lambda w: w.sft('--packing', 'true', '--streaming', 'true'),
-        '--packing true chooses from all rows, and --streaming true never holds all rows. Remove --packing or',
+        '--packing true chooses from all rows, and --streaming true never has all rows in memory. Remove --packing or',
     ),
     'a stream that is held out': (
         lambda w: w.sft('--streaming', 'true', '--stream_val_rows', '100'),
-        'all rows are skipped or held out for validation. Lower --stream_val_rows,',
+        'All rows are skipped or held out for validation. Lower --stream_val_rows,',
     ),
     'bitsandbytes is not there': (
         lambda w: (w.lacks('bitsandbytes'), w.sft('--optim', 'adamw_8bit'))[1],
@@ -456,15 +456,15 @@ PROGRAMS: dict[str, Row] = {
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
         full_disk('--preflight', 'false'),
-        'the last complete checkpoint is none yet.',
+        'The last complete checkpoint is none yet.',
     ),
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
     # commands on a run folder
     'pushing no run': (lambda w: push.main([str(w.tmp)]), 'sft_args.json cannot be read as JSON: No such file'),
-    'pushing what names no hub': (pushed('', ''), 'names no repository, because it was trained without --push_to_hub'),
+    'pushing what names no hub': (pushed('', ''), 'the run has no repository, because it was trained without '),
     'pushing nothing': (pushed('checkpoint-1', None, **PUSHES), 'has no checkpoint to push.'),
     'pushing without a token': (pushed('', '', **PUSHES), 'Set the environment variable MODELSCOPE_API_TOKEN.'),
-    'pushing to a hub that is away': (away, 'The folder is kept: run python -m utils.export.push '),
+    'pushing to a hub that is away': (away, 'To push it again, run python -m utils.export.push '),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),

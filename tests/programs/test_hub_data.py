@@ -373,7 +373,7 @@ def test_the_same_data_set_twice_and_a_hub_without_effect_are_said(
 ) -> None:
     loopback.add('dataset', 'owner/name', {'train.jsonl': as_lines(qa(5))})
     run_sft('--dataset', 'owner/name', 'ms:owner/name', expect=2)
-    assert problems() == ["--dataset: 'ms:owner/name' is named twice, its rows would be used twice. Name it once."]
+    assert problems() == ["--dataset: 'ms:owner/name' is named twice, so its rows would be used twice. Name it once."]
     run_sft('--dry_run', 'true', '--hub', 'huggingface', '--dataset', 'ms:owner/name')
     assert '--hub has no effect' in capsys.readouterr().out
     run_sft('--dry_run', 'true', '--hub', 'huggingface', '--dataset', 'owner/name')

@@ -192,6 +192,7 @@ def test_micro_batches_are_joined_up_to_what_fits_and_a_resumed_run_joins_alike(
     joined: list[int] = []
     step = SftTrainer.training_step
     tries = True
+    most = 200
 
     def limited(self: SftTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         tokens = inputs['input_ids'].shape[1] if inputs else 0
@@ -199,7 +200,7 @@ def test_micro_batches_are_joined_up_to_what_fits_and_a_resumed_run_joins_alike(
             tried.append((tokens, len(inputs['targets'])))
         elif tokens:
             joined.append(tokens)
-        if tokens > 200:
+        if tokens > most:
             raise MemoryError
         return step(self, model, inputs, *args, **kwargs)
 
@@ -219,3 +220,10 @@ def test_micro_batches_are_joined_up_to_what_fits_and_a_resumed_run_joins_alike(
     tries = False
     resumed = run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-2'))
     assert_equal(resumed / 'checkpoint-4', run / 'checkpoint-4')
+    assert 'do not fit into the memory of this machine' not in caplog.text
+
+    most = longest
+    joined.clear()
+    run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-2'), '--output_dir', str(tmp_path / 'small'))
+    assert max(joined) == longest
+    assert f'batches of up to {fits} tokens, which do not fit into the memory of this machine' in caplog.text

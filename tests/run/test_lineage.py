@@ -346,7 +346,7 @@ def test_combinations_that_make_no_sense_are_refused(
     folder = copied(first, tmp_path, plain=True)
     change_config(folder, base_model_name_or_path=None)
     assert llm_sft.main(['--dataset', str(data_file), '--adapter', str(folder)]) == 2
-    assert any('does not say which base model it was trained on. Name it with --model_type' in p for p in problems())
+    assert any('does not say which base model it was trained on. Name the base model with' in p for p in problems())
 
     damaged = Path(shutil.copytree(given, tmp_path / 'damaged'))
     (damaged / ADAPTER).write_bytes((damaged / ADAPTER).read_bytes()[:-4])

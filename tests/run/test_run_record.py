@@ -259,7 +259,7 @@ def test_output_folders_that_cannot_be_made_are_one_message(
         assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), '--output_dir', str(folder)]) == 2
         assert problems()[-1].startswith(f'--output_dir {folder} cannot be ')
     assert len(problems()) == 3
-    with pytest.raises(ConfigError, match='--output_dir .*: cannot create or write it: File name too long. Give'):
+    with pytest.raises(ConfigError, match='--output_dir .* cannot be created or written: File name too long. Give'):
         make_run_dir(tmp_path, 'n' * 300)
     assert not list(tmp_path.iterdir())
 

@@ -22,7 +22,7 @@ from utils.loading.adapter import load_adapter
 from utils.model import load_model, load_tokenizer
 from utils.serve import client
 from utils.serve.compare import ROUNDING, Agreement, Asked, Checked, Expected, agree
-from utils.serve.expected import Model
+from utils.serve.expected import Model, Next
 from utils.serve.findings import findings
 from utils.serve.request import Question
 
@@ -204,6 +204,39 @@ def test_a_busy_server_is_asked_for_ids_again(server: OpenAIServer) -> None:
     assert asked.prompt_ids(request) is None
     server.faults.clear()
     assert asked.prompt_ids(request), 'one refusal for lack of time does not end the comparison of ids'
+
+
+def test_a_busy_server_is_asked_for_log_probabilities_again(server: OpenAIServer) -> None:
+    request = {'messages': [{'role': 'user', 'content': 'a'}]}
+    asked = client.reach(server.url, None)
+    server.faults['/v1/chat/completions'] = 429
+    with pytest.raises(client.Refused, match='HTTP 429'):
+        asked.ask(request, max_tokens=2)
+    server.faults.clear()
+    assert asked.ask(request, max_tokens=2).first
+
+
+@pytest.mark.parametrize('penalty', [1.0, 5.0])
+def test_the_penalty_of_the_model_folder_is_that_of_its_server(
+    penalty: float,
+    check: Check,
+    server: OpenAIServer,
+    model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = model_dir / 'generation_config.json'
+    before = file.read_text()
+    server.repetition_penalty = penalty
+    try:
+        file.write_text(json.dumps({**json.loads(before), 'repetition_penalty': 5.0}))
+        with caplog.at_level('INFO'):
+            code = check()
+    finally:
+        file.write_text(before)
+    assert 'repetition_penalty = 5.0 because the generation settings of the model say so' in caplog.text
+    answers = next(line for line in lines(capsys) if 'answers:' in line)
+    assert (code, answers.startswith('ok')) == ((0, True) if penalty == 5 else (1, False)), answers
 
 
 @pytest.mark.parametrize('shows', ['vllm', 'llama.cpp'])
@@ -457,6 +490,20 @@ def test_an_answer_of_another_form_ends_the_check(server: OpenAIServer) -> None:
 def test_a_wrong_command_is_one_message(flags: list[str], message: str, checkpoint: Path, problems: Problems) -> None:
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), *flags]) == 2
     assert len(problems()) == 1 and message in problems()[0]
+
+
+def test_a_first_blank_that_decoding_removed_is_no_difference() -> None:
+    words = ['yes', ' it', ' is']
+    model: Any = SimpleNamespace(
+        text=lambda ids: ''.join(words[index] for index in ids),
+        next_token=lambda question, begun, penalises: Next(likely={' is': -0.1, ' was': -3.0}, stop=-9.0),
+    )
+    expected = Expected(model=model, ids=[0, 1, 2], limit=8)
+    question = Question(row=None, ids=[], request={})  # type: ignore[arg-type]
+    for served in ('yes it is', ' yes it is'):
+        assert agree(question, client.Reply(text=served), expected, rounding=0.05) == Agreement(kind='equal')
+    found = agree(question, client.Reply(text=' yes it was'), expected, rounding=0.05)
+    assert found == Agreement(kind='different', at=3, model_rest=' is', server_rest=' was', gap=pytest.approx(2.9))
 
 
 def test_two_nearly_equal_tokens_differ_by_rounding(parts: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 
 class RequestError(Exception):
@@ -38,6 +39,7 @@ class OpenAIServer:
     shows_ids: Literal['vllm', 'llama.cpp'] | None = None
     gives_logprobs: bool | None = True
     gives_usage: bool = True
+    repetition_penalty: float = 1.0
     completes: Literal['ids', 'text'] | None = 'ids'
     change: Callable[[dict[str, Any]], None] | None = None
     faults: dict[str, int | bytes | float] = field(default_factory=dict)
@@ -113,7 +115,8 @@ class OpenAIServer:
             while len(ids) < max_tokens and not (ids and ids[-1] in self.stops):
                 logits = self.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, -1].float()
                 first = torch.log_softmax(logits, dim=-1) if first is None else first
-                ids.append(int(logits.argmax()))
+                penalise = RepetitionPenaltyLogitsProcessor(self.repetition_penalty)
+                ids.append(int(penalise(torch.tensor([[*prompt, *ids]]), logits[None])[0].argmax()))
         assert first is not None, 'an answer has a token'
         return ids, first
 

@@ -215,7 +215,7 @@ def test_the_loss_is_that_of_fp32_weights(run_sft: Run, caplog: pytest.LogCaptur
     flags = ('--sft_type', 'full', '--dtype', 'bf16', '--max_steps', '16', '--eval_steps', '16')
     exact = run_sft(*flags)
     rounded = run_sft(*flags, '--full_weights', 'bf16')
-    assert 'weights are held in bfloat16 and rounded stochastically: 10 bytes per parameter' in caplog.text
+    assert 'weights are stored in bfloat16 and rounded stochastically: 10 bytes per parameter' in caplog.text
     first = next(line['loss'] for line in history(exact, 16) if 'loss' in line)
     assert last_loss(exact) < 0.8 * first
     assert last_loss(rounded) == pytest.approx(last_loss(exact), rel=0.02)

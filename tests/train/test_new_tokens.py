@@ -407,7 +407,7 @@ def test_a_base_with_another_tokenizer_is_refused(
     size = len(make_tokenizer())
     ids = [', '.join(str(first + n) for n in range(3)) for first in (size, size + 1)]
     message = (
-        f'{checkpoint}: its new tokens had the ids {ids[0]} in model.embed_tokens, and the tokenizer of the base model '
+        f'{checkpoint}: its new tokens had the ids {ids[0]} in training, and the tokenizer of the base model '
         f'now gives them {ids[1]}. Put back the tokenizer files with which the run was trained.'
     )
     assert problems() == [message] * 3
@@ -431,7 +431,9 @@ def test_models_that_cannot_have_new_tokens_are_refused(monkeypatch: pytest.Monk
     model, tokenizer = model_of(tied=False), make_tokenizer()
     added = add_to_tokenizer(tokenizer, TOKENS)
     model.config.vocab_size_per_layer_input = 400
-    with pytest.raises(ConfigError, match='LlamaForCausalLM has an embedding in each layer, which is not enlarged'):
+    with pytest.raises(
+        ConfigError, match='LlamaForCausalLM has an embedding in each layer, and these embeddings cannot be enlarged'
+    ):
         add_to_model(model, added)
     del model.config.vocab_size_per_layer_input
 

@@ -232,7 +232,7 @@ def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_p
     assert damage(run / 'checkpoint-3') is None
     assert len(re.findall(r'(?<!I/O )error: ', done.stderr)) == 1
     assert re.search(
-        rf'{run}/checkpoint-6 could not be written: .*File too large.*No older checkpoint was changed: the last '
+        rf'{run}/checkpoint-6 could not be written: .*File too large.*No older checkpoint was changed\. The last '
         rf'complete checkpoint is {run}/checkpoint-3\. .* GiB are free there\. Free disk space, then use '
         rf'--resume_from_checkpoint {run}/checkpoint-3$',
         done.stderr,

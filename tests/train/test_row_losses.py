@@ -158,7 +158,7 @@ def test_two_files_of_answers_are_compared_row_by_row(tmp_path: Path, capsys: py
 
     other = answers(tmp_path / 'other.jsonl', {'a:1': 1}, name='rouge-l')
     assert main([str(before), str(other)]) == 2
-    assert 'no row has the same score in both' in capsys.readouterr().err
+    assert 'no row has the same kind of score in both' in capsys.readouterr().err
     broken = write_jsonl(tmp_path / 'broken.jsonl', [{'query': 'a'}])
     assert main([str(before), str(broken)]) == 2
     assert 'it holds no answers of llm_infer.py, or answers without origins (KeyError)' in capsys.readouterr().err

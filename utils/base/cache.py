@@ -40,7 +40,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """Return the cache folder `name`, which has the form `<kind>-<key>`. Makes the folder if it is absent or damaged.
 
     `make` writes the files to a temporary folder, which is then renamed. So no process sees an incomplete folder. If
-    all folders of this kind together are larger than $ASSAY_CACHE_GIB, the least recently used ones are removed. Raises
+    all folders of the same kind together exceed $ASSAY_CACHE_GIB, the least recently used ones are removed. Raises
     ConfigError if the cache cannot be written.
     """
     target = cache_dir() / name
@@ -90,7 +90,7 @@ def _is_whole(folder: Path) -> bool:
         whole = False
 
     if not whole:
-        logger.warning(f'{folder}: this cache folder is damaged. It is made again.')
+        logger.warning(f'{folder}: this cache folder is damaged and is made again.')
     return whole
 
 
@@ -105,9 +105,9 @@ def _limit_gib() -> float:
 
 
 def _remove_surplus(newest: Path) -> None:
-    """Remove the least recently used folders of the same kind as `newest`, until the kind is within the size limit.
+    """Remove the least recently used folders of the same kind as `newest`, until the rest fits into the size limit.
 
-    `newest` is always kept. Temporary folders older than a day are removed too. Processes that were killed left them.
+    `newest` is always kept. Temporary folders older than a day are removed too. They are left by killed processes.
     """
     kind = newest.name.partition('-')[0]
     folders = sorted(newest.parent.glob(f'{kind}-*'), key=lambda f: f.stat().st_mtime, reverse=True)

@@ -52,7 +52,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _hashes(files: Collection[Path]) -> list[str]:
-    """Return the sha256 of each file, in the order of `files`. Threads work in parallel: hashing releases the GIL."""
+    """Return the sha256 of each file, in the order of `files`. Threads hash the files in parallel."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(max_workers=4) as pool:

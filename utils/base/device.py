@@ -115,7 +115,7 @@ def free_unused() -> None:
 def peak_bytes() -> int:
     """Return the peak memory of this process's tensors, summed over all devices. Do not call it on a CPU.
 
-    MPS does not measure the peak. There, the memory that the allocator holds now is returned, including freed memory.
+    MPS does not measure the peak. On MPS, this function returns the memory that the allocator has reserved now.
     """
     module = _module()
     if kind() == 'mps':
@@ -239,7 +239,7 @@ def random_states() -> list[torch.Tensor]:
 
 
 def set_random_states(states: list[torch.Tensor]) -> None:
-    """Set the random generators to the states that `random_states` returned. Surplus states are ignored."""
+    """Set the random generators to the states that `random_states` returned. States without a device are ignored."""
     for index, state in enumerate(states[: count()]):
         if kind() == 'mps':
             _module().set_rng_state(state)

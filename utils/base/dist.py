@@ -63,7 +63,7 @@ def started_by_torchrun() -> bool:
 
 
 def is_main() -> bool:
-    """Return whether this process has rank 0: only rank 0 writes files and logs."""
+    """Return whether this process has rank 0. Only rank 0 writes files and logs."""
     return rank() == 0
 
 
@@ -155,7 +155,7 @@ def gather(mine: list[T]) -> list[T]:
 def report_failure(message: str, trace: str = '') -> None:
     """Write the error file of this rank. torchrun reads these files and reports which rank failed first.
 
-    `trace` is the traceback of the error. Does nothing if torchrun asks for no error file.
+    `trace` is the traceback of the error. Does nothing if TORCHELASTIC_ERROR_FILE is not set.
     """
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not file:

@@ -44,7 +44,8 @@ class Problems:
 def error_text(error: Exception) -> str:
     """Return the message of an exception in one line.
 
-    The line starts with the exception type, except for OSError, ValueError and RuntimeError: their messages are clear.
+    The line starts with the exception type, except for OSError, ValueError and RuntimeError. The messages of these
+    three are clear without the type.
     """
     text = ' '.join(str(error).split())
     is_clear = text and isinstance(error, OSError | ValueError | RuntimeError)

@@ -13,7 +13,7 @@ def search_cycles_seldom() -> None:
     """Make Python search for unreachable cycles about seventy times less often in this process.
 
     Such a search visits all objects of a generation. With 500,000 objects of torch, transformers and the data, the
-    default takes a fifth of the time of imports and an eighth of the time of encoding. Objects without cycles are freed
-    at once, as always.
+    default number of searches takes a fifth of the time of imports and an eighth of the time of encoding. Objects
+    without cycles are freed at once, as always.
     """
     gc.set_threshold(*_THRESHOLDS)

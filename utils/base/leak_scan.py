@@ -51,8 +51,8 @@ def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]
 
     The secrets are the values of environment variables with secret-like names, and the values in `typed`.
 
-    `typed` is a dictionary of the same form with the values of flags, for example {'--hub_token': 'hf_...'}. The result
-    has no values that are None or too short to search for.
+    `typed` is a dictionary of the same form with the values of flags, for example {'--hub_token': 'hf_...'}. Values
+    that are None or too short to search for are left out.
     """
     named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
     named |= {name: value for name, value in typed.items() if value}

@@ -100,8 +100,8 @@ def has_package(name: str) -> bool:
 def leave_out(names: Iterable[str]) -> None:
     """Make later imports of the packages `names` fail, as if these packages were not installed.
 
-    peft, accelerate and transformers import every optional package that is installed, even if it is not used. Without
-    these packages they import faster. A package that is already imported stays. Call this only in a process that runs
+    peft, accelerate and transformers import every optional package that is installed, even if it is not used. They
+    import faster without such packages. A package that is already imported stays. Call this only in a process that runs
     one program, because the packages cannot be imported later.
     """
     for name in names:

@@ -80,7 +80,7 @@ class CleanCopy:
         self.skipped[reason] += 1
 
     def finish(self) -> None:
-        """Give the temporary file its final name. Without rows, no file gets this name.
+        """Give the temporary file its final name. Does not rename it if no row was written.
 
         Raises ConfigError if a file with the final name exists.
         """

@@ -100,13 +100,13 @@ class Findings(Tally):
 class SeenRow(NamedTuple):
     """The facts about a row that `Seen` stores.
 
-    `place` is the location of the row, and `use` is TRAIN, VAL or UNUSED. `may_write` says whether --write_clean may
-    write a row with this content.
+    `place` is the location of the row, and `use` is TRAIN, VAL or UNUSED. `can_copy` says whether a row with this
+    content is allowed in the file of --write_clean.
     """
 
     place: str
     use: int
-    may_write: bool
+    can_copy: bool
 
 
 class Seen:
@@ -119,14 +119,14 @@ class Seen:
     def __init__(self, file: Path) -> None:
         self._database = sqlite3.connect(file, isolation_level=None)
         for statement in ('pragma journal_mode=off', 'pragma synchronous=off', 'begin', 'create table seen '
-                          '(hash integer primary key, place text, use integer, may_write integer)'):  # fmt: skip
+                          '(hash integer primary key, place text, use integer, can_copy integer)'):  # fmt: skip
             self._database.execute(statement)
 
     def find_earlier(self, content: str, row: SeenRow) -> SeenRow | None:
         """Return the stored row with the same content as a new row. If there is none, store the new row.
 
         `content` is the content of the new row as text, and `row` describes the new row. Returns None if the new row
-        was stored. If `row.may_write` is True, an already stored row gets this value too.
+        was stored. If `row.can_copy` is True, it becomes True for an already stored row too.
         """
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
@@ -134,13 +134,13 @@ class Seen:
         if is_new:
             return None
 
-        find = 'select place, use, may_write from seen where hash = ?'
+        find = 'select place, use, can_copy from seen where hash = ?'
         earlier = SeenRow(*self._database.execute(find, (key,)).fetchone())
         by_priority = (UNUSED, VAL, TRAIN)
         if by_priority.index(row.use) > by_priority.index(earlier.use):
             self._database.execute('update seen set place = ?, use = ? where hash = ?', (row.place, row.use, key))
-        if row.may_write and not earlier.may_write:
-            self._database.execute('update seen set may_write = 1 where hash = ?', (key,))
+        if row.can_copy and not earlier.can_copy:
+            self._database.execute('update seen set can_copy = 1 where hash = ?', (key,))
         return earlier
 
 
@@ -170,8 +170,8 @@ class Lengths:
     def record(self) -> dict[str, Any]:
         """Return the numbers for the report.
 
-        `rows_up_to` is a histogram of the lengths. Its keys are powers of two. Each row is counted under the smallest
-        key that is not below its number of tokens.
+        `rows_up_to` is a histogram of the lengths. Its keys are powers of two. A row of 5 to 8 tokens is counted
+        under the key 8.
         """
         counts = self.counts
         return {
@@ -318,8 +318,8 @@ class DataCheck:
     def _check_repetition(self, facts: SeenRow, row: Row, column: str) -> str | None:
         """Report `row` if the same row or the same prompt occurred earlier.
 
-        `facts` has the location and the use of `row`, and `column` is the column of its reply. If --write_clean may
-        write an equal earlier row, the reason to leave this row out is returned. Otherwise None is returned.
+        `facts` has the location and the use of `row`, and `column` is the column of its reply. If an equal
+        earlier row can be copied (--write_clean), returns the reason not to copy `row`. Otherwise returns None.
         """
         earlier = self.seen.find_earlier(_content(row.messages, row), facts)
         if earlier is None and row.is_text:
@@ -335,7 +335,7 @@ class DataCheck:
         if reason == LEAKED and earlier.use == VAL:
             repeated, of = of, repeated
         self.defects.add(reason, repeated, column, of=of)
-        return reason if earlier.may_write else None
+        return reason if earlier.can_copy else None
 
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
         """Encode rows and count their lengths, cuts and notes. Returns the rows that can be trained on.

@@ -34,7 +34,7 @@ _ENOUGH_GIB = 10
 
 
 class Finding(NamedTuple):
-    """The result of one check: its name, whether it works, what was observed, and the remedy.
+    """The result of one check: its name, whether it succeeded, what was observed, and the remedy.
 
     `works` is None for a problem that does not prevent training.
     """

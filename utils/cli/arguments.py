@@ -406,7 +406,7 @@ class InferArguments(CommonArguments):
 
     @property
     def reads_data(self) -> bool:
-        """Return whether the program answers rows of data. It answers none if it chats, merges or exports."""
+        """Return whether the program answers rows of data. It answers no rows if it chats, merges or exports."""
         return not (self.eval_human or self.merge_lora_and_save or self.export_native or self.gguf is not None)
 
     def words_read(self) -> tuple[list[str], list[str]]:

@@ -50,7 +50,7 @@ def _offloads(zero: Mapping[str, Any], name: str) -> bool:
 
 
 def shards_weights(args: SftArguments) -> bool:
-    """Return whether each process holds only a part of the weights: with --fsdp true, or with ZeRO stage 3."""
+    """Return whether each process holds only a part of the weights (--fsdp true or ZeRO stage 3)."""
     if args.fsdp:
         return True
     return args.deepspeed_config_path is not None and read_zero(args.deepspeed_config_path).stage == 3

@@ -173,7 +173,7 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
 
 
 def _settle_chat_template(done: Resolution[Any]) -> None:
-    """Add a problem if --chat_template cannot be used, or if the template lacks a name in --template_settings.
+    """Add a problem if --chat_template cannot be used, or if --template_settings names an unknown setting.
 
     If the template is not on this machine yet, the settings are checked after the weights are downloaded.
     """
@@ -188,9 +188,9 @@ def _settle_chat_template(done: Resolution[Any]) -> None:
 
 
 def check_chat_template(args: CommonArguments, model_dir: Path) -> None:
-    """Raise ConfigError if --chat_template cannot be used, or if the template lacks a name in --template_settings.
+    """Raise ConfigError if --chat_template cannot be used, or if --template_settings names an unknown setting.
 
-    The template is that of --chat_template, else that of the model folder. Without a template, nothing is checked.
+    The template is the file of --chat_template, else the template of the model folder. Does nothing if both are absent.
     """
     if args.chat_template is not None:
         templates = read_chat_template(Path(args.chat_template))
@@ -299,7 +299,7 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
 
 
 def _settle_backend(done: Resolution[SftArguments]) -> None:
-    """Set --ddp_backend if it was not typed. Otherwise, add a problem if its device is missing on this machine."""
+    """Set --ddp_backend if it was not typed. Add a problem if a typed backend needs a device that is missing."""
     args = done.args
     kind = dist.visible_kind()
     backend = dist.default_backend()
@@ -307,7 +307,7 @@ def _settle_backend(done: Resolution[SftArguments]) -> None:
         needed, device = _BACKEND_DEVICES.get(args.ddp_backend, (kind, ''))
         if needed != kind:
             done.problems.add(
-                f'--ddp_backend {args.ddp_backend} needs {device}, and this machine shows none. Use --ddp_backend '
+                f'--ddp_backend {args.ddp_backend} needs {device}, and this machine has none. Use --ddp_backend '
                 'gloo, or remove --ddp_backend.'
             )
     elif dist.world_size() > 1 and backend != args.ddp_backend:
@@ -333,8 +333,8 @@ def _check_device(done: Resolution[Any]) -> None:
         )
     elif done.info is not None and done.info.quantization == 'nf4':
         done.problems.add(
-            f"the weights of '{run_name(args)}' are stored in 4 bits: bitsandbytes, which reads them, does not run on "
-            f'{_DEVICES[kind]}. Use the same model without int4: give its name with --model_type.'
+            f"the weights of '{run_name(args)}' are stored in 4 bits, and bitsandbytes, which reads them, does not run "
+            f'on {_DEVICES[kind]}. Use the same model without int4. Name it with --model_type.'
         )
 
 
@@ -407,8 +407,8 @@ def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> N
         problems.add(f'{given} exists already and is not replaced. Name a new file.')
     elif any(_will_name(source, target) for source in sources):
         problems.add(
-            f'{given} is in a folder of --dataset or matches its pattern, so the next run would read the rows twice. '
-            'Name a file in another folder.'
+            f'{given} is in a folder of --dataset or matches a pattern of --dataset, so the next run would read the '
+            'rows twice. Name a file in another folder.'
         )
     else:
         _check_writable('write_clean', str(target), target, problems)
@@ -440,7 +440,7 @@ def _will_name(source: Source, target: Path) -> bool:
 
 
 def partial_checkpoints(run_dir: Path) -> list[str]:
-    """Return a warning for each incomplete checkpoint of a run. Such a run ended while it wrote a checkpoint."""
+    """Return a warning for each incomplete checkpoint of a run, left by a process that ended while writing."""
     pattern = partial_name(Path('checkpoint-*')).name
     return [
         f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
@@ -490,7 +490,7 @@ def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> No
 
 
 def _check_resumed_adapter(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem for each flag of the adapter's shape or scale that differs from the adapter in the checkpoint.
+    """Add a problem if the rank, use_dora or use_rslora of the adapter in the checkpoint differs from the flags.
 
     The target modules are compared later, when the model is open.
     """

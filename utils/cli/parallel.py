@@ -135,7 +135,7 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
 
     if args.max_minutes is not None and 'scheduler' in zero.content:
         problems.add(
-            f'{path} has a block scheduler, and --max_minutes has to set the schedule. Remove the block from the file, '
+            f'{path} sets the schedule in its block "scheduler", and --max_minutes sets it too. Remove the block, '
             'or remove --max_minutes.'
         )
 

@@ -177,7 +177,7 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
 
 
 def _negative_values_attached(argv: Sequence[str]) -> list[str]:
-    """Return the words, with each negative number with an exponent joined to its flag: --name=-1e-4.
+    """Join each negative number that has an exponent to its flag: --name=-1e-4. Returns all words.
 
     argparse would take a separate -1e-4 for a flag.
     """
@@ -217,7 +217,7 @@ def parse(
 ) -> Parsed[ArgumentsT]:
     """Parse the command line `argv`, and return the result with its problems. Only --help ends the program.
 
-    A script may write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
+    A script can write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
     the same flag before it. So --dataset after the `--` replaces the data sets before it. Without `--`, the values of
     several --dataset flags are joined into one list.
 

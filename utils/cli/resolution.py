@@ -89,7 +89,7 @@ def _shown(value: Any) -> str:
 
 
 def reading_of(args: CommonArguments) -> Reading:
-    """Return how data files are read, as --columns and --text_rows describe."""
+    """Return the settings for reading data files, from --columns and --text_rows."""
     return Reading(columns=read_columns(args.columns or ())[0], text_rows=args.text_rows)
 
 

@@ -114,9 +114,9 @@ def _resolve_mixture(done: Resolution[SftArguments], sources: Sequence[Source]) 
     total = sum(shares, Fraction(0))
     if args.streaming and others:
         done.problems.add(
-            f'--dataset {others}: a data set without a share (%) decides the mixture by its number of rows, and '
-            '--streaming true does not know this number. Give every data set a share, e.g. name%0.3, or remove '
-            '--streaming.'
+            f'--dataset {others}: a data set without a share (%) decides the size of the mixture by its number of '
+            'rows, and --streaming true does not know this number. Give every data set a share, e.g. name%0.3, or '
+            'remove --streaming.'
         )
     elif others and total >= 1:
         done.problems.add(
@@ -147,18 +147,18 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
         )
     if args.test_oom_error:
         problems.add(
-            '--test_oom_error true sorts all rows, and --streaming true never holds all rows. Remove --test_oom_error '
-            'or --streaming.'
+            '--test_oom_error true sorts all rows, and --streaming true never has all rows in memory. Remove '
+            '--test_oom_error or --streaming.'
         )
     if args.packing:
         problems.add(
-            '--packing true chooses from all rows, and --streaming true never holds all rows. Remove --packing or '
-            '--streaming.'
+            '--packing true chooses from all rows, and --streaming true never has all rows in memory. Remove --packing '
+            'or --streaming.'
         )
     for word in args.dataset:
         if '#' in word:  # a word of --val_dataset may have one: validation sets are read whole
             problems.add(
-                f"--dataset '{word}': # draws from all rows, and --streaming true never holds all rows. Remove "
+                f"--dataset '{word}': # draws from all rows, and --streaming true never has all rows in memory. Remove "
                 '# and the number after it, or remove --streaming.'
             )
 

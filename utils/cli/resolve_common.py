@@ -143,7 +143,9 @@ def _parse_sources(done: Resolution[Any], flag: str, words: Sequence[str]) -> li
         # The same data set of a hub can be written in two ways.
         key = source.name if source.hub is None else source.hub.key(done.args.hub)
         if key in seen:
-            done.problems.add(f"--{flag}: '{source.name}' is named twice, its rows would be used twice. Name it once.")
+            done.problems.add(
+                f"--{flag}: '{source.name}' is named twice, so its rows would be used twice. Name it once."
+            )
         seen.add(key)
         sources.append(source)
     return sources

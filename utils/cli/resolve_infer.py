@@ -128,7 +128,7 @@ def _resolve_gguf(done: Resolution[InferArguments]) -> None:
 
 
 def _resolve_answered(done: Resolution[InferArguments]) -> None:
-    """Decide which rows are answered: those of the typed --val_dataset or --dataset, else those of the run."""
+    """Decide which rows are answered: the typed --val_dataset, else the typed --dataset, else the rows of the run."""
     args = done.args
     if 'val_dataset' in done.typed:
         done.without_effect(('dataset', 'dataset_test_ratio'), '--val_dataset names the rows to answer')

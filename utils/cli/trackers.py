@@ -92,7 +92,7 @@ TRACKERS = {
 
 
 def project_of(tracker: Tracker, environment: Mapping[str, str]) -> str:
-    """Return the project name: the first environment variable of `tracker.project` that is set, or DEFAULT_PROJECT."""
+    """Return the project name: the first value set in the variables `tracker.project`, else DEFAULT_PROJECT."""
     return next((environment[name] for name in tracker.project if environment.get(name)), DEFAULT_PROJECT)
 
 

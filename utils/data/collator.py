@@ -84,8 +84,8 @@ class Collator:
 def with_plan(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the batch with the tensors that the loss and the attention need.
 
-    They are computed here on the CPU. Reading the number of trained tokens from a GPU would wait for all its work. With
-    P trained tokens in B rows, the tensors are:
+    They are computed on the CPU, because reading the number of trained tokens from a GPU would wait for the GPU. With P
+    trained tokens in B rows, the tensors are:
 
     positions (P,): for each trained token, the index of the token before it in the flattened input_ids. The model
     predicts the trained token there.

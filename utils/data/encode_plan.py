@@ -70,11 +70,11 @@ class EncodedAgain:
 
     @property
     def printed(self) -> str:
-        """Return the text that the template writes around the messages of a row, and the system text."""
+        """Return the fixed text of the prompts: what the template writes around messages, and the system text."""
         return self.encoder.text.printed + (self.encoder.system or '')
 
     def convert(self, written: Mapping[str, Any]) -> Row:
-        """Return the row that these columns describe. Raises BadRow if they cannot be converted."""
+        """Return the row made from the columns `written`. Raises BadRow if they cannot be converted."""
         converter = find_converter(written)
         if converter is None:
             raise BadRow('unknown columns')
@@ -101,7 +101,7 @@ def encode_batch(
     """Yield (row, encoded row) for each row that can be trained on.
 
     Skipped rows and rows with notes are added to the report. `result` is given if a different thread encodes the rows.
-    It waits for this thread and returns the encoded rows, or raises the error of the thread.
+    `result` waits for this thread and returns the encoded rows, or raises the error of the thread.
     """
     try:
         encoded = result() if result else encoder.encode(rows)
@@ -344,7 +344,8 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
 def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
     """Return the encoded rows of a run.
 
-    Logs how many rows were skipped or have notes, and why. Shows the first `samples` training rows (sample.txt).
+    Logs how many rows were skipped or have notes, and why. Logs the first `samples` training rows, and writes them to
+    sample.txt.
     """
     train, val, report = encode_plan(encoder, plan)
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}

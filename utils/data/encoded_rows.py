@@ -60,7 +60,10 @@ class EncodedRows:
 
     @classmethod
     def map(cls, folder: Path, name: str) -> EncodedRows:
-        """Memory-map the rows that `spill` wrote to `folder` under `name`, with the repetitions of rows in an epoch."""
+        """Memory-map the rows that `spill` wrote to `folder` under `name`.
+
+        A row that an epoch trains several times is returned several times.
+        """
         arrays: dict[str, Any] = {}
         for kind, code in _ARRAYS.items():
             file = folder / f'{name}.{kind}'

@@ -74,7 +74,7 @@ class EncodingReport:
 
 
 def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:
-    """Log the statistics and the counts of the report. `statistics` maps e.g. 'train' to the statistics of its rows."""
+    """Log the statistics and the counts of the report. `statistics` maps e.g. 'train' to the statistics of the rows."""
     for name, numbers in statistics.items():
         logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
     for line in report.account.lines():

@@ -39,9 +39,9 @@ def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
     """Choose the training rows of a mixture. Returns a log line with the number of rows of each set.
 
     If all sets have shares, the mixture has `limit` rows. If `limit` is negative, it has as many rows as all sets
-    together. Sets without a share give all their rows. Their rows then make up the rest of the mixture, so they decide
-    its size. If `limit` is smaller than this size, the mixture has `limit` rows, and the sets without a share give
-    random rows. Raises ConfigError if a set with a share gives no row.
+    together. Sets without a share give all their rows. The number of these rows and the shares then decide the size of
+    the mixture. If `limit` is smaller than this size, the mixture has `limit` rows, and the sets without a share give
+    only some rows, drawn at random. Raises ConfigError if a set with a share gives no row.
     """
     shared = [one for one in ingredients if one.share is not None]
     others = [one for one in ingredients if one.share is None]

@@ -22,7 +22,7 @@ def halves_of(name: str, *, logs: bool = False) -> tuple[Any, Any]:
     """Call the function of a data set, and return (training rows, validation rows or None).
 
     A dictionary of splits, for example a `datasets.DatasetDict`, gives `train` and `validation`. With `logs`, the names
-    of its other splits are logged. Raises ConfigError if the function returns anything else than rows, two sets of
+    of all other splits are logged. Raises ConfigError if the function returns anything else than rows, two sets of
     rows, or such a dictionary.
     """
     returned: Any = DATASET_MAPPING[name]()

@@ -311,8 +311,8 @@ def open_parts(
 ) -> list[Part]:
     """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits.
 
-    `bad` is called for each line that cannot be read. `reading` says how files are read. It is not used for registered
-    data sets, because DATASET_MAPPING says how their columns are read.
+    `bad` is called for each line that cannot be read. `reading` says how files are read. Registered data sets
+    ignore `reading`, because DATASET_MAPPING says how their columns are read.
     """
     if source.hub is not None:
         return _hub_parts(source, source.hub, bad, hub, reading)
@@ -489,7 +489,7 @@ def remarks_of(sources: Iterable[Sequence[Part]]) -> list[str]:
 
 
 def open_replies(row: Row) -> int:
-    """Return the number of replies before the last message for which the row does not say if they carry loss."""
+    """Count the replies of a row that have no key `loss`. The last message is not counted."""
     return sum(message['role'] == 'assistant' and 'loss' not in message for message in row.messages[:-1])
 
 

@@ -110,9 +110,9 @@ def loss_decisions(
     """Return log lines that say which replies carry loss. Rows with only one reply need no line.
 
     `typed` is the value of --loss_scope: 'all_rounds' if every reply carries loss, 'last_round' if only the last reply
-    of a row does. If `typed` is None, the format of each row decides its scope. `replies` counts, by this scope, the
-    replies before the last reply of a row. `rows` counts the rows that have such replies. `total` is the end of each
-    line, for example 'of 100 rows'.
+    of a row does. If `typed` is None, the format of each row decides its scope. `replies` maps each scope to the number
+    of replies before the last reply of a row. `rows` maps each scope to the number of rows with such replies. `total`
+    is the end of each line, for example 'of 100 rows'.
     """
     if typed == 'all_rounds':
         return []
@@ -210,7 +210,7 @@ class _Planner:
         part.count(left_out, self.noted, self.digest)
         self.left_out.merge(left_out)
         if self.bad is refuse and not part.uses:
-            raise ConfigError(f"--val_dataset '{word}': no row is left, {_skipped(left_out)}")
+            raise ConfigError(f"--val_dataset '{word}': no row is left. {_skipped(left_out)}")
         self._draw(part, source.sample, f"--val_dataset '{word}'", word)
         self.parts.append(part)
 
@@ -224,7 +224,7 @@ class _Planner:
         use = VAL if part.is_val else TRAIN
         count = len(part.uses)
         if sample > count:
-            logger.warning(f'{given} asks for {sample} rows, and there are {count}: all are used')
+            logger.warning(f'{given} asks for {sample} rows, but there are only {count}. All of them are used.')
         flag = given.partition(' ')[0]
         self.drawn += _not_used(sample, count, f'of {given}', f'{flag} {word} asks for them')
         draw_uses([part], use, sample, self.seed, drawn=use, rest=UNUSED)
@@ -268,13 +268,13 @@ def plan_rows(
 
     `val_words` are the words of --val_dataset. If there are any, nothing is split off, and the validation sets are used
     whole. `bad` is called for each line that cannot be read. Raises ConfigError if data cannot be read, if no row has a
-    column that --columns names, or if no training row or no row of a validation set is left.
+    column that --columns names, or if the training set or a validation set is left without rows.
     """
     planner = _Planner(seed=seed, hub=hub, bad=bad, reading=reading)
     ingredients = [planner.add_training(word, None if val_words else test_ratio) for word in words]
     parts = [*planner.parts]
     if bad is refuse and not any(TRAIN in part.uses for part in parts):
-        raise ConfigError(f'--dataset {" ".join(words)}: no training row is left, {_skipped(planner.left_out)}')
+        raise ConfigError(f'--dataset {" ".join(words)}: no training row is left. {_skipped(planner.left_out)}')
 
     why = f'--train_dataset_sample is {train_sample}'
     limits = [(VAL, max(1, int(train_sample * test_ratio)), 'for validation')]

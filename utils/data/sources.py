@@ -157,7 +157,7 @@ def _hub_files(name: str) -> HubFiles | None:
 
 
 def shadowed_id(source: Source) -> str | None:
-    """Return the name of a source if it is a local path and could also be the id of a data set on a hub, else None."""
+    """Return the name of a local source that could also be the id of a data set on a hub. Else returns None."""
     match = _HUB_WORD.fullmatch(source.name)
     is_id = source.path is not None and match is not None and '/' in match['id'] and source.path.exists()
     return source.name if is_id and not source.name.lower().endswith(SUFFIXES) else None
@@ -250,7 +250,7 @@ def is_text_file(file: Path) -> bool:
 def _in_folder(folder: Path) -> list[Path]:
     """Return the data files directly in a folder, sorted.
 
-    Text files are returned only if no file has rows: a README.md next to data files is no data.
+    Text files are returned only if no file has rows, because a README.md next to data files is no data.
     """
     found = sorted(f for f in folder.iterdir() if f.name.lower().endswith(_ALL_SUFFIXES) and not f.name.startswith('.'))
     return [file for file in found if not is_text_file(file)] or found
@@ -285,7 +285,7 @@ def abbreviated(path: Path) -> str:
 
 
 def of_flag(problem: str, flag: str) -> str:
-    """Return a message in which --`flag` replaces --dataset, because its word was typed for this flag."""
+    """Return the message `problem` with --dataset replaced by --`flag`, for a word that was typed for `flag`."""
     rest = problem.removeprefix('--dataset ')
     return problem if rest == problem else f'--{flag} {rest}'
 

@@ -150,11 +150,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 
             if not rows:
                 raise ConfigError(
-                    f'--dataset {name}: no training row is left to fill its share: its rows are skipped or held out. '
+                    f'--dataset {name}: no training row is left to fill its share. Its rows are skipped or held out. '
                     f'Lower --stream_val_rows, or remove {name} from --dataset.'
                 )
             if counts and done == 0:
-                logger.info(f'{name}: all its {rows} rows are read, its next pass starts')
+                logger.info(f'{name}: all {rows} rows are read. They are now read again.')
 
     def _mixed(self, *, counts: bool) -> Iterator[tuple[Row, bool]]:
         """Yield (row, whether it is read for the first time) without end. Each data set gives its share of the rows."""
@@ -177,8 +177,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             index = yield from self._of_process(zip(rows, itertools.repeat(number == 0)), first)
             if index == first:
                 raise ConfigError(
-                    f'--streaming true: no training row is left, {len(self.unread)} rows were skipped and the first '
-                    'rows are held out. Lower --stream_val_rows, or name more data with --dataset.'
+                    f'--streaming true: no training row is left. {len(self.unread)} rows were skipped, and the '
+                    'first rows are held out. Lower --stream_val_rows, or name more data with --dataset.'
                 )
             if number == 0:
                 self.rows_read = index
@@ -291,8 +291,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
     """Return the first `count` rows of each data set, or of its validation part if it has one.
 
-    The report counts skipped rows and notes only for validation parts. Training reads the other parts from the
-    beginning, and counts theirs.
+    Only skipped rows and notes of validation parts are added to the report. Those of other parts are counted during
+    training, which reads these parts from the beginning.
     """
     for parts in sources.sources:
         if len(parts) == 1:
@@ -333,10 +333,10 @@ def _validation(
 def prepare_stream(
     encoder: Encoder, sources: Streams, run_dir: Path, *, val_rows: int, seed: int, samples: int
 ) -> PreparedData:
-    """Return the training stream and the encoded validation rows. Shows `samples` training rows (sample.txt).
+    """Return the training stream and the encoded validation rows.
 
-    The first `val_rows` rows of each data set are held out, unless there are validation sets (--val_dataset). Raises
-    ConfigError if no training row is left.
+    Logs the first `samples` training rows, and writes them to sample.txt. The first `val_rows` rows of each data set
+    are held out, unless there are validation sets (--val_dataset). Raises ConfigError if no training row is left.
     """
     report = EncodingReport()
     val, sets = _validation(encoder, sources, val_rows, report)
@@ -351,7 +351,7 @@ def prepare_stream(
     first = stream.first(_FIRST_ROWS, report_of_first)
     if not first:
         raise ConfigError(
-            '--streaming true: no training row is left, all rows are skipped or held out for validation. Lower '
+            '--streaming true: no training row is left. All rows are skipped or held out for validation. Lower '
             '--stream_val_rows, or name more data with --dataset.'
         )
 

@@ -1,13 +1,14 @@
-"""Counts the characters of the data in buckets: a bucket says what happened to a character.
+"""Counts the characters of the data by what happened to them, for example `trained` or `cut`.
 
-The main buckets are `trained` (carries loss), `context` (in the tokenised row, without loss), `cut` (removed by the cut
-to max_length), `left out` (the whole row is not trained on) and `not used` (not in the tokenised text of the row).
+Each possible outcome is a bucket. The main buckets are `trained` (carries loss), `context` (in the tokenised row,
+without loss), `cut` (removed by the cut to max_length), `left out` (the whole row is not trained on) and `not used`
+(not in the tokenised text of the row).
 
-The account searches each text of the source row in the tokenised text of the row. A text that is not found counts as
+The account looks for each text of the source row in the tokenised text of the row. A text that is not found counts as
 not used, for example the text of a column that conversion drops.
 
-A search can find the wrong position, for example for the text `a`, or for a name that is also a role. Such a row is
-encoded once more, with a marker (a made-up word) instead of the text. The position of the marker is the right position.
+The search may find a wrong position, for example if the text is `a`, or is a name that is also a role. To find the
+right position of such a text, the row is encoded once more, with a marker (a made-up word) instead of the text.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ _MOST_ALONE = 16
 class _Leaf(NamedTuple):
     """One text (string) of a row. Its characters are counted under the name `label`.
 
-    If the text is not used, the report calls it `name`. `turn` is the index of its turn in the conversation. It is -1
-    for a text that belongs to no turn.
+    `name` is the name of the text in the report of unused texts. `turn` is the index of the turn that contains the
+    text. It is -1 if no turn contains the text.
     """
 
     label: str
@@ -120,7 +121,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _replaced(value: Any, path: _Path, text: str) -> Any:
-    """Return a copy of a nested value with the text at `path` replaced.
+    """Return a copy of a nested value in which `text` replaces the text at `path`.
 
     If a value on this path is JSON text, it is parsed, changed and written as JSON text again.
     """
@@ -137,7 +138,6 @@ def _replaced(value: Any, path: _Path, text: str) -> Any:
 
 
 def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
-    """Yield the path and text of every string in a nested value."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, Mapping):
@@ -151,7 +151,7 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 def _other_words(value: Any) -> Iterator[str]:
     """Yield the keys of a nested value, its numbers as strings, and the values of `type` and `required`.
 
-    A template may print these words. So a search for an equal text of the row may find them.
+    A template can print these words. Then the search for a text of the row can find such a word by mistake.
     """
     value = _parsed(value)
     if isinstance(value, Mapping):
@@ -306,8 +306,9 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_Leaf]:
 def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: int) -> Iterator[_Leaf]:
     """Yield the leaves of `column`, which has the prompt or the reply of the row.
 
-    `shape` has the columns of the row's format: the first has the prompt. `rounds` is the number of rounds of history.
-    The turns of the history (two per round) come before the prompt, and those of the prompt before the reply.
+    `shape` lists the columns of the row's format. The first of them has the prompt. `rounds` is the number of rounds in
+    the history, and each round has two turns. In the conversation, the history comes first, then the prompt, then the
+    reply.
     """
     value = raw[column]
     is_asked = column in _ASKED
@@ -369,7 +370,8 @@ class _Text:
     def find(self, text: str, start: int) -> tuple[int, int] | None:
         """Return the span (start, end) of the first match of this text at or after `start`.
 
-        The text matches unchanged, or with the escapes of JSON. Returns None if the text is not found.
+        If the text does not occur, the search is repeated for the text with JSON escapes. Returns None if neither is
+        found.
         """
         at = self.text.find(text, start)
         if at >= 0:
@@ -439,11 +441,11 @@ class _Place(NamedTuple):
 
 
 def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
-    """Return the indices of `places` whose match may be wrong: the matched text may come from a different field.
+    """Return the indices of the places that may be wrong, because a different field may contain the same text.
 
-    A match is doubtful if the text occurs several times, if the match overlaps the match of a different text, or if
-    only parts of the text were found. A match is also doubtful if `printed` contains the text. `printed` has everything
-    else that the template may print: its own text, the roles, and the keys and numbers of the row.
+    A place is doubtful if its text occurs several times, overlaps a different text, or was found only in parts. It is
+    also doubtful if `printed` contains its text. `printed` has all words that the template can print besides the texts
+    of the row: the words of the template itself, the roles, and the keys and numbers of the row.
     """
     spans = sorted((*place.at, number) for number, place in enumerate(places) if place.at)
     overlapping: set[int] = set()
@@ -489,8 +491,8 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
 def _resolve(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
     """Find the right positions of the doubtful texts, and store them in `places`.
 
-    The row is rendered with markers instead of these texts. A marker is printed at the position of its text. The
-    positions in `places` are kept if the rendering fails, or if it differs from `text` in more than the markers.
+    The row is rendered with a marker instead of each of these texts. Each marker is printed where its text was. A text
+    keeps its position if every rendering with its marker fails, or differs from `text` in more than the markers.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _marker(number) for number in whole}
@@ -517,14 +519,18 @@ def _resolve(places: list[_Place], doubtful: Sequence[int], text: _Text, render:
 
 
 def _marker(number: int) -> str:
-    """Return the marker of a text: 9 letters and digits, because some templates require this of the ids of calls."""
+    """Return the marker for the text with this index. It has 9 letters and digits.
+
+    Some templates accept only call ids of this form.
+    """
     return f'zq{number:05d}qz'
 
 
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
     """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    Equal names or ids share one list of spans. So each of them removes its span from the list, except the last span.
+    Equal names or ids share one list of spans. So the span of a name or id is removed from `spans`, but the last span
+    stays in the list.
     """
     leaf = places[number].leaf
     if not spans:
@@ -546,7 +552,7 @@ def _forms(text: str) -> list[str]:
 def _marked(
     places: Sequence[_Place], marks: Mapping[int, str], text: _Text, render: _Rendering
 ) -> dict[str, list[_Span]] | None:
-    """Return {marker: spans}. The spans are the positions in `text` of the texts that this marker replaces.
+    """Return {marker: spans in `text`}. Each span is the position of a text that the marker replaces.
 
     `marks` is {index in `places`: marker}. The row is rendered with the markers and compared with `text`. Returns None
     if the row cannot be rendered, or if the two renderings differ in more than the markers.
@@ -597,7 +603,7 @@ class Account:
         self.unused[name] = self.unused.get(name, 0) + rows
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
-        """Count a row that is not encoded: all its characters are counted in the bucket `reason`."""
+        """Count all characters of the row in the bucket `reason`, because the row is not encoded."""
         for leaf in leaves(raw):
             self._count(leaf.label, reason, len(leaf.text))
 
@@ -617,9 +623,9 @@ class Account:
             self._count_unused(name, 1)
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
-        """Search the texts of a row in the order of its turns, and yield a _Place for each text.
+        """Look for each text of a row in the order of the turns, and yield a _Place for it.
 
-        Names and ids (the kind `identity`) come last.
+        Names and ids come last.
         """
         found = list(leaves(row.written))
         replies = sorted({leaf.turn for leaf in found if leaf.label in ('reply text', 'reasoning', 'tool calls')})
@@ -662,7 +668,10 @@ class Account:
             missed[leaf.name] = None
 
     def _place(self, leaf: _Leaf, text: _Text, start: int, *, has_images: bool) -> tuple[_Place, int]:
-        """Return (_Place of a leaf, position in the text at which the leaf ends). The position is 0 without a match."""
+        """Return (_Place of a leaf, position in the text at which the leaf ends).
+
+        The position is 0 if the leaf is not found.
+        """
         size = len(leaf.text)
         if leaf.kind == STRUCTURE:
             return _Place(leaf, {STRUCTURE: size}), 0
@@ -687,9 +696,10 @@ class Account:
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Search the parts of a text that is not printed as a whole. The text is split at line ends and at tags.
+        """Look for each part of `whole`, because `text` does not contain `whole` in one piece.
 
-        Returns (counts of the buckets for all parts, position at which the last found part ends).
+        `whole` is split at line ends and at tags. Returns ({bucket: count} for all parts, position at which the last
+        found part ends).
         """
         buckets: dict[str, int] = {}
         end = 0
@@ -712,7 +722,7 @@ class Account:
         return {bucket: count for bucket, count in buckets.items() if count}, end
 
     def merge(self, other: Account) -> None:
-        """Add the counts of a different account to this account."""
+        """Add the counts of `other` to this account."""
         for label, counts in other.fields.items():
             for bucket, count in counts.items():
                 self._count(label, bucket, count)
@@ -720,9 +730,9 @@ class Account:
             self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
-        """Return at most two lines: one with the percentages of all labels, and one with the names of unused fields.
+        """Return at most two lines. The first has the percentage of each bucket for each label.
 
-        A line that would have no content is left out.
+        The second has the names of the unused fields. A line is left out if it has nothing to show.
         """
         shares = []
         for label, counts in self.fields.items():

@@ -95,7 +95,7 @@ class _Chat(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text: its prompt, its reply with the end of turn, and the text after it. Only the reply carries loss."""
+    """A row as text. `reply` is the last reply with the end of turn. `rest` is the text after the end of turn."""
 
     chat: _Chat
     prompt: str
@@ -128,7 +128,10 @@ class _Frame(NamedTuple):
 
 
 class _Earlier(NamedTuple):
-    """An earlier reply that carries loss: the index of its row in the batch, and its span in the text of the prompt."""
+    """An earlier reply that carries loss. `row` is the index of its row in the batch.
+
+    `start` and `end` are the span of the reply in the text of the prompt.
+    """
 
     row: int
     start: int
@@ -136,9 +139,9 @@ class _Earlier(NamedTuple):
 
 
 class AutoEncoder(Encoder):
-    """Encodes rows with the tokenizer's chat template. Loss covers the last reply or all replies, with the end of turn.
+    """Encodes rows with the tokenizer's chat template.
 
-    The encoding of a row does not depend on the rows before it.
+    Loss covers the last reply or all replies, with the end of turn.
     """
 
     name = AUTO
@@ -301,12 +304,12 @@ class AutoEncoder(Encoder):
         return None
 
     def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
-        """Return (setting, opens) for replies with reasoning.
+        """Return (setting, opens). The setting makes the template accept replies with reasoning.
 
-        Some generation prompts end in a closed think block, so that no reasoning can follow. The setting, for example
-        {'enable_thinking': True}, removes this block or opens it. The setting is empty if the template has no such
-        variable, or if the user has set such a variable. `opens` says whether the generation prompt with the setting
-        ends in an open think block.
+        Some generation prompts end in a closed think block, after which no reasoning can follow. The setting, for
+        example {'enable_thinking': True}, removes this block or opens it. The setting is empty if the template has no
+        such variable, or if the user has set such a variable. `opens` says whether the generation prompt with the
+        setting ends in an open think block.
         """
         mark = secrets.token_hex(8)
 
@@ -384,7 +387,7 @@ class AutoEncoder(Encoder):
         return token[0]
 
     def _find_stop_ids(self) -> list[int]:
-        """Return the ids of the tokens that end a turn of the assistant. Replies and calls may end differently."""
+        """Return the ids of the tokens that end a turn. A text reply and a tool call may end in different tokens."""
         ends = [(frame.end, False) for frame in self._frames.values()]
         name, tool = self._probe_tool()
         if any(self.says_calls.values()):
@@ -403,10 +406,11 @@ class AutoEncoder(Encoder):
     ) -> Message:
         """Return the message with the keys and values that the template expects.
 
-        If the message has images, its content becomes a list of items. The reasoning is stored under `key` or, by
-        default, under the key that a probe found. If there is no such key, the reasoning of the last message
-        (`is_last`) becomes a think block in its content. The reasoning of earlier messages, and of messages with calls,
-        is then left out.
+        If the message has images, its content becomes a list of items.
+
+        Reasoning is stored under `key`. Without `key`, it is stored under the key that a probe found. If no probe found
+        a key, the reasoning is left out. Only the last message (`is_last`), if it has no calls and the template has a
+        think tag, gets the reasoning as a think block in its content.
         """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -462,7 +466,7 @@ class AutoEncoder(Encoder):
         return made
 
     def _with_arguments(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the calls. Their arguments become JSON text if the template expects text, else they are unchanged."""
+        """Return the calls. If the template expects text, the arguments of each call become JSON text."""
         if not self._arguments_as_text:
             return calls
         made = []
@@ -487,8 +491,8 @@ class AutoEncoder(Encoder):
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
         """Return the message key for the reasoning of a reply. Returns None if no probe found a key.
 
-        If the template prints no tool calls, calls are written into the text of the reply. Then the key for replies
-        without calls is returned.
+        If the template prints no tool calls, calls are written into the text of the reply. So such a reply has the key
+        of a reply without calls.
         """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
@@ -497,7 +501,7 @@ class AutoEncoder(Encoder):
 
         Some templates print reasoning only in some turns, so that no probe finds the key. For example, the template of
         Kimi-K2-Thinking never prints the reasoning of the first reply. If no probe found the key, the row itself is
-        rendered with each possible key. Returns None if the template prints the reasoning for none of the keys.
+        rendered with each possible key. Returns None if the template prints the reasoning with none of these keys.
         """
         reply, with_tools = row.messages[-1], self._lists_tools(row)
         known = self._key_of(reply, with_tools=with_tools)
@@ -515,7 +519,10 @@ class AutoEncoder(Encoder):
         return None
 
     def _reasons(self, reply: Message, *, with_tools: bool) -> bool:
-        """Return whether a reply has reasoning that can be printed: from a key of the message, or as a think block."""
+        """Return whether the reply has reasoning that the template can print.
+
+        The reasoning is in a separate key of the message, or in a think block in its content.
+        """
         if reply.get('reasoning'):
             return bool(self._key_of(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
         return _thinks(reply['content'], opened=self._opens)
@@ -525,11 +532,11 @@ class AutoEncoder(Encoder):
     ) -> tuple[_Chat, bool, list[str]]:
         """Return (chat to render, whether it is guarded, notes) for a row.
 
-        If any text of the chat contains a control token, the whole chat is guarded: each control token in the data is
-        replaced by a stand-in. So the prompt and the whole row are tokenised in the same way.
-
         `context` has the messages to render: all messages of the row, or those before its last reply. `reasons` says
         whether the last reply has reasoning. `key` is the message key for this reasoning.
+
+        If any text of the chat contains a control token, the chat is guarded: a stand-in replaces each control token in
+        the data.
         """
         notes = []
         tools = row.tools
@@ -585,9 +592,10 @@ class AutoEncoder(Encoder):
         return parts
 
     def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
-        """Return a think block with the reasoning of a call, if the template prints the reasoning from no message key.
+        """Return the reasoning of a reply with tool calls as a think block. The caller puts the block before the calls.
 
-        The block is put before the call. Returns '' if the reply has no call or no reasoning, or if there is a key.
+        Returns '' if the reply has no calls or no reasoning, if the template has no think tag, or if `key` is set. With
+        `key`, the template itself prints the reasoning.
         """
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or key or tag is None or not reasoning:
@@ -632,9 +640,9 @@ class AutoEncoder(Encoder):
         return _Parts(chat=chat, prompt=prompt, reply=follows[:cut], rest=rest, end=end, guarded=guarded, notes=notes)
 
     def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
-        """Return the text of the whole chat `full` after the prompt. Returns None if this text cannot be found.
+        """Return the text after the prompt in `full`, the rendered chat. Returns None if it cannot be found.
 
-        If a reply follows, templates may print the prompt differently: without the think block that the generation
+        If a reply follows, some templates print the prompt differently: without the think block that the generation
         prompt opens, or without the system text that the template puts into the last user turn.
         """
         if full.startswith(prompt):
@@ -653,10 +661,10 @@ class AutoEncoder(Encoder):
         return full[at + len(anchor) :] if at >= 0 else None
 
     def _repeated(self, alone: str, follows: str) -> int:
-        """Return the length of the turn header with which `alone` ends and `follows` begins.
+        """Return the length of the turn header at the end of `alone` that is repeated at the start of `follows`.
 
-        Returns 0 if there is no such header. The template of Command R+ prints the header in both texts, because it
-        puts an instruction before the header of the generation prompt.
+        Returns 0 if no header is repeated. The template of Command R+ repeats the header, because it puts an
+        instruction before the header of the generation prompt.
         """
         headers = (match.start() for match in self.text.find_controls(alone))
         return next((len(alone) - at for at in headers if follows.startswith(alone[at:])), 0)
@@ -664,7 +672,7 @@ class AutoEncoder(Encoder):
     def _common_length(self, prompt: str, full: str) -> int:
         """Return the length of the common prefix of two renderings.
 
-        A prefix that would end inside a control token or think tag is shortened to the start of this token or tag.
+        If the prefix would end inside a control token or think tag, it ends before this token or tag.
         """
         common = len(_shared(prompt, full))
         for text in (prompt, full):
@@ -675,9 +683,9 @@ class AutoEncoder(Encoder):
         return common
 
     def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
-        """Return the text `follows`, changed so that it continues a prompt that opens a think block.
+        """Return `follows` as the continuation of a prompt that ends in an open think block.
 
-        The result begins with the reasoning if the reply has reasoning. Otherwise it begins with a closing tag.
+        If the reply has reasoning, the result begins with the reasoning. Otherwise it begins with a closing tag.
         """
         own = _BEGINS_THINKING.match(follows)
         if own:
@@ -694,7 +702,7 @@ class AutoEncoder(Encoder):
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
     def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
-        """Return the text to train on after the prompt, for a reply that the template would alter.
+        """Return the text to train on after the prompt, if the template would alter the reply.
 
         This text is the lead of the template, the reply as it is in the row, and the end of turn.
         """
@@ -756,9 +764,9 @@ class AutoEncoder(Encoder):
     def _end_of_reply(self, markers: Sequence[re.Match[str]]) -> re.Match[str] | None:
         """Return the match of the end-of-turn token after a reply. `markers` are the control tokens after the reply.
 
-        If the template prints the end-of-sequence token after each turn, the match is this token, even if a different
-        marker comes first: Cohere's templates first print a token that closes the reply. Otherwise the match is the
-        first marker. Returns None if there is no marker.
+        Usually the first marker is returned. If the template prints the end-of-sequence token after each turn, the
+        end-of-sequence token is returned, because some templates, such as Cohere's, print another token before the
+        end-of-sequence token. Returns None if there is no marker.
         """
         eos = self.tokenizer.eos_token
         end = next((match for match in markers if match[0] == eos), None) if self._eos_ends_turns else None
@@ -809,9 +817,9 @@ class AutoEncoder(Encoder):
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
         """Return how many ids at the start of `whole` are the ids of the prompt. Returns 0 if this is not certain.
 
-        Tokenizers first split text at added tokens. So the ids up to the last control token of the prompt cannot depend
-        on the text after the prompt. Only the ids after this token are compared: they must be the same in `whole` as in
-        `tails`.
+        Tokenizers first split text at added tokens. So the ids before the last control token of the prompt do not
+        depend on the text after the prompt. From this token to the end of the prompt, `whole` must have the ids that
+        `tails` has for this text. `tails` is the cache of `_learn_tails`.
         """
         count, start = self.text.last_control(prompt)
         if count == 0:
@@ -847,8 +855,8 @@ class AutoEncoder(Encoder):
     def _trained_end(self, ids: list[int], part: _Parts) -> int:
         """Return the position in `ids` just after the end-of-turn token.
 
-        `part.rest` is the text after this token. So the control tokens of `part.rest` are skipped from the end of
-        `ids`.
+        `part.rest` is the text after this token. The search starts at the end of `ids`, and skips as many control
+        tokens as `part.rest` has.
         """
         if part.end is not None or not part.rest:
             return len(ids)
@@ -906,9 +914,9 @@ class AutoEncoder(Encoder):
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
         """Return the spans of the earlier reply in the message `index`, as positions in the text of the prompt.
 
-        The result is usually one span, which includes the end of turn. It is empty if the template does not print the
-        reply. It has a second span for the text of a reply with calls, if the template prints this text after the
-        results of the calls.
+        Usually this is one span, including the end of turn. The list is empty if the template does not print the reply.
+        Some templates print the text of a reply with calls only after the results of the calls. Then a second span
+        covers this text.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -999,12 +1007,11 @@ def _have_calls(chats: Sequence[Any]) -> bool:
 
 
 def _is_unknown(reply: Message) -> bool:
-    """Return whether a reply is not known yet. In inference, the last reply is empty, because it is generated later."""
+    """Return whether the reply is still to be generated, as in inference. Such a reply is empty."""
     return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 
 def _closing_tag(opening: str) -> str:
-    """Return the tag that closes a think block with this opening tag."""
     if opening == '<|START_THINKING|>':
         return '<|END_THINKING|>'
     return f'{opening[0]}/{opening[1:]}'
@@ -1023,7 +1030,8 @@ def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, re
 
     `follows` is the text that the template prints after the prompt. `is_call` says whether the reply has calls, and
     `reasons` whether it has reasoning. If the reply has calls or reasoning, think tags and the spaces around them are
-    not compared. If the reply has reasoning and `follows` begins with a closed think block, returns False.
+    not compared. If `follows` begins with a closed think block, reasoning counts as changed, because the reasoning
+    would come after this block.
     """
     if not (reasons or is_call or reasoning):
         return content in follows
@@ -1038,8 +1046,8 @@ def _replaced(message: Message, *, text: bool = False) -> Message:
     """Return a copy of a turn with a random text as its content. If the turn has calls, their arguments change instead.
 
     If `text` is True, the content changes even if the turn has calls. The names of calls never change, because
-    templates print the names again with the results. The first and last characters of the random text occur in no data,
-    so that a comparison finds the exact span of the change.
+    templates print the names again with the results. The random text begins and ends with characters that occur in no
+    data. So a comparison of two renderings finds exactly what changed.
     """
     mark = f'\ue000{secrets.token_hex(8)}\ue001'
     if text or 'tool_calls' not in message:
@@ -1066,5 +1074,4 @@ def _common(left: Sequence[Any], right: Sequence[Any]) -> int:
 
 
 def _shared(left: str, right: str) -> str:
-    """Return the common prefix of two texts."""
     return left[: _common(left, right)]

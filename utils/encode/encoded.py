@@ -1,4 +1,4 @@
-"""Encoded rows with their ids, the spans that carry loss, and notes; and the error for a row that is refused."""
+"""Encoded rows: their ids, the spans that carry loss, and notes. Also the error for a row that is refused."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ _BEGINNING = 64
 class Encoded:
     """A row as token ids, with the spans of ids that carry loss.
 
-    The first `prompt_length` ids are the prompt. A row of plain text has no question: its prompt is the first half of
-    the ids, at most 64 ids. This prompt carries loss too.
+    The first `prompt_length` ids are the prompt. In a row of plain text, the prompt is the first half of the ids, but
+    at most 64 ids. Inference continues this prompt. In training, it carries loss like the rest of the row.
 
     `trained` is the half-open span (start, end) of the last reply that carries loss. `earlier` has the spans of the
     replies before it that carry loss, in the order of the row.
@@ -110,9 +110,9 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with the text of its prompt split, so that each of these spans is one item of `pieces`.
+    """Return the row with the prompt in `pieces` split, so that each of these spans is one item of `pieces`.
 
-    The spans are the earlier replies that carry loss, as positions in the text of the prompt.
+    The spans are positions in the text of the prompt. Each span is an earlier reply that carries loss.
     """
     prompt, *others = row.pieces
     pieces: list[str] = []
@@ -136,8 +136,7 @@ def without_last(row: Encoded) -> Encoded:
 def row_labels(row: dict[str, Any]) -> list[int]:
     """Return the labels of the row: its ids in the trained spans, and IGNORE_INDEX elsewhere.
 
-    Position 0 is always IGNORE_INDEX, because the model never predicts the first token. So the other labels are exactly
-    the tokens that are predicted and carry loss.
+    Position 0 is always IGNORE_INDEX, because the model never predicts the first token.
     """
     ids = row['input_ids']
     labels = [IGNORE_INDEX] * len(ids)

@@ -55,8 +55,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
         """Keep the settings.
 
-        `printed` is the source text of the template. Added tokens in this text become control tokens. In data, the text
-        of a control token is tokenised as plain text.
+        `printed` is the source text of the template. The control tokens are the special tokens of the tokenizer, and
+        the added tokens in this text. In data, the text of a control token is tokenised as plain text.
         """
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer, printed=printed)
@@ -100,11 +100,11 @@ class Encoder:
             )
         logger.warning(
             f"template '{self.name}': {named} can end a turn and is beyond the {embedding} rows of the model's "
-            'embedding: answers never stop at this token, and rows that contain it are refused'
+            'embedding. So answers never stop at this token, and rows that contain this token are refused'
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Return each row encoded. Rows longer than max_length lose ids at the start, if `overlong` is 'cut'."""
+        """Return each row encoded. If `overlong` is 'cut', rows longer than max_length lose ids at the start."""
         opened = [self.open_images(row) for row in rows if not row.is_text]
         encoded = self._encode([row for row, _ in opened]) if opened else []
         chats = iter([self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)])
@@ -119,7 +119,7 @@ class Encoder:
     def _whole_texts(self, rows: Sequence[Row]) -> list[Encoded]:
         """Return each row of plain text encoded, without a cut.
 
-        The ids are those of `beginning`, those of the text, and the end-of-sequence token.
+        The ids of a row are `beginning`, then the ids of the text, then the end-of-sequence token.
         """
         texts = [row.messages[0]['content'] for row in rows]
         before = self.tokenizer.decode(self.beginning) if self.beginning else ''
@@ -138,10 +138,10 @@ class Encoder:
         return cut_row(row, self.max_length, self.tokenizer) if self.overlong == 'cut' else row
 
     def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
-        """Split a row of plain text into rows of at most `max_length` ids. Other rows are returned whole, in a list.
+        """Return a row of plain text as rows of at most `max_length` ids. Any other row is returned as the only item.
 
-        Each new row begins with the ids that the tokenizer puts before a text. If it puts none, the row begins with the
-        last id of the previous row. So the first id after a split is predicted too.
+        Each row after the first begins with the ids that the tokenizer puts before a text. If the tokenizer puts none,
+        the row begins with the last id of the previous row. So the first id after a split is predicted too.
         """
         ids = row.input_ids
         if not row.is_text or not 0 < max_length < len(ids):

@@ -34,7 +34,10 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _is_pure_backend(tokenizer: Any) -> bool:
-    """Return whether the tokenizer adds nothing to its Rust backend. Then the backend is called directly (faster)."""
+    """Return whether the tokenizer adds nothing to its Rust backend.
+
+    Then the backend is called directly, which is faster.
+    """
     from transformers import TokenizersBackend
 
     kind = type(tokenizer)
@@ -48,7 +51,10 @@ def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
 
 
 def _is_printed(spelling: str, printed: str) -> bool:
-    """Return whether the template prints this added token as a marker. Whitespace and words are not markers."""
+    """Return whether an added token is a marker in the source `printed` of the template.
+
+    A word or whitespace is not a marker.
+    """
     is_marker = len(spelling) > 2 and not (spelling[0].isalnum() or spelling[0].isspace() or spelling[0] == '▁')
     return is_marker and not spelling[-1].isalnum() and spelling in printed
 
@@ -134,7 +140,10 @@ class TextTokenizer:
         return (self._inert_in_replies if reply else self._active).search(text) is not None
 
     def last_control(self, text: str) -> tuple[int, int]:
-        """Return (number of control tokens in the text, position of the last one). Returns (0, 0) if there is none."""
+        """Return (number of control tokens in the text, position of the last control token).
+
+        Returns (0, 0) if there is none.
+        """
         starts = [match.start() for match in self._active.finditer(text)]
         return len(starts), starts[-1] if starts else 0
 
@@ -255,9 +264,9 @@ class TextTokenizer:
         return spelling if token.special else f'{spelling[:1]}{cut}{spelling[1:]}'
 
     def ids_after_control(self, text: str) -> list[int]:
-        """Return the ids that guarded text has after a control token.
+        """Return the ids of guarded text that comes after a control token.
 
-        Some tokenizers put a space before the first word of a text. These ids have no such space.
+        Some tokenizers put a space before the first word of a text. This space is not added here.
         """
         tokens = self.tokenizer.added_tokens_decoder
         before = next((s for s, index in self.control_ids.items() if not (tokens[index].rstrip or s in text)), None)

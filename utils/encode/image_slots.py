@@ -1,4 +1,4 @@
-"""Finds the images of a row, and repeats their tokens among the ids of the row.
+"""Finds the images of a row, and repeats the token of each image in the ids of the row.
 
 An image slot is the token that the template prints for an image. It is repeated, so that there is one token for each
 feature of the image.
@@ -27,12 +27,14 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
     """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
 
-    If the row has an image column and no image tag, its images come before the text of the first user turn.
+    If no user turn has an image tag, the images of a column of {bytes, path} come before the text of the first user
+    turn.
 
-    Without a vision tower (`images` is None), the row is returned unchanged, with no images. An image column without
-    image tags is then ignored. Any other row with `row.images` is refused.
+    If `images` is None, the model has no vision tower. Then the row is returned unchanged, with an empty list. Images
+    of a column of {bytes, path} are ignored if no user turn has an image tag. All other images in `row.images` raise
+    RowRefused.
 
-    Raises RowRefused if the row is refused, or if an image cannot be used.
+    With a vision tower, images that cannot be used raise RowRefused.
     """
     if images is None:
         if row.images and not is_untagged(row):
@@ -55,7 +57,7 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
 
 
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:
-    """Return the ids with the slot of each image repeated once for each feature of the image.
+    """Return the ids with the image slot of each image repeated, so that there is one for each feature of the image.
 
     Raises RowRefused if the cut to `max_length` would remove image tokens.
     """

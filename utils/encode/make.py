@@ -1,4 +1,4 @@
-"""Makes the encoder of a template: a registered template, or the chat template of the tokenizer if it has one."""
+"""Makes the encoder for a registered template, or for the chat template of the tokenizer."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def make_encoder(
 ) -> Encoder:
     """Return the encoder of a template. For the template `auto`, `system` is used only if the user typed it.
 
-    If the tokenizer has no chat template, the encoder of auto encodes only plain text. `embedding` is the number of
-    rows of the model's embedding. Pass it only if the tokenizer has more ids.
+    If the template is `auto` and the tokenizer has no chat template, the encoder encodes only plain text. `embedding`
+    is the number of rows of the model's embedding. Pass it only if the tokenizer has more ids than this number.
     """
     template = TEMPLATE_MAPPING[template_type]
     options: dict[str, Any] = {'max_length': max_length, 'images': images}

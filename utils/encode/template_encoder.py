@@ -26,7 +26,7 @@ class _Reply(str):
 
 
 class TemplateEncoder(Encoder):
-    """Encodes rows with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix.
+    """Encodes rows with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix of the template.
 
     With --loss_scope all_rounds, loss also covers each earlier reply. If chat_sep has a token at which generation
     stops, loss also covers chat_sep up to this token.
@@ -81,7 +81,7 @@ class TemplateEncoder(Encoder):
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
         """Return (pieces, is guarded, notes) for the prompt of a row. Adjacent texts are joined into one piece.
 
-        The pieces are guarded if the row contains the text of a control token: a stand-in replaces this text.
+        If the row contains the text of a control token, the pieces are guarded: a stand-in replaces this text.
         """
         guarded = self._spells_control(row.messages)
         system = self.system

@@ -1,4 +1,4 @@
-"""The encoder for a tokenizer without a chat template, under template `auto`: it encodes only rows of plain text."""
+"""The encoder of template `auto` for a tokenizer without a chat template. It encodes only rows of plain text."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ _ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits
 class Found:
     """Where the model is, and what the run would download.
 
-    `model_dir` is None if the model is not complete on this machine. `where` and `downloads` are lines for the output.
+    `model_dir` is None if the model is not complete on this machine. `where` and the items of `downloads` are lines
+    that dry_run prints.
     """
 
     model_dir: Path | None = None
@@ -43,8 +44,8 @@ class Found:
 def dry_run(done: Ready[SftArguments]) -> int:
     """Print what the run would do, and return the exit code 0.
 
-    Only the cache is written. Only file lists and data set cards are downloaded. If no hub can be reached, the output
-    does not name the files to download, and it states an upper bound for the number of tokens.
+    Writes only to the cache, and downloads only file lists and data set cards. If no hub can be reached, the output
+    does not name the files to download, and states an upper bound instead of the number of tokens.
     """
     args = done.args
     info = done.info
@@ -95,8 +96,8 @@ def _show(title: str, lines: Iterable[str]) -> None:
 def _machine() -> Machine:
     """Return the number of processes of this run and the number of devices of each process.
 
-    If this machine has no GPU, the GPUs in CUDA_VISIBLE_DEVICES are counted. They may be those of another machine, for
-    which the run is planned. Without any GPU, each process has one device.
+    If this machine has no GPU, the names in CUDA_VISIBLE_DEVICES are counted as GPUs. A user can set this variable to
+    plan a run on a different machine. Without any GPU, each process has one device.
     """
     named = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip() not in ('', '-1')]
     gpus = dist.visible_gpus() or len(named)

@@ -32,7 +32,7 @@ _STATES = {'adamw': 2, 'ademamix': 3, 'lion': 1, 'rmsprop': 1, 'adagrad': 1, 'sg
 # Bytes per parameter of the optimizer of --full_weights bf16: the first moment in bf16 and the second one in fp32.
 _BF16_ADAMW = 6
 # The quantisations (keys of PACKED) of layers whose adapters are computed in one step, see fast/lora.py.
-_FUSED_PACKING = ('', 'nf4', 'nf4x2')
+_FUSED_PACKING = ('', 'nf4', 'nf4x2', 'gptq4', 'gptq8')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,7 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
         and packed in _FUSED_PACKING
         and not args.lora_dropout_p
         and not args.use_dora,
+        saves_weights=packed in ('gptq4', 'gptq8') and args.tuner_backend == 'peft',
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
         padding_free=args.padding_free is not False and shape.attention in ('rows', 'mixed') and whole,
@@ -85,7 +86,11 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
-    """Return {field of Mode: value} for --lora_modules_to_save and --new_tokens. Norms are too small to count."""
+    """Return {field of Mode: value} for the layers and rows that are trained whole beside the adapter.
+
+    The layers are those of --lora_modules_to_save, and the rows those of --new_tokens. Norms are left out, because they
+    need little memory.
+    """
     if args.sft_type == 'full':
         return {}
     words = args.lora_modules_to_save or []
@@ -147,13 +152,14 @@ def longest_batch(args: SftArguments) -> Batch:
 def known_gpus() -> list[tuple[str, int, int]]:
     """Return the known GPUs as (name, memory in GiB, peak in TFLOP/s).
 
-    The peak is that of dense bf16 matrix products in the data sheet. T4 and V100 have no bf16: their peak is for fp16.
+    The peak is the speed of dense bf16 matrix products, from the data sheet. T4 and V100 have no bf16, so the speed of
+    fp16 is given.
     """
     return [tuple(gpu) for gpu in json.loads(Path(__file__).with_name('gpus.json').read_text(encoding='utf-8'))]
 
 
 def need(found: Footprint) -> float:
-    """Return how many GiB of memory a GPU must have, so that this footprint fits."""
+    """Return how many GiB of memory a GPU must have for a run with the footprint `found`."""
     return (found.peak * (1 + _FRAGMENTED) + _CONTEXT) / GIB
 
 
@@ -174,7 +180,7 @@ def flops(shape: Shape, mode: Mode, tokens: int) -> float:
 
 
 def seconds(work: float, tera: float, devices: int) -> float:
-    """Return the seconds that a GPU with a peak of `tera` TFLOP/s needs for its share of `work` operations.
+    """Return the seconds that GPUs with a peak of `tera` TFLOP/s need for `work` operations.
 
     `devices` is the number of GPUs that work at the same time. GPUs that share the layers of one process work one after
     the other, so they count as a single GPU.

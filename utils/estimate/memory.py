@@ -1,9 +1,9 @@
-"""The memory of a training step on one device, in bytes. It is computed from the sizes of the model.
+"""The memory of a training step on one device, in bytes, computed from the sizes of the model.
 
 benchmarks/estimate.py compares the results with measurements. In the formulas, `c` is the number of bytes of a value in
-the compute dtype. Full fine-tuning holds fp32 weights and computes under autocast, which copies the weights and the
-inputs of linear layers to the compute dtype. With --full_weights bf16 it holds bf16 weights and needs no autocast. LoRA
-computes in the dtype of the base model's weights.
+the compute dtype. Full fine-tuning has fp32 weights by default, and computes under autocast, which copies the weights
+and the inputs of linear layers to the compute dtype. With --full_weights bf16, full fine-tuning has bf16 weights and
+needs no autocast. LoRA computes in the dtype of the base model's weights.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ class Mode:
     # True: base layer and adapter are one fused operation (fast/lora.py). False: the layers of PEFT are used. They
     # cast their input to fp32.
     fused: bool = True
+    # Whether each packed layer saves its unpacked weight for the backward pass, as the layers of gptqmodel do. False:
+    # the weight is unpacked again (fast/frozen.py).
+    saves_weights: bool = False
     checkpointing: bool = False
     # Whether RMSNorm saves only its input for the backward pass (fast/norm.py).
     fused_norms: bool = True
@@ -103,7 +106,7 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return into how many shards a tensor is divided: one per process if `sharding` is in `stages`, else 1."""
+        """Return into how many shards a tensor is divided: one per process if `sharding` is among `stages`, else 1."""
         return self.processes if self.sharding in stages else 1
 
 
@@ -161,8 +164,8 @@ def lora_parameters(shape: Shape, targets: Sequence[str], rank: int, *, dora: bo
 def footprint(shape: Shape, mode: Mode, batch: Batch) -> Footprint:
     """Return the memory that one device needs for a training step.
 
-    Its peak is the largest of four: at the loss, in the backward pass, after the backward pass, and in the optimizer
-    step.
+    The field `peak` is the largest of four values: at the loss, in the backward pass, after the backward pass, and in
+    the optimizer step.
     """
     trained = trained_parameters(shape, mode)
     own = trained // mode.shards('zero3', 'fsdp') // mode.devices
@@ -230,7 +233,7 @@ def _weights(shape: Shape, mode: Mode) -> int:
 
 
 def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return two numbers of bytes saved for the backward pass: by all layers on one device, and by one layer."""
+    """Return the bytes saved for the backward pass as two numbers: by all layers on one device, and by one layer."""
     c = mode.compute
     heads = shape.heads * shape.head_dim
     residual = mode.trained if mode.full else c
@@ -255,7 +258,7 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
         per_token += shape.layers * shape.heads * batch.longest * (4 + c)
 
     every = per_token * batch.tokens
-    if mode.autocasts and not mode.sharding:
+    if mode.saves_weights or (mode.autocasts and not mode.sharding):
         every += c * shape.linear_parameters
     mask = batch.tokens * batch.longest * shape.heads * c if shape.attention == 'alibi' else 0
     layer = every // shape.layers
@@ -291,7 +294,7 @@ def _inputs(shape: Shape, mode: Mode) -> int:
 
 
 def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return two numbers of bytes: the peak at the loss, and the fp32 gradient of the head.
+    """Return the peak at the loss, and the size of the fp32 gradient of the head, both in bytes.
 
     The gradient remains in memory after the loss. It takes 0 bytes if the head is not trained, or if the loss is not
     computed in chunks.
@@ -367,8 +370,9 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 def _step(shape: Shape, mode: Mode, own: int) -> int:
     """Return the temporary bytes of the optimizer step. `own` is the number of trained parameters on one device.
 
-    A fused step needs no temporary memory. The step of bf16 weights updates one chunk at a time. With FSDP the step is
-    not fused: a GPU then needs temporary memory for all trained tensors together, and a CPU only for the largest one.
+    A fused optimizer needs no temporary memory. The optimizer for bf16 weights needs it for one chunk of values. With
+    FSDP the optimizer is not fused. On a GPU it then needs temporary memory for all trained tensors together, and on a
+    CPU for the largest tensor.
     """
     if mode.full and mode.trained == 2:
         return _STEP_BYTES * min(own, STEP_CHUNK)

@@ -77,11 +77,11 @@ class Shape:
 
     @functools.cached_property
     def linear(self) -> dict[str, list[list[int]]]:
-        """Return the sizes of the linear layers by name: [count, in, out] for each size."""
+        """Return {last name of the path: a list of [count, in, out]} for all linear layers."""
         return self.sizes_of(self.paths)
 
     def sizes_of(self, paths: Iterable[str]) -> dict[str, list[list[int]]]:
-        """Return the sizes of the linear layers with these paths, by the last name of the path: [count, in, out]."""
+        """Return {last name of the path: a list of [count, in, out]} for the linear layers with these paths."""
         counts = Counter((last_name(path), *self.paths[path]) for path in paths)
         found: dict[str, list[list[int]]] = {}
         for (name, rows, columns), count in counts.items():
@@ -95,7 +95,7 @@ class Shape:
 
 
 def _unfolded(pattern: str, indices: str) -> list[str]:
-    """Return the paths that a pattern and its indices describe: 'layers.#.q_proj' and '0-3 8' describe five paths."""
+    """Return the paths that a pattern and its indices describe: 'layers.#.q_proj' with '0-3 8' gives five paths."""
     paths = []
     for part in indices.split():
         first, _, last = part.partition('-')
@@ -104,7 +104,7 @@ def _unfolded(pattern: str, indices: str) -> list[str]:
 
 
 def _folded(indices: Sequence[int | None]) -> str:
-    """Return indices in rising order as text: 0, 1, 2, 3, 8 are '0-3 8'. The text is empty for a path without index."""
+    """Return sorted layer indices as a short text: [0, 1, 2, 3, 8] gives '0-3 8', and [None] gives an empty text."""
     runs: list[list[int]] = []
     for index in indices:
         if index is None:
@@ -117,7 +117,7 @@ def _folded(indices: Sequence[int | None]) -> str:
 
 
 def known_shape(model_type: str | None) -> Shape | None:
-    """Return the sizes that model_sizes.json has for a --model_type, or None if it has none."""
+    """Return the sizes of a --model_type from model_sizes.json, or None if it is not in this table."""
     table = json.loads(TABLE.read_text(encoding='utf-8'))
     name = table['models'].get(model_type)
     return Shape(**table['shapes'][name]['shape']) if name else None
@@ -149,7 +149,7 @@ def _empty(model_dir: Path, info: ModelInfo) -> PreTrainedModel:
 
 
 def measure(model: PreTrainedModel) -> Shape:
-    """Return the sizes of a model. The parameters of the model may be on the meta device."""
+    """Return the sizes of a model. The parameters of the model can be on the meta device."""
     from utils.loading.layers import expert_names, find_towers
 
     config = model.config.get_text_config()
@@ -237,7 +237,7 @@ def _inner(
 ) -> int:
     """Return the intermediate sizes of the MLPs, summed over all layers.
 
-    In a layer with experts, the sizes of the `k` experts that a token uses are added.
+    A layer with experts counts with the sizes of the `k` experts that a token uses.
     """
     dense = next((linear[n] for n in ('down_proj', 'w2', 'dense_4h_to_h') if n in linear), None)
     if dense is None and 'c_fc' in linear:

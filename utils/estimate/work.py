@@ -1,4 +1,4 @@
-"""The work of a run: its rows, tokens, steps, and the batch that needs the most memory.
+"""The work of a run: the numbers of rows, tokens and steps, and the batch that needs the most memory.
 
 Tokens are counted only if the data and the tokenizer are on this machine. Otherwise an upper bound is computed.
 """
@@ -33,8 +33,8 @@ from utils.run.rows import plan_of
 class Work:
     """The work of a run. `lines` describe it for the user.
 
-    `tokens` is the number of tokens in all steps. It was counted if `counted` is True. Otherwise it is an upper bound,
-    or None if there is no bound. `batch` is the batch that needs the most memory.
+    `tokens` is the number of tokens in all steps. It is exact if `counted` is True. Otherwise it is an upper bound, or
+    None if no bound is known. `batch` is the batch that needs the most memory.
     """
 
     lines: list[str]
@@ -106,7 +106,7 @@ def _bounded(done: Ready[SftArguments], rows: int | None, line: str) -> Work:
 
 
 def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: bool) -> Work:
-    """Encode the rows and return the counted work. The encoded rows stay in the cache for the real run."""
+    """Encode the rows and return the counted work. The cache keeps the encoded rows, for the run itself."""
     args = done.args
     tokenizer = load_tokenizer(model_dir, model_type=args.model_type)
     new = add_to_tokenizer(tokenizer, find_new_tokens(args))
@@ -144,7 +144,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
 
 
 def _measure_batch(batch: list[dict[str, Any]], *, padded: bool) -> Batch:
-    """Return the sizes of a batch of rows, or of packs of rows. With `padded`, padding is counted in `tokens`."""
+    """Return the sizes of a batch of rows, or of packs of rows. If `padded` is True, `tokens` includes the padding."""
     rows = [row for item in batch for row in item.get('rows', [item])]
     lengths = [len(row['input_ids']) for row in rows]
     return Batch(
@@ -164,7 +164,7 @@ def _steps(args: SftArguments, rows: int | None) -> int:
 
 
 def _counts_line(done: Ready[SftArguments], steps: int, *, evaluates: bool) -> str:
-    """Return the line about warm-up, evaluations and checkpoints. Adds the warnings of `step_counts` to `done`."""
+    """Return the line about warm-up, evaluations and checkpoints, and add the warnings of `step_counts` to `done`."""
     counts = step_counts(done.args, steps, evaluates=evaluates)
     done.warnings += counts.warnings
     return counts.describe()

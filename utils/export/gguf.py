@@ -1,7 +1,7 @@
 """Writes a merged model as a GGUF file, with the converter of a llama.cpp checkout, and checks the file.
 
-The file is written under a hidden name, opened again and compared with the merged model. If it is correct, it is
-renamed, and a Modelfile for Ollama is written beside it.
+The converter writes the file under a hidden name. The model in the file is then compared with the merged model. If they
+agree, the file is renamed, and a Modelfile for Ollama is written beside it.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def write_gguf(
 ) -> str:
     """Write the model in `folder` as a GGUF file and a Modelfile, and return a text that says what was compared.
 
-    The model in the file and the model in `folder` get the same prompts, on `device`. These are the prompts in the
-    report of the run, or one other prompt if there are none. Raises ConfigError if the converter fails, or if the model
-    in the file differs.
+    The model in the file and the model in `folder` get the same prompts, on `device`. They are the prompts in the
+    report of the run. If the report has none, one fixed prompt is used. Raises ConfigError if the converter fails, or
+    if the two models differ.
 
     Without a llama.cpp checkout, only the Modelfile is written. The returned text then has the commands that get
     llama.cpp and write the GGUF file.
@@ -115,7 +115,7 @@ def _serve(file: Path) -> str:
 def _convert(command: Sequence[str], checkout: Path, target: Path) -> None:
     """Run the converter of a llama.cpp checkout. Raises ConfigError with the end of its output if it fails.
 
-    The code of the checkout is not trusted: environment variables that look like secrets are not passed to it.
+    Environment variables that look like secrets are not passed to the converter, because its code is not trusted.
     """
     clean = scrubber(find_secrets(os.environ, {}))
     hidden = {name.removeprefix('the variable ') for name in find_secrets(os.environ, {})}
@@ -148,7 +148,8 @@ def _convert(command: Sequence[str], checkout: Path, target: Path) -> None:
 def _prove(file: Path, folder: Path, encoder: Encoder, kind: str, *, rows: Sequence[Row], device: Any) -> str:
     """Compare a GGUF file with the model in `folder`, and return a text that says what is equal.
 
-    If transformers cannot read the file, only the chat template is compared. Raises ConfigError if the file differs.
+    If transformers cannot read the file, only the chat template is compared. Raises ConfigError if there is a
+    difference.
     """
     header = read_header(file)
     tokenizer = load_tokenizer(folder)
@@ -196,7 +197,7 @@ def _refusal(file: Path, fault: str) -> str:
 
 
 def _template_fault(header: GgufHeader, tokenizer: Any) -> str | None:
-    """Return the difference between the chat template in the file and that of the model. Returns None if equal."""
+    """Return how the chat template in the file differs from that of the tokenizer, or None if both are equal."""
     wanted = tokenizer.chat_template
     if isinstance(wanted, dict):
         wanted = wanted.get('default')
@@ -235,9 +236,9 @@ def _dtype(folder: Path) -> torch.dtype:
 
 
 def _prompts(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
-    """Return the ids of the prompts of the first rows without images, at most _ANSWERS.
+    """Return the token ids of the prompts of the first rows without images, at most _ANSWERS prompts.
 
-    If there are no such rows, one prompt is returned: that of a test conversation, or a fixed text.
+    If there is no such row, one prompt is returned: that of a test conversation, or a fixed text.
     """
     chosen = [row for row in rows if not row.images][:_ANSWERS]
     if not chosen and not isinstance(encoder, TextEncoder):
@@ -247,7 +248,7 @@ def _prompts(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
 
 
 def _greedy(model: Any, ids: list[int]) -> list[int]:
-    """Return the tokens with which the model continues a prompt, without sampling."""
+    """Return the token ids with which the model continues a prompt by greedy decoding."""
     import torch
     from transformers import GenerationConfig
 
@@ -310,7 +311,7 @@ def _write_modelfile(
     if file.is_file() and file.read_text(encoding='utf-8') != text:
         earlier = file.with_name(f'{file.name}.old')
         file.replace(earlier)
-        logger.warning(f'{file} is replaced; the earlier file is now {earlier}')
+        logger.warning(f'{file} is replaced. The earlier file is kept as {earlier}')
     file.write_text(text, encoding='utf-8')
     return f'{file.name}: {sentence}'
 
@@ -345,7 +346,7 @@ def _ollama_turns(folder: Path, encoder: Encoder, rows: Sequence[Row], header: G
 def _adds_bos(tokenizer: Any, header: GgufHeader | None) -> bool:
     """Return whether llama.cpp puts the bos token in front of a prompt.
 
-    The header of the GGUF file says it. If `header` is None, True is returned if the tokenizer adds the bos token.
+    This setting is in the header of the GGUF file. If `header` is None, the setting of the tokenizer is returned.
     """
     if tokenizer.bos_token is None:
         return False
@@ -356,9 +357,9 @@ def _adds_bos(tokenizer: Any, header: GgufHeader | None) -> bool:
 
 
 def _with_system(turns: Turns, system: str) -> Turns:
-    """Return `turns` with the text `system` as a part of `opening`.
+    """Return `turns` with the system message written into `opening`.
 
-    This is for a system text that the SYSTEM command of a Modelfile cannot hold.
+    This is used if the SYSTEM command of a Modelfile cannot contain the text of the message.
     """
     if turns.before_system is None:
         return turns

@@ -1,7 +1,7 @@
 """Merges an adapter into its base model.
 
-The merged model is written to a hidden folder, opened again and compared with base + adapter. If the
-logits agree, the folder is renamed.
+The merged model is written to a hidden folder, loaded again and compared with base + adapter. If the logits agree, the
+folder gets its final name.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def user_rows(run_dir: Path) -> list[Row]:
 
 
 def _cutting(encoder: Encoder) -> Encoder:
-    """Return a copy of the encoder that cuts rows longer than --max_length. Logits can be compared on cut rows too."""
+    """Return a copy of the encoder that cuts rows longer than --max_length, whatever --overlong says."""
     made = copy.copy(encoder)
     made.overlong = 'cut'
     return made
@@ -101,7 +101,7 @@ def merge_checkpoint(
 ) -> tuple[Path, str]:
     """Merge the adapter of a checkpoint, and write the merged model to the folder <checkpoint>-merged.
 
-    Returns this folder, and a text that says what was proven and how to serve the model. Raises ConfigError if the
+    Returns this folder, and a text that says what was compared and how to serve the model. Raises ConfigError if the
     merged model differs too much from base + adapter.
     """
     started = time.perf_counter()
@@ -138,7 +138,7 @@ def merge_checkpoint(
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the reopened merged model must match: logits, dtype, tied weights, generation settings and tokenizer."""
+    """What the merged model must match when it is loaded again: logits, dtype, tied weights, settings and tokenizer."""
 
     # The token ids on which logits are compared (None is the fixed text), and the logits of base + adapter and of the
     # base alone.
@@ -156,10 +156,10 @@ class Expected:
 def expect(
     model: Any, tokenizer: Any, texts: Sequence[list[int] | None], settings: GenerationConfig, images: Images | None
 ) -> Expected:
-    """Compute with the PeftModel `model` what the reopened merged model must match, and return it.
+    """Return what the merged model must match when it is loaded again, computed with the PeftModel `model`.
 
-    `texts` are the token ids on which logits are compared; None is the fixed text of `probe_logits`. `settings` are the
-    generation settings of the model.
+    Logits are computed for each item of `texts`. An item is a list of token ids, or None for the fixed text of
+    `probe_logits`. `settings` are the generation settings of the model.
     """
     wanted = [probe_logits(model, tokenizer, images, ids=ids) for ids in texts]
     with model.disable_adapter():
@@ -192,10 +192,10 @@ def merge_and_save(
 ) -> str:
     """Merge the adapter, save the whole model in the folder `target`, and return a text that says what was compared.
 
-    The files of `base` are copied with the changed tensors where that is possible. Otherwise, or without `base`, the
-    class of the model writes the folder. The saved model is opened again. Its logits are compared with the logits of
-    base + adapter, on a fixed text, on the tokens that the run added and on the token ids `texts`. If they differ by
-    more than rounding explains, raises ConfigError and leaves `target` as it was. The model cannot be used afterwards.
+    If possible, the files of `base` are copied and only the changed tensors are replaced. Otherwise, or without `base`,
+    transformers saves the model. The saved model is loaded again. Its logits are compared with those of base + adapter,
+    on a fixed text, on the tokens that the run added, and on the token ids `texts`. Raises ConfigError if the logits
+    differ by more than rounding explains. In that case `target` is not changed. `model` cannot be used afterwards.
     """
     _recover(target)
     settings = config or model.generation_config
@@ -241,11 +241,12 @@ def merge_and_save(
 def verify_merged(
     folder: Path, expected: Expected, written: Written, base: Base | None = None
 ) -> tuple[float, float, str | None]:
-    """Open a merged folder as `base` was opened, and compare the model with `expected`.
+    """Load the model in a merged folder, and compare it with `expected`.
 
-    Without `base`, the folder is opened with default settings. Returns three values: the largest absolute difference
-    between a logit and that of base + adapter, the smallest share of the adapter's effect that the merged model keeps
-    (see `_share_of_adapter`), and a description of the first problem, or None if there is no problem.
+    The model is loaded with the settings with which `base` was loaded, or without `base` with default settings. Returns
+    three values: the largest absolute difference between a logit and that of base + adapter, the smallest share of the
+    adapter's effect that the merged model keeps (see `_share_of_adapter`), and a description of the first problem, or
+    None if there is no problem.
     """
     if base is not None:
         reopened, found_tokenizer = base.reopen(folder)
@@ -288,7 +289,7 @@ def _logits_fault(
 
 
 def _settings_fault(reopened: Any, tokenizer: Any, expected: Expected, written: Written) -> str | None:
-    """Return a message if tokenizer, generation settings or tied weights differ from those expected, else None."""
+    """Return a message if tokenizer, generation settings or tied weights are not as expected, else None."""
     if tokenizer.get_vocab() != expected.tokenizer.get_vocab():
         return 'the merged folder has another vocabulary than the model was trained with.'
     if (tokenizer.chat_template or None) != (expected.tokenizer.chat_template or None):
@@ -336,8 +337,8 @@ def _recover(target: Path) -> None:
 def put_in_place(folder: Path, target: Path) -> None:
     """Rename a complete folder to `target`.
 
-    An existing `target` is first moved aside, and deleted only after the rename. If the rename fails, it is moved back
-    and OSError is raised.
+    If `target` exists, it first gets a temporary name, and is deleted after the rename. If the rename fails, `target`
+    gets its name back, and OSError is raised.
     """
     earlier = _replaced(target)
     if target.exists():

@@ -27,7 +27,7 @@ _TOKENS = (
 
 
 def _name(text: Any) -> str:
-    """Return the value of a flag as text. A local path is shortened to its last part."""
+    """Return the value of a flag as text. A local path is shortened to the name of its last folder or file."""
     if isinstance(text, list | tuple):
         return ', '.join(map(_name, text))
 

@@ -1,6 +1,6 @@
 """Writes a chat template as a template of Ollama, and the Modelfile of a model.
 
-Ollama does not run the chat template of a GGUF file. It has templates in the language of Go's text/template.
+Ollama does not run the chat template in a GGUF file. Its own templates are in the language of Go's text/template.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class NotExpressible(ValueError):
 class Turns:
     """The fixed texts that a chat template prints around the messages of a conversation.
 
-    A prompt begins with `opening`. With a system message, it begins with `before_system`, the message and
-    `after_system` instead. Each earlier reply is between `before_reply` and `after_reply`. The prompt ends with
+    A prompt without a system message begins with `opening`. A prompt with a system message begins with `before_system`,
+    the message and `after_system`. Each earlier reply is between `before_reply` and `after_reply`. The prompt ends with
     `before_answer`. `before_system` is None if the template has no place for a system message.
     """
 
@@ -58,7 +58,7 @@ class Turns:
         return ''.join([*texts, self.before_answer])
 
     def without_bos(self, bos: str) -> Turns:
-        """Return these texts without a leading bos token. llama.cpp adds this token itself."""
+        """Return these texts without a leading bos token, because llama.cpp adds the bos token."""
         return replace(
             self,
             opening=self.opening.removeprefix(bos),
@@ -68,7 +68,7 @@ class Turns:
     def go_template(self) -> str:
         """Return the template in the language of Ollama.
 
-        Texts are written as quoted strings, so that no line break of the template is printed.
+        The texts are written as quoted strings, so the line breaks of the template itself are not printed.
         """
         start = _print(self.opening)
         if self.before_system is not None:
@@ -90,14 +90,17 @@ class Turns:
 
 
 def _print(text: str) -> str:
-    """Return the action of a Go template that prints a text. JSON strings are also strings of Go."""
+    """Return the Go template action that prints `text`, e.g. {{ "Hello" }}, or an empty text if `text` is empty.
+
+    The text is written as a JSON string, which is also a valid Go string.
+    """
     return f'{{{{ {json.dumps(text, ensure_ascii=False)} }}}}' if text else ''
 
 
 def learn_turns(render: Render) -> Turns:
-    """Return the texts around the turns of a chat template. They are learned by rendering chats with random texts.
+    """Return the fixed texts around the messages, found by rendering chats of random words with the chat template.
 
-    Raises NotExpressible if the template does not print these texts in the order of the chat.
+    Raises NotExpressible if the template does not print the words in the order of the chat.
     """
     words = [secrets.token_hex(8) for _ in range(6)]
     roles = ('system', 'user', 'assistant', 'user', 'assistant', 'user')
@@ -128,7 +131,7 @@ def _between(render: Render, chat: Sequence[Mapping[str, str]]) -> list[str]:
     for message in chat:
         before, found, rest = rest.partition(message['content'])
         if not found or message['content'] in rest:
-            raise NotExpressible(f'a text of the {message["role"]} is not printed once, in the order of the chat')
+            raise NotExpressible(f'the text of the {message["role"]} is not printed exactly once and in order')
         texts.append(before)
     return [*texts, rest]
 
@@ -137,9 +140,9 @@ def _between(render: Render, chat: Sequence[Mapping[str, str]]) -> list[str]:
 class Compared:
     """On how many conversations a template of Ollama was compared with the chat template.
 
-    equal: both give the same text. stripped: the same, except that the chat template removes blanks at the ends of
-    messages. unlike: not compared, because of tools, reasoning or other turns, which the template of Ollama does not
-    have.
+    equal: both templates give the same text. stripped: the same, except that the chat template removes blanks at the
+    ends of messages. unlike: not compared, because a template of Ollama has no place for the tools, the reasoning or
+    the order of messages.
     """
 
     equal: int
@@ -147,7 +150,7 @@ class Compared:
     unlike: int
 
     def sentence(self) -> str:
-        """Return the sentence about these numbers for the log and for proofs.json."""
+        """Return the sentence with these numbers for the log and for proofs.json."""
         says = f'its TEMPLATE gives the text of the chat template on {self.equal} conversations'
         if self.stripped:
             says += f', on {self.stripped} more except blanks at the ends of texts, which Ollama keeps'
@@ -157,9 +160,9 @@ class Compared:
 
 
 def compare_turns(turns: Turns, render: Render, rows: Sequence[Row]) -> Compared:
-    """Compare the prompts of rows with those of the chat template, and return how many are equal.
+    """For each row, compare the prompt that `turns` gives with the prompt of the chat template, and return the counts.
 
-    Raises NotExpressible if a plain conversation gives another text.
+    Raises NotExpressible if the prompts of a plain conversation (see `_is_plain`) differ.
     """
     counts = {'equal': 0, 'stripped': 0, 'unlike': 0}
     for row in rows:
@@ -169,9 +172,9 @@ def compare_turns(turns: Turns, render: Render, rows: Sequence[Row]) -> Compared
 
 
 def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the field of `Compared` that counts this row.
+    """Return the name of the field of `Compared` that counts this row.
 
-    Raises NotExpressible if a plain conversation gives another text.
+    Raises NotExpressible if the two prompts of a plain conversation (see `_is_plain`) differ.
     """
     if not _is_plain(row, has_system=turns.before_system is not None):
         return 'unlike'
@@ -185,11 +188,15 @@ def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[st
     stripped = [{**message, 'content': message['content'].strip()} for message in messages]
     if stripped != messages and turns.prompt(stripped) == wanted:
         return 'stripped'
-    raise NotExpressible(f'{row.origin} gives another text')
+    raise NotExpressible(f'the prompt of {row.origin} would be a different text')
 
 
 def _is_plain(row: Row, *, has_system: bool) -> bool:
-    """Return whether a row has only turns that a template of Ollama has: a system text, then questions and replies."""
+    """Return whether a template of Ollama can express a conversation.
+
+    It can have questions and replies in turn and, with `has_system`, a system message before them. It cannot have
+    tools, images, reasoning or other keys.
+    """
     messages = row.messages[:-1]
     roles = [message['role'] for message in messages]
     if has_system and roles[:1] == ['system']:
@@ -228,7 +235,7 @@ def modelfile(
 
 
 def fits_modelfile(text: str) -> bool:
-    """Return whether a Modelfile can hold a text between three quotes. It has no way to escape quotes."""
+    """Return whether a text can stand between three quotes in a Modelfile, which has no escape for quotes."""
     return _QUOTES not in text and not text.endswith('"')
 
 
@@ -240,7 +247,8 @@ def _quoted(text: str) -> str:
 def _parameters(config: Any, max_length: int) -> dict[str, Any]:
     """Return {name of a parameter of Ollama: value} for the generation settings `config` and for --max_length.
 
-    The values of sampling and repetition are always given, because Ollama has defaults that differ from `config`.
+    Values for sampling and repetition are always included, because the defaults of Ollama differ from those of
+    transformers.
     """
     found: dict[str, Any] = {'temperature': 0}
     if config.do_sample:

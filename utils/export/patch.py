@@ -1,6 +1,6 @@
 """Merges an adapter into copies of the base's own files. Only the tensors that the adapter changes are written anew.
 
-Names, dtypes and files of the tensors stay those of the base. Tensors that the class of the model does not load, such
+Each tensor keeps its name, its dtype and its file. Tensors that the class of the model does not load, such
 as MTP layers and vision towers, are copied. Memory is needed for one tensor at a time, beside the adapter.
 """
 
@@ -33,7 +33,7 @@ _OF_PEFT = 'base_model.model.'
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A weight with LoRA: the PEFT layer and the name of its parameter."""
+    """A weight with LoRA: the PEFT layer `module`, and the name of the weight in its base layer."""
 
     module: Any
     parameter: str
@@ -43,7 +43,7 @@ class _Layer:
         return tuple(self.module.get_base_layer()._parameters[self.parameter].shape)
 
     def new(self, stored: torch.Tensor) -> torch.Tensor:
-        """Return the weight `stored` of the base with the adapter added. PEFT computes in fp32."""
+        """Return the merged weight in fp32: the weight `stored` of the base plus the change by the adapter."""
         import torch
 
         owner = self.module.get_base_layer()
@@ -59,7 +59,7 @@ class _Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Whole:
-    """A tensor that was trained itself, without LoRA."""
+    """A tensor that was trained directly, without LoRA."""
 
     trained: torch.Tensor
 
@@ -74,7 +74,7 @@ class _Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """What merging changes: the folder of the base, its tensors, and the changes by the names of the tensors."""
+    """What merging changes: the folder of the base, all its tensors by name, and the changes by tensor name."""
 
     base: Path
     ranges: Mapping[str, TensorRange]
@@ -92,9 +92,9 @@ class _NotPossible(Exception):
 def plan_patch(model: Any, base: Path, checkpoint: Path, *, family: str | None, dtype: str | None) -> Patch | str:
     """Return the Patch that merges an adapter into its base. Returns the reason as text if this is not possible.
 
-    `model` is the PeftModel with the adapter of `checkpoint`, and `base` the folder from which its base was opened.
-    `family` is the name of a Family (utils/loading/legacy) if the base has an original layout of 2023, else None.
-    `dtype` is the torch name of the dtype that the user asks for, or None.
+    `model` is the PeftModel with the adapter of `checkpoint`, and `base` the folder of its base model. `family` is the
+    name of a Family (utils/loading/legacy) if the base has the file layout of an early release of 2023, else None.
+    `dtype` is the torch name of the dtype in --dtype, or None if the flag is not typed.
     """
     try:
         _check_base(base, family)
@@ -176,7 +176,7 @@ def _trained_whole(model: Any, checkpoint: Path) -> dict[str, _Whole]:
     """Return {name: tensor} for the layers that were trained whole. The names are those in the class of the base model.
 
     The values are read from the checkpoint, because PEFT rounds the tensors of `model` to the dtype of the model. Tied
-    layers share one tensor. The checkpoint may have this tensor under the name of only one of these layers.
+    layers share one tensor, which the checkpoint can have under the name of any of these layers.
     """
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -234,7 +234,7 @@ def write_patched(patch: Patch, folder: Path) -> dict[str, str]:
 
 
 def _bytes_of(tensor: torch.Tensor, place: TensorRange) -> memoryview:
-    """Return the bytes of a tensor, rounded to the dtype of its place in a file."""
+    """Return the bytes of a tensor, rounded to the dtype that the tensor has in the file."""
     import torch
 
     rounded = tensor.detach().to(getattr(torch, _DTYPES[place.dtype])).contiguous()

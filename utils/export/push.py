@@ -83,9 +83,10 @@ def unstage(folder: Path) -> None:
 
 
 def push_one(run_dir: Path, folder: Path) -> None:
-    """Push a staged folder, and delete it. Before the push, add the model card and search the folder for secrets.
+    """Push a staged folder with a model card, and delete the folder.
 
-    Raises ConfigError, and keeps the folder, if there is no token, if a secret is found, or if the push fails.
+    Before the push, the folder is searched for secrets. Raises ConfigError if there is no token, if a secret is found,
+    or if the push fails. In these cases the folder is kept.
     """
     record = read_run_record(run_dir)
     flags = record.flags
@@ -126,7 +127,7 @@ def push_one(run_dir: Path, folder: Path) -> None:
             problem = f'{folder.name}: {type(error).__name__}: {lines[0]}'
             if wait is None or isinstance(error, DeniedError | GoneError):
                 raise ConfigError(
-                    f'{problem}. The folder is kept: run python -m utils.export.push {run_dir}.'
+                    f'{problem}. The folder is kept. To push it again, run python -m utils.export.push {run_dir}.'
                 ) from None
             logger.warning(f'{problem}; trying again in {wait} s')
             time.sleep(wait)
@@ -142,7 +143,7 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
 
 
 def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
-    """Return the existing checkpoints that are to be pushed according to --push_hub_strategy, newest last."""
+    """Return the existing checkpoints that --push_hub_strategy selects, newest last."""
     existing = all_checkpoints(run_dir)
     if record.flags['push_hub_strategy'] == 'all_checkpoints':
         return existing
@@ -155,13 +156,13 @@ def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
 def push_again(run_dir: Path) -> None:
     """Push the staged folders of a run. If there are none, push the checkpoints that --push_hub_strategy selects.
 
-    Raises ConfigError if the run names no repository, if it has no checkpoint, or if a push fails.
+    Raises ConfigError if the run has no repository or no checkpoint, or if a push fails.
     """
     record = read_run_record(run_dir)
     if not record.flags.get('hub_model_id'):
         raise ConfigError(
-            f'{run_dir}: names no repository, because it was trained without --push_to_hub true. '
-            'Set hub_model_id in its sft_args.json to the repository, as repo or user/repo.'
+            f'{run_dir}: the run has no repository, because it was trained without --push_to_hub true. '
+            'Set hub_model_id in its sft_args.json to the name of a repository, as repo or user/repo.'
         )
 
     folders = staged_folders(run_dir)

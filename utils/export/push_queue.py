@@ -29,7 +29,7 @@ class Pusher:
     def __init__(self, run_dir: Path, environment: dict[str, str], *, keeps_all: bool) -> None:
         """Set up an empty queue. `environment` has the environment variables of the push processes.
 
-        If `keeps_all` is False, a new folder replaces the folders that are still waiting.
+        If `keeps_all` is False, a new folder replaces the folders that wait in the queue.
         """
         self.run_dir = run_dir
         self.environment = environment
@@ -96,7 +96,7 @@ class Pusher:
         return True
 
     def finish(self) -> None:
-        """Wait until no folder is waiting. If pushes failed, log a warning with the command that repeats them."""
+        """Wait until the queue is empty. If pushes failed, log a warning with the command that repeats them."""
         while (thread := self._thread) is not None:
             thread.join()
         if self._failed:
@@ -105,7 +105,7 @@ class Pusher:
 
 
 class PushCallback(TrainerCallback):
-    """Pushes the checkpoints that --push_hub_strategy selects. A failed push is logged; the training continues."""
+    """Pushes the checkpoints that --push_hub_strategy selects. A failed push is logged, and the training continues."""
 
     def __init__(self, args: SftArguments, token: str, run_dir: Path, data: dict[str, Any]) -> None:
         self.strategy = args.push_hub_strategy

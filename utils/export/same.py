@@ -31,7 +31,11 @@ _NOT_CARRIED = (SUFFIX, *PICKLE_SUFFIXES, '.py', '.gguf', '.onnx', '.h5', '.msgp
 
 @dataclass(kw_only=True)
 class Comparison:
-    """The result of comparing a merged folder with its base. `differences` are those that merging did not make."""
+    """The result of comparing a merged folder with its base.
+
+    `changed` and `changed_files` list the changes that merging made according to merge.json. `differences` lists all
+    other differences.
+    """
 
     changed: list[str] = field(default_factory=list)
     identical: int = 0
@@ -48,7 +52,7 @@ class Comparison:
 
 
 def carried_files(folder: Path) -> list[str]:
-    """Return the names of the files that a merged folder takes over from its base, in addition to the weights."""
+    """Return the names of the files in a folder that merging copies from the base, except the weights."""
     top = [path for path in folder.iterdir() if path.is_file()]
     further = folder.glob('additional_chat_templates/*.jinja')
     return sorted(
@@ -61,9 +65,9 @@ def carried_files(folder: Path) -> list[str]:
 
 
 def file_changes(merged: Path, base: Path) -> dict[str, str | None]:
-    """Return the sha256 of each carried file of `merged` that differs from the file of `base`.
+    """Return {name: sha256} for each carried file of `merged` that differs from the file of `base`.
 
-    The value is None for a file that only the base has.
+    The value is None if only the base has the file.
     """
     hashes = [{name: sha256_of(folder / name) for name in carried_files(folder)} for folder in (merged, base)]
     return {
@@ -76,7 +80,7 @@ def file_changes(merged: Path, base: Path) -> dict[str, str | None]:
 def compare(merged: Path, base: Path) -> Comparison:
     """Compare all tensors and all carried files of two folders, and return the Comparison.
 
-    A change that merge.json of the merged folder lists, with its sha256, is not a difference. Raises ConfigError if a
+    A change does not count as a difference if merge.json of the merged folder lists its sha256. Raises ConfigError if a
     folder cannot be read.
     """
     stated: Mapping[str, Any] = {'tensors': {}, 'files': {}}
@@ -114,7 +118,7 @@ def _compare_tensors(
 
 
 def _misplaced(found: TensorRange, wanted: TensorRange) -> str | None:
-    """Return how the file, dtype or shape of a tensor differs from those in the base, or None."""
+    """Return how the file, dtype, shape or size of a tensor differs from that in the base, or None if all are equal."""
     for what, one, other in (
         ('file', found.file.name, wanted.file.name),
         ('dtype', found.dtype, wanted.dtype),
@@ -127,7 +131,7 @@ def _misplaced(found: TensorRange, wanted: TensorRange) -> str | None:
 
 
 def _what_differs(found: Path, wanted: Path) -> str:
-    """Return how two files differ. For files of settings, the keys that differ are named."""
+    """Return how two files differ. For JSON files, the keys with different values are named."""
     if not found.is_file() or not wanted.is_file():
         return f'only {"the merged folder" if found.is_file() else "the base"} has it'
     try:
@@ -141,7 +145,7 @@ def _what_differs(found: Path, wanted: Path) -> str:
 def main(argv: Sequence[str]) -> int:
     """Compare two folders (argv: MERGED BASE), and print what differs.
 
-    Returns the exit code: 0 if only what merging changed differs, 1 if more differs, or 2 for a problem.
+    Returns the exit code: 0 if merging explains all differences, 1 if not, or 2 if a folder cannot be compared.
     """
     set_up_logging()
     if len(argv) != 2 or argv[0].startswith('-'):

@@ -53,7 +53,7 @@ class Base:
 
 
 def find_base(done: Ready[InferArguments], trained: Trained, weights: Weights) -> Base:
-    """Return the base of a merge. Its `reopen` opens a folder with the flags of the command line `done`."""
+    """Return the base of a merge. Its function `reopen` loads a model with the flags in `done`."""
 
     def reopen(folder: Path) -> tuple[Any, Any]:
         model, tokenizer, _ = open_model(
@@ -97,8 +97,8 @@ def write_merged(
 ) -> Written:
     """Write the merged model to the new folder `folder`. The PeftModel `model` cannot be used afterwards.
 
-    `settings` are its generation settings, and `probe` computes the logits of a model. Raises ConfigError if a file of
-    the base was not copied correctly.
+    `settings` are the generation settings of the merged model, and `probe` computes the logits of a model. Raises
+    ConfigError if a file of the base was not copied correctly.
     """
     patch: Patch | str = 'its base is only in memory'
     if base is not None:
@@ -140,7 +140,7 @@ def write_merged(
 
 
 def _write_settings(settings: GenerationConfig, base: Path, folder: Path) -> None:
-    """Write generation_config.json, if the file of the base has other settings."""
+    """Write generation_config.json to `folder` if `settings` differ from those in the folder `base`."""
     from transformers import GenerationConfig
 
     has_file = (base / _SETTINGS).is_file()

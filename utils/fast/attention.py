@@ -43,11 +43,11 @@ _PREFIX = 'rows_over_'
 
 
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the inputs besides `ids` (1, T) for a call of the model: an attention mask of ones, or {}.
+    """Return the keyword arguments besides input_ids for a forward pass of concatenated rows with ids (1, T).
 
-    The ids are those of concatenated rows. The attention of this module knows the rows from the context
-    `concatenated_rows`. It gets the mask only because transformers would otherwise look for rows in position_ids, which
-    makes the CPU wait for the device. The package flash-attn needs this search, so it gets no mask.
+    With the attention of this module, they are an attention mask of ones. The attention does not use it, but without a
+    mask transformers would search for rows in position_ids, and the CPU would wait for the device. The package
+    flash-attn needs this search, so {} is returned for it.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
@@ -56,8 +56,8 @@ def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def attend_by_rows(model: Any) -> None:
     """Switch a model to this module's attention, which is used only inside the context `concatenated_rows`.
 
-    Inside the context, recurrent layers keep rows apart too. Outside of it, for example for padded batches, the model
-    uses its own attention.
+    Inside the context, recurrent layers keep rows apart too. Outside of the context, for example for padded batches,
+    the model uses its own attention.
     """
     before = model.config._attn_implementation
     flash_package = before.startswith('flash_attention')
@@ -181,10 +181,11 @@ class Inputs(NamedTuple):
 
 @lru_cache(maxsize=256)
 def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
-    """Return the best kernel for a case that passes its trial on the device.
+    """Return the best kernel for a case that passes a trial on the device.
 
-    A trial compares output and gradients on small inputs with those of `RowAttention` in fp32. It is made once per
-    case. A kernel that fails or raises an error is not used, and the log says so. On a CPU there is no trial.
+    A trial compares output and gradients on small inputs with those of `RowAttention` in fp32. Each kernel is tried
+    once per case. If a kernel fails its trial or raises an error, the log says so and the next kernel is tried. On a
+    CPU there is no trial.
     """
     possible = candidates(case)
     for kernel in possible[:-1]:
@@ -207,7 +208,8 @@ def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
 def trial_error(kernel: Kernel, case: AttentionCase, device: torch.device) -> float:
     """Return the largest relative error of output and gradients of a kernel, compared with `RowAttention` in fp32.
 
-    The inputs are small and random, but of the dtype, the heads and the widths of the case. No random state changes.
+    The inputs are small and random, but have the dtype, the heads and the widths of the case. The random state of torch
+    is not changed.
     """
     tokens = sum(_TRIAL_LENGTHS)
     shapes = [(case.heads, case.query_width), (case.key_heads, case.query_width), (case.key_heads, case.value_width)]
@@ -244,7 +246,7 @@ def attend_in_groups(
 ) -> torch.Tensor:
     """Return the attention output (T, H, E). Calls torch's attention once for each group of rows of similar length.
 
-    Rows are padded at their ends to the longest row of the group. The padding needs no mask, because causal attention
+    Each row is padded at its end to the longest row of the group. The padding needs no mask, because causal attention
     never looks at later tokens.
     """
     device = query_HTD.device
@@ -292,7 +294,7 @@ def _hiding_bias(
 ) -> torch.Tensor:
     """Return a tensor (1, repeats * queries, keys) to add to scores: -inf hides a key from a query, 0 does not.
 
-    Key k is hidden from query q if k - q >= `diagonal`, or with `low` if k - q <= `diagonal`. The (queries, keys)
+    Key k is hidden from query q if k - q >= `diagonal`. With `low`, it is hidden if k - q <= `diagonal`. The
     values are repeated for `repeats` query heads.
     """
     # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.
@@ -304,10 +306,12 @@ def _hiding_bias(
 class RowAttention(torch.autograd.Function):
     """Causal attention by matrix products, one block of queries at a time. On a CPU it is faster than that of torch.
 
-    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None. Returns the output (T, H, E). Attention
-    weights are saved for the backward pass only if their block has few keys. All other weights are computed again, so
-    that memory does not grow with the square of the row length. Scores and weights are stored in the dtype of the
-    query. The softmax and the sums over blocks are computed in fp32. The output at tokens after the last row is 0.
+    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None. Returns the output (T, H, E). The
+    output at tokens after the last row is 0.
+
+    Attention weights are saved for the backward pass only in blocks with few keys. In all other blocks they are
+    computed again, so that memory does not grow with the square of the row length. Scores and weights are stored in the
+    dtype of the query. The softmax and the sums over blocks are computed in fp32.
     """
 
     @staticmethod

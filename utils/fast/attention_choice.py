@@ -19,7 +19,7 @@ _SMALL_GPUS = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
 class AttentionCase(NamedTuple):
-    """What the choice of a kernel depends on. `kind` is the type of the device, or rocm for a GPU of AMD.
+    """What the choice of a kernel depends on. `kind` is the type of the device, or rocm for an AMD GPU.
 
     `capability` is the compute capability of an NVIDIA GPU, and (0, 0) for all other devices. `query_width` is the
     width of a query or key head, `value_width` the width of a value head.
@@ -41,7 +41,7 @@ class AttentionCase(NamedTuple):
 def candidates(case: AttentionCase) -> tuple[Kernel, ...]:
     """Return the kernels that can compute this case, the best one first.
 
-    The last kernel needs no trial. It serves if all kernels before it fail their trial.
+    The last kernel is used without a trial if all kernels before it fail their trial.
     """
     plain = not case.softcap and not case.sinks
     if case.dropout:
@@ -56,7 +56,7 @@ def candidates(case: AttentionCase) -> tuple[Kernel, ...]:
 
 
 def flash_width(query_width: int, value_width: int) -> int:
-    """Return the width to which all heads are padded for the flash kernels. They need equal widths, a multiple of 8."""
+    """Return the width to which all heads are padded, because the flash kernels need equal widths in multiples of 8."""
     return -(-max(query_width, value_width) // _FLASH_STEP) * _FLASH_STEP
 
 

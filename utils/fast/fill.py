@@ -1,8 +1,8 @@
 """Adds a few tokens after the rows of a concatenated batch, because matrix products on a CPU are then faster.
 
-With some numbers of tokens, products of oneDNN take up to a fifth longer than with one token more or less. With
-multiples of 4 none does. With multiples of 8, oneDNN also compiles fewer kernels. No row attends to the added tokens,
-and nothing is computed from their output, so they change neither a loss nor a gradient.
+The matrix products of oneDNN are up to a fifth slower for some numbers of tokens, but never for multiples of 4.
+Multiples of 8 also need fewer compiled kernels. No row attends to the added tokens, and nothing is computed from their
+output. So they change neither the loss nor the gradients.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _FEWEST_TOKENS = 256
 
 
 def can_fill(model: Any) -> bool:
-    """Return whether tokens may be added after the concatenated rows of this model.
+    """Return whether tokens can be added after the concatenated rows of this model.
 
-    Recurrent layers compute each row alone. Experts, and 8-bit layers of bitsandbytes, compute groups of tokens.
+    This is possible on a CPU, except for two kinds of models. Recurrent layers compute each row separately. In experts
+    and in 8-bit layers of bitsandbytes, added tokens could change the rounding of other tokens.
     """
     types = set(model.config.get_text_config().to_dict().get('layer_types') or ())
     return bool(model.device.type == 'cpu') and not types & RECURRENT and not groups_tokens(model)

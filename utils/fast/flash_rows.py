@@ -51,7 +51,7 @@ class _FlashRows(torch.autograd.Function):
 
     A sink is one more score in the softmax of a head, without a value. The kernels do not support sinks. So the forward
     pass multiplies the output of the kernel by the share of the softmax that the sink leaves to the keys. The backward
-    kernel gets this output and the logsumexp of the scores with the sink. From these it computes the right gradients.
+    kernel gets this output and the logsumexp of the scores with the sink. From them it computes the right gradients.
     """
 
     @staticmethod

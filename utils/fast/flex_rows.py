@@ -85,7 +85,7 @@ def _sees(row_T: torch.Tensor, window: int | None) -> Callable[..., torch.Tensor
 
 @lru_cache
 def _cap(softcap: float) -> Callable[..., torch.Tensor]:
-    """Return the function that caps scores. It is the same object for the same cap, so that torch compiles it once."""
+    """Return the function that caps scores: the same object for the same cap, so that torch compiles it only once."""
 
     def cap(score: torch.Tensor, batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)

@@ -1,6 +1,6 @@
 """Replaces the forward of gated MLPs (for example SwiGLU) by a fused forward that needs less memory.
 
-The fused forward computes act(gate) * up in one step, and saves only gate and up for the backward pass.
+The fused forward computes act(gate) * up as one autograd function, which saves only gate and up for the backward pass.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def fuse_gates(model: nn.Module) -> int:
 def _is_gated(block: nn.Module) -> bool:
     """Return whether the forward of a block gives bitwise the same output as the forward of `_FusedGate`.
 
-    Both are called with small test layers in place of the layers of the block.
+    For this comparison, the layers of the block are replaced by small test layers.
     """
     if len(inspect.signature(type(block).forward).parameters) != 2:
         return False

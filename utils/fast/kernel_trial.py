@@ -1,4 +1,4 @@
-"""Decides whether a Triton kernel is used. On this device, it must give the results of the code that it replaces.
+"""Decides whether a Triton kernel is used: on this device, it must give the same results as the code that it replaces.
 
 Without a GPU, no kernel is tried and triton is not imported.
 
@@ -40,9 +40,9 @@ _BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def norm_kernel(
     kind: str, dtype: torch.dtype, weight_dtype: torch.dtype, width: int, device: torch.device, plain: Step
 ) -> Step | None:
-    """Return the Triton kernel for RMSNorm, or None if it cannot be used for these inputs.
+    """Return the Triton kernel for RMSNorm, or None if the kernel cannot be used for these inputs.
 
-    The kernel takes the same arguments as `plain`, the step that it replaces.
+    The kernel takes the same arguments as `plain`, the function that it replaces.
     """
     if device.type != 'cuda' or not {dtype, weight_dtype} <= set(_DTYPES):
         return None
@@ -63,9 +63,9 @@ def norm_kernel(
 
 @lru_cache(maxsize=64)
 def gate_kernel(activation: str, dtype: torch.dtype, device: torch.device) -> Step | None:
-    """Return the kernel for silu(gate) * up, or None if it cannot be used.
+    """Return the kernel for silu(gate) * up, or None if the kernel cannot be used.
 
-    `activation` is the name of the class of the MLP's activation.
+    `activation` is the class name of the activation function in the MLP.
     """
     if device.type != 'cuda' or dtype not in _DTYPES or activation not in _SILU:
         return None

@@ -91,11 +91,11 @@ def _some_ids(model: Any, count: int, first: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def _difference(model: Any) -> str | None:
-    """Switch the attention to concatenated rows, and check that the rows beside a row do not change its logits.
+    """Switch the attention to concatenated rows, and check that the logits of a row do not depend on the other rows.
 
-    A row is computed twice, each time beside other rows of the same lengths. Its logits must be bitwise equal, or equal
-    up to rounding if `groups_tokens` is True. They must also be near the logits of the row alone. Returns None if the
-    check passes. Otherwise, or if the model raises ValueError, the attention is switched back and the reason is
+    A row is computed twice, each time beside different rows of the same lengths. Both logits must be bitwise equal, or
+    equal up to rounding if `groups_tokens` is True. They must also be near the logits of the row alone. Returns None if
+    the check passes. If it fails, or if the model raises ValueError, the attention is switched back, and the reason is
     returned.
     """
     before = model.config._attn_implementation
@@ -128,10 +128,11 @@ def _difference(model: Any) -> str | None:
 
 
 def groups_tokens(model: Any) -> bool:
-    """Return whether the rounding of a token depends on the other tokens of its batch.
+    """Return whether the rounding errors of a token depend on the other tokens of its batch.
 
-    An expert computes all tokens that are routed to it in one matrix product. An 8-bit layer of bitsandbytes computes
-    some columns in 16 bits, and chooses these columns from all tokens of the batch.
+    They do in an expert, which computes all tokens that are routed to it in one matrix product. They also do in an
+    8-bit layer of bitsandbytes, which computes some columns in 16 bits and chooses these columns from all tokens of the
+    batch.
     """
     settings = model.config.to_dict()
     text = model.config.get_text_config().to_dict()
@@ -140,9 +141,9 @@ def groups_tokens(model: Any) -> bool:
 
 
 def _logits_beside(model: Any, row: torch.Tensor, number: int) -> torch.Tensor:
-    """Run the model on four concatenated rows, of which the second and the fourth are `row`, with ids (1, T).
+    """Run the model on four concatenated rows, of which the second and the fourth are `row`, a tensor of ids (1, T).
 
-    Returns the logits (2, T, V) of these two rows. The ids of the other rows differ for each `number`.
+    Returns the logits (2, T, V) of these two rows. A different `number` gives the two other rows different ids.
     """
     rows = [_some_ids(model, 5, number + 1), row, _some_ids(model, 12, number), row]
     lengths = [ids.shape[1] for ids in rows]

@@ -1,7 +1,7 @@
 """Copies of adapter weights in the dtype of the computation, renewed once per optimizer step for all layers together.
 
-Without them, each layer would convert its fp32 weights in every forward and every backward pass. On a GPU, these are
-hundreds of small kernels per micro-batch.
+Without these copies, each layer would convert its fp32 weights in every forward and every backward pass. On a GPU, the
+conversions would start hundreds of small kernels per micro-batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class _Steps:
     """Counts the steps of all optimizers.
 
-    A copy is renewed if torch's version counter of its weight has changed. The kernels of bitsandbytes change weights
-    without this counter, so copies are also renewed after each step of an optimizer.
+    A copy is renewed if torch's version counter of its weight has changed. The kernels of bitsandbytes change a weight
+    without changing the counter. So all copies are also renewed after each step of an optimizer.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """A fused RMSNorm that needs little memory for the backward pass.
 
 On a CPU, its output is bitwise that of the original layer. On a GPU, a Triton kernel computes it if the kernel passes
-its trial. The last bit of the output may then differ.
+its trial. The last bit of the output can then differ.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _NormStep(torch.autograd.Function):
 
 
 def _factor(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
-    """Return the factor by which the normalised x is multiplied: the weight, or one plus the weight."""
+    """Return the factor for the normalised x: the weight, or 1 + weight for layers that store weight - 1."""
     if kind == 'one_plus':
         return 1.0 + weight.to(torch.promote_types(dtype, torch.float32))
     return weight.to(dtype)

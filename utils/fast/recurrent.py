@@ -1,7 +1,7 @@
 """Keeps concatenated rows apart in layers with a recurrent state: gated delta nets and short convolutions.
 
-Such a layer carries a state from token to token. So it gets padded batches instead, in which each row is separate. The
-padding is at the end of a row and changes no result, because no state goes back to earlier tokens.
+Such a layer passes a state from token to token. So it gets padded batches instead, in which each row is separate. The
+padding is at the end of a row. It changes no result, because no state goes back to earlier tokens.
 
 Shapes in names: T tokens of all rows, B rows of a group, L length of its longest row, C hidden width.
 """
@@ -23,7 +23,7 @@ _MASKS = 'attention_mask'
 
 
 class _RowsApart(nn.Module):
-    """Mixin for the class of a recurrent layer. It keeps rows apart if it gets a RowMask as mask."""
+    """Mixin for the class of a recurrent layer, which keeps rows apart if the layer gets a RowMask as mask."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output of the layer, (1, T, C) for concatenated rows."""

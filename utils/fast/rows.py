@@ -22,7 +22,7 @@ T = TypeVar('T')
 
 
 class Block(NamedTuple):
-    """A block of queries at the positions `start` to `end`, with keys at `first_key` to `end`; `end` is excluded."""
+    """A block of queries at the positions `start` to `end` - 1, with keys at `first_key` to `end` - 1."""
 
     first_key: int
     start: int
@@ -30,16 +30,16 @@ class Block(NamedTuple):
 
 
 class DeviceTensors:
-    """Tensors that are made from the row lengths of a batch. Each is made once per device, and used by all layers."""
+    """Tensors that are made from the row lengths of a batch, once per device. All layers use the same tensors."""
 
     def __init__(self, cu_seqlens: torch.Tensor | None = None) -> None:
-        """Set up the store. RowMask.cu_seqlens returns `cu_seqlens` on its device, if it is given."""
+        """Set up the store. If `cu_seqlens` is given, RowMask.cu_seqlens returns it and does not make a new tensor."""
         self._made: dict[tuple[str, torch.device], Any] = {}
         if cu_seqlens is not None:
             self._made['cu_seqlens', cu_seqlens.device] = cu_seqlens
 
     def get(self, name: str, device: torch.device, make: Callable[[], T]) -> T:
-        """Return what is stored under this name for the device. If there is nothing, store what `make` returns."""
+        """Return the tensor with this name on the device. If there is none, store and return what `make` returns."""
         key = (name, device)
         if key not in self._made:
             self._made[key] = make()
@@ -61,7 +61,7 @@ class RowMask:
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens of all rows. The batch may have more tokens, which belong to no row."""
+        """Return the number of tokens of all rows. The batch can have more tokens, which belong to no row."""
         return sum(self.lengths)
 
     @property
@@ -143,7 +143,7 @@ _ROWS: ContextVar[RowMask | None] = ContextVar('rows', default=None)
 def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = None) -> Iterator[None]:
     """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths.
 
-    `cu_seqlens` is the tensor that RowMask.cu_seqlens would make. If it is given, it is not made again on its device.
+    If `cu_seqlens` is given, RowMask.cu_seqlens returns it and does not make a new tensor.
     """
     token = _ROWS.set(RowMask(tuple(lengths), None, DeviceTensors(cu_seqlens)))
     try:

@@ -1,6 +1,6 @@
 """Computes the loss and the hits of a padded or concatenated batch.
 
-A hit is a trained token to which the model gives the highest probability of all tokens.
+A hit is a trained token to which the model gives a higher probability than to any other token.
 
 Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, K columns that predict
 a trained token in at least one row, C hidden width, V vocabulary.
@@ -35,7 +35,11 @@ Use = Callable[[Predictors, Batch], torch.Tensor]
 
 
 class Scorer:
-    """Computes loss and hits of batches: in chunks if a head is given, otherwise from the logits of the model."""
+    """Computes loss and hits of batches.
+
+    If `head` is given, the scorer applies this output head to the hidden states in chunks. If it is None, the model
+    itself computes the logits.
+    """
 
     def __init__(self, base: Any, head: Head | None, *, splits: bool = True) -> None:
         """Set up scoring for the model `base`.
@@ -108,9 +112,9 @@ class Scorer:
     def _predictors(self, model: Any, batch: Batch) -> tuple[Predictors, torch.Tensor, torch.Tensor]:
         """Return three tensors, each with one entry for each trained token.
 
-        The first tensor has what the token is predicted from: hidden states (P, C) if there is a head, else logits
-        (P, V). The second tensor (P) has the ids of the trained tokens. The third tensor (P) has the index of the row
-        of each token.
+        The first tensor has what the token is predicted from: hidden states (P, C) if the scorer has a head, else
+        logits (P, V). The second tensor (P) has the ids of the trained tokens. The third tensor (P) has the index of
+        the row of each token.
         """
         found = []
         parts = []
@@ -123,8 +127,8 @@ class Scorer:
     def _passes(self, model: Any, batch: Batch) -> Iterator[tuple[Any, Batch]]:
         """Yield (module to call, its batch) for each forward pass that `batch` needs.
 
-        A yielded batch has some rows of `batch`, or all of them. Its 'owners' (the row index of each trained token)
-        are indices of rows in `batch`.
+        A yielded batch has some or all rows of `batch`. Its 'owners' are the row indices of its trained tokens, counted
+        in `batch`.
         """
         if self.row_limit is None:
             yield model, batch
@@ -143,8 +147,9 @@ class Scorer:
     def _forward(self, model: Any, batch: Batch, use: Use) -> torch.Tensor:
         """Run the model on the batch, and return what `use` computes from the predictors of its trained tokens.
 
-        Predictors are hidden states if there is a head, else logits. With a head, `use` is called inside the forward
-        pass, and the pass returns its result. DDP needs this: it finds the used parameters from the returned tensor.
+        The predictors are logits, or hidden states if the scorer has a head. With a head, `use` is called inside the
+        forward pass of the model, which then returns the result of `use`. DDP needs this, because it finds the used
+        parameters from the tensor that the forward pass returns.
         """
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
         layout: AbstractContextManager[None] = nullcontext()
@@ -187,7 +192,7 @@ class Scorer:
 
 @contextmanager
 def _returning(module: torch.nn.Module, result: Callable[[], torch.Tensor]) -> Iterator[None]:
-    """A context in which the forward pass of `module` ends by calling `result`, and returns what `result` returned."""
+    """A context in which the forward pass of `module` calls `result` at its end, and returns the value of this call."""
     handle = module.register_forward_hook(lambda *_: result())
     try:
         yield
@@ -196,6 +201,6 @@ def _returning(module: torch.nn.Module, result: Callable[[], torch.Tensor]) -> I
 
 
 def _log_probabilities(found: torch.Tensor, head: Head | None) -> torch.Tensor:
-    """Return log-probabilities (N, V) in float64. `found` are hidden states if there is a head, else logits."""
+    """Return log-probabilities (N, V) in float64. `found` are logits, or hidden states if a head is given."""
     logits_NV = found if head is None else head_logits(found, head)
     return logits_NV.double().log_softmax(dim=-1)

@@ -1,7 +1,8 @@
 """Triton kernels for GPUs: norm, gate and rotary embedding in one pass over their input, and the loss in two passes.
 
-Import this module only if there is a GPU: triton comes with the builds of torch for GPUs. `utils/fast/kernel_trial.py`
-decides whether the kernels are used. They round at the same places as the code that they replace.
+Import this module only if there is a GPU, because only the builds of torch for GPUs install triton.
+`utils/fast/kernel_trial.py` decides whether the kernels are used. The kernels round at the same places as the code that
+they replace.
 
 Shapes in names: B rows, H query heads, G key heads, T tokens, D width of a head, R width of its rotated part,
 N positions, V vocabulary.

@@ -56,7 +56,7 @@ NO_USER_TURN = 'a reply directly after the system text, without a user turn'
 class _Remarks:
     """The unused columns and keys of a row, and the notes about the row.
 
-    Both are the keys of a dict, because a dict keeps the order and contains each key once. The values are None.
+    Both are stored as the keys of a dict, which keeps the order and drops repetitions.
     """
 
     unused: dict[str, None] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
 def _text(value: Any, what: str, column: str = '') -> str:
     """Return a text unchanged, or a number as text. Raises BadRow for any other value.
 
-    The message of the BadRow calls the value `what`.
+    `what` is the name of the value in the message of the BadRow.
     """
     if _is_missing(value):
         raise BadRow(f'null {what}', column or what)
@@ -162,7 +162,7 @@ def _check_json(value: Any, column: str) -> None:
 
 
 def _images(row: Mapping[str, Any], remarks: _Remarks) -> list[str]:
-    """Return the paths in the images column. A cell may be one path, a list of paths, or such a list as JSON text."""
+    """Return the paths in the images column. A cell has one path, a list of paths, or such a list as JSON text."""
     images = _cell(row, 'images')
     if isinstance(images, str) and not images.lstrip().startswith('['):
         images = [images] if images else []
@@ -366,7 +366,8 @@ class _Turn:
     def _set_loss(self, message: Message) -> None:
         """Set the key `loss` of a reply if the turn says whether it carries loss.
 
-        A turn that is not a reply never carries loss. If such a turn requests loss, its key is reported as unused.
+        A turn that is not a reply never carries loss. If such a turn has a key that requests loss, this key is reported
+        as unused.
         """
         requested = _loss(self.turn)
         if requested is None:
@@ -389,8 +390,7 @@ def _turns(
 ) -> list[Message]:
     """Return the turns of a column as messages.
 
-    `role_keys` and `content_keys` are alternative names for the keys `role` and `content`. If a turn has several of
-    them, the first is read.
+    `role_keys` and `content_keys` are the possible names for the keys `role` and `content`, in the order of preference.
     """
     turns = _parse_json(turns, column, remarks)
     if not isinstance(turns, list) or not turns:
@@ -446,7 +446,7 @@ def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *co
 
 
 def _chat(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, column: str) -> Row:
-    """Return the Row of a chat. If --loss_scope is not typed, every reply of a chat carries loss."""
+    """Return the Row of a chat. Every reply of a chat carries loss, unless --loss_scope is typed."""
     made = _row(row, messages, remarks, column)
     made.loss_scope = 'all_rounds'
     return made
@@ -500,7 +500,7 @@ def _from_instruction(row: Mapping[str, Any]) -> Row:
 
 
 def _from_text(row: Mapping[str, Any]) -> Row:
-    """Return the Row with the plain text of the column `text`. Other columns are not used: no template is applied."""
+    """Return the Row with the plain text of the column `text`. No other column is used."""
     remarks = _Remarks()
     text = _text(row['text'], 'text')
     remarks.note_unused(row, ('text',), 'column')
@@ -598,10 +598,11 @@ def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
 
 
 def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
-    """Return {name in the file: name without capital letters and surrounding spaces} for columns to rename.
+    """Return {name in the file: new name} for the columns to rename.
 
-    Only names that become the name of a known column are changed. Returns {} if the names in the file already fit a
-    format, if the new names fit none, or if two columns would get the same name.
+    The new name has no capital letters and no spaces around it. Only columns whose new name is the name of a known
+    column are renamed. Returns {} if the names in the file already fit a format, if the new names fit no format, or if
+    two columns would get the same name.
     """
     known = frozenset().union(*(needed for needed, _ in (*SHAPES, *OTHER_SHAPES)), _EVERYWHERE, _OPTIONAL)
     tidy = {column: column.strip().lower() for column in columns}
@@ -646,7 +647,7 @@ def _texts(row: Row) -> Iterable[str]:
 
 
 def check_row(row: Row) -> Row:
-    """Return the same row with notes about its turns.
+    """Return the row. For each unusual property of its turns, such as an empty question, `row.notes` gets a note.
 
     Raises BadRow if the row cannot be used for training, for example if its last turn is not a reply.
     """

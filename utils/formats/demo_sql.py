@@ -1,4 +1,4 @@
-"""Demonstration data. The query is a table definition and a question; the response is one line of SQLite.
+"""Demonstration data. A query has a table definition and a question, and the response is one line of SQLite.
 
 All rows are generated from word lists with a fixed seed. The held-out rows ask for the same kinds of SQL as the
 training rows, and use the same short phrases for conditions ("at least 5"). But their table names, column names, text
@@ -76,7 +76,7 @@ def _rows(unseen: bool, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def _row(rng: random.Random, unseen: bool, pattern: dict[str, Any]) -> tuple[str, str]:
-    """Return (query, response) of one row, made from the pattern."""
+    """Return (query, response) of one row, made from the pattern. If `unseen` is True, it is a held-out row."""
     names = rng.choice(_words()['unseen_words' if unseen else 'seen_words'])
     tables = names['tables'].split()
     texts = names['texts'].split()
@@ -138,9 +138,11 @@ def is_right(row: dict[str, str], answer: str) -> bool:
 
     Both are run on the table of the row. The table is filled several times with different random data near the values
     of the reference, so that a wrong column, value or comparison changes the result. The order of the records matters
-    only if the reference sorts. If the answer has a fenced code block, only this block is used. Text after the first
-    semicolon is ignored, but the answer is wrong if this text is a second statement. The answer is also wrong if the
-    SQL is not a plain SELECT.
+    only if the reference sorts.
+
+    If the answer has a fenced code block, only this block is used. The SQL ends at the first semicolon. If a second
+    statement follows the semicolon, the answer is wrong. Any other text there is ignored. SQL that is not a plain
+    SELECT is also wrong.
     """
     sql = _statement(answer)
     if not sql:

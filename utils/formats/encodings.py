@@ -22,7 +22,7 @@ _LEAST_KOREAN = 4
 
 
 def _share(data: bytes, encoding: str, is_usual: Callable[[str, bytes], bool]) -> float:
-    """Return the share of the characters beyond ASCII that are usual in texts with this encoding.
+    """Return the fraction of the characters beyond ASCII that are usual in texts with this encoding.
 
     `is_usual` is called with each such character and its bytes. Returns 0 if all characters are ASCII.
     """
@@ -33,16 +33,16 @@ def _share(data: bytes, encoding: str, is_usual: Callable[[str, bytes], bool]) -
 
 
 def _western(data: bytes) -> float:
-    """Return the share of bytes above 0x7F that are punctuation or single letters, as in Western texts.
+    """Return the share of bytes above 0x7F that are punctuation or single accented letters.
 
-    Western words rarely have two letters beyond ASCII in a row.
+    Western texts have a high share, because few Western words have two accented letters side by side.
     """
     single = sum(len(run) == 1 for run in _LETTERS.findall(data))
     return (single + len(_MARKS.findall(data))) / max(sum(map(len, _HIGH.findall(data))), 1)
 
 
 def _cyrillic(data: bytes) -> float:
-    """Return the share of bytes above 0x7F that are in words of mostly lower-case Russian letters.
+    """Return the share of bytes above 0x7F that belong to words of mostly lower-case Russian letters.
 
     Returns 0 if no word has at least _LONG_WORD letters.
     """

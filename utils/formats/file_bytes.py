@@ -60,8 +60,8 @@ def refuse(location: str, problem: str) -> NoReturn:
 class _Converted(io.RawIOBase):
     """A stream that converts text in UTF-16 or UTF-32 to UTF-8.
 
-    An incomplete character at the end becomes a byte that is not UTF-8. So it is reported like any text that is not
-    UTF-8.
+    An incomplete character at the end becomes a byte that is not UTF-8. So this character is reported like any text
+    that is not UTF-8.
     """
 
     def __init__(self, stream: Any, encoding: str) -> None:
@@ -97,7 +97,7 @@ class FileBytes:
     """
 
     def __init__(self, path: Path, digest: Any, *, is_text: bool = True) -> None:
-        """Open the file. Raises ConfigError if it cannot be opened, or if `is_text` is True and it contains no text."""
+        """Open the file. Raises ConfigError if this fails, or if `is_text` is True and the first bytes are not text."""
         self.path = path
         self.digest = digest
         self.total = 0
@@ -115,8 +115,8 @@ class FileBytes:
     def _recognise(self, head: bytes) -> None:
         """Convert the stream to UTF-8 if its first bytes, `head`, are a byte-order mark of UTF-16 or UTF-32.
 
-        Raises UnreadableRow if the file is not text. Also raises it if the file has zero bytes and no byte-order mark,
-        because then its encoding is not certain.
+        Raises UnreadableRow if the file is not text, or if it has NUL bytes but no byte-order mark. Without the mark,
+        the encoding of such a file is not certain.
         """
         self.converted = next((encoding for mark, encoding in _WIDE if head.startswith(mark)), '')
         if self.converted:
@@ -133,7 +133,7 @@ class FileBytes:
             self.stream.close()
             even, odd = head[::2].count(0), head[1::2].count(0)
             encoding = 'UTF-16LE' if odd > even else 'UTF-16BE'
-            refuse(f'{self.path}:1', f'the text has zero bytes, so it is not UTF-8. {_convert(encoding, name)}')
+            refuse(f'{self.path}:1', f'the text has NUL bytes, so it is not UTF-8. {_convert(encoding, name)}')
 
     def _guarded(self, read: Callable[[int], bytes], size: int) -> bytes:
         try:

@@ -61,11 +61,11 @@ class HubDataset:
         return hub.repos_of(hub_name, ids)
 
     def names(self, snapshot: hub.Snapshot) -> list[str]:
-        """Return the files that are needed. Downloads only the list of splits (see choose_files)."""
+        """Return the names of the needed files. Downloads only the list of splits (see choose_files)."""
         return [name for names in choose_files(snapshot, self).values() for name in names]
 
     def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, hub.Snapshot]:
-        """Return (train, validation or None, the repository). Downloads only the files that are needed."""
+        """Return (training rows, validation rows or None, repository). Downloads only the needed files."""
         snapshot = hub.find(self.repos(hub_name), 'dataset')
         chosen = choose_files(snapshot, self)
         folder = snapshot.fetch([name for names in chosen.values() for name in names])
@@ -139,9 +139,9 @@ class RowStream:
         absent = [column for column in self.entry.columns if column not in row]
         if absent:
             raise ConfigError(
-                f'{location}: missing columns: {", ".join(absent)}. The file has {", ".join(row)}, expected are '
-                f'{", ".join(self.entry.columns)}. The data set changed on the hub: adapt its entry in '
-                'DATASET_MAPPING in utils/dataset.py.'
+                f'{location}: missing columns: {", ".join(absent)}. The file has {", ".join(row)}, but the entry '
+                f'in DATASET_MAPPING expects {", ".join(self.entry.columns)}. The data set changed on the hub. Adapt '
+                'the entry in utils/dataset.py.'
             )
 
     def _convert(self, row: SourceRow) -> PlainRow | BadRow:
@@ -176,7 +176,7 @@ def _unpack_images(archive: Path) -> Path:
             if total > max(about.st_size, 1 << 20) * _MAX_EXPANSION:
                 raise ConfigError(
                     f'{archive}: the archive expands to more than {_MAX_EXPANSION} times its size, which images never '
-                    f'do. It was not unpacked. If this is intended, unpack it into {target}.'
+                    f'do, so it was not unpacked. If this size is intended, unpack the images into {target}.'
                 )
 
             unpacked = Path(temporary) / 'whole'

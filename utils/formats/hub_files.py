@@ -1,6 +1,6 @@
-"""Data sets of the hubs that are named by their ids: chooses subset and splits, and downloads their files.
+"""Data sets that are named by their ids on a hub. Chooses the subset and the splits, and downloads the files.
 
-No script of a data set is run. The shape of the rows is found from their columns, as for local files.
+No script of a data set is run. The format of the rows is recognised by the columns, as in local files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MANY = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The files of a repository that a run reads. `about` says which splits they belong to, and which are not used."""
+    """The files of a repository that a run reads. `about` is a text that names the used and the unused splits."""
 
     train: Sequence[str]
     val: Sequence[str]
@@ -53,8 +53,8 @@ class Fetched:
 class HubFiles:
     """A data set on a hub, named as [hf:|ms:]owner/name[:subset][:split][@revision].
 
-    `word` is this name as typed after --dataset. `chosen_hub` is None if it has no prefix. `part` is the first text
-    after the id: a subset, a split of the only or default subset, or a file.
+    `word` is this name as typed after --dataset. `chosen_hub` is None if `word` has no prefix. `part` is the first word
+    after the id. It names a subset, a split of the only or default subset, or a file.
     """
 
     word: str
@@ -71,7 +71,7 @@ class HubFiles:
     def key(self, hub_name: HubName) -> tuple[str, ...]:
         """Return a key that identifies the data set and its hub.
 
-        `hub_name` is the hub of --hub. It is used if the name has no prefix for a hub. So with --hub modelscope,
+        `hub_name` is the hub of --hub. It is used if `word` has no prefix for a hub. So with --hub modelscope,
         ms:owner/name and owner/name have the same key.
         """
         return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
@@ -152,8 +152,8 @@ class HubFiles:
     def _choose_subset(self, subsets: Mapping[str, Mapping[str, list[str]]], default: str) -> tuple[str, str | None]:
         """Return (subset, split). The split is None if `word` names no split.
 
-        If `word` names no subset, the subset named by `default` is used. If it does not exist, the only subset is used.
-        Raises ConfigError if there is no such subset or split, or if there are several subsets.
+        If `word` names no subset, the subset `default` is used. If there is no subset of this name, the only subset is
+        used. Raises ConfigError if there are several subsets instead, or if `part` is neither a subset nor a split.
         """
         names = list(subsets)
         usual = default if default in subsets else names[0] if len(names) == 1 else None
@@ -178,8 +178,8 @@ class HubFiles:
     def _choose_splits(self, splits: Mapping[str, list[str]], subset: str, named: str | None) -> tuple[str, str | None]:
         """Return (training split, validation split). The second name is None if there is no validation split.
 
-        `named` is the split that the user typed, or None. It becomes the training split, and no validation split is
-        chosen.
+        `named` is the split that the user typed, or None. A typed split becomes the training split. Then no validation
+        split is chosen.
         """
         filled = [name for name, files in splits.items() if files]
         if named in filled:

@@ -136,7 +136,7 @@ def _read_readme_list(text: str, files: Sequence[str]) -> CardList:
 
 
 def _splits_of_config(config: Mapping[str, Any], files: Sequence[str]) -> dict[str, list[str]]:
-    """Return {split: files} for a subset. If the card lists no files for it, the splits are found from file names."""
+    """Return {split: files} for a subset. If the card lists no files for the subset, file names decide the splits."""
     folder = str(config.get('data_dir') or '').strip('./')
     inside = [name for name in files if not folder or name.startswith(f'{folder}/')]
     data = config.get('data_files')
@@ -161,7 +161,7 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 def data_files(files: Iterable[str]) -> list[str]:
-    """Return the files that can hold rows, sorted. Of a file that exists in several formats, one format is returned."""
+    """Return the names of the data files, sorted. If a file exists in several formats, only one of them is returned."""
     data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
     visible = [name for name in data if not any(part.startswith(('.', '__')) for part in name.split('/'))]
     return _in_one_format(visible)
@@ -170,8 +170,8 @@ def data_files(files: Iterable[str]) -> list[str]:
 def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
     """Return the data files of each split, found from the names of files and folders.
 
-    Files without a split in their names form the split `other`. If no file belongs to `train`, this split is called
-    `train` instead.
+    Files without a split in their names form the split `other`. If there is no split `train`, the split `other` is
+    renamed to `train`.
     """
     splits: dict[str, list[str]] = {}
     for name in data_files(files):
@@ -201,9 +201,10 @@ def is_held_back(split: str) -> bool:
 
 
 def subset_of(name: str) -> str:
-    """Return the subset of a file in a repository without a list of splits: the names of its folders.
+    """Return the subset to which a file belongs, found from the names of its folders.
 
-    Folders that are named `data` or like a split are ignored. If no folder remains, the subset is `default`.
+    This is used if the repository has no list of splits. Folders that are named `data` or like a split are ignored. If
+    no folder remains, the subset is `default`.
     """
     names = {'data', *(spelling for spellings in _IN_NAMES.values() for spelling in spellings)}
     folders = [folder for folder in name.split('/')[:-1] if folder.lower() not in names]
@@ -226,7 +227,10 @@ def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split
 
 
 def _from_names(files: Iterable[str], entry: HubDataset, subset: str, split: str) -> list[str]:
-    """Return the data files whose names match a subset and a split. Each file is returned in only one format."""
+    """Return the data files whose names match a subset and a split, sorted.
+
+    If a file exists in several formats (for example parquet and csv), only one of them is returned.
+    """
     data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
     data = [name for name in data if not _holds_any(name, entry.not_named)]
     if subset != 'default':
@@ -240,7 +244,7 @@ def _from_names(files: Iterable[str], entry: HubDataset, subset: str, split: str
 
 
 def _in_one_format(names: Iterable[str]) -> list[str]:
-    """Return the files, sorted. If a file is there in several formats, only one of them is returned."""
+    """Return the names, sorted. If a file exists in several formats, only one of them is returned."""
     by_stem: dict[str, str] = {}
     for name in sorted(names, key=_format_rank):
         by_stem.setdefault(name.removesuffix('.gz').rpartition('.')[0], name)

@@ -56,10 +56,11 @@ class ImageFiles(list[str]):
 
 
 def with_image_files(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the row with its image column as the paths of files, in the column `images`.
+    """Return the row with a column `images` that has the paths of its images.
 
-    An image column is `images` or `image`, and its cells are {bytes, path} or lists of them. The bytes are written to
-    files in the cache. A row without such a cell is returned unchanged. Raises BadRow if a cell cannot be used.
+    The column with the images is `images` or `image`. Its cells are {bytes, path} or lists of such cells. The bytes are
+    written to files in the cache. A row without such a column is returned unchanged. Raises BadRow if a cell cannot be
+    used.
     """
     for column in ('images', 'image'):
         cells = row.get(column)
@@ -115,7 +116,7 @@ def cached_image(data: bytes, path: str) -> str:
 
 
 def is_untagged(row: Row) -> bool:
-    """Return whether the images of a row come from an image column, and no text of the row says where they belong."""
+    """Return whether the row has images in a column of {bytes, path}, but no image tag in a user turn."""
     is_column = isinstance(row.images, ImageFiles) and bool(row.images)
     return is_column and not any('</img>' in turn['content'] for turn in row.messages if turn['role'] == 'user')
 
@@ -181,7 +182,7 @@ def place_image(path: str, folder: str | None) -> str:
 def _opened(path: str) -> Iterator[Any]:
     """Open a file as a Pillow image and check its size.
 
-    Raises BadImage if the file cannot be used. Pillow decodes the image only in the with block of the caller. So an
+    Raises BadImage if the file cannot be used. Pillow decodes the image later, in the with block of the caller. So an
     error in this block also becomes a BadImage.
     """
     from PIL import Image

@@ -92,15 +92,15 @@ _NONCE = f'{secrets.randbelow(9) + 1}.{secrets.randbelow(10**8):08d}'
 class Spelling:
     """Makes a JSON writer print numbers with the spelling of the source.
 
-    A JSON writer prints a WrittenNumber like any float: 1.10 as 1.1. So `hide` replaces each such number by a stand-in,
-    a unique float, before printing. `show` then replaces the printed stand-ins by the text of the numbers.
+    A JSON writer prints a WrittenNumber like any float: 1.10 as 1.1. So before printing, `hide` replaces each such
+    number by a stand-in (a unique float). After printing, `show` replaces each stand-in by the text of its number.
     """
 
     def __init__(self) -> None:
         self._written: dict[str, str] = {}
 
     def hide(self, value: Any) -> Any:
-        """Return nested JSON data with a stand-in for each number that a JSON writer would print differently.
+        """Return nested JSON data with a stand-in for each number that a JSON writer would not print as in the source.
 
         Data without such a number is returned unchanged, not copied.
         """

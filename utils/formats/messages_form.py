@@ -28,9 +28,11 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool
     """Return the row with the column `messages`, for a file in `folder`. A row of plain text has the column `text`.
 
     The result has the conversation, tools and images of the converted row. Relative paths of images start in `folder`.
-    Unused columns and keys of messages are copied. A row with `messages` normally trains every reply. So if the source
-    row trains only its last reply, `marks_loss` adds `"loss": false` to the other replies. Without `sees_images`, the
-    bytes of images are not copied, because the model does not use them.
+    Unused columns and keys of messages are copied.
+
+    Every reply of a row with `messages` normally carries loss. If `marks_loss` is True and only the last reply of the
+    source row carries loss, the other replies get `"loss": false`. If `sees_images` is False, the model does not use
+    images, and their bytes are not copied.
     """
     made = MessagesForm(row={})
     made.not_copied += [name for name in row.unused if not name.startswith((_COLUMN, _KEY))]
@@ -78,7 +80,7 @@ def _message(message: Message, row: Row, folder: Path) -> dict[str, Any]:
 
 
 def _moved(path: str, source: str | None, target: Path) -> str:
-    """Return the path of an image for a data file in `target`. `path` is its path in a data file in `source`.
+    """Return the path of an image for a data file in `target`. `path` is the path for a data file in `source`.
 
     If the image is inside `target`, the result is a relative path, otherwise an absolute path. A path that cannot be
     used, such as a URL, is returned unchanged.
@@ -106,7 +108,7 @@ def _copy_keys(row: Row, messages: list[dict[str, Any]], made: MessagesForm) -> 
 
 
 def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """Yield each turn of the source row with its message. Turns that are only texts are skipped: they have no keys."""
+    """Yield each turn of the source row with its message. Turns without keys (plain texts) are skipped."""
     column = next((name for name in ('messages', 'conversations') if name in row.written), None)
     pair = next((names for names in PAIRS if row.written.keys() >= set(names)), ())
     turns: list[Any] = []

@@ -48,7 +48,10 @@ class Reading:
         return RowWithRepeatedKeys(made, row.repeated_keys) if isinstance(row, RowWithRepeatedKeys) else made
 
     def missing(self, seen: Collection[str], where: str) -> list[str]:
-        """Return a problem for each name of --columns that is not among the columns `seen` in the data `where`."""
+        """Return a message for each column of --columns that the data does not have.
+
+        `seen` are the columns of the data, and `where` is the name of the data.
+        """
         return [
             f"--columns '{name}={new}': {where} has no column {name}{did_you_mean(name, seen)} Its columns are "
             f'{", ".join(seen)}. Write the name in the file first: NAME={new or "(nothing)"}.'
@@ -61,7 +64,7 @@ def read_columns(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Return ({name in the file: name that is read}, problems) for the words of --columns.
 
     A word is NAME=COLUMN: the name in the file, then the name that is read. If COLUMN is empty, the column is left out.
-    A problem is a message about one word. Words with a problem are not in the dict.
+    If a word is wrong, the dict does not contain it, and `problems` has a message about it.
     """
     columns: dict[str, str] = {}
     problems: list[str] = []

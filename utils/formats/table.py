@@ -40,9 +40,9 @@ def _first_lines(lines: Iterator[tuple[int, str]]) -> list[str]:
 
 
 def _widths(head: Sequence[str], separator: str) -> list[int]:
-    """Return the number of cells of each row in `head`, the first lines of a file. Lines without any text are skipped.
+    """Return the number of cells of each row in `head`, the first lines of a file. Rows without any text are skipped.
 
-    The list ends before the first row that is not valid, or that goes on after the last line of `head`.
+    The list ends before the first row that is not valid CSV, or that does not end within `head`.
     """
     found: list[int] = []
     try:
@@ -103,8 +103,9 @@ def _column_names(location: str, cells: list[str]) -> list[str]:
 def _misfit(cells: Sequence[str], names: Sequence[str], width: int, separator: str) -> str | None:
     """Return the problem with the number of cells in a row. Returns None if the cells fit the header.
 
-    `names` are the names in the header. `width` is the number of cells in the header, with the empty cells at its end.
-    Empty cells after the last named column are allowed, because spreadsheet programs write such cells.
+    `names` are the names in the header. `width` is the number of all cells in the header, including the empty
+    cells at its end. In the row, empty cells after the last named column are allowed, because spreadsheet programs
+    write such cells.
     """
     beyond = next((number for number, cell in enumerate(cells) if number >= len(names) and cell.strip()), None)
     if beyond is not None and len(cells) <= width:

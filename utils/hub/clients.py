@@ -64,7 +64,7 @@ class UnreachableError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Repo:
-    """The hub, id and revision of a repository. The hub may have no such repository."""
+    """The hub, id and revision of a repository. The repository need not exist."""
 
     hub: HubName
     id: str
@@ -92,8 +92,8 @@ class ModelScope:
     def list_files(self, repo: Repo, kind: Kind) -> Listing:
         """Return the size and digest of every file in a repository, by file name, and the newest commit.
 
-        The hub names the last commit of each file. The newest of these commits is that of the revision, unless a later
-        commit only removed files.
+        The hub names the last commit of each file. The newest of these commits is the commit of the revision, unless a
+        later commit only removed files.
         """
         with self._translated_errors():
             entries = self._api.legacy.list_repo_files(repo.id, kind, revision=repo.revision)

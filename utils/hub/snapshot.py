@@ -51,7 +51,7 @@ def find_token(typed: str | None, hub: HubName) -> str | None:
 
 
 def repos_of(hub: HubName, ids: dict[HubName, Sequence[str]], *, revision: str = 'master') -> list[Repo]:
-    """Return the repositories in the order in which they are tried: those on `hub` come first.
+    """Return the repositories in the order in which they are tried. Repositories on `hub` come first.
 
     `ids` is a dict from hub to the ids on this hub.
     """
@@ -110,9 +110,9 @@ class Snapshot:
     def to_fetch(self, names: Sequence[str]) -> list[str]:
         """Return the names of the files that `fetch` would request from the hub.
 
-        All `names` are requested if a file has changed on the hub, or if one of them was never verified: the Python
-        package of the hub verifies the files that it is asked for. Otherwise, and without network, only the files that
-        are missing or have a wrong size are returned.
+        If a file has changed on the hub, or if one of `names` was never verified, all `names` are returned, because the
+        package of the hub verifies each requested file. Otherwise, or without network, only the files that are missing
+        or have a wrong size are returned.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
         if self.online and not (recorded.files == self.files and verified >= set(names)):

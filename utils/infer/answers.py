@@ -54,7 +54,7 @@ def answer_rows(
 
     prompts = encoder.encode_prompts(kept)
     if texts := sum(row.is_text for row in kept):
-        logger.info(f'{texts} rows are plain text without a question: the model continues their beginning')
+        logger.info(f'{texts} rows are plain text, not conversations: the model continues the beginning of each text')
     paths = [encoder.image_paths(row) for row in kept]
     mine = slice(dist.rank(), None, dist.world_size())
     generated = generate_rows(
@@ -89,7 +89,7 @@ def _show_and_write(
     *,
     target: Path,
 ) -> None:
-    """Print the answers with their questions and labels, and write all of these and the scores to `target`.
+    """Print the question, the answer and the label of each row. Write all of them and the scores to `target`.
 
     A row of plain text has no question, so its prompt is shown instead.
     """

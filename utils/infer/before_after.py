@@ -28,12 +28,13 @@ _NEW_TOKENS = 64
 class BeforeAfter:
     """Chooses a few rows, and generates answers to these rows with the untrained and with the trained model.
 
-    The main process generates all answers in one batch, without sampling. Plain text has no question: the model
+    The main process generates all answers in one batch, without sampling. Plain text has no question, so the model
     continues the beginning of the text.
 
     The answers of the trained model are generated after training. For a new LoRA adapter, the answers of the untrained
-    model are generated at the same time, with the adapter switched off. With --sft_type full or --adapter, they are
-    generated before training starts. With --adapter, the untrained model is the base model with this adapter.
+    model are generated at the same time, with the adapter switched off. With --sft_type full or --adapter, these
+    answers are generated before training starts. With --adapter, the untrained model is the base model with this
+    adapter.
     """
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
@@ -60,7 +61,7 @@ class BeforeAfter:
                     self.rows.append(row)
 
     def ask(self, model: Any) -> list[str]:
-        """Return the model's answers as texts, one for each chosen row. Only the main process has chosen rows.
+        """Return the model's answer to each chosen row. In all processes except the main process, the list is empty.
 
         The mode of the model (training or evaluation) is restored afterwards.
         """
@@ -113,9 +114,10 @@ class BeforeAfter:
 
 
 def _asked(row: Row, prompt: str, wanted: str) -> dict[str, Any]:
-    """Return the messages of a row, for answers.json.
+    """Return a dict with the messages of a row, for answers.json.
 
-    For plain text, return the whole text (`prompt` followed by `wanted`) as a message, and its beginning (`prompt`).
+    For plain text, the only message is the whole text: `prompt` followed by `wanted`. The dict then also has `prompt`,
+    under the key 'beginning'.
     """
     if not row.is_text:
         return {'messages': row.messages}

@@ -69,8 +69,8 @@ class Chat:
     def _prompt(self, query: str) -> list[int]:
         """Return the token ids of the prompt: the conversation so far and the query.
 
-        If it is longer than --max_length, the oldest turns are dropped. Raises RowRefused if the query is too long even
-        without earlier turns.
+        If the prompt is longer than --max_length, the oldest turns are dropped. Raises RowRefused if the query is too
+        long even without earlier turns.
         """
         prompt = self._uncut.encode_prompts([self._row(query)])[0]
         turns = self.turns
@@ -136,8 +136,7 @@ def chat_in_terminal(chat: Chat) -> None:
 def chat(model: Any, tokenizer: Any, encoder: Encoder, config: GenerationConfig, *, streams: bool) -> None:
     """Chat in the terminal until the user leaves. Raises ConfigError if the encoder has no template.
 
-    With `streams`, the text of an answer is printed while it is generated. Otherwise the whole answer is printed at its
-    end.
+    With `streams`, an answer is printed while it is generated. Otherwise an answer is printed when it is complete.
     """
     encoder.check_chat()
 

@@ -62,8 +62,8 @@ def served_config(
 ) -> GenerationConfig:
     """Return the generation settings for a merged model folder.
 
-    They are a copy of `base`, the settings of the base model, with the stop, padding and bos tokens of `config`. The
-    flags in `typed`, and all flags whose values in `args` are not the defaults, replace settings of `base`.
+    They are a copy of `base`, the settings of the base model, with the stop, padding and bos tokens of `config`. A
+    flag replaces its setting in `base` if the flag is in `typed`, or if its value in `args` is not the default.
     """
     served = copy.deepcopy(base)
     served.eos_token_id = config.eos_token_id
@@ -195,9 +195,11 @@ def _half_have_ended(config: GenerationConfig) -> Any:
 def wanted_texts(encoder: Encoder, rows: Sequence[Row], config: GenerationConfig) -> list[str]:
     """Return the expected answer for each row: the text of its last reply.
 
-    A plain reply is returned unchanged. A reply with tool calls or reasoning is returned as the template renders it:
-    its trained ids are decoded. A row of plain text has no reply. The model gets the beginning of the text, and the
-    expected answer is the text that follows, cut to max_new_tokens tokens.
+    A plain reply is returned unchanged. For a reply with tool calls or reasoning, the trained token ids are decoded. So
+    this reply is returned as the template renders it.
+
+    A row of plain text has no reply. The model gets the beginning of the text. The expected answer is the rest of the
+    text, cut to max_new_tokens tokens.
     """
     whole = copy.copy(encoder)
     whole.max_length = -1
@@ -254,10 +256,10 @@ def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dic
 
 
 class _TextStream:
-    """A streamer for generate(). It passes each new piece of text to `say`, once no later id can change the piece.
+    """A streamer for generate(). It passes new text to `say` as soon as no later id can change this text.
 
-    Each time, all ids so far are decoded. If only the new ids were decoded, their text would lose its leading space
-    with tokenizers that strip the first space of a text (Llama 2).
+    All ids so far are decoded again for each new id. If only the new id were decoded, some tokenizers would remove the
+    space before its text, because they strip the first space of a text (Llama 2).
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
@@ -269,9 +271,9 @@ class _TextStream:
         self._has_prompt = False
 
     def put(self, value: Any) -> None:
-        """Take new ids from generate(), and show the text that can no longer change.
+        """Receive new ids from generate(), and pass the text that can no longer change to `say`.
 
-        generate() passes the prompt in the first call, so the ids of the first call are not shown.
+        The first call is ignored, because generate() passes the prompt in the first call.
         """
         if self._has_prompt:
             self.ids += value.reshape(-1).tolist()
@@ -279,7 +281,7 @@ class _TextStream:
         self._has_prompt = True
 
     def end(self) -> None:
-        """Show the rest of the text. generate() calls this after the last id."""
+        """Pass the rest of the text to `say`. generate() calls this method after the last id."""
         text = self.text()
         differing = (index for index, (one, other) in enumerate(zip(text, self.shown, strict=False)) if one != other)
         # Some decoders change earlier text if invalid bytes follow this text.
@@ -293,8 +295,8 @@ class _TextStream:
     def _settled(self, text: str) -> str:
         """Return the part of the text that later ids cannot change.
 
-        An unfinished character is left out. If the tokenizer cleans up spaces, the last word is left out too, because a
-        later id may change the space before it.
+        An incomplete character at the end is left out. If the tokenizer cleans up spaces, the last word is left out
+        too, because a later id can change the space before the word.
         """
         unfinished = min(len(text) - len(text.rstrip('\ufffd')), _UNFINISHED)
         text = text[: len(text) - unfinished]

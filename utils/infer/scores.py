@@ -61,7 +61,7 @@ def rouge(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
     """Return a list with a dict for each pair of answer and label: its ROUGE and BLEU scores, from 0 to 100.
 
     The keys of a dict are rouge-1, rouge-2, rouge-l (F1) and bleu-4. If both texts of a pair have fewer than two
-    words, ROUGE-1 is used for ROUGE-2, because ROUGE-2 needs two words.
+    words, rouge-2 has the value of rouge-1, because ROUGE-2 needs two words.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -95,7 +95,7 @@ def equal_json(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
     """Return a list with a dict for each pair of answer and label: three scores, each 100 or 0.
 
     `json` is 100 if both texts are JSON and have the same value. The order of keys and the spelling of numbers do not
-    matter (1 equals 1.0), the order of lists does. `json-broken` is 100 if the answer is not JSON, and
+    matter (1 equals 1.0). The order of list items matters. `json-broken` is 100 if the answer is not JSON, and
     `json-label-broken` is 100 if the label is not JSON.
     """
     found = []
@@ -113,7 +113,7 @@ def equal_json(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
 
 
 def _parsed(text: str) -> tuple[Any, ...] | None:
-    """Return the value of a JSON text, as `_comparable` returns it. Returns None if the text is not JSON."""
+    """Return `_comparable` of the value of a JSON text. Returns None if the text is not JSON."""
     try:
         return _comparable(json.loads(text, parse_constant=_refuse_constant))
     except (ValueError, RecursionError):
@@ -125,7 +125,10 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _comparable(value: Any) -> tuple[Any, ...]:
-    """Return a JSON value with each value in it as a pair (kind, value), because True == 1 in Python."""
+    """Return the JSON value with each value inside it replaced by a pair (kind, value).
+
+    Without the kind, the JSON values true and 1 would be equal, because True == 1 in Python.
+    """
     if isinstance(value, dict):
         return 'object', {key: _comparable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -185,9 +188,10 @@ class Function:
     def __call__(self, answer: str, label: str, row: Row) -> dict[str, float]:
         """Return the scores of a row by name. Raises ConfigError if the function fails or its result is no score.
 
-        If the function returns a number, the name of this score is the name of the function. If it returns a dict, each
-        value gets the name <function>-<key>, and the first value also gets the name of the function. The function gets
-        a copy of the columns of the row as they were read.
+        If the function returns a number, the score has the name of the function. If the function returns a dict, each
+        value gets the name <function>-<key>. The first value is also returned under the name of the function.
+
+        The argument `row` of the function is a dict with a copy of the columns of the row in the data.
         """
         try:
             result = self._call(answer, label, copy.deepcopy(dict(row.written)))
@@ -232,7 +236,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 class Scores:
-    """The scores that --score names, in their order. Creating the object loads the files of the user's functions."""
+    """The scores in the order of --score. Creating the object loads the files of the user's functions."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.built_in = {'rouge': rouge, 'exact': exact, 'json': equal_json}

@@ -22,10 +22,11 @@ def load_adapter(
 ) -> Any:
     """Return the base model with the adapter of a checkpoint. Raises ConfigError if the adapter does not fit the model.
 
-    `base` is the folder of the base model. `family` is the name of its family in utils/loading/legacy, for example
-    'qwen'. It is needed only if config.json does not tell the family. With `dropout`, the adapter is loaded for further
-    training with this dropout, and must be complete: ConfigError is also raised if its file lacks a tensor or has an
-    additional tensor.
+    `base` is the folder of the base model. `family` is the family of the base model in utils/loading/legacy, e.g.
+    'qwen'. It is needed only if config.json of the base model does not tell the family.
+
+    With `dropout`, the adapter is loaded for further training with this dropout. Then ConfigError is also raised if the
+    file of the adapter lacks a tensor or has an additional tensor.
     """
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
@@ -52,9 +53,10 @@ def load_adapter(
 
 
 def restore_adapter(model: Any, checkpoint: Path) -> None:
-    """Set the weights of the adapter again to those of a checkpoint, without rounding them.
+    """Set all weights of an adapter to the exact weights in a checkpoint.
 
-    When PEFT loads an adapter, it rounds the layers of --lora_modules_to_save to the dtype of the model.
+    Loading the adapter with PEFT is not enough, because PEFT rounds the layers of --lora_modules_to_save to the dtype
+    of the model.
     """
     from peft import set_peft_model_state_dict
 
@@ -64,7 +66,7 @@ def restore_adapter(model: Any, checkpoint: Path) -> None:
 
 
 def _check_complete(model: Any, folder: Path, checkpoint: Path) -> None:
-    """Raise ConfigError if a tensor of the adapter is missing in its file, or if the file has an additional tensor.
+    """Raise ConfigError if the file of an adapter lacks a tensor or has an additional tensor.
 
     PEFT only warns of missing tensors, and gives them random values.
     """

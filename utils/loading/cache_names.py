@@ -1,11 +1,11 @@
 """The two names of the key-value cache.
 
 transformers 5.24 renamed the argument and the output `past_key_values` to `cache`, in every model, decoder layer and
-attention layer (https://github.com/huggingface/transformers/releases/tag/v5.24.0). Until then the name was
-`past_key_values`. So functions of this project have no parameter for the cache. The cache stays in their keyword
-arguments, and the functions of this module find it under either name.
+attention layer (https://github.com/huggingface/transformers/releases/tag/v5.24.0). This project supports both names. So
+its functions have no parameter for the cache, but receive the cache in `**kwargs`. The functions of this module find
+the cache there under either name.
 
-Remove this module once requirements.txt asks for 5.24 or later: the cache is then an ordinary parameter `cache`.
+Remove this module once requirements.txt asks for 5.24 or later. Then the cache can be an ordinary parameter `cache`.
 """
 
 from __future__ import annotations

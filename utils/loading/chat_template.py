@@ -72,7 +72,7 @@ def read_chat_template(path: Path) -> Templates:
         parse_template(source, given)
         if 'messages' not in read_variables(source):
             raise ConfigError(
-                f'{given} does not read `messages`, so it prints no chat. Give a file with a Jinja chat template.'
+                f'{given} does not read `messages`, so it cannot render a chat. Give a file with a Jinja chat template.'
             )
     return found
 
@@ -137,16 +137,17 @@ def replace_templates(folder: Path, templates: Templates | None) -> None:
 
 
 def _as_key(templates: Templates) -> str | list[dict[str, str]]:
-    """Return templates in the form in which tokenizer_config.json has them."""
+    """Return the templates as the value of the key `chat_template` in tokenizer_config.json."""
     if isinstance(templates, str):
         return templates
     return [{'name': name, 'template': source} for name, source in templates.items()]
 
 
 def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, Any]) -> None:
-    """Give the tokenizer the template at `path` (if not None), and write a line for each setting before the template.
+    """Give the tokenizer the template at `path`, or keep its template if `path` is None.
 
-    Raises ConfigError if a setting is not a variable of the template, or if there is no template.
+    Each setting is written as a line before the template, for example `{%- set enable_thinking = false -%}`. Raises
+    ConfigError if a setting is not a variable of the template, or if there is no template.
     """
     if path is None and not settings:
         return
@@ -159,8 +160,8 @@ def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, A
     if path is not None and (unknown := _unknown_markers(templates, tokenizer)):
         logger.warning(
             f'--chat_template: the template contains {", ".join(unknown)}, and the vocabulary of this tokenizer does '
-            'not: they are printed and trained as several tokens of plain text. To add them when training, write them '
-            'to a text file, one per line, and use --new_tokens FILE.'
+            'not. So each of them becomes several tokens of plain text. To add them when training, write them to a '
+            'text file, one per line, and use --new_tokens FILE.'
         )
     tokenizer.chat_template = change_each(templates, lambda source: add_settings(source, settings))
 

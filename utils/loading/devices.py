@@ -24,8 +24,8 @@ class Spread:
 
     `memory` is a dict from GPU to its free bytes. `linear_bytes` is the number of bytes per parameter in linear layers
     except the output head. This number is small if the layers are quantised. `parameter_bytes` is the number of bytes
-    of each other parameter. If the model does not fit on the GPUs, `map` raises ConfigError with `must_fit`, and
-    returns 'auto' without it.
+    per parameter in the rest of the model. `must_fit` tells what `map` does if the model does not fit on the GPUs:
+    raise ConfigError (True) or return 'auto' (False).
     """
 
     memory: Mapping[int | str, int]

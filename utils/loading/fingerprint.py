@@ -16,7 +16,7 @@ _PART_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """A sha256 and the data that was hashed.
+    """A sha256 of weights, and how much of the weights was hashed.
 
     `covers` is 'whole' if every byte of the weights was hashed. It is 'sampled' if only the name, size, first part and
     last part of each file were hashed.

@@ -70,7 +70,7 @@ def stored_quantization(model_dir: Path) -> str | None:
 def stored_dtype(model_dir: Path) -> str | None:
     """Return the name of the dtype in config.json, e.g. 'bfloat16'. Returns None if there is no dtype.
 
-    The key is `dtype`, or `torch_dtype` before transformers 5. In a multimodal model, it may be in text_config.
+    The key is `dtype`, or `torch_dtype` before transformers 5. In a multimodal model, the key can be in text_config.
     """
     config = read_config(model_dir)
     for part in (config, config.get('text_config') or {}):
@@ -85,7 +85,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
-    """Return the content of config.json. Raises ConfigError if it is not a JSON object."""
+    """Return the content of config.json. Raises ConfigError if the content is not a JSON object."""
     content: dict[str, Any] = read_json(model_dir / 'config.json')
     return content
 

@@ -103,7 +103,7 @@ def gguf_problem(path: Path) -> str | None:
 
 
 def _tokenizer_problem(path: Path, header: GgufHeader) -> str | None:
-    """Return the reason why the tokenizer in the file cannot be built. Returns None if it can be."""
+    """Return the reason why no tokenizer can be built from the file. Returns None if one can be built."""
     kind = header.metadata.get('tokenizer.ggml.model')
     split = header.metadata.get('tokenizer.ggml.pre')
     if kind == 'llama' or (kind == 'gpt2' and split in _SPLITS):
@@ -244,10 +244,11 @@ def _complete_config(config: Any, header: GgufHeader, gguf: Path) -> None:
 
 
 def _set_gemma(config: Any, header: GgufHeader) -> None:
-    """Set the scaling of queries in Gemma 3, and the base of the local rotary embedding if the file states it.
+    """Set two values of a Gemma 3 model: the scaling of queries, and the base of the local rotary embedding.
 
-    The file does not state the scaling. The 27B model scales by hidden size / number of heads, and all other models
-    scale by the size of a head. As in llama.cpp, the 27B model is recognised by its number of layers.
+    The base is set only if the file states it. The scaling is never stated in the file. The 27B model scales by hidden
+    size / number of heads, and all other models scale by the size of a head. As in llama.cpp, the 27B model is
+    recognised by its number of layers.
     """
     is_27b = config.num_hidden_layers == _LAYERS_27B
     config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
@@ -257,12 +258,12 @@ def _set_gemma(config: Any, header: GgufHeader) -> None:
 
 
 def _head_size(config: Any) -> int:
-    """Return the size of an attention head. Not every class has a setting for it."""
+    """Return the size of an attention head. The size is computed if the configuration has no head_dim."""
     return int(config.to_dict().get('head_dim') or config.hidden_size // config.num_attention_heads)
 
 
 def _set_rope(config: Any, header: GgufHeader, gguf: Path) -> None:
-    """Set the scaling of the rotary embedding. Raises ConfigError if its kind is not known."""
+    """Set the scaling of the rotary embedding. Raises ConfigError if the kind of scaling is not known."""
     rope = config.rope_parameters
     rope = rope.get('full_attention', rope)  # Gemma 3 has one setting for each kind of layer.
     kind = header.setting('rope.scaling.type')
@@ -306,7 +307,7 @@ def _factors_of(config: Any) -> Any:
 
 
 def _is_close(one: Any, other: Any) -> bool:
-    """Return whether two tensors have the same shape and equal elements, to the rounding of fp32."""
+    """Return whether two tensors have the same shape and the same elements, up to the rounding of fp32."""
     import torch
 
     return one.shape == other.shape and bool(torch.allclose(one, other, rtol=1e-4))

@@ -53,7 +53,7 @@ class GgufHeader:
         return None if found is None else str(found)
 
     def setting(self, name: str) -> Any:
-        """Return a setting of the architecture, e.g. rope.freq_base. Returns None if the file does not have it."""
+        """Return a setting of the architecture, e.g. rope.freq_base. Returns None if the file lacks the setting."""
         return self.metadata.get(f'{self.architecture}.{name}')
 
     def parameters(self) -> int:

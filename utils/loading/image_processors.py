@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Images(ABC):
     """Converts images to the inputs of one model.
 
-    `mark` is the text that templates print for an image. One of its tokens is the image token, with the id `slot`. In
-    input_ids, the image token is repeated, once for each feature of the image.
+    `mark` is the text that templates write for an image. It contains the image token, whose id is `slot`. In input_ids,
+    the image token is repeated, once for each feature of the image.
     """
 
     mark: str
@@ -45,14 +45,14 @@ class Images(ABC):
     def per_token(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return additional inputs with one value per token. `input_ids` and each additional input are (B, T).
 
-        By default, a model needs no additional inputs, and the dict is empty.
+        The base class returns an empty dict, because most models need no additional inputs.
         """
         return {}
 
     def inputs(self, input_ids: torch.Tensor, paths: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return all model inputs for these images except `input_ids`, which are (B, T).
 
-        The images are in the order of the rows. If there are no images, the dict is empty.
+        `paths` has the images of all rows, in the order of the rows. If there are no images, the dict is empty.
         """
         if not paths:
             return {}
@@ -79,7 +79,7 @@ class Images(ABC):
     def save(self, folder: Path) -> None:
         """Write the files of the image processor into the folder of a saved model.
 
-        By default, a model has no image processor, and nothing is written.
+        The base class writes nothing, because not every model has an image processor.
         """
         return
 
@@ -185,7 +185,7 @@ def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int 
         return reader(model, tokenizer, model_dir, max_pixels)
 
     if max_pixels is not None:
-        logger.warning('--max_pixels has no effect: the model sees no images')
+        logger.warning('--max_pixels has no effect: the model takes no images')
 
     return None
 

@@ -120,11 +120,11 @@ def expert_names(model: PreTrainedModel) -> Counter[str]:
 
 
 def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
-    """Return the set of the names in `names` for which PEFT puts LoRA on the stacked experts, not on linear layers.
+    """Return the names in `names` for which PEFT puts LoRA on the stacked experts, not on linear layers.
 
-    This happens on some mixture-of-experts models, because in earlier versions of transformers their experts had these
-    names. So LoRA cannot be put on linear layers with these names, for example gate_proj of a shared expert. See
-    https://github.com/huggingface/peft, utils/transformers_weight_conversion.py.
+    In earlier versions of transformers, the experts of some mixture-of-experts models had these names. PEFT still takes
+    them for the experts. So LoRA cannot be put on linear layers with these names, for example gate_proj of a shared
+    expert. See https://github.com/huggingface/peft, utils/transformers_weight_conversion.py.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -150,7 +150,7 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
             native.append(name)
 
         if replaceable:
-            logger.info(f'lora_target_modules: {name} is {", ".join(new)} in the native class')
+            logger.info(f'lora_target_modules: using {", ".join(new)} for {name}, because the model has these layers')
             native += new
 
     return list(dict.fromkeys(native))
@@ -162,8 +162,8 @@ def choose_layers(
     """Return two lists: the targets for PEFT that `wanted` selects, and the words of `wanted` that select no layer.
 
     `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A target is the
-    path of one layer, or the end of a path, which selects all layers with this end. `taken` has the last names that
-    `taken_for_experts` returns. Patterns and all-linear do not select layers with these last names.
+    path of one layer, or the end of a path, which selects all layers with this end. `taken` has the layer names that
+    `taken_for_experts` returns. Patterns and all-linear never select layers with these names.
     """
     names = Counter(map(last_name, paths))
     chosen: list[str] = []
@@ -198,14 +198,18 @@ def _shortened(paths: Sequence[str], names: Counter[str]) -> list[str]:
 
 
 def named_by(targets: Collection[str], paths: Iterable[str]) -> list[str]:
-    """Return the paths that PEFT finds for these targets: a target is a path, or the end of a path after a dot."""
+    """Return the paths in `paths` that PEFT finds for these targets.
+
+    A target finds the path that is equal to it, and all paths that end in a dot and the target.
+    """
     return [path for path in paths if any(f'.{path}'.endswith(f'.{target}') for target in targets)]
 
 
 def no_layer(word: str, class_name: str, paths: Sequence[str], experts: Sequence[str] = ()) -> str:
-    """Return the message for a word of --lora_target_modules that names no layer. It suggests similar names.
+    """Return the message for a word of --lora_target_modules that names no layer.
 
-    `paths` are the paths of the linear layers of the class `class_name`, `experts` the names of its stacked experts.
+    The message suggests similar names. `paths` are the paths of the linear layers of the class `class_name`. `experts`
+    are the names of the stacked experts of this class.
     """
     names = sorted(set(map(last_name, paths)))
     if word.startswith(PATTERN):
@@ -280,8 +284,8 @@ def trains_towers(model: Any) -> bool:
 def exclude_towers(quantization: Any, build: Callable[[], Any]) -> None:
     """Change `quantization` so that bitsandbytes quantises neither the vision towers nor the output head.
 
-    Nothing is changed if the model has no vision tower, or if bitsandbytes is not used. `build` must make the model. It
-    is called on the meta device, so that the model has no weights.
+    Nothing is changed if the model has no vision tower, or if bitsandbytes is not used. `build` makes the model. It is
+    called on the meta device, so the weights need no memory.
     """
     import torch
     from transformers import BitsAndBytesConfig

@@ -1,8 +1,8 @@
 """--new_tokens: reads a list of tokens, and adds them to a tokenizer and its model.
 
-A new token gets a row in the embedding and, if the output head is not tied to the embedding, a row in the output head.
-Its initial value is the mean of the rows of the token's pieces: the tokens into which the tokenizer cut the text of the
-token before the token was added.
+A new token gets a row in the embedding. If the output head is not tied to the embedding, the token also gets a row in
+the output head. Before a token is added, the tokenizer cuts its text into several tokens, the pieces. The initial value
+of a new row is the mean of the rows of the pieces.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def mark_special(tokenizer: Any, ids: Sequence[int]) -> None:
 def _same_token(tokenizer: Any, token: str, ids: Sequence[int]) -> int | None:
     """Return the id of an existing token that is decoded to the text `token`. Returns None if there is none.
 
-    `ids` are the ids into which the tokenizer now encodes this text. The vocabulary is not searched, because it may
-    spell tokens differently: bytes as letters, or spaces as '▁'.
+    `ids` are the ids into which the tokenizer now encodes this text. The vocabulary is not searched for the text,
+    because some vocabularies write spaces as '▁' or bytes as letters.
     """
     is_same = len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids) == token
     return ids[0] if is_same else None
@@ -148,7 +148,7 @@ def add_to_model(model: Any, added: NewTokens) -> None:
 
 
 def _tables(model: Any) -> list[Any]:
-    """Return the tensors with a row for each token: the embedding, the output head if it is not tied, and its bias."""
+    """Return the tensors with a row for each token: embedding, output head (if not tied), and bias of the head."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tables = [embedding]
@@ -160,7 +160,7 @@ def _tables(model: Any) -> list[Any]:
 
 
 def _check_model(model: Any, tables: Sequence[Any], added: NewTokens) -> None:
-    """Raise ConfigError if a model cannot have rows for these new tokens."""
+    """Raise ConfigError if rows for these new tokens cannot be added to the model."""
     name = type(model).__name__
     if is_sharded(model):
         raise ConfigError(
@@ -175,8 +175,8 @@ def _check_model(model: Any, tables: Sequence[Any], added: NewTokens) -> None:
     is_too_small = max(added.ids) >= min(map(len, tables))
     if is_too_small and model.config.get_text_config().to_dict().get('vocab_size_per_layer_input'):
         raise ConfigError(
-            f'--new_tokens: {name} has an embedding in each layer, which is not enlarged. Use another model, or remove '
-            '--new_tokens.'
+            f'--new_tokens: {name} has an embedding in each layer, and these embeddings cannot be enlarged. Use '
+            'another model, or remove --new_tokens.'
         )
 
     for settings in filter(None, (model.config, model.config.get_text_config(), model.generation_config)):
@@ -185,7 +185,7 @@ def _check_model(model: Any, tables: Sequence[Any], added: NewTokens) -> None:
             if setting.endswith(('_token_id', '_token_index')) and (taken := set(used) & set(added.ids)):
                 raise ConfigError(
                     f'--new_tokens: the model uses the id {min(taken)} as its {setting}, and its tokenizer has no '
-                    'token for it. Use a model whose tokenizer is complete, or remove --new_tokens.'
+                    'token with this id. Use a model whose tokenizer is complete, or remove --new_tokens.'
                 )
 
 
@@ -197,11 +197,12 @@ def check_rows(checkpoint: Path, ids: Sequence[int]) -> None:
     if not is_adapter(checkpoint):
         return
     stored = read_json(checkpoint / 'adapter_config.json').get('trainable_token_indices') or {}
-    for path, trained in stored.items():
+    for trained in stored.values():
         if trained != list(ids):
             raise ConfigError(
-                f'{checkpoint}: its new tokens had the ids {_listed(trained)} in {path}, and the tokenizer of the base '
-                f'model now gives them {_listed(ids)}. Put back the tokenizer files with which the run was trained.'
+                f'{checkpoint}: its new tokens had the ids {_listed(trained)} in training, and the tokenizer of the '
+                f'base model now gives them {_listed(ids)}. Put back the tokenizer files with which the run was '
+                'trained.'
             )
 
 

@@ -57,7 +57,7 @@ def language_name(name: str) -> str:
 def get_model_tokenizer_default(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return the model and the tokenizer of a folder, both in native classes.
 
-    The folder may have the layout of transformers, or the layout of the model's own code of 2023. Code in the folder is
+    The folder has the layout of transformers, or the layout of the model's own code of 2023. Code in the folder is
     never run.
     """
     return read_model(model_dir, info, options), read_tokenizer(model_dir, info)
@@ -67,8 +67,9 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     """Return the language model of a multimodal checkpoint and the tokenizer. Vision and audio towers are not opened.
 
     AutoModelForCausalLM opens Gemma 3 and 4 with their towers. LoRA would then also be put on the layers of the towers,
-    because they have the same names. So the class of transformers for the language model alone is used. An adapter for
-    this class does not fit the class with towers. Merging writes the whole checkpoint, with the towers.
+    because these layers have the same names as layers of the language model. So the class of transformers for the
+    language model alone is used. An adapter for this class does not fit the class with towers. Merging writes the whole
+    checkpoint, with the towers.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
@@ -147,7 +148,7 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
     except UnpicklingError:  # The error text is not shown, because it explains how to run the file's code.
         raise ConfigError(
             f'the model in {model_dir} cannot be opened: a .bin file in it holds more than tensors. '
-            'That would be code, which is never run. Use the safetensors files of this model.'
+            'Only tensors are loaded, because other objects can run code. Use the safetensors files of this model.'
         ) from None
     except (*_LIBRARY_ERRORS, SafetensorError, StrictDataclassError) as error:
         raise ConfigError(f'the model in {model_dir} cannot be opened: {error_text(error)}') from error
@@ -160,7 +161,7 @@ def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> 
     """Return the model of a folder. config.json tells which function must open it.
 
     The folder has an original layout of 2023, or it was saved by a class of this project, or it belongs to a class of
-    transformers. Raises ConfigError if it is none of these, or if it does not belong to the family that `info` names.
+    transformers. Raises ConfigError if the folder is none of these, or does not belong to the family that `info` names.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -366,8 +367,8 @@ def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions)
         )
 
     logger.warning(
-        f'the tokenizer has {len(tokenizer)} tokens, but the model has only {first} embeddings: it can neither read '
-        f'nor write the last {len(tokenizer) - first} tokens, from {tokenizer.convert_ids_to_tokens(first)!r} on. Data '
-        'that contains one of these tokens is refused.'
+        f'the tokenizer has {len(tokenizer)} tokens, but the model has only {first} embeddings. The model can neither '
+        f'read nor write the last {len(tokenizer) - first} tokens, from {tokenizer.convert_ids_to_tokens(first)!r} on. '
+        'Data that contains one of these tokens is refused.'
     )
     return model, tokenizer

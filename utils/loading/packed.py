@@ -1,4 +1,4 @@
-"""Settings for packed layers: linear layers with quantised weights. They are needed for training and for saving."""
+"""Settings for packed layers (linear layers with quantised weights), which training and saving need."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def packed_classes() -> tuple[Any, ...]:
 def trainable_backend() -> str:
     """Return the name of a gptqmodel kernel that passes gradients to an adapter.
 
-    The default kernels of gptqmodel cannot train. On a CPU with 4 bits the default is TorchAtenLinear: it has no
-    backward pass, and its rounding errors are about ten times larger. On a GPU the default is Marlin, which refuses to
-    train.
+    The default kernels of gptqmodel cannot train. For 4 bits on a CPU, the default is TorchAtenLinear, which has no
+    backward pass. Its rounding errors are also about ten times those of gptq_torch. On a GPU, the default is Marlin,
+    which refuses to train.
     """
     return 'auto_trainable' if device.kind() == 'cuda' else 'gptq_torch'
 

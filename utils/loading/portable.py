@@ -14,7 +14,7 @@ _OF_MACHINE = ('backend', 'is_local', 'local_files_only')
 
 
 def save_portable(tokenizer: Any, folder: Path) -> None:
-    """Write new files of a tokenizer to a folder. transformers 4 and 5 open them."""
+    """Write new files of a tokenizer to a folder. transformers 4 and 5 can open these files."""
     tokenizer.save_pretrained(folder)
 
     config = folder / CONFIG

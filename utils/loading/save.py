@@ -39,7 +39,7 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None =
 def add_end_token(tokenizer: Any, settings: Any) -> None:
     """Add the tokenizer's end token to the end tokens in the generation settings, so that generate() stops at it.
 
-    The config.json of a chat model may name only the token that ends a document, not the token that ends a turn.
+    The config.json of some chat models names only the token that ends a document, not the token that ends a turn.
     """
     given = settings.eos_token_id
 

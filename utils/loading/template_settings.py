@@ -57,7 +57,10 @@ def setting_names(words: Sequence[str]) -> list[str]:
 
 
 def _parse_value(text: str) -> Any:
-    """Return the value that a text states: true, false, none, a number, a JSON list, object or string, or the text."""
+    """Return the value that a text states: true, false, none, a number, or a JSON list, object or string.
+
+    Any other text is returned unchanged.
+    """
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     if text[:1] in ('[', '{', '"'):
@@ -73,7 +76,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def as_word(name: str, value: Any) -> str:
-    """Return a setting as the user would type it."""
+    """Return the text name=value, as the user would type it."""
     if value is None:
         return f'{name}=none'
     is_plain = isinstance(value, str) and value[:1] not in ('[', '{', '"') and _parse_value(value) == value
@@ -128,7 +131,7 @@ def _constant(line: str) -> tuple[Any] | None:
 
 
 def add_settings(source: str, settings: Mapping[str, Any]) -> str:
-    """Return the template with lines for these settings before it. An existing line with the same name is replaced."""
+    """Return the template with a line for each setting before it. An existing line with the same name is replaced."""
     lines, rest = _split_lines(source)
     kept = {name for name, _, _ in lines}
     written = [
@@ -162,7 +165,7 @@ def settings_problems(settings: Iterable[str], templates: Templates, supplied: I
     """Return a message for each name that is not a setting of the templates. Each message names a remedy.
 
     A name is a setting if a template reads it, or if a line before a template sets it. Variables that the tokenizer
-    supplies are not settings. `supplied` has the variables that only this tokenizer supplies.
+    supplies are not settings. `supplied` has further variables that this tokenizer supplies, e.g. its special tokens.
     """
     filled = {*SUPPLIED, *supplied}
     known: set[str] = set()

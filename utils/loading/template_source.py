@@ -61,7 +61,9 @@ def parse_template(source: str, where: str) -> nodes.Template:
             f'{where}: line {error.lineno} is not valid Jinja: {str(error.message).rstrip(".")}. Correct this line.'
         ) from None
     except (RecursionError, MemoryError, ValueError, SyntaxError) as error:
-        raise ConfigError(f'{where} cannot be read as Jinja: {error_text(error)}. Give a smaller template.') from None
+        raise ConfigError(
+            f'{where} is too large or too deeply nested for Jinja: {error_text(error)}. Simplify the template.'
+        ) from None
 
 
 @functools.lru_cache(maxsize=32)
@@ -86,7 +88,7 @@ class _Reader:
         self.found: set[str] = set()
 
     def read_body(self, body: Iterable[nodes.Node], known: frozenset[str]) -> frozenset[str]:
-        """Read statements that share a scope. Returns the value of `known` after the last statement."""
+        """Read statements that share a scope. Returns `known` and the names that they set on every path."""
         from jinja2 import nodes
 
         macros = []

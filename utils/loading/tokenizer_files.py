@@ -40,7 +40,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def copy_file(file: Path, target: Path) -> None:
-    """Copy a file byte for byte. A *config.json is copied without the keys that name code of a checkpoint."""
+    """Copy a file byte for byte. From a file *config.json, keys that name code of a checkpoint are removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if file.name.endswith('config.json') and any(f'"{key}"'.encode() in file.read_bytes() for key in CODE_KEYS):
         content = read_json(file)

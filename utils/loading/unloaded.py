@@ -38,7 +38,7 @@ def unloaded_tensors(model: Any, base: Path, family: str | None) -> dict[str, Te
 
 
 def write_unloaded(tensors: dict[str, TensorRange], folder: Path) -> None:
-    """Write tensors byte for byte to a file in the model folder `folder`, and add them to its index."""
+    """Write tensors byte for byte to a new file in a model folder, and add their names to the index of the folder."""
     if not tensors:
         return
     header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}

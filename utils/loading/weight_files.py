@@ -87,7 +87,8 @@ def read_state(model_dir: Path) -> State:
 def read_file(file: Path) -> dict[str, Any]:
     """Return a dict from name to memory-mapped tensor for one weight file.
 
-    In the 4-bit files of 2023, some values are lists. Raises ConfigError if the file is damaged or contains code.
+    In the 4-bit files of 2023, each `<name>.quant_state` is a list, not a tensor. Raises ConfigError if the file is
+    damaged or contains code.
     """
     import pickle
     import zipfile
@@ -105,7 +106,7 @@ def read_file(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:  # The error text is not shown, because it explains how to run the file's code.
         raise ConfigError(
             f'{file} cannot be read as a tensor archive: it is damaged, or holds more than tensors. '
-            'That would be code, which is never run. Use the safetensors files of this model.'
+            'Only tensors are loaded, because other objects can run code. Use the safetensors files of this model.'
         ) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -27,7 +27,7 @@ class Weights:
     served: str | None = None
 
     def record(self, info: ModelInfo) -> dict[str, str]:
-        """Return the id, source and hash of the base model, for the record of a run. They contain no path."""
+        """Return the id, source and hash of the base model, for the record of a run. No local path is included."""
         return {
             'id': info.public_id,
             'source': self.served or self.path.name,
@@ -39,7 +39,7 @@ class Weights:
 def _repos(info: ModelInfo, hub_name: HubName, revision: str) -> list[Repo]:
     """Return the repositories in which to look for the model, in the order in which to try them.
 
-    A registered entry may have an id on each hub. Any other id is looked up only on the hub `hub_name`.
+    A registered entry can have an id on each hub. Any other id is looked up only on the hub `hub_name`.
     """
     ids: dict[HubName, Sequence[str]] = {hub_name: (info.model_id_or_path,)}
 
@@ -62,8 +62,8 @@ def find_on_hub(info: ModelInfo, *, revision: str, hub_name: HubName) -> tuple[h
 def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', skip: Sequence[str] = ()) -> Weights:
     """Return where the weights of a model are. If they are not on this machine, they are downloaded.
 
-    Files whose names match a glob in `skip` are not downloaded. A GGUF file is not converted yet: that happens when the
-    model is opened.
+    Files whose names match a glob in `skip` are not downloaded. A GGUF file is converted later, when the model is
+    opened.
     """
     local = Path(info.model_id_or_path)
 

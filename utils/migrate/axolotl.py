@@ -165,7 +165,7 @@ def _bf16(t: Translation, key: str, value: Any) -> None:
 def _full(t: Translation, key: str, value: Any) -> None:
     """Refuse load_in_4bit or load_in_8bit in a recipe without the key `adapter`.
 
-    With `adapter`, nothing is done here: the rule of `adapter` reads these two keys.
+    With `adapter`, nothing is done here, because the rule of `adapter` reads these two keys.
     """
     if is_empty(t.get('adapter')) and is_on(value):
         t.refuse(key, 'quantised weights cannot be trained. Add adapter: qlora, or remove the key.')
@@ -495,7 +495,7 @@ def _shape(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> Non
 
 
 def _messages(t: Translation, rows: Rows, named: str, entry: dict[str, Any]) -> None:
-    """Name in `rows` the column that holds the messages. Adds a problem to `t` if message keys have unknown names."""
+    """Add the column that holds the messages to `rows`. Adds a problem to `t` if a setting is not supported."""
     mapped = entry.get('message_property_mappings') or {}
     role = str(mapped.get('role') or entry.get('message_field_role') or 'role')
     content = str(mapped.get('content') or entry.get('message_field_content') or 'content')

@@ -297,7 +297,10 @@ def _mix(t: Translation, rows: Rows) -> None:
 
 
 def val_size(t: Translation, key: str) -> None:
-    """Translate the size of the validation set. A number of rows becomes the share 0.01, with a note to change it."""
+    """Translate the size of the validation set, a share or a number of rows, to --dataset_test_ratio (a share).
+
+    A number of rows becomes 0.01, because the number of all rows is not known. A note asks the user to change it.
+    """
     size = to_number(t.get(key, 0))
     if size is None or size < 0:
         t.refuse(key, f"'{t.get(key)}' is not a share. Give a share below 1, e.g. 0.1.")

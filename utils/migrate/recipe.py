@@ -67,7 +67,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _of_yaml(path: Path, text: str, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe in a YAML file. `changes` has keys from the command line, which replace those of the file."""
+    """Return the recipe in a YAML file. Keys in `changes`, from the command line, replace keys of the file."""
     import yaml  # type: ignore[import-untyped]
 
     try:
@@ -101,7 +101,7 @@ def _recognise(values: Mapping[str, Any], path: Path) -> Toolkit:
 def _of_command(text: str, shown: str, folder: Path) -> Recipe:
     """Return the recipe of the first training command in a text. `shown` names the text in error messages.
 
-    Shell variables in the command are replaced by the values that the text sets before.
+    Shell variables in the command are replaced by the values that earlier lines of the text assign to them.
     """
     variables: dict[str, str] = {}
     for line in _lines(text):
@@ -128,7 +128,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _filled_in(line: str, variables: Mapping[str, str]) -> str:
-    """Return a line in which variables, and calculations with two whole numbers, are replaced by their values."""
+    """Return a line in which shell variables, and calculations such as $((8 * 2)), are replaced by their values."""
     filled = _VARIABLE.sub(lambda m: variables.get(m[1] or m[2], m[0]), line)
     return _ARITHMETIC.sub(_calculated, filled)
 
@@ -149,7 +149,7 @@ def _words(line: str, shown: str) -> list[str]:
 
 
 def _training(words: Sequence[str], environment: Mapping[str, str], folder: Path) -> Recipe | None:
-    """Return the recipe in a training command. Returns None for any other command."""
+    """Return the recipe that a training command states. Returns None for any other command."""
     names = [Path(word).name for word in words]
     for position, name in enumerate(names):
         rest = list(words[position + 2 :])

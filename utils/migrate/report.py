@@ -25,7 +25,7 @@ def flag_words(t: Translation) -> list[str]:
 
 
 def find_problems(t: Translation) -> list[str]:
-    """Return the problems of the recipe, and those that llm_sft.py finds in the translated command.
+    """Return the problems of the recipe, and the problems that llm_sft.py finds in the translated command.
 
     No file is read, and the network is not used.
     """
@@ -46,7 +46,7 @@ def command(t: Translation) -> str:
 
 
 def render(t: Translation, problems: list[str]) -> str:
-    """Return the report as text. Values of keys without effect are not shown: they may be secrets."""
+    """Return the report as text. Values of keys without effect are not shown, because they can be secrets."""
     parts = [command(t)]
     if t.sharded and t.processes is None:
         parts.append('The recipe does not say the number of processes: write your number of GPUs for 2.')

@@ -1,4 +1,4 @@
-"""The data sets of a recipe: their words for --dataset, and the names of their columns for --columns."""
+"""The data sets of a recipe, as values of --dataset, --val_dataset and --columns."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Rows:
                 )
 
     def chat(self, t: Translation, key: str, column: str, role: str, content: str) -> None:
-        """Add a column of conversations. `role` and `content` are the names of the keys in its messages.
+        """Add a column of conversations, whose messages have the keys `role` and `content`.
 
-        Names other than role and content, or from and value, are a problem.
+        Adds a problem if `role` is not role or from, or if `content` is not content or value.
         """
         if role not in ('role', 'from') or content not in ('content', 'value'):
             t.refuse(
@@ -76,7 +76,7 @@ def hub_word(prefix: str, repo_id: str, *parts: str, revision: str = '') -> str:
 
 
 def is_file(path: str) -> bool:
-    """Return whether a path names local data: it has the suffix of a data file, or begins like a path."""
+    """Return whether `path` is a local path, not a hub id: it ends like a data file, or begins with /, ./, ../ or ~."""
     return path.lower().endswith((*SUFFIXES, '.txt', '.md')) or path.startswith(('/', './', '../', '~'))
 
 

@@ -57,7 +57,11 @@ def resume(t: Translation, key: str, value: Any) -> None:
 
 
 def deepspeed(t: Translation, key: str, value: Any) -> None:
-    """Translate the name or path of a DeepSpeed configuration. A known ZeRO stage becomes a file of ds_config/."""
+    """Translate the name or path of a DeepSpeed configuration.
+
+    If the name contains a ZeRO stage, the configuration of this project for the stage is used, e.g.
+    ds_config/zero3.json. Stage 1 becomes stage 2.
+    """
     if isinstance(value, dict):
         t.refuse(key, 'the configuration is in the recipe. Save it as JSON, and give it to --deepspeed_config_path.')
         return
@@ -293,7 +297,7 @@ def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> No
 
 
 def _use_steps(t: Translation, flag: str, default: Any) -> None:
-    """Set a flag to the value of the key with the same name. `default` is the toolkit's value without this key."""
+    """Set a flag to the value of the key with the same name. `default` is the value if the recipe lacks the key."""
     if t.get(flag) is None:
         t.use(f'(--{flag})', flag, default, kind='default')
     else:
@@ -303,6 +307,6 @@ def _use_steps(t: Translation, flag: str, default: Any) -> None:
 def run_share(times: float) -> float:
     """Return the distance between two events as a share of the run, if the run has `times` events.
 
-    For one event it is slightly below 1, because --save_steps 1 means one step, not the whole run.
+    For one event, the share is slightly below 1, because --save_steps 1 means one step, not the whole run.
     """
     return _WHOLE_RUN if times <= 1 else round(1 / times, 6)

@@ -18,7 +18,7 @@ _FLAGS = flag_types(SftArguments)
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A sentence that says how one key of a recipe was translated. `kind` is its section of the report."""
+    """A sentence that says how a key of a recipe was translated. `kind` is the section of the report that shows it."""
 
     kind: Kind
     key: str
@@ -56,8 +56,8 @@ class Translation:
     def use(self, key: str, flag: str, value: Any, *, why: str = '', kind: Kind = 'used') -> None:
         """Set a flag of the command from a key, and add a note.
 
-        `why` says how the meanings of the key and the flag differ, or is '' if they are the same. With `why`, the kind
-        of the note is `different`. Otherwise the kind is `kind`.
+        `why` says how the meanings of the key and the flag differ. If `why` is not empty, the kind of the note is
+        `different`. Otherwise the kind is `kind`.
         """
         words = [to_word(item) for item in (value if isinstance(value, list) else [value])]
         assert has_flag(flag), f'--{flag} is no flag of llm_sft.py'
@@ -70,7 +70,7 @@ class Translation:
             self.note(kind, key, text)
 
     def refuse(self, key: str, problem: str) -> None:
-        """Add the problem `<key>: <problem>`. `problem` includes the remedy: `<problem>. <remedy>`."""
+        """Add the problem `<key>: <problem>`. `problem` has two sentences: the problem and the remedy."""
         self.problems.add(f'{key}: {problem}')
 
 
@@ -94,7 +94,7 @@ def is_on(value: Any) -> bool:
 
 
 def to_word(value: Any) -> str:
-    """Return a value as the user would type it: true, 3 for 3.0, 1e-05, or the text."""
+    """Return a value as the user would type it. For example, True becomes true, and 3.0 becomes 3."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -103,7 +103,7 @@ def to_word(value: Any) -> str:
 
 
 def to_number(value: Any) -> float | None:
-    """Return the number in a value, which may be a number or a text. Returns None if it is not a finite number."""
+    """Return the number that a value (a number or a text) states. Returns None if it is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -131,7 +131,7 @@ def same(flag: str, why: str = '') -> Rule:
 
 
 def unused(why: str) -> Rule:
-    """Return a rule for a key without effect in llm_sft.py. The report hides its value, because it may be a token."""
+    """Return a rule for a key without effect in llm_sft.py. The report hides its value, which can be a secret."""
     return lambda t, key, value: t.note('without effect', key, why)
 
 
@@ -166,13 +166,13 @@ def refused(problem: str) -> Rule:
 
 
 def silent(t: Translation, key: str, value: Any) -> None:
-    """Do nothing: the rule of a different key reads this key."""
+    """Do nothing, because the rule of a different key reads this key."""
 
 
 def apply_rules(t: Translation, rules: Mapping[str, Rule], families: Mapping[str, Rule]) -> None:
     """Apply a rule to each key of the recipe whose value is not empty.
 
-    The rule is `rules[key]`. If there is none, it is the first rule of `families` whose name is the start of the key.
+    The rule is `rules[key]` or, without such a rule, the first rule in `families` whose name is a prefix of the key.
     For a key without a rule, a note of the kind `not understood` is added.
     """
     for key, value in t.values.items():

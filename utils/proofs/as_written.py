@@ -1,6 +1,6 @@
 """Reads rows from their source data a second time, to check that the conversion of the data lost nothing.
 
-This module shares no code with the conversion, so it does not repeat errors of the conversion.
+This module shares no code with the conversion, so it cannot repeat an error of the conversion.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def messages_as_written(row: Row) -> list[dict[str, Any]]:
 
 
 def _turns_as_written(written: Mapping[str, Any]) -> list[Any] | None:
-    """Return the turns of a row. Returns None if the row has texts instead of turns."""
+    """Return the turns of a row, or None if the row has separate texts (e.g. query and response) instead of turns."""
     column = next((name for name in ('messages', 'conversations') if written.get(name)), None)
     if column is not None:
         turns = _parsed(written[column])
@@ -163,6 +163,6 @@ def _parsed(value: Any) -> Any:
 
 
 def _with_object(function: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return a copy of `function`. If the value of `key` is an object as JSON text, the copy has the parsed object."""
+    """Return a copy of `function` in which the value of `key` is parsed if it is JSON text of an object."""
     found = _parsed(function.get(key))
     return {**function, key: found} if isinstance(found, dict) else dict(function)

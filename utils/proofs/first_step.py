@@ -1,7 +1,7 @@
-"""The first-step gate: before training, try a step, an evaluation and a checkpoint, and then undo them.
+"""The first-step gate: before training, try a step, an evaluation and a checkpoint, and then undo their effects.
 
-They are tried with the heaviest batches, which need the most memory. Afterwards the weights and all other state are
-bitwise the same as before.
+They are tried with the batches that need the most memory. Afterwards the weights and all other state are bitwise the
+same as before.
 """
 
 from __future__ import annotations
@@ -161,33 +161,62 @@ class FirstStepGate(TrainerCallback):
         return None
 
     def _join_more(self) -> None:
-        """On CUDA, raise the number of tokens up to which micro-batches of a step are joined, if the memory suffices.
+        """On CUDA, join the micro-batches of a step up to a larger number of tokens, if the memory suffices.
 
         A GPU computes a few tokens faster than the CPU starts its kernels, so small micro-batches waste time. Each
-        number of tokens is tried with the longest rows and with loss on every token: no joined batch can need more
-        memory. A resumed run keeps the number of its checkpoint.
+        number of tokens is tried with the longest rows and with loss on every token. No other joined batch needs more
+        memory. A resumed run tries only the number of its checkpoint. If the memory of this machine does not suffice
+        for it, micro-batches are joined to no more tokens than the heaviest batch has.
         """
         trainer = self.trainer
         order = trainer.order
-        if order is None or trainer.capacity is None or self.resumed_from is not None or not joins_more():
+        if order is None or trainer.capacity is None:
             return
-        in_step = order.batch * trainer.args.gradient_accumulation_steps
-        lengths = heapq.nlargest(in_step, order.lengths)
-        for tokens in _JOINED:
-            # All processes have the same rows, so they try the same.
-            count = sum(total <= tokens for total in itertools.accumulate(lengths))
-            tried = sum(lengths[:count])
-            if tried <= trainer.capacity:
-                return
-            rows = [_trained_whole(row) for row in trainer.train_dataset.heaviest(count)[0]]
-            failure = self._forward_backward(rows, exchanges=False)
-            trainer.model_wrapped.zero_grad()
-            if failure is None:
-                trainer.capacity = tried
+        of_heaviest = sum(heapq.nlargest(order.batch, order.lengths))
+        if self.resumed_from is not None:
+            self._join_again(trainer.capacity, of_heaviest)
+        elif joins_more():
+            for tokens in _JOINED:
+                tried, failure = self._try_joined(tokens, of_heaviest)
+                if failure is None:
+                    trainer.capacity = tried
+                    break
+            if trainer.capacity > of_heaviest:
                 reason = 'micro-batches of a step are joined up to so many tokens, which fit into memory'
-                trainer.checkpoints.run.decide('joined_tokens', tried, reason)
-                return
+                trainer.checkpoints.run.decide('joined_tokens', trainer.capacity, reason)
+
+    def _join_again(self, tokens: int, of_heaviest: int) -> None:
+        """Try the number of tokens to which the run that is resumed joined micro-batches."""
+        if tokens <= of_heaviest or self._try_joined(tokens, of_heaviest)[1] is None:
+            return
+        self.trainer.capacity = of_heaviest
+        logger.warning(
+            f'--resume_from_checkpoint: the run joined micro-batches to batches of up to {tokens} tokens, which do not '
+            f'fit into the memory of this machine. Batches of up to {of_heaviest} tokens are used. The gradients are '
+            'the same up to rounding.'
+        )
+
+    def _try_joined(self, tokens: int, of_heaviest: int) -> tuple[int, str | None]:
+        """Try the largest joined batch of at most `tokens` tokens.
+
+        Returns (the number of its tokens, the memory error or None). If no joined batch has more tokens than the
+        heaviest batch, which was already tried, returns `of_heaviest` as the number.
+        """
+        trainer = self.trainer
+        assert trainer.order is not None, 'checked by the caller'
+        # All processes have the same rows, so they try the same.
+        lengths = heapq.nlargest(trainer.order.batch * trainer.args.gradient_accumulation_steps, trainer.order.lengths)
+        count = sum(total <= tokens for total in itertools.accumulate(lengths))
+        tried = sum(lengths[:count])
+        if tried <= of_heaviest:
+            return of_heaviest, None
+
+        rows = [_trained_whole(row) for row in trainer.train_dataset.heaviest(count)[0]]
+        failure = self._forward_backward(rows, exchanges=False)
+        trainer.model_wrapped.zero_grad()
+        if failure is not None:
             clear_device_cache(garbage_collection=True)
+        return tried, failure
 
     def _is_sharded(self) -> bool:
         return bool(self.trainer.is_deepspeed_enabled or self.trainer.is_distributed_loading_by_transformers)
@@ -217,7 +246,7 @@ class FirstStepGate(TrainerCallback):
         trainer.model_wrapped.zero_grad()
 
     def _advise(self, heaviest: list[Rows], failure: str) -> NoReturn:
-        """Try settings that need less memory, and raise a ConfigError. Its message says which settings fit into memory.
+        """Try settings that need less memory, and raise a ConfigError that says which of them fit into memory.
 
         `failure` is the memory error of the batches `heaviest`.
         """
@@ -252,8 +281,8 @@ class FirstStepGate(TrainerCallback):
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
         """Return a list of (flag that saves memory, the heaviest batch under this flag).
 
-        `rows` is the heaviest batch now, and `tokens` the length of its longest row. Gradient checkpointing does not
-        change the batch: its entry has the object `rows` itself.
+        `rows` is the heaviest batch now, and `tokens` the length of its longest row. The entry of
+        --gradient_checkpointing has the unchanged object `rows`.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:
@@ -267,7 +296,7 @@ class FirstStepGate(TrainerCallback):
         return lighter
 
     def _evaluate(self) -> None:
-        """Try an evaluation of the heaviest validation batch. If evaluations generate answers, these answers are short.
+        """Try an evaluation of the heaviest validation batch. Generated answers are kept short.
 
         Raises ConfigError if the batch does not fit into memory, or if the loss of a row is not finite.
         """
@@ -324,7 +353,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def joins_more() -> bool:
-    """Return whether joined micro-batches may have more tokens than the heaviest batch. They may on CUDA."""
+    """Return whether micro-batches are joined to more tokens than the heaviest batch has: True on CUDA."""
     return device.kind() == 'cuda'
 
 
@@ -348,10 +377,10 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _forget(optimizer: Any) -> None:
-    """Bring the state of an optimizer back to what it was before the first step.
+    """Reset the state of an optimizer to that before the first step.
 
     bitsandbytes never releases the memory of a paged optimizer, and a new state would take the same amount again. So
-    the state of a paged optimizer is kept and set to zero, except the tables `qmap`, which stay as they are.
+    the state of a paged optimizer is kept and set to zero, except the constant tables `qmap`.
     """
     inner = optimizer.optimizer  # inside the wrapper of accelerate
     if not (type(inner).__module__.startswith('bitsandbytes.') and inner.is_paged):

@@ -27,7 +27,7 @@ def prove_mask(
     encoder: Encoder,
     run_dir: Path,
 ) -> None:
-    """Make batches of the rows as in training, and compare their labels with the trained spans of the rows.
+    """Make batches of the rows as in training, and compare the labels with the trained spans of the rows.
 
     The outcome is written to proofs.json, with the numbers of rows and tokens in `summary`. Raises ConfigError if a
     label is missing, added, wrong or at a wrong position.

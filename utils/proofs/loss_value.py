@@ -121,7 +121,7 @@ class LossProof(TrainerCallback):
     def _trainer_loss(self, rows: Items) -> tuple[float, int]:
         """Return the mean loss that the trainer computes for these rows, and the number of their trained tokens.
 
-        The rows are divided into several batches of one step.
+        The trainer gets the rows as one step of several micro-batches.
         """
         trainer = self.trainer
         parts = [rows[start : start + _BATCH_ROWS] for start in range(0, len(rows), _BATCH_ROWS)]
@@ -149,8 +149,8 @@ def trained_positions(row: dict[str, Any]) -> list[int]:
 def choose_rows(rows: Sequence[dict[str, Any]]) -> Items:
     """Return a few rows of different lengths for the comparison.
 
-    Rows without images are preferred, and cut to their last _MAX_TOKENS tokens. If none of them has a trained token
-    left, rows with images are returned without a cut.
+    Rows without images are cut to their last _MAX_TOKENS tokens. A row whose last tokens carry no loss is left out. If
+    no row remains, rows with images are returned without a cut.
     """
     shortened = [_shortened(row) for row in rows if not row.get('images')]
     found = [row for row in shortened if row] or [row for row in rows if row.get('images')]

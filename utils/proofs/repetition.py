@@ -30,7 +30,7 @@ Key = tuple[int, bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first value that differs from the run in --from_run. `what` is the name of the value in the message."""
+    """The first value that differs from that of the run in --from_run. `what` is its name in the message."""
 
     step: int
     what: str
@@ -38,7 +38,7 @@ class Difference:
     then: Any
 
     def size(self) -> float | None:
-        """Return the difference as a share of the larger value. Returns None if the values are not numbers."""
+        """Return the difference as a share of the larger value, or None if the values are not numbers."""
         numbers = [value for value in (self.now, self.then) if isinstance(value, int | float)]
         if len(numbers) < 2 or not all(map(math.isfinite, numbers)):
             return None
@@ -87,7 +87,7 @@ class Repetition(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Read the log lines of the repeated run, and choose the last step to repeat."""
+        """Read the log lines of the run in --from_run, and choose the last step to repeat."""
         first = state.global_step
         lines = dist.from_all(_log_lines(self.run_dir) if dist.is_main() else [])[0]
         known = {_key(line): line for line in lines if line['step'] > first}
@@ -103,7 +103,7 @@ class Repetition(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save a checkpoint if the repeated run has one of this step. Stop after the last step. Returns the control."""
+        """Save a checkpoint if the run in --from_run has one of this step, and stop after the last step."""
         control.should_save = state.global_step in self._kept
         if state.global_step >= self.stop:
             control.should_training_stop = True
@@ -112,7 +112,7 @@ class Repetition(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Compare the latest log line with that of the repeated run. Returns the control."""
+        """Compare the latest log line with that of the run in --from_run. Returns the control."""
         line = state.log_history[-1]
         key = _key(line)
         if _is_summary(line) or key not in self.lines:
@@ -131,7 +131,7 @@ class Repetition(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Compare the sha256 of the weights with the repeated run. Returns the control."""
+        """Compare the sha256 of the weights with those of the run in --from_run. Returns the control."""
         name = f'checkpoint-{state.global_step}'
         now, then = dist.from_all(
             [_weights(Path(folder) / name) for folder in (args.output_dir, self.run_dir)] if dist.is_main() else []
@@ -207,7 +207,7 @@ def _causes(repeated: Path, run: Run) -> list[str]:
 
 
 def _log_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the log lines of a run: all of them, or those of its last checkpoint if the run did not end."""
+    """Return all log lines of a run. If the run did not end, return those in its last checkpoint."""
     if (run_dir / HISTORY_JSON).is_file():
         lines: list[dict[str, Any]] = read_json(run_dir / HISTORY_JSON, list)
     else:
@@ -226,7 +226,7 @@ def _is_summary(line: dict[str, Any]) -> bool:
 
 
 def _is_compared(name: str) -> bool:
-    """Return whether a value of a log line is compared. Seconds and speeds are not, because they always differ."""
+    """Return False for a time or a speed in a log line, because they always differ, and True for all other values."""
     return not ('runtime' in name or 'per_second' in name)
 
 

@@ -57,7 +57,10 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
     if found:
         more = f'; and {len(found) - 10} more' if len(found) > 10 else ''
         says = '; '.join(found[:10]) + more
-        logger.warning(f'{run_dir}: the run folder contains what it should not: {says}. Remove it before you share it.')
+        logger.warning(
+            f'{run_dir}: the run folder contains private data or pickles: {says}. Remove these before you share the '
+            'folder.'
+        )
     else:
         says = (
             f'{len(files)} files, archives and metadata opened, contain none of {len(secrets)} secrets of the '

@@ -1,4 +1,4 @@
-"""Compare the encoded ids with the ids of the tokenizer's own chat template, for rows of the user and for probes.
+"""Compares the encoded ids with the ids of the tokenizer's own chat template, for rows of the user and for probes.
 
 A probe is a short conversation that tests one special case of templates.
 """
@@ -83,8 +83,8 @@ def template_hash(encoder: Encoder) -> str:
 def note_template(run: Run, encoder: Encoder, repeats: str | None) -> None:
     """Write the hash of the template to sft_args.json and lock.json.
 
-    A template that the command line names is also written to the run folder. `repeats` is the folder of the run that
-    this run repeats, or None. Raises ConfigError if that run used a different template.
+    If a flag chooses the chat template, this template is also written to the run folder. `repeats` is the folder of the
+    run that this run repeats, or None. Raises ConfigError if that run used a different template.
     """
     sha256 = template_hash(encoder)
     if repeats is not None:
@@ -132,12 +132,11 @@ def ask_as_trained(encoder: Encoder, record: RunRecord) -> None:
 def _rendering(
     encoder: Encoder, row: Row, *, prompt: bool = False, inert: bool = False, reply: str | None = None
 ) -> str:
-    """Return the text that the tokenizer's chat template prints for the row, or with `prompt` only for its prompt.
+    """Return the text of a row as the tokenizer's chat template renders it.
 
-    With --template_type auto, a row without images is taken from its source data, not from the conversion.
-
-    With `inert`, control tokens that occur in the texts of the row are replaced by placeholders while the template is
-    rendered, so that the template treats them as plain text. With `reply`, this text replaces the last message.
+    With --template_type auto, the messages of a row without images are read from its source data. With `prompt`, only
+    the prompt is rendered. With `reply`, this text replaces the last message. With `inert`, control tokens in the
+    messages are replaced by placeholders during the rendering, so that the template treats them as plain text.
     """
     messages: list[Any] = list(encoder.open_images(row)[0].messages)
     settings: Mapping[str, Any] = {}
@@ -240,8 +239,8 @@ class _Check:
     def verdict(self) -> Verdict:
         """Compare the ids of the row with the ids of the chat template.
 
-        Returns 'equal', 'explained' (by notes of the encoder about the row) or 'different'. An error that the template
-        raises for this row is not caught here.
+        Returns 'equal', 'explained' (the encoder's notes about the row explain the difference) or 'different'. An error
+        that the template raises for this row is not caught here.
         """
         self.theirs = _template_ids(self.encoder, self.row)
         if self.encoder.name != AUTO:
@@ -279,7 +278,7 @@ class _Check:
     def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
         """Return whether the chat template's text `full` ends with `follows`, the encoder's text after the prompt.
 
-        Think blocks and whitespace are ignored. If the encoder added an end of turn, `full` may also have the text that
+        Think blocks and whitespace are ignored. If the encoder added an end of turn, `full` can also have the text that
         the template prints after every reply.
         """
         # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.
@@ -289,7 +288,7 @@ class _Check:
         return bool(before or reply) and is_last
 
     def _printed_after_reply(self, notes: set[str]) -> str:
-        """Return the text that the template prints after the last message, whatever the text of this message is."""
+        """Return the text that the template prints after the last message, found with a random text as last message."""
         marker = secrets.token_hex(8)
         text = _rendering(self.encoder, self.row, inert=CONTROL_TOKENS in notes, reply=marker)
         return text.rpartition(marker)[2]
@@ -297,7 +296,7 @@ class _Check:
     def _has_whole_reply(self, ours: str, full: str) -> bool:
         """Return whether the encoder's text `ours` contains the whole last message of the source data.
 
-        It must contain the reasoning of the message only if the chat template's text `full` contains the reasoning.
+        The reasoning of the message is required only if the chat template's text `full` contains it.
         """
         if _has_images(self.row):
             message: Mapping[str, Any] = {'content': self.row.messages[-1]['content']}
@@ -315,9 +314,9 @@ class _Check:
         return all(_bare(text) in _bare(ours) for text in texts if isinstance(text, str))
 
     def _decodes_to(self, text: str, notes: set[str]) -> bool:
-        """Return whether the ids of the row decode to `text`. If an end of turn was added to the ids, it is left out.
+        """Return whether the ids of the row decode to `text`, ignoring an end of turn that the encoder added.
 
-        Think tags and whitespace are ignored. Some tokenizers do not restore whitespace exactly.
+        Think tags are ignored. Whitespace is ignored too, because some tokenizers do not restore it exactly.
         """
         ids = self.encoded.input_ids[:-1] if ADDED_END in notes else self.encoded.input_ids
         return _bare(self.encoder.tokenizer.decode(ids)) == _bare(text)
@@ -325,7 +324,7 @@ class _Check:
     def context(self, other: list[int], name: str) -> str:
         """Return a text that shows where the ids of the row first differ from `other`: both tokens and the text before.
 
-        `name` says in this text what `other` is, for example 'the chat template'.
+        `name` is the name of `other` in this text, for example 'the chat template'.
         """
         ours = self.ours
         decode = self.encoder.tokenizer.decode
@@ -343,10 +342,10 @@ class _Check:
 
 
 def _check_text(encoder: Encoder, row: Row) -> None:
-    """Raise ConfigError if the ids of plain text differ from those of the tokenizer, or if a token carries no loss.
+    """Raise ConfigError if the ids of a plain-text row are not those of the tokenizer, or if a token carries no loss.
 
-    The encoder encodes control tokens in the text as plain text, which the tokenizer does not. If the text has control
-    tokens, the ids are decoded instead, and must give the text.
+    The encoder encodes control tokens as plain text, but the tokenizer does not. So if the row contains control tokens,
+    its ids are decoded instead, and the result must be the text of the row.
     """
     unlimited = copy.copy(encoder)
     unlimited.max_length = -1
@@ -370,9 +369,9 @@ def _check_text(encoder: Encoder, row: Row) -> None:
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
     """Check the rows and the probes, and write the outcome to proofs.json.
 
-    Raises ConfigError if the run would train a wrong text. A registered template may differ from the tokenizer's chat
-    template, because the user chose it; then only the first difference is reported. Rows with images are compared with
-    the chat template only if --template_type is auto. In this comparison each image counts as one token.
+    Raises ConfigError if the run would train a wrong text. The user can choose a registered template that differs from
+    the tokenizer's chat template. In that case only the first difference is reported. Rows with images are compared
+    with the chat template only if --template_type is auto. In this comparison each image counts as one token.
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
@@ -410,8 +409,8 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
 def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str | None]:
     """Return the verdict on a row, and a text that describes its difference, or None if there is nothing to report.
 
-    `has_own` says whether the tokenizer has a chat template. Raises ConfigError if the row has a fault, or, with
-    --template_type auto, if the verdict is 'different'.
+    `has_own` says whether the tokenizer has a chat template. Raises ConfigError if the row has a fault. With
+    --template_type auto, also raises ConfigError if the verdict is 'different'.
     """
     from jinja2.exceptions import TemplateError
 

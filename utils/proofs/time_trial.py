@@ -32,8 +32,8 @@ def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[
     """With --max_minutes, make the trainer end the run within this time.
 
     `started` is the time when the program started, as time.time returns it. With --from_run, the run takes as many
-    steps as the run that it repeats. A flag in `typed_now` that decides the number of steps prevents this, except with
-    --verify.
+    steps as the run that it repeats. If the user typed --max_minutes, --max_steps or --num_train_epochs without
+    --verify, the number of steps is chosen anew.
     """
     if args.max_minutes is None:
         return
@@ -51,9 +51,10 @@ class TimeTrial(FirstStepGate):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the times and choose the number of steps. Does nothing if a resumed or repeated run has chosen it.
+        """Measure the times and choose the number of steps.
 
-        Raises ConfigError if there is not enough time for one step.
+        Does nothing if the number was already chosen by the run that this run resumes or repeats. Raises ConfigError if
+        there is not enough time for one step.
         """
         trainer = self.trainer
         if trainer.timetable.segments:

@@ -85,7 +85,7 @@ def _answers(run: RunFiles) -> list[Markup]:
 
 
 def _asked(row: dict[str, Any]) -> Markup:
-    """Return the question of an answered row as HTML. For plain text, return the beginning that the model continued."""
+    """Return the question of an answered row as HTML. For plain text, return the beginning of the text."""
     if 'beginning' in row:
         says = '<p class="faint">plain text: the model continues its beginning</p>'
         return Markup(f'{says}{block(row["beginning"])}')

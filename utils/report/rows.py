@@ -96,7 +96,8 @@ def compare_answers(before: Path, after: Path, target: Path) -> None:
     score = next((name for o in common for name in left[o]['scores'] if name in right[o]['scores']), None)
     if score is None:
         raise ConfigError(
-            f'{before} and {after}: no row has the same score in both. Answer the same rows with the same --score.'
+            f'{before} and {after}: no row has the same kind of score in both. Answer the same rows with the same '
+            '--score.'
         )
 
     changed = {origin: right[origin]['scores'][score] - left[origin]['scores'][score] for origin in common}

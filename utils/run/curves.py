@@ -44,7 +44,7 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 def scores_of(flags: Mapping[str, Any]) -> list[str]:
     """Return the names of the metrics that have a curve for each validation set, for example ['loss', 'acc'].
 
-    `flags` are those of the run's record.
+    `flags` are the flags in the run's record.
     """
     if not flags.get('predict_with_generate'):
         return ['loss', 'acc']
@@ -53,7 +53,7 @@ def scores_of(flags: Mapping[str, Any]) -> list[str]:
 
 
 def curves_of_scores(flags: Mapping[str, Any]) -> dict[str, str]:
-    """Return {key in the history: title of the curve} for the scores of generated answers.
+    """Return {key in log_history: title of the curve} for the scores of generated answers.
 
     ROUGE and BLEU are left out, because they have fixed titles.
     """
@@ -62,7 +62,7 @@ def curves_of_scores(flags: Mapping[str, Any]) -> dict[str, str]:
 
 
 def curves_of_sets(flags: Mapping[str, Any]) -> dict[str, str]:
-    """Return {key in the history: title of the curve} for the curves of each set of --val_dataset.
+    """Return {key in log_history: title of the curve} for the curves of each set of --val_dataset.
 
     The dictionary is empty if there are fewer than two sets.
     """
@@ -78,7 +78,7 @@ def curves_of_sets(flags: Mapping[str, Any]) -> dict[str, str]:
 def plot_curves(log_history: list[dict[str, Any]], folder: Path, flags: Mapping[str, Any] = _NO_FLAGS) -> list[Path]:
     """Write one PNG file for each curve that the run logged, and return the paths of the files.
 
-    `flags` are those of the run's record. They name the validation sets and the scores of generated answers.
+    `flags` are the flags in the run's record. They name the validation sets and the scores of generated answers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

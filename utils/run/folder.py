@@ -30,7 +30,7 @@ from utils.run.record import RunRecord, check_resumed, record_of
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress. `note` and `decide` put a new object into `record`, so do not keep the old object."""
+    """A run in progress. `note` and `decide` replace the object in `record`, so do not keep a reference to it."""
 
     folder: Path
     record: RunRecord
@@ -51,8 +51,8 @@ class Run:
     def decide(self, name: str, value: Any, reason: str, *, shown: str | None = None) -> None:
         """Log a decision that is made after the run was opened. The record stores the new and the old value.
 
-        If `shown` is given, the log shows it instead of the value. When the run is resumed, the old values are
-        compared, because the new values depend on the machine.
+        If the run is resumed, the old values are compared, because the new values depend on the machine. If `shown` is
+        given, the log contains `shown` instead of the value.
         """
         self.say(decision(name, value if shown is None else shown, reason))
         self._write(self.record.with_decision(name, value))
@@ -139,7 +139,7 @@ def make_run_dir(output_dir: Path, name: str) -> Path:
         return _new_run_dir(output_dir / name)
     except OSError as error:
         raise ConfigError(
-            f'--output_dir {output_dir}: cannot create or write it: {error.strerror}. Give another folder.'
+            f'--output_dir {output_dir} cannot be created or written: {error.strerror}. Give another folder.'
         ) from error
 
 

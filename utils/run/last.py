@@ -1,4 +1,4 @@
-"""--resume_from_checkpoint last: finds the newest whole checkpoint of a run that fits the command.
+"""--resume_from_checkpoint last: finds the newest undamaged checkpoint of a run that fits the command.
 
 A run fits if it has the flags, data, base weights and number of processes of the command. So the same command starts
 a run, and continues the run after the process was killed.
@@ -45,7 +45,7 @@ class Found:
 
 
 def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, Any]) -> bool:
-    """Replace --resume_from_checkpoint last by the newest whole checkpoint of a run that fits, or by None.
+    """Replace --resume_from_checkpoint last by the newest undamaged checkpoint of a run that fits, or by None.
 
     Returns True if the newest run that fits is complete, so that nothing is left to train. The main process searches,
     and all processes get the same result. Raises ConfigError if a process cannot read the checkpoint.

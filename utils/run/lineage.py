@@ -173,8 +173,8 @@ def _fill_model(
         found = {'model_id_or_path': config.get('base_model_name_or_path')}
     if not any(found.values()):
         parsed.problems.add(
-            f'--adapter {parsed.args.adapter} does not say which base model it was trained on. Name it with '
-            '--model_type or --model_id_or_path.'
+            f'--adapter {parsed.args.adapter} does not say which base model it was trained on. Name the base '
+            'model with --model_type or --model_id_or_path.'
         )
     for name, value in found.items():
         setattr(parsed.args, name, value)
@@ -207,7 +207,7 @@ def _fill_from_run(
 
 
 def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) -> Parsed[SftArguments]:
-    """If the command resumes a run that began with --adapter, set the flags that are not typed."""
+    """If the command resumes a run that began with --adapter, set the flags that --adapter decides, unless typed."""
     if parsed.args.resume_from_checkpoint is None:
         return parsed
     checkpoint = Path(parsed.args.resume_from_checkpoint)

@@ -89,7 +89,7 @@ def make_lock(
 
 
 def _machine() -> dict[str, Any]:
-    """Return the properties of the machine that can change rounding: processor, its instructions, threads and GPUs."""
+    """Return the properties of the machine that can change rounding: processor, instruction set, threads and GPUs."""
     import torch
 
     cuda = torch.cuda
@@ -140,7 +140,7 @@ def read_lock(run_dir: Path) -> dict[str, Any]:
 
 
 def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArguments]:
-    """Return the command line to run: with --from_run, the flags of that run, overridden by the flags typed now.
+    """Return the command line to run. With --from_run, it has the flags of that run, overridden by the flags typed now.
 
     `words` is the command line typed now, and `parsed` is its parsed form. Without --from_run, `parsed` is returned. If
     lock.json cannot be read, a problem is added to `parsed`, and `parsed` is returned.
@@ -257,7 +257,7 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
 def changes_since(earlier: dict[str, Any], lock: dict[str, Any]) -> list[str]:
     """Return a line for each version and each property of the machine that differs between two lock.json files.
 
-    `earlier` is of the repeated run. A property that older versions did not record is not compared.
+    `earlier` is the content from the repeated run. A property that older versions did not record is not compared.
     """
     lines = []
     for part in ('versions', 'machine'):

@@ -130,12 +130,12 @@ def _held_dtype(args: SftArguments, dtype: torch.dtype) -> torch.dtype:
     import torch
 
     if args.full_weights == 'bf16':
-        logger.info('weights are held in bfloat16 and rounded stochastically: 10 bytes per parameter with gradient and '
-                    'AdamW state')  # fmt: skip
+        logger.info('weights are stored in bfloat16 and rounded stochastically: 10 bytes per parameter with gradient '
+                    'and AdamW state')  # fmt: skip
         return torch.bfloat16
     if dtype != torch.float32:
-        logger.info(f'weights are held in float32 and computed in {str(dtype).removeprefix("torch.")}: 16 bytes per '
-                    'parameter with gradient and AdamW state')  # fmt: skip
+        logger.info(f'weights are stored in float32, and the model computes in {str(dtype).removeprefix("torch.")}: '
+                    '16 bytes per parameter with gradient and AdamW state')  # fmt: skip
     return torch.float32
 
 

@@ -85,9 +85,10 @@ def start_processes(backend: str, *, deepspeed: bool = False, deterministic: boo
 def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> None:
     """Hide optional packages that this run does not use from all later imports, so that the run starts faster.
 
-    `weights` is the folder or the file of the base model. Nothing is hidden in a process that may do a second run.
-    Nothing is hidden if --score names a function of the user, because the function may import any package. Functions of
-    data sets have imported their packages before this call.
+    `weights` is the folder or the file of the base model. Nothing is hidden unless llm_sft.py or
+    llm_infer.py is the main program, because any other process could start a second run. Nothing is hidden if --score
+    names a function of the user, because the function could import any package. Functions of data sets have imported
+    their packages before this call.
     """
     program = getattr(sys.modules['__main__'], '__file__', None)
     if program is None or Path(program).name not in _PROGRAMS or own_words(args.score):

@@ -200,7 +200,7 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
     """Set each flag that was not typed to its value in the record of the training run, and return the arguments.
 
     Only flags that llm_sft.py has too are set. All other flags, such as --check_server, --llama_cpp and --result_path,
-    send data, run a file or write a file, so they must be typed: a checkpoint may come from anyone.
+    send data, run a file or write a file. They must be typed, because a checkpoint can come from anyone.
 
     Adds a problem if a different base model was typed. Adds a warning for each other typed flag whose value differs
     from the record.

@@ -35,8 +35,8 @@ _INFER_REMEDY = 'or type --dataset to answer all rows of a data set: which rows 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """Return the rows of a training run: a plan, made in a first pass over the data, or opened streams.
 
-    The decisions (rows not drawn, replies that carry loss, validation parts not used) and, for a plan, the notes on
-    rows are logged and added to `done`.
+    Logs the decisions (rows not drawn, replies that carry loss, validation parts not used), and adds them to `done`.
+    For a plan, does the same with the notes on rows.
     """
     args = done.args
     rows = _opened(done)
@@ -99,8 +99,8 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
     """Return the data entry of lock.json for streams: for each stream, {'rows': ..., 'sha256': ...}.
 
-    The first `count` rows of each stream are read, at least one. `rows` says how many rows were read, and `sha256` is a
-    hash of these rows and of the share of the stream. The entries of sets of --val_dataset are those of their plan.
+    The first max(1, `count`) rows of each stream are read. `rows` says how many rows were read, and `sha256` is a
+    hash of these rows and of the share of the stream. The entries of --val_dataset come from `sources.val`.
     """
     found: dict[str, dict[str, Any]] = sources.val.lock() if sources.val else {}
     for parts, share in itertools.zip_longest(sources.sources, sources.shares):
@@ -139,10 +139,10 @@ def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
 def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
     """Return the rows that llm_infer.py answers.
 
-    If there are validation sets (--val_dataset), typed now or in the run, return their rows. If --dataset is typed,
-    return all its rows. Otherwise return the validation rows that the run held out, or, for an untuned model, the rows
-    that a run would hold out. Raises ConfigError if the data have changed since the run: the rows drawn now could
-    include rows that the run trained on.
+    These are the rows of --val_dataset, typed now or in the run. Without --val_dataset, these are all rows of a typed
+    --dataset. Otherwise, these are the validation rows that the run held out. For an untuned model, these are the rows
+    that a run would hold out. Raises ConfigError if the data have changed since the run, because the rows drawn now
+    could include rows that the run trained on.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
@@ -182,7 +182,7 @@ def _log(lines: Sequence[str]) -> None:
 def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: Sequence[str]) -> list[Row]:
     """Return the rows of the sets of --val_dataset. The data sets of --dataset are not read.
 
-    Raises ConfigError if the sets are those of the run, and their rows have changed since.
+    Raises ConfigError if the run had the same sets and their rows have changed since.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}

@@ -1,4 +1,4 @@
-"""The check of a server (--check_server): sends it rows, and compares its answers with those of the run's model."""
+"""The check of a server (--check_server): compares the answers of the server with those of the run's model."""
 
 from __future__ import annotations
 
@@ -145,11 +145,11 @@ class ServerCheck:
         return [Expected(model=model, ids=ids, limit=self.args.max_new_tokens) for ids in answers]
 
     def _ask_again(self, checked: Sequence[Checked]) -> Finding | None:
-        """Test whether the server has a different chat template. Returns this finding, or None.
+        """Test whether the server has a different chat template. Returns the finding that says so, or None.
 
-        The test uses rows with different answers for which the server shows no prompt ids. At most _ASKED_AGAIN of
-        their prompts are sent once more, as prompts to which the server applies no template. The finding is returned if
-        all new answers are equal to those of the run.
+        The test uses rows that the server and the run answer differently, and for which the server does not give the
+        prompt ids. The prompts of at most _ASKED_AGAIN rows are sent once more, as raw prompts to which the server
+        applies no template. The finding is returned if all new answers are equal to those of the run.
         """
         differing = [
             row
@@ -169,7 +169,7 @@ class ServerCheck:
         return template_differs(agreeing, tried) if tried and agreeing == tried else None
 
     def _without_template(self, question: Question) -> Reply | None:
-        """Return the reply of the server to the prompt of the run, to which the server applies no template.
+        """Send the prompt of the run as a raw prompt, to which the server applies no template. Returns the reply.
 
         The prompt is sent as token ids. If the server refuses ids, the prompt is sent as text. Returns None if the
         server refuses both.

@@ -1,4 +1,4 @@
-"""A client of an OpenAI-style server. Gets its list of models, its answers, and the token ids of its prompts."""
+"""A client of an OpenAI-style server. Gets the server's list of models, its answers, and the token ids of prompts."""
 
 from __future__ import annotations
 
@@ -90,10 +90,11 @@ class Server:
         self._id_forms = [self._ids_by_messages, self._ids_by_template]
 
     def choose_model(self, name: str | None) -> None:
-        """Set the name of the model for all requests: `name`, or if it is None, the only model that the server lists.
+        """Set the name of the model for all requests. This is `name` if it is not None.
 
-        If `name` is None and the server lists no model, requests contain no model name. Raises ConfigError if the
-        server does not answer, or if `name` is None and the server lists several models.
+        If `name` is None, the only model that the server lists is used. If the server lists no model, requests contain
+        no model name. Raises ConfigError if the server does not answer, or if `name` is None and the server lists
+        several models.
         """
         try:
             listed = self._listed()
@@ -142,7 +143,7 @@ class Server:
         try:
             return self._reply(path, self._send(path, {**body, 'logprobs': True, 'top_logprobs': TOP_LOGPROBS}))
         except Refused as error:
-            if not 400 <= error.status < 500:
+            if error.status in _BUSY or not 400 <= error.status < 500:
                 raise
         reply = self._reply(path, self._send(path, body))
         self._gives_logprobs = False
@@ -158,10 +159,10 @@ class Server:
         return self._reply(path, self._send(path, body))
 
     def prompt_ids(self, request: Mapping[str, Any]) -> list[int] | None:
-        """Return the token ids into which the server converts a conversation, with its generation prompt.
+        """Return the token ids into which the server converts a conversation, with the generation prompt.
 
-        Returns None if the server does not offer this. The OpenAI API has no such request. vLLM and SGLang have one
-        (/tokenize), and llama.cpp has a different one (/apply-template).
+        The OpenAI API has no request for this. vLLM and SGLang have one (/tokenize), and llama.cpp has a different one
+        (/apply-template). Returns None if the server has neither.
         """
         while self._id_forms:
             try:
@@ -189,7 +190,8 @@ class Server:
     def _send(self, path: str, body: Mapping[str, Any] | None, *, seconds: int = _ANSWER_SECONDS) -> Any:
         """Send a request to `path` and return the JSON answer. The request is GET if `body` is None, else POST.
 
-        Raises Refused for an HTTP error. Raises ConfigError if no answer comes within `seconds`, or if it is not JSON.
+        Raises Refused for an HTTP error. Raises ConfigError if no answer comes within `seconds`, or if the answer is
+        not JSON.
         """
         headers = {'Content-Type': 'application/json'}
         if self._key:
@@ -277,7 +279,10 @@ def _first_logprobs(logprobs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _ids(tokens: Any) -> list[int]:
-    """Return the token ids in the answer of /tokenize. Raises ValueError if there are none, or if one is no integer."""
+    """Return the token ids in the answer of /tokenize.
+
+    Raises ValueError if there are none, or if one of them is not an integer.
+    """
     ids = [token['id'] if isinstance(token, dict) else token for token in tokens]
     if not ids or not all(isinstance(token, int) for token in ids):
         raise ValueError('no token ids')

@@ -58,8 +58,8 @@ class Agreement:
 
     `at` is the number of the first different token, counted from 1. `model_rest` and `server_rest` are the two answers
     from this token on. `gap` is the log probability of the model's most likely token minus that of the server's token.
-    It is None if the server's token is not among the model's likely tokens. `kind` is 'rounding' if `gap` is so small
-    that rounding explains it.
+    `gap` is None if the server's token is not among the model's likely tokens. `kind` is 'rounding' if `gap` is so
+    small that rounding explains it.
     """
 
     kind: Literal['equal', 'rounding', 'different']
@@ -76,17 +76,18 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The comparison of one row. `answer` is the answer of the run. `base_answer` is that of its base model.
+    """The comparison of one row. `answer` is the answer of the run. `base_answer` is that of the run's base model.
 
-    `agreement` compares the server's answer with `answer`, and `base_agreement` compares it with `base_answer`. Both
-    are None if the server removed tool calls from its answer. `base_agreement` is also None if `agreement` is 'equal'.
+    `agreement` compares the server's answer with `answer`. `base_agreement` compares it with `base_answer`. Both are
+    None if the server removed tool calls from its answer. `base_agreement` is also None if `agreement` is 'equal'.
     Without an adapter, `base_answer` and `base_agreement` are None.
 
-    `first` is the largest difference between server and run in the log probabilities of the first token. `first_base`
-    is this difference between server and base. A difference is None if no log probability can be compared.
+    `first` is the largest difference between the log probabilities of server and run for the first token of the answer.
+    `first_base` is the same number for server and base model. It is None without an adapter. Both are None if no log
+    probability can be compared.
 
-    `stops` is 'early' if the server ends its answer before the run does, and 'late' if it ends its answer after the
-    run. Otherwise it is None.
+    `stops` is 'early' if the server ends its answer before the run does, 'late' if the server ends it after the run
+    does, and otherwise None.
     """
 
     asked: Asked
@@ -110,7 +111,7 @@ class Checked:
 
     @property
     def served_ids(self) -> list[int] | None:
-        """Return the token ids of the prompt on the server. Returns None if unknown, or if the prompt has images."""
+        """Return the token ids of the prompt on the server, or None if they are unknown or the prompt has images."""
         # An image is one id on some servers, and many on others.
         return None if self.asked.question.paths else self.asked.served_ids
 
@@ -128,8 +129,8 @@ class Checked:
     def answered_by(self) -> Literal['run', 'base'] | None:
         """Return 'run' or 'base', whichever gives the same answer as the server. Returns None if neither does.
 
-        An equal answer comes before an answer that is equal up to rounding. If both answers agree in the same way, the
-        result is 'run'.
+        An equal answer is preferred to an answer that is equal up to rounding. If both answers agree in the same way,
+        the result is 'run'.
         """
         for kind in ('equal', 'rounding'):
             if self.agreement is not None and self.agreement.kind == kind:
@@ -139,7 +140,7 @@ class Checked:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row for the record of the check."""
+        """Return the comparison as JSON data for the file with the findings."""
         base = None if self.base_answer is None else self.base_answer.text
         made: dict[str, Any] = {
             'origin': self.origin,
@@ -161,9 +162,10 @@ class Checked:
 
 
 def check_row(asked: Asked, answer: Expected, base_answer: Expected | None, *, rounding: float) -> Checked:
-    """Return the comparison of one row. `answer` is the answer of the run, and `base_answer` that of its base, if any.
+    """Return the comparison of one row. `answer` is the answer of the run.
 
-    `rounding` is the largest difference of two log probabilities that still counts as rounding.
+    `base_answer` is the answer of the base model. It is None without an adapter. `rounding` is the largest difference
+    of two log probabilities that still counts as rounding.
     """
     question, reply = asked.question, asked.reply
     own = agree(question, reply, answer, rounding=rounding)
@@ -185,8 +187,9 @@ def check_row(asked: Asked, answer: Expected, base_answer: Expected | None, *, r
 def agree(question: Question, reply: Reply, expected: Expected, *, rounding: float) -> Agreement | None:
     """Return how the answer of the server agrees with an answer of a model.
 
-    White space at the ends of the model's answer may be missing in the server's answer. Returns None if the server
-    removed tool calls from its answer. `rounding` is the largest difference of two log probabilities that still counts
+    White space at the ends of the model's answer may be missing in the server's answer. The server's answer may begin
+    with a blank that decoding removed from the model's answer. Returns None if the server removed tool calls from its
+    answer. `rounding` is the largest difference of two log probabilities that still counts
     as rounding.
     """
     if reply.has_calls:
@@ -197,13 +200,16 @@ def agree(question: Question, reply: Reply, expected: Expected, *, rounding: flo
         is_same = thought in answer and answer.strip().endswith(said)
         kind: Literal['equal', 'different'] = 'equal' if is_same else 'different'
         return Agreement(kind=kind, at=1, model_rest=answer, server_rest=f'{thought}\n{said}')
-    if reply.text in (answer, answer.strip()):
+    served = reply.text
+    if served.startswith(' ') and not answer.startswith(' '):
+        served = served[1:]  # SentencePiece removes the blank before the first word of a text
+    if served in (answer, answer.strip()):
         return Agreement(kind='equal')
 
-    common = _common(expected, reply.text)
+    common = _common(expected, served)
     begun = expected.model.text(expected.ids[:common])
-    rest = reply.text[len(begun) :]
-    after = expected.model.next_token(question, expected.ids[:common])
+    rest = served[len(begun) :]
+    after = expected.model.next_token(question, expected.ids[:common], penalises=True)
     gap = _gap(after, rest, is_cut=not rest and reply.finish == 'length')
     return Agreement(
         kind='rounding' if gap is not None and gap <= rounding else 'different',
@@ -223,9 +229,9 @@ def _common(expected: Expected, served: str) -> int:
 def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
     """Return the log probability of the model's most likely token minus that of the server's token.
 
-    `rest` is the rest of the server's answer. Its first token is the server's token. If `rest` is empty, this is the
-    end of turn. `is_cut` says that the maximum number of tokens ended the answer. Returns None if `is_cut` is True, or
-    if the server's token is not among the likely tokens of the model.
+    The server's token is the first token of `rest`, the rest of the server's answer. If `rest` is empty, the server's
+    token is the end of turn. `is_cut` says whether the answer ended at the maximum number of tokens. Returns None if
+    `is_cut` is True, or if the server's token is not among the likely tokens of the model.
     """
     chosen = None if is_cut else after.of(rest)
     if chosen is None:
@@ -262,9 +268,9 @@ def _first_difference(served: Mapping[str, float], model: Model, question: Quest
 
 
 def first_different(run: Sequence[int], served: Sequence[int], model: Model) -> tuple[int, str, str]:
-    """Return (number of the first different token, text of the run, text of the server) for two prompts.
+    """Return (number, text of the run, text of the server) for the first token in which two prompts differ.
 
-    The number is counted from 1. Each text consists of the next _SHOWN_IDS tokens of the prompt.
+    Numbers start at 1. Each text has _SHOWN_IDS tokens of the prompt, beginning with the different token.
     """
     pairs = zip(run, served, strict=False)
     at = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(run), len(served)))

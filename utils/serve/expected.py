@@ -21,9 +21,9 @@ _CANDIDATES = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Next:
-    """The model's prediction of the next token. `likely` is {token text: log probability} for the likeliest tokens.
+    """The model's prediction of the next token. `likely` is {token text: log probability} for the most likely tokens.
 
-    `stop` is the log probability of the most likely token that ends an answer.
+    Several tokens can end an answer. `stop` is the log probability of the most likely one of them.
     """
 
     likely: dict[str, float]
@@ -41,7 +41,10 @@ class Next:
 
 
 def _begins(text: str, token: str) -> bool:
-    """Return whether the text may begin with the token. The last character of a token may be unfinished (U+FFFD)."""
+    """Return whether the text begins with the token.
+
+    If the last character of the token is unfinished (U+FFFD), it matches any character beyond ASCII.
+    """
     whole = token.rstrip('\ufffd')
     if whole == token:
         return bool(token) and text.startswith(token)
@@ -78,9 +81,14 @@ class Model:
         """Return an answer as text, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def next_token(self, question: Question, begun: Sequence[int] = ()) -> Next:
-        """Return the prediction for the next token. `begun` has the ids of the answer so far."""
+    def next_token(self, question: Question, begun: Sequence[int] = (), *, penalises: bool = False) -> Next:
+        """Return the prediction for the next token. `begun` has the ids of the answer so far.
+
+        With `penalises`, tokens that occur already are less likely, by the factor repetition_penalty of the generation
+        settings. A server chooses its tokens so, but the log probabilities that it gives may be those without it.
+        """
         import torch
+        from transformers import RepetitionPenaltyLogitsProcessor
 
         ids = torch.tensor([[*question.ids, *begun]], device=self.model.device)
         inputs = {'input_ids': ids}
@@ -89,6 +97,9 @@ class Model:
             inputs |= {name: tensor.to(ids.device) for name, tensor in shown.items()}
         with torch.no_grad(), self._off():
             logits = self.model(**inputs, use_cache=False).logits[0, -1].float()
+        penalty = self.config.repetition_penalty
+        if penalises and penalty and penalty != 1:
+            logits = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits[None])[0]
         found = torch.log_softmax(logits, dim=-1)
 
         values, indices = found.topk(min(_CANDIDATES, len(found)))

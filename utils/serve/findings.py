@@ -88,8 +88,8 @@ def _ids_known(shown: Sequence[Checked]) -> str:
 def template_differs(agreeing: int, tried: int) -> Finding:
     """Return the finding that the chat template of the server differs from that of the run.
 
-    The evidence: if the server gets the prompt of the run and applies no template, it answers as the run. This was so
-    in `agreeing` of `tried` rows.
+    The prompts of `tried` rows were sent as raw prompts, to which the server applies no template. In `agreeing` of
+    these rows, the server then gave the answer of the run.
     """
     says = (
         'template differs: the server shows no token ids, but it answers as the run if it gets the prompt of the run '
@@ -162,7 +162,7 @@ def _where(agreement: Agreement) -> str:
 
 
 def _on_stops(rows: Sequence[Checked]) -> list[Finding]:
-    """Return a finding for each way in which the server ends answers at another place than the run."""
+    """Return one finding if the server ends answers later than the run, and one if it ends answers earlier."""
     made = []
     for kind, says in (
         ('late', 'the server goes on after the end of turn of the run'),

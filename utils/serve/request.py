@@ -50,8 +50,8 @@ class Question:
 def question_of(row: Row, encoder: Encoder) -> Question:
     """Return the row, the ids of its prompt, and the request for the prompt.
 
-    Raises NotSayable if the chat API has no form for the prompt. The request is also encoded as by a server. Raises
-    NotSayable if this gives different ids.
+    Raises NotSayable if the chat API has no form for the prompt, or if a server would get different ids from the
+    request.
     """
     if row.is_text:
         raise NotSayable(IS_TEXT)
@@ -109,7 +109,7 @@ def _call(call: Mapping[str, Any], made_id: str) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> Any:
-    """Return a tool whose numbers are ordinary floats and integers, as after a server has parsed them.
+    """Return the tool with all numbers as ordinary integers and floats, because a server parses numbers in this way.
 
     Raises NotSayable if the tool is not {'type': 'function', 'function': {...}}.
     """
@@ -119,10 +119,10 @@ def _tool(tool: Any) -> Any:
 
 
 def _switch(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
-    """Return the key that the request needs for template variables: {}, or {'chat_template_kwargs': thinking switch}.
+    """Return the keys that the request needs for the thinking switch: {} or {'chat_template_kwargs': switch}.
 
-    `ids` are the ids of the prompt in the run. The request must give the same ids. It is tried without the switch
-    first, then with it. Raises NotSayable if it gives different ids both times.
+    `ids` are the ids of the prompt in the run. The request must give the same ids. It is encoded without the switch
+    first, then with the switch. Raises NotSayable if the ids differ both times.
     """
     asked = replace(row, messages=[*_read_back(request['messages']), _unknown()], tools=request.get('tools'))
     for thinks in (False, True):
@@ -142,7 +142,7 @@ def _unknown() -> Message:
 
 
 def _read_back(messages: Sequence[Mapping[str, Any]]) -> Iterator[Message]:
-    """Yield the messages of a request as a server reads them: the arguments of calls are parsed."""
+    """Yield the messages of a request as a server reads them, with the arguments of calls parsed."""
     for message in messages:
         read = Message(**message)  # type: ignore[typeddict-item]
         if 'tool_calls' in read:
@@ -159,7 +159,7 @@ def _parsed(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show_images(messages: list[dict[str, Any]], shown: Row, mark: str, paths: Sequence[str]) -> None:
-    """Replace the text of each user turn with images by a list of parts: texts, and images as data URLs.
+    """Write the content of each user turn that has images as a list of parts: texts, and images as data URLs.
 
     `shown` is the row in which `mark` stands for each image. `paths` has the paths of the images in the same order.
     """

@@ -1,8 +1,8 @@
 """AdamW for weights in bf16. Its updates are rounded at random, so that small updates are not lost.
 
-A bf16 number has 8 significant bits. An update of less than 1/512 of a weight is lost if the new weight is rounded to
-the nearest number, and most updates of fine-tuning are that small. With stochastic rounding, a number is rounded up
-with the probability that makes the expected result equal to the exact number.
+A bf16 number has 8 significant bits. If the new weight is rounded to the nearest number, an update of less than 1/512
+of the weight is lost. Most updates of fine-tuning are that small. With stochastic rounding, a number is rounded up with
+the probability that makes the expected result equal to the exact number.
 
 The random bits depend only on the seed, the step and the parameter. So a resumed run draws the same bits, and all
 processes of a run draw the same bits.
@@ -36,7 +36,7 @@ def round_randomly(exact: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 class BF16AdamW(torch.optim.Optimizer):
     """AdamW whose weights and first moments are in bf16 and rounded stochastically. The second moments are in fp32.
 
-    Everything is computed in fp32, in chunks. A bf16 parameter takes 10 bytes, including its moments and a bf16
+    All updates are computed in fp32, in chunks. A bf16 parameter takes 10 bytes, including its moments and a bf16
     gradient. A parameter in fp32 keeps its dtype and is not rounded.
     """
 
@@ -62,7 +62,7 @@ class BF16AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Return the norm of all gradients, in fp32. The next step uses gradients that are clipped to `max_norm`.
+        """Return the norm of all gradients, in fp32. The next step clips the gradients to `max_norm`.
 
         The gradients themselves are not changed, because the clipped gradients would be rounded to bf16.
         """
@@ -130,7 +130,7 @@ class BF16AdamW(torch.optim.Optimizer):
         return self._words[2][: len(like)] ^ own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state. The base class would convert the second moments to the dtype of the parameter."""
+        """Restore the state with fp32 second moments, which the base class would convert to the parameter's dtype."""
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group['params']]
         for index, stored in state_dict['state'].items():

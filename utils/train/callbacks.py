@@ -64,9 +64,9 @@ class StepIntervals(TrainerCallback):
         return counts
 
     def _record(self, counts: StepCounts, *, schedule_is_ours: bool) -> None:
-        """Record each number of steps that differs from the typed value, with the reason, and each warning.
+        """Record each warning, and each number of steps that differs from the typed value, with the reason.
 
-        `schedule_is_ours` is False if DeepSpeed makes the schedule: then the warm-up is not recorded.
+        If `schedule_is_ours` is False, DeepSpeed makes the schedule, and the warm-up is not recorded.
         """
         flags = self.flags
         steps = f'of {counts.steps} steps'
@@ -89,7 +89,8 @@ class StepIntervals(TrainerCallback):
 class EpochOrder(TrainerCallback):
     """Passes the number of each epoch to the sampler of --group_by_length, which shuffles each epoch differently.
 
-    In a resumed epoch, the sampler is inside samplers that skip and distribute batches. They do not pass the number on.
+    This is needed for a resumed epoch. In it, the sampler is inside other samplers, which skip and distribute batches
+    but do not pass the number on.
     """
 
     def __init__(self, trainer: SftTrainer) -> None:
@@ -134,7 +135,7 @@ class Speedometer(TrainerCallback):
         self._since = now
 
     def add_wait(self) -> None:
-        """Add the time since the last step to the seconds of training. The CPU waited for the device in this time."""
+        """Add the time since the last step to the seconds of training. The CPU has waited for the device since then."""
         now = time.perf_counter()
         if self.tokens and self._since is not None:
             self.seconds += now - self._since
@@ -151,7 +152,7 @@ class Speedometer(TrainerCallback):
 
 
 class EvaluationCutError(Exception):
-    """Ends an evaluation early because the run stops. The resumed run repeats the evaluation."""
+    """Ends an evaluation early because the run stops. When the run is resumed, the evaluation is repeated."""
 
 
 class StopCallback(TrainerCallback):
@@ -163,7 +164,7 @@ class StopCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise ConfigError if the resumed run has no step left; otherwise the training loop would do one step more."""
+        """Raise ConfigError if the resumed run has no step left, because the training loop would still do one step."""
         if state.global_step >= state.max_steps:
             raise ConfigError(
                 f'--resume_from_checkpoint: the checkpoint is of step {state.global_step} and this run ends at step '
@@ -173,9 +174,9 @@ class StopCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """If a process has a signal to stop, request a checkpoint and the end of training. Returns the control.
+        """If any process has received a signal to stop, request a checkpoint and the end of training.
 
-        If an evaluation is due at this step, it is not run now. The resumed run does it first.
+        An evaluation that is due at this step is left to the resumed run, which starts with it.
         """
         trainer = self.trainer
         if trainer.stop_agreed and state.global_step < state.max_steps:
@@ -188,9 +189,9 @@ class StopCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise EvaluationCutError if any process has a signal to stop.
+        """Raise EvaluationCutError if any process has received a signal to stop.
 
-        It is not raised in the evaluation of the last step, and not in an evaluation that a resumed run repeats.
+        The evaluation of the last step is never stopped, nor is an evaluation that a resumed run repeats.
         """
         trainer = self.trainer
         if trainer.evaluation_pending or state.global_step >= state.max_steps:
@@ -219,14 +220,14 @@ class EarlyStop(TrainerCallback):
         return {'best': self.best, 'best_step': self.best_step, 'count': self.count}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state of a checkpoint. Raises ConfigError if the run had ended in this state."""
+        """Restore the state from a checkpoint. Raises ConfigError if --early_stop had already ended the run."""
         self.best = state['best']
         self.best_step = state['best_step']
         self.count = state['count']
         if self.count >= self.patience:
             raise ConfigError(
                 f'--early_stop {self.patience}: the resumed run had ended, because its last {self.count} evaluations '
-                f'were not better than that of step {self.best_step}. Raise --early_stop, or remove it to train on.'
+                f'were not better than that of step {self.best_step}. Raise or remove --early_stop to continue.'
             )
 
     def on_evaluate(
@@ -237,7 +238,7 @@ class EarlyStop(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> TrainerControl:
-        """Compare the metric with the best so far. Returns the control.
+        """Compare the metric with the best value so far. Returns the control.
 
         After `patience` evaluations without improvement, a checkpoint and the end of training are requested.
         """
@@ -271,5 +272,5 @@ def peak_memory_gib() -> float:
 
 
 def peak_reserved_gib() -> float | None:
-    """Return the most memory that the allocator held on all devices in GiB, or None on a CPU."""
+    """Return the most memory that the allocator of torch reserved on all devices in GiB, or None on a CPU."""
     return None if device.kind() == 'cpu' else round(device.peak_reserved_bytes() / 2**30, 3)

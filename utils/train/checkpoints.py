@@ -48,7 +48,7 @@ _FLAG_SETTINGS = ('initial_lr', 'weight_decay', 'betas', 'eps')
 
 
 def first_failure_of(work: Callable[[], object]) -> str | None:
-    """Call `work` on every process. All processes return the message of the first failure, or None without failure."""
+    """Call `work` on every process. All processes return the message of the first failure, or None if none failed."""
     failure = None
     try:
         work()
@@ -58,7 +58,7 @@ def first_failure_of(work: Callable[[], object]) -> str | None:
 
 
 def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, Any]]) -> None:
-    """Set the settings of an optimizer and its schedule that come from flags.
+    """Change the settings of an optimizer and its schedule to those of the flags.
 
     `settings` has one dict for each parameter group. The learning rate of the next step is computed from these
     settings.
@@ -129,7 +129,7 @@ class Checkpoints:
             gib = shutil.disk_usage(run_dir).free / 2**30
             remedy = f', then use --resume_from_checkpoint {last}' if last else ' and start again.'
             raise ConfigError(
-                f'{checkpoint} could not be written: {failure}. No older checkpoint was changed: the last complete '
+                f'{checkpoint} could not be written: {failure}. No older checkpoint was changed. The last complete '
                 f'checkpoint is {last or "none yet"}. {gib:.1f} GiB are free there. Free disk space{remedy}'
             )
 
@@ -185,7 +185,7 @@ class Checkpoints:
         return failure
 
     def write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
-        """Write weights, tokenizer, image processor and sft_args.json to the folder; nothing is pickled."""
+        """Write weights, tokenizer, image processor and sft_args.json to the folder. No file is a pickle."""
         trainer = self.trainer
         if not trainer.args.should_save and not trainer.is_distributed_loading_by_transformers:
             return  # only with sharded weights all processes continue here, because each has a part of the weights
@@ -220,7 +220,10 @@ class Checkpoints:
         write_unloaded(self._unloaded, folder)
 
     def _write_optimizer(self, folder: Path) -> None:
-        """Write the states of optimizer, schedule and loss scale. DeepSpeed writes its part to its own files."""
+        """Write the states of optimizer, schedule and loss scale.
+
+        With DeepSpeed, some of these states are written to DeepSpeed's own files.
+        """
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
             is_adapter = isinstance(trainer.model, PeftModel)
@@ -257,7 +260,7 @@ class Checkpoints:
         """Load the weights of a checkpoint if transformers' trainer cannot load them. Return whether they were loaded.
 
         transformers' trainer loads weights by name. Some classes save weights in a different layout than in memory, for
-        example each expert of a mixture separately. The trainer would ignore such weights and keep the base model's
+        example each expert as a separate tensor. The trainer would ignore such tensors and keep the base model's
         weights, so they are loaded here.
         """
         model = self.trainer.model
@@ -277,7 +280,7 @@ class Checkpoints:
         return True
 
     def load_optimizer(self, checkpoint: Path) -> None:
-        """Restore the states of optimizer, schedule and loss scale. DeepSpeed has already restored its part.
+        """Restore the states of optimizer, schedule and loss scale, except those that DeepSpeed has restored itself.
 
         Learning rate, weight decay, betas and epsilon come from the flags of the resumed run, not from the checkpoint.
         """
@@ -293,7 +296,9 @@ class Checkpoints:
         trainer.deadline.restore(tree.get('timetable'))
         # If micro-batches were joined differently, gradients of the same rows would be the same only up to rounding.
         joined = tree.get('joined')
-        if joined is not None and trainer.capacity is not None and joined['device'] == device.kind():
+        is_joined = joined is not None and trainer.capacity is not None and joined['device'] == device.kind()
+        # The first-step trial loads the state again. It may have found that so many tokens do not fit into memory here.
+        if is_joined and not trainer.in_preflight:
             trainer.capacity = joined['tokens']
         if not trainer.is_deepspeed_enabled:
             use_settings(trainer.optimizer, trainer.lr_scheduler, settings)
@@ -301,9 +306,9 @@ class Checkpoints:
             trainer.accelerator.scaler.load_state_dict(tree['scaler'])
 
     def load_process(self, checkpoint: Path) -> None:
-        """Restore the state of this process: random generators, guard, logging and pending evaluation.
+        """Restore the state of this process: random generators, guard, logging, and an evaluation that is not finished.
 
-        Logs a warning if the number of processes has changed.
+        Logs a warning if the number of processes or the device has changed.
         """
         trainer = self.trainer
         states = load_tree(checkpoint / PROCESS_STATES)

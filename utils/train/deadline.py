@@ -54,7 +54,7 @@ class Costs:
         return (end - done) * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def fitting(self, done: int, most: int, seconds: float) -> int:
-        """Return the largest last step, from `done` to `most`, with which the rest of the run fits into `seconds`."""
+        """Return the largest last step (`done` to `most`) with which the rest of the run takes at most `seconds`."""
         low = done
         high = most
         while low < high:
@@ -81,8 +81,8 @@ def _times(done: int, end: int, every: int) -> int:
 class Deadline(TrainerCallback):
     """Ends a run within the time of --max_minutes. It does nothing until `set` is called.
 
-    Process 0 measures the times and decides. All processes apply the decision at the same step, because they get it
-    together with the loss of the step (Guard.judge).
+    Process 0 measures the times and decides. All processes get the decision together with the loss of the step
+    (Guard.judge), so they apply it at the same step.
     """
 
     def __init__(self, trainer: SftTrainer) -> None:
@@ -157,7 +157,10 @@ class Deadline(TrainerCallback):
         self._end_at(end, f'--max_minutes is {self.minutes:g} and {costs.told(done, end)}')
 
     def _end_at(self, end: int, reason: str) -> None:
-        """Set the last step of the run, and write the decision to the record and the timetable to lock.json."""
+        """Set the last step of the run.
+
+        The step is logged with the reason and stored in sft_args.json. The timetable is written to lock.json.
+        """
         trainer = self.trainer
         state = trainer.state
         state.max_steps = end
@@ -174,9 +177,9 @@ class Deadline(TrainerCallback):
             write_json(Path(run.folder) / LOCK_JSON, run.lock)
 
     def proposal(self) -> int:
-        """Return the last step of the run that this process proposes now, or 0 to keep the planned last step.
+        """Return the last step of the run that process 0 proposes now, or 0 to keep the planned last step.
 
-        Only process 0 proposes a step. All other processes return 0, so the sum is the proposal of process 0.
+        All other processes return 0, so the sum over all processes is the proposal of process 0.
         """
         trainer = self.trainer
         if self.minutes is None or self._is_repeated or trainer.in_preflight or not dist.is_main():
@@ -190,7 +193,7 @@ class Deadline(TrainerCallback):
         return max(costs.fitting(done, state.max_steps, self.left(PLANNED_SHARE) + costs.step), done + 1)
 
     def _costs(self) -> Costs:
-        """Return the latest measured times. Before the first measurement, the trial's time or 0 is used."""
+        """Return the latest measured times. Before the first measurement, the times of the trial are used, or 0."""
         state = self.trainer.state
         trial = self._trial
         step = trial.step if trial is not None else 0.0
@@ -246,11 +249,11 @@ class Deadline(TrainerCallback):
         return f'{costs.told(state.global_step, end)}; the rest of the schedule is compressed'
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Measure the time of the evaluation, which comes after a step or at the start of a resumed run."""
+        """Store the time since the last step as the time of the evaluation. Does nothing before the first step."""
         self._evaluation = self._lap(self._evaluation)
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
-        """Measure the time of the checkpoint, which comes after a step or an evaluation."""
+        """Store the time since the last step or evaluation as the time of the checkpoint."""
         self._checkpoint = self._lap(self._checkpoint)
 
     def _lap(self, before: float | None) -> float | None:

@@ -1,4 +1,7 @@
-"""Find end-of-turn tokens that the base model never learnt. LoRA cannot teach them: the output head stays unchanged."""
+"""Find end-of-turn tokens that the base model never learnt.
+
+LoRA cannot teach them, because it does not change the output head.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,17 @@ def warn_of_untrained_ends(
 ) -> None:
     """Log a warning if the row of an end-of-turn token in the output head looks like the rows of unused tokens.
 
-    The rows of the tokens `trained` are trained, so these tokens are not checked.
+    The tokens `trained` are not checked, because the run trains their rows.
     """
     ends = sorted((set(stop_ids) or {tokenizer.eos_token_id}).difference(trained))
     untrained = untrained_ids(model.get_output_embeddings(), tokenizer, ends)
     if untrained:
         names = ', '.join(repr(tokenizer.convert_ids_to_tokens(token)) for token in untrained)
         logger.warning(
-            f'--template_type: the base model never learnt {names}, at which a reply ends: its row in the output head '
-            'is like those of unused tokens, and LoRA does not change it. Answers may not stop. Use --sft_type full, '
-            f'the chat model of this base, or a --template_type that ends with {tokenizer.eos_token!r}, e.g. default.'
+            f'--template_type: the base model never learnt {names}, with which replies end. In the output head, the '
+            'row of such a token is like those of unused tokens, and LoRA does not change the row. So the answers of '
+            'the trained model may have no end. Use --sft_type full, the chat model of this base, or a --template_type '
+            f'whose replies end with {tokenizer.eos_token!r}, e.g. default.'
         )
 
 
@@ -99,5 +103,5 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
 
 
 def _sample(tokens: list[int]) -> list[int]:
-    """Return evenly spaced tokens: at least _SAMPLE of them, or all tokens if there are fewer."""
+    """Return evenly spaced tokens: about _SAMPLE of them, or all tokens if there are fewer."""
     return tokens[:: max(1, len(tokens) // _SAMPLE)]

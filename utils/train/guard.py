@@ -46,7 +46,10 @@ _POSITIONS = re.compile(r'(?:^|[._])(?:wpe|positions?)(?:$|[._])')
 
 @dataclass(frozen=True, kw_only=True)
 class _Taken:
-    """A step that is not judged yet. `read` returns the losses of its micro-batches and, as the last item, the norm."""
+    """A step whose loss and norm are not checked yet.
+
+    `read` returns the losses of its micro-batches and, as the last item, the norm of its gradients.
+    """
 
     step: int
     batches: Sequence[dict[str, Any]]
@@ -58,7 +61,7 @@ class Guard(TrainerCallback):
 
     On a CPU, a step is judged before the optimizer runs. On a GPU, reading loss and norm at this point would leave the
     GPU without work. So the optimizer itself skips a step whose loss or norm is not finite. The step is judged after
-    the next step was computed, and before anything is logged, saved or evaluated.
+    the next step was computed, but before anything is logged, saved or evaluated.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -79,7 +82,7 @@ class Guard(TrainerCallback):
     ) -> None:
         """Store a fingerprint of the weights, so that `on_train_end` can check that training changed them.
 
-        For a resumed run nothing is stored: its last few steps may be too small to change the weights.
+        A resumed run stores none, because its last few steps can be too small to change the weights.
         """
         if state.global_step == 0:
             self._fingerprint_at_start = weight_fingerprint(self.trainer.model)
@@ -89,7 +92,7 @@ class Guard(TrainerCallback):
     ) -> None:
         """Judge the last step, if it is not judged yet.
 
-        Raises ConfigError if training changed no weight: all are bitwise identical to the weights at the start.
+        Raises ConfigError if all weights are bitwise identical to those at the start.
         """
         self.settle()
         if self._fingerprint_at_start is None or self.trainer.stopped:
@@ -124,8 +127,8 @@ class Guard(TrainerCallback):
     ) -> None:
         """Check the loss and the gradients of the step, and log a warning if the loss is a spike.
 
-        Raises ConfigError if they are not finite, or if every gradient is zero. If `judges_late` is True, the step
-        before is checked instead. The optimizer then skips this step by itself if its numbers are not finite.
+        Raises ConfigError if they are not finite, or if every gradient is zero. If `judges_late` is True, the previous
+        step is checked instead, and the optimizer skips the present step if its loss or norm is not finite.
         """
         step = state.global_step + 1
         if not judges_late(self.trainer):
@@ -144,7 +147,10 @@ class Guard(TrainerCallback):
             self._conclude(before, losses, norm, sums)
 
     def settle(self) -> None:
-        """Judge the step that is not judged yet, if there is one. Every process must call this at the same step."""
+        """Check the loss and the gradients of the last step, if `judge` has not checked them yet.
+
+        Every process must call this at the same step.
+        """
         if self._taken is None:
             return
         before = self._taken
@@ -158,7 +164,7 @@ class Guard(TrainerCallback):
         self._judge_spike(taken.step, loss, losses, taken.batches)
 
     def judge(self, where: str) -> tuple[float, list[float]]:
-        """Check the loss and the gradients of a step. `where` names the step in messages.
+        """Check the loss and the gradients of a step. `where` is the name of the step in messages.
 
         Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
         ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
@@ -200,7 +206,7 @@ class Guard(TrainerCallback):
         return loss
 
     def _norm_value(self) -> float | None:
-        """Return the norm of the gradients. It is None if DeepSpeed has not computed it."""
+        """Return the norm of the gradients, or None if DeepSpeed has not computed it."""
         if self.norm is None:
             return None
         return self.norm.item() if isinstance(self.norm, torch.Tensor) else self.norm
@@ -266,7 +272,7 @@ class Guard(TrainerCallback):
         )
 
     def judge_evaluation(self, where: str, sums: Any, rows: Iterable[int]) -> None:
-        """Raise ConfigError if the loss of a validation row is not finite. `where` names the step in the message.
+        """Raise ConfigError if the loss of a validation row is not finite. `where` is the step in the message.
 
         `sums` has one line of 3 numbers for each row, and the first number is the loss. `rows` are the row indices.
         """
@@ -310,7 +316,7 @@ class Guard(TrainerCallback):
 def judges_late(trainer: Any) -> bool:
     """Return whether a step is judged after the next one was computed.
 
-    This is so on a CUDA device with an optimizer that can skip a step by itself: AdamW of torch in its fused form.
+    True on a CUDA device if the optimizer can skip a step by itself, as the fused AdamW of torch does.
     """
     if device.kind() != 'cuda' or trainer.accelerator.scaler is not None:
         return False
@@ -352,7 +358,7 @@ def weight_fingerprint(model: torch.nn.Module) -> list[int]:
 def check_positions(model: Any, longest: int) -> None:
     """Raise ConfigError if the longest row has more tokens than the model has learned positions.
 
-    A model without learned positions, for example with rotary positions, can compute longer rows. For such a model, a
+    Models without learned positions, for example with rotary positions, can compute longer rows. For these models, a
     warning is logged if a row is longer than max_position_embeddings.
     """
     limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)

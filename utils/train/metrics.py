@@ -22,7 +22,7 @@ Metrics = Callable[['EvalPrediction'], dict[str, float]]
 class ValidationSets:
     """The rows of an evaluation, and the names of the sets of --val_dataset.
 
-    `names` is {number of a set: its name}. The rows of the set have this number in `rows.parts()`. If `names` is empty,
+    `names` is {number of a set: its name}. `rows.parts()` has the number of the set of each row. If `names` is empty,
     there are only metrics over all rows together.
     """
 
@@ -47,8 +47,8 @@ class ValidationSets:
 def loss_metrics(sets: ValidationSets) -> Metrics:
     """Return a function for the trainer that computes `loss` and `acc` (token accuracy) from the sums of each row.
 
-    Each is a mean over all trained tokens: of all rows, and of each set (`<name>_loss`). The first column of the labels
-    has the index of the row.
+    Both are means over the trained tokens of all rows. If the sets have names, the means of each set are added, as
+    `<name>_loss` and `<name>_acc`. The first column of the labels has the index of the row.
     """
     import numpy as np
 
@@ -67,9 +67,10 @@ def loss_metrics(sets: ValidationSets) -> Metrics:
 class GenerationMetrics:
     """Scores generated ids against the ids of the labels. The trainer calls it after each evaluation.
 
-    The main process computes the scores and sends them to the other processes, because a score function of the user may
+    The main process computes the scores and sends them to the other processes, because a score function of the user can
     return different numbers in each process. If the main process cannot compute the scores, every process raises the
-    same ConfigError. `held_out` has the validation rows by origin, for score functions of the user.
+    same ConfigError. `held_out` is {origin: validation row}, for score functions of the user. The origin is the file
+    and the line of a row.
     """
 
     def __init__(self, tokenizer: Any, scores: Scores, sets: ValidationSets, held_out: Mapping[str, Row]) -> None:
@@ -101,7 +102,7 @@ class GenerationMetrics:
         return dist.from_main(scored)
 
     def _rows(self, indices: Any) -> list[Row]:
-        """Return the row of each index. The list is empty if no score reads rows."""
+        """Return the row of each index, or an empty list if no score function uses rows."""
         if not self.scores.functions:
             return []
         return [self.held_out[self.sets.rows.origin(index)] for index in indices]

@@ -46,8 +46,8 @@ def find_targets(
     """Return two lists: the names or paths of the modules that get LoRA, and the expert parameters that get LoRA.
 
     `wanted` are the words of --lora_target_modules. Modules inside the modules `frozen` are left out. An expert
-    parameter is the stacked weight of all experts of a layer. The second list has the end of its path, e.g.
-    experts.down_proj. Raises ConfigError if a word of `wanted` matches nothing.
+    parameter is the stacked weight of all experts of a layer, given by the end of its path, e.g. experts.down_proj.
+    Raises ConfigError if a word of `wanted` matches nothing.
     """
     paths = list(linear_layers(model, frozen))
     experts = expert_names(model)
@@ -86,9 +86,9 @@ def _no_match(model: PreTrainedModel, word: str, paths: Sequence[str], experts: 
 
 
 def say_what_all_adds(model: PreTrainedModel, args: SftArguments) -> str | None:
-    """Return a line that says what all-linear would add to --lora_target_modules.
+    """Return a line that says which layers all-linear would add to --lora_target_modules.
 
-    Returns None for full fine-tuning, and if all linear layers get LoRA already. Call this before the model gets its
+    Returns None for full fine-tuning, or if all linear layers get LoRA already. Call this before the model gets its
     adapter.
     """
     if args.sft_type == 'full':
@@ -119,8 +119,9 @@ def prepare_model(
     """Make the model ready to train, and return it. Log the number of trainable parameters.
 
     With --sft_type lora, the model is returned as a PeftModel with fp32 adapters. With --sft_type full, `model` itself
-    is returned. `base` and `family` are the folder and the family of the base model, for --adapter (see load_adapter).
-    `token_ids` are the ids of new tokens (--new_tokens), whose rows of embedding and head are trained.
+    is returned. `token_ids` are the ids of new tokens (--new_tokens), whose rows of embedding and head are trained.
+    `base` and `family` are only used for --adapter: the folder of the base model, and the name of its Family
+    (utils/loading/legacy) or None.
     """
     towers = find_towers(model)
     if not args.freeze_vision and not towers:
@@ -160,9 +161,9 @@ def _fuse_layers(model: PreTrainedModel, args: SftArguments) -> None:
     if is_sharded(model):
         return
     if args.fused_norms and (norms := fuse_norms(model)):
-        logger.info(f'fused_norms = true: {norms} RMSNorm layers run in one step')
+        logger.info(f'fused_norms = true: {norms} RMSNorm layers use a fused forward, which needs less memory')
     if args.fused_mlp and (gates := fuse_gates(model)):
-        logger.info(f'fused_mlp = true: {gates} gated MLPs save only gate and up for the backward pass')
+        logger.info(f'fused_mlp = true: {gates} gated MLPs use a fused forward, which needs less memory')
     if args.fused_rotary and device.kind() == 'cuda' and (layers := fuse_rotary(model)):
         logger.info(f'fused_rotary = true: {layers} attention layers rotate queries and keys in one pass')
 
@@ -181,8 +182,6 @@ def _log_trainable(model: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """The folder and the family of the base model, for --adapter, and the ids of new tokens."""
-
     base: Path | None
     family: str | None
     token_ids: Sequence[int]
@@ -190,7 +189,7 @@ class _Start:
 
 @dataclass(frozen=True, kw_only=True)
 class _Places:
-    """Where an adapter goes in a model."""
+    """The modules and parameters of a model that an adapter changes."""
 
     # Linear layers that get LoRA, as PEFT takes them: by last name or by path.
     modules: list[str]
@@ -211,8 +210,9 @@ def _put_adapter(
 ) -> Any:
     """Return the model with a new LoRA adapter, or with the adapter of --adapter.
 
-    Raises ConfigError if a target name matches nothing, or if there is no layer for LoRA.
+    Raises ConfigError if a word of --lora_target_modules matches nothing, or if there is no layer for LoRA.
     """
+    from utils.fast.frozen import fuse_packed
     from utils.fast.lora import fuse_lora
     from utils.loading.adapter import restore_adapter
     from utils.loading.layers import is_sharded
@@ -233,7 +233,12 @@ def _put_adapter(
             restore_adapter(prepared, Path(args.adapter))
     if args.tuner_backend == 'swift' and not is_sharded(model):
         fused, layers = fuse_lora(prepared)
-        logger.info(f'tuner_backend = swift: {fused} of {layers} LoRA layers compute base and adapter in one step')
+        logger.info(
+            f'tuner_backend = swift: {fused} of {layers} LoRA layers use a fused forward, which needs less memory'
+        )
+        packed = fuse_packed(prepared)
+        if packed:
+            logger.info(f'tuner_backend = swift: {packed} packed layers save no weight for the backward pass')
     logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
     if places.parameters:
         _say_how_experts_are_served(places.parameters)
@@ -260,10 +265,10 @@ def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
 
 
 def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[str], decide: Decide) -> _Places:
-    """Return where the adapter goes.
+    """Return the modules and parameters that the adapter changes.
 
-    `decide` is called with the names of the layers if the flags use other words for them, e.g. all-linear. Raises
-    ConfigError if there is no layer for LoRA, or if a flag is not possible for expert parameters.
+    If the flags name the layers by other words, e.g. all-linear, `decide` is called with the names of the layers.
+    Raises ConfigError if there is no layer for LoRA, or if a flag is not possible for expert parameters.
     """
     from utils.train.saved_modules import find_saved, with_tied
 
@@ -303,7 +308,7 @@ def _check_experts(args: SftArguments, parameter: str) -> None:
 
 
 def _warn_of_towers(model: PreTrainedModel, places: _Places, towers: Sequence[str]) -> None:
-    """Log a warning if vision towers are to be trained, and no layer inside them gets LoRA."""
+    """Log a warning if vision towers are to be trained, but no layer inside them gets LoRA."""
     if not towers or any(is_in(path, towers) for path in places.adapted):
         return
     in_towers = sorted({last_name(path) for path in linear_layers(model) if is_in(path, towers)})

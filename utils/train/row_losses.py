@@ -1,4 +1,4 @@
-"""Keeps the loss of each validation row before and after training, in rows.jsonl of the run folder."""
+"""Stores the losses of validation rows before and after training, in rows.jsonl of the run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RowLosses(TrainerCallback):
-    """Keeps the losses of some validation rows from before training, and writes them with the losses after training.
+    """Writes the losses of some validation rows before and after training.
 
     With LoRA, the losses before training are computed at the end, with the adapter switched off. With --sft_type full,
     they are computed before the first step, and a resumed run reads them from the folder of the run that it resumes.
@@ -52,7 +52,7 @@ class RowLosses(TrainerCallback):
             self._write({})
 
     def _compute(self) -> None:
-        """Compute the losses of the present model. A signal to stop ends this early. The random state is restored."""
+        """Compute the losses, unless a signal to stop arrives. Afterwards the random state is as before."""
         assert self.rows is not None, 'checked'
         random = random_state()
         try:
@@ -76,7 +76,7 @@ class RowLosses(TrainerCallback):
             self._write(_by_origin(trainer.eval_dataset, trainer.last_sums))
 
     def _write(self, sums: dict[str, list[float]]) -> None:
-        """Write a line for each row that has a loss before or after training, in the order of the origins."""
+        """Write a line for each row that has a loss before or after training. `sums` is from after training."""
         lines = []
         for origin in dict.fromkeys([*sums, *self.before]):
             loss, _, tokens = sums.get(origin, (None, None, None))
@@ -91,9 +91,10 @@ class RowLosses(TrainerCallback):
 
 
 def _by_origin(rows: EncodedRows, sums: Any) -> dict[str, list[float]]:
-    """Return {origin of a row: its sums}. `sums` (N, 3) has the loss, hits and trained tokens of each encoded row.
+    """Return {origin of a row (file and line): its sums}.
 
-    A row that was split (--overlong split) has several encoded rows, whose sums are added.
+    `sums` (N, 3) has the loss, hits and trained tokens of each encoded row. A row that was split (--overlong split) has
+    several encoded rows, whose sums are added.
     """
     found: dict[str, list[float]] = {}
     for index, new in enumerate(sums.tolist()):

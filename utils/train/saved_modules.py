@@ -27,7 +27,7 @@ HEAD = 'lm_head'
 
 
 class _HeldLinear(nn.Module):
-    """Mixin for a linear layer with fp32 weights that computes in the dtype of its input."""
+    """Mixin for a linear layer whose weights are in fp32, but which computes in the dtype of its input."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -39,7 +39,7 @@ class _HeldLinear(nn.Module):
 
 
 class _HeldOther(nn.Module):
-    """Mixin for an embedding or a norm whose weights were changed to fp32. Its output keeps the dtype from before."""
+    """Mixin for an embedding or a norm whose weights were changed to fp32. The dtype of its output does not change."""
 
     held_dtype: torch.dtype
 
@@ -52,11 +52,11 @@ class _HeldOther(nn.Module):
 def find_saved(
     model: PreTrainedModel, wanted: Sequence[str], *, adapted: Collection[str] = (), frozen: Sequence[str] = ()
 ) -> list[str]:
-    """Return the paths of the layers that `wanted` names, each once.
+    """Return the paths of the layers that `wanted` names, without duplicates.
 
     `adapted` are the paths of the layers that get LoRA, and `frozen` the modules that are not trained. Raises
-    ConfigError if a word names no layer, a layer of `adapted`, a layer with quantised weights, or a module that holds
-    several layers.
+    ConfigError if a word names no layer, or a module that contains several layers. Also raises ConfigError if the layer
+    gets LoRA or has quantised weights.
     """
     layers = {path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())}
     ends = {EMBEDDING: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
@@ -98,9 +98,9 @@ def _problem(
 
 
 def with_tied(model: PreTrainedModel, paths: Sequence[str]) -> tuple[list[str], bool]:
-    """Return the paths of all layers that are trained if `paths` are, and whether a tied tensor is among them.
+    """Return `paths` and the layers that are tied to them, and whether there is such a tied layer.
 
-    The input embedding and the output head may be one tensor. Then both are trained if one of them is named.
+    If the input embedding and the output head share one tensor, training either of them trains both.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = ends[1] is not None and ends[1].weight is ends[0].weight
@@ -126,7 +126,7 @@ def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None
 
 
 def token_tables(model: PreTrainedModel, ids: Sequence[int], copied: Collection[str]) -> dict[str, list[int]]:
-    """Return {path of a layer: ids of the rows of this layer that are trained} for the new tokens `ids`.
+    """Return {path of a layer: ids of its trained rows} for the new tokens `ids`.
 
     The layers are the input embedding and the output head. A head that is tied to the embedding is left out. Layers in
     `copied` are left out too, because they are trained whole. Raises ConfigError if the head is not in `copied` and has

@@ -17,9 +17,9 @@ from utils.base import device
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a nested value to a safetensors file. `load_tree` reads it back.
+    """Write a nested value to a safetensors file, from which `load_tree` reads it.
 
-    The value may contain dict, list, tuple, str, bool, int, float, None and tensors; all other types raise TypeError. A
+    The value can contain dict, list, tuple, str, bool, int, float, None and tensors. All other types raise TypeError. A
     tensor that occurs twice is stored once. Everything except the tensors is stored as JSON in the header of the file.
     """
     tensors: dict[str, torch.Tensor] = {}

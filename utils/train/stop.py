@@ -57,9 +57,9 @@ class StopSignals:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM in this data worker, because the training needs its data to complete the step.
+    """Ignore SIGINT and SIGTERM in a data worker, because the training process needs its data to complete the step.
 
-    The worker ends when the training process tells it to end, or when the training process is gone.
+    The worker ends when the training process tells it to, or when the training process no longer exists.
     """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -17,7 +17,7 @@ class Segment:
     """A part of a run in which the learning-rate schedule advances at a constant pace.
 
     The schedule was made for `steps` steps. After `first` complete steps of the run, the schedule is at `position`, a
-    step number that may be fractional. After `last` complete steps of the run, the schedule is at its last step. `end`
+    step number that can be fractional. After `last` complete steps of the run, the schedule is at its last step. `end`
     is the number of the last step of the run.
     """
 
@@ -28,7 +28,7 @@ class Segment:
     end: int
 
     def at(self, count: int) -> float:
-        """Return the position in the schedule after `count` steps: a step number, 0 to `steps`, not always whole."""
+        """Return the position in the schedule after `count` steps: a number from 0 to `steps`, possibly fractional."""
         if self.last <= self.first:
             return float(self.steps - 1)
         pace = (self.steps - 1 - self.position) / (self.last - self.first)
@@ -51,7 +51,7 @@ class Timetable:
     def follow(self, schedule: LambdaLR, make: MakeSchedule) -> None:
         """Change `schedule` in place, so that it follows the segments. `make(n)` returns the schedule for n steps.
 
-        The segments may be set before or after this call.
+        The segments can be set before or after this call.
         """
         self._schedule = schedule
         self._make = make
@@ -66,8 +66,8 @@ class Timetable:
     def shorten(self, *, steps: int, done: int, end: int) -> None:
         """End the run after step `end`, and go through the rest of the schedule faster.
 
-        The schedule was made for `steps` steps, and `done` steps are complete. The last step of the run gets the rate
-        of the last step of the schedule.
+        The schedule was made for `steps` steps, and `done` steps are complete. Step `end` gets the learning rate of the
+        last step of the schedule.
         """
         assert self._schedule is not None, 'training has begun'
         count = self._schedule.last_epoch

@@ -68,7 +68,7 @@ class DescribedModel:
 
 
 def described_arguments(args: TrainingArguments, tracker: str, *, run_name: str, clean: Clean) -> TrainingArguments:
-    """Return a copy of the trainer's arguments for a tracker. It has the name of the run, and no private text."""
+    """Return a copy of the trainer's arguments for a tracker, with the name of the run and without private text."""
     described = copy.copy(args)
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -133,7 +133,7 @@ class TrackerCallback(TrainerCallback):
         return self._clean(error_text(error)).rstrip('.')
 
     def _pass_on(self, event: Callable[[TrainerCallback], object]) -> None:
-        """Call `event` with the callback of the tracker. If it fails, log a warning, and call the tracker no more."""
+        """Call `event` with the tracker's callback. After a failure, log a warning and never call the tracker again."""
         if self._callback is None:
             return
         try:

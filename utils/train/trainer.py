@@ -70,7 +70,7 @@ _TEXT_INPUTS = ('input_ids', 'attention_mask', 'position_ids')
 class SftTrainer(Seq2SeqTrainer):
     """A trainer whose loss is the mean over all trained tokens of a step, for padded and concatenated batches.
 
-    In one step the base class calls get_batch_samples, then training_step and compute_loss for each micro-batch, then
+    In each step, the base class calls get_batch_samples, then training_step and compute_loss for each micro-batch, then
     _get_grad_norm, then the optimizer. Each method that replaces a method of the base class has the decorator
     @overrides, which checks that the parameters of both methods are the same.
     """
@@ -149,8 +149,8 @@ class SftTrainer(Seq2SeqTrainer):
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """Return the output of the base class.
 
-        `num_train_samples` is the number of rows in the steps that the flags ask for. It is reduced if --max_minutes
-        ends the run earlier.
+        `num_train_samples` is the number of rows in the steps that the flags ask for. If --max_minutes ended the run
+        earlier, the number is reduced in proportion to the steps.
         """
         asked = max(self.deadline.asked, 1)
         return super()._finalize_training(trial, num_train_samples * self.state.max_steps / asked, start_time)
@@ -177,8 +177,8 @@ class SftTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of training batches.
 
-        A streamed data set divides its rows between processes itself. The method of the base class is not called for
-        it, because accelerate would divide the rows a second time.
+        A streamed data set divides its rows between processes itself. For it, the method of the base class is not
+        called, because accelerate would divide the rows a second time.
         """
         if isinstance(self.train_dataset, TrainingStream):
             return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
@@ -208,7 +208,7 @@ class SftTrainer(Seq2SeqTrainer):
         return self.order
 
     def typical_batches(self, number: int) -> list[list[dict[str, Any]]]:
-        """Return the rows of one step of one process, in batches, for a trial. Each `number` gives different rows.
+        """Return the batches of rows of one step of one process, for a trial. Each `number` gives different rows.
 
         The rows are at equal distances in the training set. For a stream, they are its first rows.
         """
@@ -239,8 +239,8 @@ class SftTrainer(Seq2SeqTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of one step, and the number of their trained tokens.
 
-        If `capacity` is set, the rows are joined to fewer micro-batches of at most `capacity` tokens.
-        The guard gets the micro-batches too.
+        If `capacity` is set, the rows are joined to fewer micro-batches of at most `capacity` tokens. The micro-batches
+        are also passed to the guard, which names their rows in messages (see Guard).
         """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.capacity is not None and len(batches) > 1:
@@ -264,9 +264,9 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Return the loss of one micro-batch and pass it to the guard.
+        """Return the loss of one micro-batch, and pass it to the guard, which checks it (see Guard).
 
-        Returns 0 for an empty micro-batch, whose rows were all joined to a different micro-batch.
+        Returns 0 for a micro-batch that is empty because all its rows were joined to other micro-batches.
         """
         if not inputs:
             return torch.zeros((), device=self.args.device)
@@ -323,13 +323,13 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the norm of the gradients, and pass the norm to the guard."""
+        """Return the norm of the gradients, and pass it to the guard, which checks it (see Guard)."""
         self.guard.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.guard.norm
 
     @overrides(Seq2SeqTrainer)
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, save and evaluate as the control says. Before that, the guard judges the step."""
+        """Let the guard check the step (see Guard), and then log, save and evaluate as the control says."""
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.guard.settle()
@@ -338,7 +338,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the learning-rate schedule, which is made on the first call. DeepSpeed passes its own optimizer."""
+        """Return the learning-rate schedule. The first call makes it for `optimizer`, or for that of the trainer."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
         if scheduler is None:
 
@@ -416,10 +416,10 @@ class SftTrainer(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **_: Any,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Return (None, predictions, labels) for a batch of B rows. None stands for the loss, which is not needed.
+        """Return (None, predictions, labels) for a batch of B rows. The loss is not needed, so it is None.
 
-        Predictions are (B, 3): summed loss, hits and trained tokens of each row. Labels are the indices of the rows
-        (B, 1). With --predict_with_generate, predictions are the generated ids, and labels are the index of the row
+        Predictions are (B, 3): summed loss, hits and trained tokens of each row. Labels are the indices of the rows (B,
+        1). With --predict_with_generate, predictions are the generated ids, and labels are the index of the row
         followed by the ids of the expected reply.
         """
         # Results of several processes are gathered on their devices.
@@ -489,7 +489,7 @@ class SftTrainer(Seq2SeqTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state, the guard and the logging state of this process from a checkpoint.
 
-        If the stopped run did not finish an evaluation, repeat it.
+        If a signal to stop ended an evaluation early, repeat this evaluation.
         """
         if checkpoint is None:
             return
@@ -499,7 +499,7 @@ class SftTrainer(Seq2SeqTrainer):
             self._finish_cut_evaluation(checkpoint)
 
     def _finish_cut_evaluation(self, checkpoint: str) -> None:
-        """Repeat the evaluation that the stopped run did not finish.
+        """Repeat the evaluation that a signal to stop ended early.
 
         If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint. Raises EndedEarlyError
         if --early_stop ends the run now.
@@ -517,9 +517,9 @@ class SftTrainer(Seq2SeqTrainer):
 def clear_only_trained(model: torch.nn.Module) -> None:
     """Replace zero_grad of the model by a function that visits only the trained parameters. This saves time.
 
-    The function sets the gradients to None. Under DDP it sets the gradients to zero, because they are parts of the
-    memory that is exchanged, and new gradients would need more memory. If DDP has find_unused_parameters, the
-    gradients are set to None, because an unused parameter must have no gradient.
+    The function sets the gradients to None. Under DDP it sets them to zero, because the gradients are views of the
+    buffers that DDP exchanges, and new gradients would need more memory. With find_unused_parameters of DDP, it sets
+    them to None, because an unused parameter must have no gradient.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     keeps = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
@@ -538,8 +538,7 @@ def clear_only_trained(model: torch.nn.Module) -> None:
 def _leaving_on_cpu(loader: Any) -> Any:
     """Make the loader of accelerate return its batches on the CPU, and return the loader.
 
-    On the CPU, batches are counted and joined without waiting for the device. `_prepare_inputs` sends them to the
-    device.
+    There, batches can be counted and joined without waiting for the device. `_prepare_inputs` sends them to the device.
     """
     assert isinstance(loader, DataLoaderShard), 'only this class divides the batches before they are made'
     loader.device = None
@@ -549,7 +548,7 @@ def _leaving_on_cpu(loader: Any) -> Any:
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Return the ids of the last reply of each row: the labels after the prompt, which includes all earlier replies.
 
-    The last reply of a row may carry no loss and so have no labels. Then all ids after the prompt are returned instead.
+    If the last reply carries no loss, it has no labels, and all ids after the prompt are returned instead.
     """
     replies = []
     ids_of_rows = split_rows(inputs, 'input_ids')
@@ -590,7 +589,8 @@ def build_trainer(
     """Return the trainer of a run.
 
     Its main process passes the log lines to the trackers of --report_to, and writes training_args.json. `scores` are
-    for --predict_with_generate. `held_out` has the validation rows by origin, for score functions of the user.
+    for --predict_with_generate. `held_out` is {origin: validation row}, for score functions of the user. The origin is
+    the file and the line of a row.
     """
     setup = TrainerSetup(
         run=run,

@@ -94,7 +94,7 @@ def _schedule_settings(args: SftArguments) -> dict[str, float]:
 
 
 def unused_optimizer(learning_rate: float) -> Any:
-    """Return an optimizer that is never used. A new schedule changes its optimizer, so it must not get the real one."""
+    """Return an optimizer that is never used, because making a schedule changes the optimizer that it gets."""
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
 
 
@@ -111,9 +111,9 @@ def make_schedule(
     """Return the learning-rate schedule of transformers, with a different warm-up and with a lowest rate.
 
     `warmup` is a share of the steps if it is below 1, else a number of steps. With w warm-up steps, step k (counted
-    from 0) has (k + 1) / (w + 1) of the learning rate. In transformers the first warm-up step has rate 0, so it changes
-    no weight, and a run of one step trains nothing. With `min_lr_ratio`, the schedule ends at this share of the
-    learning rate. `decay_ratio` is the share of the steps in the decay of warmup_stable_decay.
+    from 0) has (k + 1) / (w + 1) of the learning rate. In transformers the first warm-up step has rate 0. That step
+    would change no weight, and a run of one step would train nothing. With `min_lr_ratio`, the schedule ends at this
+    share of the learning rate. `decay_ratio` is the share of the steps in the decay of warmup_stable_decay.
     """
     first = 0 if name == 'constant' else count_warmup_steps(warmup, steps)
     settings: dict[str, float] = {}

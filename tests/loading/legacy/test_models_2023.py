@@ -248,9 +248,12 @@ def test_gptq_weights_stay_packed_and_train(key: str, dtype: str, tmp_path: Path
     # No test waits for a compiler.
     assert not any('dequantize_weight' in vars(layer) for layer in layers)
     assert not [name for name, layer in model.model.named_modules() if type(layer) is torch.nn.Linear]
+    tuned = prepare_model(model, args)
+    assert sum(type(module).__name__ == 'FusedGPTQLoraLinear' for module in tuned.modules()) == 14
+    assert {type(layer).__name__ for layer in layers} == {'FusedTorchLinear'}
     if dtype == 'fp32':
         torch.manual_seed(0)
-        check_it_trains(prepare_model(model, args))
+        check_it_trains(tuned)
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -23,12 +25,15 @@ from tests.support.old_models import (
     write_checkpoint,
 )
 from utils.base.errors import ConfigError
+from utils.cli.arguments import SftArguments
+from utils.loading.layers import ALL_LINEAR
 from utils.loading.legacy import gptq
 from utils.loading.legacy.families.qwen import QWEN, QWEN_GPTQ
 from utils.loading.legacy.opening import open_original
 from utils.loading.packed import packed_classes
 from utils.loading.save import save_whole
 from utils.model import load_model
+from utils.train.prepare import prepare_model
 
 OLD_NAMES = {
     'hidden_size': 'n_embd',
@@ -251,7 +256,7 @@ def test_quantised_weights_are_unpacked_on_load_after_a_warning(caplog: pytest.L
     assert 'quantization_config' not in model.config.to_dict()
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
     layers = 2 * (4 * 64 * 64 + 3 * 64 * 128)
-    assert f'{2 * layers / 2**30:.3g} GiB in 16 bits, {4 * layers / 2**30:.3g} GiB in fp32' in warning
+    assert f'{2 * layers / 2**30:.3g} GiB in 16 bits or {4 * layers / 2**30:.3g} GiB in fp32' in warning
     assert 'pip install optimum gptqmodel' in warning
     for dtype in (torch.float16, torch.bfloat16):
         half = open_original(QWEN_GPTQ, PACKED, dtype=dtype)
@@ -269,6 +274,15 @@ def test_other_quantisation_settings_agree_with_plain_arithmetic(
         torch.testing.assert_close(
             model(ids[None]).logits[0], reference(plain, read_json(PACKED), ids), atol=1e-4, rtol=0
         )
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_adapters_on_unpacked_weights_are_computed_in_one_step(bits: int, tmp_path: Path) -> None:
+    folder, _ = gptq_checkpoint(tmp_path / 'a', bits=bits, group=32, act_order=bits == 8)
+    model = open_original(QWEN_GPTQ, folder, dtype=torch.float32)
+    tuned = prepare_model(model, SftArguments(lora_target_modules=[ALL_LINEAR]))
+    kinds = Counter(type(layer).__name__ for layer in tuned.modules() if isinstance(layer, LoraLayer))
+    assert kinds == {'FusedLinear': 14}
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,10 @@ def native_adapter(
 ) -> Iterator[Path]:
     """Yield a folder with the adapter as safetensors under native names.
 
-    If nothing has to be converted, it is the folder `checkpoint`. Otherwise it is a temporary folder. `layers` are the
-    paths of the model's linear layers. `base` is the folder of the base model. `name` is the family of the base model;
-    it is needed only if config.json does not tell the family.
+    If nothing has to be converted, the folder is `checkpoint`. Otherwise it is a temporary folder.
+
+    `layers` are the paths of the model's linear layers. `base` is the folder of the base model. `name` is the name of
+    the family of the base model. It is needed only if config.json of the base model does not tell the family.
     """
     from safetensors.torch import save_file
 

@@ -103,7 +103,7 @@ def unknown_key(key: str, family: str) -> ConfigError:
     """Return the error for a tensor whose name does not belong to the family."""
     return ConfigError(
         f"tensor '{key}' is unknown in models of family {family}: these are the weights of another model, or of a "
-        'newer version of it. Give the --model_type of these weights.'
+        'newer version of such a model. Give the --model_type of these weights.'
     )
 
 

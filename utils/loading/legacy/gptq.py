@@ -80,9 +80,9 @@ def packed_settings(original: Config) -> dict[str, Any]:
 def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
     """Split one tensor of a fused layer along the outputs and return the `count` equal parts.
 
-    `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx is copied for each part; all other parts are
-    views. Raises ConfigError if the axis of the outputs cannot be split into equal parts. For packed zero points, this
-    axis counts the int32, not the zero points in them.
+    `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx has no axis of outputs, so each part is a
+    copy of it. The parts of the other tensors are views. Raises ConfigError if the axis of the outputs cannot be split
+    into equal parts. An int32 of qzeros packs several zero points, and is never split.
     """
     name = key.rpartition('.')[2]
     if name == 'g_idx':
@@ -159,7 +159,7 @@ class PackedWeight(LazyMatrix):
             shapes = ', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in self._tensors())
             raise ConfigError(
                 f"layer '{layer}' does not hold {self.format.bits}-bit GPTQ weights: {shapes} do not fit each other. "
-                'The checkpoint is damaged, or its quantization_config belongs to a different one. '
+                'The checkpoint is damaged, or its quantization_config belongs to a different checkpoint. '
                 'Download or copy it again.'
             )
 
@@ -211,9 +211,9 @@ def dequantise(state: State, packing: Format) -> State:
         packed = sum(weight.packed_bytes() for weight in weights.values())
         count = sum(weight.shape[0] * weight.shape[1] for weight in weights.values())
         logger.warning(
-            f'the {packing.bits}-bit GPTQ weights are unpacked while loading, because optimum and gptqmodel are not '
-            f'both installed: their layers take {_gib(2 * count)} GiB in 16 bits, {_gib(4 * count)} GiB in fp32, '
-            f'instead of {_gib(packed)} GiB. To keep them packed: pip install optimum gptqmodel'
+            f'the {packing.bits}-bit GPTQ weights are unpacked while loading, because optimum or gptqmodel is not '
+            f'installed. The unpacked weights take {_gib(2 * count)} GiB in 16 bits or {_gib(4 * count)} GiB in fp32, '
+            f'instead of {_gib(packed)} GiB. To keep the weights packed: pip install optimum gptqmodel'
         )
 
     plain: dict[str, Any] = {key: tensor for key, tensor in state.items() if key.rpartition('.')[2] not in TENSORS}

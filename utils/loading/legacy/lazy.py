@@ -1,6 +1,6 @@
 """Matrices that are computed only when the loader copies them into the model.
 
-They are computed one after the other. So memory never holds all matrices twice.
+If all matrices were computed before loading, they would be in memory in addition to the model.
 """
 
 from __future__ import annotations

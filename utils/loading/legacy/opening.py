@@ -93,7 +93,7 @@ def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
 def build_empty(family: Family, model_dir: Path) -> Any:
     """Return the model that the config.json of a folder describes. No weight file is read.
 
-    The weights of the model are random. If it is built on the `meta` device, it has no weights.
+    The weights of the model are random. On the `meta` device, the model has no weights.
     """
     cls = _class(family.model_class)
 
@@ -135,8 +135,8 @@ def _read_generation(model: Any, model_dir: Path) -> None:
 def make_generation_savable(model: Any) -> None:
     """Change the generation settings of a model so that they are valid. transformers does not save invalid settings.
 
-    In 2023, sampling settings without do_sample meant that tokens are sampled. So do_sample is set to True. If
-    do_sample is False, the sampling settings have no effect and are removed.
+    Sampling settings without do_sample are not valid. In 2023 they meant that tokens are sampled, so do_sample is set
+    to True. If do_sample is False, the sampling settings have no effect and are removed.
     """
     settings = model.generation_config
 

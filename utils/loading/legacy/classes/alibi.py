@@ -1,7 +1,7 @@
 """Llama with ALiBi instead of rotary embedding, for Baichuan-13B and Baichuan2-13B.
 
-The model is saved under a model_type of this project. So AutoModel refuses to open the saved folder. Otherwise it would
-open the folder as a Llama with rotary embedding, and the results would be wrong.
+The model is saved under a model_type that AutoModel does not know. So AutoModel refuses to open the saved folder. With
+the model_type of Llama, AutoModel would open a Llama with rotary embedding, and the results would be wrong.
 """
 
 from __future__ import annotations
@@ -104,9 +104,10 @@ class AlibiLlamaModel(LlamaModel):
         )
 
     def _with_distance(self, mask: torch.Tensor, queries: torch.Tensor, first: int | torch.Tensor) -> torch.Tensor:
-        """Return the bias (B, H, Q, K) for a mask (B, 1, Q, K). The mask is True or 0 at the visible keys.
+        """Return the bias (B, H, Q, K) for a mask (B, 1, Q, K).
 
-        `queries` are (B, Q, hidden). `first` is the position of the first query in the padded row.
+        At visible keys, a boolean mask is True, and a float mask is 0. `queries` are (B, Q, hidden). `first` is the
+        position of the first query in the padded row.
 
         The slopes are computed here and not stored in a buffer, because a buffer stays empty if the model is created on
         the meta device. The bias of masked keys is the lowest finite number. With -inf, the results at padding would be

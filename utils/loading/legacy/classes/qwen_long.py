@@ -25,9 +25,10 @@ from utils.loading.cache_names import cache_of, without_cache
 
 
 def ntk_alpha(length: int, trained: int) -> float:
-    """Return the NTK factor for a prompt of `length` tokens. The base of the rotary embedding is computed from it.
+    """Return the NTK factor for a prompt of `length` tokens.
 
-    The factor is 1 up to the training length `trained`, 3 up to twice this length, 7 up to four times, and so on.
+    The base of the rotary embedding is computed from the NTK factor. The factor is 1 up to the training length
+    `trained`, 3 up to twice this length, 7 up to four times, and so on.
     """
     return float(max(2 ** math.ceil(math.log2(max(length, 1) / trained) + 1) - 1, 1))
 
@@ -77,7 +78,7 @@ class QwenLogNAttention(Qwen2Attention):
     """Attention that multiplies queries beyond the training length by their log-n factors.
 
     The class works with every attention implementation. Queries are scaled after the rotation and not in q_proj,
-    because an adapter may wrap q_proj.
+    because an adapter can wrap q_proj.
     """
 
     def forward(
@@ -181,9 +182,9 @@ class Qwen2ForCausalLM(PlainQwen2):
 
 
 def _prompt_lengths(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> list[int]:
-    """Return the number of tokens in each row, without padding.
+    """Return the number of tokens in each row of the batch, without padding.
 
-    If a row of the batch is a concatenation of several rows, return the number of tokens of the longest of them.
+    For a packed row (several sequences in one row), only the tokens of the longest sequence are counted.
     """
     rows, width = inputs.shape[:2]
     lengths = [width] * rows

@@ -1,10 +1,10 @@
 """Qwen-VL: a Qwen with a vision tower.
 
-The tower converts an image to features. They replace the embeddings of the tokens between two control tokens. The
-parameters of the tower have the same names as in the checkpoint.
+The tower converts an image to features. The features replace the embeddings of the tokens between two control tokens.
+The parameters of the tower have the same names as in the checkpoint.
 
-The model is saved under a model_type of this project. So AutoModel refuses to open the saved folder. Otherwise it would
-open a Qwen2 without the tower.
+The model is saved under a model_type that AutoModel does not know. So AutoModel refuses to open the saved folder. With
+the model_type of Qwen2, AutoModel would open a Qwen2 without the tower.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Return the inputs with each row repeated `expand_size` times. Its images are repeated too."""
+        """Return the inputs with each row repeated `expand_size` times. The images of the row are repeated too."""
         pixels: torch.Tensor | None = model_kwargs.get('pixel_values')
 
         if expand_size > 1 and pixels is not None and input_ids is not None:

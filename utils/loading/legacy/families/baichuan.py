@@ -141,8 +141,8 @@ def with_normalised_head(native: State) -> State:
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
     """Return the output head in fp32, with each row divided by its Euclidean norm. Rows with norm 1 do not change.
 
-    The caller rounds the result to the dtype of the model. So a model that is opened in fp32 gives the logits of the
-    original code in fp32, even if its files are in half precision.
+    The result is in fp32 even if `head` is in half precision. It is rounded only later, to the dtype in which the model
+    is opened. In fp32, nothing is rounded, and the logits are those of the original code.
     """
     import torch
 

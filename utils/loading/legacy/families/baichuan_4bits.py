@@ -24,7 +24,7 @@ _QUANT = '.quant_state'
 
 
 def _dense(original: Config) -> Config:
-    """Return config.json without quantization_config, which is the config.json of the unpacked (full-width) model."""
+    """Return config.json without quantization_config. The rest is the config.json of the model before quantisation."""
     return {field: value for field, value in original.items() if field != 'quantization_config'}
 
 
@@ -63,7 +63,7 @@ def unpack_state(state: State) -> State:
         count = sum(weight.shape[0] * weight.shape[1] for weight in packed)
         logger.warning(
             f'the 4-bit weights are unpacked while loading: they take {count / 2**29:.3g} GiB in 16 bits instead of '
-            f'about {count / 2**31:.3g} GiB, unless --quantization_bit 4 packs them again, layer by layer.'
+            f'about {count / 2**31:.3g} GiB. With --quantization_bit 4, each layer is then packed again.'
         )
 
     return unpacked
@@ -78,8 +78,8 @@ class Nf4Weight(LazyMatrix):
     `block` contiguous values.
 
     If `nested` is None, `absmax` holds the scales in fp32. Otherwise the scales are quantised too (double
-    quantisation): `absmax` holds indices into a table. A scale is the number in the table, times a second scale, which
-    a block of scales shares, plus an offset. `nested` holds the table, the second scales and the offset.
+    quantisation). Then `absmax` holds indices into a table, and scale = table[index] * second scale + offset. Each
+    second scale belongs to a block of contiguous scales. `nested` holds the table, the second scales and the offset.
     """
 
     packed: torch.Tensor
@@ -163,12 +163,12 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
 
 
 def native_config(original: Config, *, full_width: Family) -> dict[str, Any]:
-    """Return the arguments of the native configuration. They are the same as for the full-width model."""
+    """Return the arguments of the native configuration. They are the same as for the model before quantisation."""
     return full_width.config(_dense(original))
 
 
 def native_tensors(state: State, original: Config, *, full_width: Family) -> State:
-    """Unpack the tensors and return them under the native names of the full-width model."""
+    """Unpack the tensors and return them under the same native names as for the model before quantisation."""
     return full_width.tensors(unpack_state(state), _dense(original))
 
 

@@ -26,8 +26,7 @@ def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> 
     """Return the LlamaConfig arguments that config.json stores under the same names, without rotary settings.
 
     If config.json does not have a field, the value is taken from `defaults`, the defaults of the original class. Raises
-    ConfigError if hidden_size is not divisible by the number of heads, or if the weights are quantised, because
-    other families read quantised weights.
+    ConfigError if hidden_size is not divisible by the number of heads, or if the weights are quantised.
     """
     config = {name: original.get(name, default) for name, default in {**_DEFAULTS, **defaults}.items()}
 
@@ -62,7 +61,8 @@ def static_rope(original: Config, family: str) -> dict[str, Any]:
 def native_config(original: Config) -> dict[str, Any]:
     """Return the arguments of LlamaConfig.
 
-    attention_bias is the original field `bias`. Both fields switch the biases of q, k, v and the output projection.
+    attention_bias has the value of the original field `bias`. Both fields say whether q, k, v and the output projection
+    have biases.
     """
     return {
         **llama_config(original, 'internlm', _INTERNLM),

@@ -1,7 +1,7 @@
 """Qwen 7B and 14B of 2023, plain and GPTQ.
 
-They are Qwen2 models with two differences in the layout: q, k and v are one fused layer, and the gate of the MLP is w2,
-not w1.
+They are Qwen2 models with two differences in the layout. q, k and v are one fused layer. In the MLP, w1 is the up
+projection and w2 is the gate.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ class Vocabulary:
 
     @property
     def isolates_symbols(self) -> bool:
-        """Return whether a regex must find the user-defined pieces in a text, after the dummy prefix was added to it.
+        """Return whether user-defined pieces must be found by a regex, after the dummy prefix was added to a text.
 
-        If False, the user-defined pieces become added tokens of the tokenizer, and no regex is needed.
+        If False, no regex is needed, because the user-defined pieces become added tokens of the tokenizer.
         """
         return self.dummy_prefix and bool(self.of_type(_USER_DEFINED))
 
@@ -68,7 +68,7 @@ def read_settings(model_dir: Path, name: str = 'tokenizer_config.json') -> dict[
 def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') -> dict[str, Any]:
     """Return the constructor arguments that are the same for all tokenizers. `settings` is tokenizer_config.json.
 
-    References to code in `settings` are not used. `padding_side` is used if `settings` does not state the side.
+    Keys of `settings` that name code are ignored. `padding_side` is used if `settings` does not state the side.
     """
     return {
         'clean_up_tokenization_spaces': False,
