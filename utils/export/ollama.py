@@ -150,7 +150,7 @@ class Compared:
     unlike: int
 
     def sentence(self) -> str:
-        """Return the sentence with these numbers for the log and for proofs.json."""
+        """Return a sentence with the counts, for the log and for proofs.json."""
         says = f'its TEMPLATE gives the text of the chat template on {self.equal} conversations'
         if self.stripped:
             says += f', on {self.stripped} more except blanks at the ends of texts, which Ollama keeps'
@@ -194,8 +194,8 @@ def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[st
 def _is_plain(row: Row, *, has_system: bool) -> bool:
     """Return whether a template of Ollama can express a conversation.
 
-    It can have questions and replies in turn and, with `has_system`, a system message before them. It cannot have
-    tools, images, reasoning or other keys.
+    In such a conversation, questions and replies alternate. With `has_system`, the first message can be a system
+    message. Tools, images, reasoning and other keys are not possible.
     """
     messages = row.messages[:-1]
     roles = [message['role'] for message in messages]

@@ -135,7 +135,10 @@ class Speedometer(TrainerCallback):
         self._since = now
 
     def add_wait(self) -> None:
-        """Add the time since the last step to the seconds of training. The CPU has waited for the device since then."""
+        """Add the time since the last step to the seconds of training.
+
+        Call this after the CPU has waited for the device to complete the step. This wait is part of the training time.
+        """
         now = time.perf_counter()
         if self.tokens and self._since is not None:
             self.seconds += now - self._since

@@ -88,7 +88,7 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
         return [token for token, row in zip(checked, end_rows, strict=True) if float(row.norm()) <= zero_norm]
 
     def similarity(found: Any) -> Any:
-        """Return (rows of `found`, unused rows): the cosine similarity of each row of `found` to each unused row."""
+        """Return the cosine similarity of each row of `found` to each unused row, as a matrix."""
         return torch.nn.functional.normalize(found, dim=1) @ torch.nn.functional.normalize(unused_rows, dim=1).T
 
     among_unused = similarity(unused_rows)
