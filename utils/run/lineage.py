@@ -185,7 +185,7 @@ def _fill_model(
 def _fill_from_run(
     parsed: Parsed[SftArguments], record: RunRecord, decisions: list[str], warnings: list[str] | None = None
 ) -> None:
-    """Set --template_type and --freeze_vision to their values in the run of the adapter, unless they are typed.
+    """Set --template_type and --freeze_vision to their values in the run that trained the adapter, unless typed.
 
     If `warnings` is given, a line is added for each typed flag that differs, and if the system text differs.
     """
