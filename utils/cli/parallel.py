@@ -56,8 +56,8 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
     if args.resume_from_checkpoint is not None or args.only_save_model is False:
         problems.add(
             '--fsdp true cannot be resumed: transformers does not store the state of an optimizer over sharded '
-            'weights. Remove --resume_from_checkpoint and --only_save_model false, or use --deepspeed_config_path '
-            'ds_config/zero3.json instead of --fsdp.'
+            'weights. Remove both --resume_from_checkpoint and --only_save_model, or replace --fsdp true with '
+            '--deepspeed_config_path ds_config/zero3.json.'
         )
     elif args.only_save_model is None:
         done.decide('only_save_model', True, 'the state of an optimizer over sharded weights (--fsdp) is not stored')

@@ -138,11 +138,11 @@ def _between(render: Render, chat: Sequence[Mapping[str, str]]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """On how many conversations a template of Ollama was compared with the chat template.
+    """Counts of conversations, by the result of comparing a template of Ollama with the chat template.
 
     equal: both templates give the same text. stripped: the same, except that the chat template removes blanks at the
-    ends of messages. unlike: not compared, because a template of Ollama has no place for the tools, the reasoning or
-    the order of messages.
+    ends of messages. unlike: not compared, because a template of Ollama cannot print the tools, the reasoning or the
+    order of messages of the conversation.
     """
 
     equal: int

@@ -257,7 +257,8 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
 def changes_since(earlier: dict[str, Any], lock: dict[str, Any]) -> list[str]:
     """Return a line for each version and each property of the machine that differs between two lock.json files.
 
-    `earlier` is the content from the repeated run. A property that older versions did not record is not compared.
+    `earlier` is the lock.json of the original run, and `lock` that of the run that repeats it. A property that older
+    versions did not record is not compared.
     """
     lines = []
     for part in ('versions', 'machine'):

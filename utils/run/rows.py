@@ -223,7 +223,7 @@ def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading, hub: HubNa
 
 
 def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
-    """Return all rows of the data sets. If a data set has a validation split, only the rows of this split are used."""
+    """Return the rows of the data sets: of each, its validation split if it has one, else all its rows."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub, reading=reading)
     _log(remarks_of([plan.parts]))
     names = {part.name for part in plan.parts}

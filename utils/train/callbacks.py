@@ -194,7 +194,8 @@ class StopCallback(TrainerCallback):
     ) -> None:
         """Raise EvaluationCutError if any process has received a signal to stop.
 
-        The evaluation of the last step is never stopped, nor is an evaluation that a resumed run repeats.
+        Two evaluations are never stopped: the one after the last step, and, in a resumed run, the one that repeats a
+        stopped evaluation of the earlier run.
         """
         trainer = self.trainer
         if trainer.evaluation_pending or state.global_step >= state.max_steps:
