@@ -64,7 +64,7 @@ def test_a_registered_set_gives_its_validation_part_or_else_all_its_rows(tmp_pat
     both = plan_rows([pair], val_words=[pair])
     assert questions(both, TRAIN) == [f'p{i}' for i in range(6)] and questions(both, VAL) == ['v0', 'v1']
     assert list(both.lock()) == ['pair', 'pair (validation)']
-    with pytest.raises(ConfigError, match="--val_dataset 'single': --dataset trains on its rows, and it has no valid"):
+    with pytest.raises(ConfigError, match="--val_dataset 'single': --dataset trains on the rows of this data set"):
         plan_rows(['single'], val_words=['single'])
 
 
@@ -141,5 +141,5 @@ def test_streams_hold_nothing_out(tmp_path: Path, pair: str) -> None:
     assert [*streams.decisions][:1] == ['pair (validation) is not used because --val_dataset names the validation rows']
     assert [row.messages[-2]['content'] for row in some_rows(streams, TRAIN, 4)] == ['a0', 'a1', 'p0', 'p1']
     assert [row.messages[-2]['content'][0] for row in some_rows(streams, VAL, 2)] == ['b', 'b']
-    with pytest.raises(ConfigError, match='--dataset trains on its rows, and it has no validation part'):
+    with pytest.raises(ConfigError, match='--dataset trains on the rows of this data set, which has no validation'):
         open_streams(['single'], hub='modelscope', val_words=['single'])

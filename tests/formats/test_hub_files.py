@@ -347,8 +347,8 @@ def test_a_local_folder_or_file_of_the_same_name_wins_and_is_said(
 def test_a_run_that_read_a_local_folder_is_not_repeated_with_a_data_set_of_a_hub(tmp_path: Path) -> None:
     (tmp_path / 'owner' / 'name').mkdir(parents=True)
     (problem,) = check_sources(['owner/name'], str(tmp_path))
-    assert f'the run read {tmp_path}/owner/name, and here the name is the id of a data set on a hub.' in problem
-    assert problem.endswith(f'The run was started in {tmp_path}: run the command there.')
+    assert f'the earlier run read {tmp_path}/owner/name. In this folder, the same name is the id of' in problem
+    assert problem.endswith(f'Start the command in {tmp_path}, where the earlier run was started.')
     assert check_sources(['owner/other'], str(tmp_path)) == []
 
 

@@ -218,8 +218,8 @@ def test_no_checkpoint_and_no_run_makes_a_file_run(
 
     run_sft('--from_run', str(run), expect=2)
     assert problems() == [
-        f'--from_run {run}: the run was scored by a function of a file, and such a function is only executed if it is '
-        f'typed now. Add --score {own}:length exact.'
+        f'--from_run {run}: the run used a score function from a file of the user. Such a function is only executed if '
+        f'this command names it. Add --score {own}:length exact.'
     ]
 
     own.write_text(OWN + '\n# changed\n')

@@ -209,8 +209,8 @@ def test_a_run_without_log_lines_is_refused(run: Path, verify: Callable[..., Any
     (run / 'history.json').write_text('[]')
     assert verify(run)[0] == 2
     assert problems() == [
-        f'--from_run {run}: it has no log line after step 0 to compare with. Give a run that has history.json or a '
-        'checkpoint.'
+        f'--from_run {run}: the run has no log line after step 0 to compare with. Give a run that has history.json or '
+        'a checkpoint.'
     ]
 
 

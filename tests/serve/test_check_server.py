@@ -483,7 +483,7 @@ def test_an_answer_of_another_form_ends_the_check(server: OpenAIServer) -> None:
             "the address of a server, got 'http://a:99999999'. Write e.g. http://",
         ),
         (['--check_server', 'http://me:it@a/v1'], 'takes an address without user, password, ? and #. Give the key of'),
-        (['--check_server', 'http://a', '--eval_human', 'true'], 'answers none. Remove --eval_human, --merge_lora_and'),
+        (['--check_server', 'http://a', '--eval_human', 'true'], 'answers no rows. Remove --eval_human, --merge_lora'),
     ],
     ids=['nobody', 'no scheme', 'no port', 'a password', 'a chat'],
 )

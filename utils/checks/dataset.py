@@ -126,7 +126,7 @@ class Seen:
         """Return the stored row with the same content as a new row. If there is none, store the new row.
 
         `content` is the content of the new row as text, and `row` describes the new row. Returns None if the new row
-        was stored. If `row.can_copy` is True, it becomes True for an already stored row too.
+        was stored. If a row was stored already and `row.can_copy` is True, `can_copy` of the stored row becomes True.
         """
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
@@ -224,7 +224,7 @@ class DataCheck:
         positions: int | None = None,
         copy: CleanCopy | None = None,
     ) -> None:
-        """Set up a check without findings, which writes its findings to `stream`, an open file.
+        """Set up a check that has examined no rows. It writes its findings to the open file `stream`.
 
         `seen` stores the rows that were examined. `positions` is the maximum number of tokens per row in the model's
         config.json, or None if the config has no such number. The rows that can be trained on are added to `copy`,

@@ -186,7 +186,8 @@ def _nvidia(count: int) -> Iterator[Finding]:
 def _is_built_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
     """Return whether torch has kernels for a compute capability. `built_for` are names like sm_80 or compute_90.
 
-    Code for sm_80 also runs on sm_86, but not on sm_90. Drivers compile code for compute_90 for sm_90 and later.
+    Code for sm_80 also runs on sm_86, but not on sm_90. Code for compute_90 runs on sm_90 and on all later GPUs,
+    because the driver compiles it for the GPU.
     """
     major, minor = capability
     for name in built_for:

@@ -334,7 +334,7 @@ def _check_device(done: Resolution[Any]) -> None:
     elif done.info is not None and done.info.quantization == 'nf4':
         done.problems.add(
             f"the weights of '{run_name(args)}' are stored in 4 bits, and bitsandbytes, which reads them, does not run "
-            f'on {_DEVICES[kind]}. Use the same model without int4. Name it with --model_type.'
+            f'on {_DEVICES[kind]}. Use --model_type with the unquantised model, e.g. baichuan2-7b-chat.'
         )
 
 

@@ -58,8 +58,8 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
     if args.resume_from_checkpoint is not None or args.only_save_model is False:
         problems.add(
             '--fsdp true cannot be resumed: transformers does not store the state of an optimizer over sharded '
-            'weights. Remove --resume_from_checkpoint and --only_save_model false, or use --deepspeed_config_path '
-            'ds_config/zero3.json instead of --fsdp.'
+            'weights. Remove both --resume_from_checkpoint and --only_save_model, or replace --fsdp true with '
+            '--deepspeed_config_path ds_config/zero3.json.'
         )
     elif args.only_save_model is None:
         done.decide('only_save_model', True, 'the state of an optimizer over sharded weights (--fsdp) is not stored')
@@ -149,13 +149,17 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
     betas = [args.adam_beta1, args.adam_beta2]
     if settings.get('betas', 'auto') not in ('auto', betas):
         problems.add(
-            f"{path} sets betas {settings['betas']}, and --adam_beta1 and --adam_beta2 are {betas}. Write 'auto' in "
-            'the file.'
+            f'{path} sets betas to {settings["betas"]}, and --adam_beta1 and --adam_beta2 are {betas}. '
+            'Set betas to "auto" in the file.'
         )
     if settings.get('eps', 'auto') not in ('auto', args.adam_epsilon):
         problems.add(
-            f"{path} sets eps {settings['eps']}, and --adam_epsilon is {args.adam_epsilon}. Write 'auto' in the file."
+            f'{path} sets eps to {settings["eps"]}, and --adam_epsilon is {args.adam_epsilon}. '
+            'Set eps to "auto" in the file.'
         )
     for name, (flag, value) in from_flags.items():
         if zero.content.get(name, 'auto') not in ('auto', value):
-            problems.add(f"{path} sets {name} {zero.content[name]}, and --{flag} is {value}. Write 'auto' in the file.")
+            problems.add(
+                f'{path} sets {name} to {zero.content[name]}, and --{flag} is {value}. '
+                f'Set {name} to "auto" in the file.'
+            )

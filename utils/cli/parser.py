@@ -171,7 +171,7 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
             )
 
         if ignore:
-            logger.warning(f'{text} It is ignored because ignore_args_error is true.')
+            logger.warning(f'{text} Ignored because --ignore_args_error is true.')
         else:
             problems.add(text)
 

@@ -95,7 +95,7 @@ def _resolve_server_check(done: Resolution[InferArguments]) -> None:
         )
     if not args.reads_data:
         done.problems.add(
-            '--check_server compares answers to rows, and this command answers none. Remove --eval_human, '
+            '--check_server needs rows to answer, and this command answers no rows. Remove --eval_human, '
             '--merge_lora_and_save and --export_native.'
         )
 

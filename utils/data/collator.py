@@ -41,7 +41,8 @@ class Collator:
         their data set), each (B,).
         A padded batch also contains input_ids, labels and attention_mask, each (B, T), and the model's image inputs.
         A concatenated batch also contains input_ids, labels and position_ids, each (1, sum of T). The position_ids of
-        each row start at 0. `with_plan` names the other keys.
+        each row start at 0.
+        Every batch also contains the tensors that the docstring of `with_plan` lists.
 
         row_lengths is the first key, because the trainer takes the number of rows from the first tensor.
         """

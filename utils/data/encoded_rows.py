@@ -197,7 +197,7 @@ class EncodedRows:
         return [[self[index] for index in batch] for batch in batches]
 
     def evenly(self, count: int) -> EncodedRows:
-        """Return `count` of these rows, spread evenly over them. Returns all rows if `count` is -1 or too large.
+        """Return `count` of these rows at equal distances. Returns all rows if `count` is -1 or too large.
 
         The pieces into which --overlong split divides a row count as one row.
         """

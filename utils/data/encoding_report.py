@@ -45,7 +45,10 @@ class RefusedRows:
 
 @dataclass(kw_only=True)
 class EncodingReport:
-    """Counts of rows by reason: `left_out` counts the skipped rows, `noted` counts the notes on the used rows."""
+    """Counts of rows by reason.
+
+    `left_out` counts the skipped rows. `noted` counts the notes on the used rows, e.g. that the end of a row was cut.
+    """
 
     left_out: Tally = field(default_factory=Tally)
     noted: Tally = field(default_factory=Tally)

@@ -19,9 +19,9 @@ def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return {name of part: {'files_sha256': hash, 'rows': positions}} for the parts of the data sets of a run.
 
     The positions are the indices of the held-out rows among all rows of the part. If there are validation sets, only
-    their parts are returned, because no other part has held-out rows. The hash covers the files of the part. It is None
-    if the rows depend on more than the files: for registered data sets of a hub, for functions of the user, and for
-    rows with images.
+    their parts are returned, because no other part has held-out rows. The hash covers the files of the part. The
+    hash is None if the rows depend on more than the files. This is so for registered data sets of a hub, functions of
+    the user, and rows with images.
     """
     sets = [part for part in plan.parts if part.val_set]
     return {
@@ -62,8 +62,8 @@ def read_held_out(
 ) -> list[Row] | None:
     """Return the held-out rows of an earlier run. `kept` is what `held_out` returned in that run.
 
-    `words` are the words of --dataset. Returns None if they name other data sets than in the earlier run, or if the
-    files of a data set have changed.
+    `words` are the words of --dataset. Returns None if `words` name other data sets than the earlier run read, or if
+    the files of a data set have changed.
     """
     sources = [parse_source(word) for word in words]
     if any(source.path is None and source.hub is None for source in sources):

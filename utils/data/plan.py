@@ -199,8 +199,8 @@ class _Planner:
         part = opened[-1]
         if len(opened) == 1 and part.name in trained:
             raise ConfigError(
-                f"--val_dataset '{word}': --dataset trains on its rows, and it has no validation part. Remove it from "
-                '--dataset or from --val_dataset.'
+                f"--val_dataset '{word}': --dataset trains on the rows of this data set, which has no validation "
+                'split. Remove the data set from --dataset or from --val_dataset.'
             )
 
         check_read_once([*self.parts, part])

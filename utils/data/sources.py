@@ -271,8 +271,8 @@ def _check_not_moved(source: Source, started_in: str | None) -> None:
     there = Path(started_in).expanduser() / source.name
     if there.exists():
         raise ConfigError(
-            f"--dataset '{source.name}': the run read {there}, and here the name is the id of a data set on a hub. "
-            f'The run was started in {started_in}: run the command there.'
+            f"--dataset '{source.name}': the earlier run read {there}. In this folder, the same name is the id of a "
+            f'data set on a hub. Start the command in {started_in}, where the earlier run was started.'
         )
 
 

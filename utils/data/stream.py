@@ -291,7 +291,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
     """Return the first `count` rows of each data set, or of its validation part if it has one.
 
-    Only skipped rows and notes of validation parts are added to the report. Those of other parts are counted during
+    Skipped rows and notes are added to the report only for validation parts. For other parts, they are counted during
     training, which reads these parts from the beginning.
     """
     for parts in sources.sources:

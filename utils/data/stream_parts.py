@@ -37,7 +37,7 @@ class Streams:
 
     `sources` has the parts of each data set that is streamed: [training, validation], or only one part. `shares` has
     the share of each source; it is empty if the sources take turns. `val` is the plan of the rows of --val_dataset,
-    which are not streamed, or None without --val_dataset. Rows of the sources are held out only if `val` is None.
+    or None without --val_dataset. These rows are not streamed. Rows of the sources are held out only if `val` is None.
     """
 
     sources: list[list[Part]]

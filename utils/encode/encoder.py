@@ -194,7 +194,7 @@ class Encoder:
     def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
         """Return the row with one image token for each feature of its images.
 
-        If `overlong` is 'cut', a row longer than max_length also loses ids at the start.
+        If `overlong` is 'cut' and the row is then longer than max_length, ids are removed from its start.
         """
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)

@@ -192,11 +192,12 @@ class TextTokenizer:
         return f'{self._nonce}={number};'
 
     def _make_inert(self) -> tuple[Any, dict[int, int]]:
-        """Return (backend, real ids): a copy of the backend, and a dict from its added ids to the tokenizer's ids.
+        """Return (backend, real ids): a copy of the backend, and a dict from the ids of aliases to the real ids.
 
-        In the text to tokenise, an alias (a random text) replaces each control token of the template. The copy
-        recognises only the aliases as control tokens. An alias has the options of its control token, such as lstrip, so
-        that the text next to it gets the same ids.
+        An alias is a random text. In the text to tokenise, it stands for a control token of the template. The copy
+        recognises only the aliases as control tokens. The dict gives the id of the control token for which an alias
+        stands. An alias has the options of its control token, such as lstrip, so that the text next to it gets the same
+        ids.
         """
         from tokenizers import AddedToken, Tokenizer
 

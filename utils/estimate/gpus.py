@@ -86,10 +86,10 @@ def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine)
 
 
 def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
-    """Return {field of Mode: value} for the layers and rows that are trained whole beside the adapter.
+    """Return {field of Mode: value} for the weights that are trained directly, besides the adapter.
 
-    The layers are those of --lora_modules_to_save, and the rows those of --new_tokens. Norms are left out, because they
-    need little memory.
+    These are the layers of --lora_modules_to_save, and the rows of new tokens in embedding and head (--new_tokens).
+    Norms are left out, because they need little memory.
     """
     if args.sft_type == 'full':
         return {}

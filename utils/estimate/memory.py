@@ -370,9 +370,9 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 def _step(shape: Shape, mode: Mode, own: int) -> int:
     """Return the temporary bytes of the optimizer step. `own` is the number of trained parameters on one device.
 
-    A fused optimizer needs no temporary memory. The optimizer for bf16 weights needs it for one chunk of values. With
-    FSDP the optimizer is not fused. On a GPU it then needs temporary memory for all trained tensors together, and on a
-    CPU for the largest tensor.
+    The optimizer for bf16 weights needs temporary memory for one chunk of values. Other optimizers need temporary
+    memory only with FSDP, because they are not fused then. On a GPU, they need it for all trained tensors together. On
+    a CPU, they need it for the largest tensor.
     """
     if mode.full and mode.trained == 2:
         return _STEP_BYTES * min(own, STEP_CHUNK)

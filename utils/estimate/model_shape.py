@@ -252,7 +252,7 @@ def _inner(
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return the value of `Shape.attention` for this model."""
+    """Return the kind of attention of this model. The comment at `Shape.attention` explains the values."""
     from utils.fast.layout import why_padded
     from utils.loading.layers import ATTENDING
 

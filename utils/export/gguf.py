@@ -69,7 +69,7 @@ def write_gguf(
 ) -> str:
     """Write the model in `folder` as a GGUF file and a Modelfile, and return a text that says what was compared.
 
-    The model in the file and the model in `folder` get the same prompts, on `device`. They are the prompts in the
+    The model in the file and the model in `folder` get the same prompts, on `device`. The prompts are taken from the
     report of the run. If the report has none, one fixed prompt is used. Raises ConfigError if the converter fails, or
     if the two models differ.
 
@@ -136,12 +136,12 @@ def _convert(command: Sequence[str], checkout: Path, target: Path) -> None:
     if done.returncode:
         raise ConfigError(
             f'--llama_cpp {checkout}: {CONVERTER} failed with exit code {done.returncode}. Update the checkout, and '
-            f'install what its requirements.txt names. The end of its output:\n{shown}'
+            f'install what its requirements.txt names. The end of the converter output:\n{shown}'
         )
     if not target.is_file():
         raise ConfigError(
             f'--llama_cpp {checkout}: {CONVERTER} ended without an error, but wrote no file. Update the checkout. The '
-            f'end of its output:\n{shown}'
+            f'end of the converter output:\n{shown}'
         )
 
 

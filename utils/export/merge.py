@@ -243,10 +243,10 @@ def verify_merged(
 ) -> tuple[float, float, str | None]:
     """Load the model in a merged folder, and compare it with `expected`.
 
-    The model is loaded with the settings with which `base` was loaded, or without `base` with default settings. Returns
-    three values: the largest absolute difference between a logit and that of base + adapter, the smallest share of the
-    adapter's effect that the merged model keeps (see `_share_of_adapter`), and a description of the first problem, or
-    None if there is no problem.
+    The model is loaded with the function `reopen` of `base`. If `base` is None, the model is loaded with default
+    settings. Returns three values: the largest absolute difference between a logit and that of base + adapter, the
+    smallest share of the adapter's effect that the merged model keeps (see `_share_of_adapter`), and a description of
+    the first problem, or None if there is no problem.
     """
     if base is not None:
         reopened, found_tokenizer = base.reopen(folder)

@@ -138,11 +138,11 @@ def _between(render: Render, chat: Sequence[Mapping[str, str]]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """On how many conversations a template of Ollama was compared with the chat template.
+    """Counts of conversations, by the result of comparing a template of Ollama with the chat template.
 
     equal: both templates give the same text. stripped: the same, except that the chat template removes blanks at the
-    ends of messages. unlike: not compared, because a template of Ollama has no place for the tools, the reasoning or
-    the order of messages.
+    ends of messages. unlike: not compared, because a template of Ollama cannot print the tools, the reasoning or the
+    order of messages of the conversation.
     """
 
     equal: int
@@ -150,7 +150,7 @@ class Compared:
     unlike: int
 
     def sentence(self) -> str:
-        """Return the sentence with these numbers for the log and for proofs.json."""
+        """Return a sentence with the counts, for the log and for proofs.json."""
         says = f'its TEMPLATE gives the text of the chat template on {self.equal} conversations'
         if self.stripped:
             says += f', on {self.stripped} more except blanks at the ends of texts, which Ollama keeps'
@@ -194,8 +194,8 @@ def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[st
 def _is_plain(row: Row, *, has_system: bool) -> bool:
     """Return whether a template of Ollama can express a conversation.
 
-    It can have questions and replies in turn and, with `has_system`, a system message before them. It cannot have
-    tools, images, reasoning or other keys.
+    In such a conversation, questions and replies alternate. With `has_system`, the first message can be a system
+    message. Tools, images, reasoning and other keys are not possible.
     """
     messages = row.messages[:-1]
     roles = [message['role'] for message in messages]

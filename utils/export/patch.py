@@ -74,7 +74,7 @@ class _Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """What merging changes: the folder of the base, all its tensors by name, and the changes by tensor name."""
+    """A planned merge: the folder of the base, all tensors in this folder by name, and the changes by tensor name."""
 
     base: Path
     ranges: Mapping[str, TensorRange]

@@ -65,9 +65,9 @@ def carried_files(folder: Path) -> list[str]:
 
 
 def file_changes(merged: Path, base: Path) -> dict[str, str | None]:
-    """Return {name: sha256} for each carried file of `merged` that differs from the file of `base`.
+    """Return {name: sha256} for each file of `merged` that differs from the file of `base`.
 
-    The value is None if only the base has the file.
+    Only the files that `carried_files` returns are compared. The value is None if only the base has the file.
     """
     hashes = [{name: sha256_of(folder / name) for name in carried_files(folder)} for folder in (merged, base)]
     return {
@@ -78,7 +78,7 @@ def file_changes(merged: Path, base: Path) -> dict[str, str | None]:
 
 
 def compare(merged: Path, base: Path) -> Comparison:
-    """Compare all tensors and all carried files of two folders, and return the Comparison.
+    """Compare two folders: all tensors, and the files that `carried_files` returns. Returns the Comparison.
 
     A change does not count as a difference if merge.json of the merged folder lists its sha256. Raises ConfigError if a
     folder cannot be read.

@@ -128,8 +128,8 @@ def write_merged(
         made_same = compare(folder, patch.base)
         if made_same.differences:
             raise ConfigError(
-                f'{folder}: {made_same.differences[0]}. It was not copied correctly from {patch.base}. Check the disk, '
-                'then merge again.'
+                f'{folder}: not copied correctly from {patch.base}: {made_same.differences[0]}. Check the disk, then '
+                'merge again.'
             )
         written = Written(says=made_same.says(), dtypes=patch.dtypes())
 

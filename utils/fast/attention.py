@@ -45,9 +45,9 @@ _PREFIX = 'rows_over_'
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the keyword arguments besides input_ids for a forward pass of concatenated rows with ids (1, T).
 
-    With the attention of this module, they are an attention mask of ones. The attention does not use it, but without a
-    mask transformers would search for rows in position_ids, and the CPU would wait for the device. The package
-    flash-attn needs this search, so {} is returned for it.
+    If the model uses the attention of this module, the only argument is an attention mask of ones. The attention
+    ignores this mask. Without a mask, transformers would search for rows in position_ids, and the CPU would wait for
+    the device. If the model uses the package flash-attn, which needs this search, {} is returned.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
@@ -181,11 +181,11 @@ class Inputs(NamedTuple):
 
 @lru_cache(maxsize=256)
 def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
-    """Return the best kernel for a case that passes a trial on the device.
+    """Return the best kernel for a case. All kernels except the last of `candidates(case)` must pass a trial.
 
     A trial compares output and gradients on small inputs with those of `RowAttention` in fp32. Each kernel is tried
-    once per case. If a kernel fails its trial or raises an error, the log says so and the next kernel is tried. On a
-    CPU there is no trial.
+    once per case, on `device`. If a kernel fails its trial or raises an error, the log says so and the next kernel is
+    tried. On a CPU there is no trial.
     """
     possible = candidates(case)
     for kernel in possible[:-1]:

@@ -107,10 +107,10 @@ def find_head(model: Any) -> Head | None:
 
 
 class _Selected(torch.autograd.Function):
-    """Returns x (P, C), the rows of x (N, C) at P different positions.
+    """Returns the rows of x (N, C) at P different positions, as a tensor (P, C).
 
-    The positions differ, so the backward pass writes each gradient once. Indexing by a tensor would add up gradients,
-    which sorts the positions first on a GPU.
+    No position occurs twice, so the backward pass writes each gradient once. Indexing by a tensor allows for equal
+    positions: on a GPU its backward pass first sorts the positions, which is slow.
     """
 
     @staticmethod

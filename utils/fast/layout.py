@@ -143,7 +143,7 @@ def groups_tokens(model: Any) -> bool:
 def _logits_beside(model: Any, row: torch.Tensor, number: int) -> torch.Tensor:
     """Run the model on four concatenated rows, of which the second and the fourth are `row`, a tensor of ids (1, T).
 
-    Returns the logits (2, T, V) of these two rows. A different `number` gives the two other rows different ids.
+    Returns the logits (2, T, V) of these two rows. `number` determines the ids of the other two rows.
     """
     rows = [_some_ids(model, 5, number + 1), row, _some_ids(model, 12, number), row]
     lengths = [ids.shape[1] for ids in rows]

@@ -1,7 +1,8 @@
 """Keeps concatenated rows apart in layers with a recurrent state: gated delta nets and short convolutions.
 
-Such a layer passes a state from token to token. So it gets padded batches instead, in which each row is separate. The
-padding is at the end of a row. It changes no result, because no state goes back to earlier tokens.
+Such a layer passes a state from token to token. In a concatenated batch, the state would also pass from row to row. So
+the layer gets padded batches instead. The padding is at the end of a row. It changes no result, because no state goes
+back to earlier tokens.
 
 Shapes in names: T tokens of all rows, B rows of a group, L length of its longest row, C hidden width.
 """
@@ -23,7 +24,7 @@ _MASKS = 'attention_mask'
 
 
 class _RowsApart(nn.Module):
-    """Mixin for the class of a recurrent layer, which keeps rows apart if the layer gets a RowMask as mask."""
+    """Mixin for the class of a recurrent layer. The layer keeps rows apart if its attention_mask is a RowMask."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output of the layer, (1, T, C) for concatenated rows."""
@@ -45,8 +46,9 @@ def keep_rows_apart(model: Any, *, flash_package: bool) -> int:
     """Make the recurrent layers of a model keep concatenated rows apart. Returns the number of such layers.
 
     Inside the context `concatenated_rows`, the decoder then passes a RowMask to its layers in place of the mask tensor.
-    The RowMask is an argument, so that gradient checkpointing passes it again. With `flash_package`, attention layers
-    get no mask, because the package flash-attn finds the rows from position_ids.
+    The RowMask is passed as an argument, because gradient checkpointing calls a layer again outside of the context,
+    with the same arguments. With `flash_package`, attention layers get no mask, because the package flash-attn finds
+    the rows from position_ids.
     """
     layers = [m for m in model.modules() if type(m).__name__.endswith(_NAMES)]
     changed = [layer for layer in layers if not isinstance(layer, _RowsApart)]

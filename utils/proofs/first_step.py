@@ -143,8 +143,8 @@ class FirstStepGate(TrainerCallback):
 
         One whole step comes first, because it allocates the state of the optimizer. Then each batch gets a forward and
         a backward pass without collective operations, so that no process waits for a process that runs out of memory. A
-        last pass, over one row, averages the gradients over the processes. A sharded model needs collective operations
-        in every pass.
+        last pass, over one row, averages the gradients over the processes. With a sharded model, every pass has
+        collective operations, so the other processes can hang if a process runs out of memory.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
@@ -281,8 +281,8 @@ class FirstStepGate(TrainerCallback):
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
         """Return a list of (flag that saves memory, the heaviest batch under this flag).
 
-        `rows` is the heaviest batch now, and `tokens` the length of its longest row. The entry of
-        --gradient_checkpointing has the unchanged object `rows`.
+        `rows` is the heaviest batch now, and `tokens` the length of its longest row. --gradient_checkpointing does not
+        change the batch, so its entry has the object `rows` itself.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:
@@ -353,7 +353,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def joins_more() -> bool:
-    """Return whether micro-batches are joined to more tokens than the heaviest batch has: True on CUDA."""
+    """Return whether joined micro-batches can have more tokens than the heaviest batch. This is True only on CUDA."""
     return device.kind() == 'cuda'
 
 

@@ -93,8 +93,8 @@ class Repetition(TrainerCallback):
         known = {_key(line): line for line in lines if line['step'] > first}
         if not known:
             raise ConfigError(
-                f'--from_run {self.run_dir}: it has no log line after step {first} to compare with. Give a run that '
-                f'has {HISTORY_JSON} or a checkpoint.'
+                f'--from_run {self.run_dir}: the run has no log line after step {first} to compare with. Give a run '
+                f'that has {HISTORY_JSON} or a checkpoint.'
             )
         logged = [step for step, _ in known]
         self.stop = max((step for step in logged if step <= first + self.steps), default=min(logged))

@@ -32,8 +32,8 @@ def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[
     """With --max_minutes, make the trainer end the run within this time.
 
     `started` is the time when the program started, as time.time returns it. With --from_run, the run takes as many
-    steps as the run that it repeats. If the user typed --max_minutes, --max_steps or --num_train_epochs without
-    --verify, the number of steps is chosen anew.
+    steps as the run that it repeats. There is one exception: the user typed --max_minutes, --max_steps or
+    --num_train_epochs, but not --verify true. In this case the number of steps is chosen anew.
     """
     if args.max_minutes is None:
         return

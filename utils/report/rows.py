@@ -24,9 +24,9 @@ Row = dict[str, Any]
 
 
 def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return {kind: rows} for all rows with both losses. A kind says what training did to a row, for example 'learnt'.
+    """Return {kind: rows} for all rows with a loss before and after training. `rows` is the content of rows.jsonl.
 
-    `rows` is the content of rows.jsonl. Each row belongs to exactly one kind.
+    A kind says what training did to a row, for example 'learnt'. Each row belongs to exactly one kind.
     """
     found: dict[str, list[Row]] = {'got worse': [], 'the base knew': [], 'learnt': [], 'not learnt': []}
     for row in rows:

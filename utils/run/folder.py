@@ -30,7 +30,7 @@ from utils.run.record import RunRecord, check_resumed, record_of
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress. `note` and `decide` replace the object in `record`, so do not keep a reference to it."""
+    """A run in progress. `note` and `decide` replace the object in `record`. Do not store this object elsewhere."""
 
     folder: Path
     record: RunRecord

@@ -161,9 +161,10 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
 
 
 def _other_start(lock: Mapping[str, Any], record: RunRecord) -> str | None:
-    """Return a reason if a run did not start from the adapter in --adapter. Returns None if it did.
+    """Return why the start of a run does not match --adapter. Returns None if the start matches.
 
-    Without --adapter, return a reason if the run started from an adapter.
+    With --adapter, the run must have started from this adapter. Without --adapter, the run must not have started from
+    an adapter.
     """
     started_from = (lock.get('adapter') or {}).get('sha256')
     adapter = record.flags.get('adapter')

@@ -143,10 +143,10 @@ def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: str, decisions: list[str]) -> None:
-    """Set the flags of `adapter_flags` that are not typed. Add a problem for each typed flag that differs.
+    """Set each flag of `adapter_flags` that the user did not give to the value of the adapter.
 
-    `whose` is the middle of the message, e.g. 'the adapter has'. Typed names of layers are compared later, when the
-    model is open.
+    Adds a problem for each flag that the user gave with a different value. `whose` is the middle of its message, e.g.
+    'the adapter has'. Names of layers that the user gave are compared later, when the model is open.
     """
     for name, value in adapter_flags(config).items():
         typed = getattr(parsed.args, name)
@@ -185,7 +185,7 @@ def _fill_model(
 def _fill_from_run(
     parsed: Parsed[SftArguments], record: RunRecord, decisions: list[str], warnings: list[str] | None = None
 ) -> None:
-    """Set --template_type and --freeze_vision to their values in the run of the adapter, unless they are typed.
+    """Set --template_type and --freeze_vision to their values in the run that trained the adapter, unless typed.
 
     If `warnings` is given, a line is added for each typed flag that differs, and if the system text differs.
     """

@@ -158,8 +158,8 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     if 'score' not in parsed.typed and own_words(whole.args.score):
         typed = ' '.join(whole.args.score)
         whole.problems.add(
-            f'--from_run {parsed.args.from_run}: the run was scored by a function of a file, and such a function is '
-            f'only executed if it is typed now. Add --score {typed}.'
+            f'--from_run {parsed.args.from_run}: the run used a score function from a file of the user. Such a '
+            f'function is only executed if this command names it. Add --score {typed}.'
         )
     if parsed.args.verify:  # --max_steps is the number of steps to verify, and the schedule stays that of the run
         _check_verification(parsed, whole.problems)
@@ -257,7 +257,8 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
 def changes_since(earlier: dict[str, Any], lock: dict[str, Any]) -> list[str]:
     """Return a line for each version and each property of the machine that differs between two lock.json files.
 
-    `earlier` is the content from the repeated run. A property that older versions did not record is not compared.
+    `earlier` is the lock.json of the original run, and `lock` that of the run that repeats it. A property that older
+    versions did not record is not compared.
     """
     lines = []
     for part in ('versions', 'machine'):

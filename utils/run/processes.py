@@ -85,8 +85,8 @@ def start_processes(backend: str, *, deepspeed: bool = False, deterministic: boo
 def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> None:
     """Hide optional packages that this run does not use from all later imports, so that the run starts faster.
 
-    `weights` is the folder or the file of the base model. Nothing is hidden unless llm_sft.py or
-    llm_infer.py is the main program, because any other process could start a second run. Nothing is hidden if --score
+    `weights` is the folder or the file of the base model. Packages are hidden only if llm_sft.py or llm_infer.py is the
+    main program, because any other program could start a second run that needs them. Nothing is hidden if --score
     names a function of the user, because the function could import any package. Functions of data sets have imported
     their packages before this call.
     """
@@ -139,7 +139,7 @@ def _take_gpus(gpus: int) -> range:
     if not own:
         raise ConfigError(
             f'torchrun: {dist.local_world_size()} processes for {gpus} GPUs, and each process needs its own GPU. '
-            f'Start {gpus}: --nproc_per_node {gpus}.'
+            f'Use --nproc_per_node {gpus} or less.'
         )
     device.use(own[0])
     if len(own) > 1 and dist.world_size() > 1:

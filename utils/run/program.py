@@ -28,8 +28,10 @@ def run_program(work: Callable[[], int | None]) -> int:
     """Call `work`, and return the exit code of the program.
 
     The exit code is the value that `work` returns, or 0 for None. It is 2 for problems that the user can fix; each
-    problem is logged. It is 128 + n if signal n ended the program (130 for Ctrl-C, 143 for SIGTERM). A single process
-    raises any other error. One of several processes logs it and returns 1.
+    problem is logged. It is 128 + n if signal n ended the program (130 for Ctrl-C, 143 for SIGTERM).
+
+    Any other error is raised if the run has only one process. If it has several processes, the process that failed logs
+    the error, and the exit code is 1.
     """
     from utils.base.garbage import search_cycles_seldom
     from utils.base.logger import replace_unprintable, set_up_logging

@@ -106,7 +106,10 @@ class RunRecord:
         return replace(self, flags={**self.flags, **flags})
 
     def with_decision(self, name: str, value: Any) -> RunRecord:
-        """Return a copy of the record with the decided value. `asked` keeps the value before the first decision."""
+        """Return a copy of the record with the decided value.
+
+        The field `asked` keeps the value before the first decision.
+        """
         if name in _FACTS:
             before = getattr(self, name)
             decided = replace(self, **{name: value})
@@ -126,7 +129,7 @@ class Trained:
 
 
 def record_proof(run_dir: Path, name: str, outcome: dict[str, Any]) -> None:
-    """Write the outcome of the proof `name` to proofs.json, and keep the other entries of the file.
+    """Write the outcome of a check of the run to proofs.json, under the key `name`. Other entries are kept.
 
     The file is replaced atomically. Only the main process writes it.
     """
@@ -246,9 +249,10 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
 
 
 def _built_in_scores(words: Sequence[str], *, default: Sequence[str], warnings: list[str]) -> list[str]:
-    """Return the built-in scores of a run, or `default` if it has none. Adds a warning about functions of files.
+    """Return the built-in scores of a run, or `default` if it has none.
 
-    Such functions are left out, because a checkpoint must not decide which code is executed.
+    Functions of the user (FILE.py:name) are left out, because a checkpoint must not decide which code is executed. A
+    warning names them.
     """
     own = own_words(words)
     if own:

@@ -36,7 +36,7 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
     """Return the rows of a training run: a plan, made in a first pass over the data, or opened streams.
 
     Logs the decisions (rows not drawn, replies that carry loss, validation parts not used), and adds them to `done`.
-    For a plan, does the same with the notes on rows.
+    For a plan, also logs the notes on rows as warnings, and adds them to `done`.
     """
     args = done.args
     rows = _opened(done)
@@ -223,14 +223,14 @@ def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading, hub: HubNa
 
 
 def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
-    """Return all rows of the data sets. If a data set has a validation split, only the rows of this split are used."""
+    """Return the rows of the data sets: of each, its validation split if it has one, else all its rows."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub, reading=reading)
     _log(remarks_of([plan.parts]))
     names = {part.name for part in plan.parts}
     chosen = [part for part in plan.parts if part.name + VALIDATION not in names]
     for part in chosen:
-        what = 'its validation split' if part.is_val else 'all of it'
-        logger.info(f'{part.name}: {what}, {len(part.uses) - part.uses.count(UNUSED)} rows')
+        what = 'its validation split' if part.is_val else 'the whole data set'
+        logger.info(f'{part.name}: {what} is answered, {len(part.uses) - part.uses.count(UNUSED)} rows')
     for line in plan.left_out.lines('left out'):
         logger.warning(line)
 

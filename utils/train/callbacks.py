@@ -135,7 +135,10 @@ class Speedometer(TrainerCallback):
         self._since = now
 
     def add_wait(self) -> None:
-        """Add the time since the last step to the seconds of training. The CPU has waited for the device since then."""
+        """Add the time since the last step to the seconds of training.
+
+        Call this after the CPU has waited for the device to complete the step. This wait is part of the training time.
+        """
         now = time.perf_counter()
         if self.tokens and self._since is not None:
             self.seconds += now - self._since
@@ -191,7 +194,8 @@ class StopCallback(TrainerCallback):
     ) -> None:
         """Raise EvaluationCutError if any process has received a signal to stop.
 
-        The evaluation of the last step is never stopped, nor is an evaluation that a resumed run repeats.
+        Two evaluations are never stopped: the one after the last step, and, in a resumed run, the one that repeats a
+        stopped evaluation of the earlier run.
         """
         trainer = self.trainer
         if trainer.evaluation_pending or state.global_step >= state.max_steps:

@@ -58,10 +58,9 @@ def first_failure_of(work: Callable[[], object]) -> str | None:
 
 
 def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, Any]]) -> None:
-    """Change the settings of an optimizer and its schedule to those of the flags.
+    """Change the settings of an optimizer and its schedule to `settings`, which come from the flags.
 
-    `settings` has one dict for each parameter group. The learning rate of the next step is computed from these
-    settings.
+    `settings` has one dict for each parameter group. The learning rate of the next step is computed from `settings`.
     """
     schedule.base_lrs = [setting['initial_lr'] for setting in settings]
     rates = [

@@ -54,7 +54,7 @@ class Costs:
         return (end - done) * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def fitting(self, done: int, most: int, seconds: float) -> int:
-        """Return the largest last step (`done` to `most`) with which the rest of the run takes at most `seconds`."""
+        """Return the latest step, from `done` to `most`, at which the run can end if it has `seconds` left."""
         low = done
         high = most
         while low < high:
@@ -193,7 +193,7 @@ class Deadline(TrainerCallback):
         return max(costs.fitting(done, state.max_steps, self.left(PLANNED_SHARE) + costs.step), done + 1)
 
     def _costs(self) -> Costs:
-        """Return the latest measured times. Before the first measurement, the times of the trial are used, or 0."""
+        """Return the latest measured times. A time without measurement is that of the trial, or 0 without a trial."""
         state = self.trainer.state
         trial = self._trial
         step = trial.step if trial is not None else 0.0

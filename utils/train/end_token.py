@@ -36,10 +36,10 @@ def warn_of_untrained_ends(
     if untrained:
         names = ', '.join(repr(tokenizer.convert_ids_to_tokens(token)) for token in untrained)
         logger.warning(
-            f'--template_type: the base model never learnt {names}, with which replies end. In the output head, the '
-            'row of such a token is like those of unused tokens, and LoRA does not change the row. So the answers of '
-            'the trained model may have no end. Use --sft_type full, the chat model of this base, or a --template_type '
-            f'whose replies end with {tokenizer.eos_token!r}, e.g. default.'
+            f'--template_type: the base model never learnt {names}, with which replies end, and LoRA does not train '
+            'the rows of these tokens in the output head. So the answers of the trained model may have no end. Use '
+            '--sft_type full, the chat model of this base, or a --template_type whose replies end with '
+            f'{tokenizer.eos_token!r}, e.g. default.'
         )
 
 
@@ -88,7 +88,7 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
         return [token for token, row in zip(checked, end_rows, strict=True) if float(row.norm()) <= zero_norm]
 
     def similarity(found: Any) -> Any:
-        """Return (rows of `found`, unused rows): the cosine similarity of each row of `found` to each unused row."""
+        """Return the cosine similarity of each row of `found` to each unused row, as a matrix."""
         return torch.nn.functional.normalize(found, dim=1) @ torch.nn.functional.normalize(unused_rows, dim=1).T
 
     among_unused = similarity(unused_rows)

@@ -246,7 +246,7 @@ def _put_adapter(
 
 
 def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
-    """Log whether vLLM can load an adapter of these expert parameters, or warn that it cannot.
+    """Log that vLLM can load an adapter of these expert parameters, or warn that it cannot.
 
     vLLM needs the adapters of both gate_up_proj and down_proj. See _stack_moe_lora_weights in
     https://github.com/vllm-project/vllm/blob/main/vllm/lora/model_manager.py
@@ -314,7 +314,7 @@ def _warn_of_towers(model: PreTrainedModel, places: _Places, towers: Sequence[st
     in_towers = sorted({last_name(path) for path in linear_layers(model) if is_in(path, towers)})
     logger.warning(
         f'--freeze_vision false has no effect: --lora_target_modules names no layer in {", ".join(towers)}. Add one or '
-        f'more of its layers to --lora_target_modules: {", ".join(in_towers)}'
+        f'more of these layers to --lora_target_modules: {", ".join(in_towers)}'
     )
 
 

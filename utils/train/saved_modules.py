@@ -98,7 +98,7 @@ def _problem(
 
 
 def with_tied(model: PreTrainedModel, paths: Sequence[str]) -> tuple[list[str], bool]:
-    """Return `paths` and the layers that are tied to them, and whether there is such a tied layer.
+    """Return `paths` with all layers that are tied to them, and whether a layer in `paths` is tied.
 
     If the input embedding and the output head share one tensor, training either of them trains both.
     """
@@ -119,8 +119,8 @@ def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None
     if set(found) == set(expected):
         return
     raise ConfigError(
-        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: it names {" ".join(expected)} of '
-        f'{type(base).__name__}, and the adapter in {args.adapter} has {" ".join(found) or "none"}. Remove '
+        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: these words name {" ".join(expected)} '
+        f'of {type(base).__name__}, and the adapter in {args.adapter} has {" ".join(found) or "none"}. Remove '
         '--lora_modules_to_save, or train a new adapter without --adapter.'
     )
 

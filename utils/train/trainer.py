@@ -315,7 +315,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip the gradients, and return their norm. The optimizer of bf16 weights clips them in fp32."""
+        """Clip the gradients, and return their norm. BF16AdamW clips the gradients later, in its method `step`."""
         inner = self.optimizer.optimizer  # inside the wrapper of accelerate
         if isinstance(inner, BF16AdamW):
             return inner.clip(self.args.max_grad_norm)
@@ -338,7 +338,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the learning-rate schedule. The first call makes it for `optimizer`, or for that of the trainer."""
+        """Return the learning-rate schedule. The first call makes it for `optimizer` or the trainer's optimizer."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
         if scheduler is None:
 
