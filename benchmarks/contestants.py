@@ -98,7 +98,7 @@ def ours(model: Any, tokenizer: Any, rows: Any, output: str, *, targets: Any, va
         sft_type='full' if targets is None else 'lora', lora_target_modules=names, batch_size=batch,
         gradient_accumulation_steps=accumulation, max_steps=steps, learning_rate=1e-4, dataloader_num_workers=0,
         tuner_backend='swift' if fast else 'peft', padding_free=None if fast else False, chunked_loss=fast,
-        group_by_length=fast, fused_norms=fast, fused_mlp=fast, max_length=max_length,
+        group_by_length=fast, fused_norms=fast, fused_mlp=fast, fused_rotary=fast, max_length=max_length,
         eval_batch_size=batch, save_steps=10_000, logging_steps=1000,
         warmup_ratio=0.0, only_save_model=True, gradient_checkpointing=checkpointing,
         full_weights='bf16' if bf16_weights else 'fp32',

@@ -54,6 +54,18 @@ def judged(found: Found, limits: dict[str, float]) -> Found:
     return {'ok': all(found[name] <= limit for name, limit in limits.items()), **found}
 
 
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Return the median time of 10 calls, after 3 calls that are not counted."""
+    times = []
+    for _ in range(13):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times[3:])[5]
+
+
 def ceilings() -> Found:
     """Return what this device multiplies and copies. The speeds are also given as shares of it."""
     gpu = torch.cuda.is_available()
@@ -62,24 +74,14 @@ def ceilings() -> Found:
     source = torch.empty(2**31 if gpu else 2**20, dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
 
-    def median(work: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(13):
-            started = time.perf_counter()
-            work()
-            if gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return sorted(times[3:])[5]
-
     found: Found = {'ok': True, 'device': torch.cuda.get_device_name() if gpu else 'cpu'}
     if gpu:
         found['capability'] = '.'.join(map(str, torch.cuda.get_device_capability()))
-    tflops = 2 * size**3 / median(lambda: a @ a) / 1e12
+    tflops = 2 * size**3 / seconds_of(lambda: a @ a) / 1e12
     return {
         **found,
         'bf16_tflops': tflops,
-        'copy_tb_s': 2 * source.numel() / median(lambda: target.copy_(source)) / 1e12,
+        'copy_tb_s': 2 * source.numel() / seconds_of(lambda: target.copy_(source)) / 1e12,
     }
 
 
@@ -164,6 +166,81 @@ def gates() -> Found:
         result = compare(block, fused, exact, [torch.randn(300, width, device=device(), dtype=dtype)])
         found['ok'] &= is_as_good(result, dtype)
         found[str(dtype)] = result
+    return found
+
+
+def rotations() -> Found:
+    """Compare the rotary embedding in one pass with the functions of three classes, and measure it."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.olmo2 import modeling_olmo2
+    from transformers.models.phi3 import modeling_phi3
+
+    from utils.fast.kernel_trial import RotaryCase, joined, rotary_inputs
+    from utils.fast.rotation import find_kernel, rotation_over
+
+    found: Found = {'ok': True, 'worst_ulps': 0.0}
+    # Heads, key heads, width of a head, width of its rotated part.
+    sizes = {modeling_llama: (28, 4, 128, 128), modeling_olmo2: (16, 16, 128, 128), modeling_phi3: (24, 8, 128, 96)}
+    for module, widths in sizes.items():
+        plain = module.apply_rotary_pos_emb
+        ours = rotation_over(plain)
+        for dtype in BOUND:
+            query, key, *tables = rotary_inputs(RotaryCase(*widths, dtype, dtype), device(), tokens=300)
+            exact = joined(plain, *(x.double() for x in tables))
+            result = compare(joined(plain, *tables), joined(ours, *tables), exact, [query, key])
+            found['ok'] &= is_as_good(result, dtype) and find_kernel(query, key, *tables, 1, plain) is not None
+            found['worst_ulps'] = max(found['worst_ulps'], result['forward_ulps'])
+
+    case = RotaryCase(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
+    query, key, cos, sin = rotary_inputs(case, device(), tokens=16_384)
+    inputs = [x.requires_grad_() for x in (query, key)]
+    directions = [torch.randn_like(x) for x in inputs]
+    plain = modeling_llama.apply_rotary_pos_emb
+    for name, rotate in (('ms', rotation_over(plain)), ('ms_of_class', plain)):
+
+        def step(rotate: Callable[..., Any] = rotate) -> Any:
+            return torch.autograd.grad(rotate(*inputs, cos, sin), inputs, directions)
+
+        found[name] = 1000 * seconds_of(step)
+    return found
+
+
+def loss_in_place() -> Found:
+    """Compare the kernel that overwrites logits with their gradient with fp64, and measure it."""
+    from utils.fast.constants import chunk_rows
+    from utils.fast.kernel_trial import loss_kernel
+
+    found: Found = {'ok': True}
+    for vocabulary, scale, cap in ((152_064, 1.0, None), (50_257, 0.25, 30.0)):
+        for dtype in BOUND:
+            rows = chunk_rows(vocabulary, on_gpu=True)
+            logits = 3 * torch.randn(rows, vocabulary, device=device()).to(dtype)
+            targets = torch.randint(vocabulary, (rows,), device=device())
+            exact = logits.double().requires_grad_()
+            capped = scale * exact if cap is None else cap * torch.tanh(scale * exact / cap)
+            wanted = nn.functional.cross_entropy(capped, targets, reduction='none')
+            (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+            kernel = loss_kernel(dtype, vocabulary, scale, cap, device())
+            if kernel is None:
+                return {'ok': False, 'says': f'no kernel for {vocabulary} logits in {dtype}'}
+
+            losses = kernel(logits, targets, 1.0)
+            errors = (apart(losses, wanted.detach()), apart(logits, gradient))
+            found['ok'] &= errors[0] <= 1e-5 and errors[1] <= BOUND[dtype]
+            found[f'{vocabulary} {dtype}'] = max(errors)
+
+    logits = torch.randn(chunk_rows(152_064, on_gpu=True), 152_064, device=device()).bfloat16().requires_grad_()
+    targets = torch.randint(152_064, (len(logits),), device=device())
+    kernel = loss_kernel(torch.bfloat16, 152_064, 1.0, None, device())
+    assert kernel is not None
+    low = logits.detach().clone()
+
+    def step() -> Any:
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction='sum')
+        return torch.autograd.grad(loss, logits)
+
+    found['ms'] = 1000 * seconds_of(lambda: kernel(low, targets, 1.0))
+    found['ms_of_torch'] = 1000 * seconds_of(step)
     return found
 
 
@@ -300,7 +377,7 @@ def errors_of_class(key: str, dtype: torch.dtype, *, checkpointing: bool = False
         base = open_tiny(key, Path(folder) / 'model').to(device())
     rows = make_rows(base.get_input_embeddings().weight.shape[0])
     count = sum(row['trained'][1] - max(1, row['trained'][0]) for row in rows)
-    plain_flags = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False}
+    plain_flags = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False, 'fused_rotary': False}
 
     def ours(model: Any, args: Any, kind: str) -> dict[str, torch.Tensor]:
         inner = model.get_base_model() if kind == 'lora' else model
@@ -375,7 +452,9 @@ def cases(gpu: bool) -> list[Case]:
         Case('device', 'ceilings', ceilings, 40, 0, False),
         Case('pieces', 'norms', norms, 40, 1, False),
         Case('pieces', 'gated MLP', gates, 30, 1, False),
+        Case('pieces', 'rotary embedding', rotations, 30, 1, True),
         Case('pieces', 'head and loss', head_and_loss, 40, 1, False),
+        Case('pieces', 'loss in place', loss_in_place, 30, 1, True),
         Case('pieces', 'LoRA layer', adapters, 30, 1, False),
         *(Case('pieces', f'attention: {name}', work(attention, name), 60, 1, False) for name in ATTENTION),
         Case('pieces', 'no wait for the GPU', no_wait, 40, 1, True),

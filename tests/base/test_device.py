@@ -396,3 +396,11 @@ def test_windows_flushes_files_opened_for_writing_and_no_folders(
     system.flush_to_disk(tmp_path)
     system.flush_to_disk(file)
     assert modes[2:] == [os.O_RDWR]
+
+
+def test_kernels_start_on_the_device_of_their_tensors() -> None:
+    second = device.current(torch.device('cuda', 1))
+    assert isinstance(second, torch.cuda.device) and second.idx == 1
+    for kind in ('cpu', 'xpu', 'mps'):
+        with device.current(torch.device(kind)):
+            pass

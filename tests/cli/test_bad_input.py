@@ -17,6 +17,7 @@ import llm_infer
 import llm_sft
 from tests.support.runs import ROOT, run_program, small_flags, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
+from utils.base import dist
 from utils.base.checkpoint import damage, last_checkpoint
 
 Problems = Callable[[], list[str]]
@@ -295,12 +296,14 @@ def test_unknown_words_can_be_ignored(run_sft: Run, caplog: pytest.LogCaptureFix
 def test_typed_flags_without_effect_are_warned_about(run_sft: Run, caplog: pytest.LogCaptureFixture) -> None:
     flags = ('--bnb_4bit_quant_type', 'fp4', '--hub_private_repo', 'false', '--top_k', '5', '--hub', 'modelscope')
     flags += ('--optim', 'sgd', '--adam_beta1', '0.8', '--adam_beta2', '0.9', '--adam_epsilon', '1e-6')
+    flags += ('--fused_rotary', 'false')
     run_sft('--max_steps', '1', *flags, '--lr_scheduler_type', 'constant', '--warmup_ratio', '0.1')
     for name in (
         'bnb_4bit_quant_type', 'hub_private_repo', 'top_k', 'hub', 'warmup_ratio', 'adam_beta1', 'adam_beta2',
         'adam_epsilon',
     ):  # fmt: skip
         assert f'--{name} has no effect' in caplog.text
+    assert ('--fused_rotary has no effect' in caplog.text) is (dist.visible_kind() != 'cuda')
 
 
 @pytest.mark.slow

@@ -214,10 +214,12 @@ def test_chunks_of_logits_suit_the_device_and_the_estimate_counts_them() -> None
     for tokens, rows in ((100, 100), (4000, 1664)):
         batch = Batch(tokens=tokens, longest=tokens, trained=tokens)
         logits, _ = _head(shape, Mode(full=False, compute=2), batch)
-        assert logits == rows * 152064 * 6 + 3 * tokens * 64 * 2
+        assert logits == rows * 152064 * 2 + 3 * tokens * 64 * 2
+        on_cpu, _ = _head(shape, Mode(full=False, compute=2, gpu=False), batch)
+        assert on_cpu == min(tokens, 55) * 152064 * 6 + 3 * tokens * 64 * 2
         logits, gradient = _head(shape, Mode(full=True, compute=2, trained=2), batch)
         adding = 4 * 152064 * 64 if tokens > rows else 0
-        assert logits - gradient == rows * 152064 * 6 + 3 * tokens * 64 * 2 + adding
+        assert logits - gradient == rows * 152064 * 2 + 3 * tokens * 64 * 2 + adding
 
 
 def test_the_gradient_of_the_head_is_not_rounded_on_cuda() -> None:

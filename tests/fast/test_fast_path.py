@@ -134,6 +134,41 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
     assert torch.equal(hits, logits.argmax(-1) == targets)
 
 
+@pytest.mark.parametrize(('scale', 'cap', 'bias'), [(1.0, None, False), (0.25, 3.0, True)])
+def test_a_kernel_for_the_loss_needs_no_logits_in_fp32(
+    scale: float, cap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 100, bias=bias).bfloat16()
+    hidden = torch.randn(50, 8).bfloat16().requires_grad_()
+    targets = torch.randint(0, 100, (50,))
+    head = Head(linear, scale=scale, cap=cap)
+    wanted = [hidden, *linear.parameters()]
+    expected = chunked_loss.summed_loss(hidden, targets, head, 7)
+    gradients = torch.autograd.grad(2 * expected, wanted)
+    expected_losses, expected_hits = chunked_loss.scored(hidden, targets, head)
+    asked = []
+
+    def kernel(logits: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
+        exact = scale * logits.float()
+        exact = exact if cap is None else cap * torch.tanh(exact / cap)
+        slope = exact.softmax(-1) - torch.nn.functional.one_hot(targets, 100)
+        losses = torch.nn.functional.cross_entropy(exact, targets, reduction='none')
+        logits.copy_(slope * factor * scale * (1 if cap is None else 1 - (exact / cap).square()))
+        return losses
+
+    monkeypatch.setattr(chunked_loss, 'loss_kernel', lambda *args: asked.append(args) or kernel)
+    monkeypatch.setattr(chunked_loss, '_logits', None)
+    monkeypatch.setattr(constants, 'CHUNK_LOGITS', 1600)  # 16 positions
+    found = chunked_loss.summed_loss(hidden, targets, head, 7)
+    ours = torch.autograd.grad(2 * found, wanted)
+    losses, hits = chunked_loss.scored(hidden, targets, head)
+    assert asked == [(torch.bfloat16, 100, scale, cap, torch.device('cpu'))] * 2
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert all(((a - b).norm() <= 1e-2 * b.norm()) for a, b in zip(ours, gradients, strict=True))
+    assert torch.allclose(losses, expected_losses) and torch.equal(hits, expected_hits)
+
+
 @pytest.mark.parametrize('loss_scale', [1024.0, 65536.0])
 @pytest.mark.parametrize('tokens', [64, 4096])
 def test_gradients_in_fp16_are_as_near_as_those_of_torch(tokens: int, loss_scale: float) -> None:
@@ -164,7 +199,13 @@ def test_a_head_of_another_kind_is_noticed() -> None:
 
 def test_adapters_in_one_step_leave_the_rest_to_peft() -> None:
     x = torch.randint(6, 400, (1, 9))
-    words = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False, 'lora_dropout_p': 0.0}
+    words = {
+        'tuner_backend': 'peft',
+        'fused_norms': False,
+        'fused_mlp': False,
+        'fused_rotary': False,
+        'lora_dropout_p': 0.0,
+    }
     plain, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora', **words)
     swift, _ = prepared(make_model(), 'llama3.2-1b-instruct', 'lora')
     assert sum(type(m).__name__ == 'FusedLinear' for m in swift.modules()) == 14
@@ -304,7 +345,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16() -> None:
         count = sum(row['trained'][1] - max(1, row['trained'][0]) for row in rows)
         exact_model, _ = prepared(sharp(seed), 'llama3.2-1b-instruct', 'lora')
         _, exact = plain_gradients(exact_model, rows, count)
-        words = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False}
+        words = {'tuner_backend': 'peft', 'fused_norms': False, 'fused_mlp': False, 'fused_rotary': False}
         plain, _ = prepared(sharp(seed).bfloat16(), 'llama3.2-1b-instruct', 'lora', **words)
         fast, args = prepared(sharp(seed).bfloat16(), 'llama3.2-1b-instruct', 'lora')
         with torch.autocast('cpu', torch.bfloat16):
@@ -329,7 +370,9 @@ def test_five_steps_end_where_transformers_and_peft_end(key: str, kind: str, tmp
 
     base = open_tiny(key, tmp_path / 'model')
     rows, tokenizer = make_rows(390), make_tokenizer()
-    plain, _ = prepared(copy.deepcopy(base), key, kind, tuner_backend='peft', fused_norms=False, fused_mlp=False)
+    plain, _ = prepared(
+        copy.deepcopy(base), key, kind, tuner_backend='peft', fused_norms=False, fused_mlp=False, fused_rotary=False
+    )
     settings = {
         'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2, 'max_steps': 5, 'learning_rate': 1e-3,
         'max_grad_norm': 1.0, 'optim': 'sgd', 'lr_scheduler_type': 'cosine', 'warmup_steps': 0, 'use_cpu': True,

@@ -192,7 +192,7 @@ def test_arguments_golden_list() -> None:
         for cls in (SftArguments, InferArguments)
     }
     assert found == golden
-    assert (len(found['SftArguments']), len(found['InferArguments'])) == (106, 49)
+    assert (len(found['SftArguments']), len(found['InferArguments'])) == (107, 49)
 
 
 @pytest.mark.parametrize('active', ['', 'VIRTUAL_ENV', 'CONDA_PREFIX'])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ def use(index: int) -> None:
     """Make a device the current device of this process. Does nothing on MPS, because a Mac has only one device."""
     if kind() != 'mps':
         _module().set_device(index)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a CUDA device is the current device. For other kinds the context changes nothing.
+
+    Triton starts a kernel on the current device, even if the tensors are on another one.
+    """
+    import torch
+
+    return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()
 
 
 def description(index: int) -> str:

@@ -316,6 +316,9 @@ class SftArguments(CommonArguments):
     fused_mlp: bool = flag(
         True, 'compute act(gate) * up of an MLP in one step that keeps only gate and up, if its class does the same'
     )
+    fused_rotary: bool = flag(
+        True, 'on a GPU, compute the rotary embedding of queries and keys in one pass, if the class computes the same'
+    )
     doctor: bool = flag(
         False, 'do not train: test device, libraries, processes, disk and hubs; exit code 1 if a test fails'
     )

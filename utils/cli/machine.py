@@ -289,6 +289,8 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
 
     _settle_backend(done)
     _check_training_device(args, problems)
+    if dist.visible_kind() != 'cuda':
+        done.without_effect(('fused_rotary',), 'its kernel is for GPUs of NVIDIA and AMD')
     if not (args.check_dataset or args.dry_run):
         check_environment(os.environ, problems)
     if args.push_to_hub and hub.find_token(args.hub_token, args.hub) is None:

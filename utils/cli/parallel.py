@@ -24,7 +24,9 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
     if not args.fsdp:
         return
 
-    done.without_effect(('fused_norms', 'fused_mlp'), 'layers sharded by --fsdp are computed by their own classes')
+    done.without_effect(
+        ('fused_norms', 'fused_mlp', 'fused_rotary'), 'layers sharded by --fsdp are computed by their own classes'
+    )
     if args.deepspeed_config_path is not None:
         problems.add('--fsdp true and --deepspeed_config_path both shard the model. Remove one of these two flags.')
     if args.quantization_bit:

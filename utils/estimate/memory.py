@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.estimate.model_shape import Shape
-from utils.fast.constants import KEPT_KEYS, QUERY_BLOCK, STEP_CHUNK, chunk_rows
+from utils.fast.constants import KEPT_KEYS, QUERY_BLOCK, STEP_CHUNK, chunk_rows, logit_bytes
 from utils.loading.layers import adapter_size, named_by
 
 GIB = 2**30
@@ -306,7 +306,7 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
     in_chunk = chunk_rows(shape.vocabulary, on_gpu=mode.gpu)
     rows = min(batch.trained, in_chunk)
-    chunk = rows * shape.vocabulary * (4 if c == 4 else 4 + c)
+    chunk = rows * shape.vocabulary * logit_bytes(c, on_gpu=mode.gpu)
     hidden = 3 * batch.trained * shape.hidden * c
     if not mode.full and not mode.trains_head:
         return chunk + hidden, 0

@@ -26,6 +26,7 @@ from utils.fast.attention_choice import AttentionCase, Kernel, candidates, repea
 from utils.fast.constants import KEPT_KEYS
 from utils.fast.flash_rows import flash_attention
 from utils.fast.flex_rows import flex_rows_attention
+from utils.fast.kernel_trial import conditions
 from utils.fast.recurrent import keep_rows_apart
 from utils.fast.rows import Block, RowMask, rows_of_batch
 
@@ -221,7 +222,7 @@ def trial_error(kernel: Kernel, case: AttentionCase, device: torch.device) -> fl
 
     found: list[list[torch.Tensor]] = []
     for name, dtype in ((kernel, case.dtype), ('rows', torch.float32)):
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with conditions(device):
             given = [x.to(device, case.dtype).to(dtype).requires_grad_() for x in tensors]
             sinks = given[3] if case.sinks else None
             softcap = _TRIAL_CAP if case.softcap else None

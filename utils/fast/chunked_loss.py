@@ -17,6 +17,7 @@ from torch import nn
 
 from utils.base.device import sum_dtype
 from utils.fast.constants import chunk_rows
+from utils.fast.kernel_trial import LossStep, loss_kernel
 
 # In fp16, small probabilities would become zero before the trainer's loss scale multiplies them.
 _FP16_SCALE = 256.0
@@ -195,10 +196,16 @@ def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tupl
     weight_VC = weight_VC.to(dtype)
     size = head.chunk()
     buffers = _Buffers()
+    kernel = _kernel_for(head, weight_VC)
 
     losses = []
     hits = []
     for hidden_NC, targets_N in zip(hidden_PC.split(size), targets_P.split(size), strict=True):
+        if kernel is not None:
+            logits_NV = _products(hidden_NC.to(dtype), weight_VC, head, buffers)
+            hits.append(logits_NV.argmax(dim=-1) == targets_N)  # scale and cap keep the order of the logits
+            losses.append(kernel(logits_NV, targets_N, 1.0))
+            continue
         logits_NV, _ = _logits(hidden_NC.to(dtype), weight_VC, head, buffers)
         losses.append(F.cross_entropy(logits_NV, targets_N, reduction='none'))
         hits.append(logits_NV.argmax(dim=-1) == targets_N)
@@ -233,6 +240,22 @@ class _Buffers:
         return self._by_dtype[dtype][:rows]
 
 
+def _kernel_for(head: Head, weight_VC: torch.Tensor) -> LossStep | None:
+    """Return the kernel for the loss of this head, or None if it cannot be used. The weight is in the compute dtype."""
+    return loss_kernel(weight_VC.dtype, len(weight_VC), head.scale, head.cap, weight_VC.device)
+
+
+def _products(hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers) -> torch.Tensor:
+    """Return W h + b (N, V) in the dtype of the weight, in a buffer that the next chunk overwrites."""
+    bias_V = head.bias
+    products_NV = buffers.take(len(hidden_NC), weight_VC, weight_VC.dtype)
+    if bias_V is None:
+        torch.mm(hidden_NC, weight_VC.t(), out=products_NV)
+    else:
+        torch.addmm(bias_V.to(weight_VC.dtype), hidden_NC, weight_VC.t(), out=products_NV)
+    return products_NV
+
+
 def _logits(
     hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -240,13 +263,7 @@ def _logits(
 
     If the head has no cap, the second value is None, and the logits are in a buffer that the next chunk overwrites.
     """
-    bias_V = head.bias
-    logits_NV = buffers.take(len(hidden_NC), weight_VC, weight_VC.dtype)
-    if bias_V is None:
-        torch.mm(hidden_NC, weight_VC.t(), out=logits_NV)
-    else:
-        torch.addmm(bias_V.to(weight_VC.dtype), hidden_NC, weight_VC.t(), out=logits_NV)
-
+    logits_NV = _products(hidden_NC, weight_VC, head, buffers)
     if logits_NV.dtype != torch.float32:
         logits_NV = buffers.take(len(hidden_NC), weight_VC, torch.float32).copy_(logits_NV)
     if head.scale != 1.0:
@@ -255,6 +272,36 @@ def _logits(
         return logits_NV, None
     ratio_NV = logits_NV.div_(head.cap).tanh_()
     return ratio_NV * head.cap, 1 - ratio_NV.square()
+
+
+def _losses_and_gradient(
+    hidden_NC: torch.Tensor,
+    weight_VC: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: Head,
+    factor: float,
+    buffers: _Buffers,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return -log p(target) of each position (N), and the gradient of the products of the head (N, V), both in fp32.
+
+    The gradient is that of the sum of the losses, multiplied by `factor`. It is in a buffer that the next chunk
+    overwrites.
+    """
+    logits_NV, slope_NV = _logits(hidden_NC, weight_VC, head, buffers)
+    max_N1 = logits_NV.amax(dim=1, keepdim=True)
+    target_logit_N1 = logits_NV.gather(1, targets_N[:, None])
+    exp_sum_N1 = logits_NV.sub_(max_N1).exp_().sum(dim=1, keepdim=True)
+    losses_N1 = exp_sum_N1.log() + max_N1 - target_logit_N1
+
+    # The gradient of the logits is the softmax, minus one at the target.
+    gradient_NV = logits_NV.mul_(factor / exp_sum_N1)
+    # Each position has one target, so nothing is added twice and the result does not depend on an order.
+    gradient_NV[torch.arange(len(logits_NV), device=logits_NV.device), targets_N] -= factor
+    if slope_NV is not None:
+        gradient_NV.mul_(slope_NV)
+    if head.scale != 1.0:
+        gradient_NV.mul_(head.scale)
+    return losses_N1.squeeze(1), gradient_NV
 
 
 def _product_in_fp32(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -292,6 +339,7 @@ class _SummedLoss(torch.autograd.Function):
         compute_weight_VC = weight_VC.to(dtype)
         size = head.chunk()
         buffers = _Buffers()
+        kernel = _kernel_for(head, compute_weight_VC)
 
         hidden_grad_PC = torch.empty(hidden_PC.shape, dtype=hidden_grad_dtype, device=hidden_PC.device)
         weight_grad_VC = None
@@ -303,23 +351,15 @@ class _SummedLoss(torch.autograd.Function):
 
         for start in range(0, len(targets_P), size):
             hidden_NC = hidden_PC[start : start + size].to(dtype)
-            targets_N1 = targets_P[start : start + size, None]
-            logits_NV, slope_NV = _logits(hidden_NC, compute_weight_VC, head, buffers)
-
-            max_N1 = logits_NV.amax(dim=1, keepdim=True)
-            target_logit_N1 = logits_NV.gather(1, targets_N1)
-            exp_sum_N1 = logits_NV.sub_(max_N1).exp_().sum(dim=1, keepdim=True)
-            total += (exp_sum_N1.log() + max_N1 - target_logit_N1).to(total.dtype).sum()
-
-            # The gradient of the logits is the softmax, minus one at the target.
-            logits_grad_NV = logits_NV.mul_(inner_scale / exp_sum_N1)
-            # Each position has one target, so nothing is added twice and the result does not depend on an order.
-            at_target = torch.arange(len(logits_NV), device=logits_NV.device), targets_N1.squeeze(1)
-            logits_grad_NV[at_target] -= inner_scale
-            if slope_NV is not None:
-                logits_grad_NV.mul_(slope_NV)
-            if head.scale != 1.0:
-                logits_grad_NV.mul_(head.scale)
+            targets_N = targets_P[start : start + size]
+            if kernel is None:
+                losses_N, logits_grad_NV = _losses_and_gradient(
+                    hidden_NC, compute_weight_VC, targets_N, head, inner_scale, buffers
+                )
+            else:
+                logits_grad_NV = _products(hidden_NC, compute_weight_VC, head, buffers)
+                losses_N = kernel(logits_grad_NV, targets_N, inner_scale)
+            total += losses_N.to(total.dtype).sum()
 
             low_grad_NV = logits_grad_NV
             if logits_grad_NV.dtype != dtype:
@@ -329,7 +369,7 @@ class _SummedLoss(torch.autograd.Function):
                 part_VC = _product_in_fp32(low_grad_NV.t(), hidden_NC)
                 weight_grad_VC = part_VC.float() if weight_grad_VC is None else weight_grad_VC.add_(part_VC)
             if bias_grad_V is not None:
-                bias_grad_V += logits_grad_NV.sum(dim=0)
+                bias_grad_V += logits_grad_NV.sum(dim=0, dtype=torch.float32)
             if values_grad_RC is not None and rows_R is not None:
                 values_grad_RC += low_grad_NV.index_select(1, rows_R).t() @ hidden_NC
 

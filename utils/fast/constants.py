@@ -11,8 +11,8 @@ KEPT_KEYS = 384
 # The number of logits in one chunk of the loss on a CPU: 32 MiB in fp32. Smaller chunks make matrix products slower.
 # Larger chunks need more memory and are not faster.
 CHUNK_LOGITS = 2**23
-# The same on a GPU: 1 GiB in fp32. A GPU reads the weight of the head once for each chunk, and its matrix products are
-# fast only with many positions. Their number is a multiple of GPU_ROWS, the size of a tile of these products.
+# The same on a GPU: 0.5 GiB in 16 bits. A GPU reads the weight of the head once for each chunk, and its matrix products
+# are fast only with many positions. Their number is a multiple of GPU_ROWS, the size of a tile of these products.
 GPU_CHUNK_LOGITS = 2**28
 GPU_ROWS = 128
 # The number of values that the optimizer of bf16 weights updates together. Each takes about 32 temporary bytes.
@@ -24,3 +24,12 @@ def chunk_rows(vocabulary: int, *, on_gpu: bool) -> int:
     if on_gpu:
         return max(GPU_ROWS, GPU_CHUNK_LOGITS // vocabulary // GPU_ROWS * GPU_ROWS)
     return max(16, CHUNK_LOGITS // vocabulary)
+
+
+def logit_bytes(compute: int, *, on_gpu: bool) -> int:
+    """Return the bytes that the loss needs for each logit of a chunk.
+
+    `compute` is the number of bytes of a value in the compute dtype. A kernel on a GPU overwrites the logits with their
+    gradient. Elsewhere, 16-bit logits are copied to fp32.
+    """
+    return compute if on_gpu or compute == 4 else compute + 4

@@ -1,20 +1,31 @@
 """Decides whether a Triton kernel is used: on this device, it must give the same results as the code that it replaces.
 
 Without a GPU, no kernel is tried and triton is not imported.
+
+Shapes in names: B rows, H heads, T tokens, D width of a head, R width of its rotated part (the first R of D values),
+N positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from utils.base.logger import logger
 from utils.cli.resolution import log_decision
 
 Step = Callable[..., torch.Tensor]
+# Takes queries and keys (B, H, T, D), and cosines and sines (B, T, R). Returns the rotated queries and keys.
+Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# Takes logits (N, V), targets (N) and a factor. Returns -log p(target) of each position, and overwrites the logits with
+# the gradient of the sum of these losses, multiplied by the factor.
+LossStep = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 # The classes of the activation silu in torch and in transformers.
 _SILU = ('torch.nn.modules.activation.SiLU', 'transformers.activations.SiLUActivation')
 _ROWS = 37
@@ -69,6 +80,126 @@ def gate_kernel(activation: str, dtype: torch.dtype, device: torch.device) -> St
     return load() if _passes('gate', load, lambda gate, up: F.silu(gate) * up, inputs) else None
 
 
+class RotaryCase(NamedTuple):
+    """What a kernel for rotary embedding depends on.
+
+    Each head is `width` wide. The first `rotated` of its values are rotated. The tables of cosines and sines have the
+    dtype `table_dtype`.
+    """
+
+    heads: int
+    key_heads: int
+    width: int
+    rotated: int
+    dtype: torch.dtype
+    table_dtype: torch.dtype
+
+
+@lru_cache(maxsize=64)
+def rotary_kernel(case: RotaryCase, device: torch.device, plain: Rotation) -> Rotation | None:
+    """Return the kernel for rotary embedding, or None if it cannot be used.
+
+    `plain` is the function of the class that the kernel replaces. The result has the dtype that `plain` gives.
+    """
+    is_known = {case.dtype, case.table_dtype} <= set(_DTYPES) and case.rotated % 2 == 0
+    if device.type != 'cuda' or not is_known:
+        return None
+
+    given = rotary_inputs(case, device)
+    tables = given[2:]
+
+    def load() -> Rotation:
+        from utils.fast.triton_kernels import RotaryKernel
+
+        dtype = plain(*given)[0].dtype
+        return lambda query, key, cos, sin: RotaryKernel.apply(query, key, cos, sin, dtype)
+
+    name = f'rotary embedding, {case.rotated} of {case.width} values in {case.dtype}'
+    passes = _passes(name, lambda: joined(load(), *tables), joined(plain, *tables), given[:2])
+    return load() if passes else None
+
+
+def rotary_inputs(case: RotaryCase, device: torch.device, *, tokens: int = _ROWS) -> list[torch.Tensor]:
+    """Return random queries (1, H, T, D), keys, cosines (1, T, R) and sines for a case.
+
+    As in the classes, heads come after tokens in memory.
+    """
+    query, key = (
+        _values(tokens, heads * case.width, case.dtype, device).view(1, tokens, heads, case.width).transpose(1, 2)
+        for heads in (case.heads, case.key_heads)
+    )
+    angle_BTR = 2 * _values(tokens, case.rotated, torch.float32, device)[None]
+    return [query, key, angle_BTR.cos().to(case.table_dtype), angle_BTR.sin().to(case.table_dtype)]
+
+
+def joined(rotate: Rotation, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> Step:
+    """Return a function of queries and keys whose result is one tensor, for comparisons of outputs and gradients."""
+    return lambda query, key: torch.cat([x.flatten() for x in rotate(query, key, cos_BTR, sin_BTR)])
+
+
+@lru_cache(maxsize=64)
+def loss_kernel(
+    dtype: torch.dtype, vocabulary: int, scale: float, cap: float | None, device: torch.device
+) -> LossStep | None:
+    """Return the kernel that computes the loss and overwrites the logits with their gradient, or None if not possible.
+
+    The logits that the kernel takes are the products of the output head. `scale` and `cap` are those of the head.
+    """
+    if device.type != 'cuda' or dtype not in _DTYPES:
+        return None
+
+    def load() -> LossStep:
+        from utils.fast.triton_kernels import loss_and_gradient
+
+        return partial(loss_and_gradient, scale=scale, cap=cap)
+
+    name = f'loss, {vocabulary} logits in {dtype}'
+    is_used = _is_used(name, lambda: loss_difference(load(), dtype, vocabulary, scale, cap, device))
+    return load() if is_used else None
+
+
+def loss_difference(
+    ours: LossStep, dtype: torch.dtype, vocabulary: int, scale: float, cap: float | None, device: torch.device
+) -> str | None:
+    """Return in words by how much losses or gradients differ from those of torch in fp32.
+
+    Returns None if they differ by no more than rounding.
+    """
+    factor = 0.5
+    logits_NV = 3 * _values(5, vocabulary, dtype, device)
+    targets_N = torch.arange(1, 6, device=device) * 7919 % vocabulary
+    with conditions(device):
+        leaf_NV = logits_NV.clone().requires_grad_()
+        exact_NV = leaf_NV.float() * scale
+        if cap is not None:
+            exact_NV = cap * torch.tanh(exact_NV / cap)
+        wanted_N = F.cross_entropy(exact_NV, targets_N, reduction='none')
+        wanted_grads = torch.autograd.grad(factor * wanted_N.sum(), leaf_NV)
+
+    losses_N = ours(logits_NV, targets_N, factor)
+    failure = _output_error(losses_N, wanted_N.detach(), torch.float32)
+    return failure or _gradient_error([logits_NV], wanted_grads, dtype)
+
+
+@contextmanager
+def conditions(device: torch.device) -> Iterator[None]:
+    """A context for trials on this device: gradients are computed, autocast and gradient checkpointing are off.
+
+    A trial may run in the forward pass of a checkpointed layer. Checkpointing would compute this layer again as soon as
+    the backward pass of the trial needs a saved tensor.
+    """
+
+    def unchanged(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    with (
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        saved_tensors_hooks(unchanged, unchanged),
+    ):
+        yield
+
+
 def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return random values (rows, width), the same in each call. The random state of torch is not used or changed."""
     random = torch.Generator().manual_seed(rows + width)
@@ -77,8 +208,13 @@ def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 
 def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[torch.Tensor]) -> bool:
     """Return whether a kernel gives the output and gradients of `plain`, up to rounding. The result is logged."""
+    return _is_used(name, lambda: _difference(load(), plain, inputs))
+
+
+def _is_used(name: str, trial: Callable[[], str | None]) -> bool:
+    """Return whether the trial of a kernel returns None, which means that it passed. The result is logged."""
     try:
-        failure = _difference(load(), plain, inputs)
+        failure = trial()
     except Exception as raised:  # a kernel that cannot be built or started may raise any exception
         failure = f'{type(raised).__name__}: {raised}'
     if failure is None:
@@ -91,7 +227,7 @@ def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[t
 def _difference(ours: Step, plain: Step, inputs: Sequence[torch.Tensor]) -> str | None:
     """Return in words by how much output or gradients differ. Returns None if they differ by no more than rounding."""
     found = []
-    with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+    with conditions(inputs[0].device):
         for step in (ours, plain):
             leaves = [x.detach().clone().requires_grad_() for x in inputs]
             out = step(*leaves)
@@ -99,16 +235,27 @@ def _difference(ours: Step, plain: Step, inputs: Sequence[torch.Tensor]) -> str 
             found.append((out.detach(), torch.autograd.grad(out, leaves, direction)))
 
     (out, grads), (wanted, wanted_grads) = found
+    dtype = inputs[0].dtype
+    return _output_error(out, wanted, dtype) or _gradient_error(grads, wanted_grads, dtype)
+
+
+def _output_error(out: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Return in words by how much an output differs, or None if only by rounding. `dtype` is that of the inputs."""
     if out.dtype != wanted.dtype:
         return f'its output is {out.dtype} instead of {wanted.dtype}'
     # A norm may round inside to the dtype of its input, which may be smaller than the dtype of its output.
-    eps = max(torch.finfo(dtype).eps for dtype in (wanted.dtype, inputs[0].dtype))
+    eps = max(torch.finfo(x).eps for x in (wanted.dtype, dtype))
     exact = wanted.double()
     ulps = float(((out.double() - exact).abs() / (exact.abs().clamp_min(1e-3) * eps)).max())
-    if not ulps <= _MOST_ULPS[inputs[0].dtype]:
+    if not ulps <= _MOST_ULPS[dtype]:
         return f'its output is off by {ulps:.3g} units of the last place'
-    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+    return None
+
+
+def _gradient_error(grads: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+    """Return in words by how much a gradient differs, or None if only by rounding."""
+    for grad, wanted_grad in zip(grads, wanted, strict=True):
         error = float((grad.double() - wanted_grad.double()).norm() / wanted_grad.double().norm())
-        if not error <= _BOUND[inputs[0].dtype]:
+        if not error <= _BOUND[dtype]:
             return f'a gradient is off by {error:.3g}'
     return None

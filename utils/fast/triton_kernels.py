@@ -1,8 +1,11 @@
-"""Triton kernels for GPUs: RMSNorm and the gate of an MLP, each in one pass over its input instead of many.
+"""Triton kernels for GPUs: norm, gate and rotary embedding in one pass over their input, and the loss in two passes.
 
 Import this module only if there is a GPU, because only the builds of torch for GPUs install triton.
 `utils/fast/kernel_trial.py` decides whether the kernels are used. The kernels round at the same places as the code that
 they replace.
+
+Shapes in names: B rows, H query heads, G key heads, T tokens, D width of a head, R width of its rotated part,
+N positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,16 +16,27 @@ import torch
 import triton
 import triton.language as tl
 
+from utils.base.device import current
+
 # The kinds of norm.py, as numbers, because a kernel takes no text.
 KINDS = {'round_first': 0, 'round_last': 1, 'one_plus': 2}
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _GATE_BLOCK = 4096
+_LOSS_BLOCK = 8192
 # The number of programs of the backward pass of a norm for each multiprocessor. Each adds up a gradient of the weight.
 _PROGRAMS = 8
 
 
 @triton.jit
 def _norm_forward(
-    x: Any, weight: Any, y: Any, scales: Any, width: Any, epsilon: Any, KIND: tl.constexpr, BLOCK: tl.constexpr
+    x: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    scales: tl.tensor,
+    width: tl.tensor,
+    epsilon: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -43,15 +57,15 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(  # noqa: PLR0913 - a kernel takes no tuples
-    grad: Any,
-    x: Any,
-    weight: Any,
-    scales: Any,
-    x_grad: Any,
-    weight_grad: Any,
-    rows: Any,
-    width: Any,
-    turns: Any,
+    grad: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    scales: tl.tensor,
+    x_grad: tl.tensor,
+    weight_grad: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    turns: tl.tensor,
     KIND: tl.constexpr,
     TRAINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,9 +112,10 @@ class NormKernel(torch.autograd.Function):
         scales = torch.empty(rows, dtype=torch.float32, device=x.device)
 
         block = triton.next_power_of_2(width)
-        _norm_forward[(rows,)](
-            x, weight, y, scales, width, epsilon, KIND=KINDS[kind], BLOCK=block, num_warps=_warps(block)
-        )
+        with current(x.device):
+            _norm_forward[(rows,)](
+                x, weight, y, scales, width, epsilon, KIND=KINDS[kind], BLOCK=block, num_warps=_warps(block)
+            )
         ctx.kind = kind
         ctx.save_for_backward(x, weight, scales)
         return y
@@ -116,21 +131,22 @@ class NormKernel(torch.autograd.Function):
         weight_grad = torch.empty(programs if trains else 1, width, dtype=torch.float32, device=x.device)
 
         block = triton.next_power_of_2(width)
-        _norm_backward[(programs,)](
-            grads[0].contiguous(),
-            x,
-            weight,
-            scales,
-            x_grad,
-            weight_grad,
-            rows,
-            width,
-            triton.cdiv(rows, programs),
-            KIND=KINDS[ctx.kind],
-            TRAINS=trains,
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
+        with current(x.device):
+            _norm_backward[(programs,)](
+                grads[0].contiguous(),
+                x,
+                weight,
+                scales,
+                x_grad,
+                weight_grad,
+                rows,
+                width,
+                triton.cdiv(rows, programs),
+                KIND=KINDS[ctx.kind],
+                TRAINS=trains,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
         return x_grad, weight_grad.sum(0).to(weight.dtype) if trains else None, None, None
 
 
@@ -139,7 +155,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _gate_forward(gate: Any, up: Any, out: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def _gate_forward(gate: tl.tensor, up: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < count
     values = tl.load(gate + at, mask=real, other=0.0)
@@ -151,7 +167,13 @@ def _gate_forward(gate: Any, up: Any, out: Any, count: Any, BLOCK: tl.constexpr)
 
 @triton.jit
 def _gate_backward(
-    grad: Any, gate: Any, up: Any, gate_grad: Any, up_grad: Any, count: Any, BLOCK: tl.constexpr
+    grad: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    gate_grad: tl.tensor,
+    up_grad: tl.tensor,
+    count: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < count
@@ -175,7 +197,8 @@ class GateKernel(torch.autograd.Function):
         up = up.contiguous()
         out = torch.empty_like(gate)
         count = gate.numel()
-        _gate_forward[(triton.cdiv(count, _GATE_BLOCK),)](gate, up, out, count, BLOCK=_GATE_BLOCK, num_warps=8)
+        with current(gate.device):
+            _gate_forward[(triton.cdiv(count, _GATE_BLOCK),)](gate, up, out, count, BLOCK=_GATE_BLOCK, num_warps=8)
         ctx.save_for_backward(gate, up)
         return out
 
@@ -185,7 +208,220 @@ class GateKernel(torch.autograd.Function):
         gate_grad = torch.empty_like(gate)
         up_grad = torch.empty_like(up)
         count = gate.numel()
-        _gate_backward[(triton.cdiv(count, _GATE_BLOCK),)](
-            grads[0].contiguous(), gate, up, gate_grad, up_grad, count, BLOCK=_GATE_BLOCK, num_warps=8
-        )
+        with current(gate.device):
+            _gate_backward[(triton.cdiv(count, _GATE_BLOCK),)](
+                grads[0].contiguous(), gate, up, gate_grad, up_grad, count, BLOCK=_GATE_BLOCK, num_warps=8
+            )
         return gate_grad, up_grad
+
+
+@triton.jit
+def _rotate(  # noqa: PLR0913 - a kernel takes no tuples
+    x: tl.tensor,
+    y: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    tokens: tl.tensor,
+    heads: tl.tensor,
+    rest: tl.tensor,
+    x_row: tl.tensor,
+    x_head: tl.tensor,
+    x_token: tl.tensor,
+    y_row: tl.tensor,
+    y_head: tl.tensor,
+    y_token: tl.tensor,
+    table_row: tl.tensor,
+    table_token: tl.tensor,
+    BACK: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) // tokens
+    token = tl.program_id(0).to(tl.int64) % tokens
+    at = tl.arange(0, BLOCK)[None, :]
+    table = row * table_row + token * table_token + at
+    in_half = at < HALF
+    cos_low = tl.load(cos + table, mask=in_half, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos + table + HALF, mask=in_half, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin + table, mask=in_half, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + table + HALF, mask=in_half, other=0.0).to(tl.float32)
+
+    head = tl.arange(0, HEADS).to(tl.int64)[:, None]
+    source = x + row * x_row + token * x_token + head * x_head
+    target = y + row * y_row + token * y_token + head * y_head
+    real = (head < heads) & in_half
+    low = tl.load(source + at, mask=real, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF + at, mask=real, other=0.0).to(tl.float32)
+
+    # Both products and their sum are rounded, as in the classes.
+    if BACK:
+        first = (low * cos_low).to(ROUNDED).to(tl.float32) + (high * sin_high).to(ROUNDED).to(tl.float32)
+        second = (high * cos_high).to(ROUNDED).to(tl.float32) - (low * sin_low).to(ROUNDED).to(tl.float32)
+    else:
+        first = (low * cos_low).to(ROUNDED).to(tl.float32) - (high * sin_low).to(ROUNDED).to(tl.float32)
+        second = (high * cos_high).to(ROUNDED).to(tl.float32) + (low * sin_high).to(ROUNDED).to(tl.float32)
+    tl.store(target + at, first.to(ROUNDED).to(y.dtype.element_ty), mask=real)
+    tl.store(target + HALF + at, second.to(ROUNDED).to(y.dtype.element_ty), mask=real)
+
+    if REST > 0:
+        after = 2 * HALF + tl.arange(0, REST)[None, :]
+        kept = (head < heads) & (after < 2 * HALF + rest)
+        tl.store(target + after, tl.load(source + after, mask=kept, other=0.0).to(y.dtype.element_ty), mask=kept)
+
+
+class RotaryKernel(torch.autograd.Function):
+    """Rotates queries and keys like `apply_rotary_pos_emb` of Llama. It saves only the tables of cosines and sines.
+
+    Takes queries (B, H, T, D), keys (B, G, T, D), cosines and sines (B or 1, T, R) and the dtype of the result. The
+    first R of D values are rotated, the others are copied. In the results, heads come after tokens in memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BHTD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        cos_BTR: torch.Tensor,
+        sin_BTR: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.dtype = query_BHTD.dtype
+        ctx.save_for_backward(cos_BTR, sin_BTR)
+        rounded = torch.promote_types(query_BHTD.dtype, cos_BTR.dtype)
+        query, key = (_rotated(x, cos_BTR, sin_BTR, dtype, rounded=rounded, back=False) for x in (query_BHTD, key_BGTD))
+        return query, key
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        cos_BTR, sin_BTR = ctx.saved_tensors
+        query, key = (_rotated(x, cos_BTR, sin_BTR, ctx.dtype, rounded=ctx.dtype, back=True) for x in grads)
+        return query, key, None, None, None
+
+
+def _rotated(
+    x_BHTD: torch.Tensor,
+    cos_BTR: torch.Tensor,
+    sin_BTR: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    rounded: torch.dtype,
+    back: bool,
+) -> torch.Tensor:
+    """Return x in `dtype`, rotated, or with `back` rotated by the negative angles.
+
+    Products and their sum are rounded to the dtype `rounded`.
+    """
+    if x_BHTD.stride(3) != 1:
+        x_BHTD = x_BHTD.contiguous()
+    cos_BTR = cos_BTR.contiguous()
+    sin_BTR = sin_BTR.contiguous()
+    rows, heads, tokens, width = x_BHTD.shape
+    y_BHTD = torch.empty(rows, tokens, heads, width, dtype=dtype, device=x_BHTD.device).transpose(1, 2)
+
+    half = cos_BTR.shape[2] // 2
+    rest = width - 2 * half
+    padded_heads = triton.next_power_of_2(heads)
+    block = triton.next_power_of_2(half)
+    with current(x_BHTD.device):
+        _rotate[(rows * tokens,)](
+            x_BHTD,
+            y_BHTD,
+            cos_BTR,
+            sin_BTR,
+            tokens,
+            heads,
+            rest,
+            *x_BHTD.stride()[:3],
+            *y_BHTD.stride()[:3],
+            0 if len(cos_BTR) == 1 else cos_BTR.stride(0),
+            cos_BTR.stride(1),
+            BACK=back,
+            ROUNDED=_TYPES[rounded],
+            HALF=half,
+            HEADS=padded_heads,
+            BLOCK=block,
+            REST=triton.next_power_of_2(rest) if rest else 0,
+            num_warps=4 if padded_heads * block <= 2048 else 8,
+            # A product and a sum in one instruction would not round the product.
+            enable_fp_fusion=False,
+        )
+    return y_BHTD
+
+
+@triton.jit
+def _loss_and_gradient(
+    logits: tl.tensor,
+    targets: tl.tensor,
+    losses: tl.tensor,
+    width: tl.tensor,
+    factor: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * width
+    target = tl.load(targets + row)
+    target_logit = _head_logit(tl.load(start + target), scale, cap, CAPPED)
+
+    top = float('-inf')
+    total = 0.0
+    for begin in range(0, width, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        values = _head_logit(tl.load(start + at, mask=at < width, other=0.0), scale, cap, CAPPED)
+        values = tl.where(at < width, values, float('-inf'))
+        higher = tl.maximum(top, tl.max(values, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(values - higher), 0)
+        top = higher
+    tl.store(losses + row, tl.log(total) + top - target_logit)
+    # All threads must have read before one of them overwrites the logits.
+    tl.debug_barrier()
+
+    for begin in range(0, width, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        values = _head_logit(tl.load(start + at, mask=at < width, other=0.0), scale, cap, CAPPED)
+        probability = tl.exp(values - top) / total
+        gradient = tl.where(at == target, probability - 1.0, probability) * (factor * scale)
+        if CAPPED:
+            ratio = values / cap
+            gradient = gradient * (1.0 - ratio * ratio)
+        tl.store(start + at, gradient.to(logits.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _head_logit(product: tl.tensor, scale: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
+    value = product.to(tl.float32) * scale
+    if CAPPED:
+        # tanh(x) = 2 sigmoid(2 x) - 1
+        value = cap * (2.0 / (1.0 + tl.exp(-2.0 * value / cap)) - 1.0)
+    return value
+
+
+def loss_and_gradient(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, factor: float, *, scale: float, cap: float | None
+) -> torch.Tensor:
+    """Return -log p(target) of each position, in fp32, and overwrite the logits with a gradient.
+
+    The gradient is that of the sum of the losses, multiplied by `factor`. `logits_NV` are the products of the output
+    head. The logits of the model are scale * product, or cap * tanh(scale * product / cap) if there is a cap.
+    """
+    positions, vocabulary = logits_NV.shape
+    losses_N = torch.empty(positions, dtype=torch.float32, device=logits_NV.device)
+    with current(logits_NV.device):
+        _loss_and_gradient[(positions,)](
+            logits_NV,
+            targets_N,
+            losses_N,
+            vocabulary,
+            factor,
+            scale,
+            1.0 if cap is None else cap,
+            CAPPED=cap is not None,
+            BLOCK=min(_LOSS_BLOCK, triton.next_power_of_2(vocabulary)),
+            num_warps=16,
+        )
+    return losses_N

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.base import device
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments
@@ -148,9 +149,13 @@ def prepare_model(
 
 
 def _fuse_layers(model: PreTrainedModel, args: SftArguments) -> None:
-    """Fuse norms and gated MLPs as the flags say, and log how many were fused. Sharded models are not changed."""
+    """Fuse norms, gated MLPs and attention layers as the flags say, and log how many were fused.
+
+    Sharded models are not changed.
+    """
     from utils.fast.gated_mlp import fuse_gates
     from utils.fast.norm import fuse_norms
+    from utils.fast.rotation import fuse_rotary
     from utils.loading.layers import is_sharded
 
     if is_sharded(model):
@@ -159,6 +164,8 @@ def _fuse_layers(model: PreTrainedModel, args: SftArguments) -> None:
         logger.info(f'fused_norms = true: {norms} RMSNorm layers use a fused forward, which needs less memory')
     if args.fused_mlp and (gates := fuse_gates(model)):
         logger.info(f'fused_mlp = true: {gates} gated MLPs use a fused forward, which needs less memory')
+    if args.fused_rotary and device.kind() == 'cuda' and (layers := fuse_rotary(model)):
+        logger.info(f'fused_rotary = true: {layers} attention layers rotate queries and keys in one pass')
 
 
 def _log_trainable(model: Any) -> None:

@@ -1,0 +1,138 @@
+"""Rotates queries and keys by their positions in one pass (rotary embedding), where a Triton kernel passes its trial.
+
+The attention classes of transformers call the function `apply_rotary_pos_emb` of their module. A fused layer runs the
+same forward, but there this name is a function that uses the kernel. The module itself is not changed, so all other
+models of the process keep the function of the class.
+
+Shapes in names: B rows, H heads, T tokens, D width of a head, R width of its rotated part (the first R of D values).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.fast.kernel_trial import RotaryCase, Rotation, rotary_kernel
+from utils.fast.swap import swap_class
+
+_NAME = 'apply_rotary_pos_emb'
+_PARAMETERS = ('q', 'k', 'cos', 'sin', 'unsqueeze_dim')
+
+
+class _FusedRotary(nn.Module):
+    """Base class of the mixins that `fuse_rotary` makes. There is one mixin for each class of attention layers."""
+
+
+def fuse_rotary(model: nn.Module) -> int:
+    """Replace the forward of a model's attention layers, and return the number of replaced layers.
+
+    The new forward uses the kernel for rotary embedding if it can be used. A layer is replaced only if the function of
+    its module gives bitwise the same results as the function of Llama on a test input.
+    """
+    fused = 0
+    for layer in list(model.modules()):
+        if isinstance(layer, _FusedRotary):
+            continue
+        kind: Any = type(layer)
+        mixin = _mixin_for(kind)
+        if mixin is not None:
+            swap_class(layer, mixin)
+            fused += 1
+    return fused
+
+
+@lru_cache(maxsize=256)
+def _mixin_for(kind: type[nn.Module]) -> type[_FusedRotary] | None:
+    """Return a mixin with the forward of this class, in which rotary embedding uses the kernel.
+
+    Returns None if the class does not call a function like that of Llama.
+    """
+    forward = kind.forward
+    if not isinstance(forward, types.FunctionType) or _NAME not in forward.__code__.co_names:
+        return None
+    plain = forward.__globals__.get(_NAME)
+    if plain is None or not _is_of_llama(plain):
+        return None
+
+    names = {**forward.__globals__, _NAME: rotation_over(plain)}
+    fused = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    fused.__kwdefaults__ = forward.__kwdefaults__
+    functools.update_wrapper(fused, forward)
+    # transformers and attention.py look up functions in the module of a layer's class.
+    fields = {'forward': fused, '__module__': kind.__module__}
+    return type(f'Rotary{kind.__name__}', (_FusedRotary,), fields)
+
+
+@torch.no_grad()
+def _is_of_llama(plain: Any) -> bool:
+    """Return whether a function has the parameters of Llama's function and gives bitwise the same results."""
+    parameters = inspect.signature(plain).parameters
+    if tuple(parameters) != _PARAMETERS or parameters['unsqueeze_dim'].default != 1:
+        return False
+
+    for dtype in (torch.float32, torch.bfloat16):
+        query_BHTD = torch.linspace(-3, 5, 48).sin().view(1, 2, 3, 8).to(dtype)
+        key_BHTD = torch.linspace(-2, 4, 24).cos().view(1, 1, 3, 8).to(dtype)
+        # The halves of these tables differ. A class that uses only one half is noticed.
+        cos_BTR = torch.linspace(0, 9, 24).cos().view(1, 3, 8).to(dtype)
+        sin_BTR = torch.linspace(0, 7, 24).sin().view(1, 3, 8).to(dtype)
+        wanted = [_rotated(x, cos_BTR, sin_BTR) for x in (query_BHTD, key_BHTD)]
+        try:
+            found = plain(query_BHTD, key_BHTD, cos_BTR, sin_BTR)
+            other = plain(query_BHTD.transpose(1, 2), key_BHTD.transpose(1, 2), cos_BTR, sin_BTR, unsqueeze_dim=2)
+        except RuntimeError:  # it needs tables of another width
+            return False
+        if not all(map(torch.equal, found, wanted)):
+            return False
+        if not all(torch.equal(x.transpose(1, 2), y) for x, y in zip(other, wanted, strict=True)):
+            return False
+    return True
+
+
+def _rotated(x_BHTD: torch.Tensor, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> torch.Tensor:
+    """Return x, rotated as Llama rotates whole heads (R = D)."""
+    low, high = x_BHTD.chunk(2, dim=-1)
+    return x_BHTD * cos_BTR[:, None] + torch.cat((-high, low), dim=-1) * sin_BTR[:, None]
+
+
+def rotation_over(plain: Rotation) -> Rotation:
+    """Return a function that computes like `plain`, a function of a class, by the kernel where it can be used."""
+
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kernel = find_kernel(q, k, cos, sin, unsqueeze_dim, plain)
+        if kernel is None:
+            return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        if unsqueeze_dim == 1:
+            return kernel(q, k, cos, sin)
+        query_BTHD, key_BTHD = kernel(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return query_BTHD.transpose(1, 2), key_BTHD.transpose(1, 2)
+
+    return rotate
+
+
+def find_kernel(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int, plain: Rotation
+) -> Rotation | None:
+    """Return the kernel for these arguments of `plain`, or None if it cannot be used.
+
+    Heads are dimension `unsqueeze_dim` of q and k, which is 1 or 2. The kernel takes them in dimension 1.
+    """
+    is_known = q.dim() == k.dim() == 4 and cos.dim() == 3 and unsqueeze_dim in (1, 2)
+    if not is_known or cos.shape != sin.shape or cos.requires_grad or sin.requires_grad:
+        return None
+    rows, tokens, rotated = cos.shape
+    sizes = {(x.shape[0], x.shape[3 - unsqueeze_dim], x.shape[3], x.dtype) for x in (q, k)}
+    if sizes != {(q.shape[0], tokens, q.shape[3], q.dtype)} or rows not in (1, q.shape[0]) or cos.dtype != sin.dtype:
+        return None
+
+    heads = (q.shape[unsqueeze_dim], k.shape[unsqueeze_dim])
+    case = RotaryCase(*heads, width=q.shape[3], rotated=rotated, dtype=q.dtype, table_dtype=cos.dtype)
+    return rotary_kernel(case, q.device, plain)
