@@ -89,7 +89,7 @@ def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
 
     def limited(self: FirstStepGate, *args: Any, **kwargs: Any) -> None:
         used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + int(0.675 * 2**30), unlimited[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(0.74 * 2**30), unlimited[1]))
         try:
             begin(self, *args, **kwargs)
         finally:
