@@ -623,9 +623,9 @@ class Account:
             self._count_unused(name, 1)
 
     def _places(self, row: Row, encoded: Encoded, text: _Text) -> Iterator[_Place]:
-        """Look for each text of a row in the order of the turns, and yield a _Place for it.
+        """Find each string of the row in the rendered text, in the order of the turns, and yield a _Place for it.
 
-        Names and ids come last.
+        Names and ids are looked for last.
         """
         found = list(leaves(row.written))
         replies = sorted({leaf.turn for leaf in found if leaf.label in ('reply text', 'reasoning', 'tool calls')})

@@ -30,9 +30,9 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
     If no user turn has an image tag, the images of a column of {bytes, path} come before the text of the first user
     turn.
 
-    If `images` is None, the model has no vision tower. Then the row is returned unchanged, with an empty list. Images
-    of a column of {bytes, path} are ignored if no user turn has an image tag. All other images in `row.images` raise
-    RowRefused.
+    If `images` is None, the model has no vision tower. Then a row with images raises RowRefused, except if the images
+    are of a column of {bytes, path} and no user turn has an image tag. A row that does not raise is returned unchanged,
+    with an empty list.
 
     With a vision tower, images that cannot be used raise RowRefused.
     """

@@ -50,7 +50,10 @@ _FUNCTIONS: dict[str, WeightOf] = {
 
 
 def path_of(layer: nn.Module) -> str:
-    """Return the module and the name of a layer's class. No optional package is imported to compare classes."""
+    """Return the name of a layer's class with its Python module.
+
+    By this name, classes of optional packages are recognised without importing the packages.
+    """
     kind = type(layer)
     return f'{kind.__module__}.{kind.__qualname__}'
 

@@ -15,7 +15,7 @@ COLUMNS_KEY = '(columns)'
 class Rows:
     """The values of --dataset and --val_dataset for a recipe, and the columns that --columns must rename.
 
-    The parameter `key` of the methods is the key of the recipe that notes and problems name.
+    In each method, `key` is the key of the recipe that is mentioned in notes and problems.
     """
 
     train: list[str] = field(default_factory=list)

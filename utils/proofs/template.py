@@ -278,8 +278,8 @@ class _Check:
     def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
         """Return whether the chat template's text `full` ends with `follows`, the encoder's text after the prompt.
 
-        Think blocks and whitespace are ignored. If the encoder added an end of turn, `full` can also have the text that
-        the template prints after every reply.
+        Think blocks and whitespace are ignored. If the encoder added an end of turn, the text that the template prints
+        after every reply may come after `follows`.
         """
         # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.
         plain = _without_blocks if _without_blocks(follows) else _bare
@@ -369,9 +369,9 @@ def _check_text(encoder: Encoder, row: Row) -> None:
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
     """Check the rows and the probes, and write the outcome to proofs.json.
 
-    Raises ConfigError if the run would train a wrong text. The user can choose a registered template that differs from
-    the tokenizer's chat template. In that case only the first difference is reported. Rows with images are compared
-    with the chat template only if --template_type is auto. In this comparison each image counts as one token.
+    Raises ConfigError if the run would train a wrong text. A registered template that the user chose may differ from
+    the tokenizer's chat template: this is no error, and the outcome has the first difference. Rows with images are
+    compared with the chat template only if --template_type is auto. In this comparison each image counts as one token.
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
