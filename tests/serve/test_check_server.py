@@ -494,16 +494,35 @@ def test_a_wrong_command_is_one_message(flags: list[str], message: str, checkpoi
 
 def test_a_first_blank_that_decoding_removed_is_no_difference() -> None:
     words = ['yes', ' it', ' is']
+    lost = True
     model: Any = SimpleNamespace(
         text=lambda ids: ''.join(words[index] for index in ids),
+        lost_blank=lambda ids: lost,
         next_token=lambda question, begun, penalises: Next(likely={' is': -0.1, ' was': -3.0}, stop=-9.0),
     )
     expected = Expected(model=model, ids=[0, 1, 2], limit=8)
     question = Question(row=None, ids=[], request={})  # type: ignore[arg-type]
     for served in ('yes it is', ' yes it is'):
         assert agree(question, client.Reply(text=served), expected, rounding=0.05) == Agreement(kind='equal')
+    lost = False
+    added = agree(question, client.Reply(text=' yes it is'), expected, rounding=0.05)
+    assert added is not None and not added.holds, 'a blank that the model did not say is a difference'
+    lost = True
     found = agree(question, client.Reply(text=' yes it was'), expected, rounding=0.05)
     assert found == Agreement(kind='different', at=3, model_rest=' is', server_rest=' was', gap=pytest.approx(2.9))
+
+
+@pytest.mark.parametrize(
+    ('pieces', 'lost'), [(['▁yes', '▁it'], True), (['yes', '▁it'], False), (['Ġyes', 'Ġit'], False)]
+)
+def test_only_a_blank_that_decoding_removes_is_lost(pieces: list[str], lost: bool) -> None:
+    tokenizer: Any = SimpleNamespace(
+        convert_ids_to_tokens=lambda index: pieces[index],
+        decode=lambda ids, **_: ''.join(pieces[i] for i in ids).replace('▁', ' ').removeprefix(' ').replace('Ġ', ' '),
+    )
+    model = Model(SimpleNamespace(), tokenizer, None, None)  # type: ignore[arg-type]
+    assert model.lost_blank([0, 1]) is lost
+    assert not model.lost_blank([])
 
 
 def test_two_nearly_equal_tokens_differ_by_rounding(parts: dict[str, Any]) -> None:

@@ -201,8 +201,8 @@ def agree(question: Question, reply: Reply, expected: Expected, *, rounding: flo
         kind: Literal['equal', 'different'] = 'equal' if is_same else 'different'
         return Agreement(kind=kind, at=1, model_rest=answer, server_rest=f'{thought}\n{said}')
     served = reply.text
-    if served.startswith(' ') and not answer.startswith(' '):
-        served = served[1:]  # SentencePiece removes the blank before the first word of a text
+    if expected.model.lost_blank(expected.ids):
+        served = served.removeprefix(' ')
     if served in (answer, answer.strip()):
         return Agreement(kind='equal')
 

@@ -81,6 +81,10 @@ class Model:
         """Return an answer as text, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def lost_blank(self, ids: Sequence[int]) -> bool:
+        """Return whether decoding removed the first blank of an answer, as tokenizers of SentencePiece do."""
+        return bool(ids) and self._begins_with_blank(ids[0]) and not self.text(ids).startswith(' ')
+
     def next_token(self, question: Question, begun: Sequence[int] = (), *, penalises: bool = False) -> Next:
         """Return the prediction for the next token. `begun` has the ids of the answer so far.
 
@@ -111,5 +115,7 @@ class Model:
     def _token_text(self, index: int) -> str:
         """Return the text of a token with its leading space, which some tokenizers drop if they decode one token."""
         text = str(self.tokenizer.decode([index]))
-        begins = str(self.tokenizer.convert_ids_to_tokens(index)).startswith('▁')
-        return f' {text}' if begins and not text.startswith(' ') else text
+        return f' {text}' if self._begins_with_blank(index) and not text.startswith(' ') else text
+
+    def _begins_with_blank(self, index: int) -> bool:
+        return str(self.tokenizer.convert_ids_to_tokens(index)).startswith('▁')
