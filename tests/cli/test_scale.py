@@ -41,7 +41,7 @@ REFUSED = [
         0,
         2,
         (*FSDP, '--only_save_model', 'false'),
-        'or replace --fsdp true with --deepspeed_config_path ds_config/zero3.json',
+        'use --deepspeed_config_path ds_config/zero3.json instead of --fsdp',
     ),
     (0, 2, (*FSDP, '--resume_from_checkpoint', '.'), 'cannot be resumed'),
     (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'adamw_8bit'), 'Use --optim adamw_torch with --fsdp true'),

@@ -246,9 +246,9 @@ def test_rows_are_repeated_by_index(tmp_path: Path) -> None:
 
 # Rules of a command line, each with a part of its message.
 RULES = {
-    ('A%0.5', 'B%0.4'): 'the shares after % sum to 0.9, and they must sum to 1 if every data set has a share. Change',
-    ('A%0.5', 'B%0.6'): 'the shares after % sum to 1.1, and they must sum to 1 if every data set has a share. Change',
-    ('A%0.7', 'B%0.3', 'C'): 'the shares after % sum to 1, and nothing is left for ',
+    ('A%0.5', 'B%0.4'): 'every data set has a share (%), and the shares sum to 0.9 instead of 1. Change the shares',
+    ('A%0.5', 'B%0.6'): 'every data set has a share (%), and the shares sum to 1.1 instead of 1. Change the shares',
+    ('A%0.7', 'B%0.3', 'C'): 'the shares (%) sum to 1, so the mixture has no room for ',
     (
         'A%0.7',
         'C',

@@ -160,7 +160,7 @@ def test_flags_that_cannot_work_are_said_together(
     taken.touch()
     assert llm_infer.main(['--ckpt_dir', str(trained), '--gguf', str(taken), '--llama_cpp', str(tmp_path)]) == 2
     said = '\n'.join(problems())
-    assert f'--gguf {taken}: this checkpoint holds an adapter, and the file holds a merged model.' in said
+    assert f'--gguf {taken}: a GGUF file holds a merged model, and this checkpoint holds an adapter.' in said
     assert f'--gguf {taken} exists already and is not replaced. Name a new file.' in said
     assert f'--llama_cpp {tmp_path} has no convert_hf_to_gguf.py. Name the folder of a checkout: git clone' in said
 

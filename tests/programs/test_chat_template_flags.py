@@ -274,13 +274,13 @@ WRONG = {
     'gone': (['--chat_template', 'gone.jinja'], '--chat_template gone.jinja is not there (looked in '),
     'typed': (
         ['--chat_template', 'gone.jinja', '--template_type', 'chatml'],
-        "--chat_template gone.jinja: template 'chatml' does not use it. Leave --template_type out, or use "
-        '--template_type auto.',
+        '--chat_template gone.jinja has no effect with --template_type chatml, which has its own format. Leave '
+        '--template_type out to apply --chat_template.',
     ),
     'fixed': (
         ['--template_type', 'chatml', '--template_settings', 'a=1'],
-        "--template_settings: template 'chatml' is fixed text without variables. Leave --template_settings out, or use "
-        '--template_type auto.',
+        '--template_settings: --template_type chatml is fixed text without variables. Leave --template_settings out, '
+        "or use --template_type auto to apply them to the model's own template.",
     ),
 }
 

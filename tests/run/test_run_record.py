@@ -277,8 +277,8 @@ def test_a_secret_that_is_not_utf_8_is_one_message() -> None:
     problems = CollectedProblems()
     check_environment({'MY_TOKEN': 'abcdefgh\udcff', 'OTHER_TOKEN': 'abcdefgh'}, problems)
     assert problems.found == [
-        'the variable MY_TOKEN is not UTF-8, so the run folder cannot be searched for leaks of its value. '
-        'Set the variable to UTF-8 text, or unset it.'
+        'the value of the variable MY_TOKEN is not UTF-8, so a leak of this secret into the run folder cannot be '
+        'found. Set the variable to UTF-8 text, or unset it.'
     ]
 
 

@@ -543,6 +543,8 @@ def test_two_nearly_equal_tokens_differ_by_rounding(parts: dict[str, Any]) -> No
     for served, holds in ((best, True), (best.strip(), True), (f'\n{best}', False)):
         found = agree(question, client.Reply(text=served), expected, rounding=0.0)
         assert found is not None and found.holds is holds, 'a server may remove white space, and not add it'
-    absent = next(letter for letter in string.ascii_uppercase if model.next_token(question).of(letter) is None)
+    absent = next(
+        letter for letter in string.ascii_uppercase if model.next_token(question).log_probability(letter) is None
+    )
     unlikely = agree(question, client.Reply(text=absent), expected, rounding=9.0)
     assert unlikely is not None and (unlikely.kind, unlikely.gap) == ('different', None)

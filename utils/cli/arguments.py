@@ -412,7 +412,7 @@ class InferArguments(CommonArguments):
     def words_read(self) -> tuple[list[str], list[str]]:
         """Return (words of --dataset, words of --val_dataset) whose rows this command reads.
 
-        If --val_dataset has words, the first list is empty, because no row of --dataset is answered.
+        If --val_dataset is given, the first list is empty, because the program then answers only rows of --val_dataset.
         """
         return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
 

@@ -367,12 +367,12 @@ def check_environment(environment: Mapping[str, str], problems: Problems) -> Non
 
     After training, the run folder is searched for leaks of these values. The search needs UTF-8.
     """
-    for holder, secret in find_secrets(environment, {}).items():
+    for variable, secret in find_secrets(environment, {}).items():  # e.g. 'the variable HF_TOKEN'
         try:
             secret.encode()
         except UnicodeEncodeError:
             problems.add(
-                f'{holder} is not UTF-8, so the run folder cannot be searched for leaks of its value. '
+                f'the value of {variable} is not UTF-8, so a leak of this secret into the run folder cannot be found. '
                 'Set the variable to UTF-8 text, or unset it.'
             )
 

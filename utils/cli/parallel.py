@@ -56,10 +56,11 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
     if is_of_bitsandbytes(args.optim) and args.sft_type == 'full':
         problems.add(f'--optim {args.optim} cannot update sharded weights. Use --optim adamw_torch with --fsdp true.')
     if args.resume_from_checkpoint is not None or args.only_save_model is False:
+        # transformers does not store the state of an optimizer over sharded weights.
         problems.add(
-            '--fsdp true cannot be resumed: transformers does not store the state of an optimizer over sharded '
-            'weights. Remove both --resume_from_checkpoint and --only_save_model, or replace --fsdp true with '
-            '--deepspeed_config_path ds_config/zero3.json.'
+            '--fsdp true does not store the state of the optimizer, so a run cannot be resumed. To resume runs, use '
+            '--deepspeed_config_path ds_config/zero3.json instead of --fsdp. To train without resuming, leave '
+            '--resume_from_checkpoint and --only_save_model out.'
         )
     elif args.only_save_model is None:
         done.decide('only_save_model', True, 'the state of an optimizer over sharded weights (--fsdp) is not stored')

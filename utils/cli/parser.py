@@ -176,10 +176,10 @@ def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool,
             problems.add(text)
 
 
-def _negative_values_attached(argv: Sequence[str]) -> list[str]:
-    """Join each negative number that has an exponent to its flag: --name=-1e-4. Returns all words.
+def _join_negative_values(argv: Sequence[str]) -> list[str]:
+    """Return the words with --name=-1e-4 in place of --name -1e-4.
 
-    argparse would take a separate -1e-4 for a flag.
+    argparse would take the word -1e-4 for a flag. Negative numbers without an exponent need no change.
     """
     words: list[str] = []
     for word in argv:
@@ -204,7 +204,7 @@ def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 def _values_typed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Return a dict from each typed flag to the words after it, and a list of unknown flags and unexpected words."""
-    namespace, unknown = parser.parse_known_args(_negative_values_attached(argv))
+    namespace, unknown = parser.parse_known_args(_join_negative_values(argv))
     typed = {
         name: list(itertools.chain(*times)) if name in ADDING_UP else times[-1]
         for name, times in vars(namespace).items()

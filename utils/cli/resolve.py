@@ -120,13 +120,13 @@ def _resolve_mixture(done: Resolution[SftArguments], sources: Sequence[Source]) 
         )
     elif others and total >= 1:
         done.problems.add(
-            f'--dataset: the shares after % sum to {float(total):.7g}, and nothing is left for {others}, which has no '
+            f'--dataset: the shares (%) sum to {float(total):.7g}, so the mixture has no room for {others} without a '
             'share. Lower the shares, or give every data set a share so that they sum to 1.'
         )
     elif not others and abs(total - 1) > _SHARES_TOLERANCE:
         done.problems.add(
-            f'--dataset: the shares after % sum to {float(total):.7g}, and they must sum to 1 if every data set has '
-            'a share. Change the shares, or remove the share of one data set: then all its rows are used.'
+            f'--dataset: every data set has a share (%), and the shares sum to {float(total):.7g} instead of 1. Change '
+            'the shares, or remove the share of one data set to use all its rows.'
         )
 
     if not args.streaming and 'train_dataset_sample' not in done.typed:
@@ -307,8 +307,8 @@ def _resolve_schedule(done: Resolution[SftArguments]) -> None:
         )
     if args.min_lr_ratio is not None and kind not in ENDS_AT_A_RATIO:
         problems.add(
-            f'--min_lr_ratio {args.min_lr_ratio}: --lr_scheduler_type {kind} does not end at a share of '
-            f'--learning_rate. Remove --min_lr_ratio, or use one of {", ".join(ENDS_AT_A_RATIO)}.'
+            f'--min_lr_ratio {args.min_lr_ratio}: --lr_scheduler_type {kind} has no minimum learning rate. Remove '
+            f'--min_lr_ratio, or set --lr_scheduler_type to one of {", ".join(ENDS_AT_A_RATIO)}.'
         )
     if 'decay_ratio' in done.typed and kind != STABLE_DECAY:
         problems.add(

@@ -92,16 +92,16 @@ def check_template_flags(done: Resolution[Any]) -> None:
     is_fixed = TEMPLATE_MAPPING.get(name) is not None
     if is_fixed and args.chat_template is not None:
         done.problems.add(
-            f"--chat_template {args.chat_template}: template '{name}' does not use it. Leave --template_type out, or "
-            'use --template_type auto.'
+            f'--chat_template {args.chat_template} has no effect with --template_type {name}, which has its own '
+            'format. Leave --template_type out to apply --chat_template.'
         )
     if args.template_settings is None:
         return
 
     if is_fixed:
         done.problems.add(
-            f"--template_settings: template '{name}' is fixed text without variables. Leave --template_settings out, "
-            'or use --template_type auto.'
+            f'--template_settings: --template_type {name} is fixed text without variables. Leave --template_settings '
+            "out, or use --template_type auto to apply them to the model's own template."
         )
     try:
         parse_settings(args.template_settings)

@@ -122,8 +122,8 @@ def _resolve_gguf(done: Resolution[InferArguments]) -> None:
         )
     elif args.sft_type != 'full' and not args.merge_lora_and_save:
         done.problems.add(
-            f'{given}: this checkpoint holds an adapter, and the file holds a merged model. Add --merge_lora_and_save '
-            'true.'
+            f'{given}: a GGUF file holds a merged model, and this checkpoint holds an adapter. Add '
+            '--merge_lora_and_save true to merge the adapter into its base.'
         )
 
 

@@ -106,7 +106,8 @@ def resolve_trackers(done: Resolution[SftArguments]) -> None:
     if NONE in names and len(names) > 1:
         others = ' '.join(name for name in names if name != NONE)
         done.problems.add(
-            f'--report_to {" ".join(names)}: none means no tracker. Use --report_to {others}, or none alone.'
+            f"--report_to {' '.join(names)}: 'none' cannot be combined with a tracker. Use --report_to {others} to "
+            'log to a tracker, or --report_to none to use no tracker.'
         )
     done.args.report_to = names
 

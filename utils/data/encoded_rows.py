@@ -246,7 +246,7 @@ class Filled(Sequence[dict[str, Any]]):
         return self.filler if index < 0 else dict(self.rows.row(index))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the batches that need the most memory, each with `count` items. The filler is in no batch."""
+        """Return the one or two batches that need the most memory. Each batch has `count` items and no filler."""
         return self.rows.heaviest(count)
 
     def __getitem__(self, index: Any) -> Any:

@@ -38,10 +38,14 @@ def split_size(size: int, shares: Sequence[Fraction]) -> list[int]:
 def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
     """Choose the training rows of a mixture. Returns a log line with the number of rows of each set.
 
-    If all sets have shares, the mixture has `limit` rows. If `limit` is negative, it has as many rows as all sets
-    together. Sets without a share give all their rows. The number of these rows and the shares then decide the size of
-    the mixture. If `limit` is smaller than this size, the mixture has `limit` rows, and the sets without a share give
-    only some rows, drawn at random. Raises ConfigError if a set with a share gives no row.
+    If all sets have a share, the mixture has `limit` rows. A negative `limit` means the number of rows of all sets.
+
+    If some sets have no share, they give all their rows. These rows fill the part of the mixture that the shares leave,
+    and so decide its size. For example, 700 rows without a share and a share of 0.3 make a mixture of 1000 rows. If
+    this is more than `limit`, the mixture has `limit` rows, and the sets without a share give only some rows, drawn at
+    random. A negative `limit` is then no limit.
+
+    Raises ConfigError if a set with a share gives no row.
     """
     shared = [one for one in ingredients if one.share is not None]
     others = [one for one in ingredients if one.share is None]

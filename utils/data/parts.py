@@ -262,11 +262,10 @@ class Part:
         return bytes(self.uses) + repeats
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield (use, ReadRow) for every row, with the use that `count` or a later draw set: TRAIN, VAL or UNUSED.
+        """Yield (use, ReadRow) for every row. The use is TRAIN, VAL or UNUSED.
 
-        The use of a BadRow is UNUSED.
-
-        Raises ConfigError if the number of rows has changed since `count` read them.
+        `count` and `draw_uses` decide the use of a row. A BadRow is always UNUSED. Raises ConfigError if the number of
+        rows has changed since `count` read them.
         """
         position = 0
         for read in self.read(hashlib.sha256()):
@@ -318,7 +317,9 @@ def open_parts(
         return _hub_parts(source, source.hub, bad, hub, reading)
     if source.path is None:
         entry = DATASET_MAPPING[source.name]
-        return _registered_parts(source.name, entry, hub) if isinstance(entry, HubDataset) else _own_parts(source.name)
+        if isinstance(entry, HubDataset):
+            return _registered_parts(source.name, entry, hub)
+        return _function_parts(source.name)
 
     if shadowed_id(source):
         logger.info(
@@ -444,7 +445,7 @@ def read_rows_at(
 
 
 def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
-    """Return the parts of a registered data set that a hub serves."""
+    """Return the parts of a registered data set. Its files are downloaded from a hub."""
     train, val, snapshot = entry.load(hub)
     logger.info(f'{name}: {snapshot.repo}')
 
@@ -467,8 +468,8 @@ def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
     return [part(rows, is_val) for rows, is_val in ((train, False), (val, True)) if rows is not None]
 
 
-def _own_parts(name: str) -> list[Part]:
-    """Return the parts of a data set whose rows a function of the user returns."""
+def _function_parts(name: str) -> list[Part]:
+    """Return the parts of a registered data set. A function in DATASET_MAPPING returns its rows."""
 
     def part(half: int, rows: Any) -> Part:
         shown = _shown(name, half == 1)

@@ -110,9 +110,11 @@ def loss_decisions(
     """Return log lines that say which replies carry loss. Rows with only one reply need no line.
 
     `typed` is the value of --loss_scope: 'all_rounds' if every reply carries loss, 'last_round' if only the last reply
-    of a row does. If `typed` is None, the format of each row decides its scope. `replies` maps each scope to the number
-    of replies before the last reply of a row. `rows` maps each scope to the number of rows with such replies. `total`
-    is the end of each line, for example 'of 100 rows'.
+    of a row does. If `typed` is None, the format of each row decides its scope.
+
+    An earlier reply is a reply before the last reply of a row. `replies` counts the earlier replies, and `rows` counts
+    the rows that have earlier replies. The keys of both are the scopes that the formats of the rows decide. `total` is
+    the end of each line, for example 'of 100 rows'.
     """
     if typed == 'all_rounds':
         return []
@@ -215,9 +217,10 @@ class _Planner:
         self.parts.append(part)
 
     def _draw(self, part: Part, sample: int | None, given: str, word: str) -> None:
-        """Draw `sample` rows from a part (name#count). Does nothing if `sample` is None.
+        """Draw `sample` rows from a part. All other rows become unused. Does nothing if `sample` is None.
 
-        The log lines contain `word`, and `given`, which is the flag and the word.
+        `word` is the word name#count. `given` is the flag and the word in quotes, for example "--dataset 'name#5'". Log
+        lines contain both.
         """
         if sample is None:
             return
@@ -264,7 +267,8 @@ def plan_rows(
 
     First, rows are drawn from each data set (name#count), and the data set is split into training and validation rows.
     Then up to `train_sample` training rows and up to max(1, train_sample * test_ratio) validation rows are drawn from
-    all data sets together. If words have a share (name%0.3), the training rows are instead those of the mixture.
+    all data sets together. A negative `train_sample` draws all rows. If a word has a share (name%0.3), the function
+    `mix` chooses the training rows of this second step.
 
     `val_words` are the words of --val_dataset. If there are any, nothing is split off, and the validation sets are used
     whole. `bad` is called for each line that cannot be read. Raises ConfigError if data cannot be read, if no row has a

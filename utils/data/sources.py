@@ -47,7 +47,7 @@ class Source:
 
     @property
     def entry(self) -> HubDataset | HubFiles | None:
-        """Return the description of a data set that a hub serves. Returns None for files and own functions."""
+        """Return the description of a data set on a hub. Returns None for local files and for functions."""
         registered = None if self.path is not None else DATASET_MAPPING.get(self.name)
         return registered if isinstance(registered, HubDataset) else self.hub
 
@@ -134,7 +134,7 @@ def _parse_unshared(word: str) -> Source:
 
 
 def _hub_files(name: str) -> HubFiles | None:
-    """Return the data set of a hub that a word names. Returns None if the word is not an id, or names a local path."""
+    """Return the data set that has the id `name` on a hub. Returns None if `name` is not an id, or is a local path."""
     match = _HUB_WORD.fullmatch(name)
     if match is None:
         return None
@@ -157,7 +157,7 @@ def _hub_files(name: str) -> HubFiles | None:
 
 
 def shadowed_id(source: Source) -> str | None:
-    """Return the name of a local source that could also be the id of a data set on a hub. Else returns None."""
+    """Return the name of a local source if it could also be the id of a data set on a hub, else None."""
     match = _HUB_WORD.fullmatch(source.name)
     is_id = source.path is not None and match is not None and '/' in match['id'] and source.path.exists()
     return source.name if is_id and not source.name.lower().endswith(SUFFIXES) else None
@@ -250,7 +250,8 @@ def is_text_file(file: Path) -> bool:
 def _in_folder(folder: Path) -> list[Path]:
     """Return the data files directly in a folder, sorted.
 
-    Text files are returned only if no file has rows, because a README.md next to data files is no data.
+    Files of plain text (.txt, .md) are returned only if the folder has no other data files. So a README.md next to
+    data files is not read as data.
     """
     found = sorted(f for f in folder.iterdir() if f.name.lower().endswith(_ALL_SUFFIXES) and not f.name.startswith('.'))
     return [file for file in found if not is_text_file(file)] or found

@@ -137,7 +137,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                     yield row
 
     def _passes(self, number: int, *, counts: bool) -> Iterator[tuple[Row, bool]]:
-        """Yield (row, whether it is read for the first time) of one data set, in endless passes.
+        """Yield the rows of one data set in endless passes, each as (row, whether it is read for the first time).
 
         `number` is the index of the data set. Raises ConfigError if the data set has no training row.
         """
@@ -157,7 +157,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 logger.info(f'{name}: all {rows} rows are read. They are now read again.')
 
     def _mixed(self, *, counts: bool) -> Iterator[tuple[Row, bool]]:
-        """Yield (row, whether it is read for the first time) without end. Each data set gives its share of the rows."""
+        """Yield rows without end, each as (row, whether it is read for the first time).
+
+        Each data set gives its share of the rows.
+        """
         readers = [self._passes(number, counts=counts) for number in range(len(self.parts))]
         for number in take_turns(self.shares):
             row, is_new = next(readers[number])
@@ -256,9 +259,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [piece.as_item() for row in encoded for piece in self.encoder.pieces_of(row, limit)]
 
     def lengths(self) -> list[int]:
-        """Return [--max_length], because the lengths of the rows are not known.
+        """Return an estimate of the numbers of tokens of the rows, because most rows are not read yet.
 
-        Without --max_length (-1), return the number of tokens of each of the first rows.
+        The estimate is [--max_length]. If --max_length is -1 (no limit), it is the list of the first rows' lengths.
         """
         limit = self.encoder.max_length
         if limit > 0:
@@ -291,12 +294,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
     """Return the first `count` rows of each data set, or of its validation part if it has one.
 
-    Skipped rows and notes are added to the report only for validation parts. For other parts, they are counted during
-    training, which reads these parts from the beginning.
+    Skipped rows and notes are added to the report only for validation parts.
     """
     for parts in sources.sources:
         if len(parts) == 1:
-            continue
+            continue  # training reads this part from the beginning, and counts skipped rows and notes then
         rows = 0
         for location, raw, row in parts[-1].read(hashlib.sha256()):
             if rows == count:

@@ -30,7 +30,10 @@ from utils.run.record import RunRecord, check_resumed, record_of
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress. `note` and `decide` replace the object in `record`. Do not store this object elsewhere."""
+    """A run in progress.
+
+    `note` and `decide` assign a new object to `record`. So read `run.record` each time, and keep no reference to it.
+    """
 
     folder: Path
     record: RunRecord
@@ -49,10 +52,11 @@ class Run:
         self.decisions.append(line)
 
     def decide(self, name: str, value: Any, reason: str, *, shown: str | None = None) -> None:
-        """Log a decision that is made after the run was opened. The record stores the new and the old value.
+        """Log a decision that is made after the run was opened, and store it in the record.
 
-        If the run is resumed, the old values are compared, because the new values depend on the machine. If `shown` is
-        given, the log contains `shown` instead of the value.
+        The record also keeps the value from before the decision. When the run is resumed, this value is compared with
+        the value of the new command. The decided value is not compared, because it depends on the machine. If `shown`
+        is given, the log contains `shown` instead of the decided value.
         """
         self.say(decision(name, value if shown is None else shown, reason))
         self._write(self.record.with_decision(name, value))

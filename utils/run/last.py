@@ -97,8 +97,8 @@ def _check_everywhere(checkpoint: Path) -> None:
 def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) -> Found:
     """Search the runs of this model from the newest to the oldest, and return what was found.
 
-    `record` and `data` are the record and the data entry of lock.json that a new run of this command would have. The
-    run in --from_run is not searched, because this command repeats it.
+    A new run of this command would have the record `record`, and the entry `data` in its lock.json. The run in
+    --from_run is not searched, because this command repeats it.
     """
     found = Found()
     at_end = None
@@ -131,7 +131,10 @@ def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) ->
 
 
 def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None:
-    """Return why a resumed run would not give the result of this command. Returns None if the run fits."""
+    """Return why this command cannot resume the earlier run in the folder `run`. Returns None if it can.
+
+    A new run of this command would have the record `record`, and the entry `data` in its lock.json.
+    """
     try:
         earlier = RunRecord.read(run)
         lock = read_json(run / LOCK_JSON)
@@ -161,10 +164,10 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
 
 
 def _other_start(lock: Mapping[str, Any], record: RunRecord) -> str | None:
-    """Return why the start of a run does not match --adapter. Returns None if the start matches.
+    """Return why the start of an earlier run does not match this command. Returns None if the start matches.
 
-    With --adapter, the run must have started from this adapter. Without --adapter, the run must not have started from
-    an adapter.
+    `lock` is the lock.json of the earlier run, and `record` is the record of this command. With --adapter, the earlier
+    run must have started from this adapter. Without --adapter, it must not have started from an adapter.
     """
     started_from = (lock.get('adapter') or {}).get('sha256')
     adapter = record.flags.get('adapter')

@@ -45,8 +45,10 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
     """Set the flags that --adapter decides, unless they were typed, and return the command line.
 
     Adds a line to `decisions` for each flag that is set, and a problem for each typed flag that does not fit the
-    adapter. Adds a line to `warnings` if the base model or the template differs or cannot be checked. If a run that
-    began with --adapter is resumed, the flags come from its checkpoint. Other command lines are returned unchanged.
+    adapter. Adds a line to `warnings` if the base model or the template differs or cannot be checked.
+
+    Without --adapter, the command line is changed only if it resumes a run that began with --adapter. The flags then
+    come from the checkpoint.
     """
     args = parsed.args
     if args.adapter is None:
@@ -143,10 +145,10 @@ def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: str, decisions: list[str]) -> None:
-    """Set each flag of `adapter_flags` that the user did not give to the value of the adapter.
+    """Set each flag of `adapter_flags` to the value of the adapter, unless the flag was typed.
 
-    Adds a problem for each flag that the user gave with a different value. `whose` is the middle of its message, e.g.
-    'the adapter has'. Names of layers that the user gave are compared later, when the model is open.
+    Adds a problem for each typed flag with a different value. `whose` is the middle of its message, e.g. 'the adapter
+    has'. Typed names of layers are compared later, when the model is open.
     """
     for name, value in adapter_flags(config).items():
         typed = getattr(parsed.args, name)
@@ -207,7 +209,10 @@ def _fill_from_run(
 
 
 def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) -> Parsed[SftArguments]:
-    """If the command resumes a run that began with --adapter, set the flags that --adapter decides, unless typed."""
+    """Set the flags that --adapter decides to their values in the resumed checkpoint, unless they were typed.
+
+    Sets nothing if the command resumes no run, or a run that began without --adapter.
+    """
     if parsed.args.resume_from_checkpoint is None:
         return parsed
     checkpoint = Path(parsed.args.resume_from_checkpoint)

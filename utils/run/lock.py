@@ -167,9 +167,10 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
 
 
 def _check_verification(parsed: Parsed[SftArguments], problems: Problems) -> None:
-    """Add the problems of a command line with --verify true to `problems`.
+    """Add what is wrong with a command line that has --verify true to `problems`.
 
-    These are the problems of `parsed`, the command line typed now, and each typed flag that contradicts --verify true.
+    `parsed` is the command line as the user typed it, without the flags of the run in --from_run. Its errors are added,
+    and a problem for each typed flag that contradicts --verify true.
     """
     for problem in parsed.problems.found:
         problems.add(problem)

@@ -87,9 +87,9 @@ def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> N
 
     `weights` is the folder or the file of the base model. Packages are hidden only if llm_sft.py or llm_infer.py is the
     main program, because any other program could start a second run that needs them. Nothing is hidden if --score
-    names a function of the user, because the function could import any package. Functions of data sets have imported
-    their packages before this call.
+    names a function of the user, because the function could import any package.
     """
+    # Functions of the user that return data sets need no such exception: they have imported their packages by now.
     program = getattr(sys.modules['__main__'], '__file__', None)
     if program is None or Path(program).name not in _PROGRAMS or own_words(args.score):
         return

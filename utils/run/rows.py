@@ -99,8 +99,9 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
     """Return the data entry of lock.json for streams: for each stream, {'rows': ..., 'sha256': ...}.
 
-    The first max(1, `count`) rows of each stream are read. `rows` says how many rows were read, and `sha256` is a
-    hash of these rows and of the share of the stream. The entries of --val_dataset come from `sources.val`.
+    The first max(1, `count`) rows of each stream are read. `rows` says how many rows were read. `sha256` is a hash of
+    these rows and of the share that --dataset gives to the stream (name%0.3). The entries of --val_dataset come from
+    `sources.val`.
     """
     found: dict[str, dict[str, Any]] = sources.val.lock() if sources.val else {}
     for parts, share in itertools.zip_longest(sources.sources, sources.shares):
@@ -139,10 +140,13 @@ def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
 def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
     """Return the rows that llm_infer.py answers.
 
-    These are the rows of --val_dataset, typed now or in the run. Without --val_dataset, these are all rows of a typed
-    --dataset. Otherwise, these are the validation rows that the run held out. For an untuned model, these are the rows
-    that a run would hold out. Raises ConfigError if the data have changed since the run, because the rows drawn now
-    could include rows that the run trained on.
+    They are the first of these sets that the command has:
+    1. the rows of --val_dataset, typed now or taken over from the run
+    2. all rows of --dataset, if --dataset is typed now without --dataset_test_ratio
+    3. for a trained model, the validation rows that the run held out
+    4. for an untuned model, the rows that a run would hold out
+
+    Raises ConfigError if the data have changed since the run. A new draw could choose rows that the run trained on.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
@@ -223,7 +227,7 @@ def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading, hub: HubNa
 
 
 def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
-    """Return the rows of the data sets: of each, its validation split if it has one, else all its rows."""
+    """Return the rows of --dataset. A data set with a validation split gives only the rows of this split."""
     plan = plan_rows(args.dataset, seed=args.dataset_seed, test_ratio=0.0, hub=args.hub, reading=reading)
     _log(remarks_of([plan.parts]))
     names = {part.name for part in plan.parts}

@@ -147,10 +147,11 @@ class ServerCheck:
     def _ask_again(self, checked: Sequence[Checked]) -> Finding | None:
         """Test whether the server has a different chat template. Returns the finding that says so, or None.
 
-        The test uses rows that the server and the run answer differently, and for which the server does not give the
-        prompt ids. The prompts of at most _ASKED_AGAIN rows are sent once more, as raw prompts to which the server
-        applies no template. The finding is returned if all new answers are equal to those of the run.
+        Up to _ASKED_AGAIN rows with differing answers are tested. The prompt of the run is sent as a raw prompt, to
+        which the server applies no template. If all new answers agree with those of the run, the template of the server
+        has caused the difference.
         """
+        # The test needs no rows whose prompt ids the server gives: for these rows, the ids are compared.
         differing = [
             row
             for row in checked

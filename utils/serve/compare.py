@@ -82,12 +82,12 @@ class Checked:
     None if the server removed tool calls from its answer. `base_agreement` is also None if `agreement` is 'equal'.
     Without an adapter, `base_answer` and `base_agreement` are None.
 
-    `first` is the largest difference between the log probabilities of server and run for the first token of the answer.
-    `first_base` is the same number for server and base model. It is None without an adapter. Both are None if no log
-    probability can be compared.
+    The server lists candidates for the first token of the answer. `first` is the largest difference between the log
+    probability of a candidate on the server and in the run. It is None if no candidate is likely in the run.
+    `first_base` compares server and base model in the same way. It is None without an adapter.
 
-    `stops` is 'early' if the server ends its answer before the run does, 'late' if the server ends it after the run
-    does, and otherwise None.
+    `stops` is 'early' if the server's answer is only the beginning of the run's answer, 'late' if it goes on after the
+    end of the run's answer, and otherwise None.
     """
 
     asked: Asked
@@ -189,8 +189,7 @@ def agree(question: Question, reply: Reply, expected: Expected, *, rounding: flo
 
     White space at the ends of the model's answer may be missing in the server's answer. The server's answer may begin
     with a blank that decoding removed from the model's answer. Returns None if the server removed tool calls from its
-    answer. `rounding` is the largest difference of two log probabilities that still counts
-    as rounding.
+    answer. `rounding` is the largest difference of two log probabilities that still counts as rounding.
     """
     if reply.has_calls:
         return None
@@ -233,16 +232,17 @@ def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
     token is the end of turn. `is_cut` says whether the answer ended at the maximum number of tokens. Returns None if
     `is_cut` is True, or if the server's token is not among the likely tokens of the model.
     """
-    chosen = None if is_cut else after.of(rest)
+    chosen = None if is_cut else after.log_probability(rest)
     if chosen is None:
         return None
     return max(0.0, max(*after.likely.values(), after.stop) - chosen)
 
 
 def _stops(reply: Reply, answer: Expected, agreement: Agreement | None) -> Literal['early', 'late'] | None:
-    """Return 'early' or 'late' if the server ends its answer before or after the end of turn of the run.
+    """Return whether the server's answer is too short or too long.
 
-    Returns None if the answers end at the same place, if they differ in other ways, or if this cannot be decided.
+    Returns 'early' if the server's answer is only the beginning of the run's answer. Returns 'late' if it goes on after
+    the end of the run's answer. Returns None in all other cases, or if this cannot be decided.
     """
     if agreement is None or agreement.kind == 'rounding' or reply.reasoning:
         return None

@@ -29,10 +29,11 @@ class Next:
     likely: dict[str, float]
     stop: float
 
-    def of(self, text: str) -> float | None:
-        """Return the log probability of the most likely token with which `text` begins.
+    def log_probability(self, text: str) -> float | None:
+        """Return the log probability of the first token of `text`. For an empty text, returns `stop`.
 
-        Returns None if `text` begins with none of the tokens in `likely`. If `text` is empty, returns `stop`.
+        `text` may begin with several tokens of `likely`. In this case, the highest of their log probabilities is
+        returned. Returns None if `text` begins with none of them.
         """
         if not text:
             return self.stop
@@ -88,8 +89,9 @@ class Model:
     def next_token(self, question: Question, begun: Sequence[int] = (), *, penalises: bool = False) -> Next:
         """Return the prediction for the next token. `begun` has the ids of the answer so far.
 
-        With `penalises`, tokens that occur already are less likely, by the factor repetition_penalty of the generation
-        settings. A server chooses its tokens so, but the log probabilities that it gives may be those without it.
+        With `penalises`, the repetition penalty of the generation settings is applied to the tokens of prompt and
+        answer. A server applies this penalty when it chooses a token, but some servers report log probabilities
+        without the penalty.
         """
         import torch
         from transformers import RepetitionPenaltyLogitsProcessor

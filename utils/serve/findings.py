@@ -162,7 +162,7 @@ def _where(agreement: Agreement) -> str:
 
 
 def _on_stops(rows: Sequence[Checked]) -> list[Finding]:
-    """Return one finding if the server ends answers later than the run, and one if it ends answers earlier."""
+    """Return one finding if answers of the server are longer than those of the run, and one if they are shorter."""
     made = []
     for kind, says in (
         ('late', 'the server goes on after the end of turn of the run'),

@@ -50,8 +50,7 @@ class Question:
 def question_of(row: Row, encoder: Encoder) -> Question:
     """Return the row, the ids of its prompt, and the request for the prompt.
 
-    Raises NotSayable if the chat API has no form for the prompt, or if a server would get different ids from the
-    request.
+    Raises NotSayable if no request makes a server arrive at exactly these ids.
     """
     if row.is_text:
         raise NotSayable(IS_TEXT)
@@ -69,12 +68,12 @@ def question_of(row: Row, encoder: Encoder) -> Question:
     request: dict[str, Any] = {'messages': _in_api(messages)}
     if row.tools:
         request['tools'] = [_tool(tool) for tool in row.tools]
-    request |= _switch(row, request, uncut, ids)
+    request |= _thinking_keys(row, request, uncut, ids)
 
     shown, found = encoder.open_images(row)
     paths = tuple(path for path, _ in found)
     if paths:
-        _show_images(request['messages'], shown, encoder.text.image, paths)
+        _add_images(request['messages'], shown, encoder.text.image, paths)
     return Question(row=row, ids=ids, request=request, paths=paths)
 
 
@@ -118,11 +117,11 @@ def _tool(tool: Any) -> Any:
     return json.loads(json_as_written(tool))
 
 
-def _switch(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
-    """Return the keys that the request needs for the thinking switch: {} or {'chat_template_kwargs': switch}.
+def _thinking_keys(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
+    """Return the keys that turn on thinking in `request`, or {} if the request does not need them.
 
-    `ids` are the ids of the prompt in the run. The request must give the same ids. It is encoded without the switch
-    first, then with the switch. Raises NotSayable if the ids differ both times.
+    `ids` are the token ids of the prompt in the run. A server must get the same ids from the request. First the request
+    is encoded without the keys, then with them. Raises NotSayable if both encodings differ from `ids`.
     """
     asked = replace(row, messages=[*_read_back(request['messages']), _unknown()], tools=request.get('tools'))
     for thinks in (False, True):
@@ -158,10 +157,11 @@ def _parsed(function: Mapping[str, Any]) -> dict[str, Any]:
     return {**function, 'arguments': arguments if isinstance(arguments, dict) else function['arguments']}
 
 
-def _show_images(messages: list[dict[str, Any]], shown: Row, mark: str, paths: Sequence[str]) -> None:
-    """Write the content of each user turn that has images as a list of parts: texts, and images as data URLs.
+def _add_images(messages: list[dict[str, Any]], shown: Row, mark: str, paths: Sequence[str]) -> None:
+    """Add the images to the user turns in `messages`.
 
-    `shown` is the row in which `mark` stands for each image. `paths` has the paths of the images in the same order.
+    The content of a user turn with images becomes a list of parts. A part is a text or an image (a data URL). In the
+    texts of the row `shown`, `mark` stands for each image. `paths` has the paths of the images in the same order.
     """
     left = iter(paths)
     turns = iter(turn['content'] for turn in shown.messages if turn['role'] == 'user')
